@@ -1,0 +1,60 @@
+"""niwaki makes pretrained language models smaller and faster after training, and proves what that cost.
+
+import niwaki
+
+niwaki.compress("model", "out", method="sparsegpt", target="2:4", calibration=["mine.txt"])
+niwaki.evaluate("out", reference="model", data=["held_out.txt"])
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from niwaki.errors import (
+    ArchitectureError,
+    CalibrationError,
+    CheckpointError,
+    InputError,
+    NiwakiError,
+    NumericalError,
+    OutputError,
+    ResumeError,
+    TargetError,
+)
+
+if TYPE_CHECKING:
+    from niwaki.compression import compress
+    from niwaki.evaluation import evaluate
+    from niwaki.generation import generate, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArchitectureError",
+    "CalibrationError",
+    "CheckpointError",
+    "InputError",
+    "NiwakiError",
+    "NumericalError",
+    "OutputError",
+    "ResumeError",
+    "TargetError",
+    "compress",
+    "evaluate",
+    "generate",
+    "load",
+]
+
+_LAZY = {
+    "compress": "niwaki.compression",
+    "evaluate": "niwaki.evaluation",
+    "generate": "niwaki.generation",
+    "load": "niwaki.generation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports torch and transformers only when a function that needs them is used."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'niwaki' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,197 @@
+"""Texts → token windows.
+
+One rule for calibration and evaluation (benchmarks use the same): every document is followed by the end
+token, the stream is concatenated and cut into windows of equal length without overlap. Calibration first
+shuffles the documents by the seed; evaluation keeps file order.
+
+Shapes: S windows, T tokens a window.
+
+    tokenizer = load_tokenizer("models/sapling")
+    windows_ST = calibration_windows(read_texts(["mine.jsonl"]), tokenizer, samples=64, seq_len=512, seed=0)
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from niwaki.errors import CalibrationError
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def read_texts(sources: Sequence[str], field: str = "text") -> list[str]:
+    """Documents of all sources in order; blank ones are dropped.
+
+    A source is a `.txt` file (one document), a `.jsonl` or `.parquet` file (`field` of every row), or a
+    data set that the `datasets` package can load (a hub id or a folder; its `train` split).
+    """
+    texts = [text for source in sources for text in _read_source(source, field)]
+    documents = [text for text in texts if text.strip()]
+    if sources and not documents:
+        raise CalibrationError(f"no text in {', '.join(sources)}: expected at least one non-empty document")
+    return documents
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """The checkpoint's own tokenizer, with an end token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CalibrationError(
+            f"no usable tokenizer in {model} ({_first_line(error)}): "
+            "copy tokenizer.json and tokenizer_config.json beside the weights"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise CalibrationError(f"the tokenizer in {model} has no end token: set eos_token in its config")
+    return tokenizer
+
+
+def calibration_windows(texts: Sequence[str], tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> Tensor:
+    """[S, T] int64 windows from documents shuffled by `seed`. Raises when the text is too short."""
+    order = list(range(len(texts)))
+    random.Random(seed).shuffle(order)
+    stream, used = _token_stream((texts[i] for i in order), tokenizer, samples * seq_len)
+    if len(stream) < samples * seq_len:
+        raise CalibrationError(
+            f"calibration holds {len(stream):,} tokens in {used} documents, "
+            f"{samples} windows × {seq_len} need {samples * seq_len:,}: add text, or lower --samples/--seq-len"
+        )
+    return torch.tensor(stream, dtype=torch.int64).view(samples, seq_len)
+
+
+def evaluation_windows(texts: Sequence[str], tokenizer: Any, *, seq_len: int, max_tokens: int | None = None) -> Tensor:
+    """[S, T] int64 windows in file order from the first `max_tokens` tokens; an incomplete window is dropped."""
+    stream, _ = _token_stream(texts, tokenizer, max_tokens)
+    count = len(stream) // seq_len
+    if count == 0:
+        raise CalibrationError(
+            f"evaluation text holds {len(stream):,} tokens, one window needs {seq_len}: add text, or lower --seq-len"
+        )
+    return torch.tensor(stream[: count * seq_len], dtype=torch.int64).view(count, seq_len)
+
+
+def sampled_windows(model: str | Path, *, samples: int, seq_len: int, seed: int, device: str) -> Tensor:
+    """[S, T] windows that the model writes itself (temperature 1), for when no text is given.
+
+    Loads the whole model; costs about `seq_len` decode steps per batch of 16 windows.
+    """
+    from transformers import AutoModelForCausalLM
+
+    decoder: Any = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+    decoder.to(device).eval()
+    start = decoder.config.bos_token_id
+    if start is None:
+        start = decoder.config.eos_token_id
+    if start is None:
+        raise CalibrationError(f"{model} names no start token to sample from: give --calibration FILE")
+    torch.manual_seed(seed)
+    rows = []
+    for first in range(0, samples, 16):
+        prompt = torch.full((min(16, samples - first), 1), start, device=device)
+        rows.append(
+            decoder.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                top_k=0,
+                min_new_tokens=seq_len,
+                max_new_tokens=seq_len,
+                pad_token_id=start,
+            )[:, 1:].cpu()
+        )
+    return torch.cat(rows)
+
+
+def digest(windows_ST: Tensor) -> str:
+    """SHA-256 of the token ids: names the calibration in run.json and guards a resume."""
+    return hashlib.sha256(windows_ST.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _token_stream(texts: Iterable[str], tokenizer: Any, limit: int | None) -> tuple[list[int], int]:
+    stream: list[int] = []
+    used = 0
+    for text in texts:
+        if limit is not None and len(stream) >= limit:
+            break
+        # verbose=False: documents longer than the model are cut into windows here, no warning is due
+        stream.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        stream.append(tokenizer.eos_token_id)
+        used += 1
+    return (stream if limit is None else stream[:limit]), used
+
+
+def _read_source(source: str, field: str) -> Iterator[str]:
+    path = Path(source)
+    if path.suffix not in SUFFIXES:
+        return _read_dataset(source, field)
+    if not path.is_file():
+        raise CalibrationError(f"no such text file: {source}")
+    if path.suffix == ".parquet":
+        return _read_parquet(path, field)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{source} is not UTF-8 (byte {error.start}): convert it, for example with iconv -t UTF-8"
+        ) from error
+    if path.suffix == ".txt":
+        return iter([content])
+    return _read_jsonl(path, content, field)
+
+
+def _read_jsonl(path: Path, content: str, field: str) -> Iterator[str]:
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CalibrationError(f"{path}:{number}: not a JSON line ({error.msg})") from error
+        yield _text_of(row, field, f"{path}:{number}")
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[str]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise CalibrationError("reading parquet needs pyarrow: pip install 'niwaki[data]'") from error
+    file = parquet.ParquetFile(path)
+    if field not in file.schema_arrow.names:
+        raise CalibrationError(f"{path} has no column {field!r} ({', '.join(file.schema_arrow.names)}): see --field")
+    for batch in file.iter_batches(columns=[field]):
+        yield from (_text_of({field: value}, field, str(path)) for value in batch.column(field).to_pylist())
+
+
+def _read_dataset(source: str, field: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrationError(
+            f"{source} is no {'/'.join(SUFFIXES)} file; loading it as a data set needs: pip install 'niwaki[data]'"
+        ) from error
+    try:
+        rows = datasets.load_dataset(source, split="train", streaming=True)
+    except Exception as error:  # datasets raises its own, requests' and OS errors alike
+        raise CalibrationError(
+            f"{source} is neither a {'/'.join(SUFFIXES)} file nor a loadable data set ({_first_line(error)})"
+        ) from error
+    for row in rows:
+        yield _text_of(row, field, source)
+
+
+def _text_of(row: Any, field: str, where: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        raise CalibrationError(f"{where}: expected an object with a text in {field!r} (see --field)")
+    return str(row[field])
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]

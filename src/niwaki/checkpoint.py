@@ -1,0 +1,269 @@
+"""A model folder of safetensors: read lazily by name, written atomically.
+
+Only safetensors is ever read (a pickle can run code), shard names must be plain file names, and no remote
+code is loaded. Writing goes to a temporary file in the same folder, is flushed to the disk and then renamed,
+so that a file under its final name is always complete.
+
+    checkpoint = Checkpoint.open("models/sapling")
+    weights = checkpoint.read(["model.layers.0.mlp.up_proj.weight"])
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from niwaki.errors import CheckpointError, OutputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is; `nbytes` counts its stored bytes."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local folder, its transformers config and the headers of its shards."""
+
+    folder: Path
+    config: Any
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, model: str | Path) -> "Checkpoint":
+        """Opens a local folder or hub id. Raises CheckpointError in one line for anything unusable."""
+        folder = _locate(str(model))
+        config = _read_config(folder)
+        return cls(folder, config, _read_headers(folder))
+
+    @property
+    def shards(self) -> list[str]:
+        """File names of the shards, sorted."""
+        return sorted({info.shard for info in self.tensors.values()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shard files, headers included."""
+        return sum((self.folder / shard).stat().st_size for shard in self.shards)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point dtype that most bytes are stored in."""
+        totals: dict[str, int] = {}
+        for info in self.tensors.values():
+            totals[info.dtype] = totals.get(info.dtype, 0) + info.nbytes
+        name = max(totals, key=lambda dtype: totals[dtype])
+        known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        if name not in known:
+            raise CheckpointError(f"{self.folder} stores its weights as {name}: expected F32, F16 or BF16")
+        return known[name]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by name, on the CPU, as stored. Raises CheckpointError naming the first that is not finite."""
+        wanted: dict[str, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self.tensors[name].shard, []).append(name)
+        found: dict[str, Tensor] = {}
+        for shard, members in wanted.items():
+            with safe_open(self.folder / shard, framework="pt") as file:
+                for name in members:
+                    # A copy: the file's mapping is dropped here and its pages with it.
+                    found[name] = file.get_tensor(name).clone()
+        for name, tensor in found.items():
+            # min and max of a tensor are NaN or infinite exactly when some element is
+            if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+                raise CheckpointError(
+                    f"{self.folder / self.tensors[name].shard}: {name} holds NaN or infinite values: "
+                    "repair or download the checkpoint again"
+                )
+        return found
+
+    def fingerprint(self) -> dict[str, str]:
+        """Per file, what changes when its content does: size, modification time, header (shards) or content."""
+        marks = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()}
+        for shard in self.shards:
+            path = (self.folder / shard).resolve()
+            header = json.dumps(sorted((n, i.dtype, i.shape) for n, i in self.tensors.items() if i.shard == shard))
+            status = path.stat()
+            mark = f"{status.st_size}:{status.st_mtime_ns}:{header}"
+            marks[shard] = hashlib.sha256(mark.encode()).hexdigest()
+        return marks
+
+    def companions(self) -> list[Path]:
+        """Config, tokenizer and licence files that travel with the weights unchanged."""
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.is_file()
+            and path.name != INDEX
+            and (path.suffix in _COPIED_SUFFIXES or path.name.upper().startswith(("LICENSE", "NOTICE")))
+        )
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Writes one safetensors file atomically; returns its SHA-256. Raises OutputError, leaving no partial file."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path) as temporary:
+        save_file(contiguous, temporary, metadata={"format": "pt"})
+        with temporary.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return digest
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes one UTF-8 file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies one file atomically."""
+    with atomic_file(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Any:
+    """Yields a temporary path beside `path`; on success it is flushed to the disk and renamed to `path`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {_reason(error)}. Free space or choose another place") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _locate(model: str) -> Path:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CheckpointError(f"no model folder at {model}: expected a local folder or a hub id such as org/name")
+    from huggingface_hub import snapshot_download
+
+    patterns = [
+        "*.safetensors",
+        *(f"*{suffix}" for suffix in sorted(_COPIED_SUFFIXES)),
+        "LICENSE*",
+        "NOTICE*",
+    ]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises its own, HTTP and OS errors alike
+        reason = str(error).strip().split("\n")[0][:160]
+        raise CheckpointError(f"{model} is no local folder and could not be fetched as a hub id ({reason})") from error
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: expected a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises validation errors of several libraries here
+        reason = str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(f"{folder}/config.json cannot be used ({reason})") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{folder} is already quantized: start from the bf16, fp16 or fp32 checkpoint")
+    return config
+
+
+def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} is not a shard index: expected an object with weight_map") from error
+        shards = sorted(set(weight_map.values()))
+    elif (folder / SINGLE).is_file():
+        shards = [SINGLE]
+    else:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".pkl"})
+        if pickles:
+            raise CheckpointError(
+                f"{folder} holds only pickled weights ({pickles[0]}), which can run code and are never loaded: "
+                "convert them to safetensors (save_pretrained does it)"
+            )
+        raise CheckpointError(f"{folder} has no {SINGLE} and no {INDEX}")
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        tensors.update(_read_header(folder, shard))
+    missing = sorted(set(weight_map) - set(tensors)) if index.is_file() else []
+    if missing:
+        raise CheckpointError(f"{folder}: the index lists {missing[0]}, but no shard holds it")
+    return tensors
+
+
+def _read_header(folder: Path, shard: str) -> dict[str, TensorInfo]:
+    if Path(shard).name != shard or not shard.endswith(".safetensors"):
+        raise CheckpointError(f"{folder / INDEX} names the shard {shard!r}: expected a plain .safetensors file name")
+    if not (folder / shard).is_file():
+        raise CheckpointError(f"{folder} misses the shard {shard} that its index lists")
+    found = {}
+    try:
+        with safe_open(folder / shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                piece = file.get_slice(name)
+                shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
+                if dtype not in _DTYPE_BYTES:
+                    raise CheckpointError(f"{folder / shard}: {name} is stored as {dtype}, which niwaki cannot read")
+                count = 1
+                for size in shape:
+                    count *= size
+                found[name] = TensorInfo(shard, dtype, shape, count * _DTYPE_BYTES[dtype])
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / shard} is not a complete safetensors file ({error})") from error
+    return found

@@ -1,0 +1,406 @@
+"""The main job: a checkpoint in, a smaller checkpoint and the record of what it cost out.
+
+Everything that can be wrong with the input is checked before the first file is written.
+
+    niwaki.compress("models/sapling", "out", method="sparsegpt", target="2:4", calibration=["mine.txt"])
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from niwaki import __version__
+from niwaki.allocation import ALLOCATIONS, OWL_NEEDS, OwlConfig, Targets, outlier_share, owl, uniform
+from niwaki.block import Block, Decoder
+from niwaki.calibration import calibration_windows, digest, load_tokenizer, read_texts, sampled_windows
+from niwaki.card import model_card
+from niwaki.checkpoint import INDEX, Checkpoint, copy_file, write_shard, write_text
+from niwaki.config import Recipe, Target, make_options, make_recipe, parse_target
+from niwaki.errors import CalibrationError, InputError, NumericalError, OutputError, unknown
+from niwaki.methods import Method, get_method
+from niwaki.run import RECORD, Run, check_free
+from niwaki.walk import Plan, Report, Stream, collect, compress_blocks, default_batch_tokens, forward
+
+END_SHARD_BYTES = 2**30
+OWL_PREFIX = "owl_"
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    dense_stream: bool = False,
+    report: Report | None = None,
+    **recipe: Any,
+) -> dict[str, Any]:
+    """Compresses `model` into the new folder `out` and returns the content of its run.json.
+
+    `recipe` holds the fields of `niwaki.config.Recipe` (method, target, calibration, options, seed, ...);
+    `calibration` may be a list of files. `report(event, **fields)` is called as the work proceeds.
+
+    Raises InputError (nothing was written), OutputError (finished blocks are kept for `resume`) or
+    NumericalError.
+    """
+    if isinstance(recipe.get("calibration"), list | tuple):
+        recipe["calibration"] = {"files": tuple(recipe["calibration"])}
+    job = _Job(str(model), Path(out), make_recipe(recipe), dense_stream, resume, overwrite, report or _ignore)
+    return job.run()
+
+
+class _Job:
+    """The validated inputs of one compression and the steps it takes."""
+
+    def __init__(
+        self,
+        model: str,
+        out: Path,
+        recipe: Recipe,
+        dense_stream: bool,
+        resume: bool,
+        overwrite: bool,
+        report: Report,
+    ) -> None:
+        self.started = time.perf_counter()
+        self.out = out.absolute()
+        self.report = report
+        self.resume, self.overwrite = resume, overwrite
+        self.dense_stream = dense_stream
+        self.target: Target = parse_target(recipe.target)
+        self.method: Method = get_method(recipe.method)
+        if recipe.allocation not in ALLOCATIONS:
+            raise InputError(unknown("allocation", recipe.allocation, ALLOCATIONS))
+        self.owl, self.config = _split_options(recipe, self.method)
+        self.device = pick_device(recipe.device)
+        check_free(self.out, self.out.with_name(self.out.name + ".partial"), resume=resume, overwrite=overwrite)
+        self.checkpoint = Checkpoint.open(model)
+        _check_disk(self.checkpoint, self.out)
+        self.decoder = Decoder(self.checkpoint, self.device, pick_dtype(recipe.dtype))
+        self.targets: Targets = uniform(self.decoder.anatomy, self.target)
+        if recipe.allocation == "owl":
+            owl(self.decoder.anatomy, self.target, [0.0] * len(self.decoder), self.owl)  # refuses what it cannot do
+        batch_tokens = recipe.batch_tokens or default_batch_tokens(self.device)
+        self.recipe = recipe.model_copy(update={"device": str(self.device), "batch_tokens": batch_tokens})
+        self.windows_ST, self.calibration_source = self._windows()
+        self.shard_names = self._shard_names()
+
+    def run(self) -> dict[str, Any]:
+        with Run(self.out, self._fingerprint(), resume=self.resume, overwrite=self.overwrite) as run:
+            try:
+                return self._run(run)
+            except (InputError, NumericalError):
+                run.discard()  # no later attempt could use what is there
+                raise
+
+    def _run(self, run: Run) -> dict[str, Any]:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+        def report(event: str, **fields: Any) -> None:
+            run.event(event, **fields)
+            self.report(event, **fields)
+
+        report("start", blocks=len(self.decoder), method=self.recipe.method, target=self.recipe.target)
+        with _Writer(run, report) as writer:
+            self._write_ends(run, writer)
+            stream = self._stream(run, "compressed")
+            if self.recipe.allocation == "owl":
+                self.targets = self._owl_targets(run, stream, report)
+                stream = self._stream(run, "compressed")
+            dense = self._stream(run, "dense") if self.dense_stream else None
+            self.decoder.release_ends()
+
+            def finished(index: int) -> dict[str, Tensor] | None:
+                entry = run.finished.get(_block_part(index))
+                return None if entry is None else _read_shard(run.folder / entry["shard"])
+
+            def save(block: Block, lines: list[dict[str, Any]]) -> None:
+                writer.write(
+                    _block_part(block.index),
+                    self.shard_names[block.index],
+                    self.decoder.disk_tensors(block),
+                    lines,
+                )
+
+            plan = Plan(self.method, self.config, self.targets, self.recipe.seed)
+            compress_blocks(self.decoder, plan, stream, dense, finished=finished, save=save, report=report)
+        return self._finish(run, report)
+
+    def _windows(self) -> tuple[Tensor | None, str]:
+        """Token windows [S, T], if the method or the caller wants any, and where they come from."""
+        given = self.recipe.calibration
+        wanted = self.method.NEEDS.anything or self.recipe.allocation == "owl" or self.dense_stream or given.files
+        if not wanted:
+            return None, "none"
+        positions = self.decoder.positions
+        if positions is not None and given.seq_len > positions:
+            raise CalibrationError(
+                f"--seq-len {given.seq_len} is longer than the model's {positions} positions: "
+                f"pass --seq-len {positions} or less"
+            )
+        if not given.files:
+            self.report("warning", message="no calibration text given: using text the model writes itself")
+            windows_ST = sampled_windows(
+                self.checkpoint.folder,
+                samples=given.samples,
+                seq_len=given.seq_len,
+                seed=self.recipe.seed,
+                device=str(self.device),
+            )
+            return windows_ST, "sampled from the model"
+        texts = read_texts(given.files, given.field)
+        windows_ST = calibration_windows(
+            texts,
+            load_tokenizer(self.checkpoint.folder),
+            samples=given.samples,
+            seq_len=given.seq_len,
+            seed=self.recipe.seed,
+        )
+        vocabulary = self.checkpoint.config.get_text_config().vocab_size
+        if int(windows_ST.max()) >= vocabulary:
+            raise CalibrationError(
+                f"the tokenizer yields id {int(windows_ST.max())}, the model has {vocabulary} embeddings: "
+                "the tokenizer belongs to another model"
+            )
+        return windows_ST, ", ".join(given.files)
+
+    def _stream(self, run: Run, name: str) -> Stream | None:
+        if self.windows_ST is None:
+            return None
+        return Stream(
+            self.decoder,
+            self.windows_ST,
+            batch_tokens=self.recipe.batch_tokens,
+            activation_bytes=self.recipe.activation_bytes,
+            folder=run.folder / RECORD / "journal",
+            name=name,
+        )
+
+    def _owl_targets(self, run: Run, stream: Stream | None, report: Report) -> Targets:
+        """Outlier shares of the dense blocks (kept in the journal), turned into targets."""
+        assert stream is not None
+        if "allocation" not in run.finished:
+            shares: list[float] = []
+
+            def visit(block: Block) -> None:
+                statistics, _ = collect(block, stream, OWL_NEEDS)
+                shares.append(outlier_share(block, statistics, self.owl))
+                report("scan", index=block.index, of=len(self.decoder))
+
+            forward(self.decoder, [stream], visit)
+            run.finish_part("allocation", {"outlier_shares": shares})
+        return owl(self.decoder.anatomy, self.target, run.finished["allocation"]["outlier_shares"], self.owl)
+
+    def _shard_names(self) -> list[str]:
+        """One file per block, then the ends in files of about 1 GiB."""
+        count = len(self.decoder) + len(self._end_parts())
+        return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+    def _end_parts(self) -> list[list[str]]:
+        parts: list[list[str]] = [[]]
+        filled = 0
+        for name in self.decoder.disk_names(None):
+            size = self.checkpoint.tensors[name].nbytes
+            if parts[-1] and filled + size > END_SHARD_BYTES:
+                parts.append([])
+                filled = 0
+            parts[-1].append(name)
+            filled += size
+        return [part for part in parts if part]
+
+    def _write_ends(self, run: Run, writer: "_Writer") -> None:
+        for number, names in enumerate(self._end_parts()):
+            part = f"ends-{number:05d}"
+            if part not in run.finished:
+                writer.write(part, self.shard_names[len(self.decoder) + number], self.checkpoint.read(names), [])
+
+    def _finish(self, run: Run, report: Report) -> dict[str, Any]:
+        """Writes everything beside the shards and puts the folder in its place."""
+        parts = [entry for name, entry in sorted(run.finished.items()) if "shard" in entry]
+        lines = [line for entry in parts for line in entry["lines"]]
+        weight_map = {name: entry["shard"] for entry in parts for name in entry["tensors"]}
+        total_bytes = sum(info.nbytes for info in self.checkpoint.tensors.values())
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        for source in self.checkpoint.companions():
+            copy_file(source, run.folder / source.name)
+        write_text(run.folder / INDEX, json.dumps(index, indent=2) + "\n")
+        write_text(run.folder / RECORD / "blocks.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        record = self._record(parts, lines)
+        write_text(run.folder / "README.md", model_card(record))
+        write_text(run.folder / RECORD / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        report("done", seconds=record["seconds"], out=str(self.out))
+        run.complete()
+        return record
+
+    def _record(self, parts: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[str, Any]:
+        weights = sum(math.prod(line["shape"]) for line in lines)
+        cuda = self.device.type == "cuda"
+        return {
+            "niwaki": __version__,
+            "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
+            "python": platform.python_version(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "model": {
+                "source": str(self.checkpoint.folder),
+                "type": self.checkpoint.config.model_type,
+                "bytes": self.checkpoint.nbytes,
+                "fingerprint": self.checkpoint.fingerprint(),
+            },
+            "recipe": self.recipe.model_dump(mode="json"),
+            "options": vars(self.config),
+            "dense_stream": self.dense_stream,
+            "calibration": {
+                "source": self.calibration_source,
+                "windows": None if self.windows_ST is None else list(self.windows_ST.shape),
+                "sha256": None if self.windows_ST is None else digest(self.windows_ST),
+            },
+            "result": {
+                "weights": weights,
+                "zeros_frac": sum(line["zeros"] for line in lines) / weights,
+                "matrices": len(lines),
+                "notes": sorted({line["note"] for line in lines if line["note"]}),
+                "bytes": sum(entry["bytes"] for entry in parts),
+                "sha256": {entry["shard"]: entry["sha256"] for entry in parts},
+            },
+            "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else 0,
+        }
+
+    def _fingerprint(self) -> dict[str, str]:
+        """What decides the bytes of the result, by the name a refused resume would give it."""
+        marks = {f"model ({name})": mark for name, mark in self.checkpoint.fingerprint().items()}
+        marks["data (calibration tokens)"] = "none" if self.windows_ST is None else digest(self.windows_ST)
+        recipe = self.recipe.model_dump(mode="json")
+        marks |= {f"config ({name})": json.dumps(value) for name, value in recipe.items() if name != "calibration"}
+        marks["seed"] = marks.pop("config (seed)")
+        marks["config (dense_stream)"] = str(self.dense_stream)
+        marks |= {f"version ({name})": version(name) for name in ("torch", "transformers")}
+        marks["version (niwaki)"] = __version__
+        threads = str(torch.get_num_threads()) if self.device.type == "cpu" else ""
+        marks["threads"] = threads
+        return {name: hashlib.sha256(mark.encode()).hexdigest() for name, mark in marks.items()}
+
+
+class _Writer:
+    """Writes finished parts in the background, a few at a time, and journals each when it is on the disk."""
+
+    def __init__(self, run: Run, report: Report) -> None:
+        self.run = run
+        self.report = report
+        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="save")
+        self._pending: list[tuple[str, Future[dict[str, Any]]]] = []
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            # After a failure elsewhere, what is already being written may still be finished and journalled.
+            while self._pending:
+                self._settle()
+        except OutputError:
+            if kind is None:
+                raise
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def write(self, part: str, shard: str, tensors: dict[str, Tensor], lines: list[dict[str, Any]]) -> None:
+        """Queues one shard; waits while as many are under way as there are workers."""
+        path = self.run.folder / shard
+
+        def save() -> dict[str, Any]:
+            sha256 = write_shard(path, tensors)
+            return {
+                "shard": shard,
+                "sha256": sha256,
+                "bytes": path.stat().st_size,
+                "tensors": sorted(tensors),
+                "lines": lines,
+            }
+
+        while len(self._pending) >= 2:
+            self._settle()
+        self._pending.append((part, self._pool.submit(save)))
+
+    def _settle(self) -> None:
+        part, future = self._pending.pop(0)
+        self.run.finish_part(part, future.result())
+        self.report("saved", part=part)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes CUDA when there is one. Raises InputError for a device this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}: expected cpu, cuda, cuda:1 or auto") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is not supported: expected cpu, cuda or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype | None:
+    """The compute dtype; None leaves the choice to the decoder (float32 on the CPU, else as stored)."""
+    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise InputError(unknown("dtype", name, known))
+    return known[name]
+
+
+def _split_options(recipe: Recipe, method: Method) -> tuple[OwlConfig, Any]:
+    """Options that start with `owl_` belong to the allocation, all others to the method."""
+    of_owl = {k.removeprefix(OWL_PREFIX): v for k, v in recipe.options.items() if k.startswith(OWL_PREFIX)}
+    of_method = {k: v for k, v in recipe.options.items() if not k.startswith(OWL_PREFIX)}
+    if of_owl and recipe.allocation != "owl":
+        raise InputError(f"option {OWL_PREFIX}{next(iter(of_owl))} needs --allocation owl")
+    return make_options(OwlConfig, of_owl, "owl"), make_options(method.Config, of_method, recipe.method)
+
+
+def _check_disk(checkpoint: Checkpoint, out: Path) -> None:
+    parent = out.parent
+    if not parent.is_dir():
+        raise OutputError(f"{parent} does not exist: create it, or choose another OUT")
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < checkpoint.nbytes:
+        raise OutputError(
+            f"{parent} has {free_bytes / 1e9:.2f} GB free, the result needs {checkpoint.nbytes / 1e9:.2f} GB: "
+            "free space or choose another OUT"
+        )
+
+
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+def _block_part(index: int) -> str:
+    return f"block-{index:05d}"
+
+
+def _ignore(event: str, **fields: Any) -> None:
+    """The report of a caller who wants none."""

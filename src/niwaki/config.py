@@ -1,0 +1,159 @@
+"""What a run is asked to do: targets, the recipe file and its validation.
+
+A recipe is YAML with the fields of `Recipe`; command-line flags override it, and the resolved copy is kept in
+run.json:
+
+    method: sparsegpt
+    target: "2:4"
+    calibration: {files: [mine.jsonl], samples: 64, seq_len: 512}
+    options: {damping_frac: 0.02}
+"""
+
+import math
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from niwaki.errors import InputError, TargetError, unknown
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Unstructured: the fraction of weights that becomes zero, 0 < zeros_frac < 1."""
+
+    zeros_frac: float
+
+    def __str__(self) -> str:
+        return f"{self.zeros_frac:g}"
+
+    def zeros_in(self, rows: int, columns: int) -> int:
+        """Exact number of zeros in a matrix of this shape."""
+        return round(self.zeros_frac * rows * columns)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """N:M: of every `group` neighbours along the inputs, `keep` stay."""
+
+    keep: int
+    group: int
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.group}"
+
+    def zeros_in(self, rows: int, columns: int) -> int:
+        """Exact number of zeros in a matrix of this shape. Raises TargetError if the groups do not fit."""
+        if columns % self.group:
+            raise TargetError(
+                f"target {self} needs a multiple of {self.group} inputs, got a matrix with {columns}: "
+                "use another N:M or an unstructured target such as 0.5"
+            )
+        return rows * columns // self.group * (self.group - self.keep)
+
+
+Target = Sparsity | Grouped
+
+
+def parse_target(text: str) -> Target:
+    """`0.5`, `50%` or `2:4`. Raises TargetError with what was expected."""
+    text = text.strip()
+    if found := re.fullmatch(r"(\d+):(\d+)", text):
+        keep, group = int(found[1]), int(found[2])
+        if not 0 < keep < group:
+            raise TargetError(f"target {text}: expected N:M with 0 < N < M (2:4 keeps 2 of every 4 weights)")
+        return Grouped(keep, group)
+    try:
+        zeros_frac = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise TargetError(f"target {text!r}: expected a fraction of zeros such as 0.5, or N:M such as 2:4") from error
+    if not (math.isfinite(zeros_frac) and 0 < zeros_frac < 1):
+        raise TargetError(f"target {text}: a fraction of zeros lies between 0 and 1, for example 0.5")
+    return Sparsity(zeros_frac)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Strict):
+    """Which text the method sees. Without files the model writes its own."""
+
+    files: tuple[str, ...] = ()
+    field: str = "text"
+    samples: int = Field(default=128, ge=1)
+    seq_len: int = Field(default=2048, ge=2)
+
+
+class Recipe(_Strict):
+    """Everything that decides the bytes of a result, and how to get there."""
+
+    method: str
+    target: str
+    allocation: str = "uniform"
+    calibration: Calibration = Calibration()
+    options: dict[str, Any] = {}
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_tokens: int | None = Field(default=None, ge=1)
+    activation_bytes: int | None = Field(default=None, ge=0)
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """The fields of a recipe file, unvalidated. Raises InputError for anything but a YAML mapping."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a mapping with at least method and target")
+    return content
+
+
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    """A validated recipe; the first problem becomes one InputError line."""
+    known = set(Recipe.model_fields)
+    for name in values:
+        if name not in known:
+            raise InputError(unknown("recipe field", str(name), known))
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"recipe: {where}: {first['msg']} (got {first['input']!r})") from error
+
+
+def make_options(config_class: type, options: dict[str, Any], method: str) -> Any:
+    """A method's frozen config from `--set` strings or recipe values, checked by type and name."""
+    known = {entry.name: entry.type for entry in fields(config_class)}
+    values: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in known:
+            raise InputError(unknown(f"option of {method}", name, known or ["(it has none)"]))
+        values[name] = _coerce(value, known[name], f"{method} option {name}")
+    try:
+        return config_class(**values)
+    except ValueError as error:
+        raise InputError(f"{method}: {error}") from error
+
+
+def _coerce(value: Any, kind: Any, what: str) -> Any:
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in {"true", "false"}:
+            return str(value).lower() == "true"
+        raise InputError(f"{what}: expected true or false, got {value!r}")
+    try:
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what}: expected {kind.__name__}, got {value!r}") from error

@@ -1,0 +1,59 @@
+"""The error tree. Every message says what was expected, what came, and the next step.
+
+NiwakiError                 the CLI prints it in one line and exits with 2
+├── InputError              something the caller gave is wrong; nothing was written
+│   ├── CheckpointError     the model folder, its files or its weights
+│   ├── ArchitectureError   a decoder niwaki cannot cover completely
+│   ├── CalibrationError    texts, windows, tokens
+│   └── TargetError         a target the method or the matrix cannot meet
+├── OutputError             the target folder: exists, read-only, full
+│   └── ResumeError         an unfinished run that does not match what was asked
+└── NumericalError          a computation left the finite numbers
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class NiwakiError(Exception):
+    """Base of every error niwaki raises on purpose."""
+
+
+class InputError(NiwakiError):
+    """An argument, option or file is wrong."""
+
+
+class CheckpointError(InputError):
+    """A model folder is missing, incomplete, unsafe or holds broken weights."""
+
+
+class ArchitectureError(InputError):
+    """A decoder has parts that niwaki would have to skip silently."""
+
+
+class CalibrationError(InputError):
+    """Texts cannot be read, or do not fill the windows asked for."""
+
+
+class TargetError(InputError):
+    """A target cannot be met by this method, or does not fit a matrix."""
+
+
+class OutputError(NiwakiError):
+    """The result cannot be written where it was asked."""
+
+
+class ResumeError(OutputError):
+    """An unfinished run cannot be continued with these arguments."""
+
+
+class NumericalError(NiwakiError):
+    """A computation produced values that are not finite."""
+
+
+def unknown(what: str, name: str, choices: Iterable[str]) -> str:
+    """One line for an unknown name: the nearest choice first, then all of them."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {name!r}: {hint}choose from {', '.join(known)}"

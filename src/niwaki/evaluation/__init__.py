@@ -1,0 +1,154 @@
+"""What a model is worth: perplexity, distance to a reference, multiple-choice tasks.
+
+Both models are streamed block by block like a compression, so evaluating needs the memory of one block plus
+the hidden states, and the numbers equal those of the whole model's own forward.
+
+    niwaki.evaluate("out", data=["mine.txt"], reference="models/sapling", seq_len=512)
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from niwaki.block import Decoder
+from niwaki.calibration import evaluation_windows, load_tokenizer, read_texts
+from niwaki.checkpoint import Checkpoint
+from niwaki.compression import pick_device, pick_dtype
+from niwaki.errors import CalibrationError, InputError
+from niwaki.evaluation.divergence import compare_windows
+from niwaki.evaluation.tasks import Bucket, buckets, read_items, score
+from niwaki.walk import Report, Stream, forward
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    data: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    reference: str | Path | None = None,
+    seq_len: int = 1024,
+    max_tokens: int | None = None,
+    limit: int | None = None,
+    field: str = "text",
+    device: str = "auto",
+    dtype: str = "auto",
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Measures `model` on text files and task files, and against `reference` if given.
+
+    Returns a JSON-ready mapping: `perplexity`, `tokens`, and with a reference `reference_perplexity`, `kl`
+    (mean KL(reference‖model) in nats per predicted token) and `top1_agreement`, each per data file; `tasks`
+    per task file; `bytes` of the weight files. `max_tokens` cuts every data file, `limit` every task file.
+
+    Raises InputError for anything that cannot be read or does not fit the model.
+    """
+    if not data and not tasks:
+        raise InputError("nothing to evaluate: give --data FILE or --tasks FILE")
+    report = report or (lambda event, **fields: None)
+    decoders = [
+        Decoder(Checkpoint.open(path), pick_device(device), pick_dtype(dtype))
+        for path in (model, reference)
+        if path is not None
+    ]
+    tokenizer = load_tokenizer(decoders[0].checkpoint.folder)
+    _check_lengths(decoders, seq_len)
+    windows = {
+        path: evaluation_windows(read_texts([path], field), tokenizer, seq_len=seq_len, max_tokens=max_tokens)
+        for path in data
+    }
+    positions = min((d.positions for d in decoders if d.positions is not None), default=None)
+    questions = {path: read_items(path, limit) for path in tasks}
+    packed = {path: buckets(items, tokenizer, positions) for path, items in questions.items()}
+    with tempfile.TemporaryDirectory(prefix="niwaki-") as folder:
+        passed = [
+            _Passed(decoder, windows, packed, Path(folder) / str(number), report)
+            for number, decoder in enumerate(decoders)
+        ]
+        result: dict[str, Any] = {
+            "model": str(model),
+            "reference": None if reference is None else str(reference),
+            "bytes": decoders[0].checkpoint.nbytes,
+            "reference_bytes": decoders[1].checkpoint.nbytes if reference is not None else None,
+            "seq_len": seq_len,
+            "dtype": str(decoders[0].dtype).removeprefix("torch."),
+            "tokens": {path: ids_ST.numel() for path, ids_ST in windows.items()},
+            **_compare_all(passed, list(windows)),
+        }
+        result["tasks"] = {path: _score_all(passed, path, questions[path]) for path in tasks}
+    return result
+
+
+class _Passed:
+    """A decoder whose streams have all gone through its blocks, ready for logits."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        windows: dict[str, Tensor],
+        packed: dict[str, list[Bucket]],
+        folder: Path,
+        report: Report,
+    ) -> None:
+        self.decoder = decoder
+        folder.mkdir()
+        number = 0
+
+        def stream(ids_ST: Tensor) -> Stream:
+            nonlocal number
+            number += 1
+            return Stream(decoder, ids_ST, folder=folder, name=f"stream-{number}")
+
+        self.windows = {path: stream(ids_ST) for path, ids_ST in windows.items()}
+        self.buckets = {path: [(bucket, stream(bucket.ids_ST)) for bucket in found] for path, found in packed.items()}
+        streams = [*self.windows.values(), *(s for found in self.buckets.values() for _, s in found)]
+
+        def visit(block: Any) -> None:
+            report("evaluate", index=block.index, of=len(decoder), model=decoder.checkpoint.folder.name)
+
+        forward(decoder, streams, visit)
+
+    def logits(self, stream: Stream, rows: slice) -> Tensor:
+        """Logits [B, T, V] float32 of the windows `rows`."""
+        return self.decoder.leave(stream.ids_ST[rows], stream.hidden.read(rows)).float()
+
+
+def _compare_all(passed: list[_Passed], paths: list[str]) -> dict[str, Any]:
+    found: dict[str, dict[str, float]] = {}
+    for path in paths:
+        streams = [(one, one.windows[path]) for one in passed]
+
+        def logits(row: int, streams: list[tuple[_Passed, Stream]] = streams) -> list[Tensor]:
+            return [one.logits(stream, slice(row, row + 1))[0] for one, stream in streams]
+
+        for name, value in compare_windows(streams[0][1].ids_ST, logits).items():
+            found.setdefault(name, {})[path] = value
+    return found
+
+
+def _score_all(passed: list[_Passed], path: str, questions: list[Any]) -> dict[str, Any]:
+    scores = []
+    for one in passed:
+
+        def logits(stream: Stream, rows: slice, one: _Passed = one) -> Tensor:
+            return one.logits(stream, rows)
+
+        scores.append(score(questions, one.buckets[path], logits))
+    return scores[0] if len(scores) == 1 else {**scores[0], "reference": scores[1]}
+
+
+def _check_lengths(decoders: list[Decoder], seq_len: int) -> None:
+    vocabularies = {d.checkpoint.config.get_text_config().vocab_size for d in decoders}
+    if len(vocabularies) > 1:
+        raise InputError(f"model and reference have different vocabularies ({vocabularies}): they cannot be compared")
+    for decoder in decoders:
+        if decoder.positions is not None and seq_len > decoder.positions:
+            raise CalibrationError(
+                f"--seq-len {seq_len} is longer than the {decoder.positions} positions of "
+                f"{decoder.checkpoint.folder}: pass --seq-len {decoder.positions} or less"
+            )
+
+
+__all__ = ["evaluate"]

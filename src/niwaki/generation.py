@@ -1,0 +1,50 @@
+"""Loading a result and letting it write."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from niwaki.calibration import load_tokenizer
+from niwaki.checkpoint import Checkpoint
+from niwaki.compression import pick_device
+from niwaki.errors import InputError
+
+
+def load(model: str | Path, *, device: str = "auto") -> Any:
+    """The whole model as a transformers `PreTrainedModel` in eval mode, in the checkpoint's dtype."""
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = Checkpoint.open(model)
+    decoder: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=checkpoint.dtype, trust_remote_code=False
+    )
+    return decoder.to(pick_device(device)).eval()
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+) -> str:
+    """`prompt` and its continuation. Raises InputError for a prompt that leaves no room to continue."""
+    decoder = load(model, device=device)
+    tokenizer = load_tokenizer(Checkpoint.open(model).folder)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(decoder.device)
+    if not inputs["input_ids"].numel():
+        raise InputError("the prompt is empty: give some text to continue")
+    positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
+    length = inputs["input_ids"].shape[1] + max_new_tokens
+    if positions is not None and length > positions:
+        raise InputError(f"prompt and --max-new-tokens take {length} tokens, the model has {positions} positions")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        ids_BT = decoder.generate(
+            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling
+        )
+    return str(tokenizer.decode(ids_BT[0], skip_special_tokens=True))

@@ -1,0 +1,56 @@
+"""One panel of the column sweep: the torch reference, and the choice between it and the Triton kernel.
+
+Legend: O rows, P columns of the panel, M group size.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class GroupTarget(Protocol):
+    """Of every `group` neighbours, `keep` stay."""
+
+    @property
+    def keep(self) -> int: ...
+
+    @property
+    def group(self) -> int: ...
+
+
+def sweep_panel(
+    panel_OP: Tensor, upper_PP: Tensor, keep_OP: Tensor | None, target: GroupTarget | None
+) -> tuple[Tensor, Tensor]:
+    """Prunes `panel_OP` (float32, contiguous) in place, left to right; returns (errors [O, P], keep [O, P]).
+
+    `upper_PP` is the panel's diagonal block of U. Either the mask is given, or `target` says how many of each
+    group to keep: then the lowest W²/U_jj² at the moment the sweep enters the group go, ties to the lower index.
+    Errors are (w − ŵ)/U_jj, which the caller propagates beyond the panel.
+    """
+    if panel_OP.is_cuda:
+        from niwaki.kernels.triton_sweep import sweep_panel_triton
+
+        return sweep_panel_triton(panel_OP, upper_PP, keep_OP, target)
+    return sweep_panel_reference(panel_OP, upper_PP, keep_OP, target)
+
+
+def sweep_panel_reference(
+    panel_OP: Tensor, upper_PP: Tensor, keep_OP: Tensor | None, target: GroupTarget | None
+) -> tuple[Tensor, Tensor]:
+    """The same in plain torch, one column at a time, on any device."""
+    columns = panel_OP.shape[1]
+    errors_OP = torch.empty_like(panel_OP)
+    keep_OP = torch.ones_like(panel_OP, dtype=torch.bool) if keep_OP is None else keep_OP.clone()
+    for column in range(columns):
+        if target is not None and column % target.group == 0:
+            end = column + target.group
+            saliency_OM = (panel_OP[:, column:end] / upper_PP.diagonal()[column:end]).square()
+            lowest_OM = saliency_OM.argsort(dim=1, stable=True)[:, : target.group - target.keep]
+            keep_OP[:, column:end].scatter_(1, lowest_OM, False)
+        pruned_O = panel_OP[:, column] * ~keep_OP[:, column]
+        error_O = pruned_O / upper_PP[column, column]
+        # Column `column` itself becomes w − w = 0 where pruned and stays where kept.
+        panel_OP[:, column:] -= error_O[:, None] * upper_PP[column, column:][None]
+        errors_OP[:, column] = error_O
+    return errors_OP, keep_OP

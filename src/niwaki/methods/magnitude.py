@@ -1,0 +1,49 @@
+"""Magnitude pruning: the smallest weights go. The floor that every other method must beat.
+
+Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (NeurIPS 2015),
+without retraining. `scope="matrix"` (default, as in the literature's tables) compares all weights of a
+matrix, `scope="row"` those of one output. Needs no calibration; cost: one sort per matrix.
+
+    niwaki compress models/sapling out --method magnitude --target 0.5 --set scope=row
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from niwaki.block import Block
+from niwaki.config import Target
+from niwaki.methods._masks import keep_by_matrix, keep_by_row
+from niwaki.packed import Packed
+from niwaki.statistics import Needs, Statistics
+
+PAPER = "Han et al. 2015, Learning both Weights and Connections"
+NEEDS = Needs()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`scope`: `matrix` (one threshold a matrix) or `row` (the same number of zeros in every row)."""
+
+    scope: str = "matrix"
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("matrix", "row"):
+            raise ValueError(f"scope must be matrix or row, got {self.scope!r}")
+
+
+def compress(
+    block: Block,
+    statistics: Mapping[str, Statistics],
+    targets: Mapping[str, Target],
+    config: Config,
+    generator: torch.Generator,
+) -> dict[str, Packed]:
+    """Score |W|."""
+    choose = keep_by_matrix if config.scope == "matrix" else keep_by_row
+    packed = {}
+    for name, target in targets.items():
+        weight_OI = block.weight(name).float()
+        packed[name] = Packed.masked(weight_OI, choose(weight_OI.abs(), target))
+    return packed

@@ -1,0 +1,40 @@
+"""One tagged record per compressed matrix: how it is stored, decoded and counted.
+
+Kinds so far: `dense` (every weight kept) and `masked` (zeros stored in place, so any engine loads it and the
+file stays as large as before).
+
+Legend: O outputs, I inputs.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["dense", "masked"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A compressed matrix. `weight_OI` is what every consumer must see after decoding.
+
+    `note` tells what a reader of blocks.jsonl should know about how this record came to be.
+    """
+
+    kind: Kind
+    weight_OI: Tensor
+    note: str = ""
+
+    @classmethod
+    def masked(cls, weight_OI: Tensor, keep_OI: Tensor, note: str = "") -> "Packed":
+        """`weight_OI` with zeros where `keep_OI` is false."""
+        return cls("masked", torch.where(keep_OI, weight_OI, weight_OI.new_zeros(())), note)
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """The [O, I] matrix as a consumer computes with it."""
+        return self.weight_OI.to(dtype)
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes this record takes in a file that stores values as `dtype`."""
+        return self.weight_OI.numel() * dtype.itemsize

@@ -1,0 +1,276 @@
+"""The loop: hidden states of all windows pass block after block, and each block may be replaced on its way.
+
+One block is in memory, the next one is read meanwhile, the last one written meanwhile. The statistics of a
+block are collected on inputs that have already passed the compressed prefix. Peak memory does not depend on
+the number of blocks.
+
+Legend: S windows, B windows in a batch, T tokens, D hidden size, N tokens, O outputs, I inputs.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from niwaki.activations import Activations, choose_place
+from niwaki.anatomy import Call
+from niwaki.block import Block, Decoder, batches
+from niwaki.config import Target
+from niwaki.errors import ArchitectureError, NumericalError
+from niwaki.methods import Method
+from niwaki.packed import Packed
+from niwaki.statistics import Needs, Statistics
+
+Report = Callable[..., None]
+
+
+class Stream:
+    """The hidden states of all windows, and the arguments that blocks are called with."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        ids_ST: Tensor,
+        *,
+        batch_tokens: int | None = None,
+        activation_bytes: int | None = None,
+        folder: Path | None = None,
+        name: str = "stream",
+    ) -> None:
+        count, tokens = ids_ST.shape
+        self.ids_ST = ids_ST
+        self.batch = max(1, min(count, (batch_tokens or default_batch_tokens(decoder.device)) // tokens))
+        shape = (count, tokens, decoder.hidden_size)
+        needed_bytes = count * tokens * decoder.hidden_size * decoder.dtype.itemsize
+        place = choose_place(needed_bytes, decoder.device, activation_bytes)
+        self.hidden = Activations.allocate(shape, decoder.dtype, decoder.device, place, folder, f"{name}.bin")
+        self._calls: dict[int, list[Call]] = {}
+        for rows in self.slices():
+            x_BTD, calls = decoder.enter(ids_ST[rows])
+            self.hidden.write(rows, x_BTD)
+            _require_equal(self._calls.setdefault(len(x_BTD), calls), calls)
+
+    def slices(self) -> Iterator[slice]:
+        """The batches of windows, in order."""
+        return batches(len(self.ids_ST), self.batch)
+
+    def call(self, rows: slice, index: int) -> Call:
+        """The arguments of block `index` for the batch `rows`."""
+        return self._calls[rows.stop - rows.start][index]
+
+    def observe(self, block: Block, seen: Callable[[str, Tensor], None] | None, *, first_only: bool = False) -> Tensor:
+        """Runs the block without moving on; returns its output [B, T, D] for the first batch."""
+        first: Tensor | None = None
+        for rows in self.slices():
+            out_BTD = block.run(self.call(rows, block.index), self.hidden.read(rows), seen)
+            first = out_BTD if first is None else first
+            if first_only:
+                break
+        assert first is not None
+        return first
+
+    def advance(self, block: Block) -> None:
+        """Replaces the hidden states by the block's output."""
+        for rows in self.slices():
+            self.hidden.write(rows, block.run(self.call(rows, block.index), self.hidden.read(rows)))
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens a forward takes at once: enough to fill the device, few enough to bound its temporaries."""
+    return 16384 if device.type == "cuda" else 2048
+
+
+def loaded_blocks(
+    decoder: Decoder, stored: Callable[[int], dict[str, Tensor] | None] = lambda index: None
+) -> Iterator[Block]:
+    """Every block in turn, the next one being read while the caller works. The caller releases them."""
+    with ThreadPoolExecutor(1, thread_name_prefix="load") as reader:
+
+        def load(index: int) -> Block:
+            return decoder.load(index, stored(index))
+
+        upcoming: Future[Block] = reader.submit(load, 0)
+        for index in range(len(decoder)):
+            block = upcoming.result()
+            if index + 1 < len(decoder):
+                upcoming = reader.submit(load, index + 1)
+            yield block
+
+
+def forward(decoder: Decoder, streams: Sequence[Stream], visit: Callable[[Block], None] | None = None) -> None:
+    """Runs all streams through all blocks, each block read once; `visit` sees a block before they pass it."""
+    for block in loaded_blocks(decoder):
+        if visit is not None:
+            visit(block)
+        for stream in streams:
+            stream.advance(block)
+        block.release()
+
+
+def collect(block: Block, stream: Stream, needs: Needs) -> tuple[dict[str, Statistics], Tensor]:
+    """Statistics of every matrix (shared within a group), and the block's output for the first batch.
+
+    Without needs only the first batch runs, for its samples.
+    """
+    groups = {leader: Statistics(needs) for leader in block.anatomy.groups}
+
+    def seen(name: str, x: Tensor) -> None:
+        if name in groups:  # a group is collected once, at its first matrix
+            groups[name].add(x)
+
+    first_BTD = stream.observe(block, seen, first_only=not needs.anything)
+    if not torch.isfinite(first_BTD).all():
+        raise NumericalError(
+            f"block {block.index} puts out NaN or infinite values on the calibration text: "
+            "check the checkpoint, or use a wider dtype"
+        )
+    return {name: groups[linear.group] for name, linear in block.linears.items()}, first_BTD
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the walk does to each block: a method, its options, its targets and its seed."""
+
+    method: Method
+    config: Any
+    targets: list[dict[str, Target]]
+    seed: int
+
+
+def compress_blocks(
+    decoder: Decoder,
+    plan: Plan,
+    stream: Stream | None,
+    dense: Stream | None,
+    *,
+    finished: Callable[[int], dict[str, Tensor] | None],
+    save: Callable[[Block, list[dict[str, Any]]], None],
+    report: Report,
+) -> None:
+    """Compresses every block on the stream and hands it to `save` with its report lines.
+
+    `finished(index)` gives the stored tensors of a block that an earlier run completed: it is only replayed.
+    `stream` may be None for a method that needs no data; `dense`, if given, follows the dense model and
+    yields the drift of the compressed prefix at every depth.
+    """
+    for block in loaded_blocks(decoder, finished):
+        started = time.perf_counter()
+        done = finished(block.index) is not None
+        if dense is not None:
+            _advance_dense(decoder, dense, block, done)
+        if not done:
+            lines = _compress_block(block, plan, stream)
+        if stream is not None:
+            stream.advance(block)
+        if not done:
+            drift = None if dense is None or stream is None else _relative_error(stream.hidden, dense.hidden)
+            save(block, [{**line, "drift": drift} for line in lines])
+        block.release()
+        seconds = time.perf_counter() - started
+        report("block", index=block.index, of=len(decoder), replayed=done, seconds=round(seconds, 3))
+
+
+def _compress_block(block: Block, plan: Plan, stream: Stream | None) -> list[dict[str, Any]]:
+    """Runs the method on one block, assigns its records and returns one report line per matrix."""
+    targets = plan.targets[block.index]
+    statistics: dict[str, Statistics] = {name: Statistics(Needs()) for name in block.linears}
+    before_BTD = None
+    if stream is not None:
+        statistics, before_BTD = collect(block, stream, plan.method.NEEDS)
+    generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + block.index)
+    with torch.no_grad():
+        packed = plan.method.compress(block, statistics, targets, plan.config, generator)
+        lines = [_line(block, name, targets[name], record, statistics[name]) for name, record in packed.items()]
+    if stream is not None and before_BTD is not None:
+        after_BTD = stream.observe(block, None, first_only=True)
+        block_error = _energy_ratio(after_BTD - before_BTD, before_BTD)
+        lines = [{**line, "block_error": block_error} for line in lines]
+    return lines
+
+
+def _line(block: Block, name: str, target: Target, record: Packed, statistics: Statistics) -> dict[str, Any]:
+    """Assigns one record and describes it; errors are relative squared output errors on sampled inputs.
+
+    `error_before_update` is that of only removing the pruned weights, `error` that of the final matrix.
+    """
+    old_OI = block.weight(name).float().clone()
+    block.assign(name, record.decode(block.storage_dtype(name)))
+    new_OI = block.weight(name).float()
+    if not torch.isfinite(new_OI).all():
+        raise NumericalError(f"block {block.index} {name}: the compressed weights are not finite")
+    error = error_before_update = None
+    if statistics.sample_NI is not None and len(statistics.sample_NI):
+        x_NI = statistics.sample_NI.float()
+        wanted_NO = x_NI @ old_OI.T
+        error = _energy_ratio(x_NI @ new_OI.T - wanted_NO, wanted_NO)
+        masked_OI = old_OI * (new_OI != 0)
+        error_before_update = _energy_ratio(x_NI @ masked_OI.T - wanted_NO, wanted_NO)
+    zeros = int((new_OI == 0).sum())
+    return {
+        "block": block.index,
+        "matrix": name,
+        "shape": list(new_OI.shape),
+        "target": str(target),
+        "kind": record.kind,
+        "zeros": zeros,
+        "zeros_frac": zeros / new_OI.numel(),
+        "bytes": record.nbytes(block.storage_dtype(name)),
+        "tokens": statistics.tokens,
+        "error_before_update": error_before_update,
+        "error": error,
+        "note": record.note,
+    }
+
+
+def _advance_dense(decoder: Decoder, dense: Stream, block: Block, replayed: bool) -> None:
+    """Moves the dense stream past `block`; a replayed block is compressed already, so its source is read."""
+    if not replayed:
+        dense.advance(block)
+        return
+    compressed = {name: tensor.clone() for name, tensor in block.stored.items()}
+    dense.advance(decoder.load(block.index))
+    decoder.load(block.index, compressed)
+
+
+def _relative_error(hidden: Activations, wanted: Activations) -> float:
+    """‖x − y‖² / ‖y‖² over all windows."""
+    error = energy = 0.0
+    for row in range(len(wanted)):
+        y_TD = wanted.read(slice(row, row + 1)).float()
+        error += float((hidden.read(slice(row, row + 1)).float() - y_TD).square().sum(dtype=torch.float64))
+        energy += float(y_TD.square().sum(dtype=torch.float64))
+    return error / energy
+
+
+def _energy_ratio(difference: Tensor, wanted: Tensor) -> float:
+    energy = float(wanted.float().square().sum(dtype=torch.float64))
+    error = float(difference.float().square().sum(dtype=torch.float64))
+    return error / energy if energy else 0.0
+
+
+def _require_equal(first: list[Call], other: list[Call]) -> None:
+    """Arguments are recorded once per batch shape, so they must not depend on the tokens."""
+    for index, (a, b) in enumerate(zip(first, other, strict=True)):
+        for left, right in zip(_tensors(a), _tensors(b), strict=True):
+            if left is not right and not torch.equal(left, right):
+                raise ArchitectureError(
+                    f"block {index} receives an argument of shape {list(left.shape)} that depends on the tokens: "
+                    "niwaki walks decoders whose blocks depend on the hidden state alone"
+                )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Call):
+        return _tensors(value.args) + _tensors(value.kwargs)
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
