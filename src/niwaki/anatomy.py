@@ -2,15 +2,15 @@
 
 The model is built on the meta device from its config. Its embeddings, norms and head (the *ends*) get real
 but empty memory, and one short forward runs through it. Each block is replaced by a stub that records the
-arguments the model calls it with; the first block of each distinct structure really runs, with zero weights,
-under a tap that sees which weights multiply which activations. From that follow:
+arguments the model calls it with; the first block of each distinct structure really runs, under a dry tap that
+sees which weights multiply which activations and answers zeros instead of multiplying. From that follow:
 
 - every matrix, its orientation and, for fused 3-D expert tensors, one matrix per expert;
 - the groups of matrices that read the same input (they share statistics);
 - what stays dense on purpose: routers, gates with one output, vectors.
 
 A block weight of two or more dimensions that met no activation is an error that names it: nothing is skipped
-silently. Cost: memory of the ends as untouched zero pages, time of one 8-token forward per structure.
+silently. Cost: address space, not memory, and the time of one 8-token forward per structure.
 
     skeleton = build_skeleton(config, torch.float32)
     anatomy = discover(skeleton)
@@ -126,7 +126,8 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
         raise ArchitectureError(
             f"no causal language model for model_type {config.model_type!r} in this transformers ({reason})"
         ) from error
-    return model.eval().requires_grad_(False)
+    skeleton: Any = model.eval().requires_grad_(False)
+    return skeleton
 
 
 def find_blocks(skeleton: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -148,7 +149,7 @@ def discover(skeleton: Any) -> Anatomy:
     known: dict[Any, BlockAnatomy] = {}
     found: list[BlockAnatomy] = []
 
-    def probe(index: int, call: Call, hidden_BTD: Tensor) -> Tensor:
+    def probe(index: int, call: Call, hidden_BTD: Tensor) -> Any:
         module = blocks[index]
         signature = (type(module), tuple((name, p.shape) for name, p in module.named_parameters()))
         if signature not in known:
@@ -156,10 +157,11 @@ def discover(skeleton: Any) -> Anatomy:
         found.append(known[signature])
         return found[-1].wrap(hidden_BTD)
 
-    with _zero_ends(skeleton, path), stubbed(blocks, probe):
+    with _empty_ends(skeleton, path) as ends, stubbed(blocks, probe):
         ids_BT = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)
         try:
-            skeleton(input_ids=ids_BT, use_cache=False)
+            with torch.no_grad(), Tap(weight_pointers(ends), lambda name, x, transposed: None, dry=True):
+                skeleton(input_ids=ids_BT, use_cache=False)
         except InputError:
             raise
         except Exception as error:  # any model code may fail on a structure niwaki does not know
@@ -223,32 +225,41 @@ def ends_of(skeleton: nn.Module, path: str) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _zero_ends(skeleton: Any, path: str) -> Iterator[None]:
-    """Ends with zero weights for the time of the probe; zero pages cost no memory until written."""
+def _empty_ends(skeleton: Any, path: str) -> Iterator[Mapping[str, Tensor]]:
+    """Yields the ends' parameters, which have memory for the time of the probe."""
     ends = list(ends_of(skeleton, path))
     held = [(module, dict(module._parameters), dict(module._buffers)) for module in ends]
     for module in ends:
         for name, parameter in module.named_parameters(recurse=False):
-            module._parameters[name] = nn.Parameter(torch.zeros_like(parameter, device="cpu"), requires_grad=False)
+            module._parameters[name] = _untouched(parameter)
         for part_name, buffer in module.named_buffers(recurse=False):
             module._buffers[part_name] = torch.zeros_like(buffer, device="cpu")
         if module._buffers:
             skeleton._init_weights(module)
+    parameters = {
+        f"{number}.{n}": p for number, m in enumerate(ends) for n, p in m._parameters.items() if p is not None
+    }
     try:
-        yield
+        yield parameters
     finally:
-        for module, parameters, buffers in held:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
+        for module, held_parameters, held_buffers in held:
+            module._parameters.update(held_parameters)
+            module._buffers.update(held_buffers)
+
+
+def _untouched(meta: Tensor) -> nn.Parameter:
+    """Memory in the shape of a meta parameter. Matrices stay unwritten: a dry tap never reads them."""
+    make = torch.zeros if meta.dim() < 2 else torch.empty
+    return nn.Parameter(make(meta.shape, dtype=meta.dtype, device="cpu"), requires_grad=False)
 
 
 def _probe_block(skeleton: Any, meta: nn.Module, where: str, call: Call, hidden_BTD: Tensor) -> BlockAnatomy:
-    """Runs a zero-weight copy of one block under the tap and reads its structure."""
+    """Runs a copy of one block under a dry tap and reads its structure."""
     module = copy.deepcopy(meta)
     vars(module).pop("forward", None)  # the stub was copied along
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            part._parameters[name] = nn.Parameter(torch.zeros_like(parameter, device="cpu"), requires_grad=False)
+            part._parameters[name] = _untouched(parameter)
     materialize_buffers(skeleton, module, "cpu")
 
     parameters = {name: p for name, p in module.named_parameters() if p.dim() >= 2}
@@ -257,7 +268,7 @@ def _probe_block(skeleton: Any, meta: nn.Module, where: str, call: Call, hidden_
     def seen(name: str, x: Tensor, transposed: bool) -> None:
         sightings.setdefault(name, (x, x._version, transposed))
 
-    with torch.no_grad(), Tap(weight_pointers(parameters), seen):
+    with torch.no_grad(), Tap(weight_pointers(parameters), seen, dry=True):
         out = module(hidden_BTD, *call.args, **call.kwargs)
     linears, kept_dense = _read_sightings(parameters, sightings)
     uncovered = [

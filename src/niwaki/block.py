@@ -140,7 +140,8 @@ class Decoder:
 
         Safe to call for the next block while another one computes.
         """
-        stored = self.checkpoint.read(self.disk_names(index)) if stored is None else stored
+        if stored is None:
+            stored = self.checkpoint.read(self.disk_names(index), pinned=self.device.type == "cuda")
         self._fill(stored)
         module = self._blocks[index]
         missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
@@ -150,7 +151,7 @@ class Decoder:
                 "the checkpoint is incomplete or belongs to another architecture"
             )
         materialize_buffers(self.model, module, "cpu")
-        module.to(self.device)
+        module.requires_grad_(False).to(self.device, non_blocking=True)
         prefix = self.anatomy.prefix(index)
         dtypes = {self._renames[name].removeprefix(prefix): tensor.dtype for name, tensor in stored.items()}
         return Block(index, module, self.anatomy.blocks[index], stored, dtypes)
@@ -167,11 +168,13 @@ class Decoder:
             parameter = self._renames[name].removeprefix(prefix)
             if parameter not in block.changed:
                 continue
-            new = block.module.get_parameter(parameter).detach().to("cpu", old.dtype)
+            new = _to_host(block.module.get_parameter(parameter).detach().to(old.dtype))
             if name in self._converted:
                 fused[prefix + parameter] = new
             else:
                 tensors[name] = new
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the copies above may still be under way
         if fused:
             from transformers.core_model_loading import revert_weight_conversion
 
@@ -248,6 +251,13 @@ class Decoder:
         wrong = [str(key) for key in info.mismatched_keys] + list(info.conversion_errors)
         if wrong:
             raise CheckpointError(f"{self.checkpoint.folder}: {wrong[0]} does not fit the model's config")
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """On the CPU; from CUDA into pinned memory without waiting, which is several times faster."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _name_map(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[Any], set[str]]:

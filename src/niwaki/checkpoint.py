@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +90,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} stores its weights as {name}: expected F32, F16 or BF16")
         return known[name]
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by name, on the CPU, as stored. Raises CheckpointError naming the first that is not finite."""
+    def read(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, Tensor]:
+        """Tensors by name, on the CPU, as stored; `pinned` ones move to CUDA without a second copy.
+
+        Raises CheckpointError naming the first tensor that is not finite.
+        """
         wanted: dict[str, list[str]] = {}
         for name in names:
             wanted.setdefault(self.tensors[name].shard, []).append(name)
@@ -98,8 +102,9 @@ class Checkpoint:
         for shard, members in wanted.items():
             with safe_open(self.folder / shard, framework="pt") as file:
                 for name in members:
+                    mapped = file.get_tensor(name)
                     # A copy: the file's mapping is dropped here and its pages with it.
-                    found[name] = file.get_tensor(name).clone()
+                    found[name] = torch.empty_like(mapped, pin_memory=pinned).copy_(mapped)
         for name, tensor in found.items():
             # min and max of a tensor are NaN or infinite exactly when some element is
             if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
@@ -134,11 +139,17 @@ class Checkpoint:
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Writes one safetensors file atomically; returns its SHA-256. Raises OutputError, leaving no partial file."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with atomic_file(path) as temporary:
+    with atomic_file(path) as temporary, ThreadPoolExecutor(1) as hasher:
         save_file(contiguous, temporary, metadata={"format": "pt"})
-        with temporary.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return digest
+        digest = hasher.submit(file_sha256, temporary)  # reads back from the page cache
+        _sync_file(temporary)
+        return digest.result()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -159,8 +170,7 @@ def atomic_file(path: Path) -> Any:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync_file(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
@@ -169,6 +179,11 @@ def atomic_file(path: Path) -> Any:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

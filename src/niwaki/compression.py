@@ -8,7 +8,6 @@ Everything that can be wrong with the input is checked before the first file is 
 import hashlib
 import json
 import math
-import os
 import platform
 import resource
 import shutil
@@ -300,13 +299,16 @@ class _Job:
 
 
 class _Writer:
-    """Writes finished parts in the background, a few at a time, and journals each when it is on the disk."""
+    """Writes one finished part in the background and journals it when it is on the disk.
+
+    One at a time, so that a kill loses at most one finished block.
+    """
 
     def __init__(self, run: Run, report: Report) -> None:
         self.run = run
         self.report = report
-        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="save")
-        self._pending: list[tuple[str, Future[dict[str, Any]]]] = []
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._pending: tuple[str, Future[dict[str, Any]]] | None = None
 
     def __enter__(self) -> "_Writer":
         return self
@@ -314,8 +316,7 @@ class _Writer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             # After a failure elsewhere, what is already being written may still be finished and journalled.
-            while self._pending:
-                self._settle()
+            self._settle()
         except OutputError:
             if kind is None:
                 raise
@@ -323,7 +324,7 @@ class _Writer:
             self._pool.shutdown(cancel_futures=True)
 
     def write(self, part: str, shard: str, tensors: dict[str, Tensor], lines: list[dict[str, Any]]) -> None:
-        """Queues one shard; waits while as many are under way as there are workers."""
+        """Starts writing one shard, once the one before it is done."""
         path = self.run.folder / shard
 
         def save() -> dict[str, Any]:
@@ -336,12 +337,13 @@ class _Writer:
                 "lines": lines,
             }
 
-        while len(self._pending) >= 2:
-            self._settle()
-        self._pending.append((part, self._pool.submit(save)))
+        self._settle()
+        self._pending = (part, self._pool.submit(save))
 
     def _settle(self) -> None:
-        part, future = self._pending.pop(0)
+        if self._pending is None:
+            return
+        (part, future), self._pending = self._pending, None
         self.run.finish_part(part, future.result())
         self.report("saved", part=part)
 

@@ -13,7 +13,6 @@ of its block. A resume is refused when anything that decides the bytes has chang
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -21,10 +20,11 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from niwaki.checkpoint import sync_folder, write_text
+from niwaki.checkpoint import file_sha256, sync_folder, write_text
 from niwaki.errors import OutputError, ResumeError
 
 RECORD = "niwaki"
+FINGERPRINT = "fingerprint.json"
 
 
 class Run:
@@ -37,7 +37,7 @@ class Run:
         self.overwrite = overwrite
         self.finished: dict[str, dict[str, Any]] = {}
         check_free(out, self.folder, resume=resume, overwrite=overwrite)
-        continuing = resume and self._journal.is_dir()
+        continuing = resume and (self._journal / FINGERPRINT).is_file()  # killed before that, nothing was done
         if continuing:
             self._check_fingerprint()
         elif self.folder.exists():
@@ -51,7 +51,7 @@ class Run:
         if continuing:
             self._read_journal()
         else:
-            write_text(self._journal / "fingerprint.json", json.dumps(fingerprint, indent=1, sort_keys=True))
+            write_text(self._journal / FINGERPRINT, json.dumps(fingerprint, indent=1, sort_keys=True))
 
     @property
     def _journal(self) -> Path:
@@ -102,7 +102,7 @@ class Run:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _check_fingerprint(self) -> None:
-        path = self._journal / "fingerprint.json"
+        path = self._journal / FINGERPRINT
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -118,7 +118,7 @@ class Run:
         for entry_path in self._journal.glob("*.json"):
             entry = json.loads(entry_path.read_text(encoding="utf-8"))
             shard = entry.get("shard")
-            if shard is None or _digest(self.folder / shard) == entry["sha256"]:
+            if shard is None or _same_content(self.folder / shard, entry["sha256"]):
                 self.finished[entry_path.stem] = entry
         for orphan in self.folder.rglob(".*.tmp"):
             orphan.unlink()
@@ -148,8 +148,5 @@ def check_free(out: Path, partial: Path, *, resume: bool, overwrite: bool) -> No
         raise ResumeError(f"nothing to resume: {partial} does not exist")
 
 
-def _digest(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _same_content(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == sha256

@@ -21,13 +21,15 @@ class Tap(TorchFunctionMode):
     """Calls `seen(name, x, transposed)` when `x` [..., I] is multiplied with the weight `name`.
 
     `pointers` maps the address of a weight's first element to its name. `transposed` tells that the weight
-    is stored [I, O] (it is used as `x @ W`), not [O, I].
+    is stored [I, O] (it is used as `x @ W`), not [O, I]. A `dry` tap answers zeros instead of multiplying, so
+    that weights of any size can be probed without touching their memory.
     """
 
-    def __init__(self, pointers: Mapping[int, str], seen: Seen) -> None:
+    def __init__(self, pointers: Mapping[int, str], seen: Seen, *, dry: bool = False) -> None:
         super().__init__()
         self.pointers = pointers
         self.seen = seen
+        self.dry = dry
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -39,6 +41,8 @@ class Tap(TorchFunctionMode):
                 # In `x @ W.T` the view has the strides of a transposed [O, I] weight.
                 stored_IO = product and weight.stride(-1) == 1
                 self.seen(name, x, stored_IO)
+                if self.dry:
+                    return x.new_zeros(*x.shape[:-1], weight.shape[1 if product else 0])
         return func(*args, **kwargs)
 
 

@@ -1,0 +1,108 @@
+"""Small real blocks, models and texts for the tests."""
+
+import json
+import shutil
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from families import build
+from niwaki.anatomy import BlockAnatomy, Linear
+from niwaki.block import Block
+from niwaki.demo import sapling
+from niwaki.statistics import Needs, Statistics
+
+CPU = torch.device("cpu")
+
+
+def make_block(weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Block:
+    """A block of independent matrices, one group each."""
+    module = nn.Module()
+    linears = {}
+    for name, weight_OI in weights.items():
+        part = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False)
+        part.weight = nn.Parameter(weight_OI.clone(), requires_grad=False)
+        module.add_module(name, part)
+        linears[name] = Linear(name, f"{name}.weight", None, False, *weight_OI.shape, name)
+    storage = {f"{name}.weight": dtype for name in weights}
+    return Block(0, module, BlockAnatomy(linears, (), None), {}, storage)
+
+
+def statistics_of(x_NI: Tensor, needs: Needs) -> Statistics:
+    """Statistics after one batch of inputs; none at all for an empty one."""
+    found = Statistics(needs)
+    if len(x_NI):
+        found.add(x_NI)
+    return found
+
+
+def correlated_inputs(tokens: int, columns: int, seed: int = 0) -> Tensor:
+    """[N, I] inputs whose features are correlated and differ in scale, as activations are."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    scale = torch.rand(columns, generator=generator) * 2 + 0.1
+    return torch.randn(tokens, columns, generator=generator) @ mix * scale
+
+
+def run_method(module: Any, weight_OI: Tensor, x_NI: Tensor, target: Any, **options: Any) -> Tensor:
+    """The matrix [O, I] that a method makes of `weight_OI` for inputs `x_NI`."""
+    block = make_block({"m": weight_OI})
+    statistics = {"m": statistics_of(x_NI, module.NEEDS)}
+    packed = module.compress(block, statistics, {"m": target}, module.Config(**options), torch.Generator())
+    assert torch.equal(block.weight("m"), weight_OI), "a method must not change its input"
+    result: Tensor = packed["m"].decode(torch.float32)
+    return result
+
+
+def tiny_llama(folder: Path, *, blocks: int = 3, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A random Llama with the sapling's tokenizer, saved to `folder`."""
+    settings: dict[str, Any] = {
+        "vocab_size": 4096,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        **changes,
+    }
+    build(transformers.LlamaConfig(**settings), dtype).save_pretrained(folder)
+    add_tokenizer(folder)
+    return folder
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Copies the sapling's tokenizer beside a model."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(sapling() / name, folder / name)
+
+
+def write_texts(path: Path, count: int = 3, first: int = 0) -> Path:
+    """A .jsonl of Python help topics."""
+    names = sorted(topics)[first : first + count]
+    path.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in names), encoding="utf-8")
+    return path
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder by name."""
+    from niwaki.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(folder)
+    return checkpoint.read(checkpoint.tensors)
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    """Contents of every file that decides what a result is (not the times in run.json and its card)."""
+    skipped = {"run.json", "events.jsonl", "README.md"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in skipped
+    }

@@ -1,0 +1,56 @@
+"""Masks: exact counts, the lowest scores, ties by index."""
+
+import pytest
+import torch
+
+from niwaki.config import Grouped, Sparsity
+from niwaki.errors import TargetError
+from niwaki.methods._masks import keep_by_group, keep_by_matrix, keep_by_row, zeros_up_to
+
+
+@pytest.mark.parametrize("zeros_frac", [0.05, 0.333, 0.5, 0.95])
+@pytest.mark.parametrize("shape", [(7, 13), (16, 16), (1, 5)])
+def test_row_counts_are_exact_and_even(zeros_frac: float, shape: tuple[int, int]) -> None:
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    target = Sparsity(zeros_frac)
+    keep = keep_by_row(scores, target)
+    zeros_by_row = (~keep).sum(1)
+    assert int(zeros_by_row.sum()) == round(zeros_frac * scores.numel())
+    assert int(zeros_by_row.max() - zeros_by_row.min()) <= 1
+    for row in range(shape[0]):
+        if 0 < zeros_by_row[row] < shape[1]:
+            assert scores[row][~keep[row]].max() <= scores[row][keep[row]].min()
+
+
+def test_matrix_threshold_takes_the_lowest_of_all() -> None:
+    scores = torch.tensor([[5.0, 1.0, 4.0], [0.0, 2.0, 3.0]])
+    assert keep_by_matrix(scores, Sparsity(0.5)).tolist() == [[True, False, True], [False, False, True]]
+
+
+def test_ties_fall_to_the_lower_index() -> None:
+    same = torch.ones(1, 4)
+    assert keep_by_row(same, Sparsity(0.5)).tolist() == [[False, False, True, True]]
+    assert keep_by_group(same, Grouped(2, 4)).tolist() == [[False, False, True, True]]
+    assert keep_by_matrix(same, Sparsity(0.25)).tolist() == [[False, True, True, True]]
+
+
+@pytest.mark.parametrize("target", [Grouped(2, 4), Grouped(4, 8), Grouped(1, 3), Grouped(3, 4)])
+def test_groups_keep_their_highest(target: Grouped) -> None:
+    scores = torch.rand(6, 24, generator=torch.Generator().manual_seed(1))
+    keep = keep_by_group(scores, target)
+    for row in range(6):
+        for start in range(0, 24, target.group):
+            group = scores[row, start : start + target.group]
+            wanted = set(group.topk(target.keep).indices.tolist())
+            assert set(keep[row, start : start + target.group].nonzero().flatten().tolist()) == wanted
+
+
+def test_groups_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(TargetError, match="multiple of 4 inputs, got a matrix with 10"):
+        keep_by_group(torch.rand(2, 10), Grouped(2, 4))
+
+
+def test_zeros_spread_over_columns_end_exactly() -> None:
+    target = Sparsity(0.37)
+    assert zeros_up_to(target, 7, 100, 100) == target.zeros_in(7, 100)
+    assert zeros_up_to(target, 7, 100, 0) == 0

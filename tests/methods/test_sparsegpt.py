@@ -1,0 +1,138 @@
+"""SparseGPT against a float64 optimal-brain-surgeon loop that inverts the remaining Hessian at every column."""
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import correlated_inputs, make_block, run_method, statistics_of
+from niwaki.config import Grouped, Sparsity, Target
+from niwaki.errors import NumericalError
+from niwaki.methods import sparsegpt
+from niwaki.methods._solver import inverse_factor
+
+
+def reference(weight: np.ndarray, x: np.ndarray, target: Target, damping_frac: float, panel: int) -> np.ndarray:
+    """Columns left to right; [H_{j:}]⁻¹ is recomputed from scratch at every column j."""
+    w = weight.astype(np.float64).copy()
+    h = x.astype(np.float64).T @ x.astype(np.float64)
+    h += damping_frac * np.mean(np.diag(h)) * np.eye(len(h))
+    rows, columns = w.shape
+    inverses = [np.linalg.inv(h[j:, j:]) for j in range(columns)]
+    pruned = np.zeros_like(w, dtype=bool)
+    total = round(rows * columns * target.zeros_frac) if isinstance(target, Sparsity) else 0
+    for j in range(columns):
+        if isinstance(target, Sparsity) and j % panel == 0:
+            members = range(j, min(j + panel, columns))
+            saliency = [(w[r, c] ** 2 / inverses[c][0, 0], c, r) for r in range(rows) for c in members]
+            zeros = total * members.stop // columns - total * j // columns
+            for _, c, r in sorted(saliency)[:zeros]:
+                pruned[r, c] = True
+        if isinstance(target, Grouped) and j % target.group == 0:
+            for r in range(rows):
+                order = sorted(range(j, j + target.group), key=lambda c, r=r: w[r, c] ** 2 / inverses[c][0, 0])
+                pruned[r, order[: target.group - target.keep]] = True
+        for r in range(rows):
+            if pruned[r, j]:
+                w[r, j:] -= w[r, j] / inverses[j][0, 0] * inverses[j][0]
+                w[r, j] = 0
+    return w
+
+
+@pytest.mark.parametrize("target", [Sparsity(0.5), Sparsity(0.7), Grouped(2, 4), Grouped(4, 8), Grouped(1, 4)])
+@pytest.mark.parametrize("panel", [8, 128])
+def test_equals_reference(target: Target, panel: int) -> None:
+    weight = torch.randn(6, 24, generator=torch.Generator().manual_seed(3))
+    x = correlated_inputs(96, 24)
+    found = run_method(sparsegpt, weight, x, target, panel_columns=panel)
+    wanted = reference(weight.numpy(), x.numpy(), target, 0.01, panel)
+    np.testing.assert_array_equal(found.numpy() == 0, wanted == 0)
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=2e-4, atol=2e-5)
+
+
+def test_width_that_no_panel_divides() -> None:
+    weight = torch.randn(5, 29, generator=torch.Generator().manual_seed(4))
+    x = correlated_inputs(80, 29)
+    found = run_method(sparsegpt, weight, x, Sparsity(0.4), panel_columns=8)
+    assert int((found == 0).sum()) == round(0.4 * 5 * 29)
+    wanted = reference(weight.numpy(), x.numpy(), Sparsity(0.4), 0.01, 8)
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=2e-4, atol=2e-5)
+
+
+def test_factor_equals_inverse_in_float64() -> None:
+    x = correlated_inputs(200, 20).double()
+    gram = x.T @ x
+    upper, damping = inverse_factor(gram.float(), 0.01)
+    assert damping == 0.01
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(20)
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper.double().T @ upper.double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("target", [Sparsity(0.5), Grouped(2, 4)])
+def test_fewer_tokens_than_columns_stay_finite(tokens: int, target: Target) -> None:
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(5))
+    found = run_method(sparsegpt, weight, correlated_inputs(tokens, 32) * 100, target)
+    assert torch.isfinite(found).all()
+    assert int((found == 0).sum()) == 64
+
+
+def test_silent_features_are_cheapest_and_the_budget_holds() -> None:
+    x = correlated_inputs(64, 16)
+    x[:, 3] = x[:, 9] = 0
+    found = run_method(sparsegpt, torch.ones(8, 16), x, Sparsity(0.25))
+    assert (found[:, [3, 9]] == 0).all()
+    assert int((found == 0).sum()) == 32
+
+
+def test_all_inputs_zero_is_magnitude_like_and_finite() -> None:
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(6))
+    found = run_method(sparsegpt, weight, torch.zeros(10, 8), Grouped(2, 4))
+    kept = found != 0
+    assert torch.equal(found[kept], weight[kept])
+    assert int(kept.sum()) == 16
+
+
+def test_damping_that_had_to_be_raised_is_noted() -> None:
+    x = torch.ones(2, 64) * 1e4
+    block = make_block({"m": torch.randn(2, 64)})
+    statistics = {"m": statistics_of(x, sparsegpt.NEEDS)}
+    config = sparsegpt.Config(damping_frac=1e-9)
+    packed = sparsegpt.compress(block, statistics, {"m": Sparsity(0.5)}, config, torch.Generator())["m"]
+    assert "damping_frac raised to" in packed.note
+    assert torch.isfinite(packed.weight_OI).all()
+
+
+def test_non_finite_activations_are_a_named_error() -> None:
+    with pytest.raises(NumericalError, match="NaN or infinite"):
+        run_method(sparsegpt, torch.ones(2, 4), torch.full((3, 4), float("nan")), Sparsity(0.5))
+
+
+def test_compensation_beats_masking() -> None:
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(7))
+    x = correlated_inputs(256, 32)
+    found = run_method(sparsegpt, weight, x, Grouped(2, 4))
+    masked = weight * (found != 0)
+    wanted = x @ weight.T
+    assert (x @ found.T - wanted).square().sum() < 0.8 * (x @ masked.T - wanted).square().sum()
+
+
+def test_one_factor_serves_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices that share inputs share one Gram matrix and one factorisation."""
+    from dataclasses import replace
+
+    calls = []
+
+    def counting(gram: torch.Tensor, damping_frac: float) -> tuple[torch.Tensor, float]:
+        calls.append(gram)
+        return inverse_factor(gram, damping_frac)
+
+    monkeypatch.setattr(sparsegpt, "inverse_factor", counting)
+    block = make_block({"q": torch.randn(4, 8), "k": torch.randn(4, 8), "o": torch.randn(4, 8)})
+    block.anatomy.linears["k"] = replace(block.anatomy.linears["k"], group="q")
+    shared = statistics_of(correlated_inputs(40, 8), sparsegpt.NEEDS)
+    other = statistics_of(correlated_inputs(40, 8, 1), sparsegpt.NEEDS)
+    statistics = {"q": shared, "k": shared, "o": other}
+    targets = dict.fromkeys(statistics, Sparsity(0.5))
+    sparsegpt.compress(block, statistics, targets, sparsegpt.Config(), torch.Generator())
+    assert [gram is shared.gram_II for gram in calls] == [True, False]

@@ -1,0 +1,145 @@
+"""Reading: what is refused and how it is said. Writing: complete files or none."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers import tiny_llama
+from niwaki.checkpoint import Checkpoint, atomic_file, write_shard
+from niwaki.errors import CheckpointError, OutputError
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_llama(tmp_path / "model")
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no model folder at"):
+        Checkpoint.open(tmp_path / "nothing")
+
+
+def test_hub_id_that_cannot_be_fetched() -> None:
+    with pytest.raises(CheckpointError, match="could not be fetched as a hub id"):
+        Checkpoint.open("nobody/nothing-here")
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        Checkpoint.open(tmp_path)
+
+
+def test_pickle_only_is_never_loaded(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    with pytest.raises(CheckpointError, match="pickled weights"):
+        Checkpoint.open(model)
+
+
+def test_unreadable_config(model: Path) -> None:
+    (model / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        Checkpoint.open(model)
+
+
+def test_quantized_source_is_refused(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="already quantized"):
+        Checkpoint.open(model)
+
+
+@pytest.mark.parametrize("shard", ["../escape.safetensors", "/etc/passwd", "sub/part.safetensors", "weights.bin"])
+def test_shard_names_outside_the_folder_are_refused(model: Path, shard: str) -> None:
+    index = {"weight_map": {"model.norm.weight": shard}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"plain \.safetensors file name"):
+        Checkpoint.open(model)
+
+
+def test_missing_shard_and_missing_tensor(model: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "gone.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"misses the shard gone\.safetensors"):
+        Checkpoint.open(model)
+    index = {"weight_map": {"no.such.weight": "model.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"the index lists no\.such\.weight"):
+        Checkpoint.open(model)
+
+
+def test_truncated_shard(model: Path) -> None:
+    shard = model / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+        Checkpoint.open(model)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_the_tensor_that_is_not_finite_is_named(model: Path, bad: float) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = bad
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(model)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"):
+        checkpoint.read(checkpoint.tensors)
+
+
+def test_fingerprint_changes_with_weights_and_config(model: Path) -> None:
+    before = Checkpoint.open(model).fingerprint()
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    after = Checkpoint.open(model).fingerprint()
+    assert {name for name in before if before[name] != after[name]} == {"model.safetensors"}
+
+
+def test_dtype_is_that_of_most_bytes(tmp_path: Path) -> None:
+    assert Checkpoint.open(tiny_llama(tmp_path / "half", dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_write_is_atomic(tmp_path: Path) -> None:
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), atomic_file(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
+    """A real write failure: the process may not write files beyond 64 KiB."""
+    script = f"""
+import resource, signal, torch
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from pathlib import Path
+from niwaki.checkpoint import write_shard
+from niwaki.errors import OutputError
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+try:
+    write_shard(Path({str(tmp_path)!r}) / "model.safetensors", {{"w": torch.zeros(100_000)}})
+except OutputError as error:
+    print("refused:", error)
+"""
+    assert hasattr(signal, "SIGXFSZ") and resource.RLIMIT_FSIZE is not None
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("refused: cannot write")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_read_only_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("niwaki.checkpoint.save_file", refuse)
+    with pytest.raises(OutputError, match="Read-only file system"):
+        write_shard(tmp_path / "a.safetensors", {"w": torch.zeros(2)})

@@ -1,0 +1,71 @@
+"""Targets, recipes and options: what parses, and one clear line for what does not."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from niwaki.config import Grouped, Sparsity, load_recipe, make_options, make_recipe, parse_target
+from niwaki.errors import InputError, TargetError
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [("0.5", Sparsity(0.5)), ("50%", Sparsity(0.5)), (" 2:4 ", Grouped(2, 4)), ("4:8", Grouped(4, 8))],
+)
+def test_targets(text: str, target: object) -> None:
+    assert parse_target(text) == target
+
+
+@pytest.mark.parametrize("text", ["0", "1", "1.5", "-0.2", "nan", "4:4", "0:4", "5:4", "half", "", "1.6bit", "2:4:8"])
+def test_impossible_targets(text: str) -> None:
+    with pytest.raises(TargetError, match="target"):
+        parse_target(text)
+
+
+def test_target_prints_as_it_is_written() -> None:
+    assert [str(parse_target(text)) for text in ("0.5", "2:4")] == ["0.5", "2:4"]
+
+
+def test_recipe_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text('method: wanda\ntarget: "2:4"\ncalibration: {files: [a.txt], samples: 8, seq_len: 16}\n')
+    recipe = make_recipe(load_recipe(path))
+    assert (recipe.method, recipe.target, recipe.calibration.samples) == ("wanda", "2:4", 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("- a\n", "expected a mapping"), ("a: [", "is not YAML"), (None, "cannot read the recipe")],
+)
+def test_bad_recipe_files(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        load_recipe(path)
+
+
+def test_recipe_problems_name_the_field() -> None:
+    with pytest.raises(InputError, match="unknown recipe field 'metod': did you mean 'method'"):
+        make_recipe({"metod": "wanda", "target": "0.5"})
+    with pytest.raises(InputError, match=r"calibration\.samples"):
+        make_recipe({"method": "wanda", "target": "0.5", "calibration": {"samples": 0}})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    count: int = 1
+    share_frac: float = 0.5
+    flag: bool = False
+
+
+def test_options_are_coerced_and_checked() -> None:
+    assert make_options(Options, {"count": "3", "share_frac": "0.1", "flag": "true"}, "m") == Options(
+        count=3, share_frac=0.1, flag=True
+    )
+    with pytest.raises(InputError, match="unknown option of m 'cuont': did you mean 'count'"):
+        make_options(Options, {"cuont": "3"}, "m")
+    for name, value in [("count", "1.5"), ("flag", "maybe"), ("share_frac", "x")]:
+        with pytest.raises(InputError, match=f"m option {name}: expected"):
+            make_options(Options, {name: value}, "m")
