@@ -14,7 +14,9 @@ Legend: B windows in a batch, T tokens, D hidden size, O outputs, I inputs, V vo
     logits_BTV = decoder.leave(ids_BT, x_BTD)
 """
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +36,7 @@ from niwaki.anatomy import (
     weight_pointers,
 )
 from niwaki.checkpoint import Checkpoint
+from niwaki.device import return_free_memory
 from niwaki.errors import ArchitectureError, CheckpointError
 from niwaki.tap import Tap
 
@@ -92,6 +95,7 @@ class Block:
         """Frees the weights; the module goes back to the meta device."""
         self.module.to("meta")
         self.stored.clear()
+        return_free_memory()
 
     @staticmethod
     def _sighting(linear: Linear) -> str:
@@ -246,7 +250,7 @@ class Decoder:
         from transformers.modeling_utils import LoadStateDictConfig
 
         settings = LoadStateDictConfig(device_map={"": "cpu"}, dtype=self.dtype, weight_mapping=self._mapping)
-        with _quiet_transformers():
+        with _plain_loading():
             info, _ = convert_and_load_state_dict_in_model(model=self.model, state_dict=stored, load_config=settings)
         wrong = [str(key) for key in info.mismatched_keys] + list(info.conversion_errors)
         if wrong:
@@ -281,20 +285,29 @@ def _name_map(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[
     return renames, mapping, converted
 
 
-class _quiet_transformers:  # noqa: N801 (a context manager that reads like a function)
-    """Silences transformers' own progress bars; the walk shows its own."""
+@contextmanager
+def _plain_loading() -> Iterator[None]:
+    """transformers' loader without its progress bar and its threads.
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
+    The tensors are in memory already; its threads would only spread them over more heaps.
+    """
+    from transformers.utils import logging
 
-        self._was_on = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        if self._was_on:
+    shown, threads = logging.is_progress_bar_enabled(), os.environ.get(_NO_THREADS)
+    logging.disable_progress_bar()
+    os.environ[_NO_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if threads is None:
+            os.environ.pop(_NO_THREADS, None)
+        else:
+            os.environ[_NO_THREADS] = threads
+        if shown:
             logging.enable_progress_bar()
+
+
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

@@ -59,51 +59,30 @@ def compress(
     from niwaki.progress import Display
 
     values: dict[str, Any] = load_recipe(recipe) if recipe else {}
-    flags = {
-        "method": method,
-        "target": target,
-        "allocation": allocation,
-        "seed": seed,
-        "device": device,
-        "dtype": dtype,
-        "batch_tokens": batch_tokens,
-        "activation_bytes": activation_bytes,
-    }
-    values |= {name: value for name, value in flags.items() if value is not None}
-    text = {
-        "files": tuple(calibration) if calibration else None,
-        "field": field,
-        "samples": samples,
-        "seq_len": seq_len,
-    }
-    values["calibration"] = {
-        **(values.get("calibration") or {}),
-        **{name: value for name, value in text.items() if value is not None},
-    }
-    values["options"] = {**(values.get("options") or {}), **_key_values(set_ or [])}
-    for name in ("method", "target"):
-        if name not in values:
-            raise InputError(f"--{name} is missing: for example --method sparsegpt --target 2:4 (see `niwaki methods`)")
-    with Display(err_console) as display:
-        record = run(
-            model,
-            out,
-            resume=resume,
-            overwrite=overwrite,
-            dense_stream=dense_stream,
-            report=display,
-            **values,
-        )
-    result = record["result"]
-    out_console.print(
-        f"{out}: {result['matrices']} matrices, {result['zeros_frac']:.4%} zeros, {result['bytes']:,} bytes "
-        f"(dense {record['model']['bytes']:,}), {record['seconds']} s, "
-        f"peak RSS {record['peak_rss_bytes'] / 1e9:.2f} GB",
-        highlight=False,
-        soft_wrap=True,
+    values |= _given(
+        method=method,
+        target=target,
+        allocation=allocation,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        activation_bytes=activation_bytes,
     )
-    for note in result["notes"]:
-        err_console.print(f"[yellow]note:[/] {note} (see {out}/niwaki/blocks.jsonl)", highlight=False)
+    files = tuple(calibration) if calibration else None
+    text = _given(files=files, field=field, samples=samples, seq_len=seq_len)
+    values["calibration"] = {**(values.get("calibration") or {}), **text}
+    values["options"] = {**(values.get("options") or {}), **_key_values(set_ or [])}
+    _require(values, "method", "target")
+    try:
+        with Display(err_console) as display:
+            record = run(
+                model, out, resume=resume, overwrite=overwrite, dense_stream=dense_stream, report=display, **values
+            )
+    except KeyboardInterrupt:
+        err_console.print("interrupted: finished blocks are kept, go on with the same command and --resume")
+        raise typer.Exit(130) from None
+    _print_record(out, record)
 
 
 @app.command()
@@ -220,15 +199,23 @@ def main() -> None:
     except NiwakiError as error:
         err_console.print(f"[red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err_console.print("interrupted: finished blocks are kept, continue with --resume", highlight=False)
-        sys.exit(130)
 
 
 def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def _given(**flags: Any) -> dict[str, Any]:
+    """The flags that were set; the others leave the recipe as it is."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _require(values: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if name not in values:
+            raise InputError(f"--{name} is missing: for example --method sparsegpt --target 2:4 (see `niwaki methods`)")
 
 
 def _key_values(pairs: list[str]) -> dict[str, str]:
@@ -245,6 +232,19 @@ def _needs(needs: Any) -> str:
     if needs.gram:
         return "XᵀX per input"
     return "squared norms per input" if needs.sqnorm else "no data"
+
+
+def _print_record(out: Path, record: dict[str, Any]) -> None:
+    result = record["result"]
+    out_console.print(
+        f"{out}: {result['matrices']} matrices, {result['zeros_frac']:.4%} zeros, {result['bytes']:,} bytes "
+        f"(dense {record['model']['bytes']:,}), {record['seconds']} s, "
+        f"peak RSS {record['peak_rss_bytes'] / 1e9:.2f} GB",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for note in result["notes"]:
+        err_console.print(f"[yellow]note:[/] {note} (see {out}/niwaki/blocks.jsonl)", highlight=False)
 
 
 def _print_scores(result: dict[str, Any]) -> None:

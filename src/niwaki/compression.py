@@ -13,7 +13,6 @@ import resource
 import shutil
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,11 +26,12 @@ from niwaki.allocation import ALLOCATIONS, OWL_NEEDS, OwlConfig, Targets, outlie
 from niwaki.block import Block, Decoder
 from niwaki.calibration import calibration_windows, digest, load_tokenizer, read_texts, sampled_windows
 from niwaki.card import model_card
-from niwaki.checkpoint import INDEX, Checkpoint, copy_file, write_shard, write_text
+from niwaki.checkpoint import INDEX, Checkpoint, copy_file, write_text
 from niwaki.config import Recipe, Target, make_options, make_recipe, parse_target
+from niwaki.device import pick_device, pick_dtype
 from niwaki.errors import CalibrationError, InputError, NumericalError, OutputError, unknown
 from niwaki.methods import Method, get_method
-from niwaki.run import RECORD, Run, check_free
+from niwaki.run import RECORD, Run, Writer, check_free
 from niwaki.walk import Plan, Report, Stream, collect, compress_blocks, default_batch_tokens, forward
 
 END_SHARD_BYTES = 2**30
@@ -115,7 +115,7 @@ class _Job:
             self.report(event, **fields)
 
         report("start", blocks=len(self.decoder), method=self.recipe.method, target=self.recipe.target)
-        with _Writer(run, report) as writer:
+        with Writer(run, report) as writer:
             self._write_ends(run, writer)
             stream = self._stream(run, "compressed")
             if self.recipe.allocation == "owl":
@@ -222,7 +222,7 @@ class _Job:
             filled += size
         return [part for part in parts if part]
 
-    def _write_ends(self, run: Run, writer: "_Writer") -> None:
+    def _write_ends(self, run: Run, writer: "Writer") -> None:
         for number, names in enumerate(self._end_parts()):
             part = f"ends-{number:05d}"
             if part not in run.finished:
@@ -296,81 +296,6 @@ class _Job:
         threads = str(torch.get_num_threads()) if self.device.type == "cpu" else ""
         marks["threads"] = threads
         return {name: hashlib.sha256(mark.encode()).hexdigest() for name, mark in marks.items()}
-
-
-class _Writer:
-    """Writes one finished part in the background and journals it when it is on the disk.
-
-    One at a time, so that a kill loses at most one finished block.
-    """
-
-    def __init__(self, run: Run, report: Report) -> None:
-        self.run = run
-        self.report = report
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._pending: tuple[str, Future[dict[str, Any]]] | None = None
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            # After a failure elsewhere, what is already being written may still be finished and journalled.
-            self._settle()
-        except OutputError:
-            if kind is None:
-                raise
-        finally:
-            self._pool.shutdown(cancel_futures=True)
-
-    def write(self, part: str, shard: str, tensors: dict[str, Tensor], lines: list[dict[str, Any]]) -> None:
-        """Starts writing one shard, once the one before it is done."""
-        path = self.run.folder / shard
-
-        def save() -> dict[str, Any]:
-            sha256 = write_shard(path, tensors)
-            return {
-                "shard": shard,
-                "sha256": sha256,
-                "bytes": path.stat().st_size,
-                "tensors": sorted(tensors),
-                "lines": lines,
-            }
-
-        self._settle()
-        self._pending = (part, self._pool.submit(save))
-
-    def _settle(self) -> None:
-        if self._pending is None:
-            return
-        (part, future), self._pending = self._pending, None
-        self.run.finish_part(part, future.result())
-        self.report("saved", part=part)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA when there is one. Raises InputError for a device this machine lacks."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {name!r}: expected cpu, cuda, cuda:1 or auto") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name!r} is not supported: expected cpu, cuda or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
-    return device
-
-
-def pick_dtype(name: str) -> torch.dtype | None:
-    """The compute dtype; None leaves the choice to the decoder (float32 on the CPU, else as stored)."""
-    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise InputError(unknown("dtype", name, known))
-    return known[name]
 
 
 def _split_options(recipe: Recipe, method: Method) -> tuple[OwlConfig, Any]:

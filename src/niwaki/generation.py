@@ -7,7 +7,7 @@ import torch
 
 from niwaki.calibration import load_tokenizer
 from niwaki.checkpoint import Checkpoint
-from niwaki.compression import pick_device
+from niwaki.device import pick_device
 from niwaki.errors import InputError
 
 

@@ -17,10 +17,14 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
-from niwaki.checkpoint import file_sha256, sync_folder, write_text
+from torch import Tensor
+
+from niwaki.checkpoint import file_sha256, sync_folder, write_shard, write_text
 from niwaki.errors import OutputError, ResumeError
 
 RECORD = "niwaki"
@@ -133,6 +137,56 @@ class Run:
                 f"another niwaki is working in {self.folder}: wait for it, or choose another OUT"
             ) from error
         return lock
+
+
+class Writer:
+    """Writes one finished part in the background and journals it when it is on the disk.
+
+    One at a time, so that a kill loses at most one finished block.
+    """
+
+    def __init__(self, run: Run, report: Callable[..., None]) -> None:
+        self.run = run
+        self.report = report
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._pending: tuple[str, Future[dict[str, Any]]] | None = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            # After a failure elsewhere, what is already being written may still be finished and journalled.
+            self._settle()
+        except OutputError:
+            if kind is None:
+                raise
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def write(self, part: str, shard: str, tensors: dict[str, Tensor], lines: list[dict[str, Any]]) -> None:
+        """Starts writing one shard, once the one before it is done."""
+        path = self.run.folder / shard
+
+        def save() -> dict[str, Any]:
+            sha256 = write_shard(path, tensors)
+            return {
+                "shard": shard,
+                "sha256": sha256,
+                "bytes": path.stat().st_size,
+                "tensors": sorted(tensors),
+                "lines": lines,
+            }
+
+        self._settle()
+        self._pending = (part, self._pool.submit(save))
+
+    def _settle(self) -> None:
+        if self._pending is None:
+            return
+        (part, future), self._pending = self._pending, None
+        self.run.finish_part(part, future.result())
+        self.report("saved", part=part)
 
 
 def check_free(out: Path, partial: Path, *, resume: bool, overwrite: bool) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from niwaki.block import Decoder
 from niwaki.calibration import evaluation_windows, load_tokenizer, read_texts
 from niwaki.checkpoint import Checkpoint
-from niwaki.compression import pick_device, pick_dtype
+from niwaki.device import pick_device, pick_dtype
 from niwaki.errors import CalibrationError, InputError
 from niwaki.evaluation.divergence import compare_windows
 from niwaki.evaluation.tasks import Bucket, buckets, read_items, score
@@ -54,7 +54,7 @@ def evaluate(
         if path is not None
     ]
     tokenizer = load_tokenizer(decoders[0].checkpoint.folder)
-    _check_lengths(decoders, seq_len)
+    _check_pair(decoders, seq_len if data else 0)
     windows = {
         path: evaluation_windows(read_texts([path], field), tokenizer, seq_len=seq_len, max_tokens=max_tokens)
         for path in data
@@ -139,7 +139,8 @@ def _score_all(passed: list[_Passed], path: str, questions: list[Any]) -> dict[s
     return scores[0] if len(scores) == 1 else {**scores[0], "reference": scores[1]}
 
 
-def _check_lengths(decoders: list[Decoder], seq_len: int) -> None:
+def _check_pair(decoders: list[Decoder], seq_len: int) -> None:
+    """Refuses models that cannot be compared, and windows longer than either was built for."""
     vocabularies = {d.checkpoint.config.get_text_config().vocab_size for d in decoders}
     if len(vocabularies) > 1:
         raise InputError(f"model and reference have different vocabularies ({vocabularies}): they cannot be compared")

@@ -1,0 +1,45 @@
+"""Where and in which arithmetic to compute, from what the user wrote."""
+
+import ctypes
+import sys
+
+import torch
+
+from niwaki.errors import InputError, unknown
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes CUDA when there is one. Raises InputError for a device this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}: expected cpu, cuda, cuda:1 or auto") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is not supported: expected cpu, cuda or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype | None:
+    """The compute dtype; None leaves the choice to the decoder (float32 on the CPU, else as stored)."""
+    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise InputError(unknown("dtype", name, known))
+    return known[name]
+
+
+def return_free_memory() -> None:
+    """Gives freed heap memory back to the system.
+
+    glibc keeps the tensors of every finished block in the heaps of its threads, so that the resident size
+    would grow with depth (measured: 0.87 GB at 6 blocks, 1.33 GB at 24; see LOG.md).
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)

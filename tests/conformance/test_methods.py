@@ -1,0 +1,121 @@
+"""What every method in the registry must do, on tiny random models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import niwaki
+from families import build, families
+from helpers import add_tokenizer, correlated_inputs, file_bytes, make_block, statistics_of, tiny_llama, weights_of
+from helpers import write_texts as texts
+from niwaki.config import Target, parse_target
+from niwaki.methods import METHODS, get_method
+
+TARGETS = ["0.05", "0.5", "0.95", "2:4", "4:8", "1:4", "3:4"]
+
+
+def compress(model: Path, out: Path, method: str, target: str, text: Path, **more: Any) -> dict[str, Any]:
+    calibration = {"files": (str(text),), "samples": 6, "seq_len": 16}
+    return niwaki.compress(model, out, method=method, target=target, calibration=calibration, device="cpu", **more)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("conformance") / "model", dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return texts(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+def on_matrix(method: str, weight_OI: torch.Tensor, tokens: int, target: Target) -> torch.Tensor:
+    module = get_method(method)
+    block = make_block({"m": weight_OI})
+    statistics = {"m": statistics_of(correlated_inputs(tokens, weight_OI.shape[1]), module.NEEDS)}
+    packed = module.compress(block, statistics, {"m": target}, module.Config(), torch.Generator())
+    return packed["m"].decode(torch.float32)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("shape", [(7, 24), (1, 8), (33, 16), (5, 264)])
+def test_budget_is_met_exactly_on_odd_shapes(method: str, target: str, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = on_matrix(method, weight, 64, parse_target(target))
+    assert int((found == 0).sum()) == parse_target(target).zeros_in(*shape)
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+@pytest.mark.parametrize("target", ["0.5", "2:4"])
+def test_few_or_no_tokens_stay_finite_and_exact(method: str, tokens: int, target: str) -> None:
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+    found = on_matrix(method, weight, tokens, parse_target(target))
+    assert torch.isfinite(found).all() and int((found == 0).sum()) == 96
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_matrices_and_zero_rows(method: str) -> None:
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(2))
+    weight[2] = 0
+    found = on_matrix(method, weight, 40, parse_target("0.5"))
+    assert torch.isfinite(found).all() and (found[2] == 0).all()
+    assert (on_matrix(method, torch.zeros(4, 8), 40, parse_target("2:4")) == 0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_bytes_and_source_untouched(method: str, model: Path, text: Path, tmp_path: Path) -> None:
+    before = file_bytes(model)
+    compress(model, tmp_path / "a", method, "2:4", text, seed=7)
+    compress(model, tmp_path / "b", method, "2:4", text, seed=7)
+    assert file_bytes(tmp_path / "a") == file_bytes(tmp_path / "b")
+    assert file_bytes(model) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_claimed_zeros_are_those_in_the_file_and_bf16_stays(
+    method: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    record = compress(model, tmp_path / "out", method, "0.5", text)
+    weights = weights_of(tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out/niwaki/blocks.jsonl").read_text().splitlines()]
+    assert len(lines) == 21
+    for line in lines:
+        weight = weights[f"model.layers.{line['block']}.{line['matrix']}.weight"]
+        assert weight.dtype == torch.bfloat16
+        assert int((weight == 0).sum()) == line["zeros"]
+    assert record["result"]["zeros_frac"] == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_equals_a_straight_run(method: str, model: Path, text: Path, tmp_path: Path) -> None:
+    def stop(event: str, **fields: Any) -> None:
+        if event == "block" and fields["index"] == 1:
+            raise KeyboardInterrupt
+
+    compress(model, tmp_path / "straight", method, "2:4", text)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, tmp_path / "out", method, "2:4", text, report=stop)
+    compress(model, tmp_path / "out", method, "2:4", text, resume=True)
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_without_tokens_are_noted(method: str, text: Path, tmp_path: Path) -> None:
+    """With 16 experts and few tokens some expert stays unreached; its line says so where data was needed."""
+    config = families()["qwen3_moe"].config
+    config.vocab_size, config.num_experts = 4096, 16
+    build(config).save_pretrained(tmp_path / "model")
+    add_tokenizer(tmp_path / "model")
+    calibration = {"files": (str(text),), "samples": 1, "seq_len": 4}
+    record = niwaki.compress(
+        tmp_path / "model", tmp_path / "out", method=method, target="0.5", calibration=calibration, device="cpu"
+    )
+    unreached = "no calibration token reached this matrix: ranked by magnitude"
+    assert (unreached in record["result"]["notes"]) == get_method(method).NEEDS.anything
+    assert record["result"]["zeros_frac"] == pytest.approx(0.5, abs=1e-3)

@@ -1,0 +1,115 @@
+"""The command line as a user meets it: exit codes, one-line errors, nothing written."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import tiny_llama, write_texts
+from niwaki.cli import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("cli") / "model")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `niwaki ARGUMENTS`."""
+    sys.argv = ["niwaki", *map(str, arguments)]
+    with pytest.raises(SystemExit) as stopped:
+        main()
+        raise SystemExit(0)
+    printed = capsys.readouterr()
+    return int(stopped.value.code or 0), printed.out, printed.err
+
+
+def compress(model: Path, out: Path, text: Path, *more: object) -> list[object]:
+    return [
+        "compress", model, out, "--method", "wanda", "--target", "0.5", "--calibration", text,
+        "--samples", 4, "--seq-len", 16, "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def test_compress_evaluate_generate(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, out = write_texts(tmp_path / "text.jsonl"), tmp_path / "out"
+    code, printed, _ = run(capsys, *compress(model, out, text))
+    assert code == 0
+    assert "21 matrices, 50.0000% zeros" in printed
+    scores = tmp_path / "scores.json"
+    code, printed, _ = run(
+        capsys, "evaluate", out, "--reference", model, "--data", text, "--seq-len", 32, "--max-tokens", 320,
+        "--json", scores, "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0 and "320" in printed
+    assert json.loads(scores.read_text())["perplexity"][str(text)] > 1
+    code, printed, _ = run(capsys, "generate", out, "The garden", "--max-new-tokens", 4, "--device", "cpu")
+    assert code == 0 and printed.startswith("The garden")
+
+
+def test_recipe_file_and_flags(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = write_texts(tmp_path / "text.jsonl")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f'method: sparsegpt\ntarget: "2:4"\ndevice: cpu\noptions: {{damping_frac: 0.05}}\n'
+        f"calibration: {{files: [{text}], samples: 4, seq_len: 16}}\n"
+    )
+    out = tmp_path / "out"
+    code, _, _ = run(capsys, "compress", model, out, "--recipe", recipe, "--seed", 3, "--set", "panel_columns=16")
+    assert code == 0
+    record = json.loads((out / "niwaki/run.json").read_text())
+    assert record["recipe"]["seed"] == 3
+    assert record["options"] == {"damping_frac": 0.05, "panel_columns": 16}
+
+
+WRONG = [
+    (["compress", "{tmp}/gone", "{tmp}/out", "--method", "wanda", "--target", "0.5"], "no model folder at"),
+    (["compress", "{model}", "{tmp}/out", "--target", "0.5"], "--method is missing"),
+    (["compress", "{model}", "{tmp}/out", "--method", "sparsgpt", "--target", "0.5"], "did you mean 'sparsegpt'"),
+    (["compress", "{model}", "{tmp}/out", "--method", "wanda", "--target", "0.5"], "64 positions: pass --seq-len 64"),
+    (["compress", "{model}", "{tmp}/out", "--method", "wanda", "--target", "0.5", "--set", "a"], "expected key=value"),
+    (["compress", "{model}", "{tmp}/out", "--method", "wanda", "--target", "1:3"], "multiple of 3"),
+    (["compress", "{model}", "{tmp}/out", "--recipe", "{tmp}/no.yaml"], "cannot read the recipe"),
+    (["evaluate", "{model}"], "nothing to evaluate"),
+    (["evaluate", "{model}", "--data", "{tmp}/no.txt", "--seq-len", "32"], "no such text file"),
+    (["evaluate", "{model}", "--data", "x.txt", "--json", "{tmp}/no/x.json"], "does not exist"),
+    (["generate", "{model}", "hi", "--max-new-tokens", "999"], "the model has 64 positions"),
+    (["generate", "{model}", ""], "the prompt is empty"),
+    (["methods", "wandaa"], "did you mean 'wanda'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    filled = [part.format(model=model, tmp=tmp_path) for part in arguments]
+    code, printed, errors = run(capsys, *filled)
+    assert code == 2
+    assert printed == ""
+    assert errors.startswith("error: ") and len(errors.strip().splitlines()) == 1
+    assert message in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_methods_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed, _ = run(capsys, "methods")
+    assert code == 0
+    for name in ("magnitude", "wanda", "sparsegpt"):
+        assert name in printed
+    code, printed, _ = run(capsys, "methods", "sparsegpt")
+    assert "damping_frac=0.01" in printed and "Frantar" in printed
+
+
+def test_interrupt_says_how_to_go_on(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("niwaki.compression.compress_blocks", interrupted)
+    text = write_texts(tmp_path / "text.jsonl")
+    code, _, errors = run(capsys, *compress(model, tmp_path / "out", text))
+    assert code == 130 and "--resume" in errors
+    assert (tmp_path / "out.partial").exists()
