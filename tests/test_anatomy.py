@@ -6,6 +6,7 @@ import transformers
 
 from families import COMMON, families
 from niwaki.anatomy import build_skeleton, discover
+from niwaki.device import peak_rss_bytes
 from niwaki.errors import ArchitectureError
 
 
@@ -59,13 +60,10 @@ def test_discovery_leaves_the_skeleton_on_meta() -> None:
 
 def test_large_models_cost_no_memory_to_discover() -> None:
     """A 70B shape: its blocks are probed in memory that is never written."""
-    import resource
-
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_rss_bytes()
     config = transformers.LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
     )
     anatomy = discover(build_skeleton(config, torch.bfloat16))
-    grown_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert anatomy.weights == 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
-    assert grown_bytes < 2e8  # one block alone would be 1.7 GB in bf16
+    assert peak_rss_bytes() - before < 2e8  # one block alone would be 1.7 GB in bf16

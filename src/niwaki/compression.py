@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import platform
-import resource
 import shutil
 import sys
 import time
@@ -28,7 +27,7 @@ from niwaki.calibration import calibration_windows, digest, load_tokenizer, read
 from niwaki.card import model_card
 from niwaki.checkpoint import INDEX, Checkpoint, copy_file, write_text
 from niwaki.config import Recipe, Target, make_options, make_recipe, parse_target
-from niwaki.device import pick_device, pick_dtype
+from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
 from niwaki.errors import CalibrationError, InputError, NumericalError, OutputError, unknown
 from niwaki.methods import Method, get_method
 from niwaki.run import RECORD, Run, Writer, check_free
@@ -279,7 +278,7 @@ class _Job:
             },
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
             "seconds": round(time.perf_counter() - self.started, 2),
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss_bytes": peak_rss_bytes(),
             "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else 0,
         }
 

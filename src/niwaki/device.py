@@ -1,7 +1,9 @@
 """Where and in which arithmetic to compute, from what the user wrote."""
 
 import ctypes
+import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -43,3 +45,18 @@ def return_free_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
             trim(0)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has had resident.
+
+    Linux counts it per address space in /proc; getrusage would add what the parent process had before it
+    started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
