@@ -145,7 +145,6 @@ def main() -> None:
             "method": method, "target": target, "seconds": record["seconds"], "floor_s": round(floor_s, 2),
             "multiple_of_floor": round(record["seconds"] / floor_s, 2),
             "peak_device_gb": round(record["peak_device_bytes"] / 1e9, 2),
-            "peak_rss_gb": round(record["peak_rss_bytes"] / 1e9, 2),
             "zeros_frac": record["result"]["zeros_frac"],
         })
         print(rows[-1], flush=True)

@@ -14,9 +14,7 @@ Legend: B windows in a batch, T tokens, D hidden size, O outputs, I inputs, V vo
     logits_BTV = decoder.leave(ids_BT, x_BTD)
 """
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +36,7 @@ from niwaki.anatomy import (
 from niwaki.checkpoint import Checkpoint
 from niwaki.device import return_free_memory
 from niwaki.errors import ArchitectureError, CheckpointError
+from niwaki.loading import plain_loading
 from niwaki.tap import Tap
 
 
@@ -250,7 +249,7 @@ class Decoder:
         from transformers.modeling_utils import LoadStateDictConfig
 
         settings = LoadStateDictConfig(device_map={"": "cpu"}, dtype=self.dtype, weight_mapping=self._mapping)
-        with _plain_loading():
+        with plain_loading():
             info, _ = convert_and_load_state_dict_in_model(model=self.model, state_dict=stored, load_config=settings)
         wrong = [str(key) for key in info.mismatched_keys] + list(info.conversion_errors)
         if wrong:
@@ -283,31 +282,6 @@ def _name_map(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[
         if pattern is not None:
             converted.add(name)
     return renames, mapping, converted
-
-
-@contextmanager
-def _plain_loading() -> Iterator[None]:
-    """transformers' loader without its progress bar and its threads.
-
-    The tensors are in memory already; its threads would only spread them over more heaps.
-    """
-    from transformers.utils import logging
-
-    shown, threads = logging.is_progress_bar_enabled(), os.environ.get(_NO_THREADS)
-    logging.disable_progress_bar()
-    os.environ[_NO_THREADS] = "1"
-    try:
-        yield
-    finally:
-        if threads is None:
-            os.environ.pop(_NO_THREADS, None)
-        else:
-            os.environ[_NO_THREADS] = threads
-        if shown:
-            logging.enable_progress_bar()
-
-
-_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

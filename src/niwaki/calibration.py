@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from niwaki.errors import CalibrationError
+from niwaki.loading import plain_loading
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -85,7 +86,8 @@ def sampled_windows(model: str | Path, *, samples: int, seq_len: int, seed: int,
     """
     from transformers import AutoModelForCausalLM
 
-    decoder: Any = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+    with plain_loading():
+        decoder: Any = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
     decoder.to(device).eval()
     start = decoder.config.bos_token_id
     if start is None:

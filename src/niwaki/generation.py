@@ -9,6 +9,7 @@ from niwaki.calibration import load_tokenizer
 from niwaki.checkpoint import Checkpoint
 from niwaki.device import pick_device
 from niwaki.errors import InputError
+from niwaki.loading import plain_loading
 
 
 def load(model: str | Path, *, device: str = "auto") -> Any:
@@ -16,9 +17,10 @@ def load(model: str | Path, *, device: str = "auto") -> Any:
     from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint.open(model)
-    decoder: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=checkpoint.dtype, trust_remote_code=False
-    )
+    with plain_loading():
+        decoder: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=checkpoint.dtype, trust_remote_code=False
+        )
     return decoder.to(pick_device(device)).eval()
 
 

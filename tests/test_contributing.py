@@ -1,0 +1,24 @@
+"""The worked example of CONTRIBUTING.md is a method that conforms."""
+
+import re
+import types
+from pathlib import Path
+
+import torch
+
+from helpers import run_method
+from niwaki.config import Grouped, Sparsity
+
+GUIDE = Path(__file__).parents[1] / "CONTRIBUTING.md"
+
+
+def test_the_example_method_works_as_written() -> None:
+    source = re.search(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.S)
+    assert source is not None
+    method = types.ModuleType("randomly")
+    exec(compile(source[1], "randomly.py", "exec"), method.__dict__)
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    for target in (Sparsity(0.3), Grouped(2, 4)):
+        found = run_method(method, weight, torch.empty(0, 16), target)
+        assert int((found == 0).sum()) == target.zeros_in(6, 16)
+        assert torch.equal(found[found != 0], weight[found != 0])
