@@ -54,3 +54,20 @@ def test_zeros_spread_over_columns_end_exactly() -> None:
     target = Sparsity(0.37)
     assert zeros_up_to(target, 7, 100, 100) == target.zeros_in(7, 100)
     assert zeros_up_to(target, 7, 100, 0) == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_equal_a_stable_sort_even_with_ties(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (
+        int(torch.randint(1, 9, (1,), generator=generator)),
+        int(torch.randint(2, 20, (1,), generator=generator)),
+    )
+    scores = torch.randint(0, 4, (rows, columns), generator=generator).float()
+    target = Sparsity(float(torch.rand(1, generator=generator)) * 0.98 + 0.01)
+    zeros = target.zeros_in(rows, columns)
+    wanted = torch.ones(rows, columns, dtype=torch.bool)
+    for row in range(rows):
+        count = (row + 1) * zeros // rows - row * zeros // rows
+        wanted[row, scores[row].argsort(stable=True)[:count]] = False
+    assert torch.equal(keep_by_row(scores, target), wanted)
