@@ -21,12 +21,12 @@ test-engines: $(VENV)/.installed
 	$(RUN)/python -m pytest -m engines
 
 lint: $(VENV)/.installed
-	$(RUN)/ruff check src tests benchmarks examples
+	$(RUN)/ruff check src tests benchmarks
 	$(RUN)/ruff format --check src tests
 	$(RUN)/mypy
 
 format: $(VENV)/.installed
-	$(RUN)/ruff check --fix src tests benchmarks examples
+	$(RUN)/ruff check --fix src tests benchmarks
 	$(RUN)/ruff format src tests
 
 clean:

@@ -22,3 +22,15 @@ def test_the_example_method_works_as_written() -> None:
         found = run_method(method, weight, torch.empty(0, 16), target)
         assert int((found == 0).sum()) == target.zeros_in(6, 16)
         assert torch.equal(found[found != 0], weight[found != 0])
+
+
+def test_example_recipes_are_valid() -> None:
+    from niwaki.config import load_recipe, make_options, make_recipe, parse_target
+    from niwaki.methods import get_method
+
+    found = sorted((GUIDE.parent / "examples").glob("*.yaml"))
+    assert found
+    for path in found:
+        recipe = make_recipe(load_recipe(path))
+        parse_target(recipe.target)
+        make_options(get_method(recipe.method).Config, recipe.options, recipe.method)
