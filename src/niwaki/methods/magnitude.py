@@ -2,7 +2,7 @@
 
 Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (NeurIPS 2015),
 without retraining. `scope="matrix"` (default, as in the literature's tables) compares all weights of a
-matrix, `scope="row"` those of one output. Needs no calibration; cost: one sort per matrix.
+matrix, `scope="row"` those of one output. Needs no calibration; cost: one selection per matrix.
 
     niwaki compress models/sapling out --method magnitude --target 0.5 --set scope=row
 """

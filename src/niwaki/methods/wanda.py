@@ -8,7 +8,7 @@ Deviations: the number of zeros of a matrix is exact (rows differ by at most one
 not divide). A matrix that no calibration token reached (a rarely chosen expert) has no norms: its weights are
 ranked by |W| alone and its line in blocks.jsonl notes it.
 
-Cost: one forward for the norms, one to propagate, one sort per matrix. Memory: the block.
+Cost: one forward for the norms, one to propagate, one selection per matrix. Memory: the block.
 
     niwaki compress models/sapling out --method wanda --target 2:4 --calibration mine.txt --seq-len 512
 """
