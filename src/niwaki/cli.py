@@ -155,7 +155,7 @@ def methods(
         for known in METHODS:
             method = get_method(known)
             what = method.__doc__.split("\n")[0].partition(": ")[2]
-            table.add_row(known, what, _needs(method.NEEDS), method.PAPER)
+            table.add_row(known, what, _needs(method.needs(method.Config())), method.PAPER)
         out_console.print(table)
         return
     method = get_method(name)
