@@ -10,11 +10,13 @@ The model and the texts are not part of this repository.
 import argparse
 import datetime
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -83,30 +85,31 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--targets", nargs="*", help="only these")
-    parser.add_argument("--limit-s", type=float, default=float("inf"), help="start no case after that many seconds")
+    parser.add_argument("--jobs", type=int, default=1, help="compressions at a time; makes compress_s meaningless")
     parser.add_argument("--divergence", action="store_true", help="KL and top-1 agreement to the dense model too")
     args = parser.parse_args()
     started = time.time()
     dense = perplexities(args.model, args.data, args.device)["perplexity"]
+    cases = [case for suite in args.suite for case in SUITES[suite]]
+    cases = [case for case in cases if not args.targets or case.recipe["target"] in args.targets]
+    reference = args.model if args.divergence else None
     rows = []
-    left_out = []
-    for case in [case for suite in args.suite for case in SUITES[suite]]:
-        target = case.recipe["target"]
-        if args.targets and target not in args.targets:
-            continue
-        if time.time() - started > args.limit_s:
-            left_out.append(f"{case.label} {target}")
-            continue
-        seeds = range(1 if case.label == "magnitude" else args.seeds)  # magnitude sees no data
-        reference = args.model if args.divergence else None
-        runs = [measure(args.model, args.data, case, seed, args.device, reference) for seed in seeds]
-        row = {"label": case.label, **case.recipe, "runs": runs}
-        row |= {name: spread([run["perplexity"][name] for run in runs]) for name in TEXTS}
-        rows.append(row)
-        add_gaps(rows, dense)
-        gaps = [round(100 * row["gap_closed"][name]["mean"], 1) for name in TEXTS] if "gap_closed" in row else ""
-        took = round(sum(run["compress_s"] for run in runs), 1)
-        print(target, "|", case.label, "|", [round(row[name]["mean"], 2) for name in TEXTS], gaps, took, flush=True)
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = []
+        for case in cases:
+            seeds = range(1 if case.label == "magnitude" else args.seeds)  # magnitude sees no data
+            work = [pool.submit(measure, args.model, args.data, case, seed, args.device, reference) for seed in seeds]
+            futures.append(work)
+        for case, work in zip(cases, futures, strict=True):
+            runs = [future.result() for future in work]
+            row = {"label": case.label, **case.recipe, "runs": runs}
+            row |= {name: spread([run["perplexity"][name] for run in runs]) for name in TEXTS}
+            rows.append(row)
+            add_gaps(rows, dense)
+            gaps = [round(100 * row["gap_closed"][name]["mean"], 1) for name in TEXTS] if "gap_closed" in row else ""
+            took = round(sum(run["compress_s"] for run in runs), 1)
+            means = [round(row[name]["mean"], 2) for name in TEXTS]
+            print(row["target"], "|", case.label, "|", means, gaps, took, flush=True)
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     result = {
         "model": Path(args.model).name,
@@ -119,7 +122,6 @@ def main() -> None:
         "seconds": round(time.time() - started, 1),
         "dense": dense,
         "rows": rows,
-        "left_out": left_out,
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 

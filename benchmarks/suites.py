@@ -35,42 +35,43 @@ def chain(label: str, target: str, method: str, **steps: dict) -> Case:
     return case(label, target, method, options=options)
 
 
-def tune_wandapp() -> list[Case]:
-    found = wandas("2:4", "0.5")
-    for target in ("2:4", "0.5"):
-        found += [case("wandapp", target)]
-        found += [case(f"rate {r}", target, "wandapp", options={"rate_frac": r}) for r in (0.0125, 0.05)]
-    return found
-
-
-def tune_besa() -> list[Case]:
-    found = wandas("0.5", "0.7")
-    for target in ("0.5", "0.7"):
-        for label, options in {
-            "besa": {}, "rate .1": {"rate": 0.1}, "rate .4": {"rate": 0.4}, "width .1": {"width_frac": 0.1},
-            "epochs 16": {"epochs": 16}, "penalty": {"balance": "penalty"}, "both": {"target": "both"},
-            "batch 1": {"batch": 1, "epochs": 4},
-        }.items():
-            found.append(case(label, target, "besa", options=options))
-    return found
-
-
-def tune_best() -> list[Case]:
+def tune() -> list[Case]:
     found = wandas("2:4", "0.5", "0.7")
+    x = {"exchanges": 3}
+    adam = {"optimizer": "adam", "rate_frac": 0.0075}
+    half = LONG | adam | {"rounds": 15}
+    two = "sparsegpt+wandapp"
     for target in ("2:4", "0.5", "0.7"):
-        x = {"exchanges": 3}
         found += [
             case("sparsegpt", target),
             chain("fast", target, "sparsegpt", sparsegpt=x),
-            chain("balanced", target, "sparsegpt+wandapp", sparsegpt=x, wandapp={"target": "both"}),
-            chain("best", target, "sparsegpt+wandapp", sparsegpt=x, wandapp=LONG),
-            chain("best rate .0125", target, "sparsegpt+wandapp", sparsegpt=x, wandapp=LONG | {"rate_frac": 0.0125}),
+            chain("best", target, two, sparsegpt=x, wandapp=half),
+            chain("balanced", target, two, sparsegpt=x, wandapp=adam | {"target": "both"}),
         ]
-        if target != "2:4":
-            found.append(chain("besa first", target, "besa+sparsegpt+wandapp", sparsegpt={"refit": True}, wandapp=LONG))
+    for target in ("2:4", "0.5"):
+        a = {"optimizer": "adam"}
+        for label, options in {
+            "adam .0075": a | {"rate_frac": 0.0075}, "adam .015": a | {"rate_frac": 0.015},
+            "adam .015 K10": a | {"rate_frac": 0.015, "rounds": 10},
+            "adam .025 K10 b2": a | {"rate_frac": 0.025, "rounds": 10, "batch": 2},
+            "adam .015 alpha 0": a | {"rate_frac": 0.015, "alpha": 0.0},
+            "adam .015 both": a | {"rate_frac": 0.015, "target": "both"},
+            "rms .0075": {"rate_frac": 0.0075},
+        }.items():
+            found.append(case(f"wandapp {label}", target, "wandapp", options=options))
+    p = {"balance": "penalty"}
+    for target in ("0.5", "0.7"):
+        for label, options in {
+            "pen": p, "pen seg4": p | {"segments": 4}, "pen seg16": p | {"segments": 16},
+            "shift seg8": {"segments": 8}, "pen e16 b2": p | {"epochs": 16, "batch": 2},
+            "pen both": p | {"target": "both"}, "pen width .3": p | {"width_frac": 0.3},
+        }.items():
+            found.append(case(f"besa {label}", target, "besa", options=options))
+    found += [case("wanda owl", "0.7", "wanda", allocation="owl")]
+    found += [case("besa pen owl", "0.7", "besa", options=p, allocation="owl")]
     return found
 
 
 SUITES = {
-    "classic": classic(), "tune-wandapp": tune_wandapp(), "tune-besa": tune_besa(), "tune-best": tune_best(),
+    "classic": classic(), "tune": tune(),
 }

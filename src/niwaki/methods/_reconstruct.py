@@ -13,6 +13,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from niwaki.block import Block
 from niwaki.stream import Evidence
 
 TARGETS = ("block", "dense", "both")
+OPTIMIZERS = ("adam", "rmsprop")
 Matrices = Mapping[str, Tensor]
 
 
@@ -88,17 +90,27 @@ class Reconstruction:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How far to descend: `rounds` of `samples` windows, `batch` at a time, steps of `rate_frac` · RMS(W)."""
+    """How far to descend: `rounds` of `samples` windows, `batch` at a time, steps of `rate_frac` · RMS(W).
+
+    `optimizer`: `rmsprop`, or `adam`, whose momentum averages the noise of small batches.
+    """
 
     rounds: int
     samples: int
     batch: int
     rate_frac: float
+    optimizer: str = "rmsprop"
 
     def rate(self, step: int, steps: int) -> float:
         """Cosine to zero after a warm-up, which RMSprop needs: its first steps are up to ten times too long."""
         warm_up = min(1.0, (step + 1) / (0.1 * steps + 1))
         return self.rate_frac * warm_up * (1 + math.cos(math.pi * step / steps)) / 2
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """With the rate of every group still to be set."""
+        if self.optimizer == "adam":
+            return torch.optim.Adam(groups, betas=(0.9, 0.95))
+        return torch.optim.RMSprop(groups)
 
 
 # Masters {matrix: [O, I]} in, keep masks out: how the pruned weights are chosen again before each round.
@@ -121,7 +133,7 @@ def descend(
     masters = {name: (weight_OI * keep[name]).requires_grad_(False) for name, weight_OI in start.items()}
     sizes = {name: float(weight_OI.square().mean().sqrt()) for name, weight_OI in masters.items()}
     groups = [{"params": [masters[name]], "size": sizes[name]} for name in masters]
-    optimizer = torch.optim.RMSprop(groups)
+    optimizer = schedule.make_optimizer(groups)
     began = lowest = task.error(masters)
     best = {name: weight_OI.clone() for name, weight_OI in masters.items()}
     batch = min(schedule.batch, len(task.train))
@@ -202,7 +214,9 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
-def check_target(target: str) -> None:
-    """Raises ValueError unless `target` names something to learn towards."""
+def check_choices(target: str, optimizer: str = "adam") -> None:
+    """Raises ValueError unless these name something to learn towards, and a way to do it."""
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")

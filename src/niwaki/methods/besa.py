@@ -36,7 +36,7 @@ from torch import Tensor
 from niwaki.block import Block
 from niwaki.config import Sparsity, Target
 from niwaki.methods._quantize import Clipping
-from niwaki.methods._reconstruct import Matrices, Reconstruction, check_target
+from niwaki.methods._reconstruct import Matrices, Reconstruction, check_choices
 from niwaki.packed import Packed
 from niwaki.statistics import UNREACHED, Needs, Statistics
 from niwaki.stream import Evidence
@@ -52,7 +52,8 @@ class Config:
     """`granularity`: `row` or `layer`. `epochs` over the windows, `batch` a step, `rate` of AdamW on θ.
 
     `candidates`: D, rates 0, 1/D, …, 1. `width_frac`: standard deviation of the first β. `target`: `block`,
-    `dense` or `both` (see `_reconstruct`). `balance`: `shift` or the published `penalty`. `quant_bits`: 0 for
+    `dense` or `both` (see `_reconstruct`). `balance`: `shift` or the published `penalty`. `segments`: parts of a row
+    that learn a rate of their own (1 as published; where they do not divide the row, it stays whole). `quant_bits`: 0 for
     none; `quant_group`: columns that share a scale, 0 for the row.
     """
 
@@ -64,17 +65,20 @@ class Config:
     width_frac: float = 0.2
     target: str = "block"
     balance: str = "shift"
+    segments: int = 1
     quant_bits: int = 0
     quant_group: int = 0
 
     def __post_init__(self) -> None:
-        check_target(self.target)
+        check_choices(self.target)
         if self.granularity not in ("row", "layer"):
             raise ValueError(f"granularity must be row or layer, got {self.granularity!r}")
         if self.balance not in ("shift", "penalty"):
             raise ValueError(f"balance must be shift or penalty, got {self.balance!r}")
         if self.epochs < 1 or self.batch < 1 or self.candidates < 2 or self.rate <= 0 or self.width_frac <= 0:
             raise ValueError("expected epochs and batch ≥ 1, candidates ≥ 2, rate and width_frac > 0")
+        if self.segments < 1:
+            raise ValueError(f"segments must be positive, got {self.segments}")
         if self.quant_bits not in (0, 2, 3, 4, 8) or self.quant_group < 0:
             raise ValueError("expected quant_bits 0, 2, 3, 4 or 8 and quant_group ≥ 0")
 
@@ -112,7 +116,7 @@ def compress(
             weight_OI,
             rates.keep(name, counts[name]),
             "; ".join(filter(None, (note, unreached))),
-            {**detail, "row_zeros": counts[name].tolist()},
+            {**detail, "row_zeros": counts[name].view(len(weight_OI), -1).sum(1).tolist()},
         )
     return packed
 
@@ -170,11 +174,19 @@ def _learn(
 class Rates:
     """The learnable sparsity of every row of a block: logits θ, masks by rank, and the straight-through gradient.
 
+    With segments, a "row" of O and its C columns below is one segment of a row of the matrix.
+
     Legend: O rows, I (or C) columns, D + 1 candidates p_d = d / D, G learned rates of a matrix (O, or 1 by layer).
     """
 
     def __init__(self, weights: Matrices, statistics: Mapping[str, Statistics], zeros: int, config: Config) -> None:
-        self.shapes = {name: (weight_OI.shape[0], weight_OI.shape[1]) for name, weight_OI in weights.items()}
+        self.matrix_shapes = {name: (weight_OI.shape[0], weight_OI.shape[1]) for name, weight_OI in weights.items()}
+        self.shapes = {
+            name: (rows * config.segments, columns // config.segments)
+            if columns % config.segments == 0
+            else (rows, columns)
+            for name, (rows, columns) in self.matrix_shapes.items()
+        }
         self.zeros = zeros
         self.share = zeros / sum(rows * columns for rows, columns in self.shapes.values())
         self.by_row = config.granularity == "row"
@@ -189,12 +201,13 @@ class Rates:
             scores_OI = weight_OI.abs()
             if statistics[name].tokens:
                 scores_OI = scores_OI * statistics[name].sqnorm_I.sqrt()
-            self.order[name] = scores_OI.argsort(dim=1, stable=True)
-            small = torch.int16 if weight_OI.shape[1] < 2**15 else torch.int32
+            rows, columns = self.shapes[name]
+            self.order[name] = scores_OI.reshape(rows, columns).argsort(dim=1, stable=True)
+            small = torch.int16 if columns < 2**15 else torch.int32
             rank_OI = torch.empty_like(self.order[name], dtype=small)
-            places_1I = torch.arange(weight_OI.shape[1], device=device, dtype=small)[None]
+            places_1I = torch.arange(columns, device=device, dtype=small)[None]
             self.rank[name] = rank_OI.scatter_(1, self.order[name], places_1I.expand_as(rank_OI))
-            groups = len(weight_OI) if self.by_row else 1
+            groups = rows if self.by_row else 1
             self.logits[name] = first_D.repeat(groups, 1).requires_grad_(True)
 
     def rates(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -210,8 +223,8 @@ class Rates:
         return rate, total / sum(rows * columns for rows, columns in self.shapes.values())
 
     def keep(self, name: str, zeros_O: Tensor) -> Tensor:
-        """Boolean [O, I] without the `zeros_O` lowest-ranked of each row."""
-        return self.rank[name] >= zeros_O[:, None]
+        """Boolean, shaped as the matrix, without the `zeros_O` lowest-ranked of each row."""
+        return (self.rank[name] >= zeros_O[:, None]).view(self.matrix_shapes[name])
 
     def current_masks(self) -> dict[str, Tensor]:
         """The hard masks of this step: ⌊α·C⌋ zeros a row, α shifted to the budget unless it is penalised."""
@@ -228,7 +241,7 @@ class Rates:
         """Accumulates ∂L/∂θ from ∂L/∂mask [O, I] of every matrix."""
         outputs, gradients = [], []
         for name, gradient_OI in mask_gradients.items():
-            gradient_OD = rate_gradient(gradient_OI, self.order[name], self.candidates_D)
+            gradient_OD = rate_gradient(gradient_OI.reshape(self.shapes[name]), self.order[name], self.candidates_D)
             outputs.append(torch.softmax(self.logits[name], dim=1))
             gradients.append(gradient_OD if self.by_row else gradient_OD.sum(0, keepdim=True))
         torch.autograd.backward(outputs, gradients)

@@ -39,7 +39,7 @@ from niwaki.methods._reconstruct import (
     Reconstruction,
     Schedule,
     assemble,
-    check_target,
+    check_choices,
     descend,
     gradients_of,
     run_with,
@@ -58,8 +58,8 @@ KEPT_START = "learning did not lower the held-out block error: its start was kep
 class Config:
     """`alpha`: α, 0 for Wanda's score. `rounds`: K, 0 for the score alone. `samples`: windows a round.
 
-    `batch`: windows a step. `rate_frac`: step length as a share of the matrix's RMS. `target`: `block`, `dense`
-    or `both` (see `_reconstruct`). `enforce_mask`: pruned weights stay zero while learning.
+    `batch`: windows a step. `rate_frac`: step length as a share of the matrix's RMS. `optimizer`: `rmsprop`
+    or `adam`. `target`: `block`, `dense` or `both` (see `_reconstruct`). `enforce_mask`: pruned weights stay zero while learning.
     """
 
     alpha: float = 1.0
@@ -67,11 +67,12 @@ class Config:
     samples: int = 32
     batch: int = 1
     rate_frac: float = 0.025
+    optimizer: str = "rmsprop"
     target: str = "block"
     enforce_mask: bool = True
 
     def __post_init__(self) -> None:
-        check_target(self.target)
+        check_choices(self.target, self.optimizer)
         if self.alpha < 0 or self.rounds < 0 or self.samples < 1 or self.batch < 1 or not 0 < self.rate_frac < 1:
             raise ValueError("expected alpha ≥ 0, rounds ≥ 0, samples ≥ 1, batch ≥ 1 and 0 < rate_frac < 1")
 
@@ -107,7 +108,11 @@ def compress(
     if config.rounds and any(record.tokens for record in seen.statistics.values()):
         task = Reconstruction(block, seen, config.target, generator)
         schedule = Schedule(
-            rounds=config.rounds, samples=config.samples, batch=config.batch, rate_frac=config.rate_frac
+            rounds=config.rounds,
+            samples=config.samples,
+            batch=config.batch,
+            rate_frac=config.rate_frac,
+            optimizer=config.optimizer,
         )
         again = None if config.enforce_mask else prune
         weights, began, ended = descend(task, weights, keep, schedule, generator, again)
