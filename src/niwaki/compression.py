@@ -30,7 +30,7 @@ from niwaki.config import Recipe, Target, make_options, make_recipe, parse_targe
 from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
 from niwaki.errors import CalibrationError, InputError, NumericalError, OutputError, unknown
 from niwaki.methods import Method, get_method
-from niwaki.run import RECORD, Run, Writer, check_free
+from niwaki.run import RECORD, Run, Writer, check_apart, check_free, finished_record
 from niwaki.walk import Plan, Report, Stream, collect, compress_blocks, default_batch_tokens, forward
 
 END_SHARD_BYTES = 2**30
@@ -85,8 +85,10 @@ class _Job:
             raise InputError(unknown("allocation", recipe.allocation, ALLOCATIONS))
         self.owl, self.config = _split_options(recipe, self.method)
         self.device = pick_device(recipe.device)
-        check_free(self.out, self.out.with_name(self.out.name + ".partial"), resume=resume, overwrite=overwrite)
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        check_free(self.out, self.partial, resume=resume, overwrite=overwrite)
         self.checkpoint = Checkpoint.open(model)
+        check_apart(self.checkpoint.folder, self.out)
         _check_disk(self.checkpoint, self.out)
         self.decoder = Decoder(self.checkpoint, self.device, pick_dtype(recipe.dtype))
         self.targets: Targets = uniform(self.decoder.anatomy, self.target)
@@ -98,7 +100,11 @@ class _Job:
         self.shard_names = self._shard_names()
 
     def run(self) -> dict[str, Any]:
-        with Run(self.out, self._fingerprint(), resume=self.resume, overwrite=self.overwrite) as run:
+        fingerprint = self._fingerprint()
+        if self.resume and not self.partial.exists() and (record := finished_record(self.out, fingerprint)):
+            self.report("complete", out=str(self.out))
+            return record
+        with Run(self.out, fingerprint, resume=self.resume, overwrite=self.overwrite) as run:
             try:
                 return self._run(run)
             except (InputError, NumericalError):
@@ -238,14 +244,14 @@ class _Job:
             copy_file(source, run.folder / source.name)
         write_text(run.folder / INDEX, json.dumps(index, indent=2) + "\n")
         write_text(run.folder / RECORD / "blocks.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        record = self._record(parts, lines)
+        record = self._record(run, parts, lines)
         write_text(run.folder / "README.md", model_card(record))
         write_text(run.folder / RECORD / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         report("done", seconds=record["seconds"], out=str(self.out))
         run.complete()
         return record
 
-    def _record(self, parts: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    def _record(self, run: Run, parts: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[str, Any]:
         weights = sum(math.prod(line["shape"]) for line in lines)
         cuda = self.device.type == "cuda"
         return {
@@ -258,8 +264,9 @@ class _Job:
                 "source": str(self.checkpoint.folder),
                 "type": self.checkpoint.config.model_type,
                 "bytes": self.checkpoint.nbytes,
-                "fingerprint": self.checkpoint.fingerprint(),
+                "files": self.checkpoint.file_marks(),
             },
+            "fingerprint": run.fingerprint,
             "recipe": self.recipe.model_dump(mode="json"),
             "options": vars(self.config),
             "dense_stream": self.dense_stream,
