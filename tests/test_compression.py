@@ -433,12 +433,16 @@ def _poison(model: Path) -> None:
         ({"target": "16bit"}, InputError, "expected a fraction of zeros"),
         ({"allocation": "owll"}, InputError, "did you mean 'owl'"),
         ({"allocation": "owl"}, InputError, "owl moves unstructured sparsity"),
-        ({"options": {"owl_spread_frac": 0.1}}, InputError, "needs --allocation owl"),
+        ({"options": {"owl_spread_frac": 0.1}}, InputError, "needs the allocation owl"),
         ({"options": {"dampening": 1}}, InputError, "unknown option of sparsegpt"),
         ({"options": {"damping_frac": 7}}, InputError, "must lie in"),
         ({"device": "tpu"}, InputError, "device"),
         ({"device": "cuda:99"}, InputError, "CUDA devices"),
-        ({"calibration": {"samples": 6, "seq_len": 65}}, InputError, "longer than the model's 64 positions"),
+        (
+            {"calibration": {"samples": 6, "seq_len": 65}},
+            InputError,
+            "seq_len 65 is longer than the 64 positions of the model",
+        ),
         ({"calibration": {"samples": 10**6, "seq_len": 64}}, InputError, "add text"),
     ],
 )
@@ -449,6 +453,15 @@ def test_wrong_requests(
         changes = {"calibration": {"files": (str(text),), **changes["calibration"]}}
     with pytest.raises(error, match=message):
         niwaki.compress(model, tmp_path / "out", **settings(text, **changes))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_missing_file_is_told_before_a_window_that_is_too_long(model: Path, text: Path, tmp_path: Path) -> None:
+    request: dict[str, Any] = {"method": "wanda", "target": 0.5, "device": "cpu"}
+    with pytest.raises(InputError, match="no such text file"):
+        niwaki.compress(model, tmp_path / "out", calibration=str(tmp_path / "no.txt"), **request)
+    with pytest.raises(InputError, match=r"seq_len 2048 \(the default\) is longer than the 64 positions"):
+        niwaki.compress(model, tmp_path / "out", calibration=text, **request)
     assert not list(tmp_path.glob("out*"))
 
 

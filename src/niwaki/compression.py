@@ -2,7 +2,7 @@
 
 Everything that can be wrong with the input is checked before the first file is written.
 
-    niwaki.compress("models/sapling", "out", method="sparsegpt", target="2:4", calibration=["mine.txt"])
+    niwaki.compress("MODEL", "OUT", method="sparsegpt", target="2:4", calibration=["mine.txt"])
 """
 
 import hashlib
@@ -23,14 +23,22 @@ from torch import Tensor
 from niwaki import __version__
 from niwaki.allocation import ALLOCATIONS, OWL_NEEDS, OwlConfig, Targets, outlier_share, owl, uniform
 from niwaki.block import Block, Decoder
-from niwaki.calibration import calibration_windows, digest, load_tokenizer, read_texts, sampled_windows
+from niwaki.calibration import (
+    calibration_windows,
+    check_seq_len,
+    check_sources,
+    digest,
+    load_tokenizer,
+    read_texts,
+    sampled_windows,
+)
 from niwaki.card import model_card
 from niwaki.checkpoint import INDEX, Checkpoint, copy_file, write_text
-from niwaki.config import Recipe, Target, make_options, make_recipe, parse_target
+from niwaki.config import Calibration, Recipe, Target, make_options, make_recipe, parse_target
 from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
 from niwaki.errors import CalibrationError, InputError, NumericalError, OutputError, unknown
 from niwaki.methods import Method, get_method
-from niwaki.run import RECORD, Run, Writer, check_apart, check_free, finished_record
+from niwaki.run import RECORD, Run, Writer, check_apart, check_free, finished_record, partial_of
 from niwaki.walk import Plan, Report, Stream, collect, compress_blocks, default_batch_tokens, forward
 
 END_SHARD_BYTES = 2**30
@@ -50,13 +58,11 @@ def compress(
     """Compresses `model` into the new folder `out` and returns the content of its run.json.
 
     `recipe` holds the fields of `niwaki.config.Recipe` (method, target, calibration, options, seed, ...);
-    `calibration` may be a list of files. `report(event, **fields)` is called as the work proceeds.
+    `calibration` may be a file or a list of files. `report(event, **fields)` is called as the work proceeds.
 
     Raises InputError (nothing was written), OutputError (finished blocks are kept for `resume`) or
     NumericalError.
     """
-    if isinstance(recipe.get("calibration"), list | tuple):
-        recipe["calibration"] = {"files": tuple(recipe["calibration"])}
     job = _Job(str(model), Path(out), make_recipe(recipe), dense_stream, resume, overwrite, report or _ignore)
     return job.run()
 
@@ -85,7 +91,7 @@ class _Job:
             raise InputError(unknown("allocation", recipe.allocation, ALLOCATIONS))
         self.owl, self.config = _split_options(recipe, self.method)
         self.device = pick_device(recipe.device)
-        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.partial = partial_of(self.out)
         check_free(self.out, self.partial, resume=resume, overwrite=overwrite)
         self.checkpoint = Checkpoint.open(model)
         check_apart(self.checkpoint.folder, self.out)
@@ -151,20 +157,16 @@ class _Job:
         wanted = self.method.NEEDS.anything or self.recipe.allocation == "owl" or self.dense_stream or given.files
         if not wanted:
             return None, "none"
-        positions = self.decoder.positions
-        if positions is not None and given.seq_len > positions:
-            raise CalibrationError(
-                f"--seq-len {given.seq_len} is longer than the model's {positions} positions: "
-                f"pass --seq-len {positions} or less"
-            )
+        check_sources(given.files)
+        check_seq_len(given.seq_len, Calibration().seq_len, self.decoder.positions, "the model")
         if not given.files:
-            self.report("warning", message="no calibration text given: using text the model writes itself")
             windows_ST = sampled_windows(
                 self.checkpoint.folder,
                 samples=given.samples,
                 seq_len=given.seq_len,
                 seed=self.recipe.seed,
                 device=str(self.device),
+                report=self.report,
             )
             return windows_ST, "sampled from the model"
         texts = read_texts(given.files, given.field)
@@ -309,7 +311,7 @@ def _split_options(recipe: Recipe, method: Method) -> tuple[OwlConfig, Any]:
     of_owl = {k.removeprefix(OWL_PREFIX): v for k, v in recipe.options.items() if k.startswith(OWL_PREFIX)}
     of_method = {k: v for k, v in recipe.options.items() if not k.startswith(OWL_PREFIX)}
     if of_owl and recipe.allocation != "owl":
-        raise InputError(f"option {OWL_PREFIX}{next(iter(of_owl))} needs --allocation owl")
+        raise InputError(f"option {OWL_PREFIX}{next(iter(of_owl))} needs the allocation owl")
     return make_options(OwlConfig, of_owl, "owl"), make_options(method.Config, of_method, recipe.method)
 
 

@@ -36,7 +36,7 @@ class Run:
 
     def __init__(self, out: Path, fingerprint: dict[str, str], *, resume: bool, overwrite: bool) -> None:
         self.out = out
-        self.folder = out.with_name(out.name + ".partial")
+        self.folder = partial_of(out)
         self.fingerprint = fingerprint
         self.overwrite = overwrite
         self.finished: dict[str, dict[str, Any]] = {}
@@ -188,6 +188,11 @@ class Writer:
         self.report("saved", part=part)
 
 
+def partial_of(out: Path) -> Path:
+    """Where the work for `out` happens."""
+    return out.with_name(out.name + ".partial")
+
+
 def check_free(out: Path, partial: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuses an OUT that exists, or an unfinished run, unless told what to do with it.
 
@@ -215,7 +220,7 @@ def check_free(out: Path, partial: Path, *, resume: bool, overwrite: bool) -> No
 def check_apart(model: Path, out: Path) -> None:
     """Refuses an OUT, or a working folder beside it, that is the model, lies in it or contains it."""
     source = model.resolve()
-    for folder in (out, out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")):
+    for folder in (out, partial_of(out), out.with_name(out.name + ".replaced")):
         place = folder.resolve()
         if source == place or source in place.parents or place in source.parents:
             raise OutputError(
@@ -242,7 +247,7 @@ def finished_record(out: Path, fingerprint: dict[str, str]) -> dict[str, Any] | 
 
 def resumable(out: Path) -> bool:
     """Whether an unfinished run of `out` has finished parts that a resume would keep."""
-    journal = out.with_name(out.name + ".partial") / RECORD / "journal"
+    journal = partial_of(out) / RECORD / "journal"
     return any(path.name != FINGERPRINT for path in journal.glob("*.json"))
 
 
