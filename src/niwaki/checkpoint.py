@@ -4,7 +4,7 @@ Only safetensors is ever read (a pickle can run code), shard names must be plain
 code is loaded. Writing goes to a temporary file in the same folder, is flushed to the disk and then renamed,
 so that a file under its final name is always complete.
 
-    checkpoint = Checkpoint.open("models/sapling")
+    checkpoint = Checkpoint.open("MODEL")
     weights = checkpoint.read(["model.layers.0.mlp.up_proj.weight"])
 """
 
