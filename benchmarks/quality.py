@@ -1,8 +1,9 @@
-"""Quality of every method under one protocol: 64×512 calibration tokens, 50,000 evaluation tokens of two texts.
+"""Quality of methods under one protocol: 64×512 calibration tokens, 50,000 evaluation tokens of two texts.
 
-    python benchmarks/quality.py MODEL DATA --out benchmarks/results/quality-NAME.json [--device cuda]
+    python benchmarks/quality.py MODEL DATA --suite classic --out benchmarks/results/quality-NAME.json
 
 DATA holds calibration.jsonl, eval_reviews.jsonl and wikitext2_test.txt. Arithmetic is float32 on every device.
+"Gap closed" is (ppl_wanda − ppl) / (ppl_wanda − ppl_dense), wanda with the same target, calibration and seed.
 The model and the texts are not part of this repository.
 """
 
@@ -20,79 +21,92 @@ import torch
 import transformers
 
 import niwaki
+from suites import SUITES, Case
 
-CASES = [
-    ("magnitude", "0.5", {}),
-    ("wanda", "0.5", {}),
-    ("sparsegpt", "0.5", {}),
-    ("wanda", "0.7", {}),
-    ("sparsegpt", "0.7", {}),
-    ("wanda", "0.7", {"allocation": "owl"}),
-    ("sparsegpt", "0.7", {"allocation": "owl"}),
-    ("magnitude", "2:4", {}),
-    ("wanda", "2:4", {}),
-    ("sparsegpt", "2:4", {}),
-    ("sparsegpt", "4:8", {}),
-]
+TEXTS = {"reviews": "eval_reviews.jsonl", "wikitext2": "wikitext2_test.txt"}
 
 
-def measure(model: str, data: Path, case: tuple, seed: int, device: str) -> dict:
-    method, target, extra = case
-    texts = {"reviews": str(data / "eval_reviews.jsonl"), "wikitext2": str(data / "wikitext2_test.txt")}
+def perplexities(model: str | Path, data: Path, device: str, reference: str | None = None) -> dict:
+    files = {name: str(data / file) for name, file in TEXTS.items()}
+    scores = niwaki.evaluate(
+        model, reference=reference, data=list(files.values()), max_tokens=50_000, device=device, dtype="float32"
+    )
+    found = {"perplexity": {name: scores["perplexity"][path] for name, path in files.items()}}
+    if reference is not None:
+        found["kl_reviews"] = scores["kl"][files["reviews"]]
+        found["top1_agreement_reviews"] = scores["top1_agreement"][files["reviews"]]
+    return found
+
+
+def measure(model: str, data: Path, case: Case, seed: int, device: str, reference: str | None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         record = niwaki.compress(
             model,
             out,
-            method=method,
-            target=target,
             calibration={"files": (str(data / "calibration.jsonl"),), "samples": 64, "seq_len": 512},
             seed=seed,
             device=device,
             dtype="float32",
-            **extra,
+            **case.recipe,
         )
-        scores = niwaki.evaluate(
-            out, reference=model, data=list(texts.values()), max_tokens=50_000, device=device, dtype="float32"
-        )
-    return {
-        "seed": seed,
-        "zeros_frac": record["result"]["zeros_frac"],
-        "compress_s": record["seconds"],
-        "perplexity": {name: scores["perplexity"][path] for name, path in texts.items()},
-        "dense_perplexity": {name: scores["reference_perplexity"][path] for name, path in texts.items()},
-        "kl_reviews": scores["kl"][texts["reviews"]],
-        "top1_agreement_reviews": scores["top1_agreement"][texts["reviews"]],
-        "tokens": {name: scores["tokens"][path] for name, path in texts.items()},
-    }
+        scores = perplexities(out, data, device, reference)
+    zeros_frac = record["result"]["zeros_frac"]
+    return {"seed": seed, "zeros_frac": zeros_frac, "compress_s": record["seconds"], **scores}
 
 
-def spread(runs: list[dict], text: str) -> dict:
-    values = [run["perplexity"][text] for run in runs]
+def spread(values: list[float]) -> dict:
     return {"mean": statistics.mean(values), "stdev": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def add_gaps(rows: list[dict], dense: dict) -> None:
+    """Gap closed of every run that has a plain wanda run of its target and seed."""
+    wanda = {(row["target"], run["seed"]): run for row in rows if row["label"] == "wanda" for run in row["runs"]}
+    for row in rows:
+        for run in row["runs"]:
+            if base := wanda.get((row["target"], run["seed"])):
+                run["gap_closed"] = {
+                    name: (base["perplexity"][name] - run["perplexity"][name])
+                    / (base["perplexity"][name] - dense[name])
+                    for name in TEXTS
+                }
+        if all("gap_closed" in run for run in row["runs"]):
+            row["gap_closed"] = {name: spread([run["gap_closed"][name] for run in row["runs"]]) for name in TEXTS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
+    parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=["classic"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="method:target, for example sparsegpt:0.5")
+    parser.add_argument("--targets", nargs="*", help="only these")
+    parser.add_argument("--limit-s", type=float, default=float("inf"), help="start no case after that many seconds")
+    parser.add_argument("--divergence", action="store_true", help="KL and top-1 agreement to the dense model too")
     args = parser.parse_args()
     started = time.time()
+    dense = perplexities(args.model, args.data, args.device)["perplexity"]
     rows = []
-    for case in CASES:
-        method, target, extra = case
-        if args.only and f"{method}:{target}" not in [name.replace("/", ":", 1) for name in args.only]:
+    left_out = []
+    for case in [case for suite in args.suite for case in SUITES[suite]]:
+        target = case.recipe["target"]
+        if args.targets and target not in args.targets:
             continue
-        seeds = range(1 if method == "magnitude" else args.seeds)  # magnitude sees no data
-        runs = [measure(args.model, args.data, case, seed, args.device) for seed in seeds]
-        row = {"method": method, "target": target, **extra, "runs": runs}
-        row |= {text: spread(runs, text) for text in ("reviews", "wikitext2")}
+        if time.time() - started > args.limit_s:
+            left_out.append(f"{case.label} {target}")
+            continue
+        seeds = range(1 if case.label == "magnitude" else args.seeds)  # magnitude sees no data
+        reference = args.model if args.divergence else None
+        runs = [measure(args.model, args.data, case, seed, args.device, reference) for seed in seeds]
+        row = {"label": case.label, **case.recipe, "runs": runs}
+        row |= {name: spread([run["perplexity"][name] for run in runs]) for name in TEXTS}
         rows.append(row)
-        print(method, target, extra, {t: round(row[t]["mean"], 2) for t in ("reviews", "wikitext2")}, flush=True)
+        add_gaps(rows, dense)
+        gaps = [round(100 * row["gap_closed"][name]["mean"], 1) for name in TEXTS] if "gap_closed" in row else ""
+        took = round(sum(run["compress_s"] for run in runs), 1)
+        print(target, "|", case.label, "|", [round(row[name]["mean"], 2) for name in TEXTS], gaps, took, flush=True)
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     result = {
         "model": Path(args.model).name,
@@ -103,8 +117,9 @@ def main() -> None:
         },
         "command": " ".join(["python", *sys.argv]),
         "seconds": round(time.time() - started, 1),
-        "dense": rows[0]["runs"][0]["dense_perplexity"],
+        "dense": dense,
         "rows": rows,
+        "left_out": left_out,
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 

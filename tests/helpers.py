@@ -11,17 +11,51 @@ import transformers
 from torch import Tensor, nn
 
 from families import build
-from niwaki.anatomy import BlockAnatomy, Linear
+from niwaki.activations import Activations
+from niwaki.anatomy import BlockAnatomy, Call, Linear
 from niwaki.block import Block
 from niwaki.demo import sapling
 from niwaki.statistics import Needs, Statistics
+from niwaki.stream import Evidence
 
 CPU = torch.device("cpu")
 
 
+class _Independent(nn.Module):
+    """Matrices side by side; its forward applies the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: Tensor = next(self.children())(x)
+        return first
+
+
+class FixedStream:
+    """Stands in for a stream at one block: windows [S, T, I] with the outputs of the first matrix."""
+
+    def __init__(self, block: Block, x_STI: Tensor) -> None:
+        self.hidden = Activations(x_STI, "ram", CPU)
+        self.outputs = Activations(block.module(x_STI), "ram", CPU)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def call(self, count: int, index: int) -> Call:
+        return Call((), {})
+
+
+def evidence_of(block: Block, x_NI: Tensor, needs: Needs) -> Evidence:
+    """What a walk would have seen of `block` with `x_NI` as the input of all its matrices, in 8 windows at most."""
+    statistics = {name: statistics_of(x_NI, needs) for name in block.linears}
+    if not len(x_NI):
+        return Evidence(statistics)
+    windows = next((count for count in range(8, 0, -1) if len(x_NI) % count == 0), 1)
+    stream: Any = FixedStream(block, x_NI.reshape(windows, -1, x_NI.shape[1]))
+    return Evidence(statistics, stream, stream)
+
+
 def make_block(weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Block:
     """A block of independent matrices, one group each."""
-    module = nn.Module()
+    module = _Independent()
     linears = {}
     for name, weight_OI in weights.items():
         part = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False)
@@ -51,8 +85,9 @@ def correlated_inputs(tokens: int, columns: int, seed: int = 0) -> Tensor:
 def run_method(module: Any, weight_OI: Tensor, x_NI: Tensor, target: Any, **options: Any) -> Tensor:
     """The matrix [O, I] that a method makes of `weight_OI` for inputs `x_NI`."""
     block = make_block({"m": weight_OI})
-    statistics = {"m": statistics_of(x_NI, module.NEEDS)}
-    packed = module.compress(block, statistics, {"m": target}, module.Config(**options), torch.Generator())
+    config = module.Config(**options)
+    seen = evidence_of(block, x_NI, module.needs(config))
+    packed = module.compress(block, seen, {"m": target}, config, torch.Generator())
     assert torch.equal(block.weight("m"), weight_OI), "a method must not change its input"
     result: Tensor = packed["m"].decode(torch.float32)
     return result

@@ -25,12 +25,11 @@ def test_the_example_method_works_as_written() -> None:
 
 
 def test_example_recipes_are_valid() -> None:
-    from niwaki.config import load_recipe, make_options, make_recipe, parse_target
-    from niwaki.methods import get_method
+    from niwaki.config import load_recipe, make_recipe, parse_target
+    from niwaki.methods import make_steps
 
     found = sorted((GUIDE.parent / "examples").glob("*.yaml"))
     assert found
     for path in found:
         recipe = make_recipe(load_recipe(path))
-        parse_target(recipe.target)
-        make_options(get_method(recipe.method).Config, recipe.options, recipe.method)
+        assert make_steps(recipe.method, recipe.options, parse_target(recipe.target))

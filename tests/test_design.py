@@ -21,7 +21,7 @@ LAYERS = [
     ["anatomy"],
     ["checkpoint", "statistics"],
     ["block"],
-    ["allocation"],
+    ["allocation", "stream"],
     ["methods"],
     ["walk", "run"],
     ["card"],

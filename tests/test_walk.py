@@ -12,9 +12,10 @@ from niwaki.block import Block, Decoder
 from niwaki.checkpoint import Checkpoint
 from niwaki.config import Sparsity
 from niwaki.errors import ArchitectureError, NumericalError
-from niwaki.methods import get_method
+from niwaki.methods import Step, get_method
 from niwaki.statistics import Needs
-from niwaki.walk import Plan, Stream, collect, compress_blocks, forward, loaded_blocks
+from niwaki.stream import Evidence, Stream
+from niwaki.walk import Plan, collect, compress_blocks, forward, loaded_blocks
 
 IDS = torch.randint(1, 90, (5, 12), generator=torch.Generator().manual_seed(0))
 
@@ -31,7 +32,7 @@ def walk(decoder: Decoder, method: str, *, dense: bool = False, **stream: Any) -
     main = Stream(decoder, IDS, **stream)
     compress_blocks(
         decoder,
-        Plan(module, module.Config(), targets, 0),
+        Plan([Step(method, module, module.Config())], targets, 0),
         main,
         Stream(decoder, IDS, **stream) if dense else None,
         finished=lambda index: None,
@@ -48,20 +49,19 @@ def test_statistics_see_the_compressed_prefix(tmp_path: Path) -> None:
     module = get_method("wanda")
 
     class Spy:
-        NEEDS = module.NEEDS
-        Config = module.Config
+        needs = staticmethod(module.needs)
 
         @staticmethod
-        def compress(block: Block, statistics: Any, *rest: Any) -> Any:
-            seen.append(statistics["mlp.down_proj"].sqnorm_I.clone())
-            return module.compress(block, statistics, *rest)
+        def compress(block: Block, evidence: Evidence, *rest: Any) -> Any:
+            seen.append(evidence.statistics["mlp.down_proj"].sqnorm_I.clone())
+            return module.compress(block, evidence, *rest)
 
     decoder = open_decoder(folder)
     targets = [dict.fromkeys(block.linears, Sparsity(0.5)) for block in decoder.anatomy.blocks]
     kept: dict[str, torch.Tensor] = {}
     compress_blocks(
         decoder,
-        Plan(Spy, module.Config(), targets, 0),  # type: ignore[arg-type]
+        Plan([Step("spy", Spy, module.Config())], targets, 0),  # type: ignore[arg-type]
         Stream(decoder, IDS),
         None,
         finished=lambda index: None,
@@ -91,7 +91,7 @@ def test_the_stream_ends_where_the_compressed_model_does(tmp_path: Path, method:
     targets = [dict.fromkeys(block.linears, Sparsity(0.5)) for block in decoder.anatomy.blocks]
     compress_blocks(
         decoder,
-        Plan(module, module.Config(), targets, 0),
+        Plan([Step(method, module, module.Config())], targets, 0),
         main,
         None,
         finished=lambda index: None,

@@ -54,6 +54,11 @@ class Activations:
         """Windows `rows` on the compute device."""
         return self.store_STD[rows].to(self.device, non_blocking=True)
 
+    def take(self, windows: list[int]) -> Tensor:
+        """The chosen windows, in the order given, on the compute device."""
+        chosen = torch.tensor(windows, device=self.store_STD.device)
+        return self.store_STD.index_select(0, chosen).to(self.device, non_blocking=True)
+
     def write(self, rows: slice, x_BTD: Tensor) -> None:
         """Replace windows `rows`."""
         self.store_STD[rows].copy_(x_BTD)

@@ -37,9 +37,10 @@ from niwaki.checkpoint import INDEX, Checkpoint, copy_file, write_text
 from niwaki.config import Calibration, Recipe, Target, make_options, make_recipe, parse_target
 from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
 from niwaki.errors import CalibrationError, InputError, NumericalError, OutputError, unknown
-from niwaki.methods import Method, get_method
+from niwaki.methods import Step, make_steps, merged_needs
 from niwaki.run import RECORD, Run, Writer, check_apart, check_free, finished_record, partial_of
-from niwaki.walk import Plan, Report, Stream, collect, compress_blocks, default_batch_tokens, forward
+from niwaki.stream import Stream, default_batch_tokens
+from niwaki.walk import Plan, Report, collect, compress_blocks, forward
 
 END_SHARD_BYTES = 2**30
 OWL_PREFIX = "owl_"
@@ -84,12 +85,12 @@ class _Job:
         self.out = out.absolute()
         self.report = report
         self.resume, self.overwrite = resume, overwrite
-        self.dense_stream = dense_stream
         self.target: Target = parse_target(recipe.target)
-        self.method: Method = get_method(recipe.method)
         if recipe.allocation not in ALLOCATIONS:
             raise InputError(unknown("allocation", recipe.allocation, ALLOCATIONS))
-        self.owl, self.config = _split_options(recipe, self.method)
+        self.owl, self.steps = _split_options(recipe, self.target)
+        self.needs = merged_needs(self.steps)
+        self.dense_stream = dense_stream or self.needs.dense
         self.device = pick_device(recipe.device)
         self.partial = partial_of(self.out)
         check_free(self.out, self.partial, resume=resume, overwrite=overwrite)
@@ -147,14 +148,14 @@ class _Job:
                     lines,
                 )
 
-            plan = Plan(self.method, self.config, self.targets, self.recipe.seed)
+            plan = Plan(self.steps, self.targets, self.recipe.seed)
             compress_blocks(self.decoder, plan, stream, dense, finished=finished, save=save, report=report)
         return self._finish(run, report)
 
     def _windows(self) -> tuple[Tensor | None, str]:
         """Token windows [S, T], if the method or the caller wants any, and where they come from."""
         given = self.recipe.calibration
-        wanted = self.method.NEEDS.anything or self.recipe.allocation == "owl" or self.dense_stream or given.files
+        wanted = self.needs.anything or self.recipe.allocation == "owl" or self.dense_stream or given.files
         if not wanted:
             return None, "none"
         check_sources(given.files)
@@ -195,6 +196,7 @@ class _Job:
             activation_bytes=self.recipe.activation_bytes,
             folder=run.folder / RECORD / "journal",
             name=name,
+            learn_batches=self.needs.learn_batches if name == "compressed" else frozenset(),
         )
 
     def _owl_targets(self, run: Run, stream: Stream | None, report: Report) -> Targets:
@@ -270,7 +272,7 @@ class _Job:
             },
             "fingerprint": run.fingerprint,
             "recipe": self.recipe.model_dump(mode="json"),
-            "options": vars(self.config),
+            "options": {step.name: vars(step.config) for step in self.steps},
             "dense_stream": self.dense_stream,
             "calibration": {
                 "source": self.calibration_source,
@@ -306,13 +308,13 @@ class _Job:
         return {name: hashlib.sha256(mark.encode()).hexdigest() for name, mark in marks.items()}
 
 
-def _split_options(recipe: Recipe, method: Method) -> tuple[OwlConfig, Any]:
-    """Options that start with `owl_` belong to the allocation, all others to the method."""
+def _split_options(recipe: Recipe, target: Target) -> tuple[OwlConfig, list[Step]]:
+    """Options that start with `owl_` belong to the allocation, all others to the methods."""
     of_owl = {k.removeprefix(OWL_PREFIX): v for k, v in recipe.options.items() if k.startswith(OWL_PREFIX)}
-    of_method = {k: v for k, v in recipe.options.items() if not k.startswith(OWL_PREFIX)}
+    of_methods = {k: v for k, v in recipe.options.items() if not k.startswith(OWL_PREFIX)}
     if of_owl and recipe.allocation != "owl":
         raise InputError(f"option {OWL_PREFIX}{next(iter(of_owl))} needs the allocation owl")
-    return make_options(OwlConfig, of_owl, "owl"), make_options(method.Config, of_method, recipe.method)
+    return make_options(OwlConfig, of_owl, "owl"), make_steps(recipe.method, of_methods, target)
 
 
 def _check_disk(checkpoint: Checkpoint, out: Path) -> None:

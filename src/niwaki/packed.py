@@ -6,8 +6,9 @@ file stays as large as before).
 Legend: O outputs, I inputs.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,17 +20,21 @@ Kind = Literal["dense", "masked"]
 class Packed:
     """A compressed matrix. `weight_OI` is what every consumer must see after decoding.
 
-    `note` tells what a reader of blocks.jsonl should know about how this record came to be.
+    `note` tells what a reader of blocks.jsonl should know about how this record came to be; `detail` holds
+    further fields of its line there.
     """
 
     kind: Kind
     weight_OI: Tensor
     note: str = ""
+    detail: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def masked(cls, weight_OI: Tensor, keep_OI: Tensor, note: str = "") -> "Packed":
+    def masked(
+        cls, weight_OI: Tensor, keep_OI: Tensor, note: str = "", detail: Mapping[str, Any] | None = None
+    ) -> "Packed":
         """`weight_OI` with zeros where `keep_OI` is false."""
-        return cls("masked", torch.where(keep_OI, weight_OI, weight_OI.new_zeros(())), note)
+        return cls("masked", torch.where(keep_OI, weight_OI, weight_OI.new_zeros(())), note, detail or {})
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The [O, I] matrix as a consumer computes with it."""

@@ -17,15 +17,35 @@ UNREACHED = "no calibration token reached this matrix: ranked by magnitude"
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks the walk to collect for every group."""
+    """What a method asks the walk for.
+
+    `sqnorm` and `gram`: sums for every group of matrices. `learn_batches`: how many windows a learning method draws
+    at a time from the block's inputs and the dense block's outputs (empty: it does not learn). `dense`: the
+    outputs of the same block in the dense model as well.
+    """
 
     sqnorm: bool = False
     gram: bool = False
+    learn_batches: frozenset[int] = frozenset()
+    dense: bool = False
+
+    @property
+    def windows(self) -> bool:
+        """Whether inputs and outputs of the block are wanted, not only sums."""
+        return bool(self.learn_batches)
 
     @property
     def anything(self) -> bool:
         """Whether the walk has to run the dense block over all windows before compressing it."""
-        return self.sqnorm or self.gram
+        return self.sqnorm or self.gram or self.windows
+
+    def __or__(self, other: "Needs") -> "Needs":
+        return Needs(
+            self.sqnorm or other.sqnorm,
+            self.gram or other.gram,
+            self.learn_batches | other.learn_batches,
+            self.dense or other.dense,
+        )
 
 
 class Statistics:

@@ -90,7 +90,7 @@ def print_methods(console: Console) -> None:
     for name in METHODS:
         method = get_method(name)
         what = method.__doc__.split("\n")[0].partition(": ")[2]
-        table.add_row(name, what, _needs(method.NEEDS), method.PAPER)
+        table.add_row(name, what, _needs(method.needs(method.Config())), method.PAPER)
     console.print(table)
 
 

@@ -8,81 +8,24 @@ Legend: S windows, B windows in a batch, T tokens, D hidden size, N tokens, O ou
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from niwaki.activations import Activations, choose_place
-from niwaki.anatomy import Call
-from niwaki.block import Block, Decoder, batches
+from niwaki.activations import Activations
+from niwaki.block import Block, Decoder
 from niwaki.config import Target
-from niwaki.errors import ArchitectureError, NumericalError
-from niwaki.methods import Method
+from niwaki.errors import NumericalError
+from niwaki.methods import Step, merged_needs
 from niwaki.packed import Packed
 from niwaki.statistics import Needs, Statistics
+from niwaki.stream import Evidence, Stream
 
 Report = Callable[..., None]
-
-
-class Stream:
-    """The hidden states of all windows, and the arguments that blocks are called with."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        ids_ST: Tensor,
-        *,
-        batch_tokens: int | None = None,
-        activation_bytes: int | None = None,
-        folder: Path | None = None,
-        name: str = "stream",
-    ) -> None:
-        count, tokens = ids_ST.shape
-        self.ids_ST = ids_ST
-        self.batch = max(1, min(count, (batch_tokens or default_batch_tokens(decoder.device)) // tokens))
-        shape = (count, tokens, decoder.hidden_size)
-        needed_bytes = count * tokens * decoder.hidden_size * decoder.dtype.itemsize
-        place = choose_place(needed_bytes, decoder.device, activation_bytes)
-        self.hidden = Activations.allocate(shape, decoder.dtype, decoder.device, place, folder, f"{name}.bin")
-        self._calls: dict[int, list[Call]] = {}
-        for rows in self.slices():
-            x_BTD, calls = decoder.enter(ids_ST[rows])
-            self.hidden.write(rows, x_BTD)
-            _require_equal(self._calls.setdefault(len(x_BTD), calls), calls)
-
-    def slices(self) -> Iterator[slice]:
-        """The batches of windows, in order."""
-        return batches(len(self.ids_ST), self.batch)
-
-    def call(self, rows: slice, index: int) -> Call:
-        """The arguments of block `index` for the batch `rows`."""
-        return self._calls[rows.stop - rows.start][index]
-
-    def observe(self, block: Block, seen: Callable[[str, Tensor], None] | None, *, first_only: bool = False) -> Tensor:
-        """Runs the block without moving on; returns its output [B, T, D] for the first batch."""
-        first: Tensor | None = None
-        for rows in self.slices():
-            out_BTD = block.run(self.call(rows, block.index), self.hidden.read(rows), seen)
-            first = out_BTD if first is None else first
-            if first_only:
-                break
-        assert first is not None
-        return first
-
-    def advance(self, block: Block) -> None:
-        """Replaces the hidden states by the block's output."""
-        for rows in self.slices():
-            self.hidden.write(rows, block.run(self.call(rows, block.index), self.hidden.read(rows)))
-
-
-def default_batch_tokens(device: torch.device) -> int:
-    """Tokens a forward takes at once: enough to fill the device, few enough to bound its temporaries."""
-    return 16384 if device.type == "cuda" else 2048
 
 
 def loaded_blocks(
@@ -123,7 +66,8 @@ def collect(block: Block, stream: Stream, needs: Needs) -> tuple[dict[str, Stati
         if name in groups:  # a group is collected once, at its first matrix
             groups[name].add(x)
 
-    first_BTD = stream.observe(block, seen, first_only=not needs.anything)
+    outputs = stream.outputs if needs.windows else None
+    first_BTD = stream.observe(block, seen, first_only=not needs.anything, outputs=outputs)
     if not torch.isfinite(first_BTD).all():
         raise NumericalError(
             f"block {block.index} puts out NaN or infinite values on the calibration text: "
@@ -134,10 +78,9 @@ def collect(block: Block, stream: Stream, needs: Needs) -> tuple[dict[str, Stati
 
 @dataclass(frozen=True)
 class Plan:
-    """What the walk does to each block: a method, its options, its targets and its seed."""
+    """What the walk does to each block: one method after another, their targets and their seed."""
 
-    method: Method
-    config: Any
+    steps: Sequence[Step]
     targets: list[dict[str, Target]]
     seed: int
 
@@ -164,7 +107,7 @@ def compress_blocks(
         if dense is not None:
             _advance_dense(decoder, dense, block, done)
         if not done:
-            lines = _compress_block(block, plan, stream)
+            lines = _compress_block(block, plan, stream, dense)
         if stream is not None:
             stream.advance(block)
         if not done:
@@ -175,16 +118,18 @@ def compress_blocks(
         report("block", index=block.index, of=len(decoder), replayed=done, seconds=round(seconds, 3))
 
 
-def _compress_block(block: Block, plan: Plan, stream: Stream | None) -> list[dict[str, Any]]:
-    """Runs the method on one block, assigns its records and returns one report line per matrix."""
+def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stream | None) -> list[dict[str, Any]]:
+    """Runs the steps on one block, assigns the last records and returns one report line per matrix."""
     targets = plan.targets[block.index]
     statistics: dict[str, Statistics] = {name: Statistics(Needs()) for name in block.linears}
     before_BTD = None
     if stream is not None:
-        statistics, before_BTD = collect(block, stream, plan.method.NEEDS)
-    generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + block.index)
+        statistics, before_BTD = collect(block, stream, merged_needs(plan.steps))
+    packed: dict[str, Packed] = {}
+    for number, step in enumerate(plan.steps):
+        generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + block.index) * 101 + number)
+        packed = step.compress(block, Evidence(statistics, stream, dense, packed), targets, generator)
     with torch.no_grad():
-        packed = plan.method.compress(block, statistics, targets, plan.config, generator)
         lines = [_line(block, name, targets[name], record, statistics[name]) for name, record in packed.items()]
     if stream is not None and before_BTD is not None:
         after_BTD = stream.observe(block, None, first_only=True)
@@ -224,6 +169,7 @@ def _line(block: Block, name: str, target: Target, record: Packed, statistics: S
         "error_before_update": error_before_update,
         "error": error,
         "note": record.note,
+        **record.detail,
     }
 
 
@@ -251,26 +197,3 @@ def _energy_ratio(difference: Tensor, wanted: Tensor) -> float:
     energy = float(wanted.float().square().sum(dtype=torch.float64))
     error = float(difference.float().square().sum(dtype=torch.float64))
     return error / energy if energy else 0.0
-
-
-def _require_equal(first: list[Call], other: list[Call]) -> None:
-    """Arguments are recorded once per batch shape, so they must not depend on the tokens."""
-    for index, (a, b) in enumerate(zip(first, other, strict=True)):
-        for left, right in zip(_tensors(a), _tensors(b), strict=True):
-            if left is not right and not torch.equal(left, right):
-                raise ArchitectureError(
-                    f"block {index} receives an argument of shape {list(left.shape)} that depends on the tokens: "
-                    "niwaki walks decoders whose blocks depend on the hidden state alone"
-                )
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Call):
-        return _tensors(value.args) + _tensors(value.kwargs)
-    if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in _tensors(item)]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []

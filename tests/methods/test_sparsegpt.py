@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import correlated_inputs, make_block, run_method, statistics_of
+from helpers import correlated_inputs, evidence_of, make_block, run_method, statistics_of
 from niwaki.config import Grouped, Sparsity, Target
 from niwaki.errors import NumericalError
 from niwaki.methods import sparsegpt
 from niwaki.methods._solver import inverse_factor
+from niwaki.statistics import Needs
+from niwaki.stream import Evidence
 
 
 def reference(weight: np.ndarray, x: np.ndarray, target: Target, damping_frac: float, panel: int) -> np.ndarray:
@@ -96,9 +98,9 @@ def test_all_inputs_zero_is_magnitude_like_and_finite() -> None:
 def test_damping_that_had_to_be_raised_is_noted() -> None:
     x = torch.ones(2, 64) * 1e4
     block = make_block({"m": torch.randn(2, 64)})
-    statistics = {"m": statistics_of(x, sparsegpt.NEEDS)}
     config = sparsegpt.Config(damping_frac=1e-9)
-    packed = sparsegpt.compress(block, statistics, {"m": Sparsity(0.5)}, config, torch.Generator())["m"]
+    seen = evidence_of(block, x, sparsegpt.needs(config))
+    packed = sparsegpt.compress(block, seen, {"m": Sparsity(0.5)}, config, torch.Generator())["m"]
     assert "damping_frac raised to" in packed.note
     assert torch.isfinite(packed.weight_OI).all()
 
@@ -130,9 +132,9 @@ def test_one_factor_serves_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparsegpt, "inverse_factor", counting)
     block = make_block({"q": torch.randn(4, 8), "k": torch.randn(4, 8), "o": torch.randn(4, 8)})
     block.anatomy.linears["k"] = replace(block.anatomy.linears["k"], group="q")
-    shared = statistics_of(correlated_inputs(40, 8), sparsegpt.NEEDS)
-    other = statistics_of(correlated_inputs(40, 8, 1), sparsegpt.NEEDS)
+    shared = statistics_of(correlated_inputs(40, 8), Needs(gram=True))
+    other = statistics_of(correlated_inputs(40, 8, 1), Needs(gram=True))
     statistics = {"q": shared, "k": shared, "o": other}
     targets = dict.fromkeys(statistics, Sparsity(0.5))
-    sparsegpt.compress(block, statistics, targets, sparsegpt.Config(), torch.Generator())
+    sparsegpt.compress(block, Evidence(statistics), targets, sparsegpt.Config(), torch.Generator())
     assert [gram is shared.gram_II for gram in calls] == [True, False]

@@ -21,7 +21,8 @@ from niwaki.device import pick_device, pick_dtype
 from niwaki.errors import InputError
 from niwaki.evaluation.divergence import compare_windows
 from niwaki.evaluation.tasks import Bucket, buckets, read_items, score
-from niwaki.walk import Report, Stream, forward
+from niwaki.stream import Stream
+from niwaki.walk import Report, forward
 
 SEQ_LEN = 1024
 

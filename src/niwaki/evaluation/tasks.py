@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from niwaki.errors import CalibrationError
-from niwaki.walk import Stream
+from niwaki.stream import Stream
 
 BUCKETS = 4
 Logits = Callable[[Stream, slice], Tensor]

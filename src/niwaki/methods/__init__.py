@@ -1,22 +1,28 @@
 """The registry: every method is one module, imported when it is used.
 
-A method module offers `PAPER`, `NEEDS` (which statistics the walk collects), a frozen dataclass `Config` and
-`compress(block, statistics, targets, config, generator) -> {matrix: Packed}` for one block.
+A method module offers `PAPER`, `ACCEPTS` (the kinds of target it can meet), `CONTINUES` (whether it can take
+up the records of a method before it), a frozen dataclass `Config`, `needs(config)` (what the walk collects)
+and `compress(block, seen, targets, config, generator) -> {matrix: Packed}` for one block.
+
+Methods chain: in `besa+wandapp` the second one starts from the masks and weights of the first, block by block.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Protocol, cast
 
 import torch
 
 from niwaki.block import Block
-from niwaki.config import Target
-from niwaki.errors import InputError, unknown
+from niwaki.config import Grouped, Sparsity, Target, make_options
+from niwaki.errors import InputError, TargetError, unknown
 from niwaki.packed import Packed
-from niwaki.statistics import Needs, Statistics
+from niwaki.statistics import Needs
+from niwaki.stream import Evidence
 
-METHODS = ("magnitude", "sparsegpt", "wanda")
+METHODS = ("besa", "magnitude", "sparsegpt", "wanda", "wandapp")
 BEST = "sparsegpt"
 
 
@@ -24,14 +30,18 @@ class Method(Protocol):
     """What a method module offers."""
 
     PAPER: str
-    NEEDS: Needs
+    ACCEPTS: tuple[type, ...]
+    CONTINUES: bool
     Config: type
     __doc__: str
+
+    def needs(self, config: Any) -> Needs:
+        """What the walk must collect for these options."""
 
     def compress(
         self,
         block: Block,
-        statistics: Mapping[str, Statistics],
+        seen: Evidence,
         targets: Mapping[str, Target],
         config: Any,
         generator: torch.Generator,
@@ -39,8 +49,66 @@ class Method(Protocol):
         """New records for every matrix in `targets`; the block itself is not changed."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """One method of a chain with its options."""
+
+    name: str
+    method: Method
+    config: Any
+
+    @property
+    def needs(self) -> Needs:
+        """What this step wants to be collected."""
+        return self.method.needs(self.config)
+
+    def compress(
+        self, block: Block, seen: Evidence, targets: Mapping[str, Target], generator: torch.Generator
+    ) -> dict[str, Packed]:
+        """Runs the method on one block."""
+        return self.method.compress(block, seen, targets, self.config, generator)
+
+
 def get_method(name: str) -> Method:
     """The method module `name`. Raises InputError with the nearest name."""
     if name not in METHODS:
         raise InputError(unknown("method", name, METHODS))
     return cast(Method, importlib.import_module(f"niwaki.methods.{name}"))
+
+
+def make_steps(chain: str, options: Mapping[str, Any], target: Target) -> list[Step]:
+    """The steps of `chain` (names joined by +) with their options, checked against the target.
+
+    Options of a single method are written by their name, those of a chain as `method.option`.
+    """
+    names = [name.strip() for name in chain.split("+")]
+    methods = [get_method(name) for name in names]
+    if len(set(names)) < len(names):
+        raise InputError(f"method {chain}: every method may stand in a chain once")
+    for name, method in zip(names, methods, strict=True):
+        if not isinstance(target, method.ACCEPTS):
+            kinds = " or ".join(_KINDS[kind] for kind in method.ACCEPTS)
+            raise TargetError(f"method {name} meets {kinds}, got target {target}")
+    for name, method in zip(names[1:], methods[1:], strict=True):
+        if not method.CONTINUES:
+            raise InputError(f"method {chain}: {name} cannot take up what another method began, put it first")
+    own: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in options.items():
+        owner, _, option = key.rpartition(".")
+        if not owner and len(names) == 1:
+            owner = names[0]
+        if owner not in own:
+            raise InputError(f"option {key}: write it as method.option with one of {', '.join(names)}")
+        own[owner][option] = value
+    return [
+        Step(name, method, make_options(method.Config, own[name], name))
+        for name, method in zip(names, methods, strict=True)
+    ]
+
+
+def merged_needs(steps: Sequence[Step]) -> Needs:
+    """What all steps together want to be collected."""
+    return reduce(lambda found, step: found | step.needs, steps, Needs())
+
+
+_KINDS = {Sparsity: "a fraction of zeros such as 0.5", Grouped: "N:M such as 2:4"}

@@ -70,3 +70,78 @@ def sweep(
         keep_OI[:, start:end] = keep_OP
         weight_OI[:, end:].addmm_(errors_OP, upper_II[start:end, end:], alpha=-1)
     return keep_OI
+
+
+def refit(
+    dense_OI: Tensor, start_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, damping_frac: float, iterations: int = 40
+) -> Tensor:
+    """The kept weights that minimise ‖(V − W)X‖² + λ‖V − W‖² exactly, instead of the sweep's one pass.
+
+    W is `dense_OI`, V is zero where `keep_OI` is false, λ as in `inverse_factor`. The sweep moves weights to
+    the right only and never back; here every kept weight of a row answers to every removed one. Conjugate
+    gradients with a diagonal preconditioner, all rows at once, each with a mask of its own; `start_OI` is where
+    they begin. Cost: 2·O·I² operations an iteration.
+    """
+    scale = float(gram_II.diagonal().mean()) or 1.0
+    damping = damping_frac * scale
+    diagonal_I = gram_II.diagonal() + damping
+    keep_OI = keep_OI.to(dense_OI.dtype)
+
+    def curvature(v_OI: Tensor) -> Tensor:
+        return (v_OI @ gram_II).add_(v_OI, alpha=damping).mul_(keep_OI)
+
+    fitted_OI = start_OI * keep_OI
+    residual_OI = curvature(dense_OI - fitted_OI)
+    step_OI = residual_OI / diagonal_I
+    energy_O1 = (residual_OI * step_OI).sum(1, keepdim=True)
+    floor_O1 = energy_O1 * 1e-10 + torch.finfo(torch.float32).tiny  # below it, float32 has nothing left to gain
+    for _ in range(iterations):
+        curved_OI = curvature(step_OI)
+        bend_O1 = (step_OI * curved_OI).sum(1, keepdim=True)
+        length_O1 = torch.where((energy_O1 > floor_O1) & (bend_O1 > 0), energy_O1 / bend_O1, 0.0)
+        fitted_OI += length_O1 * step_OI
+        residual_OI -= length_O1 * curved_OI
+        scaled_OI = residual_OI / diagonal_I
+        before_O1, energy_O1 = energy_O1, (residual_OI * scaled_OI).sum(1, keepdim=True)
+        step_OI = scaled_OI + torch.where(before_O1 > floor_O1, energy_O1 / before_O1, 0.0) * step_OI
+    return fitted_OI
+
+
+def exchange(
+    dense_OI: Tensor,
+    fitted_OI: Tensor,
+    keep_OI: Tensor,
+    gram_II: Tensor,
+    damping_frac: float,
+    choose: Callable[[Tensor], Tensor],
+    rounds: int,
+) -> tuple[Tensor, Tensor]:
+    """Lets removed weights take the place of kept ones while that lowers the fitted error.
+
+    After a refit, reviving a weight gains about g²/d (g: its gradient, d: its curvature) and removing one costs
+    about v²·d. `choose` makes a mask of these scores, the refit follows, and the first round that does not lower
+    ‖(V − W)X‖² + λ‖V − W‖² ends it. Returns (weights, keep mask).
+    """
+    scale = float(gram_II.diagonal().mean()) or 1.0
+    damping = damping_frac * scale
+    diagonal_I = gram_II.diagonal() + damping
+
+    def pull(v_OI: Tensor) -> Tensor:
+        missing_OI = dense_OI - v_OI
+        return (missing_OI @ gram_II).add_(missing_OI, alpha=damping)
+
+    def error(v_OI: Tensor, pull_OI: Tensor) -> float:
+        return float(((dense_OI - v_OI) * pull_OI).sum(dtype=torch.float64))
+
+    pull_OI = pull(fitted_OI)
+    best = error(fitted_OI, pull_OI)
+    for _ in range(rounds):
+        scores_OI = torch.where(keep_OI, fitted_OI.square() * diagonal_I, pull_OI.square() / diagonal_I)
+        other_keep_OI = choose(scores_OI)
+        other_OI = refit(dense_OI, fitted_OI, other_keep_OI, gram_II, damping_frac)
+        pull_OI = pull(other_OI)
+        found = error(other_OI, pull_OI)
+        if not found < best:
+            break
+        best, fitted_OI, keep_OI = found, other_OI, other_keep_OI
+    return fitted_OI, keep_OI

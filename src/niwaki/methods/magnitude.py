@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import torch
 
 from niwaki.block import Block
-from niwaki.config import Target
+from niwaki.config import Grouped, Sparsity, Target
 from niwaki.methods._masks import keep_by_matrix, keep_by_row
 from niwaki.packed import Packed
-from niwaki.statistics import Needs, Statistics
+from niwaki.statistics import Needs
+from niwaki.stream import Evidence
 
 PAPER = "Han et al. 2015, Learning both Weights and Connections"
-NEEDS = Needs()
+ACCEPTS = (Sparsity, Grouped)
+CONTINUES = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +35,15 @@ class Config:
             raise ValueError(f"scope must be matrix or row, got {self.scope!r}")
 
 
+def needs(config: Config) -> Needs:
+    """Nothing but the weights."""
+    return Needs()
+
+
+@torch.no_grad()
 def compress(
     block: Block,
-    statistics: Mapping[str, Statistics],
+    seen: Evidence,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,

@@ -6,7 +6,9 @@ for 128 columns at a time across all rows, N:M masks when the sweep reaches a gr
 
 Deviations: the number of zeros is exact, spread evenly over the panels. Features that never fired are the
 cheapest to prune but not zeroed beyond the target (the released code zeroes them all, which overshoots the
-budget). A matrix that no token reached is pruned by magnitude; its line in blocks.jsonl notes it.
+budget). Two named options go beyond the paper (`Config`); in a chain the masks of the method before are kept
+and only the weights are solved for. A matrix that no token reached is pruned by magnitude; its line in
+blocks.jsonl notes it.
 
 Cost: two forwards, one Gram matrix and one factor per group of matrices, one sweep per matrix. Memory: the
 block plus I² float32 for each group (and its factor while it is used).
@@ -16,38 +18,55 @@ block plus I² float32 for each group (and its factor while it is used).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from niwaki.block import Block
-from niwaki.config import Grouped, Target
+from niwaki.config import Grouped, Sparsity, Target
 from niwaki.methods._masks import keep_by_matrix, keep_highest, zeros_up_to
-from niwaki.methods._solver import inverse_factor, sweep
+from niwaki.methods._solver import exchange, inverse_factor, refit, sweep
 from niwaki.packed import Packed
-from niwaki.statistics import UNREACHED, Needs, Statistics
+from niwaki.statistics import UNREACHED, Needs
+from niwaki.stream import Evidence
 
 PAPER = "Frantar & Alistarh 2023, SparseGPT"
-NEEDS = Needs(gram=True)
+ACCEPTS = (Sparsity, Grouped)
+CONTINUES = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`damping_frac`: λ as a share of the Gram's mean diagonal. `panel_columns`: columns per mask choice."""
+    """`damping_frac`: λ as a share of the Gram's mean diagonal. `panel_columns`: columns per mask choice.
+
+    Beyond the paper, both off: `refit` solves for the kept weights exactly after the sweep, `exchanges` rounds
+    let removed weights return in place of kept ones (refits included).
+    """
 
     damping_frac: float = 0.01
     panel_columns: int = 128
+    refit: bool = False
+    exchanges: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.damping_frac <= 1:
             raise ValueError(f"damping_frac must lie in (0, 1], got {self.damping_frac}")
         if self.panel_columns < 1:
             raise ValueError(f"panel_columns must be positive, got {self.panel_columns}")
+        if self.exchanges < 0:
+            raise ValueError(f"exchanges must not be negative, got {self.exchanges}")
 
 
+def needs(config: Config) -> Needs:
+    """Gram matrices of the inputs."""
+    return Needs(gram=True)
+
+
+@torch.no_grad()
 def compress(
     block: Block,
-    statistics: Mapping[str, Statistics],
+    seen: Evidence,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -58,7 +77,7 @@ def compress(
         names = [linear.name for linear in members if linear.name in targets]
         if not names:
             continue
-        group = statistics[names[0]]
+        group = seen.statistics[names[0]]
         if not group.tokens:
             packed |= {name: _by_magnitude(block.weight(name).float(), targets[name]) for name in names}
             continue
@@ -66,8 +85,17 @@ def compress(
         raised = damping_frac != config.damping_frac
         note = f"XᵀX was singular in float32: damping_frac raised to {damping_frac:g}" if raised else ""
         for name in names:
-            weight_OI = block.weight(name).float().clone()
-            keep_OI = _prune(weight_OI, upper_II, targets[name], config.panel_columns)
+            dense_OI = block.weight(name).float()
+            weight_OI = dense_OI.clone()
+            given_OI = seen.start[name].weight_OI != 0 if seen.start else None
+            keep_OI = _prune(weight_OI, upper_II, targets[name], config.panel_columns, given_OI)
+            if config.refit or config.exchanges:
+                weight_OI = refit(dense_OI, weight_OI, keep_OI, group.gram_II, damping_frac)
+            if config.exchanges and given_OI is None:
+                choose = partial(keep_by_matrix, target=targets[name])
+                weight_OI, keep_OI = exchange(
+                    dense_OI, weight_OI, keep_OI, group.gram_II, damping_frac, choose, config.exchanges
+                )
             packed[name] = Packed.masked(weight_OI, keep_OI, note)
     return packed
 
@@ -76,10 +104,14 @@ def _by_magnitude(weight_OI: Tensor, target: Target) -> Packed:
     return Packed.masked(weight_OI, keep_by_matrix(weight_OI.abs(), target), UNREACHED)
 
 
-def _prune(weight_OI: Tensor, upper_II: Tensor, target: Target, panel_columns: int) -> Tensor:
-    """Updates `weight_OI` in place and returns the keep mask."""
+def _prune(weight_OI: Tensor, upper_II: Tensor, target: Target, panel_columns: int, given_OI: Tensor | None) -> Tensor:
+    """Updates `weight_OI` in place and returns the keep mask, which is `given_OI` if there is one."""
     rows, columns = weight_OI.shape
     target.zeros_in(rows, columns)
+    if given_OI is not None:
+        return sweep(
+            weight_OI, upper_II, None, lambda p, _, start: given_OI[:, start : start + p.shape[1]], panel_columns
+        )
     if isinstance(target, Grouped):
         whole_groups = max(panel_columns // target.group, 1) * target.group
         return sweep(weight_OI, upper_II, target, None, whole_groups)

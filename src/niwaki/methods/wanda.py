@@ -19,13 +19,15 @@ from dataclasses import dataclass
 import torch
 
 from niwaki.block import Block
-from niwaki.config import Target
+from niwaki.config import Grouped, Sparsity, Target
 from niwaki.methods._masks import keep_by_row
 from niwaki.packed import Packed
-from niwaki.statistics import UNREACHED, Needs, Statistics
+from niwaki.statistics import UNREACHED, Needs
+from niwaki.stream import Evidence
 
 PAPER = "Sun et al. 2024, A Simple and Effective Pruning Approach for Large Language Models"
-NEEDS = Needs(sqnorm=True)
+ACCEPTS = (Sparsity, Grouped)
+CONTINUES = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +35,15 @@ class Config:
     """Wanda has no options."""
 
 
+def needs(config: Config) -> Needs:
+    """Squared norms of the inputs."""
+    return Needs(sqnorm=True)
+
+
+@torch.no_grad()
 def compress(
     block: Block,
-    statistics: Mapping[str, Statistics],
+    seen: Evidence,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -45,8 +53,8 @@ def compress(
     for name, target in targets.items():
         weight_OI = block.weight(name).float()
         scores_OI = weight_OI.abs()
-        if statistics[name].tokens:
-            scores_OI = scores_OI * statistics[name].sqnorm_I.sqrt()
-        note = "" if statistics[name].tokens else UNREACHED
+        if seen.statistics[name].tokens:
+            scores_OI = scores_OI * seen.statistics[name].sqnorm_I.sqrt()
+        note = "" if seen.statistics[name].tokens else UNREACHED
         packed[name] = Packed.masked(weight_OI, keep_by_row(scores_OI, target), note)
     return packed

@@ -1,0 +1,208 @@
+"""Learning inside one block: gradients through this block alone pull its output back to the dense one.
+
+Shared by every method that learns (Wanda++'s regional optimisation, BESA's sparsity rates). The model around
+the block never takes part, so the memory is that of one block whatever the depth.
+
+The error of a token is ‖y − t‖² / ‖t‖², averaged over tokens: a few tokens with massive activations would
+otherwise be all that is learned from. An eighth of the windows is held out and decides which state is kept.
+
+Legend: O outputs, I inputs, B windows, T tokens, D hidden size.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from niwaki.anatomy import Call
+from niwaki.block import Block
+from niwaki.stream import Evidence
+
+TARGETS = ("block", "dense", "both")
+Matrices = Mapping[str, Tensor]
+
+
+class Reconstruction:
+    """The task of one block: inputs, wanted outputs, and gradients of the error between.
+
+    `target` is what the output is pulled to: `block` (the dense block on the same inputs), `dense` (the block's
+    output in the dense model) or `both` (their mean).
+    """
+
+    def __init__(self, block: Block, seen: Evidence, target: str, generator: torch.Generator) -> None:
+        assert seen.stream is not None and seen.stream.outputs is not None, "needs() must ask for windows"
+        self.block = block
+        self.stream = seen.stream
+        self.outputs = seen.stream.outputs
+        self.dense = seen.dense if target != "block" else None
+        self.target = target
+        order = torch.randperm(len(seen.stream), generator=generator).tolist()
+        count = len(order) // 8
+        self.held, self.train = order[:count] or order, order[count:]
+
+    def draw(self, count: int, generator: torch.Generator) -> list[int]:
+        """`count` training windows in random order, none a second time before all had their turn."""
+        drawn: list[int] = []
+        while len(drawn) < count:
+            drawn += [self.train[i] for i in torch.randperm(len(self.train), generator=generator).tolist()]
+        return drawn[:count]
+
+    def error(self, matrices: Matrices) -> float:
+        """Mean relative error of the held-out tokens with `matrices` {name: [O, I]} in place."""
+        parameters = assemble(self.block, matrices)
+        total = 0.0
+        with torch.no_grad():
+            for window in self.held:
+                total += float(self._error(parameters, [window]).double().mean())
+        return total / len(self.held)
+
+    def gradients(self, matrices: Matrices, windows: list[int]) -> dict[str, Tensor]:
+        """Gradient [O, I] float32 of the summed token errors of `windows`, by matrix.
+
+        Summed, not averaged: float16 would lose the gradients of a mean.
+        """
+        parameters = assemble(self.block, matrices)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        loss = self._error(parameters, windows).sum()
+        return gradients_of(self.block, loss, parameters, matrices)
+
+    def _error(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
+        y_BTD = run_with(self.block, parameters, self._call(len(windows)), self.stream.hidden.take(windows))
+        t_BTD = self._wanted(windows)
+        return (y_BTD.float() - t_BTD).square().sum(-1) / t_BTD.square().sum(-1).clamp_min(1e-12)
+
+    def _call(self, count: int) -> Call:
+        return self.stream.call(count, self.block.index)
+
+    def _wanted(self, windows: list[int]) -> Tensor:
+        if self.dense is None:
+            return self.outputs.take(windows).float()
+        dense_BTD = self.dense.hidden.take(windows).float()
+        return dense_BTD if self.target == "dense" else (dense_BTD + self.outputs.take(windows).float()) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How far to descend: `rounds` of `samples` windows, `batch` at a time, steps of `rate_frac` · RMS(W)."""
+
+    rounds: int
+    samples: int
+    batch: int
+    rate_frac: float
+
+    def rate(self, step: int, steps: int) -> float:
+        """Cosine to zero after a warm-up, which RMSprop needs: its first steps are up to ten times too long."""
+        warm_up = min(1.0, (step + 1) / (0.1 * steps + 1))
+        return self.rate_frac * warm_up * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+# Masters {matrix: [O, I]} in, keep masks out: how the pruned weights are chosen again before each round.
+Prune = Callable[[Matrices], Matrices]
+
+
+def descend(
+    task: Reconstruction,
+    start: Matrices,
+    keep: Matrices,
+    schedule: Schedule,
+    generator: torch.Generator,
+    prune: Prune | None = None,
+) -> tuple[dict[str, Tensor], float, float]:
+    """RMSprop on float32 masters; returns (weights, held-out error at the start, the lowest one).
+
+    Masked weights stay zero. With `prune` they may move instead and every round chooses again. The state with
+    the lowest held-out error of all rounds is returned: the start itself, if learning never lowered it.
+    """
+    masters = {name: (weight_OI * keep[name]).requires_grad_(False) for name, weight_OI in start.items()}
+    sizes = {name: float(weight_OI.square().mean().sqrt()) for name, weight_OI in masters.items()}
+    groups = [{"params": [masters[name]], "size": sizes[name]} for name in masters]
+    optimizer = torch.optim.RMSprop(groups)
+    began = lowest = task.error(masters)
+    best = {name: weight_OI.clone() for name, weight_OI in masters.items()}
+    batch = min(schedule.batch, len(task.train))
+    per_round = math.ceil(schedule.samples / batch)
+    step, steps = 0, schedule.rounds * per_round
+    for _ in range(schedule.rounds):
+        drawn = task.draw(per_round * batch, generator)
+        for first in range(0, len(drawn), batch):
+            gradients = task.gradients(masters, drawn[first : first + batch])
+            for name, master_OI in masters.items():
+                master_OI.grad = gradients[name] if prune else gradients[name].mul_(keep[name])
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(step, steps) * group["size"]
+            optimizer.step()
+            step += 1
+        if prune is not None:
+            keep = prune(masters)
+            for name, master_OI in masters.items():
+                master_OI.mul_(keep[name])
+        found = task.error(masters)
+        if found < lowest:
+            lowest = found
+            for name, master_OI in masters.items():
+                best[name].copy_(master_OI)
+    return best, began, lowest
+
+
+def assemble(block: Block, matrices: Matrices) -> dict[str, Tensor]:
+    """Parameters of the block's module that hold `matrices`, in its dtype and layout (fused experts stacked)."""
+    parameters: dict[str, Tensor] = {}
+    for name, weight_OI in matrices.items():
+        linear = block.linears[name]
+        if linear.parameter not in parameters:
+            parameters[linear.parameter] = torch.empty_like(block.module.get_parameter(linear.parameter))
+        linear.view(parameters[linear.parameter]).copy_(weight_OI)
+    return parameters
+
+
+def gradients_of(block: Block, loss: Tensor, parameters: dict[str, Tensor], names: Matrices) -> dict[str, Tensor]:
+    """Gradients of `loss` as [O, I] float32 by matrix; zero for one that took no part (an unreached expert)."""
+    with deterministic():
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    by_parameter = dict(zip(parameters, found, strict=True))
+    views = {name: block.linears[name].view(by_parameter[block.linears[name].parameter]) for name in names}
+    return {name: view_OI.float().contiguous() for name, view_OI in views.items()}
+
+
+def run_with(block: Block, parameters: dict[str, Tensor], call: Call, x_BTD: Tensor) -> Tensor:
+    """The block's output with `parameters` in place of its own, differentiable in them."""
+    replaced = {f"module.{name}": parameter for name, parameter in parameters.items()}
+    out: Tensor = functional_call(_Called(block.module, call), replaced, (x_BTD,))
+    return out
+
+
+class _Called(nn.Module):
+    """A block with the arguments of its call, so that functional_call can reach its parameters."""
+
+    def __init__(self, module: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.module = module
+        self.call = call
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.call(self.module, x_BTD)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Same seed, same bytes: attention's backward adds in any order on CUDA unless told not to."""
+    before, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def check_target(target: str) -> None:
+    """Raises ValueError unless `target` names something to learn towards."""
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")

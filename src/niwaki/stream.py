@@ -1,0 +1,140 @@
+"""The hidden states of all windows on their way through the blocks, and what was seen of one block.
+
+Legend: S windows, B windows in a batch, T tokens, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from niwaki.activations import Activations, choose_place
+from niwaki.anatomy import Call
+from niwaki.block import Block, Decoder, batches
+from niwaki.errors import ArchitectureError
+from niwaki.packed import Packed
+from niwaki.statistics import Statistics
+
+
+class Stream:
+    """The hidden states of all windows, and the arguments that blocks are called with.
+
+    With `learn_batches`, that many windows at a time (and single ones) can be drawn for learning, and the
+    outputs of the dense block are kept beside its inputs.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        ids_ST: Tensor,
+        *,
+        batch_tokens: int | None = None,
+        activation_bytes: int | None = None,
+        folder: Path | None = None,
+        name: str = "stream",
+        learn_batches: frozenset[int] = frozenset(),
+    ) -> None:
+        count, tokens = ids_ST.shape
+        self.ids_ST = ids_ST
+        self.batch = max(1, min(count, (batch_tokens or default_batch_tokens(decoder.device)) // tokens))
+
+        def allocate(what: str) -> Activations:
+            shape = (count, tokens, decoder.hidden_size)
+            needed_bytes = count * tokens * decoder.hidden_size * decoder.dtype.itemsize
+            place = choose_place(needed_bytes, decoder.device, activation_bytes)
+            return Activations.allocate(shape, decoder.dtype, decoder.device, place, folder, f"{what}.bin")
+
+        self.hidden = allocate(name)
+        self.outputs = allocate(f"{name}-outputs") if learn_batches else None
+        self._calls: dict[int, list[Call]] = {}
+        for rows in self.slices():
+            x_BTD, calls = decoder.enter(ids_ST[rows])
+            self.hidden.write(rows, x_BTD)
+            _require_equal(self._calls.setdefault(len(x_BTD), calls), calls)
+        for size in sorted({min(size, count) for size in learn_batches | {1}} if learn_batches else set()):
+            if size not in self._calls:
+                self._calls[size] = decoder.enter(ids_ST[:size])[1]
+
+    def __len__(self) -> int:
+        return len(self.ids_ST)
+
+    def slices(self) -> Iterator[slice]:
+        """The batches of windows, in order."""
+        return batches(len(self.ids_ST), self.batch)
+
+    def call(self, count: int, index: int) -> Call:
+        """The arguments of block `index` for `count` windows."""
+        return self._calls[count][index]
+
+    def observe(
+        self,
+        block: Block,
+        seen: Callable[[str, Tensor], None] | None,
+        *,
+        first_only: bool = False,
+        outputs: Activations | None = None,
+    ) -> Tensor:
+        """Runs the block without moving on; returns its output [B, T, D] for the first batch."""
+        first: Tensor | None = None
+        for rows in self.slices():
+            x_BTD = self.hidden.read(rows)
+            out_BTD = block.run(self.call(len(x_BTD), block.index), x_BTD, seen)
+            first = out_BTD if first is None else first
+            if outputs is not None:
+                outputs.write(rows, out_BTD)
+            if first_only:
+                break
+        assert first is not None
+        return first
+
+    def advance(self, block: Block) -> None:
+        """Replaces the hidden states by the block's output."""
+        for rows in self.slices():
+            x_BTD = self.hidden.read(rows)
+            self.hidden.write(rows, block.run(self.call(len(x_BTD), block.index), x_BTD))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the walk saw of one block, as far as a method's `needs` asked for it.
+
+    `statistics` of every matrix, taken with the dense block on its inputs in the compressed model. `stream`
+    holds those inputs and the dense block's outputs; `dense` the outputs of the same block in the dense
+    model. `start` holds the records of the step before in a chain of methods, else nothing.
+    """
+
+    statistics: Mapping[str, Statistics]
+    stream: Stream | None = None
+    dense: Stream | None = None
+    start: Mapping[str, Packed] = field(default_factory=dict)
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens a forward takes at once: enough to fill the device, few enough to bound its temporaries."""
+    return 16384 if device.type == "cuda" else 2048
+
+
+def _require_equal(first: Sequence[Call], other: Sequence[Call]) -> None:
+    """Arguments are recorded once per batch shape, so they must not depend on the tokens."""
+    for index, (a, b) in enumerate(zip(first, other, strict=True)):
+        for left, right in zip(_tensors(a), _tensors(b), strict=True):
+            if left is not right and not torch.equal(left, right):
+                raise ArchitectureError(
+                    f"block {index} receives an argument of shape {list(left.shape)} that depends on the tokens: "
+                    "niwaki walks decoders whose blocks depend on the hidden state alone"
+                )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Call):
+        return _tensors(value.args) + _tensors(value.kwargs)
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
