@@ -112,3 +112,46 @@ def test_demo_texts_are_disjoint(tmp_path: Path) -> None:
     assert calibration and evaluation
     assert not set(calibration) & set(evaluation)
     assert write_texts(tmp_path / "t.jsonl").exists()
+
+
+def test_what_cannot_be_text_is_refused_without_looking_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def fetched(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(datasets, "load_dataset", fetched)
+    readme = tmp_path / "README.md"
+    readme.write_text("hello")
+    for source, message in [
+        (str(readme), "is no text file: expected .txt, .jsonl, .parquet"),
+        (str(tmp_path / "gone.md"), "no such text file"),
+        ("./gone", "no such text file"),
+    ]:
+        with pytest.raises(CalibrationError, match=message):
+            read_texts([source])
+
+
+def test_suffixes_may_be_upper_case(tmp_path: Path) -> None:
+    (tmp_path / "A.TXT").write_text("hello")
+    assert read_texts([str(tmp_path / "A.TXT")]) == ["hello"]
+
+
+def test_sampling_says_that_it_is_slow_and_how_far_it_is(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "model", blocks=1)
+    events = []
+
+    def report(event: str, **fields: object) -> None:
+        events.append((event, fields))
+
+    sampled_windows(folder, samples=18, seq_len=40, seed=0, device="cpu", report=report)
+    event, fields = events[0]
+    assert event == "warning" and "720 tokens one by one" in str(fields["message"])
+    assert [(event, fields["done"], fields["of"]) for event, fields in events[1:]] == [
+        ("sample", 512, 720),
+        ("sample", 640, 720),
+        ("sample", 704, 720),
+        ("sample", 720, 720),
+    ]

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import niwaki
 from helpers import tiny_llama, write_texts
 from niwaki.cli import main
+from niwaki.config import Calibration, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +67,12 @@ def test_recipe_file_and_flags(model: Path, tmp_path: Path, capsys: pytest.Captu
 
 WRONG = [
     (["compress", "{tmp}/gone", "{tmp}/out", "--method", "wanda", "--target", "0.5"], "no model folder at"),
-    (["compress", "{model}", "{tmp}/out", "--target", "0.5"], "--method is missing"),
+    (["compress", "{model}", "{tmp}/out", "--target", "0.5"], "method is missing: give one"),
     (["compress", "{model}", "{tmp}/out", "--method", "sparsgpt", "--target", "0.5"], "did you mean 'sparsegpt'"),
-    (["compress", "{model}", "{tmp}/out", "--method", "wanda", "--target", "0.5"], "64 positions: pass --seq-len 64"),
+    (
+        ["compress", "{model}", "{tmp}/out", "--method", "wanda", "--target", "0.5"],
+        "64 positions of the model: pass --seq-len 64",
+    ),
     (["compress", "{model}", "{tmp}/out", "--method", "wanda", "--target", "0.5", "--set", "a"], "expected key=value"),
     (["compress", "{model}", "{tmp}/out", "--method", "wanda", "--target", "1:3"], "multiple of 3"),
     (["compress", "{model}", "{tmp}/out", "--recipe", "{tmp}/no.yaml"], "cannot read the recipe"),
@@ -75,6 +80,12 @@ WRONG = [
     (["evaluate", "{model}", "--data", "{tmp}/no.txt", "--seq-len", "32"], "no such text file"),
     (["evaluate", "{model}", "--data", "x.txt", "--json", "{tmp}/no/x.json"], "does not exist"),
     (["generate", "{model}", "hi", "--max-new-tokens", "999"], "the model has 64 positions"),
+    (["generate", "{model}", "hi", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+    (["generate", "{model}", "hi", "--temperature", "-1"], "temperature must be 0 (greedy) or more, got -1.0"),
+    (["evaluate", "{model}", "--data", "x.txt", "--json", "{tmp}"], "is a folder: expected a file name"),
+    (["compress", "{model}", "{model}", "--method", "magnitude", "--target", "0.5", "--overwrite"], "not a niwaki"),
+    (["compress", "{model}", "{tmp}/out", "--method", "wanda", "--target", "50"], "write 50% or 0.5"),
+    (["compress", "{model}", "{tmp}/out", "--method", "wanda", "--target", "0.5", "--set", "x=1"], "has no options"),
     (["generate", "{model}", ""], "the prompt is empty"),
     (["methods", "wandaa"], "did you mean 'wanda'"),
 ]
@@ -108,8 +119,59 @@ def test_interrupt_says_how_to_go_on(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("niwaki.compression.compress_blocks", interrupted)
     text = write_texts(tmp_path / "text.jsonl")
+    monkeypatch.setattr("niwaki.compression.sampled_windows", interrupted)
+    code, _, errors = run(
+        capsys, "compress", model, tmp_path / "out", "--method", "wanda", "--target", "0.5", "--seq-len", 16,
+        "--device", "cpu",
+    )  # fmt: skip
+    assert code == 130 and "--resume" not in errors and "nothing is kept" in errors
+    assert not list(tmp_path.glob("out*"))
+    monkeypatch.setattr("niwaki.compression.compress_blocks", interrupted)
     code, _, errors = run(capsys, *compress(model, tmp_path / "out", text))
     assert code == 130 and "--resume" in errors
     assert (tmp_path / "out.partial").exists()
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed, _ = run(capsys, "--version")
+    assert code == 0 and printed == f"niwaki {niwaki.__version__}\n"
+
+
+def test_help_shows_every_default(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 200)
+    code, printed, _ = run(capsys, "compress", "--help")
+    assert code == 0
+    recipe, calibration = Recipe.model_fields, Calibration.model_fields
+    lines = {line.split()[1]: line for line in printed.splitlines() if line.startswith("│ --")}
+    for name in ("allocation", "seed", "device", "dtype"):
+        assert f"[default: {recipe[name].default}]" in lines[f"--{name}"]
+    for name in ("field", "samples", "seq_len"):
+        assert f"[default: {calibration[name].default}]" in lines["--" + name.replace("_", "-")]
+    _, printed, _ = run(capsys, "evaluate", "--help")
+    assert '{"pairs": [[context, continuation], ...], "gold": index}' in printed
+
+
+def test_progress_without_a_terminal(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, errors = run(capsys, *compress(model, tmp_path / "out", write_texts(tmp_path / "text.jsonl")))
+    assert [line.split(",")[0] for line in errors.splitlines()] == [f"compressing: block {i}/3" for i in (1, 2, 3)]
+
+
+def test_resume_of_a_finished_result(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = compress(model, tmp_path / "out", write_texts(tmp_path / "text.jsonl"))
+    run(capsys, *command)
+    code, printed, errors = run(capsys, *command, "--resume")
+    assert code == 0 and "21 matrices" in printed and errors.startswith("already complete")
+
+
+def test_a_recipe_that_is_wrong_in_many_ways(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for content, message in [
+        ("samplse: 3\n", "unknown recipe field 'samplse'"),
+        ("method: wanda\ntarget: 2:4\n", 'target: "2:4"'),
+        ("method: wanda\ntarget: 0.5\ncalibration: 5\n", "calibration: expected files"),
+    ]:
+        recipe.write_text(content)
+        code, _, errors = run(capsys, "compress", model, tmp_path / "out", "--recipe", recipe)
+        assert code == 2 and message in errors and len(errors.splitlines()) == 1

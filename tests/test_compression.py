@@ -1,6 +1,9 @@
 """The main job end to end: files, resume, refusals, and that nothing is ever half there."""
 
+import hashlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -305,6 +308,114 @@ def test_two_runs_do_not_share_a_folder(model: Path, text: Path, tmp_path: Path)
     niwaki.compress(model, tmp_path / "out", report=again, **settings(text))
 
 
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("place", ["model", "model/inside", ".", "link"])
+def test_an_out_that_shares_a_folder_with_the_model_is_refused(
+    model: Path, text: Path, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "link").symlink_to(model)
+    (model / "niwaki").mkdir()
+    (model / "niwaki/run.json").write_text("{}")  # the model is itself a result, so it could be replaced
+    before = _tree(tmp_path)
+    with pytest.raises(OutputError, match=r"share a folder|not a niwaki result"):
+        niwaki.compress(model, tmp_path / place, overwrite=True, **settings(text))
+    assert _tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("suffix", [".partial", ".replaced"])
+def test_a_model_that_is_named_like_a_working_folder_is_refused(
+    model: Path, text: Path, tmp_path: Path, suffix: str
+) -> None:
+    source = model.rename(tmp_path / f"out{suffix}")
+    (source / "niwaki").mkdir()
+    (source / "niwaki/run.json").write_text("{}")
+    before = _tree(tmp_path)
+    with pytest.raises(OutputError, match="share a folder"):
+        niwaki.compress(source, tmp_path / "out", overwrite=True, **settings(text))
+    assert _tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("suffix", ["", ".partial", ".replaced"])
+def test_only_what_niwaki_wrote_is_overwritten(model: Path, text: Path, tmp_path: Path, suffix: str) -> None:
+    mine = tmp_path / f"out{suffix}"
+    mine.mkdir()
+    niwaki.compress(model, tmp_path / "out", **settings(text))  # an empty folder is nobody's
+    shutil.rmtree(tmp_path / "out")
+    mine.mkdir(exist_ok=True)
+    (mine / "thesis.txt").write_text("years of work")
+    for changes in ({"overwrite": True}, {"resume": True}, {}):
+        with pytest.raises(OutputError, match=rf"out{suffix} exists and is not a niwaki result"):
+            niwaki.compress(model, tmp_path / "out", **changes, **settings(text))
+    assert _tree(mine) == {"thesis.txt": b"years of work"}
+
+
+def test_overwrite_does_not_delete_a_running_run(model: Path, text: Path, tmp_path: Path) -> None:
+    def again(event: str, **fields: Any) -> None:
+        if event == "block":
+            with pytest.raises(OutputError, match="another niwaki is working"):
+                niwaki.compress(model, tmp_path / "out", overwrite=True, **settings(text))
+
+    niwaki.compress(model, tmp_path / "out", report=again, **settings(text))
+
+
+def test_resume_of_a_finished_out(model: Path, text: Path, tmp_path: Path) -> None:
+    out, events = tmp_path / "out", []
+    record = niwaki.compress(model, out, **settings(text))
+    before = _tree(out)
+
+    def report(event: str, **_: Any) -> None:
+        events.append(event)
+
+    assert niwaki.compress(model, out, resume=True, report=report, **settings(text)) == record
+    assert events == ["complete"]
+    with pytest.raises(ResumeError, match=r"is finished, from other inputs: changed since then: .*seed\."):
+        niwaki.compress(model, out, resume=True, **settings(text, seed=1))
+    (out / "niwaki/run.json").write_text("{}")
+    with pytest.raises(ResumeError, match="cannot be compared"):
+        niwaki.compress(model, out, resume=True, **settings(text))
+    (out / "niwaki/run.json").write_bytes(before["niwaki/run.json"])
+    assert _tree(out) == before
+
+
+def test_an_interrupt_before_the_first_part_leaves_nothing(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(event: str, **_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        niwaki.compress(model, tmp_path / "out", report=stop, **settings(text))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_record_says_what_was_hashed(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    record = niwaki.compress(model, out, **settings(text))
+    content = (model / "model.safetensors").read_bytes()
+    header = content[: 8 + int.from_bytes(content[:8], "little")]
+    assert record["model"]["files"]["model.safetensors"] == {
+        "bytes": len(content),
+        "header_sha256": hashlib.sha256(header).hexdigest(),
+    }
+    config = (model / "config.json").read_bytes()
+    assert record["model"]["files"]["config.json"]["sha256"] == hashlib.sha256(config).hexdigest()
+    for shard, sha256 in record["result"]["sha256"].items():
+        assert hashlib.sha256((out / shard).read_bytes()).hexdigest() == sha256
+
+
+def test_all_files_of_a_result_follow_the_umask(model: Path, text: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        niwaki.compress(model, tmp_path / "out", **settings(text))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert set(modes.values()) == {0o640}, modes
+
+
 # --- wrong inputs: nothing is written ---------------------------------------------------------------------
 
 
@@ -322,12 +433,16 @@ def _poison(model: Path) -> None:
         ({"target": "16bit"}, InputError, "expected a fraction of zeros"),
         ({"allocation": "owll"}, InputError, "did you mean 'owl'"),
         ({"allocation": "owl"}, InputError, "owl moves unstructured sparsity"),
-        ({"options": {"owl_spread_frac": 0.1}}, InputError, "needs --allocation owl"),
+        ({"options": {"owl_spread_frac": 0.1}}, InputError, "needs the allocation owl"),
         ({"options": {"dampening": 1}}, InputError, "unknown option of sparsegpt"),
         ({"options": {"damping_frac": 7}}, InputError, "must lie in"),
         ({"device": "tpu"}, InputError, "device"),
         ({"device": "cuda:99"}, InputError, "CUDA devices"),
-        ({"calibration": {"samples": 6, "seq_len": 65}}, InputError, "longer than the model's 64 positions"),
+        (
+            {"calibration": {"samples": 6, "seq_len": 65}},
+            InputError,
+            "seq_len 65 is longer than the 64 positions of the model",
+        ),
         ({"calibration": {"samples": 10**6, "seq_len": 64}}, InputError, "add text"),
     ],
 )
@@ -338,6 +453,15 @@ def test_wrong_requests(
         changes = {"calibration": {"files": (str(text),), **changes["calibration"]}}
     with pytest.raises(error, match=message):
         niwaki.compress(model, tmp_path / "out", **settings(text, **changes))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_missing_file_is_told_before_a_window_that_is_too_long(model: Path, text: Path, tmp_path: Path) -> None:
+    request: dict[str, Any] = {"method": "wanda", "target": 0.5, "device": "cpu"}
+    with pytest.raises(InputError, match="no such text file"):
+        niwaki.compress(model, tmp_path / "out", calibration=str(tmp_path / "no.txt"), **request)
+    with pytest.raises(InputError, match=r"seq_len 2048 \(the default\) is longer than the 64 positions"):
+        niwaki.compress(model, tmp_path / "out", calibration=text, **request)
     assert not list(tmp_path.glob("out*"))
 
 

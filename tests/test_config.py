@@ -23,6 +23,37 @@ def test_impossible_targets(text: str) -> None:
         parse_target(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "hint"), [("50", "write 50% or 0.5"), ("2.5", "write 2.5% or 0.025"), ("150%", "50%")]
+)
+def test_a_percentage_without_its_sign_is_suggested(text: str, hint: str) -> None:
+    with pytest.raises(TargetError, match=hint):
+        parse_target(text)
+
+
+@pytest.mark.parametrize(("written", "target"), [("0.5", "0.5"), ("'2:4'", "2:4"), (".25", "0.25")])
+def test_targets_in_yaml(tmp_path: Path, written: str, target: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"method: wanda\ntarget: {written}\n")
+    assert make_recipe(load_recipe(path)).target == target
+
+
+@pytest.mark.parametrize("written", ["2:4", "4:8", "1:4", "8:16"])
+def test_an_unquoted_n_of_m_is_told_to_be_quoted(tmp_path: Path, written: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"method: wanda\ntarget: {written}\n")
+    with pytest.raises(TargetError, match=f'quote it, target: "{written}"'):
+        make_recipe(load_recipe(path))
+
+
+@pytest.mark.parametrize(
+    "given", ["a.txt", Path("a.txt"), ["a.txt"], (Path("a.txt"),), {"files": "a.txt"}, {"files": [Path("a.txt")]}]
+)
+def test_calibration_may_be_one_file_or_many(given: object) -> None:
+    recipe = make_recipe({"method": "wanda", "target": "0.5", "calibration": given})
+    assert recipe.calibration.files == ("a.txt",)
+
+
 def test_target_prints_as_it_is_written() -> None:
     assert [str(parse_target(text)) for text in ("0.5", "2:4")] == ["0.5", "2:4"]
 
@@ -36,7 +67,13 @@ def test_recipe_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("- a\n", "expected a mapping"), ("a: [", "is not YAML"), (None, "cannot read the recipe")],
+    [
+        ("- a\n", "expected a mapping"),
+        ("resume: true\n", "unknown recipe field 'resume'.*recipe.yaml"),
+        ("options: [a]\n", "options: expected a mapping"),
+        ("a: [", "is not YAML"),
+        (None, "cannot read the recipe"),
+    ],
 )
 def test_bad_recipe_files(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "recipe.yaml"
@@ -49,8 +86,22 @@ def test_bad_recipe_files(tmp_path: Path, content: str | None, message: str) -> 
 def test_recipe_problems_name_the_field() -> None:
     with pytest.raises(InputError, match="unknown recipe field 'metod': did you mean 'method'"):
         make_recipe({"metod": "wanda", "target": "0.5"})
+    with pytest.raises(InputError, match="method is missing: give one"):
+        make_recipe({"target": "0.5"})
+    with pytest.raises(InputError, match="calibration: expected files or a mapping"):
+        make_recipe({"method": "wanda", "target": "0.5", "calibration": 5})
     with pytest.raises(InputError, match=r"calibration\.samples"):
         make_recipe({"method": "wanda", "target": "0.5", "calibration": {"samples": 0}})
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    pass
+
+
+def test_a_method_without_options_says_so() -> None:
+    with pytest.raises(InputError, match="m has no options, got 'x'"):
+        make_options(NoOptions, {"x": 1}, "m")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,15 @@
 """The embedded default: the model and texts are there, and its table is measured, not written."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from niwaki import demo
+from niwaki.calibration import calibration_windows, evaluation_windows, load_tokenizer
+from niwaki.config import load_recipe, make_recipe
+from niwaki.errors import OutputError
 
 
 def test_demo_compresses_and_compares_the_sapling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,3 +27,38 @@ def test_demo_compresses_and_compares_the_sapling(tmp_path: Path, monkeypatch: p
 def test_sapling_is_whole() -> None:
     names = {path.name for path in demo.sapling().iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
+
+
+def test_a_demo_destroys_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sapling = shutil.copytree(demo.sapling(), tmp_path / "package" / "sapling")
+    monkeypatch.setattr(demo, "sapling", lambda: sapling)
+    taken = tmp_path / "taken"
+    (taken / "niwaki").mkdir(parents=True)
+    (taken / "niwaki/run.json").write_text("{}")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    (tmp_path / "new-evaluation.jsonl").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for out, overwrite, message in [
+        (sapling, True, "share a folder"),
+        (sapling.parent, True, "share a folder"),
+        (tmp_path / "mine", True, "is not a niwaki result"),
+        (taken, False, "already exists: choose another folder with --out"),
+        (tmp_path / "new", False, r"new-evaluation\.jsonl already exists: choose another folder with --out"),
+    ]:
+        with pytest.raises(OutputError, match=message):
+            demo.run_demo(out, overwrite=overwrite)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_readme_and_example_ask_for_no_more_than_the_demo_texts_hold() -> None:
+    tokenizer = load_tokenizer(demo.sapling())
+    calibration, evaluation = demo.demo_texts()
+    root = Path(__file__).parents[1]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    snippet = next(part for part in re.findall(r"```python\n(.*?)```", readme, re.S) if "niwaki.compress(" in part)
+    samples, seq_len = (int(re.findall(rf'"{name}": (\d+)', snippet)[0]) for name in ("samples", "seq_len"))
+    recipe = make_recipe(load_recipe(root / "examples/sparsegpt-2of4.yaml")).calibration
+    for count, length in ((samples, seq_len), (recipe.samples, recipe.seq_len)):
+        assert calibration_windows(calibration, tokenizer, samples=count, seq_len=length, seed=0).numel()
+    assert len(evaluation_windows(evaluation, tokenizer, seq_len=seq_len)) > 10

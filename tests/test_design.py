@@ -27,7 +27,7 @@ LAYERS = [
     ["card"],
     ["compression"],
     ["evaluation", "generation"],
-    ["demo", "progress"],
+    ["demo", "progress", "tables"],
     ["cli"],
 ]
 LAYER_OF = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

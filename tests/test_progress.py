@@ -1,6 +1,8 @@
-"""What a terminal shows, and that a pipe stays quiet."""
+"""What a terminal shows, and the plain lines of a pipe."""
 
 import io
+import re
+import time
 
 from rich.console import Console
 
@@ -23,5 +25,20 @@ def test_a_terminal_sees_a_bar_with_time_left() -> None:
     assert "compressing" in shown and "2/2" in shown and "left" in shown
 
 
-def test_a_pipe_sees_only_notes() -> None:
-    assert show(terminal=False).strip() == "note: no calibration text given"
+def test_a_pipe_sees_one_plain_line_per_block() -> None:
+    lines = show(terminal=False).splitlines()
+    assert lines[0] == "note: no calibration text given"
+    assert re.fullmatch(r"compressing: block 1/2, \d+\.\d s, \d+ s left", lines[1])
+    assert re.fullmatch(r"compressing: block 2/2, \d+\.\d s, 0 s left", lines[2])
+    assert len(lines) == 3
+
+
+def test_many_token_counts_become_few_lines() -> None:
+    text = io.StringIO()
+    with Display(Console(file=text, width=100)) as display:
+        for done in range(1, 201):
+            time.sleep(0.001)
+            display("sample", done=done * 10, of=2000)
+    lines = text.getvalue().splitlines()
+    assert 2 <= len(lines) <= 40
+    assert lines[-1].startswith("writing calibration text: token 2000/2000")

@@ -5,7 +5,7 @@ stubs, so positions, masks, scaling and soft caps are never written a second tim
 
 Legend: B windows in a batch, T tokens, D hidden size, O outputs, I inputs, V vocabulary.
 
-    decoder = Decoder(Checkpoint.open("models/sapling"), torch.device("cpu"))
+    decoder = Decoder(Checkpoint.open("MODEL"), torch.device("cpu"))
     x_BTD, calls = decoder.enter(ids_BT)
     for index in range(len(decoder)):
         block = decoder.load(index)

@@ -6,14 +6,14 @@ shuffles the documents by the seed; evaluation keeps file order.
 
 Shapes: S windows, T tokens a window.
 
-    tokenizer = load_tokenizer("models/sapling")
+    tokenizer = load_tokenizer("MODEL")
     windows_ST = calibration_windows(read_texts(["mine.jsonl"]), tokenizer, samples=64, seq_len=512, seed=0)
 """
 
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from niwaki.errors import CalibrationError
 from niwaki.loading import plain_loading
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+SAMPLE_STEPS = 32  # tokens a window grows between two reports
 
 
 def read_texts(sources: Sequence[str], field: str = "text") -> list[str]:
@@ -32,11 +33,35 @@ def read_texts(sources: Sequence[str], field: str = "text") -> list[str]:
     A source is a `.txt` file (one document), a `.jsonl` or `.parquet` file (`field` of every row), or a
     data set that the `datasets` package can load (a hub id or a folder; its `train` split).
     """
+    check_sources(sources)
     texts = [text for source in sources for text in _read_source(source, field)]
     documents = [text for text in texts if text.strip()]
     if sources and not documents:
         raise CalibrationError(f"no text in {', '.join(sources)}: expected at least one non-empty document")
     return documents
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """Refuses, without reading or fetching anything, the sources that cannot be texts."""
+    for source in sources:
+        path = Path(source)
+        if path.is_dir() or (path.is_file() and path.suffix.lower() in SUFFIXES):
+            continue
+        if path.exists():
+            raise CalibrationError(f"{source} is no text file: expected {', '.join(SUFFIXES)}")
+        # What is left can only be the name of a data set: at most org/name, never a path.
+        if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise CalibrationError(f"no such text file: {source}")
+
+
+def check_seq_len(seq_len: int, default: int, positions: int | None, whose: str) -> None:
+    """Refuses windows that are longer than what the model was built for (None: any length)."""
+    if positions is not None and seq_len > positions:
+        given = "(the default) " if seq_len == default else ""
+        raise CalibrationError(
+            f"seq_len {seq_len} {given}is longer than the {positions} positions of {whose}: "
+            f"pass --seq-len {positions} or less"
+        )
 
 
 def load_tokenizer(model: str | Path) -> Any:
@@ -63,7 +88,7 @@ def calibration_windows(texts: Sequence[str], tokenizer: Any, *, samples: int, s
     if len(stream) < samples * seq_len:
         raise CalibrationError(
             f"calibration holds {len(stream):,} tokens in {used} documents, "
-            f"{samples} windows × {seq_len} need {samples * seq_len:,}: add text, or lower --samples/--seq-len"
+            f"{samples} windows × {seq_len} need {samples * seq_len:,}: add text, or lower --samples or --seq-len"
         )
     return torch.tensor(stream, dtype=torch.int64).view(samples, seq_len)
 
@@ -79,12 +104,27 @@ def evaluation_windows(texts: Sequence[str], tokenizer: Any, *, seq_len: int, ma
     return torch.tensor(stream[: count * seq_len], dtype=torch.int64).view(count, seq_len)
 
 
-def sampled_windows(model: str | Path, *, samples: int, seq_len: int, seed: int, device: str) -> Tensor:
+def sampled_windows(
+    model: str | Path,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    device: str,
+    report: Callable[..., None] = lambda event, **fields: None,
+) -> Tensor:
     """[S, T] windows that the model writes itself (temperature 1), for when no text is given.
 
-    Loads the whole model; costs about `seq_len` decode steps per batch of 16 windows.
+    Loads the whole model; costs about `seq_len` decode steps per batch of 16 windows. Reports the tokens `done`
+    in between.
     """
     from transformers import AutoModelForCausalLM
+
+    report(
+        "warning",
+        message=f"no calibration text given: using text the model writes itself, {samples * seq_len:,} tokens one by "
+        "one, and the time grows with them (give --calibration FILE, or lower --samples and --seq-len)",
+    )
 
     with plain_loading():
         decoder: Any = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
@@ -96,6 +136,14 @@ def sampled_windows(model: str | Path, *, samples: int, seq_len: int, seed: int,
         raise CalibrationError(f"{model} names no start token to sample from: give --calibration FILE")
     torch.manual_seed(seed)
     rows = []
+
+    def written(ids_BT: Tensor, scores: Tensor, **_: object) -> Tensor:
+        """Reports on the way; stops nothing."""
+        steps = ids_BT.shape[1] - 1
+        if steps % SAMPLE_STEPS == 0 or steps == seq_len:
+            report("sample", done=first * seq_len + steps * len(ids_BT), of=samples * seq_len)
+        return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
+
     for first in range(0, samples, 16):
         prompt = torch.full((min(16, samples - first), 1), start, device=device)
         rows.append(
@@ -107,6 +155,7 @@ def sampled_windows(model: str | Path, *, samples: int, seq_len: int, seed: int,
                 min_new_tokens=seq_len,
                 max_new_tokens=seq_len,
                 pad_token_id=start,
+                stopping_criteria=[written],
             )[:, 1:].cpu()
         )
     return torch.cat(rows)
@@ -132,11 +181,9 @@ def _token_stream(texts: Iterable[str], tokenizer: Any, limit: int | None) -> tu
 
 def _read_source(source: str, field: str) -> Iterator[str]:
     path = Path(source)
-    if path.suffix not in SUFFIXES:
-        return _read_dataset(source, field)
     if not path.is_file():
-        raise CalibrationError(f"no such text file: {source}")
-    if path.suffix == ".parquet":
+        return _read_dataset(source, field)
+    if path.suffix.lower() == ".parquet":
         return _read_parquet(path, field)
     try:
         content = path.read_text(encoding="utf-8")
@@ -144,7 +191,7 @@ def _read_source(source: str, field: str) -> Iterator[str]:
         raise CalibrationError(
             f"{source} is not UTF-8 (byte {error.start}): convert it, for example with iconv -t UTF-8"
         ) from error
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         return iter([content])
     return _read_jsonl(path, content, field)
 

@@ -1,8 +1,10 @@
 """The model card of a result: what it is, what it cost, how to make it again."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCardData
 
 _BODY = """---
@@ -59,5 +61,23 @@ def model_card(record: dict[str, Any]) -> str:
         seed=recipe["seed"],
         seconds=record["seconds"],
         device=record["device"],
-        command=" ".join(record["command"]),
+        command="\n    ".join(_made_with(record)),
     )
+
+
+def _made_with(record: dict[str, Any]) -> list[str]:
+    """The command line, or the recipe of a call from Python, without the folders of the machine it ran on."""
+    program, *arguments = record["command"]
+    if Path(program).stem in ("niwaki", "cli") and arguments:
+        return [shlex.join(["niwaki", *map(_without_folders, arguments)])]
+    recipe = record["recipe"]
+    given = {**recipe["calibration"], "files": [_without_folders(file) for file in recipe["calibration"]["files"]]}
+    return yaml.safe_dump({**recipe, "calibration": given}, sort_keys=False).splitlines()
+
+
+def _without_folders(argument: str) -> str:
+    """The last component of a path; hub names (org/name) and everything else stay as they are."""
+    flag, sign, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    path = Path(value).expanduser()
+    hub_name = value.count("/") == 1 and not value.startswith((".", "/", "~")) and not path.parent.is_dir()
+    return flag + sign + (value if hub_name else path.name or value)

@@ -4,7 +4,7 @@ Only safetensors is ever read (a pickle can run code), shard names must be plain
 code is loaded. Writing goes to a temporary file in the same folder, is flushed to the disk and then renamed,
 so that a file under its final name is always complete.
 
-    checkpoint = Checkpoint.open("models/sapling")
+    checkpoint = Checkpoint.open("MODEL")
     weights = checkpoint.read(["model.layers.0.mlp.up_proj.weight"])
 """
 
@@ -125,6 +125,20 @@ class Checkpoint:
             marks[shard] = hashlib.sha256(mark.encode()).hexdigest()
         return marks
 
+    def file_marks(self) -> dict[str, dict[str, Any]]:
+        """Per file its bytes and what was hashed of it: the config whole, a shard's header (names, shapes)."""
+        config = self.folder / "config.json"
+        marks: dict[str, dict[str, Any]] = {"config.json": {"bytes": config.stat().st_size}}
+        marks["config.json"]["sha256"] = file_sha256(config)
+        for shard in self.shards:
+            path = self.folder / shard
+            with path.open("rb") as file:
+                prefix = file.read(8)  # the header's length, little-endian
+                header = file.read(int.from_bytes(prefix, "little"))
+            digest = hashlib.sha256(prefix + header).hexdigest()
+            marks[shard] = {"bytes": path.stat().st_size, "header_sha256": digest}
+        return marks
+
     def companions(self) -> list[Path]:
         """Config, tokenizer and licence files that travel with the weights unchanged."""
         return sorted(
@@ -140,7 +154,10 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Writes one safetensors file atomically; returns its SHA-256. Raises OutputError, leaving no partial file."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary, ThreadPoolExecutor(1) as hasher:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask wants it; save_file puts a private file in its place
         save_file(contiguous, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
         digest = hasher.submit(file_sha256, temporary)  # reads back from the page cache
         _sync_file(temporary)
         return digest.result()

@@ -2,7 +2,7 @@
 
 Everything that can be wrong with the input is checked before the first file is written.
 
-    niwaki.compress("models/sapling", "out", method="sparsegpt", target="2:4", calibration=["mine.txt"])
+    niwaki.compress("MODEL", "OUT", method="sparsegpt", target="2:4", calibration=["mine.txt"])
 """
 
 import hashlib
@@ -23,14 +23,22 @@ from torch import Tensor
 from niwaki import __version__
 from niwaki.allocation import ALLOCATIONS, OWL_NEEDS, OwlConfig, Targets, outlier_share, owl, uniform
 from niwaki.block import Block, Decoder
-from niwaki.calibration import calibration_windows, digest, load_tokenizer, read_texts, sampled_windows
+from niwaki.calibration import (
+    calibration_windows,
+    check_seq_len,
+    check_sources,
+    digest,
+    load_tokenizer,
+    read_texts,
+    sampled_windows,
+)
 from niwaki.card import model_card
 from niwaki.checkpoint import INDEX, Checkpoint, copy_file, write_text
-from niwaki.config import Recipe, Target, make_options, make_recipe, parse_target
+from niwaki.config import Calibration, Recipe, Target, make_options, make_recipe, parse_target
 from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
 from niwaki.errors import CalibrationError, InputError, NumericalError, OutputError, unknown
 from niwaki.methods import Step, make_steps, merged_needs
-from niwaki.run import RECORD, Run, Writer, check_free
+from niwaki.run import RECORD, Run, Writer, check_apart, check_free, finished_record, partial_of
 from niwaki.stream import Stream, default_batch_tokens
 from niwaki.walk import Plan, Report, collect, compress_blocks, forward
 
@@ -51,13 +59,11 @@ def compress(
     """Compresses `model` into the new folder `out` and returns the content of its run.json.
 
     `recipe` holds the fields of `niwaki.config.Recipe` (method, target, calibration, options, seed, ...);
-    `calibration` may be a list of files. `report(event, **fields)` is called as the work proceeds.
+    `calibration` may be a file or a list of files. `report(event, **fields)` is called as the work proceeds.
 
     Raises InputError (nothing was written), OutputError (finished blocks are kept for `resume`) or
     NumericalError.
     """
-    if isinstance(recipe.get("calibration"), list | tuple):
-        recipe["calibration"] = {"files": tuple(recipe["calibration"])}
     job = _Job(str(model), Path(out), make_recipe(recipe), dense_stream, resume, overwrite, report or _ignore)
     return job.run()
 
@@ -86,8 +92,10 @@ class _Job:
         self.needs = merged_needs(self.steps)
         self.dense_stream = dense_stream or self.needs.dense
         self.device = pick_device(recipe.device)
-        check_free(self.out, self.out.with_name(self.out.name + ".partial"), resume=resume, overwrite=overwrite)
+        self.partial = partial_of(self.out)
+        check_free(self.out, self.partial, resume=resume, overwrite=overwrite)
         self.checkpoint = Checkpoint.open(model)
+        check_apart(self.checkpoint.folder, self.out)
         _check_disk(self.checkpoint, self.out)
         self.decoder = Decoder(self.checkpoint, self.device, pick_dtype(recipe.dtype))
         self.targets: Targets = uniform(self.decoder.anatomy, self.target)
@@ -99,7 +107,11 @@ class _Job:
         self.shard_names = self._shard_names()
 
     def run(self) -> dict[str, Any]:
-        with Run(self.out, self._fingerprint(), resume=self.resume, overwrite=self.overwrite) as run:
+        fingerprint = self._fingerprint()
+        if self.resume and not self.partial.exists() and (record := finished_record(self.out, fingerprint)):
+            self.report("complete", out=str(self.out))
+            return record
+        with Run(self.out, fingerprint, resume=self.resume, overwrite=self.overwrite) as run:
             try:
                 return self._run(run)
             except (InputError, NumericalError):
@@ -146,20 +158,16 @@ class _Job:
         wanted = self.needs.anything or self.recipe.allocation == "owl" or self.dense_stream or given.files
         if not wanted:
             return None, "none"
-        positions = self.decoder.positions
-        if positions is not None and given.seq_len > positions:
-            raise CalibrationError(
-                f"--seq-len {given.seq_len} is longer than the model's {positions} positions: "
-                f"pass --seq-len {positions} or less"
-            )
+        check_sources(given.files)
+        check_seq_len(given.seq_len, Calibration().seq_len, self.decoder.positions, "the model")
         if not given.files:
-            self.report("warning", message="no calibration text given: using text the model writes itself")
             windows_ST = sampled_windows(
                 self.checkpoint.folder,
                 samples=given.samples,
                 seq_len=given.seq_len,
                 seed=self.recipe.seed,
                 device=str(self.device),
+                report=self.report,
             )
             return windows_ST, "sampled from the model"
         texts = read_texts(given.files, given.field)
@@ -240,14 +248,14 @@ class _Job:
             copy_file(source, run.folder / source.name)
         write_text(run.folder / INDEX, json.dumps(index, indent=2) + "\n")
         write_text(run.folder / RECORD / "blocks.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        record = self._record(parts, lines)
+        record = self._record(run, parts, lines)
         write_text(run.folder / "README.md", model_card(record))
         write_text(run.folder / RECORD / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         report("done", seconds=record["seconds"], out=str(self.out))
         run.complete()
         return record
 
-    def _record(self, parts: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    def _record(self, run: Run, parts: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[str, Any]:
         weights = sum(math.prod(line["shape"]) for line in lines)
         cuda = self.device.type == "cuda"
         return {
@@ -260,8 +268,9 @@ class _Job:
                 "source": str(self.checkpoint.folder),
                 "type": self.checkpoint.config.model_type,
                 "bytes": self.checkpoint.nbytes,
-                "fingerprint": self.checkpoint.fingerprint(),
+                "files": self.checkpoint.file_marks(),
             },
+            "fingerprint": run.fingerprint,
             "recipe": self.recipe.model_dump(mode="json"),
             "options": {step.name: vars(step.config) for step in self.steps},
             "dense_stream": self.dense_stream,
@@ -304,7 +313,7 @@ def _split_options(recipe: Recipe, target: Target) -> tuple[OwlConfig, list[Step
     of_owl = {k.removeprefix(OWL_PREFIX): v for k, v in recipe.options.items() if k.startswith(OWL_PREFIX)}
     of_methods = {k: v for k, v in recipe.options.items() if not k.startswith(OWL_PREFIX)}
     if of_owl and recipe.allocation != "owl":
-        raise InputError(f"option {OWL_PREFIX}{next(iter(of_owl))} needs --allocation owl")
+        raise InputError(f"option {OWL_PREFIX}{next(iter(of_owl))} needs the allocation owl")
     return make_options(OwlConfig, of_owl, "owl"), make_steps(recipe.method, of_methods, target)
 
 

@@ -11,12 +11,13 @@ run.json:
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from niwaki.errors import InputError, TargetError, unknown
 
@@ -71,7 +72,9 @@ def parse_target(text: str) -> Target:
     except ValueError as error:
         raise TargetError(f"target {text!r}: expected a fraction of zeros such as 0.5, or N:M such as 2:4") from error
     if not (math.isfinite(zeros_frac) and 0 < zeros_frac < 1):
-        raise TargetError(f"target {text}: a fraction of zeros lies between 0 and 1, for example 0.5")
+        percent = 1 < zeros_frac < 100 and not text.endswith("%")
+        hint = f"write {text}% or {zeros_frac / 100:g}" if percent else "for example 0.5 or 50%"
+        raise TargetError(f"target {text}: a fraction of zeros lies between 0 and 1, {hint}")
     return Sparsity(zeros_frac)
 
 
@@ -102,6 +105,11 @@ class Recipe(_Strict):
     batch_tokens: int | None = Field(default=None, ge=1)
     activation_bytes: int | None = Field(default=None, ge=0)
 
+    @field_validator("target", mode="before")
+    @classmethod
+    def _target_text(cls, value: Any) -> Any:
+        return _target_text(value)
+
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
     """The fields of a recipe file, unvalidated. Raises InputError for anything but a YAML mapping."""
@@ -113,21 +121,45 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping with at least method and target")
+    _require_known(content, f" in {path}")
+    if not isinstance(content.get("options") or {}, dict):
+        raise InputError(f"{path}: options: expected a mapping, got {content['options']!r}")
     return content
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
     """A validated recipe; the first problem becomes one InputError line."""
-    known = set(Recipe.model_fields)
-    for name in values:
-        if name not in known:
-            raise InputError(unknown("recipe field", str(name), known))
+    _require_known(values)
+    for name in ("method", "target"):
+        if values.get(name) is None:
+            raise InputError(
+                f"{name} is missing: give one, for example --method sparsegpt --target 2:4 (see `niwaki methods`)"
+            )
     try:
-        return Recipe(**values)
+        return Recipe(**{**values, "calibration": calibration_fields(values.get("calibration"))})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"recipe: {where}: {first['msg']} (got {first['input']!r})") from error
+
+
+def as_files(given: str | Path | Iterable[str | Path]) -> tuple[str, ...]:
+    """One file, or several, as the caller wrote them."""
+    return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given))
+
+
+def calibration_fields(given: Any) -> dict[str, Any]:
+    """The `calibration` of a recipe as a mapping: it may also be one file, a list of files or nothing."""
+    if given is None:
+        return {}
+    if isinstance(given, Calibration):
+        return given.model_dump()
+    if isinstance(given, str | Path | list | tuple):
+        given = {"files": given}
+    if not isinstance(given, dict):
+        raise InputError(f"calibration: expected files or a mapping with files, samples, seq_len; got {given!r}")
+    files = given.get("files", ())
+    return {**given, "files": as_files(files)} if isinstance(files, str | Path | list | tuple) else given
 
 
 def make_options(config_class: type, options: dict[str, Any], method: str) -> Any:
@@ -135,13 +167,33 @@ def make_options(config_class: type, options: dict[str, Any], method: str) -> An
     known = {entry.name: entry.type for entry in fields(config_class)}
     values: dict[str, Any] = {}
     for name, value in options.items():
+        if not known:
+            raise InputError(f"{method} has no options, got {name!r}")
         if name not in known:
-            raise InputError(unknown(f"option of {method}", name, known or ["(it has none)"]))
+            raise InputError(unknown(f"option of {method}", name, known))
         values[name] = _coerce(value, known[name], f"{method} option {name}")
     try:
         return config_class(**values)
     except ValueError as error:
         raise InputError(f"{method}: {error}") from error
+
+
+def _require_known(values: dict[str, Any], where: str = "") -> None:
+    for name in values:
+        if name not in Recipe.model_fields:
+            raise InputError(unknown("recipe field", str(name), Recipe.model_fields) + where)
+
+
+def _target_text(value: Any) -> Any:
+    """A fraction may be a number; a whole number is what YAML 1.1 makes of an unquoted 2:4 (base 60: 124)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    keep, group = divmod(value, 60)
+    if isinstance(value, int) and 0 < keep < group:
+        raise TargetError(
+            f'target {value}: YAML reads an unquoted {keep}:{group} as this number: quote it, target: "{keep}:{group}"'
+        )
+    return str(value)
 
 
 def _coerce(value: Any, kind: Any, what: str) -> Any:

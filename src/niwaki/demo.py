@@ -11,9 +11,12 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+from niwaki.checkpoint import write_text
 from niwaki.compression import compress
+from niwaki.errors import OutputError
 from niwaki.evaluation import evaluate
 from niwaki.methods import BEST
+from niwaki.run import check_apart, check_free, partial_of
 from niwaki.walk import Report
 
 TARGET = "2:4"
@@ -35,10 +38,16 @@ def demo_texts() -> tuple[list[str], list[str]]:
 
 def run_demo(out: Path, *, overwrite: bool = False, report: Report | None = None) -> dict[str, Any]:
     """Compresses the sapling into `out` and evaluates both; returns the numbers of the table."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_apart(sapling(), out)
     paths = [out.parent / f"{out.name}-{part}.jsonl" for part in ("calibration", "evaluation")]
-    for path, texts in zip(paths, demo_texts(), strict=True):
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    contents = ["".join(json.dumps({"text": text}) + "\n" for text in texts) for texts in demo_texts()]
+    _check_free(out, dict(zip(paths, contents, strict=True)), overwrite)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot create {out.parent}: {error.strerror}. Choose another folder with --out") from error
+    for path, content in zip(paths, contents, strict=True):
+        write_text(path, content)
     record = compress(
         sapling(),
         out,
@@ -65,3 +74,18 @@ def run_demo(out: Path, *, overwrite: bool = False, report: Report | None = None
         "seconds_compress": record["seconds"],
         "seconds_evaluate": round(time.perf_counter() - started, 2),
     }
+
+
+def _check_free(out: Path, contents: dict[Path, str], overwrite: bool) -> None:
+    """Refuses to touch what an earlier demo, or anyone else, left in the places of this one."""
+    check_free(out, partial_of(out), resume=False, overwrite=True)  # whose folders they are
+    taken = [folder for folder in (out, partial_of(out)) if folder.is_dir() and any(folder.iterdir())]
+    taken += [path for path, content in contents.items() if _differs(path, content)]
+    if taken and not overwrite:
+        raise OutputError(
+            f"{taken[0]} already exists: choose another folder with --out, or replace it with --overwrite"
+        )
+
+
+def _differs(path: Path, content: str) -> bool:
+    return path.exists() and not (path.is_file() and path.read_bytes() == content.encode())

@@ -1,5 +1,6 @@
 """Loading a result and letting it write."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ def generate(
     device: str = "auto",
 ) -> str:
     """`prompt` and its continuation. Raises InputError for a prompt that leaves no room to continue."""
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise InputError(f"temperature must be 0 (greedy) or more, got {temperature}")
     decoder = load(model, device=device)
     tokenizer = load_tokenizer(Checkpoint.open(model).folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(decoder.device)
@@ -42,7 +47,7 @@ def generate(
     positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
     length = inputs["input_ids"].shape[1] + max_new_tokens
     if positions is not None and length > positions:
-        raise InputError(f"prompt and --max-new-tokens take {length} tokens, the model has {positions} positions")
+        raise InputError(f"prompt and max_new_tokens take {length} tokens, the model has {positions} positions")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
     with torch.no_grad():

@@ -1,8 +1,10 @@
 """Shows reported events on a terminal: a bar with the time left, or plain lines where there is no terminal."""
 
+import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -12,7 +14,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_TITLES = {"scan": "measuring outliers", "block": "compressing", "evaluate": "evaluating"}
+_TITLES = {
+    "sample": ("writing calibration text", "tokens"),
+    "scan": ("measuring outliers", "blocks"),
+    "block": ("compressing", "blocks"),
+    "evaluate": ("evaluating", "blocks"),
+}
+_LINES_OF_TOKENS = 20  # plain lines for a whole calibration text, which is reported every few tokens
 
 
 class Display:
@@ -21,11 +29,13 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._bars: dict[str, Any] = {}
+        self._began: dict[str, float] = {}
+        self._last = time.perf_counter()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("blocks"),
+            TextColumn("{task.fields[unit]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -42,10 +52,28 @@ class Display:
 
     def __call__(self, event: str, **fields: Any) -> None:
         if event == "warning":
-            self.console.print(f"[yellow]note:[/] {fields['message']}", highlight=False)
+            self.console.print(f"[yellow]note:[/] {escape(fields['message'])}", highlight=False, soft_wrap=True)
+        if event == "complete":
+            self.console.print(f"already complete: {fields['out']}", markup=False, highlight=False, soft_wrap=True)
         if event not in _TITLES:
             return
-        title = f"{_TITLES[event]} {fields.get('model', '')}".strip()
+        name, unit = _TITLES[event]
+        title = f"{name} {fields.get('model', '')}".strip()
+        done, of = fields.get("done", fields.get("index", -1) + 1), fields["of"]
+        if not self.console.is_terminal:
+            self._print_line(title, unit, done, of)
+            return
         if title not in self._bars:
-            self._bars[title] = self._progress.add_task(title, total=fields["of"])
-        self._progress.update(self._bars[title], completed=fields["index"] + 1)
+            self._bars[title] = self._progress.add_task(title, total=of, unit=unit)
+        self._progress.update(self._bars[title], completed=done)
+
+    def _print_line(self, title: str, unit: str, done: int, of: int) -> None:
+        """One line a block: index, its seconds, and the time left at the mean pace so far."""
+        now = time.perf_counter()
+        began = self._began.setdefault(title, self._last)
+        if unit == "tokens" and done < of and now - self._last < (now - began) / done * of / _LINES_OF_TOKENS:
+            return
+        left = (now - began) / done * (of - done)
+        line = f"{title}: {unit.removesuffix('s')} {done}/{of}, {now - self._last:.1f} s, {left:.0f} s left"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._last = now

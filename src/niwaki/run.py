@@ -11,7 +11,6 @@ of its block. A resume is refused when anything that decides the bytes has chang
     OUT.partial/niwaki/journal/ only while running
 """
 
-import contextlib
 import fcntl
 import json
 import os
@@ -29,6 +28,7 @@ from niwaki.errors import OutputError, ResumeError
 
 RECORD = "niwaki"
 FINGERPRINT = "fingerprint.json"
+LOCK = "lock"
 
 
 class Run:
@@ -36,7 +36,7 @@ class Run:
 
     def __init__(self, out: Path, fingerprint: dict[str, str], *, resume: bool, overwrite: bool) -> None:
         self.out = out
-        self.folder = out.with_name(out.name + ".partial")
+        self.folder = partial_of(out)
         self.fingerprint = fingerprint
         self.overwrite = overwrite
         self.finished: dict[str, dict[str, Any]] = {}
@@ -45,6 +45,8 @@ class Run:
         if continuing:
             self._check_fingerprint()
         elif self.folder.exists():
+            if (self._journal / LOCK).is_file():
+                self._take_lock().close()  # refuses to delete what another process is writing
             shutil.rmtree(self.folder)
         try:
             self._journal.mkdir(parents=True, exist_ok=True)
@@ -66,6 +68,8 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self._log.close()
+        if not self.finished and not self._lock.closed:  # stopped before anything was worth a resume
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -111,12 +115,7 @@ class Run:
             before = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ResumeError(f"{self.folder} has no readable journal: start again with --overwrite") from error
-        changed = [key for key in {**before, **self.fingerprint} if before.get(key) != self.fingerprint.get(key)]
-        if changed:
-            raise ResumeError(
-                f"cannot resume {self.folder}: changed since it began: {', '.join(sorted(changed))}. "
-                "Restore it, or start again with --overwrite"
-            )
+        _require_same(before, self.fingerprint, f"cannot resume {self.folder}: changed since it began")
 
     def _read_journal(self) -> None:
         for entry_path in self._journal.glob("*.json"):
@@ -128,7 +127,7 @@ class Run:
             orphan.unlink()
 
     def _take_lock(self) -> TextIO:
-        lock = (self.folder / RECORD / "journal" / "lock").open("w")
+        lock = (self._journal / LOCK).open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -189,17 +188,87 @@ class Writer:
         self.report("saved", part=part)
 
 
+def partial_of(out: Path) -> Path:
+    """Where the work for `out` happens."""
+    return out.with_name(out.name + ".partial")
+
+
 def check_free(out: Path, partial: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuses an OUT that exists, or an unfinished run, unless told what to do with it."""
+    """Refuses an OUT that exists, or an unfinished run, unless told what to do with it.
+
+    Only folders that niwaki wrote are ever replaced. With `resume`, a finished OUT without an unfinished run
+    beside it passes: `finished_record` settles what it is.
+    """
+    retired = out.with_name(out.name + ".replaced")
     if out.is_file():
         raise OutputError(f"{out} is a file: expected a folder name for the result")
-    with contextlib.suppress(OSError):
-        if out.is_dir() and any(out.iterdir()) and not overwrite:
-            raise OutputError(f"{out} already exists: choose another OUT, or replace it with --overwrite")
-    if partial.exists() and not (resume or overwrite):
+    complete = _is_result(out)
+    for folder, ours in ((out, complete), (partial, (partial / RECORD).is_dir()), (retired, _is_result(retired))):
+        if not (ours or _is_empty(folder)):
+            raise OutputError(
+                f"{folder} exists and is not a niwaki result, so it will not be replaced: choose another OUT"
+            )
+    if not _is_empty(out) and not (overwrite or (resume and complete and not partial.exists())):
+        both = " (add --resume to finish the run that was to replace it)" if partial.exists() else ""
+        raise OutputError(f"{out} already exists: choose another OUT, or replace it with --overwrite{both}")
+    if not (_is_empty(partial) or resume or overwrite):
         raise OutputError(f"{partial} holds an unfinished run: continue it with --resume, or drop it with --overwrite")
-    if resume and not partial.exists():
+    if resume and not partial.exists() and not complete:
         raise ResumeError(f"nothing to resume: {partial} does not exist")
+
+
+def check_apart(model: Path, out: Path) -> None:
+    """Refuses an OUT, or a working folder beside it, that is the model, lies in it or contains it."""
+    source = model.resolve()
+    for folder in (out, partial_of(out), out.with_name(out.name + ".replaced")):
+        place = folder.resolve()
+        if source == place or source in place.parents or place in source.parents:
+            raise OutputError(
+                f"OUT {out} and the model {model} share a folder, and writing one would destroy the other: "
+                "choose an OUT outside the model"
+            )
+
+
+def finished_record(out: Path, fingerprint: dict[str, str]) -> dict[str, Any] | None:
+    """The run.json of a finished OUT that was made from the same inputs, None if there is no finished OUT.
+
+    Raises ResumeError naming what differs.
+    """
+    if not _is_result(out):
+        return None
+    try:
+        record: dict[str, Any] = json.loads((out / RECORD / "run.json").read_text(encoding="utf-8"))
+        before = dict(record["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(f"{out} is finished, but its run.json cannot be compared: use --overwrite") from error
+    _require_same(before, fingerprint, f"{out} is finished, from other inputs: changed since then")
+    return record
+
+
+def resumable(out: Path) -> bool:
+    """Whether an unfinished run of `out` has finished parts that a resume would keep."""
+    journal = partial_of(out) / RECORD / "journal"
+    return any(path.name != FINGERPRINT for path in journal.glob("*.json"))
+
+
+def _require_same(before: dict[str, str], now: dict[str, str], message: str) -> None:
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        raise ResumeError(
+            f"{message}: {', '.join(sorted(changed))}. Restore it, or start again with --overwrite instead of --resume"
+        )
+
+
+def _is_result(folder: Path) -> bool:
+    return (folder / RECORD / "run.json").is_file()
+
+
+def _is_empty(folder: Path) -> bool:
+    """Nothing is there, or only an empty folder."""
+    try:
+        return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    except OSError:  # what cannot be looked into is not known to be empty
+        return False
 
 
 def _same_content(path: Path, sha256: str) -> bool:

@@ -123,3 +123,33 @@ def test_wrong_evaluations(models: tuple[Path, Path, Path], tmp_path: Path) -> N
     ]:
         with pytest.raises(error, match=message):
             niwaki.evaluate(dense, device="cpu", **arguments)  # type: ignore[arg-type]
+
+
+def test_one_file_may_stand_alone(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    dense, _, text = models
+    task = tmp_path / "task.jsonl"
+    questions(task)
+    found = niwaki.evaluate(dense, data=text, tasks=str(task), seq_len=32, max_tokens=64, device="cpu")
+    assert found["tokens"] == {str(text): 64}
+    assert found["tasks"][str(task)]["items"] == 3
+
+
+def test_a_gold_outside_the_pairs_is_named(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"pairs": [["a", "b"], ["a", "c"]], "gold": 2}\n')
+    with pytest.raises(CalibrationError, match=r"bad\.jsonl:1: gold 2 is no index of the 2 pairs: expected 0 to 1"):
+        niwaki.evaluate(models[0], tasks=bad, device="cpu")
+
+
+def test_wrong_counts(models: tuple[Path, Path, Path]) -> None:
+    for name, value in [("seq_len", 1), ("seq_len", 0), ("max_tokens", 0), ("limit", 0)]:
+        with pytest.raises(InputError, match=f"{name} must be at least"):
+            niwaki.evaluate(models[0], data=models[2], device="cpu", **{name: value})  # type: ignore[arg-type]
+
+
+def test_a_missing_file_comes_before_the_default_window(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    dense, _, text = models
+    with pytest.raises(CalibrationError, match="no such text file"):
+        niwaki.evaluate(dense, data=tmp_path / "no.txt", device="cpu")
+    with pytest.raises(CalibrationError, match=r"seq_len 1024 \(the default\) is longer than the 64 positions"):
+        niwaki.evaluate(dense, data=text, device="cpu")

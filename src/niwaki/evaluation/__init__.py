@@ -3,7 +3,7 @@
 Both models are streamed block by block like a compression, so evaluating needs the memory of one block plus
 the hidden states, and the numbers equal those of the whole model's own forward.
 
-    niwaki.evaluate("out", data=["mine.txt"], reference="models/sapling", seq_len=512)
+    niwaki.evaluate("OUT", data="mine.txt", reference="MODEL", seq_len=512)
 """
 
 import tempfile
@@ -14,23 +14,26 @@ from typing import Any
 from torch import Tensor
 
 from niwaki.block import Decoder
-from niwaki.calibration import evaluation_windows, load_tokenizer, read_texts
+from niwaki.calibration import check_seq_len, check_sources, evaluation_windows, load_tokenizer, read_texts
 from niwaki.checkpoint import Checkpoint
+from niwaki.config import as_files
 from niwaki.device import pick_device, pick_dtype
-from niwaki.errors import CalibrationError, InputError
+from niwaki.errors import InputError
 from niwaki.evaluation.divergence import compare_windows
 from niwaki.evaluation.tasks import Bucket, buckets, read_items, score
 from niwaki.stream import Stream
 from niwaki.walk import Report, forward
 
+SEQ_LEN = 1024
+
 
 def evaluate(
     model: str | Path,
     *,
-    data: Sequence[str] = (),
-    tasks: Sequence[str] = (),
+    data: str | Path | Sequence[str | Path] = (),
+    tasks: str | Path | Sequence[str | Path] = (),
     reference: str | Path | None = None,
-    seq_len: int = 1024,
+    seq_len: int = SEQ_LEN,
     max_tokens: int | None = None,
     limit: int | None = None,
     field: str = "text",
@@ -38,7 +41,7 @@ def evaluate(
     dtype: str = "auto",
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Measures `model` on text files and task files, and against `reference` if given.
+    """Measures `model` on text files and task files (one or several), and against `reference` if given.
 
     Returns a JSON-ready mapping: `perplexity`, `tokens`, and with a reference `reference_perplexity`, `kl`
     (mean KL(reference‖model) in nats per predicted token) and `top1_agreement`, each per data file; `tasks`
@@ -46,8 +49,11 @@ def evaluate(
 
     Raises InputError for anything that cannot be read or does not fit the model.
     """
+    data, tasks = as_files(data), as_files(tasks)
     if not data and not tasks:
         raise InputError("nothing to evaluate: give --data FILE or --tasks FILE")
+    _check_counts(seq_len=(seq_len, 2), max_tokens=(max_tokens, 2), limit=(limit, 1))
+    check_sources(data)
     report = report or (lambda event, **fields: None)
     decoders = [
         Decoder(Checkpoint.open(path), pick_device(device), pick_dtype(dtype))
@@ -146,11 +152,13 @@ def _check_pair(decoders: list[Decoder], seq_len: int) -> None:
     if len(vocabularies) > 1:
         raise InputError(f"model and reference have different vocabularies ({vocabularies}): they cannot be compared")
     for decoder in decoders:
-        if decoder.positions is not None and seq_len > decoder.positions:
-            raise CalibrationError(
-                f"--seq-len {seq_len} is longer than the {decoder.positions} positions of "
-                f"{decoder.checkpoint.folder}: pass --seq-len {decoder.positions} or less"
-            )
+        check_seq_len(seq_len, SEQ_LEN, decoder.positions, str(decoder.checkpoint.folder))
+
+
+def _check_counts(**counts: tuple[int | None, int]) -> None:
+    for name, (value, least) in counts.items():
+        if value is not None and value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}")
 
 
 __all__ = ["evaluate"]

@@ -43,6 +43,10 @@ class Bucket:
     spans: list[tuple[int, int]]  # first and last+1 token of its continuation
 
 
+class _GoldError(Exception):
+    """The index of the right pair points outside the pairs."""
+
+
 def read_items(path: str, limit: int | None) -> list[Item]:
     """The questions of a task file. Raises CalibrationError naming the first line that is not one."""
     if not Path(path).is_file():
@@ -57,6 +61,8 @@ def read_items(path: str, limit: int | None) -> list[Item]:
             continue
         try:
             items.append(_item(json.loads(line)))
+        except _GoldError as error:
+            raise CalibrationError(f"{path}:{number}: {error}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise CalibrationError(
                 f'{path}:{number}: expected {{"pairs": [[context, continuation], ...], "gold": index}}'
@@ -115,8 +121,10 @@ def score(items: list[Item], found: list[tuple[Bucket, Stream]], logits: Logits)
 def _item(row: Any) -> Item:
     pairs = tuple((str(context), str(continuation)) for context, continuation in row["pairs"])
     gold = int(row["gold"])
-    if not (len(pairs) >= 2 and 0 <= gold < len(pairs) and all(continuation for _, continuation in pairs)):
+    if not (len(pairs) >= 2 and all(continuation for _, continuation in pairs)):
         raise ValueError
+    if not 0 <= gold < len(pairs):
+        raise _GoldError(f"gold {gold} is no index of the {len(pairs)} pairs: expected 0 to {len(pairs) - 1}")
     return Item(pairs, gold)
 
 

@@ -4,7 +4,7 @@ Source: Han et al., "Learning both Weights and Connections for Efficient Neural 
 without retraining. `scope="matrix"` (default, as in the literature's tables) compares all weights of a
 matrix, `scope="row"` those of one output. Needs no calibration; cost: one selection per matrix.
 
-    niwaki compress models/sapling out --method magnitude --target 0.5 --set scope=row
+    niwaki compress MODEL OUT --method magnitude --target 0.5 --set scope=row
 """
 
 from collections.abc import Mapping

@@ -13,7 +13,7 @@ blocks.jsonl notes it.
 Cost: two forwards, one Gram matrix and one factor per group of matrices, one sweep per matrix. Memory: the
 block plus I² float32 for each group (and its factor while it is used).
 
-    niwaki compress models/sapling out --method sparsegpt --target 2:4 --calibration mine.txt --seq-len 512
+    niwaki compress MODEL OUT --method sparsegpt --target 2:4 --calibration mine.txt --seq-len 512
 """
 
 from collections.abc import Mapping

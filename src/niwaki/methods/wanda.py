@@ -10,7 +10,7 @@ ranked by |W| alone and its line in blocks.jsonl notes it.
 
 Cost: one forward for the norms, one to propagate, one selection per matrix. Memory: the block.
 
-    niwaki compress models/sapling out --method wanda --target 2:4 --calibration mine.txt --seq-len 512
+    niwaki compress MODEL OUT --method wanda --target 2:4 --calibration mine.txt --seq-len 512
 """
 
 from collections.abc import Mapping

@@ -1,0 +1,128 @@
+"""What the commands print: tables whose numbers are never cut, and a method's description."""
+
+import re
+import textwrap
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+NAME_COLUMNS = 12  # a first column narrower than this is no longer readable
+
+
+def print_table(console: Console, headers: list[str], rows: list[list[str]], title: str | None = None) -> None:
+    """Prints rows whose first column may fold and whose others are kept whole, wider than the console if need be.
+
+    Where nobody watches (a pipe, a file) nothing folds at all.
+    """
+    widths = [max(cell_len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
+    least = min(widths[0], NAME_COLUMNS)
+    others = sum(width + 2 for width in widths[1:])
+    framed = not console.is_terminal or least + others + len(headers) + 3 <= console.width
+    edges = len(headers) + 3 if framed else 0
+    table = Table(title=title, box=box.HEAVY_HEAD if framed else None, pad_edge=framed)
+    if console.is_terminal:
+        table.width = others + edges + max(least, min(widths[0], console.width - others - edges))
+    else:
+        table.width = others + edges + widths[0]
+    table.add_column(escape(headers[0]), overflow="fold")
+    for header, width in zip(headers[1:], widths[1:], strict=True):
+        table.add_column(escape(header), no_wrap=True, min_width=width)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table, crop=False, highlight=False)
+
+
+def print_scores(console: Console, result: dict[str, Any]) -> None:
+    """The result of `niwaki.evaluate`."""
+    compared = result["reference"] is not None
+    rows = []
+    for path, tokens in result["tokens"].items():
+        row = [path, f"{tokens:,}", f"{result['perplexity'][path]:.3f}"]
+        if compared:
+            dense = result["reference_perplexity"][path]
+            ratio = result["perplexity"][path] / dense
+            row += [f"{dense:.3f}", f"{ratio:.3f}", f"{result['kl'][path]:.4f}"]
+            row.append(f"{result['top1_agreement'][path]:.2%}")
+        rows.append(row)
+    if rows:
+        more = ["dense", "ratio", "KL", "top-1"] if compared else []
+        print_table(console, ["data", "tokens", "perplexity", *more], rows)
+    rows = []
+    for path, found in result["tasks"].items():
+        row = [path, str(found["items"]), *_accuracies(found)]
+        rows.append([*row, *(_accuracies(found["reference"]) if compared else [])])
+    if rows:
+        more = ["dense", "normalised"] if compared else []
+        print_table(console, ["task", "items", "accuracy", "normalised", *more], rows)
+
+
+def print_demo(console: Console, found: dict[str, Any], out: Path) -> None:
+    """The numbers of `niwaki.demo.run_demo`."""
+    dense_ppl, pruned_ppl = found["perplexity"]
+    rows = [
+        ["bytes on disk", f"{found['bytes'][0]:,}", f"{found['bytes'][1]:,}"],
+        ["zeros in decoder matrices", "0 %", f"{found['zeros_frac']:.2%}"],
+        ["perplexity", f"{dense_ppl:.2f}", f"{pruned_ppl:.2f}"],
+        ["KL to dense (nats/token)", "0", f"{found['kl']:.4f}"],
+        ["top-1 agreement", "100 %", f"{found['top1_agreement']:.1%}"],
+        ["seconds", "", f"{found['seconds_compress']} compress, {found['seconds_evaluate']} evaluate"],
+    ]
+    print_table(console, ["", "dense", f"{found['method']} {found['target']}"], rows, "sapling, 7.3M parameters")
+    console.print(
+        f"{found['tokens']:,} evaluation tokens. Zeros are stored in place, so the bytes stay. Result: {out}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_methods(console: Console) -> None:
+    """One row per method."""
+    from niwaki.methods import METHODS, get_method
+
+    table = Table("method", "what", "needs", "paper")
+    for name in METHODS:
+        method = get_method(name)
+        what = method.__doc__.split("\n")[0].partition(": ")[2]
+        table.add_row(name, what, _needs(method.needs(method.Config())), method.PAPER)
+    console.print(table)
+
+
+def print_method(console: Console, name: str) -> None:
+    """A method's description, its paragraphs filled to the console, and its options."""
+    from niwaki.methods import get_method
+
+    method = get_method(name)
+    for paragraph in re.split(r"\n\s*\n", method.__doc__.strip("\n")):
+        if paragraph.startswith("    "):
+            console.print(paragraph.rstrip(), markup=False, highlight=False, soft_wrap=True)
+        else:
+            filled = textwrap.fill(" ".join(paragraph.split()), console.width)
+            console.print(filled, markup=False, highlight=False, soft_wrap=True)
+        console.print()
+    for option in fields(method.Config):
+        kind = getattr(option.type, "__name__", option.type)
+        line = f"    --set {option.name}={option.default}  ({kind})"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if not fields(method.Config):
+        console.print(f"{name} has no options.", markup=False, highlight=False)
+
+
+def _needs(needs: Any) -> str:
+    if needs.gram:
+        return "XᵀX per input"
+    return "squared norms per input" if needs.sqnorm else "no data"
+
+
+def _accuracies(found: dict[str, Any]) -> list[str]:
+    texts = []
+    for name in ("accuracy", "accuracy_norm"):
+        error = found[f"{name}_stderr"]
+        texts.append(f"{found[name]:.3f}" + ("" if error is None else f" ± {error:.3f}"))
+    return texts

@@ -1,0 +1,32 @@
+"""What a model card tells strangers: how to make the result again, not where its maker's files lie."""
+
+from pathlib import Path
+
+import pytest
+
+import niwaki
+from helpers import tiny_llama, write_texts
+
+
+@pytest.mark.parametrize("program", ["/somewhere/private/bin/niwaki", "/somewhere/private/script.py"])
+def test_the_card_names_no_folder_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    model, text = tiny_llama(tmp_path / "model"), write_texts(tmp_path / "text.jsonl")
+    out = tmp_path / "out"
+    arguments = ["compress", str(model), str(out), f"--calibration={text}", "--recipe", "org/name"]
+    monkeypatch.setattr("sys.argv", [program, *arguments])
+    niwaki.compress(
+        model,
+        out,
+        method="wanda",
+        target="0.5",
+        device="cpu",
+        calibration={"files": str(text), "samples": 4, "seq_len": 16},
+    )
+    card = (out / "README.md").read_text()
+    assert str(tmp_path) not in card and "private" not in card
+    if program.endswith("niwaki"):
+        assert "    niwaki compress model out --calibration=text.jsonl --recipe org/name\n" in card
+    else:
+        assert "      - text.jsonl\n" in card and "    method: wanda\n" in card
