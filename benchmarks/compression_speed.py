@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 import niwaki
 from niwaki.demo import sapling
+from niwaki.methods import besa, wandapp
 
 HIDDEN, MIDDLE, HEADS, VOCABULARY, BLOCKS = 4096, 11008, 32, 32000, 32
 BLOCK_WEIGHTS = 4 * HIDDEN**2 + 3 * HIDDEN * MIDDLE
@@ -89,11 +90,17 @@ def floor_seconds(method: str, blocks: int, samples: int, seq_len: int, rate: fl
     """Operations that cannot be avoided over the measured matrix rate.
 
     Two forwards (statistics, propagation); for sparsegpt also four Gram matrices (lower triangles), their
-    factors and the sweeps, the last two in float32 at an assumed eighth of the matrix rate.
+    factors and the sweeps, the last two in float32 at an assumed eighth of the matrix rate; for the learning
+    methods three forwards for every window learned from (wandapp also for every window's regional gradient).
     """
     tokens = samples * seq_len
     forward = 2 * BLOCK_WEIGHTS * tokens + 2 * samples * seq_len**2 * HIDDEN
     operations = 2 * forward
+    if method == "wandapp":
+        learned = wandapp.Config()
+        operations += 3 * forward * (1 + learned.rounds * learned.samples / samples)
+    if method == "besa":
+        operations += 3 * forward * besa.Config().steps * besa.Config().batch / samples
     if method == "sparsegpt":
         operations += tokens * (3 * HIDDEN**2 + MIDDLE**2)
         operations += 8 * 2 / 3 * (3 * HIDDEN**3 + MIDDLE**3)

@@ -62,7 +62,8 @@ def test_recipe_file_and_flags(model: Path, tmp_path: Path, capsys: pytest.Captu
     assert code == 0
     record = json.loads((out / "niwaki/run.json").read_text())
     assert record["recipe"]["seed"] == 3
-    assert record["options"] == {"damping_frac": 0.05, "panel_columns": 16}
+    assert record["options"]["sparsegpt"]["damping_frac"] == 0.05
+    assert record["options"]["sparsegpt"]["panel_columns"] == 16
 
 
 WRONG = [

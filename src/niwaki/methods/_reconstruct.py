@@ -11,6 +11,7 @@ Legend: O outputs, I inputs, B windows, T tokens, D hidden size.
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,8 @@ class Schedule:
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """With the rate of every group still to be set."""
         if self.optimizer == "adam":
-            return torch.optim.Adam(groups, betas=(0.9, 0.95))
+            on_gpu = groups[0]["params"][0].is_cuda
+            return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=on_gpu)
         return torch.optim.RMSprop(groups)
 
 
@@ -203,15 +205,17 @@ class _Called(nn.Module):
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
     """Same seed, same bytes: attention's backward adds in any order on CUDA unless told not to."""
-    before, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for, else it warns each time
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def check_choices(target: str, optimizer: str = "adam") -> None:

@@ -10,17 +10,17 @@ The full text was not at hand; what differs from the released code, and why:
 
 - Its softmax∘sigmoid confines α to [0.38, 0.62]. Here θ starts as a Gaussian around the target (`width_frac`)
   and reaches any rate between 0 and 1.
-- Its sparsity is penalised, not met. Here all rates shift together to the block's budget in every forward, the
-  gradient loses its component along the mean rate (`balance=penalty` is the published form), and the final
-  counts are exact.
+- Its sparsity is penalised, not met. Here the final counts are exact: all rates shift together, then rounding
+  is settled by remainders. `balance=shift` does the former in every forward and takes the component along the
+  mean rate out of the gradient, instead of the penalty.
 - ∂L/∂β needs no custom kernel: gradients in rank order, one running sum, read at the cuts. Unlike a scatter-add
   that is also the same in every run on CUDA.
-- Held-out windows choose between the states of the epochs, the uniform start included.
+- Held-out windows choose between the states on the way, the uniform start included.
 
 `quant_bits` learns 4-bit weight-only clipping (γ of `_quantize`) together with the rates; the result is stored
 dequantized. N:M is not in the paper and is refused: every row keeps the same share there.
 
-Cost: `epochs` forwards and backwards over the windows. Memory: the block twice in float32, ranks and order
+Cost: `steps` · `batch` forwards and backwards of a window. Memory: the block twice in float32, ranks and order
 (10 bytes a weight), and the block's inputs and outputs for all windows.
 
     niwaki compress MODEL OUT --method besa --target 0.5 --calibration mine.txt --seq-len 512
@@ -44,27 +44,28 @@ from niwaki.stream import Evidence
 PAPER = "Xu et al. 2024, BESA: Blockwise Parameter-Efficient Sparsity Allocation"
 ACCEPTS = (Sparsity,)
 CONTINUES = False
+CHECKS = 8  # held-out measurements over the course of learning
 KEPT_START = "learning did not lower the held-out block error: uniform rates were kept"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`granularity`: `row` or `layer`. `epochs` over the windows, `batch` a step, `rate` of AdamW on θ.
+    """`granularity`: `row` or `layer`. `steps` of `batch` windows, `rate` of AdamW on θ.
 
     `candidates`: D, rates 0, 1/D, …, 1. `width_frac`: standard deviation of the first β. `target`: `block`,
-    `dense` or `both` (see `_reconstruct`). `balance`: `shift` or the published `penalty`. `segments`: parts of a row
-    that learn a rate of their own (1 as published; where they do not divide the row, it stays whole). `quant_bits`: 0 for
-    none; `quant_group`: columns that share a scale, 0 for the row.
+    `dense` or `both` (see `_reconstruct`). `balance`: the published `penalty`, or `shift`. `segments`: parts of
+    a row that learn a rate of their own (1 as published; a row they do not divide stays whole). `quant_bits`:
+    0 for none. `quant_group`: columns that share a scale, 0 for the row.
     """
 
     granularity: str = "row"
-    epochs: int = 8
-    batch: int = 4
+    steps: int = 256
+    batch: int = 2
     rate: float = 0.2
     candidates: int = 100
     width_frac: float = 0.2
     target: str = "block"
-    balance: str = "shift"
+    balance: str = "penalty"
     segments: int = 1
     quant_bits: int = 0
     quant_group: int = 0
@@ -75,8 +76,8 @@ class Config:
             raise ValueError(f"granularity must be row or layer, got {self.granularity!r}")
         if self.balance not in ("shift", "penalty"):
             raise ValueError(f"balance must be shift or penalty, got {self.balance!r}")
-        if self.epochs < 1 or self.batch < 1 or self.candidates < 2 or self.rate <= 0 or self.width_frac <= 0:
-            raise ValueError("expected epochs and batch ≥ 1, candidates ≥ 2, rate and width_frac > 0")
+        if self.steps < 1 or self.batch < 1 or self.candidates < 2 or self.rate <= 0 or self.width_frac <= 0:
+            raise ValueError("expected steps and batch ≥ 1, candidates ≥ 2, rate and width_frac > 0")
         if self.segments < 1:
             raise ValueError(f"segments must be positive, got {self.segments}")
         if self.quant_bits not in (0, 2, 3, 4, 8) or self.quant_group < 0:
@@ -129,7 +130,7 @@ def _learn(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """AdamW on θ (and γ); leaves the state with the lowest held-out error of all epochs."""
+    """AdamW on θ (and γ); leaves the state with the lowest held-out error of all checks."""
     learned = list(rates.logits.values()) + (clipping.parameters if clipping else [])
     optimizer = torch.optim.AdamW(learned, lr=config.rate, betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -142,29 +143,27 @@ def _learn(
     began = lowest = heldout()
     best = [parameter.detach().clone() for parameter in learned]
     batch = min(config.batch, len(task.train))
-    per_epoch = math.ceil(len(task.train) / batch)
-    step, steps = 0, config.epochs * per_epoch
-    for _ in range(config.epochs):
-        drawn = task.draw(per_epoch * batch, generator)
-        for first in range(0, len(drawn), batch):
-            windows = drawn[first : first + batch]
-            optimizer.param_groups[0]["lr"] = config.rate * (1 + math.cos(math.pi * step / steps)) / 2
-            optimizer.zero_grad()
-            values = clipping.quantized(weights) if clipping else weights
-            with torch.no_grad():
-                keep = rates.current_masks()
-                pruned = {name: values[name] * keep[name] for name in weights}
-            tokens = len(windows) * task.outputs.store_STD.shape[1]
-            gradients = {name: g.div_(tokens) for name, g in task.gradients(pruned, windows).items()}
-            rates.backward({name: g * values[name].detach() for name, g in gradients.items()})
-            if clipping is not None:
-                clipping.backward(values, {name: g * keep[name] for name, g in gradients.items()})
-            optimizer.step()
-            step += 1
-        found = heldout()
-        if found < lowest:
-            lowest = found
-            best = [parameter.detach().clone() for parameter in learned]
+    drawn = task.draw(config.steps * batch, generator)
+    check_every = math.ceil(config.steps / CHECKS)
+    for step in range(config.steps):
+        windows = drawn[step * batch : (step + 1) * batch]
+        optimizer.param_groups[0]["lr"] = config.rate * (1 + math.cos(math.pi * step / config.steps)) / 2
+        optimizer.zero_grad()
+        values = clipping.quantized(weights) if clipping else weights
+        with torch.no_grad():
+            keep = rates.current_masks()
+            pruned = {name: values[name] * keep[name] for name in weights}
+        tokens = batch * task.outputs.store_STD.shape[1]
+        gradients = {name: g.div_(tokens) for name, g in task.gradients(pruned, windows).items()}
+        if clipping is not None:
+            clipping.backward(values, {name: g * keep[name] for name, g in gradients.items()})
+        rates.backward({name: g.mul_(values[name].detach()) for name, g in gradients.items()})
+        optimizer.step()
+        if (step + 1) % check_every == 0 or step + 1 == config.steps:
+            found = heldout()
+            if found < lowest:
+                lowest = found
+                best = [parameter.detach().clone() for parameter in learned]
     with torch.no_grad():
         for parameter, kept in zip(learned, best, strict=True):
             parameter.copy_(kept)
