@@ -12,7 +12,8 @@ class Case:
 
 
 def case(label: str, target: str, method: str = "", **more: object) -> Case:
-    return Case(label, {"target": target, "method": method or label, **more})
+    by = {} if "preset" in more else {"method": method or label}
+    return Case(label, {"target": target, **by, **more})
 
 
 def wandas(*targets: str) -> list[Case]:
@@ -27,51 +28,16 @@ def classic() -> list[Case]:
     return [*found, case("sparsegpt", "4:8")]
 
 
-LONG = {"rounds": 30, "samples": 64, "batch": 8, "target": "both"}
-
-
-def chain(label: str, target: str, method: str, **steps: dict) -> Case:
-    options = {f"{name}.{key}": value for name, given in steps.items() for key, value in given.items()}
-    return case(label, target, method, options=options)
-
-
-def tune() -> list[Case]:
-    found = wandas("2:4", "0.5", "0.7")
-    x = {"exchanges": 3}
-    adam = {"optimizer": "adam", "rate_frac": 0.0075}
-    half = LONG | adam | {"rounds": 15}
-    two = "sparsegpt+wandapp"
-    for target in ("2:4", "0.5", "0.7"):
-        found += [
-            case("sparsegpt", target),
-            chain("fast", target, "sparsegpt", sparsegpt=x),
-            chain("best", target, two, sparsegpt=x, wandapp=half),
-            chain("balanced", target, two, sparsegpt=x, wandapp=adam | {"target": "both"}),
-        ]
-    for target in ("2:4", "0.5"):
-        a = {"optimizer": "adam"}
-        for label, options in {
-            "adam .0075": a | {"rate_frac": 0.0075}, "adam .015": a | {"rate_frac": 0.015},
-            "adam .015 K10": a | {"rate_frac": 0.015, "rounds": 10},
-            "adam .025 K10 b2": a | {"rate_frac": 0.025, "rounds": 10, "batch": 2},
-            "adam .015 alpha 0": a | {"rate_frac": 0.015, "alpha": 0.0},
-            "adam .015 both": a | {"rate_frac": 0.015, "target": "both"},
-            "rms .0075": {"rate_frac": 0.0075},
-        }.items():
-            found.append(case(f"wandapp {label}", target, "wandapp", options=options))
-    p = {"balance": "penalty"}
-    for target in ("0.5", "0.7"):
-        for label, options in {
-            "pen": p, "pen seg4": p | {"segments": 4}, "pen seg16": p | {"segments": 16},
-            "shift seg8": {"segments": 8}, "pen e16 b2": p | {"epochs": 16, "batch": 2},
-            "pen both": p | {"target": "both"}, "pen width .3": p | {"width_frac": 0.3},
-        }.items():
-            found.append(case(f"besa {label}", target, "besa", options=options))
-    found += [case("wanda owl", "0.7", "wanda", allocation="owl")]
-    found += [case("besa pen owl", "0.7", "besa", options=p, allocation="owl")]
+def learned() -> list[Case]:
+    found = wandas("2:4", "0.5", "0.7") + [case("sparsegpt", target) for target in ("2:4", "0.5", "0.7")]
+    found += [case("wandapp", target) for target in ("2:4", "0.5")]
+    found += [case("besa", target) for target in ("0.5", "0.7")]
+    found += [case("wanda owl", "0.7", "wanda", allocation="owl"), case("besa owl", "0.7", "besa", allocation="owl")]
+    for preset in ("fast", "balanced", "best"):
+        found += [case(preset, target, preset=preset) for target in ("2:4", "0.5", "0.7")]
     return found
 
 
 SUITES = {
-    "classic": classic(), "tune": tune(),
+    "classic": classic(), "learned": learned(),
 }

@@ -16,6 +16,7 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if "data" not in path.relat
 # A module may import from its own layer and the ones above it in this list.
 LAYERS = [
     ["__init__", "errors"],
+    ["presets"],
     ["config", "device", "kernels", "loading"],
     ["calibration", "tap", "packed", "activations"],
     ["anatomy"],

@@ -53,7 +53,10 @@ def _common(
 def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(help="New folder for the result.", show_default=False)],
-    method: Annotated[str | None, typer.Option(help="See `niwaki methods`. Required here or in the recipe.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="See `niwaki methods`; chains as `besa+wandapp`. Required, or a preset.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="fast, balanced or best instead of a method.")] = None,
     target: Annotated[
         str | None, typer.Option(help="Zeros: 0.5, 50%, 2:4, 4:8. Required here or in the recipe.")
     ] = None,
@@ -91,6 +94,7 @@ def compress(
     values: dict[str, Any] = load_recipe(recipe) if recipe else {}
     values |= _given(
         method=method,
+        preset=preset,
         target=target,
         allocation=allocation,
         seed=seed,

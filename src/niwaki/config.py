@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from niwaki.errors import InputError, TargetError, unknown
+from niwaki.presets import with_preset
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
-    """A validated recipe; the first problem becomes one InputError line."""
+    """A validated recipe, a preset filled in; the first problem becomes one InputError line."""
+    values = with_preset(values)
     _require_known(values)
     for name in ("method", "target"):
         if values.get(name) is None:
@@ -180,7 +182,7 @@ def make_options(config_class: type, options: dict[str, Any], method: str) -> An
 
 def _require_known(values: dict[str, Any], where: str = "") -> None:
     for name in values:
-        if name not in Recipe.model_fields:
+        if name not in {*Recipe.model_fields, "preset"}:
             raise InputError(unknown("recipe field", str(name), Recipe.model_fields) + where)
 
 

@@ -64,15 +64,15 @@ class Reconstruction:
         return total / len(self.held)
 
     def gradients(self, matrices: Matrices, windows: list[int]) -> dict[str, Tensor]:
-        """Gradient [O, I] float32 of the summed token errors of `windows`, by matrix.
+        """Gradient [O, I] of the summed token errors of `windows`, by matrix, in the block's dtype.
 
         Summed, not averaged: float16 would lose the gradients of a mean.
         """
         parameters = assemble(self.block, matrices)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        loss = self._error(parameters, windows).sum()
-        return gradients_of(self.block, loss, parameters, matrices)
+        with deterministic():
+            return gradients_of(self.block, self._error(parameters, windows).sum(), parameters, matrices)
 
     def _error(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
         y_BTD = run_with(self.block, parameters, self._call(len(windows)), self.stream.hidden.take(windows))
@@ -146,7 +146,8 @@ def descend(
         for first in range(0, len(drawn), batch):
             gradients = task.gradients(masters, drawn[first : first + batch])
             for name, master_OI in masters.items():
-                master_OI.grad = gradients[name] if prune else gradients[name].mul_(keep[name])
+                gradient_OI = gradients[name] if prune else gradients[name] * keep[name]
+                master_OI.grad = gradient_OI.float()
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step, steps) * group["size"]
             optimizer.step()
@@ -175,12 +176,10 @@ def assemble(block: Block, matrices: Matrices) -> dict[str, Tensor]:
 
 
 def gradients_of(block: Block, loss: Tensor, parameters: dict[str, Tensor], names: Matrices) -> dict[str, Tensor]:
-    """Gradients of `loss` as [O, I] float32 by matrix; zero for one that took no part (an unreached expert)."""
-    with deterministic():
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    """Gradients of `loss` as [O, I] by matrix; zero for one that took no part (an unreached expert)."""
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
     by_parameter = dict(zip(parameters, found, strict=True))
-    views = {name: block.linears[name].view(by_parameter[block.linears[name].parameter]) for name in names}
-    return {name: view_OI.float().contiguous() for name, view_OI in views.items()}
+    return {name: block.linears[name].view(by_parameter[block.linears[name].parameter]) for name in names}
 
 
 def run_with(block: Block, parameters: dict[str, Tensor], call: Call, x_BTD: Tensor) -> Tensor:
@@ -204,16 +203,22 @@ class _Called(nn.Module):
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Same seed, same bytes: attention's backward adds in any order on CUDA unless told not to."""
+    """Same seed, same bytes: attention's backward adds in any order on CUDA unless told not to.
+
+    cuDNN's attention cannot be told, so it is left out.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for, else it warns each time
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 

@@ -60,7 +60,7 @@ class Config:
 
     granularity: str = "row"
     steps: int = 256
-    batch: int = 2
+    batch: int = 1
     rate: float = 0.2
     candidates: int = 100
     width_frac: float = 0.2
@@ -153,11 +153,11 @@ def _learn(
         with torch.no_grad():
             keep = rates.current_masks()
             pruned = {name: values[name] * keep[name] for name in weights}
-        tokens = batch * task.outputs.store_STD.shape[1]
-        gradients = {name: g.div_(tokens) for name, g in task.gradients(pruned, windows).items()}
+        gradients = task.gradients(pruned, windows)
         if clipping is not None:
-            clipping.backward(values, {name: g * keep[name] for name, g in gradients.items()})
-        rates.backward({name: g.mul_(values[name].detach()) for name, g in gradients.items()})
+            clipping.backward(values, {name: (g * keep[name]).float() for name, g in gradients.items()})
+        tokens = batch * task.outputs.store_STD.shape[1]
+        rates.backward({name: g * values[name].detach() for name, g in gradients.items()}, tokens)
         optimizer.step()
         if (step + 1) % check_every == 0 or step + 1 == config.steps:
             found = heldout()
@@ -236,18 +236,20 @@ class Rates:
             masks[name] = self.keep(name, zeros_G.expand(rows))
         return masks
 
-    def backward(self, mask_gradients: Matrices) -> None:
-        """Accumulates ∂L/∂θ from ∂L/∂mask [O, I] of every matrix."""
+    def backward(self, mask_gradients: Matrices, tokens: int) -> None:
+        """Accumulates ∂L/∂θ from ∂L/∂mask [O, I] of every matrix, where L is the sum over `tokens`."""
         outputs, gradients = [], []
         for name, gradient_OI in mask_gradients.items():
-            gradient_OD = rate_gradient(gradient_OI.reshape(self.shapes[name]), self.order[name], self.candidates_D)
+            gradient_OD = (
+                rate_gradient(gradient_OI.reshape(self.shapes[name]), self.order[name], self.candidates_D) / tokens
+            )
             outputs.append(torch.softmax(self.logits[name], dim=1))
             gradients.append(gradient_OD if self.by_row else gradient_OD.sum(0, keepdim=True))
         torch.autograd.backward(outputs, gradients)
         logits = list(self.logits.values())
         if self.penalized:
             _, mean = self.rates()
-            (5 * ((mean - self.share) / self.share).square()).backward()
+            (5 * ((mean - self.share) / max(self.share, 0.01)).square()).backward()
             return
         towards_mean = torch.autograd.grad(self.rates()[1], logits)
         along = torch.stack([torch.sum(_grad(p) * g) for p, g in zip(logits, towards_mean, strict=True)]).sum()

@@ -42,6 +42,7 @@ from niwaki.methods._reconstruct import (
     assemble,
     check_choices,
     descend,
+    deterministic,
     gradients_of,
     run_with,
 )
@@ -67,8 +68,8 @@ class Config:
     alpha: float = 1.0
     rounds: int = 10
     samples: int = 32
-    batch: int = 1
-    rate_frac: float = 0.015
+    batch: int = 2
+    rate_frac: float = 0.025
     optimizer: str = "adam"
     target: str = "block"
     enforce_mask: bool = True
@@ -150,8 +151,10 @@ def regional_gradients(block: Block, seen: Evidence, names: Matrices) -> dict[st
         parameter.requires_grad_(True)
     call = seen.stream.call(1, block.index)
     for window in range(len(seen.stream)):
-        y_BTD = run_with(block, parameters, call, seen.stream.hidden.take([window]))
-        norm = torch.linalg.vector_norm(y_BTD, dtype=torch.float32)
-        for name, gradient_OI in gradients_of(block, norm, parameters, names).items():
-            total[name].addcmul_(gradient_OI, gradient_OI)
+        with deterministic():
+            y_BTD = run_with(block, parameters, call, seen.stream.hidden.take([window]))
+            norm = torch.linalg.vector_norm(y_BTD, dtype=torch.float32)
+            gradients = gradients_of(block, norm, parameters, names)
+        for name, gradient_OI in gradients.items():
+            total[name].addcmul_(gradient_OI.float(), gradient_OI.float())
     return {name: (sum_OI / len(seen.stream)).sqrt_() for name, sum_OI in total.items()}

@@ -1,0 +1,45 @@
+"""Named recipes: the best chains found for a given patience, as measured in `benchmarks/results/learned-*.json`.
+
+`fast` is one closed-form pass. `balanced` adds regional optimisation for about the price of Wanda++, `best` three
+times as much of it. None trains the whole model.
+"""
+
+from typing import Any
+
+from niwaki.errors import InputError, unknown
+
+_EXCHANGE = {"exchanges": 3}
+_LEARN = {"target": "both", "optimizer": "adam", "rate_frac": 0.0075}
+
+
+def _options(**steps: dict[str, Any]) -> dict[str, Any]:
+    return {f"{step}.{name}": value for step, options in steps.items() for name, value in options.items()}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "sparsegpt", "options": _options(sparsegpt=_EXCHANGE)},
+    "balanced": {
+        "method": "sparsegpt+wandapp",
+        "options": _options(sparsegpt=_EXCHANGE, wandapp=_LEARN | {"rounds": 5, "samples": 32, "batch": 1}),
+    },
+    "best": {
+        "method": "sparsegpt+wandapp",
+        "options": _options(sparsegpt=_EXCHANGE, wandapp=_LEARN | {"rounds": 15, "samples": 64, "batch": 8}),
+    },
+}
+
+
+def with_preset(values: dict[str, Any]) -> dict[str, Any]:
+    """Recipe fields with the preset they name filled in; single options given beside it win."""
+    values = dict(values)
+    name = values.pop("preset", None)
+    if name is None:
+        return values
+    if name not in PRESETS:
+        raise InputError(unknown("preset", str(name), PRESETS))
+    if values.get("method") is not None:
+        raise InputError(
+            f"preset {name} brings its own method, got method {values['method']} as well: give one of them"
+        )
+    preset = PRESETS[name]
+    return {**values, "method": preset["method"], "options": {**preset["options"], **(values.get("options") or {})}}
