@@ -1,0 +1,258 @@
+"""Wanda++: the score against float64 finite differences and loops, and what regional optimisation must keep."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import niwaki
+from families import build
+from helpers import CPU, correlated_inputs, evidence_of, make_block, run_method, tiny_llama, write_texts
+from niwaki.block import Block, Decoder
+from niwaki.checkpoint import Checkpoint
+from niwaki.config import Grouped, Sparsity, Target
+from niwaki.errors import InputError
+from niwaki.methods import get_method, wandapp
+from niwaki.methods._reconstruct import Reconstruction, Schedule, descend
+from niwaki.stream import Evidence, Stream
+from niwaki.walk import collect
+
+SCORE_ONLY = {"rounds": 0}
+
+
+def reference(weight: np.ndarray, x_STI: np.ndarray, target: Target, alpha: float) -> np.ndarray:
+    """f(X) = XWᵀ, so ∂‖f(X_n)‖/∂W = (X_nWᵀ)ᵀX_n / ‖X_nWᵀ‖; everything in float64, row by row."""
+    w, x = weight.astype(np.float64), x_STI.astype(np.float64)
+    squares = np.zeros_like(w)
+    for window in x:
+        out = window @ w.T
+        squares += (out.T @ window / np.linalg.norm(out)) ** 2
+    gradient = np.sqrt(squares / len(x))
+    norm = np.sqrt((x**2).sum(axis=(0, 1)) / len(x))
+    scores = (alpha * gradient + norm) * np.abs(w)
+    result = w.copy()
+    for row in range(len(w)):
+        if isinstance(target, Grouped):
+            for start in range(0, w.shape[1], target.group):
+                lowest = np.argsort(scores[row, start : start + target.group])[: target.group - target.keep]
+                result[row, start + lowest] = 0
+        else:
+            result[row, np.argsort(scores[row])[: round(w.shape[1] * target.zeros_frac)]] = 0
+    return result
+
+
+@pytest.mark.parametrize("target", [Sparsity(0.5), Sparsity(0.75), Grouped(2, 4), Grouped(1, 4)])
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 100.0])
+def test_the_score_equals_the_reference(target: Target, alpha: float) -> None:
+    weight = torch.randn(10, 16, generator=torch.Generator().manual_seed(0))
+    x = correlated_inputs(40, 16)
+    found = run_method(wandapp, weight, x, target, alpha=alpha, **SCORE_ONLY)
+    wanted = reference(weight.numpy(), x.reshape(8, 5, 16).numpy(), target, alpha)
+    np.testing.assert_array_equal(found.numpy(), wanted.astype(np.float32))
+
+
+def loaded(tmp_path: Path, windows: int = 9, **changes: object) -> tuple[Block, Stream]:
+    """The first block of a random Llama and the stream in front of it."""
+    decoder = Decoder(Checkpoint.open(tiny_llama(tmp_path / "model", **changes)), CPU)
+    ids = torch.randint(0, 4096, (windows, 24), generator=torch.Generator().manual_seed(1))
+    stream = Stream(decoder, ids, learn_batches=frozenset({1, 2}))
+    return decoder.load(0), stream
+
+
+def evidence(block: Block, stream: Stream) -> Evidence:
+    needs = wandapp.needs(wandapp.Config())
+    return Evidence(collect(block, stream, needs)[0], stream)
+
+
+def test_regional_gradients_equal_finite_differences_of_the_whole_block(tmp_path: Path) -> None:
+    """∂‖f(X)‖/∂W of attention and MLP weights, residual included, in float64."""
+    block, stream = loaded(tmp_path, windows=2)
+    seen = evidence(block, stream)
+    names = {name: block.weight(name) for name in block.linears}
+    found = wandapp.regional_gradients(block, seen, names)
+    block.module.double()
+    call = stream.call(1, 0)
+    kwargs = {k: tuple(t.double() for t in v) if isinstance(v, tuple) else v for k, v in call.kwargs.items()}
+
+    def norm(window: int) -> float:
+        out = block.module(stream.hidden.take([window]).double(), *call.args, **kwargs)
+        return float((out[0] if isinstance(out, tuple) else out).norm())
+
+    step = 5e-3  # the norms inside the block stay float32
+    for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"):
+        weight = block.weight(name)
+        for row, column in ((0, 0), (3, 7), (11, 30)):
+            slopes = []
+            for window in range(2):
+                before = weight[row, column].item()
+                weight[row, column] = before + step
+                up = norm(window)
+                weight[row, column] = before - step
+                slopes.append((up - norm(window)) / (2 * step))
+                weight[row, column] = before
+            wanted = float(np.sqrt(np.mean(np.square(slopes))))
+            assert found[name][row, column].item() == pytest.approx(wanted, rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+@pytest.mark.parametrize("target", [Sparsity(0.5), Grouped(2, 4)])
+def test_learning_lowers_the_heldout_error_and_keeps_the_mask(tmp_path: Path, optimizer: str, target: Target) -> None:
+    block, stream = loaded(tmp_path, windows=33)
+    seen = evidence(block, stream)
+    targets = dict.fromkeys(block.linears, target)
+    before = {name: block.weight(name).clone() for name in block.linears}
+    rate_frac = 0.03 if optimizer == "adam" else 0.01
+    config = wandapp.Config(optimizer=optimizer, rounds=4, samples=24, rate_frac=rate_frac)
+    pruned = wandapp.compress(block, seen, targets, wandapp.Config(rounds=0), torch.Generator())
+    learned = wandapp.compress(block, seen, targets, config, torch.Generator())
+    for name, record in learned.items():
+        assert torch.equal(record.weight_OI == 0, pruned[name].weight_OI == 0)
+        assert record.detail["heldout_error"] < 0.9 * record.detail["heldout_error_start"]
+        assert torch.equal(block.weight(name), before[name])
+
+
+def test_a_start_that_learning_cannot_improve_is_kept_and_noted(tmp_path: Path) -> None:
+    """Steps far too long: every round ends worse than it began."""
+    block, stream = loaded(tmp_path)
+    seen = evidence(block, stream)
+    targets = dict.fromkeys(block.linears, Sparsity(0.5))
+    config = wandapp.Config(rate_frac=0.99, optimizer="rmsprop", rounds=1, samples=2, batch=2)
+    pruned = wandapp.compress(block, seen, targets, wandapp.Config(rounds=0), torch.Generator())
+    learned = wandapp.compress(block, seen, targets, config, torch.Generator())
+    for name, record in learned.items():
+        assert record.detail["heldout_error"] == record.detail["heldout_error_start"]
+        assert torch.equal(record.weight_OI, pruned[name].weight_OI)
+        assert wandapp.KEPT_START in record.note
+
+
+def test_without_enforcement_weights_regrow_and_the_budget_still_holds(tmp_path: Path) -> None:
+    block, stream = loaded(tmp_path, windows=33)
+    seen = evidence(block, stream)
+    targets = dict.fromkeys(block.linears, Sparsity(0.5))
+    free = wandapp.Config(enforce_mask=False, rounds=4, samples=24, rate_frac=0.1)
+    learned = wandapp.compress(block, seen, targets, free, torch.Generator())
+    pruned = wandapp.compress(block, seen, targets, wandapp.Config(rounds=0), torch.Generator())
+    moved = 0
+    for name, record in learned.items():
+        assert int((record.weight_OI == 0).sum()) == targets[name].zeros_in(*record.weight_OI.shape)
+        moved += int(((record.weight_OI == 0) != (pruned[name].weight_OI == 0)).sum())
+    assert moved > 0
+
+
+def test_heldout_windows_are_never_learned_from(tmp_path: Path) -> None:
+    block, stream = loaded(tmp_path, windows=17)
+    task = Reconstruction(block, evidence(block, stream), "block", torch.Generator().manual_seed(0))
+    assert len(task.held) == 2 and not set(task.held) & set(task.train)
+    drawn = task.draw(40, torch.Generator())
+    assert set(drawn) == set(task.train)
+    assert sorted(drawn[:15]) == sorted(task.train)  # each once before any comes again
+
+
+def test_the_gradient_of_a_step_is_that_of_the_error(tmp_path: Path) -> None:
+    """Reconstruction.gradients against autograd through a block whose own parameters require gradients."""
+    block, stream = loaded(tmp_path)
+    task = Reconstruction(block, evidence(block, stream), "block", torch.Generator())
+    half = {name: block.weight(name) * 0.5 for name in block.linears}
+    found = task.gradients(half, [3])
+    for name, weight in half.items():
+        block.assign(name, weight)
+    block.module.requires_grad_(True)
+    y = stream.call(1, 0)(block.module, stream.hidden.take([3]))
+    t = task.outputs.take([3])
+    ((y - t).square().sum(-1) / t.square().sum(-1)).sum().backward()
+    for name, linear in block.linears.items():
+        wanted = block.module.get_parameter(linear.parameter).grad
+        assert wanted is not None
+        torch.testing.assert_close(found[name], linear.view(wanted), rtol=1e-4, atol=1e-7)
+
+
+def test_transposed_and_fused_weights_learn_too(tmp_path: Path) -> None:
+    """GPT-2 stores [I, O], Mixtral stacks its experts: the same error falls through either layout."""
+    from families import families
+
+    for family in ("gpt2", "mixtral"):
+        config = families()[family].config
+        build(config).save_pretrained(tmp_path / family)
+        decoder = Decoder(Checkpoint.open(tmp_path / family), CPU)
+        stream = Stream(decoder, torch.randint(0, 96, (9, 16)), learn_batches=frozenset({1, 2}))
+        block = decoder.load(0)
+        seen = evidence(block, stream)
+        targets = dict.fromkeys(block.linears, Sparsity(0.5))
+        config_ = wandapp.Config(rounds=2, samples=8)
+        for record in wandapp.compress(block, seen, targets, config_, torch.Generator()).values():
+            assert record.detail["heldout_error"] < record.detail["heldout_error_start"]
+
+
+def test_dense_target_pulls_to_the_dense_stream(tmp_path: Path) -> None:
+    weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    block = make_block({"m": weight})
+    x = correlated_inputs(64, 8)
+    seen = evidence_of(block, x, wandapp.needs(wandapp.Config()))
+    other = evidence_of(make_block({"m": weight}), x, wandapp.needs(wandapp.Config()))
+    assert seen.stream is not None and other.dense is not None
+    wanted = torch.randn(8, 8, 6, generator=torch.Generator().manual_seed(1))
+    other.dense.hidden.store_STD = wanted
+    for target, goal in (("dense", wanted), ("both", (wanted + seen.stream.outputs.store_STD) / 2)):  # type: ignore[union-attr]
+        task = Reconstruction(block, Evidence(seen.statistics, seen.stream, other.dense), target, torch.Generator())
+        y = x.reshape(8, 8, 8)[task.held] @ weight.T
+        t = goal[task.held]
+        error = ((y - t).square().sum(-1) / t.square().sum(-1)).mean()
+        assert task.error({"m": weight}) == pytest.approx(error.item(), rel=1e-5)
+
+
+def test_descend_reaches_a_reachable_optimum() -> None:
+    """A teacher with the same mask: the error goes to nearly nothing."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(6, 16, generator=generator)
+    keep = torch.rand(6, 16, generator=generator) > 0.5
+    block = make_block({"m": weight * keep})
+    seen = evidence_of(block, correlated_inputs(256, 16), wandapp.needs(wandapp.Config()))
+    task = Reconstruction(block, seen, "block", generator)
+    start: dict[str, Tensor] = {"m": weight * keep + 0.3 * torch.randn(6, 16, generator=generator)}
+    schedule = Schedule(rounds=40, samples=7, batch=1, rate_frac=0.03, optimizer="adam")
+    found, began, ended = descend(task, start, {"m": keep}, schedule, generator)
+    assert ended < 0.01 * began
+    assert (found["m"][~keep] == 0).all()
+
+
+def test_in_a_chain_the_mask_of_the_step_before_stays(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model")
+    text = write_texts(tmp_path / "text.jsonl")
+    common = {"target": "2:4", "calibration": {"files": (str(text),), "samples": 12, "seq_len": 16}, "device": "cpu"}
+    niwaki.compress(model, tmp_path / "first", method="sparsegpt", **common)
+    options = {"wandapp.rounds": 1, "wandapp.samples": 4, "sparsegpt.damping_frac": 0.01}
+    niwaki.compress(model, tmp_path / "chain", method="sparsegpt+wandapp", options=options, **common)
+    first = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first").model.layers[0]
+    chain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "chain").model.layers[0]
+    for name, parameter in first.named_parameters():
+        if "proj" in name:
+            other = chain.get_parameter(name)
+            assert torch.equal(parameter == 0, other == 0)
+            assert not torch.equal(parameter, other)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("wandapp+wanda", {}, "wanda cannot take up"),
+        ("sparsegpt+wandapp", {"rounds": 1}, "write it as method.option"),
+        ("wandapp+wandapp", {}, "may stand in a chain once"),
+        ("wandapp", {"optimizer": "sgd"}, "optimizer must be one of"),
+        ("wandapp", {"target": "both_"}, "target must be one of"),
+        ("wandap", {}, "did you mean 'wandapp'"),
+        ("besa", {}, "besa meets a fraction of zeros"),
+    ],
+)
+def test_wrong_chains_and_options_are_one_line(
+    tmp_path: Path, method: str, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        niwaki.compress(tiny_llama(tmp_path / "m"), tmp_path / "out", method=method, target="2:4", options=options)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_every_method_says_what_it_is() -> None:
+    assert get_method("wandapp").PAPER.startswith("Yang")
