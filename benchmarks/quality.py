@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--targets", nargs="*", help="only these")
+    parser.add_argument("--labels", nargs="*", help="only these")
     parser.add_argument("--jobs", type=int, default=1, help="compressions at a time; makes compress_s meaningless")
     parser.add_argument("--divergence", action="store_true", help="KL and top-1 agreement to the dense model too")
     args = parser.parse_args()
@@ -92,6 +93,7 @@ def main() -> None:
     dense = perplexities(args.model, args.data, args.device)["perplexity"]
     cases = [case for suite in args.suite for case in SUITES[suite]]
     cases = [case for case in cases if not args.targets or case.recipe["target"] in args.targets]
+    cases = [case for case in cases if not args.labels or case.label in args.labels]
     reference = args.model if args.divergence else None
     rows = []
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:

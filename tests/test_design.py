@@ -28,6 +28,7 @@ LAYERS = [
     ["card"],
     ["compression"],
     ["evaluation", "generation"],
+    ["recovery"],
     ["demo", "progress", "tables"],
     ["cli"],
 ]

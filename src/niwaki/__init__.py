@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from niwaki.compression import compress
     from niwaki.evaluation import evaluate
     from niwaki.generation import generate, load
+    from niwaki.recovery import recover
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "evaluate",
     "generate",
     "load",
+    "recover",
 ]
 
 _LAZY = {
@@ -48,6 +50,7 @@ _LAZY = {
     "evaluate": "niwaki.evaluation",
     "generate": "niwaki.generation",
     "load": "niwaki.generation",
+    "recover": "niwaki.recovery",
 }
 
 

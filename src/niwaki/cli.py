@@ -120,6 +120,54 @@ def compress(
 
 
 @app.command()
+def recover(
+    model: Model,
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder for the result; MODEL-recovered if left out.", show_default=False)
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help=f"{TEXT} Repeatable.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = 5e-4,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 200,
+    batch: Annotated[int, typer.Option(help="Windows a step.")] = 4,
+    samples: Annotated[int, typer.Option(help="Windows; an eighth is held out.")] = 256,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    field: Annotated[str, typer.Option(help="Text field of .jsonl and .parquet rows.")] = "text",
+    seed: Annotated[int, typer.Option(help="Seed for everything random.")] = 0,
+    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that niwaki wrote.")] = False,
+) -> None:
+    """Train a pruned MODEL on text through low-rank adapters, merged with every zero kept."""
+    from niwaki.progress import Display
+    from niwaki.recovery import recover as run
+
+    if not data:
+        raise InputError("no text to train on: give --data FILE")
+    out = out or Path(f"{model.rstrip('/')}-recovered")
+    with Display(err_console) as display:
+        record = run(
+            model,
+            out,
+            data=data,
+            field=field,
+            rank=rank,
+            rate=rate,
+            steps=steps,
+            batch=batch,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            device=device,
+            overwrite=overwrite,
+            report=display,
+        )
+    result = record["result"]
+    losses = f"held-out loss {result['heldout_loss_before']:.4f} -> {result['heldout_loss']:.4f}"
+    zeros = f"{result['zeros_frac']:.4%} zeros kept"
+    out_console.print(f"{out}: {losses}, {zeros}, {record['seconds']} s", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def evaluate(
     model: Model,
     data: Annotated[list[str] | None, typer.Option(help=f"{TEXT} Repeatable.")] = None,
