@@ -73,7 +73,8 @@ def print_demo(console: Console, found: dict[str, Any], out: Path) -> None:
         ["top-1 agreement", "100 %", f"{found['top1_agreement']:.1%}"],
         ["seconds", "", f"{found['seconds_compress']} compress, {found['seconds_evaluate']} evaluate"],
     ]
-    print_table(console, ["", "dense", f"{found['method']} {found['target']}"], rows, "sapling, 7.3M parameters")
+    compressed = f"preset {found['preset']}, {found['target']}"
+    print_table(console, ["", "dense", compressed], rows, "sapling, 7.3M parameters")
     console.print(
         f"{found['tokens']:,} evaluation tokens. Zeros are stored in place, so the bytes stay. Result: {out}",
         markup=False,
@@ -83,8 +84,9 @@ def print_demo(console: Console, found: dict[str, Any], out: Path) -> None:
 
 
 def print_methods(console: Console) -> None:
-    """One row per method."""
+    """One row per method, then what the presets stand for."""
     from niwaki.methods import METHODS, get_method
+    from niwaki.presets import PRESETS
 
     table = Table("method", "what", "needs", "paper")
     for name in METHODS:
@@ -92,6 +94,9 @@ def print_methods(console: Console) -> None:
         what = method.__doc__.split("\n")[0].partition(": ")[2]
         table.add_row(name, what, _needs(method.needs(method.Config())), method.PAPER)
     console.print(table)
+    for preset, recipe in PRESETS.items():
+        options = " ".join(f"{name}={value}" for name, value in recipe["options"].items())
+        console.print(f"--preset {preset}: {recipe['method']} with {options}", markup=False, highlight=False)
 
 
 def print_method(console: Console, name: str) -> None:
@@ -103,8 +108,10 @@ def print_method(console: Console, name: str) -> None:
         if paragraph.startswith("    "):
             console.print(paragraph.rstrip(), markup=False, highlight=False, soft_wrap=True)
         else:
-            filled = textwrap.fill(" ".join(paragraph.split()), console.width)
-            console.print(filled, markup=False, highlight=False, soft_wrap=True)
+            for item in re.split(r"\n(?=- )", paragraph):
+                indent = "  " if item.startswith("- ") else ""
+                filled = textwrap.fill(" ".join(item.split()), console.width, subsequent_indent=indent)
+                console.print(filled, markup=False, highlight=False, soft_wrap=True)
         console.print()
     for option in fields(method.Config):
         kind = getattr(option.type, "__name__", option.type)
@@ -115,9 +122,8 @@ def print_method(console: Console, name: str) -> None:
 
 
 def _needs(needs: Any) -> str:
-    if needs.gram:
-        return "XᵀX per input"
-    return "squared norms per input" if needs.sqnorm else "no data"
+    sums = "XᵀX per input" if needs.gram else "squared norms per input" if needs.sqnorm else "no data"
+    return f"{sums}, windows to learn from" if needs.windows else sums
 
 
 def _accuracies(found: dict[str, Any]) -> list[str]:

@@ -23,7 +23,6 @@ from niwaki.statistics import Needs
 from niwaki.stream import Evidence
 
 METHODS = ("besa", "magnitude", "sparsegpt", "wanda", "wandapp")
-BEST = "sparsegpt"
 
 
 class Method(Protocol):
