@@ -1,10 +1,10 @@
-"""Seconds and peak memory of compressing a Llama-2-7B-shaped checkpoint, as a multiple of the floor.
+"""Seconds and peak memory of compressing a Llama-2-shaped checkpoint, as a multiple of the floor.
 
     python benchmarks/compression_speed.py --out benchmarks/results/compression-speed.json --work /tmp/work
 
 Random bf16 weights (normal, std 0.02) are made on the machine; calibration is 128 windows of 2048 tokens. The
-floor is computed from the operations of each method and the matrix rate measured in the same run. `--blocks`
-below 32 times that many and labels the result so.
+floor is computed from the operations of each method and the matrix rate measured in the same run. With fewer
+`--blocks` than the shape has, that many are timed and the result says so; the seconds a block allow extrapolation.
 """
 
 import argparse
@@ -12,8 +12,10 @@ import datetime
 import json
 import platform
 import shutil
+import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -22,20 +24,52 @@ import transformers
 from safetensors.torch import save_file
 
 import niwaki
+from niwaki.config import make_recipe, parse_target
 from niwaki.demo import sapling
-from niwaki.methods import besa, wandapp
+from niwaki.methods import make_steps, merged_needs
+from niwaki.presets import PRESETS
 
-HIDDEN, MIDDLE, HEADS, VOCABULARY, BLOCKS = 4096, 11008, 32, 32000, 32
-BLOCK_WEIGHTS = 4 * HIDDEN**2 + 3 * HIDDEN * MIDDLE
+VOCABULARY = 32000
 
 
-def make_checkpoint(folder: Path, blocks: int, device: str) -> None:
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    hidden: int
+    middle: int
+    heads: int
+    key_value_heads: int
+    blocks: int
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        narrow = self.hidden // self.heads * self.key_value_heads
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden), "self_attn.k_proj": (narrow, self.hidden),
+            "self_attn.v_proj": (narrow, self.hidden), "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.middle, self.hidden), "mlp.up_proj": (self.middle, self.hidden),
+            "mlp.down_proj": (self.hidden, self.middle),
+        }
+
+    @property
+    def block_weights(self) -> int:
+        return sum(rows * columns for rows, columns in self.matrices.values())
+
+
+SHAPES = {
+    "7b": Shape("Llama-2-7B", 4096, 11008, 32, 32, 32),
+    "70b": Shape("Llama-2-70B", 8192, 28672, 64, 8, 80),
+}
+
+
+def make_checkpoint(folder: Path, blocks: int, device: str, shape: Shape = SHAPES["7b"]) -> None:
     """A sharded random checkpoint with the sapling's tokenizer (its ids all lie inside the vocabulary)."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config = transformers.LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=MIDDLE, num_hidden_layers=blocks, num_attention_heads=HEADS,
-        vocab_size=VOCABULARY, max_position_embeddings=4096, dtype="bfloat16", bos_token_id=0, eos_token_id=0,
+        hidden_size=shape.hidden, intermediate_size=shape.middle, num_hidden_layers=blocks,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.key_value_heads, vocab_size=VOCABULARY,
+        max_position_embeddings=4096, dtype="bfloat16", bos_token_id=0, eos_token_id=0,
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(folder)
@@ -53,19 +87,15 @@ def make_checkpoint(folder: Path, blocks: int, device: str) -> None:
         save_file(tensors, folder / shard, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, shard))
 
-    shapes = {
-        "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (HIDDEN, HIDDEN),
-        "self_attn.v_proj": (HIDDEN, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN),
-        "mlp.gate_proj": (MIDDLE, HIDDEN), "mlp.up_proj": (MIDDLE, HIDDEN), "mlp.down_proj": (HIDDEN, MIDDLE),
-    }
-    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    ones = torch.ones(shape.hidden, dtype=torch.bfloat16)
     for index in range(blocks):
         prefix = f"model.layers.{index}."
-        tensors = {f"{prefix}{name}.weight": normal(*shape) for name, shape in shapes.items()}
+        tensors = {f"{prefix}{name}.weight": normal(*size) for name, size in shape.matrices.items()}
         norms = ("input_layernorm", "post_attention_layernorm")
         save(index + 1, tensors | {f"{prefix}{n}.weight": ones.clone() for n in norms})
     save(blocks + 1, {
-        "model.embed_tokens.weight": normal(VOCABULARY, HIDDEN), "lm_head.weight": normal(VOCABULARY, HIDDEN),
+        "model.embed_tokens.weight": normal(VOCABULARY, shape.hidden),
+        "lm_head.weight": normal(VOCABULARY, shape.hidden),
         "model.norm.weight": ones.clone(),
     })
     index_file = {"metadata": {"total_size": 0}, "weight_map": weight_map}
@@ -86,25 +116,30 @@ def matrix_rate(device: str) -> float:
     return 2 * size**3 / sorted(times)[len(times) // 2]
 
 
-def floor_seconds(method: str, blocks: int, samples: int, seq_len: int, rate: float) -> float:
+def floor_seconds(case: dict, shape: Shape, blocks: int, rate: float) -> float:
     """Operations that cannot be avoided over the measured matrix rate.
 
-    Two forwards (statistics, propagation); for sparsegpt also four Gram matrices (lower triangles), their
-    factors and the sweeps, the last two in float32 at an assumed eighth of the matrix rate; for the learning
-    methods three forwards for every window learned from (wandapp also for every window's regional gradient).
+    Two forwards (statistics, propagation), one more for a dense stream, three for every window learned from and
+    for every regional gradient; where Gram matrices are needed also those (lower triangles), their factors and
+    the sweeps, the last two in float32 at an assumed eighth of the matrix rate.
     """
+    samples, seq_len = case["calibration"]["samples"], case["calibration"]["seq_len"]
     tokens = samples * seq_len
-    forward = 2 * BLOCK_WEIGHTS * tokens + 2 * samples * seq_len**2 * HIDDEN
-    operations = 2 * forward
-    if method == "wandapp":
-        learned = wandapp.Config()
-        operations += 3 * forward * (1 + learned.rounds * learned.samples / samples)
-    if method == "besa":
-        operations += 3 * forward * besa.Config().steps * besa.Config().batch / samples
-    if method == "sparsegpt":
-        operations += tokens * (3 * HIDDEN**2 + MIDDLE**2)
-        operations += 8 * 2 / 3 * (3 * HIDDEN**3 + MIDDLE**3)
-        operations += 8 * ((4 * HIDDEN + 2 * MIDDLE) * HIDDEN**2 + HIDDEN * MIDDLE**2)
+    recipe = make_recipe(case)
+    steps = make_steps(recipe.method, recipe.options, parse_target(recipe.target))
+    window = 2 * shape.block_weights * seq_len + 2 * seq_len**2 * shape.hidden
+    needs = merged_needs(steps)
+    operations = (3 if needs.dense else 2) * samples * window
+    for number, step in enumerate(steps):
+        if step.name == "wandapp":
+            gradients = samples if number == 0 and step.config.alpha else 0
+            operations += 3 * window * (gradients + step.config.rounds * step.config.samples)
+        if step.name == "besa":
+            operations += 3 * window * step.config.steps * step.config.batch
+    if needs.gram:
+        operations += tokens * (3 * shape.hidden**2 + shape.middle**2)
+        operations += 8 * 2 / 3 * (3 * shape.hidden**3 + shape.middle**3)
+        operations += 8 * sum(rows * columns**2 for rows, columns in shape.matrices.values())
     return blocks * operations / rate
 
 
@@ -117,20 +152,29 @@ def profile(model: Path, out: Path, case: dict) -> None:
     print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=22, max_name_column_width=60))
 
 
+def _block_seconds(out: Path) -> float:
+    """Median over the blocks, from the event log."""
+    events = [json.loads(line) for line in (out / "niwaki/events.jsonl").read_text().splitlines()]
+    return statistics.median(event["seconds"] for event in events if event["event"] == "block")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--blocks", type=int, default=BLOCKS)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="7b")
+    parser.add_argument("--blocks", type=int, help="default: all of the shape")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--cases", nargs="+", default=["wanda/0.5", "wanda/2:4", "sparsegpt/0.5", "sparsegpt/2:4"])
     parser.add_argument("--profile", action="store_true", help="print a kernel table for each case instead")
     args = parser.parse_args()
+    shape = SHAPES[args.shape]
+    blocks = args.blocks or shape.blocks
     args.work.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    make_checkpoint(args.work / "model", args.blocks, args.device)
+    make_checkpoint(args.work / "model", blocks, args.device, shape)
     made_s = time.perf_counter() - begin
     text = args.work / "calibration.jsonl"
     text.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for _ in range(4) for name in sorted(topics)))
@@ -139,17 +183,21 @@ def main() -> None:
     rows = []
     for name in args.cases:
         method, target = name.split("/")
-        case = {
-            "method": method, "target": target, "device": args.device,
+        named = {"preset": method} if method in PRESETS else {"method": method}
+        case = named | {
+            "target": target, "device": args.device,
             "calibration": {"files": (str(text),), "samples": args.samples, "seq_len": args.seq_len},
         }
         if args.profile:
             profile(args.work / "model", args.work / "out", case)
             continue
         record = niwaki.compress(args.work / "model", args.work / "out", overwrite=True, **case)
-        floor_s = floor_seconds(method, args.blocks, args.samples, args.seq_len, rate)
+        seconds = _block_seconds(args.work / "out")
+        floor_s = floor_seconds(case, shape, blocks, rate)
         rows.append({
             "method": method, "target": target, "seconds": record["seconds"], "floor_s": round(floor_s, 2),
+            "median_block_s": seconds,
+            "extrapolated_s": round(record["seconds"] + seconds * (shape.blocks - blocks), 1),
             "multiple_of_floor": round(record["seconds"] / floor_s, 2),
             "peak_device_gb": round(record["peak_device_bytes"] / 1e9, 2),
             "zeros_frac": record["result"]["zeros_frac"],
@@ -159,7 +207,7 @@ def main() -> None:
         return
     on_gpu = args.device == "cuda"
     result = {
-        "what": f"compressing {args.blocks} of {BLOCKS} blocks of the Llama-2-7B shape, random bf16 weights, "
+        "what": f"compressing {blocks} of {shape.blocks} blocks of the {shape.name} shape, random bf16 weights, "
         f"{args.samples}×{args.seq_len} tokens, wall seconds from opening the checkpoint to the closed result",
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
