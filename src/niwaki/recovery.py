@@ -32,6 +32,7 @@ from niwaki.config import as_files
 from niwaki.device import peak_rss_bytes, pick_device
 from niwaki.errors import ArchitectureError, InputError, NumericalError
 from niwaki.generation import load
+from niwaki.learning import Lowest, cosine
 from niwaki.loading import plain_loading
 from niwaki.run import RECORD, Run, check_apart, check_free, partial_of
 
@@ -72,10 +73,10 @@ def recover(
     names = _module_names(checkpoint)
     windows_ST = _windows(checkpoint, as_files(data), field, samples, seq_len, seed)
     adapted, layers = _adapt(load(checkpoint.folder, device=device).float(), names, rank, seed)
-    before, after = _train(adapted, layers, windows_ST, steps, batch, rate, seed, say)
-    if not after < before:
+    loss = _train(adapted, layers, windows_ST, steps, batch, rate, seed, say)
+    if not loss.improved:
         raise InputError(
-            f"recovery did not lower the held-out loss ({before:.4f} before, {after:.4f} after): "
+            f"recovery did not lower the held-out loss ({loss.began:.4f} before): "
             "lower the rate, or give more text; nothing was written"
         )
     merged = {name: _merged(layer) for name, layer in layers.items()}
@@ -88,8 +89,8 @@ def recover(
             raise
         record = _record(checkpoint, windows_ST, settings) | {
             "result": {
-                "heldout_loss_before": before,
-                "heldout_loss": after,
+                "heldout_loss_before": loss.began,
+                "heldout_loss": loss.error,
                 "matrices": len(merged),
                 "zeros": zeros,
                 "zeros_frac": zeros / weights,
@@ -191,22 +192,21 @@ def _train(
     rate: float,
     seed: int,
     report: Report,
-) -> tuple[float, float]:
-    """AdamW on the adapters; leaves those of the lowest held-out loss. Returns (loss before, lowest loss)."""
+) -> Lowest:
+    """AdamW on the adapters; leaves those of the lowest held-out loss."""
     place = next(adapted.parameters()).device
     held_ST, train_ST = windows_ST[: len(windows_ST) // 8].to(place), windows_ST[len(windows_ST) // 8 :].to(place)
     learned = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     adapted.eval()  # no dropout: the block is small and the text is short
-    before = lowest = _loss(adapted, held_ST)
-    best = [parameter.detach().clone() for parameter in learned]
+    lowest = Lowest(learned, _loss(adapted, held_ST))
     order: list[int] = []
     for step in range(steps):
         while len(order) < batch:
             order += torch.randperm(len(train_ST), generator=generator).tolist()
         chosen, order = order[:batch], order[batch:]
-        optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.param_groups[0]["lr"] = rate * cosine(step, steps)
         optimizer.zero_grad()
         ids_BT = train_ST[chosen]
         loss = adapted(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
@@ -218,13 +218,9 @@ def _train(
         if (step + 1) % math.ceil(steps / CHECKS) == 0 or step + 1 == steps:
             found = _loss(adapted, held_ST)
             report("recover", done=step + 1, of=steps, heldout_loss=found)
-            if found < lowest:
-                lowest = found
-                best = [parameter.detach().clone() for parameter in learned]
-    with torch.no_grad():
-        for parameter, kept in zip(learned, best, strict=True):
-            parameter.copy_(kept)
-    return before, lowest
+            lowest.offer(found)
+    lowest.restore()
+    return lowest
 
 
 @torch.no_grad()

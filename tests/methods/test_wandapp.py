@@ -213,8 +213,8 @@ def test_descend_reaches_a_reachable_optimum() -> None:
     task = Reconstruction(block, seen, "block", generator)
     start: dict[str, Tensor] = {"m": weight * keep + 0.3 * torch.randn(6, 16, generator=generator)}
     schedule = Schedule(rounds=40, samples=7, batch=1, rate_frac=0.03, optimizer="adam")
-    found, began, ended = descend(task, start, {"m": keep}, schedule, generator)
-    assert ended < 0.01 * began
+    found, errors = descend(task, start, {"m": keep}, schedule, generator)
+    assert errors.error < 0.01 * errors.began
     assert (found["m"][~keep] == 0).all()
 
 

@@ -22,6 +22,8 @@ from torch.func import functional_call
 
 from niwaki.anatomy import Call
 from niwaki.block import Block
+from niwaki.learning import Lowest, cosine
+from niwaki.statistics import Needs
 from niwaki.stream import Evidence
 
 TARGETS = ("block", "dense", "both")
@@ -105,7 +107,7 @@ class Schedule:
     def rate(self, step: int, steps: int) -> float:
         """Cosine to zero after a warm-up, which RMSprop needs: its first steps are up to ten times too long."""
         warm_up = min(1.0, (step + 1) / (0.1 * steps + 1))
-        return self.rate_frac * warm_up * (1 + math.cos(math.pi * step / steps)) / 2
+        return self.rate_frac * warm_up * cosine(step, steps)
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """With the rate of every group still to be set."""
@@ -126,8 +128,8 @@ def descend(
     schedule: Schedule,
     generator: torch.Generator,
     prune: Prune | None = None,
-) -> tuple[dict[str, Tensor], float, float]:
-    """RMSprop on float32 masters; returns (weights, held-out error at the start, the lowest one).
+) -> tuple[dict[str, Tensor], Lowest]:
+    """Gradient descent on float32 masters; returns the weights and their held-out errors.
 
     Masked weights stay zero. With `prune` they may move instead and every round chooses again. The state with
     the lowest held-out error of all rounds is returned: the start itself, if learning never lowered it.
@@ -136,8 +138,7 @@ def descend(
     sizes = {name: float(weight_OI.square().mean().sqrt()) for name, weight_OI in masters.items()}
     groups = [{"params": [masters[name]], "size": sizes[name]} for name in masters]
     optimizer = schedule.make_optimizer(groups)
-    began = lowest = task.error(masters)
-    best = {name: weight_OI.clone() for name, weight_OI in masters.items()}
+    lowest = Lowest(list(masters.values()), task.error(masters))
     batch = min(schedule.batch, len(task.train))
     per_round = math.ceil(schedule.samples / batch)
     step, steps = 0, schedule.rounds * per_round
@@ -156,12 +157,9 @@ def descend(
             keep = prune(masters)
             for name, master_OI in masters.items():
                 master_OI.mul_(keep[name])
-        found = task.error(masters)
-        if found < lowest:
-            lowest = found
-            for name, master_OI in masters.items():
-                best[name].copy_(master_OI)
-    return best, began, lowest
+        lowest.offer(task.error(masters))
+    lowest.restore()
+    return masters, lowest
 
 
 def assemble(block: Block, matrices: Matrices) -> dict[str, Tensor]:
@@ -221,6 +219,11 @@ def deterministic() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def learning_needs(batch: int, target: str) -> Needs:
+    """Norms to rank by, windows to learn from, and the dense stream if the target asks for it."""
+    return Needs(sqnorm=True, learn_batches=frozenset({1, batch}), dense=target != "block")
 
 
 def check_choices(target: str, optimizer: str = "adam") -> None:

@@ -35,8 +35,9 @@ from torch import Tensor
 
 from niwaki.block import Block
 from niwaki.config import Sparsity, Target
+from niwaki.learning import Lowest, cosine
 from niwaki.methods._quantize import Clipping
-from niwaki.methods._reconstruct import Matrices, Reconstruction, check_choices
+from niwaki.methods._reconstruct import Matrices, Reconstruction, check_choices, learning_needs
 from niwaki.packed import Packed
 from niwaki.statistics import UNREACHED, Needs, Statistics
 from niwaki.stream import Evidence
@@ -86,7 +87,7 @@ class Config:
 
 def needs(config: Config) -> Needs:
     """Norms for the ranking, windows to learn from."""
-    return Needs(sqnorm=True, learn_batches=frozenset({1, config.batch}), dense=config.target != "block")
+    return learning_needs(config.batch, config.target)
 
 
 def compress(
@@ -105,8 +106,9 @@ def compress(
     note = ""
     if any(seen.statistics[name].tokens for name in targets):
         task = Reconstruction(block, seen, config.target, generator)
-        detail = _learn(task, weights, rates, clipping, config, generator)
-        note = "" if detail["heldout_error"] < detail["heldout_error_start"] else KEPT_START
+        errors = _learn(task, weights, rates, clipping, config, generator)
+        detail = {"heldout_error_start": errors.began, "heldout_error": errors.error}
+        note = "" if errors.improved else KEPT_START
     with torch.no_grad():
         counts = rates.exact_counts()
         values = clipping.quantized(weights) if clipping else weights
@@ -129,7 +131,7 @@ def _learn(
     clipping: Clipping | None,
     config: Config,
     generator: torch.Generator,
-) -> dict[str, float]:
+) -> Lowest:
     """AdamW on θ (and γ); leaves the state with the lowest held-out error of all checks."""
     learned = list(rates.logits.values()) + (clipping.parameters if clipping else [])
     optimizer = torch.optim.AdamW(learned, lr=config.rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -140,14 +142,13 @@ def _learn(
             values = clipping.quantized(weights) if clipping else weights
             return task.error({name: values[name] * rates.keep(name, counts[name]) for name in weights})
 
-    began = lowest = heldout()
-    best = [parameter.detach().clone() for parameter in learned]
+    lowest = Lowest(learned, heldout())
     batch = min(config.batch, len(task.train))
     drawn = task.draw(config.steps * batch, generator)
     check_every = math.ceil(config.steps / CHECKS)
     for step in range(config.steps):
         windows = drawn[step * batch : (step + 1) * batch]
-        optimizer.param_groups[0]["lr"] = config.rate * (1 + math.cos(math.pi * step / config.steps)) / 2
+        optimizer.param_groups[0]["lr"] = config.rate * cosine(step, config.steps)
         optimizer.zero_grad()
         values = clipping.quantized(weights) if clipping else weights
         with torch.no_grad():
@@ -160,14 +161,9 @@ def _learn(
         rates.backward({name: g * values[name].detach() for name, g in gradients.items()}, tokens)
         optimizer.step()
         if (step + 1) % check_every == 0 or step + 1 == config.steps:
-            found = heldout()
-            if found < lowest:
-                lowest = found
-                best = [parameter.detach().clone() for parameter in learned]
-    with torch.no_grad():
-        for parameter, kept in zip(learned, best, strict=True):
-            parameter.copy_(kept)
-    return {"heldout_error_start": began, "heldout_error": lowest}
+            lowest.offer(heldout())
+    lowest.restore()
+    return lowest
 
 
 class Rates:

@@ -44,6 +44,7 @@ from niwaki.methods._reconstruct import (
     descend,
     deterministic,
     gradients_of,
+    learning_needs,
     run_with,
 )
 from niwaki.packed import Packed
@@ -82,7 +83,7 @@ class Config:
 
 def needs(config: Config) -> Needs:
     """Norms for the score, windows to learn from."""
-    return Needs(sqnorm=True, learn_batches=frozenset({1, config.batch}), dense=config.target != "block")
+    return learning_needs(config.batch, config.target)
 
 
 def compress(
@@ -118,10 +119,10 @@ def compress(
             optimizer=config.optimizer,
         )
         again = None if config.enforce_mask else prune
-        weights, began, ended = descend(task, weights, keep, schedule, generator, again)
+        weights, errors = descend(task, weights, keep, schedule, generator, again)
         keep = {name: weight_OI != 0 for name, weight_OI in weights.items()}
-        detail = {"heldout_error_start": began, "heldout_error": ended}
-        if ended >= began:
+        detail = {"heldout_error_start": errors.began, "heldout_error": errors.error}
+        if not errors.improved:
             notes = {name: "; ".join(filter(None, (note, KEPT_START))) for name, note in notes.items()}
     return {name: Packed.masked(weights[name], keep[name], notes[name], detail) for name in targets}
 

@@ -1,0 +1,40 @@
+"""What every descent here shares: a cosine schedule, and the state with the lowest held-out error so far."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def cosine(step: int, steps: int) -> float:
+    """1 at the first step, falling to nearly 0 at the last."""
+    return (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class Lowest:
+    """Remembers `tensors` as they were at the lowest error: at the beginning, if it never fell."""
+
+    def __init__(self, tensors: Sequence[Tensor], error: float) -> None:
+        self.tensors = tensors
+        self.began = self.error = error
+        self._kept = [tensor.detach().clone() for tensor in tensors]
+
+    @property
+    def improved(self) -> bool:
+        """Whether any error offered was lower than the first."""
+        return self.error < self.began
+
+    @torch.no_grad()
+    def offer(self, error: float) -> None:
+        """Keeps the present state if its error is the lowest so far."""
+        if error < self.error:
+            self.error = error
+            for kept, tensor in zip(self._kept, self.tensors, strict=True):
+                kept.copy_(tensor)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the kept state back."""
+        for kept, tensor in zip(self._kept, self.tensors, strict=True):
+            tensor.copy_(kept)
