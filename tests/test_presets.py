@@ -23,7 +23,7 @@ def test_every_preset_is_a_valid_recipe(name: str, target: str) -> None:
 def test_single_options_win_over_the_preset() -> None:
     recipe = make_recipe({"preset": "best", "target": "0.5", "options": {"wandapp.rounds": 2}})
     steps = make_steps(recipe.method, recipe.options, parse_target("0.5"))
-    assert steps[1].config.rounds == 2 and steps[0].config.exchanges == 3
+    assert steps[1].config.rounds == 2 and steps[0].config.exchanges == 6
 
 
 @pytest.mark.parametrize(

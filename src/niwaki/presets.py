@@ -8,7 +8,7 @@ from typing import Any
 
 from niwaki.errors import InputError, unknown
 
-_EXCHANGE = {"exchanges": 3}
+_EXCHANGE = {"exchanges": 6}
 _LEARN = {"target": "both", "optimizer": "adam", "rate_frac": 0.0075}
 
 

@@ -22,6 +22,8 @@ from niwaki.config import Grouped
 from niwaki.errors import NumericalError
 from niwaki.kernels.sweep import sweep_panel
 
+WARM_ITERATIONS = 6  # of a refit that begins at the one before, in an exchange
+
 # (weights [O, P], diagonal of U for the panel [P], first column) → keep mask [O, P]
 Choose = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -73,14 +75,14 @@ def sweep(
 
 
 def refit(
-    dense_OI: Tensor, start_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, damping_frac: float, iterations: int = 40
+    dense_OI: Tensor, start_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, damping_frac: float, iterations: int = 20
 ) -> Tensor:
     """The kept weights that minimise ‖(V − W)X‖² + λ‖V − W‖² exactly, instead of the sweep's one pass.
 
     W is `dense_OI`, V is zero where `keep_OI` is false, λ as in `inverse_factor`. The sweep moves weights to
     the right only and never back; here every kept weight of a row answers to every removed one. Conjugate
     gradients with a diagonal preconditioner, all rows at once, each with a mask of its own; `start_OI` is where
-    they begin. Cost: 2·O·I² operations an iteration.
+    they begin. Twenty iterations are within 0.1 % of the least error (LOG.md). Cost: 2·O·I² operations each.
     """
     scale = float(gram_II.diagonal().mean()) or 1.0
     damping = damping_frac * scale
@@ -138,7 +140,7 @@ def exchange(
     for _ in range(rounds):
         scores_OI = torch.where(keep_OI, fitted_OI.square() * diagonal_I, pull_OI.square() / diagonal_I)
         other_keep_OI = choose(scores_OI)
-        other_OI = refit(dense_OI, fitted_OI, other_keep_OI, gram_II, damping_frac)
+        other_OI = refit(dense_OI, fitted_OI, other_keep_OI, gram_II, damping_frac, WARM_ITERATIONS)
         pull_OI = pull(other_OI)
         found = error(other_OI, pull_OI)
         if not found < best:
