@@ -93,3 +93,13 @@ def test_in_a_chain_sparsegpt_keeps_the_mask_it_is_given() -> None:
     assert torch.equal(found != 0, keep)
     wanted = normal_equations(weight.numpy(), keep.numpy(), seen.statistics["m"].gram_II.numpy(), 0.01)
     np.testing.assert_allclose(found.numpy(), wanted, rtol=2e-3, atol=2e-4)
+
+
+def test_in_a_chain_a_matrix_without_tokens_keeps_the_record_it_is_given() -> None:
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(7))
+    keep = torch.rand(6, 16, generator=torch.Generator().manual_seed(8)) > 0.3
+    block = make_block({"m": weight})
+    seen = evidence_of(block, torch.empty(0, 16), sparsegpt.needs(sparsegpt.Config()))
+    seen = Evidence(seen.statistics, start={"m": Packed.masked(weight, keep)})
+    found = sparsegpt.compress(block, seen, {"m": Sparsity(0.5)}, sparsegpt.Config(), torch.Generator())["m"]
+    assert torch.equal(found.weight_OI, weight * keep)

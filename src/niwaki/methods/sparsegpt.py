@@ -78,6 +78,9 @@ def compress(
         if not names:
             continue
         group = seen.statistics[names[0]]
+        if not group.tokens and seen.start:
+            packed |= {name: seen.start[name] for name in names}
+            continue
         if not group.tokens:
             packed |= {name: _by_magnitude(block.weight(name).float(), targets[name]) for name in names}
             continue
