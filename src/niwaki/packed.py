@@ -7,7 +7,7 @@ Legend: O outputs, I inputs.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,10 @@ class Packed:
         """`weight_OI` with zeros where `keep_OI` is false."""
         return cls("masked", torch.where(keep_OI, weight_OI, weight_OI.new_zeros(())), note, detail or {})
 
+    def after(self, earlier: "Packed") -> "Packed":
+        """This record with what an earlier step of a chain had to say about the same matrix."""
+        return replace(self, note=join_notes(earlier.note, self.note), detail={**earlier.detail, **self.detail})
+
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The [O, I] matrix as a consumer computes with it."""
         return self.weight_OI.to(dtype)
@@ -43,3 +47,8 @@ class Packed:
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes this record takes in a file that stores values as `dtype`."""
         return self.weight_OI.numel() * dtype.itemsize
+
+
+def join_notes(*notes: str) -> str:
+    """The notes that say something, each once."""
+    return "; ".join(dict.fromkeys(filter(None, notes)))

@@ -1,4 +1,4 @@
-"""Named recipes: the best chains found for a given patience, as measured in `benchmarks/results/learned-*.json`.
+"""Named recipes: the best chains found for a given patience, chosen from `benchmarks/results/tuning-llama-28m.json`.
 
 `fast` is one closed-form pass. `balanced` adds regional optimisation for about the price of Wanda++, `best` three
 times as much of it. None trains the whole model.

@@ -70,10 +70,11 @@ def recover(
     check_free(out, partial_of(out), resume=False, overwrite=overwrite)
     checkpoint = Checkpoint.open(model)
     check_apart(checkpoint.folder, out)
-    names = _module_names(checkpoint)
-    windows_ST = _windows(checkpoint, as_files(data), field, samples, seq_len, seed)
+    skeleton = Decoder(checkpoint, torch.device("cpu"))
+    names = _module_names(skeleton)
+    windows_ST = _windows(skeleton, as_files(data), field, samples, seq_len, seed)
     adapted, layers = _adapt(load(checkpoint.folder, device=device).float(), names, rank, seed)
-    loss = _train(adapted, layers, windows_ST, steps, batch, rate, seed, say)
+    loss = _train(adapted, windows_ST, steps, batch, rate, seed, say)
     if not loss.improved:
         raise InputError(
             f"recovery did not lower the held-out loss ({loss.began:.4f} before): "
@@ -105,14 +106,12 @@ def recover(
     return record
 
 
-def _windows(
-    checkpoint: Checkpoint, files: tuple[str, ...], field: str, samples: int, seq_len: int, seed: int
-) -> Tensor:
+def _windows(skeleton: Decoder, files: tuple[str, ...], field: str, samples: int, seq_len: int, seed: int) -> Tensor:
     texts = read_texts(files, field)
-    positions = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    positions = skeleton.positions
     if positions is not None and seq_len > positions:
         raise InputError(f"seq_len {seq_len} is longer than the model's {positions} positions: give at most that many")
-    tokenizer = load_tokenizer(checkpoint.folder)
+    tokenizer = load_tokenizer(skeleton.checkpoint.folder)
     return calibration_windows(texts, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
 
 
@@ -131,9 +130,9 @@ def _record(checkpoint: Checkpoint, windows_ST: Tensor, settings: dict[str, Any]
     }
 
 
-def _module_names(checkpoint: Checkpoint) -> list[str]:
+def _module_names(skeleton: Decoder) -> list[str]:
     """Names of the modules that hold the compressed matrices. Raises ArchitectureError for fused experts."""
-    anatomy = Decoder(checkpoint, torch.device("cpu")).anatomy
+    anatomy = skeleton.anatomy
     names = []
     for index, block in enumerate(anatomy.blocks):
         for linear in block.linears.values():
@@ -185,7 +184,6 @@ def _merged(layer: Any) -> Tensor:
 
 def _train(
     adapted: Any,
-    layers: dict[str, Any],
     windows_ST: Tensor,
     steps: int,
     batch: int,

@@ -128,7 +128,8 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
     packed: dict[str, Packed] = {}
     for number, step in enumerate(plan.steps):
         generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + block.index) * 101 + number)
-        packed = step.compress(block, Evidence(statistics, stream, dense, packed), targets, generator)
+        found = step.compress(block, Evidence(statistics, stream, dense, packed), targets, generator)
+        packed = {name: record.after(packed[name]) if packed else record for name, record in found.items()}
     with torch.no_grad():
         lines = [_line(block, name, targets[name], record, statistics[name]) for name, record in packed.items()]
     if stream is not None and before_BTD is not None:

@@ -38,7 +38,7 @@ from niwaki.config import Sparsity, Target
 from niwaki.learning import Lowest, cosine
 from niwaki.methods._quantize import Clipping
 from niwaki.methods._reconstruct import Matrices, Reconstruction, check_choices, learning_needs
-from niwaki.packed import Packed
+from niwaki.packed import Packed, join_notes
 from niwaki.statistics import UNREACHED, Needs, Statistics
 from niwaki.stream import Evidence
 
@@ -118,7 +118,7 @@ def compress(
         packed[name] = Packed.masked(
             weight_OI,
             rates.keep(name, counts[name]),
-            "; ".join(filter(None, (note, unreached))),
+            join_notes(note, unreached),
             {**detail, "row_zeros": counts[name].view(len(weight_OI), -1).sum(1).tolist()},
         )
     return packed
@@ -208,14 +208,9 @@ class Rates:
     def rates(self) -> tuple[dict[str, Tensor], Tensor]:
         """α [G] of every matrix and their mean over all weights, differentiable in θ."""
         rate = {name: torch.softmax(logits_GD, dim=1) @ self.candidates_D for name, logits_GD in self.logits.items()}
-        total = sum(
-            (
-                rate_G.sum() * (self.shapes[name][0] * self.shapes[name][1] / len(rate_G))
-                for name, rate_G in rate.items()
-            ),
-            torch.zeros((), device=self.candidates_D.device),
-        )
-        return rate, total / sum(rows * columns for rows, columns in self.shapes.values())
+        sizes = {name: rows * columns for name, (rows, columns) in self.shapes.items()}
+        total = torch.stack([rate_G.mean() * sizes[name] for name, rate_G in rate.items()]).sum()
+        return rate, total / sum(sizes.values())
 
     def keep(self, name: str, zeros_O: Tensor) -> Tensor:
         """Boolean, shaped as the matrix, without the `zeros_O` lowest-ranked of each row."""

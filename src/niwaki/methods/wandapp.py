@@ -47,7 +47,7 @@ from niwaki.methods._reconstruct import (
     learning_needs,
     run_with,
 )
-from niwaki.packed import Packed
+from niwaki.packed import Packed, join_notes
 from niwaki.statistics import UNREACHED, Needs
 from niwaki.stream import Evidence
 
@@ -98,7 +98,6 @@ def compress(
     if seen.start:
         weights = {name: record.weight_OI.float() for name, record in seen.start.items()}
         keep = {name: weight_OI != 0 for name, weight_OI in weights.items()}
-        notes = {name: record.note for name, record in seen.start.items()}
     else:
         weights = {name: block.weight(name).float() for name in targets}
     if not seen.start or not config.enforce_mask:
@@ -123,7 +122,7 @@ def compress(
         keep = {name: weight_OI != 0 for name, weight_OI in weights.items()}
         detail = {"heldout_error_start": errors.began, "heldout_error": errors.error}
         if not errors.improved:
-            notes = {name: "; ".join(filter(None, (note, KEPT_START))) for name, note in notes.items()}
+            notes = {name: join_notes(note, KEPT_START) for name, note in notes.items()}
     return {name: Packed.masked(weights[name], keep[name], notes[name], detail) for name in targets}
 
 
