@@ -75,6 +75,9 @@ def ablation_besa() -> list[Case]:
             "width .1": {"width_frac": 0.1}, "rate .1": {"rate": 0.1}, "rate .4": {"rate": 0.4},
             "4 bit": {"quant_bits": 4}, "4 bit groups of 128": {"quant_bits": 4, "quant_group": 128},
         })
+        for spread in (0.02, 0.04, 0.06):
+            options = {"owl_spread_frac": spread}
+            found.append(case(f"besa owl {spread}", target, "besa", allocation="owl", options=options))
         found.append(chain("besa, refit", target, "besa+sparsegpt", sparsegpt={"refit": True}))
         found.append(case("besa+wandapp", target))
         learn = {"target": "both", "rate_frac": 0.0075, "rounds": 15, "samples": 64, "batch": 8}

@@ -73,8 +73,9 @@ class Reconstruction:
         parameters = assemble(self.block, matrices)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        with deterministic():
-            return gradients_of(self.block, self._error(parameters, windows).sum(), parameters, matrices)
+        return deterministically(
+            lambda: gradients_of(self.block, self._error(parameters, windows).sum(), parameters, matrices)
+        )
 
     def _error(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
         y_BTD = run_with(self.block, parameters, self._call(len(windows)), self.stream.hidden.take(windows))
@@ -199,25 +200,37 @@ class _Called(nn.Module):
         return self.call(self.module, x_BTD)
 
 
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
+def deterministically(work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Same seed, same bytes: attention's backward adds in any order on CUDA unless told not to.
 
-    cuDNN's attention cannot be told, so it is left out.
+    An operation that has no deterministic form runs as it is, after a warning by torch that names it.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for, else it warns each time
+    try:
+        with _deterministic(warn_only=False):
+            return work()
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+    with _deterministic(warn_only=True):
+        return work()
+
+
+@contextlib.contextmanager
+def _deterministic(*, warn_only: bool) -> Iterator[None]:
+    """Merely warned, torch keeps attention that adds in any order; cuDNN's cannot be told, so it is left out."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for, else it refuses
     before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    before_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.use_deterministic_algorithms(before, warn_only=before_warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 

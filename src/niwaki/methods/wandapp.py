@@ -26,6 +26,7 @@ in float32, and the block's inputs and outputs for all windows.
     niwaki compress MODEL OUT --method wandapp --target 2:4 --calibration mine.txt --seq-len 512
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ from niwaki.methods._reconstruct import (
     assemble,
     check_choices,
     descend,
-    deterministic,
+    deterministically,
     gradients_of,
     learning_needs,
     run_with,
@@ -149,12 +150,13 @@ def regional_gradients(block: Block, seen: Evidence, names: Matrices) -> dict[st
     parameters = assemble(block, {name: block.weight(name) for name in names})
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    call = seen.stream.call(1, block.index)
+    hidden, call = seen.stream.hidden, seen.stream.call(1, block.index)
+
+    def gradients(window: int) -> dict[str, Tensor]:
+        y_BTD = run_with(block, parameters, call, hidden.take([window]))
+        return gradients_of(block, torch.linalg.vector_norm(y_BTD, dtype=torch.float32), parameters, names)
+
     for window in range(len(seen.stream)):
-        with deterministic():
-            y_BTD = run_with(block, parameters, call, seen.stream.hidden.take([window]))
-            norm = torch.linalg.vector_norm(y_BTD, dtype=torch.float32)
-            gradients = gradients_of(block, norm, parameters, names)
-        for name, gradient_OI in gradients.items():
+        for name, gradient_OI in deterministically(functools.partial(gradients, window)).items():
             total[name].addcmul_(gradient_OI.float(), gradient_OI.float())
     return {name: (sum_OI / len(seen.stream)).sqrt_() for name, sum_OI in total.items()}
