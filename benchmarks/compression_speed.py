@@ -149,7 +149,7 @@ def profile(model: Path, out: Path, case: dict) -> None:
 
     with torch_profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         niwaki.compress(model, out, overwrite=True, **case)
-    print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=22, max_name_column_width=60))
+    print(profiler.key_averages().table(sort_by="self_device_time_total", row_limit=22, max_name_column_width=60))
 
 
 def _block_seconds(out: Path) -> float:
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--cases", nargs="+", default=["wanda/0.5", "wanda/2:4", "sparsegpt/0.5", "sparsegpt/2:4"])
+    parser.add_argument("--cases", nargs="+", metavar="METHOD[:OPTION=NUMBER,…]/TARGET", default=["wanda/0.5", "wanda/2:4", "sparsegpt/0.5", "sparsegpt/2:4"])
     parser.add_argument("--profile", action="store_true", help="print a kernel table for each case instead")
     args = parser.parse_args()
     shape = SHAPES[args.shape]
@@ -183,8 +183,11 @@ def main() -> None:
     rows = []
     for name in args.cases:
         method, target = name.split("/")
+        method, _, given = method.partition(":")
+        options = {key: (int(value) if value.isdigit() else float(value)) for key, value in (pair.split("=") for pair in given.split(",") if pair)}
         named = {"preset": method} if method in PRESETS else {"method": method}
-        case = named | {
+        case = named | {"options": options} if options else named
+        case = case | {
             "target": target, "device": args.device,
             "calibration": {"files": (str(text),), "samples": args.samples, "seq_len": args.seq_len},
         }
@@ -195,7 +198,7 @@ def main() -> None:
         seconds = _block_seconds(args.work / "out")
         floor_s = floor_seconds(case, shape, blocks, rate)
         rows.append({
-            "method": method, "target": target, "seconds": record["seconds"], "floor_s": round(floor_s, 2),
+            "method": method, "options": options, "target": target, "seconds": record["seconds"], "floor_s": round(floor_s, 2),
             "median_block_s": seconds,
             "extrapolated_s": round(record["seconds"] + seconds * (shape.blocks - blocks), 1),
             "multiple_of_floor": round(record["seconds"] / floor_s, 2),

@@ -95,7 +95,18 @@ def main() -> None:
     cases = [case for case in cases if not args.targets or case.recipe["target"] in args.targets]
     cases = [case for case in cases if not args.labels or case.label in args.labels]
     reference = args.model if args.divergence else None
-    rows = []
+    rows: list[dict] = []
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    about = {
+        "model": Path(args.model).name,
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "versions": {
+            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()
+        },
+        "command": " ".join(["python", *sys.argv]),
+        "dense": dense,
+    }
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = []
         for case in cases:
@@ -112,20 +123,8 @@ def main() -> None:
             took = round(sum(run["compress_s"] for run in runs), 1)
             means = [round(row[name]["mean"], 2) for name in TEXTS]
             print(row["target"], "|", case.label, "|", means, gaps, took, flush=True)
-    on_gpu = args.device != "cpu" and torch.cuda.is_available()
-    result = {
-        "model": Path(args.model).name,
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
-        "versions": {
-            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()
-        },
-        "command": " ".join(["python", *sys.argv]),
-        "seconds": round(time.time() - started, 1),
-        "dense": dense,
-        "rows": rows,
-    }
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+            result = about | {"seconds": round(time.time() - started, 1), "rows": rows}
+            args.out.write_text(json.dumps(result, indent=1) + "\n")  # after every case: a stopped run loses little
 
 
 if __name__ == "__main__":

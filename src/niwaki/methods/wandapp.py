@@ -158,5 +158,5 @@ def regional_gradients(block: Block, seen: Evidence, names: Matrices) -> dict[st
 
     for window in range(len(seen.stream)):
         for name, gradient_OI in deterministically(functools.partial(gradients, window)).items():
-            total[name].addcmul_(gradient_OI.float(), gradient_OI.float())
+            total[name].addcmul_(gradient_OI, gradient_OI)
     return {name: (sum_OI / len(seen.stream)).sqrt_() for name, sum_OI in total.items()}
