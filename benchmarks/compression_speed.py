@@ -167,7 +167,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--cases", nargs="+", metavar="METHOD[:OPTION=NUMBER,…]/TARGET", default=["wanda/0.5", "wanda/2:4", "sparsegpt/0.5", "sparsegpt/2:4"])
+    cases = ["wanda/0.5", "wanda/2:4", "sparsegpt/0.5", "sparsegpt/2:4"]
+    parser.add_argument("--cases", nargs="+", metavar="METHOD[:OPTION=NUMBER,…]/TARGET", default=cases)
     parser.add_argument("--profile", action="store_true", help="print a kernel table for each case instead")
     args = parser.parse_args()
     shape = SHAPES[args.shape]
@@ -184,7 +185,8 @@ def main() -> None:
     for name in args.cases:
         method, target = name.split("/")
         method, _, given = method.partition(":")
-        options = {key: (int(value) if value.isdigit() else float(value)) for key, value in (pair.split("=") for pair in given.split(",") if pair)}
+        pairs = dict(pair.split("=") for pair in given.split(",") if pair)
+        options = {key: int(value) if value.isdigit() else float(value) for key, value in pairs.items()}
         named = {"preset": method} if method in PRESETS else {"method": method}
         case = named | {"options": options} if options else named
         case = case | {
@@ -198,8 +200,8 @@ def main() -> None:
         seconds = _block_seconds(args.work / "out")
         floor_s = floor_seconds(case, shape, blocks, rate)
         rows.append({
-            "method": method, "options": options, "target": target, "seconds": record["seconds"], "floor_s": round(floor_s, 2),
-            "median_block_s": seconds,
+            "method": method, "options": options, "target": target,
+            "seconds": record["seconds"], "floor_s": round(floor_s, 2), "median_block_s": seconds,
             "extrapolated_s": round(record["seconds"] + seconds * (shape.blocks - blocks), 1),
             "multiple_of_floor": round(record["seconds"] / floor_s, 2),
             "peak_device_gb": round(record["peak_device_bytes"] / 1e9, 2),

@@ -71,7 +71,7 @@ def ablation_besa() -> list[Case]:
         found += varied("besa", target, {
             "": {}, "layer": {"granularity": "layer"}, "dense": {"target": "dense"}, "both": {"target": "both"},
             "shift": {"balance": "shift"}, "segments 4": {"segments": 4},
-            "steps 512 batch 2": {"steps": 512, "batch": 2},
+            "steps 128 batch 2": {"steps": 128, "batch": 2}, "steps 512 batch 2": {"steps": 512, "batch": 2},
             "width .1": {"width_frac": 0.1}, "rate .1": {"rate": 0.1}, "rate .4": {"rate": 0.4},
             "4 bit": {"quant_bits": 4}, "4 bit groups of 128": {"quant_bits": 4, "quant_group": 128},
         })

@@ -26,13 +26,12 @@ def rates_of(weights: dict[str, Tensor], share: float, **options: Any) -> Rates:
 def randomize(rates: Rates, scale: float = 2.0) -> None:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for logits in rates.logits.values():
-            logits.add_(scale * torch.randn(logits.shape, generator=generator))
+        rates.logits_GD.add_(scale * torch.randn(rates.logits_GD.shape, generator=generator))
 
 
 def soft_masks(rates: Rates, name: str, columns: int) -> Tensor:
     """Keep value 1 − Σ_d β_d·[rank < ⌊C·p_d⌋], written out for every row, candidate and column."""
-    beta = torch.softmax(rates.logits[name], dim=1)
+    beta = torch.softmax(rates.logits_GD, dim=1)
     cuts = (rates.candidates_D * columns + 1e-4).floor()
     dropped = rates.rank[name][:, None, :] < cuts[None, :, None]
     return 1 - (beta[:, :, None] * dropped).sum(1)
@@ -48,7 +47,7 @@ def test_the_straight_through_gradient_equals_brute_force_autograd(granularity: 
     x = correlated_inputs(30, 24)
     wanted_output = x @ weight.T
 
-    logits = rates.logits["m"]
+    logits = rates.logits_GD
     hard = rates.current_masks()["m"].float()
     soft = soft_masks(rates, "m", 24)
     mask = soft + (hard - soft).detach()  # straight through
@@ -82,8 +81,8 @@ def test_shift_takes_the_mean_rate_out_of_the_gradient() -> None:
     randomize(rates)
     rates.backward({"m": torch.randn(5, 24)}, tokens=1)
     _, mean = rates.rates()
-    (towards_mean,) = torch.autograd.grad(mean, rates.logits["m"])
-    gradient = rates.logits["m"].grad
+    (towards_mean,) = torch.autograd.grad(mean, rates.logits_GD)
+    gradient = rates.logits_GD.grad
     assert gradient is not None and gradient.abs().sum() > 0
     assert (gradient * towards_mean).sum().abs() < 1e-5 * gradient.norm() * towards_mean.norm()
 
@@ -109,7 +108,7 @@ def test_the_first_rates_are_at_the_target_even_where_the_released_form_cannot_g
         _, mean = rates.rates()
         assert mean.item() == pytest.approx(share, abs=0.06)
         with torch.no_grad():
-            rates.logits["m"].copy_(-(rates.candidates_D - 0.95).square() * 1e4)
+            rates.logits_GD.copy_(-(rates.candidates_D - 0.95).square() * 1e4)
         assert rates.rates()[1].item() == pytest.approx(0.95, abs=0.01)
 
 

@@ -136,7 +136,7 @@ def _learn(
     generator: torch.Generator,
 ) -> Lowest:
     """AdamW on θ (and γ); leaves the state with the lowest held-out error of all checks."""
-    learned = list(rates.logits.values()) + (clipping.parameters if clipping else [])
+    learned = [rates.logits_GD, *(clipping.parameters if clipping else [])]
     optimizer = torch.optim.AdamW(learned, lr=config.rate, betas=(0.9, 0.95), weight_decay=0.0)
 
     def heldout() -> float:
@@ -172,9 +172,11 @@ def _learn(
 class Rates:
     """The learnable sparsity of every row of a block: logits θ, masks by rank, and the straight-through gradient.
 
+    The θ of all matrices are one tensor: a step on small blocks is bound by the number of operations it starts.
     With segments, a "row" of O and its C columns below is one segment of a row of the matrix.
 
-    Legend: O rows, I (or C) columns, D + 1 candidates p_d = d / D, G learned rates of a matrix (O, or 1 by layer).
+    Legend: O rows, I (or C) columns, D + 1 candidates p_d = d / D, G learned rates of all matrices (one a row, or
+    one a matrix).
     """
 
     def __init__(self, weights: Matrices, statistics: Mapping[str, Statistics], zeros: int, config: Config) -> None:
@@ -186,15 +188,12 @@ class Rates:
             for name, (rows, columns) in self.matrix_shapes.items()
         }
         self.zeros = zeros
-        self.share = zeros / sum(rows * columns for rows, columns in self.shapes.values())
         self.by_row = config.granularity == "row"
         self.penalized = config.balance == "penalty"
+        self.groups = [rows if self.by_row else 1 for rows, _ in self.shapes.values()]
+        device = next(iter(weights.values())).device
         self.order: dict[str, Tensor] = {}
         self.rank: dict[str, Tensor] = {}
-        self.logits: dict[str, Tensor] = {}
-        device = next(iter(weights.values())).device
-        self.candidates_D = torch.linspace(0, 1, config.candidates + 1, device=device)
-        first_D = -(self.candidates_D - self.share).square() / (2 * config.width_frac**2)
         for name, weight_OI in weights.items():
             scores_OI = weight_OI.float().abs()
             if statistics[name].tokens:
@@ -205,15 +204,23 @@ class Rates:
             rank_OI = torch.empty_like(self.order[name], dtype=small)
             places_1I = torch.arange(columns, device=device, dtype=small)[None]
             self.rank[name] = rank_OI.scatter_(1, self.order[name], places_1I.expand_as(rank_OI))
-            groups = rows if self.by_row else 1
-            self.logits[name] = first_D.repeat(groups, 1).requires_grad_(True)
 
-    def rates(self) -> tuple[dict[str, Tensor], Tensor]:
-        """α [G] of every matrix and their mean over all weights, differentiable in θ."""
-        rate = {name: torch.softmax(logits_GD, dim=1) @ self.candidates_D for name, logits_GD in self.logits.items()}
-        sizes = {name: rows * columns for name, (rows, columns) in self.shapes.items()}
-        total = torch.stack([rate_G.mean() * sizes[name] for name, rate_G in rate.items()]).sum()
-        return rate, total / sum(sizes.values())
+        def by_group(values: list[float]) -> Tensor:
+            return torch.tensor(values, device=device).repeat_interleave(torch.tensor(self.groups, device=device))
+
+        total = sum(rows * columns for rows, columns in self.shapes.values())
+        self.share = zeros / total
+        self.columns_G = by_group([float(columns) for _, columns in self.shapes.values()])
+        sizes = zip(self.shapes.values(), self.groups, strict=True)
+        self.weight_G = by_group([rows * columns / groups / total for (rows, columns), groups in sizes])
+        self.candidates_D = torch.linspace(0, 1, config.candidates + 1, device=device)
+        first_D = -(self.candidates_D - self.share).square() / (2 * config.width_frac**2)
+        self.logits_GD = first_D.repeat(sum(self.groups), 1).requires_grad_(True)
+
+    def rates(self) -> tuple[Tensor, Tensor]:
+        """α [G] and its mean over all weights, differentiable in θ."""
+        rate_G = torch.softmax(self.logits_GD, dim=1) @ self.candidates_D
+        return rate_G, rate_G @ self.weight_G
 
     def keep(self, name: str, zeros_O: Tensor) -> Tensor:
         """Boolean, shaped as the matrix, without the `zeros_O` lowest-ranked of each row."""
@@ -221,34 +228,29 @@ class Rates:
 
     def current_masks(self) -> dict[str, Tensor]:
         """The hard masks of this step: ⌊α·C⌋ zeros a row, α shifted to the budget unless it is penalised."""
-        rate, mean = self.rates()
+        rate_G, mean = self.rates()
         shift = 0.0 if self.penalized else self.share - mean
-        masks = {}
-        for name, rate_G in rate.items():
-            rows, columns = self.shapes[name]
-            zeros_G = ((rate_G + shift).clamp(0, 1) * columns + 1e-4).floor()
-            masks[name] = self.keep(name, zeros_G.expand(rows))
-        return masks
+        zeros_G = ((rate_G + shift).clamp(0, 1) * self.columns_G + 1e-4).floor()
+        split = dict(zip(self.shapes, zeros_G.split(self.groups), strict=True))
+        return {name: self.keep(name, zeros_G.expand(self.shapes[name][0])) for name, zeros_G in split.items()}
 
     def backward(self, mask_gradients: Matrices, tokens: int) -> None:
         """Accumulates ∂L/∂θ from ∂L/∂mask [O, I] of every matrix, where L is the sum over `tokens`."""
-        outputs, gradients = [], []
+        found = []
         for name, gradient_OI in mask_gradients.items():
-            sums_OD = rate_gradient(gradient_OI.reshape(self.shapes[name]), self.order[name], self.candidates_D)
-            gradient_OD = sums_OD / tokens
-            outputs.append(torch.softmax(self.logits[name], dim=1))
-            gradients.append(gradient_OD if self.by_row else gradient_OD.sum(0, keepdim=True))
-        torch.autograd.backward(outputs, gradients)
-        logits = list(self.logits.values())
+            gradient_OD = rate_gradient(gradient_OI.reshape(self.shapes[name]), self.order[name], self.candidates_D)
+            found.append(gradient_OD if self.by_row else gradient_OD.sum(0, keepdim=True))
+        beta_GD = torch.softmax(self.logits_GD, dim=1)
+        (beta_GD * torch.cat(found).div_(tokens)).sum().backward()
         if self.penalized:
             _, mean = self.rates()
             (5 * ((mean - self.share) / max(self.share, 0.01)).square()).backward()
             return
-        towards_mean = torch.autograd.grad(self.rates()[1], logits)
-        along = torch.stack([torch.sum(_grad(p) * g) for p, g in zip(logits, towards_mean, strict=True)]).sum()
-        length = torch.stack([g.square().sum() for g in towards_mean]).sum()
-        for parameter, direction in zip(logits, towards_mean, strict=True):
-            _grad(parameter).sub_(along / length * direction)
+        (direction_GD,) = torch.autograd.grad(self.rates()[1], self.logits_GD)
+        gradient_GD = self.logits_GD.grad
+        assert gradient_GD is not None
+        along = (gradient_GD * direction_GD).sum() / direction_GD.square().sum()
+        gradient_GD.sub_(along * direction_GD)
 
     def exact_counts(self) -> dict[str, Tensor]:
         """Zeros of every row [O] int64 that follow the rates and add up to the budget exactly.
@@ -256,9 +258,10 @@ class Rates:
         A common shift of all rates meets the budget but for rounding; the rows with the largest remainders
         take what is left.
         """
-        rate, _ = self.rates()
-        wanted = torch.cat([rate_G.expand(self.shapes[name][0]).double() for name, rate_G in rate.items()]).cpu()
-        columns = torch.cat([torch.full((rows,), width, dtype=torch.float64) for rows, width in self.shapes.values()])
+        rows = [rows for rows, _ in self.shapes.values()]
+        rate = self.rates()[0].detach().split(self.groups)
+        wanted = torch.cat([rate_G.expand(count) for rate_G, count in zip(rate, rows, strict=True)]).double().cpu()
+        columns = torch.cat([torch.full((count,), float(width)) for count, width in self.shapes.values()]).double()
         low, high = -1.0, 1.0
         for _ in range(60):
             middle = (low + high) / 2
@@ -270,13 +273,8 @@ class Rates:
         counts = real.floor()
         left = self.zeros - int(counts.sum())
         counts[(real - counts).argsort(descending=True, stable=True)[:left]] += 1
-        split = counts.long().to(self.candidates_D.device).split([rows for rows, _ in self.shapes.values()])
+        split = counts.long().to(self.candidates_D.device).split(rows)
         return dict(zip(self.shapes, split, strict=True))
-
-
-def _grad(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def rate_gradient(mask_gradient_OI: Tensor, order_OI: Tensor, candidates_D: Tensor) -> Tensor:
