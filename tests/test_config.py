@@ -5,19 +5,28 @@ from pathlib import Path
 
 import pytest
 
-from niwaki.config import Grouped, Sparsity, load_recipe, make_options, make_recipe, parse_target
+from niwaki.config import Bits, Grouped, Sparsity, load_recipe, make_options, make_recipe, parse_target
 from niwaki.errors import InputError, TargetError
 
 
 @pytest.mark.parametrize(
     ("text", "target"),
-    [("0.5", Sparsity(0.5)), ("50%", Sparsity(0.5)), (" 2:4 ", Grouped(2, 4)), ("4:8", Grouped(4, 8))],
+    [
+        ("0.5", Sparsity(0.5)),
+        ("50%", Sparsity(0.5)),
+        (" 2:4 ", Grouped(2, 4)),
+        ("4:8", Grouped(4, 8)),
+        ("4bit", Bits(4)),
+        ("1.75 bits", Bits(1.75)),
+    ],
 )
 def test_targets(text: str, target: object) -> None:
     assert parse_target(text) == target
 
 
-@pytest.mark.parametrize("text", ["0", "1", "1.5", "-0.2", "nan", "4:4", "0:4", "5:4", "half", "", "1.6bit", "2:4:8"])
+@pytest.mark.parametrize(
+    "text", ["0", "1", "1.5", "-0.2", "nan", "4:4", "0:4", "5:4", "half", "", "0.5bit", "9bit", "2:4:8"]
+)
 def test_impossible_targets(text: str) -> None:
     with pytest.raises(TargetError, match="target"):
         parse_target(text)

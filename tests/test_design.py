@@ -18,7 +18,7 @@ LAYERS = [
     ["__init__", "errors"],
     ["presets"],
     ["config", "device", "kernels", "loading"],
-    ["calibration", "tap", "packed", "activations", "learning"],
+    ["calibration", "tap", "codes", "packed", "activations", "learning"],
     ["anatomy"],
     ["checkpoint", "statistics"],
     ["block"],

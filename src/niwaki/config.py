@@ -57,12 +57,31 @@ class Grouped:
         return rows * columns // self.group * (self.group - self.keep)
 
 
-Target = Sparsity | Grouped
+@dataclass(frozen=True)
+class Bits:
+    """Quantization: bits a weight. Methods with one code width mean its width, mixed ones everything stored."""
+
+    bits: float
+
+    def __str__(self) -> str:
+        return f"{self.bits:g}bit"
+
+    def zeros_in(self, rows: int, columns: int) -> int:
+        """Quantization asks for no zeros."""
+        return 0
+
+
+Target = Sparsity | Grouped | Bits
 
 
 def parse_target(text: str) -> Target:
-    """`0.5`, `50%` or `2:4`. Raises TargetError with what was expected."""
+    """`0.5`, `50%`, `2:4` or `4bit`. Raises TargetError with what was expected."""
     text = text.strip()
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)[ -]?bits?", text):
+        bits = float(found[1])
+        if not 1 <= bits <= 8:
+            raise TargetError(f"target {text}: expected 1 to 8 bits a weight, for example 4bit or 1.7bit")
+        return Bits(bits)
     if found := re.fullmatch(r"(\d+):(\d+)", text):
         keep, group = int(found[1]), int(found[2])
         if not 0 < keep < group:
@@ -71,7 +90,9 @@ def parse_target(text: str) -> Target:
     try:
         zeros_frac = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError as error:
-        raise TargetError(f"target {text!r}: expected a fraction of zeros such as 0.5, or N:M such as 2:4") from error
+        raise TargetError(
+            f"target {text!r}: expected a fraction of zeros such as 0.5, N:M such as 2:4, or bits such as 4bit"
+        ) from error
     if not (math.isfinite(zeros_frac) and 0 < zeros_frac < 1):
         percent = 1 < zeros_frac < 100 and not text.endswith("%")
         hint = f"write {text}% or {zeros_frac / 100:g}" if percent else "for example 0.5 or 50%"

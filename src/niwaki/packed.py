@@ -1,24 +1,28 @@
 """One tagged record per compressed matrix: how it is stored, decoded and counted.
 
-Kinds so far: `dense` (every weight kept) and `masked` (zeros stored in place, so any engine loads it and the
-file stays as large as before).
+Kinds so far: `dense` (every weight kept), `masked` (zeros stored in place, so any engine loads it and the file stays
+as large as before) and `codes` (quantized columns, see `codes`).
 
 Legend: O outputs, I inputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-Kind = Literal["dense", "masked"]
+from niwaki.codes import Part, assemble, stored_tensors
+
+Kind = Literal["dense", "masked", "codes"]
 
 
 @dataclass(frozen=True)
 class Packed:
     """A compressed matrix. `weight_OI` is what every consumer must see after decoding.
+
+    `parts` is how `codes` are stored.
 
     `note` tells what a reader of blocks.jsonl should know about how this record came to be; `detail` holds
     further fields of its line there.
@@ -28,6 +32,12 @@ class Packed:
     weight_OI: Tensor
     note: str = ""
     detail: Mapping[str, Any] = field(default_factory=dict)
+    parts: Sequence[Part] = ()
+
+    @classmethod
+    def codes(cls, parts: Sequence[Part], note: str = "", detail: Mapping[str, Any] | None = None) -> "Packed":
+        """Quantized columns; what is computed with is what is stored."""
+        return cls("codes", assemble(parts), note, detail or {}, parts)
 
     @classmethod
     def masked(
@@ -45,8 +55,14 @@ class Packed:
         return self.weight_OI.to(dtype)
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes this record takes in a file that stores values as `dtype`."""
+        """Bytes this record takes in a file that stores unquantized values as `dtype`."""
+        if self.parts:
+            return sum(tensor.nbytes for tensor in self.tensors().values())
         return self.weight_OI.numel() * dtype.itemsize
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a record of codes stores, by name."""
+        return stored_tensors(self.parts, self.weight_OI.shape[1])
 
 
 def join_notes(*notes: str) -> str:

@@ -157,6 +157,7 @@ def _line(block: Block, name: str, target: Target, record: Packed, statistics: S
         masked_OI = old_OI * (new_OI != 0)
         error_before_update = _energy_ratio(x_NI @ masked_OI.T - wanted_NO, wanted_NO)
     zeros = int((new_OI == 0).sum())
+    nbytes = record.nbytes(block.storage_dtype(name))
     return {
         "block": block.index,
         "matrix": name,
@@ -165,7 +166,8 @@ def _line(block: Block, name: str, target: Target, record: Packed, statistics: S
         "kind": record.kind,
         "zeros": zeros,
         "zeros_frac": zeros / new_OI.numel(),
-        "bytes": record.nbytes(block.storage_dtype(name)),
+        "bytes": nbytes,
+        "bits": 8 * nbytes / new_OI.numel(),
         "tokens": statistics.tokens,
         "error_before_update": error_before_update,
         "error": error,

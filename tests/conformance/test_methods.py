@@ -11,15 +11,28 @@ import niwaki
 from families import build, families
 from helpers import add_tokenizer, correlated_inputs, file_bytes, run_method, tiny_llama, weights_of
 from helpers import write_texts as texts
-from niwaki.config import Target, parse_target
+from niwaki.config import Bits, Target, parse_target
 from niwaki.methods import METHODS, get_method
 
+QUANTIZERS = [name for name in METHODS if Bits in get_method(name).ACCEPTS]
+PRUNERS = [name for name in METHODS if name not in QUANTIZERS]
+OWN = dict.fromkeys(QUANTIZERS, "4bit") | dict.fromkeys(PRUNERS, "0.5")  # a target that each accepts
+NARROW: dict[str, dict[str, Any]] = {"gptq": {"group": 0}, "rtn": {"group": 0}}  # 128 columns are more than these have
 TARGETS = ["0.05", "0.5", "0.95", "2:4", "4:8", "1:4", "3:4"]
 
 
 def compress(model: Path, out: Path, method: str, target: str, text: Path, **more: Any) -> dict[str, Any]:
     calibration = {"files": (str(text),), "samples": 6, "seq_len": 16}
-    return niwaki.compress(model, out, method=method, target=target, calibration=calibration, device="cpu", **more)
+    return niwaki.compress(
+        model,
+        out,
+        method=method,
+        target=target,
+        calibration=calibration,
+        device="cpu",
+        options=NARROW.get(method, {}),
+        **more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +46,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_matrix(method: str, weight_OI: torch.Tensor, tokens: int, target: Target) -> torch.Tensor:
-    return run_method(get_method(method), weight_OI, correlated_inputs(tokens, weight_OI.shape[1]), target)
+    x_NI = correlated_inputs(tokens, weight_OI.shape[1])
+    return run_method(get_method(method), weight_OI, x_NI, target, **NARROW.get(method, {}))
 
 
 def pairs(targets: list[str]) -> list[tuple[str, str]]:
@@ -58,7 +72,18 @@ def test_few_or_no_tokens_stay_finite_and_exact(method: str, tokens: int, target
     assert torch.isfinite(found).all() and int((found == 0).sum()) == 96
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tokens", [0, 1, 5, 64])
+@pytest.mark.parametrize(("method", "target"), [(m, t) for m in QUANTIZERS for t in ("4bit", "8bit")])
+@pytest.mark.parametrize("shape", [(7, 64), (33, 40), (16, 264)])
+def test_quantized_matrices_are_finite_and_near(method: str, target: str, tokens: int, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = on_matrix(method, weight, tokens, parse_target(target))
+    assert torch.isfinite(found).all()
+    if tokens != 5:  # with fewer tokens than columns, weights may go far where no input tells
+        assert float((found - weight).norm()) < 0.9 * float(weight.norm())
+
+
+@pytest.mark.parametrize("method", PRUNERS)
 def test_zero_matrices_and_zero_rows(method: str) -> None:
     weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(2))
     weight[2] = 0
@@ -70,13 +95,13 @@ def test_zero_matrices_and_zero_rows(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_same_seed_same_bytes_and_source_untouched(method: str, model: Path, text: Path, tmp_path: Path) -> None:
     before = file_bytes(model)
-    compress(model, tmp_path / "a", method, "0.5", text, seed=7)
-    compress(model, tmp_path / "b", method, "0.5", text, seed=7)
+    compress(model, tmp_path / "a", method, OWN[method], text, seed=7)
+    compress(model, tmp_path / "b", method, OWN[method], text, seed=7)
     assert file_bytes(tmp_path / "a") == file_bytes(tmp_path / "b")
     assert file_bytes(model) == before
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRUNERS)
 def test_claimed_zeros_are_those_in_the_file_and_bf16_stays(
     method: str, model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -97,14 +122,14 @@ def test_resume_equals_a_straight_run(method: str, model: Path, text: Path, tmp_
         if event == "block" and fields["index"] == 1:
             raise KeyboardInterrupt
 
-    compress(model, tmp_path / "straight", method, "0.5", text)
+    compress(model, tmp_path / "straight", method, OWN[method], text)
     with pytest.raises(KeyboardInterrupt):
-        compress(model, tmp_path / "out", method, "0.5", text, report=stop)
-    compress(model, tmp_path / "out", method, "0.5", text, resume=True)
+        compress(model, tmp_path / "out", method, OWN[method], text, report=stop)
+    compress(model, tmp_path / "out", method, OWN[method], text, resume=True)
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRUNERS)
 def test_experts_without_tokens_are_noted(method: str, text: Path, tmp_path: Path) -> None:
     """With 16 experts and few tokens some expert stays unreached; its line says so where data was needed."""
     config = families()["qwen3_moe"].config

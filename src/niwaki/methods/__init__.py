@@ -16,13 +16,13 @@ from typing import Any, Protocol, cast
 import torch
 
 from niwaki.block import Block
-from niwaki.config import Grouped, Sparsity, Target, make_options
+from niwaki.config import Bits, Grouped, Sparsity, Target, make_options
 from niwaki.errors import InputError, TargetError, unknown
 from niwaki.packed import Packed
 from niwaki.statistics import Needs
 from niwaki.stream import Evidence
 
-METHODS = ("besa", "magnitude", "sparsegpt", "wanda", "wandapp")
+METHODS = ("besa", "gptq", "magnitude", "rtn", "sparsegpt", "squeeze10", "wanda", "wandapp")
 
 
 class Method(Protocol):
@@ -110,4 +110,4 @@ def merged_needs(steps: Sequence[Step]) -> Needs:
     return reduce(lambda found, step: found | step.needs, steps, Needs())
 
 
-_KINDS = {Sparsity: "a fraction of zeros such as 0.5", Grouped: "N:M such as 2:4"}
+_KINDS = {Sparsity: "a fraction of zeros such as 0.5", Grouped: "N:M such as 2:4", Bits: "bits such as 4bit"}

@@ -118,6 +118,7 @@ def _prune(weight_OI: Tensor, upper_II: Tensor, target: Target, panel_columns: i
     if isinstance(target, Grouped):
         whole_groups = max(panel_columns // target.group, 1) * target.group
         return sweep(weight_OI, upper_II, target, None, whole_groups)
+    assert isinstance(target, Sparsity)
 
     def choose(panel_OP: Tensor, diagonal_P: Tensor, start: int) -> Tensor:
         end = start + panel_OP.shape[1]

@@ -1,0 +1,146 @@
+"""Quantized columns as they are stored: integer codes, and the scales that turn them into weights.
+
+A matrix is one part, or several parts with columns of different widths (4-bit salient columns beside 1-bit ones).
+Codes lie in bit planes: plane k holds bit k of every code, eight columns to a byte, so that 1, 2, 3, 4 and 8 bits
+are one format and a kernel that multiplies one plane multiplies all. What `nbytes` counts is what is written.
+
+Legend: O outputs, I inputs, C columns of a part, G groups of columns that share a scale, K bits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GRIDS = ("affine", "symmetric", "midrise", "free")
+SCALE_DTYPE = torch.float16
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some columns of a matrix: weight = code · scale + offset, per row and group of `group` columns.
+
+    `grid` says where the offset comes from: `affine` a stored zero code (offset = −zero · scale), `symmetric` the
+    middle code 2^(K−1), `midrise` the point between the two middle codes, `free` a stored value.
+    """
+
+    columns_C: Tensor
+    bits: int
+    grid: str
+    group: int
+    code_OC: Tensor
+    scale_OG: Tensor
+    offset_OG: Tensor | None = None
+    zero_OG: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.grid in GRIDS
+        assert (self.grid == "free") == (self.offset_OG is not None)
+        assert (self.grid == "affine") == (self.zero_OG is not None)
+
+    def decode(self) -> Tensor:
+        """The weights [O, C] in float32."""
+        scale_OG = self.scale_OG.float()
+        if self.offset_OG is not None:
+            offset_OG = self.offset_OG.float()
+        elif self.zero_OG is not None:
+            offset_OG = -self.zero_OG.float() * scale_OG
+        else:
+            offset_OG = -centre(self.bits, self.grid) * scale_OG
+        sizes = self.code_OC.shape[1]
+        return self.code_OC * widen(scale_OG, self.group, sizes) + widen(offset_OG, self.group, sizes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by name: planes [K, O, ⌈C/8⌉] uint8, scales, and offsets or zero codes."""
+        found = {"planes": pack_planes(self.code_OC, self.bits), "scale": self.scale_OG.to(SCALE_DTYPE).contiguous()}
+        if self.offset_OG is not None:
+            found["offset"] = self.offset_OG.to(SCALE_DTYPE).contiguous()
+        if self.zero_OG is not None:
+            found["zero"] = pack_planes(self.zero_OG.reshape(1, -1), self.bits)
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """What a reader needs beside the tensors."""
+        return {"bits": self.bits, "grid": self.grid, "group": self.group, "columns": len(self.columns_C)}
+
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+def centre(bits: int, grid: str) -> float:
+    """The code that stands for zero on a grid without a stored offset."""
+    return 2.0 ** (bits - 1) - (0.5 if grid == "midrise" else 0.0)
+
+
+def widen(values_OG: Tensor, group: int, columns: int) -> Tensor:
+    """One value per column [O, C]; the last group may be shorter."""
+    if values_OG.shape[1] == 1:
+        return values_OG.expand(-1, columns)
+    return values_OG.repeat_interleave(group, dim=1)[:, :columns]
+
+
+def pack_planes(code_OC: Tensor, bits: int) -> Tensor:
+    """Bit planes [K, O, ⌈C/8⌉] uint8 of codes < 2^K; bit c mod 8 of byte c // 8 belongs to column c."""
+    rows, columns = code_OC.shape
+    padded_OC = torch.nn.functional.pad(code_OC.to(torch.uint8), (0, -columns % 8))
+    lanes_8 = torch.arange(8, dtype=torch.uint8, device=code_OC.device)
+    planes = [(((padded_OC >> k) & 1).view(rows, -1, 8) << lanes_8).sum(-1, dtype=torch.uint8) for k in range(bits)]
+    return torch.stack(planes)
+
+
+def unpack_planes(planes_KOB: Tensor, columns: int) -> Tensor:
+    """The codes [O, C] uint8 of `pack_planes`."""
+    lanes_8 = torch.arange(8, dtype=torch.uint8, device=planes_KOB.device)
+    rows = planes_KOB.shape[1]
+    code_OC = torch.zeros(rows, columns, dtype=torch.uint8, device=planes_KOB.device)
+    for k, plane_OB in enumerate(planes_KOB):
+        bits_OC = ((plane_OB[..., None] >> lanes_8) & 1).reshape(rows, -1)[:, :columns]
+        code_OC |= bits_OC << k
+    return code_OC
+
+
+def stored_tensors(parts: Sequence[Part], columns: int) -> dict[str, Tensor]:
+    """All tensors of a matrix: those of its parts, and with two parts the mask of the first one's columns."""
+    found = {f"{name}_{number}": t for number, part in enumerate(parts) for name, t in part.tensors().items()}
+    if len(parts) > 1:
+        first_1I = torch.zeros(1, columns, dtype=torch.uint8)
+        first_1I[0, parts[0].columns_C.cpu()] = 1
+        found["columns"] = pack_planes(first_1I, 1).view(-1)
+    return found
+
+
+def read_parts(tensors: Mapping[str, Tensor], described: Sequence[Mapping[str, Any]], columns: int) -> list[Part]:
+    """The parts that `stored_tensors` wrote, from their `describe()`."""
+    places = [torch.arange(columns)]
+    if len(described) > 1:
+        first_I = unpack_planes(tensors["columns"].view(1, 1, -1), columns)[0].bool()
+        places = [first_I.nonzero().view(-1), (~first_I).nonzero().view(-1)]
+    parts = []
+    for number, (about, columns_C) in enumerate(zip(described, places, strict=True)):
+        scale_OG = tensors[f"scale_{number}"]
+        zero = tensors.get(f"zero_{number}")
+        parts.append(
+            Part(
+                columns_C.to(scale_OG.device),
+                about["bits"],
+                about["grid"],
+                about["group"],
+                unpack_planes(tensors[f"planes_{number}"], about["columns"]),
+                scale_OG,
+                offset_OG=tensors.get(f"offset_{number}"),
+                zero_OG=None if zero is None else unpack_planes(zero, scale_OG.numel()).view(scale_OG.shape),
+            )
+        )
+    return parts
+
+
+def assemble(parts: Sequence[Part]) -> Tensor:
+    """The matrix [O, I] in float32."""
+    rows = len(parts[0].code_OC)
+    weight_OI = parts[0].scale_OG.new_empty((rows, sum(len(part.columns_C) for part in parts)), dtype=torch.float32)
+    for part in parts:
+        weight_OI[:, part.columns_C] = part.decode()
+    return weight_OI

@@ -1,0 +1,107 @@
+"""The column sweep of quantization: the torch reference, and the choice between it and the compiled kernels.
+
+Legend: O rows, I columns, P columns of a panel, G groups of columns that share a scale.
+"""
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+PANEL_COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Levels code · scale + offset for codes 0 … top of every column; `group_I` names the scale of a column."""
+
+    scale_OG: Tensor
+    offset_OG: Tensor
+    group_I: Tensor
+    top_I: Tensor
+
+    def columns(self, start: int, end: int) -> "Grid":
+        """The grid of some columns, one scale a column."""
+        group_P = self.group_I[start:end].long()
+        own_P = torch.arange(end - start, dtype=torch.int32, device=group_P.device)
+        return Grid(self.scale_OG[:, group_P], self.offset_OG[:, group_P], own_P, self.top_I[start:end])
+
+
+def sweep_codes(wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Rounds the columns from left to right; each answers to what the ones before it did.
+
+    Column k takes the level nearest to `wanted_OI[:, k]`. The change, from `base_OI[:, k]` (or from the wanted value
+    where there is no base), moves the wanted values to its right by −change · `feed_II[k]`. Float32; only the part
+    of `feed_II` above its diagonal is read; `wanted_OI` is overwritten. Returns (codes [O, I] uint8, changes [O, I]).
+    """
+    if wanted_OI.is_cuda:
+        return _sweep_panels(wanted_OI, base_OI, feed_II, grid)
+    compiled = cpu_module()
+    if compiled is None or wanted_OI.dtype != torch.float32:
+        return sweep_codes_reference(wanted_OI, base_OI, feed_II, grid)
+    code_OI = torch.empty(wanted_OI.shape, dtype=torch.uint8)
+    change_OI = torch.empty_like(wanted_OI)
+    compiled.sweep_codes(
+        wanted_OI,
+        wanted_OI if base_OI is None else base_OI.contiguous(),
+        base_OI is not None,
+        feed_II.contiguous(),
+        grid.scale_OG.contiguous(),
+        grid.offset_OG.contiguous(),
+        grid.group_I,
+        grid.top_I,
+        code_OI,
+        change_OI,
+        torch.get_num_threads(),
+    )
+    return code_OI, change_OI
+
+
+def sweep_codes_reference(
+    wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """The same in plain torch, one column at a time, on any device and in any float dtype."""
+    code_OI = torch.empty(wanted_OI.shape, dtype=torch.uint8, device=wanted_OI.device)
+    change_OI = torch.empty_like(wanted_OI)
+    for column, group in enumerate(grid.group_I.tolist()):
+        scale_O, offset_O = grid.scale_OG[:, group], grid.offset_OG[:, group]
+        wanted_O = wanted_OI[:, column]
+        code_O = ((wanted_O - offset_O) / scale_O).round().clamp(0, float(grid.top_I[column]))
+        change_O = code_O * scale_O + offset_O - (wanted_O if base_OI is None else base_OI[:, column])
+        wanted_OI[:, column + 1 :] -= change_O[:, None] * feed_II[column, column + 1 :]
+        code_OI[:, column], change_OI[:, column] = code_O.to(torch.uint8), change_O
+    return code_OI, change_OI
+
+
+def _sweep_panels(wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Panels of columns in one kernel each; between panels the changes travel by one matrix product."""
+    from niwaki.kernels.triton_codes import sweep_codes_triton
+
+    columns = wanted_OI.shape[1]
+    code_OI = torch.empty(wanted_OI.shape, dtype=torch.uint8, device=wanted_OI.device)
+    change_OI = torch.empty_like(wanted_OI)
+    for start in range(0, columns, PANEL_COLUMNS):
+        end = min(start + PANEL_COLUMNS, columns)
+        base_OP = None if base_OI is None else base_OI[:, start:end].contiguous()
+        code_OI[:, start:end], change_OI[:, start:end] = sweep_codes_triton(
+            wanted_OI[:, start:end].contiguous(),
+            base_OP,
+            feed_II[start:end, start:end].contiguous(),
+            grid.columns(start, end),
+        )
+        wanted_OI[:, end:].addmm_(change_OI[:, start:end], feed_II[start:end, end:], alpha=-1)
+    return code_OI, change_OI
+
+
+@cache
+def cpu_module() -> ModuleType | None:
+    """The compiled CPU kernels, or None after a warning if the package was installed without a compiler."""
+    try:
+        from niwaki.kernels import _cpu
+    except ImportError:
+        warnings.warn("niwaki was installed without its CPU kernels: slower torch code runs instead", stacklevel=2)
+        return None
+    return _cpu

@@ -1,0 +1,81 @@
+"""One panel of the quantizing column sweep as a Triton kernel: a program owns some rows and walks the columns.
+
+Rows are independent, so a panel is one launch. Bound by arithmetic in registers: O·P² fused multiply-adds.
+
+Legend: O rows, P columns of the panel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from niwaki.kernels.codes import Grid
+
+
+def sweep_codes_triton(wanted_OP: Tensor, base_OP: Tensor | None, feed_PP: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The contract of `kernels.codes.sweep_codes` for one panel whose `grid` has one scale a column; all contiguous."""
+    rows, columns = wanted_OP.shape
+    code_OP = torch.empty(wanted_OP.shape, dtype=torch.uint8, device=wanted_OP.device)
+    change_OP = torch.empty_like(wanted_OP)
+    block_rows = 16
+    _sweep[(triton.cdiv(rows, block_rows),)](
+        wanted_OP,
+        wanted_OP if base_OP is None else base_OP,
+        feed_PP,
+        grid.scale_OG.contiguous(),
+        grid.offset_OG.contiguous(),
+        grid.top_I.contiguous(),
+        code_OP,
+        change_OP,
+        rows,
+        columns=columns,
+        has_base=base_OP is not None,
+        block_rows=block_rows,
+        block_columns=triton.next_power_of_2(columns),
+        num_warps=4,
+    )
+    return code_OP, change_OP
+
+
+@triton.jit
+def _sweep(
+    wanted,
+    base,
+    feed,
+    scale,
+    offset,
+    top,
+    code,
+    change,
+    rows,
+    columns: tl.constexpr,
+    has_base: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_columns: tl.constexpr,
+):
+    row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    column = tl.arange(0, block_columns)
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    place = row[:, None] * columns + column[None, :]
+    value = tl.load(wanted + place, mask=inside, other=0.0)
+    for k in range(columns):
+        here = row < rows
+        at = row * columns + k
+        # The column's present value, gathered from the registers of the panel.
+        value_k = tl.sum(tl.where(column[None, :] == k, value, 0.0), axis=1)
+        scale_k = tl.load(scale + at, mask=here, other=1.0)
+        offset_k = tl.load(offset + at, mask=here, other=0.0)
+        exact = (value_k - offset_k) / scale_k
+        exact = tl.minimum(tl.maximum(exact, 0.0), tl.load(top + k))
+        # Half to even, as torch rounds: adding 1.5·2²³ leaves no bits below one.
+        code_k = (exact + 12582912.0) - 12582912.0
+        start_k = value_k
+        if has_base:
+            start_k = tl.load(base + at, mask=here, other=0.0)
+        change_k = code_k * scale_k + offset_k - start_k
+        tl.store(code + at, code_k.to(tl.uint8), mask=here)
+        tl.store(change + at, change_k, mask=here)
+        later = (column > k) & (column < columns)
+        feed_k = tl.load(feed + k * columns + column, mask=later, other=0.0)
+        value -= change_k[:, None] * feed_k[None, :]

@@ -1,0 +1,64 @@
+"""Rounding to nearest: every weight takes the closest of 2^b levels of its group.
+
+Source: the baseline that every quantizer must beat (Frantar et al. 2023, GPTQ, section 4). Needs no data.
+Scales are float16, zero codes of asymmetric grids take b bits; both are counted and stored.
+
+Cost: one pass over the weights.
+
+    niwaki compress MODEL OUT --method rtn --target 4bit --set group=128
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from niwaki.block import Block
+from niwaki.config import Bits, Target
+from niwaki.methods._rounding import check_group, code_width, groups_of, nearest
+from niwaki.packed import Packed
+from niwaki.statistics import Needs
+from niwaki.stream import Evidence
+
+PAPER = "Frantar et al. 2023, GPTQ (the baseline)"
+ACCEPTS = (Bits,)
+CONTINUES = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`group`: columns that share a scale, 0 for the whole row. `symmetric`: no zero code. `clip`: search the range."""
+
+    group: int = 128
+    symmetric: bool = False
+    clip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.group < 0:
+            raise ValueError(f"group must not be negative, got {self.group}")
+
+
+def needs(config: Config) -> Needs:
+    """Nothing: it looks at weights only."""
+    return Needs()
+
+
+@torch.no_grad()
+def compress(
+    block: Block,
+    seen: Evidence,
+    targets: Mapping[str, Target],
+    config: Config,
+    generator: torch.Generator,
+) -> dict[str, Packed]:
+    """Fits the grid of every group and rounds."""
+    packed = {}
+    for name, target in targets.items():
+        weight_OI = block.weight(name).float()
+        columns = weight_OI.shape[1]
+        check_group(columns, config.group, name)
+        grid = "symmetric" if config.symmetric else "affine"
+        groups = groups_of(0, columns, code_width(target), grid, config.group)
+        rounded = nearest(weight_OI, groups, config.clip).storable()
+        packed[name] = Packed.codes(rounded.parts(torch.arange(columns, device=weight_OI.device)))
+    return packed

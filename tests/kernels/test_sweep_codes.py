@@ -1,0 +1,83 @@
+"""The quantizing sweep: reference against a plain loop, compiled and Triton kernels against the reference."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from niwaki.kernels.codes import Grid, cpu_module, sweep_codes, sweep_codes_reference
+
+
+def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Grid]:
+    """Wanted values, a base, a feed and a grid of two groups (4 bits and 1 bit)."""
+    generator = torch.Generator().manual_seed(seed)
+    wanted, base = (torch.randn(rows, columns, generator=generator) for _ in range(2))
+    feed = torch.randn(columns, columns, generator=generator) * 0.1
+    group = (torch.arange(columns) >= columns // 3).to(torch.int32)
+    top = torch.where(group == 0, 15.0, 1.0)
+    scale = torch.rand(rows, 2, generator=generator) + torch.tensor([0.2, 1.0])
+    offset = -scale * torch.tensor([7.5, 0.5])
+    return wanted, base, feed, Grid(scale, offset, group, top)
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_reference_equals_the_definition_in_float64(with_base: bool) -> None:
+    wanted, base, feed, grid = problem(5, 12)
+    code, change = sweep_codes_reference(wanted.double(), base.double() if with_base else None, feed.double(), grid)
+    for row in range(5):
+        values = wanted[row].double().tolist()
+        for k in range(12):
+            g = int(grid.group_I[k])
+            scale, offset = float(grid.scale_OG[row, g]), float(grid.offset_OG[row, g])
+            levels = [c * scale + offset for c in range(int(grid.top_I[k]) + 1)]
+            best = min(range(len(levels)), key=lambda c: abs(levels[c] - values[k]))
+            assert int(code[row, k]) == best
+            moved = levels[best] - (float(base[row, k]) if with_base else values[k])
+            assert float(change[row, k]) == pytest.approx(moved, abs=1e-6)
+            for j in range(k + 1, 12):
+                values[j] -= moved * float(feed[k, j])
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (33, 130), (64, 257)])
+def test_compiled_equals_reference(shape: tuple[int, int], threads: int, with_base: bool) -> None:
+    assert cpu_module() is not None, "the package must be built with its CPU kernels where tests run"
+    wanted, base, feed, grid = problem(*shape)
+    given = base if with_base else None
+    expected_code, expected_change = sweep_codes_reference(wanted.clone(), given, feed, grid)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        code, change = sweep_codes(wanted.clone(), given, feed, grid)
+    finally:
+        torch.set_num_threads(before)
+    # Fused multiply-adds may turn a tie; a turned code changes all that follow it in its row.
+    same_rows = (code == expected_code).all(1)
+    assert same_rows.float().mean() > 0.9
+    torch.testing.assert_close(change[same_rows], expected_change[same_rows], rtol=1e-3, atol=1e-3)
+
+
+def test_triton_panel_equals_reference() -> None:
+    script = "import test_sweep_codes; test_sweep_codes.triton_parity()"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "parity", done.stderr[-2000:]
+
+
+def triton_parity() -> None:
+    """Runs where Triton interprets its kernels, which is decided when it is imported."""
+    from niwaki.kernels.triton_codes import sweep_codes_triton
+
+    for shape in [(1, 1), (3, 7), (20, 33)]:
+        wanted, base, feed, grid = problem(*shape)
+        for given in (None, base):
+            code, change = sweep_codes_triton(wanted.clone(), given, feed, grid.columns(0, shape[1]))
+            expected_code, expected_change = sweep_codes_reference(wanted.clone(), given, feed, grid)
+            assert torch.equal(code, expected_code)
+            torch.testing.assert_close(change, expected_change, rtol=1e-4, atol=1e-4)
+    print("parity")

@@ -1,0 +1,141 @@
+"""Squeeze10: true bits within the target, salient columns by each choice, learning that never hurts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_wandapp import loaded
+
+import niwaki
+from helpers import correlated_inputs, evidence_of, make_block, run_method, tiny_llama, write_texts
+from niwaki.config import Bits, parse_target
+from niwaki.errors import TargetError
+from niwaki.methods import squeeze10
+from niwaki.methods._learned_rounding import Latent
+from niwaki.methods._rounding import damped, error, groups_of, nearest
+from niwaki.methods.squeeze10 import Config, salient_columns
+from niwaki.packed import Packed
+from niwaki.stream import Evidence
+from niwaki.walk import collect
+
+
+def squeeze(weight: torch.Tensor, x: torch.Tensor, bits: float, **options) -> Packed:
+    config = Config(**options)
+    seen = evidence_of(make_block({"m": weight}), x, squeeze10.needs(config))
+    targets = {"m": Bits(bits)}
+    return squeeze10.compress(make_block({"m": weight}), seen, targets, config, torch.Generator())["m"]
+
+
+def wide() -> tuple[torch.Tensor, torch.Tensor]:
+    """Some inputs matter much more than others, as in a language model."""
+    weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(0))
+    x = correlated_inputs(600, 256)
+    x[:, torch.randperm(256, generator=torch.Generator().manual_seed(1))[:20]] *= 8
+    return weight, x
+
+
+def output_error(found: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> float:
+    return float((x @ (found - weight).T).square().sum() / (x @ weight.T).square().sum())
+
+
+@pytest.mark.parametrize("bits", [1.3, 1.6, 1.75, 2.5, 4.0])
+@pytest.mark.parametrize("options", [{}, {"group": 64, "salient_group": 32}, {"mean": False}, {"salient_first": False}])
+def test_everything_stored_fits_the_target_and_uses_it(bits: float, options: dict) -> None:
+    weight, x = wide()
+    if bits == 1.3 and options.get("group"):
+        bits = 1.55
+    packed = squeeze(weight, x, bits, rounds=1, **options)
+    found = 8 * packed.nbytes(torch.bfloat16) / weight.numel()
+    # One step is eight columns of three bits more.
+    assert bits - (8 * 3 + 16) / 256 < found <= bits
+    assert torch.equal(packed.decode(torch.float32), packed.weight_OI)
+
+
+def test_a_target_below_the_format_names_the_least_it_can_reach(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"a 96×256 matrix needs at least 1\.125 bits"):
+        salient_columns(96, 256, parse_target("1.1bit"), Config())
+    assert salient_columns(96, 256, parse_target("1.125bit"), Config()) == 0
+    model = tiny_llama(tmp_path / "model", blocks=1)
+    text = write_texts(tmp_path / "text.jsonl")
+    calibration = {"files": (str(text),), "samples": 2, "seq_len": 8}
+    with pytest.raises(TargetError, match="needs at least"):
+        niwaki.compress(
+            model, tmp_path / "out", method="squeeze10", target="1bit", device="cpu", calibration=calibration
+        )
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_choices_by_activation_robustness_and_surgeon_beat_random_and_magnitude() -> None:
+    weight, x = wide()
+    errors = {
+        choose: output_error(squeeze(weight, x, 1.6, choose=choose, rounds=0).weight_OI, weight, x)
+        for choose in squeeze10.CHOICES
+    }
+    for good in ("robustness", "surgeon", "activation"):
+        assert errors[good] < 0.8 * min(errors["random"], errors["magnitude"]), errors
+
+
+def test_rounds_lower_the_error_and_more_bits_too() -> None:
+    weight, x = wide()
+    by_rounds = [output_error(squeeze(weight, x, 1.6, rounds=rounds).weight_OI, weight, x) for rounds in (0, 2, 8)]
+    assert by_rounds[0] > by_rounds[1] > by_rounds[2]
+    by_bits = [output_error(squeeze(weight, x, bits).weight_OI, weight, x) for bits in (1.3, 1.6, 2.2, 4.0)]
+    assert by_bits == sorted(by_bits, reverse=True)
+
+
+def test_salient_columns_are_those_with_large_inputs() -> None:
+    weight, x = wide()
+    packed = squeeze(weight, x, 1.6)
+    salient = set(packed.parts[0].columns_C.tolist())
+    large = set(x.square().sum(0).argsort(descending=True)[:20].tolist())
+    assert len(large & salient) >= 16 and packed.parts[0].bits == 4 and packed.parts[1].bits == 1
+    assert packed.detail["salient_columns"] == len(salient)
+
+
+def test_latent_weights_begin_at_the_codes_that_were_found() -> None:
+    weight, _ = wide()
+    groups = groups_of(0, 64, 4, "midrise", 0) + groups_of(64, 256, 1, "free", 64)
+    rounded = nearest(weight, groups, clip=True).storable()
+    rounded.code_OI[:, ::5] = 1 - rounded.code_OI[:, ::5].clamp_max(1)  # codes that rounding would not choose
+    latent = Latent.start(rounded, weight, torch.arange(256))
+    assert torch.equal(latent.current().code_OI, rounded.code_OI)
+    torch.testing.assert_close(latent.current().values_OI, rounded.values_OI)
+
+
+def test_gradients_of_scales_and_offsets_equal_autograd() -> None:
+    weight = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+    groups = groups_of(0, 8, 4, "midrise", 0) + groups_of(8, 32, 1, "free", 8)
+    rounded = nearest(weight[:, order].contiguous(), groups, clip=False).storable()
+    latent = Latent.start(rounded, weight[:, order].contiguous(), order)
+    gradient = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
+    scale = rounded.scale_OG.clone().requires_grad_(True)
+    offset = rounded.offset_OG.clone().requires_grad_(True)
+    group = rounded.grid.group_I.long()
+    own = torch.where(latent.free_G, offset, -7.5 * scale)
+    values = rounded.code_OI * scale[:, group] + own[:, group]
+    (values * gradient[:, order]).sum().backward()
+    by_weight, by_scale, by_offset = latent.gradients(gradient, rounded)
+    torch.testing.assert_close(by_weight, gradient[:, order])
+    torch.testing.assert_close(by_scale, scale.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_offset, offset.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_learning_never_ends_above_its_start(tmp_path: Path) -> None:
+    block, stream = loaded(tmp_path, windows=16)
+    options = {"learn_rounds": 10, "samples": 14, "rate_frac": 0.01, "target": "block", "rounds": 1}
+    config = Config(**options)
+    seen = Evidence(collect(block, stream, squeeze10.needs(config))[0], stream)
+    packed = squeeze10.compress(block, seen, dict.fromkeys(block.linears, Bits(4.5)), config, torch.Generator())
+    for record in packed.values():
+        assert record.detail["heldout_error"] <= record.detail["heldout_error_start"]
+    assert record.detail["heldout_error"] < record.detail["heldout_error_start"]
+
+
+def test_without_tokens_the_matrix_is_rounded_and_the_note_says_so() -> None:
+    weight, x = wide()
+    packed = squeeze(weight, x[:0], 1.75)
+    assert "rounded to nearest" in packed.note and torch.isfinite(packed.weight_OI).all()
+    h = damped(x.T @ x, 0.01)
+    assert error(packed.weight_OI, weight, h) < error(torch.zeros_like(weight), weight, h)
+    assert run_method(squeeze10, weight, x[:0], Bits(1.75)).shape == weight.shape
