@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from families import build, families
 from niwaki.block import Decoder
-from niwaki.checkpoint import Checkpoint, write_shard
+from niwaki.checkpoint import Checkpoint
+from niwaki.writing import write_shard
 
 CPU = torch.device("cpu")
 MIXTURES = {"mixtral", "qwen3_moe"}

@@ -266,9 +266,9 @@ def test_full_disk_in_the_middle_keeps_what_is_done(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    from niwaki import checkpoint
+    from niwaki import writing
 
-    save, calls = checkpoint.save_file, []
+    save, calls = writing.save_file, []
 
     def filling(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
@@ -276,12 +276,12 @@ def test_full_disk_in_the_middle_keeps_what_is_done(
             raise OSError(28, "No space left on device")
         save(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "save_file", filling)
+    monkeypatch.setattr(writing, "save_file", filling)
     with pytest.raises(OutputError, match="No space left on device"):
         niwaki.compress(model, out, **settings(text))
     assert not out.exists()
     assert not list((tmp_path / "out.partial").glob(".*.tmp"))
-    monkeypatch.setattr(checkpoint, "save_file", save)
+    monkeypatch.setattr(writing, "save_file", save)
     niwaki.compress(model, out, resume=True, **settings(text))
     niwaki.compress(model, tmp_path / "straight", **settings(text))
     assert file_bytes(out) == file_bytes(tmp_path / "straight")
@@ -430,7 +430,7 @@ def _poison(model: Path) -> None:
     [
         ({"method": "wandda"}, InputError, "unknown method 'wandda': did you mean 'wanda'"),
         ({"target": "2:3"}, InputError, "needs a multiple of 3 inputs"),
-        ({"target": "16bit"}, InputError, "expected a fraction of zeros"),
+        ({"target": "16bit"}, InputError, "expected 1 to 8 bits a weight"),
         ({"allocation": "owll"}, InputError, "did you mean 'owl'"),
         ({"allocation": "owl"}, InputError, "owl moves unstructured sparsity"),
         ({"options": {"owl_spread_frac": 0.1}}, InputError, "needs the allocation owl"),

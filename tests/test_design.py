@@ -15,15 +15,15 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if "data" not in path.relat
 
 # A module may import from its own layer and the ones above it in this list.
 LAYERS = [
-    ["__init__", "errors"],
+    ["__init__", "_hook", "errors"],
     ["presets"],
-    ["config", "device", "kernels", "loading"],
+    ["config", "device", "kernels", "loading", "writing"],
     ["calibration", "tap", "codes", "packed", "activations", "learning"],
     ["anatomy"],
     ["checkpoint", "statistics"],
     ["block"],
     ["allocation", "stream"],
-    ["methods"],
+    ["methods", "runtime"],
     ["walk", "run"],
     ["card"],
     ["compression"],

@@ -8,6 +8,7 @@ niwaki.evaluate("out", reference="model", data=["held_out.txt"])
 
 from typing import TYPE_CHECKING, Any
 
+from niwaki import _hook
 from niwaki.errors import (
     ArchitectureError,
     CalibrationError,
@@ -61,3 +62,6 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+_hook.install()

@@ -34,6 +34,7 @@ from niwaki.anatomy import (
     weight_pointers,
 )
 from niwaki.checkpoint import Checkpoint
+from niwaki.codes import WEIGHT
 from niwaki.device import return_free_memory
 from niwaki.errors import ArchitectureError, CheckpointError
 from niwaki.loading import plain_loading
@@ -45,7 +46,8 @@ class Block:
     """One decoder layer on the compute device.
 
     `stored` holds its tensors as the checkpoint does (disk names); `changed` collects the parameters that
-    were assigned.
+    were assigned. `packable` matrices can be stored as codes under names of their own, `packed` holds the tensors of
+    those that are.
     """
 
     index: int
@@ -54,6 +56,8 @@ class Block:
     stored: dict[str, Tensor]
     storage_dtypes: dict[str, torch.dtype]
     changed: set[str] = field(default_factory=set)
+    packable: frozenset[str] = frozenset()
+    packed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def linears(self) -> dict[str, Linear]:
@@ -157,7 +161,21 @@ class Decoder:
         module.requires_grad_(False).to(self.device, non_blocking=True)
         prefix = self.anatomy.prefix(index)
         dtypes = {self._renames[name].removeprefix(prefix): tensor.dtype for name, tensor in stored.items()}
-        return Block(index, module, self.anatomy.blocks[index], stored, dtypes)
+        return Block(index, module, self.anatomy.blocks[index], stored, dtypes, packable=self._packable(index))
+
+    def _packable(self, index: int) -> frozenset[str]:
+        """Matrices that are the whole weight of an nn.Linear and lie on disk under its own name."""
+        prefix, anatomy = self.anatomy.prefix(index), self.anatomy.blocks[index]
+        plain = {target for name, target in self._renames.items() if name == target and name not in self._converted}
+        return frozenset(
+            name
+            for name, linear in anatomy.linears.items()
+            if linear.parameter == name + WEIGHT
+            and linear.expert is None
+            and not linear.transposed
+            and prefix + linear.parameter in plain
+            and isinstance(self._blocks[index].get_submodule(name), nn.Linear)
+        )
 
     def disk_tensors(self, block: Block) -> dict[str, Tensor]:
         """All tensors of a block under their names on disk: unchanged ones bit for bit, changed ones new.
@@ -170,6 +188,11 @@ class Decoder:
         for name, old in block.stored.items():
             parameter = self._renames[name].removeprefix(prefix)
             if parameter not in block.changed:
+                continue
+            if linear_name := _packed_name(parameter, block.packed):
+                tensors.pop(name)
+                for key, tensor in block.packed[linear_name].items():
+                    tensors[f"{name.removesuffix(WEIGHT)}.{key}"] = _to_host(tensor)
                 continue
             new = _to_host(block.module.get_parameter(parameter).detach().to(old.dtype))
             if name in self._converted:
@@ -254,6 +277,11 @@ class Decoder:
         wrong = [str(key) for key in info.mismatched_keys] + list(info.conversion_errors)
         if wrong:
             raise CheckpointError(f"{self.checkpoint.folder}: {wrong[0]} does not fit the model's config")
+
+
+def _packed_name(parameter: str, packed: dict[str, dict[str, Tensor]]) -> str | None:
+    name = parameter.removesuffix(WEIGHT)
+    return name if name in packed else None
 
 
 def _to_host(tensor: Tensor) -> Tensor:

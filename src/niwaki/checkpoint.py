@@ -1,8 +1,7 @@
-"""A model folder of safetensors: read lazily by name, written atomically.
+"""A model folder of safetensors, read lazily by name.
 
 Only safetensors is ever read (a pickle can run code), shard names must be plain file names, and no remote
-code is loaded. Writing goes to a temporary file in the same folder, is flushed to the disk and then renamed,
-so that a file under its final name is always complete.
+code is loaded.
 
     checkpoint = Checkpoint.open("MODEL")
     weights = checkpoint.read(["model.layers.0.mlp.up_proj.weight"])
@@ -10,24 +9,24 @@ so that a file under its final name is always complete.
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from niwaki.errors import CheckpointError, OutputError
+from niwaki.codes import WEIGHT, decode_stored, stored_names
+from niwaki.errors import CheckpointError
+from niwaki.writing import file_sha256
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+QUANT_METHOD = "niwaki"
+SHARD_BYTES = 2**30
+STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _DTYPE_BYTES = {
     "F64": 8,
@@ -60,13 +59,24 @@ class Checkpoint:
     folder: Path
     config: Any
     tensors: dict[str, TensorInfo]
+    packed: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, model: str | Path) -> "Checkpoint":
-        """Opens a local folder or hub id. Raises CheckpointError in one line for anything unusable."""
+        """Opens a local folder or hub id. Raises CheckpointError in one line for anything unusable.
+
+        Modules that niwaki quantized appear among the tensors as the weights they stand for; `packed` describes them.
+        """
         folder = _locate(str(model))
         config = _read_config(folder)
-        return cls(folder, config, _read_headers(folder))
+        packed = getattr(config, "quantization_config", None) or {}
+        modules = packed.get("modules", {})
+        return cls(folder, config, _as_plain(_read_headers(folder), modules, config.dtype), modules)
+
+    def require_plain(self) -> None:
+        """Raises CheckpointError for a checkpoint that is quantized already."""
+        if self.packed:
+            raise CheckpointError(f"{self.folder} is already quantized: start from the bf16, fp16 or fp32 checkpoint")
 
     @property
     def shards(self) -> list[str]:
@@ -85,10 +95,9 @@ class Checkpoint:
         for info in self.tensors.values():
             totals[info.dtype] = totals.get(info.dtype, 0) + info.nbytes
         name = max(totals, key=lambda dtype: totals[dtype])
-        known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        if name not in known:
+        if name not in STORED_DTYPES:
             raise CheckpointError(f"{self.folder} stores its weights as {name}: expected F32, F16 or BF16")
-        return known[name]
+        return STORED_DTYPES[name]
 
     def read(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, Tensor]:
         """Tensors by name, on the CPU, as stored; `pinned` ones move to CUDA without a second copy.
@@ -96,8 +105,13 @@ class Checkpoint:
         Raises CheckpointError naming the first tensor that is not finite.
         """
         wanted: dict[str, list[str]] = {}
+        packed: dict[str, dict[str, Any]] = {}
         for name in names:
-            wanted.setdefault(self.tensors[name].shard, []).append(name)
+            module = name.removesuffix(WEIGHT)
+            if module in self.packed:
+                packed[module] = self.packed[module]
+            for stored in _stored_as(name, self.packed):
+                wanted.setdefault(self.tensors[name].shard, []).append(stored)
         found: dict[str, Tensor] = {}
         for shard, members in wanted.items():
             with safe_open(self.folder / shard, framework="pt") as file:
@@ -105,6 +119,7 @@ class Checkpoint:
                     mapped = file.get_tensor(name)
                     # A copy: the file's mapping is dropped here and its pages with it.
                     found[name] = torch.empty_like(mapped, pin_memory=pinned).copy_(mapped)
+        found = decode_stored(found, packed, self.dtype) if packed else found
         for name, tensor in found.items():
             # min and max of a tensor are NaN or infinite exactly when some element is
             if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
@@ -150,70 +165,17 @@ class Checkpoint:
         )
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Writes one safetensors file atomically; returns its SHA-256. Raises OutputError, leaving no partial file."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with atomic_file(path) as temporary, ThreadPoolExecutor(1) as hasher:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask wants it; save_file puts a private file in its place
-        save_file(contiguous, temporary, metadata={"format": "pt"})
-        temporary.chmod(mode)
-        digest = hasher.submit(file_sha256, temporary)  # reads back from the page cache
-        _sync_file(temporary)
-        return digest.result()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes one UTF-8 file atomically."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copies one file atomically."""
-    with atomic_file(target) as temporary:
-        shutil.copyfile(source, temporary)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Any:
-    """Yields a temporary path beside `path`; on success it is flushed to the disk and renamed to `path`."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        _sync_file(temporary)
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {_reason(error)}. Free space or choose another place") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error)
+def cut_to_shards(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> list[list[str]]:
+    """`names` in their order, cut into files of about 1 GiB."""
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        if parts[-1] and filled + tensors[name].nbytes > SHARD_BYTES:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += tensors[name].nbytes
+    return [part for part in parts if part]
 
 
 def _locate(model: str) -> Path:
@@ -247,7 +209,8 @@ def _read_config(folder: Path) -> Any:
     except Exception as error:  # transformers raises validation errors of several libraries here
         reason = str(error).strip().split("\n")[0][:200]
         raise CheckpointError(f"{folder}/config.json cannot be used ({reason})") from error
-    if getattr(config, "quantization_config", None) is not None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and quantization.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{folder} is already quantized: start from the bf16, fp16 or fp32 checkpoint")
     return config
 
@@ -277,6 +240,33 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     if missing:
         raise CheckpointError(f"{folder}: the index lists {missing[0]}, but no shard holds it")
     return tensors
+
+
+def _stored_as(name: str, packed: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    module = name.removesuffix(WEIGHT)
+    if module not in packed:
+        return [name]
+    return [f"{module}.{key}" for key in stored_names(packed[module]["parts"])]
+
+
+def _as_plain(
+    tensors: dict[str, TensorInfo], packed: Mapping[str, Mapping[str, Any]], dtype: torch.dtype
+) -> dict[str, TensorInfo]:
+    """The tensors with quantized modules as one weight each, whose `nbytes` are the stored ones."""
+    plain = dict(tensors)
+    label = next(name for name, known in STORED_DTYPES.items() if known == dtype)
+    for module, about in packed.items():
+        own = [plain.pop(name) for name in _stored_as(module + WEIGHT, packed)]
+        nbytes = sum(info.nbytes for info in own)
+        plain[module + WEIGHT] = TensorInfo(own[0].shard, label, tuple(about["shape"]), nbytes)
+    return plain
+
+
+def packed_config(folder: Path, modules: Mapping[str, Any]) -> str:
+    """The config.json of `folder`, naming how these modules are quantized."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": QUANT_METHOD, "format": 1, "modules": dict(modules)}
+    return json.dumps(config, indent=2) + "\n"
 
 
 def _read_header(folder: Path, shard: str) -> dict[str, TensorInfo]:

@@ -58,7 +58,7 @@ def compress(
     ] = None,
     preset: Annotated[str | None, typer.Option(help="fast, balanced or best instead of a method.")] = None,
     target: Annotated[
-        str | None, typer.Option(help="Zeros: 0.5, 50%, 2:4, 4:8. Required here or in the recipe.")
+        str | None, typer.Option(help="Zeros 0.5, 50%, 2:4, or bits 4bit, 1.75bit. Required here or in the recipe.")
     ] = None,
     allocation: Annotated[str | None, _option("uniform or owl.", "uniform")] = None,
     calibration: Annotated[
@@ -69,6 +69,7 @@ def compress(
     seq_len: Annotated[int | None, _option("Tokens per window.", 2048)] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML with any of these; flags win.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Method option key=value. Repeatable.")] = None,
+    pack: Annotated[str | None, _option("Store codes as codes: auto or none.", "auto")] = None,
     seed: Annotated[int | None, _option("Seed.", 0)] = None,
     device: Annotated[str | None, _option(DEVICE, "auto")] = None,
     dtype: Annotated[str | None, _option(DTYPE, "auto")] = None,
@@ -97,6 +98,7 @@ def compress(
         preset=preset,
         target=target,
         allocation=allocation,
+        pack=pack,
         seed=seed,
         device=device,
         dtype=dtype,
@@ -182,10 +184,10 @@ def evaluate(
     json_: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
 ) -> None:
     """Measure perplexity, distance to a reference, and tasks."""
-    from niwaki.checkpoint import write_text
     from niwaki.evaluation import evaluate as run
     from niwaki.progress import Display
     from niwaki.tables import print_scores
+    from niwaki.writing import write_text
 
     if json_ is not None and not json_.parent.is_dir():
         raise InputError(f"--json {json_}: the folder {json_.parent} does not exist")

@@ -4,6 +4,9 @@ A matrix is one part, or several parts with columns of different widths (4-bit s
 Codes lie in bit planes: plane k holds bit k of every code, eight columns to a byte, so that 1, 2, 3, 4 and 8 bits
 are one format and a kernel that multiplies one plane multiplies all. What `nbytes` counts is what is written.
 
+Scales and offsets are float16 numbers, stored as the int16 with the same bits: no loader that casts a model to another
+dtype changes them on its way.
+
 Legend: O outputs, I inputs, C columns of a part, G groups of columns that share a scale, K bits.
 """
 
@@ -16,6 +19,7 @@ from torch import Tensor
 
 GRIDS = ("affine", "symmetric", "midrise", "free")
 SCALE_DTYPE = torch.float16
+WEIGHT = ".weight"  # what a quantized module's parameter is called
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,9 @@ class Part:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, by name: planes [K, O, ⌈C/8⌉] uint8, scales, and offsets or zero codes."""
-        found = {"planes": pack_planes(self.code_OC, self.bits), "scale": self.scale_OG.to(SCALE_DTYPE).contiguous()}
+        found = {"planes": pack_planes(self.code_OC, self.bits), "scale": _as_int16(self.scale_OG)}
         if self.offset_OG is not None:
-            found["offset"] = self.offset_OG.to(SCALE_DTYPE).contiguous()
+            found["offset"] = _as_int16(self.offset_OG)
         if self.zero_OG is not None:
             found["zero"] = pack_planes(self.zero_OG.reshape(1, -1), self.bits)
         return found
@@ -120,7 +124,8 @@ def read_parts(tensors: Mapping[str, Tensor], described: Sequence[Mapping[str, A
         places = [first_I.nonzero().view(-1), (~first_I).nonzero().view(-1)]
     parts = []
     for number, (about, columns_C) in enumerate(zip(described, places, strict=True)):
-        scale_OG = tensors[f"scale_{number}"]
+        scale_OG = tensors[f"scale_{number}"].view(SCALE_DTYPE)
+        offset = tensors.get(f"offset_{number}")
         zero = tensors.get(f"zero_{number}")
         parts.append(
             Part(
@@ -130,11 +135,38 @@ def read_parts(tensors: Mapping[str, Tensor], described: Sequence[Mapping[str, A
                 about["group"],
                 unpack_planes(tensors[f"planes_{number}"], about["columns"]),
                 scale_OG,
-                offset_OG=tensors.get(f"offset_{number}"),
+                offset_OG=None if offset is None else offset.view(SCALE_DTYPE),
                 zero_OG=None if zero is None else unpack_planes(zero, scale_OG.numel()).view(scale_OG.shape),
             )
         )
     return parts
+
+
+def stored_names(described: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names that `stored_tensors` gives to the tensors of parts with these descriptions."""
+    extra = {"free": ["offset"], "affine": ["zero"]}
+    names = [
+        f"{name}_{number}"
+        for number, about in enumerate(described)
+        for name in ["planes", "scale", *extra.get(about["grid"], [])]
+    ]
+    return [*names, "columns"] if len(described) > 1 else names
+
+
+def decode_stored(
+    tensors: Mapping[str, Tensor], modules: Mapping[str, Mapping[str, Any]], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint with quantized modules as plain `module.weight` again.
+
+    `modules` holds {"shape": [O, I], "parts": descriptions} by module name; those without tensors here are skipped.
+    """
+    found = dict(tensors)
+    for module, about in modules.items():
+        names = stored_names(about["parts"])
+        if f"{module}.{names[0]}" in found:
+            own = {name: found.pop(f"{module}.{name}") for name in names}
+            found[module + WEIGHT] = assemble(read_parts(own, about["parts"], about["shape"][1])).to(dtype)
+    return found
 
 
 def assemble(parts: Sequence[Part]) -> Tensor:
@@ -144,3 +176,7 @@ def assemble(parts: Sequence[Part]) -> Tensor:
     for part in parts:
         weight_OI[:, part.columns_C] = part.decode()
     return weight_OI
+
+
+def _as_int16(values: Tensor) -> Tensor:
+    return values.to(SCALE_DTYPE).contiguous().view(torch.int16)

@@ -33,7 +33,8 @@ from niwaki.calibration import (
     sampled_windows,
 )
 from niwaki.card import model_card
-from niwaki.checkpoint import INDEX, Checkpoint, copy_file, write_text
+from niwaki.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, packed_config
+from niwaki.codes import WEIGHT, decode_stored
 from niwaki.config import Calibration, Recipe, Target, make_options, make_recipe, parse_target
 from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
 from niwaki.errors import CalibrationError, InputError, NumericalError, OutputError, unknown
@@ -41,8 +42,8 @@ from niwaki.methods import Step, make_steps, merged_needs
 from niwaki.run import RECORD, Run, Writer, check_apart, check_free, finished_record, partial_of
 from niwaki.stream import Stream, default_batch_tokens
 from niwaki.walk import Plan, Report, collect, compress_blocks, forward
+from niwaki.writing import copy_file, write_text
 
-END_SHARD_BYTES = 2**30
 OWL_PREFIX = "owl_"
 
 
@@ -95,6 +96,7 @@ class _Job:
         self.partial = partial_of(self.out)
         check_free(self.out, self.partial, resume=resume, overwrite=overwrite)
         self.checkpoint = Checkpoint.open(model)
+        self.checkpoint.require_plain()
         check_apart(self.checkpoint.folder, self.out)
         _check_disk(self.checkpoint, self.out)
         self.decoder = Decoder(self.checkpoint, self.device, pick_dtype(recipe.dtype))
@@ -104,6 +106,7 @@ class _Job:
         batch_tokens = recipe.batch_tokens or default_batch_tokens(self.device)
         self.recipe = recipe.model_copy(update={"device": str(self.device), "batch_tokens": batch_tokens})
         self.windows_ST, self.calibration_source = self._windows()
+        self.end_parts = cut_to_shards(self.decoder.disk_names(None), self.checkpoint.tensors)
         self.shard_names = self._shard_names()
 
     def run(self) -> dict[str, Any]:
@@ -138,7 +141,7 @@ class _Job:
 
             def finished(index: int) -> dict[str, Tensor] | None:
                 entry = run.finished.get(_block_part(index))
-                return None if entry is None else _read_shard(run.folder / entry["shard"])
+                return None if entry is None else self._read_block(index, run.folder / entry["shard"], entry["lines"])
 
             def save(block: Block, lines: list[dict[str, Any]]) -> None:
                 writer.write(
@@ -148,7 +151,7 @@ class _Job:
                     lines,
                 )
 
-            plan = Plan(self.steps, self.targets, self.recipe.seed)
+            plan = Plan(self.steps, self.targets, self.recipe.seed, self.recipe.pack == "auto")
             compress_blocks(self.decoder, plan, stream, dense, finished=finished, save=save, report=report)
         return self._finish(run, report)
 
@@ -216,23 +219,11 @@ class _Job:
 
     def _shard_names(self) -> list[str]:
         """One file per block, then the ends in files of about 1 GiB."""
-        count = len(self.decoder) + len(self._end_parts())
+        count = len(self.decoder) + len(self.end_parts)
         return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
-    def _end_parts(self) -> list[list[str]]:
-        parts: list[list[str]] = [[]]
-        filled = 0
-        for name in self.decoder.disk_names(None):
-            size = self.checkpoint.tensors[name].nbytes
-            if parts[-1] and filled + size > END_SHARD_BYTES:
-                parts.append([])
-                filled = 0
-            parts[-1].append(name)
-            filled += size
-        return [part for part in parts if part]
-
     def _write_ends(self, run: Run, writer: "Writer") -> None:
-        for number, names in enumerate(self._end_parts()):
+        for number, names in enumerate(self.end_parts):
             part = f"ends-{number:05d}"
             if part not in run.finished:
                 writer.write(part, self.shard_names[len(self.decoder) + number], self.checkpoint.read(names), [])
@@ -242,10 +233,12 @@ class _Job:
         parts = [entry for name, entry in sorted(run.finished.items()) if "shard" in entry]
         lines = [line for entry in parts for line in entry["lines"]]
         weight_map = {name: entry["shard"] for entry in parts for name in entry["tensors"]}
-        total_bytes = sum(info.nbytes for info in self.checkpoint.tensors.values())
+        total_bytes = sum(entry["tensor_bytes"] for entry in parts)
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         for source in self.checkpoint.companions():
             copy_file(source, run.folder / source.name)
+        if modules := self._packed_modules(lines):
+            write_text(run.folder / "config.json", packed_config(self.checkpoint.folder, modules))
         write_text(run.folder / INDEX, json.dumps(index, indent=2) + "\n")
         write_text(run.folder / RECORD / "blocks.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         record = self._record(run, parts, lines)
@@ -254,6 +247,19 @@ class _Job:
         report("done", seconds=record["seconds"], out=str(self.out))
         run.complete()
         return record
+
+    def _packed_modules(self, lines: list[dict[str, Any]]) -> dict[str, Any]:
+        """How the quantized modules of these lines are stored, by module name."""
+        prefix = self.decoder.anatomy.prefix
+        return {prefix(line["block"]) + line["matrix"]: line["stored"] for line in lines if "stored" in line}
+
+    def _read_block(self, index: int, path: Path, lines: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """A finished block as plain weights, in the dtype of the checkpoint."""
+        modules = self._packed_modules(lines)
+        names = [module + WEIGHT for module in modules]
+        dtypes = {STORED_DTYPES[self.checkpoint.tensors[name].dtype] for name in names} or {self.checkpoint.dtype}
+        assert len(dtypes) == 1, "the matrices of one block share a dtype"
+        return decode_stored(_read_shard(path), modules, dtypes.pop())
 
     def _record(self, run: Run, parts: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[str, Any]:
         weights = sum(math.prod(line["shape"]) for line in lines)

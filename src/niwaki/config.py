@@ -121,6 +121,7 @@ class Recipe(_Strict):
     allocation: str = "uniform"
     calibration: Calibration = Calibration()
     options: dict[str, Any] = {}
+    pack: Literal["auto", "none"] = "auto"
     seed: int = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

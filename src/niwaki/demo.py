@@ -11,12 +11,12 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from niwaki.checkpoint import write_text
 from niwaki.compression import compress
 from niwaki.errors import OutputError
 from niwaki.evaluation import evaluate
 from niwaki.run import check_apart, check_free, partial_of
 from niwaki.walk import Report
+from niwaki.writing import write_text
 
 PRESET = "fast"  # the best that two cores do in well under two minutes
 TARGET = "2:4"

@@ -60,6 +60,10 @@ class Packed:
             return sum(tensor.nbytes for tensor in self.tensors().values())
         return self.weight_OI.numel() * dtype.itemsize
 
+    def describe(self) -> dict[str, Any]:
+        """What a loader needs to read the tensors of a record of codes."""
+        return {"shape": list(self.weight_OI.shape), "parts": [part.describe() for part in self.parts]}
+
     def tensors(self) -> dict[str, Tensor]:
         """What a record of codes stores, by name."""
         return stored_tensors(self.parts, self.weight_OI.shape[1])

@@ -27,7 +27,7 @@ from torch.func import functional_call
 from niwaki import __version__
 from niwaki.block import Decoder
 from niwaki.calibration import calibration_windows, digest, load_tokenizer, read_texts
-from niwaki.checkpoint import Checkpoint, copy_file, file_sha256, write_text
+from niwaki.checkpoint import Checkpoint
 from niwaki.config import as_files
 from niwaki.device import peak_rss_bytes, pick_device
 from niwaki.errors import ArchitectureError, InputError, NumericalError
@@ -35,6 +35,7 @@ from niwaki.generation import load
 from niwaki.learning import Lowest, cosine
 from niwaki.loading import plain_loading
 from niwaki.run import RECORD, Run, check_apart, check_free, partial_of
+from niwaki.writing import copy_file, file_sha256, write_text
 
 CHECKS = 8
 Report = Callable[..., None]
@@ -69,6 +70,7 @@ def recover(
     out = Path(out).absolute()
     check_free(out, partial_of(out), resume=False, overwrite=overwrite)
     checkpoint = Checkpoint.open(model)
+    checkpoint.require_plain()
     check_apart(checkpoint.folder, out)
     skeleton = Decoder(checkpoint, torch.device("cpu"))
     names = _module_names(skeleton)

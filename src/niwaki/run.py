@@ -23,8 +23,8 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from niwaki.checkpoint import file_sha256, sync_folder, write_shard, write_text
 from niwaki.errors import OutputError, ResumeError
+from niwaki.writing import file_sha256, sync_folder, write_shard, write_text
 
 RECORD = "niwaki"
 FINGERPRINT = "fingerprint.json"
@@ -174,6 +174,7 @@ class Writer:
                 "sha256": sha256,
                 "bytes": path.stat().st_size,
                 "tensors": sorted(tensors),
+                "tensor_bytes": sum(tensor.nbytes for tensor in tensors.values()),
                 "lines": lines,
             }
 

@@ -21,11 +21,12 @@ from niwaki.block import Block, Decoder
 from niwaki.config import Target
 from niwaki.errors import NumericalError
 from niwaki.methods import Step, merged_needs
-from niwaki.packed import Packed
+from niwaki.packed import Packed, join_notes
 from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence, Stream
 
 Report = Callable[..., None]
+STORED_DENSE = "codes are stored as the weights they stand for, so the file is not smaller"
 
 
 def loaded_blocks(
@@ -78,11 +79,15 @@ def collect(block: Block, stream: Stream, needs: Needs) -> tuple[dict[str, Stati
 
 @dataclass(frozen=True)
 class Plan:
-    """What the walk does to each block: one method after another, their targets and their seed."""
+    """What the walk does to each block: one method after another, their targets and their seed.
+
+    `pack`: codes are stored as codes where the matrix can be, otherwise as the weights they stand for.
+    """
 
     steps: Sequence[Step]
     targets: list[dict[str, Target]]
     seed: int
+    pack: bool = True
 
 
 def compress_blocks(
@@ -131,7 +136,9 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
         found = step.compress(block, Evidence(statistics, stream, dense, packed), targets, generator)
         packed = {name: record.after(packed[name]) if packed else record for name, record in found.items()}
     with torch.no_grad():
-        lines = [_line(block, name, targets[name], record, statistics[name]) for name, record in packed.items()]
+        lines = [
+            _line(block, name, targets[name], record, statistics[name], plan.pack) for name, record in packed.items()
+        ]
     if stream is not None and before_BTD is not None:
         after_BTD = stream.observe(block, None, first_only=True)
         block_error = _energy_ratio(after_BTD - before_BTD, before_BTD)
@@ -139,7 +146,9 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
     return lines
 
 
-def _line(block: Block, name: str, target: Target, record: Packed, statistics: Statistics) -> dict[str, Any]:
+def _line(
+    block: Block, name: str, target: Target, record: Packed, statistics: Statistics, pack: bool
+) -> dict[str, Any]:
     """Assigns one record and describes it; errors are relative squared output errors on sampled inputs.
 
     `error_before_update` is that of only removing the pruned weights, `error` that of the final matrix.
@@ -157,7 +166,13 @@ def _line(block: Block, name: str, target: Target, record: Packed, statistics: S
         masked_OI = old_OI * (new_OI != 0)
         error_before_update = _energy_ratio(x_NI @ masked_OI.T - wanted_NO, wanted_NO)
     zeros = int((new_OI == 0).sum())
-    nbytes = record.nbytes(block.storage_dtype(name))
+    stored: dict[str, Any] = {}
+    nbytes, note = new_OI.numel() * block.storage_dtype(name).itemsize, record.note
+    if record.parts and pack and name in block.packable:
+        block.packed[name] = record.tensors()
+        nbytes, stored = record.nbytes(block.storage_dtype(name)), {"stored": record.describe()}
+    elif record.parts:
+        note = join_notes(note, STORED_DENSE)
     return {
         "block": block.index,
         "matrix": name,
@@ -171,8 +186,9 @@ def _line(block: Block, name: str, target: Target, record: Packed, statistics: S
         "tokens": statistics.tokens,
         "error_before_update": error_before_update,
         "error": error,
-        "note": record.note,
+        "note": note,
         **record.detail,
+        **stored,
     }
 
 

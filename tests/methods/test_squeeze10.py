@@ -121,15 +121,18 @@ def test_gradients_of_scales_and_offsets_equal_autograd() -> None:
     torch.testing.assert_close(by_offset, offset.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_learning_never_ends_above_its_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "improves"), [(3.0, True), (4.5, False)])
+def test_learning_never_ends_above_its_start(bits: float, improves: bool, tmp_path: Path) -> None:
+    """With one bit for all columns there is much to gain; with four, on random text, nothing that holds."""
     block, stream = loaded(tmp_path, windows=16)
-    options = {"learn_rounds": 10, "samples": 14, "rate_frac": 0.01, "target": "block", "rounds": 1}
-    config = Config(**options)
+    config = Config(learn_rounds=10, samples=14, rate_frac=0.01, target="block", rounds=2)
     seen = Evidence(collect(block, stream, squeeze10.needs(config))[0], stream)
-    packed = squeeze10.compress(block, seen, dict.fromkeys(block.linears, Bits(4.5)), config, torch.Generator())
-    for record in packed.values():
-        assert record.detail["heldout_error"] <= record.detail["heldout_error_start"]
-    assert record.detail["heldout_error"] < record.detail["heldout_error_start"]
+    for record in squeeze10.compress(
+        block, seen, dict.fromkeys(block.linears, Bits(bits)), config, torch.Generator()
+    ).values():
+        start, end = record.detail["heldout_error_start"], record.detail["heldout_error"]
+        assert (end < 0.95 * start) if improves else (end == start)
+        assert record.note == ("" if improves else squeeze10.KEPT_START)
 
 
 def test_without_tokens_the_matrix_is_rounded_and_the_note_says_so() -> None:

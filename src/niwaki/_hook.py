@@ -1,0 +1,54 @@
+"""Registers niwaki's packed format with transformers without importing it.
+
+`import niwaki` must stay instant, and often comes before transformers. A finder waits for transformers' table of
+quantizers, lets it load, and adds to it.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+TABLE = "transformers.quantizers.auto"
+
+
+def install() -> None:
+    """Registers now if the table is loaded, else as soon as it is."""
+    if TABLE in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the table as usual, with a loader that registers afterwards."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != TABLE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    """Another loader, and `register` after it."""
+
+    def __init__(self, inner: importlib.abc.Loader) -> None:
+        self.inner = inner
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.inner.exec_module(module)
+        _register()
+
+
+def _register() -> None:
+    importlib.import_module("niwaki.runtime.quantizer").register()

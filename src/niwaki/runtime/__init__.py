@@ -1,0 +1,1 @@
+"""Running what niwaki made: packed linears, and loading them through transformers."""

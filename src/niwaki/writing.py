@@ -1,0 +1,85 @@
+"""Writing files so that one under its final name is always complete.
+
+Everything goes to a temporary file in the same folder, is flushed to the disk and then renamed.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from niwaki.errors import OutputError
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Writes one safetensors file atomically; returns its SHA-256. Raises OutputError, leaving no partial file."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path) as temporary, ThreadPoolExecutor(1) as hasher:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask wants it; save_file puts a private file in its place
+        save_file(contiguous, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
+        digest = hasher.submit(file_sha256, temporary)  # reads back from the page cache
+        _sync_file(temporary)
+        return digest.result()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes one UTF-8 file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies one file atomically."""
+    with atomic_file(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Any:
+    """Yields a temporary path beside `path`; on success it is flushed to the disk and renamed to `path`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        _sync_file(temporary)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {_reason(error)}. Free space or choose another place") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
