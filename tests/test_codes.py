@@ -3,21 +3,36 @@
 import pytest
 import torch
 
-from niwaki.codes import Part, assemble, centre, pack_planes, read_parts, stored_tensors, unpack_planes
+from niwaki.codes import (
+    Part,
+    assemble,
+    centre,
+    pack_codes,
+    pack_planes,
+    read_parts,
+    stored_tensors,
+    unpack_codes,
+    unpack_planes,
+)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (5, 17), (2, 64)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (5, 17), (33, 64), (64, 95)])
 def test_planes_keep_every_code(bits: int, shape: tuple[int, int]) -> None:
     code = torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     planes = pack_planes(code, bits)
-    assert planes.shape == (bits, shape[0], -(-shape[1] // 8))
-    assert torch.equal(unpack_planes(planes, shape[1]), code)
+    assert planes.dtype == torch.uint8 and planes.shape == (-(-shape[0] // 32), bits, -(-shape[1] // 8), 32)
+    assert torch.equal(unpack_planes(planes, *shape), code)
+    assert torch.equal(unpack_codes(pack_codes(code, bits), code.numel()).view(shape), code)
 
 
-def test_bit_c_of_a_plane_byte_belongs_to_column_c() -> None:
-    code = torch.tensor([[2, 1, 0, 3]], dtype=torch.uint8)
-    assert pack_planes(code, 2).tolist() == [[[0b1010]], [[0b1001]]]
+def test_a_byte_holds_eight_columns_of_a_row() -> None:
+    code = torch.zeros(2, 12, dtype=torch.uint8)
+    code[0, 0], code[1, 7], code[0, 9] = 2, 1, 3
+    planes = pack_planes(code, 2)  # [tile 0, plane, byte, row]
+    assert planes[0, 0, 0, 1] == 0x80 and planes[0, 0, 1, 0] == 0b10
+    assert planes[0, 1, 0, 0] == 1 and planes[0, 1, 1, 0] == 0b10
+    assert int((planes != 0).sum()) == 4
 
 
 def part(grid: str, columns: torch.Tensor, bits: int, group: int, rows: int = 6) -> Part:
@@ -53,5 +68,5 @@ def test_two_parts_come_back_from_their_tensors_and_bytes_are_theirs() -> None:
     tensors = stored_tensors(parts, 30)
     again = read_parts(tensors, [p.describe() for p in parts], 30)
     assert torch.equal(assemble(again), assemble(parts))
-    # Planes 4·6·1 + 1·6·3, scales 6 + 6·3, offsets 6·3 (two bytes each), and a bit for each of 30 columns.
-    assert sum(t.nbytes for t in tensors.values()) == 24 + 18 + 2 * (6 + 18 + 18) + 4
+    # Planes of 32 rows (4 of one byte, 1 of three), scales 6 + 6·3, offsets 6·3, a bit for each column.
+    assert sum(t.nbytes for t in tensors.values()) == 7 * 32 + 2 * (6 + 18 + 18) + 4

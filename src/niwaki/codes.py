@@ -1,8 +1,9 @@
 """Quantized columns as they are stored: integer codes, and the scales that turn them into weights.
 
 A matrix is one part, or several parts with columns of different widths (4-bit salient columns beside 1-bit ones).
-Codes lie in bit planes: plane k holds bit k of every code, eight columns to a byte, so that 1, 2, 3, 4 and 8 bits
-are one format and a kernel that multiplies one plane multiplies all. What `nbytes` counts is what is written.
+Codes lie in bit planes: plane k holds bit k of every code, so that 1, 2, 3, 4 and 8 bits are one format and a kernel
+that multiplies one plane multiplies all. The file has the layout of the kernels: tiles of 32 rows, a
+byte for eight columns of each. What `nbytes` counts is what is written.
 
 Scales and offsets are float16 numbers, stored as the int16 with the same bits: no loader that casts a model to another
 dtype changes them on its way.
@@ -19,6 +20,7 @@ from torch import Tensor
 
 GRIDS = ("affine", "symmetric", "midrise", "free")
 SCALE_DTYPE = torch.float16
+TILE = 32  # rows that lie side by side
 WEIGHT = ".weight"  # what a quantized module's parameter is called
 
 
@@ -57,12 +59,12 @@ class Part:
         return self.code_OC * widen(scale_OG, self.group, sizes) + widen(offset_OG, self.group, sizes)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name: planes [K, O, ⌈C/8⌉] uint8, scales, and offsets or zero codes."""
+        """What is stored, by name: planes (see `pack_planes`), scales [G, O], and offsets or zero codes."""
         found = {"planes": pack_planes(self.code_OC, self.bits), "scale": _as_int16(self.scale_OG)}
         if self.offset_OG is not None:
             found["offset"] = _as_int16(self.offset_OG)
         if self.zero_OG is not None:
-            found["zero"] = pack_planes(self.zero_OG.reshape(1, -1), self.bits)
+            found["zero"] = pack_codes(self.zero_OG.T, self.bits)
         return found
 
     def describe(self) -> dict[str, Any]:
@@ -87,56 +89,83 @@ def widen(values_OG: Tensor, group: int, columns: int) -> Tensor:
 
 
 def pack_planes(code_OC: Tensor, bits: int) -> Tensor:
-    """Bit planes [K, O, ⌈C/8⌉] uint8 of codes < 2^K; bit c mod 8 of byte c // 8 belongs to column c."""
+    """Bit planes [T, K, B, 32] uint8 of codes < 2^K: T tiles of 32 rows, B bytes of eight columns.
+
+    Bit c mod 8 of byte c // 8 belongs to column c; missing rows and columns are zero.
+    """
     rows, columns = code_OC.shape
-    padded_OC = torch.nn.functional.pad(code_OC.to(torch.uint8), (0, -columns % 8))
-    lanes_8 = torch.arange(8, dtype=torch.uint8, device=code_OC.device)
-    planes = [(((padded_OC >> k) & 1).view(rows, -1, 8) << lanes_8).sum(-1, dtype=torch.uint8) for k in range(bits)]
+    padded = torch.nn.functional.pad(code_OC.to(torch.uint8), (0, -columns % 8, 0, -rows % TILE))
+    code_TRBC = padded.view(-1, TILE, padded.shape[1] // 8, 8)
+    lanes_C = torch.arange(8, dtype=torch.uint8, device=code_OC.device)
+    planes = [(((code_TRBC >> k) & 1) << lanes_C).sum(-1, dtype=torch.uint8).transpose(1, 2) for k in range(bits)]
+    return torch.stack(planes, dim=1).contiguous()
+
+
+def unpack_planes(planes_TKBR: Tensor, rows: int, columns: int) -> Tensor:
+    """The codes [O, C] uint8 of `pack_planes`."""
+    tiles, bits, width, _ = planes_TKBR.shape
+    lanes_C = torch.arange(8, dtype=torch.uint8, device=planes_TKBR.device)
+    code = torch.zeros(tiles * TILE, width * 8, dtype=torch.uint8, device=planes_TKBR.device)
+    for k in range(bits):
+        plane_TRB = planes_TKBR[:, k].transpose(1, 2)
+        code |= (((plane_TRB[..., None] >> lanes_C) & 1) << k).reshape(code.shape)
+    return code[:rows, :columns]
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes < 2^K of any shape as K planes [K, ⌈n/8⌉] uint8; bit i mod 8 of byte i // 8 belongs to code i."""
+    flat_N = torch.nn.functional.pad(codes.reshape(-1).to(torch.uint8), (0, -codes.numel() % 8))
+    lanes_8 = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    planes = [(((flat_N >> k) & 1).view(-1, 8) << lanes_8).sum(-1, dtype=torch.uint8) for k in range(bits)]
     return torch.stack(planes)
 
 
-def unpack_planes(planes_KOB: Tensor, columns: int) -> Tensor:
-    """The codes [O, C] uint8 of `pack_planes`."""
-    lanes_8 = torch.arange(8, dtype=torch.uint8, device=planes_KOB.device)
-    rows = planes_KOB.shape[1]
-    code_OC = torch.zeros(rows, columns, dtype=torch.uint8, device=planes_KOB.device)
-    for k, plane_OB in enumerate(planes_KOB):
-        bits_OC = ((plane_OB[..., None] >> lanes_8) & 1).reshape(rows, -1)[:, :columns]
-        code_OC |= bits_OC << k
-    return code_OC
+def unpack_codes(planes_KB: Tensor, count: int) -> Tensor:
+    """The first `count` codes of `pack_codes`, [count] uint8."""
+    lanes_8 = torch.arange(8, dtype=torch.uint8, device=planes_KB.device)
+    codes_N = torch.zeros(planes_KB.shape[1] * 8, dtype=torch.uint8, device=planes_KB.device)
+    for k, plane_B in enumerate(planes_KB):
+        codes_N |= ((plane_B[:, None] >> lanes_8) & 1).reshape(-1) << k
+    return codes_N[:count]
 
 
 def stored_tensors(parts: Sequence[Part], columns: int) -> dict[str, Tensor]:
     """All tensors of a matrix: those of its parts, and with two parts the mask of the first one's columns."""
     found = {f"{name}_{number}": t for number, part in enumerate(parts) for name, t in part.tensors().items()}
     if len(parts) > 1:
-        first_1I = torch.zeros(1, columns, dtype=torch.uint8)
-        first_1I[0, parts[0].columns_C.cpu()] = 1
-        found["columns"] = pack_planes(first_1I, 1).view(-1)
+        first_I = torch.zeros(columns, dtype=torch.uint8)
+        first_I[parts[0].columns_C.cpu()] = 1
+        found["columns"] = pack_codes(first_I, 1)[0]
     return found
+
+
+def column_places(tensors: Mapping[str, Tensor], described: Sequence[Mapping[str, Any]], columns: int) -> list[Tensor]:
+    """The columns of every part."""
+    if len(described) == 1:
+        return [torch.arange(columns, device=tensors["planes_0"].device)]
+    first_I = unpack_codes(tensors["columns"][None], columns).bool()
+    return [first_I.nonzero().view(-1), (~first_I).nonzero().view(-1)]
 
 
 def read_parts(tensors: Mapping[str, Tensor], described: Sequence[Mapping[str, Any]], columns: int) -> list[Part]:
     """The parts that `stored_tensors` wrote, from their `describe()`."""
-    places = [torch.arange(columns)]
-    if len(described) > 1:
-        first_I = unpack_planes(tensors["columns"].view(1, 1, -1), columns)[0].bool()
-        places = [first_I.nonzero().view(-1), (~first_I).nonzero().view(-1)]
     parts = []
-    for number, (about, columns_C) in enumerate(zip(described, places, strict=True)):
-        scale_OG = tensors[f"scale_{number}"].view(SCALE_DTYPE)
-        offset = tensors.get(f"offset_{number}")
+    for number, (about, columns_C) in enumerate(
+        zip(described, column_places(tensors, described, columns), strict=True)
+    ):
+        scale_OG = tensors[f"scale_{number}"].view(SCALE_DTYPE).T
+        offset_GO = tensors.get(f"offset_{number}")
         zero = tensors.get(f"zero_{number}")
         parts.append(
             Part(
-                columns_C.to(scale_OG.device),
+                columns_C,
                 about["bits"],
                 about["grid"],
                 about["group"],
-                unpack_planes(tensors[f"planes_{number}"], about["columns"]),
+                unpack_planes(tensors[f"planes_{number}"], len(scale_OG), about["columns"]),
                 scale_OG,
-                offset_OG=None if offset is None else offset.view(SCALE_DTYPE),
-                zero_OG=None if zero is None else unpack_planes(zero, scale_OG.numel()).view(scale_OG.shape),
+                offset_OG=None if offset_GO is None else offset_GO.view(SCALE_DTYPE).T,
+                zero_OG=None if zero is None else unpack_codes(zero, scale_OG.numel()).view(scale_OG.T.shape).T,
             )
         )
     return parts
@@ -178,5 +207,6 @@ def assemble(parts: Sequence[Part]) -> Tensor:
     return weight_OI
 
 
-def _as_int16(values: Tensor) -> Tensor:
-    return values.to(SCALE_DTYPE).contiguous().view(torch.int16)
+def _as_int16(values_OG: Tensor) -> Tensor:
+    """[G, O]: the rows of a tile lie side by side."""
+    return values_OG.to(SCALE_DTYPE).T.contiguous().view(torch.int16)

@@ -14,3 +14,17 @@ def sweep_codes(
     threads: int,
     /,
 ) -> None: ...
+def plane_product(
+    planes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    zero: Tensor | None,
+    centre: float,
+    group_bytes: int,
+    column: Tensor | None,
+    columns: int,
+    x: Tensor,
+    out: Tensor,
+    threads: int,
+    portable: bool,
+) -> None: ...

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from niwaki.block import Block
+from niwaki.codes import TILE
 from niwaki.config import Bits, Target
 from niwaki.errors import TargetError
 from niwaki.methods._learned_rounding import Latent, learn
@@ -206,7 +207,7 @@ def salient_columns(rows: int, columns: int, target: Target, config: Config) -> 
 def _stored_bytes(rows: int, columns: int, count: int, config: Config) -> int:
     """Bytes of a matrix with `count` salient columns, as `Packed.nbytes` counts them."""
     binary = columns - count
-    planes: int = rows * (SALIENT_BITS * -(-count // 8) + -(-binary // 8))
+    planes: int = -(-rows // TILE) * TILE * (SALIENT_BITS * -(-count // 8) + -(-binary // 8))
     salient_groups = -(-count // (config.salient_group or columns))
     groups = -(-binary // (config.group or columns))
     scales = 2 * rows * (salient_groups + groups * (2 if config.mean else 1))

@@ -1,15 +1,34 @@
 """A linear layer that keeps its weights as codes.
 
-Legend: N tokens, O outputs, I inputs.
+A few tokens at a time (decoding) go through the compiled kernels, which read the codes as they are. Many tokens
+(a prompt) are multiplied with the matrix decoded a tile of rows at a time, so that it never exists as a whole.
+
+Legend: N tokens, O outputs, I inputs, C columns of a part.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from niwaki.codes import assemble, read_parts
+from niwaki.codes import TILE, assemble, centre, column_places, pack_codes, read_parts, unpack_codes
+from niwaki.kernels.planes import plane_product, reaches
+
+DECODED_ROWS = 64 * TILE  # rows of a decoded tile
+
+
+class KernelPart(NamedTuple):
+    """What the kernels take of one part (see `kernels.planes`)."""
+
+    planes_TKBR: Tensor
+    scale_GO: Tensor
+    offset_GO: Tensor | None
+    zero_GO: Tensor | None
+    columns_C: Tensor | None
+    centre: float
+    columns: int
+    group: int
 
 
 class PackedLinear(nn.Module):
@@ -22,15 +41,16 @@ class PackedLinear(nn.Module):
         for number, about in enumerate(self.described):
             width = about["columns"]
             groups = -(-width // about["group"])
-            self._store(f"planes_{number}", torch.uint8, about["bits"], rows, -(-width // 8))
-            self._store(f"scale_{number}", torch.int16, rows, groups)
+            self._store(f"planes_{number}", torch.uint8, -(-rows // TILE), about["bits"], -(-width // 8), TILE)
+            self._store(f"scale_{number}", torch.int16, groups, rows)
             if about["grid"] == "free":
-                self._store(f"offset_{number}", torch.int16, rows, groups)
+                self._store(f"offset_{number}", torch.int16, groups, rows)
             if about["grid"] == "affine":
-                self._store(f"zero_{number}", torch.uint8, about["bits"], 1, -(-rows * groups // 8))
+                self._store(f"zero_{number}", torch.uint8, about["bits"], -(-rows * groups // 8))
         if len(self.described) > 1:
             self._store("columns", torch.uint8, -(-columns // 8))
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
+        self._prepared: list[KernelPart] | None = None
 
     def _store(self, name: str, dtype: torch.dtype, *shape: int) -> None:
         # Buffers: integers are no parameters, and no cast of the model touches them.
@@ -40,9 +60,68 @@ class PackedLinear(nn.Module):
         """The matrix that the codes stand for."""
         return assemble(read_parts(dict(self.named_buffers()), self.described, self.in_features)).to(dtype)
 
-    def forward(self, x_NI: Tensor) -> Tensor:
-        """[..., I] → [..., O]; one matrix is decoded at a time and dropped again."""
-        return nn.functional.linear(x_NI, self.weight_OI(x_NI.dtype), self.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] → [..., O] in the dtype of `x`."""
+        x_NI = x.reshape(-1, self.in_features)
+        if all(reaches(x_NI, about["group"], about["columns"]) for about in self.described):
+            y_NO = self._few(x_NI)
+        else:
+            y_NO = self._many(x_NI)
+        y_NO = y_NO if self.bias is None else y_NO + self.bias
+        return y_NO.view(*x.shape[:-1], self.out_features)
+
+    def _few(self, x_NI: Tensor) -> Tensor:
+        """Sums in float32 over the parts, each a kernel on its own columns."""
+        exact_NI = x_NI.float().contiguous()
+        out_NO = exact_NI.new_zeros(len(x_NI), self.out_features)
+        for part in self._parts():
+            plane_product(exact_NI, *part, out_NO)
+        return out_NO.to(x_NI.dtype)
+
+    def _many(self, x_NI: Tensor) -> Tensor:
+        """The matrix decoded tile by tile."""
+        out_NO = x_NI.new_empty(len(x_NI), self.out_features)
+        for first in range(0, self.out_features, DECODED_ROWS):
+            last = min(first + DECODED_ROWS, self.out_features)
+            out_NO[:, first:last] = x_NI @ self._rows(first, last).to(x_NI.dtype).T
+        return out_NO
+
+    def _rows(self, first: int, last: int) -> Tensor:
+        """Rows [first, last) of the matrix in float32; `first` begins a tile."""
+        picked: dict[str, Tensor] = {}
+        for name, stored in self.named_buffers():
+            if name.startswith("planes"):
+                picked[name] = stored[first // TILE : -(-last // TILE)]
+            elif name.startswith(("scale", "offset")):
+                picked[name] = stored[:, first:last]
+            elif name == "columns":
+                picked[name] = stored
+        for number, (part, about) in enumerate(zip(self._parts(), self.described, strict=True)):
+            if part.zero_GO is not None:
+                picked[f"zero_{number}"] = pack_codes(part.zero_GO[:, first:last], about["bits"])
+        return assemble(read_parts(picked, self.described, self.in_features))
+
+    def _parts(self) -> list["KernelPart"]:
+        device = self.get_buffer("planes_0").device
+        if self._prepared is None or self._prepared[0].planes_TKBR.device != device:
+            self._prepared = [self._prepare(number, about) for number, about in enumerate(self.described)]
+        return self._prepared
+
+    def _prepare(self, number: int, about: Mapping[str, Any]) -> "KernelPart":
+        buffers = dict(self.named_buffers())
+        scale_GO, zero = buffers[f"scale_{number}"], buffers.get(f"zero_{number}")
+        mixed = len(self.described) > 1
+        columns_C = column_places(buffers, self.described, self.in_features)[number].int() if mixed else None
+        return KernelPart(
+            buffers[f"planes_{number}"],
+            scale_GO,
+            buffers.get(f"offset_{number}"),
+            None if zero is None else unpack_codes(zero, scale_GO.numel()).view(scale_GO.shape),
+            columns_C,
+            0.0 if about["grid"] in ("free", "affine") else centre(about["bits"], about["grid"]),
+            about["columns"],
+            about["group"],
+        )
 
     def extra_repr(self) -> str:
         """Shape and widths, as print shows them."""

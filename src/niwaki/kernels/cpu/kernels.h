@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <thread>
+#include <functional>
 #include <vector>
 
 // The same loop compiled for AVX-512, AVX2 and any processor, chosen when the library is loaded.
@@ -32,15 +32,24 @@ struct SweepCodes {
 
 void sweep_codes(const SweepCodes& sweep, int threads);
 
+// out += x Wᵀ for one part of a packed matrix (codes.py). Scales and offsets are float16, [groups, rows].
+struct PlaneProduct {
+    int64_t tokens, rows, columns, bits, bytes, groups, group_bytes;
+    const uint8_t* planes;   // [tiles, bits, bytes, 32]
+    const uint16_t* scale;
+    const uint16_t* offset;  // or null: then the offset is −(zero or centre) · scale
+    const uint8_t* zero;     // [groups, rows] or null
+    float centre;
+    const int32_t* column;   // [columns]: where in a row of x they lie, or null for as they are
+    const float* x;          // [tokens, inputs]
+    int64_t inputs;
+    float* out;              // [tokens, rows]
+};
+
+// `portable` leaves vector instructions out, for tests.
+void plane_product(const PlaneProduct& product, int threads, bool portable);
+
 // Calls work(first, last) for a share of the rows on each of `threads` threads.
-template <typename Work>
-void over_rows(int64_t rows, int threads, Work work) {
-    const int64_t share = (rows + threads - 1) / std::max(threads, 1);
-    std::vector<std::thread> others;
-    for (int64_t first = share; first < rows; first += share)
-        others.emplace_back(work, first, std::min(rows, first + share));
-    work(0, std::min(rows, share));
-    for (std::thread& other : others) other.join();
-}
+void over_rows(int64_t rows, int threads, const std::function<void(int64_t, int64_t)>& work);
 
 }  // namespace niwaki

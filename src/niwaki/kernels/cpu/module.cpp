@@ -2,12 +2,14 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 
 #include "kernels.h"
 
 namespace nb = nanobind;
 using Floats = nb::ndarray<float, nb::device::cpu, nb::c_contig>;
 using Bytes = nb::ndarray<uint8_t, nb::device::cpu, nb::c_contig>;
+using Shorts = nb::ndarray<int16_t, nb::device::cpu, nb::c_contig>;
 using Ints = nb::ndarray<int32_t, nb::device::cpu, nb::c_contig>;
 
 NB_MODULE(_cpu, module) {
@@ -22,4 +24,20 @@ NB_MODULE(_cpu, module) {
         nb::gil_scoped_release unlocked;
         niwaki::sweep_codes(sweep, threads);
     });
+    module.def("plane_product", [](Bytes planes, Shorts scale, std::optional<Shorts> offset, std::optional<Bytes> zero,
+                                   float centre, int64_t group_bytes, std::optional<Ints> column, int64_t columns,
+                                   Floats x, Floats out, int threads, bool portable) {
+        const niwaki::PlaneProduct product{
+            static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(out.shape(1)), columns,
+            static_cast<int64_t>(planes.shape(1)), static_cast<int64_t>(planes.shape(2)),
+            static_cast<int64_t>(scale.shape(0)), group_bytes,
+            planes.data(), reinterpret_cast<const uint16_t*>(scale.data()),
+            offset ? reinterpret_cast<const uint16_t*>(offset->data()) : nullptr, zero ? zero->data() : nullptr,
+            centre, column ? column->data() : nullptr, x.data(), static_cast<int64_t>(x.shape(1)), out.data(),
+        };
+        nb::gil_scoped_release unlocked;
+        niwaki::plane_product(product, threads, portable);
+    }, nb::arg("planes"), nb::arg("scale"), nb::arg("offset").none(), nb::arg("zero").none(), nb::arg("centre"),
+       nb::arg("group_bytes"), nb::arg("column").none(), nb::arg("columns"), nb::arg("x"), nb::arg("out"),
+       nb::arg("threads"), nb::arg("portable"));
 }

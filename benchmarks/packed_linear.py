@@ -1,0 +1,108 @@
+"""Decoding speed of packed layers against torch's dense bf16, interleaved in one run, and their share of the bandwidth.
+
+    python benchmarks/packed_linear.py --out benchmarks/results/packed-linear-cpu.json [--threads 1 2]
+
+Random codes; one token at a time; weights are larger than the caches, or as large as the shape makes them. Bandwidth is
+that of summing a large float32 tensor with the same threads in the same run.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from niwaki.codes import Part, stored_tensors
+from niwaki.runtime.linear import PackedLinear
+
+SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
+
+
+def packed(rows: int, columns: int, salient_frac: float) -> PackedLinear:
+    """`salient_frac` of the columns at 4 bits, the rest at 1 bit, one scale a row each."""
+    generator = torch.Generator().manual_seed(0)
+    count = round(salient_frac * columns / 8) * 8
+    order_I = torch.randperm(columns, generator=generator)
+    parts = []
+    for columns_C, bits, grid in ((order_I[:count], 4, "midrise"), (order_I[count:], 1, "free")):
+        if not len(columns_C):
+            continue
+        code_OC = torch.randint(0, 2**bits, (rows, len(columns_C)), generator=generator, dtype=torch.uint8)
+        scale_OG = (torch.rand(rows, 1, generator=generator) * 0.01 + 0.01).half()
+        offset_OG = torch.randn(rows, 1, generator=generator).half() * 0.01 if grid == "free" else None
+        parts.append(Part(columns_C.sort().values, bits, grid, len(columns_C), code_OC, scale_OG, offset_OG))
+    layer = PackedLinear(rows, columns, {"parts": [part.describe() for part in parts]}, bias=False)
+    layer.load_state_dict(stored_tensors(parts, columns))
+    return layer
+
+
+def bandwidth() -> float:
+    """Bytes a second of reading memory."""
+    numbers = torch.ones(64 * 2**20)
+    times = []
+    for _ in range(7):
+        begin = time.perf_counter()
+        numbers.sum()
+        times.append(time.perf_counter() - begin)
+    return numbers.nbytes / statistics.median(times)
+
+
+def interleaved(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, measured in turns."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            begin = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=40)
+    args = parser.parse_args()
+    rows_out = []
+    for rows, columns in SHAPES:
+        dense = torch.randn(rows, columns, dtype=torch.bfloat16)
+        layers = {"1.6 bit": packed(rows, columns, 0.2), "4 bit": packed(rows, columns, 1.0)}
+        x = torch.randn(1, columns).bfloat16()
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            bytes_per_s = bandwidth()
+            with torch.inference_mode():
+                works = {name: partial(layer, x) for name, layer in layers.items()}
+                works["dense"] = partial(torch.nn.functional.linear, x, dense)
+                times = interleaved(works, args.rounds)
+            for name, layer in layers.items():
+                nbytes = sum(buffer.nbytes for buffer in layer.buffers())
+                rows_out.append({
+                    "layer": name, "shape": [rows, columns], "threads": threads, "bytes": nbytes,
+                    "dense_bytes": dense.nbytes, "ms": round(times[name] * 1e3, 3),
+                    "dense_ms": round(times["dense"] * 1e3, 3), "speedup": round(times["dense"] / times[name], 2),
+                    "bandwidth_gb_s": round(bytes_per_s / 1e9, 1),
+                    "share_of_bandwidth": round(nbytes / bytes_per_s / times[name], 2),
+                })
+                print(rows_out[-1], flush=True)
+    result = {
+        "what": "one token through a packed layer against torch's bf16 linear, interleaved, median seconds",
+        "date": datetime.date.today().isoformat(),
+        "device": platform.machine(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "command": " ".join(["python", *sys.argv]),
+        "rows": rows_out,
+    }
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

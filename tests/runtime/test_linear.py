@@ -1,0 +1,59 @@
+"""PackedLinear: few tokens through the kernel, many through decoded tiles, both the same layer."""
+
+import pytest
+import torch
+
+from niwaki.codes import Part, assemble, stored_tensors
+from niwaki.runtime import linear as module
+from niwaki.runtime.linear import PackedLinear
+
+
+def layer(rows: int, columns: int, bias: bool, affine: bool = False) -> tuple[PackedLinear, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(columns, generator=generator)
+    first, rest = order[: columns // 4].sort().values, order[columns // 4 :].sort().values
+
+    def part(columns_C: torch.Tensor, bits: int, grid: str) -> Part:
+        width = len(columns_C)
+        code = torch.randint(0, 2**bits, (rows, width), generator=generator, dtype=torch.uint8)
+        groups = -(-width // 32)
+        scale = (torch.rand(rows, groups, generator=generator) + 0.1).half()
+        offset = torch.randn(rows, groups, generator=generator).half() if grid == "free" else None
+        zero = torch.randint(0, 2**bits, (rows, groups), generator=generator, dtype=torch.uint8)
+        return Part(columns_C, bits, grid, 32, code, scale, offset, zero if grid == "affine" else None)
+
+    parts = [part(first, 4, "midrise"), part(rest, 1, "free")]
+    if affine:
+        parts = [part(torch.arange(columns), 3, "affine")]
+    found = PackedLinear(rows, columns, {"parts": [p.describe() for p in parts]}, bias)
+    found.load_state_dict({**stored_tensors(parts, columns), **({"bias": torch.randn(rows)} if bias else {})})
+    return found, assemble(parts)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_is_the_linear_layer_of_the_decoded_matrix(
+    tokens: int, bias: bool, dtype: torch.dtype, affine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DECODED_ROWS", 64)  # several tiles
+    found, weight = layer(100, 256, bias, affine)
+    found.to(dtype)
+    assert torch.equal(found.weight_OI(torch.float32), weight)
+    x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = torch.nn.functional.linear(x.float(), weight, None if found.bias is None else found.bias.float())
+    y = found(x.view(1, tokens, 256))
+    assert y.dtype == dtype and y.shape == (1, tokens, 100)
+    limit = 1e-3 if dtype == torch.float32 else 1e-2
+    assert float((y[0].float() - expected).norm() / expected.norm()) < limit
+
+
+def test_prefill_never_holds_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DECODED_ROWS", 32)
+    found, _ = layer(100, 256, False)
+    seen = []
+    real = found._rows
+    monkeypatch.setattr(found, "_rows", lambda a, b: seen.append(b - a) or real(a, b))
+    found(torch.randn(40, 256))
+    assert seen == [32, 32, 32, 4]
