@@ -30,3 +30,15 @@ def test_the_card_names_no_folder_of_this_machine(
         assert "    niwaki compress model out --calibration=text.jsonl --recipe org/name\n" in card
     else:
         assert "      - text.jsonl\n" in card and "    method: wanda\n" in card
+
+
+@pytest.mark.parametrize(("pack", "bits", "says"), [("auto", 5.0, "import niwaki"), ("none", 32.0, "stored in place")])
+def test_the_card_tells_true_bits_and_how_to_load_codes(pack: str, bits: float, says: str, tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model", num_key_value_heads=4, intermediate_size=64, num_attention_heads=4)
+    record = niwaki.compress(
+        model, tmp_path / "out", method="rtn", target="4bit", pack=pack, device="cpu",
+        options={"group": 16, "symmetric": True},
+    )  # fmt: skip
+    card = (tmp_path / "out/README.md").read_text()
+    assert record["result"]["bits"] == bits and f"| {bits:.3f} |" in card and says in card
+    assert ("quantized" in card) == (pack == "auto")

@@ -19,19 +19,30 @@ _BODY = """---
 |---|---|
 | matrices compressed | {matrices} |
 | measured zeros in them | {zeros:.4%} |
+| true bits a weight in them, scales and all | {bits:.3f} |
 | bytes of the weight files | {bytes:,} (before: {bytes_before:,}) |
 | calibration | {calibration} |
 | seed | {seed} |
 | time | {seconds} s on {device} |
 
-Zeros are stored in place: the file is as large and runs as fast as the dense one in engines without a
-sparse format. Quality was not measured while compressing; `niwaki evaluate` does that.
+{storage} Quality was not measured while compressing; `niwaki evaluate` does that.
 
 Made with:
 
     {command}
 
 The full record is in `niwaki/run.json`, the error of every matrix in `niwaki/blocks.jsonl`.
+"""
+
+_DENSE = """Zeros are stored in place: the file is as large and runs as fast as the dense one in engines without a
+sparse format."""
+_PACKED = """{packed} of the matrices are stored as codes and stay codes in memory. Loading them needs niwaki:
+
+    import niwaki
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("this folder")
+
 """
 
 
@@ -43,7 +54,7 @@ def model_card(record: dict[str, Any]) -> str:
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["niwaki", "pruned", recipe["method"]],
+        tags=["niwaki", "quantized" if result["packed"] else "pruned", recipe["method"]],
     )
     windows = calibration["windows"]
     return _BODY.format(
@@ -55,6 +66,8 @@ def model_card(record: dict[str, Any]) -> str:
         target=recipe["target"],
         matrices=result["matrices"],
         zeros=result["zeros_frac"],
+        bits=result["bits"],
+        storage=_PACKED.format(packed=result["packed"]) if result["packed"] else _DENSE,
         bytes=result["bytes"],
         bytes_before=record["model"]["bytes"],
         calibration="none" if windows is None else f"{windows[0]} windows of {windows[1]} tokens",

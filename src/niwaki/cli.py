@@ -288,8 +288,9 @@ def _key_values(pairs: list[str]) -> dict[str, str]:
 
 def _print_record(out: Path, record: dict[str, Any]) -> None:
     result = record["result"]
+    codes = f", {result['bits']:.3f} true bits a weight in {result['packed']} of them" if result.get("packed") else ""
     out_console.print(
-        f"{out}: {result['matrices']} matrices, {result['zeros_frac']:.4%} zeros, {result['bytes']:,} bytes "
+        f"{out}: {result['matrices']} matrices{codes}, {result['zeros_frac']:.4%} zeros, {result['bytes']:,} bytes "
         f"(dense {record['model']['bytes']:,}), {record['seconds']} s, "
         f"peak RSS {record['peak_rss_bytes'] / 1e9:.2f} GB",
         highlight=False,

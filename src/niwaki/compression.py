@@ -256,10 +256,9 @@ class _Job:
     def _read_block(self, index: int, path: Path, lines: list[dict[str, Any]]) -> dict[str, Tensor]:
         """A finished block as plain weights, in the dtype of the checkpoint."""
         modules = self._packed_modules(lines)
-        names = [module + WEIGHT for module in modules]
-        dtypes = {STORED_DTYPES[self.checkpoint.tensors[name].dtype] for name in names} or {self.checkpoint.dtype}
-        assert len(dtypes) == 1, "the matrices of one block share a dtype"
-        return decode_stored(_read_shard(path), modules, dtypes.pop())
+        dtypes = {STORED_DTYPES[self.checkpoint.tensors[module + WEIGHT].dtype] for module in modules}
+        assert len(dtypes) <= 1, "the matrices of one block share a dtype"
+        return decode_stored(_read_shard(path), modules, dtypes.pop() if dtypes else self.checkpoint.dtype)
 
     def _record(self, run: Run, parts: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[str, Any]:
         weights = sum(math.prod(line["shape"]) for line in lines)
@@ -288,6 +287,8 @@ class _Job:
             "result": {
                 "weights": weights,
                 "zeros_frac": sum(line["zeros"] for line in lines) / weights,
+                "bits": round(8 * sum(line["bytes"] for line in lines) / weights, 4),
+                "packed": sum("stored" in line for line in lines),
                 "matrices": len(lines),
                 "notes": sorted({line["note"] for line in lines if line["note"]}),
                 "bytes": sum(entry["bytes"] for entry in parts),
