@@ -53,8 +53,9 @@ def measure(model: str, data: Path, case: Case, seed: int, device: str, referenc
             **case.recipe,
         )
         scores = perplexities(out, data, device, reference)
-    zeros_frac = record["result"]["zeros_frac"]
-    return {"seed": seed, "zeros_frac": zeros_frac, "compress_s": record["seconds"], **scores}
+    result = record["result"]
+    size = {"zeros_frac": result["zeros_frac"], "bits": result["bits"], "bytes": result["bytes"]}
+    return {"seed": seed, **size, "compress_s": record["seconds"], **scores}
 
 
 def spread(values: list[float]) -> dict:
@@ -122,7 +123,7 @@ def main() -> None:
             gaps = [round(100 * row["gap_closed"][name]["mean"], 1) for name in TEXTS] if "gap_closed" in row else ""
             took = round(sum(run["compress_s"] for run in runs), 1)
             means = [round(row[name]["mean"], 2) for name in TEXTS]
-            print(row["target"], "|", case.label, "|", means, gaps, took, flush=True)
+            print(row["target"], "|", case.label, "|", runs[0]["bits"], "bits", means, gaps, took, flush=True)
             result = about | {"seconds": round(time.time() - started, 1), "rows": rows}
             args.out.write_text(json.dumps(result, indent=1) + "\n")  # after every case: a stopped run loses little
 

@@ -86,9 +86,35 @@ def ablation_besa() -> list[Case]:
     return found
 
 
+def quantized() -> list[Case]:
+    """Everything at its true bits, from 1.2 to 4.2."""
+    found = []
+    for bits in (2, 3, 4):
+        for method in ("rtn", "gptq"):
+            found.append(case(f"{method} g64", f"{bits}bit", method, options={"group": 64}))
+        found.append(case("gptq g64 rounds", f"{bits}bit", "gptq", options={"group": 64, "rounds": 8, "clip": True}))
+    found += [case("squeeze10", f"{bits}bit") for bits in (1.2, 1.4, 1.6, 1.75, 2.0, 2.28, 3.0, 4.0)]
+    return found
+
+
+def ablation_squeeze10() -> list[Case]:
+    """Choice, staging, order, groups, rounds and learning at 1.75 true bits."""
+    choices = {f"choose {name}": {"choose": name} for name in ("activation", "surgeon", "magnitude", "random")}
+    return varied("squeeze10", "1.75bit", {
+        "": {}, **choices, "direct": {"staged": False}, "salient last": {"salient_first": False},
+        "no mean": {"mean": False}, "groups of 128": {"group": 128}, "no rounds": {"rounds": 0},
+        "no rounds direct": {"rounds": 0, "staged": False}, "no rounds random": {"rounds": 0, "choose": "random"},
+        "no rounds activation": {"rounds": 0, "choose": "activation"}, "rounds 2": {"rounds": 2},
+        "rounds 20": {"rounds": 20}, "learn 10": {"learn_rounds": 10}, "learn 30": {"learn_rounds": 30, "samples": 64},
+        "learn 30 b8": {"learn_rounds": 30, "samples": 64, "batch": 8},
+    })
+
+
 SUITES = {
     "classic": classic(),
     "learned": learned(),
     "ablation-wandapp": ablation_wandapp(),
     "ablation-besa": ablation_besa(),
+    "quantized": quantized(),
+    "ablation-squeeze10": ablation_squeeze10(),
 }

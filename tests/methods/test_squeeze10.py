@@ -121,14 +121,14 @@ def test_gradients_of_scales_and_offsets_equal_autograd() -> None:
     torch.testing.assert_close(by_offset, offset.grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("bits", "improves"), [(3.0, True), (4.5, False)])
-def test_learning_never_ends_above_its_start(bits: float, improves: bool, tmp_path: Path) -> None:
-    """With one bit for all columns there is much to gain; with four, on random text, nothing that holds."""
+@pytest.mark.parametrize(("rate_frac", "improves"), [(0.01, True), (50.0, False)])
+def test_learning_never_ends_above_its_start(rate_frac: float, improves: bool, tmp_path: Path) -> None:
+    """With one bit for all columns there is much to gain, unless every step destroys what was there."""
     block, stream = loaded(tmp_path, windows=16)
-    config = Config(learn_rounds=10, samples=14, rate_frac=0.01, target="block", rounds=2)
+    config = Config(learn_rounds=10, samples=14, rate_frac=rate_frac, target="block", rounds=2)
     seen = Evidence(collect(block, stream, squeeze10.needs(config))[0], stream)
     for record in squeeze10.compress(
-        block, seen, dict.fromkeys(block.linears, Bits(bits)), config, torch.Generator()
+        block, seen, dict.fromkeys(block.linears, Bits(3.0)), config, torch.Generator()
     ).values():
         start, end = record.detail["heldout_error_start"], record.detail["heldout_error"]
         assert (end < 0.95 * start) if improves else (end == start)
