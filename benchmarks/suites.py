@@ -90,8 +90,7 @@ def quantized() -> list[Case]:
     """Everything at its true bits, from 1.2 to 4.2."""
     found = []
     for bits in (2, 3, 4):
-        for method in ("rtn", "gptq"):
-            found.append(case(f"{method} g64", f"{bits}bit", method, options={"group": 64}))
+        found += [case(f"{name} g64", f"{bits}bit", name, options={"group": 64}) for name in ("rtn", "gptq")]
         found.append(case("gptq g64 rounds", f"{bits}bit", "gptq", options={"group": 64, "rounds": 8, "clip": True}))
     found += [case("squeeze10", f"{bits}bit") for bits in (1.2, 1.4, 1.6, 1.75, 2.0, 2.28, 3.0, 4.0)]
     return found
