@@ -9,7 +9,6 @@ the dense weight, so that codes that were found by descent are kept, and doubtfu
 Legend: O rows, I columns in the order of the sweep, G groups.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from niwaki.learning import Lowest
-from niwaki.methods._reconstruct import CHECKS, Reconstruction, Schedule
+from niwaki.methods._reconstruct import Reconstruction, Schedule, follow
 from niwaki.methods._rounding import SMALLEST_SCALE, Rounded
 
 CELL_FRAC = 0.45  # how far from its level a latent weight may start, in steps
@@ -102,25 +101,11 @@ def learn(
 
     tensors = [tensor for group in groups for tensor in group["params"]]
     lowest = Lowest(tensors, heldout())
-    batch = min(schedule.batch, len(task.train))
-    per_round = math.ceil(schedule.samples / batch)
-    step, steps = 0, schedule.rounds * per_round
-    check_every = math.ceil(schedule.rounds / CHECKS)
-    for number in range(1, schedule.rounds + 1):
-        drawn = task.draw(per_round * batch, generator)
-        for first in range(0, len(drawn), batch):
-            now = current()
-            matrices = {name: start[name].dense(rounded) for name, rounded in now.items()}
-            found = task.gradients(matrices, drawn[first : first + batch])
-            for name, latent in start.items():
-                latent.weight_OI.grad, latent.scale_OG.grad, latent.offset_OG.grad = latent.gradients(
-                    found[name], now[name]
-                )
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.rate(step, steps) * group["size"]
-            optimizer.step()
-            step += 1
-        if number % check_every == 0 or number == schedule.rounds:
-            lowest.offer(heldout())
+    for windows in follow(task, schedule, optimizer, generator, lambda: None, lambda: lowest.offer(heldout())):
+        now = current()
+        found = task.gradients({name: start[name].dense(rounded) for name, rounded in now.items()}, windows)
+        for name, latent in start.items():
+            gradients = latent.gradients(found[name], now[name])
+            latent.weight_OI.grad, latent.scale_OG.grad, latent.offset_OG.grad = gradients
     lowest.restore()
     return current(), lowest

@@ -138,9 +138,39 @@ def descend(
     """
     masters = {name: (weight_OI * keep[name]).requires_grad_(False) for name, weight_OI in start.items()}
     sizes = {name: float(weight_OI.square().mean().sqrt()) for name, weight_OI in masters.items()}
-    groups = [{"params": [masters[name]], "size": sizes[name]} for name in masters]
-    optimizer = schedule.make_optimizer(groups)
+    optimizer = schedule.make_optimizer([{"params": [masters[name]], "size": sizes[name]} for name in masters])
     lowest = Lowest(list(masters.values()), task.error(masters))
+
+    def choose_again() -> None:
+        if prune is not None:
+            chosen = prune(masters)
+            for name, master_OI in masters.items():
+                master_OI.mul_(chosen[name])
+
+    def check() -> None:
+        lowest.offer(task.error(masters))
+
+    for windows in follow(task, schedule, optimizer, generator, choose_again, check):
+        gradients = task.gradients(masters, windows)
+        for name, master_OI in masters.items():
+            master_OI.grad = _masked(gradients[name], None if prune else keep[name])
+    lowest.restore()
+    return masters, lowest
+
+
+def follow(
+    task: Reconstruction,
+    schedule: Schedule,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    end_round: Callable[[], None],
+    check: Callable[[], None],
+) -> Iterator[list[int]]:
+    """The windows of every step of `schedule`; the caller sets their gradients, then the optimizer takes the step.
+
+    Each parameter group steps in proportion to its `size`. `end_round` runs after every round, `check` after the last
+    one and at most CHECKS times.
+    """
     batch = min(schedule.batch, len(task.train))
     per_round = math.ceil(schedule.samples / batch)
     step, steps = 0, schedule.rounds * per_round
@@ -148,21 +178,14 @@ def descend(
     for number in range(1, schedule.rounds + 1):
         drawn = task.draw(per_round * batch, generator)
         for first in range(0, len(drawn), batch):
-            gradients = task.gradients(masters, drawn[first : first + batch])
-            for name, master_OI in masters.items():
-                master_OI.grad = _masked(gradients[name], None if prune else keep[name])
+            yield drawn[first : first + batch]
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step, steps) * group["size"]
             optimizer.step()
             step += 1
-        if prune is not None:
-            keep = prune(masters)
-            for name, master_OI in masters.items():
-                master_OI.mul_(keep[name])
+        end_round()
         if number % check_every == 0 or number == schedule.rounds:
-            lowest.offer(task.error(masters))
-    lowest.restore()
-    return masters, lowest
+            check()
 
 
 def _masked(gradient_OI: Tensor, keep_OI: Tensor | None) -> Tensor:
