@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import niwaki.kernels
 from niwaki.kernels.codes import Grid, cpu_module, sweep_codes, sweep_codes_reference
+from niwaki.kernels.planes import reaches
 
 
 def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Grid]:
@@ -60,6 +62,21 @@ def test_compiled_equals_reference(shape: tuple[int, int], threads: int, with_ba
     same_rows = (code == expected_code).all(1)
     assert same_rows.float().mean() > 0.9
     torch.testing.assert_close(change[same_rows], expected_change[same_rows], rtol=1e-3, atol=1e-3)
+
+
+def test_without_compiled_kernels_torch_code_runs_after_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, base, feed, grid = problem(8, 20)
+    expected = sweep_codes_reference(wanted.clone(), base, feed, grid)
+    monkeypatch.setitem(sys.modules, "niwaki.kernels._cpu", None)
+    monkeypatch.delattr(niwaki.kernels, "_cpu", raising=False)
+    cpu_module.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="without its CPU kernels"):
+            found = sweep_codes(wanted.clone(), base, feed, grid)
+        assert not reaches(torch.ones(1, 20), 20, 20)
+    finally:
+        cpu_module.cache_clear()
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_triton_panel_equals_reference() -> None:
