@@ -3,7 +3,7 @@
 A matrix is one part, or several parts with columns of different widths (4-bit salient columns beside 1-bit ones).
 Codes lie in bit planes: plane k holds bit k of every code, so that 1, 2, 3, 4 and 8 bits are one format and a kernel
 that multiplies one plane multiplies all. The file has the layout of the kernels: tiles of 32 rows, a
-byte for eight columns of each. What `nbytes` counts is what is written.
+byte for eight columns of each. What is counted is what is written.
 
 Scales and offsets are float16 numbers, stored as the int16 with the same bits: no loader that casts a model to another
 dtype changes them on its way.
@@ -70,10 +70,6 @@ class Part:
     def describe(self) -> dict[str, Any]:
         """What a reader needs beside the tensors."""
         return {"bits": self.bits, "grid": self.grid, "group": self.group, "columns": len(self.columns_C)}
-
-    def nbytes(self) -> int:
-        """Bytes of the stored tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors().values())
 
 
 def centre(bits: int, grid: str) -> float:

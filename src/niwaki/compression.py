@@ -141,7 +141,7 @@ class _Job:
 
             def finished(index: int) -> dict[str, Tensor] | None:
                 entry = run.finished.get(_block_part(index))
-                return None if entry is None else self._read_block(index, run.folder / entry["shard"], entry["lines"])
+                return None if entry is None else self._read_block(run.folder / entry["shard"], entry["lines"])
 
             def save(block: Block, lines: list[dict[str, Any]]) -> None:
                 writer.write(
@@ -253,7 +253,7 @@ class _Job:
         prefix = self.decoder.anatomy.prefix
         return {prefix(line["block"]) + line["matrix"]: line["stored"] for line in lines if "stored" in line}
 
-    def _read_block(self, index: int, path: Path, lines: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def _read_block(self, path: Path, lines: list[dict[str, Any]]) -> dict[str, Tensor]:
         """A finished block as plain weights, in the dtype of the checkpoint."""
         modules = self._packed_modules(lines)
         dtypes = {STORED_DTYPES[self.checkpoint.tensors[module + WEIGHT].dtype] for module in modules}

@@ -169,8 +169,8 @@ def _line(
     stored: dict[str, Any] = {}
     nbytes, note = new_OI.numel() * block.storage_dtype(name).itemsize, record.note
     if record.parts and pack and name in block.packable:
-        block.packed[name] = record.tensors()
-        nbytes, stored = record.nbytes(block.storage_dtype(name)), {"stored": record.describe()}
+        tensors = block.packed[name] = record.tensors()
+        nbytes, stored = sum(tensor.nbytes for tensor in tensors.values()), {"stored": record.describe()}
     elif record.parts:
         note = join_notes(note, STORED_DENSE)
     return {
