@@ -293,7 +293,7 @@ def test_disk_that_cannot_hold_the_result_is_refused_first(
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("niwaki.compression.shutil.disk_usage", lambda path: usage(10, 9, 1))
+    monkeypatch.setattr("niwaki.run.shutil.disk_usage", lambda path: usage(10, 9, 1))
     with pytest.raises(OutputError, match="the result needs"):
         niwaki.compress(model, tmp_path / "out", **settings(text))
     assert not list(tmp_path.glob("out*"))

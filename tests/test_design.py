@@ -28,7 +28,7 @@ LAYERS = [
     ["card"],
     ["compression"],
     ["evaluation", "generation"],
-    ["recovery"],
+    ["recovery", "exporting"],
     ["demo", "progress", "tables"],
     ["cli"],
 ]

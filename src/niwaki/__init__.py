@@ -24,6 +24,7 @@ from niwaki.errors import (
 if TYPE_CHECKING:
     from niwaki.compression import compress
     from niwaki.evaluation import evaluate
+    from niwaki.exporting import export
     from niwaki.generation import generate, load
     from niwaki.recovery import recover
 
@@ -41,6 +42,7 @@ __all__ = [
     "TargetError",
     "compress",
     "evaluate",
+    "export",
     "generate",
     "load",
     "recover",
@@ -49,6 +51,7 @@ __all__ = [
 _LAZY = {
     "compress": "niwaki.compression",
     "evaluate": "niwaki.evaluation",
+    "export": "niwaki.exporting",
     "generate": "niwaki.generation",
     "load": "niwaki.generation",
     "recover": "niwaki.recovery",

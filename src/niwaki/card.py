@@ -44,18 +44,25 @@ _PACKED = """{packed} of the matrices are stored as codes and stay codes in memo
     model = AutoModelForCausalLM.from_pretrained("this folder")
 
 """
+_EXPORTED = """{packed} of the matrices are stored as codes, in the format `{format}` of {to}, which transformers reads
+after `pip install {to}`.
+"""
 
 
 def model_card(record: dict[str, Any]) -> str:
     """Markdown with YAML metadata, from the content of run.json."""
-    recipe, result, calibration = record["recipe"], record["result"], record["calibration"]
+    recipe, calibration = record["recipe"], record["calibration"]
+    exported = record.get("export")
+    result = record["result"] | (exported or {})  # the bytes and bits of an export are its own
     source = Path(record["model"]["source"]).name
     # eval_results stays empty on purpose: nothing was evaluated here.
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["niwaki", "quantized" if result["packed"] else "pruned", recipe["method"]],
+        tags=["niwaki", "quantized" if result["packed"] else "pruned", recipe["method"]]
+        + ([exported["to"]] if exported else []),
     )
+    storage = _EXPORTED if exported else _PACKED if result["packed"] else _DENSE
     windows = calibration["windows"]
     return _BODY.format(
         metadata=metadata.to_yaml(),
@@ -67,7 +74,7 @@ def model_card(record: dict[str, Any]) -> str:
         matrices=result["matrices"],
         zeros=result["zeros_frac"],
         bits=result["bits"],
-        storage=_PACKED.format(packed=result["packed"]) if result["packed"] else _DENSE,
+        storage=storage.format_map(result),
         bytes=result["bytes"],
         bytes_before=record["model"]["bytes"],
         calibration="none" if windows is None else f"{windows[0]} windows of {windows[1]} tokens",
@@ -80,6 +87,9 @@ def model_card(record: dict[str, Any]) -> str:
 
 def _made_with(record: dict[str, Any]) -> list[str]:
     """The command line, or the recipe of a call from Python, without the folders of the machine it ran on."""
+    if exported := record.get("export"):
+        compressed = {name: value for name, value in record.items() if name != "export"}
+        return [*_made_with(compressed), f"niwaki export OUT DEST --to {exported['to']}"]
     program, *arguments = record["command"]
     if Path(program).stem in ("niwaki", "cli") and arguments:
         return [shlex.join(["niwaki", *map(_without_folders, arguments)])]

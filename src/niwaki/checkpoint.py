@@ -264,9 +264,13 @@ def _as_plain(
 
 def packed_config(folder: Path, modules: Mapping[str, Any]) -> str:
     """The config.json of `folder`, naming how these modules are quantized."""
+    return quantized_config(folder, {"quant_method": QUANT_METHOD, "format": 1, "modules": dict(modules)})
+
+
+def quantized_config(folder: Path, quantization: Mapping[str, Any]) -> str:
+    """The config.json of `folder` with this `quantization_config`."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": QUANT_METHOD, "format": 1, "modules": dict(modules)}
-    return json.dumps(config, indent=2) + "\n"
+    return json.dumps({**config, "quantization_config": quantization}, indent=2) + "\n"
 
 
 def _read_header(folder: Path, shard: str) -> dict[str, TensorInfo]:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import platform
-import shutil
 import sys
 import time
 from datetime import UTC, datetime
@@ -37,9 +36,9 @@ from niwaki.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, p
 from niwaki.codes import WEIGHT, decode_stored
 from niwaki.config import Calibration, Recipe, Target, make_options, make_recipe, parse_target
 from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
-from niwaki.errors import CalibrationError, InputError, NumericalError, OutputError, unknown
+from niwaki.errors import CalibrationError, InputError, NumericalError, unknown
 from niwaki.methods import Step, make_steps, merged_needs
-from niwaki.run import RECORD, Run, Writer, check_apart, check_free, finished_record, partial_of
+from niwaki.run import RECORD, Run, Writer, check_apart, check_free, check_space, finished_record, partial_of
 from niwaki.stream import Stream, default_batch_tokens
 from niwaki.walk import Plan, Report, collect, compress_blocks, forward
 from niwaki.writing import copy_file, write_text
@@ -98,7 +97,7 @@ class _Job:
         self.checkpoint = Checkpoint.open(model)
         self.checkpoint.require_plain()
         check_apart(self.checkpoint.folder, self.out)
-        _check_disk(self.checkpoint, self.out)
+        check_space(self.out, self.checkpoint.nbytes)
         self.decoder = Decoder(self.checkpoint, self.device, pick_dtype(recipe.dtype))
         self.targets: Targets = uniform(self.decoder.anatomy, self.target)
         if recipe.allocation == "owl":
@@ -322,18 +321,6 @@ def _split_options(recipe: Recipe, target: Target) -> tuple[OwlConfig, list[Step
     if of_owl and recipe.allocation != "owl":
         raise InputError(f"option {OWL_PREFIX}{next(iter(of_owl))} needs the allocation owl")
     return make_options(OwlConfig, of_owl, "owl"), make_steps(recipe.method, of_methods, target)
-
-
-def _check_disk(checkpoint: Checkpoint, out: Path) -> None:
-    parent = out.parent
-    if not parent.is_dir():
-        raise OutputError(f"{parent} does not exist: create it, or choose another OUT")
-    free_bytes = shutil.disk_usage(parent).free
-    if free_bytes < checkpoint.nbytes:
-        raise OutputError(
-            f"{parent} has {free_bytes / 1e9:.2f} GB free, the result needs {checkpoint.nbytes / 1e9:.2f} GB: "
-            "free space or choose another OUT"
-        )
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:

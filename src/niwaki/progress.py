@@ -19,6 +19,7 @@ _TITLES = {
     "scan": ("measuring outliers", "blocks"),
     "block": ("compressing", "blocks"),
     "evaluate": ("evaluating", "blocks"),
+    "export": ("exporting", "files"),
     "recover": ("recovering", "steps"),
 }
 _LINES_OF_TOKENS = 20  # plain lines for a whole calibration text, which is reported every few tokens

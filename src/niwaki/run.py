@@ -230,6 +230,19 @@ def check_apart(model: Path, out: Path) -> None:
             )
 
 
+def check_space(out: Path, needed_bytes: int) -> None:
+    """Refuses an OUT whose folder does not exist or has no room for the result."""
+    parent = out.parent
+    if not parent.is_dir():
+        raise OutputError(f"{parent} does not exist: create it, or choose another OUT")
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < needed_bytes:
+        raise OutputError(
+            f"{parent} has {free_bytes / 1e9:.2f} GB free, the result needs {needed_bytes / 1e9:.2f} GB: "
+            "free space or choose another OUT"
+        )
+
+
 def finished_record(out: Path, fingerprint: dict[str, str]) -> dict[str, Any] | None:
     """The run.json of a finished OUT that was made from the same inputs, None if there is no finished OUT.
 
