@@ -121,7 +121,7 @@ def test_interrupt_says_how_to_go_on(
         raise KeyboardInterrupt
 
     text = write_texts(tmp_path / "text.jsonl")
-    monkeypatch.setattr("niwaki.compression.sampled_windows", interrupted)
+    monkeypatch.setattr("niwaki.calibration.sampled_windows", interrupted)
     code, _, errors = run(
         capsys, "compress", model, tmp_path / "out", "--method", "wanda", "--target", "0.5", "--seq-len", 16,
         "--device", "cpu",

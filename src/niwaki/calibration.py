@@ -20,11 +20,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from niwaki.config import Calibration
 from niwaki.errors import CalibrationError
 from niwaki.loading import plain_loading
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SAMPLE_STEPS = 32  # tokens a window grows between two reports
+
+
+def windows_for(
+    given: Calibration,
+    model: Path,
+    *,
+    positions: int | None,
+    vocabulary: int,
+    seed: int,
+    device: str,
+    report: Callable[..., None],
+) -> tuple[Tensor, str]:
+    """[S, T] windows as `given` asks for them, and where they come from: its files, or the model in this folder.
+
+    Raises CalibrationError for files that cannot be texts, windows longer than `positions`, too little text, or a
+    tokenizer with ids beyond the model's `vocabulary`.
+    """
+    check_sources(given.files)
+    check_seq_len(given.seq_len, Calibration().seq_len, positions, "the model")
+    size = {"samples": given.samples, "seq_len": given.seq_len, "seed": seed}
+    if not given.files:
+        return sampled_windows(model, **size, device=device, report=report), "sampled from the model"
+    windows_ST = calibration_windows(read_texts(given.files, given.field), load_tokenizer(model), **size)
+    if int(windows_ST.max()) >= vocabulary:
+        raise CalibrationError(
+            f"the tokenizer yields id {int(windows_ST.max())}, the model has {vocabulary} embeddings: "
+            "the tokenizer belongs to another model"
+        )
+    return windows_ST, ", ".join(given.files)
 
 
 def read_texts(sources: Sequence[str], field: str = "text") -> list[str]:

@@ -22,21 +22,13 @@ from torch import Tensor
 from niwaki import __version__
 from niwaki.allocation import ALLOCATIONS, OWL_NEEDS, OwlConfig, Targets, outlier_share, owl, uniform
 from niwaki.block import Block, Decoder
-from niwaki.calibration import (
-    calibration_windows,
-    check_seq_len,
-    check_sources,
-    digest,
-    load_tokenizer,
-    read_texts,
-    sampled_windows,
-)
+from niwaki.calibration import digest, windows_for
 from niwaki.card import model_card
 from niwaki.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, packed_config
 from niwaki.codes import WEIGHT, decode_stored
-from niwaki.config import Calibration, Recipe, Target, make_options, make_recipe, parse_target
+from niwaki.config import Recipe, Target, make_options, make_recipe, parse_target
 from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
-from niwaki.errors import CalibrationError, InputError, NumericalError, unknown
+from niwaki.errors import InputError, NumericalError, unknown
 from niwaki.methods import Step, make_steps, merged_needs
 from niwaki.run import RECORD, Run, Writer, check_apart, check_free, check_space, finished_record, partial_of
 from niwaki.stream import Stream, default_batch_tokens
@@ -157,36 +149,17 @@ class _Job:
     def _windows(self) -> tuple[Tensor | None, str]:
         """Token windows [S, T], if the method or the caller wants any, and where they come from."""
         given = self.recipe.calibration
-        wanted = self.needs.anything or self.recipe.allocation == "owl" or self.dense_stream or given.files
-        if not wanted:
+        if not (self.needs.anything or self.recipe.allocation == "owl" or self.dense_stream or given.files):
             return None, "none"
-        check_sources(given.files)
-        check_seq_len(given.seq_len, Calibration().seq_len, self.decoder.positions, "the model")
-        if not given.files:
-            windows_ST = sampled_windows(
-                self.checkpoint.folder,
-                samples=given.samples,
-                seq_len=given.seq_len,
-                seed=self.recipe.seed,
-                device=str(self.device),
-                report=self.report,
-            )
-            return windows_ST, "sampled from the model"
-        texts = read_texts(given.files, given.field)
-        windows_ST = calibration_windows(
-            texts,
-            load_tokenizer(self.checkpoint.folder),
-            samples=given.samples,
-            seq_len=given.seq_len,
+        return windows_for(
+            given,
+            self.checkpoint.folder,
+            positions=self.decoder.positions,
+            vocabulary=self.checkpoint.config.get_text_config().vocab_size,
             seed=self.recipe.seed,
+            device=str(self.device),
+            report=self.report,
         )
-        vocabulary = self.checkpoint.config.get_text_config().vocab_size
-        if int(windows_ST.max()) >= vocabulary:
-            raise CalibrationError(
-                f"the tokenizer yields id {int(windows_ST.max())}, the model has {vocabulary} embeddings: "
-                "the tokenizer belongs to another model"
-            )
-        return windows_ST, ", ".join(given.files)
 
     def _stream(self, run: Run, name: str) -> Stream | None:
         if self.windows_ST is None:
