@@ -71,7 +71,7 @@ def ablation_besa() -> list[Case]:
         found += varied("besa", target, {
             "": {}, "layer": {"granularity": "layer"}, "dense": {"target": "dense"}, "both": {"target": "both"},
             "shift": {"balance": "shift"}, "segments 4": {"segments": 4},
-            "steps 128 batch 2": {"steps": 128, "batch": 2}, "steps 512 batch 2": {"steps": 512, "batch": 2},
+            "steps 256 batch 1": {"steps": 256, "batch": 1}, "steps 512 batch 2": {"steps": 512, "batch": 2},
             "width .1": {"width_frac": 0.1}, "rate .1": {"rate": 0.1}, "rate .4": {"rate": 0.4},
             "4 bit": {"quant_bits": 4}, "4 bit groups of 128": {"quant_bits": 4, "quant_group": 128},
         })
@@ -88,25 +88,56 @@ def ablation_besa() -> list[Case]:
 
 def quantized() -> list[Case]:
     """Everything at its true bits, from 1.2 to 4.2."""
-    found = []
+    found = [case("billm", "3bit"), case("arb", "3.5bit"), case("ptq161", "2bit")]
     for bits in (2, 3, 4):
         found += [case(f"{name} g64", f"{bits}bit", name, options={"group": 64}) for name in ("rtn", "gptq")]
         found.append(case("gptq g64 rounds", f"{bits}bit", "gptq", options={"group": 64, "rounds": 8, "clip": True}))
     found += [case("squeeze10", f"{bits}bit") for bits in (1.2, 1.4, 1.6, 1.75, 2.0, 2.28, 3.0, 4.0)]
-    return found
+    found += [case("squeeze10 1+4", f"{bits}bit", "squeeze10", options={"widths": "1+4"}) for bits in (1.6, 1.75)]
+    learn = {"learn_rounds": 30, "samples": 64, "batch": 8}
+    found += [case("squeeze10 learned", f"{bits}bit", "squeeze10", options=learn) for bits in (1.4, 1.75)]
+    return found + varied("squeeze10", "1.75bit", {
+        f"1+4, one sweep, {choose}": {"widths": "1+4", "rounds": 0, "choose": choose}
+        for choose in ("robustness", "magnitude", "random")
+    })
 
 
 def ablation_squeeze10() -> list[Case]:
-    """Choice, staging, order, groups, rounds and learning at 1.75 true bits."""
-    choices = {f"choose {name}": {"choose": name} for name in ("activation", "surgeon", "magnitude", "random")}
-    return varied("squeeze10", "1.75bit", {
-        "": {}, **choices, "direct": {"staged": False}, "salient last": {"salient_first": False},
-        "no mean": {"mean": False}, "groups of 128": {"group": 128}, "no rounds": {"rounds": 0},
-        "no rounds direct": {"rounds": 0, "staged": False}, "no rounds random": {"rounds": 0, "choose": "random"},
-        "no rounds activation": {"rounds": 0, "choose": "activation"}, "rounds 2": {"rounds": 2},
-        "rounds 20": {"rounds": 20}, "learn 10": {"learn_rounds": 10}, "learn 30": {"learn_rounds": 30, "samples": 64},
-        "learn 30 b8": {"learn_rounds": 30, "samples": 64, "batch": 8},
+    """Choice, staging, order, groups, widths, supervision, rounds and learning at 1.75 true bits."""
+    four = {"widths": "1+4"}
+    learn = {"learn_rounds": 30, "samples": 64, "batch": 8}
+    choices = {f"choose {name}": four | {"choose": name} for name in ("activation", "surgeon", "magnitude", "random")}
+    bare = four | {"rounds": 0}
+    published = {
+        "4 bits": four, **choices, "4 bits by eights": four | {"choose_columns": 8}, "direct": four | {"staged": False},
+        "salient last": four | {"salient_first": False}, "no mean": four | {"mean": False},
+        "groups of 128": four | {"group": 128}, "rounds 2": four | {"rounds": 2}, "rounds 20": four | {"rounds": 20},
+        "full inputs": four | {"supervise": "inputs"}, "full outputs": four | {"supervise": "outputs"},
+        "learn": four | learn,
+    }
+    swept = {
+        "no rounds": bare, **{f"no rounds {label}": given | bare for label, given in choices.items()},
+        "no rounds direct": bare | {"staged": False}, "no rounds by eights": bare | {"choose_columns": 8},
+        "no rounds full inputs": bare | {"supervise": "inputs"},
+        "no rounds full outputs": bare | {"supervise": "outputs"},
+    }
+    ours = {
+        "": {}, "3 bits": {"widths": "1+3"}, "2 bits no mean": {"mean": False},
+        "2 bits salient last": {"salient_first": False}, "2 bits rounds 20": {"rounds": 20},
+        "2 bits activation": {"choose": "activation"}, "2 bits damping .05": {"damping_frac": 0.05},
+        "2 bits full inputs": {"supervise": "inputs"}, "2 bits full outputs": {"supervise": "outputs"},
+        "2 bits half outputs": {"supervise": "outputs", "supervise_frac": 0.5},
+        "2 bits learn": learn, "2 bits learn block": learn | {"target": "block"},
+        "2 bits learn dense": learn | {"target": "dense"}, "2 bits learn rate .01": learn | {"rate_frac": 0.01},
+        "2 bits learn rate .02": learn | {"rate_frac": 0.02}, "2 bits learn 60": learn | {"learn_rounds": 60},
+        "2 bits learn half outputs": learn | {"supervise": "outputs", "supervise_frac": 0.5},
+    }
+    element = bare | {"granularity": "element"}
+    by_element = varied("squeeze10", "2.7bit", {
+        "by element": element, "by element random": element | {"choose": "random"}, "at the same bits": {},
+        "at the same bits, one sweep": bare,
     })
+    return varied("squeeze10", "1.75bit", published | swept | ours) + by_element
 
 
 SUITES = {

@@ -36,6 +36,18 @@ def test_bf16_inputs_lose_nothing_in_the_sum() -> None:
     torch.testing.assert_close(statistics.gram_II.double(), x.double().T @ x.double(), rtol=1e-5, atol=1e-4)
 
 
+def test_inputs_of_the_dense_model_are_paired_with_their_own() -> None:
+    x, full = correlated_inputs(60, 6), correlated_inputs(60, 6, 1)
+    statistics = Statistics(Needs(gram=True, full=True))
+    for rows in (slice(0, 40), slice(40, 60)):
+        statistics.add(x[rows], full[rows])
+    own, cross = statistics.full_II
+    torch.testing.assert_close(own.double(), full.double().T @ full.double(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(cross.double(), full.double().T @ x.double(), rtol=1e-5, atol=1e-3)
+    with pytest.raises(KeyError, match="no inputs of the dense model"):
+        _ = Statistics(Needs(full=True)).full_II
+
+
 def test_what_was_not_collected_is_an_error() -> None:
     with pytest.raises(KeyError, match="no Gram matrix"):
         _ = Statistics(Needs(gram=True)).gram_II

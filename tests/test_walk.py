@@ -153,6 +153,40 @@ def test_experts_see_only_the_tokens_routed_to_them(tmp_path: Path) -> None:
     assert statistics["self_attn.q_proj"].tokens == IDS.numel()
 
 
+def test_full_inputs_are_those_of_the_dense_model_and_move_it_on(tmp_path: Path) -> None:
+    """Behind a block that was changed in the compressed model only."""
+    folder = tiny_llama(tmp_path)
+    decoder = open_decoder(folder)
+    stream, dense = Stream(decoder, IDS, batch_tokens=16), Stream(decoder, IDS, batch_tokens=16)
+    first = decoder.load(0)
+    dense.advance(first)
+    first.assign("mlp.down_proj", first.weight("mlp.down_proj") * 0.5)
+    stream.advance(first)
+    block = decoder.load(1)
+    inputs: dict[str, list[torch.Tensor]] = {"stream": [], "dense": []}
+    for name, where in (("stream", stream), ("dense", dense)):
+        where.observe(block, lambda matrix, x, name=name: inputs[name].append(x) if matrix == "mlp.gate_proj" else None)
+    wanted = Stream(decoder, IDS)
+    wanted.hidden.store_STD.copy_(dense.hidden.store_STD)
+    wanted.advance(block)
+    statistics, _ = collect(block, stream, Needs(gram=True, full=True), dense)
+    x, full = (torch.cat(inputs[name]).flatten(0, 1).double() for name in ("stream", "dense"))
+    own, cross = statistics["mlp.up_proj"].full_II
+    torch.testing.assert_close(own.double(), full.T @ full, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cross.double(), full.T @ x, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(own, cross)
+    torch.testing.assert_close(dense.hidden.store_STD, wanted.hidden.store_STD)
+
+
+def test_full_inputs_of_routed_experts_are_refused(tmp_path: Path) -> None:
+    build(families()["mixtral"].config).save_pretrained(tmp_path)
+    decoder = open_decoder(tmp_path)
+    stream, dense = Stream(decoder, IDS), Stream(decoder, IDS)
+    stream.hidden.store_STD.copy_(torch.randn_like(stream.hidden.store_STD))
+    with pytest.raises(ArchitectureError, match="other tokens reach it in the dense model"):
+        collect(next(loaded_blocks(decoder)), stream, Needs(gram=True, full=True), dense)
+
+
 def test_non_finite_activations_name_the_block(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path)
     decoder = open_decoder(folder)

@@ -21,13 +21,15 @@ class Needs:
 
     `sqnorm` and `gram`: sums for every group of matrices. `learn_batches`: how many windows a learning method draws
     at a time from the block's inputs and the dense block's outputs (empty: it does not learn). `dense`: the
-    outputs of the same block in the dense model as well.
+    outputs of the same block in the dense model as well. `full`: Gram matrices with the inputs that the same tokens
+    have in the dense model.
     """
 
     sqnorm: bool = False
     gram: bool = False
     learn_batches: frozenset[int] = frozenset()
     dense: bool = False
+    full: bool = False
 
     @property
     def windows(self) -> bool:
@@ -37,7 +39,7 @@ class Needs:
     @property
     def anything(self) -> bool:
         """Whether the walk has to run the dense block over all windows before compressing it."""
-        return self.sqnorm or self.gram or self.windows
+        return self.sqnorm or self.gram or self.full or self.windows
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(
@@ -45,6 +47,7 @@ class Needs:
             self.gram or other.gram,
             self.learn_batches | other.learn_batches,
             self.dense or other.dense,
+            self.full or other.full,
         )
 
 
@@ -60,9 +63,13 @@ class Statistics:
         self.sample_NI: Tensor | None = None
         self._sqnorm_I: Tensor | None = None
         self._gram_II: Tensor | None = None
+        self._full: tuple[Tensor, Tensor] | None = None
 
-    def add(self, x: Tensor) -> None:
-        """Adds inputs of shape [..., I]; sums are float32, products of bf16 inputs are exact in it."""
+    def add(self, x: Tensor, full: Tensor | None = None) -> None:
+        """Adds inputs of shape [..., I]; sums are float32, products of bf16 inputs are exact in it.
+
+        `full`: what the same tokens are in the dense model, the same shape.
+        """
         x_NI = x.reshape(-1, x.shape[-1])
         if self.sample_NI is None:
             self.sample_NI = x_NI[:0]
@@ -71,11 +78,15 @@ class Statistics:
             self.sample_NI = torch.cat([self.sample_NI, x_NI[:room].clone()])
         self.tokens += len(x_NI)
         if self.needs.gram:
-            gram_II = _gram(x_NI)
+            gram_II = _product(x_NI, x_NI)
             self._gram_II = gram_II if self._gram_II is None else self._gram_II.add_(gram_II)
         elif self.needs.sqnorm:
             sqnorm_I = torch.linalg.vector_norm(x_NI, dim=0, dtype=torch.float32).square_()
             self._sqnorm_I = sqnorm_I if self._sqnorm_I is None else self._sqnorm_I.add_(sqnorm_I)
+        if full is not None:
+            full_NI = full.reshape(-1, full.shape[-1])
+            found = _product(full_NI, full_NI), _product(full_NI, x_NI)
+            self._full = found if self._full is None else (self._full[0].add_(found[0]), self._full[1].add_(found[1]))
 
     @property
     def sqnorm_I(self) -> Tensor:
@@ -92,10 +103,16 @@ class Statistics:
             raise KeyError("no Gram matrix: no token reached this group, or it was not needed")
         return self._gram_II
 
+    @property
+    def full_II(self) -> tuple[Tensor, Tensor]:
+        """FᵀF and FᵀX, F being the inputs of the same tokens in the dense model, [I, I] float32 each."""
+        if self._full is None:
+            raise KeyError("no inputs of the dense model: no token reached this group, or they were not needed")
+        return self._full
 
-def _gram(x_NI: Tensor) -> Tensor:
-    """XᵀX in float32. On CUDA half precision inputs keep float32 accumulation at tensor-core speed."""
+
+def _product(x_NI: Tensor, y_NI: Tensor) -> Tensor:
+    """XᵀY in float32. On CUDA half precision inputs keep float32 accumulation at tensor-core speed."""
     if x_NI.is_cuda and x_NI.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(x_NI.T, x_NI, out_dtype=torch.float32)
-    x_NI = x_NI.float()
-    return x_NI.T @ x_NI
+        return torch.mm(x_NI.T, y_NI, out_dtype=torch.float32)
+    return x_NI.float().T @ y_NI.float()

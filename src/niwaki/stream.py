@@ -76,10 +76,16 @@ class Stream:
         *,
         first_only: bool = False,
         outputs: Activations | None = None,
+        before: Callable[[slice], None] | None = None,
     ) -> Tensor:
-        """Runs the block without moving on; returns its output [B, T, D] for the first batch."""
+        """Runs the block without moving on; returns its output [B, T, D] for the first batch.
+
+        `before(rows)` is called ahead of every batch.
+        """
         first: Tensor | None = None
         for rows in self.slices():
+            if before is not None:
+                before(rows)
             x_BTD = self.hidden.read(rows)
             out_BTD = block.run(self.call(len(x_BTD), block.index), x_BTD, seen)
             first = out_BTD if first is None else first
@@ -90,11 +96,13 @@ class Stream:
         assert first is not None
         return first
 
-    def advance(self, block: Block) -> None:
-        """Replaces the hidden states by the block's output."""
-        for rows in self.slices():
-            x_BTD = self.hidden.read(rows)
-            self.hidden.write(rows, block.run(self.call(len(x_BTD), block.index), x_BTD))
+    def advance(
+        self, block: Block, rows: slice | None = None, seen: Callable[[str, Tensor], None] | None = None
+    ) -> None:
+        """Replaces the hidden states, or those of some windows, by the block's output."""
+        for part in self.slices() if rows is None else [rows]:
+            x_BTD = self.hidden.read(part)
+            self.hidden.write(part, block.run(self.call(len(x_BTD), block.index), x_BTD, seen))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from niwaki.activations import Activations
 from niwaki.block import Block, Decoder
 from niwaki.config import Target
-from niwaki.errors import NumericalError
+from niwaki.errors import ArchitectureError, NumericalError
 from niwaki.methods import Step, merged_needs
 from niwaki.packed import Packed, join_notes
 from niwaki.statistics import Needs, Statistics
@@ -56,19 +56,40 @@ def forward(decoder: Decoder, streams: Sequence[Stream], visit: Callable[[Block]
         block.release()
 
 
-def collect(block: Block, stream: Stream, needs: Needs) -> tuple[dict[str, Statistics], Tensor]:
+def collect(
+    block: Block, stream: Stream, needs: Needs, dense: Stream | None = None
+) -> tuple[dict[str, Statistics], Tensor]:
     """Statistics of every matrix (shared within a group), and the block's output for the first batch.
 
-    Without needs only the first batch runs, for its samples.
+    Without needs only the first batch runs, for its samples. If the inputs in the dense model are needed, `dense`
+    passes the block meanwhile.
     """
     groups = {leader: Statistics(needs) for leader in block.anatomy.groups}
+    full: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor) -> None:
+        if name in groups:
+            full[name] = x.clone()  # the stream overwrites what a block without a norm reads
 
     def seen(name: str, x: Tensor) -> None:
-        if name in groups:  # a group is collected once, at its first matrix
-            groups[name].add(x)
+        if name not in groups:  # a group is collected once, at its first matrix
+            return
+        paired = full.pop(name, None)
+        if needs.full and (paired is None or paired.shape != x.shape):
+            raise ArchitectureError(
+                f"block {block.index} {name}: other tokens reach it in the dense model, so their inputs cannot be "
+                "paired (a mixture of experts): use a method option without the dense model's inputs"
+            )
+        groups[name].add(x, paired)
+
+    def lead(rows: slice) -> None:
+        assert dense is not None, "needs() must ask for the dense stream"
+        full.clear()
+        dense.advance(block, rows, keep)
 
     outputs = stream.outputs if needs.windows else None
-    first_BTD = stream.observe(block, seen, first_only=not needs.anything, outputs=outputs)
+    before = lead if needs.full else None
+    first_BTD = stream.observe(block, seen, first_only=not needs.anything, outputs=outputs, before=before)
     if not torch.isfinite(first_BTD).all():
         raise NumericalError(
             f"block {block.index} puts out NaN or infinite values on the calibration text: "
@@ -109,7 +130,7 @@ def compress_blocks(
     for block in loaded_blocks(decoder, finished):
         started = time.perf_counter()
         done = finished(block.index) is not None
-        if dense is not None:
+        if dense is not None and (done or not merged_needs(plan.steps).full):
             _advance_dense(decoder, dense, block, done)
         if not done:
             lines = _compress_block(block, plan, stream, dense)
@@ -129,7 +150,7 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
     statistics: dict[str, Statistics] = {name: Statistics(Needs()) for name in block.linears}
     before_BTD = None
     if stream is not None:
-        statistics, before_BTD = collect(block, stream, merged_needs(plan.steps))
+        statistics, before_BTD = collect(block, stream, merged_needs(plan.steps), dense)
     packed: dict[str, Packed] = {}
     for number, step in enumerate(plan.steps):
         generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + block.index) * 101 + number)

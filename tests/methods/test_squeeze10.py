@@ -13,8 +13,9 @@ from niwaki.errors import TargetError
 from niwaki.methods import squeeze10
 from niwaki.methods._learned_rounding import Latent
 from niwaki.methods._rounding import damped, error, groups_of, nearest
-from niwaki.methods.squeeze10 import Config, salient_columns
+from niwaki.methods.squeeze10 import Config, Split, _Task, split_columns
 from niwaki.packed import Packed
+from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence
 from niwaki.walk import collect
 
@@ -39,11 +40,15 @@ def output_error(found: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize("bits", [1.3, 1.6, 1.75, 2.5, 4.0])
-@pytest.mark.parametrize("options", [{}, {"group": 64, "salient_group": 32}, {"mean": False}, {"salient_first": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"widths": "1+4"}, {"group": 64, "salient_group": 32}, {"mean": False}, {"salient_first": False}],
+)
 def test_everything_stored_fits_the_target_and_uses_it(bits: float, options: dict) -> None:
     weight, x = wide()
     if bits == 1.3 and options.get("group"):
         bits = 1.55
+    options = {"group": 0, "salient_group": 0} | options
     packed = squeeze(weight, x, bits, rounds=1, **options)
     found = 8 * packed.nbytes(torch.bfloat16) / weight.numel()
     # One step is eight columns of three bits more.
@@ -53,8 +58,8 @@ def test_everything_stored_fits_the_target_and_uses_it(bits: float, options: dic
 
 def test_a_target_below_the_format_names_the_least_it_can_reach(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"a 96×256 matrix needs at least 1\.125 bits"):
-        salient_columns(96, 256, parse_target("1.1bit"), Config())
-    assert salient_columns(96, 256, parse_target("1.125bit"), Config()) == 0
+        split_columns(96, 256, parse_target("1.1bit"), Config())
+    assert split_columns(96, 256, parse_target("1.125bit"), Config()) == Split(1, 2, 0)
     model = tiny_llama(tmp_path / "model", blocks=1)
     text = write_texts(tmp_path / "text.jsonl")
     calibration = {"files": (str(text),), "samples": 2, "seq_len": 8}
@@ -68,11 +73,86 @@ def test_a_target_below_the_format_names_the_least_it_can_reach(tmp_path: Path) 
 def test_choices_by_activation_robustness_and_surgeon_beat_random_and_magnitude() -> None:
     weight, x = wide()
     errors = {
-        choose: output_error(squeeze(weight, x, 1.6, choose=choose, rounds=0).weight_OI, weight, x)
+        choose: output_error(squeeze(weight, x, 1.6, choose=choose, rounds=0, widths="1+4").weight_OI, weight, x)
         for choose in squeeze10.CHOICES
     }
     for good in ("robustness", "surgeon", "activation"):
         assert errors[good] < 0.8 * min(errors["random"], errors["magnitude"]), errors
+
+
+def test_two_bits_for_many_columns_lose_less_than_four_for_few() -> None:
+    """Where no few columns stand out."""
+    weight, x = wide()[0], correlated_inputs(600, 256)
+    errors = [output_error(squeeze(weight, x, 1.75, widths=w).weight_OI, weight, x) for w in ("1+2", "1+3", "1+4")]
+    assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize(("bits", "widths"), [(1.75, (1, 2)), (2.5, (2, 3)), (3.5, (3, 4)), (6.0, (3, 4))])
+def test_auto_takes_the_neighbouring_widths_that_the_target_pays_for(bits: float, widths: tuple[int, int]) -> None:
+    split = split_columns(512, 2048, Bits(bits), Config())
+    assert (split.base_bits, split.salient_bits) == widths
+    assert (split.count == 2048) == (bits == 6.0)
+
+
+def test_columns_are_chosen_in_neighbourhoods() -> None:
+    weight, x = wide()
+    chosen = squeeze(weight, x, 1.6, choose_columns=8, rounds=0).parts[0].columns_C
+    assert torch.equal(chosen.view(-1, 8), chosen.view(-1, 8)[:, :1] // 8 * 8 + torch.arange(8))
+
+
+def drifted() -> tuple[torch.Tensor, Evidence]:
+    """Inputs X in the compressed model and F in the full one; evidence of both."""
+    weight, full = wide()
+    noise = torch.randn(full.shape, generator=torch.Generator().manual_seed(9))
+    x = full * 0.9 + 0.3 * noise
+    statistics = Statistics(Needs(gram=True, full=True))
+    statistics.add(x, full)
+    return weight, Evidence({"m": statistics})
+
+
+@pytest.mark.parametrize("supervise", squeeze10.SUPERVISIONS)
+def test_every_supervision_is_best_at_what_it_minimises(supervise: str) -> None:
+    """Against float64 sums over the inputs themselves: ‖(W − Q)X‖, ‖(W − Q)F‖, ‖WF − QX‖."""
+    weight, seen = drifted()
+    _, full = wide()
+    noise = torch.randn(full.shape, generator=torch.Generator().manual_seed(9))
+    f, x, w = full.double(), (full * 0.9 + 0.3 * noise).double(), weight.double()
+    found = {}
+    for name in squeeze10.SUPERVISIONS:
+        targets = {"m": Bits(2.0)}
+        config = Config(supervise=name, rounds=12)
+        q = squeeze10.compress(make_block({"m": weight}), seen, targets, config, torch.Generator())["m"].weight_OI
+        q = q.double()
+        lost = {"prefix": (w - q) @ x.T, "inputs": (w - q) @ f.T, "outputs": w @ f.T - q @ x.T}[supervise]
+        found[name] = float(lost.square().sum())
+    assert min(found, key=found.__getitem__) == supervise, found
+
+
+def test_a_part_of_the_way_to_the_full_outputs_lies_between() -> None:
+    weight, seen = drifted()
+    found = []
+    for frac in (0.5, 1.0):
+        task = _Task.of(seen.statistics["m"], Config(supervise="outputs", supervise_frac=frac))
+        assert task is not None
+        found.append(task.wanted(weight))
+    torch.testing.assert_close(found[0], (weight + found[1]) / 2)
+
+
+def test_a_choice_by_element_counts_its_mask() -> None:
+    weight, x = wide()
+    options = {"granularity": "element", "widths": "1+4", "rounds": 0}
+    packed = squeeze(weight, x, 2.8, **options)
+    assert 2.8 - 24 / weight.numel() <= packed.detail["method_bits"] <= 2.8
+    levels = [len(row.unique()) for row in packed.weight_OI]
+    assert max(levels) <= 18 and min(levels) > 4
+    fewer = squeeze(weight, x, 2.4, **options)
+    assert output_error(packed.weight_OI, weight, x) < output_error(fewer.weight_OI, weight, x)
+    random = squeeze(weight, x, 2.8, choose="random", **options)
+    assert output_error(packed.weight_OI, weight, x) < output_error(random.weight_OI, weight, x)
+    with pytest.raises(TargetError, match=r"a choice by element needs at least 2\.188 bits for a 96×256 matrix"):
+        squeeze(weight, x, 1.75, **options)
+    with pytest.raises(ValueError, match="needs widths=1\\+4 and rounds=0"):
+        Config(granularity="element")
 
 
 def test_rounds_lower_the_error_and_more_bits_too() -> None:
@@ -85,7 +165,7 @@ def test_rounds_lower_the_error_and_more_bits_too() -> None:
 
 def test_salient_columns_are_those_with_large_inputs() -> None:
     weight, x = wide()
-    packed = squeeze(weight, x, 1.6)
+    packed = squeeze(weight, x, 1.6, widths="1+4")
     salient = set(packed.parts[0].columns_C.tolist())
     large = set(x.square().sum(0).argsort(descending=True)[:20].tolist())
     assert len(large & salient) >= 16 and packed.parts[0].bits == 4 and packed.parts[1].bits == 1

@@ -60,8 +60,8 @@ class Config:
     """
 
     granularity: str = "row"
-    steps: int = 256
-    batch: int = 1
+    steps: int = 128
+    batch: int = 2
     rate: float = 0.2
     candidates: int = 100
     width_frac: float = 0.2

@@ -8,16 +8,22 @@ Source: "Squeeze10-LLM: Squeezing LLMs' Weights by 10 Times via a Staged Mixed-P
    candidates for a column j, with W₄ from stage 1 and B its one-bit form (`choose`): `robustness` Σ(W₄ − B)²·H_jj,
    `surgeon` Σ(W₄ − B)²/[H⁻¹]_jj; and to compare `activation` H_jj, `magnitude` ΣW², `random`.
 3. One error-compensated sweep rounds the columns at their widths, the salient ones first or last (`salient_first`).
-4. Full-information activations (FIAS): the walk hands every block the inputs of the quantized prefix, so that each
-   block makes up for the ones before it as far as its own columns can.
+4. Full-information activations as supervision (FIAS), not verified either; candidates (`supervise`), F and X being
+   the inputs in the full and in the compressed model: `prefix` ‖(W − Q)X‖ (each block makes up for those before it
+   as far as its own columns can), `inputs` ‖(W − Q)F‖, `outputs` ‖WF − QX‖, which is `prefix` for the weights
+   W·FXᵀ(XXᵀ)⁻¹. `supervise_frac` goes a part of the way from W to those weights. Learning has a `target` besides.
 
-Beyond the paper: `rounds` of refitted scales and coordinate descent on all codes, and `learn_rounds` of block-wise
-learning of codes and scales (`_learned_rounding`). Whole columns are chosen, so that
-the choice costs one bit a column; a mask of elements would cost one bit a weight. The target counts everything that
-is stored (codes, scales, offsets, the mask of columns) and decides how many columns stay at four bits.
+Beyond the paper: `rounds` of refitted scales and coordinate descent on all codes, `learn_rounds` of block-wise
+learning of codes and scales (`_learned_rounding`), and other `widths` than the paper's 1 and 4 bits: of normal
+weights' energy one bit loses 36 %, two bits 12 % and four 1 %, so that a second bit for three columns gains twice what
+three more bits for one do. `auto` takes the two neighbouring widths around the target.
 
-Cost: two forwards, one Gram matrix and factor per group of matrices, two sweeps and `rounds` + 1 passes a matrix.
-With learning also `learn_rounds` · `samples` forwards and backwards of a window.
+Whole columns are chosen, so that the choice costs one bit a column. The target counts everything that is stored (codes,
+scales, offsets, the mask of columns) and decides how many columns are salient. With `granularity=element` the weights
+are chosen one by one, which costs one bit a weight for the mask: it exists to be compared (see `_element`).
+
+Cost: two forwards, one Gram matrix and factor per group of matrices, another factor, two sweeps and `rounds` + 1
+passes a matrix. With learning also `learn_rounds` · `samples` forwards and backwards of a window.
 
     niwaki compress MODEL OUT --method squeeze10 --target 1.75bit --calibration mine.txt --seq-len 512
 """
@@ -32,13 +38,13 @@ from niwaki.block import Block
 from niwaki.codes import TILE
 from niwaki.config import Bits, Target
 from niwaki.errors import TargetError
+from niwaki.methods._element import pack_elements, salient_elements
 from niwaki.methods._learned_rounding import Latent, learn
 from niwaki.methods._reconstruct import Reconstruction, Schedule, check_choices, learning_needs
 from niwaki.methods._rounding import (
     ROUNDED_UNREACHED,
     Group,
     damped,
-    fit_grid,
     groups_of,
     improve,
     nearest,
@@ -54,20 +60,31 @@ ACCEPTS = (Bits,)
 CONTINUES = False
 KEPT_START = "learning did not lower the held-out block error: the codes found before it were kept"
 CHOICES = ("robustness", "surgeon", "activation", "magnitude", "random")
-SALIENT_BITS = 4
+SUPERVISIONS = ("prefix", "inputs", "outputs")
+WIDTHS = {"auto": ((1, 2), (2, 3), (3, 4)), "1+2": ((1, 2),), "1+3": ((1, 3),), "1+4": ((1, 4),)}
+GRANULARITIES = ("column", "element")
+STAGE_BITS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`choose`, `staged`, `salient_first`, `rounds`: above. `group`, `salient_group`: columns that share a scale, 0
-    for all of their width. `mean`: one-bit levels around a stored mean instead of zero. `damping_frac`: λ as a share
-    of the Gram's mean diagonal. Learning draws `learn_rounds` times `samples` windows, `batch` at a time, steps of
-    `rate_frac` · RMS(W), towards `target` (see `_reconstruct`).
+    """`choose`, `staged`, `salient_first`, `supervise`, `rounds`: above. `choose_columns`: neighbours that are chosen
+    together. `granularity`: `column` or `element`. `widths`: bits of the other and of the salient columns.
+
+    `group`, `salient_group`: columns of either that share a scale, 0 for all of their width. `mean`: one-bit levels
+    around a stored mean instead of zero. `damping_frac`: λ as a share of the Gram's mean diagonal. Learning draws
+    `learn_rounds` times `samples` windows, `batch` at a time, steps of `rate_frac` · RMS(W), towards `target` (see
+    `_reconstruct`).
     """
 
     choose: str = "robustness"
+    choose_columns: int = 1
     staged: bool = True
     salient_first: bool = True
+    widths: str = "auto"
+    granularity: str = "column"
+    supervise: str = "prefix"
+    supervise_frac: float = 1.0
     group: int = 0
     salient_group: int = 0
     mean: bool = True
@@ -76,24 +93,33 @@ class Config:
     learn_rounds: int = 0
     samples: int = 32
     batch: int = 2
-    rate_frac: float = 0.01
+    rate_frac: float = 0.005
     target: str = "both"
 
     def __post_init__(self) -> None:
         check_choices(self.target)
-        if self.choose not in CHOICES:
-            raise ValueError(f"choose must be one of {', '.join(CHOICES)}, got {self.choose!r}")
+        for name, known in (
+            ("choose", CHOICES), ("supervise", SUPERVISIONS), ("widths", WIDTHS), ("granularity", GRANULARITIES)
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.granularity == "element" and (self.widths != "1+4" or self.rounds or self.learn_rounds):
+            raise ValueError("granularity=element is the paper's claim alone: it needs widths=1+4 and rounds=0")
+        if self.choose_columns not in (1, 2, 4, 8):  # the budget counts columns by the byte
+            raise ValueError(f"choose_columns must be 1, 2, 4 or 8, got {self.choose_columns}")
         if min(self.group, self.salient_group, self.rounds, self.learn_rounds) < 0:
             raise ValueError("expected group, salient_group, rounds and learn_rounds ≥ 0")
         if self.samples < 1 or self.batch < 1 or self.rate_frac <= 0:
             raise ValueError("expected samples and batch ≥ 1, rate_frac > 0")
-        if not 0 < self.damping_frac <= 1:
-            raise ValueError(f"damping_frac must lie in (0, 1], got {self.damping_frac}")
+        if not 0 < self.damping_frac <= 1 or not 0 < self.supervise_frac <= 1:
+            raise ValueError("damping_frac and supervise_frac must lie in (0, 1]")
 
 
 def needs(config: Config) -> Needs:
-    """Gram matrices of the inputs; windows and outputs to learn from."""
-    return Needs(gram=True) | (learning_needs(config.batch, config.target) if config.learn_rounds else Needs())
+    """Gram matrices of the inputs, with those of the dense model if it supervises; windows to learn from."""
+    full = config.supervise != "prefix"
+    learning = learning_needs(config.batch, config.target) if config.learn_rounds else Needs()
+    return Needs(gram=True, full=full, dense=full) | learning
 
 
 def compress(
@@ -105,12 +131,19 @@ def compress(
 ) -> dict[str, Packed]:
     """Chooses, sweeps and improves matrix by matrix, then learns the block as a whole."""
     found: dict[str, Latent] = {}
+    packed: dict[str, Packed] = {}
     detail: dict[str, dict[str, float]] = {}
-    for name, target in targets.items():
-        weight_OI = block.weight(name).float()
-        count = salient_columns(weight_OI.shape[0], weight_OI.shape[1], target, config)
-        found[name] = _squeeze(weight_OI, seen.statistics[name], count, config, generator)
-        detail[name] = {"salient_columns": count}
+    for members in block.anatomy.groups.values():
+        names = [linear.name for linear in members if linear.name in targets]
+        task = _Task.of(seen.statistics[names[0]], config) if names else None
+        for name in names:
+            weight_OI = block.weight(name).float()
+            if config.granularity == "element":
+                packed[name] = _by_element(weight_OI, task, targets[name], config, generator)
+                continue
+            split = split_columns(weight_OI.shape[0], weight_OI.shape[1], targets[name], config)
+            found[name] = _squeeze(weight_OI, task, split, config, generator)
+            detail[name] = {"salient_columns": split.count}
     rounded = {name: latent.rounded for name, latent in found.items()}
     note = ""
     if config.learn_rounds and any(seen.statistics[name].tokens for name in targets):
@@ -121,82 +154,86 @@ def compress(
             rate_frac=config.rate_frac,
             optimizer="adam",
         )
-        task = Reconstruction(block, seen, config.target, generator)
-        rounded, errors = learn(task, found, schedule, generator)
+        rounded, errors = learn(Reconstruction(block, seen, config.target, generator), found, schedule, generator)
         note = "" if errors.improved else KEPT_START
         for name in targets:
             detail[name] |= {"heldout_error_start": errors.began, "heldout_error": errors.error}
-    packed = {}
     for name, codes in rounded.items():
         unreached = "" if seen.statistics[name].tokens else ROUNDED_UNREACHED
         packed[name] = Packed.codes(codes.parts(found[name].order_I), join_notes(note, unreached), detail[name])
     return packed
 
 
-@torch.no_grad()
-def _squeeze(
-    weight_OI: Tensor, statistics: Statistics, count: int, config: Config, generator: torch.Generator
-) -> Latent:
-    """The codes of one matrix."""
-    columns = weight_OI.shape[1]
-    if not statistics.tokens:
-        order_I = torch.arange(columns, device=weight_OI.device)
-        rounded = nearest(weight_OI, _layout(columns, count, config), clip=True).storable()
-        return Latent.start(rounded, weight_OI, order_I)
-    gram_II = damped(statistics.gram_II, config.damping_frac)
-    start_OI = weight_OI
-    if config.staged or config.choose in ("robustness", "surgeon"):
-        whole = groups_of(0, columns, SALIENT_BITS, "midrise", config.salient_group)
-        upper_II, _ = inverse_factor(statistics.gram_II, config.damping_frac)
-        start_OI = sweep(weight_OI, upper_II, whole, clip=True).values_OI
-    best_I = _scores(start_OI, gram_II, config, generator).argsort(descending=True, stable=True)
-    parts = [best_I[:count].sort().values, best_I[count:].sort().values]
-    order_I = torch.cat(parts if config.salient_first else parts[::-1])
-    upper_II, _ = inverse_factor(statistics.gram_II[order_I][:, order_I], config.damping_frac)
-    swept_OI = start_OI if config.staged else weight_OI
-    rounded = sweep(swept_OI[:, order_I].contiguous(), upper_II, _layout(columns, count, config), clip=True)
-    ordered_OI, ordered_II = weight_OI[:, order_I].contiguous(), gram_II[order_I][:, order_I].contiguous()
-    return Latent.start(improve(rounded, ordered_OI, ordered_II, config.rounds), ordered_OI, order_I)
+@dataclass(frozen=True)
+class _Task:
+    """What a group of matrices is rounded for: ‖(W·pull − Q)X‖² with H = XᵀX + λI (`damped_II`), H⁻¹ = UᵀU."""
+
+    gram_II: Tensor
+    damping_frac: float
+    damped_II: Tensor
+    upper_II: Tensor
+    pull_II: Tensor | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, statistics: Statistics, config: Config) -> "_Task | None":
+        """None if no token reached the group."""
+        if not statistics.tokens:
+            return None
+        gram_II = statistics.full_II[0] if config.supervise == "inputs" else statistics.gram_II
+        upper_II, damping_frac = inverse_factor(gram_II, config.damping_frac)
+        damped_II, pull_II = damped(gram_II, damping_frac), None
+        if config.supervise == "outputs":
+            cross_II = statistics.full_II[1].clone()
+            cross_II.diagonal().add_(damped_II.diagonal() - gram_II.diagonal())  # λ pulls to W itself
+            pull_II = torch.cholesky_solve(cross_II.T, torch.linalg.cholesky(damped_II)).T * config.supervise_frac
+            pull_II.diagonal().add_(1 - config.supervise_frac)
+        return cls(gram_II, damping_frac, damped_II, upper_II, pull_II)
+
+    def wanted(self, weight_OI: Tensor) -> Tensor:
+        """The weights to come close to."""
+        return weight_OI if self.pull_II is None else weight_OI @ self.pull_II
 
 
-def _layout(columns: int, count: int, config: Config) -> list[Group]:
-    """The groups of the salient columns and of the one-bit columns, in the order of the sweep."""
-    grid = "free" if config.mean else "midrise"
-    if config.salient_first:
-        salient = groups_of(0, count, SALIENT_BITS, "midrise", config.salient_group)
-        return salient + groups_of(count, columns, 1, grid, config.group)
-    binary = groups_of(0, columns - count, 1, grid, config.group)
-    return binary + groups_of(columns - count, columns, SALIENT_BITS, "midrise", config.salient_group)
+@dataclass(frozen=True)
+class Split:
+    """`count` columns have `salient_bits`, all others `base_bits`."""
+
+    base_bits: int
+    salient_bits: int
+    count: int
+
+    def groups(self, columns: int, config: Config) -> list[Group]:
+        """The groups that share scales, in the order of the sweep."""
+        grid = "free" if config.mean and self.base_bits == 1 else "midrise"
+        if config.salient_first:
+            salient = groups_of(0, self.count, self.salient_bits, "midrise", config.salient_group)
+            return salient + groups_of(self.count, columns, self.base_bits, grid, config.group)
+        base = groups_of(0, columns - self.count, self.base_bits, grid, config.group)
+        return base + groups_of(columns - self.count, columns, self.salient_bits, "midrise", config.salient_group)
+
+    def nbytes(self, rows: int, columns: int, config: Config) -> int:
+        """Bytes of a matrix, as `Packed.nbytes` counts them."""
+        base = columns - self.count
+        widths = self.salient_bits * -(-self.count // 8) + self.base_bits * -(-base // 8)
+        groups = -(-base // (config.group or columns)) * (2 if config.mean and self.base_bits == 1 else 1)
+        groups += -(-self.count // (config.salient_group or columns))
+        mask = -(-columns // 8) if self.count and base else 0
+        return -(-rows // TILE) * TILE * widths + 2 * rows * groups + mask
 
 
-def _scores(weight_OI: Tensor, gram_II: Tensor, config: Config, generator: torch.Generator) -> Tensor:
-    """How much each column [I] would suffer from one bit."""
-    if config.choose == "activation":
-        return gram_II.diagonal()
-    if config.choose == "magnitude":
-        return weight_OI.square().sum(0)
-    if config.choose == "random":
-        return torch.rand(weight_OI.shape[1], generator=generator).to(weight_OI.device)
-    grid = Group(0, weight_OI.shape[1], 1, "free" if config.mean else "midrise")
-    scale_O1, offset_O1 = fit_grid(weight_OI, grid, clip=False)
-    binary_OI = ((weight_OI - offset_O1) / scale_O1).round().clamp(0, 1) * scale_O1 + offset_O1
-    lost_I = (weight_OI - binary_OI).square().sum(0)
-    if config.choose == "robustness":
-        return lost_I * gram_II.diagonal()
-    return lost_I / torch.cholesky_inverse(torch.linalg.cholesky(gram_II)).diagonal()
+def split_columns(rows: int, columns: int, target: Target, config: Config) -> Split:
+    """The most columns that can be salient within the target, everything counted (a multiple of 8).
 
-
-def salient_columns(rows: int, columns: int, target: Target, config: Config) -> int:
-    """The most columns that can stay at four bits within the target, everything counted (a multiple of 8).
-
-    Raises TargetError if one bit for all columns is already too much.
+    Of several widths the widest that fit. Raises TargetError if the narrowest for all columns is already too much.
     """
     assert isinstance(target, Bits)
     budget_bytes = target.bits * rows * columns / 8
     counts = [*range(0, columns, 8), columns]
-    fitting: list[int] = [count for count in counts if _stored_bytes(rows, columns, count, config) <= budget_bytes]
+    splits = [Split(*widths, count) for widths in WIDTHS[config.widths] for count in counts]
+    fitting = [split for split in splits if split.nbytes(rows, columns, config) <= budget_bytes]
     if not fitting:
-        least = 8 * _stored_bytes(rows, columns, 0, config) / (rows * columns)
+        least = 8 * splits[0].nbytes(rows, columns, config) / (rows * columns)
         raise TargetError(
             f"target {target}: a {rows}×{columns} matrix needs at least {least:.3f} bits with these groups: "
             "raise the target, or widen group"
@@ -204,11 +241,79 @@ def salient_columns(rows: int, columns: int, target: Target, config: Config) -> 
     return fitting[-1]
 
 
-def _stored_bytes(rows: int, columns: int, count: int, config: Config) -> int:
-    """Bytes of a matrix with `count` salient columns, as `Packed.nbytes` counts them."""
-    binary = columns - count
-    planes: int = -(-rows // TILE) * TILE * (SALIENT_BITS * -(-count // 8) + -(-binary // 8))
-    salient_groups = -(-count // (config.salient_group or columns))
-    groups = -(-binary // (config.group or columns))
-    scales = 2 * rows * (salient_groups + groups * (2 if config.mean else 1))
-    return planes + scales + (-(-columns // 8) if count and binary else 0)
+@torch.no_grad()
+def _squeeze(
+    weight_OI: Tensor, task: _Task | None, split: Split, config: Config, generator: torch.Generator
+) -> Latent:
+    """The codes of one matrix."""
+    columns = weight_OI.shape[1]
+    groups = split.groups(columns, config)
+    if task is None:
+        order_I = torch.arange(columns, device=weight_OI.device)
+        return Latent.start(nearest(weight_OI, groups, clip=True).storable(), weight_OI, order_I)
+    weight_OI = task.wanted(weight_OI)
+    start_OI = _stage(weight_OI, task, config)
+    scores_I = _scores(start_OI, task.damped_II, split.base_bits, config, generator)
+    best_I = _together(scores_I, config.choose_columns).argsort(descending=True, stable=True)
+    parts = [best_I[: split.count].sort().values, best_I[split.count :].sort().values]
+    order_I = torch.cat(parts if config.salient_first else parts[::-1])
+    upper_II, _ = inverse_factor(task.gram_II[order_I][:, order_I], task.damping_frac)
+    swept_OI = start_OI if config.staged else weight_OI
+    rounded = sweep(swept_OI[:, order_I].contiguous(), upper_II, groups, clip=True)
+    ordered_OI, ordered_II = weight_OI[:, order_I].contiguous(), task.damped_II[order_I][:, order_I].contiguous()
+    return Latent.start(improve(rounded, ordered_OI, ordered_II, config.rounds), ordered_OI, order_I)
+
+
+def _stage(weight_OI: Tensor, task: _Task, config: Config) -> Tensor:
+    """W₄ of stage 1, or the weights themselves if nothing asks for it."""
+    if not config.staged and config.choose not in ("robustness", "surgeon"):
+        return weight_OI
+    whole = groups_of(0, weight_OI.shape[1], STAGE_BITS, "midrise", config.salient_group)
+    return sweep(weight_OI, task.upper_II, whole, clip=True).values_OI
+
+
+@torch.no_grad()
+def _by_element(
+    weight_OI: Tensor, task: _Task | None, target: Target, config: Config, generator: torch.Generator
+) -> Packed:
+    """The comparison with a choice of single weights: one sweep, stored as the weights it stands for."""
+    count = salient_elements(weight_OI.shape[0], weight_OI.shape[1], target)
+    if task is None:
+        return pack_elements(weight_OI, None, weight_OI.square(), count)
+    weight_OI = task.wanted(weight_OI)
+    start_OI = _stage(weight_OI, task, config)
+    scores_OI = _element_scores(start_OI, task.damped_II, 1, config, generator)
+    return pack_elements(start_OI if config.staged else weight_OI, task.upper_II, scores_OI, count)
+
+
+def _together(scores_I: Tensor, width: int) -> Tensor:
+    """Every `width` neighbours with the sum of their scores (the last ones with what there is of them)."""
+    numbers_I = torch.arange(len(scores_I), device=scores_I.device) // width
+    sums = scores_I.new_zeros(int(numbers_I[-1]) + 1).index_add_(0, numbers_I, scores_I)
+    return sums[numbers_I]
+
+
+def _scores(weight_OI: Tensor, gram_II: Tensor, bits: int, config: Config, generator: torch.Generator) -> Tensor:
+    """How much each column [I] would suffer from `bits`."""
+    if config.choose == "activation":
+        return gram_II.diagonal()
+    if config.choose == "random":
+        return torch.rand(weight_OI.shape[1], generator=generator).to(weight_OI.device)
+    return _element_scores(weight_OI, gram_II, bits, config, generator).sum(0)
+
+
+def _element_scores(
+    weight_OI: Tensor, gram_II: Tensor, bits: int, config: Config, generator: torch.Generator
+) -> Tensor:
+    """How much each weight [O, I] would suffer from `bits`."""
+    if config.choose == "activation":
+        return gram_II.diagonal() * weight_OI.abs()
+    if config.choose == "random":
+        return torch.rand(weight_OI.shape, generator=generator).to(weight_OI.device)
+    if config.choose == "magnitude":
+        return weight_OI.square()
+    grid = Group(0, weight_OI.shape[1], bits, "free" if config.mean and bits == 1 else "midrise")
+    lost_OI = (weight_OI - nearest(weight_OI, [grid], clip=True).values_OI).square()
+    if config.choose == "robustness":
+        return lost_OI * gram_II.diagonal()
+    return lost_OI / torch.cholesky_inverse(torch.linalg.cholesky(gram_II)).diagonal()
