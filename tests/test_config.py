@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from niwaki.config import Bits, Grouped, Sparsity, load_recipe, make_options, make_recipe, parse_target
+from niwaki.config import Bits, Grouped, Sparsity, load_recipe, make_options, make_recipe, parse_bytes, parse_target
 from niwaki.errors import InputError, TargetError
 
 
@@ -61,6 +61,35 @@ def test_an_unquoted_n_of_m_is_told_to_be_quoted(tmp_path: Path, written: str) -
 def test_calibration_may_be_one_file_or_many(given: object) -> None:
     recipe = make_recipe({"method": "wanda", "target": "0.5", "calibration": given})
     assert recipe.calibration.files == ("a.txt",)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1700000000", 1_700_000_000), ("1.7GB", 1_700_000_000), ("800 MiB", 800 * 2**20), ("3kb", 3000), ("12b", 12)],
+)
+def test_bytes(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+    assert make_recipe({"method": "squeeze10", "target_bytes": text}).target_bytes == count
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.7XB", "GB", "1e9", "0.0GB"])
+def test_what_are_no_bytes(text: str) -> None:
+    with pytest.raises(TargetError, match="expected a number of bytes"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("auto", "auto"), ("none", ()), ([], ()), ("7, 0,7", (0, 7)), ([3, 1], (1, 3)), (5, (5,)), ("0", (0,))],
+)
+def test_kept_blocks(given: object, kept: object) -> None:
+    assert make_recipe({"method": "squeeze10", "target": "2bit", "keep_blocks": given}).keep_blocks == kept
+
+
+@pytest.mark.parametrize("given", ["automatic", "1,", "-1", [-1], 1.5, {"a": 1}, True])
+def test_what_are_no_blocks(given: object) -> None:
+    with pytest.raises(TargetError, match="expected auto, none or numbers of blocks"):
+        make_recipe({"method": "squeeze10", "target": "2bit", "keep_blocks": given})
 
 
 def test_target_prints_as_it_is_written() -> None:

@@ -23,6 +23,7 @@ LAYERS = [
     ["checkpoint", "statistics"],
     ["block"],
     ["allocation", "stream"],
+    ["budget"],
     ["methods", "runtime"],
     ["walk", "run"],
     ["card"],

@@ -161,9 +161,9 @@ class Decoder:
         module.requires_grad_(False).to(self.device, non_blocking=True)
         prefix = self.anatomy.prefix(index)
         dtypes = {self._renames[name].removeprefix(prefix): tensor.dtype for name, tensor in stored.items()}
-        return Block(index, module, self.anatomy.blocks[index], stored, dtypes, packable=self._packable(index))
+        return Block(index, module, self.anatomy.blocks[index], stored, dtypes, packable=self.packable(index))
 
-    def _packable(self, index: int) -> frozenset[str]:
+    def packable(self, index: int) -> frozenset[str]:
         """Matrices that are the whole weight of an nn.Linear and lie on disk under its own name."""
         prefix, anatomy = self.anatomy.prefix(index), self.anatomy.blocks[index]
         plain = {target for name, target in self._renames.items() if name == target and name not in self._converted}

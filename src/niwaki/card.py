@@ -64,13 +64,15 @@ def model_card(record: dict[str, Any]) -> str:
     )
     storage = _EXPORTED if exported else _PACKED if result["packed"] else _DENSE
     windows = calibration["windows"]
+    target = recipe["target"] or f"{recipe['target_bytes']:,} bytes"
+    kept = record.get("allocation", {}).get("kept_blocks")
     return _BODY.format(
         metadata=metadata.to_yaml(),
-        name=f"{source}, {recipe['method']} {recipe['target']}",
+        name=f"{source}, {recipe['method']} {target}",
         source=source,
         version=record["niwaki"],
         method=recipe["method"],
-        target=recipe["target"],
+        target=target + (f", blocks {', '.join(map(str, kept))} kept at 4 bits" if kept else ""),
         matrices=result["matrices"],
         zeros=result["zeros_frac"],
         bits=result["bits"],

@@ -23,6 +23,8 @@ err_console = Console(stderr=True)
 TEXT = "Text: .txt, .jsonl, .parquet or a data set name."
 DEVICE = "auto (CUDA if there is one), cpu, cuda or cuda:N."
 DTYPE = "Arithmetic: auto (float32 on the CPU, else as stored), float32, bfloat16 or float16."
+TARGET_BYTES = "Instead of a target: bytes of all matrices together, 1.7GB or 800MiB (squeeze10)."
+KEEP_BLOCKS = "Blocks that stay at 4 bits while the others make up for it: auto, none or 0,7 (squeeze10)."
 TASKS = 'Multiple choice, JSONL, a line each: {"pairs": [\\[context, continuation], ...], "gold": index}. Repeatable.'
 
 
@@ -60,6 +62,8 @@ def compress(
     target: Annotated[
         str | None, typer.Option(help="Zeros 0.5, 50%, 2:4, or bits 4bit, 1.75bit. Required here or in the recipe.")
     ] = None,
+    target_bytes: Annotated[str | None, typer.Option(help=TARGET_BYTES)] = None,
+    keep_blocks: Annotated[str | None, _option(KEEP_BLOCKS, "none")] = None,
     allocation: Annotated[str | None, _option("uniform or owl.", "uniform")] = None,
     calibration: Annotated[
         list[str] | None, _option(f"{TEXT} Repeatable.", "text the model writes itself, which is slow")
@@ -93,18 +97,9 @@ def compress(
     from niwaki.run import resumable
 
     values: dict[str, Any] = load_recipe(recipe) if recipe else {}
-    values |= _given(
-        method=method,
-        preset=preset,
-        target=target,
-        allocation=allocation,
-        pack=pack,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        batch_tokens=batch_tokens,
-        activation_bytes=activation_bytes,
-    )
+    values |= _given(method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks)
+    values |= _given(allocation=allocation, pack=pack, seed=seed, device=device, dtype=dtype)
+    values |= _given(batch_tokens=batch_tokens, activation_bytes=activation_bytes)
     files = tuple(calibration) if calibration else None
     text = _given(files=files, field=field, samples=samples, seq_len=seq_len)
     values["calibration"] = {**calibration_fields(values.get("calibration")), **text}

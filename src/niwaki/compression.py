@@ -5,32 +5,40 @@ Everything that can be wrong with the input is checked before the first file is 
     niwaki.compress("MODEL", "OUT", method="sparsegpt", target="2:4", calibration=["mine.txt"])
 """
 
-import hashlib
 import json
 import math
 import platform
-import sys
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from niwaki import __version__
 from niwaki.allocation import ALLOCATIONS, OWL_NEEDS, OwlConfig, Targets, outlier_share, owl, uniform
 from niwaki.block import Block, Decoder
+from niwaki.budget import KEPT_BITS, bits_within, choose_kept, kept_targets, rest_bits, sensitivity
 from niwaki.calibration import digest, windows_for
 from niwaki.card import model_card
 from niwaki.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, packed_config
 from niwaki.codes import WEIGHT, decode_stored
-from niwaki.config import Recipe, Target, make_options, make_recipe, parse_target
+from niwaki.config import Bits, Recipe, Target, make_options, make_recipe, parse_target
 from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
-from niwaki.errors import InputError, NumericalError, unknown
-from niwaki.methods import Step, make_steps, merged_needs
-from niwaki.run import RECORD, Run, Writer, check_apart, check_free, check_space, finished_record, partial_of
+from niwaki.errors import InputError, NumericalError, TargetError, unknown
+from niwaki.methods import Step, make_steps, merged_needs, require_fractional
+from niwaki.run import (
+    RECORD,
+    Run,
+    Writer,
+    check_apart,
+    check_free,
+    check_space,
+    circumstances,
+    fingerprint,
+    finished_record,
+    partial_of,
+)
 from niwaki.stream import Stream, default_batch_tokens
 from niwaki.walk import Plan, Report, collect, compress_blocks, forward
 from niwaki.writing import copy_file, write_text
@@ -77,7 +85,10 @@ class _Job:
         self.out = out.absolute()
         self.report = report
         self.resume, self.overwrite = resume, overwrite
-        self.target: Target = parse_target(recipe.target)
+        # How many bits the bytes make is known once the decoder is; until then any bits stand for them.
+        self.target: Target = Bits(KEPT_BITS) if recipe.target is None else parse_target(recipe.target)
+        self.allocated: dict[str, Any] = {}
+        _check_budget(recipe)
         if recipe.allocation not in ALLOCATIONS:
             raise InputError(unknown("allocation", recipe.allocation, ALLOCATIONS))
         self.owl, self.steps = _split_options(recipe, self.target)
@@ -91,9 +102,15 @@ class _Job:
         check_apart(self.checkpoint.folder, self.out)
         check_space(self.out, self.checkpoint.nbytes)
         self.decoder = Decoder(self.checkpoint, self.device, pick_dtype(recipe.dtype))
+        if recipe.target_bytes is not None:
+            self.target = bits_within(recipe.target_bytes, self.decoder)
+            self.allocated = {"target_bits": self.target.bits}
         self.targets: Targets = uniform(self.decoder.anatomy, self.target)
         if recipe.allocation == "owl":
             owl(self.decoder.anatomy, self.target, [0.0] * len(self.decoder), self.owl)  # refuses what it cannot do
+        if recipe.keep_blocks:
+            named = () if recipe.keep_blocks == "auto" else recipe.keep_blocks
+            kept_targets(self.decoder.anatomy, self.target, named)  # so does this
         batch_tokens = recipe.batch_tokens or default_batch_tokens(self.device)
         self.recipe = recipe.model_copy(update={"device": str(self.device), "batch_tokens": batch_tokens})
         self.windows_ST, self.calibration_source = self._windows()
@@ -101,11 +118,11 @@ class _Job:
         self.shard_names = self._shard_names()
 
     def run(self) -> dict[str, Any]:
-        fingerprint = self._fingerprint()
-        if self.resume and not self.partial.exists() and (record := finished_record(self.out, fingerprint)):
+        marks = self._fingerprint()
+        if self.resume and not self.partial.exists() and (record := finished_record(self.out, marks)):
             self.report("complete", out=str(self.out))
             return record
-        with Run(self.out, fingerprint, resume=self.resume, overwrite=self.overwrite) as run:
+        with Run(self.out, marks, resume=self.resume, overwrite=self.overwrite) as run:
             try:
                 return self._run(run)
             except (InputError, NumericalError):
@@ -120,13 +137,11 @@ class _Job:
             run.event(event, **fields)
             self.report(event, **fields)
 
-        report("start", blocks=len(self.decoder), method=self.recipe.method, target=self.recipe.target)
+        report("start", blocks=len(self.decoder), method=self.recipe.method, target=str(self.target))
         with Writer(run, report) as writer:
             self._write_ends(run, writer)
+            self._allocate(run, report)
             stream = self._stream(run, "compressed")
-            if self.recipe.allocation == "owl":
-                self.targets = self._owl_targets(run, stream, report)
-                stream = self._stream(run, "compressed")
             dense = self._stream(run, "dense") if self.dense_stream else None
             self.decoder.release_ends()
 
@@ -174,20 +189,40 @@ class _Job:
             learn_batches=self.needs.learn_batches if name == "compressed" else frozenset(),
         )
 
-    def _owl_targets(self, run: Run, stream: Stream | None, report: Report) -> Targets:
-        """Outlier shares of the dense blocks (kept in the journal), turned into targets."""
-        assert stream is not None
+    def _allocate(self, run: Run, report: Report) -> None:
+        """Targets that differ between blocks."""
+        anatomy, kept = self.decoder.anatomy, self.recipe.keep_blocks
+        if self.recipe.allocation == "owl":
+
+            def outliers(block: Block, stream: Stream) -> float:
+                return outlier_share(block, collect(block, stream, OWL_NEEDS)[0], self.owl)
+
+            shares = self._scan(run, "outlier_shares", outliers, report)
+            self.targets = owl(anatomy, self.target, shares, self.owl)
+        if kept and isinstance(self.target, Bits):
+            if kept == "auto":
+                self.allocated["sensitivities"] = self._scan(run, "sensitivities", sensitivity, report)
+                kept = tuple(choose_kept(anatomy, self.target, self.allocated["sensitivities"]))
+            self.targets = kept_targets(anatomy, self.target, kept)
+            self.allocated |= {"kept_blocks": list(kept), "rest_bits": rest_bits(anatomy, self.target, kept)}
+        if self.allocated:
+            report("allocation", **self.allocated)
+
+    def _scan(self, run: Run, name: str, measure: Callable[[Block, Stream], float], report: Report) -> list[float]:
+        """What `measure` gives for every dense block at its own inputs; kept in the journal as `name`."""
         if "allocation" not in run.finished:
-            shares: list[float] = []
+            stream = self._stream(run, "scan")
+            assert stream is not None, "what scans asks for windows"
+            found: list[float] = []
 
             def visit(block: Block) -> None:
-                statistics, _ = collect(block, stream, OWL_NEEDS)
-                shares.append(outlier_share(block, statistics, self.owl))
+                found.append(measure(block, stream))
                 report("scan", index=block.index, of=len(self.decoder))
 
             forward(self.decoder, [stream], visit)
-            run.finish_part("allocation", {"outlier_shares": shares})
-        return owl(self.decoder.anatomy, self.target, run.finished["allocation"]["outlier_shares"], self.owl)
+            run.finish_part("allocation", {name: found})
+        values: list[float] = run.finished["allocation"][name]
+        return values
 
     def _shard_names(self) -> list[str]:
         """One file per block, then the ends in files of about 1 GiB."""
@@ -236,11 +271,7 @@ class _Job:
         weights = sum(math.prod(line["shape"]) for line in lines)
         cuda = self.device.type == "cuda"
         return {
-            "niwaki": __version__,
-            "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
-            "python": platform.python_version(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": sys.argv,
+            **circumstances("torch", "transformers", "safetensors"),
             "model": {
                 "source": str(self.checkpoint.folder),
                 "type": self.checkpoint.config.model_type,
@@ -251,6 +282,7 @@ class _Job:
             "recipe": self.recipe.model_dump(mode="json"),
             "options": {step.name: vars(step.config) for step in self.steps},
             "dense_stream": self.dense_stream,
+            "allocation": self.allocated,
             "calibration": {
                 "source": self.calibration_source,
                 "windows": None if self.windows_ST is None else list(self.windows_ST.shape),
@@ -273,18 +305,13 @@ class _Job:
         }
 
     def _fingerprint(self) -> dict[str, str]:
-        """What decides the bytes of the result, by the name a refused resume would give it."""
-        marks = {f"model ({name})": mark for name, mark in self.checkpoint.fingerprint().items()}
-        marks["data (calibration tokens)"] = "none" if self.windows_ST is None else digest(self.windows_ST)
-        recipe = self.recipe.model_dump(mode="json")
-        marks |= {f"config ({name})": json.dumps(value) for name, value in recipe.items() if name != "calibration"}
-        marks["seed"] = marks.pop("config (seed)")
-        marks["config (dense_stream)"] = str(self.dense_stream)
-        marks |= {f"version ({name})": version(name) for name in ("torch", "transformers")}
-        marks["version (niwaki)"] = __version__
-        threads = str(torch.get_num_threads()) if self.device.type == "cpu" else ""
-        marks["threads"] = threads
-        return {name: hashlib.sha256(mark.encode()).hexdigest() for name, mark in marks.items()}
+        return fingerprint(
+            self.checkpoint.fingerprint(),
+            "none" if self.windows_ST is None else digest(self.windows_ST),
+            self.recipe.model_dump(mode="json"),
+            dense_stream=self.dense_stream,
+            threads=torch.get_num_threads() if self.device.type == "cpu" else None,
+        )
 
 
 def _split_options(recipe: Recipe, target: Target) -> tuple[OwlConfig, list[Step]]:
@@ -294,6 +321,15 @@ def _split_options(recipe: Recipe, target: Target) -> tuple[OwlConfig, list[Step
     if of_owl and recipe.allocation != "owl":
         raise InputError(f"option {OWL_PREFIX}{next(iter(of_owl))} needs the allocation owl")
     return make_options(OwlConfig, of_owl, "owl"), make_steps(recipe.method, of_methods, target)
+
+
+def _check_budget(recipe: Recipe) -> None:
+    """Refuses budgets that the method would not spend as they are meant."""
+    wanted = "target_bytes" if recipe.target_bytes is not None else "keep_blocks" if recipe.keep_blocks else ""
+    if wanted:
+        require_fractional(recipe.method, wanted)
+    if recipe.target_bytes is not None and recipe.pack == "none":
+        raise TargetError("target_bytes counts stored codes, and --pack none stores none: give --target in bits")
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:

@@ -72,6 +72,11 @@ class Bits:
 
 
 Target = Sparsity | Grouped | Bits
+_BYTE_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{ending}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for ending, base in (("B", 1000), ("IB", 1024))
+}
 
 
 def parse_target(text: str) -> Target:
@@ -100,6 +105,26 @@ def parse_target(text: str) -> Target:
     return Sparsity(zeros_frac)
 
 
+def parse_bytes(text: str) -> int:
+    """`1700000000`, `1.7GB` or `800 MiB`. Raises TargetError with what was expected."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip().lower())
+    unit = _BYTE_UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or not float(found[1]):
+        raise TargetError(f"target_bytes {text!r}: expected a number of bytes such as 1700000000, 1.7GB or 800MiB")
+    return int(float(found[1]) * unit)
+
+
+def parse_keep_blocks(value: Any) -> str | tuple[int, ...]:
+    """`auto`, `none` (no blocks) or block numbers, `0,7` or a list. Raises TargetError with what was expected."""
+    if value in ("auto", "none"):
+        return "auto" if value == "auto" else ()
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    numbers = [str(item).strip() for item in items]
+    if not all(number.isdecimal() for number in numbers):
+        raise TargetError(f"keep_blocks {value!r}: expected auto, none or numbers of blocks such as 0,7")
+    return tuple(sorted({int(number) for number in numbers}))
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -114,10 +139,15 @@ class Calibration(_Strict):
 
 
 class Recipe(_Strict):
-    """Everything that decides the bytes of a result, and how to get there."""
+    """Everything that decides the bytes of a result, and how to get there.
+
+    `target`, or instead `target_bytes`: the bytes of all compressed matrices together. `keep_blocks` stay at 4 bits.
+    """
 
     method: str
-    target: str
+    target: str | None = None
+    target_bytes: int | None = None
+    keep_blocks: Literal["auto"] | tuple[int, ...] = ()
     allocation: str = "uniform"
     calibration: Calibration = Calibration()
     options: dict[str, Any] = {}
@@ -132,6 +162,16 @@ class Recipe(_Strict):
     @classmethod
     def _target_text(cls, value: Any) -> Any:
         return _target_text(value)
+
+    @field_validator("target_bytes", mode="before")
+    @classmethod
+    def _bytes_of(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+    @field_validator("keep_blocks", mode="before")
+    @classmethod
+    def _blocks_of(cls, value: Any) -> Any:
+        return parse_keep_blocks(value)
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -154,8 +194,13 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     """A validated recipe, a preset filled in; the first problem becomes one InputError line."""
     values = with_preset(values)
     _require_known(values)
-    for name in ("method", "target"):
-        if values.get(name) is None:
+    targets = [name for name in ("target", "target_bytes") if values.get(name) is not None]
+    if len(targets) > 1:
+        raise TargetError(
+            f"target {values['target']} and target_bytes {values['target_bytes']} are two budgets: give one of them"
+        )
+    for name, given in (("method", values.get("method") is not None), ("target", targets)):
+        if not given:
             raise InputError(
                 f"{name} is missing: give one, for example --method sparsegpt --target 2:4 (see `niwaki methods`)"
             )

@@ -16,7 +16,7 @@ from rich.progress import (
 
 _TITLES = {
     "sample": ("writing calibration text", "tokens"),
-    "scan": ("measuring outliers", "blocks"),
+    "scan": ("measuring the dense blocks", "blocks"),
     "block": ("compressing", "blocks"),
     "evaluate": ("evaluating", "blocks"),
     "export": ("exporting", "files"),
@@ -57,6 +57,10 @@ class Display:
             self.console.print(f"[yellow]note:[/] {escape(fields['message'])}", highlight=False, soft_wrap=True)
         if event == "complete":
             self.console.print(f"already complete: {fields['out']}", markup=False, highlight=False, soft_wrap=True)
+        if event == "allocation" and "kept_blocks" in fields:
+            kept = ", ".join(map(str, fields["kept_blocks"])) or "none"
+            line = f"blocks at 4 bits: {kept}; the others: {fields['rest_bits']:.3f} bits"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         if event not in _TITLES:
             return
         name, unit = _TITLES[event]

@@ -11,12 +11,8 @@ The whole model is in memory. An eighth of the windows is held out and decides w
 
 import json
 import math
-import platform
-import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from niwaki import __version__
 from niwaki.block import Decoder
 from niwaki.calibration import calibration_windows, digest, load_tokenizer, read_texts
 from niwaki.checkpoint import Checkpoint
@@ -34,7 +29,7 @@ from niwaki.errors import ArchitectureError, InputError, NumericalError
 from niwaki.generation import load
 from niwaki.learning import Lowest, cosine
 from niwaki.loading import plain_loading
-from niwaki.run import RECORD, Run, check_apart, check_free, partial_of
+from niwaki.run import RECORD, Run, check_apart, check_free, circumstances, partial_of
 from niwaki.writing import copy_file, file_sha256, write_text
 
 CHECKS = 8
@@ -121,11 +116,7 @@ def _record(checkpoint: Checkpoint, windows_ST: Tensor, settings: dict[str, Any]
     """What of run.json is known before the result."""
     path = checkpoint.folder / RECORD / "run.json"
     return {
-        "niwaki": __version__,
-        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors", "peft")},
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        **circumstances("torch", "transformers", "safetensors", "peft"),
         "model": {"source": str(checkpoint.folder), "files": checkpoint.file_marks()},
         "recover": {**settings, "windows": list(windows_ST.shape), "sha256": digest(windows_ST)},
         "compressed_from": json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None,

@@ -12,17 +12,23 @@ of its block. A resume is refused when anything that decides the bytes has chang
 """
 
 import fcntl
+import hashlib
 import json
 import os
+import platform
 import shutil
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch import Tensor
 
+from niwaki import __version__
 from niwaki.errors import OutputError, ResumeError
 from niwaki.writing import file_sha256, sync_folder, write_shard, write_text
 
@@ -187,6 +193,35 @@ class Writer:
         (part, future), self._pending = self._pending, None
         self.run.finish_part(part, future.result())
         self.report("saved", part=part)
+
+
+def circumstances(*packages: str) -> dict[str, Any]:
+    """When, with which versions of `packages` and by which command a result is made: the first fields of run.json."""
+    return {
+        "niwaki": __version__,
+        "versions": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+    }
+
+
+def fingerprint(
+    model_marks: Mapping[str, str], tokens: str, recipe: Mapping[str, Any], *, dense_stream: bool, threads: int | None
+) -> dict[str, str]:
+    """Hashes of what decides the bytes of a result, by the name that a refused resume would give each.
+
+    `model_marks` per file, `tokens` of the calibration, `recipe` as JSON; `threads` if the result depends on them.
+    """
+    marks = {f"model ({name})": mark for name, mark in model_marks.items()}
+    marks["data (calibration tokens)"] = tokens
+    marks |= {f"config ({name})": json.dumps(value) for name, value in recipe.items() if name != "calibration"}
+    marks["seed"] = marks.pop("config (seed)")
+    marks["config (dense_stream)"] = str(dense_stream)
+    marks |= {f"version ({name})": version(name) for name in ("torch", "transformers")}
+    marks["version (niwaki)"] = __version__
+    marks["threads"] = "" if threads is None else str(threads)
+    return {name: hashlib.sha256(mark.encode()).hexdigest() for name, mark in marks.items()}
 
 
 def partial_of(out: Path) -> Path:

@@ -8,18 +8,15 @@ record of the compression: `niwaki/run.json` gains a field `export`, `niwaki/blo
 
 import importlib
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from niwaki import __version__
 from niwaki.card import model_card
 from niwaki.checkpoint import Checkpoint
 from niwaki.errors import CheckpointError, InputError, unknown
-from niwaki.run import RECORD, Run, check_apart, check_free, check_space, partial_of
+from niwaki.run import RECORD, Run, check_apart, check_free, check_space, circumstances, partial_of
 from niwaki.writing import copy_file, file_sha256, write_text
 
 Report = Callable[..., None]
@@ -95,10 +92,8 @@ def _export_record(to: str, source: Path, folder: Path, written: dict[str, Any],
     shards = sorted(folder.glob("*.safetensors"))
     return {
         "to": to,
-        "niwaki": __version__,
         "source": str(source),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        **circumstances(),
         **written,
         "bytes": sum(path.stat().st_size for path in shards),
         "sha256": {path.name: file_sha256(path) for path in shards},

@@ -23,6 +23,8 @@ from niwaki.statistics import Needs
 from niwaki.stream import Evidence
 
 METHODS = ("besa", "gptq", "magnitude", "rtn", "sparsegpt", "squeeze10", "wanda", "wandapp")
+# These spend any number of bits a weight that they are given, on codes that are stored as they are counted.
+FRACTIONAL = ("squeeze10",)
 
 
 class Method(Protocol):
@@ -103,6 +105,17 @@ def make_steps(chain: str, options: Mapping[str, Any], target: Target) -> list[S
         Step(name, method, make_options(method.Config, own[name], name))
         for name, method in zip(names, methods, strict=True)
     ]
+
+
+def require_fractional(chain: str, wanted: str) -> None:
+    """Raises TargetError unless all methods of `chain` are FRACTIONAL, which the recipe field `wanted` needs."""
+    for name in (part.strip() for part in chain.split("+")):
+        get_method(name)
+        if name not in FRACTIONAL:
+            raise TargetError(
+                f"{wanted} needs a method that spends whatever bits it is given ({', '.join(FRACTIONAL)}), got {name}: "
+                f"use another method, or drop {wanted}"
+            )
 
 
 def merged_needs(steps: Sequence[Step]) -> Needs:

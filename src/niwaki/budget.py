@@ -1,0 +1,154 @@
+"""Which blocks stay at four bits, and what is left for the others. This is niwaki's own, no paper's.
+
+A budget of B bits a weight is kept exactly: blocks K at 4 bits leave (B·Σw − 4·Σ_K w) / Σ_rest w bits to the rest, w
+being the weights of a block. Everything stored counts, because methods read their target so.
+
+`auto` measures on the dense model what one bit would do to each block b: s_b, the mean over tokens of ‖ŷ − y‖² / ‖y‖²,
+y the block's output and ŷ that with all its matrices rounded to nearest at one bit (mean ± mean deviation of a row).
+Token by token, because the norm at the start of the next block divides each by its own size: a mean over all would
+see little else than the few tokens of huge activations. Then K minimises Σ_b s_b·4^(1 − bits_b), the squared error
+falling to a quarter with every bit, bits_b ∈ {4, rest}. The function is convex, so with equal sensitivities of equal
+blocks K is empty. Only prefixes of the blocks in order of s_b/w_b are tried: that is exact for equal blocks, and as
+near as one block for others. The rest never gets less than `least_bits`; a method that needs more refuses itself.
+
+Cost of `auto`: three forwards of the calibration windows, in place of the two of OWL's scan.
+
+    niwaki compress MODEL OUT --method squeeze10 --target-bytes 1.7GB --keep-blocks auto --calibration mine.txt
+"""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from niwaki.allocation import Targets
+from niwaki.anatomy import Anatomy
+from niwaki.block import Block, Decoder
+from niwaki.codes import TILE
+from niwaki.config import Bits, Target
+from niwaki.errors import NumericalError, TargetError
+from niwaki.stream import Stream
+
+KEPT_BITS = 4
+
+
+def bits_within(total_bytes: int, decoder: Decoder) -> Bits:
+    """The average bits with which all matrices of `decoder` together take at most `total_bytes`.
+
+    Raises TargetError for bytes that are no 1 to 8 bits a weight, or matrices that are not stored as codes.
+    """
+    anatomy = decoder.anatomy
+    for index, block in enumerate(anatomy.blocks):
+        if dense := sorted(set(block.linears) - decoder.packable(index)):
+            raise TargetError(
+                f"target_bytes: {anatomy.prefix(index)}{dense[0]} can only be stored dense in this model, so its bytes "
+                "would stay: give --target in bits instead"
+            )
+    bits = 8 * total_bytes / anatomy.weights
+    if not 1 <= bits <= 8:
+        raise TargetError(
+            f"target_bytes {total_bytes:,}: that is {bits:.3f} bits for each of {anatomy.weights:,} weights, expected "
+            f"1 to 8: give {anatomy.weights // 8:,} to {anatomy.weights:,} bytes"
+        )
+    return Bits(bits)
+
+
+def kept_targets(anatomy: Anatomy, target: Target, kept: Collection[int]) -> Targets:
+    """4 bits for the blocks `kept`, and for all others what meets `target` on average.
+
+    Raises TargetError for a target that is no bits below 4, for blocks that do not exist, and if too little is left.
+    """
+    if not isinstance(target, Bits):
+        raise TargetError(f"keep_blocks keeps blocks at {KEPT_BITS} bits: it needs bits such as 1.75bit, got {target}")
+    if target.bits >= KEPT_BITS:
+        raise TargetError(f"keep_blocks: target {target} gives every block {KEPT_BITS} bits or more, drop keep_blocks")
+    last = len(anatomy.blocks) - 1
+    if missing := [index for index in kept if not 0 <= index <= last]:
+        raise TargetError(f"keep_blocks {missing[0]}: the model has blocks 0 to {last}")
+    rest = rest_bits(anatomy, target, kept)
+    if rest < 1:
+        raise TargetError(
+            f"keep_blocks {','.join(map(str, sorted(kept)))}: at {KEPT_BITS} bits they leave {max(rest, 0):.2f} bits "
+            f"of target {target} to the others, which need at least 1: keep fewer blocks, or raise the target"
+        )
+    targets: Targets = []
+    for index, block in enumerate(anatomy.blocks):
+        targets.append(dict.fromkeys(block.linears, Bits(KEPT_BITS if index in kept else rest)))
+    return targets
+
+
+def rest_bits(anatomy: Anatomy, target: Bits, kept: Collection[int]) -> float:
+    """Bits a weight that `kept` blocks leave to the others: below zero if too many are kept, 0 if all are."""
+    kept_weights = sum(anatomy.blocks[index].weights for index in kept)
+    others = anatomy.weights - kept_weights
+    return (target.bits * anatomy.weights - KEPT_BITS * kept_weights) / others if others else 0.0
+
+
+def least_bits(anatomy: Anatomy) -> float:
+    """Bits a weight of one-bit codes with a scale and an offset a row, in the matrix where these weigh most."""
+
+    def stored_bits(rows: int, columns: int) -> float:
+        return (-(-rows // TILE) * TILE * 8 * -(-columns // 8) + 2 * 16 * rows) / (rows * columns)
+
+    return max(stored_bits(m.rows, m.columns) for block in anatomy.blocks for m in block.linears.values())
+
+
+def choose_kept(anatomy: Anatomy, target: Bits, sensitivities: Sequence[float]) -> list[int]:
+    """The blocks to keep at 4 bits, ascending (see above); none if that predicts the least error."""
+    order = sorted(range(len(sensitivities)), key=lambda index: -sensitivities[index] / anatomy.blocks[index].weights)
+    floor = least_bits(anatomy)
+    best: list[int] = []
+    least_error = _predicted(sensitivities, best, target.bits)
+    for count in range(1, len(order)):
+        rest = rest_bits(anatomy, target, order[:count])
+        if rest < floor:
+            break
+        error = _predicted(sensitivities, order[:count], rest)
+        if error < least_error * (1 - 1e-9):  # no choice by the rounding of equal sums
+            best, least_error = order[:count], error
+    return sorted(best)
+
+
+def _predicted(sensitivities: Sequence[float], kept: Collection[int], rest: float) -> float:
+    """Σ s_b·4^(1 − bits_b)."""
+    bits = (KEPT_BITS if index in kept else rest for index in range(len(sensitivities)))
+    return sum(s * 4.0 ** (1 - b) for s, b in zip(sensitivities, bits, strict=True))
+
+
+@torch.no_grad()
+def sensitivity(block: Block, stream: Stream) -> float:
+    """s_b of a dense block at the inputs of `stream`, which does not move on; the block is left as it was.
+
+    Raises NumericalError if the block at one bit leaves the finite numbers.
+    """
+    dense = {name: block.weight(name).clone() for name in block.linears}
+    coarse = {name: _one_bit(weight_OI) for name, weight_OI in dense.items()}
+    total, tokens = 0.0, 0
+    for rows in stream.slices():
+        x_BTD = stream.hidden.read(rows)
+        call = stream.call(len(x_BTD), block.index)
+        y_BTD = block.run(call, x_BTD).float()
+        _fill(block, coarse)
+        error_BT = (block.run(call, x_BTD).float() - y_BTD).square().sum(-1)
+        _fill(block, dense)
+        total += float((error_BT / y_BTD.square().sum(-1).clamp_min(1e-30)).sum(dtype=torch.float64))
+        tokens += error_BT.numel()
+    if not torch.isfinite(torch.tensor(total)):
+        raise NumericalError(
+            f"block {block.index} puts out NaN or infinite values with its matrices at one bit: "
+            "name the blocks for --keep-blocks, or use a wider dtype"
+        )
+    return total / tokens
+
+
+def _one_bit(weight_OI: Tensor) -> Tensor:
+    """Every weight at the nearer of two levels a row, mean ± mean deviation."""
+    wide_OI = weight_OI.float()
+    middle_O1 = wide_OI.mean(1, keepdim=True)
+    spread_O1 = (wide_OI - middle_O1).abs().mean(1, keepdim=True)
+    return torch.where(wide_OI >= middle_O1, middle_O1 + spread_O1, middle_O1 - spread_O1).to(weight_OI.dtype)
+
+
+def _fill(block: Block, weights: dict[str, Tensor]) -> None:
+    for name, weight_OI in weights.items():
+        block.weight(name).copy_(weight_OI)
