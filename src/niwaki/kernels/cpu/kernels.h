@@ -46,8 +46,11 @@ struct PlaneProduct {
     float* out;              // [tokens, rows]
 };
 
-// `portable` leaves vector instructions out, for tests.
-void plane_product(const PlaneProduct& product, int threads, bool portable);
+// The instructions a product may use; anything but `best` is for tests.
+enum class Path { best, portable, avx2, avx512 };
+
+bool supported(Path path);
+void plane_product(const PlaneProduct& product, int threads, Path path);
 
 // Calls work(first, last) for a share of the rows on each of `threads` threads.
 void over_rows(int64_t rows, int threads, const std::function<void(int64_t, int64_t)>& work);

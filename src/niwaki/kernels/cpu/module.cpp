@@ -26,7 +26,7 @@ NB_MODULE(_cpu, module) {
     });
     module.def("plane_product", [](Bytes planes, Shorts scale, std::optional<Shorts> offset, std::optional<Bytes> zero,
                                    float centre, int64_t group_bytes, std::optional<Ints> column, int64_t columns,
-                                   Floats x, Floats out, int threads, bool portable) {
+                                   Floats x, Floats out, int threads, int path) {
         const niwaki::PlaneProduct product{
             static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(out.shape(1)), columns,
             static_cast<int64_t>(planes.shape(1)), static_cast<int64_t>(planes.shape(2)),
@@ -36,8 +36,10 @@ NB_MODULE(_cpu, module) {
             centre, column ? column->data() : nullptr, x.data(), static_cast<int64_t>(x.shape(1)), out.data(),
         };
         nb::gil_scoped_release unlocked;
-        niwaki::plane_product(product, threads, portable);
+        niwaki::plane_product(product, threads, static_cast<niwaki::Path>(path));
     }, nb::arg("planes"), nb::arg("scale"), nb::arg("offset").none(), nb::arg("zero").none(), nb::arg("centre"),
        nb::arg("group_bytes"), nb::arg("column").none(), nb::arg("columns"), nb::arg("x"), nb::arg("out"),
-       nb::arg("threads"), nb::arg("portable"));
+       nb::arg("threads"), nb::arg("path"));
+    // By number: 0 the best there is, 1 portable, 2 AVX2, 3 AVX-512.
+    module.def("supported", [](int path) { return niwaki::supported(static_cast<niwaki::Path>(path)); });
 }

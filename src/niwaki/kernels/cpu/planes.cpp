@@ -4,6 +4,8 @@
 //
 // Table entries are whole numbers of 13 bits with a scale for every 32 columns, so that eight of them add up in 16 bits
 // without overflow; against float32 that costs about 3e-4 of the output's norm. All else is float32.
+//
+// Three paths with the same sums: AVX-512 (two bytes of 32 rows a shuffle), AVX2 (one), and portable code.
 
 #include "kernels.h"
 
@@ -11,8 +13,10 @@
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define NIWAKI_AVX2 1
+#define NIWAKI_X86 1
 #include <immintrin.h>
+#define NIWAKI_AVX2 __attribute__((target("avx2,fma")))
+#define NIWAKI_AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw")))
 #endif
 
 namespace niwaki {
@@ -25,7 +29,7 @@ constexpr float kLargest = 4095;  // eight of them fit in 16 bits
 
 // The tables of 32 columns: low bytes and high bytes of the 16 sums of every four columns.
 struct BlockTables {
-    uint8_t low[kBlockTables][16], high[kBlockTables][16];
+    alignas(64) uint8_t low[kBlockTables][16], high[kBlockTables][16];
     float scale, sum;
 };
 
@@ -42,30 +46,31 @@ float half_to_float(uint16_t half) {
     return value;
 }
 
-NIWAKI_MULTIVERSION
-void fill_tables(const float* x, const int32_t* places, int64_t columns, int64_t blocks, BlockTables* tables) {
-    for (int64_t block = 0; block < blocks; ++block) {
-        float sums[kBlockTables][16], largest = 0, total = 0;
-        for (int64_t t = 0; t < kBlockTables; ++t) {
-            sums[t][0] = 0;
-            for (int64_t i = 0; i < 4; ++i) {
-                const int64_t column = (block * kBlockTables + t) * 4 + i;
-                const float value = column < columns ? x[places ? places[column] : column] : 0;
-                for (int64_t s = 0; s < 1 << i; ++s) sums[t][(1 << i) + s] = sums[t][s] + value;
-            }
-            for (float sum : sums[t]) largest = std::max(largest, std::fabs(sum));
-            total += sums[t][15];
-        }
-        BlockTables& made = tables[block];
-        made.sum = total;
-        made.scale = largest / kLargest;
-        const float inverse = largest > 0 ? kLargest / largest : 0;
-        for (int64_t t = 0; t < kBlockTables; ++t)
-            for (int64_t s = 0; s < 16; ++s) {
-                const auto entry = static_cast<uint16_t>(static_cast<int16_t>(std::nearbyint(sums[t][s] * inverse)));
-                made.low[t][s] = entry & 255, made.high[t][s] = entry >> 8;
-            }
+// The 32 inputs of a block, zero where there is no column.
+void gather(const float* x, const int32_t* places, int64_t first, int64_t columns, float* values) {
+    for (int64_t i = 0; i < 8 * kBlockBytes; ++i) {
+        const int64_t column = first + i;
+        values[i] = column < columns ? x[places ? places[column] : column] : 0;
     }
+}
+
+void fill_block_portable(const float* values, BlockTables& made) {
+    float sums[kBlockTables][16], largest = 0;
+    made.sum = 0;
+    for (int64_t t = 0; t < kBlockTables; ++t) {
+        sums[t][0] = 0;
+        for (int64_t i = 0; i < 4; ++i)
+            for (int64_t s = 0; s < 1 << i; ++s) sums[t][(1 << i) + s] = sums[t][s] + values[4 * t + i];
+        for (float sum : sums[t]) largest = std::max(largest, std::fabs(sum));
+        made.sum += sums[t][15];
+    }
+    made.scale = largest / kLargest;
+    const float inverse = largest > 0 ? kLargest / largest : 0;
+    for (int64_t t = 0; t < kBlockTables; ++t)
+        for (int64_t s = 0; s < 16; ++s) {
+            const auto entry = static_cast<uint16_t>(static_cast<int16_t>(std::nearbyint(sums[t][s] * inverse)));
+            made.low[t][s] = entry & 255, made.high[t][s] = entry >> 8;
+        }
 }
 
 // acc[32] += what the set bits of `bytes` bytes of one plane select, starting with the first byte of a block.
@@ -83,19 +88,54 @@ void sum_plane_portable(const uint8_t* plane, const BlockTables* tables, int64_t
         }
 }
 
-#ifdef NIWAKI_AVX2
-__attribute__((target("avx2,fma"))) inline __m256i both_halves(const uint8_t* table) {
+#ifdef NIWAKI_X86
+// Entry s of a table holds its inputs i where s has bit i: the eight low entries, then the eight high ones.
+NIWAKI_AVX2 void fill_block_avx2(const float* values, BlockTables& made) {
+    const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256 masks[3];
+    for (int i = 0; i < 3; ++i) {
+        const __m256i bit = _mm256_set1_epi32(1 << i);
+        masks[i] = _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(numbers, bit), bit));
+    }
+    const __m256 positive = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    __m256 lower[kBlockTables], upper[kBlockTables], largest_8 = _mm256_setzero_ps();
+    made.sum = 0;
+    for (int64_t t = 0; t < kBlockTables; ++t, values += 4) {
+        __m256 sums = _mm256_and_ps(masks[0], _mm256_broadcast_ss(values));
+        sums = _mm256_add_ps(sums, _mm256_and_ps(masks[1], _mm256_broadcast_ss(values + 1)));
+        lower[t] = _mm256_add_ps(sums, _mm256_and_ps(masks[2], _mm256_broadcast_ss(values + 2)));
+        upper[t] = _mm256_add_ps(lower[t], _mm256_broadcast_ss(values + 3));
+        largest_8 = _mm256_max_ps(largest_8, _mm256_and_ps(positive, lower[t]));
+        largest_8 = _mm256_max_ps(largest_8, _mm256_and_ps(positive, upper[t]));
+        made.sum += values[0] + values[1] + values[2] + values[3];
+    }
+    alignas(32) float eight[8];
+    _mm256_store_ps(eight, largest_8);
+    const float largest = *std::max_element(eight, eight + 8);
+    made.scale = largest / kLargest;
+    const __m256 inverse = _mm256_set1_ps(largest > 0 ? kLargest / largest : 0);
+    for (int64_t t = 0; t < kBlockTables; ++t) {
+        const __m256i low_8 = _mm256_cvtps_epi32(_mm256_mul_ps(lower[t], inverse));
+        const __m256i high_8 = _mm256_cvtps_epi32(_mm256_mul_ps(upper[t], inverse));
+        const __m256i entries = _mm256_permute4x64_epi64(_mm256_packs_epi32(low_8, high_8), 0xD8);
+        const __m256i low = _mm256_and_si256(entries, _mm256_set1_epi16(255)), high = _mm256_srli_epi16(entries, 8);
+        const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xD8);
+        _mm_store_si128(reinterpret_cast<__m128i*>(made.low[t]), _mm256_castsi256_si128(bytes));
+        _mm_store_si128(reinterpret_cast<__m128i*>(made.high[t]), _mm256_extracti128_si256(bytes, 1));
+    }
+}
+
+NIWAKI_AVX2 inline __m256i both_halves(const uint8_t* table) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
 }
 
-__attribute__((target("avx2,fma"))) inline __m256 widened(__m128i sums) {
+NIWAKI_AVX2 inline __m256 widened(__m128i sums) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(sums));
 }
 
 // Adds what one byte of 32 rows selects. Unpacking bytes to 16 bits leaves rows 0-7 and 16-23 in `even`, the others
 // in `odd`.
-__attribute__((target("avx2,fma"))) inline void look_up(const uint8_t* plane, const BlockTables* tables, int i,
-                                                        __m256i& even, __m256i& odd) {
+NIWAKI_AVX2 inline void look_up(const uint8_t* plane, const BlockTables* tables, int i, __m256i& even, __m256i& odd) {
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i rows = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane));
     const __m256i first = _mm256_and_si256(rows, nibble);
@@ -110,10 +150,31 @@ __attribute__((target("avx2,fma"))) inline void look_up(const uint8_t* plane, co
     odd = _mm256_add_epi16(odd, _mm256_unpackhi_epi8(low2, high2));
 }
 
-__attribute__((target("avx2,fma")))
-void sum_plane_avx2(const uint8_t* plane, const BlockTables* tables, int64_t bytes, float* acc) {
-    __m256 a = _mm256_loadu_ps(acc), b = _mm256_loadu_ps(acc + 8);
-    __m256 c = _mm256_loadu_ps(acc + 16), d = _mm256_loadu_ps(acc + 24);
+// The sums of 32 rows, in registers.
+struct Rows {
+    __m256 a, b, c, d;
+};
+
+NIWAKI_AVX2 inline Rows load(const float* acc) {
+    return {_mm256_loadu_ps(acc), _mm256_loadu_ps(acc + 8), _mm256_loadu_ps(acc + 16), _mm256_loadu_ps(acc + 24)};
+}
+
+NIWAKI_AVX2 inline void store(const Rows& rows, float* acc) {
+    _mm256_storeu_ps(acc, rows.a), _mm256_storeu_ps(acc + 8, rows.b);
+    _mm256_storeu_ps(acc + 16, rows.c), _mm256_storeu_ps(acc + 24, rows.d);
+}
+
+// Adds the sums of a block, as `look_up` left them.
+NIWAKI_AVX2 inline void add_block(__m256i even, __m256i odd, float block_scale, Rows& rows) {
+    const __m256 scale = _mm256_set1_ps(block_scale);
+    rows.a = _mm256_fmadd_ps(scale, widened(_mm256_castsi256_si128(even)), rows.a);
+    rows.b = _mm256_fmadd_ps(scale, widened(_mm256_castsi256_si128(odd)), rows.b);
+    rows.c = _mm256_fmadd_ps(scale, widened(_mm256_extracti128_si256(even, 1)), rows.c);
+    rows.d = _mm256_fmadd_ps(scale, widened(_mm256_extracti128_si256(odd, 1)), rows.d);
+}
+
+NIWAKI_AVX2 void sum_plane_avx2(const uint8_t* plane, const BlockTables* tables, int64_t bytes, float* acc) {
+    Rows rows = load(acc);
     for (int64_t left = bytes; left > 0; left -= kBlockBytes, plane += kBlockBytes * kTile, ++tables) {
         __m256i even = _mm256_setzero_si256(), odd = even;
         look_up(plane, tables, 0, even, odd);
@@ -124,27 +185,63 @@ void sum_plane_avx2(const uint8_t* plane, const BlockTables* tables, int64_t byt
         } else {
             for (int i = 1; i < left; ++i) look_up(plane + i * kTile, tables, i, even, odd);
         }
-        const __m256 scale = _mm256_set1_ps(tables->scale);
-        a = _mm256_fmadd_ps(scale, widened(_mm256_castsi256_si128(even)), a);
-        b = _mm256_fmadd_ps(scale, widened(_mm256_castsi256_si128(odd)), b);
-        c = _mm256_fmadd_ps(scale, widened(_mm256_extracti128_si256(even, 1)), c);
-        d = _mm256_fmadd_ps(scale, widened(_mm256_extracti128_si256(odd, 1)), d);
+        add_block(even, odd, tables->scale, rows);
     }
-    _mm256_storeu_ps(acc, a), _mm256_storeu_ps(acc + 8, b);
-    _mm256_storeu_ps(acc + 16, c), _mm256_storeu_ps(acc + 24, d);
+    store(rows, acc);
+}
+
+// Adds what two bytes of 32 rows select: the first byte's sums in the lower half, the second's in the upper.
+NIWAKI_AVX512 inline void look_up_two(const uint8_t* plane, const BlockTables* tables, int i, __m512i& even,
+                                      __m512i& odd) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    const __m512i rows = _mm512_loadu_si512(plane);
+    const __m512i low = _mm512_load_si512(tables->low[2 * i]), high = _mm512_load_si512(tables->high[2 * i]);
+    const __m512i first = _mm512_and_si512(rows, nibble);
+    const __m512i second = _mm512_and_si512(_mm512_srli_epi16(rows, 4), nibble);
+    // Of the four tables: 0 and 2 are those of the low nibbles, 1 and 3 of the high ones.
+    const __m512i low_1 = _mm512_shuffle_epi8(_mm512_shuffle_i64x2(low, low, 0xA0), first);
+    const __m512i high_1 = _mm512_shuffle_epi8(_mm512_shuffle_i64x2(high, high, 0xA0), first);
+    const __m512i low_2 = _mm512_shuffle_epi8(_mm512_shuffle_i64x2(low, low, 0xF5), second);
+    const __m512i high_2 = _mm512_shuffle_epi8(_mm512_shuffle_i64x2(high, high, 0xF5), second);
+    even = _mm512_add_epi16(even, _mm512_unpacklo_epi8(low_1, high_1));
+    odd = _mm512_add_epi16(odd, _mm512_unpackhi_epi8(low_1, high_1));
+    even = _mm512_add_epi16(even, _mm512_unpacklo_epi8(low_2, high_2));
+    odd = _mm512_add_epi16(odd, _mm512_unpackhi_epi8(low_2, high_2));
+}
+
+NIWAKI_AVX512 inline __m256i folded(__m512i sums) {
+    return _mm256_add_epi16(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1));
+}
+
+NIWAKI_AVX512 void sum_plane_avx512(const uint8_t* plane, const BlockTables* tables, int64_t bytes, float* acc) {
+    Rows rows = load(acc);
+    int64_t left = bytes;
+    for (; left >= kBlockBytes; left -= kBlockBytes, plane += kBlockBytes * kTile, ++tables) {
+        __m512i even = _mm512_setzero_si512(), odd = even;
+        look_up_two(plane, tables, 0, even, odd);
+        look_up_two(plane + 2 * kTile, tables, 2, even, odd);
+        add_block(folded(even), folded(odd), tables->scale, rows);
+    }
+    store(rows, acc);
+    if (left) sum_plane_avx2(plane, tables, left, acc);
 }
 #endif
 
-using SumPlane = void (*)(const uint8_t*, const BlockTables*, int64_t, float*);
+struct Kernels {
+    void (*fill_block)(const float*, BlockTables&);
+    void (*sum_plane)(const uint8_t*, const BlockTables*, int64_t, float*);
+};
 
-SumPlane choose(bool portable) {
-#ifdef NIWAKI_AVX2
-    if (!portable && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return sum_plane_avx2;
+Kernels choose(Path path) {
+#ifdef NIWAKI_X86
+    if (path == Path::best) path = supported(Path::avx512) ? Path::avx512 : Path::avx2;
+    if (path == Path::avx512 && supported(path)) return {fill_block_avx2, sum_plane_avx512};
+    if (path == Path::avx2 && supported(path)) return {fill_block_avx2, sum_plane_avx2};
 #endif
-    return sum_plane_portable;
+    return {fill_block_portable, sum_plane_portable};
 }
 
-void multiply_tile(const PlaneProduct& p, SumPlane sum_plane, const BlockTables* tables, int64_t tile, float* out) {
+void multiply_tile(const PlaneProduct& p, const Kernels& kernels, const BlockTables* tables, int64_t tile, float* out) {
     const int64_t rows = std::min(kTile, p.rows - tile * kTile);
     for (int64_t group = 0; group < p.groups; ++group) {
         const int64_t first = group * p.group_bytes, count = std::min(p.group_bytes, p.bytes - first);
@@ -152,7 +249,7 @@ void multiply_tile(const PlaneProduct& p, SumPlane sum_plane, const BlockTables*
         float total[kTile] = {}, x_sum = 0;
         for (int64_t k = p.bits - 1; k >= 0; --k) {
             float acc[kTile] = {};
-            sum_plane(p.planes + ((tile * p.bits + k) * p.bytes + first) * kTile, own, count, acc);
+            kernels.sum_plane(p.planes + ((tile * p.bits + k) * p.bytes + first) * kTile, own, count, acc);
             for (int64_t row = 0; row < kTile; ++row) total[row] = 2 * total[row] + acc[row];
         }
         for (int64_t block = 0; block * kBlockBytes < count; ++block) x_sum += own[block].sum;
@@ -168,15 +265,30 @@ void multiply_tile(const PlaneProduct& p, SumPlane sum_plane, const BlockTables*
 
 }  // namespace
 
-void plane_product(const PlaneProduct& p, int threads, bool portable) {
-    const SumPlane sum_plane = choose(portable);
+bool supported(Path path) {
+#ifdef NIWAKI_X86
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (path == Path::avx2) return avx2;
+    if (path == Path::avx512)
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+#endif
+    return path == Path::best || path == Path::portable;
+}
+
+void plane_product(const PlaneProduct& p, int threads, Path path) {
+    const Kernels kernels = choose(path);
     const int64_t tiles = (p.rows + kTile - 1) / kTile, blocks = (p.bytes + kBlockBytes - 1) / kBlockBytes;
     std::vector<BlockTables> tables(p.tokens * blocks);
-    for (int64_t n = 0; n < p.tokens; ++n) fill_tables(p.x + n * p.inputs, p.column, p.columns, blocks, &tables[n * blocks]);
+    for (int64_t n = 0; n < p.tokens; ++n)
+        for (int64_t block = 0; block < blocks; ++block) {
+            float values[8 * kBlockBytes];
+            gather(p.x + n * p.inputs, p.column, block * 8 * kBlockBytes, p.columns, values);
+            kernels.fill_block(values, tables[n * blocks + block]);
+        }
     over_rows(tiles, threads, [&](int64_t first, int64_t last) {
         for (int64_t tile = first; tile < last; ++tile)
             for (int64_t n = 0; n < p.tokens; ++n)
-                multiply_tile(p, sum_plane, &tables[n * blocks], tile, p.out + n * p.rows + tile * kTile);
+                multiply_tile(p, kernels, &tables[n * blocks], tile, p.out + n * p.rows + tile * kTile);
     });
 }
 
