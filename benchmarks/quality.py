@@ -54,7 +54,8 @@ def measure(model: str, data: Path, case: Case, seed: int, device: str, referenc
         )
         scores = perplexities(out, data, device, reference)
     result = record["result"]
-    size = {"zeros_frac": result["zeros_frac"], "bits": result["bits"], "bytes": result["bytes"]}
+    bits = result.get("method_bits", result["bits"])  # of baselines whose files hold decoded weights
+    size = {"zeros_frac": result["zeros_frac"], "bits": bits, "bytes": result["bytes"]}
     return {"seed": seed, **size, "compress_s": record["seconds"], **scores}
 
 

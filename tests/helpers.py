@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def evidence_of(block: Block, x_NI: Tensor, needs: Needs) -> Evidence:
         return Evidence(statistics)
     windows = next((count for count in range(8, 0, -1) if len(x_NI) % count == 0), 1)
     stream: Any = FixedStream(block, x_NI.reshape(windows, -1, x_NI.shape[1]))
-    return Evidence(statistics, stream, stream)
+    dense: Any = SimpleNamespace(hidden=stream.outputs)
+    return Evidence(statistics, stream, dense)
 
 
 def make_block(weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Block:

@@ -27,6 +27,7 @@ from niwaki.config import Bits, Recipe, Target, make_options, make_recipe, parse
 from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
 from niwaki.errors import InputError, NumericalError, TargetError, unknown
 from niwaki.methods import Step, make_steps, merged_needs, require_fractional
+from niwaki.packed import method_bits
 from niwaki.run import (
     RECORD,
     Run,
@@ -292,6 +293,7 @@ class _Job:
                 "weights": weights,
                 "zeros_frac": sum(line["zeros"] for line in lines) / weights,
                 "bits": round(8 * sum(line["bytes"] for line in lines) / weights, 4),
+                **method_bits(lines),
                 "packed": sum("stored" in line for line in lines),
                 "matrices": len(lines),
                 "notes": sorted({line["note"] for line in lines if line["note"]}),

@@ -6,6 +6,7 @@ as large as before) and `codes` (quantized columns, see `codes`).
 Legend: O outputs, I inputs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -67,6 +68,18 @@ class Packed:
     def tensors(self) -> dict[str, Tensor]:
         """What a record of codes stores, by name."""
         return stored_tensors(self.parts, self.weight_OI.shape[1])
+
+
+def method_bits(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """{"method_bits": the mean over the weights of all lines of blocks.jsonl that count bits of their own}, or {}.
+
+    Baselines without a packed format write decoded weights, and count what a file of theirs would have to hold.
+    """
+    counted = [line for line in lines if "method_bytes" in line]
+    if not counted:
+        return {}
+    weights = sum(math.prod(line["shape"]) for line in counted)
+    return {"method_bits": round(8 * sum(line["method_bytes"] for line in counted) / weights, 4)}
 
 
 def join_notes(*notes: str) -> str:

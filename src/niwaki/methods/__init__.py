@@ -22,7 +22,19 @@ from niwaki.packed import Packed
 from niwaki.statistics import Needs
 from niwaki.stream import Evidence
 
-METHODS = ("besa", "gptq", "magnitude", "rtn", "sparsegpt", "squeeze10", "wanda", "wandapp")
+METHODS = (
+    "arb",
+    "besa",
+    "billm",
+    "gptq",
+    "magnitude",
+    "ptq161",
+    "rtn",
+    "sparsegpt",
+    "squeeze10",
+    "wanda",
+    "wandapp",
+)
 # These spend any number of bits a weight that they are given, on codes that are stored as they are counted.
 FRACTIONAL = ("squeeze10",)
 

@@ -1,0 +1,296 @@
+"""ARB-LLM, form RC: signs with a scale for every row and one for every column, fitted in turn.
+
+Source: Li et al., "ARB-LLM: Alternating Refined Binarizations for Large Language Models" (ICLR 2025), ARB-RC with the
+column-group bitmap (CGB). Blocks of columns, salient columns and the compensation between blocks are BiLLM's
+(see `_binary`); there is no mean. Inside a block:
+
+1. The salient columns and the others are each parted by magnitude (CGB), so that there are four regions, and every
+   region has scales of its own.
+2. A region of other columns is ŵ_ij = r_i·c_j·s_ij, s = sign(w). With the signs fixed, `iterations` times
+   r_i = Σ_j |w_ij|·c_j / Σ_j c_j², then c_j = Σ_i |w_ij|·r_i / Σ_i r_i²: least squares over the region, one after
+   the other, so that the error never rises.
+3. A region of salient columns has a second term of the same form for what the first leaves over. Either term is
+   refitted to what the other one leaves, and both signs become those of the nearest of the four levels.
+
+Not verified against released code: how the second order refits in the RC form (3, by the paper's rules for its second
+order without column scales), and by which error the split is searched (here that of plain row scales).
+
+True bits: a sign and a group a weight; 2 scales for every row of a block and region of others, 4 of salient ones, 2
+for every column; a second sign a weight and 2 more scales a column for salient columns. The paper's 1.1 bits leave out
+groups and scales; wide matrices take 2.75 bits and up to 0.4 for their salient columns. The target is a ceiling: the
+most salient columns of a block are `salient`, or fewer if the target has no room for so many. The file holds decoded
+weights.
+
+Cost: two forwards, one Gram matrix and factor per group of matrices, about 260 trial binarisations of every weight.
+
+    niwaki compress MODEL OUT --method arb --target 3bit --calibration mine.txt --seq-len 512
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from niwaki.block import Block
+from niwaki.codes import SCALE_DTYPE, pack_codes, unpack_codes
+from niwaki.config import Bits, Target
+from niwaki.methods._binary import (
+    check_reach,
+    choose_salient,
+    factors,
+    half,
+    signs,
+    split_by_size,
+    sweep_blocks,
+    weighed,
+)
+from niwaki.packed import Packed
+from niwaki.statistics import Needs
+from niwaki.stream import Evidence
+
+PAPER = "Li et al. 2025, ARB-LLM"
+ACCEPTS = (Bits,)
+CONTINUES = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`block`: columns that share row scales. `salient`: salient columns of a block at most. `iterations`: refits.
+
+    `damping_frac`: λ as a share of the Gram's mean diagonal.
+    """
+
+    block: int = 128
+    salient: int = 50
+    iterations: int = 15
+    damping_frac: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.salient < 0 or self.iterations < 0:
+            raise ValueError("expected block ≥ 1, salient ≥ 0 and iterations ≥ 0")
+        if not 0 < self.damping_frac <= 1:
+            raise ValueError(f"damping_frac must lie in (0, 1], got {self.damping_frac}")
+
+
+@dataclass(frozen=True)
+class Term:
+    """Scales of a region: row [O] and column [C], zero where the region has no weight."""
+
+    row_O: Tensor
+    column_C: Tensor
+
+    @property
+    def size_OC(self) -> Tensor:
+        """What a positive sign stands for."""
+        return self.row_O[:, None] * self.column_C
+
+    @property
+    def halved(self) -> "Term":
+        """With the scales as they are stored."""
+        return Term(half(self.row_O), half(self.column_C))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A coded block. `group_OC`: the region of a weight among those of its kind of column (set: large weights).
+
+    `row_6O`: scales of the others' two regions, then of the salient ones' first and second terms. `column_2C`: scales
+    of the (first) term by group; `second_OK` and `column_2K`: signs and column scales of the salient columns' second.
+    """
+
+    salient_C: Tensor
+    sign_OC: Tensor
+    group_OC: Tensor
+    second_OK: Tensor
+    row_6O: Tensor
+    column_2C: Tensor
+    column_2K: Tensor
+
+    def values(self) -> Tensor:
+        """The weights [O, C]."""
+        rows = self.row_6O[:, :, None]
+        row_OC = torch.where(
+            self.salient_C,
+            torch.where(self.group_OC, rows[3], rows[2]),
+            torch.where(self.group_OC, rows[1], rows[0]),
+        )
+        values_OC = signs(self.sign_OC) * (row_OC * torch.where(self.group_OC, self.column_2C[1], self.column_2C[0]))
+        group_OK = self.group_OC[:, self.salient_C]
+        row_OK = torch.where(group_OK, rows[5], rows[4])
+        values_OC[:, self.salient_C] += signs(self.second_OK) * (
+            row_OK * torch.where(group_OK, self.column_2K[1], self.column_2K[0])
+        )
+        return values_OC
+
+
+def needs(config: Config) -> Needs:
+    """Gram matrices of the inputs."""
+    return Needs(gram=True)
+
+
+@torch.no_grad()
+def compress(
+    block: Block,
+    seen: Evidence,
+    targets: Mapping[str, Target],
+    config: Config,
+    generator: torch.Generator,
+) -> dict[str, Packed]:
+    """Block of columns after block of columns, matrix by matrix."""
+    most = {}
+    for name, target in targets.items():
+        rows, columns = block.weight(name).shape
+        most[name] = _most_salient(name, rows, columns, target, config)
+    packed = {}
+    for name, upper_II, note in factors(block, seen.statistics, list(targets), config.damping_frac):
+        weight_OI, count = block.weight(name).float(), most[name]
+
+        def encode(weight_OC: Tensor, upper_C: Tensor, count: int = count) -> tuple[Columns, Tensor]:
+            coded = _encode(weight_OC, weight_OC.square().sum(0) / upper_C.square(), count, config.iterations)
+            return coded, coded.values()
+
+        coded = sweep_blocks(weight_OI, upper_II, config.block, encode)
+        tensors = stored(coded)
+        detail = {"salient_columns": sum(int(columns.salient_C.sum()) for columns in coded)}
+        packed[name] = weighed(decode(tensors, len(weight_OI), weight_OI.shape[1], config.block), tensors, note, detail)
+    return packed
+
+
+def _encode(weight_OC: Tensor, score_C: Tensor, most: int, iterations: int) -> Columns:
+    """The codes of one block."""
+    salient_C = choose_salient(weight_OC, score_C, most, mean=False)
+    salient_OC = salient_C.expand_as(weight_OC)
+    large_OC = split_by_size(weight_OC, ~salient_OC, mean=False)
+    large_salient_OC = split_by_size(weight_OC, salient_OC, mean=False, orders=2)
+    once = [
+        refine(weight_OC, keep_OC, iterations).halved for keep_OC in (~salient_OC & ~large_OC, ~salient_OC & large_OC)
+    ]
+    sign_OC = weight_OC >= 0
+    second_OC = torch.zeros_like(sign_OC)
+    twice = []
+    for keep_OC in (salient_OC & ~large_salient_OC, salient_OC & large_salient_OC):
+        first, second = refine_twice(weight_OC, keep_OC, iterations)
+        twice.append((first.halved, second.halved))
+        one_OC, two_OC = nearest_signs(weight_OC, *twice[-1])
+        sign_OC, second_OC = torch.where(keep_OC, one_OC, sign_OC), torch.where(keep_OC, two_OC, second_OC)
+    firsts, seconds = zip(*twice, strict=True)
+    return Columns(
+        salient_C,
+        sign_OC,
+        large_OC | large_salient_OC,
+        second_OC[:, salient_C],
+        torch.stack([term.row_O for term in (*once, *firsts, *seconds)]),
+        torch.stack([torch.where(salient_C, firsts[g].column_C, once[g].column_C) for g in (0, 1)]),
+        torch.stack([seconds[g].column_C[salient_C] for g in (0, 1)]),
+    )
+
+
+def refine(weight_OC: Tensor, keep_OC: Tensor, iterations: int) -> Term:
+    """Scales of one region for the signs of its weights."""
+    return _refit_from_start(weight_OC.abs() * keep_OC, keep_OC.float(), iterations)
+
+
+def refine_twice(weight_OC: Tensor, keep_OC: Tensor, iterations: int) -> tuple[Term, Term]:
+    """Scales of both terms of a region, each refitted in turn to what the other leaves, then both signs anew."""
+    kept_OC = keep_OC.float()
+    first = _refit_from_start(weight_OC.abs() * kept_OC, kept_OC, iterations)
+    left_OC = weight_OC - signs(weight_OC >= 0) * first.size_OC
+    second = _refit_from_start(left_OC.abs() * kept_OC, kept_OC, iterations)
+    for _ in range(iterations):
+        one_OC, two_OC = (signs(bits) for bits in nearest_signs(weight_OC, first, second))
+        first = _refit((weight_OC - two_OC * second.size_OC) * one_OC * kept_OC, kept_OC, first)
+        second = _refit((weight_OC - one_OC * first.size_OC) * two_OC * kept_OC, kept_OC, second)
+    return first, second
+
+
+def nearest_signs(weight_OC: Tensor, first: Term, second: Term) -> tuple[Tensor, Tensor]:
+    """Both signs (set: positive) of the nearest of the four levels ±first ± second."""
+    up_OC, down_OC = weight_OC - first.size_OC, weight_OC + first.size_OC
+    reach_OC = second.size_OC.abs()
+    positive_OC = (up_OC.abs() - reach_OC).abs() <= (down_OC.abs() - reach_OC).abs()
+    left_OC = torch.where(positive_OC, up_OC, down_OC)
+    return positive_OC, (left_OC >= 0) == (second.size_OC >= 0)
+
+
+def _refit_from_start(size_OC: Tensor, kept_OC: Tensor, iterations: int) -> Term:
+    """Row means, then means of what the rows leave to the columns, then `iterations` of refits."""
+    row_O = size_OC.sum(1) / kept_OC.sum(1).clamp_min(1)
+    relative_OC = torch.where(row_O[:, None] > 0, size_OC / row_O[:, None], 0.0)
+    term = Term(row_O, relative_OC.sum(0) / kept_OC.sum(0).clamp_min(1))
+    for _ in range(iterations):
+        term = _refit(size_OC, kept_OC, term)
+    return term
+
+
+def _refit(signed_OC: Tensor, kept_OC: Tensor, term: Term) -> Term:
+    """Rows, then columns by least squares; `signed_OC` = w·s, zero outside the region."""
+    row_O = _quotient(signed_OC @ term.column_C, kept_OC @ term.column_C.square())
+    return Term(row_O, _quotient(row_O @ signed_OC, row_O.square() @ kept_OC))
+
+
+def _quotient(above: Tensor, below: Tensor) -> Tensor:
+    """above / below, zero where a row or column holds nothing."""
+    return torch.where(below > 0, above / below, 0.0)
+
+
+def stored(coded: Sequence[Columns]) -> dict[str, Tensor]:
+    """What a file has to hold: bits of weights and columns, row scales [6, B, O] of B blocks, column scales [2, I].
+
+    Second terms only for the K salient columns: signs [O, K], column scales [2, K].
+    """
+
+    def joined(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts), dim=1)
+
+    return {
+        "sign": pack_codes(joined([c.sign_OC for c in coded]), 1),
+        "group": pack_codes(joined([c.group_OC for c in coded]), 1),
+        "salient": pack_codes(torch.cat([c.salient_C for c in coded]), 1),
+        "second": pack_codes(joined([c.second_OK for c in coded]), 1),
+        "row_scale": torch.stack([c.row_6O for c in coded], 1).to(SCALE_DTYPE),
+        "column_scale": joined([c.column_2C for c in coded]).to(SCALE_DTYPE),
+        "second_column_scale": joined([c.column_2K for c in coded]).to(SCALE_DTYPE),
+    }
+
+
+def decode(tensors: Mapping[str, Tensor], rows: int, columns: int, block: int) -> Tensor:
+    """The matrix [rows, columns] from what `stored` holds."""
+
+    def bits(name: str, width: int) -> Tensor:
+        return unpack_codes(tensors[name], rows * width).view(rows, width).bool()
+
+    salient_I = unpack_codes(tensors["salient"], columns).bool()
+    count = int(salient_I.sum())
+    salients = salient_I.split(block)
+    counts = [int(salient_C.sum()) for salient_C in salients]
+    coded = map(
+        Columns,
+        salients,
+        bits("sign", columns).split(block, 1),
+        bits("group", columns).split(block, 1),
+        bits("second", count).split(counts, 1),
+        tensors["row_scale"].float().unbind(1),
+        tensors["column_scale"].float().split(block, 1),
+        tensors["second_column_scale"].float().split(counts, 1),
+    )
+    return torch.cat([c.values() for c in coded], 1)
+
+
+def _most_salient(name: str, rows: int, columns: int, target: Target, config: Config) -> int:
+    """The most salient columns of any block that the target has room for. Raises TargetError if not even none fit."""
+    assert isinstance(target, Bits)
+    check_reach(name, rows, columns, _stored_bytes(rows, columns, 0, config), target)
+    blocks = -(-columns // config.block)
+    fitting = [
+        most
+        for most in range(min(config.salient, columns, config.block) + 1)
+        if 8 * _stored_bytes(rows, columns, min(columns, most * blocks), config) <= target.bits * rows * columns
+    ]
+    return fitting[-1]
+
+
+def _stored_bytes(rows: int, columns: int, salient: int, config: Config) -> int:
+    """Bytes of what `stored` makes of a matrix of this shape with `salient` salient columns in all."""
+    planes = 2 * -(-rows * columns // 8) + -(-columns // 8) + -(-rows * salient // 8)
+    return planes + 2 * (6 * rows * -(-columns // config.block) + 2 * columns + 2 * salient)

@@ -1,0 +1,244 @@
+"""PTQ1.61: a fifth of the input columns at four bits, one sign a weight for the others, their scales learned.
+
+Source: "PTQ1.61: Push the Real Limit of Extremely Low-Bit Post-Training Quantization Methods for Large Language Models"
+(ACL 2025), without its preprocessing (20,000 steps of LoRA on other text, merged before quantizing).
+
+1. The `salient_frac` of the columns with the largest inputs are rounded to nearest, 4 bits, one range a row.
+2. The others become (r₁·r₂ᵀ) ∘ (α·sign(W − μ) + μ): per row the mean μ, the scale α = mean |W − μ| and r₁ = 1, per
+   column r₂ = 1.
+3. α, r₁ and r₂ of all matrices of a block are learned together, so that its outputs survive; signs and μ stay.
+
+Deviations. The paper ranks columns by their largest |activation|; the statistics here hold sums only, so it is the L2
+norm over the calibration tokens. Its loss is MSE − log-cosine, towards the dense model's output and towards the dense
+block's output on the same inputs; here it is `_reconstruct`'s error relative to the token's energy (which also counts
+every token's direction alike), towards the mean of the two, which has the same minimiser as their sum. The held-out
+state with the lowest error is kept. `rounds` and `samples` are its 20 epochs, over 64 windows where it had 128 of 2048
+tokens; `rate_frac` is relative to each parameter's size and falls as a cosine (it: 5e-4 and 1e-3, AdamW).
+
+True bits follow from the shape alone: 4 or 1 bits a weight; a bit a column; r₂ for each of the others; r₁·α, r₁·μ, the
+4-bit range and its zero code a row: 1.6 plus about 52/I + 14/O. The target must allow for them. The file holds decoded
+weights.
+
+Cost: two forwards, and `rounds` · `samples` forwards and backwards of a window through the block.
+
+    niwaki compress MODEL OUT --method ptq161 --target 2bit --calibration mine.txt --seq-len 512
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from niwaki.block import Block
+from niwaki.codes import SCALE_DTYPE, Part, pack_codes, unpack_codes
+from niwaki.config import Bits, Target
+from niwaki.learning import Lowest
+from niwaki.methods._binary import BINARIZED_UNREACHED, check_reach, fit_row, signs, weighed
+from niwaki.methods._reconstruct import Reconstruction, Schedule, check_choices, follow, learning_needs
+from niwaki.methods._rounding import groups_of, nearest
+from niwaki.packed import Packed, join_notes
+from niwaki.statistics import Needs, Statistics
+from niwaki.stream import Evidence
+
+PAPER = "PTQ1.61 (ACL 2025), without preprocessing"
+ACCEPTS = (Bits,)
+CONTINUES = False
+SALIENT_BITS = 4
+KEPT_START = "learning did not lower the held-out block error: the scales it began with were kept"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`salient_frac`: share of the columns at 4 bits. `rounds` (0: nothing is learned) times `samples` windows, `batch`
+    at a time, in steps of `rate_frac` of each parameter's size, towards `target` (see `_reconstruct`).
+    """
+
+    salient_frac: float = 0.2
+    rounds: int = 20
+    samples: int = 64
+    batch: int = 2
+    rate_frac: float = 0.005
+    target: str = "both"
+
+    def __post_init__(self) -> None:
+        check_choices(self.target)
+        if not 0 < self.salient_frac < 1:
+            raise ValueError(f"salient_frac must lie between 0 and 1, got {self.salient_frac}")
+        if self.rounds < 0 or self.samples < 1 or self.batch < 1 or self.rate_frac <= 0:
+            raise ValueError("expected rounds ≥ 0, samples and batch ≥ 1, rate_frac > 0")
+
+
+@dataclass(frozen=True)
+class Scales:
+    """A matrix: 4-bit columns as they are, α [O], r₁ [O] and r₂ [N] of the N others, whose signs and μ are fixed."""
+
+    salient: Part
+    binary_N: Tensor
+    positive_ON: Tensor
+    mean_O: Tensor
+    alpha_O: Tensor
+    row_O: Tensor
+    column_N: Tensor
+
+    @classmethod
+    def start(cls, weight_OI: Tensor, salient_C: Tensor) -> "Scales":
+        """The analytic scales; `salient_C` holds the columns of four bits, ascending."""
+        picked_I = torch.zeros(weight_OI.shape[1], dtype=torch.bool, device=weight_OI.device)
+        picked_I[salient_C] = True
+        rounded = nearest(weight_OI[:, salient_C], groups_of(0, len(salient_C), SALIENT_BITS, "affine", 0), clip=False)
+        binary_ON = weight_OI[:, ~picked_I]
+        mean_O, alpha_O = fit_row(binary_ON, torch.ones_like(binary_ON, dtype=torch.bool), mean=True)
+        return cls(
+            rounded.storable().parts(salient_C)[0],
+            (~picked_I).nonzero().view(-1),
+            binary_ON >= mean_O[:, None],
+            mean_O,
+            alpha_O,
+            torch.ones_like(mean_O),
+            torch.ones_like(binary_ON[0]),
+        )
+
+    def levels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """r₁·α, r₁·μ and r₂ as stored; gradients pass the rounding."""
+        return _stored(self.row_O * self.alpha_O), _stored(self.row_O * self.mean_O), _stored(self.column_N)
+
+    def dense(self) -> Tensor:
+        """The matrix [O, I], differentiable in α, r₁ and r₂."""
+        return _assemble(self.salient, self.binary_N, self.positive_ON, *self.levels())
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a file has to hold."""
+        assert self.salient.zero_OG is not None
+        columns = len(self.salient.columns_C) + len(self.binary_N)
+        picked_I = torch.zeros(columns, dtype=torch.uint8, device=self.binary_N.device)
+        picked_I[self.salient.columns_C] = 1
+        spread_O, middle_O, column_N = (level.detach().to(SCALE_DTYPE) for level in self.levels())
+        return {
+            "columns": pack_codes(picked_I, 1),
+            "codes": pack_codes(self.salient.code_OC, SALIENT_BITS),
+            "scale": self.salient.scale_OG[:, 0],
+            "zero": pack_codes(self.salient.zero_OG, SALIENT_BITS),
+            "sign": pack_codes(self.positive_ON, 1),
+            "level": torch.stack([spread_O, middle_O]),
+            "column_scale": column_N,
+        }
+
+
+def needs(config: Config) -> Needs:
+    """Norms of the inputs; windows and outputs to learn from."""
+    return Needs(sqnorm=True) | (learning_needs(config.batch, config.target) if config.rounds else Needs())
+
+
+def compress(
+    block: Block,
+    seen: Evidence,
+    targets: Mapping[str, Target],
+    config: Config,
+    generator: torch.Generator,
+) -> dict[str, Packed]:
+    """Chooses columns and analytic scales, then learns the scales of the whole block."""
+    for name, target in targets.items():
+        rows, columns = block.weight(name).shape
+        check_reach(name, rows, columns, _stored_bytes(rows, columns, config), target)
+    with torch.no_grad():
+        found = {name: _start(block.weight(name).float(), seen.statistics[name], config) for name in targets}
+    note, errors = "", {}
+    if config.rounds and any(seen.statistics[name].tokens for name in targets):
+        lowest = _learn(Reconstruction(block, seen, config.target, generator), found, config, generator)
+        note = "" if lowest.improved else KEPT_START
+        errors = {"heldout_error_start": lowest.began, "heldout_error": lowest.error}
+    packed = {}
+    for name, scales in found.items():
+        tensors = scales.stored()
+        unreached = "" if seen.statistics[name].tokens else BINARIZED_UNREACHED
+        detail = {"salient_columns": len(scales.salient.columns_C), **errors}
+        weight_OI = decode(tensors, *block.weight(name).shape)
+        packed[name] = weighed(weight_OI, tensors, join_notes(note, unreached), detail)
+    return packed
+
+
+def _start(weight_OI: Tensor, statistics: Statistics, config: Config) -> Scales:
+    """Columns ranked by their inputs; by their weights if there are none."""
+    size_I = statistics.sqnorm_I if statistics.tokens else weight_OI.square().sum(0)
+    count = _salient_columns(weight_OI.shape[1], config)
+    return Scales.start(weight_OI, size_I.argsort(descending=True, stable=True)[:count].sort().values)
+
+
+def _learn(task: Reconstruction, found: Mapping[str, Scales], config: Config, generator: torch.Generator) -> Lowest:
+    """Descends on α, r₁ and r₂ in place, and leaves them at their lowest held-out error."""
+    parameters = [each for scales in found.values() for each in (scales.alpha_O, scales.row_O, scales.column_N)]
+    groups: list[dict[str, Any]] = [
+        {"params": [each], "size": float(each.square().mean().sqrt())} for each in parameters
+    ]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    schedule = Schedule(
+        rounds=config.rounds,
+        samples=config.samples,
+        batch=config.batch,
+        rate_frac=config.rate_frac,
+        optimizer="adam",
+    )
+    optimizer = schedule.make_optimizer(groups)
+
+    def heldout() -> float:
+        with torch.no_grad():
+            return task.error({name: scales.dense() for name, scales in found.items()})
+
+    lowest = Lowest(parameters, heldout())
+    for windows in follow(task, schedule, optimizer, generator, lambda: None, lambda: lowest.offer(heldout())):
+        optimizer.zero_grad()
+        matrices = {name: scales.dense() for name, scales in found.items()}
+        gradients = task.gradients({name: matrix_OI.detach() for name, matrix_OI in matrices.items()}, windows)
+        torch.autograd.backward(list(matrices.values()), [gradients[name].float() for name in matrices])
+    lowest.restore()
+    return lowest
+
+
+def decode(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+    """The matrix [rows, columns] from what `Scales.stored` holds."""
+    picked_I = unpack_codes(tensors["columns"], columns).bool()
+    count = int(picked_I.sum())
+    salient = Part(
+        columns_C=picked_I.nonzero().view(-1),
+        bits=SALIENT_BITS,
+        grid="affine",
+        group=count,
+        code_OC=unpack_codes(tensors["codes"], rows * count).view(rows, count),
+        scale_OG=tensors["scale"][:, None],
+        zero_OG=unpack_codes(tensors["zero"], rows)[:, None],
+    )
+    positive_ON = unpack_codes(tensors["sign"], rows * (columns - count)).view(rows, columns - count).bool()
+    spread_O, middle_O = tensors["level"].float()
+    binary_N = (~picked_I).nonzero().view(-1)
+    return _assemble(salient, binary_N, positive_ON, spread_O, middle_O, tensors["column_scale"].float())
+
+
+def _assemble(
+    salient: Part, binary_N: Tensor, positive_ON: Tensor, spread_O: Tensor, middle_O: Tensor, column_N: Tensor
+) -> Tensor:
+    """Both kinds of columns in their places."""
+    binary_ON = (signs(positive_ON) * spread_O[:, None] + middle_O[:, None]) * column_N
+    weight_OI = binary_ON.new_empty(len(positive_ON), len(binary_N) + len(salient.columns_C))
+    weight_OI[:, salient.columns_C] = salient.decode()
+    weight_OI[:, binary_N] = binary_ON
+    return weight_OI
+
+
+def _stored(values: Tensor) -> Tensor:
+    """Rounded to float16; the gradient is that of the identity."""
+    return values + (values.to(SCALE_DTYPE).float() - values).detach()
+
+
+def _salient_columns(columns: int, config: Config) -> int:
+    """How many columns take four bits: at least one, and never all."""
+    return min(max(round(config.salient_frac * columns), 1), columns - 1)
+
+
+def _stored_bytes(rows: int, columns: int, config: Config) -> int:
+    """Bytes of what `Scales.stored` makes of a matrix of this shape."""
+    count = _salient_columns(columns, config)
+    planes = SALIENT_BITS * -(-rows * count // 8) + -(-rows * (columns - count) // 8)
+    return planes + -(-columns // 8) + SALIENT_BITS * -(-rows // 8) + 2 * (3 * rows + columns - count)
