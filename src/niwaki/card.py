@@ -45,8 +45,7 @@ _PACKED = """{packed} of the matrices are stored as codes and stay codes in memo
 
 """
 _EXPORTED = """{packed} of the matrices are stored as codes, in the format `{format}` of {to}, which transformers reads
-after `pip install {to}`.
-"""
+after `pip install {to}`."""
 
 
 def model_card(record: dict[str, Any]) -> str:
