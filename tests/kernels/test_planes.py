@@ -9,8 +9,7 @@ from torch import Tensor
 
 from niwaki.codes import Part, centre
 from niwaki.kernels.codes import cpu_module
-from niwaki.kernels.planes import plane_product, plane_product_op
-from niwaki.runtime.linear import KernelPart
+from niwaki.kernels.planes import PlanePart, plane_product, plane_product_op
 
 
 def part(rows: int, columns: int, bits: int, grid: str, group: int) -> Part:
@@ -23,9 +22,9 @@ def part(rows: int, columns: int, bits: int, grid: str, group: int) -> Part:
     return Part(torch.arange(columns), bits, grid, group, code, scale, offset, zero if grid == "affine" else None)
 
 
-def arguments(found: Part) -> KernelPart:
+def arguments(found: Part) -> PlanePart:
     tensors = found.tensors()
-    return KernelPart(
+    return PlanePart(
         tensors["planes"],
         tensors["scale"],
         tensors.get("offset"),

@@ -1,34 +1,21 @@
 """A linear layer that keeps its weights as codes.
 
-A few tokens at a time (decoding) go through the compiled kernels, which read the codes as they are. Many tokens
-(a prompt) are multiplied with the matrix decoded a tile of rows at a time, so that it never exists as a whole.
+A few tokens at a time (decoding) go through the kernels, which read the codes as they are. Many tokens (a prompt) are
+multiplied with the matrix decoded a tile of rows at a time, so that it never exists as a whole.
 
 Legend: N tokens, O outputs, I inputs, C columns of a part.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from niwaki.codes import TILE, assemble, centre, column_places, pack_codes, read_parts, unpack_codes
-from niwaki.kernels.planes import plane_product, reaches
+from niwaki.kernels.planes import PlanePart, multiply, plane_product, reaches
 
 DECODED_ROWS = 64 * TILE  # rows of a decoded tile
-
-
-class KernelPart(NamedTuple):
-    """What the kernels take of one part (see `kernels.planes`)."""
-
-    planes_TKBR: Tensor
-    scale_GO: Tensor
-    offset_GO: Tensor | None
-    zero_GO: Tensor | None
-    columns_C: Tensor | None
-    centre: float
-    columns: int
-    group: int
 
 
 class PackedLinear(nn.Module):
@@ -50,7 +37,7 @@ class PackedLinear(nn.Module):
         if len(self.described) > 1:
             self._store("columns", torch.uint8, -(-columns // 8))
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
-        self._prepared: list[KernelPart] | None = None
+        self._prepared: list[PlanePart] | None = None
 
     def _store(self, name: str, dtype: torch.dtype, *shape: int) -> None:
         # Buffers: integers are no parameters, and no cast of the model touches them.
@@ -67,16 +54,19 @@ class PackedLinear(nn.Module):
             y_NO = self._few(x_NI)
         else:
             y_NO = self._many(x_NI)
-        y_NO = y_NO if self.bias is None else y_NO + self.bias
+            y_NO = y_NO if self.bias is None else y_NO + self.bias
         return y_NO.view(*x.shape[:-1], self.out_features)
 
     def _few(self, x_NI: Tensor) -> Tensor:
-        """Sums in float32 over the parts, each a kernel on its own columns."""
+        """Sums in float32 over the parts: on a GPU one kernel, on the CPU one each."""
+        if x_NI.is_cuda:
+            return multiply(x_NI, self._parts(), self.bias, self.out_features)
         exact_NI = x_NI.float().contiguous()
         out_NO = exact_NI.new_zeros(len(x_NI), self.out_features)
         for part in self._parts():
             plane_product(exact_NI, *part, out_NO)
-        return out_NO.to(x_NI.dtype)
+        y_NO = out_NO.to(x_NI.dtype)
+        return y_NO if self.bias is None else y_NO + self.bias
 
     def _many(self, x_NI: Tensor) -> Tensor:
         """The matrix decoded tile by tile."""
@@ -101,18 +91,18 @@ class PackedLinear(nn.Module):
                 picked[f"zero_{number}"] = pack_codes(part.zero_GO[:, first:last], about["bits"])
         return assemble(read_parts(picked, self.described, self.in_features))
 
-    def _parts(self) -> list["KernelPart"]:
+    def _parts(self) -> list[PlanePart]:
         device = self.get_buffer("planes_0").device
         if self._prepared is None or self._prepared[0].planes_TKBR.device != device:
             self._prepared = [self._prepare(number, about) for number, about in enumerate(self.described)]
         return self._prepared
 
-    def _prepare(self, number: int, about: Mapping[str, Any]) -> "KernelPart":
+    def _prepare(self, number: int, about: Mapping[str, Any]) -> PlanePart:
         buffers = dict(self.named_buffers())
         scale_GO, zero = buffers[f"scale_{number}"], buffers.get(f"zero_{number}")
         mixed = len(self.described) > 1
         columns_C = column_places(buffers, self.described, self.in_features)[number].int() if mixed else None
-        return KernelPart(
+        part = PlanePart(
             buffers[f"planes_{number}"],
             scale_GO,
             buffers.get(f"offset_{number}"),
@@ -122,6 +112,7 @@ class PackedLinear(nn.Module):
             about["columns"],
             about["group"],
         )
+        return part.for_gpu() if scale_GO.is_cuda else part
 
     def extra_repr(self) -> str:
         """Shape and widths, as print shows them."""
