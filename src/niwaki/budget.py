@@ -3,13 +3,16 @@
 A budget of B bits a weight is kept exactly: blocks K at 4 bits leave (B·Σw − 4·Σ_K w) / Σ_rest w bits to the rest, w
 being the weights of a block. Everything stored counts, because methods read their target so.
 
-`auto` measures on the dense model what one bit would do to each block b: s_b, the mean over tokens of ‖ŷ − y‖² / ‖y‖²,
-y the block's output and ŷ that with all its matrices rounded to nearest at one bit (mean ± mean deviation of a row).
-Token by token, because the norm at the start of the next block divides each by its own size: a mean over all would
-see little else than the few tokens of huge activations. Then K minimises Σ_b s_b·4^(1 − bits_b), the squared error
-falling to a quarter with every bit, bits_b ∈ {4, rest}. The function is convex, so with equal sensitivities of equal
-blocks K is empty. Only prefixes of the blocks in order of s_b/w_b are tried: that is exact for equal blocks, and as
-near as one block for others. The rest never gets less than `least_bits`; a method that needs more refuses itself.
+`auto` measures on the dense model what two bits do to each block b: s_b, the mean over tokens of ‖ŷ − y‖² / ‖y‖²,
+y the block's output and ŷ that with all its matrices rounded to nearest at two bits (four even levels a row, the best
+ones for normal weights). Token by token, because the norm at the start of the next block divides each by its own size:
+a mean over all would see little else than the few tokens of huge activations. Two bits, because one without any
+compensation leaves the range where errors are small and alike to those of a method (LOG.md tells what that cost).
+
+Then K minimises Σ_b s_b·4^(2 − bits_b), the squared error falling to a quarter with every bit, bits_b ∈ {4, rest}. The
+function is convex, so with equal sensitivities of equal blocks K is empty. Only prefixes of the blocks in order of
+s_b/w_b are tried: that is exact for equal blocks, and as near as one block for others. The rest never gets less than
+`least_bits`; a method that needs more refuses itself.
 
 Cost of `auto`: three forwards of the calibration windows, in place of the two of OWL's scan.
 
@@ -30,6 +33,7 @@ from niwaki.errors import NumericalError, TargetError
 from niwaki.stream import Stream
 
 KEPT_BITS = 4
+NORMAL_STEP = 0.9957  # standard deviations between four even levels with the least squared error (Max 1960)
 
 
 def bits_within(total_bytes: int, decoder: Decoder) -> Bits:
@@ -110,19 +114,19 @@ def choose_kept(anatomy: Anatomy, target: Bits, sensitivities: Sequence[float]) 
 
 
 def _predicted(sensitivities: Sequence[float], kept: Collection[int], rest: float) -> float:
-    """Σ s_b·4^(1 − bits_b)."""
+    """Σ s_b·4^(2 − bits_b)."""
     bits = (KEPT_BITS if index in kept else rest for index in range(len(sensitivities)))
-    return sum(s * 4.0 ** (1 - b) for s, b in zip(sensitivities, bits, strict=True))
+    return sum(s * 4.0 ** (2 - b) for s, b in zip(sensitivities, bits, strict=True))
 
 
 @torch.no_grad()
 def sensitivity(block: Block, stream: Stream) -> float:
     """s_b of a dense block at the inputs of `stream`, which does not move on; the block is left as it was.
 
-    Raises NumericalError if the block at one bit leaves the finite numbers.
+    Raises NumericalError if the block at two bits leaves the finite numbers.
     """
     dense = {name: block.weight(name).clone() for name in block.linears}
-    coarse = {name: _one_bit(weight_OI) for name, weight_OI in dense.items()}
+    coarse = {name: _two_bits(weight_OI) for name, weight_OI in dense.items()}
     total, tokens = 0.0, 0
     for rows in stream.slices():
         x_BTD = stream.hidden.read(rows)
@@ -135,18 +139,19 @@ def sensitivity(block: Block, stream: Stream) -> float:
         tokens += error_BT.numel()
     if not torch.isfinite(torch.tensor(total)):
         raise NumericalError(
-            f"block {block.index} puts out NaN or infinite values with its matrices at one bit: "
+            f"block {block.index} puts out NaN or infinite values with its matrices at two bits: "
             "name the blocks for --keep-blocks, or use a wider dtype"
         )
     return total / tokens
 
 
-def _one_bit(weight_OI: Tensor) -> Tensor:
-    """Every weight at the nearer of two levels a row, mean ± mean deviation."""
+def _two_bits(weight_OI: Tensor) -> Tensor:
+    """Every weight at the nearest of four levels a row, mean ± ½ and ± 1½ steps."""
     wide_OI = weight_OI.float()
     middle_O1 = wide_OI.mean(1, keepdim=True)
-    spread_O1 = (wide_OI - middle_O1).abs().mean(1, keepdim=True)
-    return torch.where(wide_OI >= middle_O1, middle_O1 + spread_O1, middle_O1 - spread_O1).to(weight_OI.dtype)
+    step_O1 = (NORMAL_STEP * wide_OI.std(1, correction=0, keepdim=True)).clamp_min(1e-30)
+    level_OI = ((wide_OI - middle_O1) / step_O1).floor().clamp(-2, 1) + 0.5
+    return (middle_O1 + level_OI * step_O1).to(weight_OI.dtype)
 
 
 def _fill(block: Block, weights: dict[str, Tensor]) -> None:
