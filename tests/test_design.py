@@ -25,7 +25,7 @@ LAYERS = [
     ["allocation", "stream"],
     ["budget"],
     ["methods", "runtime"],
-    ["walk", "run"],
+    ["walk", "run", "ends", "parts"],
     ["card"],
     ["compression"],
     ["evaluation", "generation"],

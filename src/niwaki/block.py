@@ -142,6 +142,18 @@ class Decoder:
             return [name for name, target in self._renames.items() if target.startswith(prefix)]
         return [name for name, target in self._renames.items() if not target.startswith(f"{self.path}.")]
 
+    def end_matrices(self) -> dict[str, list[str]]:
+        """Names on disk of the weights of embeddings and head, by module; a tied head's count as the embeddings'."""
+        names = {module: name for name, module in self.model.named_modules()}
+        found: dict[str, list[str]] = {}
+        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            if module is not None:
+                weight = names[module] + WEIGHT
+                owner = self.model.all_tied_weights_keys.get(weight, weight).removesuffix(WEIGHT)
+                stored = (name for name, target in self._renames.items() if target == weight)
+                found.setdefault(owner, []).extend(stored)
+        return found
+
     def load(self, index: int, stored: dict[str, Tensor] | None = None) -> Block:
         """Reads block `index` to the device, from `stored` (disk names) if given.
 
@@ -246,14 +258,14 @@ class Decoder:
         self._ends_loaded = False
 
     def _run_ends(self, ids_BT: Tensor, stub: Callable[[int, Call, Tensor], Any], **kwargs: Any) -> Any:
-        self._load_ends()
+        if not self._ends_loaded:
+            self.load_ends()
         with torch.no_grad(), stubbed(self._blocks, stub):
             return self.model(input_ids=ids_BT.to(self.device), use_cache=False, **kwargs)
 
-    def _load_ends(self) -> None:
-        if self._ends_loaded:
-            return
-        self._fill(self.checkpoint.read(self.disk_names(None)))
+    def load_ends(self, stored: dict[str, Tensor] | None = None) -> None:
+        """Reads embeddings, final norm and head to the device, from `stored` (names on disk) if given."""
+        self._fill(self.checkpoint.read(self.disk_names(None)) if stored is None else stored)
         self.model.tie_weights()
         for module in ends_of(self.model, self.path):
             for name, parameter in module.named_parameters(recurse=False):

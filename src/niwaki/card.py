@@ -20,6 +20,7 @@ _BODY = """---
 | matrices compressed | {matrices} |
 | measured zeros in them | {zeros:.4%} |
 | true bits a weight in them, scales and all | {bits:.3f} |
+| true bits a weight in embeddings and head | {ends} |
 | bytes of the weight files | {bytes:,} (before: {bytes_before:,}) |
 | calibration | {calibration} |
 | seed | {seed} |
@@ -75,6 +76,7 @@ def model_card(record: dict[str, Any]) -> str:
         matrices=result["matrices"],
         zeros=result["zeros_frac"],
         bits=result["bits"],
+        ends=f"{result['ends_bits']:.3f}" if "ends_bits" in result else "as they were",
         storage=storage.format_map(result),
         bytes=result["bytes"],
         bytes_before=record["model"]["bytes"],

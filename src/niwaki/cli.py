@@ -74,6 +74,7 @@ def compress(
     recipe: Annotated[Path | None, typer.Option(help="YAML with any of these; flags win.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Method option key=value. Repeatable.")] = None,
     pack: Annotated[str | None, _option("Store codes as codes: auto or none.", "auto")] = None,
+    ends: Annotated[str | None, _option("Embeddings and head as codes too: none, 4bit or 8bit.", "none")] = None,
     seed: Annotated[int | None, _option("Seed.", 0)] = None,
     device: Annotated[str | None, _option(DEVICE, "auto")] = None,
     dtype: Annotated[str | None, _option(DTYPE, "auto")] = None,
@@ -98,7 +99,7 @@ def compress(
 
     values: dict[str, Any] = load_recipe(recipe) if recipe else {}
     values |= _given(method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks)
-    values |= _given(allocation=allocation, pack=pack, seed=seed, device=device, dtype=dtype)
+    values |= _given(allocation=allocation, pack=pack, ends=ends, seed=seed, device=device, dtype=dtype)
     values |= _given(batch_tokens=batch_tokens, activation_bytes=activation_bytes)
     files = tuple(calibration) if calibration else None
     text = _given(files=files, field=field, samples=samples, seq_len=seq_len)
@@ -302,6 +303,7 @@ def _key_values(pairs: list[str]) -> dict[str, str]:
 def _print_record(out: Path, record: dict[str, Any]) -> None:
     result = record["result"]
     codes = f", {result['bits']:.3f} true bits a weight in {result['packed']} of them" if result.get("packed") else ""
+    codes += f", {result['ends_bits']:.3f} in embeddings and head" if "ends_bits" in result else ""
     out_console.print(
         f"{out}: {result['matrices']} matrices{codes}, {result['zeros_frac']:.4%} zeros, {result['bytes']:,} bytes "
         f"(dense {record['model']['bytes']:,}), {record['seconds']} s, "

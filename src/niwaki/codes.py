@@ -108,6 +108,16 @@ def unpack_planes(planes_TKBR: Tensor, rows: int, columns: int) -> Tensor:
     return code[:rows, :columns]
 
 
+def unpack_rows(planes_TKBR: Tensor, rows_N: Tensor, columns: int) -> Tensor:
+    """The codes [N, C] uint8 of some rows of `pack_planes`: row r lies in tile r // 32, lane r mod 32."""
+    picked_NKB = planes_TKBR[rows_N // TILE, :, :, rows_N % TILE]
+    lanes_8 = torch.arange(8, dtype=torch.uint8, device=planes_TKBR.device)
+    code_NBC = torch.zeros((), dtype=torch.uint8, device=planes_TKBR.device)
+    for k in range(picked_NKB.shape[1]):
+        code_NBC = code_NBC | (((picked_NKB[:, k, :, None] >> lanes_8) & 1) << k)
+    return code_NBC.reshape(len(rows_N), -1)[:, :columns]
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Codes < 2^K of any shape as K planes [K, ⌈n/8⌉] uint8; bit i mod 8 of byte i // 8 belongs to code i."""
     flat_N = torch.nn.functional.pad(codes.reshape(-1).to(torch.uint8), (0, -codes.numel() % 8))
@@ -143,28 +153,52 @@ def column_places(tensors: Mapping[str, Tensor], described: Sequence[Mapping[str
     return [first_I.nonzero().view(-1), (~first_I).nonzero().view(-1)]
 
 
-def read_parts(tensors: Mapping[str, Tensor], described: Sequence[Mapping[str, Any]], columns: int) -> list[Part]:
-    """The parts that `stored_tensors` wrote, from their `describe()`."""
+def read_parts(
+    tensors: Mapping[str, Tensor],
+    described: Sequence[Mapping[str, Any]],
+    columns: int,
+    rows_N: Tensor | None = None,
+) -> list[Part]:
+    """The parts that `stored_tensors` wrote, from their `describe()`; of the rows `rows_N` (int64) alone if given."""
     parts = []
     for number, (about, columns_C) in enumerate(
         zip(described, column_places(tensors, described, columns), strict=True)
     ):
-        scale_OG = tensors[f"scale_{number}"].view(SCALE_DTYPE).T
+        planes_TKBR = tensors[f"planes_{number}"]
+        scale_GO = tensors[f"scale_{number}"].view(SCALE_DTYPE)
         offset_GO = tensors.get(f"offset_{number}")
+        offset_GO = None if offset_GO is None else offset_GO.view(SCALE_DTYPE)
         zero = tensors.get(f"zero_{number}")
+        zero_GO = None if zero is None else _read_zeros(zero, scale_GO.shape, rows_N)
+        if rows_N is None:
+            code_OC = unpack_planes(planes_TKBR, scale_GO.shape[1], about["columns"])
+        else:
+            code_OC = unpack_rows(planes_TKBR, rows_N, about["columns"])
+            scale_GO, offset_GO = scale_GO[:, rows_N], None if offset_GO is None else offset_GO[:, rows_N]
         parts.append(
             Part(
                 columns_C,
                 about["bits"],
                 about["grid"],
                 about["group"],
-                unpack_planes(tensors[f"planes_{number}"], len(scale_OG), about["columns"]),
-                scale_OG,
-                offset_OG=None if offset_GO is None else offset_GO.view(SCALE_DTYPE).T,
-                zero_OG=None if zero is None else unpack_codes(zero, scale_OG.numel()).view(scale_OG.T.shape).T,
+                code_OC,
+                scale_GO.T,
+                offset_OG=None if offset_GO is None else offset_GO.T,
+                zero_OG=None if zero_GO is None else zero_GO.T,
             )
         )
     return parts
+
+
+def _read_zeros(planes_KB: Tensor, shape: torch.Size, rows_N: Tensor | None) -> Tensor:
+    """Zero codes uint8 [G, O] of the stored ones, or [G, N] of the rows `rows_N`; `shape` is [G, O]."""
+    if rows_N is None:
+        return unpack_codes(planes_KB, shape.numel()).view(shape)
+    place_GN = torch.arange(shape[0], device=rows_N.device)[:, None] * shape[1] + rows_N
+    zero_GN = torch.zeros(place_GN.shape, dtype=torch.uint8, device=rows_N.device)
+    for k, plane_B in enumerate(planes_KB):
+        zero_GN |= ((plane_B[place_GN // 8] >> (place_GN % 8)) & 1).to(torch.uint8) << k
+    return zero_GN
 
 
 def stored_names(described: Sequence[Mapping[str, Any]]) -> list[str]:

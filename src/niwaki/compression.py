@@ -6,7 +6,6 @@ Everything that can be wrong with the input is checked before the first file is 
 """
 
 import json
-import math
 import platform
 import time
 from collections.abc import Callable
@@ -22,12 +21,13 @@ from niwaki.budget import KEPT_BITS, bits_within, choose_kept, kept_targets, res
 from niwaki.calibration import digest, windows_for
 from niwaki.card import model_card
 from niwaki.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, packed_config
-from niwaki.codes import WEIGHT, decode_stored
+from niwaki.codes import WEIGHT
 from niwaki.config import Bits, Recipe, Target, make_options, make_recipe, parse_target
 from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
+from niwaki.ends import ends_to_pack, read_packed
 from niwaki.errors import InputError, NumericalError, TargetError, unknown
 from niwaki.methods import Step, make_steps, merged_needs, require_fractional
-from niwaki.packed import method_bits
+from niwaki.parts import block_lines, packed_modules, read_plain, result_of, shard_index
 from niwaki.run import (
     RECORD,
     Run,
@@ -115,6 +115,7 @@ class _Job:
         batch_tokens = recipe.batch_tokens or default_batch_tokens(self.device)
         self.recipe = recipe.model_copy(update={"device": str(self.device), "batch_tokens": batch_tokens})
         self.windows_ST, self.calibration_source = self._windows()
+        self.ends = ends_to_pack(recipe, self.target, self.decoder)
         self.end_parts = cut_to_shards(self.decoder.disk_names(None), self.checkpoint.tensors)
         self.shard_names = self._shard_names()
 
@@ -142,13 +143,15 @@ class _Job:
         with Writer(run, report) as writer:
             self._write_ends(run, writer)
             self._allocate(run, report)
-            stream = self._stream(run, "compressed")
             dense = self._stream(run, "dense") if self.dense_stream else None
+            if self.ends:
+                writer.settle()
+                self.decoder.load_ends(self._stored_ends(run))
+            stream = self._stream(run, "compressed")
             self.decoder.release_ends()
 
             def finished(index: int) -> dict[str, Tensor] | None:
-                entry = run.finished.get(_block_part(index))
-                return None if entry is None else self._read_block(run.folder / entry["shard"], entry["lines"])
+                return self._stored_block(run, index) if _block_part(index) in run.finished else None
 
             def save(block: Block, lines: list[dict[str, Any]]) -> None:
                 writer.write(
@@ -232,44 +235,47 @@ class _Job:
 
     def _write_ends(self, run: Run, writer: "Writer") -> None:
         for number, names in enumerate(self.end_parts):
-            part = f"ends-{number:05d}"
+            part = _ends_part(number)
             if part not in run.finished:
-                writer.write(part, self.shard_names[len(self.decoder) + number], self.checkpoint.read(names), [])
+                tensors, lines = read_packed(self.checkpoint, names, self.ends, self.recipe.ends, self.device)
+                writer.write(part, self.shard_names[len(self.decoder) + number], tensors, lines)
+
+    def _stored_block(self, run: Run, index: int) -> dict[str, Tensor]:
+        """A finished block as plain weights, in the dtype of the checkpoint."""
+        entry = run.finished[_block_part(index)]
+        modules = packed_modules([entry], self.decoder.anatomy.prefix)
+        dtypes = {STORED_DTYPES[self.checkpoint.tensors[module + WEIGHT].dtype] for module in modules}
+        assert len(dtypes) <= 1, "the matrices of one block share a dtype"
+        return read_plain(run.folder / entry["shard"], modules, dtypes.pop() if dtypes else self.checkpoint.dtype)
+
+    def _stored_ends(self, run: Run) -> dict[str, Tensor]:
+        """Embeddings, final norm and head as every reader of the result will see them."""
+        found: dict[str, Tensor] = {}
+        for number in range(len(self.end_parts)):
+            entry = run.finished[_ends_part(number)]
+            modules = packed_modules([entry], self.decoder.anatomy.prefix)
+            found |= read_plain(run.folder / entry["shard"], modules, self.checkpoint.dtype)
+        return found
 
     def _finish(self, run: Run, report: Report) -> dict[str, Any]:
         """Writes everything beside the shards and puts the folder in its place."""
         parts = [entry for name, entry in sorted(run.finished.items()) if "shard" in entry]
-        lines = [line for entry in parts for line in entry["lines"]]
-        weight_map = {name: entry["shard"] for entry in parts for name in entry["tensors"]}
-        total_bytes = sum(entry["tensor_bytes"] for entry in parts)
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         for source in self.checkpoint.companions():
             copy_file(source, run.folder / source.name)
-        if modules := self._packed_modules(lines):
+        if modules := packed_modules(parts, self.decoder.anatomy.prefix):
             write_text(run.folder / "config.json", packed_config(self.checkpoint.folder, modules))
-        write_text(run.folder / INDEX, json.dumps(index, indent=2) + "\n")
-        write_text(run.folder / RECORD / "blocks.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        record = self._record(run, parts, lines)
+        write_text(run.folder / INDEX, json.dumps(shard_index(parts), indent=2) + "\n")
+        write_text(
+            run.folder / RECORD / "blocks.jsonl", "".join(json.dumps(line) + "\n" for line in block_lines(parts))
+        )
+        record = self._record(run, parts)
         write_text(run.folder / "README.md", model_card(record))
         write_text(run.folder / RECORD / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         report("done", seconds=record["seconds"], out=str(self.out))
         run.complete()
         return record
 
-    def _packed_modules(self, lines: list[dict[str, Any]]) -> dict[str, Any]:
-        """How the quantized modules of these lines are stored, by module name."""
-        prefix = self.decoder.anatomy.prefix
-        return {prefix(line["block"]) + line["matrix"]: line["stored"] for line in lines if "stored" in line}
-
-    def _read_block(self, path: Path, lines: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """A finished block as plain weights, in the dtype of the checkpoint."""
-        modules = self._packed_modules(lines)
-        dtypes = {STORED_DTYPES[self.checkpoint.tensors[module + WEIGHT].dtype] for module in modules}
-        assert len(dtypes) <= 1, "the matrices of one block share a dtype"
-        return decode_stored(_read_shard(path), modules, dtypes.pop() if dtypes else self.checkpoint.dtype)
-
-    def _record(self, run: Run, parts: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[str, Any]:
-        weights = sum(math.prod(line["shape"]) for line in lines)
+    def _record(self, run: Run, parts: list[dict[str, Any]]) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
         return {
             **circumstances("torch", "transformers", "safetensors"),
@@ -289,17 +295,7 @@ class _Job:
                 "windows": None if self.windows_ST is None else list(self.windows_ST.shape),
                 "sha256": None if self.windows_ST is None else digest(self.windows_ST),
             },
-            "result": {
-                "weights": weights,
-                "zeros_frac": sum(line["zeros"] for line in lines) / weights,
-                "bits": round(8 * sum(line["bytes"] for line in lines) / weights, 4),
-                **method_bits(lines),
-                "packed": sum("stored" in line for line in lines),
-                "matrices": len(lines),
-                "notes": sorted({line["note"] for line in lines if line["note"]}),
-                "bytes": sum(entry["bytes"] for entry in parts),
-                "sha256": {entry["shard"]: entry["sha256"] for entry in parts},
-            },
+            "result": result_of(parts),
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
             "seconds": round(time.perf_counter() - self.started, 2),
             "peak_rss_bytes": peak_rss_bytes(),
@@ -334,14 +330,12 @@ def _check_budget(recipe: Recipe) -> None:
         raise TargetError("target_bytes counts stored codes, and --pack none stores none: give --target in bits")
 
 
-def _read_shard(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}
-
-
 def _block_part(index: int) -> str:
     return f"block-{index:05d}"
+
+
+def _ends_part(number: int) -> str:
+    return f"ends-{number:05d}"
 
 
 def _ignore(event: str, **fields: Any) -> None:

@@ -142,6 +142,7 @@ class Recipe(_Strict):
     """Everything that decides the bytes of a result, and how to get there.
 
     `target`, or instead `target_bytes`: the bytes of all compressed matrices together. `keep_blocks` stay at 4 bits.
+    `ends`: codes that embeddings and head are stored as, beside and not within the target.
     """
 
     method: str
@@ -152,6 +153,7 @@ class Recipe(_Strict):
     calibration: Calibration = Calibration()
     options: dict[str, Any] = {}
     pack: Literal["auto", "none"] = "auto"
+    ends: Literal["none", "4bit", "8bit"] = "none"
     seed: int = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

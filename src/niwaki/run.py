@@ -162,7 +162,7 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             # After a failure elsewhere, what is already being written may still be finished and journalled.
-            self._settle()
+            self.settle()
         except OutputError:
             if kind is None:
                 raise
@@ -184,10 +184,11 @@ class Writer:
                 "lines": lines,
             }
 
-        self._settle()
+        self.settle()
         self._pending = (part, self._pool.submit(save))
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Waits until what is being written is on the disk and in the journal."""
         if self._pending is None:
             return
         (part, future), self._pending = self._pending, None

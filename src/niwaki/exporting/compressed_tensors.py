@@ -60,6 +60,11 @@ def check(checkpoint: Checkpoint, record: Mapping[str, Any]) -> Plan:
             f"{checkpoint.folder} holds no codes, so there is nothing to export to {LIBRARY}: "
             "compress with --method gptq or rtn, --target 4bit or 8bit and --pack auto"
         )
+    if "ends" in record["result"]:
+        raise InputError(
+            f"{checkpoint.folder} stores embeddings and head as codes, which {LIBRARY} has no place for: "
+            "compress with --ends none"
+        )
     if stored_dense := record["result"]["matrices"] - len(checkpoint.packed):
         raise InputError(
             f"{checkpoint.folder} stores {stored_dense} of its {record['result']['matrices']} matrices dense (see "

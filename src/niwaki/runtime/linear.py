@@ -6,46 +6,71 @@ multiplied with the matrix decoded a tile of rows at a time, so that it never ex
 Legend: N tokens, O outputs, I inputs, C columns of a part.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from niwaki.codes import TILE, assemble, centre, column_places, pack_codes, read_parts, unpack_codes
+from niwaki.codes import TILE, assemble, centre, column_places, pack_codes, read_parts, stored_names, unpack_codes
 from niwaki.kernels.planes import PlanePart, multiply, plane_product, reaches
 
 DECODED_ROWS = 64 * TILE  # rows of a decoded tile
 
 
-class PackedLinear(nn.Module):
-    """y = x Wᵀ + b with W stored as the parts that `described` lists (see `codes`)."""
+def make_room(module: nn.Module, rows: int, columns: int, described: Sequence[Mapping[str, Any]]) -> None:
+    """Gives `module` empty buffers for a matrix [rows, columns] of parts with these descriptions (see `codes`)."""
 
-    def __init__(self, rows: int, columns: int, described: Mapping[str, Any], bias: bool) -> None:
+    def store(name: str, dtype: torch.dtype, *shape: int) -> None:
+        # Buffers: integers are no parameters, and no cast of the model touches them.
+        module.register_buffer(name, torch.empty(shape, dtype=dtype))
+
+    for number, about in enumerate(described):
+        width = about["columns"]
+        groups = -(-width // about["group"])
+        store(f"planes_{number}", torch.uint8, -(-rows // TILE), about["bits"], -(-width // 8), TILE)
+        store(f"scale_{number}", torch.int16, groups, rows)
+        if about["grid"] == "free":
+            store(f"offset_{number}", torch.int16, groups, rows)
+        if about["grid"] == "affine":
+            store(f"zero_{number}", torch.uint8, about["bits"], -(-rows * groups // 8))
+    if len(described) > 1:
+        store("columns", torch.uint8, -(-columns // 8))
+
+
+def stored_buffers(module: nn.Module, described: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What `make_room` made room for, by name."""
+    return {name: module.get_buffer(name) for name in stored_names(described)}
+
+
+class PackedLinear(nn.Module):
+    """y = x Wᵀ + b with W stored as the parts that `described` lists (see `codes`).
+
+    A head that is tied to packed embeddings has them as `owner`: their tensors are its own, and stand in the file once.
+    """
+
+    def __init__(
+        self, rows: int, columns: int, described: Mapping[str, Any], bias: bool, owner: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = rows, columns
         self.described = described["parts"]
-        for number, about in enumerate(self.described):
-            width = about["columns"]
-            groups = -(-width // about["group"])
-            self._store(f"planes_{number}", torch.uint8, -(-rows // TILE), about["bits"], -(-width // 8), TILE)
-            self._store(f"scale_{number}", torch.int16, groups, rows)
-            if about["grid"] == "free":
-                self._store(f"offset_{number}", torch.int16, groups, rows)
-            if about["grid"] == "affine":
-                self._store(f"zero_{number}", torch.uint8, about["bits"], -(-rows * groups // 8))
-        if len(self.described) > 1:
-            self._store("columns", torch.uint8, -(-columns // 8))
+        self._owner = () if owner is None else (owner,)  # in a tuple: torch takes it for no part of this module
+        if owner is None:
+            make_room(self, rows, columns, self.described)
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
         self._prepared: list[PlanePart] | None = None
 
-    def _store(self, name: str, dtype: torch.dtype, *shape: int) -> None:
-        # Buffers: integers are no parameters, and no cast of the model touches them.
-        self.register_buffer(name, torch.empty(shape, dtype=dtype))
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of the matrix by their names in the file."""
+        return stored_buffers(self._home(), self.described)
+
+    def _home(self) -> nn.Module:
+        return self._owner[0] if self._owner else self
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
         """The matrix that the codes stand for."""
-        return assemble(read_parts(dict(self.named_buffers()), self.described, self.in_features)).to(dtype)
+        return assemble(read_parts(self.stored(), self.described, self.in_features)).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] → [..., O] in the dtype of `x`."""
@@ -79,7 +104,7 @@ class PackedLinear(nn.Module):
     def _rows(self, first: int, last: int) -> Tensor:
         """Rows [first, last) of the matrix in float32; `first` begins a tile."""
         picked: dict[str, Tensor] = {}
-        for name, stored in self.named_buffers():
+        for name, stored in self.stored().items():
             if name.startswith("planes"):
                 picked[name] = stored[first // TILE : -(-last // TILE)]
             elif name.startswith(("scale", "offset")):
@@ -92,13 +117,13 @@ class PackedLinear(nn.Module):
         return assemble(read_parts(picked, self.described, self.in_features))
 
     def _parts(self) -> list[PlanePart]:
-        device = self.get_buffer("planes_0").device
+        device = self._home().get_buffer("planes_0").device
         if self._prepared is None or self._prepared[0].planes_TKBR.device != device:
             self._prepared = [self._prepare(number, about) for number, about in enumerate(self.described)]
         return self._prepared
 
     def _prepare(self, number: int, about: Mapping[str, Any]) -> PlanePart:
-        buffers = dict(self.named_buffers())
+        buffers = self.stored()
         scale_GO, zero = buffers[f"scale_{number}"], buffers.get(f"zero_{number}")
         mixed = len(self.described) > 1
         columns_C = column_places(buffers, self.described, self.in_features)[number].int() if mixed else None
