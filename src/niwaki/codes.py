@@ -13,6 +13,7 @@ Legend: O outputs, I inputs, C columns of a part, G groups of columns that share
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -111,11 +112,17 @@ def unpack_planes(planes_TKBR: Tensor, rows: int, columns: int) -> Tensor:
 def unpack_rows(planes_TKBR: Tensor, rows_N: Tensor, columns: int) -> Tensor:
     """The codes [N, C] uint8 of some rows of `pack_planes`: row r lies in tile r // 32, lane r mod 32."""
     picked_NKB = planes_TKBR[rows_N // TILE, :, :, rows_N % TILE]
-    lanes_8 = torch.arange(8, dtype=torch.uint8, device=planes_TKBR.device)
-    code_NBC = torch.zeros((), dtype=torch.uint8, device=planes_TKBR.device)
-    for k in range(picked_NKB.shape[1]):
-        code_NBC = code_NBC | (((picked_NKB[:, k, :, None] >> lanes_8) & 1) << k)
-    return code_NBC.reshape(len(rows_N), -1)[:, :columns]
+    places_K1 = torch.arange(picked_NKB.shape[1], device=planes_TKBR.device)[:, None]
+    code_NB = (_spread(planes_TKBR.device)[picked_NKB.int()] << places_K1).sum(1)  # eight columns in eight bytes
+    return code_NB.view(torch.uint8)[:, :columns]
+
+
+@cache
+def _spread(device: torch.device) -> Tensor:
+    """[256] int64: every bit of a byte as a byte of its own, the lowest first in memory."""
+    lanes_8 = torch.arange(8, device=device)
+    bits_B8 = ((torch.arange(256, device=device)[:, None] >> lanes_8) & 1).to(torch.uint8)
+    return bits_B8.view(torch.int64).view(-1)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -195,10 +202,8 @@ def _read_zeros(planes_KB: Tensor, shape: torch.Size, rows_N: Tensor | None) -> 
     if rows_N is None:
         return unpack_codes(planes_KB, shape.numel()).view(shape)
     place_GN = torch.arange(shape[0], device=rows_N.device)[:, None] * shape[1] + rows_N
-    zero_GN = torch.zeros(place_GN.shape, dtype=torch.uint8, device=rows_N.device)
-    for k, plane_B in enumerate(planes_KB):
-        zero_GN |= ((plane_B[place_GN // 8] >> (place_GN % 8)) & 1).to(torch.uint8) << k
-    return zero_GN
+    places_K11 = torch.arange(len(planes_KB), device=rows_N.device)[:, None, None]
+    return (((planes_KB[:, place_GN >> 3] >> (place_GN & 7)) & 1) << places_K11).sum(0, dtype=torch.uint8)
 
 
 def stored_names(described: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -230,6 +235,8 @@ def decode_stored(
 
 def assemble(parts: Sequence[Part]) -> Tensor:
     """The matrix [O, I] in float32."""
+    if len(parts) == 1:
+        return parts[0].decode()  # it holds all columns, in order
     rows = len(parts[0].code_OC)
     weight_OI = parts[0].scale_OG.new_empty((rows, sum(len(part.columns_C) for part in parts)), dtype=torch.float32)
     for part in parts:

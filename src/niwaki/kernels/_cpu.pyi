@@ -1,3 +1,4 @@
+from numpy.typing import NDArray
 from torch import Tensor
 
 def sweep_codes(
@@ -15,16 +16,16 @@ def sweep_codes(
     /,
 ) -> None: ...
 def plane_product(
-    planes: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    zero: Tensor | None,
+    planes: NDArray,
+    scale: NDArray,
+    offset: NDArray | None,
+    zero: NDArray | None,
     centre: float,
     group_bytes: int,
-    column: Tensor | None,
+    column: NDArray | None,
     columns: int,
-    x: Tensor,
-    out: Tensor,
+    x: NDArray,
+    out: NDArray,
     threads: int,
-    portable: bool,
+    path: int,
 ) -> None: ...

@@ -4,7 +4,8 @@ Legend: N tokens, O outputs, I inputs, C columns of a part, T tiles of 32 rows, 
 G groups of columns that share a scale.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,20 @@ def reaches(x_NI: Tensor, group: int, columns: int) -> bool:
     return (group >= columns or group % BLOCK_COLUMNS == 0) and cpu_module() is not None
 
 
-def add_plane_product(
+def prepared_product(part: PlanePart) -> Callable[[Any, Any, int, int], None]:
+    """`plane_product` of this part on the CPU, as a function of input, output, threads and 0 for the best kernel.
+
+    Input and output are NumPy views, as those of the part are, made here: they cross into C++ ten times as fast as
+    tensors do.
+    """
+    compiled = cpu_module()
+    assert compiled is not None, "callers ask `reaches` first"
+    planes, scale, offset, zero, columns = (None if tensor is None else tensor.numpy() for tensor in part[:5])
+    group_bytes = part.group // 8 if len(part.scale_GO) > 1 else max(part.planes_TKBR.shape[2], 1)
+    return partial(compiled.plane_product, planes, scale, offset, zero, part.centre, group_bytes, columns, part.columns)
+
+
+def plane_product(
     x_NI: Tensor,
     planes_TKBR: Tensor,
     scale_GO: Tensor,
@@ -73,36 +87,16 @@ def add_plane_product(
     Float32 in and out. `planes_TKBR` uint8 as `codes.pack_planes` lays them out, scales and offsets float16 as int16,
     zero codes uint8, `columns_C` int32 (None: all, in order).
     """
-    compiled = cpu_module()
-    assert compiled is not None, "callers ask `reaches` first"
-    width = planes_TKBR.shape[2]
-    compiled.plane_product(
-        planes_TKBR,
-        scale_GO,
-        offset_GO,
-        zero_GO,
-        centre,
-        group // 8 if len(scale_GO) > 1 else max(width, 1),
-        columns_C,
-        columns,
-        x_NI,
-        out_NO,
-        torch.get_num_threads(),
-        False,
-    )
+    part = PlanePart(planes_TKBR, scale_GO, offset_GO, zero_GO, columns_C, centre, columns, group)
+    prepared_product(part)(x_NI.detach().numpy(), out_NO.numpy(), torch.get_num_threads(), 0)
 
 
-plane_product_op = torch.library.custom_op("niwaki::plane_product", add_plane_product, mutates_args={"out_NO"})
+plane_product_op = torch.library.custom_op("niwaki::plane_product", plane_product, mutates_args={"out_NO"})
 
 
 @plane_product_op.register_fake
 def _(*_: object) -> None:
     """Nothing to trace: the output is given."""
-
-
-def plane_product(*arguments: Any) -> None:
-    """`add_plane_product`, as an operator where a graph is traced; called directly it costs less."""
-    (plane_product_op if torch.compiler.is_compiling() else add_plane_product)(*arguments)
 
 
 def layer_product(
@@ -116,9 +110,7 @@ def layer_product(
         planes_TKBR, scale_GO, offset_GO, zero_GO, columns_8B = tensors[5 * number : 5 * number + 5]
         centre, columns, group = numbers[3 * number : 3 * number + 3]
         assert planes_TKBR is not None and scale_GO is not None
-        parts.append(
-            PlanePart(planes_TKBR, scale_GO, offset_GO, zero_GO, columns_8B, centre, int(columns), int(group))
-        )
+        parts.append(PlanePart(planes_TKBR, scale_GO, offset_GO, zero_GO, columns_8B, centre, int(columns), int(group)))
     out_NO = x_NI.new_empty(len(x_NI), rows)
     few_tokens(x_NI.contiguous(), parts, bias_O, out_NO)
     return out_NO

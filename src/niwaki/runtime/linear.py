@@ -6,14 +6,15 @@ multiplied with the matrix decoded a tile of rows at a time, so that it never ex
 Legend: N tokens, O outputs, I inputs, C columns of a part.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from niwaki.codes import TILE, assemble, centre, column_places, pack_codes, read_parts, stored_names, unpack_codes
-from niwaki.kernels.planes import PlanePart, multiply, plane_product, reaches
+from niwaki.kernels.codes import cpu_module
+from niwaki.kernels.planes import PlanePart, multiply, plane_product_op, prepared_product, reaches
 
 DECODED_ROWS = 64 * TILE  # rows of a decoded tile
 
@@ -40,7 +41,15 @@ def make_room(module: nn.Module, rows: int, columns: int, described: Sequence[Ma
 
 def stored_buffers(module: nn.Module, described: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """What `make_room` made room for, by name."""
-    return {name: module.get_buffer(name) for name in stored_names(described)}
+    return {name: getattr(module, name) for name in stored_names(described)}
+
+
+class _Prepared(NamedTuple):
+    """The parts of a matrix as the kernels take them, on the CPU also as calls. They are made from `planes_TKBR`."""
+
+    planes_TKBR: Tensor | None
+    parts: list[PlanePart]
+    products: list[Callable[[Any, Any, int, int], None]]
 
 
 class PackedLinear(nn.Module):
@@ -59,7 +68,7 @@ class PackedLinear(nn.Module):
         if owner is None:
             make_room(self, rows, columns, self.described)
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
-        self._prepared: list[PlanePart] | None = None
+        self._prepared: _Prepared | None = None
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors of the matrix by their names in the file."""
@@ -84,12 +93,18 @@ class PackedLinear(nn.Module):
 
     def _few(self, x_NI: Tensor) -> Tensor:
         """Sums in float32 over the parts: on a GPU one kernel, on the CPU one each."""
+        prepared = self._prepare()
         if x_NI.is_cuda:
-            return multiply(x_NI, self._parts(), self.bias, self.out_features)
+            return multiply(x_NI, prepared.parts, self.bias, self.out_features)
         exact_NI = x_NI.float().contiguous()
         out_NO = exact_NI.new_zeros(len(x_NI), self.out_features)
-        for part in self._parts():
-            plane_product(exact_NI, *part, out_NO)
+        if torch.compiler.is_compiling():
+            for part in prepared.parts:
+                plane_product_op(exact_NI, *part, out_NO)
+        else:
+            x, out, threads = exact_NI.detach().numpy(), out_NO.numpy(), torch.get_num_threads()
+            for product in prepared.products:
+                product(x, out, threads, 0)
         y_NO = out_NO.to(x_NI.dtype)
         return y_NO if self.bias is None else y_NO + self.bias
 
@@ -111,18 +126,23 @@ class PackedLinear(nn.Module):
                 picked[name] = stored[:, first:last]
             elif name == "columns":
                 picked[name] = stored
-        for number, (part, about) in enumerate(zip(self._parts(), self.described, strict=True)):
+        for number, (part, about) in enumerate(zip(self._prepare().parts, self.described, strict=True)):
             if part.zero_GO is not None:
                 picked[f"zero_{number}"] = pack_codes(part.zero_GO[:, first:last], about["bits"])
         return assemble(read_parts(picked, self.described, self.in_features))
 
-    def _parts(self) -> list[PlanePart]:
-        device = self._home().get_buffer("planes_0").device
-        if self._prepared is None or self._prepared[0].planes_TKBR.device != device:
-            self._prepared = [self._prepare(number, about) for number, about in enumerate(self.described)]
+    def _prepare(self) -> "_Prepared":
+        """What the kernels take, made anew when the buffers are others: on another device, or just loaded."""
+        planes_TKBR = self._home()._buffers["planes_0"]
+        if self._prepared is None or self._prepared.planes_TKBR is not planes_TKBR:
+            parts = [self._part(number, about) for number, about in enumerate(self.described)]
+            reached = not parts[0].planes_TKBR.is_cuda and cpu_module() is not None
+            self._prepared = _Prepared(
+                planes_TKBR, parts, [prepared_product(part) for part in parts] if reached else []
+            )
         return self._prepared
 
-    def _prepare(self, number: int, about: Mapping[str, Any]) -> PlanePart:
+    def _part(self, number: int, about: Mapping[str, Any]) -> PlanePart:
         buffers = self.stored()
         scale_GO, zero = buffers[f"scale_{number}"], buffers.get(f"zero_{number}")
         mixed = len(self.described) > 1
@@ -138,6 +158,10 @@ class PackedLinear(nn.Module):
             about["group"],
         )
         return part.for_gpu() if scale_GO.is_cuda else part
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies prepare themselves."""
+        return {**self.__dict__, "_prepared": None}
 
     def extra_repr(self) -> str:
         """Shape and widths, as print shows them."""
