@@ -94,12 +94,12 @@ def quantized() -> list[Case]:
         found.append(case("gptq g64 rounds", f"{bits}bit", "gptq", options={"group": 64, "rounds": 8, "clip": True}))
     found += [case("squeeze10", f"{bits}bit") for bits in (1.2, 1.4, 1.6, 1.75, 2.0, 2.28, 3.0, 4.0)]
     found += [case("squeeze10 1+4", f"{bits}bit", "squeeze10", options={"widths": "1+4"}) for bits in (1.6, 1.75)]
-    learn = {"learn_rounds": 30, "samples": 64, "batch": 8}
-    found += [case("squeeze10 learned", f"{bits}bit", "squeeze10", options=learn) for bits in (1.4, 1.75)]
-    return found + varied("squeeze10", "1.75bit", {
+    found += varied("squeeze10", "1.75bit", {
         f"1+4, one sweep, {choose}": {"widths": "1+4", "rounds": 0, "choose": choose}
         for choose in ("robustness", "magnitude", "random")
     })
+    learn = {"learn_rounds": 30, "samples": 64, "batch": 8}
+    return [*found, case("squeeze10 learned", "1.75bit", "squeeze10", options=learn)]
 
 
 def ablation_squeeze10() -> list[Case]:
