@@ -63,21 +63,26 @@ def test_product_equals_the_decoded_matrix(
 
 
 @pytest.mark.parametrize("bits", [1, 4])
-def test_vector_and_portable_paths_agree(bits: int) -> None:
+@pytest.mark.parametrize("columns", [328, 64, 5])
+def test_paths_and_threads_agree(bits: int, columns: int) -> None:
+    """AVX-512 only where the processor has it."""
     compiled = cpu_module()
     assert compiled is not None
-    found = part(70, 328, bits, "midrise", 328)
+    found = part(70, columns, bits, "midrise", columns)
     given = arguments(found)
-    x = torch.randn(2, 328, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(2, columns, generator=torch.Generator().manual_seed(3))
     outs = []
-    for threads, portable in [(1, False), (2, False), (3, False), (1, True)]:
+    vector = [(1, path) for path in (2, 3) if compiled.supported(path)]
+    for threads, path in [(1, 1), (1, 0), (2, 0), (3, 0), *vector]:
         out = torch.zeros(2, 70)
         compiled.plane_product(
-            given.planes_TKBR, given.scale_GO, None, None, given.centre, 41, None, 328, x, out, threads, portable
-        )
+            given.planes_TKBR, given.scale_GO, None, None, given.centre, -(-columns // 8), None, columns, x, out,
+            threads, path,
+        )  # fmt: skip
         outs.append(out)
-    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
-    assert error(outs[3], outs[0]) < 1e-5
+    assert torch.equal(outs[1], outs[2]) and torch.equal(outs[1], outs[3])
+    assert all(error(out, outs[0]) < 1e-5 for out in outs[1:])
+    assert compiled.supported(1) and (compiled.supported(2) or not vector)
 
 
 def test_large_and_zero_inputs() -> None:
