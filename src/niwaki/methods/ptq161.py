@@ -59,7 +59,7 @@ class Config:
     rounds: int = 20
     samples: int = 64
     batch: int = 2
-    rate_frac: float = 0.005
+    rate_frac: float = 0.01
     target: str = "both"
 
     def __post_init__(self) -> None:
