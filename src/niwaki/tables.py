@@ -108,8 +108,9 @@ def print_method(console: Console, name: str) -> None:
         if paragraph.startswith("    "):
             console.print(paragraph.rstrip(), markup=False, highlight=False, soft_wrap=True)
         else:
-            for item in re.split(r"\n(?=- )", paragraph):
-                indent = "  " if item.startswith("- ") else ""
+            for item in re.split(r"\n(?=- |\d+\. )", paragraph):
+                marker = re.match(r"- |\d+\. ", item)
+                indent = " " * len(marker[0]) if marker else ""
                 filled = textwrap.fill(" ".join(item.split()), console.width, subsequent_indent=indent)
                 console.print(filled, markup=False, highlight=False, soft_wrap=True)
         console.print()
