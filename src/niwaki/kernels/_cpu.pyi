@@ -29,3 +29,18 @@ def plane_product(
     threads: int,
     path: int,
 ) -> None: ...
+
+class Layer:
+    def __init__(self, rows: int, inputs: int, /) -> None: ...
+    def add(
+        self,
+        planes: NDArray,
+        scale: NDArray,
+        offset: NDArray | None,
+        zero: NDArray | None,
+        centre: float,
+        group_bytes: int,
+        column: NDArray | None,
+        columns: int,
+    ) -> None: ...
+    def multiply(self, x: int, out: int, tokens: int, bfloat16: bool, threads: int, /) -> None: ...

@@ -50,7 +50,9 @@ struct PlaneProduct {
 enum class Path { best, portable, avx2, avx512 };
 
 bool supported(Path path);
-void plane_product(const PlaneProduct& product, int threads, Path path);
+
+// All parts of one matrix: they share tokens and rows.
+void plane_products(const std::vector<PlaneProduct>& parts, int threads, Path path);
 
 // Calls work(first, last) for a share of the rows on each of `threads` threads.
 void over_rows(int64_t rows, int threads, const std::function<void(int64_t, int64_t)>& work);

@@ -4,6 +4,8 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
+#include <cstring>
+
 #include "kernels.h"
 
 namespace nb = nanobind;
@@ -11,6 +13,61 @@ using Floats = nb::ndarray<float, nb::device::cpu, nb::c_contig>;
 using Bytes = nb::ndarray<uint8_t, nb::device::cpu, nb::c_contig>;
 using Shorts = nb::ndarray<int16_t, nb::device::cpu, nb::c_contig>;
 using Ints = nb::ndarray<int32_t, nb::device::cpu, nb::c_contig>;
+
+namespace {
+
+// The parts of a packed matrix, kept alive, and its product with inputs given by address: a call costs a microsecond.
+class Layer {
+public:
+    Layer(int64_t rows, int64_t inputs) : rows_(rows), inputs_(inputs) {}
+
+    void add(Bytes planes, Shorts scale, std::optional<Shorts> offset, std::optional<Bytes> zero, float centre,
+             int64_t group_bytes, std::optional<Ints> column, int64_t columns) {
+        parts_.push_back({
+            0, rows_, columns, static_cast<int64_t>(planes.shape(1)), static_cast<int64_t>(planes.shape(2)),
+            static_cast<int64_t>(scale.shape(0)), group_bytes, planes.data(),
+            reinterpret_cast<const uint16_t*>(scale.data()),
+            offset ? reinterpret_cast<const uint16_t*>(offset->data()) : nullptr, zero ? zero->data() : nullptr,
+            centre, column ? column->data() : nullptr, nullptr, inputs_, nullptr,
+        });
+        bytes_.push_back(planes), shorts_.push_back(scale);
+        if (offset) shorts_.push_back(*offset);
+        if (zero) bytes_.push_back(*zero);
+        if (column) ints_.push_back(*column);
+    }
+
+    // out = x Wᵀ; both float32, or both bfloat16, contiguous, [tokens, inputs] and [tokens, rows].
+    void multiply(uintptr_t x, uintptr_t out, int64_t tokens, bool bfloat16, int threads) const {
+        nb::gil_scoped_release unlocked;
+        std::vector<niwaki::PlaneProduct> parts = parts_;
+        std::vector<float> wide(bfloat16 ? tokens * inputs_ : 0), sums(bfloat16 ? tokens * rows_ : 0);
+        const auto* given = reinterpret_cast<const uint16_t*>(x);
+        for (size_t i = 0; i < wide.size(); ++i) {
+            const uint32_t bits = static_cast<uint32_t>(given[i]) << 16;
+            std::memcpy(&wide[i], &bits, sizeof bits);
+        }
+        float* to = bfloat16 ? sums.data() : reinterpret_cast<float*>(out);
+        if (!bfloat16) std::fill_n(to, tokens * rows_, 0.0f);
+        for (niwaki::PlaneProduct& part : parts)
+            part.tokens = tokens, part.x = bfloat16 ? wide.data() : reinterpret_cast<const float*>(x), part.out = to;
+        niwaki::plane_products(parts, threads, niwaki::Path::best);
+        auto* narrow = reinterpret_cast<uint16_t*>(out);
+        for (size_t i = 0; i < sums.size(); ++i) {  // to the nearest, ties to even; NaN stays NaN
+            uint32_t bits;
+            std::memcpy(&bits, &sums[i], sizeof bits);
+            narrow[i] = sums[i] != sums[i] ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+        }
+    }
+
+private:
+    int64_t rows_, inputs_;
+    std::vector<niwaki::PlaneProduct> parts_;
+    std::vector<Bytes> bytes_;
+    std::vector<Shorts> shorts_;
+    std::vector<Ints> ints_;
+};
+
+}  // namespace
 
 NB_MODULE(_cpu, module) {
     module.doc() = "Compiled CPU kernels; niwaki.kernels checks shapes and chooses between them and torch.";
@@ -27,19 +84,24 @@ NB_MODULE(_cpu, module) {
     module.def("plane_product", [](Bytes planes, Shorts scale, std::optional<Shorts> offset, std::optional<Bytes> zero,
                                    float centre, int64_t group_bytes, std::optional<Ints> column, int64_t columns,
                                    Floats x, Floats out, int threads, int path) {
-        const niwaki::PlaneProduct product{
+        const std::vector<niwaki::PlaneProduct> products{{
             static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(out.shape(1)), columns,
             static_cast<int64_t>(planes.shape(1)), static_cast<int64_t>(planes.shape(2)),
             static_cast<int64_t>(scale.shape(0)), group_bytes,
             planes.data(), reinterpret_cast<const uint16_t*>(scale.data()),
             offset ? reinterpret_cast<const uint16_t*>(offset->data()) : nullptr, zero ? zero->data() : nullptr,
             centre, column ? column->data() : nullptr, x.data(), static_cast<int64_t>(x.shape(1)), out.data(),
-        };
+        }};
         nb::gil_scoped_release unlocked;
-        niwaki::plane_product(product, threads, static_cast<niwaki::Path>(path));
+        niwaki::plane_products(products, threads, static_cast<niwaki::Path>(path));
     }, nb::arg("planes"), nb::arg("scale"), nb::arg("offset").none(), nb::arg("zero").none(), nb::arg("centre"),
        nb::arg("group_bytes"), nb::arg("column").none(), nb::arg("columns"), nb::arg("x"), nb::arg("out"),
        nb::arg("threads"), nb::arg("path"));
+    nb::class_<Layer>(module, "Layer")
+        .def(nb::init<int64_t, int64_t>())
+        .def("add", &Layer::add, nb::arg("planes"), nb::arg("scale"), nb::arg("offset").none(), nb::arg("zero").none(),
+             nb::arg("centre"), nb::arg("group_bytes"), nb::arg("column").none(), nb::arg("columns"))
+        .def("multiply", &Layer::multiply);
     // By number: 0 the best there is, 1 portable, 2 AVX2, 3 AVX-512.
     module.def("supported", [](int path) { return niwaki::supported(static_cast<niwaki::Path>(path)); });
 }

@@ -11,11 +11,13 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define NIWAKI_X86 1
 #include <immintrin.h>
 #define NIWAKI_AVX2 __attribute__((target("avx2,fma")))
+#define NIWAKI_F16C __attribute__((target("avx2,fma,f16c")))
 #define NIWAKI_AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw")))
 #endif
 
@@ -227,19 +229,62 @@ NIWAKI_AVX512 void sum_plane_avx512(const uint8_t* plane, const BlockTables* tab
 }
 #endif
 
+// Rows of one group: out += scale · total + offset · x_sum, from float16 and zero codes as they are stored.
+void finish_portable(const PlaneProduct& p, int64_t at, int64_t rows, const float* total, float x_sum, float* out) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const float scale = half_to_float(p.scale[at + row]);
+        const float offset = p.offset ? half_to_float(p.offset[at + row])
+                                      : -(p.zero ? static_cast<float>(p.zero[at + row]) : p.centre) * scale;
+        out[row] += scale * total[row] + offset * x_sum;
+    }
+}
+
+#ifdef NIWAKI_X86
+NIWAKI_F16C inline __m256 eight_halves(const uint16_t* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+NIWAKI_F16C void finish_f16c(const PlaneProduct& p, int64_t at, int64_t rows, const float* total, float x_sum,
+                             float* out) {
+    const int64_t whole = rows / 8 * 8;
+    const __m256 sum = _mm256_set1_ps(x_sum), centre = _mm256_set1_ps(p.centre);
+    for (int64_t row = 0; row < whole; row += 8) {
+        const __m256 scale = eight_halves(p.scale + at + row);
+        __m256 added = _mm256_mul_ps(scale, _mm256_loadu_ps(total + row));
+        if (p.offset) {
+            added = _mm256_fmadd_ps(eight_halves(p.offset + at + row), sum, added);
+        } else {
+            __m256 zero = centre;
+            if (p.zero) {
+                const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p.zero + at + row));
+                zero = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes));
+            }
+            added = _mm256_fnmadd_ps(_mm256_mul_ps(zero, scale), sum, added);
+        }
+        _mm256_storeu_ps(out + row, _mm256_add_ps(_mm256_loadu_ps(out + row), added));
+    }
+    if (whole < rows) finish_portable(p, at + whole, rows - whole, total + whole, x_sum, out + whole);
+}
+#endif
+
 struct Kernels {
     void (*fill_block)(const float*, BlockTables&);
     void (*sum_plane)(const uint8_t*, const BlockTables*, int64_t, float*);
+    void (*finish)(const PlaneProduct&, int64_t, int64_t, const float*, float, float*);
 };
 
 Kernels choose(Path path) {
 #ifdef NIWAKI_X86
     if (path == Path::best) path = supported(Path::avx512) ? Path::avx512 : Path::avx2;
-    if (path == Path::avx512 && supported(path)) return {fill_block_avx2, sum_plane_avx512};
-    if (path == Path::avx2 && supported(path)) return {fill_block_avx2, sum_plane_avx2};
+    if (path == Path::avx512 && supported(path)) return {fill_block_avx2, sum_plane_avx512, finish_f16c};
+    if (path == Path::avx2 && supported(path)) return {fill_block_avx2, sum_plane_avx2, finish_f16c};
 #endif
-    return {fill_block_portable, sum_plane_portable};
+    return {fill_block_portable, sum_plane_portable, finish_portable};
 }
+
+constexpr int64_t kBlocksWorthThreads = 128;  // fewer tables are filled before another thread has begun
+
+int64_t blocks_of(const PlaneProduct& p) { return (p.bytes + kBlockBytes - 1) / kBlockBytes; }
 
 void multiply_tile(const PlaneProduct& p, const Kernels& kernels, const BlockTables* tables, int64_t tile, float* out) {
     const int64_t rows = std::min(kTile, p.rows - tile * kTile);
@@ -254,12 +299,7 @@ void multiply_tile(const PlaneProduct& p, const Kernels& kernels, const BlockTab
         }
         for (int64_t block = 0; block * kBlockBytes < count; ++block) x_sum += own[block].sum;
         const int64_t at = group * p.rows + tile * kTile;
-        for (int64_t row = 0; row < rows; ++row) {
-            const float scale = half_to_float(p.scale[at + row]);
-            const float offset = p.offset ? half_to_float(p.offset[at + row])
-                                          : -(p.zero ? static_cast<float>(p.zero[at + row]) : p.centre) * scale;
-            out[row] += scale * total[row] + offset * x_sum;
-        }
+        kernels.finish(p, at, rows, total, x_sum, out);
     }
 }
 
@@ -267,7 +307,8 @@ void multiply_tile(const PlaneProduct& p, const Kernels& kernels, const BlockTab
 
 bool supported(Path path) {
 #ifdef NIWAKI_X86
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (path == Path::avx2) return avx2;
     if (path == Path::avx512)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
@@ -275,20 +316,32 @@ bool supported(Path path) {
     return path == Path::best || path == Path::portable;
 }
 
-void plane_product(const PlaneProduct& p, int threads, Path path) {
+void plane_products(const std::vector<PlaneProduct>& parts, int threads, Path path) {
     const Kernels kernels = choose(path);
-    const int64_t tiles = (p.rows + kTile - 1) / kTile, blocks = (p.bytes + kBlockBytes - 1) / kBlockBytes;
-    std::vector<BlockTables> tables(p.tokens * blocks);
-    for (int64_t n = 0; n < p.tokens; ++n)
-        for (int64_t block = 0; block < blocks; ++block) {
-            float values[8 * kBlockBytes];
-            gather(p.x + n * p.inputs, p.column, block * 8 * kBlockBytes, p.columns, values);
-            kernels.fill_block(values, tables[n * blocks + block]);
+    const int64_t tokens = parts[0].tokens, tiles = (parts[0].rows + kTile - 1) / kTile;
+    std::vector<int64_t> begins{0};  // of the blocks of every part, all its tokens
+    for (const PlaneProduct& p : parts) begins.push_back(begins.back() + tokens * blocks_of(p));
+    const std::unique_ptr<BlockTables[]> tables(new BlockTables[begins.back()]);
+    over_rows(begins.back(), begins.back() < kBlocksWorthThreads ? 1 : threads, [&](int64_t first, int64_t last) {
+        for (size_t i = 0; i < parts.size(); ++i) {
+            const PlaneProduct& p = parts[i];
+            const int64_t blocks = blocks_of(p), end = std::min(last, begins[i + 1]);
+            for (int64_t at = std::max(first, begins[i]); at < end; ++at) {
+                const int64_t token = (at - begins[i]) / blocks, block = (at - begins[i]) % blocks;
+                float values[8 * kBlockBytes];
+                gather(p.x + token * p.inputs, p.column, block * 8 * kBlockBytes, p.columns, values);
+                kernels.fill_block(values, tables[at]);
+            }
         }
+    });
     over_rows(tiles, threads, [&](int64_t first, int64_t last) {
         for (int64_t tile = first; tile < last; ++tile)
-            for (int64_t n = 0; n < p.tokens; ++n)
-                multiply_tile(p, kernels, &tables[n * blocks], tile, p.out + n * p.rows + tile * kTile);
+            for (size_t i = 0; i < parts.size(); ++i)
+                for (int64_t n = 0; n < tokens; ++n) {
+                    const PlaneProduct& p = parts[i];
+                    const BlockTables* own = &tables[begins[i] + n * blocks_of(p)];
+                    multiply_tile(p, kernels, own, tile, p.out + n * p.rows + tile * kTile);
+                }
     });
 }
 
