@@ -4,8 +4,10 @@
     python benchmarks/packed_linear_gpu.py --check
     python benchmarks/packed_linear_gpu.py --sweep --shapes 4096x4096 --tokens 1
 
-A time is that of a CUDA graph which runs many copies of a layer one after another (more tokens than the kernel takes:
-of the calls themselves); their weights together are larger than the caches. Rivals are replayed in turns, in one run.
+A time is that of a CUDA graph which runs many copies of a layer one after another; their weights together are larger
+than the caches. Rivals are replayed in turns, in one run. With more tokens than the few-token kernel takes, decoding
+the matrix is also timed alone (`decode_us`); its share of the bandwidth counts codes read and weights written.
+`--sweep` times the few-token kernel up to 16 tokens, to compare with layers that decode from FEW_TOKENS_GPU on.
 Random planes, made on the device; nothing is downloaded. Kernels are first compiled by several processes at once.
 """
 
@@ -28,13 +30,15 @@ import triton
 from torch import Tensor, nn
 
 from niwaki.codes import Part, stored_tensors
-from niwaki.kernels.planes import FEW_TOKENS
+from niwaki.kernels.planes import FEW_TOKENS_GPU, decode, reaches
+from niwaki.kernels.triton_decode import decode_planes
 from niwaki.kernels.triton_planes import Config, few_tokens
 from niwaki.runtime.linear import PackedLinear
 
 SHAPES = ["4096x4096", "11008x4096", "4096x11008", "8192x8192", "28672x8192", "8192x28672"]
 LAYERS = ["1.6 bit", "4 bit"]
 CONFIGS = [Config(*sizes) for sizes in [(2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4), (16, 1), (16, 2)]]
+SWEPT_TOKENS = 16
 COMPILERS = 12  # processes
 COPIES_BYTES = 160 * 2**20  # weights of all copies of a layer: three times the second-level cache of an H100
 COPY_BYTES = 2 * 2**30
@@ -93,6 +97,7 @@ CASES = [
     (33, 200, 3, "symmetric", 64, True), (70, 1000, 4, "symmetric", 128, False), (1000, 333, 8, "affine", 8, False),
     (256, 4096, 4, "midrise", 0, True), (4099, 1027, 1, "midrise", 0, True), (64, 2048, 4, "affine", 128, True),
     (129, 512, 8, "affine", 128, False), (96, 520, 4, "free", 24, True), (2048, 5000, 1, "free", 0, False),
+    (45, 340, 4, "affine", 12, True),
 ]  # fmt: skip
 
 
@@ -104,25 +109,37 @@ def check() -> None:
 
 
 def check_case(given: tuple[Any, torch.dtype]) -> str:
-    """The largest error of a layer over numbers of tokens."""
+    """The largest error of a layer over numbers of tokens; decoded matrices have none."""
     (rows, columns, bits, grid, group, mixed), dtype = given
     generator = torch.Generator().manual_seed(rows)
     layer, weight_OI = odd_layer(rows, columns, bits, grid, group, mixed, generator)
+    check_decoded(layer, weight_OI.to(dtype))
     worst = 0.0
-    for tokens in (1, 2, 3, 4, 5, 8, 13, 16):
+    for tokens in (1, 2, 3, 4, 5, 8, 12, 13, 17, 512):
         x_NI = torch.randn(tokens, columns, generator=generator).to("cuda", dtype)
-        found_NO = poisoned(layer, x_NI)
-        assert torch.equal(found_NO, poisoned(layer, x_NI)), "not deterministic"
-        assert torch.equal(found_NO, layer(x_NI)), "the layer and its kernel differ"
+        found_NO = layer(x_NI)
+        assert torch.equal(found_NO, layer(x_NI)), "not deterministic"
+        if all(reaches(x_NI, about["group"], about["columns"]) for about in layer.described):
+            assert torch.equal(found_NO, poisoned(layer, x_NI)), "the layer and its kernel differ"
         worst = max(worst, relative_error(found_NO, x_NI, weight_OI))
     verdict = "right" if worst < DTYPES[dtype] else "WRONG"
     return f"{verdict} {worst:.1e} {rows}x{columns}, {bits} bit, {grid}, groups {group}, mixed {mixed}, {dtype}"
 
 
+def check_decoded(layer: PackedLinear, weight_OI: Tensor) -> None:
+    """Every weight exactly, all rows and all but the first tile, in buffers that were filled with NaN."""
+    prepared = layer._prepare()
+    expected_OI = weight_OI if prepared.order_I is None else weight_OI[:, prepared.order_I]
+    for first in range(0, min(len(weight_OI), 33), 32):
+        out_RI = torch.full_like(expected_OI[first:], float("nan"))
+        decode_planes(prepared.parts, len(weight_OI), first, out_RI)
+        assert torch.equal(out_RI, expected_OI[first:]), "decoded wrongly"
+
+
 def poisoned(layer: PackedLinear, x_NI: Tensor) -> Tensor:
-    """The kernel's result in a buffer that was filled with NaN."""
+    """The few-token kernel's result in a buffer that was filled with NaN."""
     out_NO = x_NI.new_full((len(x_NI), layer.out_features), float("nan"))
-    few_tokens(x_NI, layer._parts(), None, out_NO)
+    few_tokens(x_NI, layer._prepare().parts, None, out_NO)
     return out_NO
 
 
@@ -160,11 +177,6 @@ def graph_of(works: list[Callable[[], object]]) -> Callable[[], None]:
         for work in works:
             work()
     return graph.replay
-
-
-def in_turn(works: list[Callable[[], object]]) -> None:
-    for work in works:
-        work()
 
 
 def interleaved(runs: dict[str, tuple[Callable[[], None], int]], seconds: float) -> dict[str, float]:
@@ -216,8 +228,9 @@ def measure(shape: str, names: list[str], counts: list[int], seconds: float, byt
             name: [partial(layer, x_NI) for layer in layers] for name, layers in packed.items()
         }
         works["dense"] = [partial(nn.functional.linear, x_NI, weight_OI) for weight_OI in dense]
-        make = graph_of if tokens <= FEW_TOKENS else partial(partial, in_turn)
-        times = interleaved({name: (make(work), len(work)) for name, work in works.items()}, seconds)
+        if tokens > FEW_TOKENS_GPU:
+            works |= {f"decode {name}": decoders(layers) for name, layers in packed.items()}
+        times = interleaved({name: (graph_of(work), len(work)) for name, work in works.items()}, seconds)
         for name, layers in packed.items():
             nbytes = sum(buffer.nbytes for buffer in layers[0].buffers())
             error = relative_error(layers[0](x_NI), x_NI, layers[0].weight_OI(torch.float32))
@@ -229,8 +242,18 @@ def measure(shape: str, names: list[str], counts: list[int], seconds: float, byt
                 "dense_share_of_bandwidth": round(2 * rows * columns / bytes_per_s / times["dense"] * 1e6, 3),
                 "relative_error": float(f"{error:.2e}"),
             })  # fmt: skip
+            if tokens > FEW_TOKENS_GPU:
+                moved_s = (nbytes + 2 * rows * columns) / bytes_per_s
+                found[-1]["decode_us"] = round(times[f"decode {name}"], 2)
+                found[-1]["decode_share_of_bandwidth"] = round(moved_s / times[f"decode {name}"] * 1e6, 3)
             print(found[-1], flush=True)
     return found
+
+
+def decoders(layers: list[PackedLinear]) -> list[Callable[[], object]]:
+    """Whole matrices in bf16."""
+    sizes = [(layer._prepare().parts, layer.out_features) for layer in layers]
+    return [partial(decode, parts, rows, 0, rows, torch.bfloat16) for parts, rows in sizes]
 
 
 def sweep(shape: str, names: list[str], counts: list[int], seconds: float) -> list[dict]:
@@ -239,12 +262,12 @@ def sweep(shape: str, names: list[str], counts: list[int], seconds: float) -> li
     found = []
     for name in names:
         layers = layers_of(name, rows, columns)
-        for tokens in (count for count in counts if count <= FEW_TOKENS):
+        for tokens in (count for count in counts if count <= SWEPT_TOKENS):
             x_NI = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
             out_NO = x_NI.new_empty(tokens, rows)
             runs = {}
             for config in CONFIGS:
-                works = [partial(few_tokens, x_NI, layer._parts(), None, out_NO, config) for layer in layers]
+                works = [partial(few_tokens, x_NI, layer._prepare().parts, None, out_NO, config) for layer in layers]
                 runs[str(tuple(config))] = (graph_of(works), len(works))
             times = interleaved(runs, seconds)
             best = sorted(times, key=times.__getitem__)
@@ -254,16 +277,19 @@ def sweep(shape: str, names: list[str], counts: list[int], seconds: float) -> li
 
 
 def compile_one(given: tuple[str, int, int, Config | None]) -> None:
-    """Leaves the kernel for these columns in Triton's cache on the disk."""
+    """Leaves the kernel for these columns in Triton's cache on the disk: the layer's own, or one of a sweep."""
     name, columns, tokens, config = given
     layer = random_layer(name, 32, columns)
     x_NI = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
-    few_tokens(x_NI, layer._parts(), None, x_NI.new_empty(tokens, 32), config)
+    if config is None:
+        layer(x_NI)
+    else:
+        few_tokens(x_NI, layer._prepare().parts, None, x_NI.new_empty(tokens, 32), config)
 
 
 def compile_all(args: argparse.Namespace) -> None:
     columns = {int(shape.split("x")[1]) for shape in args.shapes}
-    counts = [tokens for tokens in args.tokens if tokens <= FEW_TOKENS]
+    counts = [tokens for tokens in args.tokens if tokens <= SWEPT_TOKENS or not args.sweep]
     configs = CONFIGS if args.sweep else [None]
     wanted = list(itertools.product(args.layers, columns, counts, configs))
     begin = time.perf_counter()

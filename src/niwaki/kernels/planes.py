@@ -4,8 +4,7 @@ Legend: N tokens, O outputs, I inputs, C columns of a part, T tiles of 32 rows, 
 G groups of columns that share a scale.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,12 @@ from torch import Tensor
 from niwaki.kernels.codes import cpu_module
 
 BLOCK_COLUMNS = 32  # columns that share a table's scale: groups of the CPU kernel hold whole blocks
-FEW_TOKENS = 16  # beyond this many tokens, decoding the matrix once costs less than as many products
+# Beyond so many tokens, decoding the matrix once costs less than as many products.
+FEW_TOKENS = 16
+# On an H100, 11008 × 4096: the kernel takes 15 µs for one token, 7 for each more, in steps of four (4: 35, 16: 117).
+# Decoding reads 9 to 23 MB and writes 90: 41 to 47 µs at 2.4 TB/s (an estimate); cuBLAS takes 42. Together as long as
+# 11 or 12 tokens. The other shapes, 4096² to 28672 × 8192, cross between 12 and 14 by the same estimate.
+FEW_TOKENS_GPU = 12
 
 
 class PlanePart(NamedTuple):
@@ -50,24 +54,37 @@ def _whole_words(values_GO: Tensor | None) -> Tensor | None:
 
 def reaches(x_NI: Tensor, group: int, columns: int) -> bool:
     """Whether a kernel takes this product: few tokens, and groups of whole bytes (GPU) or whole blocks (CPU)."""
-    if len(x_NI) > FEW_TOKENS:
+    if len(x_NI) > (FEW_TOKENS_GPU if x_NI.is_cuda else FEW_TOKENS):
         return False
     if x_NI.is_cuda:
         return group >= columns or group % 8 == 0
     return (group >= columns or group % BLOCK_COLUMNS == 0) and cpu_module() is not None
 
 
-def prepared_product(part: PlanePart) -> Callable[[Any, Any, int, int], None]:
-    """`plane_product` of this part on the CPU, as a function of input, output, threads and 0 for the best kernel.
-
-    Input and output are NumPy views, as those of the part are, made here: they cross into C++ ten times as fast as
-    tensors do.
-    """
+def prepared_layer(parts: Sequence[PlanePart], rows: int, inputs: int) -> Any:
+    """The parts of a matrix [rows, inputs] as one object of the compiled kernels, for `cpu_product`."""
     compiled = cpu_module()
     assert compiled is not None, "callers ask `reaches` first"
+    layer = compiled.Layer(rows, inputs)
+    for part in parts:
+        layer.add(*_compiled_arguments(part))
+    return layer
+
+
+def cpu_product(layer: Any, x_NI: Tensor, rows: int) -> Tensor:
+    """x Wᵀ in the dtype of `x_NI`, sums in float32. In float32 and bfloat16 only addresses cross into C++."""
+    given_NI = (x_NI if x_NI.dtype in (torch.float32, torch.bfloat16) else x_NI.float()).contiguous()
+    out_NO = given_NI.new_empty(len(given_NI), rows)
+    narrow, threads = given_NI.dtype == torch.bfloat16, torch.get_num_threads()
+    layer.multiply(given_NI.data_ptr(), out_NO.data_ptr(), len(given_NI), narrow, threads)
+    return out_NO.to(x_NI.dtype)
+
+
+def _compiled_arguments(part: PlanePart) -> tuple[Any, ...]:
+    """What C++ takes of a part. Views of NumPy cross ten times as fast as tensors."""
     planes, scale, offset, zero, columns = (None if tensor is None else tensor.numpy() for tensor in part[:5])
     group_bytes = part.group // 8 if len(part.scale_GO) > 1 else max(part.planes_TKBR.shape[2], 1)
-    return partial(compiled.plane_product, planes, scale, offset, zero, part.centre, group_bytes, columns, part.columns)
+    return planes, scale, offset, zero, part.centre, group_bytes, columns, part.columns
 
 
 def plane_product(
@@ -88,7 +105,10 @@ def plane_product(
     zero codes uint8, `columns_C` int32 (None: all, in order).
     """
     part = PlanePart(planes_TKBR, scale_GO, offset_GO, zero_GO, columns_C, centre, columns, group)
-    prepared_product(part)(x_NI.detach().numpy(), out_NO.numpy(), torch.get_num_threads(), 0)
+    compiled = cpu_module()
+    assert compiled is not None, "callers ask `reaches` first"
+    x, out = x_NI.detach().numpy(), out_NO.numpy()
+    compiled.plane_product(*_compiled_arguments(part), x, out, torch.get_num_threads(), 0)
 
 
 plane_product_op = torch.library.custom_op("niwaki::plane_product", plane_product, mutates_args={"out_NO"})
@@ -105,15 +125,46 @@ def layer_product(
     """x Wᵀ + bias on a GPU, in one launch. Of one or two parts (`PlanePart.for_gpu`): five tensors, three numbers."""
     from niwaki.kernels.triton_planes import few_tokens
 
+    parts = _given(tensors, numbers)
+    out_NO = x_NI.new_empty(len(x_NI), rows)
+    few_tokens(x_NI.contiguous(), parts, bias_O, out_NO)
+    return out_NO
+
+
+def layer_decoded(
+    tensors: Sequence[Tensor | None], numbers: Sequence[float], rows: int, first: int, last: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows [first, last) of `rows` on a GPU, the parts side by side, [last − first, C₀ + C₁]; given as `layer_product`.
+
+    `first` begins a tile.
+    """
+    from niwaki.kernels.triton_decode import decode_planes
+
+    parts = _given(tensors, numbers)
+    out_RC = _room(parts[0].planes_TKBR, numbers, first, last, dtype)
+    decode_planes(parts, rows, first, out_RC)
+    return out_RC
+
+
+def _room(like: Tensor, numbers: Sequence[float], first: int, last: int, dtype: torch.dtype) -> Tensor:
+    columns = sum(int(number) for number in numbers[1::3])
+    return torch.empty(last - first, columns, dtype=dtype, device=like.device)
+
+
+def _given(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> list[PlanePart]:
+    """The parts that `_flat` took apart."""
     parts = []
     for number in range(len(tensors) // 5):
         planes_TKBR, scale_GO, offset_GO, zero_GO, columns_8B = tensors[5 * number : 5 * number + 5]
         centre, columns, group = numbers[3 * number : 3 * number + 3]
         assert planes_TKBR is not None and scale_GO is not None
         parts.append(PlanePart(planes_TKBR, scale_GO, offset_GO, zero_GO, columns_8B, centre, int(columns), int(group)))
-    out_NO = x_NI.new_empty(len(x_NI), rows)
-    few_tokens(x_NI.contiguous(), parts, bias_O, out_NO)
-    return out_NO
+    return parts
+
+
+def _flat(parts: Sequence[PlanePart]) -> tuple[list[Tensor | None], list[float]]:
+    """Tensors and numbers of all parts: operators take lists of them."""
+    return [t for part in parts for t in part[:5]], [float(number) for part in parts for number in part[5:]]
 
 
 layer_product_op = torch.library.custom_op("niwaki::layer_product", layer_product, mutates_args=())
@@ -125,9 +176,24 @@ def _(x_NI: Tensor, _tensors: object, _numbers: object, _bias_O: Tensor | None, 
     return x_NI.new_empty(len(x_NI), rows)
 
 
+layer_decoded_op = torch.library.custom_op("niwaki::layer_decoded", layer_decoded, mutates_args=())
+
+
+@layer_decoded_op.register_fake
+def _(
+    tensors: Sequence[Tensor], numbers: Sequence[float], _rows: int, first: int, last: int, dtype: torch.dtype
+) -> Tensor:
+    """Shape and dtype of the rows."""
+    return _room(tensors[0], numbers, first, last, dtype)
+
+
 def multiply(x_NI: Tensor, parts: Sequence[PlanePart], bias_O: Tensor | None, rows: int) -> Tensor:
     """`layer_product` of these parts, as an operator where a graph is traced."""
-    tensors = [t for part in parts for t in part[:5]]
-    numbers = [float(number) for part in parts for number in part[5:]]
     product = layer_product_op if torch.compiler.is_compiling() else layer_product
-    return product(x_NI, tensors, numbers, bias_O, rows)
+    return product(x_NI, *_flat(parts), bias_O, rows)
+
+
+def decode(parts: Sequence[PlanePart], rows: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """`layer_decoded` of these parts, as an operator where a graph is traced."""
+    decoded = layer_decoded_op if torch.compiler.is_compiling() else layer_decoded
+    return decoded(*_flat(parts), rows, first, last, dtype)

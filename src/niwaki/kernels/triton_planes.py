@@ -2,7 +2,7 @@
 
 A program owns some tiles of 32 rows and walks all columns of all parts; nothing is split between programs, so results
 do not depend on their order. A thread loads words of four rows × eight columns. Bits of several planes are first
-brought together (`_fields`), so that a word holds codes side by side; a code is then isolated where it lies, by one
+brought together (`load_fields`), so that a word holds codes side by side; a code is then isolated where it lies, by one
 logical operation, and read as a float32: integers below 2²⁴ read as floats are that many times 2⁻¹⁴⁹, exactly.
 The powers of two that remain are undone in the inputs, before (by the column), and in the scales, after (by the row).
 Per weight: one logical operation, one multiply-add a token. Exact as long as inputs lie within 2±⁴⁰.
@@ -170,10 +170,10 @@ def _add_part(
                 byte = (step * block + tl.arange(0, block)) * together + u
             else:
                 byte = (step * together + u) * block + tl.arange(0, block)
-            low = _load_fields(planes, byte, width, bits if bits < 4 else 4)
+            low = load_fields(planes, byte, width, bits if bits < 4 else 4)
             high = low
             if bits > 4:
-                high = _load_fields(planes + 4 * width * 8, byte, width, bits - 4)
+                high = load_fields(planes + 4 * width * 8, byte, width, bits - 4)
             new_sums = ()
             new_codes = ()
             for m in tl.static_range(block_tokens):
@@ -220,16 +220,16 @@ def _add_codes(total, low, high, values, bits: tl.constexpr):
     high_field: tl.constexpr = bits - 4 if bits - 4 < 3 else 4
     for j in tl.static_range(8):
         scaled = values[j] * (2.0 ** (INPUT_POWER - low_field * (j // low_field)))
-        total += _isolate(low, j, low_field) * scaled
+        total += isolate(low, j, low_field) * scaled
     if bits > 4:
         for j in tl.static_range(8):
             scaled = values[j] * (2.0 ** (INPUT_POWER + 4 - high_field * (j // high_field)))
-            total += _isolate(high, j, high_field) * scaled
+            total += isolate(high, j, high_field) * scaled
     return total
 
 
 @triton.jit
-def _load_fields(planes, byte, width: tl.constexpr, bits: tl.constexpr):
+def load_fields(planes, byte, width: tl.constexpr, bits: tl.constexpr):
     """Up to four planes as words in which the bits of a code lie side by side, in fields of F = 1, 2 or 4 bits.
 
     There are F words: field q of word s holds the code of bit F·q + s of the planes. Each is [bytes, 8 words, 2, 2]:
@@ -277,7 +277,7 @@ def _row_shift():
 
 
 @triton.jit
-def _isolate(words, lane: tl.constexpr, field: tl.constexpr):
+def isolate(words, lane: tl.constexpr, field: tl.constexpr):
     """The codes of a lane as float32, times 2⁻¹⁴⁹ and the place of their lowest bit."""
     mask = (((1 << field) - 1) << (field * (lane // field))) << _row_shift()
     return (words[lane % field] & mask).to(tl.float32, bitcast=True)
@@ -300,10 +300,22 @@ def _add_scaled(
     """total += scale · codes + offset · sums for the rows of every word and the groups [bytes or 1, 1]."""
     quads = (rows + 3) // 4
     quad = tile * 8 + tl.arange(0, 8)[None, :]
-    place = group * quads + quad
     inside = quad < quads
     if group_bytes > 0:
         inside = inside & (group * (8 * group_bytes) < columns)
+    unit, offset = load_levels(part, group * quads + quad, inside, centre)
+    new = ()
+    for m in tl.static_range(block_tokens):
+        new = new + (total[m] + unit * codes[m] + offset * sums[m],)
+    return new
+
+
+@triton.jit
+def load_levels(part, place, inside, centre: tl.constexpr):
+    """Scales and offsets of the rows of words, […, 2, 2]; `place` is that of four rows of a group.
+
+    Scales are in units that undo the powers of two which codes (`isolate`) and inputs (2^INPUT_POWER) were read with.
+    """
     scale = _halves(tl.load(part[1] + place, mask=inside, other=0))
     if part[2] is not None:
         offset = _halves(tl.load(part[2] + place, mask=inside, other=0))
@@ -313,13 +325,8 @@ def _add_scaled(
         offset = zero.to(tl.float32) * -scale
     else:
         offset = scale * -centre
-    # Undoes the powers of two that codes and inputs were read with.
     exponent = 0 - _row_shift() + (127 + CODE_POWER - INPUT_POWER)
-    unit = scale * (exponent << 23).to(tl.float32, bitcast=True)
-    new = ()
-    for m in tl.static_range(block_tokens):
-        new = new + (total[m] + unit * codes[m] + offset * sums[m],)
-    return new
+    return scale * (exponent << 23).to(tl.float32, bitcast=True), offset
 
 
 @triton.jit

@@ -1,22 +1,26 @@
 """A linear layer that keeps its weights as codes.
 
 A few tokens at a time (decoding) go through the kernels, which read the codes as they are. Many tokens (a prompt) are
-multiplied with the matrix decoded a tile of rows at a time, so that it never exists as a whole.
+multiplied with the matrix decoded some rows at a time: on the CPU so that it never exists as a whole, on a GPU, where
+one kernel decodes them, so that no more than `DECODED_BYTES` do.
 
 Legend: N tokens, O outputs, I inputs, C columns of a part.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from niwaki.codes import TILE, assemble, centre, column_places, pack_codes, read_parts, stored_names, unpack_codes
 from niwaki.kernels.codes import cpu_module
-from niwaki.kernels.planes import PlanePart, multiply, plane_product_op, prepared_product, reaches
+from niwaki.kernels.planes import PlanePart, cpu_product, decode, multiply, plane_product_op, prepared_layer, reaches
 
 DECODED_ROWS = 64 * TILE  # rows of a decoded tile
+# Of rows decoded on a GPU: most matrices (8192² in bf16) are one product; the outputs of several are joined by a copy.
+DECODED_BYTES = 128 * 2**20
 
 
 def make_room(module: nn.Module, rows: int, columns: int, described: Sequence[Mapping[str, Any]]) -> None:
@@ -45,11 +49,15 @@ def stored_buffers(module: nn.Module, described: Sequence[Mapping[str, Any]]) ->
 
 
 class _Prepared(NamedTuple):
-    """The parts of a matrix as the kernels take them, on the CPU also as calls. They are made from `planes_TKBR`."""
+    """The parts of a matrix as the kernels take them, on the CPU also as one `layer`. They are made from `planes_TKBR`.
+
+    `order_I` is `PackedLinear._order` on a GPU.
+    """
 
     planes_TKBR: Tensor | None
     parts: list[PlanePart]
-    products: list[Callable[[Any, Any, int, int], None]]
+    layer: Any
+    order_I: Tensor | None
 
 
 class PackedLinear(nn.Module):
@@ -86,26 +94,26 @@ class PackedLinear(nn.Module):
         x_NI = x.reshape(-1, self.in_features)
         if all(reaches(x_NI, about["group"], about["columns"]) for about in self.described):
             y_NO = self._few(x_NI)
+        elif x_NI.is_cuda:
+            y_NO = self._decoded(x_NI)
         else:
             y_NO = self._many(x_NI)
             y_NO = y_NO if self.bias is None else y_NO + self.bias
         return y_NO.view(*x.shape[:-1], self.out_features)
 
     def _few(self, x_NI: Tensor) -> Tensor:
-        """Sums in float32 over the parts: on a GPU one kernel, on the CPU one each."""
+        """Sums in float32 over the parts: on a GPU one kernel, on the CPU one call."""
         prepared = self._prepare()
         if x_NI.is_cuda:
             return multiply(x_NI, prepared.parts, self.bias, self.out_features)
-        exact_NI = x_NI.float().contiguous()
-        out_NO = exact_NI.new_zeros(len(x_NI), self.out_features)
         if torch.compiler.is_compiling():
+            exact_NI = x_NI.float().contiguous()
+            out_NO = exact_NI.new_zeros(len(x_NI), self.out_features)
             for part in prepared.parts:
                 plane_product_op(exact_NI, *part, out_NO)
+            y_NO = out_NO.to(x_NI.dtype)
         else:
-            x, out, threads = exact_NI.detach().numpy(), out_NO.numpy(), torch.get_num_threads()
-            for product in prepared.products:
-                product(x, out, threads, 0)
-        y_NO = out_NO.to(x_NI.dtype)
+            y_NO = cpu_product(prepared.layer, x_NI, self.out_features)
         return y_NO if self.bias is None else y_NO + self.bias
 
     def _many(self, x_NI: Tensor) -> Tensor:
@@ -115,6 +123,21 @@ class PackedLinear(nn.Module):
             last = min(first + DECODED_ROWS, self.out_features)
             out_NO[:, first:last] = x_NI @ self._rows(first, last).to(x_NI.dtype).T
         return out_NO
+
+    def _decoded(self, x_NI: Tensor) -> Tensor:
+        """On a GPU: as many rows as `DECODED_BYTES` hold are decoded by one kernel and multiplied, then the next."""
+        prepared = self._prepare()
+        rows = self.out_features
+        x_NI = x_NI if prepared.order_I is None else x_NI[:, prepared.order_I]
+        tiles = -(-rows // TILE)
+        most = max(DECODED_BYTES // (TILE * self.in_features * x_NI.element_size()), 1)  # tiles at once
+        step = TILE * -(-tiles // -(-tiles // most))  # rows at once, about the same each time
+        found = []
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            bias = None if self.bias is None else self.bias[first:last].to(x_NI.dtype)
+            found.append(linear(x_NI, decode(prepared.parts, rows, first, last, x_NI.dtype), bias))
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def _rows(self, first: int, last: int) -> Tensor:
         """Rows [first, last) of the matrix in float32; `first` begins a tile."""
@@ -136,11 +159,17 @@ class PackedLinear(nn.Module):
         planes_TKBR = self._home()._buffers["planes_0"]
         if self._prepared is None or self._prepared.planes_TKBR is not planes_TKBR:
             parts = [self._part(number, about) for number, about in enumerate(self.described)]
-            reached = not parts[0].planes_TKBR.is_cuda and cpu_module() is not None
-            self._prepared = _Prepared(
-                planes_TKBR, parts, [prepared_product(part) for part in parts] if reached else []
-            )
+            on_gpu = parts[0].planes_TKBR.is_cuda
+            compiled = not on_gpu and cpu_module() is not None
+            layer = prepared_layer(parts, self.out_features, self.in_features) if compiled else None
+            self._prepared = _Prepared(planes_TKBR, parts, layer, self._order() if on_gpu else None)
         return self._prepared
+
+    def _order(self) -> Tensor | None:
+        """The inputs that the columns of all parts are, side by side; None: all, in order."""
+        if len(self.described) == 1:
+            return None
+        return torch.cat(column_places(self.stored(), self.described, self.in_features))
 
     def _part(self, number: int, about: Mapping[str, Any]) -> PlanePart:
         buffers = self.stored()
