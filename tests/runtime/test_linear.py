@@ -1,9 +1,12 @@
 """PackedLinear: few tokens through the kernel, many through decoded tiles, both the same layer."""
 
+import copy
+
 import pytest
 import torch
 
 from niwaki.codes import Part, assemble, stored_tensors
+from niwaki.kernels.planes import plane_product
 from niwaki.runtime import linear as module
 from niwaki.runtime.linear import PackedLinear
 
@@ -57,3 +60,30 @@ def test_prefill_never_holds_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(found, "_rows", lambda a, b: seen.append(b - a) or real(a, b))
     found(torch.randn(40, 256))
     assert seen == [32, 32, 32, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_one_call_gives_what_the_parts_add_up_to(tokens: int, dtype: torch.dtype) -> None:
+    found, _ = layer(100, 4096, False)  # enough columns for tables filled by several threads
+    x = torch.randn(tokens, 4096, generator=torch.Generator().manual_seed(2)).to(dtype)
+    out = torch.zeros(tokens, 100)
+    for part in found._prepare().parts:
+        plane_product(x.float(), *part, out)
+    assert torch.equal(found(x), out.to(dtype))
+    x[0, 7] = torch.nan
+    assert found(x)[0].isnan().all() and found(x)[1:].isfinite().all()
+
+
+def test_kernels_follow_copies_and_new_buffers() -> None:
+    found, weight = layer(64, 256, False)
+    other, other_weight = layer(64, 256, False, affine=True)
+    x = torch.eye(256)[:3]
+    found(x), other(x)
+    again = copy.deepcopy(found)
+    assert torch.equal(again(x), found(x)) and again._prepare().planes_TKBR is again.get_buffer("planes_0")
+    fresh = PackedLinear(64, 256, {"parts": other.described}, False)
+    fresh(x)
+    fresh.load_state_dict(other.state_dict(), assign=True)
+    torch.testing.assert_close(fresh(x), other_weight.T[:3], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found(x), weight.T[:3], rtol=1e-2, atol=1e-2)
