@@ -93,13 +93,16 @@ def quantized() -> list[Case]:
         found += [case(f"{name} g64", f"{bits}bit", name, options={"group": 64}) for name in ("rtn", "gptq")]
         found.append(case("gptq g64 rounds", f"{bits}bit", "gptq", options={"group": 64, "rounds": 8, "clip": True}))
     found += [case("squeeze10", f"{bits}bit") for bits in (1.2, 1.4, 1.6, 1.75, 2.0, 2.28, 3.0, 4.0)]
+    by_need = {"allocation": "sensitivity"}
+    found += [case("squeeze10 by need", f"{bits}bit", "squeeze10", **by_need) for bits in (1.4, 1.6, 1.75, 2.0, 3.0)]
     found += [case("squeeze10 1+4", f"{bits}bit", "squeeze10", options={"widths": "1+4"}) for bits in (1.6, 1.75)]
     found += varied("squeeze10", "1.75bit", {
         f"1+4, one sweep, {choose}": {"widths": "1+4", "rounds": 0, "choose": choose}
         for choose in ("robustness", "magnitude", "random")
     })
     learn = {"learn_rounds": 30, "samples": 64, "batch": 8}
-    return [*found, case("squeeze10 learned", "1.75bit", "squeeze10", options=learn)]
+    found.append(case("squeeze10 learned", "1.75bit", "squeeze10", options=learn))
+    return [*found, case("squeeze10 by need, learned", "1.75bit", "squeeze10", options=learn, **by_need)]
 
 
 def ablation_squeeze10() -> list[Case]:

@@ -16,7 +16,16 @@ from families import build, families
 from helpers import CPU, add_tokenizer, file_bytes, tiny_llama, write_texts
 from niwaki.anatomy import Anatomy, BlockAnatomy, Linear
 from niwaki.block import Decoder
-from niwaki.budget import KEPT_BITS, choose_kept, kept_targets, least_bits, rest_bits, sensitivity
+from niwaki.budget import (
+    KEPT_BITS,
+    choose_kept,
+    kept_targets,
+    least_bits,
+    rest_bits,
+    sensitivities,
+    sensitivity,
+    spread_bits,
+)
 from niwaki.checkpoint import Checkpoint
 from niwaki.cli import main
 from niwaki.config import Bits, Grouped
@@ -91,6 +100,42 @@ def test_what_cannot_be_kept_is_refused(target: Any, kept: tuple[int, ...], mess
         kept_targets(anatomy_of(64, 64, 64, 64), target, kept)
 
 
+def spread(anatomy: Anatomy, target: float, sensitivities: list[float]) -> list[float]:
+    found = spread_bits(anatomy, Bits(target), [{"m": s} for s in sensitivities])
+    return [block["m"].bits for block in found]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("target", [1.3, 1.75, 2.5, 3.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_bits_by_sensitivity_meet_the_budget_at_the_least_error(target: float, seed: int) -> None:
+    """Against every step of bits from one matrix to another: none lowers Σ s·4^(−bits)."""
+    anatomy = anatomy_of(64, 128, 32, 64, 96)
+    weights = [block.weights for block in anatomy.blocks]
+    values = (torch.randn(5, generator=torch.Generator().manual_seed(seed)) * 2).exp().tolist()
+    bits = spread(anatomy, target, values)
+    assert sum(b * w for b, w in zip(bits, weights, strict=True)) / sum(weights) == pytest.approx(target, abs=1e-9)
+    assert all(1 + 32 / 4096 <= b <= KEPT_BITS for b in bits)
+
+    def error(found: list[float]) -> float:
+        return sum(s * 4**-b for s, b in zip(values, found, strict=True))
+
+    for giver, taker in itertools.permutations(range(5), 2):
+        moved = list(bits)
+        moved[giver] -= 1e-3 * weights[0] / weights[giver]
+        moved[taker] += 1e-3 * weights[0] / weights[taker]
+        if moved[giver] >= 1 + 32 / 4096 and moved[taker] <= KEPT_BITS:
+            assert error(moved) >= error(bits) * (1 - 1e-12)
+
+
+def test_equal_needs_and_budgets_without_room_leave_all_alike() -> None:
+    anatomy = anatomy_of(64, 64, 64)
+    assert spread(anatomy, 1.75, [0.2, 0.2, 0.2]) == pytest.approx([1.75] * 3)
+    assert spread(anatomy, 1.75, [0.0, 0.0, 0.0]) == pytest.approx([1.75] * 3)
+    assert spread(anatomy, 1.005, [9.0, 0.1, 0.1]) == [1.005] * 3  # the method refuses this
+    assert spread(anatomy, 5.0, [9.0, 0.1, 0.1]) == [5.0] * 3
+    assert spread(anatomy, 2.5, [1e9, 1.0, 1.0])[0] == KEPT_BITS
+
+
 # --- the scan ---------------------------------------------------------------------------------------------
 
 
@@ -131,6 +176,23 @@ def test_sensitivity_is_the_mean_relative_error_of_tokens_and_changes_nothing(mo
                 out_I.copy_(levels[(row_I[:, None] - levels).abs().argmin(1)])
     wanted = ((outputs() - y_STD).square().sum(-1) / y_STD.square().sum(-1)).mean()
     assert found == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_the_sensitivity_of_a_matrix_is_that_of_the_block_with_all_others_exact(model: Path) -> None:
+    decoder = Decoder(Checkpoint.open(model), CPU)
+    ids_ST = torch.randint(0, 4096, (3, 8), generator=torch.Generator().manual_seed(0))
+    stream = Stream(decoder, ids_ST, batch_tokens=16)
+    block = decoder.load(1)
+    before = {name: block.weight(name).clone() for name in block.linears}
+    found = sensitivities(block, stream)
+    assert list(found) == list(block.linears) and all(value > 0 for value in found.values())
+    assert all(torch.equal(block.weight(name), weight) for name, weight in before.items())
+    with torch.no_grad():
+        for name in block.linears:
+            if name != "mlp.up_proj":
+                block.weight(name).zero_()  # zero stays zero at any levels
+    alone = sensitivities(block, stream)
+    assert alone["mlp.down_proj"] == 0 and sensitivity(block, stream) == pytest.approx(sum(alone.values()), abs=1e-12)
 
 
 def test_a_block_that_overflows_at_two_bits_is_an_error(model: Path) -> None:
@@ -230,6 +292,27 @@ def test_auto_is_recorded_and_a_resume_keeps_its_choice(model: Path, text: Path,
     assert len(told) == 1 and told[0]["kept_blocks"] == [2]
 
 
+def test_bits_by_sensitivity_keep_the_budget_and_survive_a_resume(model: Path, text: Path, tmp_path: Path) -> None:
+    request = settings(text, allocation="sensitivity", target="2.5bit")
+
+    def stop(event: str, **fields: Any) -> None:
+        if event == "saved" and fields["part"] == "block-00001":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        niwaki.compress(model, tmp_path / "out", report=stop, **request)
+    record = niwaki.compress(model, tmp_path / "out", resume=True, **request)
+    niwaki.compress(model, tmp_path / "straight", **request)
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "straight")
+    lines = [json.loads(line) for line in (tmp_path / "out/niwaki/blocks.jsonl").read_text().splitlines()]
+    targets = {(line["block"], line["matrix"]): float(line["target"].removesuffix("bit")) for line in lines}
+    assert len(set(targets.values())) > 10
+    assert all(line["bits"] <= targets[line["block"], line["matrix"]] for line in lines)
+    assert 2.3 < record["result"]["bits"] <= 2.5
+    found = record["allocation"]["sensitivities"]
+    assert len(found) == BLOCKS and set(found[0]) == {line["matrix"] for line in lines}
+
+
 def test_what_is_not_given_changes_nothing(model: Path, text: Path, tmp_path: Path) -> None:
     record = niwaki.compress(model, tmp_path / "out", **settings(text))
     niwaki.compress(model, tmp_path / "none", **settings(text, keep_blocks="none"))
@@ -250,6 +333,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["--target", "2:4", "--keep-blocks", "0"], "method squeeze10 meets bits such as 4bit, got target 2:4"),
     (["--target", "2bit", "--method", "gptq", "--keep-blocks", "0"], "(squeeze10), got gptq: use another method"),
     (["--target", "4bit", "--method", "rtn", "--keep-blocks", "auto"], "(squeeze10), got rtn"),
+    (["--target", "2bit", "--keep-blocks", "0", "--allocation", "sensitivity"], "both say where the bits go"),
+    (["--target", "4bit", "--method", "gptq", "--allocation", "sensitivity"], "allocation sensitivity needs a method"),
     (["--target-bytes", "1MB", "--target", "2bit"], "target 2bit and target_bytes 1MB are two budgets: give one"),
     (["--target-bytes", "1MB", "--method", "wanda"], "target_bytes needs a method that spends whatever bits"),
     (["--target-bytes", "1MB", "--method", "gptq"], "target_bytes needs a method that spends whatever bits"),

@@ -1,4 +1,4 @@
-"""How one overall target becomes a target for every matrix.
+"""How one overall target becomes a target for every matrix (bits by `sensitivity`: see `budget`).
 
 `uniform` gives every matrix the same. `owl` gives blocks with more outlier weights less sparsity: Yin et al.,
 "Outlier Weighed Layerwise Sparsity (OWL)" (ICML 2024), equations 2 and 3. The outlier share of a block is the
@@ -19,7 +19,7 @@ from niwaki.config import Sparsity, Target
 from niwaki.errors import TargetError
 from niwaki.statistics import Needs, Statistics
 
-ALLOCATIONS = ("owl", "uniform")
+ALLOCATIONS = ("owl", "sensitivity", "uniform")
 OWL_NEEDS = Needs(sqnorm=True)
 
 # block index → matrix name → target

@@ -10,14 +10,23 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from niwaki.allocation import ALLOCATIONS, OWL_NEEDS, OwlConfig, Targets, outlier_share, owl, uniform
 from niwaki.block import Block, Decoder
-from niwaki.budget import KEPT_BITS, bits_within, choose_kept, kept_targets, rest_bits, sensitivity
+from niwaki.budget import (
+    KEPT_BITS,
+    bits_within,
+    choose_kept,
+    kept_targets,
+    rest_bits,
+    sensitivities,
+    sensitivity,
+    spread_bits,
+)
 from niwaki.calibration import digest, windows_for
 from niwaki.card import model_card
 from niwaki.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, packed_config
@@ -25,8 +34,8 @@ from niwaki.codes import WEIGHT
 from niwaki.config import Bits, Recipe, Target, make_options, make_recipe, parse_target
 from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
 from niwaki.ends import ends_to_pack, read_packed
-from niwaki.errors import InputError, NumericalError, TargetError, unknown
-from niwaki.methods import Step, make_steps, merged_needs, require_fractional
+from niwaki.errors import InputError, NumericalError, unknown
+from niwaki.methods import Step, check_budget, make_steps, merged_needs
 from niwaki.parts import block_lines, packed_modules, read_plain, result_of, shard_index
 from niwaki.run import (
     RECORD,
@@ -45,6 +54,7 @@ from niwaki.walk import Plan, Report, collect, compress_blocks, forward
 from niwaki.writing import copy_file, write_text
 
 OWL_PREFIX = "owl_"
+Found = TypeVar("Found")
 
 
 def compress(
@@ -89,7 +99,7 @@ class _Job:
         # How many bits the bytes make is known once the decoder is; until then any bits stand for them.
         self.target: Target = Bits(KEPT_BITS) if recipe.target is None else parse_target(recipe.target)
         self.allocated: dict[str, Any] = {}
-        _check_budget(recipe)
+        check_budget(recipe)
         if recipe.allocation not in ALLOCATIONS:
             raise InputError(unknown("allocation", recipe.allocation, ALLOCATIONS))
         self.owl, self.steps = _split_options(recipe, self.target)
@@ -168,7 +178,8 @@ class _Job:
     def _windows(self) -> tuple[Tensor | None, str]:
         """Token windows [S, T], if the method or the caller wants any, and where they come from."""
         given = self.recipe.calibration
-        if not (self.needs.anything or self.recipe.allocation == "owl" or self.dense_stream or given.files):
+        scanned = self.recipe.allocation != "uniform" or self.recipe.keep_blocks == "auto"
+        if not (self.needs.anything or scanned or self.dense_stream or given.files):
             return None, "none"
         return windows_for(
             given,
@@ -203,6 +214,9 @@ class _Job:
 
             shares = self._scan(run, "outlier_shares", outliers, report)
             self.targets = owl(anatomy, self.target, shares, self.owl)
+        if self.recipe.allocation == "sensitivity":
+            self.allocated["sensitivities"] = self._scan(run, "sensitivities", sensitivities, report)
+            self.targets = spread_bits(anatomy, self.target, self.allocated["sensitivities"])
         if kept and isinstance(self.target, Bits):
             if kept == "auto":
                 self.allocated["sensitivities"] = self._scan(run, "sensitivities", sensitivity, report)
@@ -212,12 +226,12 @@ class _Job:
         if self.allocated:
             report("allocation", **self.allocated)
 
-    def _scan(self, run: Run, name: str, measure: Callable[[Block, Stream], float], report: Report) -> list[float]:
+    def _scan(self, run: Run, name: str, measure: Callable[[Block, Stream], Found], report: Report) -> list[Found]:
         """What `measure` gives for every dense block at its own inputs; kept in the journal as `name`."""
         if "allocation" not in run.finished:
             stream = self._stream(run, "scan")
             assert stream is not None, "what scans asks for windows"
-            found: list[float] = []
+            found: list[Found] = []
 
             def visit(block: Block) -> None:
                 found.append(measure(block, stream))
@@ -225,7 +239,7 @@ class _Job:
 
             forward(self.decoder, [stream], visit)
             run.finish_part("allocation", {name: found})
-        values: list[float] = run.finished["allocation"][name]
+        values: list[Found] = run.finished["allocation"][name]
         return values
 
     def _shard_names(self) -> list[str]:
@@ -319,15 +333,6 @@ def _split_options(recipe: Recipe, target: Target) -> tuple[OwlConfig, list[Step
     if of_owl and recipe.allocation != "owl":
         raise InputError(f"option {OWL_PREFIX}{next(iter(of_owl))} needs the allocation owl")
     return make_options(OwlConfig, of_owl, "owl"), make_steps(recipe.method, of_methods, target)
-
-
-def _check_budget(recipe: Recipe) -> None:
-    """Refuses budgets that the method would not spend as they are meant."""
-    wanted = "target_bytes" if recipe.target_bytes is not None else "keep_blocks" if recipe.keep_blocks else ""
-    if wanted:
-        require_fractional(recipe.method, wanted)
-    if recipe.target_bytes is not None and recipe.pack == "none":
-        raise TargetError("target_bytes counts stored codes, and --pack none stores none: give --target in bits")
 
 
 def _block_part(index: int) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from niwaki.block import Block
-from niwaki.config import Bits, Grouped, Sparsity, Target, make_options
+from niwaki.config import Bits, Grouped, Recipe, Sparsity, Target, make_options
 from niwaki.errors import InputError, TargetError, unknown
 from niwaki.packed import Packed
 from niwaki.statistics import Needs
@@ -119,15 +119,22 @@ def make_steps(chain: str, options: Mapping[str, Any], target: Target) -> list[S
     ]
 
 
-def require_fractional(chain: str, wanted: str) -> None:
-    """Raises TargetError unless all methods of `chain` are FRACTIONAL, which the recipe field `wanted` needs."""
-    for name in (part.strip() for part in chain.split("+")):
-        get_method(name)
-        if name not in FRACTIONAL:
-            raise TargetError(
-                f"{wanted} needs a method that spends whatever bits it is given ({', '.join(FRACTIONAL)}), got {name}: "
-                f"use another method, or drop {wanted}"
-            )
+def check_budget(recipe: Recipe) -> None:
+    """Raises TargetError for budgets that a method of the recipe would not spend as they are meant."""
+    by_need = recipe.allocation == "sensitivity"
+    wanted = {"target_bytes": recipe.target_bytes, "keep_blocks": recipe.keep_blocks, "allocation sensitivity": by_need}
+    for name in (part.strip() for part in recipe.method.split("+")):
+        for field in (field for field, given in wanted.items() if given):
+            get_method(name)
+            if name not in FRACTIONAL:
+                raise TargetError(
+                    f"{field} needs a method that spends whatever bits it is given ({', '.join(FRACTIONAL)}), got "
+                    f"{name}: use another method, or drop {field}"
+                )
+    if recipe.target_bytes is not None and recipe.pack == "none":
+        raise TargetError("target_bytes counts stored codes, and --pack none stores none: give --target in bits")
+    if by_need and recipe.keep_blocks:
+        raise TargetError("keep_blocks and allocation sensitivity both say where the bits go: drop one of them")
 
 
 def merged_needs(steps: Sequence[Step]) -> Needs:
