@@ -1,6 +1,6 @@
 """The cases that quality.py measures, by suite. Every suite of gaps begins with wanda, their zero point."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,15 @@ def quantized() -> list[Case]:
     for bits in (2, 3, 4):
         found += [case(f"{name} g64", f"{bits}bit", name, options={"group": 64}) for name in ("rtn", "gptq")]
         found.append(case("gptq g64 rounds", f"{bits}bit", "gptq", options={"group": 64, "rounds": 8, "clip": True}))
-    found += [case("squeeze10", f"{bits}bit") for bits in (1.2, 1.4, 1.6, 1.75, 2.0, 2.28, 3.0, 4.0)]
-    by_need = {"allocation": "sensitivity"}
-    found += [case("squeeze10 by need", f"{bits}bit", "squeeze10", **by_need) for bits in (1.4, 1.6, 1.75, 2.0, 3.0)]
+    found += [case("squeeze10", f"{bits}bit") for bits in (1.2, 1.4, 1.6, 1.75, 2.0, 2.28, 2.95, 3.5)]
+    found += [case("squeeze10 uniform", f"{bits}bit", "squeeze10", allocation="uniform") for bits in (1.4, 1.75, 2.28)]
     found += [case("squeeze10 1+4", f"{bits}bit", "squeeze10", options={"widths": "1+4"}) for bits in (1.6, 1.75)]
     found += varied("squeeze10", "1.75bit", {
         f"1+4, one sweep, {choose}": {"widths": "1+4", "rounds": 0, "choose": choose}
         for choose in ("robustness", "magnitude", "random")
     })
     learn = {"learn_rounds": 30, "samples": 64, "batch": 8}
-    found.append(case("squeeze10 learned", "1.75bit", "squeeze10", options=learn))
-    return [*found, case("squeeze10 by need, learned", "1.75bit", "squeeze10", options=learn, **by_need)]
+    return [*found, case("squeeze10 learned", "1.75bit", "squeeze10", options=learn)]
 
 
 def ablation_squeeze10() -> list[Case]:
@@ -140,7 +138,10 @@ def ablation_squeeze10() -> list[Case]:
         "by element": element, "by element random": element | {"choose": "random"}, "at the same bits": {},
         "at the same bits, one sweep": bare,
     })
-    return varied("squeeze10", "1.75bit", published | swept | ours) + by_element
+    uniform = [replace(c, recipe=c.recipe | {"allocation": "uniform"}) for c in varied(
+        "squeeze10", "1.75bit", published | swept | ours
+    ) + by_element]  # fmt: skip
+    return [*uniform, case("squeeze10 by need", "1.75bit", "squeeze10")]
 
 
 SUITES = {

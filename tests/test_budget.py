@@ -101,7 +101,8 @@ def test_what_cannot_be_kept_is_refused(target: Any, kept: tuple[int, ...], mess
 
 
 def spread(anatomy: Anatomy, target: float, sensitivities: list[float]) -> list[float]:
-    found = spread_bits(anatomy, Bits(target), [{"m": s} for s in sensitivities])
+    values = [{"m": s} for s in sensitivities]
+    found = spread_bits(anatomy, Bits(target), values, lambda rows, columns: 1 + 32 / columns)
     return [block["m"].bits for block in found]  # type: ignore[union-attr]
 
 
@@ -293,7 +294,7 @@ def test_auto_is_recorded_and_a_resume_keeps_its_choice(model: Path, text: Path,
 
 
 def test_bits_by_sensitivity_keep_the_budget_and_survive_a_resume(model: Path, text: Path, tmp_path: Path) -> None:
-    request = settings(text, allocation="sensitivity", target="2.5bit")
+    request = settings(text, target="2.5bit", options={"rounds": 0, "group": 64})  # sensitivity is squeeze10's default
 
     def stop(event: str, **fields: Any) -> None:
         if event == "saved" and fields["part"] == "block-00001":
@@ -309,13 +310,14 @@ def test_bits_by_sensitivity_keep_the_budget_and_survive_a_resume(model: Path, t
     assert len(set(targets.values())) > 10
     assert all(line["bits"] <= targets[line["block"], line["matrix"]] for line in lines)
     assert 2.3 < record["result"]["bits"] <= 2.5
+    assert record["recipe"]["allocation"] == "sensitivity"
     found = record["allocation"]["sensitivities"]
     assert len(found) == BLOCKS and set(found[0]) == {line["matrix"] for line in lines}
 
 
 def test_what_is_not_given_changes_nothing(model: Path, text: Path, tmp_path: Path) -> None:
-    record = niwaki.compress(model, tmp_path / "out", **settings(text))
-    niwaki.compress(model, tmp_path / "none", **settings(text, keep_blocks="none"))
+    record = niwaki.compress(model, tmp_path / "out", **settings(text, allocation="uniform"))
+    niwaki.compress(model, tmp_path / "none", **settings(text, keep_blocks="none", allocation="uniform"))
     assert record["allocation"] == {} and record["recipe"]["keep_blocks"] == []
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "none")
 

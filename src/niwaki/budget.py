@@ -16,16 +16,16 @@ s_b/w_b are tried: that is exact for equal blocks, and as near as one block for 
 `least_bits`; a method that needs more refuses itself.
 
 **Every matrix what it needs** (`--allocation sensitivity`). The same measure, one matrix m rounded at a time, on the
-first 8,192 tokens: s_m. Least Σ_m s_m·4^(−bits_m) for Σ_m w_m·bits_m = B·Σw is reached where bits_m = c +
-log₄(s_m / w_m), held between what one-bit codes of m take and 4, c found by bisection.
+first 4,096 tokens: s_m. Least Σ_m s_m·4^(−bits_m) for Σ_m w_m·bits_m = B·Σw is reached where bits_m = c +
+log₄(s_m / w_m), held between the least that the method can store m with and 4, c found by bisection.
 
-Cost: of `auto` three forwards of the calibration windows; of `sensitivity` one, and one of 8,192 tokens a matrix.
+Cost: of `auto` three forwards of the calibration windows; of `sensitivity` one, and one of 4,096 tokens a matrix.
 
     niwaki compress MODEL OUT --method squeeze10 --target-bytes 1.7GB --allocation sensitivity --calibration mine.txt
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from niwaki.errors import NumericalError, TargetError
 from niwaki.stream import Stream
 
 KEPT_BITS = 4
-SCAN_TOKENS = 8192  # that every matrix alone is judged by
+SCAN_TOKENS = 4096  # that every matrix alone is judged by
 NORMAL_STEP = 0.9957  # standard deviations between four even levels with the least squared error (Max 1960)
 
 
@@ -97,22 +97,30 @@ def rest_bits(anatomy: Anatomy, target: Bits, kept: Collection[int]) -> float:
 
 def least_bits(anatomy: Anatomy) -> float:
     """Bits a weight of one-bit codes with a scale and an offset a row, in the matrix where these weigh most."""
-    return max(_least_bits(matrix) for block in anatomy.blocks for matrix in block.linears.values())
+
+    def stored_bits(matrix: Linear) -> float:
+        padded_bits = -(-matrix.rows // TILE) * TILE * 8 * -(-matrix.columns // 8)
+        return (padded_bits + 2 * 16 * matrix.rows) / (matrix.rows * matrix.columns)
+
+    return max(stored_bits(matrix) for block in anatomy.blocks for matrix in block.linears.values())
 
 
-def _least_bits(matrix: Linear) -> float:
-    padded_bits = -(-matrix.rows // TILE) * TILE * 8 * -(-matrix.columns // 8)
-    return (padded_bits + 2 * 16 * matrix.rows) / (matrix.rows * matrix.columns)
+def spread_bits(
+    anatomy: Anatomy,
+    target: Target,
+    sensitivities: Sequence[Mapping[str, float]],
+    least_bits: Callable[[int, int], float],
+) -> Targets:
+    """Bits for every matrix by its sensitivity (see above), `target` on average; all alike where nothing can move.
 
-
-def spread_bits(anatomy: Anatomy, target: Target, sensitivities: Sequence[Mapping[str, float]]) -> Targets:
-    """Bits for every matrix by its sensitivity (see above), `target` on average; all alike where nothing can move."""
+    `least_bits(rows, columns)`: what the method needs at least.
+    """
     assert isinstance(target, Bits), "fractional methods meet nothing else"
     matrices = {
         (index, name): linear for index, block in enumerate(anatomy.blocks) for name, linear in block.linears.items()
     }
     weights = {key: linear.rows * linear.columns for key, linear in matrices.items()}
-    least = {key: _least_bits(linear) for key, linear in matrices.items()}
+    least = {key: least_bits(linear.rows, linear.columns) for key, linear in matrices.items()}
     floor_bits = sum(least[key] * weights[key] for key in matrices) / anatomy.weights
     if not floor_bits < target.bits < KEPT_BITS:  # too little for anything but one bit, or enough for four
         return [dict.fromkeys(block.linears, target) for block in anatomy.blocks]

@@ -64,7 +64,7 @@ def compress(
     ] = None,
     target_bytes: Annotated[str | None, typer.Option(help=TARGET_BYTES)] = None,
     keep_blocks: Annotated[str | None, _option(KEEP_BLOCKS, "none")] = None,
-    allocation: Annotated[str | None, _option("uniform, owl (zeros) or sensitivity (bits).", "uniform")] = None,
+    allocation: Annotated[str | None, _option("uniform, owl (zeros), sensitivity (bits) or auto.", "auto")] = None,
     calibration: Annotated[
         list[str] | None, _option(f"{TEXT} Repeatable.", "text the model writes itself, which is slow")
     ] = None,

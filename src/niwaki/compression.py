@@ -35,7 +35,7 @@ from niwaki.config import Bits, Recipe, Target, make_options, make_recipe, parse
 from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
 from niwaki.ends import ends_to_pack, read_packed
 from niwaki.errors import InputError, NumericalError, unknown
-from niwaki.methods import Step, check_budget, make_steps, merged_needs
+from niwaki.methods import Step, make_steps, merged_needs, settle_budget
 from niwaki.parts import block_lines, packed_modules, read_plain, result_of, shard_index
 from niwaki.run import (
     RECORD,
@@ -99,9 +99,9 @@ class _Job:
         # How many bits the bytes make is known once the decoder is; until then any bits stand for them.
         self.target: Target = Bits(KEPT_BITS) if recipe.target is None else parse_target(recipe.target)
         self.allocated: dict[str, Any] = {}
-        check_budget(recipe)
         if recipe.allocation not in ALLOCATIONS:
             raise InputError(unknown("allocation", recipe.allocation, ALLOCATIONS))
+        recipe = settle_budget(recipe)
         self.owl, self.steps = _split_options(recipe, self.target)
         self.needs = merged_needs(self.steps)
         self.dense_stream = dense_stream or self.needs.dense
@@ -216,7 +216,8 @@ class _Job:
             self.targets = owl(anatomy, self.target, shares, self.owl)
         if self.recipe.allocation == "sensitivity":
             self.allocated["sensitivities"] = self._scan(run, "sensitivities", sensitivities, report)
-            self.targets = spread_bits(anatomy, self.target, self.allocated["sensitivities"])
+            least_bits = self.steps[-1].least_bits
+            self.targets = spread_bits(anatomy, self.target, self.allocated["sensitivities"], least_bits)
         if kept and isinstance(self.target, Bits):
             if kept == "auto":
                 self.allocated["sensitivities"] = self._scan(run, "sensitivities", sensitivity, report)

@@ -142,14 +142,15 @@ class Recipe(_Strict):
     """Everything that decides the bytes of a result, and how to get there.
 
     `target`, or instead `target_bytes`: the bytes of all compressed matrices together. `keep_blocks` stay at 4 bits.
-    `ends`: codes that embeddings and head are stored as, beside and not within the target.
+    `allocation` auto is the best that is known for the method. `ends`: codes that embeddings and head are stored as,
+    beside and not within the target.
     """
 
     method: str
     target: str | None = None
     target_bytes: int | None = None
     keep_blocks: Literal["auto"] | tuple[int, ...] = ()
-    allocation: str = "uniform"
+    allocation: str = "auto"
     calibration: Calibration = Calibration()
     options: dict[str, Any] = {}
     pack: Literal["auto", "none"] = "auto"

@@ -62,6 +62,13 @@ class Method(Protocol):
         """New records for every matrix in `targets`; the block itself is not changed."""
 
 
+class Fractional(Method, Protocol):
+    """What a method in FRACTIONAL offers besides."""
+
+    def least_bits(self, rows: int, columns: int, config: Any) -> float:
+        """Bits a weight below which a matrix of this shape cannot be stored."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One method of a chain with its options."""
@@ -74,6 +81,10 @@ class Step:
     def needs(self) -> Needs:
         """What this step wants to be collected."""
         return self.method.needs(self.config)
+
+    def least_bits(self, rows: int, columns: int) -> float:
+        """Of a method in FRACTIONAL: see there."""
+        return cast(Fractional, self.method).least_bits(rows, columns, self.config)
 
     def compress(
         self, block: Block, seen: Evidence, targets: Mapping[str, Target], generator: torch.Generator
@@ -119,11 +130,18 @@ def make_steps(chain: str, options: Mapping[str, Any], target: Target) -> list[S
     ]
 
 
-def check_budget(recipe: Recipe) -> None:
-    """Raises TargetError for budgets that a method of the recipe would not spend as they are meant."""
+def settle_budget(recipe: Recipe) -> Recipe:
+    """The recipe with its allocation chosen, if that was left to us.
+
+    Raises TargetError for budgets that a method of the recipe would not spend as they are meant.
+    """
+    names = [part.strip() for part in recipe.method.split("+")]
+    if recipe.allocation == "auto":
+        by_need = set(names) <= set(FRACTIONAL) and not recipe.keep_blocks
+        recipe = recipe.model_copy(update={"allocation": "sensitivity" if by_need else "uniform"})
     by_need = recipe.allocation == "sensitivity"
     wanted = {"target_bytes": recipe.target_bytes, "keep_blocks": recipe.keep_blocks, "allocation sensitivity": by_need}
-    for name in (part.strip() for part in recipe.method.split("+")):
+    for name in names:
         for field in (field for field, given in wanted.items() if given):
             get_method(name)
             if name not in FRACTIONAL:
@@ -135,6 +153,7 @@ def check_budget(recipe: Recipe) -> None:
         raise TargetError("target_bytes counts stored codes, and --pack none stores none: give --target in bits")
     if by_need and recipe.keep_blocks:
         raise TargetError("keep_blocks and allocation sensitivity both say where the bits go: drop one of them")
+    return recipe
 
 
 def merged_needs(steps: Sequence[Step]) -> Needs:

@@ -38,7 +38,7 @@ from niwaki.block import Block
 from niwaki.codes import TILE
 from niwaki.config import Bits, Target
 from niwaki.errors import TargetError
-from niwaki.methods._element import pack_elements, salient_elements
+from niwaki.methods._element import least_element_bits, pack_elements, salient_elements
 from niwaki.methods._learned_rounding import Latent, learn
 from niwaki.methods._reconstruct import Reconstruction, Schedule, check_choices, learning_needs
 from niwaki.methods._rounding import (
@@ -233,12 +233,19 @@ def split_columns(rows: int, columns: int, target: Target, config: Config) -> Sp
     splits = [Split(*widths, count) for widths in WIDTHS[config.widths] for count in counts]
     fitting = [split for split in splits if split.nbytes(rows, columns, config) <= budget_bytes]
     if not fitting:
-        least = 8 * splits[0].nbytes(rows, columns, config) / (rows * columns)
         raise TargetError(
-            f"target {target}: a {rows}×{columns} matrix needs at least {least:.3f} bits with these groups: "
-            "raise the target, or widen group"
+            f"target {target}: a {rows}×{columns} matrix needs at least {least_bits(rows, columns, config):.3f} bits "
+            "with these groups: raise the target, or widen group"
         )
     return fitting[-1]
+
+
+def least_bits(rows: int, columns: int, config: Config) -> float:
+    """Bits a weight that a matrix takes without any salient column, or weight."""
+    if config.granularity == "element":
+        return least_element_bits(rows, columns)
+    base_bits, salient_bits = WIDTHS[config.widths][0]
+    return 8 * Split(base_bits, salient_bits, 0).nbytes(rows, columns, config) / (rows * columns)
 
 
 @torch.no_grad()
