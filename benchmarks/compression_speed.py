@@ -8,12 +8,9 @@ floor is computed from the operations of each method and the matrix rate measure
 """
 
 import argparse
-import datetime
 import json
-import platform
 import shutil
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +25,7 @@ from niwaki.config import make_recipe, parse_target
 from niwaki.demo import sapling
 from niwaki.methods import make_steps, merged_needs
 from niwaki.presets import PRESETS
+from provenance import provenance
 
 VOCABULARY = 32000
 
@@ -210,17 +208,11 @@ def main() -> None:
         print(rows[-1], flush=True)
     if args.profile:
         return
-    on_gpu = args.device == "cuda"
     result = {
         "what": f"compressing {blocks} of {shape.blocks} blocks of the {shape.name} shape, random bf16 weights, "
         f"{args.samples}×{args.seq_len} tokens, wall seconds from opening the checkpoint to the closed result",
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        **provenance(args.device),
         "matrix_rate_tflops": round(rate / 1e12, 1),
-        "versions": {
-            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()
-        },
-        "command": " ".join(["python", *sys.argv]),
         "rows": rows,
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")

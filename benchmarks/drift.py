@@ -7,15 +7,11 @@ the codes were found with and on windows of the evaluation text that no method h
 """
 
 import argparse
-import datetime
 import json
-import platform
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 
 import niwaki
@@ -23,6 +19,7 @@ from niwaki.block import Decoder
 from niwaki.calibration import calibration_windows, evaluation_windows, load_tokenizer, read_texts
 from niwaki.checkpoint import Checkpoint
 from niwaki.stream import Stream
+from provenance import provenance
 
 SWEPT = {"widths": "1+4", "rounds": 0}
 CASES = {
@@ -68,12 +65,7 @@ def main() -> None:
         "what": "relative squared distance of the hidden states from the dense model's behind every block",
         "model": args.model.name,
         "target": args.target,
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "versions": {
-            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()
-        },
-        "command": " ".join(["python", *sys.argv]),
+        **provenance(args.device),
         "rows": rows,
     }
     for label, options in CASES.items():

@@ -6,9 +6,7 @@ Every compression is a process of its own; its peak RSS is read from its run.jso
 """
 
 import argparse
-import datetime
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -20,6 +18,7 @@ import transformers
 
 from compression_speed import make_checkpoint
 from niwaki.demo import sapling
+from provenance import provenance
 
 
 def compress(model: Path, out: Path, text: Path, samples: int, seq_len: int, method: str) -> dict:
@@ -78,12 +77,8 @@ def main() -> None:
     result = {
         "what": "peak RSS of `niwaki compress --device cpu`; deep models are 1024 wide, 8×256 tokens; "
         "the Llama-2-7B shape takes 8×256 tokens with wanda",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {
-            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()
-        },
-        "command": " ".join(["python", *sys.argv]),
+        **provenance("cpu"),
+        "threads": torch.get_num_threads(),
         "depth": depths,
         "llama_2_7b_shape": seven_b,
     }

@@ -11,11 +11,9 @@ With fewer `--blocks` than the shape has, the result says so.
 """
 
 import argparse
-import datetime
 import gc
 import importlib
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -38,6 +36,7 @@ from niwaki.ends import round_rows
 from niwaki.methods._rounding import groups_of, nearest
 from niwaki.packed import Packed
 from niwaki.runtime.linear import PackedLinear
+from provenance import provenance
 
 SHAPE = Shape("TinyLlama-1.1B", 2048, 5632, 32, 4, 22)
 LAYOUTS = {"1.6 bit": (4, 0.2), "auto": (2, 0.6)}  # bits and share of the salient columns; the others have one bit
@@ -219,12 +218,7 @@ def main() -> None:
     result = {
         "what": f"{SHAPE.name}'s shape, random weights: greedy decoding of {args.tokens} tokens, models in turns, "
         "medians; VmRSS beyond that before loading, alone in a process, after a few tokens and all weights read",
-        "date": datetime.date.today().isoformat(),
-        "device": platform.machine(),
-        "versions": {
-            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()
-        },
-        "command": " ".join(["python", *sys.argv]),
+        **provenance("cpu"),
         "blocks": args.blocks,
         "blocks_of_shape": SHAPE.blocks,
         "sizes": sizes(folders),

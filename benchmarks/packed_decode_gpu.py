@@ -9,24 +9,20 @@ largest logit as the next token) is one CUDA graph; the models take turns in one
 
 import argparse
 import copy
-import datetime
 import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import triton
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from niwaki.runtime.linear import PackedLinear
 from packed_linear_gpu import LAYERS, random_layer
+from provenance import provenance
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
 
@@ -161,13 +157,7 @@ def main() -> None:
         print(row)
     result = {
         "what": f"decoding {args.tokens} tokens one at a time, {args.blocks} blocks of Llama-2-7B's shape",
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "command": " ".join(["python", *sys.argv]),
+        **provenance("cuda"),
         "rows": rows,
     }  # fmt: skip
     if args.out:

@@ -7,11 +7,8 @@ that of summing a large float32 tensor with the same threads in the same run.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +18,7 @@ import torch
 
 from niwaki.codes import Part, stored_tensors
 from niwaki.runtime.linear import PackedLinear
+from provenance import provenance
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 
@@ -95,10 +93,7 @@ def main() -> None:
                 print(rows_out[-1], flush=True)
     result = {
         "what": "one token through a packed layer against torch's bf16 linear, interleaved, median seconds",
-        "date": datetime.date.today().isoformat(),
-        "device": platform.machine(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "command": " ".join(["python", *sys.argv]),
+        **provenance("cpu"),
         "rows": rows_out,
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")

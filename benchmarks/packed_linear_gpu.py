@@ -12,13 +12,10 @@ Random planes, made on the device; nothing is downloaded. Kernels are first comp
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import multiprocessing
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor, nn
 
 from niwaki.codes import Part, stored_tensors
@@ -34,6 +30,7 @@ from niwaki.kernels.planes import FEW_TOKENS_GPU, decode, reaches
 from niwaki.kernels.triton_decode import decode_planes
 from niwaki.kernels.triton_planes import Config, few_tokens
 from niwaki.runtime.linear import PackedLinear
+from provenance import provenance
 
 SHAPES = ["4096x4096", "11008x4096", "4096x11008", "8192x8192", "28672x8192", "8192x28672"]
 LAYERS = ["1.6 bit", "4 bit"]
@@ -329,11 +326,8 @@ def about_run(bytes_per_s: float) -> dict[str, Any]:
     """What a reader of the numbers needs to know."""
     return {
         "what": "packed layers against torch's bf16 linear, interleaved, median microseconds a layer",
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
+        **provenance("cuda"),
         "copy_gb_s": round(bytes_per_s / 1e9),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()},
-        "command": " ".join(["python", *sys.argv]),
     }
 
 

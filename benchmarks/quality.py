@@ -8,21 +8,16 @@ The model and the texts are not part of this repository.
 """
 
 import argparse
-import datetime
 import json
 import multiprocessing
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import torch
-import transformers
-
 import niwaki
+from provenance import provenance
 from suites import SUITES, Case
 
 TEXTS = {"reviews": "eval_reviews.jsonl", "wikitext2": "wikitext2_test.txt"}
@@ -98,15 +93,9 @@ def main() -> None:
     cases = [case for case in cases if not args.labels or case.label in args.labels]
     reference = args.model if args.divergence else None
     rows: list[dict] = []
-    on_gpu = args.device != "cpu" and torch.cuda.is_available()
     about = {
         "model": Path(args.model).name,
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
-        "versions": {
-            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()
-        },
-        "command": " ".join(["python", *sys.argv]),
+        **provenance(args.device),
         "dense": dense,
     }
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:

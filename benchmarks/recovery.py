@@ -7,17 +7,12 @@ far as the shuffle differs; the evaluation texts are disjoint from both.
 """
 
 import argparse
-import datetime
 import json
-import platform
-import sys
 import tempfile
 from pathlib import Path
 
-import torch
-import transformers
-
 import niwaki
+from provenance import provenance
 from quality import TEXTS, perplexities, spread
 
 CASES = [({"method": "wanda"}, "wanda"), ({"method": "wandapp"}, "wandapp")]
@@ -56,12 +51,7 @@ def main() -> None:
     rows: list[dict] = []
     result = {
         "model": Path(args.model).name,
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "versions": {
-            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()
-        },
-        "command": " ".join(["python", *sys.argv]),
+        **provenance(args.device),
         "recover": settings,
         "dense": perplexities(args.model, args.data, args.device)["perplexity"],
         "rows": rows,
