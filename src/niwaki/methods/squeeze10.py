@@ -99,7 +99,10 @@ class Config:
     def __post_init__(self) -> None:
         check_choices(self.target)
         for name, known in (
-            ("choose", CHOICES), ("supervise", SUPERVISIONS), ("widths", WIDTHS), ("granularity", GRANULARITIES)
+            ("choose", CHOICES),
+            ("supervise", SUPERVISIONS),
+            ("widths", WIDTHS),
+            ("granularity", GRANULARITIES),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -249,9 +252,7 @@ def least_bits(rows: int, columns: int, config: Config) -> float:
 
 
 @torch.no_grad()
-def _squeeze(
-    weight_OI: Tensor, task: _Task | None, split: Split, config: Config, generator: torch.Generator
-) -> Latent:
+def _squeeze(weight_OI: Tensor, task: _Task | None, split: Split, config: Config, generator: torch.Generator) -> Latent:
     """The codes of one matrix."""
     columns = weight_OI.shape[1]
     groups = split.groups(columns, config)
