@@ -2,8 +2,9 @@
 
     python benchmarks/drift.py MODEL DATA --out benchmarks/results/drift-NAME.json
 
-For each supervision of squeeze10 (FIAS) and without: ‖x − y‖² / ‖y‖² behind every block, on the calibration windows
-the codes were found with and on windows of the evaluation text that no method has seen. DATA as for quality.py.
+For each supervision of squeeze10 (FIAS) and without, the same bits everywhere: ‖x − y‖² / ‖y‖² behind every block, on
+the calibration windows the codes were found with and on windows of the evaluation text that no method has seen. DATA as
+for quality.py.
 """
 
 import argparse
@@ -75,7 +76,8 @@ def main() -> None:
                 out = Path(folder) / "out"
                 niwaki.compress(
                     str(args.model), out, method="squeeze10", target=args.target, options=options, seed=seed,
-                    device=args.device, dtype="float32", calibration={"files": (text,), "samples": 64, "seq_len": 512},
+                    allocation="uniform", device=args.device, dtype="float32",
+                    calibration={"files": (text,), "samples": 64, "seq_len": 512},
                 )
                 rows.append({
                     "label": label, "options": options, "seed": seed,
