@@ -75,6 +75,20 @@ def test_one_call_gives_what_the_parts_add_up_to(tokens: int, dtype: torch.dtype
     assert found(x)[0].isnan().all() and found(x)[1:].isfinite().all()
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_used_layer_follows_what_is_loaded_into_it(affine: bool) -> None:
+    """Column lists and zero codes are made from the tensors once; other ones must not meet those."""
+    found, _ = layer(64, 256, False, affine)
+    x = torch.randn(1, 256, generator=torch.Generator().manual_seed(2))
+    found(x)
+    other = {name: tensor.clone() for name, tensor in found.state_dict().items()}
+    name = "zero_0" if affine else "columns"
+    other[name] = other[name].flip(0) if affine else other[name].flip(-1)
+    found.load_state_dict(other)
+    expected = x @ found.weight_OI(torch.float32).T
+    assert float((found(x) - expected).norm() / expected.norm()) < 1e-3
+
+
 def test_kernels_follow_copies_and_new_buffers() -> None:
     found, weight = layer(64, 256, False)
     other, other_weight = layer(64, 256, False, affine=True)

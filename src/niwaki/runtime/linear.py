@@ -78,6 +78,11 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
         self._prepared: _Prepared | None = None
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """What was prepared of the old tensors goes with them: torch copies into the same buffers."""
+        self._prepared = None
+        super()._load_from_state_dict(*args, **kwargs)
+
     def stored(self) -> dict[str, Tensor]:
         """The tensors of the matrix by their names in the file."""
         return stored_buffers(self._home(), self.described)
