@@ -18,7 +18,7 @@ silently. Cost: address space, not memory, and the time of one 8-token forward p
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +69,11 @@ class BlockAnatomy:
         for linear in self.linears.values():
             found[linear.group] = (*found.get(linear.group, ()), linear)
         return found
+
+    def sharing(self, names: Container[str]) -> list[list[str]]:
+        """Those of `names` that read the same input, together, in the order of the forward pass."""
+        found = [[linear.name for linear in members if linear.name in names] for members in self.groups.values()]
+        return [group for group in found if group]
 
     @property
     def weights(self) -> int:

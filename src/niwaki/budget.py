@@ -177,6 +177,8 @@ def sensitivities(block: Block, stream: Stream) -> dict[str, float]:
 @torch.no_grad()
 def _errors(block: Block, stream: Stream, sets: Sequence[Sequence[str]], most_tokens: int) -> list[float]:
     """Mean relative error of the block's output over its first tokens, with each set of matrices at two bits."""
+    dense = {name: block.weight(name).clone() for name in block.linears}
+    coarse = {name: _two_bits(weight_OI) for name, weight_OI in dense.items()}
     totals, tokens = [0.0] * len(sets), 0
     for rows in stream.slices():
         if tokens >= most_tokens:
@@ -187,10 +189,9 @@ def _errors(block: Block, stream: Stream, sets: Sequence[Sequence[str]], most_to
         size_BT = y_BTD.square().sum(-1).clamp_min(1e-30)
         tokens += size_BT.numel()
         for number, names in enumerate(sets):
-            dense = {name: block.weight(name).clone() for name in names}
-            _fill(block, {name: _two_bits(weight_OI) for name, weight_OI in dense.items()})
+            _fill(block, coarse, names)
             error_BT = (block.run(call, x_BTD).float() - y_BTD).square().sum(-1)
-            _fill(block, dense)
+            _fill(block, dense, names)
             totals[number] += float((error_BT / size_BT).sum(dtype=torch.float64))
     if not all(map(math.isfinite, totals)):
         raise NumericalError(
@@ -209,6 +210,6 @@ def _two_bits(weight_OI: Tensor) -> Tensor:
     return (middle_O1 + level_OI * step_O1).to(weight_OI.dtype)
 
 
-def _fill(block: Block, weights: dict[str, Tensor]) -> None:
-    for name, weight_OI in weights.items():
-        block.weight(name).copy_(weight_OI)
+def _fill(block: Block, weights: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    for name in names:
+        block.weight(name).copy_(weights[name])

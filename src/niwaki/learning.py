@@ -25,6 +25,11 @@ class Lowest:
         """Whether any error offered was lower than the first."""
         return self.error < self.began
 
+    @property
+    def detail(self) -> dict[str, float]:
+        """What a matrix's line in blocks.jsonl says of it."""
+        return {"heldout_error_start": self.began, "heldout_error": self.error}
+
     @torch.no_grad()
     def offer(self, error: float) -> None:
         """Keeps the present state if its error is the lowest so far."""

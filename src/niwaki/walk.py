@@ -110,6 +110,11 @@ class Plan:
     seed: int
     pack: bool = True
 
+    @property
+    def needs(self) -> Needs:
+        """What all steps together want to be collected."""
+        return merged_needs(self.steps)
+
 
 def compress_blocks(
     decoder: Decoder,
@@ -130,7 +135,7 @@ def compress_blocks(
     for block in loaded_blocks(decoder, finished):
         started = time.perf_counter()
         done = finished(block.index) is not None
-        if dense is not None and (done or not merged_needs(plan.steps).full):
+        if dense is not None and (done or not plan.needs.full):
             _advance_dense(decoder, dense, block, done)
         if not done:
             lines = _compress_block(block, plan, stream, dense)
@@ -150,7 +155,7 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
     statistics: dict[str, Statistics] = {name: Statistics(Needs()) for name in block.linears}
     before_BTD = None
     if stream is not None:
-        statistics, before_BTD = collect(block, stream, merged_needs(plan.steps), dense)
+        statistics, before_BTD = collect(block, stream, plan.needs, dense)
     packed: dict[str, Packed] = {}
     for number, step in enumerate(plan.steps):
         generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + block.index) * 101 + number)

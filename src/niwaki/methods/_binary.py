@@ -131,10 +131,7 @@ def factors(
 
     U is the identity where no token came, so that nothing is compensated and weights alone are ranked.
     """
-    for members in block.anatomy.groups.values():
-        wanted = [linear.name for linear in members if linear.name in names]
-        if not wanted:
-            continue
+    for wanted in block.anatomy.sharing(names):
         group, note = statistics[wanted[0]], ""
         if group.tokens:
             upper_II, _ = inverse_factor(group.gram_II, damping_frac)

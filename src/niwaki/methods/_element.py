@@ -15,6 +15,7 @@ from torch import Tensor
 from niwaki.codes import SCALE_DTYPE, pack_codes
 from niwaki.config import Bits, Target
 from niwaki.errors import TargetError
+from niwaki.methods._binary import weighed
 from niwaki.methods._rounding import CLIPS, ROUNDED_UNREACHED, SMALLEST_SCALE
 from niwaki.packed import Packed
 
@@ -59,10 +60,9 @@ def pack_elements(weight_OI: Tensor, upper_II: Tensor | None, scores_OI: Tensor,
             miss_O = (wanted_O - level_O) / upper_II[column, column]
             wanted_OI[:, column + 1 :] -= miss_O[:, None] * upper_II[column, column + 1 :]
     tensors = _tensors(code_OI.to(torch.uint8), salient_OI, scale_O3)
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    size = {"method_bytes": nbytes, "method_bits": 8 * nbytes / weight_OI.numel(), "salient_weights": count}
     decoded_OI = decode_elements(code_OI, salient_OI, scale_O3)
-    return Packed("dense", decoded_OI, "" if upper_II is not None else ROUNDED_UNREACHED, size)
+    note = "" if upper_II is not None else ROUNDED_UNREACHED
+    return weighed(decoded_OI, tensors, note, {"salient_weights": count})
 
 
 def decode_elements(code_OI: Tensor, salient_OI: Tensor, scale_O3: Tensor) -> Tensor:

@@ -28,6 +28,12 @@ WARM_ITERATIONS = 6  # of a refit that begins at the one before, in an exchange
 Choose = Callable[[Tensor, Tensor, int], Tensor]
 
 
+def check_damping(damping_frac: float) -> None:
+    """Raises ValueError unless this is a share that `inverse_factor` can begin with."""
+    if not 0 < damping_frac <= 1:
+        raise ValueError(f"damping_frac must lie in (0, 1], got {damping_frac}")
+
+
 def inverse_factor(gram_II: Tensor, damping_frac: float) -> tuple[Tensor, float]:
     """Upper U [I, I] float32 with (XᵀX + λI)⁻¹ = UᵀU, and the damping that was needed.
 

@@ -110,7 +110,7 @@ def compress(
     if any(seen.statistics[name].tokens for name in targets):
         task = Reconstruction(block, seen, config.target, generator)
         errors = _learn(task, weights, rates, clipping, config, generator)
-        detail = {"heldout_error_start": errors.began, "heldout_error": errors.error}
+        detail = errors.detail
         note = "" if errors.improved else KEPT_START
     with torch.no_grad():
         counts = rates.exact_counts()

@@ -45,6 +45,7 @@ from niwaki.methods._binary import (
     sweep_blocks,
     weighed,
 )
+from niwaki.methods._solver import check_damping
 from niwaki.packed import Packed
 from niwaki.statistics import Needs
 from niwaki.stream import Evidence
@@ -69,8 +70,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.block < 1 or self.salient < 1:
             raise ValueError("expected block ≥ 1 and salient ≥ 1")
-        if not 0 < self.damping_frac <= 1:
-            raise ValueError(f"damping_frac must lie in (0, 1], got {self.damping_frac}")
+        check_damping(self.damping_frac)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from niwaki.methods._rounding import (
     nearest,
     sweep,
 )
-from niwaki.methods._solver import inverse_factor
+from niwaki.methods._solver import check_damping, inverse_factor
 from niwaki.packed import Packed
 from niwaki.statistics import Needs
 from niwaki.stream import Evidence
@@ -61,8 +61,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.group < 0 or self.rounds < 0:
             raise ValueError("expected group ≥ 0 and rounds ≥ 0")
-        if not 0 < self.damping_frac <= 1:
-            raise ValueError(f"damping_frac must lie in (0, 1], got {self.damping_frac}")
+        check_damping(self.damping_frac)
 
 
 def needs(config: Config) -> Needs:
@@ -80,11 +79,8 @@ def compress(
 ) -> dict[str, Packed]:
     """One factor per group of matrices that read the same input, one sweep per matrix."""
     packed: dict[str, Packed] = {}
-    for members in block.anatomy.groups.values():
-        names = [linear.name for linear in members if linear.name in targets]
-        group = seen.statistics[names[0]] if names else None
-        if group is None:
-            continue
+    for names in block.anatomy.sharing(targets):
+        group = seen.statistics[names[0]]
         order_I, upper_II, damping_frac = _factor(group.gram_II, config) if group.tokens else (None, None, 0.0)
         for name in names:
             weight_OI = block.weight(name).float()

@@ -148,7 +148,7 @@ def compress(
     if config.rounds and any(seen.statistics[name].tokens for name in targets):
         lowest = _learn(Reconstruction(block, seen, config.target, generator), found, config, generator)
         note = "" if lowest.improved else KEPT_START
-        errors = {"heldout_error_start": lowest.began, "heldout_error": lowest.error}
+        errors = lowest.detail
     packed = {}
     for name, scales in found.items():
         tensors = scales.stored()

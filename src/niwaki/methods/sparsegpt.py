@@ -26,7 +26,7 @@ from torch import Tensor
 from niwaki.block import Block
 from niwaki.config import Grouped, Sparsity, Target
 from niwaki.methods._masks import keep_by_matrix, keep_highest, zeros_up_to
-from niwaki.methods._solver import exchange, inverse_factor, refit, sweep
+from niwaki.methods._solver import check_damping, exchange, inverse_factor, refit, sweep
 from niwaki.packed import Packed
 from niwaki.statistics import UNREACHED, Needs
 from niwaki.stream import Evidence
@@ -50,8 +50,7 @@ class Config:
     exchanges: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping_frac <= 1:
-            raise ValueError(f"damping_frac must lie in (0, 1], got {self.damping_frac}")
+        check_damping(self.damping_frac)
         if self.panel_columns < 1:
             raise ValueError(f"panel_columns must be positive, got {self.panel_columns}")
         if self.exchanges < 0:
@@ -73,10 +72,7 @@ def compress(
 ) -> dict[str, Packed]:
     """One factor per group of matrices that read the same input, one sweep per matrix."""
     packed: dict[str, Packed] = {}
-    for members in block.anatomy.groups.values():
-        names = [linear.name for linear in members if linear.name in targets]
-        if not names:
-            continue
+    for names in block.anatomy.sharing(targets):
         group = seen.statistics[names[0]]
         if not group.tokens and seen.start:
             packed |= {name: seen.start[name] for name in names}

@@ -50,7 +50,7 @@ from niwaki.methods._rounding import (
     nearest,
     sweep,
 )
-from niwaki.methods._solver import inverse_factor
+from niwaki.methods._solver import check_damping, inverse_factor
 from niwaki.packed import Packed, join_notes
 from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence
@@ -114,8 +114,9 @@ class Config:
             raise ValueError("expected group, salient_group, rounds and learn_rounds ≥ 0")
         if self.samples < 1 or self.batch < 1 or self.rate_frac <= 0:
             raise ValueError("expected samples and batch ≥ 1, rate_frac > 0")
-        if not 0 < self.damping_frac <= 1 or not 0 < self.supervise_frac <= 1:
-            raise ValueError("damping_frac and supervise_frac must lie in (0, 1]")
+        if not 0 < self.supervise_frac <= 1:
+            raise ValueError(f"supervise_frac must lie in (0, 1], got {self.supervise_frac}")
+        check_damping(self.damping_frac)
 
 
 def needs(config: Config) -> Needs:
@@ -136,9 +137,8 @@ def compress(
     found: dict[str, Latent] = {}
     packed: dict[str, Packed] = {}
     detail: dict[str, dict[str, float]] = {}
-    for members in block.anatomy.groups.values():
-        names = [linear.name for linear in members if linear.name in targets]
-        task = _Task.of(seen.statistics[names[0]], config) if names else None
+    for names in block.anatomy.sharing(targets):
+        task = _Task.of(seen.statistics[names[0]], config)
         for name in names:
             weight_OI = block.weight(name).float()
             if config.granularity == "element":
@@ -160,7 +160,7 @@ def compress(
         rounded, errors = learn(Reconstruction(block, seen, config.target, generator), found, schedule, generator)
         note = "" if errors.improved else KEPT_START
         for name in targets:
-            detail[name] |= {"heldout_error_start": errors.began, "heldout_error": errors.error}
+            detail[name] |= errors.detail
     for name, codes in rounded.items():
         unreached = "" if seen.statistics[name].tokens else ROUNDED_UNREACHED
         packed[name] = Packed.codes(codes.parts(found[name].order_I), join_notes(note, unreached), detail[name])
@@ -261,7 +261,7 @@ def _squeeze(weight_OI: Tensor, task: _Task | None, split: Split, config: Config
         return Latent.start(nearest(weight_OI, groups, clip=True).storable(), weight_OI, order_I)
     weight_OI = task.wanted(weight_OI)
     start_OI = _stage(weight_OI, task, config)
-    scores_I = _scores(start_OI, task.damped_II, split.base_bits, config, generator)
+    scores_I = _scores(start_OI, task, split.base_bits, config, generator)
     best_I = _together(scores_I, config.choose_columns).argsort(descending=True, stable=True)
     parts = [best_I[: split.count].sort().values, best_I[split.count :].sort().values]
     order_I = torch.cat(parts if config.salient_first else parts[::-1])
@@ -290,7 +290,7 @@ def _by_element(
         return pack_elements(weight_OI, None, weight_OI.square(), count)
     weight_OI = task.wanted(weight_OI)
     start_OI = _stage(weight_OI, task, config)
-    scores_OI = _element_scores(start_OI, task.damped_II, 1, config, generator)
+    scores_OI = _element_scores(start_OI, task, 1, config, generator)
     return pack_elements(start_OI if config.staged else weight_OI, task.upper_II, scores_OI, count)
 
 
@@ -301,21 +301,19 @@ def _together(scores_I: Tensor, width: int) -> Tensor:
     return sums[numbers_I]
 
 
-def _scores(weight_OI: Tensor, gram_II: Tensor, bits: int, config: Config, generator: torch.Generator) -> Tensor:
+def _scores(weight_OI: Tensor, task: _Task, bits: int, config: Config, generator: torch.Generator) -> Tensor:
     """How much each column [I] would suffer from `bits`."""
     if config.choose == "activation":
-        return gram_II.diagonal()
+        return task.damped_II.diagonal()
     if config.choose == "random":
         return torch.rand(weight_OI.shape[1], generator=generator).to(weight_OI.device)
-    return _element_scores(weight_OI, gram_II, bits, config, generator).sum(0)
+    return _element_scores(weight_OI, task, bits, config, generator).sum(0)
 
 
-def _element_scores(
-    weight_OI: Tensor, gram_II: Tensor, bits: int, config: Config, generator: torch.Generator
-) -> Tensor:
+def _element_scores(weight_OI: Tensor, task: _Task, bits: int, config: Config, generator: torch.Generator) -> Tensor:
     """How much each weight [O, I] would suffer from `bits`."""
     if config.choose == "activation":
-        return gram_II.diagonal() * weight_OI.abs()
+        return task.damped_II.diagonal() * weight_OI.abs()
     if config.choose == "random":
         return torch.rand(weight_OI.shape, generator=generator).to(weight_OI.device)
     if config.choose == "magnitude":
@@ -323,5 +321,5 @@ def _element_scores(
     grid = Group(0, weight_OI.shape[1], bits, "free" if config.mean and bits == 1 else "midrise")
     lost_OI = (weight_OI - nearest(weight_OI, [grid], clip=True).values_OI).square()
     if config.choose == "robustness":
-        return lost_OI * gram_II.diagonal()
-    return lost_OI / torch.cholesky_inverse(torch.linalg.cholesky(gram_II)).diagonal()
+        return lost_OI * task.damped_II.diagonal()
+    return lost_OI / task.upper_II.square().sum(0)  # the diagonal of H⁻¹ = UᵀU

@@ -121,7 +121,7 @@ def compress(
         again = None if config.enforce_mask else prune
         weights, errors = descend(task, weights, keep, schedule, generator, again)
         keep = {name: weight_OI != 0 for name, weight_OI in weights.items()}
-        detail = {"heldout_error_start": errors.began, "heldout_error": errors.error}
+        detail = errors.detail
         if not errors.improved:
             notes = {name: join_notes(note, KEPT_START) for name, note in notes.items()}
     return {name: Packed.masked(weights[name], keep[name], notes[name], detail) for name in targets}
