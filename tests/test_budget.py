@@ -20,7 +20,6 @@ from niwaki.budget import (
     KEPT_BITS,
     choose_kept,
     kept_targets,
-    least_bits,
     rest_bits,
     sensitivities,
     sensitivity,
@@ -30,6 +29,7 @@ from niwaki.checkpoint import Checkpoint
 from niwaki.cli import main
 from niwaki.config import Bits, Grouped
 from niwaki.errors import InputError, NumericalError, TargetError
+from niwaki.methods import squeeze10
 from niwaki.stream import Stream
 
 BLOCKS = 4
@@ -41,6 +41,11 @@ def anatomy_of(*rows: int, columns: int = 4096) -> Anatomy:
         "layers",
         tuple(BlockAnatomy({"m": Linear("m", "m.weight", None, False, r, columns, "m")}, (), None) for r in rows),
     )
+
+
+def least_bits(rows: int, columns: int) -> float:
+    """What squeeze10 needs with its defaults."""
+    return squeeze10.least_bits(rows, columns, squeeze10.Config())
 
 
 # --- the choice -------------------------------------------------------------------------------------------
@@ -58,8 +63,8 @@ def test_kept_blocks_and_the_rest_meet_the_target_on_average() -> None:
 
 @pytest.mark.parametrize("target", [1.05, 1.3, 1.75, 2.5, 3.9])
 def test_equal_sensitivities_keep_none(target: float) -> None:
-    assert choose_kept(anatomy_of(*[64] * 12), Bits(target), [0.1] * 12) == []
-    assert choose_kept(anatomy_of(*[64] * 12), Bits(target), [0.0] * 12) == []
+    assert choose_kept(anatomy_of(*[64] * 12), Bits(target), [0.1] * 12, least_bits) == []
+    assert choose_kept(anatomy_of(*[64] * 12), Bits(target), [0.0] * 12, least_bits) == []
 
 
 @pytest.mark.parametrize("target", [1.2, 1.75, 2.5])
@@ -70,19 +75,21 @@ def test_the_choice_is_the_best_of_all_sets_of_equal_blocks(target: float, seed:
 
     def error(kept: tuple[int, ...]) -> float:
         rest = rest_bits(anatomy, Bits(target), kept)
-        if rest < least_bits(anatomy):
+        if rest < least_bits(64, 4096):
             return float("inf")
         return sum(s * 4 ** -(KEPT_BITS if index in kept else rest) for index, s in enumerate(sensitivities))
 
     every = [kept for count in range(7) for kept in itertools.combinations(range(7), count)]
-    assert error(tuple(choose_kept(anatomy, Bits(target), sensitivities))) == pytest.approx(min(map(error, every)))
+    assert error(tuple(choose_kept(anatomy, Bits(target), sensitivities, least_bits))) == pytest.approx(
+        min(map(error, every))
+    )
 
 
 def test_a_budget_without_room_keeps_none() -> None:
     anatomy = anatomy_of(*[64] * 4)
-    assert least_bits(anatomy) == 1 + 32 / 4096
-    assert choose_kept(anatomy, Bits(1.005), [9.0, 0.1, 0.1, 0.1]) == []
-    assert choose_kept(anatomy, Bits(2.0), [9.0, 0.1, 0.1, 0.1]) == [0]
+    assert least_bits(64, 4096) == 1 + 32 / 4096
+    assert choose_kept(anatomy, Bits(1.005), [9.0, 0.1, 0.1, 0.1], least_bits) == []
+    assert choose_kept(anatomy, Bits(2.0), [9.0, 0.1, 0.1, 0.1], least_bits) == [0]
 
 
 @pytest.mark.parametrize(
@@ -101,8 +108,7 @@ def test_what_cannot_be_kept_is_refused(target: Any, kept: tuple[int, ...], mess
 
 
 def spread(anatomy: Anatomy, target: float, sensitivities: list[float]) -> list[float]:
-    values = [{"m": s} for s in sensitivities]
-    found = spread_bits(anatomy, Bits(target), values, lambda rows, columns: 1 + 32 / columns)
+    found = spread_bits(anatomy, Bits(target), [{"m": s} for s in sensitivities], least_bits)
     return [block["m"].bits for block in found]  # type: ignore[union-attr]
 
 

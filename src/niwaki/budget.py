@@ -13,7 +13,7 @@ compensation leaves the range where errors are small and alike to those of a met
 Then K minimises Σ_b s_b·4^(2 − bits_b), the squared error falling to a quarter with every bit, bits_b ∈ {4, rest}. The
 function is convex, so with equal sensitivities of equal blocks K is empty. Only prefixes of the blocks in order of
 s_b/w_b are tried: that is exact for equal blocks, and as near as one block for others. The rest never gets less than
-`least_bits`; a method that needs more refuses itself.
+the method needs for any matrix.
 
 **Every matrix what it needs** (`--allocation sensitivity`). The same measure, one matrix m rounded at a time, on the
 first 4,096 tokens: s_m. Least Σ_m s_m·4^(−bits_m) for Σ_m w_m·bits_m = B·Σw is reached where bits_m = c +
@@ -31,9 +31,8 @@ import torch
 from torch import Tensor
 
 from niwaki.allocation import Targets
-from niwaki.anatomy import Anatomy, Linear
+from niwaki.anatomy import Anatomy
 from niwaki.block import Block, Decoder
-from niwaki.codes import TILE
 from niwaki.config import Bits, Target
 from niwaki.errors import NumericalError, TargetError
 from niwaki.stream import Stream
@@ -95,16 +94,6 @@ def rest_bits(anatomy: Anatomy, target: Bits, kept: Collection[int]) -> float:
     return (target.bits * anatomy.weights - KEPT_BITS * kept_weights) / others if others else 0.0
 
 
-def least_bits(anatomy: Anatomy) -> float:
-    """Bits a weight of one-bit codes with a scale and an offset a row, in the matrix where these weigh most."""
-
-    def stored_bits(matrix: Linear) -> float:
-        padded_bits = -(-matrix.rows // TILE) * TILE * 8 * -(-matrix.columns // 8)
-        return (padded_bits + 2 * 16 * matrix.rows) / (matrix.rows * matrix.columns)
-
-    return max(stored_bits(matrix) for block in anatomy.blocks for matrix in block.linears.values())
-
-
 def spread_bits(
     anatomy: Anatomy,
     target: Target,
@@ -138,10 +127,12 @@ def spread_bits(
     return [{name: Bits(found[index, name]) for name in block.linears} for index, block in enumerate(anatomy.blocks)]
 
 
-def choose_kept(anatomy: Anatomy, target: Bits, sensitivities: Sequence[float]) -> list[int]:
+def choose_kept(
+    anatomy: Anatomy, target: Bits, sensitivities: Sequence[float], least_bits: Callable[[int, int], float]
+) -> list[int]:
     """The blocks to keep at 4 bits, ascending (see above); none if that predicts the least error."""
     order = sorted(range(len(sensitivities)), key=lambda index: -sensitivities[index] / anatomy.blocks[index].weights)
-    floor = least_bits(anatomy)
+    floor = max(least_bits(m.rows, m.columns) for block in anatomy.blocks for m in block.linears.values())
     best: list[int] = []
     least_error = _predicted(sensitivities, best, target.bits)
     for count in range(1, len(order)):

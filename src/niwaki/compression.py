@@ -206,7 +206,7 @@ class _Job:
 
     def _allocate(self, run: Run, report: Report) -> None:
         """Targets that differ between blocks."""
-        anatomy, kept = self.decoder.anatomy, self.recipe.keep_blocks
+        anatomy, kept, least_bits = self.decoder.anatomy, self.recipe.keep_blocks, self.steps[-1].least_bits
         if self.recipe.allocation == "owl":
 
             def outliers(block: Block, stream: Stream) -> float:
@@ -216,12 +216,11 @@ class _Job:
             self.targets = owl(anatomy, self.target, shares, self.owl)
         if self.recipe.allocation == "sensitivity":
             self.allocated["sensitivities"] = self._scan(run, "sensitivities", sensitivities, report)
-            least_bits = self.steps[-1].least_bits
             self.targets = spread_bits(anatomy, self.target, self.allocated["sensitivities"], least_bits)
         if kept and isinstance(self.target, Bits):
             if kept == "auto":
                 self.allocated["sensitivities"] = self._scan(run, "sensitivities", sensitivity, report)
-                kept = tuple(choose_kept(anatomy, self.target, self.allocated["sensitivities"]))
+                kept = tuple(choose_kept(anatomy, self.target, self.allocated["sensitivities"], least_bits))
             self.targets = kept_targets(anatomy, self.target, kept)
             self.allocated |= {"kept_blocks": list(kept), "rest_bits": rest_bits(anatomy, self.target, kept)}
         if self.allocated:
