@@ -166,6 +166,7 @@ def test_partial_journal_and_orphans_are_cleaned(model: Path, text: Path, tmp_pa
     content[-1] ^= 1
     shard.write_bytes(content)
     (partial / ".model-00003.safetensors.tmp").write_bytes(b"half")
+    (partial / ".tmpAb3dEf").write_bytes(b"half, as safetensors leaves it")
     niwaki.compress(model, out, resume=True, **settings(text))
     niwaki.compress(model, tmp_path / "straight", **settings(text))
     assert file_bytes(out) == file_bytes(tmp_path / "straight")

@@ -129,8 +129,9 @@ class Run:
             shard = entry.get("shard")
             if shard is None or _same_content(self.folder / shard, entry["sha256"]):
                 self.finished[entry_path.stem] = entry
-        for orphan in self.folder.rglob(".*.tmp"):
-            orphan.unlink()
+        for pattern in (".*.tmp", ".tmp*"):  # ours, and what safetensors writes before it renames
+            for orphan in self.folder.rglob(pattern):
+                orphan.unlink()
 
     def _take_lock(self) -> TextIO:
         lock = (self._journal / LOCK).open("w")
