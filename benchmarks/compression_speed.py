@@ -13,6 +13,7 @@ import shutil
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -150,10 +151,13 @@ def profile(model: Path, out: Path, case: dict) -> None:
     print(profiler.key_averages().table(sort_by="self_device_time_total", row_limit=22, max_name_column_width=60))
 
 
-def _block_seconds(out: Path) -> float:
-    """Median over the blocks, from the event log."""
+def _block_seconds(out: Path) -> tuple[float, float]:
+    """Medians over the blocks, from the event log: of compressing one, and of scanning one beforehand (or 0)."""
     events = [json.loads(line) for line in (out / "niwaki/events.jsonl").read_text().splitlines()]
-    return statistics.median(event["seconds"] for event in events if event["event"] == "block")
+    scans = [event["time"] for event in events if event["event"] == "scan"]
+    scanned = [late - early for early, late in pairwise(scans)]
+    block = statistics.median(event["seconds"] for event in events if event["event"] == "block")
+    return block, statistics.median(scanned) if scanned else 0.0
 
 
 def main() -> None:
@@ -195,12 +199,13 @@ def main() -> None:
             profile(args.work / "model", args.work / "out", case)
             continue
         record = niwaki.compress(args.work / "model", args.work / "out", overwrite=True, **case)
-        seconds = _block_seconds(args.work / "out")
+        block_s, scan_s = _block_seconds(args.work / "out")
         floor_s = floor_seconds(case, shape, blocks, rate)
         rows.append({
             "method": method, "options": options, "target": target,
-            "seconds": record["seconds"], "floor_s": round(floor_s, 2), "median_block_s": seconds,
-            "extrapolated_s": round(record["seconds"] + seconds * (shape.blocks - blocks), 1),
+            "seconds": record["seconds"], "floor_s": round(floor_s, 2), "median_block_s": block_s,
+            "median_scan_s": round(scan_s, 3),
+            "extrapolated_s": round(record["seconds"] + (block_s + scan_s) * (shape.blocks - blocks), 1),
             "multiple_of_floor": round(record["seconds"] / floor_s, 2),
             "peak_device_gb": round(record["peak_device_bytes"] / 1e9, 2),
             "zeros_frac": record["result"]["zeros_frac"],

@@ -75,8 +75,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
                 niwaki.compress(
-                    str(args.model), out, method="squeeze10", target=args.target, options=options, seed=seed,
-                    allocation="uniform", device=args.device, dtype="float32",
+                    str(args.model), out, method="squeeze10", target=args.target, seed=seed,
+                    options=options | {"learn_rounds": 0}, allocation="uniform", device=args.device, dtype="float32",
                     calibration={"files": (text,), "samples": 64, "seq_len": 512},
                 )
                 rows.append({

@@ -7,7 +7,7 @@
 A time is that of a CUDA graph which runs many copies of a layer one after another; their weights together are larger
 than the caches. Rivals are replayed in turns, in one run. With more tokens than the few-token kernel takes, decoding
 the matrix is also timed alone (`decode_us`); its share of the bandwidth counts codes read and weights written.
-`--sweep` times the few-token kernel up to 16 tokens, to compare with layers that decode from FEW_TOKENS_GPU on.
+`--sweep` times configs: up to 4 tokens of the kernel for few tokens, beyond of that for tensor cores.
 Random planes, made on the device; nothing is downloaded. Kernels are first compiled by several processes at once.
 """
 
@@ -26,16 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.codes import Part, stored_tensors
-from niwaki.kernels.planes import FEW_TOKENS_GPU, decode, reaches
+from niwaki.kernels import triton_dot, triton_planes
+from niwaki.kernels.planes import CORE_TOKENS, decode, gpu_product, reaches
 from niwaki.kernels.triton_decode import decode_planes
-from niwaki.kernels.triton_planes import Config, few_tokens
 from niwaki.runtime.linear import PackedLinear
 from provenance import provenance
 
 SHAPES = ["4096x4096", "11008x4096", "4096x11008", "8192x8192", "28672x8192", "8192x28672"]
 LAYERS = ["1.6 bit", "4 bit"]
-CONFIGS = [Config(*sizes) for sizes in [(2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4), (16, 1), (16, 2)]]
-SWEPT_TOKENS = 16
+FEW = [triton_planes.Config(*sizes) for sizes in [(2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4), (16, 1)]]
+SOME = [triton_dot.Config(warps, stages) for warps in (1, 2, 4) for stages in (1, 2, 3)]
 COMPILERS = 12  # processes
 COPIES_BYTES = 160 * 2**20  # weights of all copies of a layer: three times the second-level cache of an H100
 COPY_BYTES = 2 * 2**30
@@ -134,9 +134,9 @@ def check_decoded(layer: PackedLinear, weight_OI: Tensor) -> None:
 
 
 def poisoned(layer: PackedLinear, x_NI: Tensor) -> Tensor:
-    """The few-token kernel's result in a buffer that was filled with NaN."""
+    """The kernel's result in a buffer that was filled with NaN."""
     out_NO = x_NI.new_full((len(x_NI), layer.out_features), float("nan"))
-    few_tokens(x_NI, layer._prepare().parts, None, out_NO)
+    gpu_product(x_NI, layer._prepare().parts, None, out_NO)
     return out_NO
 
 
@@ -225,7 +225,7 @@ def measure(shape: str, names: list[str], counts: list[int], seconds: float, byt
             name: [partial(layer, x_NI) for layer in layers] for name, layers in packed.items()
         }
         works["dense"] = [partial(nn.functional.linear, x_NI, weight_OI) for weight_OI in dense]
-        if tokens > FEW_TOKENS_GPU:
+        if tokens > CORE_TOKENS:
             works |= {f"decode {name}": decoders(layers) for name, layers in packed.items()}
         times = interleaved({name: (graph_of(work), len(work)) for name, work in works.items()}, seconds)
         for name, layers in packed.items():
@@ -239,7 +239,7 @@ def measure(shape: str, names: list[str], counts: list[int], seconds: float, byt
                 "dense_share_of_bandwidth": round(2 * rows * columns / bytes_per_s / times["dense"] * 1e6, 3),
                 "relative_error": float(f"{error:.2e}"),
             })  # fmt: skip
-            if tokens > FEW_TOKENS_GPU:
+            if tokens > CORE_TOKENS:
                 moved_s = (nbytes + 2 * rows * columns) / bytes_per_s
                 found[-1]["decode_us"] = round(times[f"decode {name}"], 2)
                 found[-1]["decode_share_of_bandwidth"] = round(moved_s / times[f"decode {name}"] * 1e6, 3)
@@ -253,18 +253,24 @@ def decoders(layers: list[PackedLinear]) -> list[Callable[[], object]]:
     return [partial(decode, parts, rows, 0, rows, torch.bfloat16) for parts, rows in sizes]
 
 
+def swept(tokens: int) -> tuple[Callable[..., None], list]:
+    """The kernel for so many tokens, and its configs."""
+    return (triton_planes.few_tokens, FEW) if tokens <= 4 else (triton_dot.some_tokens, SOME)
+
+
 def sweep(shape: str, names: list[str], counts: list[int], seconds: float) -> list[dict]:
-    """Times of every config of the few-token kernel, best first."""
+    """Times of every config, best first."""
     rows, columns = (int(size) for size in shape.split("x"))
     found = []
     for name in names:
         layers = layers_of(name, rows, columns)
-        for tokens in (count for count in counts if count <= SWEPT_TOKENS):
+        for tokens in counts:
             x_NI = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
             out_NO = x_NI.new_empty(tokens, rows)
             runs = {}
-            for config in CONFIGS:
-                works = [partial(few_tokens, x_NI, layer._prepare().parts, None, out_NO, config) for layer in layers]
+            kernel, configs = swept(tokens)
+            for config in configs:
+                works = [partial(kernel, x_NI, layer._prepare().parts, None, out_NO, config) for layer in layers]
                 runs[str(tuple(config))] = (graph_of(works), len(works))
             times = interleaved(runs, seconds)
             best = sorted(times, key=times.__getitem__)
@@ -273,7 +279,7 @@ def sweep(shape: str, names: list[str], counts: list[int], seconds: float) -> li
     return found
 
 
-def compile_one(given: tuple[str, int, int, Config | None]) -> None:
+def compile_one(given: tuple[str, int, int, Any]) -> None:
     """Leaves the kernel for these columns in Triton's cache on the disk: the layer's own, or one of a sweep."""
     name, columns, tokens, config = given
     layer = random_layer(name, 32, columns)
@@ -281,14 +287,15 @@ def compile_one(given: tuple[str, int, int, Config | None]) -> None:
     if config is None:
         layer(x_NI)
     else:
-        few_tokens(x_NI, layer._prepare().parts, None, x_NI.new_empty(tokens, 32), config)
+        swept(tokens)[0](x_NI, layer._prepare().parts, None, x_NI.new_empty(tokens, 32), config)
 
 
 def compile_all(args: argparse.Namespace) -> None:
     columns = {int(shape.split("x")[1]) for shape in args.shapes}
-    counts = [tokens for tokens in args.tokens if tokens <= SWEPT_TOKENS or not args.sweep]
-    configs = CONFIGS if args.sweep else [None]
-    wanted = list(itertools.product(args.layers, columns, counts, configs))
+    configs = {tokens: swept(tokens)[1] if args.sweep else [None] for tokens in args.tokens}
+    wanted = [
+        (*case, config) for case in itertools.product(args.layers, columns, args.tokens) for config in configs[case[2]]
+    ]
     begin = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(min(COMPILERS, len(wanted))) as pool:
         pool.map(compile_one, wanted, chunksize=1)

@@ -13,7 +13,8 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter, defaultdict
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import niwaki
@@ -73,6 +74,20 @@ def add_gaps(rows: list[dict], dense: dict) -> None:
             row["gap_closed"] = {name: spread([run["gap_closed"][name] for run in row["runs"]]) for name in TEXTS}
 
 
+def summary(case: Case, runs: list[dict]) -> dict:
+    runs = sorted(runs, key=lambda run: run["seed"])
+    row = {"label": case.label, **case.recipe, "runs": runs}
+    return row | {name: spread([run["perplexity"][name] for run in runs]) for name in TEXTS}
+
+
+def line(row: dict) -> str:
+    """A row as it is printed: bits, perplexities, gaps closed in per cent, seconds."""
+    means = [round(row[name]["mean"], 2) for name in TEXTS]
+    gaps = [round(100 * row["gap_closed"][name]["mean"], 1) for name in TEXTS] if "gap_closed" in row else ""
+    took = round(sum(run["compress_s"] for run in row["runs"]), 1)
+    return f"{row['target']} | {row['label']} | {row['runs'][0]['bits']} bits {means} {gaps} {took}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -92,29 +107,30 @@ def main() -> None:
     cases = [case for case in cases if not args.targets or case.recipe["target"] in args.targets]
     cases = [case for case in cases if not args.labels or case.label in args.labels]
     reference = args.model if args.divergence else None
-    rows: list[dict] = []
     about = {
         "model": Path(args.model).name,
         **provenance(args.device),
         "dense": dense,
     }
+    rows: dict[int, dict] = {}  # by the number of the case
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = []
-        for case in cases:
-            seeds = range(1 if case.label == "magnitude" else args.seeds)  # magnitude sees no data
-            work = [pool.submit(measure, args.model, args.data, case, seed, args.device, reference) for seed in seeds]
-            futures.append(work)
-        for case, work in zip(cases, futures, strict=True):
-            runs = [future.result() for future in work]
-            row = {"label": case.label, **case.recipe, "runs": runs}
-            row |= {name: spread([run["perplexity"][name] for run in runs]) for name in TEXTS}
-            rows.append(row)
-            add_gaps(rows, dense)
-            gaps = [round(100 * row["gap_closed"][name]["mean"], 1) for name in TEXTS] if "gap_closed" in row else ""
-            took = round(sum(run["compress_s"] for run in runs), 1)
-            means = [round(row[name]["mean"], 2) for name in TEXTS]
-            print(row["target"], "|", case.label, "|", runs[0]["bits"], "bits", means, gaps, took, flush=True)
-            result = about | {"seconds": round(time.time() - started, 1), "rows": rows}
+        owners: dict[Future, int] = {}
+        for number, case in enumerate(cases):
+            for seed in range(1 if case.label == "magnitude" else args.seeds):  # magnitude sees no data
+                work = pool.submit(measure, args.model, args.data, case, seed, args.device, reference)
+                owners[work] = number
+        waiting = Counter(owners.values())
+        runs: dict[int, list[dict]] = defaultdict(list)
+        for work in as_completed(owners):
+            number = owners[work]
+            runs[number].append(work.result())
+            if len(runs[number]) < waiting[number]:
+                continue
+            rows[number] = summary(cases[number], runs[number])
+            found = [rows[done] for done in sorted(rows)]
+            add_gaps(found, dense)
+            print(line(rows[number]), flush=True)
+            result = about | {"seconds": round(time.time() - started, 1), "rows": found}
             args.out.write_text(json.dumps(result, indent=1) + "\n")  # after every case: a stopped run loses little
 
 

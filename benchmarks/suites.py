@@ -88,19 +88,17 @@ def ablation_besa() -> list[Case]:
 
 def quantized() -> list[Case]:
     """Everything at its true bits, from 1.2 to 4.2."""
-    found = [case("billm", "3bit"), case("arb", "3.5bit"), case("ptq161", "2bit")]
+    bits, plain = (1.2, 1.4, 1.75, 2.0, 2.28, 2.95, 3.5), {"learn_rounds": 0}
+    found = [case("squeeze10", f"{b}bit") for b in bits]
+    found.append(case("squeeze10 learned longer", "1.75bit", "squeeze10", options={"learn_rounds": 16, "samples": 56}))
+    found += [case("squeeze10 not learned", f"{b}bit", "squeeze10", options=plain) for b in bits]
+    found.append(case("squeeze10 not learned, uniform", "1.75bit", "squeeze10", options=plain, allocation="uniform"))
+    found.append(case("squeeze10 not learned, 1+4", "1.75bit", "squeeze10", options=plain | {"widths": "1+4"}))
+    found += [case("billm", "3bit"), case("arb", "3.5bit"), case("ptq161", "2bit")]
     for bits in (2, 3, 4):
         found += [case(f"{name} g64", f"{bits}bit", name, options={"group": 64}) for name in ("rtn", "gptq")]
         found.append(case("gptq g64 rounds", f"{bits}bit", "gptq", options={"group": 64, "rounds": 8, "clip": True}))
-    found += [case("squeeze10", f"{bits}bit") for bits in (1.2, 1.4, 1.6, 1.75, 2.0, 2.28, 2.95, 3.5)]
-    found += [case("squeeze10 uniform", f"{bits}bit", "squeeze10", allocation="uniform") for bits in (1.4, 1.75, 2.28)]
-    found += [case("squeeze10 1+4", f"{bits}bit", "squeeze10", options={"widths": "1+4"}) for bits in (1.6, 1.75)]
-    found += varied("squeeze10", "1.75bit", {
-        f"1+4, one sweep, {choose}": {"widths": "1+4", "rounds": 0, "choose": choose}
-        for choose in ("robustness", "magnitude", "random")
-    })
-    learn = {"learn_rounds": 30, "samples": 64, "batch": 8}
-    return [*found, case("squeeze10 learned", "1.75bit", "squeeze10", options=learn)]
+    return found
 
 
 def ablation_squeeze10() -> list[Case]:
@@ -138,10 +136,11 @@ def ablation_squeeze10() -> list[Case]:
         "by element": element, "by element random": element | {"choose": "random"}, "at the same bits": {},
         "at the same bits, one sweep": bare,
     })
-    uniform = [replace(c, recipe=c.recipe | {"allocation": "uniform"}) for c in varied(
-        "squeeze10", "1.75bit", published | swept | ours
-    ) + by_element]  # fmt: skip
-    return [*uniform, case("squeeze10 by need", "1.75bit", "squeeze10")]
+    cases = varied("squeeze10", "1.75bit", published | swept | ours) + by_element
+    return [
+        replace(c, recipe=c.recipe | {"allocation": "uniform", "options": {"learn_rounds": 0} | c.recipe["options"]})
+        for c in cases
+    ] + varied("squeeze10", "1.75bit", {"by need": {"learn_rounds": 0}, "by need, learned": {}})
 
 
 SUITES = {

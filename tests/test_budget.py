@@ -354,6 +354,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["--target-bytes", "2MB"], "give 73,728 to 589,824 bytes"),
     (["--target-bytes", "a lot"], "expected a number of bytes such as 1700000000, 1.7GB or 800MiB"),
     (["--target-bytes", "150KB", "--pack", "none"], "target_bytes counts stored codes, and --pack none stores none"),
+    (["--target-bytes", "150KB", "--set", "granularity=element", "--set", "widths=1+4"],
+     "target_bytes counts stored codes, and granularity element stores none"),
 ]
 
 
@@ -361,7 +363,8 @@ WRONG: list[tuple[list[str], str]] = [
 def test_wrong_requests_are_one_line_and_leave_nothing(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    chosen = [] if "--method" in arguments else ["--method", "squeeze10", "--set", "rounds=0"]
+    quick = ["--method", "squeeze10", "--set", "rounds=0", "--set", "learn_rounds=0"]
+    chosen = [] if "--method" in arguments else quick
     sys.argv = [
         "niwaki", "compress", str(model), str(tmp_path / "out"), *chosen, "--calibration", str(text), "--samples", "2",
         "--seq-len", "8", "--device", "cpu", *arguments,

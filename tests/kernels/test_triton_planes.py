@@ -138,8 +138,13 @@ class OnGpu(torch.Tensor):
     is_cuda = True  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize(("tokens", "group", "columns", "there"), [
-    (1, 128, 4096, True), (12, 8, 4096, True), (13, 128, 4096, False), (1, 12, 4096, False), (1, 100, 100, True),
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(("tokens", "group", "columns", "dtype", "there"), [
+    (1, 128, 4096, FULL, True), (8, 8, 4096, FULL, True), (9, 128, 4096, FULL, False), (1, 12, 4096, FULL, False),
+    (1, 100, 100, FULL, True), (64, 128, 4096, HALF, True), (65, 128, 4096, HALF, False), (9, 64, 4096, HALF, False),
+    (64, 100, 100, HALF, True), (8, 64, 4096, HALF, True),
 ])  # fmt: skip
-def test_reach_of_the_gpu_kernel(tokens: int, group: int, columns: int, there: bool) -> None:
-    assert reaches(torch.zeros(tokens, columns).as_subclass(OnGpu), group, columns) == there
+def test_reach_of_the_gpu_kernels(tokens: int, group: int, columns: int, dtype: torch.dtype, there: bool) -> None:
+    assert reaches(torch.zeros(tokens, columns, dtype=dtype).as_subclass(OnGpu), group, columns) == there

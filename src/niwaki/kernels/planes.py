@@ -15,10 +15,12 @@ from niwaki.kernels.codes import cpu_module
 BLOCK_COLUMNS = 32  # columns that share a table's scale: groups of the CPU kernel hold whole blocks
 # Beyond so many tokens, decoding the matrix once costs less than as many products.
 FEW_TOKENS = 16
-# On an H100, 11008 × 4096: the kernel takes 15 µs for one token, 7 for each more, in steps of four (4: 35, 16: 117).
-# Decoding reads 9 to 23 MB and writes 90: 41 to 47 µs at 2.4 TB/s (an estimate); cuBLAS takes 42. Together as long as
-# 11 or 12 tokens. The other shapes, 4096² to 28672 × 8192, cross between 12 and 14 by the same estimate.
-FEW_TOKENS_GPU = 12
+# Measured on an H100, 4096² to 28672 × 8192 (packed-linear-h100.json). Multiply-adds cost about half a token's time for
+# each more, tensor cores the same for 1 to 16 tokens; from there on decoding the matrix catches up with both.
+FEW_TOKENS_GPU = 8  # multiply-adds, where tensor cores do not reach
+CORE_TOKENS = 64
+SMALL_WEIGHTS = 2**25  # for four tokens, multiply-adds are faster below so many weights
+CORE_GROUP = 128  # columns: what tensor cores take at a time
 
 
 class PlanePart(NamedTuple):
@@ -54,11 +56,17 @@ def _whole_words(values_GO: Tensor | None) -> Tensor | None:
 
 def reaches(x_NI: Tensor, group: int, columns: int) -> bool:
     """Whether a kernel takes this product: few tokens, and groups of whole bytes (GPU) or whole blocks (CPU)."""
-    if len(x_NI) > (FEW_TOKENS_GPU if x_NI.is_cuda else FEW_TOKENS):
-        return False
     if x_NI.is_cuda:
-        return group >= columns or group % 8 == 0
+        most = CORE_TOKENS if cores_reach(x_NI, group, columns) else FEW_TOKENS_GPU
+        return len(x_NI) <= most and (group >= columns or group % 8 == 0)
+    if len(x_NI) > FEW_TOKENS:
+        return False
     return (group >= columns or group % BLOCK_COLUMNS == 0) and cpu_module() is not None
+
+
+def cores_reach(x_NI: Tensor, group: int, columns: int) -> bool:
+    """Whether tensor cores take it: inputs of 16 bits, groups of whole steps."""
+    return x_NI.dtype in (torch.bfloat16, torch.float16) and (group >= columns or group % CORE_GROUP == 0)
 
 
 def prepared_layer(parts: Sequence[PlanePart], rows: int, inputs: int) -> Any:
@@ -122,13 +130,24 @@ def _(*_: object) -> None:
 def layer_product(
     x_NI: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[float], bias_O: Tensor | None, rows: int
 ) -> Tensor:
-    """x Wᵀ + bias on a GPU, in one launch. Of one or two parts (`PlanePart.for_gpu`): five tensors, three numbers."""
-    from niwaki.kernels.triton_planes import few_tokens
-
-    parts = _given(tensors, numbers)
+    """x Wᵀ + bias on a GPU. Of one or two parts (`PlanePart.for_gpu`): five tensors and three numbers each."""
     out_NO = x_NI.new_empty(len(x_NI), rows)
-    few_tokens(x_NI.contiguous(), parts, bias_O, out_NO)
+    gpu_product(x_NI.contiguous(), _given(tensors, numbers), bias_O, out_NO)
     return out_NO
+
+
+def gpu_product(x_NI: Tensor, parts: Sequence[PlanePart], bias_O: Tensor | None, out_NO: Tensor) -> None:
+    """out = x Wᵀ + bias by the kernel that is faster for so many tokens."""
+    small = x_NI.shape[1] * out_NO.shape[1] <= SMALL_WEIGHTS
+    reach = all(cores_reach(x_NI, part.group, part.columns) for part in parts)
+    if reach and len(x_NI) > (4 if small else 2):
+        from niwaki.kernels.triton_dot import some_tokens
+
+        some_tokens(x_NI, parts, bias_O, out_NO)
+    else:
+        from niwaki.kernels.triton_planes import few_tokens
+
+        few_tokens(x_NI, parts, bias_O, out_NO)
 
 
 def layer_decoded(

@@ -241,22 +241,22 @@ def load_fields(planes, byte, width: tl.constexpr, bits: tl.constexpr):
     found = (_rows(plane_0),)
     if bits > 1:
         plane_1 = tl.load(planes + width * 8 + place, mask=inside, other=0)
-        even, odd = _interleave(plane_0, plane_1, 1, 0x55555555)
+        even, odd = interleave(plane_0, plane_1, 1, 0x55555555)
         found = (_rows(even), _rows(odd))
         if bits > 2:
             plane_2 = tl.load(planes + 2 * width * 8 + place, mask=inside, other=0)
             plane_3 = tl.zeros_like(plane_2)
             if bits > 3:
                 plane_3 = tl.load(planes + 3 * width * 8 + place, mask=inside, other=0)
-            even_23, odd_23 = _interleave(plane_2, plane_3, 1, 0x55555555)
-            word_0, word_2 = _interleave(even, even_23, 2, 0x33333333)
-            word_1, word_3 = _interleave(odd, odd_23, 2, 0x33333333)
+            even_23, odd_23 = interleave(plane_2, plane_3, 1, 0x55555555)
+            word_0, word_2 = interleave(even, even_23, 2, 0x33333333)
+            word_1, word_3 = interleave(odd, odd_23, 2, 0x33333333)
             found = (_rows(word_0), _rows(word_1), _rows(word_2), _rows(word_3))
     return found
 
 
 @triton.jit
-def _interleave(low, high, step: tl.constexpr, mask: tl.constexpr):
+def interleave(low, high, step: tl.constexpr, mask: tl.constexpr):
     """Fields of `step` bits joined in pairs: the even ones of both words, and the odd ones."""
     even = (low & mask) | ((high & mask) << step)
     odd = ((low >> step) & mask) | (high & ~mask)
@@ -312,10 +312,18 @@ def _add_scaled(
 
 @triton.jit
 def load_levels(part, place, inside, centre: tl.constexpr):
-    """Scales and offsets of the rows of words, […, 2, 2]; `place` is that of four rows of a group.
+    """Scales and offsets as of `load_scales`, the scales in units of codes as `isolate` reads them.
 
-    Scales are in units that undo the powers of two which codes (`isolate`) and inputs (2^INPUT_POWER) were read with.
+    They undo those powers of two, and that which inputs are multiplied by (2^INPUT_POWER).
     """
+    scale, offset = load_scales(part, place, inside, centre)
+    exponent = 0 - _row_shift() + (127 + CODE_POWER - INPUT_POWER)
+    return scale * (exponent << 23).to(tl.float32, bitcast=True), offset
+
+
+@triton.jit
+def load_scales(part, place, inside, centre: tl.constexpr):
+    """Scales and offsets of the rows of words, […, 2, 2]; `place` is that of four rows of a group."""
     scale = _halves(tl.load(part[1] + place, mask=inside, other=0))
     if part[2] is not None:
         offset = _halves(tl.load(part[2] + place, mask=inside, other=0))
@@ -325,8 +333,7 @@ def load_levels(part, place, inside, centre: tl.constexpr):
         offset = zero.to(tl.float32) * -scale
     else:
         offset = scale * -centre
-    exponent = 0 - _row_shift() + (127 + CODE_POWER - INPUT_POWER)
-    return scale * (exponent << 23).to(tl.float32, bitcast=True), offset
+    return scale, offset
 
 
 @triton.jit

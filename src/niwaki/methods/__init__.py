@@ -149,8 +149,9 @@ def settle_budget(recipe: Recipe) -> Recipe:
                     f"{field} needs a method that spends whatever bits it is given ({', '.join(FRACTIONAL)}), got "
                     f"{name}: use another method, or drop {field}"
                 )
-    if recipe.target_bytes is not None and recipe.pack == "none":
-        raise TargetError("target_bytes counts stored codes, and --pack none stores none: give --target in bits")
+    for given, what in (recipe.pack, "--pack none"), (recipe.options.get("granularity"), "granularity element"):
+        if recipe.target_bytes is not None and given == what.split()[-1]:
+            raise TargetError(f"target_bytes counts stored codes, and {what} stores none: give --target in bits")
     if by_need and recipe.keep_blocks:
         raise TargetError("keep_blocks and allocation sensitivity both say where the bits go: drop one of them")
     return recipe

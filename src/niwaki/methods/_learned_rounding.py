@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from niwaki.codes import SCALE_DTYPE
+from niwaki.kernels.latent import Levels, Shape, codes_of, gradients_of, weights_of
 from niwaki.learning import Lowest
 from niwaki.methods._reconstruct import Reconstruction, Schedule, follow
 from niwaki.methods._rounding import SMALLEST_SCALE, Rounded
@@ -26,10 +28,16 @@ SCALE_RATE = 0.1  # of the weights' rate, both relative to their size
 
 @dataclass
 class Latent:
-    """What is learned of one matrix. `order_I` names the column of the matrix behind every column here."""
+    """What is learned of one matrix: V, scales and offsets. The rest stays as `rounded` has it.
+
+    `shape` says which columns share a scale, and which column of the matrix is behind every column here. `free_G`:
+    groups that learn an offset of their own; `fixed_OG`: offset over scale of the others, 0 where free.
+    """
 
     rounded: Rounded
-    order_I: Tensor
+    shape: Shape
+    free_G: Tensor
+    fixed_OG: Tensor
     weight_OI: Tensor
     scale_OG: Tensor
     offset_OG: Tensor
@@ -37,45 +45,38 @@ class Latent:
     @classmethod
     def start(cls, rounded: Rounded, weight_OI: Tensor, order_I: Tensor) -> "Latent":
         """From codes already found, and the dense weights (columns in their order)."""
+        groups, device = rounded.groups, weight_OI.device
+        bounds = [group.start for group in groups] + [groups[-1].end]
+        tops_G = torch.tensor([2.0**group.bits - 1 for group in groups], device=device)
+        free_G = torch.tensor([group.grid == "free" for group in groups], device=device)
+        fixed_OG = torch.where(free_G, 0.0, rounded.offset_OG / rounded.scale_OG)
         group_I = rounded.grid.group_I.long()
         values_OI, scale_OI = rounded.values_OI, rounded.scale_OG[:, group_I]
         # The outer cells have no outer wall; one step is far enough to be sure.
         down_OI = torch.where(rounded.code_OI == 0, 1.0, CELL_FRAC) * scale_OI
         up_OI = torch.where(rounded.code_OI == rounded.grid.top_I, 1.0, CELL_FRAC) * scale_OI
         latent_OI = torch.minimum(torch.maximum(weight_OI, values_OI - down_OI), values_OI + up_OI)
-        return cls(rounded, order_I, latent_OI, rounded.scale_OG.clone(), rounded.offset_OG.clone())
+        shape = Shape(tuple(bounds), torch.tensor(bounds, dtype=torch.int32, device=device), tops_G, order_I)
+        return cls(rounded, shape, free_G, fixed_OG, latent_OI, rounded.scale_OG.clone(), rounded.offset_OG.clone())
+
+    def levels(self) -> Levels:
+        """Scales and offsets as they would be stored now."""
+        scale_OG = self.scale_OG.to(SCALE_DTYPE).float().clamp_min(SMALLEST_SCALE)
+        offset_OG = torch.where(self.free_G, self.offset_OG.to(SCALE_DTYPE).float(), self.fixed_OG * scale_OG)
+        return Levels(self.shape, scale_OG, offset_OG)
 
     def current(self) -> Rounded:
         """The codes and scales as they stand."""
-        scale_OG = self.scale_OG.clamp_min(SMALLEST_SCALE)
-        offset_OG = torch.where(self.free_G, self.offset_OG, self.rounded.offset_OG / self.rounded.scale_OG * scale_OG)
-        shaped = replace(self.rounded, scale_OG=scale_OG, offset_OG=offset_OG).storable()
-        group_I = shaped.grid.group_I.long()
-        exact_OI = (self.weight_OI - shaped.offset_OG[:, group_I]) / shaped.scale_OG[:, group_I]
-        code_OI = torch.minimum(exact_OI.round_().clamp_(min=0), shaped.grid.top_I).to(torch.uint8)
-        return replace(shaped, code_OI=code_OI)
+        levels = self.levels()
+        code_OI = codes_of(self.weight_OI, levels).to(torch.uint8)
+        return replace(self.rounded, code_OI=code_OI, scale_OG=levels.scale_OG, offset_OG=levels.offset_OG)
 
-    @property
-    def free_G(self) -> Tensor:
-        """Which groups learn an offset of their own."""
-        free = [group.grid == "free" for group in self.rounded.groups]
-        return torch.tensor(free, device=self.scale_OG.device)
-
-    def dense(self, rounded: Rounded) -> Tensor:
-        """The matrix [O, I] with its columns in their places."""
-        weight_OI = torch.empty_like(self.weight_OI)
-        weight_OI[:, self.order_I] = rounded.values_OI
-        return weight_OI
-
-    def gradients(self, gradient_OI: Tensor, rounded: Rounded) -> tuple[Tensor, Tensor, Tensor]:
+    def set_gradients(self, gradient_OI: Tensor, levels: Levels) -> None:
         """Of V, scales and offsets, from that of the matrix."""
-        g_OI = gradient_OI[:, self.order_I].float()
-        group_I = rounded.grid.group_I.long()
-        fixed_OG = torch.where(self.free_G, 0.0, self.rounded.offset_OG / self.rounded.scale_OG)
-        by_scale_OG = torch.zeros_like(self.scale_OG)
-        by_scale_OG.index_add_(1, group_I, g_OI * (rounded.code_OI + fixed_OG[:, group_I]))
-        by_offset_OG = torch.zeros_like(self.offset_OG).index_add_(1, group_I, g_OI)
-        return g_OI, by_scale_OG, by_offset_OG * self.free_G
+        by_latent_OI, by_code_OG, by_one_OG = gradients_of(self.weight_OI, levels, gradient_OI)
+        self.weight_OI.grad = by_latent_OI
+        self.scale_OG.grad = by_code_OG + self.fixed_OG * by_one_OG
+        self.offset_OG.grad = by_one_OG * self.free_G
 
 
 def learn(
@@ -93,19 +94,24 @@ def learn(
         groups.append({"params": [latent.scale_OG, latent.offset_OG], "size": scale * SCALE_RATE})
     optimizer = schedule.make_optimizer(groups)
 
-    def current() -> dict[str, Rounded]:
-        return {name: latent.current() for name, latent in start.items()}
+    def matrices(levels: Mapping[str, Levels]) -> dict[str, Tensor]:
+        return {
+            name: weights_of(latent.weight_OI, levels[name], task.block.weight(name).dtype)
+            for name, latent in start.items()
+        }
+
+    def levels() -> dict[str, Levels]:
+        return {name: latent.levels() for name, latent in start.items()}
 
     def heldout() -> float:
-        return task.error({name: start[name].dense(rounded) for name, rounded in current().items()})
+        return task.error(matrices(levels()))
 
     tensors = [tensor for group in groups for tensor in group["params"]]
     lowest = Lowest(tensors, heldout())
     for windows in follow(task, schedule, optimizer, generator, lambda: None, lambda: lowest.offer(heldout())):
-        now = current()
-        found = task.gradients({name: start[name].dense(rounded) for name, rounded in now.items()}, windows)
+        now = levels()
+        found = task.gradients(matrices(now), windows)
         for name, latent in start.items():
-            gradients = latent.gradients(found[name], now[name])
-            latent.weight_OI.grad, latent.scale_OG.grad, latent.offset_OG.grad = gradients
+            latent.set_gradients(found.pop(name), now[name])
     lowest.restore()
-    return current(), lowest
+    return {name: latent.current() for name, latent in start.items()}, lowest

@@ -90,7 +90,7 @@ class Config:
     mean: bool = True
     rounds: int = 8
     damping_frac: float = 0.01
-    learn_rounds: int = 0
+    learn_rounds: int = 8
     samples: int = 32
     batch: int = 2
     rate_frac: float = 0.005
@@ -107,7 +107,9 @@ class Config:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.granularity == "element" and (self.widths != "1+4" or self.rounds or self.learn_rounds):
-            raise ValueError("granularity=element is the paper's claim alone: it needs widths=1+4 and rounds=0")
+            raise ValueError(
+                "granularity=element is the paper's claim alone: it needs widths=1+4, rounds=0 and learn_rounds=0"
+            )
         if self.choose_columns not in (1, 2, 4, 8):  # the budget counts columns by the byte
             raise ValueError(f"choose_columns must be 1, 2, 4 or 8, got {self.choose_columns}")
         if min(self.group, self.salient_group, self.rounds, self.learn_rounds) < 0:
@@ -163,7 +165,7 @@ def compress(
             detail[name] |= errors.detail
     for name, codes in rounded.items():
         unreached = "" if seen.statistics[name].tokens else ROUNDED_UNREACHED
-        packed[name] = Packed.codes(codes.parts(found[name].order_I), join_notes(note, unreached), detail[name])
+        packed[name] = Packed.codes(codes.parts(found[name].shape.order_I), join_notes(note, unreached), detail[name])
     return packed
 
 
