@@ -354,8 +354,10 @@ WRONG: list[tuple[list[str], str]] = [
     (["--target-bytes", "2MB"], "give 73,728 to 589,824 bytes"),
     (["--target-bytes", "a lot"], "expected a number of bytes such as 1700000000, 1.7GB or 800MiB"),
     (["--target-bytes", "150KB", "--pack", "none"], "target_bytes counts stored codes, and --pack none stores none"),
-    (["--target-bytes", "150KB", "--set", "granularity=element", "--set", "widths=1+4"],
-     "target_bytes counts stored codes, and granularity element stores none"),
+    (
+        ["--target-bytes", "150KB", "--set", "granularity=element", "--set", "widths=1+4"],
+        "target_bytes counts stored codes, and granularity element stores none",
+    ),
 ]
 
 
