@@ -130,7 +130,7 @@ def test_interrupt_says_how_to_go_on(
     )  # fmt: skip
     assert code == 130 and "--resume" not in errors and "nothing is kept" in errors
     assert not list(tmp_path.glob("out*"))
-    monkeypatch.setattr("niwaki.compression.compress_blocks", interrupted)
+    monkeypatch.setattr("niwaki.job.compress_blocks", interrupted)
     code, _, errors = run(capsys, *compress(model, tmp_path / "out", text))
     assert code == 130 and "--resume" in errors
     assert (tmp_path / "out.partial").exists()

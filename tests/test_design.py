@@ -2,13 +2,14 @@
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import pytest
 
 import niwaki
 from niwaki import errors
-from niwaki.methods import METHODS, get_method
+from niwaki.methods import METHODS, STRUCTURED, get_method
 
 SOURCE = Path(niwaki.__file__).parent
 FILES = sorted(path for path in SOURCE.rglob("*.py") if "data" not in path.relative_to(SOURCE).parts)
@@ -20,13 +21,15 @@ LAYERS = [
     ["config", "device", "kernels", "loading", "writing"],
     ["calibration", "tap", "codes", "packed", "activations", "learning"],
     ["anatomy"],
-    ["checkpoint", "statistics"],
+    ["checkpoint", "statistics", "structure"],
     ["block"],
     ["allocation", "stream"],
     ["budget"],
     ["methods", "runtime"],
     ["walk", "run", "ends", "parts"],
     ["card"],
+    ["job"],
+    ["shaping"],
     ["compression"],
     ["evaluation", "generation"],
     ["recovery", "exporting"],
@@ -72,13 +75,13 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 def test_methods_import_no_other_method_and_the_walk_names_none() -> None:
-    for name in METHODS:
+    for name in METHODS + STRUCTURED:
         tree = ast.parse((SOURCE / "methods" / f"{name}.py").read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("niwaki.methods."):
                 assert node.module.rsplit(".", 1)[1].startswith("_"), f"{name} imports {node.module}"
     walk = (SOURCE / "walk.py").read_text(encoding="utf-8")
-    assert not [name for name in METHODS if name in walk]
+    assert not [name for name in METHODS + STRUCTURED if re.search(rf"\b{name}\b", walk)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
@@ -130,7 +133,7 @@ def test_unknown_attribute_is_an_attribute_error() -> None:
         _ = niwaki.compres  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHODS + STRUCTURED)
 def test_method_modules_tell_paper_cost_and_example(name: str) -> None:
     method = get_method(name)
     assert method.PAPER

@@ -79,6 +79,14 @@ class Block:
             self.weight(name).copy_(weight_OI.to(self.storage_dtype(name)))
         self.changed.add(self.linears[name].parameter)
 
+    def silence(self, name: str) -> None:
+        """Zeroes the bias beside the matrix `name`, if it has one."""
+        bias = f"{self.linears[name].parameter.removesuffix(WEIGHT)}.bias"
+        if bias in dict(self.module.named_parameters()):
+            with torch.no_grad():
+                self.module.get_parameter(bias).zero_()
+            self.changed.add(bias)
+
     def run(self, call: Call, x_BTD: Tensor, seen: Callable[[str, Tensor], None] | None = None) -> Tensor:
         """One forward without gradients; `seen(matrix name, its input)` is called for every matrix met."""
         if seen is None:
@@ -141,6 +149,10 @@ class Decoder:
             prefix = self.anatomy.prefix(index)
             return [name for name, target in self._renames.items() if target.startswith(prefix)]
         return [name for name, target in self._renames.items() if not target.startswith(f"{self.path}.")]
+
+    def parameter(self, name: str, index: int) -> str:
+        """What the tensor `name` on disk is called inside block `index`."""
+        return self._renames[name].removeprefix(self.anatomy.prefix(index))
 
     def end_matrices(self) -> dict[str, list[str]]:
         """Names on disk of the weights of embeddings and head, by module; a tied head's count as the embeddings'."""

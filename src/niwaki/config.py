@@ -71,7 +71,36 @@ class Bits:
         return 0
 
 
-Target = Sparsity | Grouped | Bits
+@dataclass(frozen=True)
+class Unit:
+    """Groups of columns of the matrix `consumer`, each made by as many rows of every producer (see `structure`).
+
+    `kind`: `neurons` of a dense layer, or `heads` that share a key and a value.
+    """
+
+    kind: Literal["heads", "neurons"]
+    consumer: str
+    producers: tuple[str, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Structured: how many groups of a unit stay. `cut`: the others leave the file, else they are stored as zeros."""
+
+    unit: Unit
+    count: int
+    cut: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.unit.count} {self.unit.kind}"
+
+    def zeros_in(self, rows: int, columns: int) -> int:
+        """Structured targets are no number of zeros."""
+        return 0
+
+
+Target = Sparsity | Grouped | Bits | Keep
 _BYTE_UNITS = {"": 1, "B": 1} | {
     f"{prefix}{ending}": base**power
     for power, prefix in enumerate("KMGT", start=1)

@@ -1,7 +1,7 @@
 """One tagged record per compressed matrix: how it is stored, decoded and counted.
 
 Kinds so far: `dense` (every weight kept), `masked` (zeros stored in place, so any engine loads it and the file stays
-as large as before) and `codes` (quantized columns, see `codes`).
+as large as before), `codes` (quantized columns, see `codes`) and `sliced` (rows or columns gone, see `structure`).
 
 Legend: O outputs, I inputs.
 """
@@ -16,14 +16,15 @@ from torch import Tensor
 
 from niwaki.codes import Part, assemble, stored_tensors
 
-Kind = Literal["dense", "masked", "codes"]
+Kind = Literal["dense", "masked", "codes", "sliced"]
 
 
 @dataclass(frozen=True)
 class Packed:
     """A compressed matrix. `weight_OI` is what every consumer must see after decoding.
 
-    `parts` is how `codes` are stored.
+    `parts` is how `codes` are stored; `cut` the shape that is stored of a `sliced` matrix, whose other rows or columns
+    are zero in `weight_OI`.
 
     `note` tells what a reader of blocks.jsonl should know about how this record came to be; `detail` holds
     further fields of its line there.
@@ -34,6 +35,7 @@ class Packed:
     note: str = ""
     detail: Mapping[str, Any] = field(default_factory=dict)
     parts: Sequence[Part] = ()
+    cut: tuple[int, int] | None = None
 
     @classmethod
     def codes(cls, parts: Sequence[Part], note: str = "", detail: Mapping[str, Any] | None = None) -> "Packed":
@@ -59,7 +61,7 @@ class Packed:
         """Bytes this record takes in a file that stores unquantized values as `dtype`."""
         if self.parts:
             return sum(tensor.nbytes for tensor in self.tensors().values())
-        return self.weight_OI.numel() * dtype.itemsize
+        return math.prod(self.cut or self.weight_OI.shape) * dtype.itemsize
 
     def describe(self) -> dict[str, Any]:
         """What a loader needs to read the tensors of a record of codes."""

@@ -1,7 +1,8 @@
 """What the finished parts of a result add up to.
 
 A part is one shard: a block, or some of the tensors outside the blocks. Its entry in the journal names the shard and
-its tensors, and holds a line for every matrix in it: those of blocks have a `block`, embeddings and head a `module`.
+its tensors (a block that was removed has neither), and holds a line for every matrix in it: those of blocks have a
+`block`, embeddings and head a `module`.
 """
 
 import math
@@ -37,8 +38,9 @@ def read_plain(shard: Path, modules: Mapping[str, Any], dtype: torch.dtype) -> d
 
 def shard_index(entries: Sequence[Entry]) -> dict[str, Any]:
     """The content of model.safetensors.index.json."""
-    weight_map = {name: entry["shard"] for entry in entries for name in entry["tensors"]}
-    total_bytes = sum(entry["tensor_bytes"] for entry in entries)
+    written = [entry for entry in entries if "shard" in entry]
+    weight_map = {name: entry["shard"] for entry in written for name in entry["tensors"]}
+    total_bytes = sum(entry["tensor_bytes"] for entry in written)
     return {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
 
@@ -55,8 +57,8 @@ def result_of(entries: Sequence[Entry]) -> dict[str, Any]:
         "matrices": len(lines),
         **_ends([line for entry in entries for line in entry["lines"] if "module" in line]),
         "notes": sorted({line["note"] for line in lines if line["note"]}),
-        "bytes": sum(entry["bytes"] for entry in entries),
-        "sha256": {entry["shard"]: entry["sha256"] for entry in entries},
+        "bytes": sum(entry["bytes"] for entry in entries if "shard" in entry),
+        "sha256": {entry["shard"]: entry["sha256"] for entry in entries if "shard" in entry},
     }
 
 

@@ -7,6 +7,7 @@ the number of blocks.
 Legend: S windows, B windows in a batch, T tokens, D hidden size, N tokens, O outputs, I inputs.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from niwaki.activations import Activations
 from niwaki.block import Block, Decoder
-from niwaki.config import Target
+from niwaki.config import Keep, Target
 from niwaki.errors import ArchitectureError, NumericalError
 from niwaki.methods import Step, merged_needs
 from niwaki.packed import Packed, join_notes
@@ -125,12 +126,13 @@ def compress_blocks(
     finished: Callable[[int], dict[str, Tensor] | None],
     save: Callable[[Block, list[dict[str, Any]]], None],
     report: Report,
+    riders: Sequence[Stream] = (),
 ) -> None:
     """Compresses every block on the stream and hands it to `save` with its report lines.
 
     `finished(index)` gives the stored tensors of a block that an earlier run completed: it is only replayed.
     `stream` may be None for a method that needs no data; `dense`, if given, follows the dense model and
-    yields the drift of the compressed prefix at every depth.
+    yields the drift of the compressed prefix at every depth. `riders` only pass the compressed blocks.
     """
     for block in loaded_blocks(decoder, finished):
         started = time.perf_counter()
@@ -139,8 +141,8 @@ def compress_blocks(
             _advance_dense(decoder, dense, block, done)
         if not done:
             lines = _compress_block(block, plan, stream, dense)
-        if stream is not None:
-            stream.advance(block)
+        for passing in (*([] if stream is None else [stream]), *riders):
+            passing.advance(block)
         if not done:
             drift = None if dense is None or stream is None else _relative_error(stream.hidden, dense.hidden)
             save(block, [{**line, "drift": drift} for line in lines])
@@ -191,9 +193,13 @@ def _line(
         error = _energy_ratio(x_NI @ new_OI.T - wanted_NO, wanted_NO)
         masked_OI = old_OI * (new_OI != 0)
         error_before_update = _energy_ratio(x_NI @ masked_OI.T - wanted_NO, wanted_NO)
-    zeros = int((new_OI == 0).sum())
+    if isinstance(target, Keep) and not target.count:
+        block.silence(name)
+    shape = record.cut or tuple(new_OI.shape)
+    count = math.prod(shape)
+    zeros = int((new_OI == 0).sum()) - (new_OI.numel() - count)
     stored: dict[str, Any] = {}
-    nbytes, note = new_OI.numel() * block.storage_dtype(name).itemsize, record.note
+    nbytes, note = count * block.storage_dtype(name).itemsize, record.note
     if record.parts and pack and name in block.packable:
         tensors = block.packed[name] = record.tensors()
         nbytes, stored = sum(tensor.nbytes for tensor in tensors.values()), {"stored": record.describe()}
@@ -202,13 +208,13 @@ def _line(
     return {
         "block": block.index,
         "matrix": name,
-        "shape": list(new_OI.shape),
+        "shape": list(shape),
         "target": str(target),
         "kind": record.kind,
         "zeros": zeros,
-        "zeros_frac": zeros / new_OI.numel(),
+        "zeros_frac": zeros / max(count, 1),
         "bytes": nbytes,
-        "bits": 8 * nbytes / new_OI.numel(),
+        "bits": 8 * nbytes / max(count, 1),
         "tokens": statistics.tokens,
         "error_before_update": error_before_update,
         "error": error,

@@ -21,6 +21,7 @@ from niwaki.errors import InputError, TargetError, unknown
 from niwaki.packed import Packed
 from niwaki.statistics import Needs
 from niwaki.stream import Evidence
+from niwaki.structure import Shape, Sizes
 
 METHODS = (
     "arb",
@@ -35,6 +36,8 @@ METHODS = (
     "wanda",
     "wandapp",
 )
+# These make blocks, heads and neurons fewer: they offer `shapes` besides, and see every block after its shape is known.
+STRUCTURED = ("comp", "shortgpt", "wandasp")
 # These spend any number of bits a weight that they are given, on codes that are stored as they are counted.
 FRACTIONAL = ("squeeze10",)
 
@@ -69,6 +72,16 @@ class Fractional(Method, Protocol):
         """Bits a weight below which a matrix of this shape cannot be stored."""
 
 
+class Structured(Method, Protocol):
+    """What a method in STRUCTURED offers besides."""
+
+    def shapes(self, sizes: Sizes, removed_frac: float, influence: Sequence[float], config: Any) -> list[Shape]:
+        """Shapes that remove at least so much; the one that is best on trial is taken. None: there is none.
+
+        `influence`: 1 − mean cos(h_in, h_out) of every block.
+        """
+
+
 @dataclass(frozen=True)
 class Step:
     """One method of a chain with its options."""
@@ -86,6 +99,10 @@ class Step:
         """Of a method in FRACTIONAL: see there."""
         return cast(Fractional, self.method).least_bits(rows, columns, self.config)
 
+    def shapes(self, sizes: Sizes, removed_frac: float, influence: Sequence[float]) -> list[Shape]:
+        """Of a method in STRUCTURED: see there."""
+        return cast(Structured, self.method).shapes(sizes, removed_frac, influence, self.config)
+
     def compress(
         self, block: Block, seen: Evidence, targets: Mapping[str, Target], generator: torch.Generator
     ) -> dict[str, Packed]:
@@ -95,8 +112,8 @@ class Step:
 
 def get_method(name: str) -> Method:
     """The method module `name`. Raises InputError with the nearest name."""
-    if name not in METHODS:
-        raise InputError(unknown("method", name, METHODS))
+    if name not in METHODS + STRUCTURED:
+        raise InputError(unknown("method", name, METHODS + STRUCTURED))
     return cast(Method, importlib.import_module(f"niwaki.methods.{name}"))
 
 
@@ -140,6 +157,13 @@ def settle_budget(recipe: Recipe) -> Recipe:
         by_need = set(names) <= set(FRACTIONAL) and not recipe.keep_blocks
         recipe = recipe.model_copy(update={"allocation": "sensitivity" if by_need else "uniform"})
     by_need = recipe.allocation == "sensitivity"
+    if structured := [name for name in names if name in STRUCTURED]:
+        if len(names) > 1:
+            raise InputError(
+                f"{structured[0]} changes the shape of the model: run it alone, and the other methods on its result"
+            )
+        if recipe.allocation != "uniform":
+            raise TargetError(f"{structured[0]} chooses the shape itself: drop allocation {recipe.allocation}")
     wanted = {"target_bytes": recipe.target_bytes, "keep_blocks": recipe.keep_blocks, "allocation sensitivity": by_need}
     for name in names:
         for field in (field for field, given in wanted.items() if given):

@@ -1,0 +1,179 @@
+"""COMP: fewer blocks, heads and neurons, and least squares on what is left; no training.
+
+Source: "COMP" (arXiv 2501.15255). Only its abstract could be read: a reconstruction, every choice an option.
+
+1. Whole blocks go by importance, here 1 − cos(h_in, h_out), as in ShortGPT. How many go, how many groups of heads
+   go from the other blocks, and so how many neurons, is not fixed: every split is tried on a part of the calibration
+   text, and the one with the lowest loss on another part is taken (`try_blocks`, `try_heads`). One cosine alone has
+   let models collapse (3419 instead of 5.8 on Llama-3.1-8B at 25 %, by the authors of Týr).
+2. Neurons, and groups of heads that share a key and a value, go by a score of the conditioning of what remains
+   (`score`); the paper's formula is not verified. Candidates for a group of columns g of the matrix W that writes to
+   the residual stream: `surgeon` tr(W_g [H⁻¹]_gg⁻¹ W_gᵀ), taken anew after every `at_once` removals; `leverage`
+   w_jᵀ(WWᵀ + λI)⁻¹w_j, which needs no data; `energy` ‖W_g‖² · E[x_g²]; `random` to compare.
+3. Mask tuning by least squares (`tune`): `full` W' = W C_:S (C_SS + λI)⁻¹, C from the inputs in the compressed
+   model; `scales` one factor a group, as FPT; `none`. `supervise`: `prefix` wants the outputs of the dense matrix on
+   those inputs, `outputs` the outputs it has in the dense model, so that drift is corrected: W C_fx (C_xx + λI)⁻¹ in
+   the place of W, by `supervise_frac` of the way.
+
+Cost: four forwards of the text, and for every split on trial three of a part of it; two Gram matrices, a factor and
+2·R·I² operations a block for R removed columns. No gradients. Memory: one block, and the hidden states of the text.
+
+    niwaki compress MODEL OUT --method comp --target 0.3 --calibration mine.txt --seq-len 512
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from niwaki.block import Block
+from niwaki.config import Keep, Sparsity, Target
+from niwaki.methods._groups import (
+    UNREACHED,
+    by_group,
+    fit,
+    keeps_of,
+    kept_of,
+    nothing,
+    records,
+    remove,
+    scaled,
+    without,
+)
+from niwaki.methods._rounding import damped
+from niwaki.methods._solver import check_damping, inverse_factor
+from niwaki.packed import Packed
+from niwaki.statistics import Needs, Statistics
+from niwaki.stream import Evidence
+from niwaki.structure import Shape, Sizes
+
+PAPER = "COMP (arXiv 2501.15255), a reconstruction"
+ACCEPTS = (Sparsity,)
+CONTINUES = False
+SCORES = ("surgeon", "energy", "leverage", "random")
+TUNES = ("full", "scales", "none")
+SUPERVISIONS = ("prefix", "outputs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`score`, `tune`, `supervise`, `supervise_frac`: above. `at_once`: neurons that go
+    between two looks at the scores.
+
+    `try_blocks`, `try_heads`: how many blocks and groups of heads may go at most, on trial. `multiple`: of neurons
+    (0: 8, or 256 for large models). `damping_frac`: λ as a share of the mean diagonal.
+    """
+
+    score: str = "surgeon"
+    tune: str = "full"
+    supervise: str = "prefix"
+    supervise_frac: float = 1.0
+    at_once: int = 32
+    try_blocks: int = 2
+    try_heads: int = 1
+    multiple: int = 0
+    damping_frac: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, known in (("score", SCORES), ("tune", TUNES), ("supervise", SUPERVISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if min(self.try_blocks, self.try_heads, self.multiple) < 0 or self.at_once < 1:
+            raise ValueError("expected try_blocks, try_heads and multiple ≥ 0, at_once ≥ 1")
+        if not 0 < self.supervise_frac <= 1:
+            raise ValueError(f"supervise_frac must lie in (0, 1], got {self.supervise_frac}")
+        check_damping(self.damping_frac)
+
+
+def needs(config: Config) -> Needs:
+    """Gram matrices of the inputs, with those of the dense model if it supervises."""
+    full = config.supervise == "outputs"
+    return Needs(gram=True, full=full, dense=full)
+
+
+def shapes(sizes: Sizes, removed_frac: float, influence: Sequence[float], config: Config) -> list[Shape]:
+    """Every split to try: from none to `try_blocks` blocks, the least important first, and likewise of heads."""
+    order = sorted(range(len(sizes)), key=lambda index: influence[index])
+    legal = [heads for heads in sizes.legal_heads() if heads >= sizes.heads - config.try_heads]
+    found = [
+        sizes.fitting(removed_frac, heads, sorted(order[:count]), config.multiple)
+        for count in range(min(config.try_blocks, len(sizes) - 1) + 1)
+        for heads in legal
+    ]
+    return list(dict.fromkeys(shape for shape in found if shape is not None))
+
+
+@torch.no_grad()
+def compress(
+    block: Block,
+    seen: Evidence,
+    targets: Mapping[str, Target],
+    config: Config,
+    generator: torch.Generator,
+) -> dict[str, Packed]:
+    """Chooses groups and refits the matrix that reads them, unit by unit."""
+    found: dict[str, Packed] = {}
+    for keep in keeps_of(targets):
+        if not keep.count:
+            found |= nothing(block, keep)
+            continue
+        weight_OI = block.weight(keep.unit.consumer).float()
+        statistics = seen.statistics[keep.unit.consumer]
+        if not statistics.tokens:
+            kept = kept_of(by_group(weight_OI.square().sum(0), keep.unit), keep.count)
+            found |= records(block, keep, kept, without(weight_OI, keep, kept), UNREACHED)
+            continue
+        wanted_OI = _wanted(weight_OI, statistics, config)
+        kept, weight_OI = _choose(wanted_OI, weight_OI, statistics, keep, config, generator)
+        found |= records(block, keep, kept, weight_OI)
+    return found
+
+
+def _wanted(weight_OI: Tensor, statistics: Statistics, config: Config) -> Tensor:
+    """The matrix whose outputs are to survive."""
+    if config.supervise == "prefix":
+        return weight_OI
+    damped_II = damped(statistics.gram_II, config.damping_frac)
+    cross_II = statistics.full_II[1].clone()
+    cross_II.diagonal().add_(damped_II.diagonal() - statistics.gram_II.diagonal())  # λ pulls to W itself
+    pulled_OI = torch.cholesky_solve((weight_OI @ cross_II).T, torch.linalg.cholesky(damped_II)).T
+    return weight_OI + config.supervise_frac * (pulled_OI - weight_OI)
+
+
+def _choose(
+    wanted_OI: Tensor,
+    weight_OI: Tensor,
+    statistics: Statistics,
+    keep: Keep,
+    config: Config,
+    generator: torch.Generator,
+) -> tuple[list[int], Tensor]:
+    """The groups that stay, and the matrix for them."""
+    upper_II, damping_frac = inverse_factor(statistics.gram_II, config.damping_frac)
+    damped_II = damped(statistics.gram_II, damping_frac)
+    if config.score == "surgeon":
+        at_once = config.at_once if keep.unit.kind == "neurons" else 1
+        kept, found_OI = remove(wanted_OI, upper_II.T @ upper_II, keep.unit, keep.count, at_once)
+        if config.tune == "full":
+            return kept, found_OI
+    else:
+        scores_I = _scores(weight_OI, statistics, config, generator)
+        kept = kept_of(by_group(scores_I, keep.unit), keep.count)
+    if config.tune == "full":
+        return kept, fit(wanted_OI, damped_II, kept, keep.unit)
+    if config.tune == "scales":
+        return kept, scaled(wanted_OI, damped_II, kept, keep.unit)
+    return kept, without(wanted_OI, keep, kept)
+
+
+def _scores(weight_OI: Tensor, statistics: Statistics, config: Config, generator: torch.Generator) -> Tensor:
+    """How much every column [I] is worth."""
+    if config.score == "random":
+        return torch.rand(weight_OI.shape[1], generator=generator).to(weight_OI.device)
+    if config.score == "energy":
+        return weight_OI.square().sum(0) * statistics.sqnorm_I
+    outer_OO = weight_OI @ weight_OI.T
+    outer_OO.diagonal().add_(config.damping_frac * outer_OO.diagonal().mean())
+    solved_OI: Tensor = torch.linalg.solve(outer_OO, weight_OI)
+    return (weight_OI * solved_OI).sum(0)

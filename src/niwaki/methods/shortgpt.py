@@ -1,0 +1,61 @@
+"""ShortGPT: whole blocks go, those that change the direction of the residual stream least; the others stay as they are.
+
+Source: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect". Block influence
+1 − mean cos(h_in, h_out), measured once in the dense model, over all tokens. A budget that is no whole number of blocks
+is rounded to the nearest.
+
+Cost: two forwards of the text.
+
+    niwaki compress MODEL OUT --method shortgpt --target 0.25 --calibration mine.txt --seq-len 512
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from niwaki.block import Block
+from niwaki.config import Sparsity, Target
+from niwaki.methods._groups import keeps_of, nothing, records
+from niwaki.packed import Packed
+from niwaki.statistics import Needs
+from niwaki.stream import Evidence
+from niwaki.structure import Shape, Sizes
+
+PAPER = "ShortGPT (Men et al. 2024)"
+ACCEPTS = (Sparsity,)
+CONTINUES = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """No options."""
+
+
+def needs(config: Config) -> Needs:
+    """Nothing of single matrices."""
+    return Needs()
+
+
+def shapes(sizes: Sizes, removed_frac: float, influence: Sequence[float], config: Config) -> list[Shape]:
+    """The least influential blocks out."""
+    count = min(max(round(removed_frac * len(sizes)), 1), len(sizes) - 1)
+    dropped = sorted(range(len(sizes)), key=lambda index: influence[index])[:count]
+    return [sizes.shape(sizes.neurons, sizes.heads, dropped)]
+
+
+def compress(
+    block: Block,
+    seen: Evidence,
+    targets: Mapping[str, Target],
+    config: Config,
+    generator: torch.Generator,
+) -> dict[str, Packed]:
+    """All or nothing."""
+    found: dict[str, Packed] = {}
+    for keep in keeps_of(targets):
+        if keep.count:
+            found |= records(block, keep, range(keep.unit.count), block.weight(keep.unit.consumer).float())
+        else:
+            found |= nothing(block, keep)
+    return found

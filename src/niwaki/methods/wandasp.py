@@ -1,0 +1,67 @@
+"""Wanda-sp: Wanda's score summed over neurons and heads, the same ratio in every block, nothing refitted.
+
+Source: the structured variant of Wanda (Sun et al. 2023) that An et al. 2023 (FLAP) compare with: mean over outputs of
+|W|·‖x‖ for every input of the matrices that write to the residual stream, summed over a head (here: over the heads that
+share a key and a value). Heads are rounded to what a config can hold, neurons make up for it.
+
+Cost: three forwards of the text.
+
+    niwaki compress MODEL OUT --method wandasp --target 0.3 --calibration mine.txt --seq-len 512
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from niwaki.block import Block
+from niwaki.config import Sparsity, Target
+from niwaki.methods._groups import by_group, even_shapes, keeps_of, kept_of, nothing, records, without
+from niwaki.packed import Packed
+from niwaki.statistics import Needs
+from niwaki.stream import Evidence
+from niwaki.structure import Shape, Sizes
+
+PAPER = "Wanda-sp (An et al. 2023)"
+ACCEPTS = (Sparsity,)
+CONTINUES = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`multiple`: of neurons (0: 8, or 256 for large models)."""
+
+    multiple: int = 0
+
+
+def needs(config: Config) -> Needs:
+    """Squared norms of the inputs."""
+    return Needs(sqnorm=True)
+
+
+def shapes(sizes: Sizes, removed_frac: float, influence: Sequence[float], config: Config) -> list[Shape]:
+    """One ratio for heads and neurons."""
+    return even_shapes(sizes, removed_frac, config.multiple)
+
+
+def compress(
+    block: Block,
+    seen: Evidence,
+    targets: Mapping[str, Target],
+    config: Config,
+    generator: torch.Generator,
+) -> dict[str, Packed]:
+    """Chooses groups unit by unit."""
+    found: dict[str, Packed] = {}
+    for keep in keeps_of(targets):
+        if not keep.count:
+            found |= nothing(block, keep)
+            continue
+        weight_OI = block.weight(keep.unit.consumer).float()
+        statistics = seen.statistics[keep.unit.consumer]
+        scores_I = weight_OI.abs().mean(0)
+        if statistics.tokens:
+            scores_I = scores_I * statistics.sqnorm_I.sqrt()
+        kept = kept_of(by_group(scores_I, keep.unit), keep.count)
+        found |= records(block, keep, kept, without(weight_OI, keep, kept))
+    return found

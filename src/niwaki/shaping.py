@@ -1,0 +1,184 @@
+"""The job of a structured method: the shape first, by trial, then the walk, then smaller tensors and their config.
+
+Blocks are walked at full size with zeros in what is gone; what is stored is cut. At the end the result is read back
+through its own config, and has to compute what the walk computed.
+"""
+
+import json
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from niwaki.block import Block, Decoder
+from niwaki.checkpoint import Checkpoint
+from niwaki.config import Sparsity
+from niwaki.errors import NumericalError, TargetError
+from niwaki.job import CompressionJob, block_part
+from niwaki.run import Run
+from niwaki.stream import Stream
+from niwaki.structure import Shape, Sizes, lines_of, new_name
+from niwaki.walk import Plan, Report, compress_blocks
+from niwaki.writing import write_text
+
+TRIAL_WINDOWS = 24  # that shapes are tried with, at most
+HELD_WINDOWS = 8  # that they are judged by
+# Relative squared error between the walk at full size and the stored result: other kernels, other orders of sums.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+class ShapingJob(CompressionJob):
+    """A compression whose blocks become smaller."""
+
+    shape = Shape((1,), (1,))  # until it is found
+
+    def _allocate(self, run: Run, report: Report) -> None:
+        """Tries the shapes that the method proposes and takes the one with the lowest loss on held-out windows."""
+        assert isinstance(self.target, Sparsity)
+        config = json.loads((self.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+        self.sizes = Sizes(self.decoder.anatomy, self.decoder.model, config)
+        influence = self._scan(run, "influence", _influence, report)
+        shapes = self.steps[0].shapes(self.sizes, self.target.zeros_frac, influence)
+        if not shapes:
+            raise TargetError(
+                f"target {self.target}: {self.recipe.method} finds no shape that removes so much and leaves a block, a "
+                "head and a neuron: lower the target, or let more blocks and heads go"
+            )
+        tried = list(enumerate(shapes)) if shapes[1:] else []
+        losses = [self._trial(run, number, shape, report) for number, shape in tried] or [0.0]
+        self.shape = shapes[losses.index(min(losses))]
+        self.targets = self.sizes.targets(self.shape)
+        self.allocated = {
+            "shape": _described(self.shape),
+            "removed_frac": self.sizes.removed_frac(self.shape),
+            "cut": self.shape.even,
+            "influence": influence,
+            "trials": [_described(shape) | {"loss": losses[number]} for number, shape in tried],
+        }
+        self.shard_names = self._shard_names()
+        report("allocation", **self.allocated)
+
+    def _shard_names(self) -> list[str]:
+        """A block that is gone has no file, and its name is not counted."""
+        names = super()._shard_names()
+        gone = self.shape.dropped if self.shape.even else ()
+        count, number, found = len(names) - len(gone), 0, []
+        for index in range(len(names)):
+            number += index not in gone
+            found.append(f"model-{number:05d}-of-{count:05d}.safetensors")
+        return found
+
+    def _trial(self, run: Run, number: int, shape: Shape, report: Report) -> float:
+        """Loss on the held windows of a model of this shape, made with some of the others; kept in the journal."""
+        part = f"trial-{number:05d}"
+        if part not in run.finished:
+            assert self.windows_ST is not None, "structured methods ask for windows"
+            held = max(1, min(HELD_WINDOWS, len(self.windows_ST) // 4))
+            seen_ST = self.windows_ST[:-held][:TRIAL_WINDOWS] if len(self.windows_ST) > held else self.windows_ST
+            stream, judge = self._stream(run, "trial", seen_ST), self._stream(run, "held", self.windows_ST[-held:])
+            dense = self._stream(run, "trial-dense", seen_ST) if self.dense_stream else None
+            assert judge is not None
+            plan = Plan(self.steps, self.sizes.targets(shape), self.recipe.seed, False)
+            compress_blocks(
+                self.decoder, plan, stream, dense, riders=[judge], finished=lambda index: None,
+                save=lambda block, lines: None, report=lambda event, **fields: None,
+            )  # fmt: skip
+            run.finish_part(part, {"loss": _loss(self.decoder, judge)})
+            report("trial", shape=_described(shape), **run.finished[part])
+        loss: float = run.finished[part]["loss"]
+        return loss
+
+    def _tensors(self, block: Block, lines: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The block without what is gone, under its new name; nothing of a block that is gone itself."""
+        tensors = super()._tensors(block, lines)
+        if not self.shape.even:
+            return tensors
+        if block.index in self.shape.dropped:
+            return {}
+        cut = self._lines(block.index, lines)
+        found = {}
+        for name, tensor in tensors.items():
+            along, places, _ = cut.get(self.decoder.parameter(name, block.index), (0, None, 0))
+            smaller = tensor if places is None else tensor.index_select(along, places).contiguous()
+            found[new_name(name, self.decoder.path, block.index, self.shape.dropped)] = smaller
+        return found
+
+    def _lines(self, index: int, lines: list[dict[str, Any]]) -> dict[str, tuple[int, Tensor, int]]:
+        kept = {line["matrix"]: line["kept_groups"] for line in lines if "kept_groups" in line}
+        anatomy = self.decoder.anatomy.blocks[index]
+        found: dict[str, tuple[int, Tensor, int]] = {}
+        for unit in self.sizes.units.values():
+            found |= lines_of(unit, anatomy, kept[unit.consumer])
+        return found
+
+    def _stored_block(self, run: Run, index: int) -> dict[str, Tensor]:
+        """A finished block at full size: what was cut is zero."""
+        if not self.shape.even:
+            return super()._stored_block(run, index)
+        entry = run.finished[block_part(index)]
+        found = self.checkpoint.read(self.decoder.disk_names(index))
+        stored = load_file(run.folder / entry["shard"]) if "shard" in entry else {}
+        for name, dense in list(found.items()):
+            parameter = self.decoder.parameter(name, index)
+            along, places, _ = self._lines(index, entry["lines"]).get(parameter, (0, None, 0))
+            kept = stored.get(new_name(name, self.decoder.path, index, self.shape.dropped))
+            if kept is None:  # of a block that is gone nothing writes to the stream
+                writes = {unit.consumer for unit in self.sizes.units.values()}
+                found[name] = torch.zeros_like(dense) if parameter.rpartition(".")[0] in writes else dense
+            elif places is None:
+                found[name] = kept
+            else:
+                found[name] = torch.zeros_like(dense).index_copy_(along, places, kept)
+        return found
+
+    def _settle_config(self, run: Run) -> None:
+        if self.shape.even:
+            content = json.dumps(self.sizes.config_for(self.shape), indent=2) + "\n"
+            write_text(run.folder / "config.json", content)
+
+    def _check(self, run: Run, stream: Stream | None) -> None:
+        """Reads the result as any reader would, and compares what it computes for the first window."""
+        assert stream is not None and self.windows_ST is not None
+        decoder = Decoder(Checkpoint.open(str(run.folder)), self.device, self.decoder.dtype)
+        ids_ST = self.windows_ST[:1]
+        again = Stream(decoder, ids_ST, name="check")
+        for index in range(len(decoder)):
+            block = decoder.load(index)
+            again.advance(block)
+            block.release()
+        wanted_TD, found_TD = stream.hidden.read(slice(0, 1)).float(), again.hidden.read(slice(0, 1)).float()
+        error = float((found_TD - wanted_TD).square().sum() / wanted_TD.square().sum())
+        if not error <= TOLERANCE[self.decoder.dtype]:
+            raise NumericalError(
+                f"the smaller model computes something else than the blocks it was cut from (relative squared error "
+                f"{error:.1e}): this architecture ties its parts in a way that niwaki does not see; nothing was written"
+            )
+
+
+def _influence(block: Block, stream: Stream) -> float:
+    """1 − mean cos(h_in, h_out) over all tokens (ShortGPT, Men et al. 2024)."""
+    total, tokens = 0.0, 0
+    for rows in stream.slices():
+        x_BTD = stream.hidden.read(rows)
+        before_BTD = x_BTD.float().clone()
+        after_BTD = block.run(stream.call(len(x_BTD), block.index), x_BTD).float()
+        total += float(torch.cosine_similarity(before_BTD, after_BTD, dim=-1).double().sum())
+        tokens += before_BTD.shape[0] * before_BTD.shape[1]
+    return 1 - total / tokens
+
+
+def _loss(decoder: Decoder, stream: Stream) -> float:
+    """Mean negative log-likelihood of a predicted token."""
+    total = 0.0
+    for row, ids_T in enumerate(stream.ids_ST):
+        logits_TV = decoder.leave(stream.ids_ST[row : row + 1], stream.hidden.read(slice(row, row + 1)))[0, :-1].float()
+        wanted_T1 = ids_T[1:, None].to(logits_TV.device)
+        total -= float(logits_TV.log_softmax(-1).gather(1, wanted_T1).double().mean())
+    return total / len(stream.ids_ST)
+
+
+def _described(shape: Shape) -> dict[str, Any]:
+    if not shape.even:
+        return {"neurons": list(shape.neurons), "heads": list(shape.heads)}
+    return {"neurons": max(shape.neurons), "heads": max(shape.heads), "dropped": list(shape.dropped)}

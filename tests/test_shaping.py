@@ -1,0 +1,190 @@
+"""Structured pruning end to end: what is stored is smaller, loads without niwaki, and computes what was measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import niwaki
+from families import GQA, build, families
+from helpers import add_tokenizer, file_bytes, tiny_llama, write_texts
+from niwaki.cli import main
+from niwaki.methods import STRUCTURED
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "opt")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("shaping") / "model")
+
+
+def compress(model: Path, out: Path, text: Path, method: str = "comp", target: str = "0.3", **more: Any) -> Any:
+    calibration = {"files": (str(text),), "samples": 8, "seq_len": 16}
+    return niwaki.compress(model, out, method=method, target=target, calibration=calibration, device="cpu", **more)
+
+
+def saved(family: str, folder: Path) -> Path:
+    config = families()[family].config
+    config.vocab_size = 4096  # of the tokenizer
+    build(config).save_pretrained(folder)
+    add_tokenizer(folder)
+    return folder
+
+
+def parameters(folder: Path) -> int:
+    """Of all blocks, as plain transformers builds them."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+
+
+PLAIN = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+ids = torch.arange(20)[None] % 90
+model.generate(ids[:, :4], max_new_tokens=4, do_sample=False)
+assert "niwaki" not in sys.modules
+torch.save(model(ids).logits.detach(), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_transformers_loads_what_is_left_and_computes_the_same(family: str, text: Path, tmp_path: Path) -> None:
+    source = saved(family, tmp_path / "model")
+    before = parameters(source)
+    record = compress(source, tmp_path / "out", text, options={"multiple": 4})
+    found = record["allocation"]
+    assert found["cut"] and found["removed_frac"] >= 0.3 and len(found["trials"]) > 1
+    assert parameters(tmp_path / "out") == round(before * (1 - found["removed_frac"]))
+    assert found["shape"] == {k: v for k, v in min(found["trials"], key=lambda t: t["loss"]).items() if k != "loss"}
+    subprocess.run([sys.executable, "-c", PLAIN, tmp_path / "out", tmp_path / "logits.pt"], check=True)
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    ours = niwaki.load(tmp_path / "out", device="cpu").float()(torch.arange(20)[None] % 90).logits
+    torch.testing.assert_close(logits, ours, rtol=1e-3, atol=1e-3)
+
+
+def test_the_smaller_model_equals_the_full_one_with_zeros(model: Path, text: Path, tmp_path: Path) -> None:
+    compress(model, tmp_path / "out", text, method="wandasp")
+    lines = [json.loads(line) for line in (tmp_path / "out/niwaki/blocks.jsonl").read_text().splitlines()]
+    kept = {(line["block"], line["matrix"]): line["kept_groups"] for line in lines if "kept_groups" in line}
+    masked = niwaki.load(model, device="cpu").float()
+    with torch.no_grad():
+        for (index, name), groups in kept.items():
+            weight = masked.get_submodule(f"model.layers.{index}.{name}").weight
+            total = 2 if "o_proj" in name else weight.shape[1]
+            alive = torch.zeros(total, dtype=torch.bool)
+            alive[groups] = True
+            weight *= alive.repeat_interleave(weight.shape[1] // total)
+    ids = torch.arange(20)[None] % 90
+    found = niwaki.load(tmp_path / "out", device="cpu").float()(ids).logits
+    torch.testing.assert_close(found, masked(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_that_go_leave_no_file_and_others_keep_their_bytes(model: Path, text: Path, tmp_path: Path) -> None:
+    record = compress(model, tmp_path / "out", text, method="shortgpt", target="0.33")
+    (gone,) = record["allocation"]["shape"]["dropped"]
+    influence = record["allocation"]["influence"]
+    assert influence[gone] == min(influence)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3  # two blocks and the ends
+    before, after = (transformers.AutoModelForCausalLM.from_pretrained(f) for f in (model, tmp_path / "out"))
+    left = [layer for index, layer in enumerate(before.model.layers) if index != gone]
+    for old, new in zip(left, after.model.layers, strict=True):
+        for (name, a), b in zip(old.named_parameters(), new.parameters(), strict=True):
+            assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("method", STRUCTURED)
+def test_same_seed_same_bytes(method: str, model: Path, text: Path, tmp_path: Path) -> None:
+    source = file_bytes(model)
+    for name in ("a", "b"):
+        compress(model, tmp_path / name, text, method=method, seed=3)
+    assert file_bytes(tmp_path / "a") == file_bytes(tmp_path / "b") and file_bytes(model) == source
+
+
+@pytest.mark.parametrize("options", [{"try_blocks": 0}, {"try_blocks": 2, "try_heads": 0}])
+def test_a_resume_ends_with_the_same_bytes(
+    options: dict[str, int], model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = "0.3" if not options["try_blocks"] else "0.6"
+    compress(model, tmp_path / "whole", text, target=target, options=options)
+    from niwaki import walk
+
+    real, blocks = walk._compress_block, iter(range(100))
+
+    def stopping(block: Any, plan: Any, *rest: Any) -> Any:
+        if plan.pack and next(blocks) == 2:  # the third block of the walk itself, not of a trial
+            raise OSError("stop")
+        return real(block, plan, *rest)
+
+    monkeypatch.setattr(walk, "_compress_block", stopping)
+    with pytest.raises(OSError, match="stop"):
+        compress(model, tmp_path / "out", text, target=target, options=options)
+    monkeypatch.setattr(walk, "_compress_block", real)
+    assert any((tmp_path / "out.partial/niwaki/journal").glob("block-0000*.json"))
+    compress(model, tmp_path / "out", text, target=target, options=options, resume=True)
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "whole")
+
+
+def test_a_second_method_starts_from_the_result(model: Path, text: Path, tmp_path: Path) -> None:
+    compress(model, tmp_path / "small", text)
+    record = compress(tmp_path / "small", tmp_path / "both", text, method="wanda", target="0.5")
+    assert record["result"]["zeros_frac"] == 0.5
+    assert parameters(tmp_path / "both") == parameters(tmp_path / "small")
+
+
+WRONG = [
+    (["--target", "0.99"], "target 0.99: comp finds no shape that removes so much"),
+    (["--target", "2:4"], "comp"),
+    (["--allocation", "owl"], "comp chooses the shape itself: drop allocation owl"),
+    (["--method", "comp+wanda"], "comp changes the shape of the model: run it alone"),
+    (["--set", "score=best"], "score must be one of surgeon, energy, leverage, random"),
+    (["--set", "at_once=0"], "at_once ≥ 1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+def test_wrong_requests_are_one_line_and_leave_nothing(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    sys.argv = [
+        "niwaki", "compress", str(model), str(tmp_path / "out"), "--method", "comp", "--target", "0.3",
+        "--calibration", str(text), "--samples", "4", "--seq-len", "8", "--device", "cpu", *arguments,
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    errors = capsys.readouterr().err
+    assert message in " ".join(errors.split()) and "Traceback" not in errors
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_fused_matrices_are_refused(text: Path, tmp_path: Path) -> None:
+    source = saved("gpt_neox", tmp_path / "model")
+    with pytest.raises(niwaki.ArchitectureError, match="q, k and v apart"):
+        compress(source, tmp_path / "out", text)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("options", [
+    {"tune": "scales"}, {"tune": "none"}, {"score": "energy"}, {"score": "leverage"}, {"score": "random"},
+    {"supervise": "outputs"}, {"supervise": "outputs", "supervise_frac": 0.5, "score": "energy", "tune": "scales"},
+])  # fmt: skip
+def test_every_option_leaves_the_same_number_of_parameters(options: dict[str, Any], text: Path, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**{**GQA, "num_hidden_layers": 2, "vocab_size": 4096})
+    build(config).save_pretrained(tmp_path / "model")
+    add_tokenizer(tmp_path / "model")
+    options = options | {"try_blocks": 0, "try_heads": 0, "multiple": 4}
+    record = compress(tmp_path / "model", tmp_path / "out", text, options=options)
+    assert record["allocation"]["shape"] == {"neurons": 20, "heads": 2, "dropped": []}
+    assert record["result"]["weights"] == 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 20 * 32)
