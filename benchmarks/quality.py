@@ -52,6 +52,8 @@ def measure(model: str, data: Path, case: Case, seed: int, device: str, referenc
     result = record["result"]
     bits = result.get("method_bits", result["bits"])  # of baselines whose files hold decoded weights
     size = {"zeros_frac": result["zeros_frac"], "bits": bits, "bytes": result["bytes"]}
+    if "shape" in record["allocation"]:
+        size |= {key: record["allocation"][key] for key in ("removed_frac", "shape")}
     return {"seed": seed, **size, "compress_s": record["seconds"], **scores}
 
 
@@ -85,7 +87,8 @@ def line(row: dict) -> str:
     means = [round(row[name]["mean"], 2) for name in TEXTS]
     gaps = [round(100 * row["gap_closed"][name]["mean"], 1) for name in TEXTS] if "gap_closed" in row else ""
     took = round(sum(run["compress_s"] for run in row["runs"]), 1)
-    return f"{row['target']} | {row['label']} | {row['runs'][0]['bits']} bits {means} {gaps} {took}"
+    shape = row["runs"][0].get("shape", "")
+    return f"{row['target']} | {row['label']} | {row['runs'][0]['bits']} bits {shape} {means} {gaps} {took}"
 
 
 def main() -> None:

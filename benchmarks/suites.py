@@ -143,7 +143,31 @@ def ablation_squeeze10() -> list[Case]:
     ] + varied("squeeze10", "1.75bit", {"by need": {"learn_rounds": 0}, "by need, learned": {}})
 
 
+def structured() -> list[Case]:
+    methods = ("comp", "flap", "two_ssp", "wandasp", "shortgpt")
+    return [case(method, target) for target in ("0.2", "0.3", "0.5") for method in methods]
+
+
+def ablation_comp() -> list[Case]:
+    """Score, tuning, target, split, damping at 30 % and 50 %; all but the last ones without trials of the split."""
+    fixed = {"try_blocks": 0, "try_heads": 0}
+    variants = {
+        "neurons alone": {}, "energy": {"score": "energy"}, "leverage": {"score": "leverage"},
+        "random": {"score": "random"}, "scales": {"tune": "scales"}, "untuned": {"tune": "none"},
+        "energy, scales": {"score": "energy", "tune": "scales"}, "outputs": {"supervise": "outputs"},
+        "half outputs": {"supervise": "outputs", "supervise_frac": 0.5}, "one at a time": {"at_once": 1},
+        "128 at once": {"at_once": 128}, "damping .001": {"damping_frac": 0.001}, "damping .1": {"damping_frac": 0.1},
+    }
+    found = []
+    for target in ("0.3", "0.5"):
+        found += varied("comp", target, {label: fixed | options for label, options in variants.items()})
+        found.append(case("comp heads too", target, "comp", options={"try_blocks": 0}))
+    return found
+
+
 SUITES = {
+    "structured": structured(),
+    "ablation-comp": ablation_comp(),
     "classic": classic(),
     "learned": learned(),
     "ablation-wandapp": ablation_wandapp(),

@@ -14,7 +14,7 @@ Legend: B windows in a batch, T tokens, D hidden size, O outputs, I inputs, V vo
     logits_BTV = decoder.leave(ids_BT, x_BTD)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,8 +46,8 @@ class Block:
     """One decoder layer on the compute device.
 
     `stored` holds its tensors as the checkpoint does (disk names); `changed` collects the parameters that
-    were assigned. `packable` matrices can be stored as codes under names of their own, `packed` holds the tensors of
-    those that are.
+    were assigned, `added` the biases that the checkpoint does not have. `packable` matrices can be stored as codes
+    under names of their own, `packed` holds the tensors of those that are.
     """
 
     index: int
@@ -56,6 +56,7 @@ class Block:
     stored: dict[str, Tensor]
     storage_dtypes: dict[str, torch.dtype]
     changed: set[str] = field(default_factory=set)
+    added: set[str] = field(default_factory=set)
     packable: frozenset[str] = frozenset()
     packed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -81,11 +82,25 @@ class Block:
 
     def silence(self, name: str) -> None:
         """Zeroes the bias beside the matrix `name`, if it has one."""
-        bias = f"{self.linears[name].parameter.removesuffix(WEIGHT)}.bias"
+        bias = self._bias(name)
         if bias in dict(self.module.named_parameters()):
             with torch.no_grad():
                 self.module.get_parameter(bias).zero_()
             self.changed.add(bias)
+
+    def add_bias(self, name: str, bias_O: Tensor) -> None:
+        """Adds to the bias beside the matrix `name`; one that is not there begins at zero and is noted in `added`."""
+        bias, weight = self._bias(name), self.weight(name)
+        part: Any = self.module.get_submodule(bias.rpartition(".")[0])
+        if part.bias is None:
+            part.bias = nn.Parameter(weight.new_zeros(len(bias_O)), requires_grad=False)
+            self.added.add(bias)
+        with torch.no_grad():
+            part.bias.copy_((part.bias + bias_O).to(self.storage_dtype(name)))
+        self.changed.add(bias)
+
+    def _bias(self, name: str) -> str:
+        return f"{self.linears[name].parameter.removesuffix(WEIGHT)}.bias"
 
     def run(self, call: Call, x_BTD: Tensor, seen: Callable[[str, Tensor], None] | None = None) -> Tensor:
         """One forward without gradients; `seen(matrix name, its input)` is called for every matrix met."""
@@ -103,7 +118,9 @@ class Block:
             return call(self.module, x_BTD)
 
     def release(self) -> None:
-        """Frees the weights; the module goes back to the meta device."""
+        """Frees the weights; the module goes back to the meta device, without the biases that were added to it."""
+        for bias in self.added:
+            setattr(self.module.get_submodule(bias.rpartition(".")[0]), "bias", None)  # noqa: B010 (typed as a tensor)
         self.module.to("meta")
         self.stored.clear()
         return_free_memory()
@@ -213,7 +230,7 @@ class Decoder:
             parameter = self._renames[name].removeprefix(prefix)
             if parameter not in block.changed:
                 continue
-            if linear_name := _packed_name(parameter, block.packed):
+            if (linear_name := parameter.removesuffix(WEIGHT)) in block.packed:
                 tensors.pop(name)
                 for key, tensor in block.packed[linear_name].items():
                     tensors[f"{name.removesuffix(WEIGHT)}.{key}"] = _to_host(tensor)
@@ -303,11 +320,6 @@ class Decoder:
             raise CheckpointError(f"{self.checkpoint.folder}: {wrong[0]} does not fit the model's config")
 
 
-def _packed_name(parameter: str, packed: dict[str, dict[str, Tensor]]) -> str | None:
-    name = parameter.removesuffix(WEIGHT)
-    return name if name in packed else None
-
-
 def _to_host(tensor: Tensor) -> Tensor:
     """On the CPU; from CUDA into pinned memory without waiting, which is several times faster."""
     if not tensor.is_cuda:
@@ -334,9 +346,3 @@ def _name_map(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[
         if pattern is not None:
             converted.add(name)
     return renames, mapping, converted
-
-
-def batches(count: int, size: int) -> Iterator[slice]:
-    """Slices of `size` windows that cover `count`; the last may be shorter."""
-    for first in range(0, count, size):
-        yield slice(first, min(first + size, count))

@@ -326,6 +326,7 @@ def _split_options(recipe: Recipe, target: Target) -> tuple[OwlConfig, list[Step
 
 
 def block_part(index: int) -> str:
+    """The name of a block's part in the journal."""
     return f"block-{index:05d}"
 
 

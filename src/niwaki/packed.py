@@ -24,7 +24,7 @@ class Packed:
     """A compressed matrix. `weight_OI` is what every consumer must see after decoding.
 
     `parts` is how `codes` are stored; `cut` the shape that is stored of a `sliced` matrix, whose other rows or columns
-    are zero in `weight_OI`.
+    are zero in `weight_OI`. `bias_O` is added to the bias beside the matrix.
 
     `note` tells what a reader of blocks.jsonl should know about how this record came to be; `detail` holds
     further fields of its line there.
@@ -36,6 +36,7 @@ class Packed:
     detail: Mapping[str, Any] = field(default_factory=dict)
     parts: Sequence[Part] = ()
     cut: tuple[int, int] | None = None
+    bias_O: Tensor | None = None
 
     @classmethod
     def codes(cls, parts: Sequence[Part], note: str = "", detail: Mapping[str, Any] | None = None) -> "Packed":

@@ -14,16 +14,16 @@ from torch import Tensor
 from niwaki.block import Block, Decoder
 from niwaki.checkpoint import Checkpoint
 from niwaki.config import Sparsity
-from niwaki.errors import NumericalError, TargetError
+from niwaki.errors import InputError, NumericalError, TargetError
 from niwaki.job import CompressionJob, block_part
 from niwaki.run import Run
 from niwaki.stream import Stream
-from niwaki.structure import Shape, Sizes, lines_of, new_name
-from niwaki.walk import Plan, Report, compress_blocks
+from niwaki.structure import Look, Shape, Sizes, lines_of, new_name
+from niwaki.walk import Plan, Report, collect, compress_blocks
 from niwaki.writing import write_text
 
-TRIAL_WINDOWS = 24  # that shapes are tried with, at most
-HELD_WINDOWS = 8  # that they are judged by
+HELD_WINDOWS = 8  # that shapes on trial are judged by
+BIAS_FIELDS = ("attention_bias", "mlp_bias")
 # Relative squared error between the walk at full size and the stored result: other kernels, other orders of sums.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
@@ -34,30 +34,47 @@ class ShapingJob(CompressionJob):
     shape = Shape((1,), (1,))  # until it is found
 
     def _allocate(self, run: Run, report: Report) -> None:
-        """Tries the shapes that the method proposes and takes the one with the lowest loss on held-out windows."""
+        """Looks at the dense model, then lets the method search: what it wants to try is measured."""
         assert isinstance(self.target, Sparsity)
         config = json.loads((self.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
         self.sizes = Sizes(self.decoder.anatomy, self.decoder.model, config)
-        influence = self._scan(run, "influence", _influence, report)
-        shapes = self.steps[0].shapes(self.sizes, self.target.zeros_frac, influence)
-        if not shapes:
+        looks = [Look(*found) for found in self._scan(run, "looks", self._look, report)]
+        step, trials = self.steps[0], list[dict[str, Any]]()
+        search = step.structured.search(self.sizes, self.target.zeros_frac, looks, step.config)
+        losses: list[float] | None = None
+        while True:
+            try:
+                shapes = next(search) if losses is None else search.send(losses)
+            except StopIteration as stop:
+                found: Shape | None = stop.value
+                break
+            losses = []
+            for shape in shapes:
+                losses.append(self._trial(run, len(trials), shape, report))
+                trials.append(_described(shape) | {"loss": losses[-1]})
+        if found is None:
             raise TargetError(
                 f"target {self.target}: {self.recipe.method} finds no shape that removes so much and leaves a block, a "
                 "head and a neuron: lower the target, or let more blocks and heads go"
             )
-        tried = list(enumerate(shapes)) if shapes[1:] else []
-        losses = [self._trial(run, number, shape, report) for number, shape in tried] or [0.0]
-        self.shape = shapes[losses.index(min(losses))]
-        self.targets = self.sizes.targets(self.shape)
+        self.shape = found
+        self.targets = self.sizes.targets(found)
         self.allocated = {
-            "shape": _described(self.shape),
-            "removed_frac": self.sizes.removed_frac(self.shape),
-            "cut": self.shape.even,
-            "influence": influence,
-            "trials": [_described(shape) | {"loss": losses[number]} for number, shape in tried],
+            "shape": _described(found),
+            "removed_frac": self.sizes.removed_frac(found),
+            "cut": found.even,
+            "influence": [look.influence for look in looks],
+            "trials": trials,
         }
         self.shard_names = self._shard_names()
         report("allocation", **self.allocated)
+
+    def _look(self, block: Block, stream: Stream) -> tuple[float, Any]:
+        """The influence of a dense block, and what the method wants to know of it."""
+        step = self.steps[0]
+        needs = step.structured.look_needs(step.config)
+        seen, _ = collect(block, stream, needs)
+        return _influence(block, stream), step.structured.look(block, seen, self.sizes.units, step.config)
 
     def _shard_names(self) -> list[str]:
         """A block that is gone has no file, and its name is not counted."""
@@ -70,12 +87,15 @@ class ShapingJob(CompressionJob):
         return found
 
     def _trial(self, run: Run, number: int, shape: Shape, report: Report) -> float:
-        """Loss on the held windows of a model of this shape, made with some of the others; kept in the journal."""
+        """Loss on the held windows of a model of this shape, made with all others; kept in the journal.
+
+        Fewer windows would not do: least squares gains with every one, and shapes that lean on it would look worse.
+        """
         part = f"trial-{number:05d}"
         if part not in run.finished:
             assert self.windows_ST is not None, "structured methods ask for windows"
             held = max(1, min(HELD_WINDOWS, len(self.windows_ST) // 4))
-            seen_ST = self.windows_ST[:-held][:TRIAL_WINDOWS] if len(self.windows_ST) > held else self.windows_ST
+            seen_ST = self.windows_ST[:-held] if len(self.windows_ST) > held else self.windows_ST
             stream, judge = self._stream(run, "trial", seen_ST), self._stream(run, "held", self.windows_ST[-held:])
             dense = self._stream(run, "trial-dense", seen_ST) if self.dense_stream else None
             assert judge is not None
@@ -92,6 +112,8 @@ class ShapingJob(CompressionJob):
     def _tensors(self, block: Block, lines: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The block without what is gone, under its new name; nothing of a block that is gone itself."""
         tensors = super()._tensors(block, lines)
+        if block.added:
+            tensors |= self._biases(block, tensors)
         if not self.shape.even:
             return tensors
         if block.index in self.shape.dropped:
@@ -102,6 +124,25 @@ class ShapingJob(CompressionJob):
             along, places, _ = cut.get(self.decoder.parameter(name, block.index), (0, None, 0))
             smaller = tensor if places is None else tensor.index_select(along, places).contiguous()
             found[new_name(name, self.decoder.path, block.index, self.shape.dropped)] = smaller
+        return found
+
+    def _biases(self, block: Block, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Biases of all matrices of a block whose checkpoint has none: those that were added, zeros for the rest."""
+        if any(field not in self.sizes.config for field in BIAS_FIELDS):
+            raise InputError(
+                f"a config of type {self.sizes.config.get('model_type')} has no {' and '.join(BIAS_FIELDS)}, and "
+                f"{self.recipe.method} adds biases: use --set compensate=false"
+            )
+        names = {self.decoder.parameter(name, block.index): name for name in tensors}
+        found = {}
+        for linear in block.linears.values():
+            bias = f"{linear.name}.bias"
+            if bias not in names:
+                like = tensors[names[linear.parameter]]
+                given = block.module.get_parameter(bias).detach().to("cpu", like.dtype) if bias in block.added else None
+                found[names[linear.parameter].removesuffix("weight") + "bias"] = (
+                    like.new_zeros(linear.rows) if given is None else given
+                )
         return found
 
     def _lines(self, index: int, lines: list[dict[str, Any]]) -> dict[str, tuple[int, Tensor, int]]:
@@ -133,9 +174,11 @@ class ShapingJob(CompressionJob):
         return found
 
     def _settle_config(self, run: Run) -> None:
-        if self.shape.even:
-            content = json.dumps(self.sizes.config_for(self.shape), indent=2) + "\n"
-            write_text(run.folder / "config.json", content)
+        config = self.sizes.config_for(self.shape) if self.shape.even else dict(self.sizes.config)
+        stored = [name for entry in run.finished.values() for name in entry.get("tensors", ())]
+        if not self.sizes.config.get("mlp_bias") and any(name.endswith("down_proj.bias") for name in stored):
+            config |= dict.fromkeys(BIAS_FIELDS, True)
+        write_text(run.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def _check(self, run: Run, stream: Stream | None) -> None:
         """Reads the result as any reader would, and compares what it computes for the first window."""

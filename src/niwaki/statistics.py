@@ -22,7 +22,7 @@ class Needs:
     `sqnorm` and `gram`: sums for every group of matrices. `learn_batches`: how many windows a learning method draws
     at a time from the block's inputs and the dense block's outputs (empty: it does not learn). `dense`: the
     outputs of the same block in the dense model as well. `full`: Gram matrices with the inputs that the same tokens
-    have in the dense model.
+    have in the dense model. `mean`: sums of the inputs themselves.
     """
 
     sqnorm: bool = False
@@ -30,6 +30,7 @@ class Needs:
     learn_batches: frozenset[int] = frozenset()
     dense: bool = False
     full: bool = False
+    mean: bool = False
 
     @property
     def windows(self) -> bool:
@@ -39,7 +40,7 @@ class Needs:
     @property
     def anything(self) -> bool:
         """Whether the walk has to run the dense block over all windows before compressing it."""
-        return self.sqnorm or self.gram or self.full or self.windows
+        return self.sqnorm or self.gram or self.full or self.mean or self.windows
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(
@@ -48,6 +49,7 @@ class Needs:
             self.learn_batches | other.learn_batches,
             self.dense or other.dense,
             self.full or other.full,
+            self.mean or other.mean,
         )
 
 
@@ -64,6 +66,7 @@ class Statistics:
         self._sqnorm_I: Tensor | None = None
         self._gram_II: Tensor | None = None
         self._full: tuple[Tensor, Tensor] | None = None
+        self._sum_I: Tensor | None = None
 
     def add(self, x: Tensor, full: Tensor | None = None) -> None:
         """Adds inputs of shape [..., I]; sums are float32, products of bf16 inputs are exact in it.
@@ -83,6 +86,9 @@ class Statistics:
         elif self.needs.sqnorm:
             sqnorm_I = torch.linalg.vector_norm(x_NI, dim=0, dtype=torch.float32).square_()
             self._sqnorm_I = sqnorm_I if self._sqnorm_I is None else self._sqnorm_I.add_(sqnorm_I)
+        if self.needs.mean:
+            sum_I = x_NI.sum(0, dtype=torch.float32)
+            self._sum_I = sum_I if self._sum_I is None else self._sum_I.add_(sum_I)
         if full is not None:
             full_NI = full.reshape(-1, full.shape[-1])
             found = _product(full_NI, full_NI), _product(full_NI, x_NI)
@@ -95,6 +101,13 @@ class Statistics:
         if found is None:
             raise KeyError("squared norms were not collected: no token reached this group, or they were not needed")
         return found
+
+    @property
+    def mean_I(self) -> Tensor:
+        """Mean of every input feature over all tokens, [I] float32."""
+        if self._sum_I is None:
+            raise KeyError("means were not collected: no token reached this group, or they were not needed")
+        return self._sum_I / self.tokens
 
     @property
     def gram_II(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from niwaki.activations import Activations, choose_place
 from niwaki.anatomy import Call
-from niwaki.block import Block, Decoder, batches
+from niwaki.block import Block, Decoder
 from niwaki.errors import ArchitectureError
 from niwaki.packed import Packed
 from niwaki.statistics import Statistics
@@ -62,8 +62,9 @@ class Stream:
         return len(self.ids_ST)
 
     def slices(self) -> Iterator[slice]:
-        """The batches of windows, in order."""
-        return batches(len(self.ids_ST), self.batch)
+        """The batches of windows, in order; the last may be smaller."""
+        for first in range(0, len(self.ids_ST), self.batch):
+            yield slice(first, min(first + self.batch, len(self.ids_ST)))
 
     def call(self, count: int, index: int) -> Call:
         """The arguments of block `index` for `count` windows."""

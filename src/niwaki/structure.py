@@ -12,7 +12,7 @@ config can hold it is decided by building the model that it describes, not by a 
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -53,6 +53,18 @@ class Shape:
             return f"{self.neurons} neurons and {self.heads} groups of heads"
         gone = f" without blocks {', '.join(map(str, self.dropped))}" if self.dropped else ""
         return f"{max(self.neurons)} neurons and {max(self.heads)} groups of heads{gone}"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is known of a dense block: 1 − mean cos(h_in, h_out), and what the method found."""
+
+    influence: float
+    found: Any = None
+
+
+# Shapes to try, the loss of each sent back, the shape that is taken returned.
+Search = Generator[list[Shape], list[float], Shape | None]
 
 
 def units_of(block: BlockAnatomy, heads: int) -> dict[str, Unit]:

@@ -195,6 +195,8 @@ def _line(
         error_before_update = _energy_ratio(x_NI @ masked_OI.T - wanted_NO, wanted_NO)
     if isinstance(target, Keep) and not target.count:
         block.silence(name)
+    if record.bias_O is not None:
+        block.add_bias(name, record.bias_O)
     shape = record.cut or tuple(new_OI.shape)
     count = math.prod(shape)
     zeros = int((new_OI == 0).sum()) - (new_OI.numel() - count)

@@ -16,12 +16,12 @@ from typing import Any, Protocol, cast
 import torch
 
 from niwaki.block import Block
-from niwaki.config import Bits, Grouped, Recipe, Sparsity, Target, make_options
+from niwaki.config import Bits, Grouped, Recipe, Sparsity, Target, Unit, make_options
 from niwaki.errors import InputError, TargetError, unknown
 from niwaki.packed import Packed
-from niwaki.statistics import Needs
+from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence
-from niwaki.structure import Shape, Sizes
+from niwaki.structure import Look, Search, Sizes
 
 METHODS = (
     "arb",
@@ -36,8 +36,8 @@ METHODS = (
     "wanda",
     "wandapp",
 )
-# These make blocks, heads and neurons fewer: they offer `shapes` besides, and see every block after its shape is known.
-STRUCTURED = ("comp", "shortgpt", "wandasp")
+# These make blocks, heads and neurons fewer: they offer `look` and `search` besides.
+STRUCTURED = ("comp", "flap", "shortgpt", "two_ssp", "wandasp")
 # These spend any number of bits a weight that they are given, on codes that are stored as they are counted.
 FRACTIONAL = ("squeeze10",)
 
@@ -75,10 +75,16 @@ class Fractional(Method, Protocol):
 class Structured(Method, Protocol):
     """What a method in STRUCTURED offers besides."""
 
-    def shapes(self, sizes: Sizes, removed_frac: float, influence: Sequence[float], config: Any) -> list[Shape]:
-        """Shapes that remove at least so much; the one that is best on trial is taken. None: there is none.
+    def look_needs(self, config: Any) -> Needs:
+        """What is collected of every dense block before the shape is chosen."""
 
-        `influence`: 1 − mean cos(h_in, h_out) of every block.
+    def look(self, block: Block, seen: Mapping[str, Statistics], units: Mapping[str, Unit], config: Any) -> Any:
+        """What `search` wants to know of a dense block, ready for JSON."""
+
+    def search(self, sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Any) -> Search:
+        """Looks for a shape that removes at least so much: yields shapes to be tried, is sent the loss of each.
+
+        Returns the shape, None if there is none.
         """
 
 
@@ -99,9 +105,10 @@ class Step:
         """Of a method in FRACTIONAL: see there."""
         return cast(Fractional, self.method).least_bits(rows, columns, self.config)
 
-    def shapes(self, sizes: Sizes, removed_frac: float, influence: Sequence[float]) -> list[Shape]:
-        """Of a method in STRUCTURED: see there."""
-        return cast(Structured, self.method).shapes(sizes, removed_frac, influence, self.config)
+    @property
+    def structured(self) -> Structured:
+        """The module of a method in STRUCTURED."""
+        return cast(Structured, self.method)
 
     def compress(
         self, block: Block, seen: Evidence, targets: Mapping[str, Target], generator: torch.Generator

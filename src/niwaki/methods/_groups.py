@@ -19,7 +19,7 @@ from torch import Tensor
 from niwaki.block import Block
 from niwaki.config import Keep, Target, Unit
 from niwaki.packed import Packed
-from niwaki.structure import Shape, Sizes, places
+from niwaki.structure import places
 
 UNREACHED = "no calibration token reached this matrix: groups chosen by their weights"
 
@@ -114,7 +114,9 @@ def scaled(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit
     return found_OI
 
 
-def records(block: Block, keep: Keep, kept: Sequence[int], weight_OI: Tensor, note: str = "") -> dict[str, Packed]:
+def records(
+    block: Block, keep: Keep, kept: Sequence[int], weight_OI: Tensor, note: str = "", bias_O: Tensor | None = None
+) -> dict[str, Packed]:
     """Records of all matrices of a unit: the consumer's new matrix, and producers without the removed rows."""
     found = {}
     for name in keep.unit.producers:
@@ -127,7 +129,8 @@ def records(block: Block, keep: Keep, kept: Sequence[int], weight_OI: Tensor, no
     columns = weight_OI.shape[1] // keep.unit.count * len(kept)
     detail = {"kept_groups": list(kept)}
     shape = (weight_OI.shape[0], columns)
-    found[keep.unit.consumer] = Packed("sliced", weight_OI, note, detail, cut=shape if keep.cut else None)
+    cut = shape if keep.cut else None
+    found[keep.unit.consumer] = Packed("sliced", weight_OI, note, detail, cut=cut, bias_O=bias_O)
     return found
 
 
@@ -136,13 +139,6 @@ def without(weight_OI: Tensor, keep: Keep, kept: Sequence[int]) -> Tensor:
     alive_G = torch.zeros(keep.unit.count, dtype=torch.bool, device=weight_OI.device)
     alive_G[list(kept)] = True
     return weight_OI * alive_G.repeat_interleave(weight_OI.shape[1] // keep.unit.count)
-
-
-def even_shapes(sizes: Sizes, removed_frac: float, multiple: int) -> list[Shape]:
-    """One ratio for heads and neurons: heads as near to it as a config can hold, neurons make up for the rest."""
-    heads = min(sizes.legal_heads(), key=lambda count: abs(count - sizes.heads * (1 - removed_frac)))
-    shape = sizes.fitting(removed_frac, heads, (), multiple)
-    return [] if shape is None else [shape]
 
 
 def nothing(block: Block, keep: Keep) -> dict[str, Packed]:

@@ -3,9 +3,9 @@
 Source: "COMP" (arXiv 2501.15255). Only its abstract could be read: a reconstruction, every choice an option.
 
 1. Whole blocks go by importance, here 1 − cos(h_in, h_out), as in ShortGPT. How many go, how many groups of heads
-   go from the other blocks, and so how many neurons, is not fixed: every split is tried on a part of the calibration
-   text, and the one with the lowest loss on another part is taken (`try_blocks`, `try_heads`). One cosine alone has
-   let models collapse (3419 instead of 5.8 on Llama-3.1-8B at 25 %, by the authors of Týr).
+   go from the other blocks, and so how many neurons, is not fixed: from all of both, one less of either is tried on a
+   part of the calibration text, and taken if that lowers the loss on another part (`try_blocks`, `try_heads`). One
+   cosine alone has let models collapse (3419 instead of 5.8 on Llama-3.1-8B at 25 %, by the authors of Týr).
 2. Neurons, and groups of heads that share a key and a value, go by a score of the conditioning of what remains
    (`score`); the paper's formula is not verified. Candidates for a group of columns g of the matrix W that writes to
    the residual stream: `surgeon` tr(W_g [H⁻¹]_gg⁻¹ W_gᵀ), taken anew after every `at_once` removals; `leverage`
@@ -21,6 +21,7 @@ Cost: four forwards of the text, and for every split on trial three of a part of
     niwaki compress MODEL OUT --method comp --target 0.3 --calibration mine.txt --seq-len 512
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from niwaki.block import Block
-from niwaki.config import Keep, Sparsity, Target
+from niwaki.config import Keep, Sparsity, Target, Unit
 from niwaki.methods._groups import (
     UNREACHED,
     by_group,
@@ -46,7 +47,7 @@ from niwaki.methods._solver import check_damping, inverse_factor
 from niwaki.packed import Packed
 from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence
-from niwaki.structure import Shape, Sizes
+from niwaki.structure import Look, Search, Sizes
 
 PAPER = "COMP (arXiv 2501.15255), a reconstruction"
 ACCEPTS = (Sparsity,)
@@ -54,6 +55,7 @@ CONTINUES = False
 SCORES = ("surgeon", "energy", "leverage", "random")
 TUNES = ("full", "scales", "none")
 SUPERVISIONS = ("prefix", "outputs")
+HEAD_STEPS = 8  # from all heads to none, where a model has more groups of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +63,8 @@ class Config:
     """`score`, `tune`, `supervise`, `supervise_frac`: above. `at_once`: neurons that go
     between two looks at the scores.
 
-    `try_blocks`, `try_heads`: how many blocks and groups of heads may go at most, on trial. `multiple`: of neurons
-    (0: 8, or 256 for large models). `damping_frac`: λ as a share of the mean diagonal.
+    `try_blocks`, `try_heads`: how many blocks, and steps of an eighth of the heads, may go at most. `multiple`: of
+    neurons (0: 8, or 256 for large models). `damping_frac`: λ as a share of the mean diagonal.
     """
 
     score: str = "surgeon"
@@ -70,8 +72,8 @@ class Config:
     supervise: str = "prefix"
     supervise_frac: float = 1.0
     at_once: int = 32
-    try_blocks: int = 2
-    try_heads: int = 1
+    try_blocks: int = 8
+    try_heads: int = 8
     multiple: int = 0
     damping_frac: float = 0.01
 
@@ -92,16 +94,38 @@ def needs(config: Config) -> Needs:
     return Needs(gram=True, full=full, dense=full)
 
 
-def shapes(sizes: Sizes, removed_frac: float, influence: Sequence[float], config: Config) -> list[Shape]:
-    """Every split to try: from none to `try_blocks` blocks, the least important first, and likewise of heads."""
-    order = sorted(range(len(sizes)), key=lambda index: influence[index])
-    legal = [heads for heads in sizes.legal_heads() if heads >= sizes.heads - config.try_heads]
-    found = [
-        sizes.fitting(removed_frac, heads, sorted(order[:count]), config.multiple)
-        for count in range(min(config.try_blocks, len(sizes) - 1) + 1)
-        for heads in legal
-    ]
-    return list(dict.fromkeys(shape for shape in found if shape is not None))
+def look_needs(config: Config) -> Needs:
+    """Nothing of single matrices."""
+    return Needs()
+
+
+def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[str, Unit], config: Config) -> None:
+    """The influence of the block, which is measured anyway, is enough."""
+
+
+def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Config) -> Search:
+    """Descent from all blocks and heads: one block or one step of heads less, as long as that lowers the loss."""
+    order = sorted(range(len(sizes)), key=lambda index: looks[index].influence)
+    legal = sizes.legal_heads()
+    legal = legal[:: math.ceil(len(legal) / HEAD_STEPS)][: config.try_heads + 1]
+    most = min(config.try_blocks, len(sizes) - 1)
+    corners = {
+        (blocks, step): shape
+        for blocks in range(most + 1)
+        for step, heads in enumerate(legal)
+        if (shape := sizes.fitting(removed_frac, heads, sorted(order[:blocks]), config.multiple))
+    }
+    here = min(corners, key=sum, default=None)
+    if here is None:
+        return None
+    (least,) = yield [corners[here]]
+    while True:
+        near = [at for at in ((here[0] + 1, here[1]), (here[0], here[1] + 1)) if at in corners]
+        losses = yield [corners[at] for at in near]
+        if not losses or min(losses) >= least:
+            return corners[here]
+        least = min(losses)
+        here = near[losses.index(least)]
 
 
 @torch.no_grad()

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 
 from niwaki.block import Block
-from niwaki.config import Sparsity, Target
+from niwaki.config import Sparsity, Target, Unit
 from niwaki.methods._groups import keeps_of, nothing, records
 from niwaki.packed import Packed
-from niwaki.statistics import Needs
+from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence
-from niwaki.structure import Shape, Sizes
+from niwaki.structure import Look, Search, Sizes
 
 PAPER = "ShortGPT (Men et al. 2024)"
 ACCEPTS = (Sparsity,)
@@ -37,11 +37,21 @@ def needs(config: Config) -> Needs:
     return Needs()
 
 
-def shapes(sizes: Sizes, removed_frac: float, influence: Sequence[float], config: Config) -> list[Shape]:
+def look_needs(config: Config) -> Needs:
+    """Nothing of single matrices."""
+    return Needs()
+
+
+def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[str, Unit], config: Config) -> None:
+    """The influence of the block, which is measured anyway, is enough."""
+
+
+def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Config) -> Search:
     """The least influential blocks out."""
     count = min(max(round(removed_frac * len(sizes)), 1), len(sizes) - 1)
-    dropped = sorted(range(len(sizes)), key=lambda index: influence[index])[:count]
-    return [sizes.shape(sizes.neurons, sizes.heads, dropped)]
+    dropped = sorted(range(len(sizes)), key=lambda index: looks[index].influence)[:count]
+    yield from ()
+    return sizes.shape(sizes.neurons, sizes.heads, dropped)
 
 
 def compress(

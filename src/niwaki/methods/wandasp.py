@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 
 from niwaki.block import Block
-from niwaki.config import Sparsity, Target
-from niwaki.methods._groups import by_group, even_shapes, keeps_of, kept_of, nothing, records, without
+from niwaki.config import Sparsity, Target, Unit
+from niwaki.methods._groups import by_group, keeps_of, kept_of, nothing, records, without
 from niwaki.packed import Packed
-from niwaki.statistics import Needs
+from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence
-from niwaki.structure import Shape, Sizes
+from niwaki.structure import Look, Search, Sizes
 
 PAPER = "Wanda-sp (An et al. 2023)"
 ACCEPTS = (Sparsity,)
@@ -39,9 +39,20 @@ def needs(config: Config) -> Needs:
     return Needs(sqnorm=True)
 
 
-def shapes(sizes: Sizes, removed_frac: float, influence: Sequence[float], config: Config) -> list[Shape]:
-    """One ratio for heads and neurons."""
-    return even_shapes(sizes, removed_frac, config.multiple)
+def look_needs(config: Config) -> Needs:
+    """Nothing of single matrices."""
+    return Needs()
+
+
+def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[str, Unit], config: Config) -> None:
+    """The influence of the block, which is measured anyway, is enough."""
+
+
+def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Config) -> Search:
+    """One ratio: heads as near to it as a config can hold, neurons make up for the rest."""
+    heads = min(sizes.legal_heads(), key=lambda count: abs(count - sizes.heads * (1 - removed_frac)))
+    yield from ()
+    return sizes.fitting(removed_frac, heads, (), config.multiple)
 
 
 def compress(

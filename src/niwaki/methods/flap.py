@@ -1,0 +1,110 @@
+"""FLAP: inputs that fluctuate least go, wherever they are, and a bias makes up for their mean.
+
+Source: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language Models". Score of an input j
+of a matrix that writes to the residual stream: Var(x_j) · ‖W_:j‖², summed over a group; standardised within every block
+and kind; then one threshold for all (a group of heads counts as many parameters as it has). Compensation: the bias
+gains W_:gone · mean(x_gone). Numbers of groups come from the dense model, as published; which groups of a block go,
+and the means, from its inputs in the pruned model.
+
+Widths differ between blocks, which no config can say: the result is stored at full size, with zeros and biases.
+
+Cost: three forwards of the text.
+
+    niwaki compress MODEL OUT --method flap --target 0.3 --calibration mine.txt --seq-len 512
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from niwaki.block import Block
+from niwaki.config import Sparsity, Target, Unit
+from niwaki.methods._groups import UNREACHED, by_group, keeps_of, kept_of, nothing, records, without
+from niwaki.packed import Packed
+from niwaki.statistics import Needs, Statistics
+from niwaki.stream import Evidence
+from niwaki.structure import Look, Search, Shape, Sizes
+
+PAPER = "FLAP (An et al. 2023)"
+ACCEPTS = (Sparsity,)
+CONTINUES = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`compensate`: whether biases make up for the mean of what is gone."""
+
+    compensate: bool = True
+
+
+def needs(config: Config) -> Needs:
+    """Means and squared norms of the inputs."""
+    return Needs(sqnorm=True, mean=True)
+
+
+def look_needs(config: Config) -> Needs:
+    """The same of the dense model."""
+    return needs(config)
+
+
+def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[str, Unit], config: Config) -> dict[str, list]:
+    """Scores of all groups by kind, standardised."""
+    found = {}
+    for kind, unit in units.items():
+        scores_G = by_group(_fluctuation(block.weight(unit.consumer).float(), seen[unit.consumer]), unit).double()
+        spread = float(scores_G.std()) or 1.0
+        found[kind] = ((scores_G - scores_G.mean()) / spread).tolist()
+    return found
+
+
+def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Config) -> Search:
+    """The lowest scores of all out, until enough parameters are gone; one group of each kind stays in every block."""
+    counts = {"neurons": [sizes.neurons] * len(sizes), "heads": [sizes.heads] * len(sizes)}
+    order = sorted(
+        (score, kind, index) for index, seen in enumerate(looks) for kind in counts for score in seen.found[kind]
+    )
+    left = removed_frac * len(sizes) * sizes.block_parameters
+    for _, kind, index in order:
+        if left <= 0:
+            break
+        if counts[kind][index] > 1:
+            counts[kind][index] -= 1
+            left -= sizes.group_parameters[kind]
+    yield from ()
+    return None if left > 0 else Shape(tuple(counts["neurons"]), tuple(counts["heads"]))
+
+
+def compress(
+    block: Block,
+    seen: Evidence,
+    targets: Mapping[str, Target],
+    config: Config,
+    generator: torch.Generator,
+) -> dict[str, Packed]:
+    """Chooses groups unit by unit."""
+    found: dict[str, Packed] = {}
+    for keep in keeps_of(targets):
+        if not keep.count:
+            found |= nothing(block, keep)
+            continue
+        weight_OI = block.weight(keep.unit.consumer).float()
+        statistics = seen.statistics[keep.unit.consumer]
+        if not statistics.tokens:
+            kept = kept_of(by_group(weight_OI.square().sum(0), keep.unit), keep.count)
+            found |= records(block, keep, kept, without(weight_OI, keep, kept), UNREACHED)
+            continue
+        kept = kept_of(by_group(_fluctuation(weight_OI, statistics), keep.unit), keep.count)
+        left_OI = without(weight_OI, keep, kept)
+        bias_O = (weight_OI - left_OI) @ statistics.mean_I if config.compensate else None
+        found |= records(block, keep, kept, left_OI, bias_O=bias_O)
+    return found
+
+
+def _fluctuation(weight_OI: Tensor, statistics: Statistics) -> Tensor:
+    """Var(x_j) · ‖W_:j‖² of every input [I]; zero if no token came."""
+    if not statistics.tokens:
+        return torch.zeros_like(weight_OI[0])
+    variance_I = (statistics.sqnorm_I / statistics.tokens - statistics.mean_I.square()).clamp_min(0)
+    return variance_I * weight_OI.square().sum(0)

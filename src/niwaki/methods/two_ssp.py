@@ -1,0 +1,97 @@
+"""2SSP: neurons by the norm of their activations, then whole attentions by the loss without them; nothing refitted.
+
+Source: Sandri et al. 2025, "2SSP: A Two-Stage Framework for Structured Pruning of LLMs", as its released code does it.
+Stage 1: the same number of neurons in every block, those with the highest token norm of the input of the matrix that
+writes to the stream. Stage 2: round(N · s^((P_mlp / P_attention) / 1.5)) of N attentions go, the one whose removal
+lowers the quality least first, each judged with all neurons gone that will go. Neurons make up for the rest of the
+budget.
+
+No config can say that a block has no attention: the result is stored at full size, with zeros.
+
+Cost: two forwards of the text, and one of a part of it for every attention that is tried.
+
+    niwaki compress MODEL OUT --method two_ssp --target 0.3 --calibration mine.txt --seq-len 512
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from niwaki.block import Block
+from niwaki.config import Sparsity, Target, Unit
+from niwaki.methods._groups import keeps_of, kept_of, nothing, records, without
+from niwaki.packed import Packed
+from niwaki.statistics import Needs, Statistics
+from niwaki.stream import Evidence
+from niwaki.structure import Look, Search, Shape, Sizes
+
+PAPER = "2SSP (Sandri et al. 2025)"
+ACCEPTS = (Sparsity,)
+CONTINUES = False
+EXPONENT = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """No options."""
+
+
+def needs(config: Config) -> Needs:
+    """Squared norms of the inputs."""
+    return Needs(sqnorm=True)
+
+
+def look_needs(config: Config) -> Needs:
+    """Nothing of single matrices."""
+    return Needs()
+
+
+def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[str, Unit], config: Config) -> None:
+    """Nothing."""
+
+
+def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Config) -> Search:
+    """Greedily, one attention after another."""
+    blocks = len(sizes)
+    dense = sizes.group_parameters["neurons"] * sizes.neurons
+    attention = sizes.group_parameters["heads"] * sizes.heads
+    count = round(blocks * removed_frac ** (dense / attention / EXPONENT))
+
+    def without_attention(gone: Sequence[int], neurons: int) -> Shape:
+        return Shape((neurons,) * blocks, tuple(0 if i in gone else sizes.heads for i in range(blocks)))
+
+    widths = (
+        n for n in range(sizes.neurons, 0, -1) if sizes.removed_frac(without_attention(range(count), n)) >= removed_frac
+    )
+    neurons = next(widths, None)
+    if neurons is None:
+        return None
+    gone: list[int] = []
+    while len(gone) < count:
+        left = [index for index in range(blocks) if index not in gone]
+        losses = yield [without_attention([*gone, index], neurons) for index in left]
+        gone.append(left[losses.index(min(losses))])
+    return without_attention(gone, neurons)
+
+
+def compress(
+    block: Block,
+    seen: Evidence,
+    targets: Mapping[str, Target],
+    config: Config,
+    generator: torch.Generator,
+) -> dict[str, Packed]:
+    """Attention all or nothing, neurons by their norm."""
+    found: dict[str, Packed] = {}
+    for keep in keeps_of(targets):
+        if not keep.count:
+            found |= nothing(block, keep)
+            continue
+        weight_OI = block.weight(keep.unit.consumer).float()
+        statistics = seen.statistics[keep.unit.consumer]
+        kept = list(range(keep.unit.count))
+        if keep.unit.kind == "neurons":
+            kept = kept_of(statistics.sqnorm_I if statistics.tokens else weight_OI.square().sum(0), keep.count)
+        found |= records(block, keep, kept, without(weight_OI, keep, kept))
+    return found

@@ -1,0 +1,89 @@
+"""COMP's search and choice; least squares itself is tested in test_groups, whole runs in test_shaping."""
+
+import pytest
+import torch
+import transformers
+
+from families import GQA
+from helpers import correlated_inputs, evidence_of, make_block
+from niwaki.anatomy import build_skeleton, discover
+from niwaki.config import Keep, Unit
+from niwaki.methods import comp
+from niwaki.methods.comp import Config
+from niwaki.structure import Look, Shape, Sizes
+
+UNIT = Unit("neurons", "m", (), 48)
+
+
+def sizes() -> Sizes:
+    config = transformers.LlamaConfig(**{**GQA, "num_hidden_layers": 4})
+    skeleton = build_skeleton(config, torch.float32)
+    return Sizes(discover(skeleton), skeleton, config.to_dict())
+
+
+def walked(losses: dict[tuple[int, int], float], target: float = 0.3, **options: int) -> tuple[Shape | None, list]:
+    """The shape that a search ends with if shapes had these losses by (blocks gone, heads left), and what it tried."""
+    found = sizes()
+    looks = [Look(influence) for influence in (0.9, 0.2, 0.1, 0.5)]
+    search = comp.search(found, target, looks, Config(multiple=1, **options))
+    tried: list[tuple[int, int]] = []
+    try:
+        shapes = next(search)
+        while True:
+            places = [(len(shape.dropped), max(shape.heads)) for shape in shapes]
+            tried += places
+            shapes = search.send([losses.get(place, 9.0) for place in places])
+    except StopIteration as stop:
+        return stop.value, tried
+
+
+def test_the_search_descends_and_stops_where_nothing_is_lower() -> None:
+    shape, tried = walked({(0, 2): 3.0, (1, 2): 2.5, (0, 1): 2.8, (2, 2): 2.6, (1, 1): 2.4, (2, 1): 2.9})
+    assert shape is not None and shape.dropped == (2,) and max(shape.heads) == 1  # block 2 matters least
+    assert tried == [(0, 2), (1, 2), (0, 1), (2, 2), (1, 1), (2, 1)]
+    assert sizes().removed_frac(shape) >= 0.3
+
+
+def test_the_search_begins_where_a_shape_exists_and_ends_without_one() -> None:
+    shape, tried = walked({}, target=0.9)  # one block with one group of heads is all that may be left
+    assert shape is not None and tried == [(3, 1)] and shape.dropped == (1, 2, 3)
+    assert walked({}, target=0.9, try_blocks=0) == (None, [])
+    kept, tried = walked({(0, 2): 3.0, (1, 2): 1.0}, try_blocks=0, try_heads=0)
+    assert kept is not None and tried == [(0, 2)] and not kept.dropped
+
+
+@pytest.mark.parametrize("options", [{}, {"score": "energy"}, {"tune": "scales"}, {"supervise_frac": 0.5}])
+def test_tuning_beats_leaving_the_columns_as_they_are(options: dict) -> None:
+    weight = torch.randn(16, 48, generator=torch.Generator().manual_seed(0))
+    x = correlated_inputs(400, 48)
+    block = make_block({"m": weight})
+
+    def error(**more: object) -> float:
+        config = Config(**(options | more))
+        seen = evidence_of(block, x, comp.needs(config))
+        found = comp.compress(block, seen, {"m": Keep(UNIT, 30)}, config, torch.Generator())["m"]
+        assert len(found.detail["kept_groups"]) == 30 and found.cut == (16, 30)
+        return float((x @ (found.weight_OI - weight).T).square().sum() / (x @ weight.T).square().sum())
+
+    tuned, left, random = error(), error(tune="none"), error(score="random")
+    assert tuned < left and tuned < random
+
+
+def test_groups_that_no_token_reached_go_by_their_weights() -> None:
+    weight = torch.randn(8, 48, generator=torch.Generator().manual_seed(0))
+    weight[:, 10:] *= 0.01
+    block = make_block({"m": weight})
+    seen = evidence_of(block, torch.zeros(0, 48), comp.needs(Config()))
+    found = comp.compress(block, seen, {"m": Keep(UNIT, 10)}, Config(), torch.Generator())["m"]
+    assert found.detail["kept_groups"] == list(range(10)) and "no calibration token" in found.note
+    assert torch.equal(found.weight_OI[:, :10], weight[:, :10])
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"score": "best"}, "score must be one of surgeon"), ({"tune": "all"}, "tune must be one of full"),
+    ({"supervise": "x"}, "supervise must be one of"), ({"supervise_frac": 0.0}, r"supervise_frac must lie in \(0, 1\]"),
+    ({"damping_frac": 0.0}, "damping_frac must lie in"), ({"at_once": 0}, "at_once ≥ 1"),
+])  # fmt: skip
+def test_wrong_options_say_what_is_expected(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**options)
