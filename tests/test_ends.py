@@ -94,16 +94,16 @@ def test_every_reader_sees_the_same_model(tied: bool, results: dict[bool, Path],
 def test_the_walk_starts_from_the_embeddings_that_are_stored(
     models: dict[bool, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from niwaki import compression
+    from niwaki import job
 
     seen = {}
 
-    class Watched(compression.Stream):
+    class Watched(job.Stream):
         def __init__(self, *args: Any, name: str, **kwargs: Any) -> None:
             super().__init__(*args, name=name, **kwargs)
             seen[name] = (self.ids_ST, self.hidden.read(slice(0, len(self))).clone())
 
-    monkeypatch.setattr(compression, "Stream", Watched)
+    monkeypatch.setattr(job, "Stream", Watched)
     compress(models[True], tmp_path / "out", text, dense_stream=True)
     tables = {
         "dense": AutoModelForCausalLM.from_pretrained(models[True]).model.embed_tokens.weight.data,
@@ -123,9 +123,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     tied: bool, models: dict[bool, Path], results: dict[bool, Path], text: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from niwaki import compression
+    from niwaki import job
 
-    real, blocks = compression.compress_blocks, []
+    real, blocks = job.compress_blocks, []
 
     def dies(*args: Any, save: Any, **kwargs: Any) -> None:
         def save_one(block: Any, lines: Any) -> None:
@@ -136,10 +136,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 
         real(*args, save=save_one, **kwargs)
 
-    monkeypatch.setattr(compression, "compress_blocks", dies)
+    monkeypatch.setattr(job, "compress_blocks", dies)
     with pytest.raises(KeyboardInterrupt):
         compress(models[tied], tmp_path / "out", text)
-    monkeypatch.setattr(compression, "compress_blocks", real)
+    monkeypatch.setattr(job, "compress_blocks", real)
     compress(models[tied], tmp_path / "out", text, resume=True)
     assert file_bytes(tmp_path / "out") == file_bytes(results[tied])
 
