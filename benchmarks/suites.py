@@ -144,7 +144,7 @@ def ablation_squeeze10() -> list[Case]:
 
 
 def structured() -> list[Case]:
-    methods = ("comp", "flap", "two_ssp", "wandasp", "shortgpt")
+    methods = ("comp", "flap", "two_ssp", "wanda_sp", "shortgpt")
     return [case(method, target) for target in ("0.2", "0.3", "0.5") for method in methods]
 
 

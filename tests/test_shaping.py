@@ -75,7 +75,7 @@ def test_plain_transformers_loads_what_is_left_and_computes_the_same(family: str
 
 
 def test_the_smaller_model_equals_the_full_one_with_zeros(model: Path, text: Path, tmp_path: Path) -> None:
-    compress(model, tmp_path / "out", text, method="wandasp")
+    compress(model, tmp_path / "out", text, method="wanda_sp")
     lines = [json.loads(line) for line in (tmp_path / "out/niwaki/blocks.jsonl").read_text().splitlines()]
     kept = {(line["block"], line["matrix"]): line["kept_groups"] for line in lines if "kept_groups" in line}
     masked = niwaki.load(model, device="cpu").float()

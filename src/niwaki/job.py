@@ -106,6 +106,7 @@ class CompressionJob:
         self.shard_names = self._shard_names()
 
     def run(self) -> dict[str, Any]:
+        """Compresses, or takes up what an earlier run finished; returns the content of run.json."""
         marks = self._fingerprint()
         if self.resume and not self.partial.exists() and (record := finished_record(self.out, marks)):
             self.report("complete", out=str(self.out))

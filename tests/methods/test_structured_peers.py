@@ -10,7 +10,7 @@ from families import GQA
 from helpers import correlated_inputs, evidence_of, make_block
 from niwaki.anatomy import build_skeleton, discover
 from niwaki.config import Keep, Unit
-from niwaki.methods import flap, shortgpt, two_ssp, wandasp
+from niwaki.methods import flap, shortgpt, two_ssp, wanda_sp
 from niwaki.structure import Look, Shape, Sizes
 
 HEADS, NEURONS = Unit("heads", "m", (), 8), Unit("neurons", "m", (), 32)
@@ -45,7 +45,7 @@ X = correlated_inputs(300, 32) + torch.linspace(-2, 2, 32)
 
 @pytest.mark.parametrize(("unit", "count"), [(NEURONS, 20), (HEADS, 5)])
 def test_wanda_scores_are_summed_over_a_group(unit: Unit, count: int) -> None:
-    found = chosen(wandasp, unit, count, X, WEIGHT)
+    found = chosen(wanda_sp, unit, count, X, WEIGHT)
     scores = (WEIGHT.double().abs() * X.double().square().sum(0).sqrt()).mean(0).view(unit.count, -1).sum(1)
     assert found.detail["kept_groups"] == sorted(scores.argsort(descending=True)[:count].tolist())
     kept = found.weight_OI != 0

@@ -37,7 +37,7 @@ METHODS = (
     "wandapp",
 )
 # These make blocks, heads and neurons fewer: they offer `look` and `search` besides.
-STRUCTURED = ("comp", "flap", "shortgpt", "two_ssp", "wandasp")
+STRUCTURED = ("comp", "flap", "shortgpt", "two_ssp", "wanda_sp")
 # These spend any number of bits a weight that they are given, on codes that are stored as they are counted.
 FRACTIONAL = ("squeeze10",)
 

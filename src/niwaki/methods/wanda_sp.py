@@ -6,7 +6,7 @@ share a key and a value). Heads are rounded to what a config can hold, neurons m
 
 Cost: three forwards of the text.
 
-    niwaki compress MODEL OUT --method wandasp --target 0.3 --calibration mine.txt --seq-len 512
+    niwaki compress MODEL OUT --method wanda_sp --target 0.3 --calibration mine.txt --seq-len 512
 """
 
 from collections.abc import Mapping, Sequence
