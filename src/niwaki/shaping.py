@@ -19,7 +19,7 @@ from niwaki.job import CompressionJob, block_part
 from niwaki.run import Run
 from niwaki.stream import Stream
 from niwaki.structure import Look, Shape, Sizes, lines_of, new_name
-from niwaki.walk import Plan, Report, collect, compress_blocks
+from niwaki.walk import Plan, Report, collect, compress_blocks, forward
 from niwaki.writing import write_text
 
 HELD_WINDOWS = 8  # that shapes on trial are judged by
@@ -160,12 +160,12 @@ class ShapingJob(CompressionJob):
         entry = run.finished[block_part(index)]
         found = self.checkpoint.read(self.decoder.disk_names(index))
         stored = load_file(run.folder / entry["shard"]) if "shard" in entry else {}
+        cut, writes = self._lines(index, entry["lines"]), {unit.consumer for unit in self.sizes.units.values()}
         for name, dense in list(found.items()):
             parameter = self.decoder.parameter(name, index)
-            along, places, _ = self._lines(index, entry["lines"]).get(parameter, (0, None, 0))
+            along, places, _ = cut.get(parameter, (0, None, 0))
             kept = stored.get(new_name(name, self.decoder.path, index, self.shape.dropped))
             if kept is None:  # of a block that is gone nothing writes to the stream
-                writes = {unit.consumer for unit in self.sizes.units.values()}
                 found[name] = torch.zeros_like(dense) if parameter.rpartition(".")[0] in writes else dense
             elif places is None:
                 found[name] = kept
@@ -186,10 +186,7 @@ class ShapingJob(CompressionJob):
         decoder = Decoder(Checkpoint.open(str(run.folder)), self.device, self.decoder.dtype)
         ids_ST = self.windows_ST[:1]
         again = Stream(decoder, ids_ST, name="check")
-        for index in range(len(decoder)):
-            block = decoder.load(index)
-            again.advance(block)
-            block.release()
+        forward(decoder, [again])
         wanted_TD, found_TD = stream.hidden.read(slice(0, 1)).float(), again.hidden.read(slice(0, 1)).float()
         error = float((found_TD - wanted_TD).square().sum() / wanted_TD.square().sum())
         if not error <= TOLERANCE[self.decoder.dtype]:

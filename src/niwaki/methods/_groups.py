@@ -11,7 +11,8 @@ Cost of removing R of I columns: I³·2/3 for the factor, 2·R·I² for the upda
 Legend: O outputs, I inputs, G groups, R columns removed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 from niwaki.block import Block
 from niwaki.config import Keep, Target, Unit
 from niwaki.packed import Packed
+from niwaki.statistics import Statistics
+from niwaki.stream import Evidence
 from niwaki.structure import places
 
 UNREACHED = "no calibration token reached this matrix: groups chosen by their weights"
@@ -31,6 +34,37 @@ def keeps_of(targets: Mapping[str, Target]) -> list[Keep]:
         assert isinstance(target, Keep)
         found[target.unit.consumer] = target
     return list(found.values())
+
+
+class Choice(NamedTuple):
+    """The groups of a unit that stay, the new matrix of its consumer, and what is added to the bias there."""
+
+    kept: Sequence[int]
+    weight_OI: Tensor
+    note: str = ""
+    bias_O: Tensor | None = None
+
+
+Choose = Callable[[Keep, Tensor, Statistics], Choice]
+
+
+def unit_by_unit(block: Block, seen: Evidence, targets: Mapping[str, Target], choose: Choose) -> dict[str, Packed]:
+    """Records of all matrices of a block; `choose` decides for every unit that is not gone as a whole."""
+    found: dict[str, Packed] = {}
+    for keep in keeps_of(targets):
+        weight_OI = block.weight(keep.unit.consumer).float()
+        if keep.count:
+            choice = choose(keep, weight_OI, seen.statistics[keep.unit.consumer])
+        else:
+            choice = Choice([], torch.zeros_like(weight_OI))  # not even a bias is left, see `walk`
+        found |= records(block, keep, choice)
+    return found
+
+
+def unreached(keep: Keep, weight_OI: Tensor) -> Choice:
+    """By the weights alone, where no token came."""
+    kept = kept_of(by_group(weight_OI.square().sum(0), keep.unit), keep.count)
+    return Choice(kept, without(weight_OI, keep, kept), UNREACHED)
 
 
 def lowest(scores_G: Tensor, count: int) -> Tensor:
@@ -114,10 +148,9 @@ def scaled(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit
     return found_OI
 
 
-def records(
-    block: Block, keep: Keep, kept: Sequence[int], weight_OI: Tensor, note: str = "", bias_O: Tensor | None = None
-) -> dict[str, Packed]:
+def records(block: Block, keep: Keep, choice: Choice) -> dict[str, Packed]:
     """Records of all matrices of a unit: the consumer's new matrix, and producers without the removed rows."""
+    kept, weight_OI, note, bias_O = choice
     found = {}
     for name in keep.unit.producers:
         own_OI = block.weight(name).float()
@@ -126,9 +159,8 @@ def records(
         left_OI[rows] = own_OI[rows]
         shape = (len(rows), own_OI.shape[1])
         found[name] = Packed("sliced", left_OI, note, cut=shape if keep.cut else None)
-    columns = weight_OI.shape[1] // keep.unit.count * len(kept)
+    shape = (weight_OI.shape[0], weight_OI.shape[1] // keep.unit.count * len(kept))
     detail = {"kept_groups": list(kept)}
-    shape = (weight_OI.shape[0], columns)
     cut = shape if keep.cut else None
     found[keep.unit.consumer] = Packed("sliced", weight_OI, note, detail, cut=cut, bias_O=bias_O)
     return found
@@ -139,8 +171,3 @@ def without(weight_OI: Tensor, keep: Keep, kept: Sequence[int]) -> Tensor:
     alive_G = torch.zeros(keep.unit.count, dtype=torch.bool, device=weight_OI.device)
     alive_G[list(kept)] = True
     return weight_OI * alive_G.repeat_interleave(weight_OI.shape[1] // keep.unit.count)
-
-
-def nothing(block: Block, keep: Keep) -> dict[str, Packed]:
-    """Records of a unit that is gone: the consumer writes nothing, not even its bias."""
-    return records(block, keep, [], torch.zeros_like(block.weight(keep.unit.consumer), dtype=torch.float32))

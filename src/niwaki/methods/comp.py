@@ -30,18 +30,7 @@ from torch import Tensor
 
 from niwaki.block import Block
 from niwaki.config import Keep, Sparsity, Target, Unit
-from niwaki.methods._groups import (
-    UNREACHED,
-    by_group,
-    fit,
-    keeps_of,
-    kept_of,
-    nothing,
-    records,
-    remove,
-    scaled,
-    without,
-)
+from niwaki.methods._groups import Choice, by_group, fit, kept_of, remove, scaled, unit_by_unit, unreached, without
 from niwaki.methods._rounding import damped
 from niwaki.methods._solver import check_damping, inverse_factor
 from niwaki.packed import Packed
@@ -137,21 +126,14 @@ def compress(
     generator: torch.Generator,
 ) -> dict[str, Packed]:
     """Chooses groups and refits the matrix that reads them, unit by unit."""
-    found: dict[str, Packed] = {}
-    for keep in keeps_of(targets):
-        if not keep.count:
-            found |= nothing(block, keep)
-            continue
-        weight_OI = block.weight(keep.unit.consumer).float()
-        statistics = seen.statistics[keep.unit.consumer]
+
+    def choose(keep: Keep, weight_OI: Tensor, statistics: Statistics) -> Choice:
         if not statistics.tokens:
-            kept = kept_of(by_group(weight_OI.square().sum(0), keep.unit), keep.count)
-            found |= records(block, keep, kept, without(weight_OI, keep, kept), UNREACHED)
-            continue
+            return unreached(keep, weight_OI)
         wanted_OI = _wanted(weight_OI, statistics, config)
-        kept, weight_OI = _choose(wanted_OI, weight_OI, statistics, keep, config, generator)
-        found |= records(block, keep, kept, weight_OI)
-    return found
+        return Choice(*_choose(wanted_OI, weight_OI, statistics, keep, config, generator))
+
+    return unit_by_unit(block, seen, targets, choose)
 
 
 def _wanted(weight_OI: Tensor, statistics: Statistics, config: Config) -> Tensor:

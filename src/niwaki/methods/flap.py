@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from niwaki.block import Block
-from niwaki.config import Sparsity, Target, Unit
-from niwaki.methods._groups import UNREACHED, by_group, keeps_of, kept_of, nothing, records, without
+from niwaki.config import Keep, Sparsity, Target, Unit
+from niwaki.methods._groups import Choice, by_group, kept_of, unit_by_unit, unreached, without
 from niwaki.packed import Packed
 from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence
@@ -84,22 +84,16 @@ def compress(
     generator: torch.Generator,
 ) -> dict[str, Packed]:
     """Chooses groups unit by unit."""
-    found: dict[str, Packed] = {}
-    for keep in keeps_of(targets):
-        if not keep.count:
-            found |= nothing(block, keep)
-            continue
-        weight_OI = block.weight(keep.unit.consumer).float()
-        statistics = seen.statistics[keep.unit.consumer]
+
+    def choose(keep: Keep, weight_OI: Tensor, statistics: Statistics) -> Choice:
         if not statistics.tokens:
-            kept = kept_of(by_group(weight_OI.square().sum(0), keep.unit), keep.count)
-            found |= records(block, keep, kept, without(weight_OI, keep, kept), UNREACHED)
-            continue
+            return unreached(keep, weight_OI)
         kept = kept_of(by_group(_fluctuation(weight_OI, statistics), keep.unit), keep.count)
         left_OI = without(weight_OI, keep, kept)
         bias_O = (weight_OI - left_OI) @ statistics.mean_I if config.compensate else None
-        found |= records(block, keep, kept, left_OI, bias_O=bias_O)
-    return found
+        return Choice(kept, left_OI, bias_O=bias_O)
+
+    return unit_by_unit(block, seen, targets, choose)
 
 
 def _fluctuation(weight_OI: Tensor, statistics: Statistics) -> Tensor:

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from niwaki.block import Block
-from niwaki.config import Sparsity, Target, Unit
-from niwaki.methods._groups import keeps_of, nothing, records
+from niwaki.config import Keep, Sparsity, Target, Unit
+from niwaki.methods._groups import Choice, unit_by_unit
 from niwaki.packed import Packed
 from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence
@@ -62,10 +63,8 @@ def compress(
     generator: torch.Generator,
 ) -> dict[str, Packed]:
     """All or nothing."""
-    found: dict[str, Packed] = {}
-    for keep in keeps_of(targets):
-        if keep.count:
-            found |= records(block, keep, range(keep.unit.count), block.weight(keep.unit.consumer).float())
-        else:
-            found |= nothing(block, keep)
-    return found
+
+    def choose(keep: Keep, weight_OI: Tensor, statistics: Statistics) -> Choice:
+        return Choice(range(keep.unit.count), weight_OI)
+
+    return unit_by_unit(block, seen, targets, choose)

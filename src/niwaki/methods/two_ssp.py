@@ -17,10 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from niwaki.block import Block
-from niwaki.config import Sparsity, Target, Unit
-from niwaki.methods._groups import keeps_of, kept_of, nothing, records, without
+from niwaki.config import Keep, Sparsity, Target, Unit
+from niwaki.methods._groups import Choice, kept_of, unit_by_unit, without
 from niwaki.packed import Packed
 from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence
@@ -83,15 +84,11 @@ def compress(
     generator: torch.Generator,
 ) -> dict[str, Packed]:
     """Attention all or nothing, neurons by their norm."""
-    found: dict[str, Packed] = {}
-    for keep in keeps_of(targets):
-        if not keep.count:
-            found |= nothing(block, keep)
-            continue
-        weight_OI = block.weight(keep.unit.consumer).float()
-        statistics = seen.statistics[keep.unit.consumer]
+
+    def choose(keep: Keep, weight_OI: Tensor, statistics: Statistics) -> Choice:
         kept = list(range(keep.unit.count))
         if keep.unit.kind == "neurons":
             kept = kept_of(statistics.sqnorm_I if statistics.tokens else weight_OI.square().sum(0), keep.count)
-        found |= records(block, keep, kept, without(weight_OI, keep, kept))
-    return found
+        return Choice(kept, without(weight_OI, keep, kept))
+
+    return unit_by_unit(block, seen, targets, choose)

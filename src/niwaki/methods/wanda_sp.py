@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from niwaki.block import Block
-from niwaki.config import Sparsity, Target, Unit
-from niwaki.methods._groups import by_group, keeps_of, kept_of, nothing, records, without
+from niwaki.config import Keep, Sparsity, Target, Unit
+from niwaki.methods._groups import Choice, by_group, kept_of, unit_by_unit, without
 from niwaki.packed import Packed
 from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence
@@ -63,16 +64,12 @@ def compress(
     generator: torch.Generator,
 ) -> dict[str, Packed]:
     """Chooses groups unit by unit."""
-    found: dict[str, Packed] = {}
-    for keep in keeps_of(targets):
-        if not keep.count:
-            found |= nothing(block, keep)
-            continue
-        weight_OI = block.weight(keep.unit.consumer).float()
-        statistics = seen.statistics[keep.unit.consumer]
+
+    def choose(keep: Keep, weight_OI: Tensor, statistics: Statistics) -> Choice:
         scores_I = weight_OI.abs().mean(0)
         if statistics.tokens:
             scores_I = scores_I * statistics.sqnorm_I.sqrt()
         kept = kept_of(by_group(scores_I, keep.unit), keep.count)
-        found |= records(block, keep, kept, without(weight_OI, keep, kept))
-    return found
+        return Choice(kept, without(weight_OI, keep, kept))
+
+    return unit_by_unit(block, seen, targets, choose)
