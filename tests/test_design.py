@@ -27,6 +27,7 @@ LAYERS = [
     ["budget"],
     ["methods", "runtime"],
     ["walk", "run", "ends", "parts"],
+    ["backward"],
     ["card"],
     ["job"],
     ["shaping"],

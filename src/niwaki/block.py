@@ -103,9 +103,9 @@ class Block:
         return f"{self.linears[name].parameter.removesuffix(WEIGHT)}.bias"
 
     def run(self, call: Call, x_BTD: Tensor, seen: Callable[[str, Tensor], None] | None = None) -> Tensor:
-        """One forward without gradients; `seen(matrix name, its input)` is called for every matrix met."""
+        """One forward, differentiable if `x_BTD` is; `seen(matrix name, its input)` is called for every matrix met."""
         if seen is None:
-            with torch.no_grad():
+            with torch.set_grad_enabled(x_BTD.requires_grad):
                 return call(self.module, x_BTD)
         names = {self._sighting(linear): linear.name for linear in self.linears.values()}
 
@@ -114,7 +114,7 @@ class Block:
                 seen(names[sighting], x)
 
         pointers = weight_pointers(dict(self.module.named_parameters()))
-        with torch.no_grad(), Tap(pointers, report):
+        with torch.set_grad_enabled(x_BTD.requires_grad), Tap(pointers, report):
             return call(self.module, x_BTD)
 
     def release(self) -> None:
@@ -264,17 +264,19 @@ class Decoder:
             calls.append(call)
             return self.anatomy.blocks[index].wrap(x_BTD)
 
-        self._run_ends(ids_BT, stub, logits_to_keep=1)
+        with torch.no_grad():
+            self._run_ends(ids_BT, stub, logits_to_keep=1)
         return entered[0], calls
 
     def leave(self, ids_BT: Tensor, x_BTD: Tensor) -> Tensor:
-        """Logits [B, T, V] from the hidden state after the last block."""
+        """Logits [B, T, V] from the hidden state after the last block, differentiable if that is."""
         last = len(self) - 1
 
         def stub(index: int, call: Call, hidden_BTD: Tensor) -> Any:
             return self.anatomy.blocks[index].wrap(x_BTD if index == last else hidden_BTD)
 
-        logits: Tensor = self._run_ends(ids_BT, stub).logits
+        with torch.set_grad_enabled(x_BTD.requires_grad):
+            logits: Tensor = self._run_ends(ids_BT, stub).logits
         return logits
 
     def release_ends(self) -> None:
@@ -289,7 +291,7 @@ class Decoder:
     def _run_ends(self, ids_BT: Tensor, stub: Callable[[int, Call, Tensor], Any], **kwargs: Any) -> Any:
         if not self._ends_loaded:
             self.load_ends()
-        with torch.no_grad(), stubbed(self._blocks, stub):
+        with stubbed(self._blocks, stub):
             return self.model(input_ids=ids_BT.to(self.device), use_cache=False, **kwargs)
 
     def load_ends(self, stored: dict[str, Tensor] | None = None) -> None:

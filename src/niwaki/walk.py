@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -31,19 +32,23 @@ STORED_DENSE = "codes are stored as the weights they stand for, so the file is n
 
 
 def loaded_blocks(
-    decoder: Decoder, stored: Callable[[int], dict[str, Tensor] | None] = lambda index: None
+    decoder: Decoder,
+    stored: Callable[[int], dict[str, Tensor] | None] = lambda index: None,
+    *,
+    backwards: bool = False,
 ) -> Iterator[Block]:
     """Every block in turn, the next one being read while the caller works. The caller releases them."""
+    order = list(range(len(decoder)))[:: -1 if backwards else 1]
     with ThreadPoolExecutor(1, thread_name_prefix="load") as reader:
 
         def load(index: int) -> Block:
             return decoder.load(index, stored(index))
 
-        upcoming: Future[Block] = reader.submit(load, 0)
-        for index in range(len(decoder)):
+        upcoming: Future[Block] = reader.submit(load, order[0])
+        for _, following in zip_longest(order, order[1:]):
             block = upcoming.result()
-            if index + 1 < len(decoder):
-                upcoming = reader.submit(load, index + 1)
+            if following is not None:
+                upcoming = reader.submit(load, following)
             yield block
 
 

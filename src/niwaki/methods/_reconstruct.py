@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ TARGETS = ("block", "dense", "both")
 CHECKS = 5  # held-out measurements of a descent at most; with a cosine schedule the last is nearly always the best
 OPTIMIZERS = ("adam", "rmsprop")
 Matrices = Mapping[str, Tensor]
+Found = TypeVar("Found")
 
 
 class Reconstruction:
@@ -232,7 +233,7 @@ class _Called(nn.Module):
         return self.call(self.module, x_BTD)
 
 
-def deterministically(work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def deterministically(work: Callable[[], Found]) -> Found:
     """Same seed, same bytes: attention's backward adds in any order on CUDA unless told not to.
 
     An operation that has no deterministic form runs as it is, after a warning by torch that names it.
