@@ -52,7 +52,9 @@ def evidence_of(block: Block, x_NI: Tensor, needs: Needs) -> Evidence:
     windows = next((count for count in range(8, 0, -1) if len(x_NI) % count == 0), 1)
     stream: Any = FixedStream(block, x_NI.reshape(windows, -1, x_NI.shape[1]))
     dense: Any = SimpleNamespace(hidden=stream.outputs)
-    return Evidence(statistics, stream, dense)
+    generator = torch.Generator().manual_seed(1)
+    gradients = {name: torch.rand(block.weight(name).shape, generator=generator) for name in block.linears}
+    return Evidence(statistics, stream, dense, gradients=gradients if needs.gradient else {})
 
 
 def make_block(weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Block:

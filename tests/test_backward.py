@@ -58,7 +58,9 @@ def test_weight_gradients_are_those_of_the_whole_model(family: str, tmp_path: Pa
     model = saved(family, tmp_path)
     losses, wanted = exact(model, IDS)
     found_losses, visits = collected(tmp_path, weights=True)
-    rtol, atol = (1e-5, 1e-6) if family == "gemma2" else (1e-9, 1e-13)  # it scales embeddings by a number rounded to float32
+    rtol, atol = (
+        (1e-5, 1e-6) if family == "gemma2" else (1e-9, 1e-13)
+    )  # it scales embeddings by a number rounded to float32
     torch.testing.assert_close(found_losses, losses, rtol=rtol, atol=0)
     assert [index for index, _ in visits] == [2, 2, 2, 1, 1, 1, 0, 0, 0]  # batches of 2, 2 and 1 windows
     decoder = Decoder(Checkpoint.open(tmp_path), CPU, torch.float64)

@@ -28,6 +28,7 @@ LAYERS = [
     ["methods", "runtime"],
     ["walk", "run", "ends", "parts"],
     ["backward"],
+    ["gradients"],
     ["card"],
     ["job"],
     ["shaping"],

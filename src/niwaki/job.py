@@ -6,7 +6,7 @@ Everything that can be wrong with the input is checked before the first file is 
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ from niwaki.config import Bits, Recipe, Target, make_options, parse_target
 from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
 from niwaki.ends import ends_to_pack, read_packed
 from niwaki.errors import InputError, NumericalError, unknown
+from niwaki.gradients import squared_gradients
 from niwaki.methods import STRUCTURED, Step, make_steps, merged_needs, settle_budget
 from niwaki.parts import block_lines, packed_modules, read_plain, result_of, shard_index
 from niwaki.run import (
@@ -135,6 +136,7 @@ class CompressionJob:
                 writer.settle()
                 self.decoder.load_ends(self._stored_ends(run))
             stream = self._stream(run, "compressed")
+            gradients = self._gradients(run, report)
             self.decoder.release_ends()
 
             def finished(index: int) -> dict[str, Tensor] | None:
@@ -146,7 +148,7 @@ class CompressionJob:
                 else:
                     run.finish_part(block_part(block.index), {"lines": lines})
 
-            plan = Plan(self.steps, self.targets, self.recipe.seed, self.recipe.pack == "auto")
+            plan = Plan(self.steps, self.targets, self.recipe.seed, self.recipe.pack == "auto", gradients)
             compress_blocks(self.decoder, plan, stream, dense, finished=finished, save=save, report=report)
         return self._finish(run, stream, report)
 
@@ -186,6 +188,18 @@ class CompressionJob:
             name=name,
             learn_batches=self.needs.learn_batches if name == "compressed" else frozenset(),
         )
+
+    def _gradients(self, run: Run, report: Report) -> Callable[[int], Mapping[str, Tensor]]:
+        """Squared gradients of the dense model by block, if a method wants them."""
+        if not self.needs.gradient:
+            return lambda index: {}
+
+        def make() -> Stream:
+            assert self.windows_ST is not None, "gradients are needs of windows"
+            return Stream(self.decoder, self.windows_ST, batch_tokens=1, activation_bytes=self.recipe.activation_bytes,
+                          folder=run.folder / RECORD / "journal", name="gradients")  # fmt: skip
+
+        return squared_gradients(run, self.decoder, make, self.recipe.activation_bytes, report)
 
     def _allocate(self, run: Run, report: Report) -> None:
         """Targets that differ between blocks."""

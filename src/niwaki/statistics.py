@@ -22,7 +22,8 @@ class Needs:
     `sqnorm` and `gram`: sums for every group of matrices. `learn_batches`: how many windows a learning method draws
     at a time from the block's inputs and the dense block's outputs (empty: it does not learn). `dense`: the
     outputs of the same block in the dense model as well. `full`: Gram matrices with the inputs that the same tokens
-    have in the dense model. `mean`: sums of the inputs themselves.
+    have in the dense model. `mean`: sums of the inputs themselves. `gradient`: squares of the gradients that the loss
+    of every window has in the dense model.
     """
 
     sqnorm: bool = False
@@ -31,6 +32,7 @@ class Needs:
     dense: bool = False
     full: bool = False
     mean: bool = False
+    gradient: bool = False
 
     @property
     def windows(self) -> bool:
@@ -40,7 +42,7 @@ class Needs:
     @property
     def anything(self) -> bool:
         """Whether the walk has to run the dense block over all windows before compressing it."""
-        return self.sqnorm or self.gram or self.full or self.mean or self.windows
+        return self.sqnorm or self.gram or self.full or self.mean or self.gradient or self.windows
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(
@@ -50,6 +52,7 @@ class Needs:
             self.dense or other.dense,
             self.full or other.full,
             self.mean or other.mean,
+            self.gradient or other.gradient,
         )
 
 

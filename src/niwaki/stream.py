@@ -112,13 +112,15 @@ class Evidence:
 
     `statistics` of every matrix, taken with the dense block on its inputs in the compressed model. `stream`
     holds those inputs and the dense block's outputs; `dense` the outputs of the same block in the dense
-    model. `start` holds the records of the step before in a chain of methods, else nothing.
+    model. `start` holds the records of the step before in a chain of methods, else nothing. `gradients`: squares [O, I]
+    of the gradient of every matrix in the dense model, summed over the windows.
     """
 
     statistics: Mapping[str, Statistics]
     stream: Stream | None = None
     dense: Stream | None = None
     start: Mapping[str, Packed] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def default_batch_tokens(device: torch.device) -> int:

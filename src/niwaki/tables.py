@@ -124,6 +124,7 @@ def print_method(console: Console, name: str) -> None:
 
 def _needs(needs: Any) -> str:
     sums = "XᵀX per input" if needs.gram else "squared norms per input" if needs.sqnorm else "no data"
+    sums = f"{sums}, gradients" if needs.gradient else sums
     return f"{sums}, windows to learn from" if needs.windows else sums
 
 

@@ -9,7 +9,7 @@ Legend: S windows, B windows in a batch, T tokens, D hidden size, N tokens, O ou
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -108,13 +108,15 @@ def collect(
 class Plan:
     """What the walk does to each block: one method after another, their targets and their seed.
 
-    `pack`: codes are stored as codes where the matrix can be, otherwise as the weights they stand for.
+    `pack`: codes are stored as codes where the matrix can be, otherwise as the weights they stand for. `gradients`
+    reads the squared gradients of a block, if a step needs them.
     """
 
     steps: Sequence[Step]
     targets: list[dict[str, Target]]
     seed: int
     pack: bool = True
+    gradients: Callable[[int], Mapping[str, Tensor]] = lambda index: {}
 
     @property
     def needs(self) -> Needs:
@@ -164,9 +166,10 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
     if stream is not None:
         statistics, before_BTD = collect(block, stream, plan.needs, dense)
     packed: dict[str, Packed] = {}
+    gradients = plan.gradients(block.index)
     for number, step in enumerate(plan.steps):
         generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + block.index) * 101 + number)
-        found = step.compress(block, Evidence(statistics, stream, dense, packed), targets, generator)
+        found = step.compress(block, Evidence(statistics, stream, dense, packed, gradients), targets, generator)
         packed = {name: record.after(packed[name]) if packed else record for name, record in found.items()}
     with torch.no_grad():
         lines = [

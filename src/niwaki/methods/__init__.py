@@ -27,6 +27,7 @@ METHODS = (
     "arb",
     "besa",
     "billm",
+    "gblm",
     "gptq",
     "magnitude",
     "ptq161",
