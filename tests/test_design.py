@@ -9,7 +9,7 @@ import pytest
 
 import niwaki
 from niwaki import errors
-from niwaki.methods import METHODS, STRUCTURED, get_method
+from niwaki.methods import EVERY, get_method
 
 SOURCE = Path(niwaki.__file__).parent
 FILES = sorted(path for path in SOURCE.rglob("*.py") if "data" not in path.relative_to(SOURCE).parts)
@@ -24,14 +24,14 @@ LAYERS = [
     ["checkpoint", "statistics", "structure"],
     ["block"],
     ["allocation", "stream"],
-    ["budget"],
+    ["budget", "contextual"],
     ["methods", "runtime"],
     ["walk", "run", "ends", "parts"],
     ["backward"],
-    ["gradients"],
+    ["gradients", "tracing"],
     ["card"],
     ["job"],
-    ["shaping"],
+    ["shaping", "shadowing"],
     ["compression"],
     ["evaluation", "generation"],
     ["recovery", "exporting"],
@@ -77,13 +77,13 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 def test_methods_import_no_other_method_and_the_walk_names_none() -> None:
-    for name in METHODS + STRUCTURED:
+    for name in EVERY:
         tree = ast.parse((SOURCE / "methods" / f"{name}.py").read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("niwaki.methods."):
                 assert node.module.rsplit(".", 1)[1].startswith("_"), f"{name} imports {node.module}"
     walk = (SOURCE / "walk.py").read_text(encoding="utf-8")
-    assert not [name for name in METHODS + STRUCTURED if re.search(rf"\b{name}\b", walk)]
+    assert not [name for name in EVERY if re.search(rf"\b{name}\b", walk)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
@@ -135,7 +135,7 @@ def test_unknown_attribute_is_an_attribute_error() -> None:
         _ = niwaki.compres  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", METHODS + STRUCTURED)
+@pytest.mark.parametrize("name", EVERY)
 def test_method_modules_tell_paper_cost_and_example(name: str) -> None:
     method = get_method(name)
     assert method.PAPER

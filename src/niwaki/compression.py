@@ -8,7 +8,8 @@ from typing import Any
 
 from niwaki.config import make_recipe
 from niwaki.job import CompressionJob
-from niwaki.methods import STRUCTURED
+from niwaki.methods import CONTEXTUAL, STRUCTURED
+from niwaki.shadowing import ShadowJob
 from niwaki.shaping import ShapingJob
 from niwaki.walk import Report
 
@@ -32,7 +33,8 @@ def compress(
     NumericalError.
     """
     given = make_recipe(recipe)
-    kind = ShapingJob if given.method in STRUCTURED else CompressionJob
+    kinds = dict.fromkeys(STRUCTURED, ShapingJob) | dict.fromkeys(CONTEXTUAL, ShadowJob)
+    kind = kinds.get(given.method, CompressionJob)
     return kind(str(model), Path(out), given, dense_stream, resume, overwrite, report or _ignore).run()
 
 

@@ -8,13 +8,19 @@ import torch
 
 from niwaki.calibration import load_tokenizer
 from niwaki.checkpoint import Checkpoint
+from niwaki.contextual.record import has_shadow, read_shadow
 from niwaki.device import pick_device
 from niwaki.errors import InputError
 from niwaki.loading import plain_loading
+from niwaki.runtime.contextual import attach
 
 
-def load(model: str | Path, *, device: str = "auto") -> Any:
-    """The whole model as a transformers `PreTrainedModel` in eval mode, in the checkpoint's dtype."""
+def load(model: str | Path, *, device: str = "auto", dense: bool = False) -> Any:
+    """The whole model as a transformers `PreTrainedModel` in eval mode, in the checkpoint's dtype.
+
+    If a predictor lies beside the weights (method shadow), the model skips what its inputs do not need, unless `dense`;
+    `model.contextual` says what it did.
+    """
     from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint.open(model)
@@ -22,7 +28,10 @@ def load(model: str | Path, *, device: str = "auto") -> Any:
         decoder: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder, dtype=checkpoint.dtype, trust_remote_code=False
         )
-    return decoder.to(pick_device(device)).eval()
+    decoder = decoder.to(pick_device(device)).eval()
+    if has_shadow(checkpoint.folder) and not dense:
+        decoder.contextual = attach(decoder, read_shadow(checkpoint.folder))
+    return decoder
 
 
 def generate(

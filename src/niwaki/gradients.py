@@ -23,12 +23,9 @@ from niwaki.writing import write_shard
 
 
 def squared_gradients(
-    run: Run, decoder: Decoder, make_stream: Callable[[], Stream], activation_bytes: int | None, report: Report
+    run: Run, decoder: Decoder, ids_ST: Tensor, activation_bytes: int | None, report: Report
 ) -> Callable[[int], Mapping[str, Tensor]]:
-    """Reads block → matrix → Σ over windows of the squared gradient [O, I], float32; what is missing is made first.
-
-    `make_stream` gives all windows before the first block, one at a time in a batch.
-    """
+    """Reads block → matrix → Σ over windows of the squared gradient [O, I], float32; what is missing is made first."""
     device, folder = decoder.device, run.folder / RECORD / "journal"
     sums: dict[str, Tensor] = {}
 
@@ -36,7 +33,7 @@ def squared_gradients(
         for name, grad_OI in found.weights.items():
             square_OI = grad_OI.float().square()
             sums[name] = sums[name].add_(square_OI) if name in sums else square_OI
-        if found.rows.stop == count:
+        if found.rows.stop == len(ids_ST):
             shard = f"{_part(block.index)}.safetensors"
             sha256 = write_shard(folder / shard, sums)
             run.finish_part(_part(block.index), {"shard": f"{RECORD}/journal/{shard}", "sha256": sha256})
@@ -44,8 +41,9 @@ def squared_gradients(
             sums.clear()
 
     if not all(_part(index) in run.finished for index in range(len(decoder))):
-        stream = make_stream()
-        count = len(stream)
+        stream = Stream(
+            decoder, ids_ST, batch_tokens=1, activation_bytes=activation_bytes, folder=folder, name="gradients"
+        )
         descend(decoder, stream, visit, weights=True, activation_bytes=activation_bytes, folder=folder)
 
     def read(index: int) -> dict[str, Tensor]:

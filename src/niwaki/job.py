@@ -34,7 +34,7 @@ from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
 from niwaki.ends import ends_to_pack, read_packed
 from niwaki.errors import InputError, NumericalError, unknown
 from niwaki.gradients import squared_gradients
-from niwaki.methods import STRUCTURED, Step, make_steps, merged_needs, settle_budget
+from niwaki.methods import CONTEXTUAL, STRUCTURED, Step, make_steps, merged_needs, settle_budget
 from niwaki.parts import block_lines, packed_modules, read_plain, result_of, shard_index
 from niwaki.run import (
     RECORD,
@@ -159,9 +159,8 @@ class CompressionJob:
     def _windows(self) -> tuple[Tensor | None, str]:
         """Token windows [S, T], if the method or the caller wants any, and where they come from."""
         given = self.recipe.calibration
-        scanned = (
-            self.recipe.allocation != "uniform" or self.recipe.keep_blocks == "auto" or self.recipe.method in STRUCTURED
-        )
+        own = self.recipe.method in STRUCTURED + CONTEXTUAL
+        scanned = self.recipe.allocation != "uniform" or self.recipe.keep_blocks == "auto" or own
         if not (self.needs.anything or scanned or self.dense_stream or given.files):
             return None, "none"
         return windows_for(
@@ -193,13 +192,8 @@ class CompressionJob:
         """Squared gradients of the dense model by block, if a method wants them."""
         if not self.needs.gradient:
             return lambda index: {}
-
-        def make() -> Stream:
-            assert self.windows_ST is not None, "gradients are needs of windows"
-            return Stream(self.decoder, self.windows_ST, batch_tokens=1, activation_bytes=self.recipe.activation_bytes,
-                          folder=run.folder / RECORD / "journal", name="gradients")  # fmt: skip
-
-        return squared_gradients(run, self.decoder, make, self.recipe.activation_bytes, report)
+        assert self.windows_ST is not None, "gradients are needs of windows"
+        return squared_gradients(run, self.decoder, self.windows_ST, self.recipe.activation_bytes, report)
 
     def _allocate(self, run: Run, report: Report) -> None:
         """Targets that differ between blocks."""
@@ -294,6 +288,9 @@ class CompressionJob:
     def _check(self, run: Run, stream: Stream | None) -> None:
         """A last look at the finished folder; `stream` holds the hidden states behind the last block."""
 
+    def _result(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        return result_of(parts)
+
     def _record(self, run: Run, parts: list[dict[str, Any]]) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
         return {
@@ -314,7 +311,7 @@ class CompressionJob:
                 "windows": None if self.windows_ST is None else list(self.windows_ST.shape),
                 "sha256": None if self.windows_ST is None else digest(self.windows_ST),
             },
-            "result": result_of(parts),
+            "result": self._result(parts),
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
             "seconds": round(time.perf_counter() - self.started, 2),
             "peak_rss_bytes": peak_rss_bytes(),

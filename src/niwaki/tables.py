@@ -85,11 +85,11 @@ def print_demo(console: Console, found: dict[str, Any], out: Path) -> None:
 
 def print_methods(console: Console) -> None:
     """One row per method, then what the presets stand for."""
-    from niwaki.methods import METHODS, STRUCTURED, get_method
+    from niwaki.methods import EVERY, get_method
     from niwaki.presets import PRESETS
 
     table = Table("method", "what", "needs", "paper")
-    for name in METHODS + STRUCTURED:
+    for name in EVERY:
         method = get_method(name)
         what = method.__doc__.split("\n")[0].partition(": ")[2]
         table.add_row(name, what, _needs(method.needs(method.Config())), method.PAPER)

@@ -17,6 +17,10 @@ import torch
 
 from niwaki.block import Block
 from niwaki.config import Bits, Grouped, Recipe, Sparsity, Target, Unit, make_options
+from niwaki.contextual.predictor import Predictor
+from niwaki.contextual.selection import Rule
+from niwaki.contextual.traces import Traces
+from niwaki.contextual.units import Layout
 from niwaki.errors import InputError, TargetError, unknown
 from niwaki.packed import Packed
 from niwaki.statistics import Needs, Statistics
@@ -39,6 +43,9 @@ METHODS = (
 )
 # These make blocks, heads and neurons fewer: they offer `look` and `search` besides.
 STRUCTURED = ("comp", "flap", "shortgpt", "two_ssp", "wanda_sp")
+# These leave the weights and learn which of them an input needs: they offer `learn` and `rule` besides.
+CONTEXTUAL = ("shadow",)
+EVERY = METHODS + STRUCTURED + CONTEXTUAL
 # These spend any number of bits a weight that they are given, on codes that are stored as they are counted.
 FRACTIONAL = ("squeeze10",)
 
@@ -71,6 +78,18 @@ class Fractional(Method, Protocol):
 
     def least_bits(self, rows: int, columns: int, config: Any) -> float:
         """Bits a weight below which a matrix of this shape cannot be stored."""
+
+
+class Contextual(Method, Protocol):
+    """What a method in CONTEXTUAL offers besides."""
+
+    def rule(self, config: Any, skip_frac: float) -> Rule:
+        """How scores become the units that run."""
+
+    def learn(
+        self, traces: Traces, layout: Layout, config: Any, decoder_weights: int
+    ) -> tuple[Predictor, dict[str, Any]]:
+        """The predictor for these samples, and what is worth knowing of how it was found."""
 
 
 class Structured(Method, Protocol):
@@ -111,6 +130,11 @@ class Step:
         """The module of a method in STRUCTURED."""
         return cast(Structured, self.method)
 
+    @property
+    def contextual(self) -> Contextual:
+        """The module of a method in CONTEXTUAL."""
+        return cast(Contextual, self.method)
+
     def compress(
         self, block: Block, seen: Evidence, targets: Mapping[str, Target], generator: torch.Generator
     ) -> dict[str, Packed]:
@@ -120,8 +144,8 @@ class Step:
 
 def get_method(name: str) -> Method:
     """The method module `name`. Raises InputError with the nearest name."""
-    if name not in METHODS + STRUCTURED:
-        raise InputError(unknown("method", name, METHODS + STRUCTURED))
+    if name not in EVERY:
+        raise InputError(unknown("method", name, EVERY))
     return cast(Method, importlib.import_module(f"niwaki.methods.{name}"))
 
 
@@ -165,13 +189,12 @@ def settle_budget(recipe: Recipe) -> Recipe:
         by_need = set(names) <= set(FRACTIONAL) and not recipe.keep_blocks
         recipe = recipe.model_copy(update={"allocation": "sensitivity" if by_need else "uniform"})
     by_need = recipe.allocation == "sensitivity"
-    if structured := [name for name in names if name in STRUCTURED]:
+    if alone := [name for name in names if name in STRUCTURED + CONTEXTUAL]:
         if len(names) > 1:
-            raise InputError(
-                f"{structured[0]} changes the shape of the model: run it alone, and the other methods on its result"
-            )
+            what = "changes the shape of the model" if alone[0] in STRUCTURED else "learns what a finished model needs"
+            raise InputError(f"{alone[0]} {what}: run it alone, and other methods before or after it")
         if recipe.allocation != "uniform":
-            raise TargetError(f"{structured[0]} chooses the shape itself: drop allocation {recipe.allocation}")
+            raise TargetError(f"{alone[0]} chooses what goes itself: drop allocation {recipe.allocation}")
     wanted = {"target_bytes": recipe.target_bytes, "keep_blocks": recipe.keep_blocks, "allocation sensitivity": by_need}
     for name in names:
         for field in (field for field, given in wanted.items() if given):

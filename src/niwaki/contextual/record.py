@@ -1,0 +1,84 @@
+"""A learned predictor beside the weights it was learned from.
+
+    OUT/niwaki/shadow.safetensors     its tensors
+    OUT/niwaki/shadow.json            units, rule, features, how it runs
+
+The weights themselves are not touched: without niwaki the folder is the dense model.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from niwaki.contextual.predictor import Predictor
+from niwaki.contextual.selection import Rule
+from niwaki.contextual.units import Layout, read_layout
+from niwaki.errors import CheckpointError
+from niwaki.writing import write_shard, write_text
+
+TENSORS, ABOUT = "niwaki/shadow.safetensors", "niwaki/shadow.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a predictor is used: tokens between two looks at the input (0: one look, after the prompt), prompts that are
+    too short for one, the union of a batch's units above which it runs dense, and the share of a skipped neuron's mean
+    activation in the prompt that stands in for it.
+    """
+
+    refresh_tokens: int = 0
+    least_prompt: int = 16
+    most_kept_frac: float = 0.85
+    stand_in: float = 1.0
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """All that a model needs to skip what an input does not."""
+
+    predictor: Predictor
+    layout: Layout
+    rule: Rule
+    running: Running
+
+
+def write_shadow(folder: Path, shadow: Shadow) -> str:
+    """Writes both files below `folder`; returns the SHA-256 of the tensors."""
+    about = {
+        "format": FORMAT,
+        "features": list(shadow.predictor.features),
+        "layout": shadow.layout.describe(),
+        "rule": asdict(shadow.rule),
+        "running": asdict(shadow.running),
+    }
+    write_text(folder / ABOUT, json.dumps(about, indent=2) + "\n")
+    return write_shard(folder / TENSORS, shadow.predictor.tensors())
+
+
+def has_shadow(folder: Path) -> bool:
+    """Whether a predictor lies beside the weights."""
+    return (folder / ABOUT).is_file()
+
+
+def read_shadow(folder: Path) -> Shadow:
+    """What `write_shadow` wrote. Raises CheckpointError if it is not whole, or of a newer format."""
+    try:
+        about: Mapping[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise CheckpointError(
+                f"{folder / ABOUT} has format {about['format']}, this niwaki reads {FORMAT}: install a newer one"
+            )
+        layout, rule, running = read_layout(about["layout"]), Rule(**about["rule"]), Running(**about["running"])
+        heads = layout.blocks * layout.count("heads")
+        predictor = Predictor(tuple(about["features"]), heads, **load_file(folder / TENSORS))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / ABOUT} and its tensors are not complete ({error}): compress again") from error
+    if len(predictor.prior_U) != layout.size:
+        raise CheckpointError(f"{folder / TENSORS} scores {len(predictor.prior_U)} units, not {layout.size}")
+    return Shadow(predictor, layout, rule, running)

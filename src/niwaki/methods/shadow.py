@@ -1,0 +1,125 @@
+"""Contextual sparsity: every input runs only the heads and neurons that it needs; the weights stay as they are.
+
+Source: Akhauri et al., "ShadowLLM: Predictor-based Contextual Sparsity for Large Language Models" (2024): one predictor
+for the whole model looks at the output of the first attention layer at the last prompt token and says how important
+every head and neuron will be. The paper's text could not be read; its released code could, and is not followed where it
+cannot be deployed: there the mask of a text is chosen from its last token, and masks of neurons change nothing.
+
+What is ours: the prompt runs dense, and only tokens already seen choose what runs (`contextual.predictor` has the map,
+`contextual.criteria` the importance). Beside the paper's feature the predictor may read the mean over the prompt and
+how active every unit was in it, and it is a factored linear map, fitted in closed form; GRIFFIN (Dong et al. 2024) and
+static masks are its special cases. Deviation: gated neurons are scored at h = act(gate)·up, heads in groups that share
+keys.
+
+Cost: learning takes `tracing`, then N²·(F + U) operations for N samples; running reads the prompt with all weights, then
+takes one small product and a copy of the weights that stay for every sequence.
+
+    niwaki compress MODEL OUT --method shadow --target 0.5 --calibration mine.txt --samples 256 --seq-len 512
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from niwaki.block import Block
+from niwaki.config import Sparsity, Target
+from niwaki.contextual.criteria import CRITERIA
+from niwaki.contextual.predictor import FEATURES, Predictor, fit
+from niwaki.contextual.record import Running
+from niwaki.contextual.selection import SCOPES, Rule
+from niwaki.contextual.traces import Traces
+from niwaki.contextual.units import Layout
+from niwaki.packed import Packed
+from niwaki.statistics import Needs
+from niwaki.stream import Evidence
+
+PAPER = "Akhauri et al. 2024, ShadowLLM: Predictor-based Contextual Sparsity (read: the released code)"
+ACCEPTS = (Sparsity,)
+CONTINUES = False
+NEURON_WIDTHS = (1, 32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`criterion`: what importance is. `features`: what the predictor reads, joined by + of last, mean, prompt; none
+    for no learned part. `trust`: whether what the prompt showed of a unit corrects what is expected of it.
+
+    `scope`, `floor_frac`: see `contextual.selection`. `neuron_width`: neighbouring neurons that go together. `cuts`:
+    prompt lengths a window is cut at. `gradient_windows`: those that give the mean gradients. `size_frac`: parameters
+    of the predictor, as a share of the decoder's. The others: see `contextual.record.Running`.
+    """
+
+    criterion: str = "energy"
+    features: str = "last+mean+prompt"
+    trust: bool = True
+    scope: str = "local"
+    floor_frac: float = 0.1
+    neuron_width: int = 1
+    cuts: int = 2
+    gradient_windows: int = 64
+    size_frac: float = 0.03
+    refresh_tokens: int = 0
+    least_prompt: int = 16
+    most_kept_frac: float = 0.85
+    stand_in: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, known in (("criterion", CRITERIA), ("scope", SCOPES), ("neuron_width", NEURON_WIDTHS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
+        if self.features != "none" and not set(self.features.split("+")) <= set(FEATURES):
+            all_features = ", ".join(FEATURES)
+            raise ValueError(f"features must be none, or some of {all_features} joined by +, got {self.features!r}")
+        if self.cuts < 1 or self.gradient_windows < 1:
+            raise ValueError("expected cuts ≥ 1 and gradient_windows ≥ 1")
+        if not (0 <= self.floor_frac < 1 and 0 < self.size_frac < 1):
+            raise ValueError("expected floor_frac in [0, 1) and size_frac in (0, 1)")
+
+    @property
+    def running(self) -> dict[str, Any]:
+        """The fields of `contextual.record.Running`."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(Running)}
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The features by name."""
+        return () if self.features == "none" else tuple(self.features.split("+"))
+
+
+def needs(config: Config) -> Needs:
+    """Nothing of single matrices."""
+    return Needs()
+
+
+def compress(
+    block: Block,
+    seen: Evidence,
+    targets: Mapping[str, Target],
+    config: Config,
+    generator: torch.Generator,
+) -> dict[str, Packed]:
+    """No matrix changes."""
+    return {}
+
+
+def rule(config: Config, skip_frac: float) -> Rule:
+    """How scores become the units that run."""
+    return Rule(skip_frac, config.scope, config.floor_frac)
+
+
+def learn(traces: Traces, layout: Layout, config: Config, decoder_weights: int) -> tuple[Predictor, dict[str, Any]]:
+    """Fits the map at the largest rank that its share of parameters allows."""
+    if config.criterion == "energy":
+        traces = replace(traces, score_NU=traces.score_NU * traces.sensitivity_U)
+    widths = {"last": traces.last_ND.shape[1], "mean": traces.mean_ND.shape[1], "prompt": layout.size}
+    inputs = sum(widths[name] for name in config.groups)
+    vectors = 2 * layout.size + 2 * inputs + 4
+    rank = int((config.size_frac * decoder_weights - vectors) // max(inputs + layout.size, 1))
+    if config.groups and rank < 1:
+        raise ValueError(
+            f"a predictor of {config.size_frac:.0%} of {decoder_weights:,} weights has no room for rank 1: raise "
+            "size_frac or neuron_width, or read fewer features"
+        )
+    return fit(traces, layout, config.groups, config.trust, rank)

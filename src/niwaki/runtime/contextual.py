@@ -1,0 +1,235 @@
+"""A transformers model that reads a prompt with all of its weights and writes with those that this prompt needs.
+
+`attach(model, shadow)` adds two hooks to a model; nothing of it is rewritten, and `generate` works as ever:
+
+1. Reading. A forward on an empty cache is the full model. What it shows is summed on the way (`runtime.reading`), also
+   over further pieces of the prompt.
+2. Writing. At the first single token the predictor scores all units, the lowest are skipped, the matrices of the others
+   are copied together and the heads that are gone leave the cache (`runtime.compact`). From here on every token runs on
+   the small matrices, until another sequence begins.
+3. Looking again. After `refresh_tokens` tokens, or when a longer piece follows (the next turn of a dialogue), the cache
+   is put back to what the full model left, the tokens written since are read by the full model, and 2. follows.
+
+A batch has one mask, the union of what its sequences keep: none loses what it would keep alone, and their order does
+not matter. When the union keeps more than `most_kept_frac` of the weights, copying would not pay, and the batch runs
+dense; so do prompts until they are `least_prompt` long, and caches or attention masks that cannot be followed.
+`records` says of every sequence what was done and why.
+
+Not followed: caches that are cropped or reordered while small (assisted decoding; beams together with refreshing).
+
+Legend: B sequences, T tokens, U units, C channels.
+"""
+
+import copy
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from niwaki.anatomy import find_blocks
+from niwaki.contextual.record import Shadow
+from niwaki.contextual.selection import union
+from niwaki.contextual.units import KINDS
+from niwaki.errors import InputError
+from niwaki.runtime.compact import Compact, Swap, compact, cut_cache, leave, prepare
+from niwaki.runtime.reading import Reading, real_tokens
+
+KEPT_RECORDS = 1000
+
+
+@dataclass
+class Record:
+    """What was done for one batch of sequences: how the prompt was answered, and what every look decided."""
+
+    sequences: int
+    prompt_tokens: int
+    sparse_tokens: int = 0
+    dense_tokens: int = 0
+    skipped_frac: list[float] = field(default_factory=list)
+    kept: list[dict[str, list[int]]] = field(default_factory=list)
+    dense_because: str = ""
+
+
+@dataclass
+class _Sequence:
+    """A batch on its way: the cache it is known by, what was read, and what was written since."""
+
+    cache: Any
+    length: int
+    reading: Reading
+    record: Record
+    small: Compact | None = None
+    full_cache: list[Any] = field(default_factory=list)
+    written: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def alive(self) -> Any:
+        """The cache, if its owner still has it."""
+        return self.cache()
+
+
+class Contextual:
+    """The state of one model; made by `attach`."""
+
+    def __init__(self, model: Any, shadow: Shadow) -> None:
+        self.model, self.shadow = model, shadow
+        self.blocks: nn.ModuleList = find_blocks(model)[1]
+        self.records: list[Record] = []
+        self.enabled = True
+        self._sequence: _Sequence | None = None
+        self._own_forward = False
+        self._open: list[Any] = []  # what the hook after a forward has to close
+        self._swapped: list[Swap] = []
+
+    def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Decides how this forward runs."""
+        if self._own_forward or not self.enabled:
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        cache, sequence = kwargs.get("past_key_values"), self._sequence
+        if not isinstance(ids, Tensor):
+            self._sequence = None  # embeddings instead of tokens: nothing can be read again later
+        elif sequence is not None and cache is not None and sequence.alive is cache:
+            self._go_on(sequence, ids, kwargs)
+        else:
+            self._begin(ids, cache, kwargs)
+
+    def after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        """Leaves the full model behind, and remembers the cache that a prompt filled. Runs after errors too."""
+        if self._own_forward:
+            return
+        leave(self._swapped[::-1])
+        self._swapped = []
+        for closing in self._open:
+            closing.__exit__(None, None, None)
+        self._open = []
+        sequence = self._sequence
+        if sequence is None:
+            return
+        cache = output.get("past_key_values") if isinstance(output, dict) else None
+        if cache is None or cache.get_seq_length() != sequence.length:
+            self._sequence = None  # an error, no cache, or one that held something before
+            return
+        sequence.cache = weakref.ref(cache)
+
+    def _begin(self, ids_BT: Tensor, cache: Any, kwargs: dict[str, Any]) -> None:
+        self._sequence = None
+        if cache is not None and cache.get_seq_length():
+            return  # filled by others: what it holds was not read
+        reading = Reading(self.shadow.layout)
+        record = Record(len(ids_BT), 0)
+        self.records = [*self.records[1 - KEPT_RECORDS :], record]
+        self._sequence = _Sequence(lambda: None, 0, reading, record)
+        self._read(self._sequence, ids_BT, kwargs)
+
+    def _go_on(self, sequence: _Sequence, ids_BT: Tensor, kwargs: dict[str, Any]) -> None:
+        if (length := sequence.alive.get_seq_length()) != sequence.length:
+            if not length:
+                return self._begin(ids_BT, sequence.alive, kwargs)
+            if sequence.small is None:
+                self._sequence = None
+                return None
+            raise InputError(
+                "the cache was cropped or grew while heads were missing in it: contextual sparsity cannot follow "
+                "(assisted decoding?). Load the model with dense=True"
+            )
+        record = sequence.record
+        refresh = self.shadow.running.refresh_tokens
+        if sequence.small is not None and (ids_BT.shape[1] > 1 or (refresh and len(sequence.written) >= refresh)):
+            self._reread(sequence)
+        if ids_BT.shape[1] == 1 and sequence.small is None and not record.dense_because:
+            self._look(sequence)
+        if ids_BT.shape[1] > 1 or (sequence.small is None and not record.dense_because):
+            return self._read(sequence, ids_BT, kwargs)
+        sequence.length += 1
+        if sequence.small is None:
+            record.dense_tokens += 1
+            return None
+        record.sparse_tokens += 1
+        names = ("input_ids", "position_ids", "attention_mask")
+        sequence.written.append({"input_ids": ids_BT} | {n: kwargs[n] for n in names[1:] if kwargs.get(n) is not None})
+        self._swapped = sequence.small.enter()
+        return None
+
+    def _read(self, sequence: _Sequence, ids_BT: Tensor, kwargs: dict[str, Any]) -> None:
+        """This forward is dense and read."""
+        sequence.length += ids_BT.shape[1]
+        sequence.record.prompt_tokens += ids_BT.shape[1]
+        real_BT = real_tokens(kwargs, ids_BT)
+        if real_BT is None:
+            sequence.record.dense_because = "the attention mask does not say which tokens are padding"
+            return
+        opened = sequence.reading.open(self.blocks, real_BT.to(ids_BT.device))
+        opened.__enter__()
+        self._open.append(opened)
+
+    @torch.no_grad()
+    def _look(self, sequence: _Sequence) -> None:
+        """Chooses what runs from here on, or that everything does."""
+        from transformers.cache_utils import DynamicLayer
+
+        record, running, layout = sequence.record, self.shadow.running, self.shadow.layout
+        cache, tokens_B = sequence.alive, sequence.reading.tokens_B
+        if tokens_B is None or int(tokens_B.min()) < running.least_prompt:
+            return  # looked at again at the next token
+        if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+            record.dense_because = "heads can leave caches that grow only, and this one has a fixed size"
+            return
+        predictor = self.shadow.predictor.to(tokens_B.device)
+        kept_BU = self.shadow.rule.select(predictor.scores(*sequence.reading.features), layout)
+        kept_1U = union(kept_BU)
+        skipped_frac = float(layout.skipped_frac(kept_1U)[0])
+        record.skipped_frac.append(skipped_frac)
+        if 1 - skipped_frac > running.most_kept_frac:
+            record.dense_because = f"the batch together needs {1 - skipped_frac:.0%} of the weights"
+            return
+        kept = dict(zip(KINDS, (part[0] for part in layout.split(kept_1U)), strict=True))
+        record.kept.append({kind: kept_LG.sum(1).tolist() for kind, kept_LG in kept.items()})
+        sequence.full_cache = [copy.copy(layer) for layer in cache.layers]
+        cut_cache(cache, kept["heads"])
+        sequence.small = compact(self.blocks, layout, kept, self._stand_ins(sequence.reading))
+
+    def _stand_ins(self, reading: Reading) -> dict[tuple[int, str], Tensor] | None:
+        """Mean activations in the prompt, for what is skipped of neurons."""
+        share, dtype = self.shadow.running.stand_in, self.model.dtype
+        if not share:
+            return None
+        keys = [(index, "neurons") for index in range(len(self.blocks))]
+        return {key: (share * reading.mean(key)).to(dtype) for key in keys}
+
+    @torch.no_grad()
+    def _reread(self, sequence: _Sequence) -> Any:
+        """Puts the full cache back and reads with the full model what was written since; returns its output."""
+        cache, written = sequence.alive, sequence.written
+        for layer, full in zip(cache.layers, sequence.full_cache, strict=True):
+            vars(layer).update(vars(full))
+        sequence.small, sequence.full_cache, sequence.written = None, [], []
+        if not written:
+            return None
+        given: dict[str, Any] = {"input_ids": torch.cat([step["input_ids"] for step in written], dim=1)}
+        if "position_ids" in written[0]:
+            given["position_ids"] = torch.cat([step["position_ids"] for step in written], dim=-1)
+        if "attention_mask" in written[-1]:
+            given["attention_mask"] = written[-1]["attention_mask"]
+        real_BT = torch.ones_like(given["input_ids"], dtype=torch.bool)
+        self._own_forward = True
+        try:
+            with sequence.reading.open(self.blocks, real_BT):
+                return self.model(**given, past_key_values=cache, use_cache=True)
+        finally:
+            self._own_forward = False
+
+
+def attach(model: Any, shadow: Shadow) -> Contextual:
+    """Makes `model` skip what its inputs do not need; returns the handle that keeps `records`."""
+    contextual = Contextual(model, shadow)
+    if len(contextual.blocks) != shadow.layout.blocks:
+        raise InputError(
+            f"the predictor is of a model with {shadow.layout.blocks} blocks, this one has {len(contextual.blocks)}"
+        )
+    prepare(contextual.blocks, shadow.layout)
+    model.register_forward_pre_hook(contextual.before, with_kwargs=True)
+    model.register_forward_hook(contextual.after, with_kwargs=True, always_call=True)
+    return contextual
