@@ -45,6 +45,8 @@ _PACKED = """{packed} of the matrices are stored as codes and stay codes in memo
     model = AutoModelForCausalLM.from_pretrained("this folder")
 
 """
+_CONTEXTUAL = """The weights are those of the dense model: every engine runs them as such. `niwaki.load("this folder")`
+reads a prompt with all of them and writes with those that it needs; the predictor that chooses lies in `niwaki/`."""
 _EXPORTED = """{packed} of the matrices are stored as codes, in the format `{format}` of {to}, which transformers reads
 after `pip install {to}`."""
 
@@ -63,6 +65,7 @@ def model_card(record: dict[str, Any]) -> str:
         + ([exported["to"]] if exported else []),
     )
     storage = _EXPORTED if exported else _PACKED if result["packed"] else _DENSE
+    storage = _CONTEXTUAL if "predictor" in result else storage
     windows = calibration["windows"]
     target = recipe["target"] or f"{recipe['target_bytes']:,} bytes"
     kept = record.get("allocation", {}).get("kept_blocks")

@@ -11,8 +11,9 @@ from niwaki.card import model_card
 from niwaki.checkpoint import INDEX
 from niwaki.config import Sparsity
 from niwaki.contextual.record import TENSORS, Running, Shadow, write_shadow
+from niwaki.contextual.traces import prompt_lengths
 from niwaki.contextual.units import find_layout
-from niwaki.errors import InputError
+from niwaki.errors import CalibrationError, InputError
 from niwaki.job import CompressionJob
 from niwaki.run import RECORD, Run
 from niwaki.stream import Stream
@@ -31,8 +32,13 @@ class ShadowJob(CompressionJob):
         self.config = self.steps[0].config
         self.layout = find_layout(self.decoder.anatomy, self.decoder.model, self.config.neuron_width)
         assert self.windows_ST is not None, "contextual methods ask for windows"
-        if len(self.windows_ST) < 8:
-            count = len(self.windows_ST)
+        count, tokens = self.windows_ST.shape
+        if prompt_lengths(tokens, self.config.cuts)[0] < 2:
+            raise CalibrationError(
+                f"windows of {tokens} tokens cannot be cut into {self.config.cuts} prompts and what follows: "
+                "raise --seq-len, or lower cuts"
+            )
+        if count < 8:
             raise InputError(f"a predictor cannot be learned from {count} windows: give --samples 8 or more")
 
     def _run(self, run: Run) -> dict[str, Any]:

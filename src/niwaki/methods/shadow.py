@@ -11,7 +11,7 @@ how active every unit was in it, and it is a factored linear map, fitted in clos
 static masks are its special cases. Deviation: gated neurons are scored at h = act(gate)·up, heads in groups that share
 keys.
 
-Cost: learning takes `tracing`, then N²·(F + U) operations for N samples; running reads the prompt with all weights, then
+Cost: learning takes `tracing` and N²·(F + U) operations for N samples; running reads the prompt with all weights, then
 takes one small product and a copy of the weights that stay for every sequence.
 
     niwaki compress MODEL OUT --method shadow --target 0.5 --calibration mine.txt --samples 256 --seq-len 512
@@ -31,6 +31,7 @@ from niwaki.contextual.record import Running
 from niwaki.contextual.selection import SCOPES, Rule
 from niwaki.contextual.traces import Traces
 from niwaki.contextual.units import Layout
+from niwaki.errors import InputError
 from niwaki.packed import Packed
 from niwaki.statistics import Needs
 from niwaki.stream import Evidence
@@ -118,7 +119,7 @@ def learn(traces: Traces, layout: Layout, config: Config, decoder_weights: int) 
     vectors = 2 * layout.size + 2 * inputs + 4
     rank = int((config.size_frac * decoder_weights - vectors) // max(inputs + layout.size, 1))
     if config.groups and rank < 1:
-        raise ValueError(
+        raise InputError(
             f"a predictor of {config.size_frac:.0%} of {decoder_weights:,} weights has no room for rank 1: raise "
             "size_frac or neuron_width, or read fewer features"
         )

@@ -1,0 +1,271 @@
+"""Contextual sparsity under a causal protocol: the mask comes from the first P tokens, the following ones are scored.
+
+    python benchmarks/contextual.py MODEL DATA --out benchmarks/results/contextual-NAME.json
+
+DATA holds calibration.jsonl (predictors and static masks come from it alone), eval_reviews.jsonl, wikitext2_test.txt.
+Windows of P + `--continuation` tokens; the prompt runs dense, from P on skipped units put out nothing (or, where the
+label says so, their mean in the prompt). Every method skips the same number of head groups and neurons in every block.
+
+Rivals: `static X` (mean criterion X over the calibration text), `griffin` (activations in the prompt, normalised by
+token; heads by the norm of what they put out), `dejavu` (a predictor for every block from its own heads' output at the
+last prompt token, of ‖h‖), `random`, and `oracle`, which looks at the continuation itself and is a ceiling, no method.
+"""
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div
+
+from niwaki.anatomy import find_blocks
+from niwaki.block import Decoder
+from niwaki.calibration import calibration_windows, evaluation_windows, load_tokenizer, read_texts
+from niwaki.checkpoint import Checkpoint
+from niwaki.contextual.criteria import CRITERIA
+from niwaki.contextual.predictor import fit
+from niwaki.contextual.selection import Rule
+from niwaki.contextual.traces import Traces, prompt_lengths
+from niwaki.contextual.units import KINDS, Layout, find_layout
+from niwaki.device import pick_device
+from niwaki.methods import shadow
+from niwaki.stream import Stream
+from niwaki.tracing import trace
+from provenance import provenance
+
+TEXTS = {"reviews": "eval_reviews.jsonl", "wikitext2": "wikitext2_test.txt"}
+# label → options of the method; the mask of `shadow` is what `niwaki compress --method shadow` makes by default
+SHADOWS = {
+    "shadow": {},
+    "shadow without stand-in": {"stand_in": 0.0},
+    "shadow without trust": {"trust": False, "stand_in": 0.0},
+    "shadow, no learned part": {"features": "none", "stand_in": 0.0},
+    "shadow, last token only": {"features": "last", "trust": False, "stand_in": 0.0},
+    "shadow, plainact, last token only": {
+        "criterion": "plainact", "features": "last", "trust": False, "stand_in": 0.0,
+    },
+}  # fmt: skip
+
+
+class Watch:
+    """Hooks on a whole model: sees what its units put out, and masks it behind the prompt."""
+
+    def __init__(self, model, layout: Layout) -> None:
+        self.model, self.layout, self.blocks = model, layout, find_blocks(model)[1]
+
+    def run(self, ids_BT, change, **kwargs):
+        handles = []
+        for index, block in enumerate(self.blocks):
+            for kind in KINDS:
+                part = block.get_submodule(self.layout.units[kind].consumer)
+
+                def hook(_, args, kind=kind, index=index):
+                    x_BTC = args[0].reshape(*ids_BT.shape, -1)
+                    changed = change(kind, index, x_BTC)
+                    return None if changed is None else (changed.view(args[0].shape),)
+
+                handles.append(part.register_forward_pre_hook(hook))
+        try:
+            with torch.no_grad():
+                return self.model(input_ids=ids_BT, use_cache=False, **kwargs).logits.float()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def masked(self, ids_BT, prompt, kept_BU, stand_in):
+        kept = dict(zip(KINDS, self.layout.split(kept_BU), strict=True))
+
+        def change(kind, index, x_BTC):
+            size = x_BTC.shape[2] // self.layout.count(kind)
+            keep_B1C = kept[kind][:, index].repeat_interleave(size, dim=1)[:, None]
+            x_BTC = x_BTC.clone()
+            mean_B1C = stand_in * x_BTC[:, :prompt].mean(1, keepdim=True) if kind == "neurons" else 0.0
+            x_BTC[:, prompt:] = torch.where(keep_B1C, x_BTC[:, prompt:], torch.as_tensor(mean_B1C).to(x_BTC))
+            return x_BTC
+
+        return self.run(ids_BT, change)
+
+    def observe(self, ids_BT, prompt):
+        """Dense logits; `last` of every block, GRIFFIN's statistic, and RMS of the prompt and of the continuation."""
+        found = defaultdict(dict)
+
+        def change(kind, index, x_BTC):
+            count = self.layout.count(kind)
+            x_BTC = x_BTC.float()
+            if kind == "heads":
+                found["last"][index] = x_BTC[:, prompt - 1]
+            if kind == "heads" and index == 0:
+                found["mean"][0] = x_BTC[:, :prompt].mean(1)
+            each_BTG = x_BTC.unflatten(2, (count, -1)).square().mean(3)
+            share_BTG = each_BTG / each_BTG.sum(2, keepdim=True).clamp_min(1e-20)
+            found["griffin"][kind, index] = share_BTG[:, :prompt].sum(1).sqrt()
+            found["prompt"][kind, index] = each_BTG[:, :prompt].mean(1).sqrt()
+            found["continuation"][kind, index] = each_BTG[:, prompt:].mean(1).sqrt()
+
+        logits = self.run(ids_BT, change)
+        blocks = range(self.layout.blocks)
+        rows = {
+            name: self.layout.join(*(torch.stack([found[name][kind, i] for i in blocks], 1) for kind in KINDS))
+            for name in ("griffin", "prompt", "continuation")
+        }
+        last_BLD = torch.stack([found["last"][i] for i in blocks], 1)
+        return logits, {"last": last_BLD, "mean": found["mean"][0], **rows}
+
+
+def spearman(found_NU, true_NU, layout):
+    """Mean rank correlation over samples, of all heads and of all neurons (ties by place)."""
+    result = {}
+    pairs = zip(KINDS, layout.split(found_NU), layout.split(true_NU), strict=True)
+    for kind, left, right in pairs:
+        ranks = [part.flatten(1).argsort(1).argsort(1).float() for part in (left, right)]
+        ranks = [part - part.mean(1, keepdim=True) for part in ranks]
+        product = (ranks[0] * ranks[1]).sum(1) / (ranks[0].norm(dim=1) * ranks[1].norm(dim=1))
+        result[kind] = round(float(product.mean()), 4)
+    return result
+
+
+def fit_dejavu(watch, ids_ST, lengths, l2: Traces, device):
+    """One predictor for every block, of ‖h‖ from the block's own heads at the last prompt token."""
+    layout, fitted = watch.layout, []
+    last = [[] for _ in lengths]
+    for ids_BT in ids_ST.split(16):
+        for place, length in enumerate(lengths):
+            last[place].append(watch.observe(ids_BT[:, : length + 1].to(device), length)[1]["last"].cpu())
+    last_NLD = torch.stack([torch.cat(part) for part in last], 1).flatten(0, 1)
+    parts = [layout.split(part) for part in (l2.prompt_NU.float(), l2.score_NU.float())]
+    one = Layout(1, layout.units, layout.width, layout.weights)
+    for index in range(layout.blocks):
+        prompt_NU, score_NU = (one.join(*(kind[:, index : index + 1] for kind in part)) for part in parts)
+        samples = Traces(last_NLD[: len(score_NU), index], l2.mean_ND, prompt_NU, score_NU, torch.ones(one.size))
+        fitted.append(fit(samples, one, ("last",), False, 64)[0].to(device))
+    return fitted
+
+
+def dejavu_scores(fitted, seen, layout):
+    one = Layout(1, layout.units, layout.width, layout.weights)
+    parts = []
+    for index, predictor in enumerate(fitted):
+        blank = torch.zeros(len(seen["last"]), one.size, device=seen["last"].device)
+        parts.append(one.split(predictor.scores(seen["last"][:, index], seen["mean"], blank)))
+    return layout.join(*(torch.cat([part[place] for part in parts], 1) for place in range(2)))
+
+
+def learn(decoder, ids_ST, layout, args):
+    """Traces of all criteria (those with gradients on fewer windows), and the predictors of SHADOWS."""
+    make = {"make_stream": lambda ids, name: Stream(decoder, ids), "gradient_windows": args.gradient_windows, "cuts": 2}
+    traces = trace(decoder, ids_ST, layout, ("energy", "l2"), **make)
+    own = [name for name in CRITERIA if name not in traces]
+    traces |= trace(decoder, ids_ST[: args.gradient_samples], layout, own, **make)
+    learned, about = {}, {}
+    for label, options in SHADOWS.items():
+        config = shadow.Config(**options)
+        predictor, found = shadow.learn(traces[config.criterion], layout, config, decoder.anatomy.weights)
+        learned[label] = predictor.to(decoder.device), config
+        about[label] = found | {"parameters": predictor.parameters}
+        print(label, about[label], flush=True)
+    correlations = {}
+    for name in CRITERIA:  # a quarter of the samples is held out from what is fitted for this
+        cut = len(traces[name]) * 3 // 4
+        config = shadow.Config(criterion=name, features="last", trust=False)
+        train, test = traces[name].take(slice(0, cut)), traces[name].take(slice(cut, None))
+        predictor, _ = shadow.learn(train, layout, config, decoder.anatomy.weights)
+        static = predictor.prior_U.expand(len(test), -1)
+        scores = predictor.scores(test.last_ND, test.mean_ND, test.prompt_NU)
+        true = test.score_NU.float() * (test.sensitivity_U if name == "energy" else 1)
+        correlations[name] = {"predictor": spearman(scores, true, layout), "static": spearman(static, true, layout)}
+        print(name, correlations[name], flush=True)
+    return traces, learned, about, correlations
+
+
+def measure(watch, windows, prompt, targets, rivals, learned, dejavu, sensitivity_U, seed):
+    """Sums over all scored tokens by label and target."""
+    sums = defaultdict(lambda: [0.0, 0.0, 0.0, 0])
+    generator = torch.Generator().manual_seed(seed)
+    layout = watch.layout
+    for ids_BT in windows.split(8):
+        ids_BT = ids_BT.to(sensitivity_U.device)
+        dense, seen = watch.observe(ids_BT, prompt)
+        add(sums["dense", 0.0], dense, dense, ids_BT, prompt)
+        scores = {label: (row.expand(len(ids_BT), -1), 0.0) for label, row in rivals.items()}
+        scores["random"] = torch.rand(len(ids_BT), layout.size, generator=generator).to(ids_BT.device), 0.0
+        scores["griffin"] = seen["griffin"], 0.0
+        scores["griffin with stand-in"] = seen["griffin"], 1.0
+        scores["dejavu"] = dejavu_scores(dejavu, seen, layout), 0.0
+        scores["oracle"] = seen["continuation"] * sensitivity_U, 0.0
+        scores["static energy with stand-in"] = scores["static energy"][0], 1.0
+        for label, (predictor, config) in learned.items():
+            found = predictor.scores(seen["last"][:, 0], seen["mean"], seen["prompt"])
+            scores[label] = found, config.stand_in
+        for target in targets:
+            for label, (row_BU, stand_in) in scores.items():
+                kept_BU = Rule(target).select(row_BU, layout)
+                add(sums[label, target], watch.masked(ids_BT, prompt, kept_BU, stand_in), dense, ids_BT, prompt)
+    return sums
+
+
+def add(total, logits, dense, ids_BT, prompt):
+    found, wanted = logits[:, prompt:-1].flatten(0, 1), dense[:, prompt:-1].flatten(0, 1)
+    total[0] += float(cross_entropy(found, ids_BT[:, prompt + 1 :].flatten(), reduction="sum"))
+    total[1] += float((found.argmax(1) == wanted.argmax(1)).sum())
+    total[2] += float(kl_div(found.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="sum"))
+    total[3] += len(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=512, help="calibration windows")
+    parser.add_argument("--gradient-samples", type=int, default=128, help="of them, for criteria with gradients")
+    parser.add_argument("--gradient-windows", type=int, default=64, help="of them, for the mean gradients of energy")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--continuation", type=int, default=256)
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.3, 0.5, 0.7])
+    parser.add_argument("--max-tokens", type=int, default=50_000)
+    args = parser.parse_args()
+    started, device = time.time(), pick_device(args.device)
+    torch.set_float32_matmul_precision("highest")
+    decoder = Decoder(Checkpoint.open(args.model), device, torch.float32)
+    layout, tokenizer = find_layout(decoder.anatomy, decoder.model, 1), load_tokenizer(args.model)
+    calibration = read_texts([str(args.data / "calibration.jsonl")])
+    ids_ST = calibration_windows(calibration, tokenizer, samples=args.samples, seq_len=512, seed=args.seed)
+    traces, learned, about, correlations = learn(decoder, ids_ST, layout, args)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
+    watch = Watch(model.requires_grad_(False), layout)
+    dejavu = fit_dejavu(watch, ids_ST, prompt_lengths(512, 2), traces["l2"], device)
+    static = {f"static {name}": traces[name].score_NU.float().mean(0).to(device) for name in ("fisher", "plainact")}
+    sensitivity_U = traces["energy"].sensitivity_U.to(device)
+    static["static energy"] = traces["energy"].score_NU.float().mean(0).to(device) * sensitivity_U
+    options = {name: value for name, value in vars(args).items() if name not in ("model", "data", "out")}
+    result = {"model": Path(args.model).name, **provenance(args.device), "options": options}
+    result |= {"spearman": correlations, "predictors": about, "rows": []}
+    for prompt in args.prompts:
+        for text, file in TEXTS.items():
+            windows = evaluation_windows(
+                read_texts([str(args.data / file)]), tokenizer,
+                seq_len=prompt + args.continuation, max_tokens=args.max_tokens,
+            )  # fmt: skip
+            sums = measure(watch, windows, prompt, args.targets, static, learned, dejavu, sensitivity_U, args.seed)
+            for (label, target), (loss, agreed, kl, count) in sums.items():
+                row = {"prompt": prompt, "text": text, "target": target, "label": label, "tokens": count}
+                row |= {
+                    "perplexity": float(torch.tensor(loss / count).double().exp()),
+                    "top1_agreement": agreed / count,
+                    "kl": kl / count,
+                }
+                result["rows"].append(row)
+                numbers = f"ppl {row['perplexity']:.2f} top-1 {row['top1_agreement']:.3f} kl {row['kl']:.4f}"
+                print(f"P={prompt} {text} {target} {label}: {numbers}", flush=True)
+            result["seconds"] = round(time.time() - started, 1)
+            args.out.write_text(json.dumps(result, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
