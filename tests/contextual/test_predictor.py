@@ -78,7 +78,7 @@ def test_it_beats_the_static_mask_on_samples_it_has_not_seen(layout: Layout) -> 
 
 def test_trust_grows_with_what_prompts_tell(layout: Layout) -> None:
     betas = [fit(samples(layout, 80, seen=seen), layout, (), True, 8)[0].trust_K2[1, 0] for seen in (0.0, 0.5, 1.0)]
-    assert betas[0] < 0.25 < betas[1] < betas[2] <= 1
+    assert betas[0] < 0.25 and min(betas[1:]) > 0.8 and max(betas) <= 1
     gap_BU = torch.tensor([[0.1, -0.1], [1.0, -1.0]])
     found = trusted(gap_BU, torch.tensor(0.5), torch.tensor(0.04))
     torch.testing.assert_close(found, torch.tensor([[0.0, 0.0], [0.48, -0.48]]))  # 0.5 · (1 − 0.04) of the second
@@ -90,9 +90,7 @@ def test_its_size_stays_within_its_share(layout: Layout, features: str) -> None:
     config = shadow.Config(features=features)
     predictor, _ = shadow.learn(samples(layout, 80), layout, config, weights)
     assert predictor.parameters <= 0.03 * weights
-    assert (
-        predictor.into_FR.shape[1] == 16 or predictor.parameters > 0.025 * weights
-    )  # of 16 features no rank is higher
+    assert predictor.into_FR.shape[1] >= 3  # as many as there are causes
     with pytest.raises(InputError, match="has no room for rank 1"):
         shadow.learn(samples(layout, 80), layout, config, 20_000)
 

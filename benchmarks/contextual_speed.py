@@ -1,0 +1,116 @@
+"""Speed of writing with a part of the model against the dense one, turn by turn in one run, on random weights.
+
+    python benchmarks/contextual_speed.py --shape 1B --out benchmarks/results/contextual-speed-NAME.json
+
+The real runtime path: a prompt of `--prompt` tokens, `--new` tokens by transformers' `generate`, the predictor (of the
+size that `--method shadow` would train, with random numbers in it), the choice and the copies included in the time.
+Prefill is timed apart and in the total. Ratios are medians over repetitions, dense and sparse in turns.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from niwaki.anatomy import build_skeleton, discover
+from niwaki.contextual.predictor import Predictor
+from niwaki.contextual.record import Running, Shadow
+from niwaki.contextual.selection import Rule
+from niwaki.contextual.units import find_layout
+from niwaki.runtime.contextual import attach
+from provenance import provenance
+
+SHAPES = {
+    "1B": (16, 2048, 8192, 32, 8),
+    "300M": (12, 1024, 4096, 16, 8),
+    "7B": (32, 4096, 11008, 32, 32),
+}
+SIZE_FRAC = 0.03
+
+
+def build(shape, device, dtype):
+    blocks, hidden, ffn, heads, groups = SHAPES[shape]
+    config = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=blocks,
+        num_attention_heads=heads, num_key_value_heads=groups, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.02)
+    return model.eval().requires_grad_(False)
+
+
+def made_up(model, skip_frac, device):
+    """A predictor with all features, at the rank that its share of the parameters allows."""
+    skeleton = build_skeleton(model.config, torch.float32)
+    anatomy = discover(skeleton)
+    layout = find_layout(anatomy, skeleton, 1)
+    hidden, size = model.config.hidden_size, layout.size
+    features = 2 * hidden + size
+    rank = int((SIZE_FRAC * anatomy.weights - 2 * size - 2 * features) // (features + size))
+    predictor = Predictor(
+        ("last", "mean", "prompt"), layout.blocks * layout.count("heads"), torch.rand(size), torch.ones(size),
+        torch.tensor([[0.5, 0.0], [0.5, 0.0]]), torch.zeros(features), torch.ones(features),
+        torch.randn(features, rank) * 1e-3, torch.randn(rank, size) * 1e-2,
+    )  # fmt: skip
+    return Shadow(predictor.to(device), layout, Rule(skip_frac), Running())
+
+
+def seconds(model, ids, new):
+    start = time.perf_counter()
+    model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="1B")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.3, 0.5, 0.7])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--repetitions", type=int, default=3)
+    args = parser.parse_args()
+    model = build(args.shape, args.device, getattr(torch, args.dtype))
+    shadow = made_up(model, 0.5, args.device)
+    contextual = attach(model, shadow)
+    options = {name: value for name, value in vars(args).items() if name != "out"}
+    result = {**provenance(args.device), "options": options, "threads": torch.get_num_threads(), "rows": []}
+    result["predictor_parameters"] = shadow.predictor.parameters
+    for batch in args.batches:
+        ids = torch.randint(1, 32000, (batch, args.prompt), generator=torch.Generator().manual_seed(0)).to(args.device)
+        for target in args.targets:
+            contextual.shadow = Shadow(shadow.predictor, shadow.layout, Rule(target), shadow.running)
+            times = {name: [] for name in ("dense", "sparse", "dense prefill", "sparse prefill")}
+            for repetition in range(args.repetitions + 1):
+                for name in ("dense", "sparse"):
+                    contextual.enabled = name == "sparse"
+                    prefill, whole = seconds(model, ids, 1), seconds(model, ids, args.new)
+                    if repetition:  # the first is a warm-up
+                        times[name].append(whole)
+                        times[f"{name} prefill"].append(prefill)
+            middle = {name: statistics.median(values) for name, values in times.items()}
+            decode = {name: middle[name] - middle[f"{name} prefill"] for name in ("dense", "sparse")}
+            record = contextual.records[-1]
+            row = {"batch": batch, "target": target, "seconds": middle, "all": times}
+            row |= {"speedup": middle["dense"] / middle["sparse"], "decode_speedup": decode["dense"] / decode["sparse"]}
+            row |= {"skipped_frac": record.skipped_frac, "dense_because": record.dense_because}
+            result["rows"].append(row)
+            print(json.dumps({name: value for name, value in row.items() if name != "all"}), flush=True)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
