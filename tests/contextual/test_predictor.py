@@ -92,7 +92,7 @@ def test_its_size_stays_within_its_share(layout: Layout, features: str) -> None:
     assert predictor.parameters <= 0.03 * weights
     assert predictor.into_FR.shape[1] >= 3  # as many as there are causes
     with pytest.raises(InputError, match="has no room for rank 1"):
-        shadow.learn(samples(layout, 80), layout, config, 20_000)
+        shadow.learn(samples(layout, 80), layout, config, 8_000)
 
 
 def test_energy_weighs_by_sensitivity(layout: Layout) -> None:
