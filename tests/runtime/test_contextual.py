@@ -147,7 +147,7 @@ def test_looking_again_repairs_the_cache(family: str) -> None:
     assert len(contextual.records[0].skipped_frac) == 3  # after the prompt, 4 and 8 tokens
     sequence = contextual._sequence
     assert sequence is not None
-    contextual._reread(sequence)
+    contextual.verify()
     _, wanted = step_by_step(dense, ids_BT, PROMPT)
     for found_layer, wanted_layer in zip(cache.layers, wanted.layers, strict=True):
         torch.testing.assert_close(found_layer.keys, wanted_layer.keys, rtol=1e-4, atol=1e-4)

@@ -22,6 +22,7 @@ Legend: B sequences, T tokens, U units, C channels.
 
 import copy
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +61,9 @@ class _Sequence:
     length: int
     reading: Reading
     record: Record
+    kept_heads: Tensor | None = None
     small: Compact | None = None
+    parked: Compact | None = None
     full_cache: list[Any] = field(default_factory=list)
     written: list[dict[str, Tensor]] = field(default_factory=list)
 
@@ -138,9 +141,12 @@ class Contextual:
         record = sequence.record
         refresh = self.shadow.running.refresh_tokens
         if sequence.small is not None and (ids_BT.shape[1] > 1 or (refresh and len(sequence.written) >= refresh)):
-            self._reread(sequence)
+            self._reread(sequence, read=True)
         if ids_BT.shape[1] == 1 and sequence.small is None and not record.dense_because:
-            self._look(sequence)
+            if sequence.parked is None:
+                self._look(sequence)
+            else:
+                self._cut(sequence, sequence.parked)
         if ids_BT.shape[1] > 1 or (sequence.small is None and not record.dense_because):
             return self._read(sequence, ids_BT, kwargs)
         sequence.length += 1
@@ -187,9 +193,34 @@ class Contextual:
             return
         kept = dict(zip(KINDS, (part[0] for part in layout.split(kept_1U)), strict=True))
         record.kept.append({kind: kept_LG.sum(1).tolist() for kind, kept_LG in kept.items()})
-        sequence.full_cache = [copy.copy(layer) for layer in cache.layers]
-        cut_cache(cache, kept["heads"])
-        sequence.small = compact(self.blocks, layout, kept, self._stand_ins(sequence.reading))
+        sequence.kept_heads = kept["heads"]
+        self._cut(sequence, compact(self.blocks, layout, kept, self._stand_ins(sequence.reading)))
+
+    def _cut(self, sequence: _Sequence, small: Compact) -> None:
+        """From here on `small` runs; what the full model left in the cache is remembered."""
+        assert sequence.kept_heads is not None
+        sequence.full_cache = [copy.copy(layer) for layer in sequence.alive.layers]
+        cut_cache(sequence.alive, sequence.kept_heads)
+        sequence.small, sequence.parked = small, None
+
+    def verify(self) -> Tensor | None:
+        """Logits [B, T, V] of the full model for the tokens written since the last look or verification.
+
+        The cache is repaired on the way: it holds what the full model leaves. None if nothing was written by a part.
+        """
+        sequence = self._sequence
+        if sequence is None or sequence.small is None or not sequence.written:
+            return None
+        logits: Tensor = self._reread(sequence, read=False).logits
+        return logits
+
+    def take_back(self, tokens: int) -> None:
+        """Forgets the last tokens of a repaired cache, as if they had not been written."""
+        sequence = self._sequence
+        assert sequence is not None and sequence.small is None, "verify first"
+        if tokens:
+            sequence.alive.crop(-tokens)
+            sequence.length -= tokens
 
     def _stand_ins(self, reading: Reading) -> dict[tuple[int, str], Tensor] | None:
         """Mean activations in the prompt, for what is skipped of neurons."""
@@ -200,11 +231,15 @@ class Contextual:
         return {key: (share * reading.mean(key)).to(dtype) for key in keys}
 
     @torch.no_grad()
-    def _reread(self, sequence: _Sequence) -> Any:
-        """Puts the full cache back and reads with the full model what was written since; returns its output."""
+    def _reread(self, sequence: _Sequence, *, read: bool) -> Any:
+        """Puts the full cache back, and the full model runs over what was written since; returns its output.
+
+        With `read` these tokens count for the next look; without, the same units run on.
+        """
         cache, written = sequence.alive, sequence.written
         for layer, full in zip(cache.layers, sequence.full_cache, strict=True):
             vars(layer).update(vars(full))
+        sequence.parked = None if read else sequence.small
         sequence.small, sequence.full_cache, sequence.written = None, [], []
         if not written:
             return None
@@ -216,7 +251,7 @@ class Contextual:
         real_BT = torch.ones_like(given["input_ids"], dtype=torch.bool)
         self._own_forward = True
         try:
-            with sequence.reading.open(self.blocks, real_BT):
+            with sequence.reading.open(self.blocks, real_BT) if read else nullcontext():
                 return self.model(**given, past_key_values=cache, use_cache=True)
         finally:
             self._own_forward = False
