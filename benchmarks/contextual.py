@@ -43,10 +43,12 @@ SHADOWS = {
     "shadow without trust": {"trust": False, "stand_in": 0.0},
     "shadow, no learned part": {"features": "none", "stand_in": 0.0},
     "shadow, last token only": {"features": "last", "trust": False, "stand_in": 0.0},
+    "shadow, energy": {"criterion": "energy", "stand_in": 0.0},
     "shadow, plainact, last token only": {
         "criterion": "plainact", "features": "last", "trust": False, "stand_in": 0.0,
     },
 }  # fmt: skip
+STAND_IN = shadow.Config().stand_in  # for rivals that get one too
 
 
 class Watch:
@@ -152,12 +154,22 @@ def dejavu_scores(fitted, seen, layout):
     return layout.join(*(torch.cat([part[place] for part in parts], 1) for place in range(2)))
 
 
+def traces_of(decoder, ids_ST, layout, args):
+    """Traces of all criteria, from the file `--traces` if it is there."""
+    if args.traces and args.traces.is_file():
+        return {name: Traces(**parts) for name, parts in torch.load(args.traces, weights_only=True).items()}
+    traces = trace(
+        decoder, ids_ST, layout, CRITERIA, cuts=2, gradient_windows=len(ids_ST),
+        make_stream=lambda ids, name: Stream(decoder, ids),
+    )  # fmt: skip
+    if args.traces:
+        torch.save({name: vars(found) for name, found in traces.items()}, args.traces)
+    return traces
+
+
 def learn(decoder, ids_ST, layout, args):
-    """Traces of all criteria (those with gradients on fewer windows), and the predictors of SHADOWS."""
-    make = {"make_stream": lambda ids, name: Stream(decoder, ids), "gradient_windows": args.gradient_windows, "cuts": 2}
-    traces = trace(decoder, ids_ST, layout, ("energy", "l2"), **make)
-    own = [name for name in CRITERIA if name not in traces]
-    traces |= trace(decoder, ids_ST[: args.gradient_samples], layout, own, **make)
+    """Traces of all criteria, and the predictors of SHADOWS."""
+    traces = traces_of(decoder, ids_ST, layout, args)
     learned, about = {}, {}
     for label, options in SHADOWS.items():
         config = shadow.Config(**options)
@@ -191,10 +203,10 @@ def measure(watch, windows, prompt, targets, rivals, learned, dejavu, sensitivit
         scores = {label: (row.expand(len(ids_BT), -1), 0.0) for label, row in rivals.items()}
         scores["random"] = torch.rand(len(ids_BT), layout.size, generator=generator).to(ids_BT.device), 0.0
         scores["griffin"] = seen["griffin"], 0.0
-        scores["griffin with stand-in"] = seen["griffin"], 1.0
+        scores["griffin with stand-in"] = seen["griffin"], STAND_IN
         scores["dejavu"] = dejavu_scores(dejavu, seen, layout), 0.0
         scores["oracle"] = seen["continuation"] * sensitivity_U, 0.0
-        scores["static energy with stand-in"] = scores["static energy"][0], 1.0
+        scores["static fisher with stand-in"] = scores["static fisher"][0], STAND_IN
         for label, (predictor, config) in learned.items():
             found = predictor.scores(seen["last"][:, 0], seen["mean"], seen["prompt"])
             scores[label] = found, config.stand_in
@@ -221,8 +233,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=512, help="calibration windows")
-    parser.add_argument("--gradient-samples", type=int, default=128, help="of them, for criteria with gradients")
-    parser.add_argument("--gradient-windows", type=int, default=64, help="of them, for the mean gradients of energy")
+    parser.add_argument("--traces", type=Path, help="file that keeps the traces from one run to the next")
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--continuation", type=int, default=256)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.3, 0.5, 0.7])
@@ -243,7 +254,7 @@ def main() -> None:
     static = {f"static {name}": traces[name].score_NU.float().mean(0).to(device) for name in ("fisher", "plainact")}
     sensitivity_U = traces["energy"].sensitivity_U.to(device)
     static["static energy"] = traces["energy"].score_NU.float().mean(0).to(device) * sensitivity_U
-    options = {name: value for name, value in vars(args).items() if name not in ("model", "data", "out")}
+    options = {name: value for name, value in vars(args).items() if name not in ("model", "data", "out", "traces")}
     result = {"model": Path(args.model).name, **provenance(args.device), "options": options}
     result |= {"spearman": correlations, "predictors": about, "rows": []}
     for prompt in args.prompts:

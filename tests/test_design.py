@@ -34,7 +34,7 @@ LAYERS = [
     ["shaping", "shadowing"],
     ["compression"],
     ["evaluation", "generation"],
-    ["recovery", "exporting"],
+    ["recovery", "exporting", "gating"],
     ["demo", "progress", "tables"],
     ["cli"],
 ]

@@ -98,7 +98,7 @@ def test_its_size_stays_within_its_share(layout: Layout, features: str) -> None:
 def test_energy_weighs_by_sensitivity(layout: Layout) -> None:
     traces = samples(layout, 16)
     sensitive = Traces(*list(vars(traces).values())[:4], 1 + torch.arange(layout.size).float())
-    config = shadow.Config(features="none", trust=False)
+    config = shadow.Config(criterion="energy", features="none", trust=False)
     plain, weighed = (shadow.learn(t, layout, config, 10**6)[0].prior_U for t in (traces, sensitive))
     torch.testing.assert_close(weighed, plain * sensitive.sensitivity_U)
 

@@ -14,8 +14,9 @@ Where it differs from what is expected by no more than that, as on text like tha
 decides; the more it differs, the more what was seen does. β and ν are one pair for heads and one for neurons.
 
 Everything is fitted in closed form: ridge regression of s_u/p_u − 1 on f, groups of features with equal weight, its
-fitted values cut to rank R (reduced-rank regression). The penalty is the one that keeps most of the score on held-out
-samples, and there β and ν are fitted too. N samples cost an N×N system and N²·(F + U) operations.
+fitted values cut to rank R (reduced-rank regression). Both the cut and the fit of β and ν, which is done on held-out
+samples, weigh units by p (relative to their block): what rarely matters is noise in relative terms. The penalty is the
+one that keeps most of the score there. N samples cost an N×N system and N²·(F + U) operations.
 
 Legend: N samples, B sequences, F features, U units, R rank, D hidden size, K kinds of units.
 """
@@ -34,7 +35,8 @@ from niwaki.contextual.units import Layout
 FEATURES = ("last", "mean", "prompt")
 PENALTIES = (1.0, 3.0, 10.0, 30.0)
 NOISES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # ν, as shares of the median deviation
-LIMIT = 4.0  # in standard deviations: a feature further out than anything in calibration is not to decide alone
+LIMIT = 4.0  # of features in standard deviations, and of activity as a multiple: no outlier is to decide alone
+LEAST_WEIGHT = 1e-3
 SMALLEST = 1e-12
 
 
@@ -66,9 +68,15 @@ class Predictor:
 
     def scores(self, last_BD: Tensor, mean_BD: Tensor, prompt_BU: Tensor) -> Tensor:
         """Predicted importance [B, U] of every unit, float32."""
-        seen_BU = prompt_BU.float() / self.typical_U - 1
+        seen_BU = seen(prompt_BU, self.typical_U)
         expected_BU = self.expected(last_BD, mean_BD, seen_BU)
         return self.prior_U * (1 + expected_BU + self._correction(seen_BU - expected_BU))
+
+    def deviation(self, last_BD: Tensor, mean_BD: Tensor, prompt_BU: Tensor) -> Tensor:
+        """How far a prompt lies from what is expected of it [B]: mean squared gap of the neurons."""
+        seen_BU = seen(prompt_BU, self.typical_U)
+        gap_BU = seen_BU - self.expected(last_BD, mean_BD, seen_BU)
+        return gap_BU[:, self.heads :].square().mean(1)
 
     def expected(self, last_BD: Tensor, mean_BD: Tensor, seen_BU: Tensor) -> Tensor:
         """The learned part [B, U]."""
@@ -86,6 +94,11 @@ class Predictor:
         """The same on another device."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return Predictor(self.features, self.heads, **moved)
+
+
+def seen(prompt_BU: Tensor, typical_U: Tensor) -> Tensor:
+    """How the activity in a prompt differs from the usual one [B, U], within bounds."""
+    return (prompt_BU.float() / typical_U - 1).clamp_max(LIMIT)
 
 
 def trusted(gap_BU: Tensor, beta: Tensor, noise: Tensor) -> Tensor:
@@ -114,7 +127,7 @@ def fit(
     for penalty in PENALTIES if features else (0.0,):
         tried[penalty] = _fit(train, layout, features, rank, penalty)
         if trust:
-            tried[penalty] = replace(tried[penalty], trust_K2=_trust(tried[penalty], judge))
+            tried[penalty] = replace(tried[penalty], trust_K2=_trust(tried[penalty], judge, layout))
         kept[penalty] = kept_share(tried[penalty], judge, layout)
     penalty = max(kept, key=lambda p: kept[p])
     predictor = replace(_fit(traces, layout, features, rank, penalty), trust_K2=tried[penalty].trust_K2)
@@ -142,7 +155,7 @@ def _fit(traces: Traces, layout: Layout, features: Sequence[str], rank: int, pen
     if not features:
         none = torch.zeros(0)
         return Predictor((), heads, prior_U, typical_U, trust_K2, none, none, none.view(0, 0), none.view(0, 0))
-    rest_NU, seen_NU = score_NU / prior_U - 1, prompt_NU / typical_U - 1
+    rest_NU, seen_NU = score_NU / prior_U - 1, seen(prompt_NU, typical_U)
     groups = [gather([name], traces.last_ND, traces.mean_ND, seen_NU) for name in features]
     raw_NF = torch.cat(groups, dim=1)
     center_F, scale_F = raw_NF.mean(0), 1 / raw_NF.std(0).clamp_min(1e-6)
@@ -150,27 +163,36 @@ def _fit(traces: Traces, layout: Layout, features: Sequence[str], rank: int, pen
     weight_F = torch.cat([torch.full((g.shape[1],), 1 / g.shape[1]) for g in groups])  # groups count alike
     kernel_NN = (inputs_NF * weight_F) @ inputs_NF.T
     ridge_NN = kernel_NN + penalty * len(groups) * torch.eye(len(kernel_NN))
-    dual_NU = torch.linalg.solve(ridge_NN, rest_NU)
+    weight_U = _weights(prior_U, layout)
+    dual_NU = torch.linalg.solve(ridge_NN, rest_NU) * weight_U
     out_RU = _directions(kernel_NN @ dual_NU, rank)
     into_FR = weight_F[:, None] * (inputs_NF.T @ (dual_NU @ out_RU.T))
+    out_RU /= weight_U
     return Predictor(tuple(features), heads, prior_U, typical_U, trust_K2, center_F, scale_F, into_FR, out_RU)
 
 
-def _trust(predictor: Predictor, judge: Traces) -> Tensor:
+def _weights(prior_U: Tensor, layout: Layout) -> Tensor:
+    """How much units count [U]: p over its mean in the block, and not nothing."""
+    parts = (prior_1LG / prior_1LG.mean(2, keepdim=True) for prior_1LG in layout.split(prior_U[None]))
+    return layout.join(*parts)[0].clamp_min(LEAST_WEIGHT)
+
+
+def _trust(predictor: Predictor, judge: Traces, layout: Layout) -> Tensor:
     """β and ν of heads and neurons [K, 2] by least squares on samples that the learned part has not seen."""
-    seen_NU = judge.prompt_NU.float() / predictor.typical_U - 1
+    seen_NU = seen(judge.prompt_NU, predictor.typical_U)
     expected_NU = predictor.expected(judge.last_ND, judge.mean_ND, seen_NU)
     gap_NU, rest_NU = seen_NU - expected_NU, judge.score_NU.float() / predictor.prior_U - 1 - expected_NU
-    found = []
+    found, weight_U = [], _weights(predictor.prior_U, layout)
     for part in (slice(0, predictor.heads), slice(predictor.heads, None)):
-        gap_NG, rest_NG = gap_NU[:, part], rest_NU[:, part]
+        gap_NG, rest_NG, weight_G = gap_NU[:, part], rest_NU[:, part], weight_U[part]
         middle = gap_NG.square().mean(1).median()
         errors = {}
         for noise in NOISES:
-            believed_NG = trusted(gap_NG, torch.tensor(1.0), noise * middle)
-            product, square = (believed_NG * rest_NG).sum(), believed_NG.square().sum().clamp_min(SMALLEST)
-            beta = (product / square).clamp(0, 1)
-            errors[noise] = float((rest_NG - beta * believed_NG).square().mean()), beta
+            believed_NG = trusted(gap_NG, torch.tensor(1.0), noise * middle) * weight_G
+            wanted_NG = rest_NG * weight_G
+            square = believed_NG.square().sum().clamp_min(SMALLEST)
+            beta = ((believed_NG * wanted_NG).sum() / square).clamp(0, 1)
+            errors[noise] = float((wanted_NG - beta * believed_NG).square().mean()), beta
         best = min(errors, key=lambda noise: errors[noise][0])
         found.append(torch.stack([errors[best][1], best * middle]))
     return torch.stack(found)

@@ -28,14 +28,15 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Running:
     """How a predictor is used: tokens between two looks at the input (0: one look, after the prompt), prompts that are
-    too short for one, the union of a batch's units above which it runs dense, and the share of a skipped neuron's mean
-    activation in the prompt that stands in for it.
+    too short for one, the union of a batch's units above which it runs dense, the share of a skipped neuron's mean
+    activation in the prompt that stands in for it, and the deviation of a prompt above which it runs dense (0: none).
     """
 
     refresh_tokens: int = 0
     least_prompt: int = 16
     most_kept_frac: float = 0.85
-    stand_in: float = 1.0
+    stand_in: float = 0.5
+    most_deviation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,12 @@ class Shadow:
 
 def write_shadow(folder: Path, shadow: Shadow) -> str:
     """Writes both files below `folder`; returns the SHA-256 of the tensors."""
+    write_about(folder, shadow)
+    return write_shard(folder / TENSORS, shadow.predictor.tensors())
+
+
+def write_about(folder: Path, shadow: Shadow) -> None:
+    """Writes the file that says how the predictor runs."""
     about = {
         "format": FORMAT,
         "features": list(shadow.predictor.features),
@@ -58,7 +65,6 @@ def write_shadow(folder: Path, shadow: Shadow) -> str:
         "running": asdict(shadow.running),
     }
     write_text(folder / ABOUT, json.dumps(about, indent=2) + "\n")
-    return write_shard(folder / TENSORS, shadow.predictor.tensors())
 
 
 def has_shadow(folder: Path) -> bool:

@@ -48,11 +48,11 @@ class Config:
     for no learned part. `trust`: whether what the prompt showed of a unit corrects what is expected of it.
 
     `scope`, `floor_frac`: see `contextual.selection`. `neuron_width`: neighbouring neurons that go together. `cuts`:
-    prompt lengths a window is cut at. `gradient_windows`: those that give the mean gradients. `size_frac`: parameters
-    of the predictor, as a share of the decoder's. The others: see `contextual.record.Running`.
+    prompt lengths a window is cut at. `gradient_windows`: those that give the mean gradients of energy. `size_frac`:
+    parameters of the predictor, as a share of the decoder's. The others: see `contextual.record.Running`.
     """
 
-    criterion: str = "energy"
+    criterion: str = "fisher"
     features: str = "last+mean+prompt"
     trust: bool = True
     scope: str = "local"
@@ -64,7 +64,8 @@ class Config:
     refresh_tokens: int = 0
     least_prompt: int = 16
     most_kept_frac: float = 0.85
-    stand_in: float = 1.0
+    stand_in: float = 0.5
+    most_deviation: float = 0.0
 
     def __post_init__(self) -> None:
         for name, known in (("criterion", CRITERIA), ("scope", SCOPES), ("neuron_width", NEURON_WIDTHS)):

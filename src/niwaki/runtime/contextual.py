@@ -12,7 +12,8 @@
 
 A batch has one mask, the union of what its sequences keep: none loses what it would keep alone, and their order does
 not matter. When the union keeps more than `most_kept_frac` of the weights, copying would not pay, and the batch runs
-dense; so do prompts until they are `least_prompt` long, and caches or attention masks that cannot be followed.
+dense; so do prompts until they are `least_prompt` long, those that deviate by more than `most_deviation` from what is
+expected of them (see `gating`), and caches or attention masks that cannot be followed.
 `records` says of every sequence what was done and why.
 
 Not followed: caches that are cropped or reordered while small (assisted decoding; beams together with refreshing).
@@ -49,6 +50,7 @@ class Record:
     sparse_tokens: int = 0
     dense_tokens: int = 0
     skipped_frac: list[float] = field(default_factory=list)
+    deviation: list[float] = field(default_factory=list)
     kept: list[dict[str, list[int]]] = field(default_factory=list)
     dense_because: str = ""
 
@@ -184,7 +186,13 @@ class Contextual:
             record.dense_because = "heads can leave caches that grow only, and this one has a fixed size"
             return
         predictor = self.shadow.predictor.to(tokens_B.device)
-        kept_BU = self.shadow.rule.select(predictor.scores(*sequence.reading.features), layout)
+        features = sequence.reading.features
+        deviation = float(predictor.deviation(*features).max())
+        record.deviation.append(deviation)
+        if running.most_deviation and deviation > running.most_deviation:
+            record.dense_because = f"the prompt deviates by {deviation:.3g} from what the predictor expects"
+            return
+        kept_BU = self.shadow.rule.select(predictor.scores(*features), layout)
         kept_1U = union(kept_BU)
         skipped_frac = float(layout.skipped_frac(kept_1U)[0])
         record.skipped_frac.append(skipped_frac)
