@@ -34,8 +34,9 @@ LAYERS = [
     ["shaping", "shadowing"],
     ["compression"],
     ["evaluation", "generation"],
-    ["recovery", "exporting", "gating"],
+    ["recovery", "exporting", "gating", "adapting"],
     ["demo", "progress", "tables"],
+    ["contextual_commands"],
     ["cli"],
 ]
 LAYER_OF = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

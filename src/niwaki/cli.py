@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from niwaki import __version__
+from niwaki import __version__, contextual_commands
 from niwaki.errors import InputError, NiwakiError
 
 app = typer.Typer(
@@ -242,31 +242,6 @@ def generate(
     out_console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command(name="calibrate-gate")
-def calibrate_gate(
-    out: Annotated[Path, typer.Argument(help="A result of method shadow.", show_default=False)],
-    data: Annotated[list[str] | None, typer.Option(help=f"{TEXT} Repeatable.")] = None,
-    agreement: Annotated[float, typer.Option(help="Share of tokens on which sparse and dense are to agree.")] = 0.9,
-    samples: Annotated[int, typer.Option(help="Prompts.")] = 32,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens compared behind it.")] = 64,
-    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
-) -> None:
-    """Choose on your own text which prompts OUT answers with all of its weights."""
-    from niwaki.gating import calibrate_gate as run
-
-    found = run(
-        out, data=data or (), agreement=agreement, samples=samples, prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens, device=device,
-    )  # fmt: skip
-    out_console.print(
-        f"{out}: prompts that deviate by up to {found['most_deviation']:.4g} run sparse, {found['sparse_frac']:.0%} of "
-        f"{found['prompts']}; agreement {found['agreement']:.2%} (all sparse: {found['agreement_all_sparse']:.2%})",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show one method in full.", show_default=False)] = None,
@@ -293,6 +268,10 @@ def demo(
     with Display(err_console) as display:
         found = run_demo(out, overwrite=overwrite, report=display)
     print_demo(out_console, found, out)
+
+
+app.command()(contextual_commands.adapt)
+app.command()(contextual_commands.calibrate_gate)
 
 
 def main() -> None:

@@ -1,0 +1,96 @@
+"""A predictor that follows the text it meets: learned anew from recent text, taken only if it is better there.
+
+The new predictor is fitted as the first one was, on three quarters of the windows of the new text; on the last quarter
+both are judged by the share of true importance that the units they would keep hold (`contextual.predictor.kept_share`).
+The better one stays. The one that is replaced is kept beside it, so that it can be put back.
+
+Cost: `tracing` of the new windows, minutes on a CPU for small models. Memory: one block, the hidden states, the traces.
+
+    niwaki.adapting.adapt("OUT", data=["new.jsonl"])
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from niwaki.block import Decoder
+from niwaki.calibration import calibration_windows, check_seq_len, check_sources, load_tokenizer, read_texts
+from niwaki.checkpoint import Checkpoint
+from niwaki.config import as_files
+from niwaki.contextual.predictor import kept_share
+from niwaki.contextual.record import TENSORS, has_shadow, read_shadow, write_shadow
+from niwaki.device import pick_device
+from niwaki.errors import InputError
+from niwaki.methods import shadow
+from niwaki.run import RECORD
+from niwaki.stream import Stream
+from niwaki.tracing import trace
+from niwaki.walk import Report
+from niwaki.writing import copy_file, write_text
+
+PREVIOUS = "niwaki/shadow.previous.safetensors"
+HISTORY = "niwaki/adapted.json"
+
+
+def adapt(
+    out: str | Path,
+    *,
+    data: str | Path | Sequence[str | Path],
+    samples: int = 128,
+    seq_len: int = 512,
+    field: str = "text",
+    seed: int = 0,
+    device: str = "auto",
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Fits the predictor in `out` to the text of `data`; returns what both keep on held-out windows, and which stayed.
+
+    Raises InputError for a folder without a predictor, or no data; CalibrationError for too little text.
+    """
+    folder, files = Path(out), as_files(data)
+    if not has_shadow(folder):
+        raise InputError(f"{folder} holds no predictor: make one with `niwaki compress MODEL {folder} --method shadow`")
+    if not files or samples < 8:
+        raise InputError("expected data to adapt to (--data FILE) and at least 8 samples")
+    check_sources(files)
+    old = read_shadow(folder)
+    options = json.loads((folder / RECORD / "run.json").read_text(encoding="utf-8"))["options"]["shadow"]
+    config = shadow.Config(**options)
+    decoder = Decoder(Checkpoint.open(folder), pick_device(device))
+    check_seq_len(seq_len, 512, decoder.positions, str(folder))
+    tokenizer = load_tokenizer(folder)
+    windows_ST = calibration_windows(read_texts(files, field), tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+
+    with tempfile.TemporaryDirectory(prefix="niwaki-") as temporary:
+
+        def make(ids_ST: Tensor, name: str) -> Stream:
+            return Stream(decoder, ids_ST, folder=Path(temporary), name=name)
+
+        traces = trace(
+            decoder, windows_ST, old.layout, [config.criterion], cuts=config.cuts,
+            gradient_windows=config.gradient_windows, make_stream=make, folder=Path(temporary),
+            report=report or (lambda event, **fields: None),
+        )[config.criterion]  # fmt: skip
+    cut = len(traces) // 4 // config.cuts * config.cuts  # whole windows
+    train, judge = traces.take(slice(0, -cut)), traces.take(slice(-cut, None))
+    predictor, _ = shadow.learn(train, old.layout, config, decoder.anatomy.weights)
+    if config.criterion == "energy":
+        judge = replace(judge, score_NU=judge.score_NU * judge.sensitivity_U)
+    share = 1 - old.rule.skip_frac
+    kept = {
+        name: kept_share(found.to(torch.device("cpu")), judge, old.layout, share)
+        for name, found in (("old", old.predictor), ("new", predictor))
+    }
+    accepted = kept["new"] > kept["old"]
+    if accepted:
+        copy_file(folder / TENSORS, folder / PREVIOUS)
+        write_shadow(folder, replace(old, predictor=predictor))
+    found = {"data": list(files), "samples": len(traces), "held_out": len(judge), "kept": kept, "accepted": accepted}
+    write_text(folder / HISTORY, json.dumps(found, indent=2) + "\n")
+    return found
