@@ -225,3 +225,26 @@ def test_generate_of_transformers_runs_on_the_small_matrices() -> None:
     assert found[0, PROMPT:].tolist() == logits[0, PROMPT - 1 :].argmax(-1).tolist()
     assert contextual.records[0].sparse_tokens == contextual.records[1].sparse_tokens == 5
     assert set(contextual.records[0].kept[0]) == set(KINDS)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_padded_batches_are_repaired_too(family: str) -> None:
+    """Tokens, masks and positions of what was written are those that generate gave."""
+    model = model_of(family)
+    dense, contextual = copy.deepcopy(model), attach(model, shadow_of(model, most_kept_frac=1.0))
+    ids_BT = ids_of(2, PROMPT)
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[0, :3] = 0
+    with torch.no_grad():
+        made = model.generate(
+            ids_BT, attention_mask=mask_BT, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        found = contextual.verify()
+        whole_mask = torch.cat([mask_BT, torch.ones(2, 5, dtype=torch.int64)], dim=1)
+        positions = (whole_mask.cumsum(1) - 1).clamp_min(0)
+        wanted = dense(
+            made.sequences[:, :-1], attention_mask=whole_mask, position_ids=positions, use_cache=False
+        ).logits
+    assert contextual.records[0].sparse_tokens == 5 and found is not None
+    torch.testing.assert_close(found, wanted[:, PROMPT:], rtol=1e-3, atol=1e-3)
