@@ -43,7 +43,8 @@ SHADOWS = {
     "shadow without trust": {"trust": False, "stand_in": 0.0},
     "shadow, no learned part": {"features": "none", "stand_in": 0.0},
     "shadow, last token only": {"features": "last", "trust": False, "stand_in": 0.0},
-    "shadow, energy": {"criterion": "energy", "stand_in": 0.0},
+    "shadow, energy": {"criterion": "energy", "head_criterion": "energy", "stand_in": 0.0},
+    "shadow, fisher for heads": {"head_criterion": "fisher"},
     "shadow, plainact, last token only": {
         "criterion": "plainact", "features": "last", "trust": False, "stand_in": 0.0,
     },
@@ -173,20 +174,22 @@ def learn(decoder, ids_ST, layout, args):
     learned, about = {}, {}
     for label, options in SHADOWS.items():
         config = shadow.Config(**options)
-        predictor, found = shadow.learn(traces[config.criterion], layout, config, decoder.anatomy.weights)
+        samples = shadow.samples(traces, layout, config)
+        predictor, found = shadow.learn(samples, layout, config, decoder.anatomy.weights)
         learned[label] = predictor.to(decoder.device), config
         about[label] = found | {"parameters": predictor.parameters}
         print(label, about[label], flush=True)
     correlations = {}
     for name in CRITERIA:  # a quarter of the samples is held out from what is fitted for this
         cut = len(traces[name]) * 3 // 4
-        config = shadow.Config(criterion=name, features="last", trust=False)
-        train, test = traces[name].take(slice(0, cut)), traces[name].take(slice(cut, None))
+        config = shadow.Config(criterion=name, head_criterion=name, features="last", trust=False)
+        samples = shadow.samples(traces, layout, config)
+        train, test = samples.take(slice(0, cut)), samples.take(slice(cut, None))
         predictor, _ = shadow.learn(train, layout, config, decoder.anatomy.weights)
         static = predictor.prior_U.expand(len(test), -1)
         scores = predictor.scores(test.last_ND, test.mean_ND, test.prompt_NU)
-        true = test.score_NU.float() * (test.sensitivity_U if name == "energy" else 1)
-        correlations[name] = {"predictor": spearman(scores, true, layout), "static": spearman(static, true, layout)}
+        found = {"predictor": scores, "static": static}
+        correlations[name] = {label: spearman(row, test.score_NU.float(), layout) for label, row in found.items()}
         print(name, correlations[name], flush=True)
     return traces, learned, about, correlations
 

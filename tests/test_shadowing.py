@@ -68,7 +68,13 @@ def test_the_result_writes_with_a_part_of_the_model_and_is_dense_on_demand(tmp_p
 @pytest.mark.parametrize("criterion", ["energy", "plainact", "fisher", "grad_norm", "l2", "snip"])
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_every_criterion_and_scope_runs(criterion: str, scope: str, tmp_path: Path) -> None:
-    options = OPTIONS | {"criterion": criterion, "scope": scope, "features": "last+mean+prompt", "cuts": 1}
+    options = OPTIONS | {
+        "criterion": criterion,
+        "head_criterion": criterion,
+        "scope": scope,
+        "features": "last+mean+prompt",
+        "cuts": 1,
+    }
     record = compress(tmp_path, options=options)
     assert record["result"]["predictor"]["skipped_frac"] == pytest.approx(0.5, abs=0.01)
     assert record["options"]["shadow"]["criterion"] == criterion

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from niwaki.block import Decoder
@@ -72,25 +71,23 @@ def adapt(
         def make(ids_ST: Tensor, name: str) -> Stream:
             return Stream(decoder, ids_ST, folder=Path(temporary), name=name)
 
-        traces = trace(
-            decoder, windows_ST, old.layout, [config.criterion], cuts=config.cuts,
+        found = trace(
+            decoder, windows_ST, old.layout, config.criteria, cuts=config.cuts,
             gradient_windows=config.gradient_windows, make_stream=make, folder=Path(temporary),
             report=report or (lambda event, **fields: None),
-        )[config.criterion]  # fmt: skip
+        )  # fmt: skip
+    traces = shadow.samples(found, old.layout, config)
     cut = len(traces) // 4 // config.cuts * config.cuts  # whole windows
     train, judge = traces.take(slice(0, -cut)), traces.take(slice(-cut, None))
     predictor, _ = shadow.learn(train, old.layout, config, decoder.anatomy.weights)
-    if config.criterion == "energy":
-        judge = replace(judge, score_NU=judge.score_NU * judge.sensitivity_U)
     share = 1 - old.rule.skip_frac
     kept = {
-        name: kept_share(found.to(torch.device("cpu")), judge, old.layout, share)
-        for name, found in (("old", old.predictor), ("new", predictor))
+        name: kept_share(one, judge, old.layout, share) for name, one in (("old", old.predictor), ("new", predictor))
     }
     accepted = kept["new"] > kept["old"]
     if accepted:
         copy_file(folder / TENSORS, folder / PREVIOUS)
         write_shadow(folder, replace(old, predictor=predictor))
-    found = {"data": list(files), "samples": len(traces), "held_out": len(judge), "kept": kept, "accepted": accepted}
-    write_text(folder / HISTORY, json.dumps(found, indent=2) + "\n")
-    return found
+    result = {"data": list(files), "samples": len(traces), "held_out": len(judge), "kept": kept, "accepted": accepted}
+    write_text(folder / HISTORY, json.dumps(result, indent=2) + "\n")
+    return result

@@ -71,12 +71,14 @@ class ShadowJob(CompressionJob):
             return stream
 
         traces = trace(
-            self.decoder, self.windows_ST, self.layout, [self.config.criterion],
+            self.decoder, self.windows_ST, self.layout, self.config.criteria,
             cuts=self.config.cuts, gradient_windows=self.config.gradient_windows, make_stream=make,
             activation_bytes=self.recipe.activation_bytes, folder=run.folder / RECORD / "journal", report=report,
         )  # fmt: skip
         method, weights = self.steps[0].contextual, self.decoder.anatomy.weights
-        predictor, found = method.learn(traces[self.config.criterion], self.layout, self.config, weights)
+        predictor, found = method.learn(
+            method.samples(traces, self.layout, self.config), self.layout, self.config, weights
+        )
         rule = method.rule(self.config, self.target.zeros_frac)
         kept_BU = rule.select(predictor.prior_U[None], self.layout)
         found |= {

@@ -98,9 +98,17 @@ def test_its_size_stays_within_its_share(layout: Layout, features: str) -> None:
 def test_energy_weighs_by_sensitivity(layout: Layout) -> None:
     traces = samples(layout, 16)
     sensitive = Traces(*list(vars(traces).values())[:4], 1 + torch.arange(layout.size).float())
-    config = shadow.Config(criterion="energy", features="none", trust=False)
-    plain, weighed = (shadow.learn(t, layout, config, 10**6)[0].prior_U for t in (traces, sensitive))
-    torch.testing.assert_close(weighed, plain * sensitive.sensitivity_U)
+    config = shadow.Config(head_criterion="energy", criterion="energy", features="none", trust=False)
+    found = shadow.samples({"energy": sensitive}, layout, config)
+    torch.testing.assert_close(found.score_NU, traces.score_NU * sensitive.sensitivity_U)
+
+
+def test_heads_and_neurons_have_criteria_of_their_own(layout: Layout) -> None:
+    traces = samples(layout, 16)
+    other = Traces(*list(vars(traces).values())[:3], traces.score_NU + 1, traces.sensitivity_U)
+    found = shadow.samples({"plainact": other, "fisher": traces}, layout, shadow.Config())
+    heads, neurons = layout.split(found.score_NU - traces.score_NU)
+    assert torch.allclose(heads, torch.ones_like(heads)) and not neurons.any()
 
 
 def test_the_files_bring_everything_back(layout: Layout, tmp_path: Path) -> None:

@@ -86,6 +86,9 @@ class Contextual(Method, Protocol):
     def rule(self, config: Any, skip_frac: float) -> Rule:
         """How scores become the units that run."""
 
+    def samples(self, traces: Mapping[str, Traces], layout: Layout, config: Any) -> Traces:
+        """What `learn` takes, from the traces of all criteria in `config.criteria`."""
+
     def learn(
         self, traces: Traces, layout: Layout, config: Any, decoder_weights: int
     ) -> tuple[Predictor, dict[str, Any]]:

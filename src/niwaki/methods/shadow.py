@@ -44,14 +44,16 @@ NEURON_WIDTHS = (1, 32, 64, 128)
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`criterion`: what importance is. `features`: what the predictor reads, joined by + of last, mean, prompt; none
-    for no learned part. `trust`: whether what the prompt showed of a unit corrects what is expected of it.
+    """`head_criterion`, `criterion`: what the importance of heads and of neurons is. `features`: what the predictor
+    reads, joined by + of last, mean, prompt; none for no learned part. `trust`: whether what the prompt showed of a unit
+    corrects what is expected of it.
 
     `scope`, `floor_frac`: see `contextual.selection`. `neuron_width`: neighbouring neurons that go together. `cuts`:
     prompt lengths a window is cut at. `gradient_windows`: those that give the mean gradients of energy. `size_frac`:
     parameters of the predictor, as a share of the decoder's. The others: see `contextual.record.Running`.
     """
 
+    head_criterion: str = "plainact"
     criterion: str = "fisher"
     features: str = "last+mean+prompt"
     trust: bool = True
@@ -68,7 +70,8 @@ class Config:
     most_deviation: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, known in (("criterion", CRITERIA), ("scope", SCOPES), ("neuron_width", NEURON_WIDTHS)):
+        choices = {"head_criterion": CRITERIA, "criterion": CRITERIA, "scope": SCOPES, "neuron_width": NEURON_WIDTHS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
         if self.features != "none" and not set(self.features.split("+")) <= set(FEATURES):
@@ -78,6 +81,11 @@ class Config:
             raise ValueError("expected cuts ≥ 1 and gradient_windows ≥ 1")
         if not (0 <= self.floor_frac < 1 and 0 < self.size_frac < 1):
             raise ValueError("expected floor_frac in [0, 1) and size_frac in (0, 1)")
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """Those of heads and of neurons, each once."""
+        return tuple(dict.fromkeys((self.head_criterion, self.criterion)))
 
     @property
     def running(self) -> dict[str, Any]:
@@ -111,10 +119,18 @@ def rule(config: Config, skip_frac: float) -> Rule:
     return Rule(skip_frac, config.scope, config.floor_frac)
 
 
+def samples(traces: Mapping[str, Traces], layout: Layout, config: Config) -> Traces:
+    """One set of samples from those of every criterion: heads are never compared with neurons, so each has its own."""
+    parts = []
+    for place, criterion in enumerate((config.head_criterion, config.criterion)):
+        found = traces[criterion]
+        weigh = criterion == "energy"
+        parts.append(layout.split(found.score_NU * found.sensitivity_U if weigh else found.score_NU)[place])
+    return replace(traces[config.criterion], score_NU=layout.join(*parts))
+
+
 def learn(traces: Traces, layout: Layout, config: Config, decoder_weights: int) -> tuple[Predictor, dict[str, Any]]:
     """Fits the map at the largest rank that its share of parameters allows."""
-    if config.criterion == "energy":
-        traces = replace(traces, score_NU=traces.score_NU * traces.sensitivity_U)
     widths = {"last": traces.last_ND.shape[1], "mean": traces.mean_ND.shape[1], "prompt": layout.size}
     inputs = sum(widths[name] for name in config.groups)
     vectors = 2 * layout.size + 2 * inputs + 4
