@@ -45,8 +45,8 @@ NEURON_WIDTHS = (1, 32, 64, 128)
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """`head_criterion`, `criterion`: what the importance of heads and of neurons is. `features`: what the predictor
-    reads, joined by + of last, mean, prompt; none for no learned part. `trust`: whether what the prompt showed of a unit
-    corrects what is expected of it.
+    reads, joined by + of last, mean, prompt; none for no learned part. `trust`: whether what the prompt showed of a
+    unit corrects what is expected of it.
 
     `scope`, `floor_frac`: see `contextual.selection`. `neuron_width`: neighbouring neurons that go together. `cuts`:
     prompt lengths a window is cut at. `gradient_windows`: those that give the mean gradients of energy. `size_frac`:
