@@ -123,9 +123,10 @@ def print_method(console: Console, name: str) -> None:
 
 
 def _needs(needs: Any) -> str:
-    sums = "XᵀX per input" if needs.gram else "squared norms per input" if needs.sqnorm else "no data"
-    sums = f"{sums}, gradients" if needs.gradient else sums
-    return f"{sums}, windows to learn from" if needs.windows else sums
+    parts = ["XᵀX per input"] if needs.gram else ["squared norms per input"] if needs.sqnorm else []
+    parts += ["gradients"] if needs.gradient else []
+    parts += ["windows to learn from"] if needs.windows else []
+    return ", ".join(parts) or "no data"
 
 
 def _accuracies(found: dict[str, Any]) -> list[str]:

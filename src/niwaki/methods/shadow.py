@@ -99,8 +99,8 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    """Nothing of single matrices."""
-    return Needs()
+    """Gradients, which the job collects with all else that predictors learn from."""
+    return Needs(gradient=True)
 
 
 def compress(
