@@ -197,7 +197,8 @@ def settle_budget(recipe: Recipe) -> Recipe:
             what = "changes the shape of the model" if alone[0] in STRUCTURED else "learns what a finished model needs"
             raise InputError(f"{alone[0]} {what}: run it alone, and other methods before or after it")
         if recipe.allocation != "uniform":
-            raise TargetError(f"{alone[0]} chooses what goes itself: drop allocation {recipe.allocation}")
+            what = "the shape" if alone[0] in STRUCTURED else "what runs"
+            raise TargetError(f"{alone[0]} chooses {what} itself: drop allocation {recipe.allocation}")
     wanted = {"target_bytes": recipe.target_bytes, "keep_blocks": recipe.keep_blocks, "allocation sensitivity": by_need}
     for name in names:
         for field in (field for field, given in wanted.items() if given):
