@@ -35,16 +35,28 @@ Made with:
 The full record is in `niwaki/run.json`, the error of every matrix in `niwaki/blocks.jsonl`.
 """
 
-_DENSE = """Zeros are stored in place: the file is as large and runs as fast as the dense one in engines without a
-sparse format."""
-_PACKED = """{packed} of the matrices are stored as codes and stay codes in memory. Loading them needs niwaki:
-
+_LOADING = """
     import niwaki
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained("this folder")
 
 """
+_DENSE = """Zeros are stored in place: the file is as large and runs as fast as the dense one in engines without a
+sparse format."""
+_SMALLER = """{removed:.2%} of the parameters of the blocks are gone, and the config says so: any engine that knows the
+architecture loads the result, and runs a smaller model."""
+_WIDTHS = (
+    """{removed:.2%} of the parameters of the blocks are gone, and every block has widths of its own. Loading
+it needs niwaki:
+"""
+    + _LOADING
+)
+_PACKED = (
+    """{packed} of the matrices are stored as codes and stay codes in memory. Loading them needs niwaki:
+"""
+    + _LOADING
+)
 _EXPORTED = """{packed} of the matrices are stored as codes, in the format `{format}` of {to}, which transformers reads
 after `pip install {to}`."""
 
@@ -62,10 +74,10 @@ def model_card(record: dict[str, Any]) -> str:
         tags=["niwaki", "quantized" if result["packed"] else "pruned", recipe["method"]]
         + ([exported["to"]] if exported else []),
     )
-    storage = _EXPORTED if exported else _PACKED if result["packed"] else _DENSE
     windows = calibration["windows"]
     target = recipe["target"] or f"{recipe['target_bytes']:,} bytes"
     kept = record.get("allocation", {}).get("kept_blocks")
+    shaped = _shaping(record)
     return _BODY.format(
         metadata=metadata.to_yaml(),
         name=f"{source}, {recipe['method']} {target}",
@@ -77,7 +89,7 @@ def model_card(record: dict[str, Any]) -> str:
         zeros=result["zeros_frac"],
         bits=result["bits"],
         ends=f"{result['ends_bits']:.3f}" if "ends_bits" in result else "as they were",
-        storage=storage.format_map(result),
+        storage=_storage(record).format_map(result | {"removed": shaped.get("removed_frac", 0)}),
         bytes=result["bytes"],
         bytes_before=record["model"]["bytes"],
         calibration="none" if windows is None else f"{windows[0]} windows of {windows[1]} tokens",
@@ -86,6 +98,25 @@ def model_card(record: dict[str, Any]) -> str:
         device=record["device"],
         command="\n    ".join(_made_with(record)),
     )
+
+
+def _shaping(record: dict[str, Any]) -> dict[str, Any]:
+    """What the stage that changed the shape, if there was one, says of it."""
+    first: dict[str, Any] = record.get("stages", [record])[0].get("allocation", {})
+    return first if "shape" in first else {}
+
+
+def _storage(record: dict[str, Any]) -> str:
+    """What a reader has to know of the files."""
+    if "export" in record:
+        return _EXPORTED
+    if record["result"]["packed"]:
+        return _PACKED
+    shaped = _shaping(record)
+    if not shaped.get("cut"):
+        return _DENSE
+    even = not isinstance(shaped["shape"]["neurons"], list)
+    return _SMALLER if even else _WIDTHS
 
 
 def _made_with(record: dict[str, Any]) -> list[str]:

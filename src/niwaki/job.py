@@ -27,7 +27,7 @@ from niwaki.budget import (
 )
 from niwaki.calibration import digest, windows_for
 from niwaki.card import model_card
-from niwaki.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, packed_config
+from niwaki.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, quantization, quantized_config
 from niwaki.codes import WEIGHT
 from niwaki.config import Bits, Recipe, Target, make_options, parse_target
 from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
@@ -47,6 +47,7 @@ from niwaki.run import (
     finished_record,
     partial_of,
 )
+from niwaki.stages import Before, told_of_both
 from niwaki.stream import Stream, default_batch_tokens
 from niwaki.walk import Plan, Report, collect, compress_blocks, forward
 from niwaki.writing import copy_file, write_text
@@ -67,7 +68,10 @@ class CompressionJob:
         resume: bool,
         overwrite: bool,
         report: Report,
+        before: Before | None = None,
+        columns_multiple: int = 1,
     ) -> None:
+        self.before, self.columns_multiple = before, columns_multiple
         self.started = time.perf_counter()
         self.out = out.absolute()
         self.report = report
@@ -156,6 +160,8 @@ class CompressionJob:
 
     def _windows(self) -> tuple[Tensor | None, str]:
         """Token windows [S, T], if the method or the caller wants any, and where they come from."""
+        if self.before is not None:
+            return self.before.windows_ST, self.before.source
         given = self.recipe.calibration
         scanned = (
             self.recipe.allocation != "uniform" or self.recipe.keep_blocks == "auto" or self.recipe.method in STRUCTURED
@@ -260,7 +266,10 @@ class CompressionJob:
         for source in self.checkpoint.companions():
             copy_file(source, run.folder / source.name)
         if modules := packed_modules(parts, self.decoder.anatomy.prefix):
-            write_text(run.folder / "config.json", packed_config(self.checkpoint.folder, modules))
+            write_text(
+                run.folder / "config.json",
+                quantized_config(self.checkpoint.folder, quantization(modules, self.checkpoint.shapes)),
+            )
         self._settle_config(run)
         write_text(run.folder / INDEX, json.dumps(shard_index(parts), indent=2) + "\n")
         write_text(
@@ -282,7 +291,7 @@ class CompressionJob:
 
     def _record(self, run: Run, parts: list[dict[str, Any]]) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
-        return {
+        record = {
             **circumstances("torch", "transformers", "safetensors"),
             "model": {
                 "source": str(self.checkpoint.folder),
@@ -306,6 +315,7 @@ class CompressionJob:
             "peak_rss_bytes": peak_rss_bytes(),
             "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else 0,
         }
+        return record if self.before is None else told_of_both(record, self.before)
 
     def _fingerprint(self) -> dict[str, str]:
         return fingerprint(

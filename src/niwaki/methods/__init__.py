@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from niwaki.block import Block
-from niwaki.config import Bits, Grouped, Recipe, Sparsity, Target, Unit, make_options
+from niwaki.config import Bits, Grouped, Kind, Recipe, Sparsity, Target, Unit, make_options
 from niwaki.errors import InputError, TargetError, unknown
 from niwaki.packed import Packed
 from niwaki.statistics import Needs, Statistics
@@ -78,7 +78,7 @@ class Structured(Method, Protocol):
     def look_needs(self, config: Any) -> Needs:
         """What is collected of every dense block before the shape is chosen."""
 
-    def look(self, block: Block, seen: Mapping[str, Statistics], units: Mapping[str, Unit], config: Any) -> Any:
+    def look(self, block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Any) -> Any:
         """What `search` wants to know of a dense block, ready for JSON."""
 
     def search(self, sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Any) -> Search:
@@ -167,9 +167,10 @@ def settle_budget(recipe: Recipe) -> Recipe:
     if structured := [name for name in names if name in STRUCTURED]:
         if len(names) > 1:
             raise InputError(
-                f"{structured[0]} changes the shape of the model: run it alone, and the other methods on its result"
+                f"{structured[0]} changes the shape of the model: put it first in the chain, with a target of its own "
+                "(comp+gptq, 0.25+4bit)"
             )
-        if recipe.allocation != "uniform":
+        if recipe.allocation not in ("uniform", "searched"):
             raise TargetError(f"{structured[0]} chooses the shape itself: drop allocation {recipe.allocation}")
     wanted = {"target_bytes": recipe.target_bytes, "keep_blocks": recipe.keep_blocks, "allocation sensitivity": by_need}
     for name in names:

@@ -14,23 +14,27 @@ Source: "COMP" (arXiv 2501.15255). Only its abstract could be read: a reconstruc
    model; `scales` one factor a group, as FPT; `none`. `supervise`: `prefix` wants the outputs of the dense matrix on
    those inputs, `outputs` the outputs it has in the dense model, so that drift is corrected: W C_fx (C_xx + λI)⁻¹ in
    the place of W, by `supervise_frac` of the way.
+4. Beyond the paper, and off unless asked for (`learn_rounds`): gradients through one block pull its output back to the
+   dense one's on the same inputs, all its weights learning together.
 
 Cost: four forwards of the text, and for every split on trial three of a part of it; two Gram matrices, a factor and
-2·R·I² operations a block for R removed columns. No gradients. Memory: one block, and the hidden states of the text.
+2·R·I² operations a block for R removed columns. Memory: one block, and the hidden states of the text. Learning takes a
+forward and a backward of `learn_rounds` · `samples` windows.
 
     niwaki compress MODEL OUT --method comp --target 0.3 --calibration mine.txt --seq-len 512
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from niwaki.block import Block
-from niwaki.config import Keep, Sparsity, Target, Unit
+from niwaki.config import Keep, Kind, Sparsity, Target, Unit
 from niwaki.methods._groups import Choice, by_group, fit, kept_of, remove, scaled, unit_by_unit, unreached, without
+from niwaki.methods._reconstruct import Reconstruction, Schedule, descend, learning_needs
 from niwaki.methods._rounding import damped
 from niwaki.methods._solver import check_damping, inverse_factor
 from niwaki.packed import Packed
@@ -53,7 +57,8 @@ class Config:
     between two looks at the scores.
 
     `try_blocks`, `try_heads`: how many blocks, and steps of an eighth of the heads, may go at most. `multiple`: of
-    neurons (0: 8, or 256 for large models). `damping_frac`: λ as a share of the mean diagonal.
+    neurons (0: 8, or 256 for large models). `damping_frac`: λ as a share of the mean diagonal. Learning:
+    `learn_rounds` times `samples` windows, `batch` at a time, steps of `rate_frac` · RMS(W).
     """
 
     score: str = "surgeon"
@@ -65,6 +70,10 @@ class Config:
     try_heads: int = 8
     multiple: int = 0
     damping_frac: float = 0.01
+    learn_rounds: int = 0
+    samples: int = 32
+    batch: int = 2
+    rate_frac: float = 0.004
 
     def __post_init__(self) -> None:
         for name, known in (("score", SCORES), ("tune", TUNES), ("supervise", SUPERVISIONS)):
@@ -72,15 +81,18 @@ class Config:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if min(self.try_blocks, self.try_heads, self.multiple) < 0 or self.at_once < 1:
             raise ValueError("expected try_blocks, try_heads and multiple ≥ 0, at_once ≥ 1")
+        if self.learn_rounds < 0 or min(self.samples, self.batch) < 1 or not 0 < self.rate_frac < 1:
+            raise ValueError("expected learn_rounds ≥ 0, samples and batch ≥ 1, 0 < rate_frac < 1")
         if not 0 < self.supervise_frac <= 1:
             raise ValueError(f"supervise_frac must lie in (0, 1], got {self.supervise_frac}")
         check_damping(self.damping_frac)
 
 
 def needs(config: Config) -> Needs:
-    """Gram matrices of the inputs, with those of the dense model if it supervises."""
+    """Gram matrices of the inputs, with those of the dense model if it supervises; windows to learn from."""
     full = config.supervise == "outputs"
-    return Needs(gram=True, full=full, dense=full)
+    learning = learning_needs(config.batch, "block") if config.learn_rounds else Needs()
+    return Needs(gram=True, full=full, dense=full) | learning
 
 
 def look_needs(config: Config) -> Needs:
@@ -88,7 +100,7 @@ def look_needs(config: Config) -> Needs:
     return Needs()
 
 
-def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[str, Unit], config: Config) -> None:
+def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> None:
     """The influence of the block, which is measured anyway, is enough."""
 
 
@@ -117,7 +129,6 @@ def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Con
         here = near[losses.index(least)]
 
 
-@torch.no_grad()
 def compress(
     block: Block,
     seen: Evidence,
@@ -133,7 +144,35 @@ def compress(
         wanted_OI = _wanted(weight_OI, statistics, config)
         return Choice(*_choose(wanted_OI, weight_OI, statistics, keep, config, generator))
 
-    return unit_by_unit(block, seen, targets, choose)
+    with torch.no_grad():
+        found = unit_by_unit(block, seen, targets, choose)
+    # A shape on trial is judged without learning: its stream keeps no outputs to learn from.
+    if not config.learn_rounds or seen.stream is None or seen.stream.outputs is None:
+        return found
+    return _learned(block, seen, found, config, generator)
+
+
+def _learned(
+    block: Block, seen: Evidence, found: Mapping[str, Packed], config: Config, generator: torch.Generator
+) -> dict[str, Packed]:
+    """The records after block-wise learning; what is gone stays gone."""
+    start = {name: record.weight_OI for name, record in found.items()}
+    keep = {name: w_OI.any(1, keepdim=True) & w_OI.any(0, keepdim=True) for name, w_OI in start.items()}
+    reached = any(seen.statistics[name].tokens for name in found)
+    if not reached or not any(bool(kept_OI.any()) for kept_OI in keep.values()):
+        return dict(found)
+    schedule = Schedule(
+        rounds=config.learn_rounds,
+        samples=config.samples,
+        batch=config.batch,
+        rate_frac=config.rate_frac,
+        optimizer="adam",
+    )
+    weights, errors = descend(Reconstruction(block, seen, "block", generator), start, keep, schedule, generator)
+    return {
+        name: replace(record, weight_OI=weights[name], detail={**record.detail, **errors.detail})
+        for name, record in found.items()
+    }
 
 
 def _wanted(weight_OI: Tensor, statistics: Statistics, config: Config) -> Tensor:
