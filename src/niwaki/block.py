@@ -35,7 +35,7 @@ from niwaki.anatomy import (
 )
 from niwaki.checkpoint import Checkpoint
 from niwaki.codes import WEIGHT
-from niwaki.device import return_free_memory
+from niwaki.device import return_free_memory, to_host
 from niwaki.errors import ArchitectureError, CheckpointError
 from niwaki.loading import plain_loading
 from niwaki.resizing import resize
@@ -241,9 +241,9 @@ class Decoder:
             if (linear_name := parameter.removesuffix(WEIGHT)) in block.packed:
                 tensors.pop(name)
                 for key, tensor in block.packed[linear_name].items():
-                    tensors[f"{name.removesuffix(WEIGHT)}.{key}"] = _to_host(tensor)
+                    tensors[f"{name.removesuffix(WEIGHT)}.{key}"] = to_host(tensor)
                 continue
-            new = _to_host(block.module.get_parameter(parameter).detach().to(old.dtype))
+            new = to_host(block.module.get_parameter(parameter).detach().to(old.dtype))
             if name in self._converted:
                 fused[prefix + parameter] = new
             else:
@@ -326,13 +326,6 @@ class Decoder:
         wrong = [str(key) for key in info.mismatched_keys] + list(info.conversion_errors)
         if wrong:
             raise CheckpointError(f"{self.checkpoint.folder}: {wrong[0]} does not fit the model's config")
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """On the CPU; from CUDA into pinned memory without waiting, which is several times faster."""
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _name_map(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[Any], set[str]]:

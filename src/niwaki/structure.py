@@ -176,7 +176,7 @@ class Sizes:
         return self.removed(shape) / (len(self) * self.block_parameters)
 
     def rounded(self, kind: Kind, kept: float, asked: int) -> int:
-        """The nearest legal number of neurons (`asked`: see `multiple`) or groups of heads, neither none nor too many."""
+        """The nearest legal number of neurons (`asked`: see `multiple`) or groups of heads, not none, not too many."""
         step = self.multiple(asked) if kind == "neurons" else self.heads_multiple
         return max(step, min(round(kept / step) * step, self.units[kind].count))
 
