@@ -243,7 +243,7 @@ WRONG = [
     (["--method", "comp+rtn", "--target", "0.3+4bit", "--set", "rtn.grup=64"], "grup"),
     (["--set", "learn_rounds=-1"], "learn_rounds ≥ 0"),
     (["--set", "score=best"], "score must be one of surgeon, energy, leverage, random"),
-    (["--set", "at_once=0"], "at_once ≥ 1"),
+    (["--set", "at_once=-1"], "at_once ≥ 0"),
 ]
 
 

@@ -215,8 +215,13 @@ class CompressionJob:
         if self.allocated:
             report("allocation", **self.allocated)
 
-    def _scan(self, run: Run, name: str, measure: Callable[[Block, Stream], Found], report: Report) -> list[Found]:
-        """What `measure` gives for every dense block at its own inputs; kept in the journal as `name`."""
+    def _scan(
+        self, run: Run, name: str, measure: Callable[[Block, Stream], Found], report: Report, *, moves: bool = False
+    ) -> list[Found]:
+        """What `measure` gives for every dense block at its own inputs; kept in the journal as `name`.
+
+        `moves`: it takes the stream past the block itself.
+        """
         if "allocation" not in run.finished:
             stream = self._stream(run, "scan")
             assert stream is not None, "what scans asks for windows"
@@ -226,7 +231,7 @@ class CompressionJob:
                 found.append(measure(block, stream))
                 report("scan", index=block.index, of=len(self.decoder))
 
-            forward(self.decoder, [stream], visit)
+            forward(self.decoder, [] if moves else [stream], visit)
             run.finish_part("allocation", {name: found})
         values: list[Found] = run.finished["allocation"][name]
         return values

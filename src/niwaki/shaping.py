@@ -40,7 +40,7 @@ class ShapingJob(CompressionJob):
         assert isinstance(self.target, Sparsity)
         config = json.loads((self.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
         self.sizes = Sizes(self.decoder.anatomy, self.decoder.model, config, self.columns_multiple)
-        looks = [Look(*found) for found in self._scan(run, "looks", self._look, report)]
+        looks = [Look(*found) for found in self._scan(run, "looks", self._look, report, moves=True)]
         step, losses = self.steps[0], dict[Shape, float]()
         search = step.structured.search(self.sizes, self.target.zeros_frac, looks, step.config)
         if self.recipe.allocation == "searched":
@@ -86,7 +86,8 @@ class ShapingJob(CompressionJob):
         step = self.steps[0]
         needs = step.structured.look_needs(step.config)
         seen, _ = collect(block, stream, needs)
-        return _influence(block, stream), step.structured.look(block, seen, self.sizes.units, step.config)
+        found = step.structured.look(block, seen, self.sizes.units, step.config)
+        return _influence(block, stream), found
 
     def _shard_names(self) -> list[str]:
         """A block that is gone has no file, and its name is not counted."""
@@ -217,13 +218,14 @@ class ShapingJob(CompressionJob):
 
 
 def _influence(block: Block, stream: Stream) -> float:
-    """1 − mean cos(h_in, h_out) over all tokens (ShortGPT, Men et al. 2024)."""
+    """1 − mean cos(h_in, h_out) over all tokens (ShortGPT, Men et al. 2024), on the way past the block."""
     total, tokens = 0.0, 0
     for rows in stream.slices():
         x_BTD = stream.hidden.read(rows)
         before_BTD = x_BTD.float().clone()
-        after_BTD = block.run(stream.call(len(x_BTD), block.index), x_BTD).float()
-        total += float(torch.cosine_similarity(before_BTD, after_BTD, dim=-1).double().sum())
+        out_BTD = block.run(stream.call(len(x_BTD), block.index), x_BTD)
+        stream.hidden.write(rows, out_BTD)
+        total += float(torch.cosine_similarity(before_BTD, out_BTD.float(), dim=-1).double().sum())
         tokens += before_BTD.shape[0] * before_BTD.shape[1]
     return 1 - total / tokens
 

@@ -36,7 +36,7 @@ from niwaki.config import Keep, Kind, Sparsity, Target, Unit
 from niwaki.methods._groups import Choice, by_group, fit, kept_of, remove, scaled, unit_by_unit, unreached, without
 from niwaki.methods._reconstruct import Reconstruction, Schedule, descend, learning_needs
 from niwaki.methods._rounding import damped
-from niwaki.methods._solver import check_damping, inverse_factor
+from niwaki.methods._solver import check_damping, inverse
 from niwaki.packed import Packed
 from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence
@@ -48,13 +48,14 @@ CONTINUES = False
 SCORES = ("surgeon", "energy", "leverage", "random")
 TUNES = ("full", "scales", "none")
 SUPERVISIONS = ("prefix", "outputs")
+AT_ONCE_SHARE = 64
 HEAD_STEPS = 8  # from all heads to none, where a model has more groups of them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`score`, `tune`, `supervise`, `supervise_frac`: above. `at_once`: neurons that go
-    between two looks at the scores.
+    """`score`, `tune`, `supervise`, `supervise_frac`: above. `at_once`: neurons that go between two looks at the
+    scores (0: a sixty-fourth of them).
 
     `try_blocks`, `try_heads`: how many blocks, and steps of an eighth of the heads, may go at most. `multiple`: of
     neurons (0: 8, or 256 for large models). `damping_frac`: λ as a share of the mean diagonal. Learning:
@@ -65,7 +66,7 @@ class Config:
     tune: str = "full"
     supervise: str = "prefix"
     supervise_frac: float = 1.0
-    at_once: int = 32
+    at_once: int = 0
     try_blocks: int = 8
     try_heads: int = 8
     multiple: int = 0
@@ -79,8 +80,8 @@ class Config:
         for name, known in (("score", SCORES), ("tune", TUNES), ("supervise", SUPERVISIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if min(self.try_blocks, self.try_heads, self.multiple) < 0 or self.at_once < 1:
-            raise ValueError("expected try_blocks, try_heads and multiple ≥ 0, at_once ≥ 1")
+        if min(self.try_blocks, self.try_heads, self.multiple, self.at_once) < 0:
+            raise ValueError("expected try_blocks, try_heads, multiple and at_once ≥ 0")
         if self.learn_rounds < 0 or min(self.samples, self.batch) < 1 or not 0 < self.rate_frac < 1:
             raise ValueError("expected learn_rounds ≥ 0, samples and batch ≥ 1, 0 < rate_frac < 1")
         if not 0 < self.supervise_frac <= 1:
@@ -116,17 +117,18 @@ def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Con
         for step, heads in enumerate(legal)
         if (shape := sizes.fitting(removed_frac, heads, sorted(order[:blocks]), config.multiple))
     }
-    here = min(corners, key=sum, default=None)
-    if here is None:
+    if not corners:
         return None
-    (least,) = yield [corners[here]]
-    while True:
-        near = [at for at in ((here[0] + 1, here[1]), (here[0], here[1] + 1)) if at in corners]
+    here, least = min(corners, key=sum), math.nan
+    while near := [at for at in ((here[0] + 1, here[1]), (here[0], here[1] + 1)) if at in corners]:
+        if math.isnan(least):
+            (least,) = yield [corners[here]]
         losses = yield [corners[at] for at in near]
-        if not losses or min(losses) >= least:
-            return corners[here]
+        if min(losses) >= least:
+            break
         least = min(losses)
         here = near[losses.index(least)]
+    return corners[here]
 
 
 def compress(
@@ -195,16 +197,17 @@ def _choose(
     generator: torch.Generator,
 ) -> tuple[list[int], Tensor]:
     """The groups that stay, and the matrix for them."""
-    upper_II, damping_frac = inverse_factor(statistics.gram_II, config.damping_frac)
-    damped_II = damped(statistics.gram_II, damping_frac)
+    inverse_II, damping_frac = inverse(statistics.gram_II, config.damping_frac)
     if config.score == "surgeon":
-        at_once = config.at_once if keep.unit.kind == "neurons" else 1
-        kept, found_OI = remove(wanted_OI, upper_II.T @ upper_II, keep.unit, keep.count, at_once)
+        asked = config.at_once if keep.unit.kind == "neurons" else 1
+        at_once = asked or max(1, keep.unit.count // AT_ONCE_SHARE)
+        kept, found_OI = remove(wanted_OI, inverse_II, keep.unit, keep.count, at_once)
         if config.tune == "full":
             return kept, found_OI
     else:
         scores_I = _scores(weight_OI, statistics, config, generator)
         kept = kept_of(by_group(scores_I, keep.unit), keep.count)
+    damped_II = damped(statistics.gram_II, damping_frac)
     if config.tune == "full":
         return kept, fit(wanted_OI, damped_II, kept, keep.unit)
     if config.tune == "scales":
