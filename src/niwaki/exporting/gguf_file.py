@@ -159,7 +159,7 @@ def _told(plan: Plan) -> dict[str, Any]:
         {"tensor": name, "row": shape[-1], "type": plan.kinds[name].name.lower(), "bytes": plan.tensor_bytes(name)}
         for name, shape in other.items()
     ]
-    notes = list(plan.layout.notes)
+    notes = [*plan.layout.notes, *plan.vocabulary.notes]
     if plan.packed:
         notes.append(f"{plan.packed} matrices were stored as codes and are decoded: GGUF has other codes")
     if fallbacks:

@@ -96,6 +96,10 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
     tensors = {}
     for name, source in sources.items():
         part, index = _part(name)
+        if part.startswith("attn_") and not heads[index]:
+            if name.endswith(".bias"):
+                raise ArchitectureError(f"{source}: llama.cpp adds no bias where the matrices of attention are gone")
+            continue  # the norm before it
         count = {"attn_q": heads, "attn_k": key_heads}.get(part) if family.paired else None
         tensors[name] = Entry(checkpoint.tensors[source].shape, source, count[index] if count else 0)
     if factors_R is not None:

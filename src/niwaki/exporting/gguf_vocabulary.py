@@ -3,7 +3,8 @@
 Two kinds, both byte-pair encodings from tokenizer.json: on bytes (`gpt2` in GGUF), where llama.cpp knows how to cut a
 text into words only by the *name* of a pre-tokenizer, and on characters with bytes to fall back on (`llama`, what
 SentencePiece trains). The name is found by behaviour: `PRE_TOKENIZERS` says how llama.cpp cuts under each name, and
-the one that cuts a set of awkward texts as the checkpoint's own tokenizer does is taken. No name, no file.
+the one that cuts a set of awkward texts as the checkpoint's own tokenizer does is taken. No name, no file. llama.cpp
+composes no characters (NFC) first; a tokenizer that does gets a note.
 
 `gguf.SpecialVocab` reads merges, special tokens and the chat template. Its `BpeVocab` and `LlamaHfVocab` are not used:
 one marks a special token of the base vocabulary as an ordinary one, the other gives all tokens one score, and
@@ -26,13 +27,14 @@ from niwaki.calibration import load_tokenizer
 from niwaki.errors import InputError
 
 SPACE = "▁"  # what stands for a space in vocabularies of SentencePiece
+COMPOSES = "the tokenizer composes characters (NFC), which llama.cpp does not: feed it composed text"
 SAMPLES = (
     "It's, I'LL; they'd say we'VE 'tis — l'été d'Été.",
     "x = [1, 22, 333, 4444, 55555]; y=3.14159e-10 1234567 v2.0 ４５６ ²³",
     "  two  spaces,\ttabs\t\tand   trails   \n\n\n  new\r\nlines \n \n x\n",
     "naïve CamelCase HTTPServer snake_case kebab-case (a){b}[c] <tag/> ## !!! ...?! $€£ ~`^|\\",
     "日本語のテキスト、漢字とカナ。 Привет, мир! مرحبا 안녕하세요 नमस्ते",
-    "🙂👩‍👩‍👧 e\u0301 \u00a0nbsp \u2003em\u200bzero",
+    "🙂👩‍👩‍👧 é \u00a0nbsp \u2003em\u200bzero",
 )
 
 
@@ -83,6 +85,7 @@ class Vocabulary:
     scores: list[float]
     special: gguf.SpecialVocab
     space_first: bool
+    notes: tuple[str, ...]
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
         """Puts everything in the header of a file."""
@@ -122,6 +125,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
         scores=_scores(model, rows) if characters else [],
         special=special,
         space_first=characters and _space_first(path, tokenizer),
+        notes=(COMPOSES,) if _normal(tokenizer.backend_tokenizer, "e\u0301") == "é" else (),
     )
 
 
@@ -173,10 +177,13 @@ def _pre_tokenizer(path: Path, tokenizer: Any, ignore_merges: bool) -> str:
     )
 
 
+def _normal(backend: Any, text: str) -> str:
+    return str(backend.normalizer.normalize_str(text)) if backend.normalizer else text
+
+
 def _cuts(backend: Any, text: str) -> Any:
     """The words of a text and where they lie."""
-    normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
-    return backend.pre_tokenizer.pre_tokenize_str(normal)
+    return backend.pre_tokenizer.pre_tokenize_str(_normal(backend, text))
 
 
 def _space_first(path: Path, tokenizer: Any) -> bool:
@@ -184,7 +191,7 @@ def _space_first(path: Path, tokenizer: Any) -> bool:
     backend = tokenizer.backend_tokenizer
     before = set()
     for text in (text for text in SAMPLES if not text.startswith(" ")):
-        normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
+        normal = _normal(backend, text)
         words = backend.pre_tokenizer.pre_tokenize_str(normal) if backend.pre_tokenizer else [(normal, None)]
         plain, found = text.replace(" ", SPACE), "".join(word for word, _ in words)
         before.add(found.removesuffix(plain) if found.endswith(plain) and len(words) == 1 else None)
