@@ -152,7 +152,12 @@ def write_sentencepiece(folder: Path, tokens: int) -> None:
         TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]).__getstate__()
     )
     (folder / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    names = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
 
 

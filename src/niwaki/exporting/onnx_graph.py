@@ -1,9 +1,10 @@
 """ONNX: one graph from tokens to logits, for onnxruntime and what is built on it.
 
 `torch.onnx.export` (the exporter on `torch.export`, with onnxscript) traces the model that transformers builds, so any
-decoder that it can trace is covered: dense, pruned in place, or smaller. Inputs `input_ids` and `attention_mask` [B, T],
-output `logits` [B, T, V]; B and T are free. In float32, whatever the checkpoint is stored in: not every operator of
-onnxruntime's CPU has a half-precision kernel. No cache of keys and values: every new token costs a pass over all.
+decoder that it can trace is covered: dense, pruned in place, or smaller. Inputs `input_ids` and `attention_mask`
+[B, T], output `logits` [B, T, V]; B and T are free. In float32, whatever the checkpoint is stored in: not every
+operator of onnxruntime has a half-precision kernel on the CPU. No cache of keys and values, which transformers does
+not let `torch.export` see into: every new token costs a pass over all of them.
 
 Cost: the whole model in memory in float32, and again while it is written.
 
