@@ -37,7 +37,7 @@ from niwaki.exporting.gguf_vocabulary import Vocabulary, read_vocabulary
 from niwaki.writing import atomic_file, copy_file
 
 NAME = "model.gguf"
-# Smallest rows first to last as gguf.quants writes them; the 4-bit "k" types are for llama.cpp's own llama-quantize.
+# What gguf.quants can write, most bits first; K-quants are made by llama.cpp itself.
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4", "tq2_0", "tq1_0")
 _NAMES_OF_FILES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}
 FILE_TYPES = {name: LlamaFileType[_NAMES_OF_FILES.get(name, f"MOSTLY_{name.upper()}")] for name in TYPES}

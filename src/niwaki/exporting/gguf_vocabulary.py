@@ -25,6 +25,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from niwaki.calibration import load_tokenizer
 from niwaki.errors import InputError
+from niwaki.loading import only_errors
 
 SPACE = "▁"  # what stands for a space in vocabularies of SentencePiece
 COMPOSES = "the tokenizer composes characters (NFC), which llama.cpp does not: feed it composed text"
@@ -115,7 +116,8 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     texts |= {index: token["content"] for index, token in added.items()}
     if max(texts) >= rows:
         raise InputError(f"{path} has {max(texts) + 1} tokens and the model embeds {rows}: they do not belong together")
-    special = gguf.SpecialVocab(folder, load_merges=not characters, n_vocab=rows)
+    with only_errors("gguf.vocab"):  # it guesses what stands before and after a text; below that is observed
+        special = gguf.SpecialVocab(folder, load_merges=not characters, n_vocab=rows)
     special.add_special_token = _ends(tokenizer)
     return Vocabulary(
         model="llama" if characters else "gpt2",

@@ -11,7 +11,6 @@ Cost: the whole model in memory in float32, and again while it is written.
     niwaki export OUT DEST --to onnx
 """
 
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 from niwaki.checkpoint import Checkpoint
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.generation import load
+from niwaki.loading import only_errors
 from niwaki.writing import copy_file, sync_file
 
 NAME = "model.onnx"
@@ -79,11 +79,9 @@ def _traced(model: Any, checkpoint: Checkpoint) -> Any:
     ids_BT = torch.arange(1, 1 + SEEN[0] * SEEN[1]).view(SEEN) % model.config.get_text_config().vocab_size
     given = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
-    exporter_log = logging.getLogger("torch.onnx")
-    level = exporter_log.level
-    exporter_log.setLevel(logging.ERROR)  # it tells of operators of packages that are not installed
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        # It warns of operators of packages that are not installed.
+        with only_errors("torch.onnx"), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             return torch.onnx.export(
                 model, kwargs=given, dynamic_shapes=dict.fromkeys(given, axes), input_names=list(given),
@@ -94,5 +92,3 @@ def _traced(model: Any, checkpoint: Checkpoint) -> Any:
         raise ArchitectureError(
             f"torch.onnx cannot export {checkpoint.folder}, a {model.config.model_type}: {reason}"
         ) from error
-    finally:
-        exporter_log.setLevel(level)
