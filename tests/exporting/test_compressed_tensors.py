@@ -142,7 +142,7 @@ def test_an_export_from_the_command_line(model: Path, tmp_path: Path, capsys: py
         main()
     printed = capsys.readouterr()
     assert not stopped.value.code and "pack-quantized, 5." in printed.out
-    assert printed.err.splitlines()[0].startswith("exporting: file 1/")
+    assert printed.err.splitlines()[0].startswith("exporting: part 1/")
 
 
 def test_wrong_requests(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

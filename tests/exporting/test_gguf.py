@@ -22,6 +22,7 @@ from niwaki.cli import main
 from niwaki.demo import sapling
 from niwaki.errors import ArchitectureError, CheckpointError, InputError, NumericalError, OutputError
 from niwaki.exporting.gguf_file import TYPES
+from niwaki.recovery import recover
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -343,6 +344,21 @@ def test_a_model_that_niwaki_did_not_make(tmp_path: Path) -> None:
     assert file_bytes(tmp_path / "dest") == before
     with pytest.raises(OutputError, match="already exists"):
         niwaki.export(sapling(), tmp_path / "dest", to="gguf")
+
+
+def test_a_recovered_model(tmp_path: Path) -> None:
+    """Its record is not that of a compression, and travels all the same."""
+    text, model = write_texts(tmp_path / "text.jsonl", count=20), tmp_path / "model"
+    tiny_llama(model, dtype=torch.bfloat16)
+    niwaki.compress(model, tmp_path / "pruned", method="magnitude", target="0.5", device="cpu")
+    settings: dict[str, Any] = {"steps": 8, "samples": 32, "seq_len": 48, "rank": 4, "rate": 0.02, "device": "cpu"}
+    recover(tmp_path / "pruned", tmp_path / "out", data=str(text), **settings)
+    record = niwaki.export(tmp_path / "out", tmp_path / "dest", to="gguf")
+    config, stored = transformers.AutoConfig.from_pretrained(model), tensors(tmp_path / "dest")
+    for source, tensor in weights_of(tmp_path / "out").items():
+        assert torch.equal(plain(source, stored[place(source)], config), tensor.float()), source
+    assert record["result"]["zeros_frac"] == 0.5 and record["recover"]["steps"] == 8
+    assert "# pruned, gguf" in (tmp_path / "dest/README.md").read_text()
 
 
 def refused(kind: str, folder: Path) -> tuple[Path, list[str], str]:
