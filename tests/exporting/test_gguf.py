@@ -264,6 +264,7 @@ def test_different_widths_that_llama_cpp_would_get_wrong_are_refused(tmp_path: P
     cases = [
         (uneven(tmp_path / "a", [96, 0], [2, 2], llama), CheckpointError, r"no tensor for blk\.1\.ffn_up\.weight"),
         (uneven(tmp_path / "b", [96, 96], [0, 2], llama), ArchitectureError, "reads the width of heads from the first"),
+        (uneven(tmp_path / "d", [96, 96], [0, 0], llama), ArchitectureError, "reads the width of heads from the first"),
     ]
     qwen3 = uneven(tmp_path / "c", [96, 40], [2, 2], transformers.Qwen3Config(**SHAPE, head_dim=16))
     cases.append((qwen3, ArchitectureError, "differ in width, which llama.cpp can run for models that compute as a"))
@@ -382,23 +383,33 @@ def refused(kind: str, folder: Path) -> tuple[Path, list[str], str]:
     if kind == "tokenizer":
         (model / "tokenizer.json").unlink()
         return model, [], "has no tokenizer.json"
+    if kind == "bias shape":
+        save(CONFIGS["llama with biases"], folder)
     stored = load_file(model / "model.safetensors")
+    cut = {
+        "shape": "model.layers.1.mlp.gate_proj.weight",
+        "bias shape": "model.layers.1.self_attn.k_proj.bias",
+        "head": "lm_head.weight",
+    }
     if kind == "missing":
         del stored["model.layers.1.mlp.gate_proj.weight"]
-    elif kind == "shape":
-        stored["model.layers.1.mlp.gate_proj.weight"] = stored["model.layers.1.mlp.gate_proj.weight"][:90].clone()
+    elif kind in cut:
+        stored[cut[kind]] = stored[cut[kind]][:-6].clone()
     else:
         stored["model.layers.1.mlp.gate_proj.weight"][0, 0] = 1e6
     save_file(stored, model / "model.safetensors", {"format": "pt"})
     return {
         "missing": (model, [], "has no tensor for blk.1.ffn_gate.weight"),
-        "shape": (model, [], "block 1: ffn_gate has the shape (90, 64), expected (96, 64)"),
+        "shape": (model, [], "model.layers.1.mlp.gate_proj.weight has the shape (90, 64), expected (96, 64)"),
+        "bias shape": (model, [], "model.layers.1.self_attn.k_proj.bias has the shape (26,), expected (32,)"),
+        "head": (model, [], "lm_head.weight has the shape (4090, 64), expected (4096, 64)"),
         "too large": (model, ["--type", "f16"], "blk.1.ffn_gate.weight holds values beyond float16: export with"),
     }[kind]
 
 
 @pytest.mark.parametrize(
-    "kind", ["architecture", "activation", "bias", "type", "tokenizer", "missing", "shape", "too large"]
+    "kind",
+    ["architecture", "activation", "bias", "type", "tokenizer", "missing", "shape", "bias shape", "head", "too large"],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

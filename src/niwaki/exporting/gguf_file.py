@@ -27,6 +27,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 
@@ -41,7 +42,7 @@ NAME = "model.gguf"
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4", "tq2_0", "tq1_0")
 _NAMES_OF_FILES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}
 FILE_TYPES = {name: LlamaFileType[_NAMES_OF_FILES.get(name, f"MOSTLY_{name.upper()}")] for name in TYPES}
-STORED = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
+STORED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 FALLBACK = GGMLQuantizationType.F16
 HEADER_BYTES = 2**20
 
@@ -69,7 +70,7 @@ class Plan:
 
 def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> Plan:
     """Every tensor under its name in GGUF and its type. Raises InputError for what llama.cpp could not run."""
-    chosen = type or STORED[str(checkpoint.dtype)]
+    chosen = STORED[checkpoint.dtype] if type is None else type
     if chosen not in TYPES:
         raise InputError(unknown("type", chosen, TYPES))
     layout = layout_of(checkpoint)

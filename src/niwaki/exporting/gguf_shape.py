@@ -92,7 +92,7 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
     sources = _named(checkpoint, family)
     blocks = [_widths(checkpoint, sources, index, width, family) for index in range(config.num_hidden_layers)]
     neurons, heads, key_heads = (tuple(counts) for counts in zip(*blocks, strict=True))
-    arch = family.arch if len(set(blocks)) == 1 else _uneven(checkpoint, family, heads)
+    arch = family.arch if len(set(blocks)) == 1 and heads[0] else _uneven(checkpoint, family, heads)
     tensors = {}
     for name, source in sources.items():
         part, index = _part(name)
@@ -132,10 +132,10 @@ def _named(checkpoint: Checkpoint, family: Family) -> dict[str, str]:
                 f"llama.cpp's {gguf.MODEL_ARCH_NAMES[family.arch]} has no place for {source} of {checkpoint.folder}"
             )
         found[name] = source
-    ends = ["token_embd", "output_norm"] + ([] if config.tie_word_embeddings else ["output"])
-    for name in ends:
-        if f"{name}.weight" not in found:
-            raise CheckpointError(f"{checkpoint.folder} has no tensor for {name}.weight")
+    table = (config.vocab_size, config.hidden_size)
+    ends = {"token_embd": table, "output_norm": table[1:]} | ({} if config.tie_word_embeddings else {"output": table})
+    for part, expected in ends.items():
+        _require(checkpoint, found, part, expected)
     return dict(sorted(found.items(), key=lambda item: _order(item[0])))
 
 
@@ -155,29 +155,37 @@ def _widths(
 ) -> tuple[int, int, int]:
     """Neurons, heads and heads of keys of a block; no heads if its attention is gone. Raises for shapes that clash."""
 
-    def shape(part: str) -> tuple[int, ...]:
-        name = f"blk.{index}.{part}.weight"
-        if name not in sources:
-            raise CheckpointError(f"{checkpoint.folder} has no tensor for {name}: llama.cpp cannot go without it")
-        return checkpoint.tensors[sources[name]].shape
-
     hidden = checkpoint.config.hidden_size
     attends = any(f"blk.{index}.{part}.weight" in sources for part in ATTENTION)
-    neurons = shape("ffn_up")[0]
-    rows, key_rows = (shape("attn_q")[0], shape("attn_k")[0]) if attends else (0, 0)
+    neurons = _rows(checkpoint, sources, f"blk.{index}.ffn_up")
     wanted = {"ffn_norm": (hidden,), "ffn_gate": (neurons, hidden), "ffn_up": (neurons, hidden)}
     wanted["ffn_down"] = (hidden, neurons)
+    rows = key_rows = 0
     if attends:
+        rows, key_rows = (_rows(checkpoint, sources, f"blk.{index}.{part}") for part in ATTENTION[:2])
         wanted |= {"attn_norm": (hidden,), "attn_q": (rows, hidden), "attn_k": (key_rows, hidden)}
         wanted |= {"attn_v": (key_rows, hidden), "attn_output": (hidden, rows)}
         wanted |= dict.fromkeys(family.norms, (width,))
     for part, expected in wanted.items():
-        if shape(part) != expected:
-            raise CheckpointError(f"block {index}: {part} has the shape {shape(part)}, expected {expected}")
+        _require(checkpoint, sources, f"blk.{index}.{part}", expected)
     heads, key_heads = rows // width, key_rows // width
     if rows % width or key_rows % width or (attends and (not key_heads or heads % key_heads)):
         raise CheckpointError(f"block {index}: {rows} and {key_rows} rows of q and k are no heads of {width} in groups")
     return neurons, heads, key_heads
+
+
+def _rows(checkpoint: Checkpoint, sources: Mapping[str, str], module: str) -> int:
+    if f"{module}.weight" not in sources:
+        raise CheckpointError(f"{checkpoint.folder} has no tensor for {module}.weight: llama.cpp cannot go without it")
+    return checkpoint.tensors[sources[f"{module}.weight"]].shape[0]
+
+
+def _require(checkpoint: Checkpoint, sources: Mapping[str, str], module: str, expected: tuple[int, ...]) -> None:
+    """Raises CheckpointError unless the weight has this shape, and a bias the length of its first axis."""
+    _rows(checkpoint, sources, module)
+    for name, wanted in ((f"{module}.weight", expected), (f"{module}.bias", expected[:1])):
+        if name in sources and (shape := checkpoint.tensors[sources[name]].shape) != wanted:
+            raise CheckpointError(f"{checkpoint.folder}: {sources[name]} has the shape {shape}, expected {wanted}")
 
 
 def _uneven(checkpoint: Checkpoint, family: Family, heads: tuple[int, ...]) -> MODEL_ARCH:
