@@ -11,6 +11,7 @@ model alone in a fresh process, after a prompt and some tokens: weights are mapp
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -148,6 +149,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--weigh", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if int(os.environ.get("OMP_NUM_THREADS", max(args.threads))) < max(args.threads):
+        parser.error("OMP_NUM_THREADS is less than the threads to measure: unset it")  # OpenMP would let them wait
     llama_cpp.llama_backend_init()
     quiet = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(quiet, None)
