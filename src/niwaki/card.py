@@ -57,8 +57,46 @@ _PACKED = (
 """
     + _LOADING
 )
-_EXPORTED = """{packed} of the matrices are stored as codes, in the format `{format}` of {to}, which transformers reads
-after `pip install {to}`."""
+_EXPORTED = {
+    "compressed-tensors": """{packed} of the matrices are stored as codes, in the format `{format}` of {to}, which
+transformers reads after `pip install {to}`.""",
+    "gguf": """One GGUF file with vocabulary ({format}), which llama.cpp runs: `llama-cli -m model.gguf`.""",
+    "onnx": """An ONNX graph ({format}) from tokens and their mask to logits, with room for any batch and length and no
+cache of keys and values: `onnxruntime.InferenceSession("model.onnx")`. The tokenizer lies beside it.""",
+}
+_PLAIN_BODY = """---
+{metadata}
+---
+
+# {name}, {to}
+
+`{name}` written by [niwaki](https://pypi.org/project/niwaki/) {version}: {bytes:,} bytes. {storage}
+
+The full record is in `niwaki/run.json`.
+"""
+
+
+def export_card(record: dict[str, Any]) -> str:
+    """The card of an export: that of the compression, or a short one for a model that niwaki did not compress."""
+    if "recipe" in record:
+        return model_card(record)
+    found = record["export"]
+    metadata = ModelCardData(
+        library_name=_library(record), pipeline_tag="text-generation", tags=["niwaki", found["to"]]
+    )
+    return _PLAIN_BODY.format(
+        metadata=metadata.to_yaml(),
+        name=Path(record["model"]["source"]).name,
+        to=found["to"],
+        version=found["niwaki"],
+        bytes=found["bytes"],
+        storage=_EXPORTED[found["to"]].format_map(found),
+    )
+
+
+def _library(record: dict[str, Any]) -> str:
+    to: str = record.get("export", {}).get("to", "")
+    return to if to in ("gguf", "onnx") else "transformers"
 
 
 def model_card(record: dict[str, Any]) -> str:
@@ -69,7 +107,7 @@ def model_card(record: dict[str, Any]) -> str:
     source = Path(record["model"]["source"]).name
     # eval_results stays empty on purpose: nothing was evaluated here.
     metadata = ModelCardData(
-        library_name="transformers",
+        library_name=_library(record),
         pipeline_tag="text-generation",
         tags=["niwaki", "quantized" if result["packed"] else "pruned", recipe["method"]]
         + ([exported["to"]] if exported else []),
@@ -108,8 +146,8 @@ def _shaping(record: dict[str, Any]) -> dict[str, Any]:
 
 def _storage(record: dict[str, Any]) -> str:
     """What a reader has to know of the files."""
-    if "export" in record:
-        return _EXPORTED
+    if exported := record.get("export"):
+        return _EXPORTED[exported["to"]]
     if record["result"]["packed"]:
         return _PACKED
     shaped = _shaping(record)
@@ -123,13 +161,18 @@ def _made_with(record: dict[str, Any]) -> list[str]:
     """The command line, or the recipe of a call from Python, without the folders of the machine it ran on."""
     if exported := record.get("export"):
         compressed = {name: value for name, value in record.items() if name != "export"}
-        return [*_made_with(compressed), f"niwaki export OUT DEST --to {exported['to']}"]
+        return [*_made_with(compressed), _export_command(exported)]
     program, *arguments = record["command"]
     if Path(program).stem in ("niwaki", "cli") and arguments:
         return [shlex.join(["niwaki", *map(_without_folders, arguments)])]
     recipe = record["recipe"]
     given = {**recipe["calibration"], "files": [_without_folders(file) for file in recipe["calibration"]["files"]]}
     return yaml.safe_dump({**recipe, "calibration": given}, sort_keys=False).splitlines()
+
+
+def _export_command(exported: dict[str, Any]) -> str:
+    chosen = f" --type {exported['type']}" if "type" in exported else ""
+    return f"niwaki export OUT DEST --to {exported['to']}{chosen}"
 
 
 def _without_folders(argument: str) -> str:

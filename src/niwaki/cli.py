@@ -211,20 +211,26 @@ def evaluate(
 
 @app.command()
 def export(
-    out: Annotated[Path, typer.Argument(help="A result of `niwaki compress`.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="A result of niwaki, or any model folder.", show_default=False)],
     dest: Annotated[Path, typer.Argument(help="New folder for the export.", show_default=False)],
-    to: Annotated[str, typer.Option(help="compressed-tensors (4- and 8-bit results of rtn and gptq).")],
+    to: Annotated[str, typer.Option(help="gguf, onnx or compressed-tensors (4 and 8 bits of rtn and gptq).")],
+    type_: Annotated[
+        str | None,
+        typer.Option("--type", help="Matrices in gguf: f16, bf16, q8_0, q4_0 ...; as stored if left out."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a DEST that niwaki wrote.")] = False,
 ) -> None:
-    """Write a quantized OUT to DEST in the format of other engines."""
+    """Write OUT to DEST in the format of other engines."""
     from niwaki.exporting import export as run
     from niwaki.progress import Display
 
     with Display(err_console) as display:
-        record = run(out, dest, to=to, overwrite=overwrite, report=display)
+        record = run(out, dest, to=to, type=type_, overwrite=overwrite, report=display)
     found = record["export"]
     written = f"{found['to']} {found['format']}, {found['bits']:.3f} true bits a weight, {found['bytes']:,} bytes"
     out_console.print(f"{dest}: {written}, {found['seconds']} s", highlight=False, soft_wrap=True)
+    for note in found.get("notes", ()):
+        err_console.print(f"[yellow]note:[/] {_escape(note)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

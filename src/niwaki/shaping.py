@@ -112,7 +112,7 @@ class ShapingJob(CompressionJob):
             stream, judge = self._stream(run, "trial", seen_ST), self._stream(run, "held", self.windows_ST[-held:])
             dense = self._stream(run, "trial-dense", seen_ST) if self.dense_stream else None
             assert judge is not None
-            plan = Plan(self.steps, self.sizes.targets(shape, False), self.recipe.seed, False)
+            plan = Plan(self.steps, self.sizes.targets(shape, False), self.recipe.seed, trial=True)
             compress_blocks(
                 self.decoder, plan, stream, dense, riders=[judge], finished=lambda index: None,
                 save=lambda block, lines: None, report=lambda event, **fields: None,

@@ -91,12 +91,13 @@ def remove(weight_OI: Tensor, inverse_II: Tensor, unit: Unit, count: int, at_onc
     weight_OI = weight_OI.clone()
     alive_G = torch.ones(unit.count, dtype=torch.bool, device=weight_OI.device)
     left = unit.count - count
-    while left > 0:
+    within_S = torch.arange(weight_OI.shape[1] // unit.count, device=weight_OI.device)
+    while left > 0:  # nothing in here waits for the device
         scores_G = torch.where(alive_G, _costs(weight_OI, inverse_II, unit), torch.inf)
         gone = lowest(scores_G, min(at_once, left))
-        columns_R = places(unit, gone.tolist(), weight_OI.shape[1]).to(weight_OI.device)
+        columns_R = (gone[:, None] * len(within_S) + within_S).view(-1)
         rows_RI = inverse_II[columns_R]
-        spread_RI = torch.linalg.solve(rows_RI[:, columns_R], rows_RI)
+        spread_RI = torch.linalg.solve_ex(rows_RI[:, columns_R], rows_RI)[0]
         weight_OI.addmm_(weight_OI[:, columns_R], spread_RI, alpha=-1)
         inverse_II.addmm_(rows_RI.T, spread_RI, alpha=-1)
         alive_G[gone] = False
@@ -114,7 +115,7 @@ def _costs(weight_OI: Tensor, inverse_II: Tensor, unit: Unit) -> Tensor:
         return weight_OI.square().sum(0) / inverse_II.diagonal()
     own_GSS = torch.stack([inverse_II[g : g + size, g : g + size] for g in range(0, len(inverse_II), size)])
     weight_GSO = weight_OI.T.reshape(unit.count, size, -1)
-    solved_GSO: Tensor = torch.linalg.solve(own_GSS, weight_GSO)
+    solved_GSO: Tensor = torch.linalg.solve_ex(own_GSS, weight_GSO)[0]
     return (weight_GSO * solved_GSO).sum((1, 2))
 
 
