@@ -216,7 +216,7 @@ def export(
     to: Annotated[str, typer.Option(help="gguf, onnx or compressed-tensors (4 and 8 bits of rtn and gptq).")],
     type_: Annotated[
         str | None,
-        typer.Option("--type", help="Matrices in gguf: f16, bf16, q8_0, q4_0 ...; as stored if left out."),
+        typer.Option("--type", help="Matrices in gguf: f32, bf16, q8_0, q4_0 ...; f16 if left out."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a DEST that niwaki wrote.")] = False,
 ) -> None:

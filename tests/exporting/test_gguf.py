@@ -118,7 +118,7 @@ def test_every_tensor_is_the_one_of_the_checkpoint(name: str, dtype: torch.dtype
     assert sorted(found) == sorted(map(place, wanted))
     for source, tensor in wanted.items():
         assert torch.equal(plain(source, found[place(source)], config), tensor.float()), source
-    stored = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16, torch.float16: Kind.F16}[dtype]
+    stored = Kind.F32 if dtype == torch.float32 else Kind.F16  # a float16 holds every bf16 that is not tiny or huge
     for tensor in read(tmp_path / "dest").tensors:
         assert tensor.tensor_type is (stored if len(tensor.shape) == 2 else Kind.F32), tensor.name
     assert record["export"]["bits"] == 8 * dtype.itemsize and not record["export"]["fallbacks"]
@@ -300,7 +300,7 @@ def test_a_llama_with_fewer_heads_is_a_llama_again(tmp_path: Path) -> None:
     assert (tmp_path / "dest/niwaki/blocks.jsonl").read_bytes() == (out / "niwaki/blocks.jsonl").read_bytes()
     card = (tmp_path / "dest/README.md").read_text()
     assert "library_name: gguf" in card and "llama-cli -m model.gguf" in card and str(tmp_path) not in card
-    assert "niwaki export OUT DEST --to gguf --type bf16" in card
+    assert "niwaki export OUT DEST --to gguf --type f16" in card
     assert not list((tmp_path / "dest").glob("*.safetensors")) and not list(tmp_path.glob("dest.*"))
 
 

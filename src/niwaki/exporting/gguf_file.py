@@ -1,9 +1,9 @@
 """GGUF: one file with weights, shape and vocabulary, for llama.cpp and what is built on it.
 
 For Llama, Mistral, Qwen2 and Qwen3 with one dense layer a block: dense, pruned in place, or smaller. What is stored as
-codes is decoded first: GGUF has other codes. Matrices are written as they are stored or in any type that the package
-`gguf` can write (TYPES); vectors in float32. Where a row does not divide into the blocks of a type the matrix is
-written in float16, and the record says which and how many bytes.
+codes is decoded first: GGUF has other codes. Matrices are written in float16 (float32 if they are stored so) or in any
+type that the package `gguf` can write (TYPES); vectors in float32. Where a row does not divide into the blocks of a
+type the matrix is written in float16, and the record says which and how many bytes.
 
 A Llama in GGUF rotates neighbouring values and transformers rotates halves of a head, so rows of q and k are
 interleaved. Mistral and Qwen2 compute what a Llama with these weights computes and are written as one, since the
@@ -42,7 +42,8 @@ NAME = "model.gguf"
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4", "tq2_0", "tq1_0")
 _NAMES_OF_FILES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}
 FILE_TYPES = {name: LlamaFileType[_NAMES_OF_FILES.get(name, f"MOSTLY_{name.upper()}")] for name in TYPES}
-STORED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+# llama.cpp rounds activations to the type of the weights, so a bf16 model runs more exactly from a float16 file.
+DEFAULTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "f16"}
 FALLBACK = GGMLQuantizationType.F16
 HEADER_BYTES = 2**20
 
@@ -70,7 +71,7 @@ class Plan:
 
 def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> Plan:
     """Every tensor under its name in GGUF and its type. Raises InputError for what llama.cpp could not run."""
-    chosen = STORED[checkpoint.dtype] if type is None else type
+    chosen = DEFAULTS[checkpoint.dtype] if type is None else type
     if chosen not in TYPES:
         raise InputError(unknown("type", chosen, TYPES))
     layout = layout_of(checkpoint)
