@@ -17,7 +17,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN)/python -m pytest -m "not engines"
 
-test-engines: $(VENV)/.installed
+# llama-cpp-python is built from source, once: some minutes, and a C++ compiler.
+$(VENV)/.engines: $(VENV)/.installed
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,engines]"
+	touch $@
+
+test-engines: $(VENV)/.engines
 	$(RUN)/python -m pytest -m engines
 
 lint: $(VENV)/.installed

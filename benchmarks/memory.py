@@ -1,6 +1,7 @@
 """Peak memory of compressing on the CPU: it must not grow with depth, and a 7B shape must fit a small machine.
 
     python benchmarks/memory.py --out benchmarks/results/memory-cpu.json --work /tmp/work [--seven-b-blocks 32]
+    python benchmarks/memory.py --out … --work … --depth-methods comp --method comp --seven-b-blocks 3
 
 Every compression is a process of its own; its peak RSS is read from its run.json. Weights are random.
 """
@@ -21,10 +22,10 @@ from niwaki.demo import sapling
 from provenance import provenance
 
 
-def compress(model: Path, out: Path, text: Path, samples: int, seq_len: int, method: str) -> dict:
+def compress(model: Path, out: Path, text: Path, samples: int, seq_len: int, method: str, target: str) -> dict:
     """Runs the command line and returns run.json."""
     command = [
-        sys.executable, "-m", "niwaki.cli", "compress", str(model), str(out), "--method", method, "--target", "0.5",
+        sys.executable, "-m", "niwaki.cli", "compress", str(model), str(out), "--method", method, "--target", target,
         "--calibration", str(text), "--samples", str(samples), "--seq-len", str(seq_len), "--device", "cpu",
         "--overwrite",
     ]
@@ -51,23 +52,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seven-b-blocks", type=int, default=32)
+    parser.add_argument("--depth-methods", nargs="+", default=["wanda", "sparsegpt"])
+    parser.add_argument("--method", default="wanda", help="of the 7B shape")
+    parser.add_argument("--target", default="0.5")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     text = args.work / "text.jsonl"
     text.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)))
     depths = []
-    for method in ("wanda", "sparsegpt"):
+    for method in args.depth_methods:
         for blocks in (6, 24):
             model = args.work / f"deep-{blocks}"
             if not model.exists():
                 deep_model(model, blocks)
-            record = compress(model, args.work / "out", text, 8, 256, method)
+            record = compress(model, args.work / "out", text, 8, 256, method, args.target)
             row = {"method": method, "blocks": blocks, "peak_rss_gb": round(record["peak_rss_bytes"] / 1e9, 3)}
             depths.append(row)
             print(row, flush=True)
     model = args.work / "seven-b"
     make_checkpoint(model, args.seven_b_blocks, "cpu")
-    record = compress(model, args.work / "out", text, 8, 256, "wanda")
+    record = compress(model, args.work / "out", text, 8, 256, args.method, args.target)
     shutil.rmtree(model)
     seven_b = {
         "blocks": args.seven_b_blocks, "checkpoint_gb": round(record["model"]["bytes"] / 1e9, 2), "tokens": 8 * 256,
@@ -76,7 +80,7 @@ def main() -> None:
     print(seven_b, flush=True)
     result = {
         "what": "peak RSS of `niwaki compress --device cpu`; deep models are 1024 wide, 8×256 tokens; "
-        "the Llama-2-7B shape takes 8×256 tokens with wanda",
+        "the Llama-2-7B shape takes 8×256 tokens with " + args.method,
         **provenance("cpu"),
         "threads": torch.get_num_threads(),
         "depth": depths,

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 import niwaki  # noqa: F401  (teaches transformers the packed format)
 from compression_speed import Shape, make_checkpoint
-from niwaki.checkpoint import INDEX, packed_config
+from niwaki.checkpoint import INDEX, quantization, quantized_config
 from niwaki.codes import stored_tensors
 from niwaki.ends import round_rows
 from niwaki.methods._rounding import groups_of, nearest
@@ -78,7 +78,7 @@ def pack_checkpoint(dense: Path, folder: Path, layout: str, ends: bool) -> None:
         save_file(tensors, folder / path.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, path.name)
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(packed_config(dense, modules))
+    (folder / "config.json").write_text(quantized_config(dense, quantization(modules, {})))
 
 
 def load(folder: Path) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from niwaki.runtime.linear import PackedLinear
 from packed_linear_gpu import LAYERS, random_layer
@@ -31,7 +31,7 @@ class FixedCache:
     """Keys and values [1, heads, length, head size] of every block; the position to write is a tensor."""
 
     def __init__(self, config: LlamaConfig, length: int, like: Tensor) -> None:
-        size = (1, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads)
+        size = (1, config.num_key_value_heads, length, config.head_dim)
         self.keys = [like.new_zeros(size) for _ in range(config.num_hidden_layers)]
         self.values = [like.new_zeros(size) for _ in range(config.num_hidden_layers)]
         self.position_1 = torch.zeros(1, dtype=torch.long, device=like.device)
@@ -43,10 +43,10 @@ class FixedCache:
         return self.keys[layer_idx], self.values[layer_idx]
 
 
-def make_model(config: LlamaConfig, device: str) -> LlamaForCausalLM:
-    """Weights normal with deviation 0.02, in bf16."""
+def make_model(config: Any, device: str) -> Any:
+    """A decoder as transformers builds it, weights normal with deviation 0.02, in bf16."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.to(torch.bfloat16).to_empty(device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     for name, weights in model.named_parameters():

@@ -36,17 +36,19 @@ def dense_config() -> transformers.LlamaConfig:
     )  # fmt: skip
 
 
-def shapes() -> dict[str, tuple[dict[str, Any], float]]:
+def shapes(config: Any = None) -> dict[str, tuple[dict[str, Any], float]]:
     """Config and removed share by name: neurons alone, heads with them, whole blocks, and some of each."""
-    config = dense_config()
+    config = config or dense_config()
     skeleton = build_skeleton(config, torch.bfloat16)
     sizes = Sizes(discover(skeleton), skeleton, config.to_dict())
+    middle, multiple = len(sizes) // 2, min(256, sizes.neurons // 32)
+    quarter, eighth = (tuple(range(middle, middle + len(sizes) // parts)) for parts in (4, 8))
     wanted: dict[str, Shape | None] = {
-        "dense": sizes.shape(8192, 8),
-        "neurons": sizes.fitting(REMOVED_FRAC, 8, (), 256),
-        "heads and neurons": sizes.fitting(REMOVED_FRAC, 6, (), 256),
-        "blocks": sizes.shape(8192, 8, (8, 9, 10, 11)),
-        "blocks and neurons": sizes.fitting(REMOVED_FRAC, 8, (8, 9), 256),
+        "dense": sizes.shape(sizes.neurons, sizes.heads),
+        "neurons": sizes.fitting(REMOVED_FRAC, sizes.heads, (), multiple),
+        "heads and neurons": sizes.fitting(REMOVED_FRAC, sizes.heads * 3 // 4, (), multiple),
+        "blocks": sizes.shape(sizes.neurons, sizes.heads, quarter),
+        "blocks and neurons": sizes.fitting(REMOVED_FRAC, sizes.heads, eighth, multiple),
     }
     found = {}
     for name, shape in wanted.items():

@@ -143,9 +143,22 @@ def ablation_squeeze10() -> list[Case]:
     ] + varied("squeeze10", "1.75bit", {"by need": {"learn_rounds": 0}, "by need, learned": {}})
 
 
+LEARN_ROUNDS = 16  # of comp, when it learns
+
+
 def structured() -> list[Case]:
+    """comp as it is, with its two options that cost more, and its peers (SliceGPT: slicegpt.py)."""
     methods = ("comp", "flap", "two_ssp", "wanda_sp", "shortgpt")
-    return [case(method, target) for target in ("0.2", "0.3", "0.5") for method in methods]
+    more: dict[str, dict] = {
+        "comp learned": {"options": {"learn_rounds": LEARN_ROUNDS}},
+        "comp searched": {"allocation": "searched"},
+        "comp searched, learned": {"allocation": "searched", "options": {"learn_rounds": LEARN_ROUNDS}},
+    }
+    found = []
+    for target in ("0.2", "0.3", "0.5"):
+        found += [case(label, target, "comp", **recipe) for label, recipe in more.items()]  # the slowest first
+        found += [case(method, target) for method in methods]
+    return found
 
 
 def ablation_comp() -> list[Case]:
@@ -156,7 +169,8 @@ def ablation_comp() -> list[Case]:
         "random": {"score": "random"}, "scales": {"tune": "scales"}, "untuned": {"tune": "none"},
         "energy, scales": {"score": "energy", "tune": "scales"}, "outputs": {"supervise": "outputs"},
         "half outputs": {"supervise": "outputs", "supervise_frac": 0.5}, "one at a time": {"at_once": 1},
-        "128 at once": {"at_once": 128}, "damping .001": {"damping_frac": 0.001}, "damping .1": {"damping_frac": 0.1},
+        "32 at once": {"at_once": 32}, "128 at once": {"at_once": 128}, "damping .001": {"damping_frac": 0.001},
+        "damping .1": {"damping_frac": 0.1},
     }
     found = []
     for target in ("0.3", "0.5"):

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 
 from families import build
@@ -120,6 +124,43 @@ def add_tokenizer(folder: Path) -> None:
     """Copies the sapling's tokenizer beside a model."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(sapling() / name, folder / name)
+
+
+def tokenizer_like(pre: str) -> Tokenizer:
+    """The sapling's tokenizer, cutting text into words as llama.cpp does under a name."""
+    from niwaki.exporting.gguf_vocabulary import PRE_TOKENIZERS
+
+    described = json.loads((sapling() / "tokenizer.json").read_text(encoding="utf-8"))
+    described["model"]["ignore_merges"] = PRE_TOKENIZERS[pre][0]
+    tokenizer = Tokenizer.from_str(json.dumps(described))
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre][1]
+    return tokenizer
+
+
+def write_sentencepiece(folder: Path, tokens: int) -> None:
+    """A vocabulary as SentencePiece trains it for a Llama: characters, bytes to fall back on, ▁ for a space."""
+    base = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    learner = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    words = pre_tokenizers.Split("▁", "merged_with_next")  # else the texts would be learned whole
+    learner.pre_tokenizer = words
+    learner.train_from_iterator(
+        sorted(topics.values())[:40], BpeTrainer(vocab_size=tokens, special_tokens=base, show_progress=False)
+    )
+    described = json.loads(learner.to_str())
+    described["added_tokens"] = described["added_tokens"][:3]
+    described["pre_tokenizer"] = None
+    described["post_processor"] = json.loads(
+        TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]).__getstate__()
+    )
+    (folder / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    names = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
 
 
 def write_texts(path: Path, count: int = 3, first: int = 0) -> Path:

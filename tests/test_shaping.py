@@ -112,27 +112,117 @@ def test_same_seed_same_bytes(method: str, model: Path, text: Path, tmp_path: Pa
     assert file_bytes(tmp_path / "a") == file_bytes(tmp_path / "b") and file_bytes(model) == source
 
 
-@pytest.mark.parametrize("options", [{"try_blocks": 0}, {"try_blocks": 2, "try_heads": 0}])
+RESUMED: list[dict[str, Any]] = [
+    {"options": {"try_blocks": 0}},
+    {"options": {"try_blocks": 2, "try_heads": 0}, "target": "0.6"},
+    {"options": {"try_blocks": 0, "learn_rounds": 2}, "allocation": "searched"},
+    {"method": "flap"},
+    {"method": "flap", "pack": "none"},
+]
+
+
+@pytest.mark.parametrize("recipe", RESUMED, ids=str)
 def test_a_resume_ends_with_the_same_bytes(
-    options: dict[str, int], model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: dict[str, Any], model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = "0.3" if not options["try_blocks"] else "0.6"
-    compress(model, tmp_path / "whole", text, target=target, options=options)
+    compress(model, tmp_path / "whole", text, **recipe)
     from niwaki import walk
 
     real, blocks = walk._compress_block, iter(range(100))
 
     def stopping(block: Any, plan: Any, *rest: Any) -> Any:
-        if plan.pack and next(blocks) == 2:  # the third block of the walk itself, not of a trial
+        # the third block of the walk itself, not of a trial: only that runs with all windows
+        if len(rest[0]) == 8 and next(blocks) == 2:
             raise OSError("stop")
         return real(block, plan, *rest)
 
     monkeypatch.setattr(walk, "_compress_block", stopping)
     with pytest.raises(OSError, match="stop"):
-        compress(model, tmp_path / "out", text, target=target, options=options)
+        compress(model, tmp_path / "out", text, **recipe)
     monkeypatch.setattr(walk, "_compress_block", real)
     assert any((tmp_path / "out.partial/niwaki/journal").glob("block-0000*.json"))
-    compress(model, tmp_path / "out", text, target=target, options=options, resume=True)
+    compress(model, tmp_path / "out", text, resume=True, **recipe)
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+def test_searched_widths_are_stored_as_found(family: str, text: Path, tmp_path: Path) -> None:
+    source = saved(family, tmp_path / "model")
+    before = parameters(source)
+    options = {"multiple": 4, "try_blocks": 0, "try_heads": 0}
+    record = compress(source, tmp_path / "out", text, allocation="searched", options=options)
+    found = record["allocation"]
+    even, *tried = found["trials"]
+    losses = {(str(t["neurons"]), str(t["heads"])): t["loss"] for t in [*tried, even]}
+    shape = found["shape"]
+    assert losses[str(shape["neurons"]), str(shape["heads"])] <= even["loss"] and len(tried) > 6
+    assert found["cut"] and found["removed_frac"] >= 0.3
+    assert parameters(tmp_path / "out") == round(before * (1 - found["removed_frac"]))
+
+
+def test_widths_of_their_own_compute_what_zeros_in_place_do(model: Path, text: Path, tmp_path: Path) -> None:
+    for pack in ("auto", "none"):
+        record = compress(model, tmp_path / pack, text, method="flap", pack=pack)
+        assert record["allocation"]["cut"] == (pack == "auto")
+    neurons = record["allocation"]["shape"]["neurons"]
+    assert len(set(neurons)) > 1
+    ids = torch.arange(20)[None] % 90
+    cut, full = (niwaki.load(tmp_path / pack, device="cpu") for pack in ("auto", "none"))
+    assert [layer.mlp.down_proj.in_features for layer in cut.model.layers] == neurons
+    torch.testing.assert_close(cut(ids).logits, full(ids).logits, rtol=1e-4, atol=1e-4)
+    cut.save_pretrained(tmp_path / "again")
+    again = niwaki.load(tmp_path / "again", device="cpu")
+    assert torch.equal(again(ids).logits, cut(ids).logits)
+    text_out = niwaki.generate(tmp_path / "auto", "a b", max_new_tokens=4, device="cpu")
+    assert text_out == niwaki.generate(tmp_path / "none", "a b", max_new_tokens=4, device="cpu")
+
+
+CHAINS = [
+    ("gptq", "4bit", {"gptq.group": 8}),
+    ("wandapp", "2:4", {}),
+    ("squeeze10", "1.75bit", {}),
+    ("rtn", "8bit", {}),
+]
+
+
+@pytest.mark.parametrize(("then", "target", "options"), CHAINS, ids=[name for name, *_ in CHAINS])
+def test_a_chain_equals_its_stages_one_after_another(
+    then: str, target: str, options: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
+    model = tiny_llama(tmp_path / "model", intermediate_size=384, hidden_size=128)
+    options = {"comp.try_heads": 0, **options}
+    record = compress(model, tmp_path / "out", text, method=f"comp+{then}", target=f"0.3+{target}", options=options)
+    assert not (tmp_path / "out.shaped").exists()
+    (first,) = record["stages"]
+    assert record["model"]["source"] == str(model) and set(record["options"]) == {"comp", then}
+    neurons = first["allocation"]["shape"]["neurons"]
+    assert neurons % (8 if "gptq.group" in options else 128 if then == "rtn" else 4) == 0
+    compress(model, tmp_path / "one", text, options={"try_heads": 0, "multiple": neurons})
+    own = {key.removeprefix(f"{then}."): value for key, value in options.items() if key.startswith(then)}
+    compress(tmp_path / "one", tmp_path / "two", text, method=then, target=target, options=own)
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "two")
+    assert f"comp+{then} 0.3+{target}" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_chain_that_was_stopped_goes_on(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe: dict[str, Any] = {"method": "comp+wanda", "target": "0.3+0.5"}
+    compress(model, tmp_path / "whole", text, **recipe)
+    from niwaki import walk
+
+    real = walk._compress_block
+
+    def stopping(block: Any, plan: Any, *rest: Any) -> Any:
+        if plan.steps[0].name == "wanda" and block.index == 1:
+            raise OSError("stop")
+        return real(block, plan, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="stop"):
+        patched.setattr(walk, "_compress_block", stopping)
+        compress(model, tmp_path / "out", text, **recipe)
+    assert (tmp_path / "out.shaped/config.json").exists() and not (tmp_path / "out").exists()
+    compress(model, tmp_path / "out", text, resume=True, **recipe)
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "whole")
 
 
@@ -147,9 +237,13 @@ WRONG = [
     (["--target", "0.99"], "target 0.99: comp finds no shape that removes so much"),
     (["--target", "2:4"], "comp"),
     (["--allocation", "owl"], "comp chooses the shape itself: drop allocation owl"),
-    (["--method", "comp+wanda"], "comp changes the shape of the model: run it alone"),
+    (["--method", "comp+wanda"], "expected a target for comp and one for wanda, such as 0.25+4bit, got 0.3"),
+    (["--method", "wanda+comp"], "comp changes the shape of the model: put it first in the chain"),
+    (["--method", "comp+gptq", "--target", "0.3+2:4"], "method gptq meets bits such as 4bit, got target 2:4"),
+    (["--method", "comp+rtn", "--target", "0.3+4bit", "--set", "rtn.grup=64"], "grup"),
+    (["--set", "learn_rounds=-1"], "learn_rounds ≥ 0"),
     (["--set", "score=best"], "score must be one of surgeon, energy, leverage, random"),
-    (["--set", "at_once=0"], "at_once ≥ 1"),
+    (["--set", "at_once=-1"], "at_once ≥ 0"),
 ]
 
 

@@ -1,6 +1,7 @@
 """How one overall target becomes a target for every matrix (bits by `sensitivity`: see `budget`).
 
-`auto` is `sensitivity` for methods that spend any number of bits, `uniform` for all others.
+`auto` is `sensitivity` for methods that spend any number of bits, `uniform` for all others. `searched` gives blocks
+widths of their own (see `widths`).
 
 `uniform` gives every matrix the same. `owl` gives blocks with more outlier weights less sparsity: Yin et al.,
 "Outlier Weighed Layerwise Sparsity (OWL)" (ICML 2024), equations 2 and 3. The outlier share of a block is the
@@ -21,7 +22,7 @@ from niwaki.config import Sparsity, Target
 from niwaki.errors import TargetError
 from niwaki.statistics import Needs, Statistics
 
-ALLOCATIONS = ("auto", "owl", "sensitivity", "uniform")
+ALLOCATIONS = ("auto", "owl", "searched", "sensitivity", "uniform")
 OWL_NEEDS = Needs(sqnorm=True)
 
 # block index → matrix name → target

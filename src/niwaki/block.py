@@ -35,9 +35,10 @@ from niwaki.anatomy import (
 )
 from niwaki.checkpoint import Checkpoint
 from niwaki.codes import WEIGHT
-from niwaki.device import return_free_memory
+from niwaki.device import return_free_memory, to_host
 from niwaki.errors import ArchitectureError, CheckpointError
 from niwaki.loading import plain_loading
+from niwaki.resizing import resize
 from niwaki.tap import Tap
 
 
@@ -133,14 +134,14 @@ class Block:
 class Decoder:
     """A causal language model read from disk one block at a time.
 
-    The compute dtype is float32 on the CPU and the checkpoint's dtype elsewhere.
-    """
+    The compute dtype is float32 on the CPU and the checkpoint's dtype elsewhere."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype or (torch.float32 if device.type == "cpu" else checkpoint.dtype)
         self.model = build_skeleton(checkpoint.config, self.dtype)
+        resize(self.model, checkpoint.shapes)
         self.anatomy = discover(self.model)
         self.path, self._blocks = find_blocks(self.model)
         self._renames, self._mapping, self._converted = _name_map(self.model, checkpoint)
@@ -168,7 +169,9 @@ class Decoder:
         return [name for name, target in self._renames.items() if not target.startswith(f"{self.path}.")]
 
     def parameter(self, name: str, index: int) -> str:
-        """What the tensor `name` on disk is called inside block `index`."""
+        """What the tensor `name` on disk, or a bias added beside one, is called inside block `index`."""
+        if name not in self._renames:
+            return self.parameter(f"{name.removesuffix('.bias')}{WEIGHT}", index).removesuffix(WEIGHT) + ".bias"
         return self._renames[name].removeprefix(self.anatomy.prefix(index))
 
     def end_matrices(self) -> dict[str, list[str]]:
@@ -184,12 +187,13 @@ class Decoder:
         return found
 
     def load(self, index: int, stored: dict[str, Tensor] | None = None) -> Block:
-        """Reads block `index` to the device, from `stored` (disk names) if given.
+        """Reads block `index` to the device, from `stored` (disk names) if given, with biases that were added to it.
 
         Safe to call for the next block while another one computes.
         """
         if stored is None:
             stored = self.checkpoint.read(self.disk_names(index), pinned=self.device.type == "cuda")
+        added = {name: stored.pop(name) for name in list(stored) if name not in self._renames}
         self._fill(stored)
         module = self._blocks[index]
         missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
@@ -202,7 +206,10 @@ class Decoder:
         module.requires_grad_(False).to(self.device, non_blocking=True)
         prefix = self.anatomy.prefix(index)
         dtypes = {self._renames[name].removeprefix(prefix): tensor.dtype for name, tensor in stored.items()}
-        return Block(index, module, self.anatomy.blocks[index], stored, dtypes, packable=self.packable(index))
+        block = Block(index, module, self.anatomy.blocks[index], stored, dtypes, packable=self.packable(index))
+        for name, bias_O in added.items():
+            block.add_bias(self.parameter(name, index).removesuffix(".bias"), bias_O.to(self.device))
+        return block
 
     def packable(self, index: int) -> frozenset[str]:
         """Matrices that are the whole weight of an nn.Linear and lie on disk under its own name."""
@@ -233,9 +240,9 @@ class Decoder:
             if (linear_name := parameter.removesuffix(WEIGHT)) in block.packed:
                 tensors.pop(name)
                 for key, tensor in block.packed[linear_name].items():
-                    tensors[f"{name.removesuffix(WEIGHT)}.{key}"] = _to_host(tensor)
+                    tensors[f"{name.removesuffix(WEIGHT)}.{key}"] = to_host(tensor)
                 continue
-            new = _to_host(block.module.get_parameter(parameter).detach().to(old.dtype))
+            new = to_host(block.module.get_parameter(parameter).detach().to(old.dtype))
             if name in self._converted:
                 fused[prefix + parameter] = new
             else:
@@ -320,13 +327,6 @@ class Decoder:
         wrong = [str(key) for key in info.mismatched_keys] + list(info.conversion_errors)
         if wrong:
             raise CheckpointError(f"{self.checkpoint.folder}: {wrong[0]} does not fit the model's config")
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """On the CPU; from CUDA into pinned memory without waiting, which is several times faster."""
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _name_map(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[Any], set[str]]:

@@ -35,20 +35,70 @@ Made with:
 The full record is in `niwaki/run.json`, the error of every matrix in `niwaki/blocks.jsonl`.
 """
 
-_DENSE = """Zeros are stored in place: the file is as large and runs as fast as the dense one in engines without a
-sparse format."""
-_PACKED = """{packed} of the matrices are stored as codes and stay codes in memory. Loading them needs niwaki:
-
+_LOADING = """
     import niwaki
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained("this folder")
 
 """
+_DENSE = """Zeros are stored in place: the file is as large and runs as fast as the dense one in engines without a
+sparse format."""
+_SMALLER = """{removed:.2%} of the parameters of the blocks are gone, and the config says so: any engine that knows the
+architecture loads the result, and runs a smaller model."""
+_WIDTHS = (
+    """{removed:.2%} of the parameters of the blocks are gone, and every block has widths of its own. Loading
+it needs niwaki:
+"""
+    + _LOADING
+)
+_PACKED = (
+    """{packed} of the matrices are stored as codes and stay codes in memory. Loading them needs niwaki:
+"""
+    + _LOADING
+)
 _CONTEXTUAL = """The weights are those of the dense model: every engine runs them as such. `niwaki.load("this folder")`
 reads a prompt with all of them and writes with those that it needs; the predictor that chooses lies in `niwaki/`."""
-_EXPORTED = """{packed} of the matrices are stored as codes, in the format `{format}` of {to}, which transformers reads
-after `pip install {to}`."""
+_EXPORTED = {
+    "compressed-tensors": """{packed} of the matrices are stored as codes, in the format `{format}` of {to}, which
+transformers reads after `pip install {to}`.""",
+    "gguf": """One GGUF file with vocabulary ({format}), which llama.cpp runs: `llama-cli -m model.gguf`.""",
+    "onnx": """An ONNX graph ({format}) from tokens and their mask to logits, with room for any batch and length and no
+cache of keys and values: `onnxruntime.InferenceSession("model.onnx")`. The tokenizer lies beside it.""",
+}
+_PLAIN_BODY = """---
+{metadata}
+---
+
+# {name}, {to}
+
+`{name}` written by [niwaki](https://pypi.org/project/niwaki/) {version}: {bytes:,} bytes. {storage}
+
+The full record is in `niwaki/run.json`.
+"""
+
+
+def export_card(record: dict[str, Any]) -> str:
+    """The card of an export: that of the compression, or a short one for a model that niwaki did not compress."""
+    if "recipe" in record:
+        return model_card(record)
+    found = record["export"]
+    metadata = ModelCardData(
+        library_name=_library(record), pipeline_tag="text-generation", tags=["niwaki", found["to"]]
+    )
+    return _PLAIN_BODY.format(
+        metadata=metadata.to_yaml(),
+        name=Path(record["model"]["source"]).name,
+        to=found["to"],
+        version=found["niwaki"],
+        bytes=found["bytes"],
+        storage=_EXPORTED[found["to"]].format_map(found),
+    )
+
+
+def _library(record: dict[str, Any]) -> str:
+    to: str = record.get("export", {}).get("to", "")
+    return to if to in ("gguf", "onnx") else "transformers"
 
 
 def model_card(record: dict[str, Any]) -> str:
@@ -59,16 +109,15 @@ def model_card(record: dict[str, Any]) -> str:
     source = Path(record["model"]["source"]).name
     # eval_results stays empty on purpose: nothing was evaluated here.
     metadata = ModelCardData(
-        library_name="transformers",
+        library_name=_library(record),
         pipeline_tag="text-generation",
         tags=["niwaki", "quantized" if result["packed"] else "pruned", recipe["method"]]
         + ([exported["to"]] if exported else []),
     )
-    storage = _EXPORTED if exported else _PACKED if result["packed"] else _DENSE
-    storage = _CONTEXTUAL if "predictor" in result else storage
     windows = calibration["windows"]
     target = recipe["target"] or f"{recipe['target_bytes']:,} bytes"
     kept = record.get("allocation", {}).get("kept_blocks")
+    shaped = _shaping(record)
     return _BODY.format(
         metadata=metadata.to_yaml(),
         name=f"{source}, {recipe['method']} {target}",
@@ -80,7 +129,7 @@ def model_card(record: dict[str, Any]) -> str:
         zeros=result["zeros_frac"],
         bits=result["bits"],
         ends=f"{result['ends_bits']:.3f}" if "ends_bits" in result else "as they were",
-        storage=storage.format_map(result),
+        storage=_storage(record).format_map(result | {"removed": shaped.get("removed_frac", 0)}),
         bytes=result["bytes"],
         bytes_before=record["model"]["bytes"],
         calibration="none" if windows is None else f"{windows[0]} windows of {windows[1]} tokens",
@@ -91,17 +140,43 @@ def model_card(record: dict[str, Any]) -> str:
     )
 
 
+def _shaping(record: dict[str, Any]) -> dict[str, Any]:
+    """What the stage that changed the shape, if there was one, says of it."""
+    first: dict[str, Any] = record.get("stages", [record])[0].get("allocation", {})
+    return first if "shape" in first else {}
+
+
+def _storage(record: dict[str, Any]) -> str:
+    """What a reader has to know of the files."""
+    if exported := record.get("export"):
+        return _EXPORTED[exported["to"]]
+    if "predictor" in record["result"]:
+        return _CONTEXTUAL
+    if record["result"]["packed"]:
+        return _PACKED
+    shaped = _shaping(record)
+    if not shaped.get("cut"):
+        return _DENSE
+    even = not isinstance(shaped["shape"]["neurons"], list)
+    return _SMALLER if even else _WIDTHS
+
+
 def _made_with(record: dict[str, Any]) -> list[str]:
     """The command line, or the recipe of a call from Python, without the folders of the machine it ran on."""
     if exported := record.get("export"):
         compressed = {name: value for name, value in record.items() if name != "export"}
-        return [*_made_with(compressed), f"niwaki export OUT DEST --to {exported['to']}"]
+        return [*_made_with(compressed), _export_command(exported)]
     program, *arguments = record["command"]
     if Path(program).stem in ("niwaki", "cli") and arguments:
         return [shlex.join(["niwaki", *map(_without_folders, arguments)])]
     recipe = record["recipe"]
     given = {**recipe["calibration"], "files": [_without_folders(file) for file in recipe["calibration"]["files"]]}
     return yaml.safe_dump({**recipe, "calibration": given}, sort_keys=False).splitlines()
+
+
+def _export_command(exported: dict[str, Any]) -> str:
+    chosen = f" --type {exported['type']}" if "type" in exported else ""
+    return f"niwaki export OUT DEST --to {exported['to']}{chosen}"
 
 
 def _without_folders(argument: str) -> str:

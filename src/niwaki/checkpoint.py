@@ -9,7 +9,7 @@ code is loaded.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,18 +60,21 @@ class Checkpoint:
     config: Any
     tensors: dict[str, TensorInfo]
     packed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, model: str | Path) -> "Checkpoint":
         """Opens a local folder or hub id. Raises CheckpointError in one line for anything unusable.
 
         Modules that niwaki quantized appear among the tensors as the weights they stand for; `packed` describes them.
+        `shapes` are those of matrices that the config would build otherwise (see `resizing`).
         """
         folder = _locate(str(model))
         config = _read_config(folder)
-        packed = getattr(config, "quantization_config", None) or {}
-        modules = packed.get("modules", {})
-        return cls(folder, config, _as_plain(_read_headers(folder), modules, config.dtype), modules)
+        stored = getattr(config, "quantization_config", None) or {}
+        modules = stored.get("modules", {})
+        tensors = _as_plain(_read_headers(folder), modules, config.dtype)
+        return cls(folder, config, tensors, modules, stored.get("shapes", {}))
 
     def require_plain(self) -> None:
         """Raises CheckpointError for a checkpoint that is quantized already."""
@@ -262,9 +265,9 @@ def _as_plain(
     return plain
 
 
-def packed_config(folder: Path, modules: Mapping[str, Any]) -> str:
-    """The config.json of `folder`, naming how these modules are quantized."""
-    return quantized_config(folder, {"quant_method": QUANT_METHOD, "format": 1, "modules": dict(modules)})
+def quantization(modules: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What config.json says of modules that are quantized, and of matrices with shapes of their own."""
+    return {"quant_method": QUANT_METHOD, "format": 1, "modules": dict(modules), "shapes": dict(shapes)}
 
 
 def quantized_config(folder: Path, quantization: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ err_console = Console(stderr=True)
 TEXT = "Text: .txt, .jsonl, .parquet or a data set name."
 DEVICE = "auto (CUDA if there is one), cpu, cuda or cuda:N."
 DTYPE = "Arithmetic: auto (float32 on the CPU, else as stored), float32, bfloat16 or float16."
+TARGET = "Zeros 0.5, 50%, 2:4, bits 4bit, 1.75bit, or 0.25+4bit of a chain. Required here or in the recipe."
 TARGET_BYTES = "Instead of a target: bytes of all matrices together, 1.7GB or 800MiB (squeeze10)."
 KEEP_BLOCKS = "Blocks that stay at 4 bits while the others make up for it: auto, none or 0,7 (squeeze10)."
 TASKS = 'Multiple choice, JSONL, a line each: {"pairs": [\\[context, continuation], ...], "gold": index}. Repeatable.'
@@ -59,12 +60,12 @@ def compress(
         str | None, typer.Option(help="See `niwaki methods`; chains as `besa+wandapp`. Required, or a preset.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="fast, balanced or best instead of a method.")] = None,
-    target: Annotated[
-        str | None, typer.Option(help="Zeros 0.5, 50%, 2:4, or bits 4bit, 1.75bit. Required here or in the recipe.")
-    ] = None,
+    target: Annotated[str | None, typer.Option(help=TARGET)] = None,
     target_bytes: Annotated[str | None, typer.Option(help=TARGET_BYTES)] = None,
     keep_blocks: Annotated[str | None, _option(KEEP_BLOCKS, "none")] = None,
-    allocation: Annotated[str | None, _option("uniform, owl (zeros), sensitivity (bits) or auto.", "auto")] = None,
+    allocation: Annotated[
+        str | None, _option("uniform, owl (zeros), searched (structured), sensitivity (bits) or auto.", "auto")
+    ] = None,
     calibration: Annotated[
         list[str] | None, _option(f"{TEXT} Repeatable.", "text the model writes itself, which is slow")
     ] = None,
@@ -210,20 +211,26 @@ def evaluate(
 
 @app.command()
 def export(
-    out: Annotated[Path, typer.Argument(help="A result of `niwaki compress`.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="A result of niwaki, or any model folder.", show_default=False)],
     dest: Annotated[Path, typer.Argument(help="New folder for the export.", show_default=False)],
-    to: Annotated[str, typer.Option(help="compressed-tensors (4- and 8-bit results of rtn and gptq).")],
+    to: Annotated[str, typer.Option(help="gguf, onnx or compressed-tensors (4 and 8 bits of rtn and gptq).")],
+    type_: Annotated[
+        str | None,
+        typer.Option("--type", help="Matrices in gguf: f32, bf16, q8_0, q4_0 ...; f16 if left out."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a DEST that niwaki wrote.")] = False,
 ) -> None:
-    """Write a quantized OUT to DEST in the format of other engines."""
+    """Write OUT to DEST in the format of other engines."""
     from niwaki.exporting import export as run
     from niwaki.progress import Display
 
     with Display(err_console) as display:
-        record = run(out, dest, to=to, overwrite=overwrite, report=display)
+        record = run(out, dest, to=to, type=type_, overwrite=overwrite, report=display)
     found = record["export"]
     written = f"{found['to']} {found['format']}, {found['bits']:.3f} true bits a weight, {found['bytes']:,} bytes"
     out_console.print(f"{dest}: {written}, {found['seconds']} s", highlight=False, soft_wrap=True)
+    for note in found.get("notes", ()):
+        err_console.print(f"[yellow]note:[/] {_escape(note)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -1,16 +1,22 @@
 """The main function: a checkpoint in, a smaller checkpoint and the record of what it cost out.
 
 niwaki.compress("MODEL", "OUT", method="sparsegpt", target="2:4", calibration=["mine.txt"])
+
+A structured method may stand before others (`comp+gptq`, target `0.25+4bit`). It runs first and alone, into a folder
+beside OUT that is gone in the end: what comes after needs a model that already has its shape.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from niwaki.config import make_recipe
+from niwaki.config import Recipe, make_recipe, parse_target
+from niwaki.errors import InputError, NumericalError
 from niwaki.job import CompressionJob
-from niwaki.methods import CONTEXTUAL, STRUCTURED
+from niwaki.methods import CONTEXTUAL, STRUCTURED, make_steps
 from niwaki.shadowing import ShadowJob
 from niwaki.shaping import ShapingJob
+from niwaki.stages import Before, columns_multiple, stages_of
 from niwaki.walk import Report
 
 
@@ -32,10 +38,33 @@ def compress(
     Raises InputError (nothing was written), OutputError (finished blocks are kept for `resume`) or
     NumericalError.
     """
-    given = make_recipe(recipe)
+    out, tell = Path(out), report or _ignore
+    first, *rest = stages_of(make_recipe(recipe))
+    if not rest:
+        return _kind(first)(str(model), out, first, dense_stream, resume, overwrite, tell).run()
+    target = parse_target(rest[0].target or "")
+    fitting = columns_multiple(make_steps(rest[0].method, rest[0].options, target), target)
+    shaped = out.absolute().with_name(f"{out.name}.shaped")
+    shaping = ShapingJob(str(model), shaped, first, False, resume, overwrite, tell, None, fitting)
+    before = Before({}, make_recipe(recipe), shaping.windows_ST, shaping.calibration_source)
+
+    def after(source: Path | str) -> CompressionJob:
+        return _kind(rest[0])(str(source), out, rest[0], dense_stream, resume, overwrite, tell, before)
+
+    after(model)  # what is wrong with the second stage is said now, not after the first
+    try:
+        before.record.update(shaping.run())
+        record = after(shaped).run()
+    except (InputError, NumericalError):
+        shutil.rmtree(shaped, ignore_errors=True)
+        raise
+    shutil.rmtree(shaped)
+    return record
+
+
+def _kind(recipe: Recipe) -> type[CompressionJob]:
     kinds = dict.fromkeys(STRUCTURED, ShapingJob) | dict.fromkeys(CONTEXTUAL, ShadowJob)
-    kind = kinds.get(given.method, CompressionJob)
-    return kind(str(model), Path(out), given, dense_stream, resume, overwrite, report or _ignore).run()
+    return kinds.get(recipe.method, CompressionJob)
 
 
 def _ignore(event: str, **fields: Any) -> None:

@@ -71,6 +71,9 @@ class Bits:
         return 0
 
 
+Kind = Literal["heads", "neurons"]
+
+
 @dataclass(frozen=True)
 class Unit:
     """Groups of columns of the matrix `consumer`, each made by as many rows of every producer (see `structure`).
@@ -78,7 +81,7 @@ class Unit:
     `kind`: `neurons` of a dense layer, or `heads` that share a key and a value.
     """
 
-    kind: Literal["heads", "neurons"]
+    kind: Kind
     consumer: str
     producers: tuple[str, ...]
     count: int

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from niwaki.errors import InputError, unknown
 
@@ -60,3 +61,10 @@ def peak_rss_bytes() -> int:
                 return int(line.split()[1]) * 1024
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """On the CPU; from CUDA into pinned memory without waiting, which is several times faster."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

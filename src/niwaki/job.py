@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from niwaki.allocation import ALLOCATIONS, OWL_NEEDS, OwlConfig, Targets, outlier_share, owl, uniform
+from niwaki.allocation import ALLOCATIONS, OWL_NEEDS, Targets, outlier_share, owl, uniform
 from niwaki.block import Block, Decoder
 from niwaki.budget import (
     KEPT_BITS,
@@ -27,14 +27,14 @@ from niwaki.budget import (
 )
 from niwaki.calibration import digest, windows_for
 from niwaki.card import model_card
-from niwaki.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, packed_config
+from niwaki.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, quantization, quantized_config
 from niwaki.codes import WEIGHT
-from niwaki.config import Bits, Recipe, Target, make_options, parse_target
+from niwaki.config import Bits, Recipe, Target, parse_target
 from niwaki.device import peak_rss_bytes, pick_device, pick_dtype
 from niwaki.ends import ends_to_pack, read_packed
 from niwaki.errors import InputError, NumericalError, unknown
 from niwaki.gradients import squared_gradients
-from niwaki.methods import CONTEXTUAL, STRUCTURED, Step, make_steps, merged_needs, settle_budget
+from niwaki.methods import CONTEXTUAL, STRUCTURED, merged_needs, settle_budget
 from niwaki.parts import block_lines, packed_modules, read_plain, result_of, shard_index
 from niwaki.run import (
     RECORD,
@@ -48,11 +48,11 @@ from niwaki.run import (
     finished_record,
     partial_of,
 )
+from niwaki.stages import Before, split_options, told_of_both
 from niwaki.stream import Stream, default_batch_tokens
 from niwaki.walk import Plan, Report, collect, compress_blocks, forward
 from niwaki.writing import copy_file, write_text
 
-OWL_PREFIX = "owl_"
 Found = TypeVar("Found")
 
 
@@ -68,7 +68,10 @@ class CompressionJob:
         resume: bool,
         overwrite: bool,
         report: Report,
+        before: Before | None = None,
+        columns_multiple: int = 1,
     ) -> None:
+        self.before, self.columns_multiple = before, columns_multiple
         self.started = time.perf_counter()
         self.out = out.absolute()
         self.report = report
@@ -79,7 +82,7 @@ class CompressionJob:
         if recipe.allocation not in ALLOCATIONS:
             raise InputError(unknown("allocation", recipe.allocation, ALLOCATIONS))
         recipe = settle_budget(recipe)
-        self.owl, self.steps = _split_options(recipe, self.target)
+        self.owl, self.steps = split_options(recipe, self.target)
         self.needs = merged_needs(self.steps)
         self.dense_stream = dense_stream or self.needs.dense
         self.device = pick_device(recipe.device)
@@ -148,7 +151,7 @@ class CompressionJob:
                 else:
                     run.finish_part(block_part(block.index), {"lines": lines})
 
-            plan = Plan(self.steps, self.targets, self.recipe.seed, self.recipe.pack == "auto", gradients)
+            plan = Plan(self.steps, self.targets, self.recipe.seed, self.recipe.pack == "auto", gradients=gradients)
             compress_blocks(self.decoder, plan, stream, dense, finished=finished, save=save, report=report)
         return self._finish(run, stream, report)
 
@@ -158,6 +161,8 @@ class CompressionJob:
 
     def _windows(self) -> tuple[Tensor | None, str]:
         """Token windows [S, T], if the method or the caller wants any, and where they come from."""
+        if self.before is not None:
+            return self.before.windows_ST, self.before.source
         given = self.recipe.calibration
         own = self.recipe.method in STRUCTURED + CONTEXTUAL
         scanned = self.recipe.allocation != "uniform" or self.recipe.keep_blocks == "auto" or own
@@ -217,8 +222,13 @@ class CompressionJob:
         if self.allocated:
             report("allocation", **self.allocated)
 
-    def _scan(self, run: Run, name: str, measure: Callable[[Block, Stream], Found], report: Report) -> list[Found]:
-        """What `measure` gives for every dense block at its own inputs; kept in the journal as `name`."""
+    def _scan(
+        self, run: Run, name: str, measure: Callable[[Block, Stream], Found], report: Report, *, moves: bool = False
+    ) -> list[Found]:
+        """What `measure` gives for every dense block at its own inputs; kept in the journal as `name`.
+
+        `moves`: it takes the stream past the block itself.
+        """
         if "allocation" not in run.finished:
             stream = self._stream(run, "scan")
             assert stream is not None, "what scans asks for windows"
@@ -228,7 +238,7 @@ class CompressionJob:
                 found.append(measure(block, stream))
                 report("scan", index=block.index, of=len(self.decoder))
 
-            forward(self.decoder, [stream], visit)
+            forward(self.decoder, [] if moves else [stream], visit)
             run.finish_part("allocation", {name: found})
         values: list[Found] = run.finished["allocation"][name]
         return values
@@ -240,7 +250,7 @@ class CompressionJob:
 
     def _write_ends(self, run: Run, writer: "Writer") -> None:
         for number, names in enumerate(self.end_parts):
-            part = _ends_part(number)
+            part = f"ends-{number:05d}"
             if part not in run.finished:
                 tensors, lines = read_packed(self.checkpoint, names, self.ends, self.recipe.ends, self.device)
                 writer.write(part, self.shard_names[len(self.decoder) + number], tensors, lines)
@@ -257,7 +267,7 @@ class CompressionJob:
         """Embeddings, final norm and head as every reader of the result will see them."""
         found: dict[str, Tensor] = {}
         for number in range(len(self.end_parts)):
-            entry = run.finished[_ends_part(number)]
+            entry = run.finished[f"ends-{number:05d}"]
             modules = packed_modules([entry], self.decoder.anatomy.prefix)
             found |= read_plain(run.folder / entry["shard"], modules, self.checkpoint.dtype)
         return found
@@ -268,7 +278,10 @@ class CompressionJob:
         for source in self.checkpoint.companions():
             copy_file(source, run.folder / source.name)
         if modules := packed_modules(parts, self.decoder.anatomy.prefix):
-            write_text(run.folder / "config.json", packed_config(self.checkpoint.folder, modules))
+            write_text(
+                run.folder / "config.json",
+                quantized_config(self.checkpoint.folder, quantization(modules, self.checkpoint.shapes)),
+            )
         self._settle_config(run)
         write_text(run.folder / INDEX, json.dumps(shard_index(parts), indent=2) + "\n")
         write_text(
@@ -293,7 +306,7 @@ class CompressionJob:
 
     def _record(self, run: Run, parts: list[dict[str, Any]]) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
-        return {
+        record = {
             **circumstances("torch", "transformers", "safetensors"),
             "model": {
                 "source": str(self.checkpoint.folder),
@@ -317,6 +330,7 @@ class CompressionJob:
             "peak_rss_bytes": peak_rss_bytes(),
             "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else 0,
         }
+        return record if self.before is None else told_of_both(record, self.before)
 
     def _fingerprint(self) -> dict[str, str]:
         return fingerprint(
@@ -328,19 +342,6 @@ class CompressionJob:
         )
 
 
-def _split_options(recipe: Recipe, target: Target) -> tuple[OwlConfig, list[Step]]:
-    """Options that start with `owl_` belong to the allocation, all others to the methods."""
-    of_owl = {k.removeprefix(OWL_PREFIX): v for k, v in recipe.options.items() if k.startswith(OWL_PREFIX)}
-    of_methods = {k: v for k, v in recipe.options.items() if not k.startswith(OWL_PREFIX)}
-    if of_owl and recipe.allocation != "owl":
-        raise InputError(f"option {OWL_PREFIX}{next(iter(of_owl))} needs the allocation owl")
-    return make_options(OwlConfig, of_owl, "owl"), make_steps(recipe.method, of_methods, target)
-
-
 def block_part(index: int) -> str:
     """The name of a block's part in the journal."""
     return f"block-{index:05d}"
-
-
-def _ends_part(number: int) -> str:
-    return f"ends-{number:05d}"

@@ -19,7 +19,7 @@ _TITLES = {
     "scan": ("measuring the dense blocks", "blocks"),
     "block": ("compressing", "blocks"),
     "evaluate": ("evaluating", "blocks"),
-    "export": ("exporting", "files"),
+    "export": ("exporting", "parts"),
     "recover": ("recovering", "steps"),
 }
 _LINES_OF_TOKENS = 20  # plain lines for a whole calibration text, which is reported every few tokens

@@ -12,17 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from niwaki.block import Block, Decoder
-from niwaki.checkpoint import Checkpoint
+from niwaki.checkpoint import Checkpoint, quantization
 from niwaki.config import Sparsity
 from niwaki.errors import InputError, NumericalError, TargetError
 from niwaki.job import CompressionJob, block_part
 from niwaki.run import Run
 from niwaki.stream import Stream
-from niwaki.structure import Look, Shape, Sizes, lines_of, new_name
+from niwaki.structure import Look, Search, Shape, Sizes, lines_of, new_name
 from niwaki.walk import Plan, Report, collect, compress_blocks, forward
+from niwaki.widths import spread
 from niwaki.writing import write_text
 
-HELD_WINDOWS = 8  # that shapes on trial are judged by
+HELD_WINDOWS = 16  # that shapes on trial are judged by
 BIAS_FIELDS = ("attention_bias", "mlp_bias")
 # Relative squared error between the walk at full size and the stored result: other kernels, other orders of sums.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -32,54 +33,66 @@ class ShapingJob(CompressionJob):
     """A compression whose blocks become smaller."""
 
     shape = Shape((1,), (1,))  # until it is found
+    cut = False  # whether what goes leaves the file
 
     def _allocate(self, run: Run, report: Report) -> None:
         """Looks at the dense model, then lets the method search: what it wants to try is measured."""
         assert isinstance(self.target, Sparsity)
         config = json.loads((self.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-        self.sizes = Sizes(self.decoder.anatomy, self.decoder.model, config)
-        looks = [Look(*found) for found in self._scan(run, "looks", self._look, report)]
-        step, trials = self.steps[0], list[dict[str, Any]]()
+        self.sizes = Sizes(self.decoder.anatomy, self.decoder.model, config, self.columns_multiple)
+        looks = [Look(*found) for found in self._scan(run, "looks", self._look, report, moves=True)]
+        step, losses = self.steps[0], dict[Shape, float]()
         search = step.structured.search(self.sizes, self.target.zeros_frac, looks, step.config)
-        losses: list[float] | None = None
-        while True:
-            try:
-                shapes = next(search) if losses is None else search.send(losses)
-            except StopIteration as stop:
-                found: Shape | None = stop.value
-                break
-            losses = []
-            for shape in shapes:
-                losses.append(self._trial(run, len(trials), shape, report))
-                trials.append(_described(shape) | {"loss": losses[-1]})
+        if self.recipe.allocation == "searched":
+            search = self._then_spread(search)
+        try:
+            shapes = next(search)
+            while True:
+                for shape in shapes:
+                    if shape not in losses:
+                        losses[shape] = self._trial(run, len(losses), shape, report)
+                shapes = search.send([losses[shape] for shape in shapes])
+        except StopIteration as stop:
+            found: Shape | None = stop.value
         if found is None:
             raise TargetError(
                 f"target {self.target}: {self.recipe.method} finds no shape that removes so much and leaves a block, a "
                 "head and a neuron: lower the target, or let more blocks and heads go"
             )
         self.shape = found
-        self.targets = self.sizes.targets(found)
+        self.cut = found.even or (found.whole and self.recipe.pack == "auto")
+        self.targets = self.sizes.targets(found, self.cut)
         self.allocated = {
             "shape": _described(found),
             "removed_frac": self.sizes.removed_frac(found),
-            "cut": found.even,
+            "cut": self.cut,
             "influence": [look.influence for look in looks],
-            "trials": trials,
+            "trials": [_described(shape) | {"loss": loss} for shape, loss in losses.items()],
         }
         self.shard_names = self._shard_names()
         report("allocation", **self.allocated)
+
+    def _then_spread(self, search: Search) -> Search:
+        """Widths of their own for every block, from the even shape that the method found."""
+        assert isinstance(self.target, Sparsity)
+        found = yield from search
+        if found is None or not found.even:
+            return found
+        multiple = vars(self.steps[0].config).get("multiple", 0)
+        return (yield from spread(self.sizes, found, self.target.zeros_frac, multiple))
 
     def _look(self, block: Block, stream: Stream) -> tuple[float, Any]:
         """The influence of a dense block, and what the method wants to know of it."""
         step = self.steps[0]
         needs = step.structured.look_needs(step.config)
         seen, _ = collect(block, stream, needs)
-        return _influence(block, stream), step.structured.look(block, seen, self.sizes.units, step.config)
+        found = step.structured.look(block, seen, self.sizes.units, step.config)
+        return _influence(block, stream), found
 
     def _shard_names(self) -> list[str]:
         """A block that is gone has no file, and its name is not counted."""
         names = super()._shard_names()
-        gone = self.shape.dropped if self.shape.even else ()
+        gone = self.shape.dropped if self.cut else ()
         count, number, found = len(names) - len(gone), 0, []
         for index in range(len(names)):
             number += index not in gone
@@ -99,7 +112,7 @@ class ShapingJob(CompressionJob):
             stream, judge = self._stream(run, "trial", seen_ST), self._stream(run, "held", self.windows_ST[-held:])
             dense = self._stream(run, "trial-dense", seen_ST) if self.dense_stream else None
             assert judge is not None
-            plan = Plan(self.steps, self.sizes.targets(shape), self.recipe.seed, False)
+            plan = Plan(self.steps, self.sizes.targets(shape, False), self.recipe.seed, trial=True)
             compress_blocks(
                 self.decoder, plan, stream, dense, riders=[judge], finished=lambda index: None,
                 save=lambda block, lines: None, report=lambda event, **fields: None,
@@ -114,7 +127,7 @@ class ShapingJob(CompressionJob):
         tensors = super()._tensors(block, lines)
         if block.added:
             tensors |= self._biases(block, tensors)
-        if not self.shape.even:
+        if not self.cut:
             return tensors
         if block.index in self.shape.dropped:
             return {}
@@ -155,7 +168,7 @@ class ShapingJob(CompressionJob):
 
     def _stored_block(self, run: Run, index: int) -> dict[str, Tensor]:
         """A finished block at full size: what was cut is zero."""
-        if not self.shape.even:
+        if not self.cut:
             return super()._stored_block(run, index)
         entry = run.finished[block_part(index)]
         found = self.checkpoint.read(self.decoder.disk_names(index))
@@ -171,10 +184,18 @@ class ShapingJob(CompressionJob):
                 found[name] = kept
             else:
                 found[name] = torch.zeros_like(dense).index_copy_(along, places, kept)
+            bias = new_name(f"{name.removesuffix('weight')}bias", self.decoder.path, index, self.shape.dropped)
+            if parameter.rpartition(".")[0] in writes and bias in stored:
+                found[f"{name.removesuffix('weight')}bias"] = stored[bias]
         return found
 
     def _settle_config(self, run: Run) -> None:
-        config = self.sizes.config_for(self.shape) if self.shape.even else dict(self.sizes.config)
+        config = dict(self.sizes.config)
+        if self.shape.even:
+            config = self.sizes.config_for(self.shape)
+        elif self.cut:
+            full = self.sizes.config_for(self.sizes.shape(self.sizes.neurons, self.sizes.heads, self.shape.dropped))
+            config = full | {"quantization_config": quantization({}, self.sizes.matrix_shapes(self.shape))}
         stored = [name for entry in run.finished.values() for name in entry.get("tensors", ())]
         if not self.sizes.config.get("mlp_bias") and any(name.endswith("down_proj.bias") for name in stored):
             config |= dict.fromkeys(BIAS_FIELDS, True)
@@ -197,13 +218,14 @@ class ShapingJob(CompressionJob):
 
 
 def _influence(block: Block, stream: Stream) -> float:
-    """1 − mean cos(h_in, h_out) over all tokens (ShortGPT, Men et al. 2024)."""
+    """1 − mean cos(h_in, h_out) over all tokens (ShortGPT, Men et al. 2024), on the way past the block."""
     total, tokens = 0.0, 0
     for rows in stream.slices():
         x_BTD = stream.hidden.read(rows)
         before_BTD = x_BTD.float().clone()
-        after_BTD = block.run(stream.call(len(x_BTD), block.index), x_BTD).float()
-        total += float(torch.cosine_similarity(before_BTD, after_BTD, dim=-1).double().sum())
+        out_BTD = block.run(stream.call(len(x_BTD), block.index), x_BTD)
+        stream.hidden.write(rows, out_BTD)
+        total += float(torch.cosine_similarity(before_BTD, out_BTD.float(), dim=-1).double().sum())
         tokens += before_BTD.shape[0] * before_BTD.shape[1]
     return 1 - total / tokens
 

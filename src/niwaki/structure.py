@@ -11,6 +11,7 @@ config can hold it is decided by building the model that it describes, not by a 
 """
 
 import copy
+import math
 import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from niwaki.anatomy import Anatomy, BlockAnatomy, Linear, build_skeleton
-from niwaki.config import Keep, Target, Unit
+from niwaki.config import Keep, Kind, Target, Unit
 from niwaki.errors import ArchitectureError, InputError
 
 NEURON_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
@@ -37,6 +38,10 @@ class Shape:
     neurons: tuple[int, ...]
     heads: tuple[int, ...]
 
+    def kept(self, kind: Kind) -> tuple[int, ...]:
+        """What every block keeps of one kind."""
+        return self.neurons if kind == "neurons" else self.heads
+
     @property
     def dropped(self) -> tuple[int, ...]:
         """The blocks that are gone."""
@@ -47,6 +52,11 @@ class Shape:
         """Whether all other blocks are equal, so that a config can hold it."""
         left = {pair for pair in zip(self.neurons, self.heads, strict=True) if any(pair)}
         return len(left) == 1 and all(next(iter(left)))
+
+    @property
+    def whole(self) -> bool:
+        """Whether all other blocks keep some of both."""
+        return all(all(pair) for pair in zip(self.neurons, self.heads, strict=True) if any(pair))
 
     def __str__(self) -> str:
         if not self.even:
@@ -67,22 +77,22 @@ class Look:
 Search = Generator[list[Shape], list[float], Shape | None]
 
 
-def units_of(block: BlockAnatomy, heads: int) -> dict[str, Unit]:
+def units_of(block: BlockAnatomy, heads: int) -> dict[Kind, Unit]:
     """The units of a block by kind; its keys and values come in `heads` groups.
 
     Raises ArchitectureError for a block that is not one attention and one dense layer of plain matrices.
     """
-    found: dict[str, Unit] = {}
+    found: dict[Kind, Unit] = {}
     for before, members in pairwise(block.groups.values()):
         consumer = members[0]
         writers = {unit.consumer for unit in found.values()}
         if len(members) > 1 or before[0].name in writers or not _feeds(before, consumer):
             continue
-        kind = "heads" if len(before) == 3 else "neurons"
+        kind: Kind = "heads" if len(before) == 3 else "neurons"
         if kind in found or any(linear.expert is not None for linear in (*before, consumer)):
             break
         count = heads if kind == "heads" else consumer.columns
-        found[kind] = Unit(kind, consumer.name, tuple(linear.name for linear in before), count)  # type: ignore[arg-type]
+        found[kind] = Unit(kind, consumer.name, tuple(linear.name for linear in before), count)
     if len(found) < 2 or sum(1 + len(unit.producers) for unit in found.values()) < len(block.linears):
         raise ArchitectureError(
             f"structured pruning needs blocks of one attention (q, k and v apart) and one dense layer, got "
@@ -100,12 +110,15 @@ def _feeds(producers: Sequence[Linear], consumer: Linear) -> bool:
 
 
 class Sizes:
-    """How many parameters the blocks of a decoder keep at a shape, and which shapes its config can hold."""
+    """How many parameters the blocks of a decoder keep at a shape, and which shapes its config can hold.
 
-    def __init__(self, anatomy: Anatomy, skeleton: Any, config: Mapping[str, Any]) -> None:
+    All widths are multiples of `columns_multiple`.
+    """
+
+    def __init__(self, anatomy: Anatomy, skeleton: Any, config: Mapping[str, Any], columns_multiple: int = 1) -> None:
         if len(set(map(id, anatomy.blocks))) > 1:
             raise ArchitectureError("the blocks of this decoder differ: structured pruning needs blocks of one shape")
-        self.anatomy, self.config = anatomy, config
+        self.anatomy, self.config, self.columns_multiple = anatomy, config, columns_multiple
         text = skeleton.config.get_text_config()
         self.units = units_of(anatomy.blocks[0], getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
         self.dtype: torch.dtype = skeleton.dtype
@@ -133,31 +146,53 @@ class Sizes:
         """Groups of heads of a block."""
         return self.units["heads"].count
 
+    def multiple(self, asked: int) -> int:
+        """What numbers of neurons are a multiple of; `asked` 0 is the default."""
+        return math.lcm(asked or (256 if self.neurons >= WIDE_NEURONS else 8), self.columns_multiple)
+
+    @property
+    def heads_multiple(self) -> int:
+        """What numbers of groups of heads are a multiple of."""
+        unit = self.units["heads"]
+        width = self.anatomy.blocks[0].linears[unit.consumer].columns // unit.count
+        return self.columns_multiple // math.gcd(self.columns_multiple, width)
+
     def shape(self, neurons: int, heads: int, dropped: Sequence[int] = ()) -> Shape:
         """The same for every block but the dropped ones."""
         kept = [index not in dropped for index in range(len(self))]
         return Shape(tuple(neurons * k for k in kept), tuple(heads * k for k in kept))
 
-    def removed_frac(self, shape: Shape) -> float:
-        """The share of the parameters of all blocks that a shape removes."""
+    def removed(self, shape: Shape) -> int:
+        """How many parameters of all blocks a shape removes."""
         lost: int = len(shape.dropped) * self.block_parameters
         for index, (neurons, heads) in enumerate(zip(shape.neurons, shape.heads, strict=True)):
             if index not in shape.dropped:
                 lost += (self.neurons - neurons) * self.group_parameters["neurons"]
                 lost += (self.heads - heads) * self.group_parameters["heads"]
-        return lost / (len(self) * self.block_parameters)
+        return lost
+
+    def removed_frac(self, shape: Shape) -> float:
+        """`removed` as a share of all parameters of the blocks."""
+        return self.removed(shape) / (len(self) * self.block_parameters)
+
+    def rounded(self, kind: Kind, kept: float, asked: int) -> int:
+        """The nearest legal number of neurons (`asked`: see `multiple`) or groups of heads, not none, not too many."""
+        step = self.multiple(asked) if kind == "neurons" else self.heads_multiple
+        return max(step, min(round(kept / step) * step, self.units[kind].count))
 
     def fitting(self, removed_frac: float, heads: int, dropped: Sequence[int], multiple: int) -> Shape | None:
         """The widest such shape, neurons a multiple, that removes at least so much; None if there is none."""
-        multiple = multiple or (256 if self.neurons >= WIDE_NEURONS else 8)
+        multiple = self.multiple(multiple)
         shapes = (self.shape(n, heads, dropped) for n in range(self.neurons // multiple * multiple, 0, -multiple))
         exact = [self.shape(self.neurons, heads, dropped)]
         return next((s for s in (*exact, *shapes) if self.removed_frac(s) >= removed_frac - 1e-9), None)
 
     def legal_heads(self) -> list[int]:
-        """Numbers of groups of heads that a config can hold, all of them first."""
+        """Numbers of groups of heads that a config can hold and that make legal widths, all of them first."""
         found = [self.heads]
         for heads in range(self.heads - 1, 0, -1):
+            if heads % self.heads_multiple:
+                continue
             try:
                 self.config_for(self.shape(self.neurons, heads))
             except InputError:
@@ -165,13 +200,28 @@ class Sizes:
             found.append(heads)
         return found
 
-    def targets(self, shape: Shape) -> list[dict[str, Target]]:
-        """Block → matrix → what its unit keeps, as allocations give targets."""
+    def targets(self, shape: Shape, cut: bool) -> list[dict[str, Target]]:
+        """Block → matrix → what its unit keeps, as allocations give targets; `cut`: what goes leaves the file."""
         found: list[dict[str, Target]] = []
         for pair in zip(shape.neurons, shape.heads, strict=True):
             counts = dict(zip(("neurons", "heads"), pair, strict=True))
-            keeps = [Keep(unit, counts[kind], shape.even) for kind, unit in self.units.items()]
+            keeps = [Keep(unit, counts[kind], cut) for kind, unit in self.units.items()]
             found.append({name: keep for keep in keeps for name in (*keep.unit.producers, keep.unit.consumer)})
+        return found
+
+    def matrix_shapes(self, shape: Shape) -> dict[str, list[int]]:
+        """Module → outputs and inputs of every matrix of the blocks that are left, by its name in the result."""
+        left = (pair for pair in zip(shape.neurons, shape.heads, strict=True) if any(pair))
+        found = {}
+        for index, pair in enumerate(left):
+            counts = dict(zip(("neurons", "heads"), pair, strict=True))
+            for kind, unit in self.units.items():
+                for name in (*unit.producers, unit.consumer):
+                    linear = self.anatomy.blocks[0].linears[name]
+                    size = [linear.rows, linear.columns]
+                    along = int(name == unit.consumer)
+                    size[along] = size[along] // unit.count * counts[kind]
+                    found[f"{self.anatomy.path}.{index}.{name}"] = size
         return found
 
     def config_for(self, shape: Shape) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from niwaki.backward import Gradients, descend
 from niwaki.block import Block, Decoder
+from niwaki.config import Kind
 from niwaki.contextual.criteria import WITHOUT_GRADIENTS, score
 from niwaki.contextual.traces import STORED, Traces, nbytes, prompt_lengths
 from niwaki.contextual.units import KINDS, Layout, mean_square
@@ -120,7 +121,7 @@ class _Rows:
         self.layout = layout
         self.parts = {kind: torch.zeros(*shape, layout.count(kind), dtype=dtype) for kind in KINDS}
 
-    def put(self, kind: str, rows: slice, cut: int, block: int, value_BG: Tensor) -> None:
+    def put(self, kind: Kind, rows: slice, cut: int, block: int, value_BG: Tensor) -> None:
         self.parts[kind][rows, cut, block] = value_BG.to(self.parts[kind].dtype).cpu()
 
     def row(self) -> Tensor:

@@ -108,14 +108,16 @@ def collect(
 class Plan:
     """What the walk does to each block: one method after another, their targets and their seed.
 
-    `pack`: codes are stored as codes where the matrix can be, otherwise as the weights they stand for. `gradients`
-    reads the squared gradients of a block, if a step needs them.
+    `pack`: codes are stored as codes where the matrix can be, otherwise as the weights they stand for. `trial`: blocks
+    are only replaced, and no lines are written of them. `gradients` reads the squared gradients of a block, if a step
+    needs them.
     """
 
     steps: Sequence[Step]
     targets: list[dict[str, Target]]
     seed: int
     pack: bool = True
+    trial: bool = False
     gradients: Callable[[int], Mapping[str, Tensor]] = lambda index: {}
 
     @property
@@ -171,6 +173,10 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
         generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + block.index) * 101 + number)
         found = step.compress(block, Evidence(statistics, stream, dense, packed, gradients), targets, generator)
         packed = {name: record.after(packed[name]) if packed else record for name, record in found.items()}
+    if plan.trial:
+        for name, record in packed.items():
+            _assign(block, name, targets[name], record)
+        return []
     with torch.no_grad():
         lines = [
             _line(block, name, targets[name], record, statistics[name], plan.pack) for name, record in packed.items()
@@ -182,6 +188,15 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
     return lines
 
 
+def _assign(block: Block, name: str, target: Target, record: Packed) -> None:
+    """Puts a record in the place of a matrix, with what it says of the bias."""
+    block.assign(name, record.decode(block.storage_dtype(name)))
+    if isinstance(target, Keep) and not target.count:
+        block.silence(name)
+    if record.bias_O is not None:
+        block.add_bias(name, record.bias_O)
+
+
 def _line(
     block: Block, name: str, target: Target, record: Packed, statistics: Statistics, pack: bool
 ) -> dict[str, Any]:
@@ -190,7 +205,7 @@ def _line(
     `error_before_update` is that of only removing the pruned weights, `error` that of the final matrix.
     """
     old_OI = block.weight(name).float().clone()
-    block.assign(name, record.decode(block.storage_dtype(name)))
+    _assign(block, name, target, record)
     new_OI = block.weight(name).float()
     if not torch.isfinite(new_OI).all():
         raise NumericalError(f"block {block.index} {name}: the compressed weights are not finite")
@@ -201,10 +216,6 @@ def _line(
         error = _energy_ratio(x_NI @ new_OI.T - wanted_NO, wanted_NO)
         masked_OI = old_OI * (new_OI != 0)
         error_before_update = _energy_ratio(x_NI @ masked_OI.T - wanted_NO, wanted_NO)
-    if isinstance(target, Keep) and not target.count:
-        block.silence(name)
-    if record.bias_O is not None:
-        block.add_bias(name, record.bias_O)
     shape = record.cut or tuple(new_OI.shape)
     count = math.prod(shape)
     zeros = int((new_OI == 0).sum()) - (new_OI.numel() - count)

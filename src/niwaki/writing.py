@@ -28,7 +28,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
         save_file(contiguous, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)
         digest = hasher.submit(file_sha256, temporary)  # reads back from the page cache
-        _sync_file(temporary)
+        sync_file(temporary)
         return digest.result()
 
 
@@ -56,7 +56,7 @@ def atomic_file(path: Path) -> Any:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
-        _sync_file(temporary)
+        sync_file(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
@@ -67,7 +67,8 @@ def atomic_file(path: Path) -> Any:
         raise
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Waits until the content of a file is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

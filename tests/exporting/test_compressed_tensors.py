@@ -142,15 +142,17 @@ def test_an_export_from_the_command_line(model: Path, tmp_path: Path, capsys: py
         main()
     printed = capsys.readouterr()
     assert not stopped.value.code and "pack-quantized, 5." in printed.out
-    assert printed.err.splitlines()[0].startswith("exporting: file 1/")
+    assert printed.err.splitlines()[0].startswith("exporting: part 1/")
 
 
 def test_wrong_requests(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = compress(model, tmp_path / "out", *KINDS["symmetric group"])
     with pytest.raises(InputError, match="unknown export format 'compressed-tensor': did you mean"):
         niwaki.export(out, tmp_path / "dest", to="compressed-tensor")
-    with pytest.raises(CheckpointError, match=r"no readable niwaki/run\.json: expected a folder"):
+    with pytest.raises(CheckpointError, match=r"no niwaki/run\.json: expected a folder"):
         niwaki.export(model, tmp_path / "dest", to=TO)
+    with pytest.raises(InputError, match="takes the codes as they are: leave --type out"):
+        niwaki.export(out, tmp_path / "dest", to=TO, type="f16")
     with pytest.raises(OutputError, match="does not exist: create it"):
         niwaki.export(out, tmp_path / "no/dest", to=TO)
     with pytest.raises(OutputError, match=r"not a niwaki result|share a folder"):

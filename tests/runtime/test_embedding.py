@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import niwaki  # noqa: F401  (teaches transformers the packed format)
 from families import build, families
-from niwaki.checkpoint import packed_config
+from niwaki.checkpoint import quantization, quantized_config
 from niwaki.codes import Part, assemble, read_parts, stored_tensors
 from niwaki.methods._rounding import groups_of, nearest
 from niwaki.runtime import embedding as module
@@ -89,7 +89,7 @@ def test_transformers_loads_packed_ends_of_every_family(family: str, tied: bool,
         tensors |= {f"{name}.{key}": tensor for key, tensor in stored_tensors(parts, end.weight.shape[1]).items()}
         end.weight.data.copy_(assemble(parts))
     write_shard(tmp_path / "model.safetensors", tensors)
-    (tmp_path / "config.json").write_text(packed_config(tmp_path, modules))
+    (tmp_path / "config.json").write_text(quantized_config(tmp_path, quantization(modules, {})))
     packed = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert isinstance(packed.get_input_embeddings(), PackedEmbedding)
     assert isinstance(packed.get_output_embeddings(), PackedLinear)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from niwaki.anatomy import Anatomy
-from niwaki.config import Unit
+from niwaki.config import Kind, Unit
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.structure import units_of
 
-KINDS = ("heads", "neurons")
+KINDS: tuple[Kind, ...] = ("heads", "neurons")
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Layout:
     """The units of a decoder of `blocks` equal blocks; `width` neurons make one unit."""
 
     blocks: int
-    units: Mapping[str, Unit]
+    units: Mapping[Kind, Unit]
     width: int
-    weights: Mapping[str, int]
+    weights: Mapping[Kind, int]
 
-    def count(self, kind: str) -> int:
+    def count(self, kind: Kind) -> int:
         """Units of a kind in one block."""
         return self.units[kind].count // (self.width if kind == "neurons" else 1)
 
@@ -82,7 +82,7 @@ def find_layout(anatomy: Anatomy, skeleton: Any, width: int) -> Layout:
     units = units_of(block, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     if units["neurons"].count % width:
         raise InputError(f"neuron_width {width} does not divide the {units['neurons'].count} neurons of a block")
-    weights = {}
+    weights: dict[Kind, int] = {}
     for kind, unit in units.items():
         matrices = [block.linears[name] for name in (*unit.producers, unit.consumer)]
         weights[kind] = sum(matrix.rows * matrix.columns for matrix in matrices)

@@ -1,9 +1,10 @@
-"""A result of `niwaki compress` in the format of another engine.
+"""A checkpoint in the format of another engine.
 
 The new folder is built beside its final place and renamed at the end, so it is complete or absent. It keeps the
-record of the compression: `niwaki/run.json` gains a field `export`, `niwaki/blocks.jsonl` is copied.
+record of the compression: `niwaki/run.json` gains a field `export`, `niwaki/blocks.jsonl` is copied. A model that
+niwaki did not make gets a run.json with that field and its source alone.
 
-    niwaki.export("OUT", "DEST", to="compressed-tensors")
+    niwaki.export("OUT", "DEST", to="gguf", type="q8_0")
 """
 
 import importlib
@@ -13,47 +14,66 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from niwaki.card import model_card
+from niwaki.card import export_card
 from niwaki.checkpoint import Checkpoint
 from niwaki.errors import CheckpointError, InputError, unknown
 from niwaki.run import RECORD, Run, check_apart, check_free, check_space, circumstances, partial_of
 from niwaki.writing import copy_file, file_sha256, write_text
 
 Report = Callable[..., None]
-FORMATS = {"compressed-tensors": "niwaki.exporting.compressed_tensors"}
+FORMATS = {
+    "compressed-tensors": "niwaki.exporting.compressed_tensors",
+    "gguf": "niwaki.exporting.gguf_file",
+    "onnx": "niwaki.exporting.onnx_graph",
+}
+WEIGHT_FILES = (".safetensors", ".gguf", ".onnx", ".data")
+
+
+class Plan(Protocol):
+    """How a checkpoint is written; `nbytes` is about what that takes on the disk."""
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class Exporter(Protocol):
     """What the module of a format offers."""
 
-    def check(self, checkpoint: Checkpoint, record: Mapping[str, Any]) -> Any:
-        """How this result with its run.json is written in the format. Raises InputError for one that cannot be."""
+    def check(self, checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> Plan:
+        """How this checkpoint is written in the format; `record` is its run.json, if niwaki made it.
+
+        Raises InputError for one that cannot be, or a `type` of weights that the format does not have.
+        """
 
     def write(self, checkpoint: Checkpoint, plan: Any, folder: Path, report: Report) -> dict[str, Any]:
-        """Writes weights and config to `folder`; `plan` is from `check`. Returns what the record tells of them."""
+        """Writes what belongs in `folder`; `plan` is from `check`. Returns what the record tells of it."""
 
 
 def export(
-    out: str | Path, dest: str | Path, *, to: str, overwrite: bool = False, report: Report | None = None
+    out: str | Path,
+    dest: str | Path,
+    *,
+    to: str,
+    type: str | None = None,
+    overwrite: bool = False,
+    report: Report | None = None,
 ) -> dict[str, Any]:
-    """Writes the quantized result `out` to the new folder `dest` in the format `to` (see FORMATS).
+    """Writes the model `out` to the new folder `dest` in the format `to` (see FORMATS), its matrices as `type`.
 
     Returns the content of DEST/niwaki/run.json. `report(event, **fields)` is called as the work proceeds.
 
-    Raises InputError for an unknown format, a missing library or a result that the format cannot hold, OutputError
+    Raises InputError for an unknown format, a missing library or a model that the format cannot hold, OutputError
     for a `dest` that cannot be written; nothing is left behind.
     """
     started = time.perf_counter()
-    if to not in FORMATS:
-        raise InputError(unknown("export format", to, FORMATS))
-    exporter = cast(Exporter, importlib.import_module(FORMATS[to]))
+    exporter = _exporter(to)
     dest = Path(dest).absolute()
     check_free(dest, partial_of(dest), resume=False, overwrite=overwrite)
     checkpoint = Checkpoint.open(out)
     before = _record_of(checkpoint.folder)
-    plan = exporter.check(checkpoint, before)
+    plan = exporter.check(checkpoint, before, type)
     check_apart(checkpoint.folder, dest)
-    check_space(dest, checkpoint.nbytes)
+    check_space(dest, plan.nbytes)
     with Run(dest, {"export": to}, resume=False, overwrite=overwrite) as run:
 
         def tell(event: str, **fields: Any) -> None:
@@ -62,12 +82,13 @@ def export(
                 report(event, **fields)
 
         try:
-            for source in checkpoint.companions():
-                copy_file(source, run.folder / source.name)
             written = exporter.write(checkpoint, plan, run.folder, tell)
-            record = before | {"export": _export_record(to, checkpoint.folder, run.folder, written, started)}
-            copy_file(checkpoint.folder / RECORD / "blocks.jsonl", run.folder / RECORD / "blocks.jsonl")
-            write_text(run.folder / "README.md", model_card(record))
+            record = before or {"model": {"source": str(checkpoint.folder), "bytes": checkpoint.nbytes}}
+            record |= {"export": _export_record(to, checkpoint.folder, run.folder, written, started)}
+            lines = checkpoint.folder / RECORD / "blocks.jsonl"
+            if lines.is_file():
+                copy_file(lines, run.folder / RECORD / "blocks.jsonl")
+            write_text(run.folder / "README.md", export_card(record))
             write_text(run.folder / RECORD / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         except BaseException:
             run.discard()
@@ -76,26 +97,35 @@ def export(
     return record
 
 
-def _record_of(folder: Path) -> dict[str, Any]:
-    """The run.json of the compression. Raises CheckpointError for a folder without one."""
+def _exporter(to: str) -> Exporter:
+    if to not in FORMATS:
+        raise InputError(unknown("export format", to, FORMATS))
+    try:
+        return cast(Exporter, importlib.import_module(FORMATS[to]))
+    except ImportError as error:
+        raise InputError(f"exporting to {to} needs the package {error.name}: pip install 'niwaki[export]'") from error
+
+
+def _record_of(folder: Path) -> dict[str, Any] | None:
+    """The run.json of what niwaki made, None if it did not. Raises CheckpointError for an unreadable one."""
     path = folder / RECORD / "run.json"
+    if not path.is_file():
+        return None
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} has no readable {RECORD}/run.json: expected a folder that `niwaki compress` wrote"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read: expected what `niwaki compress` wrote") from error
     return record
 
 
 def _export_record(to: str, source: Path, folder: Path, written: dict[str, Any], started: float) -> dict[str, Any]:
-    shards = sorted(folder.glob("*.safetensors"))
+    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES)
     return {
         "to": to,
         "source": str(source),
         **circumstances(),
         **written,
-        "bytes": sum(path.stat().st_size for path in shards),
-        "sha256": {path.name: file_sha256(path) for path in shards},
+        "bytes": sum(path.stat().st_size for path in files),
+        "sha256": {path.name: file_sha256(path) for path in files},
         "seconds": round(time.perf_counter() - started, 2),
     }

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from niwaki.anatomy import build_skeleton
 from niwaki.checkpoint import INDEX, Checkpoint, quantized_config
 from niwaki.codes import Part, read_parts, stored_names
-from niwaki.errors import InputError
-from niwaki.writing import write_shard, write_text
+from niwaki.errors import CheckpointError, InputError
+from niwaki.writing import copy_file, write_shard, write_text
 
 LIBRARY = "compressed-tensors"
 FORMAT = "pack-quantized"
@@ -47,14 +47,21 @@ class Plan:
     symmetric: bool
     group: int
     dense: tuple[str, ...]
+    nbytes: int
 
 
-def check(checkpoint: Checkpoint, record: Mapping[str, Any]) -> Plan:
+def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> Plan:
     """The kind of codes in `checkpoint`. Raises InputError for what the format cannot hold, or a missing library."""
     try:
         import compressed_tensors  # noqa: F401
     except ImportError as error:
         raise InputError(f"exporting needs the package {LIBRARY}: pip install 'niwaki[export]'") from error
+    if type is not None:
+        raise InputError(f"{LIBRARY} takes the codes as they are: leave --type out")
+    if record is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no niwaki/run.json: expected a folder that `niwaki compress` wrote"
+        )
     if not checkpoint.packed:
         raise InputError(
             f"{checkpoint.folder} holds no codes, so there is nothing to export to {LIBRARY}: "
@@ -82,7 +89,7 @@ def check(checkpoint: Checkpoint, record: Mapping[str, Any]) -> Plan:
     skeleton = build_skeleton(checkpoint.config, checkpoint.dtype)
     linears = (name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear))
     dense = tuple(name for name in linears if name not in checkpoint.packed)
-    return Plan(bits, grid == "symmetric", 0 if whole else widths.pop(), dense)
+    return Plan(bits, grid == "symmetric", 0 if whole else widths.pop(), dense, checkpoint.nbytes)
 
 
 def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[..., None]) -> dict[str, Any]:
@@ -92,6 +99,8 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[...
     """
     weight_map: dict[str, str] = {}
     total_bytes = code_bytes = 0
+    for source in checkpoint.companions():
+        copy_file(source, folder / source.name)
     for number, shard in enumerate(checkpoint.shards):
         tensors = load_file(checkpoint.folder / shard)
         for module, about in checkpoint.packed.items():

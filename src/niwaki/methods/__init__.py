@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from niwaki.block import Block
-from niwaki.config import Bits, Grouped, Recipe, Sparsity, Target, Unit, make_options
+from niwaki.config import Bits, Grouped, Kind, Recipe, Sparsity, Target, Unit, make_options
 from niwaki.contextual.predictor import Predictor
 from niwaki.contextual.selection import Rule
 from niwaki.contextual.traces import Traces
@@ -101,7 +101,7 @@ class Structured(Method, Protocol):
     def look_needs(self, config: Any) -> Needs:
         """What is collected of every dense block before the shape is chosen."""
 
-    def look(self, block: Block, seen: Mapping[str, Statistics], units: Mapping[str, Unit], config: Any) -> Any:
+    def look(self, block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Any) -> Any:
         """What `search` wants to know of a dense block, ready for JSON."""
 
     def search(self, sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Any) -> Search:
@@ -194,9 +194,14 @@ def settle_budget(recipe: Recipe) -> Recipe:
     by_need = recipe.allocation == "sensitivity"
     if alone := [name for name in names if name in STRUCTURED + CONTEXTUAL]:
         if len(names) > 1:
-            what = "changes the shape of the model" if alone[0] in STRUCTURED else "learns what a finished model needs"
-            raise InputError(f"{alone[0]} {what}: run it alone, and other methods before or after it")
-        if recipe.allocation != "uniform":
+            what = (
+                "changes the shape of the model: put it first in the chain, with a target of its own "
+                "(comp+gptq, 0.25+4bit)"
+                if alone[0] in STRUCTURED
+                else "learns what a finished model needs: run it alone, on the result of other methods"
+            )
+            raise InputError(f"{alone[0]} {what}")
+        if recipe.allocation not in ("uniform", "searched" if alone[0] in STRUCTURED else "uniform"):
             what = "the shape" if alone[0] in STRUCTURED else "what runs"
             raise TargetError(f"{alone[0]} chooses {what} itself: drop allocation {recipe.allocation}")
     wanted = {"target_bytes": recipe.target_bytes, "keep_blocks": recipe.keep_blocks, "allocation sensitivity": by_need}

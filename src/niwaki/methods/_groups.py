@@ -89,23 +89,21 @@ def by_group(scores_I: Tensor, unit: Unit) -> Tensor:
 def remove(weight_OI: Tensor, inverse_II: Tensor, unit: Unit, count: int, at_once: int) -> tuple[list[int], Tensor]:
     """Keeps `count` groups; `inverse_II` = H⁻¹, changed in place. Returns them and the matrix, zeros elsewhere."""
     weight_OI = weight_OI.clone()
-    size = weight_OI.shape[1] // unit.count
     alive_G = torch.ones(unit.count, dtype=torch.bool, device=weight_OI.device)
     left = unit.count - count
-    while left > 0:
+    within_S = torch.arange(weight_OI.shape[1] // unit.count, device=weight_OI.device)
+    while left > 0:  # nothing in here waits for the device
         scores_G = torch.where(alive_G, _costs(weight_OI, inverse_II, unit), torch.inf)
         gone = lowest(scores_G, min(at_once, left))
-        columns_R = places(unit, gone.tolist(), weight_OI.shape[1]).to(weight_OI.device)
+        columns_R = (gone[:, None] * len(within_S) + within_S).view(-1)
         rows_RI = inverse_II[columns_R]
-        spread_RI = torch.linalg.solve(rows_RI[:, columns_R], rows_RI)
-        weight_OI -= weight_OI[:, columns_R] @ spread_RI
-        inverse_II -= rows_RI.T @ spread_RI
+        spread_RI = torch.linalg.solve_ex(rows_RI[:, columns_R], rows_RI)[0]
+        weight_OI.addmm_(weight_OI[:, columns_R], spread_RI, alpha=-1)
+        inverse_II.addmm_(rows_RI.T, spread_RI, alpha=-1)
         alive_G[gone] = False
-        dead_I = (~alive_G).repeat_interleave(size)
-        weight_OI[:, dead_I] = 0
-        inverse_II[dead_I] = 0
-        inverse_II[:, dead_I] = 0
-        inverse_II.diagonal()[dead_I] = 1
+        weight_OI.index_fill_(1, columns_R, 0)
+        inverse_II.index_fill_(0, columns_R, 0).index_fill_(1, columns_R, 0)  # these rows stay zero from here on
+        inverse_II.diagonal()[columns_R] = 1
         left -= len(gone)
     return [int(g) for g in alive_G.nonzero().view(-1)], weight_OI
 
@@ -117,7 +115,7 @@ def _costs(weight_OI: Tensor, inverse_II: Tensor, unit: Unit) -> Tensor:
         return weight_OI.square().sum(0) / inverse_II.diagonal()
     own_GSS = torch.stack([inverse_II[g : g + size, g : g + size] for g in range(0, len(inverse_II), size)])
     weight_GSO = weight_OI.T.reshape(unit.count, size, -1)
-    solved_GSO: Tensor = torch.linalg.solve(own_GSS, weight_GSO)
+    solved_GSO: Tensor = torch.linalg.solve_ex(own_GSS, weight_GSO)[0]
     return (weight_GSO * solved_GSO).sum((1, 2))
 
 

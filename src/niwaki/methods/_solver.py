@@ -41,6 +41,35 @@ def inverse_factor(gram_II: Tensor, damping_frac: float) -> tuple[Tensor, float]
     feature that never fired, whose weights are therefore the cheapest. A matrix that is not positive definite
     in float32 (fewer tokens than columns) is damped ten times more, up to 1; then NumericalError.
     """
+
+    def upper(damped_II: Tensor) -> Tensor | None:
+        lower_II, info = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
+        if int(info):
+            return None
+        identity_II = torch.eye(len(gram_II), device=gram_II.device)
+        upper_II = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
+        return upper_II if torch.isfinite(upper_II.diagonal()).all() else None
+
+    return _damped_until(gram_II, damping_frac, upper)
+
+
+def inverse(gram_II: Tensor, damping_frac: float) -> tuple[Tensor, float]:
+    """(XᵀX + λI)⁻¹ [I, I] float32 and the damping that was needed, as `inverse_factor`, in half its memory."""
+
+    def inverted(damped_II: Tensor) -> Tensor | None:
+        lower_II, info = torch.linalg.cholesky_ex(damped_II)
+        if int(info):
+            return None
+        inverse_II = torch.cholesky_inverse(lower_II)
+        return inverse_II if torch.isfinite(inverse_II.diagonal()).all() else None
+
+    return _damped_until(gram_II, damping_frac, inverted)
+
+
+def _damped_until(
+    gram_II: Tensor, damping_frac: float, solve: Callable[[Tensor], Tensor | None]
+) -> tuple[Tensor, float]:
+    """What `solve` makes of XᵀX + λI, ten times more λ whenever it makes nothing of it."""
     diagonal_I = gram_II.diagonal()
     if not torch.isfinite(diagonal_I).all():
         raise NumericalError("activations hold NaN or infinite values: check the checkpoint and the calibration text")
@@ -48,12 +77,8 @@ def inverse_factor(gram_II: Tensor, damping_frac: float) -> tuple[Tensor, float]
     while damping_frac <= 1:
         damped_II = gram_II.clone()
         damped_II.diagonal().add_(damping_frac * scale)
-        lower_II, info = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
-        if int(info) == 0:
-            identity_II = torch.eye(len(gram_II), device=gram_II.device)
-            upper_II = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
-            if torch.isfinite(upper_II.diagonal()).all():
-                return upper_II, damping_frac
+        if (found := solve(damped_II)) is not None:
+            return found, damping_frac
         damping_frac *= 10
     raise NumericalError("XᵀX stays singular even with damping 1: give more or different calibration text")
 

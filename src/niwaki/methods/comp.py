@@ -14,25 +14,29 @@ Source: "COMP" (arXiv 2501.15255). Only its abstract could be read: a reconstruc
    model; `scales` one factor a group, as FPT; `none`. `supervise`: `prefix` wants the outputs of the dense matrix on
    those inputs, `outputs` the outputs it has in the dense model, so that drift is corrected: W C_fx (C_xx + λI)⁻¹ in
    the place of W, by `supervise_frac` of the way.
+4. Beyond the paper, and off unless asked for (`learn_rounds`): gradients through one block pull its output back to the
+   dense one's on the same inputs, all its weights learning together.
 
 Cost: four forwards of the text, and for every split on trial three of a part of it; two Gram matrices, a factor and
-2·R·I² operations a block for R removed columns. No gradients. Memory: one block, and the hidden states of the text.
+2·R·I² operations a block for R removed columns. Memory: one block, and the hidden states of the text. Learning takes a
+forward and a backward of `learn_rounds` · `samples` windows.
 
     niwaki compress MODEL OUT --method comp --target 0.3 --calibration mine.txt --seq-len 512
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from niwaki.block import Block
-from niwaki.config import Keep, Sparsity, Target, Unit
+from niwaki.config import Keep, Kind, Sparsity, Target, Unit
 from niwaki.methods._groups import Choice, by_group, fit, kept_of, remove, scaled, unit_by_unit, unreached, without
+from niwaki.methods._reconstruct import Reconstruction, Schedule, descend, learning_needs
 from niwaki.methods._rounding import damped
-from niwaki.methods._solver import check_damping, inverse_factor
+from niwaki.methods._solver import check_damping, inverse
 from niwaki.packed import Packed
 from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence
@@ -44,43 +48,52 @@ CONTINUES = False
 SCORES = ("surgeon", "energy", "leverage", "random")
 TUNES = ("full", "scales", "none")
 SUPERVISIONS = ("prefix", "outputs")
+AT_ONCE_SHARE = 64
 HEAD_STEPS = 8  # from all heads to none, where a model has more groups of them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`score`, `tune`, `supervise`, `supervise_frac`: above. `at_once`: neurons that go
-    between two looks at the scores.
+    """`score`, `tune`, `supervise`, `supervise_frac`: above. `at_once`: neurons that go between two looks at the
+    scores (0: a sixty-fourth of them).
 
     `try_blocks`, `try_heads`: how many blocks, and steps of an eighth of the heads, may go at most. `multiple`: of
-    neurons (0: 8, or 256 for large models). `damping_frac`: λ as a share of the mean diagonal.
+    neurons (0: 8, or 256 for large models). `damping_frac`: λ as a share of the mean diagonal. Learning:
+    `learn_rounds` times `samples` windows, `batch` at a time, steps of `rate_frac` · RMS(W).
     """
 
     score: str = "surgeon"
     tune: str = "full"
     supervise: str = "prefix"
     supervise_frac: float = 1.0
-    at_once: int = 32
+    at_once: int = 0
     try_blocks: int = 8
     try_heads: int = 8
     multiple: int = 0
     damping_frac: float = 0.01
+    learn_rounds: int = 0
+    samples: int = 32
+    batch: int = 2
+    rate_frac: float = 0.004
 
     def __post_init__(self) -> None:
         for name, known in (("score", SCORES), ("tune", TUNES), ("supervise", SUPERVISIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if min(self.try_blocks, self.try_heads, self.multiple) < 0 or self.at_once < 1:
-            raise ValueError("expected try_blocks, try_heads and multiple ≥ 0, at_once ≥ 1")
+        if min(self.try_blocks, self.try_heads, self.multiple, self.at_once) < 0:
+            raise ValueError("expected try_blocks, try_heads, multiple and at_once ≥ 0")
+        if self.learn_rounds < 0 or min(self.samples, self.batch) < 1 or not 0 < self.rate_frac < 1:
+            raise ValueError("expected learn_rounds ≥ 0, samples and batch ≥ 1, 0 < rate_frac < 1")
         if not 0 < self.supervise_frac <= 1:
             raise ValueError(f"supervise_frac must lie in (0, 1], got {self.supervise_frac}")
         check_damping(self.damping_frac)
 
 
 def needs(config: Config) -> Needs:
-    """Gram matrices of the inputs, with those of the dense model if it supervises."""
+    """Gram matrices of the inputs, with those of the dense model if it supervises; windows to learn from."""
     full = config.supervise == "outputs"
-    return Needs(gram=True, full=full, dense=full)
+    learning = learning_needs(config.batch, "block") if config.learn_rounds else Needs()
+    return Needs(gram=True, full=full, dense=full) | learning
 
 
 def look_needs(config: Config) -> Needs:
@@ -88,7 +101,7 @@ def look_needs(config: Config) -> Needs:
     return Needs()
 
 
-def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[str, Unit], config: Config) -> None:
+def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> None:
     """The influence of the block, which is measured anyway, is enough."""
 
 
@@ -104,20 +117,20 @@ def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Con
         for step, heads in enumerate(legal)
         if (shape := sizes.fitting(removed_frac, heads, sorted(order[:blocks]), config.multiple))
     }
-    here = min(corners, key=sum, default=None)
-    if here is None:
+    if not corners:
         return None
-    (least,) = yield [corners[here]]
-    while True:
-        near = [at for at in ((here[0] + 1, here[1]), (here[0], here[1] + 1)) if at in corners]
+    here, least = min(corners, key=sum), math.nan
+    while near := [at for at in ((here[0] + 1, here[1]), (here[0], here[1] + 1)) if at in corners]:
+        if math.isnan(least):
+            (least,) = yield [corners[here]]
         losses = yield [corners[at] for at in near]
-        if not losses or min(losses) >= least:
-            return corners[here]
+        if min(losses) >= least:
+            break
         least = min(losses)
         here = near[losses.index(least)]
+    return corners[here]
 
 
-@torch.no_grad()
 def compress(
     block: Block,
     seen: Evidence,
@@ -133,7 +146,35 @@ def compress(
         wanted_OI = _wanted(weight_OI, statistics, config)
         return Choice(*_choose(wanted_OI, weight_OI, statistics, keep, config, generator))
 
-    return unit_by_unit(block, seen, targets, choose)
+    with torch.no_grad():
+        found = unit_by_unit(block, seen, targets, choose)
+    # A shape on trial is judged without learning: its stream keeps no outputs to learn from.
+    if not config.learn_rounds or seen.stream is None or seen.stream.outputs is None:
+        return found
+    return _learned(block, seen, found, config, generator)
+
+
+def _learned(
+    block: Block, seen: Evidence, found: Mapping[str, Packed], config: Config, generator: torch.Generator
+) -> dict[str, Packed]:
+    """The records after block-wise learning; what is gone stays gone."""
+    start = {name: record.weight_OI for name, record in found.items()}
+    keep = {name: w_OI.any(1, keepdim=True) & w_OI.any(0, keepdim=True) for name, w_OI in start.items()}
+    reached = any(seen.statistics[name].tokens for name in found)
+    if not reached or not any(bool(kept_OI.any()) for kept_OI in keep.values()):
+        return dict(found)
+    schedule = Schedule(
+        rounds=config.learn_rounds,
+        samples=config.samples,
+        batch=config.batch,
+        rate_frac=config.rate_frac,
+        optimizer="adam",
+    )
+    weights, errors = descend(Reconstruction(block, seen, "block", generator), start, keep, schedule, generator)
+    return {
+        name: replace(record, weight_OI=weights[name], detail={**record.detail, **errors.detail})
+        for name, record in found.items()
+    }
 
 
 def _wanted(weight_OI: Tensor, statistics: Statistics, config: Config) -> Tensor:
@@ -156,16 +197,17 @@ def _choose(
     generator: torch.Generator,
 ) -> tuple[list[int], Tensor]:
     """The groups that stay, and the matrix for them."""
-    upper_II, damping_frac = inverse_factor(statistics.gram_II, config.damping_frac)
-    damped_II = damped(statistics.gram_II, damping_frac)
+    inverse_II, damping_frac = inverse(statistics.gram_II, config.damping_frac)
     if config.score == "surgeon":
-        at_once = config.at_once if keep.unit.kind == "neurons" else 1
-        kept, found_OI = remove(wanted_OI, upper_II.T @ upper_II, keep.unit, keep.count, at_once)
+        asked = config.at_once if keep.unit.kind == "neurons" else 1
+        at_once = asked or max(1, keep.unit.count // AT_ONCE_SHARE)
+        kept, found_OI = remove(wanted_OI, inverse_II, keep.unit, keep.count, at_once)
         if config.tune == "full":
             return kept, found_OI
     else:
         scores_I = _scores(weight_OI, statistics, config, generator)
         kept = kept_of(by_group(scores_I, keep.unit), keep.count)
+    damped_II = damped(statistics.gram_II, damping_frac)
     if config.tune == "full":
         return kept, fit(wanted_OI, damped_II, kept, keep.unit)
     if config.tune == "scales":

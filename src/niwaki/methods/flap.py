@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from niwaki.block import Block
-from niwaki.config import Keep, Sparsity, Target, Unit
+from niwaki.config import Keep, Kind, Sparsity, Target, Unit
 from niwaki.methods._groups import Choice, by_group, kept_of, unit_by_unit, unreached, without
 from niwaki.packed import Packed
 from niwaki.statistics import Needs, Statistics
@@ -49,7 +49,7 @@ def look_needs(config: Config) -> Needs:
     return needs(config)
 
 
-def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[str, Unit], config: Config) -> dict[str, list]:
+def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> dict[Kind, list]:
     """Scores of all groups by kind, standardised."""
     found = {}
     for kind, unit in units.items():
@@ -61,7 +61,7 @@ def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[str, Unit]
 
 def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Config) -> Search:
     """The lowest scores of all out, until enough parameters are gone; one group of each kind stays in every block."""
-    counts = {"neurons": [sizes.neurons] * len(sizes), "heads": [sizes.heads] * len(sizes)}
+    counts: dict[Kind, list[int]] = {"neurons": [sizes.neurons] * len(sizes), "heads": [sizes.heads] * len(sizes)}
     order = sorted(
         (score, kind, index) for index, seen in enumerate(looks) for kind in counts for score in seen.found[kind]
     )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from niwaki.block import Block
-from niwaki.config import Keep, Sparsity, Target, Unit
+from niwaki.config import Keep, Kind, Sparsity, Target, Unit
 from niwaki.methods._groups import Choice, kept_of, unit_by_unit, without
 from niwaki.packed import Packed
 from niwaki.statistics import Needs, Statistics
@@ -48,7 +48,7 @@ def look_needs(config: Config) -> Needs:
     return Needs()
 
 
-def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[str, Unit], config: Config) -> None:
+def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> None:
     """Nothing."""
 
 

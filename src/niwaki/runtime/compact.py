@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from niwaki.config import Kind
 from niwaki.contextual.units import KINDS, Layout
 from niwaki.errors import ArchitectureError
 
@@ -107,8 +108,8 @@ def prepare(blocks: nn.ModuleList, layout: Layout) -> None:
 def compact(
     blocks: nn.ModuleList,
     layout: Layout,
-    kept: Mapping[str, Tensor],
-    stand_ins: Mapping[tuple[int, str], Tensor] | None = None,
+    kept: Mapping[Kind, Tensor],
+    stand_ins: Mapping[tuple[int, Kind], Tensor] | None = None,
 ) -> Compact:
     """Copies what `kept` says of every kind, [L, G] booleans.
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.anatomy import find_blocks
+from niwaki.config import Kind
 from niwaki.contextual.record import Shadow
 from niwaki.contextual.selection import union
 from niwaki.contextual.units import KINDS
@@ -230,12 +231,12 @@ class Contextual:
             sequence.alive.crop(-tokens)
             sequence.length -= tokens
 
-    def _stand_ins(self, reading: Reading) -> dict[tuple[int, str], Tensor] | None:
+    def _stand_ins(self, reading: Reading) -> dict[tuple[int, Kind], Tensor] | None:
         """Mean activations in the prompt, for what is skipped of neurons."""
         share, dtype = self.shadow.running.stand_in, self.model.dtype
         if not share:
             return None
-        keys = [(index, "neurons") for index in range(len(self.blocks))]
+        keys: list[tuple[int, Kind]] = [(index, "neurons") for index in range(len(self.blocks))]
         return {key: (share * reading.mean(key)).to(dtype) for key in keys}
 
     @torch.no_grad()

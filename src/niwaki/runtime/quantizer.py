@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from niwaki.checkpoint import QUANT_METHOD
 from niwaki.codes import WEIGHT
 from niwaki.errors import CheckpointError
+from niwaki.resizing import resize
 from niwaki.runtime.embedding import pack_embedding
 from niwaki.runtime.linear import PackedLinear
 
@@ -23,12 +24,19 @@ FORMAT = 1
 
 
 class NiwakiConfig(QuantizationConfigMixin):
-    """What config.json says of a packed checkpoint: how every quantized module is stored."""
+    """What config.json says: how every quantized module is stored, and matrices with shapes of their own."""
 
-    def __init__(self, modules: dict[str, Any] | None = None, format: int = FORMAT, **_: Any) -> None:
+    def __init__(
+        self,
+        modules: dict[str, Any] | None = None,
+        shapes: dict[str, list[int]] | None = None,
+        format: int = FORMAT,
+        **_: Any,
+    ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a name of ours, not of their list
         self.format = format
         self.modules: dict[str, Any] = modules or {}
+        self.shapes: dict[str, list[int]] = shapes or {}
 
 
 class NiwakiQuantizer(HfQuantizer):
@@ -42,6 +50,7 @@ class NiwakiQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"packed format {self.quantization_config.format}, this niwaki reads {FORMAT}: install a newer one"
             )
+        resize(model, self.quantization_config.shapes)
         packed = self.quantization_config.modules
         for name, about in packed.items():
             module: Any = model.get_submodule(name)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from niwaki.config import Kind
 from niwaki.contextual.units import KINDS, Layout
 
 
@@ -22,8 +23,8 @@ class Reading:
         self.layout = layout
         self.tokens_B: Tensor | None = None
         self._last_BD: Tensor | None = None
-        self._sums: dict[tuple[int, str], Tensor] = {}
-        self._squares: dict[tuple[int, str], Tensor] = {}
+        self._sums: dict[tuple[int, Kind], Tensor] = {}
+        self._squares: dict[tuple[int, Kind], Tensor] = {}
 
     @contextmanager
     def open(self, blocks: nn.ModuleList, real_BT: Tensor) -> Iterator[None]:
@@ -41,7 +42,7 @@ class Reading:
             for handle in handles:
                 handle.remove()
 
-    def _add(self, key: tuple[int, str], x: Tensor, real_BT: Tensor) -> None:
+    def _add(self, key: tuple[int, Kind], x: Tensor, real_BT: Tensor) -> None:
         x_BTC = x.detach().reshape(*real_BT.shape, -1).float()
         real_BT1 = real_BT.to(x_BTC)[..., None]
         sum_BC, square_BC = (x_BTC * real_BT1).sum(1), (x_BTC.square() * real_BT1).sum(1)
@@ -65,7 +66,7 @@ class Reading:
         rms = [torch.stack([(self._squares[i, kind] / count_B1).sqrt() for i in blocks], dim=1) for kind in KINDS]
         return self._last_BD, self.mean((0, "heads")), self.layout.join(*rms)
 
-    def mean(self, key: tuple[int, str]) -> Tensor:
+    def mean(self, key: tuple[int, Kind]) -> Tensor:
         """Mean input [B, C] of the reader of a kind of unit in a block."""
         assert self.tokens_B is not None, "nothing was read"
         return self._sums[key] / self.tokens_B[:, None]
