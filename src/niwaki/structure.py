@@ -252,8 +252,8 @@ class Sizes:
                 return whole
         fields = " and ".join(name for name in (*HEAD_FIELDS, *NEURON_FIELDS) if name in text)
         raise InputError(
-            f"{fields} in a config of type {text.get('model_type')} cannot express {shape} ({problem}): widths that niwaki "
-            "stores itself can (--allocation searched), and for Llama-like models their export --to gguf"
+            f"{fields} in a config of type {text.get('model_type')} cannot express {shape} ({problem}): widths that "
+            "niwaki stores itself can (--allocation searched), and for Llama-like models their export --to gguf"
         )
 
     def _problem(self, config: Mapping[str, Any], shape: Shape) -> str:
@@ -282,8 +282,8 @@ def _field(config: Mapping[str, Any], names: Sequence[str], value: int, what: st
         if config.get(name) == value:
             return name
     raise InputError(
-        f"config.json says {value} {what} in none of {', '.join(names)}, so it cannot say another number: a method that "
-        f"leaves the {what} as they are can be used"
+        f"config.json says {value} {what} in none of {', '.join(names)}, so it cannot say another number: use a method "
+        f"that leaves the {what} as they are"
     )
 
 
