@@ -250,7 +250,11 @@ class Sizes:
             whole = {**self.config, "text_config": candidate} if "text_config" in self.config else candidate
             if not (problem := self._problem(whole, shape)):
                 return whole
-        raise InputError(f"a config of type {text.get('model_type')} cannot express {shape}: {problem}")
+        fields = " and ".join(name for name in (*HEAD_FIELDS, *NEURON_FIELDS) if name in text)
+        raise InputError(
+            f"{fields} in a config of type {text.get('model_type')} cannot express {shape} ({problem}): widths that "
+            "niwaki stores itself can (--allocation searched), and for Llama-like models their export --to gguf"
+        )
 
     def _problem(self, config: Mapping[str, Any], shape: Shape) -> str:
         """Why the model that `config` describes does not have this shape; empty if it has."""
@@ -277,7 +281,10 @@ def _field(config: Mapping[str, Any], names: Sequence[str], value: int, what: st
     for name in names:
         if config.get(name) == value:
             return name
-    raise InputError(f"config.json says {value} {what} in none of {', '.join(names)}: it cannot say another number")
+    raise InputError(
+        f"config.json says {value} {what} in none of {', '.join(names)}, so it cannot say another number: use a method "
+        f"that leaves the {what} as they are"
+    )
 
 
 def _axis(linear: Linear, unit: Unit) -> tuple[int, int]:
