@@ -10,18 +10,18 @@ their own are resized as niwaki's loader does it. A shape that is stored in plac
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from niwaki.anatomy import build_skeleton, discover, materialize_buffers
+from niwaki.anatomy import build_skeleton, discover
 from niwaki.resizing import resize
 from niwaki.structure import Shape, Sizes
 from packed_decode import decode
 from provenance import provenance
+from shape_speed import filled, prompt
 
 
 def shape_of(row: dict[str, Any], sizes: Sizes) -> Shape:
@@ -38,19 +38,7 @@ def build(sizes: Sizes, shape: Shape) -> Any:
     model: Any = build_skeleton(AutoConfig.for_model(values.pop("model_type"), **values), torch.float32)
     if shape.whole and not shape.even:
         resize(model, sizes.matrix_shapes(shape))
-    model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.fill_(0.01)
-    materialize_buffers(model, model, "cpu")
-    model.config.use_cache = True
-    return model
-
-
-@torch.inference_mode()
-def prompt(model: Any, tokens: int) -> float:
-    begin = time.perf_counter()
-    model(torch.arange(1, tokens + 1)[None], logits_to_keep=1)
-    return time.perf_counter() - begin
+    return filled(model)
 
 
 def main() -> None:

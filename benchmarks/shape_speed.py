@@ -59,7 +59,11 @@ def shapes(config: Any = None) -> dict[str, tuple[dict[str, Any], float]]:
 
 def build(config: dict[str, Any]) -> Any:
     values = dict(config)
-    model: Any = build_skeleton(AutoConfig.for_model(values.pop("model_type"), **values), torch.bfloat16)
+    return filled(build_skeleton(AutoConfig.for_model(values.pop("model_type"), **values), torch.bfloat16))
+
+
+def filled(model: Any) -> Any:
+    """A skeleton with numbers in it, ready to run."""
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.fill_(0.01)  # a dense product takes as long whatever its numbers are
