@@ -46,7 +46,7 @@ def test_families_compute_the_same(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("method", ["comp", "wanda"])
+@pytest.mark.parametrize("method", ["comp", "flap", "wanda"])  # flap: widths and biases
 def test_a_pruned_sapling_computes_the_same(method: str, tmp_path: Path) -> None:
     text = write_texts(tmp_path / "text.jsonl", count=20)
     out, dest = tmp_path / "out", tmp_path / "dest"

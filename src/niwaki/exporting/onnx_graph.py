@@ -56,7 +56,8 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[...
     """The graph, its weights in a file of their own, config and tokenizer."""
     for source in checkpoint.companions():
         copy_file(source, folder / source.name)
-    model = load(checkpoint.folder, device="cpu").float()
+    # transformers' own float() refuses whatever has a quantization_config, also if that only tells shapes
+    model: Any = torch.nn.Module.float(load(checkpoint.folder, device="cpu"))
     model.config.use_cache = False
     program = _traced(model, checkpoint)
     report("export", index=0, of=2)
