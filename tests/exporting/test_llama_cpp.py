@@ -140,10 +140,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         calibration={"files": str(text), "samples": 4, "seq_len": 32},
         options={"try_blocks": 0, "try_heads": 0, "multiple": 32},
     )  # fmt: skip
-    return {name: folder / name for name in ("wanda", "comp", "searched")} | {"dense": sapling()}
+    niwaki.compress(
+        sapling(), folder / "flap", method="flap", target="0.2", device="cpu",
+        calibration={"files": str(text), "samples": 8, "seq_len": 64},
+    )  # fmt: skip
+    return {name: folder / name for name in ("wanda", "comp", "searched", "flap")} | {"dense": sapling()}
 
 
-@pytest.mark.parametrize("result", ["dense", "wanda", "comp", "searched"])
+@pytest.mark.parametrize("result", ["dense", "wanda", "comp", "searched", "flap"])
 def test_next_tokens_agree(result: str, results: Any, tmp_path: Path) -> None:
     """Every file is held against transformers in float32; the default is f16. llama.cpp multiplies bf16 by activations
     rounded to bf16; transformers in bf16, which rounds more often, agrees on 97 to 99.5 % of these prompts itself.
