@@ -42,3 +42,17 @@ def test_many_token_counts_become_few_lines() -> None:
     lines = text.getvalue().splitlines()
     assert 2 <= len(lines) <= 40
     assert lines[-1].startswith("writing calibration text: token 2000/2000")
+
+
+def test_every_shape_on_trial_is_told_and_a_second_stage_counts_anew() -> None:
+    text = io.StringIO()
+    with Display(Console(file=text, width=200)) as display:
+        display("trial", shape={"neurons": 24, "heads": 2, "dropped": [1]}, loss=2.5)
+        display("trial", shape={"neurons": [24, 16], "heads": [2, 1]}, loss=2.25)
+        display("block", index=0, of=3)
+        display("start", blocks=2)
+        display("block", index=1, of=2)
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "tried 24 neurons and 2 groups of heads without blocks 1: loss 2.5000"
+    assert lines[1] == "tried 24, 16 neurons and 2, 1 groups of heads: loss 2.2500"
+    assert lines[2].startswith("compressing: block 1/3") and lines[3].startswith("compressing: block 2/2")

@@ -1,6 +1,7 @@
 """Shows reported events on a terminal: a bar with the time left, or plain lines where there is no terminal."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -22,7 +23,7 @@ _TITLES = {
     "export": ("exporting", "parts"),
     "recover": ("recovering", "steps"),
 }
-_LINES_OF_TOKENS = 20  # plain lines for a whole calibration text, which is reported every few tokens
+_FEW_LINES = 20  # plain lines for what is reported every few tokens, or for every tensor
 
 
 class Display:
@@ -55,6 +56,12 @@ class Display:
     def __call__(self, event: str, **fields: Any) -> None:
         if event == "warning":
             self.console.print(f"[yellow]note:[/] {escape(fields['message'])}", highlight=False, soft_wrap=True)
+        if event == "start":  # the second stage of a chain begins again
+            self._began.clear()
+            self._bars.clear()
+        if event == "trial":
+            line = f"tried {_described(fields['shape'])}: loss {fields['loss']:.4f}"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         if event == "complete":
             self.console.print(f"already complete: {fields['out']}", markup=False, highlight=False, soft_wrap=True)
         if event == "allocation" and "kept_blocks" in fields:
@@ -77,9 +84,19 @@ class Display:
         """One line a block: index, its seconds, and the time left at the mean pace so far."""
         now = time.perf_counter()
         began = self._began.setdefault(title, self._last)
-        if unit == "tokens" and done < of and now - self._last < (now - began) / done * of / _LINES_OF_TOKENS:
+        if unit in ("tokens", "parts") and done < of and now - self._last < (now - began) / done * of / _FEW_LINES:
             return
         left = (now - began) / done * (of - done)
         line = f"{title}: {unit.removesuffix('s')} {done}/{of}, {now - self._last:.1f} s, {left:.0f} s left"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         self._last = now
+
+
+def _described(shape: Mapping[str, Any]) -> str:
+    """A shape on trial, as its event tells it: one number for all blocks, or one for each."""
+    counts = [
+        ", ".join(map(str, shape[kind])) if isinstance(shape[kind], list) else f"{shape[kind]}"
+        for kind in ("neurons", "heads")
+    ]
+    gone = f" without blocks {', '.join(map(str, shape['dropped']))}" if shape.get("dropped") else ""
+    return f"{counts[0]} neurons and {counts[1]} groups of heads{gone}"
