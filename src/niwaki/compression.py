@@ -13,10 +13,10 @@ from typing import Any
 from niwaki.config import Recipe, make_recipe, parse_target
 from niwaki.errors import InputError, NumericalError
 from niwaki.job import CompressionJob
-from niwaki.methods import CONTEXTUAL, STRUCTURED, make_steps
+from niwaki.methods import CONTEXTUAL, STRUCTURED
 from niwaki.shadowing import ShadowJob
 from niwaki.shaping import ShapingJob
-from niwaki.stages import Before, columns_multiple, stages_of
+from niwaki.stages import Before, columns_multiple, split_options, stages_of
 from niwaki.walk import Report
 
 
@@ -43,7 +43,7 @@ def compress(
     if not rest:
         return _kind(first)(str(model), out, first, dense_stream, resume, overwrite, tell).run()
     target = parse_target(rest[0].target or "")
-    fitting = columns_multiple(make_steps(rest[0].method, rest[0].options, target), target)
+    fitting = columns_multiple(split_options(rest[0], target)[1], target)
     shaped = out.absolute().with_name(f"{out.name}.shaped")
     shaping = ShapingJob(str(model), shaped, first, False, resume, overwrite, tell, None, fitting)
     before = Before({}, make_recipe(recipe), shaping.windows_ST, shaping.calibration_source)

@@ -250,7 +250,7 @@ class CompressionJob:
 
     def _write_ends(self, run: Run, writer: "Writer") -> None:
         for number, names in enumerate(self.end_parts):
-            part = f"ends-{number:05d}"
+            part = _ends_part(number)
             if part not in run.finished:
                 tensors, lines = read_packed(self.checkpoint, names, self.ends, self.recipe.ends, self.device)
                 writer.write(part, self.shard_names[len(self.decoder) + number], tensors, lines)
@@ -267,7 +267,7 @@ class CompressionJob:
         """Embeddings, final norm and head as every reader of the result will see them."""
         found: dict[str, Tensor] = {}
         for number in range(len(self.end_parts)):
-            entry = run.finished[f"ends-{number:05d}"]
+            entry = run.finished[_ends_part(number)]
             modules = packed_modules([entry], self.decoder.anatomy.prefix)
             found |= read_plain(run.folder / entry["shard"], modules, self.checkpoint.dtype)
         return found
@@ -278,10 +278,8 @@ class CompressionJob:
         for source in self.checkpoint.companions():
             copy_file(source, run.folder / source.name)
         if modules := packed_modules(parts, self.decoder.anatomy.prefix):
-            write_text(
-                run.folder / "config.json",
-                quantized_config(self.checkpoint.folder, quantization(modules, self.checkpoint.shapes)),
-            )
+            stored = quantization(modules, self.checkpoint.shapes)
+            write_text(run.folder / "config.json", quantized_config(self.checkpoint.folder, stored))
         self._settle_config(run)
         write_text(run.folder / INDEX, json.dumps(shard_index(parts), indent=2) + "\n")
         write_text(
@@ -345,3 +343,7 @@ class CompressionJob:
 def block_part(index: int) -> str:
     """The name of a block's part in the journal."""
     return f"block-{index:05d}"
+
+
+def _ends_part(number: int) -> str:
+    return f"ends-{number:05d}"

@@ -192,6 +192,9 @@ def settle_budget(recipe: Recipe) -> Recipe:
         by_need = set(names) <= set(FRACTIONAL) and not recipe.keep_blocks
         recipe = recipe.model_copy(update={"allocation": "sensitivity" if by_need else "uniform"})
     by_need = recipe.allocation == "sensitivity"
+    searched = recipe.allocation == "searched" and names[0] in STRUCTURED
+    if recipe.allocation == "searched" and not searched:
+        raise TargetError(f"searched widths need a structured method ({', '.join(STRUCTURED)}), got {recipe.method}")
     if alone := [name for name in names if name in STRUCTURED + CONTEXTUAL]:
         if len(names) > 1:
             what = (
@@ -201,7 +204,7 @@ def settle_budget(recipe: Recipe) -> Recipe:
                 else "learns what a finished model needs: run it alone, on the result of other methods"
             )
             raise InputError(f"{alone[0]} {what}")
-        if recipe.allocation not in ("uniform", "searched" if alone[0] in STRUCTURED else "uniform"):
+        if recipe.allocation != "uniform" and not searched:
             what = "the shape" if alone[0] in STRUCTURED else "what runs"
             raise TargetError(f"{alone[0]} chooses {what} itself: drop allocation {recipe.allocation}")
     wanted = {"target_bytes": recipe.target_bytes, "keep_blocks": recipe.keep_blocks, "allocation sensitivity": by_need}
