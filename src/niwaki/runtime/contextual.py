@@ -36,7 +36,7 @@ from niwaki.contextual.record import Shadow
 from niwaki.contextual.selection import union
 from niwaki.contextual.units import KINDS
 from niwaki.errors import InputError
-from niwaki.runtime.compact import Compact, Swap, compact, cut_cache, leave, prepare
+from niwaki.runtime.compact import Compact, Swap, check_linears, compact, cut_cache, leave
 from niwaki.runtime.reading import Reading, real_tokens
 
 KEPT_RECORDS = 1000
@@ -273,7 +273,7 @@ def attach(model: Any, shadow: Shadow) -> Contextual:
         raise InputError(
             f"the predictor is of a model with {shadow.layout.blocks} blocks, this one has {len(contextual.blocks)}"
         )
-    prepare(contextual.blocks, shadow.layout)
+    check_linears(contextual.blocks, shadow.layout)
     model.register_forward_pre_hook(contextual.before, with_kwargs=True)
     model.register_forward_hook(contextual.after, with_kwargs=True, always_call=True)
     return contextual
