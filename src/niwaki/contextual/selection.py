@@ -52,6 +52,20 @@ def highest(scores: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
 
 
+def margin(scores_BU: Tensor, kept_BU: Tensor, layout: Layout) -> Tensor:
+    """How much of the squared importance that is predicted a mask holds [B], mean over blocks and kinds.
+
+    Little where all units seem to matter alike: what is skipped is then as good as what runs.
+    """
+    shares = []
+    for found_BLG, kept_BLG in zip(layout.split(scores_BU.clamp_min(0)), layout.split(kept_BU), strict=True):
+        square_BLG = found_BLG.double().square()
+        total_BL = square_BLG.sum(2).clamp_min(torch.finfo(torch.float64).tiny)
+        shares.append(((square_BLG * kept_BLG).sum(2) / total_BL).mean(1))
+    mean_B: Tensor = torch.stack(shares).mean(0)
+    return mean_B
+
+
 def for_batch(rule: Rule, scores_BU: Tensor, layout: Layout, neurons: str = "union") -> tuple[Tensor, Tensor]:
     """What the sequences of a batch run: heads [B, L, G], each sequence its own, and neurons [L, G], all the same.
 

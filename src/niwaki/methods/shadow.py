@@ -69,6 +69,7 @@ class Config:
     batch: str = "union"
     stand_in: float = 0.5
     most_deviation: float = 0.0
+    least_margin: float = 0.0
 
     def __post_init__(self) -> None:
         choices = {

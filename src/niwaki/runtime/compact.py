@@ -139,6 +139,12 @@ class Compact:
         return _exchange(self.swaps)
 
     @property
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """Address and shape of every copy: equal where a recorded graph reads the right memory."""
+        tensors = (swap.value.weight_OI for swap in self.swaps if isinstance(swap.value, CompactLinear))
+        return tuple((weight_OI.data_ptr(), *weight_OI.shape) for weight_OI in tensors)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the copies."""
         modules = (swap.value for swap in self.swaps if isinstance(swap.value, CompactLinear))

@@ -13,7 +13,8 @@
 In a batch every sequence has heads of its own, and all run the same neurons (`contextual.selection.for_batch`); their
 order does not matter. When the batch together needs more than `most_kept_frac` of the weights, skipping would not pay,
 and it runs dense; so do prompts until they are `least_prompt` long, those that deviate by more than `most_deviation`
-from what is expected of them (see `gating`), and caches or attention masks that cannot be followed.
+from what is expected of them or whose mask holds less than `least_margin` of it (see `gating`), and caches or attention
+masks that cannot be followed.
 `records` says of every sequence what was done and why.
 
 Not followed: caches that are cropped while small (assisted decoding) are refused; where beams changed places there is
@@ -24,7 +25,8 @@ Legend: B sequences, T tokens, U units, C channels.
 
 import copy
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 
 from niwaki.anatomy import find_blocks
 from niwaki.contextual.record import Shadow
-from niwaki.contextual.selection import for_batch
+from niwaki.contextual.selection import for_batch, margin
 from niwaki.errors import InputError
 from niwaki.runtime.compact import Buffers, Compact, Swap, check_linears, compact, cut_cache, leave
 from niwaki.runtime.reading import Reading, real_tokens
@@ -51,9 +53,18 @@ class Record:
     dense_tokens: int = 0
     skipped_frac: list[float] = field(default_factory=list)
     deviation: list[float] = field(default_factory=list)
+    margin: list[float] = field(default_factory=list)
     kept: list[dict[str, list[int]]] = field(default_factory=list)
     dense_because: str = ""
     note: str = ""
+    verified: dict[str, float] = field(default_factory=dict)
+
+    def count(self, tokens: int, *, sparse: bool) -> None:
+        """Tokens of each sequence that were written since."""
+        if sparse:
+            self.sparse_tokens += tokens
+        else:
+            self.dense_tokens += tokens
 
 
 @dataclass(frozen=True)
@@ -167,10 +178,9 @@ class Contextual:
         if not one or (sequence.running is None and not record.dense_because):
             return self._read(sequence, ids_BT, kwargs)
         sequence.length += 1
+        record.count(1, sparse=sequence.running is not None)
         if sequence.running is None:
-            record.dense_tokens += 1
             return None
-        record.sparse_tokens += 1
         names = ("input_ids", "position_ids", "attention_mask")
         sequence.written.append({"input_ids": ids_BT} | {n: kwargs[n] for n in names[1:] if kwargs.get(n) is not None})
         self._swapped = sequence.running.small.enter()
@@ -187,6 +197,27 @@ class Contextual:
         opened = sequence.reading.open(self.blocks, real_BT.to(ids_BT.device))
         opened.__enter__()
         self._open.append(opened)
+
+    def choose(self) -> Choice | None:
+        """What the prompts just read lead to, for a caller that runs it by itself (`applied`); None: all runs."""
+        sequence, self._sequence = self._sequence, None
+        if sequence is None or sequence.record.dense_because:
+            return None
+        choice = self._choose(sequence)
+        if choice is None and not sequence.record.dense_because:
+            sequence.record.dense_because = f"the prompt is shorter than {self.shadow.running.least_prompt} tokens"
+        return choice
+
+    @contextmanager
+    def applied(self, choice: Choice | None) -> Iterator[None]:
+        """Forwards inside run what was chosen, and nothing else is decided about them."""
+        before = [] if choice is None else choice.small.enter()
+        self._own_forward = True
+        try:
+            yield
+        finally:
+            self._own_forward = False
+            leave(before[::-1])
 
     @torch.no_grad()
     def _choose(self, sequence: _Sequence) -> Choice | None:
@@ -208,6 +239,11 @@ class Contextual:
             record.dense_because = f"the prompt deviates by {deviation:.3g} from what the predictor expects"
             return None
         scores_BU = predictor.scores(*features)
+        held = float(margin(scores_BU, self.shadow.rule.select(scores_BU, layout), layout).min())
+        record.margin.append(held)
+        if held < running.least_margin:
+            record.dense_because = f"the mask would hold {held:.1%} of what is expected to matter"
+            return None
         heads_BLG, neurons_LG = for_batch(self.shadow.rule, scores_BU, layout, running.batch)
         skipped_frac = float(layout.skipped_frac(layout.join(heads_BLG.any(0, keepdim=True), neurons_LG[None]))[0])
         record.skipped_frac.append(skipped_frac)
