@@ -114,9 +114,11 @@ def _product(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> T
 
 def _activated(x_BR: Tensor, activation: str) -> Tensor:
     assert activation in ACTIVATIONS, f"expected one of {ACTIVATIONS}, got {activation!r}"
-    if activation == "gelu_tanh":
-        return functional.gelu(x_BR, approximate="tanh")
-    return {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}[activation](x_BR)
+    if activation == "silu":
+        return functional.silu(x_BR)
+    if activation == "relu":
+        return functional.relu(x_BR)
+    return functional.gelu(x_BR, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _given(y_BO: Tensor, like: Tensor, out: Tensor | None) -> Tensor:

@@ -51,7 +51,7 @@ TILES = {
     "rows_gate": {1: Tiles(2, 1024, 4), 2: Tiles(2, 1024, 4), 4: Tiles(2, 1024, 4), 8: Tiles(2, 1024, 4)},
     "columns_dot": {1: Tiles(4, 1024, 4), 2: Tiles(4, 1024, 4), 4: Tiles(4, 1024, 4), 8: Tiles(4, 1024, 4)},
     "rows_sum": {
-        1: Tiles(4, 256, 4, 792), 2: Tiles(4, 256, 4, 792), 4: Tiles(4, 256, 4, 528), 8: Tiles(4, 256, 4, 528),
+        1: Tiles(4, 256, 4, 792), 2: Tiles(4, 256, 4, 792), 4: Tiles(4, 256, 4, 528), 8: Tiles(2, 256, 4, 528),
     },
 }  # fmt: skip
 
@@ -161,8 +161,8 @@ def rows_sum(
 
 def splits(outputs: int, kept: int, tiles: Tiles) -> int:
     """Into how many shares the kept rows go: enough to fill the chip, each of at least one step."""
-    most = triton.cdiv(kept, tiles.rows * tiles.warps)
-    return max(1, min(tiles.programs // triton.cdiv(outputs, tiles.columns), most))
+    most = -(-kept // (tiles.rows * tiles.warps))
+    return max(1, min(tiles.programs // -(-outputs // tiles.columns), most))
 
 
 def workspace_for(
