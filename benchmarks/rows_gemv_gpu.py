@@ -126,7 +126,8 @@ def relative_error(
     """Against a float64 product, in which nothing counts less than a normal number; NaN is infinitely wrong."""
     small = [weight.double() for weight in compacted(product, weights, units_K)]
     expected = linear(product, small, x_BI.double(), activation)
-    error = float((found.double() - expected).norm() / expected.norm().clamp(min=torch.finfo(found.dtype).smallest_normal))
+    size = expected.norm().clamp(min=torch.finfo(found.dtype).smallest_normal)
+    error = float((found.double() - expected).norm() / size)
     return error if error == error else float("inf")
 
 
@@ -219,7 +220,6 @@ def measure(name: str, keeps: list[float], counts: list[int], seconds: float, by
     """Rows of the result for one kernel."""
     product = PRODUCTS[name]
     every = [product.weights() for _ in range(copies_of(kept_bytes(product, min(keeps))))]
-    full = every
     for keep in keeps:
         nbytes = kept_bytes(product, keep)
         sets = every[: copies_of(nbytes)]
@@ -230,7 +230,7 @@ def measure(name: str, keeps: list[float], counts: list[int], seconds: float, by
             wide_BI = product.inputs(tokens, product.units)
             works = {
                 "rows": works_of(product, sets, units, x_BI),
-                "dense": [partial(linear, product, weights, wide_BI) for weights in full[: len(sets)]],
+                "dense": [partial(linear, product, weights, wide_BI) for weights in sets],
                 "compact": [partial(linear, product, weights, x_BI) for weights in small],
             }
             times = interleaved({key: (graph_of(work), len(work)) for key, work in works.items()}, seconds)
