@@ -17,7 +17,7 @@ takes one small product and a copy of the weights that stay for every sequence.
     niwaki compress MODEL OUT --method shadow --target 0.5 --calibration mine.txt --samples 256 --seq-len 512
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from niwaki.config import Sparsity, Target
 from niwaki.contextual.criteria import CRITERIA
 from niwaki.contextual.predictor import FEATURES, Predictor, fit
 from niwaki.contextual.record import Running
-from niwaki.contextual.selection import SCOPES, Rule
+from niwaki.contextual.selection import SCOPES, Rule, Variant
 from niwaki.contextual.traces import Traces
 from niwaki.contextual.units import Layout
 from niwaki.errors import InputError
@@ -40,11 +40,14 @@ PAPER = "Akhauri et al. 2024, ShadowLLM: Predictor-based Contextual Sparsity (re
 ACCEPTS = (Sparsity,)
 CONTINUES = False
 NEURON_WIDTHS = (1, 32, 64, 128)
+AUTO = "auto"
+CANDIDATES = {"head_criterion": ("plainact", "fisher", "energy"), "criterion": ("fisher", "energy", "plainact")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`head_criterion`, `criterion`: what the importance of heads and of neurons is. `features`: what the predictor
+    """`head_criterion`, `criterion`: what the importance of heads and of neurons is; auto tries those of CANDIDATES on
+    `trial_windows` of the calibration, see `settle`. `features`: what the predictor
     reads, joined by + of last, mean, prompt; none for no learned part. `trust`: whether what the prompt showed of a
     unit corrects what is expected of it.
 
@@ -53,8 +56,9 @@ class Config:
     parameters of the predictor, as a share of the decoder's. The others: see `contextual.record.Running`.
     """
 
-    head_criterion: str = "plainact"
-    criterion: str = "fisher"
+    head_criterion: str = AUTO
+    criterion: str = AUTO
+    trial_windows: int = 32
     features: str = "last+mean+prompt"
     trust: bool = True
     scope: str = "local"
@@ -70,22 +74,27 @@ class Config:
     most_deviation: float = 0.0
 
     def __post_init__(self) -> None:
-        choices = {"head_criterion": CRITERIA, "criterion": CRITERIA, "scope": SCOPES, "neuron_width": NEURON_WIDTHS}
+        criteria = (AUTO, *CRITERIA)
+        choices = {"head_criterion": criteria, "criterion": criteria, "scope": SCOPES, "neuron_width": NEURON_WIDTHS}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
         if self.features != "none" and not set(self.features.split("+")) <= set(FEATURES):
             all_features = ", ".join(FEATURES)
             raise ValueError(f"features must be none, or some of {all_features} joined by +, got {self.features!r}")
-        if self.cuts < 1 or self.gradient_windows < 1:
-            raise ValueError("expected cuts ≥ 1 and gradient_windows ≥ 1")
+        if min(self.cuts, self.gradient_windows, self.trial_windows) < 1:
+            raise ValueError("expected cuts ≥ 1, gradient_windows ≥ 1 and trial_windows ≥ 1")
         if not (0 <= self.floor_frac < 1 and 0 < self.size_frac < 1):
             raise ValueError("expected floor_frac in [0, 1) and size_frac in (0, 1)")
 
+    def candidates(self, option: str) -> tuple[str, ...]:
+        """The criteria that `head_criterion` or `criterion` leaves open."""
+        return CANDIDATES[option] if getattr(self, option) == AUTO else (getattr(self, option),)
+
     @property
     def criteria(self) -> tuple[str, ...]:
-        """Those of heads and of neurons, each once."""
-        return tuple(dict.fromkeys((self.head_criterion, self.criterion)))
+        """All that may be used, of heads and of neurons, each once."""
+        return tuple(dict.fromkeys(name for option in CANDIDATES for name in self.candidates(option)))
 
     @property
     def running(self) -> dict[str, Any]:
@@ -117,6 +126,51 @@ def compress(
 def rule(config: Config, skip_frac: float) -> Rule:
     """How scores become the units that run."""
     return Rule(skip_frac, config.scope, config.floor_frac)
+
+
+Measure = Callable[[Sequence[Variant]], list[float]]
+
+
+def trial_rows(windows: int, config: Config) -> range:
+    """The windows, the last ones, that trials are held on: at most a quarter of all."""
+    return range(windows - max(1, min(config.trial_windows, windows // 4)), windows)
+
+
+def settle(
+    traces: Mapping[str, Traces],
+    layout: Layout,
+    config: Config,
+    skip_frac: float,
+    decoder_weights: int,
+    measure: Measure,
+) -> tuple[Config, dict[str, Any]]:
+    """The options with every `auto` replaced by what loses least, and the losses of all that was tried.
+
+    Predictors learn from the other windows; `measure` gives the loss of variants on those of `trial_rows`, each with
+    the prompt of one of its cuts, in turn. Heads are settled first, beside the first candidate of neurons, then these.
+
+    Cost: a fit and a forward of those windows for every candidate.
+    """
+    windows = len(traces[config.criteria[0]]) // config.cuts
+    held = trial_rows(windows, config)
+    rows_S = torch.tensor([window * config.cuts + window % config.cuts for window in held])
+    settled = replace(config, **{option: config.candidates(option)[0] for option in CANDIDATES})
+    tried: dict[str, dict[str, float]] = {}
+
+    def variant(choice: Config) -> Variant:
+        found = samples(traces, layout, choice)
+        train, judge = found.take(slice(0, held.start * config.cuts)), found.take(rows_S)
+        predictor, _ = learn(train, layout, choice, decoder_weights)
+        scores_SU = predictor.scores(judge.last_ND, judge.mean_ND, judge.prompt_NU)
+        return Variant(rule(choice, skip_frac).select(scores_SU, layout), choice.stand_in)
+
+    for option in CANDIDATES:
+        choices = {name: replace(settled, **{option: name}) for name in config.candidates(option)}
+        if len(choices) > 1:
+            losses = measure([variant(choice) for choice in choices.values()])
+            tried[option] = dict(zip(choices, losses, strict=True))
+            settled = choices[min(tried[option], key=lambda name: tried[option][name])]
+    return settled, tried
 
 
 def samples(traces: Mapping[str, Traces], layout: Layout, config: Config) -> Traces:
