@@ -79,16 +79,9 @@ class ShadowJob(CompressionJob):
         )  # fmt: skip
         method, weights = self.steps[0].contextual, self.decoder.anatomy.weights
         traces = {name: found.to(self.device) for name, found in traces.items()}
+        skip_frac = self.target.zeros_frac
         config, tried = settle_by_trial(
-            method,
-            self.config,
-            traces,
-            self.layout,
-            self.target.zeros_frac,
-            self.decoder,
-            self.windows_ST,
-            make,
-            report,
+            method, self.config, traces, self.layout, skip_frac, self.decoder, self.windows_ST, make, report
         )
         samples = method.samples(traces, self.layout, config)
         predictor, found = method.learn(samples, self.layout, config, weights)

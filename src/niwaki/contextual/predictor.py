@@ -149,20 +149,21 @@ def kept_share(predictor: Predictor, judge: Traces, layout: Layout, share: float
 
 def _fit(traces: Traces, layout: Layout, features: Sequence[str], rank: int, penalty: float) -> Predictor:
     """The learned part on all of these samples, without trust."""
-    heads, trust_K2 = layout.blocks * layout.count("heads"), torch.zeros(2, 2)
     score_NU, prompt_NU = traces.score_NU.float(), traces.prompt_NU.float()
+    heads, trust_K2 = layout.blocks * layout.count("heads"), score_NU.new_zeros(2, 2)
     prior_U, typical_U = score_NU.mean(0).clamp_min(SMALLEST), prompt_NU.mean(0).clamp_min(SMALLEST)
     if not features:
-        none = torch.zeros(0)
+        none = score_NU.new_zeros(0)
         return Predictor((), heads, prior_U, typical_U, trust_K2, none, none, none.view(0, 0), none.view(0, 0))
     rest_NU, seen_NU = score_NU / prior_U - 1, seen(prompt_NU, typical_U)
+    rest_NU[:, :heads] = 0  # nothing is learned for heads
     groups = [gather([name], traces.last_ND, traces.mean_ND, seen_NU) for name in features]
     raw_NF = torch.cat(groups, dim=1)
     center_F, scale_F = raw_NF.mean(0), 1 / raw_NF.std(0).clamp_min(1e-6)
     inputs_NF = ((raw_NF - center_F) * scale_F).clamp(-LIMIT, LIMIT)
-    weight_F = torch.cat([torch.full((g.shape[1],), 1 / g.shape[1]) for g in groups])  # groups count alike
+    weight_F = torch.cat([g.new_full((g.shape[1],), 1 / g.shape[1]) for g in groups])  # groups count alike
     kernel_NN = (inputs_NF * weight_F) @ inputs_NF.T
-    ridge_NN = kernel_NN + penalty * len(groups) * torch.eye(len(kernel_NN))
+    ridge_NN = kernel_NN + penalty * len(groups) * torch.eye(len(kernel_NN), device=kernel_NN.device)
     weight_U = _weights(prior_U, layout)
     dual_NU = torch.linalg.solve(ridge_NN, rest_NU) * weight_U
     out_RU = _directions(kernel_NN @ dual_NU, rank)
