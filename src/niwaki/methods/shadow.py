@@ -5,14 +5,18 @@ for the whole model looks at the output of the first attention layer at the last
 every head and neuron will be. The paper's text could not be read; its released code could, and is not followed where it
 cannot be deployed: there the mask of a text is chosen from its last token, and masks of neurons change nothing.
 
+What importance is best depends on the model, so it is tried: the criteria of heads and of neurons are those whose
+masks, chosen from prompts as they will be, cost the least loss on calibration windows kept out of the fit.
+
 What is ours: the prompt runs dense, and only tokens already seen choose what runs (`contextual.predictor` has the map,
 `contextual.criteria` the importance). Beside the paper's feature the predictor may read the mean over the prompt and
 how active every unit was in it, and it is a factored linear map, fitted in closed form; GRIFFIN (Dong et al. 2024) and
 static masks are its special cases. Deviation: gated neurons are scored at h = act(gate)·up, heads in groups that share
 keys.
 
-Cost: learning takes `tracing` and N²·(F + U) operations for N samples; running reads the prompt with all weights, then
-takes one small product and a copy of the weights that stay for every sequence.
+Cost: learning takes `tracing`, N²·(F + U) operations for N samples, and for the trial the same and a forward of at most
+`trial_windows` windows for each of six candidates, one block in memory (`trial`); running reads the prompt with all
+weights, then takes one small product and a copy of the weights that stay for every sequence.
 
     niwaki compress MODEL OUT --method shadow --target 0.5 --calibration mine.txt --samples 256 --seq-len 512
 """
