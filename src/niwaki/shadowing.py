@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from niwaki.card import model_card
@@ -78,14 +77,12 @@ class ShadowJob(CompressionJob):
             activation_bytes=self.recipe.activation_bytes, folder=run.folder / RECORD / "journal", report=report,
         )  # fmt: skip
         method, weights = self.steps[0].contextual, self.decoder.anatomy.weights
-        traces = {name: found.to(self.device) for name, found in traces.items()}
         skip_frac = self.target.zeros_frac
         config, tried = settle_by_trial(
             method, self.config, traces, self.layout, skip_frac, self.decoder, self.windows_ST, make, report
         )
         samples = method.samples(traces, self.layout, config)
         predictor, found = method.learn(samples, self.layout, config, weights)
-        predictor = predictor.to(torch.device("cpu"))
         rule = method.rule(config, skip_frac)
         kept_BU = rule.select(predictor.prior_U[None], self.layout)
         found |= {
