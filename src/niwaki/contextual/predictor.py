@@ -19,7 +19,8 @@ decides; the more it differs, the more what was seen does. β and ν are one pai
 Everything is fitted in closed form, on the device of the samples: ridge regression of s_u/p_u − 1 on f, groups of
 features with equal weight, its fitted values cut to rank R (reduced-rank regression). Both the cut and the fit of β and
 ν, which is done on held-out samples, weigh units by p (relative to their block): what rarely matters is noise in
-relative terms. The penalty is the one that keeps most of the score there. N samples cost an N×N system and N²·(F + U) operations.
+relative terms. The penalty is the one that keeps most of the score there. N samples cost an N×N system and N²·(F + U)
+operations.
 
 Legend: N samples, B sequences, F features, U units, R rank, D hidden size, K kinds of units.
 """
