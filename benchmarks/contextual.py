@@ -6,8 +6,8 @@ DATA holds calibration.jsonl (predictors and static masks come from it alone), e
 Windows of P + `--continuation` tokens; the prompt runs dense, from P on skipped units put out nothing (or, where the
 label says so, their mean in the prompt). Every method skips the same number of head groups and neurons in every block.
 `shadow` is what `niwaki compress --method shadow` does by default, its trial for every target included. With `batch of 8
-shares neurons` the scores of a batch, each block's summing to one, are averaged, and every sequence runs the same
-neurons but its own heads; `union` says what batches keep when none loses anything.
+shares neurons` every sequence runs the same neurons and its own heads (`selection.for_batch`, whole batches alone);
+`unions` says what share of the neurons batches run when no sequence loses any of its own.
 
 Rivals: `static X` (mean criterion X over the calibration text; `static plainact heads, fisher neurons`: each its own), `griffin` (activations in the prompt, normalised by
 token; heads by the norm of what they put out), `dejavu` (a predictor for every block from its own heads' output at the
@@ -30,7 +30,7 @@ from niwaki.calibration import calibration_windows, evaluation_windows, load_tok
 from niwaki.checkpoint import Checkpoint
 from niwaki.contextual.criteria import CRITERIA
 from niwaki.contextual.predictor import fit
-from niwaki.contextual.selection import Rule, union
+from niwaki.contextual.selection import Rule, for_batch
 from niwaki.contextual.traces import Traces, prompt_lengths
 from niwaki.contextual.units import KINDS, Layout, find_layout
 from niwaki.device import pick_device
@@ -219,19 +219,18 @@ def correlate(traces, layout, weights):
     return correlations
 
 
-def shared(scores_BU, layout):
-    """Neurons by the mean over the batch of scores that sum to one in every block; heads of each sequence its own."""
-    heads_BLG, neurons_BLG = layout.split(scores_BU)
-    share_BLG = neurons_BLG / neurons_BLG.sum(2, keepdim=True)
-    return layout.join(heads_BLG, share_BLG.mean(0, keepdim=True).expand_as(share_BLG))
+def shared(rule, scores_BU, layout):
+    """The mask of every sequence [B, U] where the batch shares one choice of neurons."""
+    heads_BLG, neurons_LG = for_batch(rule, scores_BU, layout, "shared")
+    return layout.join(heads_BLG, neurons_LG.expand(len(scores_BU), -1, -1))
 
 
-def unions(kept_NU, layout):
-    """The share of the weights of all units that batches keep together, by their size."""
+def unions(rule, scores_NU, layout):
+    """The share of all neurons that batches run by the union of their sequences, by size."""
     return {
-        size: sum(1 - float(layout.skipped_frac(union(part))[0]) for part in parts) / len(parts)
+        size: sum(float(for_batch(rule, part, layout)[1].float().mean()) for part in parts) / len(parts)
         for size in UNIONS
-        if (parts := [part for part in kept_NU.split(size) if len(part) == size])
+        if (parts := [part for part in scores_NU.split(size) if len(part) == size])
     }
 
 
@@ -240,7 +239,7 @@ def measure(watch, windows, prompt, targets, rivals, learned, dejavu, sensitivit
     sums = defaultdict(lambda: [0.0, 0.0, 0.0, 0])
     generator = torch.Generator().manual_seed(seed)
     layout = watch.layout
-    kept = defaultdict(list)
+    found_BU = defaultdict(list)
     for ids_BT in windows.split(BATCH):
         ids_BT = ids_BT.to(sensitivity_U.device)
         dense, seen = watch.observe(ids_BT, prompt)
@@ -257,13 +256,14 @@ def measure(watch, windows, prompt, targets, rivals, learned, dejavu, sensitivit
             for label, (predictor, config) in learned[target].items():
                 found = predictor.scores(seen["last"][:, 0], seen["mean"], seen["prompt"])
                 scores[label] = found, config.stand_in
-            scores[f"shadow, batch of {BATCH} shares neurons"] = shared(scores["shadow"][0], layout), STAND_IN
-            for label, (row_BU, stand_in) in scores.items():
-                kept_BU = Rule(target).select(row_BU, layout)
-                add(sums[label, target], watch.masked(ids_BT, prompt, kept_BU, stand_in), dense, ids_BT, prompt)
-                if label == "shadow":
-                    kept[target].append(kept_BU)
-    return sums, {target: unions(torch.cat(parts), layout) for target, parts in kept.items()}
+            rule, (own_BU, stand_in) = Rule(target), scores["shadow"]
+            masks = {label: (rule.select(row_BU, layout), share) for label, (row_BU, share) in scores.items()}
+            if len(ids_BT) == BATCH:
+                masks[f"shadow, batch of {BATCH} shares neurons"] = shared(rule, own_BU, layout), stand_in
+            for label, (kept_BU, share) in masks.items():
+                add(sums[label, target], watch.masked(ids_BT, prompt, kept_BU, share), dense, ids_BT, prompt)
+            found_BU[target].append(own_BU)
+    return sums, {target: unions(Rule(target), torch.cat(parts), layout) for target, parts in found_BU.items()}
 
 
 def add(total, logits, dense, ids_BT, prompt):
