@@ -165,7 +165,8 @@ def settle(
     windows = len(traces[config.criteria[0]]) // config.cuts
     held = trial_rows(windows, config)
     rows_S = torch.tensor([window * config.cuts + window % config.cuts for window in held])
-    settled = replace(config, **{option: config.candidates(option)[0] for option in CANDIDATES})
+    firsts: dict[str, Any] = {option: config.candidates(option)[0] for option in CANDIDATES}
+    settled = replace(config, **firsts)
     tried: dict[str, dict[str, float]] = {}
 
     def variant(choice: Config) -> Variant:
@@ -176,7 +177,8 @@ def settle(
         return Variant(rule(choice, skip_frac).select(scores_SU, layout), choice.stand_in)
 
     for option in CANDIDATES:
-        choices = {name: replace(settled, **{option: name}) for name in config.candidates(option)}
+        each: dict[str, dict[str, Any]] = {name: {option: name} for name in config.candidates(option)}
+        choices = {name: replace(settled, **chosen) for name, chosen in each.items()}
         if len(choices) > 1:
             losses = measure([variant(choice) for choice in choices.values()])
             tried[option] = dict(zip(choices, losses, strict=True))
