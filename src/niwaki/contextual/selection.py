@@ -94,7 +94,7 @@ def for_batch(rule: Rule, scores_BU: Tensor, layout: Layout, neurons: str = "uni
 
 
 def filled_up(kept_LG: Tensor) -> Tensor:
-    """Kept units [L, G] and some more, the first that were skipped, so that their number in every block is a multiple of
+    """Kept units [L, G] and the first skipped ones that it takes for their number in every block to be a multiple of
     64, or of less where blocks are small (128 steps at least from none to all): libraries multiply odd sizes slowly.
     """
     units = kept_LG.shape[1]
