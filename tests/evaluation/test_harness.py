@@ -114,9 +114,7 @@ def test_packed_and_smaller_models_beside_their_dense_one(
     text = write_texts(tmp_path / "text.jsonl")
     calibration = {"files": str(text), "samples": 8, "seq_len": 32}
     out = tmp_path / "out"
-    niwaki.compress(
-        dense, out, method=method, target=target, options=options, calibration=calibration, device="cpu"
-    )
+    niwaki.compress(dense, out, method=method, target=target, options=options, calibration=calibration, device="cpu")
     data = write_task(tmp_path / "tasks", questions(24))
     ours, theirs = both(out, tmp_path / "tasks", data, reference=dense, limit=20)
     assert ours["items"] == 20
@@ -183,5 +181,5 @@ def test_what_is_wrong_is_told_before_anything_runs(tmp_path: Path, monkeypatch:
 
 def test_a_misspelt_task_gets_a_suggestion(tmp_path: Path) -> None:
     write_task(tmp_path / "tasks", questions(4))
-    with pytest.raises(InputError, match="unknown lm_eval task 'hellaswagg': did you mean 'hellaswag'?"):
+    with pytest.raises(InputError, match=r"unknown lm_eval task 'hellaswagg': did you mean 'hellaswag'\?"):
         niwaki.evaluate(tiny_llama(tmp_path / "model"), lm_eval="hellaswagg", include_path=tmp_path / "tasks")

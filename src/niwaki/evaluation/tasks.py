@@ -92,7 +92,9 @@ def buckets(items: list[Item], tokenizer: Any, positions: int | None) -> list[Bu
         for choice, (context, continuation) in enumerate(item.pairs):
             ids, split = _encode(context, continuation, tokenizer)
             if len(ids) < 2:
-                raise CalibrationError(f"question {index}: {context + continuation!r} is a single token, nothing to predict")
+                raise CalibrationError(
+                    f"question {index}: {context + continuation!r} is a single token, nothing to predict"
+                )
             excess = 0 if positions is None else max(0, len(ids) - positions - 1)
             if split - excess < 1:
                 raise CalibrationError(f"question {index}: the continuation alone exceeds the {positions} positions")
