@@ -47,7 +47,7 @@ def facts(name: str) -> str:
         ["After another method in a chain", "yes" if method.CONTINUES else "no"],
         ["Cost", _cost(method.__doc__)],
     ]
-    return _table(["", ""], rows)
+    return _table(rows[0], rows[1:])
 
 
 def options(name: str) -> str:
@@ -62,10 +62,12 @@ def options(name: str) -> str:
 
 def works(name: str) -> str:
     """The docstring of a method without its title, its cost and its example: the formulas and every deviation."""
-    kept = []
-    for paragraph in re.split(r"\n\s*\n", get_method(name).__doc__.strip()):
-        if not paragraph.startswith("    ") and not re.match(r"[Cc]ost:", paragraph):
-            kept.append(re.sub(r"(?<=[:;])\n(?=- |\d+\. )", "\n\n", paragraph))
+    paragraphs = re.split(r"\n\s*\n", get_method(name).__doc__.strip())
+    kept = [
+        re.sub(r"(?<=[:;])\n(?=- |\d+\. )", "\n\n", paragraph)  # Markdown wants a line between text and list
+        for paragraph in paragraphs
+        if not paragraph.startswith("    ") and not re.match(r"[Cc]ost:", paragraph)
+    ]
     return "\n\n".join(kept[1:]).replace("Source:", "**Source:**") + "\n"
 
 
@@ -118,18 +120,11 @@ def speed(name: str) -> str:
         found = json.loads(path.read_text(encoding="utf-8"))
         shape = re.search(r"Llama-2-\w+", found["what"])
         assert shape is not None
-        for row in found["rows"]:
-            if row["method"] == name:
-                timed = "whole" if "extrapolated_s" not in row else "some blocks, extrapolated"
-                seconds = row.get("extrapolated_s", row["seconds"])
-                variant = _variant(row)
-                rows.append(
-                    [shape[0], row["target"], variant, f"{seconds:,.0f} s, {timed}", f"{row['peak_device_gb']:.1f} GB"]
-                    + [found["device"], _link(path)]
-                )
+        at = [shape[0], found["device"], _link(path)]
+        rows += [[*_timed(row), *at] for row in found["rows"] if row["method"] == name]
     if not rows:
         return "The time on large models was not measured.\n"
-    head = ["shape", "target", "options", "time", "GPU memory", "device", "source"]
+    head = ["target", "options", "time", "GPU memory", "shape", "device", "source"]
     return "Random weights, 128 windows of 2048 tokens, from opening the checkpoint to the closed result:\n\n" + _table(
         head, rows
     )
@@ -166,7 +161,7 @@ def commands(_: str) -> str:
         parts.append(f"## {name}\n\n{_plain(command.help)}\n\n```text\nniwaki {name} {usage} [OPTIONS]\n```\n")
         rows = [[f"`{p.name.upper()}`", "", _plain(p.help)] for p in arguments]
         rows += [_option(p) for p in command.params if p.param_type_name == "option" and p.name != "help"]
-        parts.append(_table(["", "default", ""], rows))
+        parts.append(_table(["", "default", "what it is"], rows))
     return "\n".join(parts)
 
 
@@ -211,6 +206,12 @@ def _quality_row(row: Mapping[str, Any]) -> list[str]:
     return [row["target"], _variant(row), stored, *(_spread(row[text]) for text in TEXTS)]
 
 
+def _timed(row: Mapping[str, Any]) -> list[str]:
+    how = "whole" if "extrapolated_s" not in row else "some blocks, extrapolated"
+    seconds = row.get("extrapolated_s", row["seconds"])
+    return [row["target"], _variant(row), f"{seconds:,.0f} s, {how}", f"{row['peak_device_gb']:.1f} GB"]
+
+
 def _variant(row: Mapping[str, Any]) -> str:
     given = [f"{name}={value}" for name, value in (row.get("options") or {}).items()]
     given += [f"--allocation {row['allocation']}"] if row.get("allocation") else []
@@ -251,7 +252,7 @@ def _contextual(path: Path) -> str:
 
 
 def _spread(found: Mapping[str, Any]) -> str:
-    return f"{found['mean']:.2f}" + (f" ± {found['stdev']:.2f}" if found["stdev"] is not None else "")
+    return f"{found['mean']:.2f}" + (f"\u00a0±\u00a0{found['stdev']:.2f}" if found["stdev"] is not None else "")
 
 
 def _option(option: Any) -> list[str]:
@@ -261,7 +262,7 @@ def _option(option: Any) -> list[str]:
     if shown is not None:
         return [names, f"`{shown[1]}`" if " " not in shown[1] else shown[1], text[: shown.start()]]
     default = option.default
-    said = "required" if option.required else "" if default in (None, False, ()) else f"`{default}`"
+    said = "required" if option.required else "" if default is None or default is False else f"`{default}`"
     return [names, said, text]
 
 

@@ -51,8 +51,18 @@ def test_every_method_has_a_page_with_all_its_parts() -> None:
 def test_numbers_are_those_of_the_measurements() -> None:
     found = json.loads((ROOT / "benchmarks/results/quality-quantized-llama-28m.json").read_text())
     row = next(row for row in found["rows"] if row["label"] == "squeeze10" and row["target"] == "2.0bit")
-    said = f"| 2.0bit |  | {row['runs'][0]['bits']:.2f} true bits | {row['reviews']['mean']:.2f} ± "
+    said = f"| 2.0bit |  | {row['runs'][0]['bits']:.2f} true bits | {row['reviews']['mean']:.2f}\u00a0±\u00a0"
     assert said in (DOCS / "methods/squeeze10.md").read_text(encoding="utf-8")
+
+
+def test_the_command_line_shows_defaults_and_what_is_required() -> None:
+    text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    evaluate = text.partition("## evaluate")[2].partition("\n## ")[0]
+    assert "| `--seq-len` | `1024` | Tokens per window. |" in evaluate
+    assert "niwaki evaluate MODEL [OPTIONS]" in evaluate and '{"pairs": [[context, continuation], ...]' in evaluate
+    generate = text.partition("## generate")[2].partition("\n## ")[0]
+    assert "| `--seed` | `0` | Seed for sampling. |" in generate
+    assert "| `--to` | required |" in text and "| `--samples` | `128` | Calibration windows. |" in text
 
 
 def test_a_changed_option_makes_a_page_stale(monkeypatch: pytest.MonkeyPatch) -> None:
