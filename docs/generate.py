@@ -120,7 +120,7 @@ def speed(name: str) -> str:
         found = json.loads(path.read_text(encoding="utf-8"))
         shape = re.search(r"Llama-2-\w+", found["what"])
         assert shape is not None
-        at = [shape[0], found["device"], _link(path)]
+        at = [shape[0], found["device"], _link(path).replace(path.stem, "JSON", 1)]
         rows += [[*_timed(row), *at] for row in found["rows"] if row["method"] == name]
     if not rows:
         return "The time on large models was not measured.\n"
