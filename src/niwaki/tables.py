@@ -62,6 +62,8 @@ def print_scores(console: Console, result: dict[str, Any]) -> None:
     if rows:
         more = ["dense", "normalised"] if compared else []
         print_table(console, ["task", "items", "accuracy", "normalised", *more], rows)
+    if (result["tokens"] or result["tasks"]) and "note" in result:
+        console.print(f"note: {result['note']}", highlight=False, soft_wrap=True)
     if "lm_eval" in result:
         _print_harness(console, result["lm_eval"])
 

@@ -12,6 +12,7 @@ import torch
 import niwaki
 from helpers import tiny_llama, write_sentencepiece, write_texts
 from niwaki.calibration import load_tokenizer
+from niwaki.cli import main
 from niwaki.demo import sapling
 from niwaki.errors import InputError
 
@@ -138,7 +139,9 @@ def test_contextual_models_are_scored_as_they_write(tmp_path: Path) -> None:
     )  # fmt: skip
     rows = questions(6, words=20)
     write_task(tmp_path / "tasks", rows)
-    found = niwaki.evaluate(model, lm_eval="mine", include_path=tmp_path / "tasks", device="cpu")["lm_eval"]
+    result = niwaki.evaluate(model, lm_eval="mine", include_path=tmp_path / "tasks", device="cpu")
+    assert "measured with all weights" in result["note"]
+    found = result["lm_eval"]
     tokenizer, decoder = load_tokenizer(model), niwaki.load(model, device="cpu", dtype=torch.float32)
     right = sparse = 0
     for row in rows:
@@ -159,7 +162,45 @@ def test_contextual_models_are_scored_as_they_write(tmp_path: Path) -> None:
     assert found["contextual"]["sparse_tokens"] == sparse > 0 == found["contextual"]["dense_tokens"]
 
 
-def test_what_is_wrong_is_told_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `niwaki evaluate ARGUMENTS`."""
+    sys.argv = ["niwaki", "evaluate", *map(str, arguments)]
+    code = 0
+    try:
+        main()
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_the_command_prints_and_writes_both_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llama(tmp_path / "model")
+    write_task(tmp_path / "tasks", questions(8))
+    scores = tmp_path / "scores.json"
+    given = ["--lm-eval", "mine", "--include-path", tmp_path / "tasks", "--json", scores, "--device", "cpu"]
+    code, printed, _ = run(capsys, model, "--reference", model, *given)
+    assert code == 0
+    found = json.loads(scores.read_text())["lm_eval"]
+    assert found["results"] == found["reference"]["results"] and found["n-shot"] == {"mine": 0}
+    metrics = found["results"]["mine"]
+    value = f"{metrics['acc_norm,none']:.4g} ± {metrics['acc_norm_stderr,none']:.2g}"
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "│" in line]
+    assert ["mine", "acc_norm", value, value] in rows
+
+
+def test_without_the_package_one_line_tells_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama(tmp_path / "model")
+    monkeypatch.setattr("niwaki.evaluation.harness.installed", lambda: False)
+    code, printed, errors = run(capsys, model, "--lm-eval", "arc_easy", "--json", tmp_path / "scores.json")
+    assert code == 2 and printed == "" and len(errors.splitlines()) == 1
+    assert errors == "error: --lm-eval needs lm-evaluation-harness: pip install 'niwaki[lm-eval]'\n"
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_what_is_wrong_is_told_before_anything_runs(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model")
     data = write_task(tmp_path / "tasks", questions(4))
     (tmp_path / "tasks/broken.yaml").write_text(
@@ -173,10 +214,6 @@ def test_what_is_wrong_is_told_before_anything_runs(tmp_path: Path, monkeypatch:
     ]:
         with pytest.raises(InputError, match=message):
             niwaki.evaluate(model, device="cpu", **arguments)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'niwaki\[lm-eval\]'"):
-        niwaki.evaluate(model, lm_eval="mine", device="cpu")
 
 
 def test_a_misspelt_task_gets_a_suggestion(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from niwaki.block import Decoder
 from niwaki.calibration import check_seq_len, check_sources, evaluation_windows, load_tokenizer, read_texts
 from niwaki.checkpoint import Checkpoint
 from niwaki.config import as_files
+from niwaki.contextual.record import has_shadow
 from niwaki.device import pick_device, pick_dtype
 from niwaki.errors import InputError
 from niwaki.evaluation.divergence import compare_windows
@@ -26,6 +27,7 @@ from niwaki.stream import Stream
 from niwaki.walk import Report, forward
 
 SEQ_LEN = 1024
+DENSE_NOTE = "texts and task files were measured with all weights; --lm-eval measures with those that were chosen"
 
 
 def evaluate(
@@ -91,6 +93,8 @@ def evaluate(
             "tokens": {path: ids_ST.numel() for path, ids_ST in windows.items()},
             **_compare_all(passed, list(windows)),
         }
+        if has_shadow(decoders[0].checkpoint.folder):
+            result["note"] = DENSE_NOTE
         result["tasks"] = {path: _score_all(passed, path, questions[path]) for path in tasks}
         del passed
     if harness is not None:

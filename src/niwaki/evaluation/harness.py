@@ -53,14 +53,14 @@ def find_tasks(
         if include_path is not None or num_fewshot is not None:
             raise InputError("include_path and num_fewshot belong to tasks of lm_eval: name some with --lm-eval TASKS")
         return None
-    if importlib.util.find_spec("lm_eval") is None:
+    if not installed():
         raise InputError("--lm-eval needs lm-evaluation-harness: pip install 'niwaki[lm-eval]'")
     from lm_eval.tasks import TaskManager
 
     folder = None if include_path is None else str(include_path)
     with _quiet(f"lm_eval cannot read the tasks in {folder}"):
         manager = None if folder is None else TaskManager(include_path=folder, include_defaults=False)
-        if manager is None or not all(manager.match_tasks([name]) for name in wanted):
+        if manager is None or not all(name in manager.all_subtasks for name in wanted):  # groups may hold others' tasks
             manager = TaskManager(include_path=folder)
     for name in wanted:
         if not manager.match_tasks([name]):
@@ -70,6 +70,11 @@ def find_tasks(
     with _quiet(f"lm_eval cannot load {', '.join(found)}"):
         manager.load(list(found))  # before hours are spent on the rest: data sets that cannot be had fail here
     return Tasks(found, manager, num_fewshot, limit)
+
+
+def installed() -> bool:
+    """Whether the package is there, without the seconds that importing it takes."""
+    return importlib.util.find_spec("lm_eval") is not None
 
 
 def run_tasks(tasks: Tasks, folder: Path, *, device: str, dtype: torch.dtype) -> dict[str, Any]:
