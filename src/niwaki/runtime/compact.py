@@ -14,7 +14,7 @@ width of a unit, C channels of a head.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -185,46 +185,56 @@ def compact(
     buffers: Buffers,
     stand_ins: Mapping[int, Tensor] | None = None,
 ) -> Compact:
-    """Copies the units that are true into `buffers`. All sequences must keep equally many heads of a block.
+    """Copies the units that are true into `buffers`. All sequences must keep equally many heads of a block. The masks
+    lie on the CPU: they are read here, and a GPU would have to be waited for each time.
 
     `stand_ins`: by block, activations [B, I] that take the place of those of skipped neurons.
     """
     swaps: list[Swap] = []
     for index, block in enumerate(blocks):
-        part = _Part(index, block, buffers)
-        if not bool(heads_BLG[:, index].all()):
-            swaps += _heads(part, layout.units["heads"], heads_BLG[:, index])
-        if not bool(neurons_LG[index].all()):
+        kept_BG, kept_G = heads_BLG[:, index], neurons_LG[index]
+        if not bool(kept_BG.all()):
+            swaps += _heads(_Part(index, block, buffers, kept_BG.any(0)), layout.units["heads"], kept_BG)
+        if not bool(kept_G.all()):
             mean_BI = None if stand_ins is None else stand_ins[index]
-            swaps += _neurons(part, layout.units["neurons"], neurons_LG[index], mean_BI)
+            swaps += _neurons(_Part(index, block, buffers, kept_G), layout.units["neurons"], mean_BI)
     return Compact(swaps)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One block, and copies of some rows or columns of its matrices."""
+    """One block, and copies of the rows or columns of its matrices that belong to kept units of a kind."""
 
     index: int
     block: nn.Module
     buffers: Buffers
+    kept_G: Tensor
+    _places: dict[int, Tensor] = field(default_factory=dict)
+
+    def places(self, size: int, device: torch.device) -> Tensor:
+        """Where the kept units lie in a matrix that has `size` rows or columns of them."""
+        if size not in self._places:
+            found = self.kept_G.repeat_interleave(size // len(self.kept_G)).nonzero()[:, 0]
+            self._places[size] = found.to(device, non_blocking=True)
+        return self._places[size]
 
     def linear(self, name: str) -> nn.Linear:
         part = self.block.get_submodule(name)
         assert isinstance(part, nn.Linear)
         return part
 
-    def rows(self, name: str, kept_G: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the rows that units of a producer make."""
+    def rows(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the rows of a producer."""
         part, key = self.linear(name), (self.index, name)
-        rows = places(kept_G, part.out_features)
+        rows = self.places(part.out_features, part.weight.device)
         bias = None if part.bias is None else part.bias.index_select(0, rows)
         bias = None if bias is None else self.buffers.hold((self.index, f"{name}.bias"), bias)
         return self.buffers.rows(key, part.weight.detach(), rows), bias
 
-    def columns(self, name: str, kept_G: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the columns that read units."""
+    def columns(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the columns of the consumer."""
         part = self.linear(name)
-        columns = places(kept_G, part.in_features)
+        columns = self.places(part.in_features, part.weight.device)
         return self.buffers.columns((self.index, name), part.weight.detach(), columns), part.bias
 
     def swap(self, name: str, module: nn.Module) -> Swap:
@@ -232,26 +242,27 @@ class _Part:
         return Swap(self.block.get_submodule(owner), leaf, module)
 
 
-def _neurons(part: _Part, unit: Unit, kept_G: Tensor, mean_BI: Tensor | None) -> list[Swap]:
-    swaps = [part.swap(name, CompactLinear(*part.rows(name, kept_G))) for name in unit.producers]
+def _neurons(part: _Part, unit: Unit, mean_BI: Tensor | None) -> list[Swap]:
+    swaps = [part.swap(name, CompactLinear(*part.rows(name))) for name in unit.producers]
     extra_BD = None
     if mean_BI is not None:
         full = part.linear(unit.consumer)
-        skipped_BI = mean_BI.index_fill(1, places(kept_G, full.in_features), 0.0)
+        skipped_BI = mean_BI.index_fill(1, part.places(full.in_features, mean_BI.device), 0.0)
         extra_BD = part.buffers.hold((part.index, f"{unit.consumer}.extra"), linear(skipped_BI, full.weight))
-    return [*swaps, part.swap(unit.consumer, CompactLinear(*part.columns(unit.consumer, kept_G), extra_BD))]
+    return [*swaps, part.swap(unit.consumer, CompactLinear(*part.columns(unit.consumer), extra_BD))]
 
 
 def _heads(part: _Part, unit: Unit, kept_BG: Tensor) -> list[Swap]:
-    any_G, swaps = kept_BG.any(0), []
+    any_G, swaps = part.kept_G, []
     groups_BK = any_G.cumsum(0).sub(1).expand_as(kept_BG)[kept_BG].view(len(kept_BG), -1)  # places in the union
     if groups_BK.shape[1] == int(any_G.sum()):  # all sequences keep the same
-        swaps += [part.swap(name, CompactLinear(*part.rows(name, any_G))) for name in unit.producers]
-        swaps.append(part.swap(unit.consumer, CompactLinear(*part.columns(unit.consumer, any_G))))
+        swaps += [part.swap(name, CompactLinear(*part.rows(name))) for name in unit.producers]
+        swaps.append(part.swap(unit.consumer, CompactLinear(*part.columns(unit.consumer))))
     else:
+        groups_BK = groups_BK.to(part.linear(unit.consumer).weight.device)
         picked = part.buffers.hold((part.index, "groups"), groups_BK), int(any_G.sum())
-        swaps += [part.swap(name, PickedRows(*part.rows(name, any_G), *picked)) for name in unit.producers]
-        swaps.append(part.swap(unit.consumer, PickedColumns(*part.columns(unit.consumer, any_G), *picked)))
+        swaps += [part.swap(name, PickedRows(*part.rows(name), *picked)) for name in unit.producers]
+        swaps.append(part.swap(unit.consumer, PickedColumns(*part.columns(unit.consumer), *picked)))
     return swaps + _head_counts(part.block.get_submodule(unit.consumer.rpartition(".")[0]), kept_BG[0])
 
 
@@ -263,13 +274,11 @@ def cut_cache(cache: Any, heads_BLG: Tensor) -> None:
 
 def cut_heads(states_BGTC: Tensor, kept_BG: Tensor) -> Tensor:
     """Keys or values of the heads that each sequence keeps, [B, K, T, C]."""
-    kept_BG = kept_BG.to(states_BGTC.device)
-    return states_BGTC if bool(kept_BG.all()) else states_BGTC[kept_BG].unflatten(0, (len(kept_BG), -1))
-
-
-def places(kept_G: Tensor, size: int) -> Tensor:
-    """The rows or columns of the units that stay in a matrix that has `size` of them."""
-    return kept_G.repeat_interleave(size // len(kept_G)).nonzero()[:, 0]
+    if bool(kept_BG.all()):
+        return states_BGTC
+    sequences, groups = (places.to(states_BGTC.device) for places in kept_BG.nonzero(as_tuple=True))
+    kept_BKTC: Tensor = states_BGTC[sequences, groups].unflatten(0, (len(kept_BG), -1))
+    return kept_BKTC
 
 
 def _head_counts(attention: nn.Module, kept_G: Tensor) -> list[Swap]:

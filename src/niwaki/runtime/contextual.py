@@ -250,6 +250,7 @@ class Contextual:
         if 1 - skipped_frac > running.most_kept_frac:
             record.dense_because = f"the batch together needs {1 - skipped_frac:.0%} of the weights"
             return None
+        heads_BLG, neurons_LG = heads_BLG.cpu(), neurons_LG.cpu()
         kept = {"heads": heads_BLG[0].sum(1), "neurons": neurons_LG.sum(1)}
         record.kept.append({kind: kept_L.tolist() for kind, kept_L in kept.items()})
         stand_ins = self._stand_ins(sequence.reading)

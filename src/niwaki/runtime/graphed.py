@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from niwaki.anatomy import find_blocks
 from niwaki.errors import InputError
-from niwaki.runtime.compact import cut_heads
+from niwaki.runtime.compact import Compact, Swap, cut_heads
 from niwaki.runtime.contextual import Choice, Contextual
 
 WARM_UP = 2  # steps before the recording, so that libraries have their workspaces
@@ -39,11 +39,46 @@ def most_likely(logits_BV: Tensor) -> Tensor:
     return logits_BV.argmax(-1, keepdim=True)
 
 
+class Layer:
+    """Keys and values of one block in fixed memory; `slot_1` is the place of the next token."""
+
+    def __init__(self, keys_BGTC: Tensor, values_BGTC: Tensor, slot_1: Tensor) -> None:
+        self.keys_BGTC, self.values_BGTC, self.slot_1 = keys_BGTC, values_BGTC, slot_1
+
+    def update(self, keys_BG1C: Tensor, values_BG1C: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """What attention calls on a cache of transformers."""
+        self.keys_BGTC.index_copy_(2, self.slot_1, keys_BG1C)
+        self.values_BGTC.index_copy_(2, self.slot_1, values_BG1C)
+        return self.keys_BGTC, self.values_BGTC
+
+
+class Place(nn.Module):
+    """Stands for a block and gives it its own layer where the model gives the `cache` of all blocks, whatever the name
+    of that argument: so all blocks run the same compiled code.
+    """
+
+    def __init__(self, block: nn.Module, cache: Any, layer: Layer) -> None:
+        super().__init__()
+        self.block, self.cache, self.layer = block, cache, layer
+
+    def __getattr__(self, name: str) -> Any:
+        """What models ask their blocks for, such as the kind of attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own."""
+        given = {name: self.layer if value is self.cache else value for name, value in kwargs.items()}
+        return self.block(*(self.layer if value is self.cache else value for value in args), **given)
+
+
 @dataclass
 class Step:
     """One recorded forward, and the memory that it reads and writes."""
 
-    cache: Any
+    layers: list[Layer]
     ids_B1: Tensor
     positions_B1: Tensor
     mask_B11T: Tensor
@@ -120,35 +155,39 @@ class Graphed:
         return self._steps[key]
 
     def _record(self, choice: Choice | None, prompt: Any) -> Step:
-        from transformers import StaticCache
+        from transformers import DynamicCache
 
         count, device = len(prompt.layers[0].keys), prompt.layers[0].keys.device
-        cache: Any = StaticCache(config=self.model.config, max_cache_len=self.room)
-        for index, layer in enumerate(cache.layers):
-            layer.lazy_initialization(*(states[:, :, :1] for states in _kept(prompt.layers[index], choice, index)))
         ids_B1, positions_B1 = (torch.zeros(count, 1, dtype=torch.int64, device=device) for _ in range(2))
         mask_B11T = torch.zeros(count, 1, 1, self.room, dtype=torch.bool, device=device)
         slot_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        layers = []
+        for index, layer in enumerate(prompt.layers):
+            keys, values = _kept(layer, choice, index)
+            sizes = (*keys.shape[:2], self.room, keys.shape[3]), (*values.shape[:2], self.room, values.shape[3])
+            layers.append(Layer(keys.new_zeros(sizes[0]), values.new_zeros(sizes[1]), slot_1))
         rows = self.model.get_output_embeddings().weight.shape[0]
-        step = Step(
-            cache, ids_B1, positions_B1, mask_B11T, slot_1,
-            torch.zeros(count, rows, dtype=self.model.dtype, device=device),
-            choice is not None, lambda: None,
-        )  # fmt: skip
+        logits_BV = torch.zeros(count, rows, dtype=self.model.dtype, device=device)
+        step = Step(layers, ids_B1, positions_B1, mask_B11T, slot_1, logits_BV, choice is not None, lambda: None)
+        blocks, cache = find_blocks(self.model)[1], DynamicCache(config=self.model.config)
+        places = [Swap(blocks, str(index), Place(block, cache, layers[index])) for index, block in enumerate(blocks)]
 
         def forward() -> None:
             mask_B11T.index_fill_(3, slot_1, True)
-            with nullcontext() if self.contextual is None else self.contextual.applied(choice):
+            with (
+                nullcontext() if self.contextual is None else self.contextual.applied(choice),
+                Compact(places).applied(),
+            ):
                 output = self.model(
                     input_ids=ids_B1, attention_mask=mask_B11T, position_ids=positions_B1, past_key_values=cache,
                     use_cache=True,
                 )  # fmt: skip
-            step.logits_BV.copy_(output.logits[:, -1])
+            logits_BV.copy_(output.logits[:, -1])
             positions_B1.add_(1)
             slot_1.add_(1)
 
         if device.type == "cuda":
-            with _compiled(find_blocks(self.model)[1]) if self.compiled else nullcontext():
+            with _compiled(blocks) if self.compiled else nullcontext():
                 step.forward = _graph(forward)
         else:
             step.forward = forward
@@ -161,7 +200,8 @@ def _compiled(blocks: nn.ModuleList) -> Iterator[None]:
     for block in blocks:
         block.compile(dynamic=False)
     try:
-        yield
+        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):  # the number of a block is no constant
+            yield
     finally:
         for block in blocks:
             block._compiled_call_impl = None
@@ -193,9 +233,10 @@ def _kept(layer: Any, choice: Choice | None, index: int) -> tuple[Tensor, Tensor
 def _fill(step: Step, prompt: Any, choice: Choice | None, real_BT: Tensor, positions_BT: Tensor) -> None:
     """Puts what a prompt left where the recording reads it."""
     length = real_BT.shape[1]
-    step.cache.reset()
-    for index, layer in enumerate(step.cache.layers):
-        layer.update(*_kept(prompt.layers[index], choice, index))
+    for index, layer in enumerate(step.layers):
+        keys, values = _kept(prompt.layers[index], choice, index)
+        layer.keys_BGTC[:, :, :length] = keys
+        layer.values_BGTC[:, :, :length] = values
     step.positions_B1.copy_(positions_BT[:, -1:] + 1)
     step.mask_B11T.zero_()
     step.mask_B11T[:, 0, 0, :length] = real_BT.to(torch.bool)
