@@ -66,6 +66,29 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert ours["accuracy_norm_stderr"] == pytest.approx(theirs["acc_norm_stderr,none"])
 
 
+def record_likelihoods(monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[float]]:
+    """Log-likelihoods of all continuations, ours and lm_eval's, filled while both score."""
+    from niwaki.evaluation import tasks
+    from niwaki.evaluation.harness_model import Harnessed
+
+    ours: list[float] = []
+    theirs: list[float] = []
+    best, loglikelihood = tasks._best, Harnessed.loglikelihood
+
+    def recorded_best(values: list[float]) -> int:
+        ours.extend(values)
+        return best(values)
+
+    def recorded(self: Any, requests: Any, disable_tqdm: bool = False) -> Any:
+        found = loglikelihood(self, requests, disable_tqdm)
+        theirs.extend(value for value, _ in found)
+        return found
+
+    monkeypatch.setattr(tasks, "_best", recorded_best)
+    monkeypatch.setattr(Harnessed, "loglikelihood", recorded)
+    return ours, theirs
+
+
 def test_our_scorer_agrees_on_the_sapling(tmp_path: Path) -> None:
     data = write_task(tmp_path / "tasks", questions(90))
     ours, theirs = both(sapling(), tmp_path / "tasks", data)
@@ -93,7 +116,9 @@ def awkward() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("first_token", [False, True], ids=["byte pairs", "a first token, ▁ for spaces"])
-def test_our_scorer_agrees_on_awkward_contexts(first_token: bool, tmp_path: Path) -> None:
+def test_our_scorer_agrees_on_awkward_contexts(
+    first_token: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_llama(tmp_path / "model", hidden_size=64, bos_token_id=1 if first_token else 0)
     if first_token:
         write_sentencepiece(model, 1000)
@@ -101,7 +126,10 @@ def test_our_scorer_agrees_on_awkward_contexts(first_token: bool, tmp_path: Path
     rows = awkward()
     assert len(tokenizer(rows[0]["pairs"][0][0])["input_ids"]) > 64, "longer than the model's positions"
     data = write_task(tmp_path / "tasks", rows)
+    ours, theirs = record_likelihoods(monkeypatch)
     assert_same(*both(model, tmp_path / "tasks", data))
+    count = sum(len(row["pairs"]) for row in rows)
+    assert len(theirs) == count and ours[:count] == pytest.approx(theirs, abs=1e-3), "not only the same choices"
 
 
 @pytest.mark.parametrize(
