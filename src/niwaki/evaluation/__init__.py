@@ -91,12 +91,10 @@ def evaluate(
             "seq_len": seq_len,
             "dtype": str(decoders[0].dtype).removeprefix("torch."),
             "tokens": {path: ids_ST.numel() for path, ids_ST in windows.items()},
+            **({"note": DENSE_NOTE} if has_shadow(decoders[0].checkpoint.folder) else {}),
             **_compare_all(passed, list(windows)),
         }
-        if has_shadow(decoders[0].checkpoint.folder):
-            result["note"] = DENSE_NOTE
         result["tasks"] = {path: _score_all(passed, path, questions[path]) for path in tasks}
-        del passed
     if harness is not None:
         found = [run_tasks(harness, d.checkpoint.folder, device=device, dtype=d.dtype) for d in decoders]
         result["lm_eval"] = found[0] if reference is None else {**found[0], "reference": found[1]}

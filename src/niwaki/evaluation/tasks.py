@@ -43,7 +43,7 @@ class Bucket:
 
     ids_ST: Tensor
     places: list[tuple[int, int]]  # (item, choice) of every sequence
-    firsts: list[int]  # the position that predicts the first token of its continuation
+    spans: list[tuple[int, int]]  # first and last+1 token of its continuation
     wanted: list[list[int]]  # the tokens of its continuation
 
 
@@ -106,22 +106,10 @@ def buckets(items: list[Item], tokenizer: Any, positions: int | None) -> list[Bu
 
 def score(items: list[Item], found: list[tuple[Bucket, Stream]], logits: Logits) -> dict[str, Any]:
     """Accuracy, length-normalised accuracy and their standard errors."""
-    likelihoods = [[0.0] * len(item.pairs) for item in items]
-    for bucket, stream in found:
-        for rows in stream.slices():
-            logprobs_BTV = logits(stream, rows).log_softmax(-1)
-            for position, row in enumerate(range(rows.start, rows.stop)):
-                first, wanted = bucket.firsts[row], bucket.wanted[row]
-                wanted_T1 = torch.tensor(wanted, device=logprobs_BTV.device)[:, None]
-                chosen = logprobs_BTV[position, first : first + len(wanted)].gather(1, wanted_T1)
-                item, choice = bucket.places[row]
-                likelihoods[item][choice] = float(chosen.sum(dtype=torch.float64))
-    right = [_best(likelihoods[i]) == item.gold for i, item in enumerate(items)]
-    normed = [
-        [value / max(len(text), 1) for value, (_, text) in zip(likelihoods[i], item.pairs, strict=True)]
-        for i, item in enumerate(items)
-    ]
-    right_norm = [_best(values) == item.gold for values, item in zip(normed, items, strict=True)]
+    right, right_norm = (
+        [choice == item.gold for choice, item in zip(chosen, items, strict=True)]
+        for chosen in choices(items, likelihoods(items, found, logits))
+    )
     return {
         "items": len(items),
         "accuracy": sum(right) / len(items),
@@ -129,6 +117,34 @@ def score(items: list[Item], found: list[tuple[Bucket, Stream]], logits: Logits)
         "accuracy_norm": sum(right_norm) / len(items),
         "accuracy_norm_stderr": _stderr(right_norm),
     }
+
+
+def likelihoods(items: list[Item], found: list[tuple[Bucket, Stream]], logits: Logits) -> list[list[float]]:
+    """Summed log-likelihood of every continuation of every item."""
+    values = [[0.0] * len(item.pairs) for item in items]
+    for bucket, stream in found:
+        for rows in stream.slices():
+            logprobs_BTV = logits(stream, rows).log_softmax(-1)
+            for position, row in enumerate(range(rows.start, rows.stop)):
+                item, choice = bucket.places[row]
+                values[item][choice] = continued(logprobs_BTV[position], bucket, row)
+    return values
+
+
+def continued(logprobs_TV: Tensor, bucket: Bucket, row: int) -> float:
+    """Log-likelihood of the continuation in one sequence of a bucket."""
+    first, end = bucket.spans[row]
+    wanted_T1 = torch.tensor(bucket.wanted[row], device=logprobs_TV.device)[:, None]
+    return float(logprobs_TV[first - 1 : end - 1].gather(1, wanted_T1).sum(dtype=torch.float64))
+
+
+def choices(items: list[Item], values: list[list[float]]) -> tuple[list[int], list[int]]:
+    """The pair chosen for every item: by log-likelihood, and by log-likelihood a character."""
+    normed = [
+        [value / max(len(text), 1) for value, (_, text) in zip(own, item.pairs, strict=True)]
+        for own, item in zip(values, items, strict=True)
+    ]
+    return [_best(own) for own in values], [_best(own) for own in normed]
 
 
 def _item(row: Any) -> Item:
@@ -166,7 +182,7 @@ def _bucket(encoded: list[_Sequence], tokenizer: Any) -> Bucket:
     return Bucket(
         ids_ST,
         [entry.place for entry in encoded],
-        [entry.split - 1 for entry in encoded],
+        [(entry.split, len(entry.ids)) for entry in encoded],
         [entry.ids[entry.split :] for entry in encoded],
     )
 
