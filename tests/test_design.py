@@ -30,6 +30,7 @@ LAYERS = [
     ["backward"],
     ["gradients", "tracing", "trial"],
     ["card"],
+    ["measured"],
     ["stages"],
     ["job"],
     ["shaping", "shadowing"],
@@ -37,7 +38,7 @@ LAYERS = [
     ["evaluation", "generation"],
     ["recovery", "exporting", "gating", "adapting"],
     ["demo", "progress", "tables"],
-    ["contextual_commands"],
+    ["contextual_commands", "evaluation_commands"],
     ["cli"],
 ]
 LAYER_OF = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

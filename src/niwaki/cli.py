@@ -1,6 +1,5 @@
 """The command line: parse → config → call. Heavy imports happen inside the commands."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from niwaki import __version__, contextual_commands
+from niwaki import __version__, contextual_commands, evaluation_commands
 from niwaki.errors import InputError, NiwakiError
 
 app = typer.Typer(
@@ -26,7 +25,6 @@ DTYPE = "Arithmetic: auto (float32 on the CPU, else as stored), float32, bfloat1
 TARGET = "Zeros 0.5, 50%, 2:4, bits 4bit, 1.75bit, or 0.25+4bit of a chain. Required here or in the recipe."
 TARGET_BYTES = "Instead of a target: bytes of all matrices together, 1.7GB or 800MiB (squeeze10)."
 KEEP_BLOCKS = "Blocks that stay at 4 bits while the others make up for it: auto, none or 0,7 (squeeze10)."
-TASKS = 'Multiple choice, JSONL, a line each: {"pairs": [\\[context, continuation], ...], "gold": index}. Repeatable.'
 
 
 def _option(text: str, default: object) -> Any:
@@ -167,49 +165,6 @@ def recover(
 
 
 @app.command()
-def evaluate(
-    model: Model,
-    data: Annotated[list[str] | None, typer.Option(help=f"{TEXT} Repeatable.")] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help=TASKS)] = None,
-    reference: Annotated[str | None, typer.Option(help="Dense model: adds KL and top-1 agreement.")] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
-    max_tokens: Annotated[int | None, typer.Option(help="Use the first N tokens of every data file.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use the first N questions of every task file.")] = None,
-    field: Annotated[str, typer.Option(help="Text field of .jsonl and .parquet rows.")] = "text",
-    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
-    dtype: Annotated[str, typer.Option(help=DTYPE)] = "auto",
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
-) -> None:
-    """Measure perplexity, distance to a reference, and tasks."""
-    from niwaki.evaluation import evaluate as run
-    from niwaki.progress import Display
-    from niwaki.tables import print_scores
-    from niwaki.writing import write_text
-
-    if json_ is not None and not json_.parent.is_dir():
-        raise InputError(f"--json {json_}: the folder {json_.parent} does not exist")
-    if json_ is not None and json_.is_dir():
-        raise InputError(f"--json {json_} is a folder: expected a file name")
-    with Display(err_console) as display:
-        result = run(
-            model,
-            data=data or (),
-            tasks=tasks or (),
-            reference=reference,
-            seq_len=seq_len,
-            max_tokens=max_tokens,
-            limit=limit,
-            field=field,
-            device=device,
-            dtype=dtype,
-            report=display,
-        )
-    print_scores(out_console, result)
-    if json_ is not None:
-        write_text(json_, json.dumps(result, indent=2) + "\n")
-
-
-@app.command()
 def export(
     out: Annotated[Path, typer.Argument(help="A result of niwaki, or any model folder.", show_default=False)],
     dest: Annotated[Path, typer.Argument(help="New folder for the export.", show_default=False)],
@@ -281,6 +236,7 @@ def demo(
     print_demo(out_console, found, out)
 
 
+app.command()(evaluation_commands.evaluate)
 app.command()(contextual_commands.adapt)
 app.command()(contextual_commands.calibrate_gate)
 

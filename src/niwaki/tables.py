@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from niwaki.measured import harness_metrics, harness_value
+
 NAME_COLUMNS = 12  # a first column narrower than this is no longer readable
 
 
@@ -60,6 +62,28 @@ def print_scores(console: Console, result: dict[str, Any]) -> None:
     if rows:
         more = ["dense", "normalised"] if compared else []
         print_table(console, ["task", "items", "accuracy", "normalised", *more], rows)
+    if (result["tokens"] or result["tasks"]) and "note" in result:
+        console.print(f"note: {result['note']}", highlight=False, soft_wrap=True)
+    if "lm_eval" in result:
+        _print_harness(console, result["lm_eval"])
+
+
+def _print_harness(console: Console, found: dict[str, Any]) -> None:
+    """One row per task and metric, as lm_eval names them."""
+    dense = found.get("reference", {}).get("results")
+    rows = []
+    for task, metrics in found["results"].items():
+        for metric in harness_metrics(metrics):
+            values = [metrics] if dense is None else [metrics, dense[task]]
+            rows.append([task, metric.removesuffix(",none"), *(harness_value(one, metric) for one in values)])
+    print_table(console, ["lm_eval task", "metric", "value", *([] if dense is None else ["dense"])], rows)
+    if counted := found.get("contextual"):
+        console.print(
+            f"{counted['sparse_tokens']:,} tokens were scored with a part of the weights, {counted['dense_tokens']:,} "
+            f"and {counted['context_tokens']:,} of contexts with all of them",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def print_demo(console: Console, found: dict[str, Any], out: Path) -> None:
