@@ -1,0 +1,1 @@
+"""Candidates against one dense model."""
