@@ -248,3 +248,16 @@ def test_padded_batches_are_repaired_too(family: str) -> None:
         ).logits
     assert contextual.records[0].sparse_tokens == 5 and found is not None
     torch.testing.assert_close(found, wanted[:, PROMPT:], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("running", [{}, {"refresh_tokens": 4}, {"least_prompt": PROMPT + 3}, {"most_kept_frac": 0.1}])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+def test_a_given_text_runs_as_if_written_one_by_one(family: str, running: dict[str, Any]) -> None:
+    model = model_of(family)
+    twin = copy.deepcopy(model)
+    ids_BT = ids_of(1, PROMPT + 14)
+    contextual, stepping = attach(model, shadow_of(model, **running)), attach(twin, shadow_of(twin, **running))
+    wanted_BTV, _ = step_by_step(twin, ids_BT, PROMPT)
+    torch.testing.assert_close(contextual.follow(ids_BT, PROMPT), wanted_BTV, atol=1e-4, rtol=1e-4)
+    found, wanted = contextual.records[0], stepping.records[0]
+    assert found == wanted and found.sparse_tokens + found.dense_tokens > 0

@@ -180,16 +180,26 @@ class Verdict(_Frozen):
     reason: str
 
 
-class Candidate(_Frozen):
-    """Everything about one candidate against the dense model.
+class Scoring(_Frozen):
+    """How text went through the candidate.
 
-    `scoring` says how its text was scored; `first_tokens` of every window were then read but not compared.
-    `passed` is None without gates.
+    `streamed`: block by block, every token. `runtime` (contextual): the first `first_tokens` of every window are read
+    with all weights and not compared, the others run as if they were written, on what the prompt needs; `dense_windows`
+    of `windows` were answered with all weights anyway, the others skipped `skipped_frac` of them on average.
     """
 
-    model: Model
-    scoring: str
+    how: Literal["streamed", "runtime"]
     first_tokens: int
+    windows: int
+    dense_windows: int
+    skipped_frac: float
+
+
+class Candidate(_Frozen):
+    """Everything about one candidate against the dense model. `passed` is None without gates."""
+
+    model: Model
+    scoring: Scoring
     bytes_ratio: float
     data: tuple[DataQuality, ...]
     tasks: tuple[TaskQuality, ...]

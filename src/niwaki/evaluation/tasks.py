@@ -93,22 +93,10 @@ def buckets(items: list[Item], tokenizer: Any, positions: int | None) -> list[Bu
 
 def score(items: list[Item], found: list[tuple[Bucket, Stream]], logits: Logits) -> dict[str, Any]:
     """Accuracy, length-normalised accuracy and their standard errors."""
-    likelihoods = [[0.0] * len(item.pairs) for item in items]
-    for bucket, stream in found:
-        for rows in stream.slices():
-            logprobs_BTV = logits(stream, rows).log_softmax(-1)
-            for position, row in enumerate(range(rows.start, rows.stop)):
-                first, end = bucket.spans[row]
-                wanted_T1 = bucket.ids_ST[row, first:end, None].to(logprobs_BTV.device)
-                chosen = logprobs_BTV[position, first - 1 : end - 1].gather(1, wanted_T1)
-                item, choice = bucket.places[row]
-                likelihoods[item][choice] = float(chosen.sum(dtype=torch.float64))
-    right = [_best(likelihoods[i]) == item.gold for i, item in enumerate(items)]
-    normed = [
-        [value / max(len(text), 1) for value, (_, text) in zip(likelihoods[i], item.pairs, strict=True)]
-        for i, item in enumerate(items)
-    ]
-    right_norm = [_best(values) == item.gold for values, item in zip(normed, items, strict=True)]
+    right, right_norm = (
+        [choice == item.gold for choice, item in zip(chosen, items, strict=True)]
+        for chosen in choices(items, likelihoods(items, found, logits))
+    )
     return {
         "items": len(items),
         "accuracy": sum(right) / len(items),
@@ -116,6 +104,34 @@ def score(items: list[Item], found: list[tuple[Bucket, Stream]], logits: Logits)
         "accuracy_norm": sum(right_norm) / len(items),
         "accuracy_norm_stderr": _stderr(right_norm),
     }
+
+
+def likelihoods(items: list[Item], found: list[tuple[Bucket, Stream]], logits: Logits) -> list[list[float]]:
+    """Summed log-likelihood of every continuation of every item."""
+    values = [[0.0] * len(item.pairs) for item in items]
+    for bucket, stream in found:
+        for rows in stream.slices():
+            logprobs_BTV = logits(stream, rows).log_softmax(-1)
+            for position, row in enumerate(range(rows.start, rows.stop)):
+                item, choice = bucket.places[row]
+                values[item][choice] = continued(logprobs_BTV[position], bucket, row)
+    return values
+
+
+def continued(logprobs_TV: Tensor, bucket: Bucket, row: int) -> float:
+    """Log-likelihood of the continuation in one sequence of a bucket."""
+    first, end = bucket.spans[row]
+    wanted_T1 = bucket.ids_ST[row, first:end, None].to(logprobs_TV.device)
+    return float(logprobs_TV[first - 1 : end - 1].gather(1, wanted_T1).sum(dtype=torch.float64))
+
+
+def choices(items: list[Item], values: list[list[float]]) -> tuple[list[int], list[int]]:
+    """The pair chosen for every item: by log-likelihood, and by log-likelihood a character."""
+    normed = [
+        [value / max(len(text), 1) for value, (_, text) in zip(own, item.pairs, strict=True)]
+        for own, item in zip(values, items, strict=True)
+    ]
+    return [_best(own) for own in values], [_best(own) for own in normed]
 
 
 def _item(row: Any) -> Item:

@@ -75,6 +75,11 @@ class _Sequence:
         """The cache, if its owner still has it."""
         return self.cache()
 
+    @property
+    def written_tokens(self) -> int:
+        """Tokens a sequence that ran on a part since the last look."""
+        return sum(step["input_ids"].shape[1] for step in self.written)
+
 
 class Contextual:
     """The state of one model; made by `attach`."""
@@ -86,6 +91,7 @@ class Contextual:
         self.enabled = True
         self._sequence: _Sequence | None = None
         self._own_forward = False
+        self._following = False  # a longer piece is a text that is given, not a next turn
         self._open: list[Any] = []  # what the hook after a forward has to close
         self._swapped: list[Swap] = []
 
@@ -142,21 +148,21 @@ class Contextual:
                 "(assisted decoding?). Load the model with dense=True"
             )
         record = sequence.record
-        refresh = self.shadow.running.refresh_tokens
-        if sequence.small is not None and (ids_BT.shape[1] > 1 or (refresh and len(sequence.written) >= refresh)):
+        refresh, turn = self.shadow.running.refresh_tokens, ids_BT.shape[1] > 1 and not self._following
+        if sequence.small is not None and (turn or (refresh and sequence.written_tokens >= refresh)):
             self._reread(sequence, read=True)
         if ids_BT.shape[1] == 1 and sequence.small is None and not record.dense_because:
             if sequence.parked is None:
                 self._look(sequence)
             else:
                 self._cut(sequence, sequence.parked)
-        if ids_BT.shape[1] > 1 or (sequence.small is None and not record.dense_because):
+        if turn or (sequence.small is None and not record.dense_because):
             return self._read(sequence, ids_BT, kwargs)
-        sequence.length += 1
+        sequence.length += ids_BT.shape[1]
         if sequence.small is None:
-            record.dense_tokens += 1
+            record.dense_tokens += ids_BT.shape[1]
             return None
-        record.sparse_tokens += 1
+        record.sparse_tokens += ids_BT.shape[1]
         names = ("input_ids", "position_ids", "attention_mask")
         sequence.written.append({"input_ids": ids_BT} | {n: kwargs[n] for n in names[1:] if kwargs.get(n) is not None})
         self._swapped = sequence.small.enter()
@@ -211,6 +217,35 @@ class Contextual:
         sequence.full_cache = [copy.copy(layer) for layer in sequence.alive.layers]
         cut_cache(sequence.alive, sequence.kept_heads)
         sequence.small, sequence.parked = small, None
+
+    @torch.no_grad()
+    def follow(self, ids_BT: Tensor, prompt: int) -> Tensor:
+        """Logits [B, T, V] of a given text: its first tokens read as a prompt, the others run as if written one by one.
+
+        What a token by token pass would give, in as few forwards as there are looks.
+        """
+        from transformers import DynamicCache
+
+        cache, place = DynamicCache(config=self.model.config), prompt
+        found = [self.model(input_ids=ids_BT[:, :prompt], past_key_values=cache, use_cache=True).logits]
+        self._following = True
+        try:
+            while place < ids_BT.shape[1]:
+                ids_BP = ids_BT[:, place : place + self._ahead(ids_BT.shape[1] - place)]
+                found.append(self.model(input_ids=ids_BP, past_key_values=cache, use_cache=True).logits)
+                place += ids_BP.shape[1]
+        finally:
+            self._following = False
+        return torch.cat(found, dim=1)
+
+    def _ahead(self, tokens: int) -> int:
+        """How many of the next tokens run before anything is decided."""
+        sequence, refresh = self._sequence, self.shadow.running.refresh_tokens
+        if sequence is None or sequence.record.dense_because:
+            return tokens
+        if sequence.small is None:
+            return 1
+        return max(1, min(tokens, refresh - sequence.written_tokens)) if refresh else tokens
 
     def verify(self) -> Tensor | None:
         """Logits [B, T, V] of the full model for the tokens written since the last look or verification.
