@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from niwaki import __version__, contextual_commands
+from niwaki import __version__, comparing_commands, contextual_commands
 from niwaki.errors import InputError, NiwakiError
 
 app = typer.Typer(
@@ -277,6 +277,8 @@ def demo(
     print_demo(out_console, found, out)
 
 
+app.command()(comparing_commands.compare)
+app.command()(comparing_commands.gate)
 app.command()(contextual_commands.adapt)
 app.command()(contextual_commands.calibrate_gate)
 

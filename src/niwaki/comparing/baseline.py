@@ -17,6 +17,8 @@ from niwaki.comparing.metrics import METRICS
 from niwaki.errors import InputError, unknown
 
 MARGIN = 0.1
+# What a metric is for a model that does not differ; 1 for the others. Of bytes the margin is a share.
+_SAME = {"kl": 0.0, "accuracy_loss": 0.0, "accuracy_norm_loss": 0.0, "bytes": 0.0, "bytes_ratio": 0.0}
 
 
 def read_comparison(path: str | Path) -> Comparison:
@@ -41,8 +43,8 @@ def gate_text(comparison: Comparison, name: str | None = None, margin: float = M
         raise InputError(f"margin must be 0 or more, got {margin:g}")
     candidate = _chosen(comparison, name)
     lines = [
-        f"# Gates from the baseline {candidate.model.name} against {comparison.dense.name}, measured {comparison.date}.",
-        f"# Limits lie {margin:.0%} beyond the ends of its intervals. Evidence that is missing or too small fails a gate.",
+        f"# Gates from the baseline {candidate.model.name} against {comparison.dense.name} ({comparison.date}).",
+        f"# Limits lie {margin:.0%} beyond the ends of its intervals. Missing or too little evidence fails a gate.",
         f"confidence: {comparison.confidence:g}  # of every interval, two-sided",
     ]
     for gate in list(Gates.model_fields)[1:]:
@@ -77,8 +79,7 @@ def _lines(gate: str, candidate: Candidate, confidence: float, margin: float) ->
 
 
 def _beyond(metric: str, end: float, margin: float) -> float:
-    same = {"kl": 0.0, "accuracy_loss": 0.0, "accuracy_norm_loss": 0.0, "bytes": 0.0, "bytes_ratio": 0.0}.get(metric, 1.0)
-    room = abs(end - same) * margin
+    room = abs(end - _SAME.get(metric, 1.0)) * margin
     return end - room if metric == "top1_agreement" else end + room
 
 
@@ -94,7 +95,7 @@ def _rounded(value: float, upwards: bool, whole: bool) -> str:
 def _chosen(comparison: Comparison, name: str | None) -> Candidate:
     names = [candidate.model.name for candidate in comparison.candidates]
     if name is None and len(names) > 1:
-        raise InputError(f"the baseline holds {len(names)} candidates: choose one with --candidate ({', '.join(names)})")
+        raise InputError(f"{len(names)} candidates in the baseline: choose one with --candidate ({', '.join(names)})")
     if name is not None and name not in names:
         raise InputError(unknown("candidate", name, names))
     return comparison.candidates[0 if name is None else names.index(name)]

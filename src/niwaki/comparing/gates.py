@@ -1,8 +1,8 @@
 """Gates: limits that a candidate must keep, judged by what is certain and not by what was measured.
 
-A gate is `max_` or `min_` before a metric (`comparing.metrics`). It passes only if the far end of the interval keeps the
-limit; an interval that crosses it, too few independent units for the confidence asked, or nothing measured at all fail
-and say so. Gates read a finished comparison and measure nothing.
+A gate is `max_` or `min_` before a metric (`comparing.metrics`). It passes only if the far end of the interval keeps
+the limit; an interval that crosses it, too few independent units for the confidence asked, or nothing measured at all
+fail and say so. Gates read a finished comparison and measure nothing.
 
     confidence: 0.95
     max_perplexity_ratio: 1.05

@@ -1,7 +1,7 @@
 """What a comparison is given: checked before anything runs, and the prompts that are continued.
 
-    prompts.txt                 a prompt a line
-    prompts.jsonl               {"prompt": text} a line
+prompts.txt                 a prompt a line
+prompts.jsonl               {"prompt": text} a line
 """
 
 import json
@@ -78,7 +78,7 @@ def read_prompts(settings: Settings, tokenizer: Any, decoders: Sequence[Decoder]
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if room is not None and len(ids) + settings.new_tokens > room:
             raise CalibrationError(
-                f"{path}:{number}: {len(ids)} tokens and {settings.new_tokens} new ones do not fit into {room} positions"
+                f"{path}:{number}: {len(ids)} tokens and {settings.new_tokens} new ones exceed the {room} positions"
             )
         found.append(ids)
     if not found:

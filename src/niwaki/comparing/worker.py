@@ -69,7 +69,9 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise MeasuringError(f"{self.model}: its process ended ({self._last_words()}): is there memory for two models?")
+            raise MeasuringError(
+                f"{self.model}: its process ended ({self._last_words()}); two models must fit in memory"
+            )
         found: dict[str, Any] = json.loads(line)
         if "error" in found:
             raise MeasuringError(f"{self.model}: {found['error']}")
@@ -82,7 +84,9 @@ class Worker:
         return f"exit {code}" + (f", {words[-1][:200]}" if words else "")
 
 
-def continue_greedily(model: Any, ids: Sequence[int], new_tokens: int, stop: int | None = None) -> tuple[list[int], Any]:
+def continue_greedily(
+    model: Any, ids: Sequence[int], new_tokens: int, stop: int | None = None
+) -> tuple[list[int], tuple[float, float]]:
     """The tokens that the model writes behind a prompt, up to `stop`, and the seconds (prompt, writing)."""
     import torch
     from transformers import DynamicCache
@@ -107,16 +111,16 @@ def serve(model_name: str, device: str, answer: Callable[[dict[str, Any]], None]
     """Loads the model, answers with what that took, and then one request after another until the input ends."""
     import psutil
     import torch
-    from transformers import AutoModelForCausalLM  # noqa: F401 (its import is no part of loading a model)
 
+    from niwaki.anatomy import build_skeleton
+    from niwaki.checkpoint import Checkpoint
     from niwaki.device import peak_rss_bytes, pick_device
     from niwaki.generation import load
 
-    process, before = psutil.Process(), psutil.Process().memory_info().rss
-    on_cuda = pick_device(device).type == "cuda"
-    if on_cuda:
-        torch.zeros(1, device=pick_device(device))  # the context is no part of a model either
-        before = process.memory_info().rss
+    process, on_cuda = psutil.Process(), pick_device(device).type == "cuda"
+    build_skeleton(Checkpoint.open(model_name).config, torch.float32)  # code that is imported is no part of a model
+    torch.zeros(1, device=pick_device(device))  # nor is the context of a GPU
+    before = process.memory_info().rss
     begin = time.perf_counter()
     model = load(model_name, device=device)
     seconds = _now(model) - begin
