@@ -4,7 +4,7 @@ import re
 import textwrap
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.cells import cell_len
@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from niwaki.comparing.evidence import Candidate, Comparison, Estimate, Model
+if TYPE_CHECKING:
+    from niwaki.comparing.evidence import Candidate, Comparison, Estimate, Model
 
 NAME_COLUMNS = 12  # a first column narrower than this is no longer readable
 
@@ -85,11 +86,11 @@ def print_demo(console: Console, found: dict[str, Any], out: Path) -> None:
     )
 
 
-def print_comparison(console: Console, found: Comparison) -> None:
+def print_comparison(console: Console, found: "Comparison") -> None:
     """A table for every candidate, then the verdicts."""
     for candidate in found.candidates:
         about = ", ".join(filter(None, [candidate.model.kind, candidate.model.method, candidate.model.target]))
-        headers = [candidate.model.name, "dense", "candidate", "compared", f"{found.confidence:.4g} interval"]
+        headers = [candidate.model.name, "dense", "candidate", "compared", f"{100 * found.confidence:.4g}% interval"]
         print_table(console, headers, _compared(found.dense, candidate), f"{candidate.model.name} ({about})")
         if candidate.scoring.how == "runtime":
             scoring = candidate.scoring
@@ -101,7 +102,7 @@ def print_comparison(console: Console, found: Comparison) -> None:
     print_verdicts(console, found)
 
 
-def print_verdicts(console: Console, found: Comparison) -> None:
+def print_verdicts(console: Console, found: "Comparison") -> None:
     """Every gate with its reason, and one line for the whole."""
     if found.gate is None:
         console.print("no gates given: nothing was judged (--gate FILE)", highlight=False, soft_wrap=True)
@@ -117,7 +118,7 @@ def print_verdicts(console: Console, found: Comparison) -> None:
     console.print(f"{word}: {sum(gates)} of {len(gates)} gates", highlight=False, soft_wrap=True)
 
 
-def _compared(dense: Model, candidate: Candidate) -> list[list[str]]:
+def _compared(dense: "Model", candidate: "Candidate") -> list[list[str]]:
     model, rows = candidate.model, []
     rows.append(["file bytes", f"{dense.file_bytes:,}", f"{model.file_bytes:,}", f"{candidate.bytes_ratio:.3f}", ""])
     for data in candidate.data:
@@ -139,12 +140,9 @@ def _compared(dense: Model, candidate: Candidate) -> list[list[str]]:
         rows.append([f"flips of {task.questions}", *flips])
     if candidate.speed is not None:
         for name, pace in (("prompt", candidate.speed.prefill), ("writing", candidate.speed.decode)):
-            speeds = [
-                f"{pace.dense_median:.1f}",
-                f"{pace.candidate_median:.1f}",
-                f"time {pace.latency_ratio.value:.3f}",
-            ]
-            rows.append([f"{name}, tokens/s", *speeds, _interval(pace.latency_ratio, ".3f")])
+            ratio = pace.latency_ratio
+            speeds = [f"{pace.dense_median:.1f}", f"{pace.candidate_median:.1f}", f"time {ratio.value:.3f}"]
+            rows.append([f"{name}, tokens/s", *speeds, _interval(ratio, ".3f")])
     if model.memory is not None and dense.memory is not None:
         rows.append(["loading, s", f"{dense.load_seconds:.2f}", f"{model.load_seconds:.2f}", "", ""])
         peaks = [one.memory.device_peak_bytes or one.memory.peak_bytes for one in (dense, model) if one.memory]
@@ -152,7 +150,7 @@ def _compared(dense: Model, candidate: Candidate) -> list[list[str]]:
     return rows
 
 
-def _interval(found: Estimate, form: str) -> str:
+def _interval(found: "Estimate", form: str) -> str:
     if found.low is None or found.high is None:
         return f"none from {found.units}"
     return f"{found.low:{form}} … {found.high:{form}}"

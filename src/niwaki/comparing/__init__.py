@@ -205,8 +205,10 @@ def _settings(decoders: list[Decoder], **given: Any) -> Settings:
 
 def _material(settings: Settings, tokenizer: Any, decoders: list[Decoder]) -> Material:
     positions = min((d.positions for d in decoders if d.positions is not None), default=None)
-    size = {"seq_len": settings.seq_len, "max_tokens": settings.max_tokens}
-    texts = [read_text(path, tokenizer, field=settings.field, **size) for path in settings.data]
+    texts = [
+        read_text(path, tokenizer, field=settings.field, seq_len=settings.seq_len, max_tokens=settings.max_tokens)
+        for path in settings.data
+    ]
     items = {path: read_items(path, settings.limit) for path in settings.tasks}
     return Material(texts, items, {path: buckets(own, tokenizer, positions) for path, own in items.items()})
 

@@ -49,12 +49,11 @@ def _suite(root: Xml.Element, candidate: Candidate, comparison: Comparison) -> N
     gates, name = candidate.gates, candidate.model.name
     failures = sum(not verdict.passed for verdict in gates)
     counts = {"tests": max(len(gates), 1), "failures": failures, "errors": 0, "skipped": int(not gates)}
-    suite = Xml.SubElement(
-        root, "testsuite", name=name, timestamp=comparison.date, **{key: str(value) for key, value in counts.items()}
-    )
+    about = {"name": name, "timestamp": comparison.date, **{key: str(value) for key, value in counts.items()}}
+    suite = Xml.SubElement(root, "testsuite", about)
     for verdict in gates:
-        about = f" {verdict.about}" if verdict.about else ""
-        case = Xml.SubElement(suite, "testcase", classname=name, name=f"{verdict.gate}{about}")
+        file = f" {verdict.about}" if verdict.about else ""
+        case = Xml.SubElement(suite, "testcase", classname=name, name=f"{verdict.gate}{file}")
         if verdict.passed:
             Xml.SubElement(case, "system-out").text = verdict.reason
         else:

@@ -121,4 +121,4 @@ def _resampled_means(total_U: Floats, count_U: Floats, rng: np.random.Generator)
 
 def _halves(count: int, most: int) -> float:
     """P(X ≤ most) of `count` fair coins."""
-    return sum(math.comb(count, k) for k in range(most + 1)) / 2**count
+    return float(sum(math.comb(count, k) for k in range(most + 1)) / 2**count)

@@ -120,7 +120,7 @@ def _quality(
     counts_U = np.bincount(places).astype(np.float64)
 
     def summed(values_SP: NDArray[Any]) -> Floats:
-        return np.bincount(places, weights=values_SP[mask_SP].astype(np.float64))
+        return np.bincount(places, weights=values_SP[mask_SP].astype(np.float64)).astype(np.float64)
 
     def interval(values_SP: NDArray[Any], kind: Callable[..., tuple[float, float, float]]) -> tuple[float, Any, Any]:
         total_U = summed(values_SP)

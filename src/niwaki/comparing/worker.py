@@ -70,7 +70,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             raise MeasuringError(
-                f"{self.model}: its process ended ({self._last_words()}); two models must fit in memory"
+                f"{self.model}: its process ended ({self._last_words()}): is there room for two models?"
             )
         found: dict[str, Any] = json.loads(line)
         if "error" in found:
