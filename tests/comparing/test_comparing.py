@@ -249,19 +249,8 @@ def test_a_copy_does_not_differ(folder: Path) -> None:
 
 
 def test_the_seed_decides_the_intervals(folder: Path) -> None:
-    runs = [
-        niwaki.compare(
-            folder / "dense",
-            folder / "plain",
-            data=folder / "data.jsonl",
-            seq_len=SEQ_LEN,
-            rounds=0,
-            seed=seed,
-            max_tokens=960,
-            device="cpu",
-        )  # fmt: skip
-        for seed in (0, 0, 1)
-    ]
+    settings = {"data": folder / "data.jsonl", "seq_len": SEQ_LEN, "rounds": 0, "max_tokens": 960, "device": "cpu"}
+    runs = [niwaki.compare(folder / "dense", folder / "plain", seed=seed, **settings) for seed in (0, 0, 1)]  # type: ignore[arg-type]
     assert runs[0].candidates == runs[1].candidates != runs[2].candidates
 
 
