@@ -23,7 +23,7 @@ def follow(contextual: Contextual, ids_T: Tensor, prompt: int) -> Tensor:
 
     model, running, ids_1T = contextual.model, contextual.shadow.running, ids_T[None]
     cache, rest = DynamicCache(config=model.config), ids_1T[:, prompt:]
-    found = [model(input_ids=ids_1T[:, :prompt], past_key_values=cache, use_cache=True).logits[0]]
+    found: list[Tensor] = [model(input_ids=ids_1T[:, :prompt], past_key_values=cache, use_cache=True).logits[0]]
     if not rest.shape[1]:
         return found[0]
     if running.refresh_tokens or prompt < running.least_prompt:
