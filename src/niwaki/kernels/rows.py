@@ -123,3 +123,38 @@ def _activated(x_BR: Tensor, activation: str) -> Tensor:
 
 def _given(y_BO: Tensor, like: Tensor, out: Tensor | None) -> Tensor:
     return y_BO.to(like.dtype) if out is None else out.copy_(y_BO)
+
+
+# As torch operators: opaque to torch.compile, which would otherwise trace into the launches.
+
+
+def _rows_dot(x_BI: Tensor, weight_OI: Tensor, units_K: Tensor, bias_O: Tensor | None, width: int) -> Tensor:
+    return rows_dot(x_BI, weight_OI, units_K, bias_O, width=width)
+
+
+def _columns_dot(x_BR: Tensor, weight_OI: Tensor, units_K: Tensor, bias_O: Tensor | None, width: int) -> Tensor:
+    return columns_dot(x_BR, weight_OI, units_K, width, bias_O)
+
+
+def _rows_gate(x_BI: Tensor, gate_OI: Tensor, up_OI: Tensor, units_K: Tensor, activation: str, width: int) -> Tensor:
+    return rows_gate(x_BI, gate_OI, up_OI, units_K, activation, width=width)
+
+
+rows_dot_op = torch.library.custom_op("niwaki::rows_dot", _rows_dot, mutates_args=())
+columns_dot_op = torch.library.custom_op("niwaki::columns_dot", _columns_dot, mutates_args=())
+rows_gate_op = torch.library.custom_op("niwaki::rows_gate", _rows_gate, mutates_args=())
+
+
+@rows_dot_op.register_fake
+def _(x_BI: Tensor, weight_OI: Tensor, units_K: Tensor, bias_O: Tensor | None, width: int) -> Tensor:
+    return x_BI.new_empty(len(x_BI), len(units_K) * width)
+
+
+@columns_dot_op.register_fake
+def _(x_BR: Tensor, weight_OI: Tensor, units_K: Tensor, bias_O: Tensor | None, width: int) -> Tensor:
+    return x_BR.new_empty(len(x_BR), len(weight_OI))
+
+
+@rows_gate_op.register_fake
+def _(x_BI: Tensor, gate_OI: Tensor, up_OI: Tensor, units_K: Tensor, activation: str, width: int) -> Tensor:
+    return x_BI.new_empty(len(x_BI), len(units_K) * width)
