@@ -36,9 +36,9 @@ LAYERS = [
     ["shaping", "shadowing"],
     ["compression"],
     ["evaluation", "generation"],
-    ["recovery", "exporting", "gating", "adapting"],
+    ["recovery", "exporting", "gating", "adapting", "comparing"],
     ["demo", "progress", "tables"],
-    ["contextual_commands", "evaluation_commands"],
+    ["comparing_commands", "contextual_commands", "evaluation_commands"],
     ["cli"],
 ]
 LAYER_OF = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

@@ -3,7 +3,7 @@
 import niwaki
 
 niwaki.compress("model", "out", method="sparsegpt", target="2:4", calibration=["mine.txt"])
-niwaki.evaluate("out", reference="model", data=["held_out.txt"])
+niwaki.compare("model", ["out"], data=["held_out.txt"])
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from niwaki.errors import (
     CalibrationError,
     CheckpointError,
     InputError,
+    MeasuringError,
     NiwakiError,
     NumericalError,
     OutputError,
@@ -22,6 +23,7 @@ from niwaki.errors import (
 )
 
 if TYPE_CHECKING:
+    from niwaki.comparing import compare
     from niwaki.compression import compress
     from niwaki.evaluation import evaluate
     from niwaki.exporting import export
@@ -35,11 +37,13 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "InputError",
+    "MeasuringError",
     "NiwakiError",
     "NumericalError",
     "OutputError",
     "ResumeError",
     "TargetError",
+    "compare",
     "compress",
     "evaluate",
     "export",
@@ -49,6 +53,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "compare": "niwaki.comparing",
     "compress": "niwaki.compression",
     "evaluate": "niwaki.evaluation",
     "export": "niwaki.exporting",

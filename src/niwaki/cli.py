@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from niwaki import __version__, contextual_commands, evaluation_commands
+from niwaki import __version__, comparing_commands, contextual_commands, evaluation_commands
 from niwaki.errors import InputError, NiwakiError
 
 app = typer.Typer(
@@ -237,6 +237,8 @@ def demo(
 
 
 app.command()(evaluation_commands.evaluate)
+app.command()(comparing_commands.compare)
+app.command()(comparing_commands.gate)
 app.command()(contextual_commands.adapt)
 app.command()(contextual_commands.calibrate_gate)
 

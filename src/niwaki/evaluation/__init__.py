@@ -22,9 +22,10 @@ from niwaki.device import pick_device, pick_dtype
 from niwaki.errors import InputError
 from niwaki.evaluation.divergence import compare_windows
 from niwaki.evaluation.harness import find_tasks, run_tasks
-from niwaki.evaluation.tasks import Bucket, buckets, read_items, score
+from niwaki.evaluation.passed import Passed
+from niwaki.evaluation.tasks import buckets, read_items, score
 from niwaki.stream import Stream
-from niwaki.walk import Report, forward
+from niwaki.walk import Report
 
 SEQ_LEN = 1024
 DENSE_NOTE = "texts and task files were measured with all weights; --lm-eval measures with those that were chosen"
@@ -80,7 +81,7 @@ def evaluate(
     packed = {path: buckets(items, tokenizer, positions) for path, items in questions.items()}
     with tempfile.TemporaryDirectory(prefix="niwaki-") as folder:
         passed = [
-            _Passed(decoder, windows, packed, Path(folder) / str(number), report)
+            Passed(decoder, windows, packed, Path(folder) / str(number), report)
             for number, decoder in enumerate(decoders)
         ]
         result: dict[str, Any] = {
@@ -101,46 +102,12 @@ def evaluate(
     return result
 
 
-class _Passed:
-    """A decoder whose streams have all gone through its blocks, ready for logits."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        windows: dict[str, Tensor],
-        packed: dict[str, list[Bucket]],
-        folder: Path,
-        report: Report,
-    ) -> None:
-        self.decoder = decoder
-        folder.mkdir()
-        number = 0
-
-        def stream(ids_ST: Tensor) -> Stream:
-            nonlocal number
-            number += 1
-            return Stream(decoder, ids_ST, folder=folder, name=f"stream-{number}")
-
-        self.windows = {path: stream(ids_ST) for path, ids_ST in windows.items()}
-        self.buckets = {path: [(bucket, stream(bucket.ids_ST)) for bucket in found] for path, found in packed.items()}
-        streams = [*self.windows.values(), *(s for found in self.buckets.values() for _, s in found)]
-
-        def visit(block: Any) -> None:
-            report("evaluate", index=block.index, of=len(decoder), model=decoder.checkpoint.folder.name)
-
-        forward(decoder, streams, visit)
-
-    def logits(self, stream: Stream, rows: slice) -> Tensor:
-        """Logits [B, T, V] float32 of the windows `rows`."""
-        return self.decoder.leave(stream.ids_ST[rows], stream.hidden.read(rows)).float()
-
-
-def _compare_all(passed: list[_Passed], paths: list[str]) -> dict[str, Any]:
+def _compare_all(passed: list[Passed], paths: list[str]) -> dict[str, Any]:
     found: dict[str, dict[str, float]] = {}
     for path in paths:
         streams = [(one, one.windows[path]) for one in passed]
 
-        def logits(row: int, streams: list[tuple[_Passed, Stream]] = streams) -> list[Tensor]:
+        def logits(row: int, streams: list[tuple[Passed, Stream]] = streams) -> list[Tensor]:
             return [one.logits(stream, slice(row, row + 1))[0] for one, stream in streams]
 
         for name, value in compare_windows(streams[0][1].ids_ST, logits).items():
@@ -148,11 +115,11 @@ def _compare_all(passed: list[_Passed], paths: list[str]) -> dict[str, Any]:
     return found
 
 
-def _score_all(passed: list[_Passed], path: str, questions: list[Any]) -> dict[str, Any]:
+def _score_all(passed: list[Passed], path: str, questions: list[Any]) -> dict[str, Any]:
     scores = []
     for one in passed:
 
-        def logits(stream: Stream, rows: slice, one: _Passed = one) -> Tensor:
+        def logits(stream: Stream, rows: slice, one: Passed = one) -> Tensor:
             return one.logits(stream, rows)
 
         scores.append(score(questions, one.buckets[path], logits))
