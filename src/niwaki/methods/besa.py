@@ -39,6 +39,7 @@ from niwaki.learning import Lowest, cosine
 from niwaki.methods._quantize import Clipping
 from niwaki.methods._reconstruct import Matrices, Reconstruction, check_choices, learning_needs
 from niwaki.packed import Packed, join_notes
+from niwaki.scores import note
 from niwaki.statistics import UNREACHED, Needs, Statistics
 from niwaki.stream import Evidence
 
@@ -106,25 +107,34 @@ def compress(
         weights = {name: weight_OI.float() for name, weight_OI in weights.items()}
         clipping = Clipping(weights, config.quant_bits, config.quant_group)
     detail: dict[str, float] = {}
-    note = ""
+    learned = ""
     if any(seen.statistics[name].tokens for name in targets):
         task = Reconstruction(block, seen, config.target, generator)
         errors = _learn(task, weights, rates, clipping, config, generator)
         detail = errors.detail
-        note = "" if errors.improved else KEPT_START
+        learned = "" if errors.improved else KEPT_START
     with torch.no_grad():
         counts = rates.exact_counts()
         values = clipping.quantized(weights) if clipping else weights
     packed = {}
     for name, weight_OI in values.items():
         unreached = "" if seen.statistics[name].tokens else UNREACHED
+        keep_OI = rates.keep(name, counts[name])
+        scores_OI = _scores(weights[name], seen.statistics[name])
+        note(targets[name], scores_OI, keep_OI, torch.where(keep_OI, -torch.inf, scores_OI).amax(1))
         packed[name] = Packed.masked(
             weight_OI.float(),
-            rates.keep(name, counts[name]),
-            join_notes(note, unreached),
+            keep_OI,
+            join_notes(learned, unreached),
             {**detail, "row_zeros": counts[name].view(len(weight_OI), -1).sum(1).tolist()},
         )
     return packed
+
+
+def _scores(weight_OI: Tensor, statistics: Statistics) -> Tensor:
+    """Wanda's score [O, I]; |W| where no token came."""
+    scores_OI = weight_OI.float().abs()
+    return scores_OI * statistics.sqnorm_I.sqrt() if statistics.tokens else scores_OI
 
 
 def _learn(
@@ -195,9 +205,7 @@ class Rates:
         self.order: dict[str, Tensor] = {}
         self.rank: dict[str, Tensor] = {}
         for name, weight_OI in weights.items():
-            scores_OI = weight_OI.float().abs()
-            if statistics[name].tokens:
-                scores_OI = scores_OI * statistics[name].sqnorm_I.sqrt()
+            scores_OI = _scores(weight_OI, statistics[name])
             rows, columns = self.shapes[name]
             self.order[name] = scores_OI.reshape(rows, columns).argsort(dim=1, stable=True)
             small = torch.int16 if columns < 2**15 else torch.int32

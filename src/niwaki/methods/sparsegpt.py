@@ -25,7 +25,7 @@ from torch import Tensor
 
 from niwaki.block import Block
 from niwaki.config import Grouped, Sparsity, Target
-from niwaki.methods._masks import keep_by_matrix, keep_highest, zeros_up_to
+from niwaki.methods._masks import keep_by_matrix, keep_in_panel
 from niwaki.methods._solver import check_damping, exchange, inverse_factor, refit, sweep
 from niwaki.packed import Packed
 from niwaki.statistics import UNREACHED, Needs
@@ -117,8 +117,6 @@ def _prune(weight_OI: Tensor, upper_II: Tensor, target: Target, panel_columns: i
     assert isinstance(target, Sparsity)
 
     def choose(panel_OP: Tensor, diagonal_P: Tensor, start: int) -> Tensor:
-        end = start + panel_OP.shape[1]
-        zeros = zeros_up_to(target, rows, columns, end) - zeros_up_to(target, rows, columns, start)
-        return keep_highest((panel_OP / diagonal_P).square(), zeros)
+        return keep_in_panel((panel_OP / diagonal_P).square(), target, columns, start)
 
     return sweep(weight_OI, upper_II, None, choose, panel_columns)
