@@ -36,8 +36,8 @@ LAYERS = [
     ["compression"],
     ["evaluation", "generation"],
     ["recovery", "exporting", "gating", "adapting"],
-    ["demo", "progress", "tables"],
-    ["contextual_commands"],
+    ["demo", "progress", "tables", "inspecting"],
+    ["contextual_commands", "inspect_commands", "plan_commands"],
     ["cli"],
 ]
 LAYER_OF = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

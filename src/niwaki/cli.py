@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from niwaki import __version__, contextual_commands
+from niwaki import __version__, contextual_commands, inspect_commands, plan_commands
 from niwaki.errors import InputError, NiwakiError
 
 app = typer.Typer(
@@ -279,6 +279,8 @@ def demo(
 
 app.command()(contextual_commands.adapt)
 app.command()(contextual_commands.calibrate_gate)
+app.command()(inspect_commands.inspect)
+app.command()(plan_commands.plan)
 
 
 def main() -> None:

@@ -208,7 +208,7 @@ class CompressionJob:
             def outliers(block: Block, stream: Stream) -> float:
                 return outlier_share(block, collect(block, stream, OWL_NEEDS)[0], self.owl)
 
-            shares = self._scan(run, "outlier_shares", outliers, report)
+            shares = self.allocated["outlier_shares"] = self._scan(run, "outlier_shares", outliers, report)
             self.targets = owl(anatomy, self.target, shares, self.owl)
         if self.recipe.allocation == "sensitivity":
             self.allocated["sensitivities"] = self._scan(run, "sensitivities", sensitivities, report)
