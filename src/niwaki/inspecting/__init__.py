@@ -17,6 +17,7 @@ from typing import Any
 
 from niwaki.config import parse_target
 from niwaki.contextual.record import has_shadow, read_shadow
+from niwaki.contextual.units import KINDS
 from niwaki.errors import CheckpointError, InputError
 from niwaki.methods import get_method
 from niwaki.run import RECORD
@@ -89,7 +90,7 @@ def measure_of(record: dict[str, Any], lines: Sequence[Line]) -> str:
 def value_of(line: Line, measure: str) -> float:
     """What `measure` is for one matrix."""
     if measure == "bits":
-        return float(line.get("method_bits", line["bits"]))
+        return float(line["method_bits"] if "method_bits" in line else line["bits"])
     if measure == "removed_frac":
         kept, _, rest = line["target"].partition(" of ")
         return 1 - int(kept) / int(rest.split()[0])
@@ -180,11 +181,12 @@ def _blocks(lines: Sequence[Line], measure: str) -> list[dict[str, Any]]:
 
 
 def _worst(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """The matrices whose outputs lost most."""
-    known = [line for line in lines if line["error"]]
+    """The matrices whose outputs lost most; not those whose lost outputs another matrix was refitted to do without."""
+    known = [line for line in lines if line["error"] and ("kept_groups" in line or line["kind"] != "sliced")]
     names = ("block", "matrix", "target", "zeros_frac", "bits", "error_before_update", "error")
     return [
-        {name: line[name] for name in names} for line in sorted(known, key=lambda line: -float(line["error"]))[:WORST]
+        {name: line[name] for name in names}
+        for line in sorted(known, key=lambda line: -float(line["error"] or 0))[:WORST]
     ]
 
 
@@ -197,7 +199,7 @@ def _contextual(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     kept = layout.split(shadow.rule.select(predictor.prior_U[None], layout))
     scores = layout.split(predictor.prior_U[None])
     found: dict[str, Any] = {"matrices": {}, "blocks": [], "predictor": dict(record["result"]["predictor"])}
-    for kind, kept_1LG, score_1LG in zip(("heads", "neurons"), kept, scores, strict=True):
+    for kind, kept_1LG, score_1LG in zip(KINDS, kept, scores, strict=True):
         share_L = (score_1LG * kept_1LG).sum(2)[0] / score_1LG.sum(2)[0].clamp_min(1e-12)
         found["matrices"][kind] = {
             "values": [round(float(v), 6) for v in kept_1LG.float().mean(2)[0]],

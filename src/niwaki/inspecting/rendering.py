@@ -20,7 +20,7 @@ TITLES = {"zeros_frac": "zeros", "bits": "bits a weight", "removed_frac": "gone"
 
 def print_inspection(console: Console, found: dict[str, Any]) -> None:
     """All of what `inspect` returns."""
-    made, measured = found["made"], found["measured"]
+    made = found["made"]
     _say(console, f"{found['out']}: {found['kind']}, {made['method']} {made['target']}, {made['date']}")
     for line in found["methods"]:
         _say(console, f"  {line}")
@@ -48,7 +48,9 @@ def print_why(console: Console, found: dict[str, Any]) -> None:
     rows, columns = found["shape"]
     _say(console, f"{found['matrix']}, {rows} × {columns}, target {found['target']}")
     total = max(rows * columns, 1)
+    gone = [["weights that are gone with heads or neurons", f"{found['removed']:,}"]] if found["removed"] else []
     facts = [
+        *gone,
         ["weights kept", f"{found['kept']:,} ({found['kept'] / total:.4%})"],
         ["weights zero", f"{found['cut']:,} ({found['cut'] / total:.4%})"],
         ["stored", f"{found['bytes']:,} bytes, {found['bits']:.3f} bits a weight"],
@@ -192,7 +194,7 @@ def _print_cut(console: Console, found: dict[str, Any], title: str) -> None:
     ]
     print_table(console, ["block", title, "bytes", "block error", "worst matrix"], rows)
     for line in found["worst"]:
-        before = line["error_before_update"]
+        before = line["error_before_update"] if measure != "bits" else None
         was = "" if before is None else f", {before:.4g} before the update"
         _say(console, f"lost most: block {line['block']} {line['matrix']}, error {line['error']:.4g}{was}")
 
@@ -236,7 +238,9 @@ def _print_scores(console: Console, scores: dict[str, Any]) -> None:
     _say(console, "  quantiles: " + ", ".join(f"{q:.0%} {value:.3g}" for q, value in quantiles))
     if "lost" in scores:
         least, middle, most_lost = scores["lost"]
-        where = "one threshold" if scores["thresholds"] == 1 else f"{scores['thresholds']:,} thresholds (rows or panels)"
+        where = (
+            "one threshold" if scores["thresholds"] == 1 else f"{scores['thresholds']:,} thresholds (rows or panels)"
+        )
         _say(console, f"  highest score that was cut: {least:.4g} to {most_lost:.4g}, median {middle:.4g}; {where}")
     else:
         _say(console, "  no threshold: weights were compared within groups of neighbours")

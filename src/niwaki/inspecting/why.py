@@ -1,6 +1,6 @@
 """Why one matrix lost what it lost: its scores, its threshold, its error, and who gave it its target.
 
-    why("OUT", "model.layers.3.mlp.down_proj")["reasons"]
+why("OUT", "model.layers.3.mlp.down_proj")["reasons"]
 """
 
 import difflib
@@ -37,6 +37,9 @@ def why(out: str | Path, matrix: str) -> dict[str, Any]:
     line = _find(lines, prefix, matrix)
     measure = measure_of(record, lines)
     rows, columns = line["shape"]
+    errors = {name: line[name] for name in ERRORS if line.get(name) is not None}
+    if line["kind"] == "codes" or "method_bits" in line:
+        errors.pop("error_before_update", None)  # of only removing weights, which nobody did
     others = [other for other in lines if kind_of(other["matrix"]) == kind_of(line["matrix"]) and other is not line]
     return {
         "matrix": f"{prefix}{line['block']}.{line['matrix']}",
@@ -45,13 +48,14 @@ def why(out: str | Path, matrix: str) -> dict[str, Any]:
         "kind": line["kind"],
         "kept": rows * columns - line["zeros"],
         "cut": line["zeros"],
+        "removed": _removed(record, line),
         "bytes": line["bytes"],
         "bits": line["bits"],
         "tokens": line["tokens"],
         "measure": measure,
         "value": value_of(line, measure),
         "value_elsewhere": mean([value_of(other, measure) for other in others]),
-        "errors": {name: line[name] for name in ERRORS if line.get(name) is not None},
+        "errors": errors,
         "error_elsewhere": mean([other["error"] for other in others if other["error"] is not None]),
         "scores": line.get("scores"),
         "chosen_by": _chosen_by(record, line),
@@ -152,6 +156,15 @@ def _ranked(values: Sequence[Any] | None, block: int, what: str, *, lowest: bool
     order = sorted(values, reverse=not lowest)
     end = "lowest" if lowest else "highest"
     return f"its {what} is {values[block]:.4g}, number {order.index(values[block]) + 1} of {len(values)} from the {end}"
+
+
+def _removed(record: dict[str, Any], line: Line) -> int:
+    """Weights that are not even stored as zeros, because the heads or neurons they belonged to are gone."""
+    if line["kind"] != "sliced" or not record["allocation"].get("cut"):
+        return 0
+    kept, _, rest = line["target"].partition(" of ")
+    count, (rows, columns) = int(rest.split()[0]), line["shape"]
+    return rows * columns * (count - int(kept)) // int(kept) if int(kept) else 0
 
 
 def _stored(line: Line) -> dict[str, Any]:

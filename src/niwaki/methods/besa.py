@@ -35,6 +35,7 @@ from torch import Tensor
 
 from niwaki.block import Block
 from niwaki.config import Sparsity, Target
+from niwaki.costs import Scope, Work, learning
 from niwaki.learning import Lowest, cosine
 from niwaki.methods._quantize import Clipping
 from niwaki.methods._reconstruct import Matrices, Reconstruction, check_choices, learning_needs
@@ -89,6 +90,16 @@ class Config:
 def needs(config: Config) -> Needs:
     """Norms for the ranking, windows to learn from."""
     return learning_needs(config.batch, config.target)
+
+
+def cost(scope: Scope, config: Config) -> Work:
+    """One sort; then every step ranks gradients and multiplies them with what each of the candidate rates drops."""
+    rates = Work(
+        selected=4 * scope.weights,
+        product_flops=2 * config.steps * scope.weights * (config.candidates + 1),
+        passed=12 * config.steps * scope.weights,
+    )
+    return rates + learning(scope, config.steps, config.batch, checks=CHECKS, copies=6)
 
 
 def compress(

@@ -25,8 +25,17 @@ from torch import Tensor
 
 from niwaki.block import Block
 from niwaki.config import Grouped, Sparsity, Target
+from niwaki.costs import Scope, Work, gram_factors, masks, products, sweeps
 from niwaki.methods._masks import keep_by_matrix, keep_in_panel
-from niwaki.methods._solver import check_damping, exchange, inverse_factor, refit, sweep
+from niwaki.methods._solver import (
+    REFIT_ITERATIONS,
+    WARM_ITERATIONS,
+    check_damping,
+    exchange,
+    inverse_factor,
+    refit,
+    sweep,
+)
 from niwaki.packed import Packed
 from niwaki.statistics import UNREACHED, Needs
 from niwaki.stream import Evidence
@@ -60,6 +69,16 @@ class Config:
 def needs(config: Config) -> Needs:
     """Gram matrices of the inputs."""
     return Needs(gram=True)
+
+
+def cost(scope: Scope, config: Config) -> Work:
+    """A factor a group, a sweep a matrix; refits are rounds of conjugate gradients, every exchange a shorter one."""
+    work = gram_factors(scope) + sweeps(scope, config.panel_columns) + masks(scope)
+    if config.refit or config.exchanges:
+        work += products(scope, REFIT_ITERATIONS + 1)
+    if config.exchanges:
+        work += (products(scope, WARM_ITERATIONS + 2) + masks(scope)) * config.exchanges + products(scope, 1)
+    return work
 
 
 @torch.no_grad()
