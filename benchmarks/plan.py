@@ -94,7 +94,7 @@ def main() -> None:
         "what": f"`niwaki plan` against `niwaki compress` right after it, {SAMPLES}×{SEQ_LEN} tokens; ratio: predicted "
         "over measured. Both cores are shared with other work.",
         **provenance("cpu"),
-        "command": f"python benchmarks/plan.py --out benchmarks/results/plan-cpu.json --work WORK --models {' '.join(labels)}",
+        "command": f"python benchmarks/plan.py --out {args.out.name} --work WORK --models {' '.join(labels)}",
         "threads": torch.get_num_threads(),
         "ratio_least_and_most": worst,
         "rows": rows,

@@ -11,6 +11,7 @@ to leave the file as large as it was. `niwaki.planning` turns counts into second
 from dataclasses import dataclass, fields
 
 FLOAT_BYTES = 4
+HELD = ("held_bytes", "held_values")  # of two works the larger counts, not the sum
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Work:
     """Counts that take time in different ways, and memory that is held at the worst moment.
 
     `forward_tokens` pass the block, `learned_tokens` pass it forwards and backwards. `gram_flops` are products of
-    inputs in their own dtype, `product_flops` float32 products of matrices, `solve_flops` factors and triangular solves,
-    `sweep_flops` column after column. `selected` weights are ranked, `passed` ones read or written elementwise as
-    float32. `started` counts small operations one after another. `held_bytes`: beyond the block, its statistics, and
-    its new weights in float32.
+    inputs in their own dtype, `product_flops` float32 products of matrices, `solve_flops` factors and triangular
+    solves, `sweep_flops` column after column. `selected` weights are ranked, `passed` ones read or written one by
+    one as float32. `started` counts small operations one after another. `held_bytes`, and `held_values` in the compute
+    dtype: beyond the block, its statistics, and its new weights in float32.
     """
 
     forward_tokens: float = 0
@@ -62,14 +63,15 @@ class Work:
     passed: float = 0
     started: float = 0
     held_bytes: float = 0
+    held_values: float = 0
 
     def __add__(self, other: "Work") -> "Work":
         sums = {entry.name: getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)}
-        return Work(**sums | {"held_bytes": max(self.held_bytes, other.held_bytes)})
+        return Work(**sums | {name: max(getattr(self, name), getattr(other, name)) for name in HELD})
 
     def __mul__(self, times: float) -> "Work":
         found = {entry.name: getattr(self, entry.name) * times for entry in fields(self)}
-        return Work(**found | {"held_bytes": self.held_bytes})
+        return Work(**found | {name: getattr(self, name) for name in HELD})
 
 
 def masks(scope: Scope) -> Work:
@@ -126,11 +128,12 @@ def learning(scope: Scope, steps: int, batch: int, *, checks: int, copies: float
         forward_tokens=(checks + 1) * held * scope.tokens,
         passed=(steps * passes + checks * 6) * scope.weights,
         started=steps * (120 + 16 * len(scope.matrices)) + (checks + 1) * held * 60,
-        held_bytes=copies * scope.weights * FLOAT_BYTES + _graph_bytes(scope, batch),
+        held_bytes=copies * scope.weights * FLOAT_BYTES,
+        held_values=_graph(scope, batch),
     )
 
 
-def _graph_bytes(scope: Scope, batch: int) -> float:
-    """What autograd keeps of a block for `batch` windows: inputs and outputs of all matrices, and as much between."""
+def _graph(scope: Scope, batch: int) -> float:
+    """Numbers that autograd keeps of a block for `batch` windows: inputs and outputs of all matrices, twice."""
     widths = sum(scope.inputs) + sum(rows for rows, _ in scope.matrices)
-    return 3 * batch * scope.tokens * widths * FLOAT_BYTES * min(1.0, scope.reach * 2)
+    return 2 * batch * scope.tokens * widths * min(1.0, scope.reach * 2)

@@ -27,6 +27,7 @@ ROUNDED_UNREACHED = "no calibration token reached this matrix: rounded to neares
 WIDTHS = (2, 3, 4, 8)
 SMALLEST_SCALE = 2.0**-24  # of float16: no stored scale may become zero
 CLIPS = torch.linspace(0.4, 1.0, 25).tolist()
+CHANGED = 0.1  # of the codes, in a round: what does not change feeds nothing on
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,10 @@ def grids(scope: Scope, clip: bool) -> Work:
 
 def rounds_of(scope: Scope, rounds: int) -> Work:
     """`improve`: products for the scales and for the codes, and a sweep over all columns, once more than `rounds`."""
-    sweep_flops = sum(2 * rows * columns**2 for rows, columns in scope.matrices)
-    return (products(scope, 3) + Work(sweep_flops=sweep_flops)) * (rounds + 1) if rounds else Work()
+    sweep_flops = sum(CHANGED * 2 * rows * columns**2 for rows, columns in scope.matrices)
+    largest = max((rows * columns for rows, columns in scope.matrices), default=0)
+    once = products(scope, 3) + Work(sweep_flops=sweep_flops, held_bytes=16 * largest * FLOAT_BYTES)
+    return once * (rounds + 1) if rounds else Work()
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def cost(scope: Scope, config: Config) -> Work:
         product_flops=2 * config.steps * scope.weights * (config.candidates + 1),
         passed=12 * config.steps * scope.weights,
     )
-    return rates + learning(scope, config.steps, config.batch, checks=CHECKS, copies=6)
+    return rates + learning(scope, config.steps, config.batch, checks=CHECKS, copies=3.5)
 
 
 def compress(

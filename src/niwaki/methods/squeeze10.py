@@ -143,7 +143,7 @@ def cost(scope: Scope, config: Config) -> Work:
     """A factor a group and another a matrix, two sweeps, rounds on the codes, and learning."""
     own = gram_factors(Scope(tuple((matrix,) for matrix in scope.matrices), scope.windows, scope.tokens))
     sweeping = (sweeps(scope) + grids(scope, clip=True)) * 2
-    learned = learning_cost(scope, config.learn_rounds, config.samples, config.batch, copies=9, passes=36)
+    learned = learning_cost(scope, config.learn_rounds, config.samples, config.batch, copies=7, passes=36)
     return gram_factors(scope) + own + sweeping + rounds_of(scope, config.rounds) + learned
 
 

@@ -30,7 +30,7 @@ from niwaki.planning.decoding import decoding
 from niwaki.planning.estimate import Job, Memory, memory, seconds
 from niwaki.planning.machines import Machine, machine_named
 from niwaki.planning.sizes import ModelSizes, Stored, beside_bytes, shape_of, shaped, sizes_of, stored
-from niwaki.run import check_space
+from niwaki.run import check_space, partial_of
 from niwaki.stages import columns_multiple, split_options, stages_of
 
 # What is refused must be impossible: no estimate of memory has been further off than this.
@@ -152,7 +152,9 @@ def check_possible(
     else:
         written = stored(decoder, model, steps, target, recipe).file_bytes
     warnings = _check(peak, device.type, total, str(device))
-    for text in warnings + _check_disk(out, SURE_BYTES * written, round(written) + peak.scratch_bytes):
+    there = sum(path.stat().st_size for path in partial_of(out).rglob("*") if path.is_file())  # taken up, or dropped
+    certain, needed = max(SURE_BYTES * written - there, 0), max(written + peak.scratch_bytes - there, 0)
+    for text in warnings + _check_disk(out, certain, round(needed)):
         report("warning", message=text)
 
 

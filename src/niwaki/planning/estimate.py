@@ -21,6 +21,8 @@ from niwaki.statistics import SAMPLE_TOKENS, Needs
 
 FORWARD_STARTS = 60  # small operations of a block's forward
 SHARE_OF_FREE = 0.5  # of the memory of a place that hidden states may take (`activations.choose_place`)
+CPU_FORWARD = 2  # times what a forward on a GPU holds of its intermediate values
+STARTED_BYTES = 2e7  # of threads, and libraries that are imported only then
 SLACK = 1.03  # what an allocator keeps beyond what it is asked for
 TOKENIZED = 3e5  # tokens a second, and the windows that a model writes at once
 WRITTEN_AT_ONCE = 16
@@ -158,27 +160,29 @@ def memory(
     if job.writes_text:
         ends = max(ends, (model.weights + model.ends_weights) * job.itemsize)
     if device == "cpu":
-        return Memory(round(base_bytes + (resident + max(walk, ends)) * SLACK), 0, scratch)
+        return Memory(round(base_bytes + STARTED_BYTES + (resident + max(walk, ends)) * SLACK), 0, scratch)
     stored = max((block.dense_bytes for block in model.blocks), default=0)
     host = base_bytes + 3e9 + 3 * stored + model.ends_bytes * 2  # a context, and pinned copies of blocks
     return Memory(round(host), round((resident + max(walk, ends)) * SLACK), scratch)
 
 
 def _block_bytes(block: BlockSizes, model: ModelSizes, job: Job, index: int) -> int:
-    """The block at work, the one being read, the one being written, and all that is held of one block."""
+    """The block at work, the one being read, and all that is held of one block."""
     scope = block.scope(job.windows, job.tokens)
     on_cpu = job.itemsize == FLOAT_BYTES
     computed = block.dense_bytes / max(block.matrices[0].itemsize, 1) * job.itemsize if block.matrices else 0
-    copies = 2 * (computed + (block.dense_bytes if on_cpu else 0)) + (block.dense_bytes if on_cpu else 0)
+    copies = 2 * (computed + (block.dense_bytes if on_cpu else 0))
     largest = max((m.rows * m.columns for m in block.matrices), default=0)
     records = FLOAT_BYTES * block.weights
     grams = (
         FLOAT_BYTES * sum(width**2 for width in scope.inputs) * (3 if job.needs.full else 1) if job.needs.gram else 0
     )
-    grams += FLOAT_BYTES * max(scope.inputs, default=0) ** 2 if grams else 0
+    added = FLOAT_BYTES * max(scope.inputs, default=0) ** 2 if grams else 0
     gradients = FLOAT_BYTES * block.weights if job.squares else 0
     batch = min(job.batch, job.windows) * job.tokens
     widest = max((rows for rows, _ in scope.matrices), default=0)
-    forward = batch * job.itemsize * (6 * model.hidden + 3 * widest * min(1.0, scope.reach * 2))
-    held = max(job.own[index].held_bytes, 4 * FLOAT_BYTES * largest)
+    between = 6 * model.hidden + 3 * widest * min(1.0, scope.reach * 2)
+    forward = batch * job.itemsize * between * (CPU_FORWARD if on_cpu else 1) + added
+    own = job.own[index]
+    held = max(own.held_bytes + own.held_values * job.itemsize, 4 * FLOAT_BYTES * largest)
     return math.ceil(copies + records + grams + gradients + max(forward, held))

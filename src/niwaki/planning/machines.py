@@ -3,8 +3,8 @@
 This machine's CPU is measured, in about a second: a matrix product, a Cholesky, a sweep, a selection, a copy, the start
 of small operations, and a shard written as every result is. GPUs are published rates (NVIDIA's data sheets: dense bf16
 with float32 accumulation, float32, memory) times what we reached of them: `_REACHED` is fitted to the seconds in
-benchmarks/results/compression-speed-7b-*.json and -70b-h100.json (H100 and H200), and taken to hold for the others, on
-which nothing was measured.
+benchmarks/results/compression-speed-7b-*.json and -70b-h100.json (H100 and H200; 17 rows, 0.81 to 1.20 of each), and
+taken to hold for the others, on which nothing was measured.
 """
 
 import tempfile
@@ -56,17 +56,17 @@ GPUS = {
 # Shares of the published rates: of bf16 in forwards and in learning, of bf16 in Gram matrices, of float32 in products,
 # in factors and inside panels; of the memory rate in passes; weights ranked a second for every byte a second.
 _REACHED = {
-    "forward": 0.55,
-    "learn": 0.38,
-    "gram": 0.5,
-    "float32": 0.5,
-    "solve": 0.08,
-    "sweep": 0.03,
-    "pass": 0.6,
-    "select": 3e-3,
+    "forward": 0.603,
+    "learn": 0.52,
+    "gram": 0.8,
+    "float32": 0.722,
+    "solve": 0.327,
+    "sweep": 0.0226,
+    "pass": 0.253,
+    "select": 3.75e-3,
 }
-_GPU_START_S = 1.2e-5  # of an operation of a block, Python and launch
-_GPU_SHARD_S, _GPU_DISK = 0.05, 1.2e9  # what the same runs took a block beyond all that, and read and wrote
+_GPU_START_S = 7.0e-6  # of an operation of a block, Python and launch
+_GPU_SHARD_S, _GPU_DISK = 0.05, 1.05e9  # what the same runs took a block beyond all that, and read and wrote
 
 
 def machine_named(gpu: str | None, out: Path) -> Machine:

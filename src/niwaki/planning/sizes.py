@@ -131,12 +131,16 @@ def sizes_of(decoder: Decoder) -> ModelSizes:
 def stored(decoder: Decoder, model: ModelSizes, steps: Sequence[Step], target: Target, recipe: Recipe) -> Stored:
     """What the files of a result hold. Raises TargetError for a matrix that cannot meet the target."""
     files, read, largest = 0, 0.0, 0
+    known: dict[tuple[int, int, bool], int] = {}  # experts are many, and alike
     for index, block in enumerate(model.blocks):
         total, names = block.other_bytes, block.tensors
         met: float = block.other_bytes
         for matrix in block.matrices:
-            full = f"{decoder.anatomy.prefix(index)}{matrix.name}"
-            nbytes = _matrix_bytes(full, matrix, steps[-1], target, recipe)
+            key = matrix.rows, matrix.columns, matrix.packable
+            if key not in known:
+                full = f"{decoder.anatomy.prefix(index)}{matrix.name}"
+                known[key] = _matrix_bytes(full, matrix, steps[-1], target, recipe)
+            nbytes = known[key]
             names += 0 if nbytes == matrix.dense_bytes else CODE_TENSORS - 1
             total += nbytes
             met += nbytes * matrix.reach
