@@ -189,7 +189,7 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def header_only(folder: Path, config: Any, shard_bytes: int = 10 * 2**30) -> Path:
-    """A checkpoint of `config` in bf16 whose files have headers and no content: as large as the real one, on no disk."""
+    """A bf16 checkpoint of `config` whose files have headers and no content: as large as a real one, on no disk."""
     with torch.device("meta"):
         model: Any = transformers.AutoModelForCausalLM.from_config(config)
     config.save_pretrained(folder)

@@ -42,7 +42,8 @@ def _print_decode(console: Console, decode: dict[str, Any]) -> None:
     for name in ("before", "after"):
         own = decode[name]
         reached = own["reached_tokens_per_s"]
-        told = "not measured" if reached is None else f"{reached:,.1f} ({own['reached_share']:.0%} of the ceiling)"
+        told = "" if own["fits"] else f"does not fit {decode['machine']}: "
+        told += "not measured" if reached is None else f"{reached:,.1f} ({own['reached_share']:.0%} of the ceiling)"
         rows.append([name, _bytes(own["bytes_per_token"]), f"{own['ceiling_tokens_per_s']:,.1f}", told])
     headers = ["decoding, batch 1", "bytes a token", "tokens/s at most", "tokens/s our kernels reach"]
     print_table(console, headers, rows)

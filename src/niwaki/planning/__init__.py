@@ -33,8 +33,8 @@ from niwaki.planning.sizes import ModelSizes, Stored, beside_bytes, shape_of, sh
 from niwaki.run import check_space, partial_of
 from niwaki.stages import columns_multiple, split_options, stages_of
 
-# What is refused must be impossible: no estimate of memory has been further off than this.
-CERTAIN = 0.6
+# What is refused must be impossible: of all measured peaks none was below 0.87 of its estimate.
+CERTAIN = 0.7
 SURE_BYTES = 0.97  # of a predicted file
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # as `stream.default_batch_tokens`
 SCANS = {"owl": 2.0, "sensitivity": 1.0}  # forwards of all blocks that an allocation takes
@@ -287,6 +287,10 @@ def _about(decoder: Decoder, model: ModelSizes) -> dict[str, Any]:
     }
 
 
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
 def _itemsize(decoder: Decoder, recipe: Recipe) -> int:
     dtype = pick_dtype(recipe.dtype) or decoder.checkpoint.dtype
     return dtype.itemsize
@@ -303,7 +307,7 @@ def _money(
     """What a day's tokens cost before and after, one stream of tokens at a time; None without a price."""
     if price_per_hour is None:
         return None
-    found: dict[str, Any] = {"compress": round(compress_seconds / 3600 * price_per_hour, 4)}
+    found: dict[str, Any] = {"compress": _short(compress_seconds / 3600 * price_per_hour)}
     if tokens_per_day is None:
         return found
     for name in ("ceiling", "reached"):
@@ -313,10 +317,10 @@ def _money(
         before, after = (tokens_per_day / speed / 3600 * price_per_hour for speed in speeds)
         saved = before - after
         found[name] = {
-            "before_per_day": round(before, 4),
-            "after_per_day": round(after, 4),
-            "saved_per_day": round(saved, 4),
-            "days_to_earn_back": round(found["compress"] / saved, 3) if saved > 0 else None,
+            "before_per_day": _short(before),
+            "after_per_day": _short(after),
+            "saved_per_day": _short(saved),
+            "days_to_earn_back": _short(found["compress"] / saved) if saved > 0 else None,
         }
     return found
 

@@ -39,12 +39,13 @@ def decoding(dense: ModelSizes, stages: Sequence[Planned], machine: Machine) -> 
     last = stages[-1]
     met = sum(block.other_bytes + sum(m.dense_bytes * m.reach for m in block.matrices) for block in dense.blocks)
     before, after = met + dense.head_bytes, last.stored.read_bytes
-    found: dict[str, Any] = {"bandwidth_bytes_per_s": machine.bandwidth, "what": "batch 1, weights only: a ceiling"}
+    found: dict[str, Any] = {"machine": machine.name, "bandwidth_bytes_per_s": machine.bandwidth}
     for name, nbytes, kind in ("before", before, "dense"), ("after", after, _kind(last.target)):
         ceiling = machine.bandwidth / nbytes
         share = _share(machine, kind)
         found[name] = {
             "bytes_per_token": round(nbytes),
+            "fits": (dense.file_bytes if name == "before" else last.stored.file_bytes) < machine.memory_bytes,
             "ceiling_tokens_per_s": round(ceiling, 3),
             "reached_tokens_per_s": None if share is None else round(share * ceiling, 3),
             "reached_share": None if share is None else round(share, 3),

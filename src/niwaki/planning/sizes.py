@@ -132,6 +132,7 @@ def stored(decoder: Decoder, model: ModelSizes, steps: Sequence[Step], target: T
     """What the files of a result hold. Raises TargetError for a matrix that cannot meet the target."""
     files, read, largest = 0, 0.0, 0
     known: dict[tuple[int, int, bool], int] = {}  # experts are many, and alike
+    by_need = recipe.allocation == "sensitivity" and _has_room(model, steps[-1], target)
     for index, block in enumerate(model.blocks):
         total, names = block.other_bytes, block.tensors
         met: float = block.other_bytes
@@ -139,7 +140,7 @@ def stored(decoder: Decoder, model: ModelSizes, steps: Sequence[Step], target: T
             key = matrix.rows, matrix.columns, matrix.packable
             if key not in known:
                 full = f"{decoder.anatomy.prefix(index)}{matrix.name}"
-                known[key] = _matrix_bytes(full, matrix, steps[-1], target, recipe)
+                known[key] = _matrix_bytes(full, matrix, steps[-1], target, recipe, by_need)
             nbytes = known[key]
             names += 0 if nbytes == matrix.dense_bytes else CODE_TENSORS - 1
             total += nbytes
@@ -153,12 +154,18 @@ def stored(decoder: Decoder, model: ModelSizes, steps: Sequence[Step], target: T
     return Stored(files, read + head, largest)
 
 
-def _matrix_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe: Recipe) -> int:
+def _has_room(model: ModelSizes, step: Step, target: Target) -> bool:
+    """Whether bits can move between matrices, as in `budget.spread_bits`: the target is more than all need at least."""
+    assert isinstance(target, Bits), "fractional methods meet nothing else"
+    matrices = [matrix for block in model.blocks for matrix in block.matrices]
+    least = sum(m.rows * m.columns * step.least_bits(m.rows, m.columns) for m in matrices)
+    return least < target.bits * model.weights
+
+
+def _matrix_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe: Recipe, by_need: bool) -> int:
     asked = target
-    least = vars(step.method).get("least_bits")
-    if recipe.allocation == "sensitivity" and least and isinstance(target, Bits):
-        # Every matrix gets its own; what the smallest ones need more, others give.
-        asked = Bits(max(target.bits, least(matrix.rows, matrix.columns, step.config)))
+    if by_need and isinstance(target, Bits):  # what the smallest ones need more, others give
+        asked = Bits(max(target.bits, step.least_bits(matrix.rows, matrix.columns)))
     nbytes = step.stored_bytes(name, matrix.rows, matrix.columns, asked)
     return matrix.dense_bytes if nbytes is None or recipe.pack == "none" or not matrix.packable else nbytes
 
