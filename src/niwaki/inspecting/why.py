@@ -85,7 +85,7 @@ def _find(lines: Sequence[Line], prefix: str, asked: str) -> Line:
         if full == name or (name and full.endswith(f".{name}") and name.split(".")[0].isdecimal()):
             return line
     fitting = [full for full in names if full.endswith(f".{name}")]
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5) or fitting[:1]
+    near = fitting[:1] or difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     blocks = sorted({line["block"] for line in lines})
     kinds = ", ".join(dict.fromkeys(kind_of(line["matrix"]) for line in lines))
