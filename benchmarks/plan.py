@@ -8,6 +8,8 @@ say the name of a model, never its folder.
 
 import argparse
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -54,7 +56,10 @@ def case(name: str, model: Path, text: Path, out: Path) -> dict:
     arguments = [*chosen, "--target", target, *more, "--calibration", str(text)]
     arguments += ["--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN)]
     planned = json.loads(niwaki("plan", str(model), *arguments, "--gpu", "cpu", "--out", str(out), "--json"))
+    load = os.getloadavg()[0]
+    used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     niwaki("compress", str(model), str(out), *arguments, "--device", "cpu", "--overwrite")
+    used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - used
     record = json.loads((out / "niwaki/run.json").read_text())
     shutil.rmtree(out)
     predicted = {key: planned[key] for key in ("seconds", "peak_rss_bytes", "output_bytes")}
@@ -65,7 +70,12 @@ def case(name: str, model: Path, text: Path, out: Path) -> dict:
     }
     ratios = {key: round(predicted[key] / measured[key], 4) for key in predicted}
     phases = planned["seconds_by_phase"]
-    return {"case": CASES[name], "predicted": predicted | {"phases": phases}, "measured": measured, "ratio": ratios}
+    return {
+        "case": CASES[name],
+        "predicted": predicted | {"phases": phases},
+        "measured": measured | {"cpu_seconds": round(used, 2), "load": load},
+        "ratio": ratios,
+    }
 
 
 def main() -> None:
@@ -85,6 +95,11 @@ def main() -> None:
             row = {"model": label} | case(name, Path(folder) if folder else sapling(), text, args.work / "out")
             print(label, name, row["ratio"], row["measured"]["seconds"], row["predicted"]["phases"], flush=True)
             rows.append(row)
+            write(args, rows)
+
+
+def write(args: argparse.Namespace, rows: list[dict]) -> None:
+    """What is known so far."""
     worst = {
         key: [min(row["ratio"][key] for row in rows), max(row["ratio"][key] for row in rows)]
         for key in rows[0]["ratio"]
@@ -92,7 +107,7 @@ def main() -> None:
     labels = [given.partition("=")[0] for given in args.models]
     result = {
         "what": f"`niwaki plan` against `niwaki compress` right after it, {SAMPLES}×{SEQ_LEN} tokens; ratio: predicted "
-        "over measured. Both cores are shared with other work.",
+        "over measured. Other work shared the two cores: `load` is what waited for them when a compression began.",
         **provenance("cpu"),
         "command": f"python benchmarks/plan.py --out {args.out.name} --work WORK --models {' '.join(labels)}",
         "threads": torch.get_num_threads(),

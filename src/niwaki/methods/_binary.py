@@ -146,7 +146,7 @@ def factors(
 def trials(scope: Scope, width: int, salient: int) -> Work:
     """What `choose_salient` and `split_by_size` try on blocks of `width` columns, up to `salient` columns each."""
     blocks = sum(-(-columns // width) for _, columns in scope.matrices)
-    return Work(passed=6 * (salient + 200) * scope.weights, started=blocks * (salient + 200) * 12)
+    return Work(passed=12 * (salient + 200) * scope.weights, started=blocks * (salient + 200) * 12)
 
 
 def check_reach(name: str, rows: int, columns: int, stored_bytes: int, target: Target) -> None:
