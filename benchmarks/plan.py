@@ -84,14 +84,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=["sapling"], help="sapling, or NAME=FOLDER")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--add", action="store_true", help="keep the rows that --out has of other models and cases")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     text = args.work / "text.jsonl"
     text.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)))
-    rows = []
+    rows = json.loads(args.out.read_text())["rows"] if args.add and args.out.exists() else []
     for given in args.models:
         label, _, folder = given.partition("=")
         for name in args.cases:
+            rows = [row for row in rows if (row["model"], row["case"]) != (label, CASES[name])]
             row = {"model": label} | case(name, Path(folder) if folder else sapling(), text, args.work / "out")
             print(label, name, row["ratio"], row["measured"]["seconds"], row["predicted"]["phases"], flush=True)
             rows.append(row)
@@ -104,7 +106,7 @@ def write(args: argparse.Namespace, rows: list[dict]) -> None:
         key: [min(row["ratio"][key] for row in rows), max(row["ratio"][key] for row in rows)]
         for key in rows[0]["ratio"]
     }
-    labels = [given.partition("=")[0] for given in args.models]
+    labels = dict.fromkeys(row["model"] for row in rows)
     result = {
         "what": f"`niwaki plan` against `niwaki compress` right after it, {SAMPLES}×{SEQ_LEN} tokens; ratio: predicted "
         "over measured. Other work shared the two cores: `load` is what waited for them when a compression began.",
