@@ -250,7 +250,7 @@ def _check(peak: Memory, device: str, memory_bytes: int, name: str) -> list[str]
         places = [(f"the memory of {name}", memory_bytes, peak.device_bytes)]
     for where, has, needed in places:
         least = "fewer --samples, a shorter --seq-len, smaller --batch-tokens, or a larger machine"
-        if CERTAIN * needed > has:
+        if CERTAIN * peak.sure_bytes > has:
             raise InputError(f"{where} is {has / 1e9:.1f} GB, and about {needed / 1e9:.1f} GB are needed: use {least}")
         if needed > has:
             warnings.append(

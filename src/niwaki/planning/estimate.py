@@ -69,8 +69,9 @@ def seconds(model: ModelSizes, job: Job, machine: Machine, written_bytes: int) -
     found["text"] = job.windows * job.tokens / TOKENIZED
     if job.writes_text:
         steps = -(-job.windows // WRITTEN_AT_ONCE) * job.tokens
-        weights = (model.weights + model.ends_weights) * job.itemsize
-        found["text"] += steps * (weights / machine.bandwidth + len(model.blocks) * FORWARD_STARTS * machine.start_s)
+        found["text"] += steps * (
+            model.file_bytes / machine.bandwidth + len(model.blocks) * FORWARD_STARTS * machine.start_s
+        )
     if job.needs.gradient:
         found["gradients"] = _gradients(model, job, machine)
     return found
@@ -134,11 +135,16 @@ def _gradients(model: ModelSizes, job: Job, machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: of the process, of the device beside it, and of files that live only as long as the run."""
+    """Bytes: of the process, of the device beside it, and of files that live only as long as the run.
+
+    `sure_bytes`, of the device, or of the process on a CPU: without a model that writes its own text, which may be
+    mapped from its file instead of held.
+    """
 
     rss_bytes: int
     device_bytes: int
     scratch_bytes: int
+    sure_bytes: int
 
 
 def memory(
@@ -157,13 +163,14 @@ def memory(
         resident += asked if asked <= limit else 0
     walk = max((_block_bytes(block, model, job, index) for index, block in enumerate(model.blocks)), default=0)
     ends = model.ends_weights * job.itemsize + 2 * model.ends_bytes
-    if job.writes_text:
-        ends = max(ends, (model.weights + model.ends_weights) * job.itemsize)
+    sure = (resident + max(walk, ends)) * SLACK
+    worst = max(sure, model.file_bytes if job.writes_text else 0)
     if device == "cpu":
-        return Memory(round(base_bytes + STARTED_BYTES + (resident + max(walk, ends)) * SLACK), 0, scratch)
+        own = base_bytes + STARTED_BYTES
+        return Memory(round(own + worst), 0, scratch, round(own + sure))
     stored = max((block.dense_bytes for block in model.blocks), default=0)
     host = base_bytes + 3e9 + 3 * stored + model.ends_bytes * 2  # a context, and pinned copies of blocks
-    return Memory(round(host), round((resident + max(walk, ends)) * SLACK), scratch)
+    return Memory(round(host), round(worst), scratch, round(sure))
 
 
 def _block_bytes(block: BlockSizes, model: ModelSizes, job: Job, index: int) -> int:
