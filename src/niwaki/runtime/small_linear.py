@@ -81,7 +81,7 @@ class KeptRows(nn.Module):
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """[B, 1, I] → [B, 1, K·W], or [B, I] → [B, K·W]."""
-        y_BR = rows_dot_op(_tokens(x_BTI), self.weight_OI, self.units_K, self.bias_O, self.width)
+        y_BR: Tensor = rows_dot_op(_tokens(x_BTI), self.weight_OI, self.units_K, self.bias_O, self.width)
         return y_BR.view(*x_BTI.shape[:-1], -1)
 
 
@@ -90,7 +90,7 @@ class KeptColumns(KeptRows):
 
     def forward(self, x_BTR: Tensor) -> Tensor:
         """[B, 1, K·W] → [B, 1, O], or [B, K·W] → [B, O]."""
-        y_BO = columns_dot_op(_tokens(x_BTR), self.weight_OI, self.units_K, self.bias_O, self.width)
+        y_BO: Tensor = columns_dot_op(_tokens(x_BTR), self.weight_OI, self.units_K, self.bias_O, self.width)
         return y_BO.view(*x_BTR.shape[:-1], -1)
 
 
