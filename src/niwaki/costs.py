@@ -129,11 +129,11 @@ def learning(scope: Scope, steps: int, batch: int, *, checks: int, copies: float
         passed=(steps * passes + checks * 6) * scope.weights,
         started=steps * (120 + 16 * len(scope.matrices)) + (checks + 1) * held * 60,
         held_bytes=copies * scope.weights * FLOAT_BYTES,
-        held_values=_graph(scope, batch),
+        held_values=graph(scope, batch),
     )
 
 
-def _graph(scope: Scope, batch: int) -> float:
+def graph(scope: Scope, batch: int) -> float:
     """Numbers that autograd keeps of a block for `batch` windows: inputs and outputs of all matrices, twice."""
     widths = sum(scope.inputs) + sum(rows for rows, _ in scope.matrices)
     return 2 * batch * scope.tokens * widths * min(1.0, scope.reach * 2)

@@ -29,6 +29,9 @@ def print_plan(console: Console, found: dict[str, Any]) -> None:
     _print_decode(console, found["decode"])
     if found["money"] is not None:
         _print_money(console, found["money"])
+        for name in ("before", "after"):
+            if not found["decode"][name]["fits"]:
+                _say(console, f"no cost of a day: the model {name} does not fit one {machine['name']}")
     if not recipe["calibration"]["files"] and "walk" in found["seconds_by_phase"]:
         _say(
             console, "note: without --calibration, methods that need text let the model write it first; that is counted"

@@ -203,6 +203,15 @@ def test_money_is_hours_times_price(model: Path, text: str) -> None:
     assert plan(model, gpu="h100", **recipe_of("rtn", "4bit", text))["money"] is None
 
 
+def test_what_does_not_fit_one_machine_has_no_cost_of_a_day(large: dict[str, Path]) -> None:
+    given = {"method": "gptq", "target": "4bit", "calibration": {"files": ("text",)}}
+    found = plan(large["70b"], gpu="h100", price_per_hour=2, tokens_per_day=1e6, **given)
+    assert not found["decode"]["before"]["fits"] and found["decode"]["after"]["fits"]
+    assert list(found["money"]) == ["compress"]
+    small = plan(large["7b"], gpu="h100", price_per_hour=2, tokens_per_day=1e6, **given)["money"]
+    assert small["ceiling"]["saved_per_day"] < small["reached"]["before_per_day"]
+
+
 def test_a_card_that_is_too_small_is_refused_and_one_that_may_be_is_warned_of(large: dict[str, Path]) -> None:
     given = {"method": "wandapp", "target": "2:4", "calibration": {"files": ("text",)}}
     with pytest.raises(InputError, match=r"the memory of 4090 is 24\.0 GB, and about [34]\d\.\d GB are needed"):

@@ -304,11 +304,14 @@ def _config(decoder: Decoder) -> dict[str, Any]:
 def _money(
     decode: dict[str, Any], compress_seconds: float, price_per_hour: float | None, tokens_per_day: float | None
 ) -> dict[str, Any] | None:
-    """What a day's tokens cost before and after, one stream of tokens at a time; None without a price."""
+    """What a day's tokens cost before and after, one stream of tokens at a time; None without a price.
+
+    Only what compressing costs, if the model before or after does not fit the machine: then one price is not enough.
+    """
     if price_per_hour is None:
         return None
     found: dict[str, Any] = {"compress": _short(compress_seconds / 3600 * price_per_hour)}
-    if tokens_per_day is None:
+    if tokens_per_day is None or not (decode["before"]["fits"] and decode["after"]["fits"]):
         return found
     for name in ("ceiling", "reached"):
         speeds = [decode[when][f"{name}_tokens_per_s"] for when in ("before", "after")]

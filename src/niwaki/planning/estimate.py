@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import psutil
 
-from niwaki.costs import FLOAT_BYTES, Scope, Work
+from niwaki.costs import FLOAT_BYTES, Scope, Work, graph
 from niwaki.planning.machines import Machine
 from niwaki.planning.sizes import BlockSizes, ModelSizes
 from niwaki.statistics import SAMPLE_TOKENS, Needs
@@ -163,6 +163,9 @@ def memory(
         resident += asked if asked <= limit else 0
     walk = max((_block_bytes(block, model, job, index) for index, block in enumerate(model.blocks)), default=0)
     ends = model.ends_weights * job.itemsize + 2 * model.ends_bytes
+    if job.needs.gradient:  # logits, their softmax and its gradient
+        vocabulary = model.ends_weights * model.head_bytes / max(model.ends_bytes, 1) / model.hidden
+        ends += 3 * FLOAT_BYTES * _at_once(job) * job.tokens * vocabulary
     sure = (resident + max(walk, ends)) * SLACK
     worst = max(sure, model.file_bytes if job.writes_text else 0)
     if device == "cpu":
@@ -171,6 +174,11 @@ def memory(
     stored = max((block.dense_bytes for block in model.blocks), default=0)
     host = base_bytes + 3e9 + 3 * stored + model.ends_bytes * 2  # a context, and pinned copies of blocks
     return Memory(round(host), round(worst), scratch, round(sure))
+
+
+def _at_once(job: Job) -> int:
+    """Windows that the walk backwards takes at once: one, where every window's gradient counts."""
+    return 1 if job.squares else min(job.batch, job.windows)
 
 
 def _block_bytes(block: BlockSizes, model: ModelSizes, job: Job, index: int) -> int:
@@ -191,5 +199,7 @@ def _block_bytes(block: BlockSizes, model: ModelSizes, job: Job, index: int) -> 
     between = 6 * model.hidden + 3 * widest * min(1.0, scope.reach * 2)
     forward = batch * job.itemsize * between * (CPU_FORWARD if on_cpu else 1) + added
     own = job.own[index]
-    held = max(own.held_bytes + own.held_values * job.itemsize, 4 * FLOAT_BYTES * largest)
+    held = max(own.held_bytes + own.held_values * job.itemsize, 4.0 * FLOAT_BYTES * largest)
+    if job.needs.gradient:
+        held = max(held, graph(scope, _at_once(job)) * job.itemsize)
     return math.ceil(copies + records + grams + gradients + max(forward, held))
