@@ -162,7 +162,7 @@ def memory(
         scratch += asked if asked > limit else 0
         resident += asked if asked <= limit else 0
     walk = max((_block_bytes(block, model, job, index) for index, block in enumerate(model.blocks)), default=0)
-    ends = model.ends_weights * job.itemsize + 2 * model.ends_bytes
+    ends: float = model.ends_weights * job.itemsize + 2 * model.ends_bytes
     if job.needs.gradient:  # logits, their softmax and its gradient
         vocabulary = model.ends_weights * model.head_bytes / max(model.ends_bytes, 1) / model.hidden
         ends += 3 * FLOAT_BYTES * _at_once(job) * job.tokens * vocabulary
@@ -199,7 +199,7 @@ def _block_bytes(block: BlockSizes, model: ModelSizes, job: Job, index: int) -> 
     between = 6 * model.hidden + 3 * widest * min(1.0, scope.reach * 2)
     forward = batch * job.itemsize * between * (CPU_FORWARD if on_cpu else 1) + added
     own = job.own[index]
-    held = max(own.held_bytes + own.held_values * job.itemsize, 4.0 * FLOAT_BYTES * largest)
+    held: float = max(own.held_bytes + own.held_values * job.itemsize, 4.0 * FLOAT_BYTES * largest)
     if job.needs.gradient:
         held = max(held, graph(scope, _at_once(job)) * job.itemsize)
     return math.ceil(copies + records + grams + gradients + max(forward, held))
