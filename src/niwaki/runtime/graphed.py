@@ -200,7 +200,8 @@ def _compiled(blocks: nn.ModuleList) -> Iterator[None]:
     for block in blocks:
         block.compile(dynamic=False)
     try:
-        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):  # the number of a block is no constant
+        # The number of a block is no constant; and every batch size and kind of step is compiled, however many.
+        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=64):
             yield
     finally:
         for block in blocks:
