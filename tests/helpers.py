@@ -186,3 +186,30 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in skipped
     }
+
+
+def header_only(folder: Path, config: Any, shard_bytes: int = 10 * 2**30) -> Path:
+    """A bf16 checkpoint of `config` whose files have headers and no content: as large as a real one, on no disk."""
+    with torch.device("meta"):
+        model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    config.save_pretrained(folder)
+    shards: list[dict[str, Any]] = [{}]
+    filled = 0
+    for name, tensor in model.state_dict().items():
+        nbytes = 2 * tensor.numel()
+        if filled + nbytes > shard_bytes and shards[-1]:
+            shards.append({})
+            filled = 0
+        place = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [filled, filled + nbytes]}
+        shards[-1][name] = place
+        filled += nbytes
+    weight_map = {}
+    for number, shard in enumerate(shards):
+        header = json.dumps(shard).encode()
+        header += b" " * (-len(header) % 8)
+        with (folder / f"part-{number}.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + max(place["data_offsets"][1] for place in shard.values()))
+        weight_map |= dict.fromkeys(shard, f"part-{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder

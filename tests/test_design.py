@@ -18,8 +18,8 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if "data" not in path.relat
 LAYERS = [
     ["__init__", "_hook", "errors"],
     ["presets"],
-    ["config", "device", "kernels", "loading", "writing"],
-    ["calibration", "tap", "codes", "packed", "activations", "learning"],
+    ["config", "costs", "device", "kernels", "loading", "writing"],
+    ["calibration", "flags", "tap", "codes", "packed", "activations", "learning", "scores"],
     ["anatomy"],
     ["checkpoint", "resizing", "statistics", "structure"],
     ["block"],
@@ -32,13 +32,14 @@ LAYERS = [
     ["card"],
     ["measured"],
     ["stages"],
+    ["planning"],
     ["job"],
     ["shaping", "shadowing"],
     ["compression"],
     ["evaluation", "generation"],
     ["recovery", "exporting", "gating", "adapting", "comparing"],
-    ["demo", "progress", "tables"],
-    ["comparing_commands", "contextual_commands", "evaluation_commands"],
+    ["demo", "progress", "tables", "inspecting", "plan_tables"],
+    ["comparing_commands", "contextual_commands", "evaluation_commands", "inspect_commands", "plan_commands"],
     ["cli"],
 ]
 LAYER_OF = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from niwaki.evaluation import evaluate
     from niwaki.exporting import export
     from niwaki.generation import generate, load
+    from niwaki.inspecting import inspect
+    from niwaki.planning import plan
     from niwaki.recovery import recover
 
 __version__ = "0.1.0"
@@ -48,7 +50,9 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
+    "inspect",
     "load",
+    "plan",
     "recover",
 ]
 
@@ -58,7 +62,9 @@ _LAZY = {
     "evaluate": "niwaki.evaluation",
     "export": "niwaki.exporting",
     "generate": "niwaki.generation",
+    "inspect": "niwaki.inspecting",
     "load": "niwaki.generation",
+    "plan": "niwaki.planning",
     "recover": "niwaki.recovery",
 }
 

@@ -7,8 +7,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from niwaki import __version__, comparing_commands, contextual_commands, evaluation_commands
+from niwaki import (
+    __version__,
+    comparing_commands,
+    contextual_commands,
+    evaluation_commands,
+    inspect_commands,
+    plan_commands,
+)
 from niwaki.errors import InputError, NiwakiError
+from niwaki.flags import given, recipe_values
 
 app = typer.Typer(
     name="niwaki",
@@ -92,18 +100,17 @@ def compress(
 ) -> None:
     """Compress MODEL into OUT, block by block."""
     from niwaki.compression import compress as run
-    from niwaki.config import calibration_fields, load_recipe
     from niwaki.progress import Display
     from niwaki.run import resumable
 
-    values: dict[str, Any] = load_recipe(recipe) if recipe else {}
-    values |= _given(method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks)
-    values |= _given(allocation=allocation, pack=pack, ends=ends, seed=seed, device=device, dtype=dtype)
-    values |= _given(batch_tokens=batch_tokens, activation_bytes=activation_bytes)
-    files = tuple(calibration) if calibration else None
-    text = _given(files=files, field=field, samples=samples, seq_len=seq_len)
-    values["calibration"] = {**calibration_fields(values.get("calibration")), **text}
-    values["options"] = {**(values.get("options") or {}), **_key_values(set_ or [])}
+    values = recipe_values(
+        recipe,
+        given(files=tuple(calibration) if calibration else None, field=field, samples=samples, seq_len=seq_len),
+        set_,
+        **given(method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks),
+        **given(allocation=allocation, pack=pack, ends=ends, seed=seed, device=device, dtype=dtype),
+        **given(batch_tokens=batch_tokens, activation_bytes=activation_bytes),
+    )
     try:
         with Display(err_console) as display:
             record = run(
@@ -241,6 +248,8 @@ app.command()(comparing_commands.compare)
 app.command()(comparing_commands.gate)
 app.command()(contextual_commands.adapt)
 app.command()(contextual_commands.calibrate_gate)
+app.command()(inspect_commands.inspect)
+app.command()(plan_commands.plan)
 
 
 def main() -> None:
@@ -256,21 +265,6 @@ def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
-
-
-def _given(**flags: Any) -> dict[str, Any]:
-    """The flags that were set; the others leave the recipe as it is."""
-    return {name: value for name, value in flags.items() if value is not None}
-
-
-def _key_values(pairs: list[str]) -> dict[str, str]:
-    found = {}
-    for pair in pairs:
-        key, sign, value = pair.partition("=")
-        if not sign or not key:
-            raise InputError(f"--set {pair!r}: expected key=value")
-        found[key] = value
-    return found
 
 
 def _print_record(out: Path, record: dict[str, Any]) -> None:

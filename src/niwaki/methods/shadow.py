@@ -200,6 +200,23 @@ def learn(traces: Traces, layout: Layout, config: Config, decoder_weights: int) 
     """Fits the map at the largest rank that its share of parameters allows."""
     widths = {"last": traces.last_ND.shape[1], "mean": traces.mean_ND.shape[1], "prompt": layout.size}
     inputs = sum(widths[name] for name in config.groups)
+    rank = _rank(layout, inputs, config, decoder_weights)
+    return fit(traces, layout, config.groups, config.trust, rank)
+
+
+def beside_bytes(layout: Layout, channels: int, windows: int, config: Config, decoder_weights: int) -> int:
+    """Bytes of the predictor, float32; `channels`: of the input of the matrix that heads write through.
+
+    The rank may turn out lower, where the samples have fewer directions than that.
+    """
+    widths = {"last": channels, "mean": channels, "prompt": layout.size}
+    inputs = sum(widths[name] for name in config.groups)
+    rank = min(_rank(layout, inputs, config, decoder_weights), windows * config.cuts) if inputs else 0
+    return 4 * (2 * layout.size + 4 + 2 * inputs + rank * (inputs + layout.size))
+
+
+def _rank(layout: Layout, inputs: int, config: Config, decoder_weights: int) -> int:
+    """The largest that the share of parameters allows."""
     vectors = 2 * layout.size + 2 * inputs + 4
     rank = int((config.size_frac * decoder_weights - vectors) // max(inputs + layout.size, 1))
     if config.groups and rank < 1:
@@ -207,4 +224,4 @@ def learn(traces: Traces, layout: Layout, config: Config, decoder_weights: int) 
             f"a predictor of {config.size_frac:.0%} of {decoder_weights:,} weights has no room for rank 1: raise "
             "size_frac or neuron_width, or read fewer features"
         )
-    return fit(traces, layout, config.groups, config.trust, rank)
+    return rank
