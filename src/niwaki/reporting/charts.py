@@ -9,10 +9,10 @@ from niwaki.reporting import numbers as show
 from niwaki.reporting import plots
 from niwaki.reporting.layers import Layers, Measure
 from niwaki.reporting.plots import Axis, Plot, Point
-from niwaki.reporting.views import Grid, Texts, estimate
+from niwaki.reporting.views import Cell, Grid, Texts, estimate
 
 FORMS = {"kept": ".0%", "zeros": ".1%", "bits": ".2f", "error": ".2g"}
-TOPS = {"kept": 1.0, "zeros": 1.0, "bits": None, "error": None}
+TOPS = {"kept": 1.0, "zeros": 1.0, "error": None}
 
 
 def tradeoffs(t: Texts, found: Comparison) -> list[Plot]:
@@ -47,23 +47,19 @@ def _tradeoff(
     def y_text(value: float) -> str:
         return show.percent(value) if y.form.endswith("%") else show.ratio(value)
 
-    sides = [(x_text(p.x.value) if p.x.units == 0 else estimate(t, p.x, x_text), estimate(t, p.y, y_text)) for p in points]
-    lines = [
-        t["point_summary"].format(name=p.name, x=x_text(p.x.value), y=y_text(p.y.value)) for p in points
-    ]  # fmt: skip
+    exact = title == "tradeoff_bytes"
+    sides = [(x_text(p.x.value) if exact else estimate(t, p.x, x_text), estimate(t, p.y, y_text)) for p in points]
+    lines = [t["point_summary"].format(name=p.name, x=x_text(p.x.value), y=y_text(p.y.value)) for p in points]
     return Plot(
         id=f"plot-{name}",
         title=t[title],
-        summary=f"{t[better]} {_sentence(t, x.title, y.title)} {'; '.join(lines)}.",
+        note=t[better],
+        summary=f"{t['plot_of'].format(x=x.title, y=y.title)} {'; '.join(lines)}.",
         height=380,
         json=_json(plots.tradeoff(points, found.dense.name, x, y, t["limit_line"])),
         columns=(t["candidate"], x.title, y.title),
         rows=tuple((point.name, *side) for point, side in zip(points, sides, strict=True)),
     )
-
-
-def _sentence(t: Texts, *axes: str) -> str:
-    return f"({t['comma'].join(axes)})"
 
 
 def quality(t: Texts, found: Comparison) -> Grid:
@@ -75,17 +71,15 @@ def quality(t: Texts, found: Comparison) -> Grid:
             one = dict(_parts(t, candidate)).get(group)
             if one is not None:
                 rows.append((group, candidate.model.name, *_quality_cells(t, one)))
-    names = ["data", "candidate", "tokens", "pieces", "dense_perplexity", "perplexity", "metric_perplexity_ratio"]
+    names = ["data", "candidate", "tokens", "perplexity", "metric_perplexity_ratio"]
     columns = tuple(t[name] for name in [*names, "kl", "agreement"])
     return Grid(columns, tuple(rows), more={"plots": [_forest(t, found, groups)] if len(groups) > 1 else []})
 
 
 def _quality_cells(t: Texts, one: Quality) -> tuple[str, ...]:
     return (
-        f"{one.tokens:,}",
-        t[f"pieces_of_{one.unit}"].format(count=f"{one.units:,}"),
-        f"{one.dense_perplexity:.3f}",
-        f"{one.perplexity:.3f}",
+        Cell(f"{one.tokens:,}", one.tokens, t[f"pieces_of_{one.unit}"].format(count=f"{one.units:,}")),
+        Cell(f"{one.perplexity:.3f}", one.perplexity, t["dense_value"].format(value=f"{one.dense_perplexity:.3f}")),
         estimate(t, one.perplexity_ratio, show.ratio),
         estimate(t, one.kl, lambda value: f"{value:.4f}"),
         estimate(t, one.top1_agreement, show.percent),
@@ -116,6 +110,7 @@ def _forest(t: Texts, found: Comparison, groups: list[str]) -> Plot:
     return Plot(
         id="plot-quality",
         title=t["quality_plot"],
+        note="",
         summary="; ".join(lines),
         height=110 + max(44, 20 * len(series)) * len(groups),
         json=_json(plots.forest(groups, series, x, t["limit_line"])),
@@ -141,7 +136,8 @@ def growths(t: Texts, found: Comparison, layers: Mapping[str, Layers | None]) ->
             Plot(
                 id=f"plot-{name}",
                 title=t[title],
-                summary=f"{t[f'{name}_note']} {'; '.join(lines)}.",
+                note=t[f"{name}_note"],
+                summary=f"{'; '.join(lines)}.",
                 height=340,
                 json=_json(plots.growth(series, t["block"], t["error_axis"])),
                 columns=(t["block_column"], *(model for model, _, _ in series)),
@@ -182,10 +178,11 @@ def _heatmap(t: Texts, name: str, measure: Measure) -> Plot:
     )
     if shown[0] == shown[1]:
         summary = t["map_uniform"].format(value=shown[0])
-    top = TOPS[measure.name] or (16.0 if measure.name == "bits" and high > 8 else None)
+    top = (8.0 if high <= 8 else 16.0) if measure.name == "bits" else TOPS[measure.name]
     return Plot(
         id=name,
         title=t[f"measure_{measure.name}"],
+        note=summary,
         summary=summary,
         height=70 + 34 * len(measure.projections) + 30,
         json=_json(plots.heatmap(measure, t["block"], form, top)),
@@ -233,7 +230,7 @@ def _byte_limit(found: Comparison) -> float | None:
 
 
 def _exact(value: float) -> Estimate:
-    return Estimate(value=value, low=value, high=value, units=0)
+    return Estimate(value=value, low=value, high=value, units=1)
 
 
 def _small(value: float) -> str:

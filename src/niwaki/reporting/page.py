@@ -57,13 +57,15 @@ def render(found: Comparison, layers: Mapping[str, Layers | None], language: str
 def _content(t: Texts, found: Comparison, layers: Mapping[str, Layers | None]) -> dict[str, Any]:
     quality, tasks = charts.quality(t, found), passages.tasks(t, found)
     texts, worst, gated = passages.generations(t, found), passages.worst(t, found), views.gates(t, found)
+    cards = views.cards(t, found)
     always = dict.fromkeys(("tradeoff", "measured", "layers", "reproduce", "environment"), True)
     return {
         "found": found,
         "dense": found.dense,
         "about": _about(t, found),
         "headline": views.headline(t, found),
-        "cards": views.cards(t, found),
+        "cards": cards,
+        "rows": 4 + max(len(card["metrics"]) for card in cards),
         "confidence": show.percent(found.confidence, 0),
         "tradeoff": [_inline(plot) for plot in charts.tradeoffs(t, found)],
         "gated": gated,

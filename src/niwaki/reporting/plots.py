@@ -23,10 +23,14 @@ _MARGIN = {"l": 64, "r": 18, "t": 14, "b": 54}
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure for the page; `json` holds it, `summary` says it, `columns` and `rows` show it without drawing."""
+    """A figure for the page; `json` holds it, `columns` and `rows` show it without drawing.
+
+    `note` stands below it; `summary` says what it shows to those who do not see it.
+    """
 
     id: str
     title: str
+    note: str
     summary: str
     height: int
     json: str
@@ -176,8 +180,8 @@ def _laid_out(figure: go.Figure, *, legend: bool) -> go.Figure:
         dragmode=False,
         hovermode="closest",
     )
-    figure.update_xaxes(fixedrange=True, title_standoff=8)
-    figure.update_yaxes(fixedrange=True, title_standoff=8)
+    figure.update_xaxes(fixedrange=True, title_standoff=8, title_font_size=13)
+    figure.update_yaxes(fixedrange=True, title_standoff=8, title_font_size=13)
     return figure
 
 

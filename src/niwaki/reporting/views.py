@@ -13,18 +13,20 @@ from niwaki.reporting import numbers as show
 from niwaki.reporting.plots import color
 
 Texts = Mapping[str, str]
+SHOWN = 3  # failed gates on a card
 SHARES = ("top1_agreement", "accuracy_loss", "accuracy_norm_loss")  # metrics that are read in percent
 
 
 class Cell(str):
-    """A cell of a table with the number to sort by."""
+    """A cell of a table with the number to sort by and a second, smaller line."""
 
     key: float
+    sub: str
 
-    def __new__(cls, text: str, key: float) -> "Cell":
+    def __new__(cls, text: str, key: float, sub: str = "") -> "Cell":
         """The text as it is shown."""
         cell = super().__new__(cls, text)
-        cell.key = key
+        cell.key, cell.sub = key, sub
         return cell
 
 
@@ -54,10 +56,14 @@ def about_model(t: Texts, model: Model) -> str:
 
 
 def estimate(t: Texts, found: Estimate, form: Callable[[float], str]) -> str:
-    """A value with its interval in a cell."""
+    """A value in a cell, with its interval below."""
+    return Cell(form(found.value), found.value, _interval(t, found, form))
+
+
+def _interval(t: Texts, found: Estimate, form: Callable[[float], str]) -> str:
     if found.low is None or found.high is None:
-        return t["estimate_alone"].format(value=form(found.value))
-    return t["estimate"].format(value=form(found.value), low=form(found.low), high=form(found.high))
+        return t["interval_missing"]
+    return t["interval"].format(low=form(found.low), high=form(found.high))
 
 
 def cards(t: Texts, found: Comparison) -> list[dict[str, Any]]:
@@ -76,7 +82,8 @@ def cards(t: Texts, found: Comparison) -> list[dict[str, Any]]:
                 "about": about_model(t, candidate.model),
                 "passed": candidate.passed,
                 "metrics": list(_headline_metrics(t, found, candidate)),
-                "failures": failures,
+                "failures": failures[:SHOWN],
+                "more": t["more_gates"].format(count=len(failures) - SHOWN) if len(failures) > SHOWN else "",
                 "notes": [_scoring(t, candidate)] if candidate.scoring.how == "runtime" else [],
             }
         )
@@ -94,19 +101,18 @@ def _headline_metrics(t: Texts, found: Comparison, candidate: Candidate) -> Iter
         yield _metric_card(t, found, t["writing_speed"], faster, show.factor, 1, [line])
     if candidate.data:
         worst = max(candidate.data, key=lambda data: data.whole.perplexity_ratio.value)
-        lines = [t["value_of"].format(value=f"{worst.whole.perplexity:.2f}", dense=f"{worst.whole.dense_perplexity:.2f}")]
-        lines += _which(t, worst.data, len(candidate.data))
-        yield _metric_card(t, found, t["perplexity"], worst.whole.perplexity_ratio, show.change, 1, lines)
+        own = worst.whole
+        lines = [t["value_of"].format(value=f"{own.perplexity:.2f}", dense=f"{own.dense_perplexity:.2f}")]
+        label = _which(t, "perplexity", worst.data, len(candidate.data))
+        yield _metric_card(t, found, label, own.perplexity_ratio, show.change, 1, lines)
     if candidate.tasks:
         hardest = max(candidate.tasks, key=lambda task: task.accuracy.loss.value)
-        own, dense = hardest.accuracy.accuracy, hardest.accuracy.dense_accuracy
-        lines = [t["value_of"].format(value=show.percent(own), dense=show.percent(dense))]
-        lines += _which(t, hardest.task, len(candidate.tasks))
-
-        def points(value: float) -> str:
-            return t["percentage_points"].format(points=show.points(value))
-
-        yield _metric_card(t, found, t["accuracy"], show.opposite(hardest.accuracy.loss), points, 0, lines)
+        answers, label = hardest.accuracy, _which(t, "accuracy", hardest.task, len(candidate.tasks))
+        both = {"value": show.percent(answers.accuracy), "dense": show.percent(answers.dense_accuracy)}
+        card = _metric_card(
+            t, found, label, show.opposite(answers.loss), show.points, 0, [t["value_of"].format(**both)]
+        )
+        yield card | {"big": t["percentage_points"].format(points=card["big"])}
 
 
 def _metric_card(
@@ -116,13 +122,13 @@ def _metric_card(
         interval = t["no_interval"].format(units=one.units)
     else:
         confidence = show.percent(found.confidence, 0)
-        interval = t["interval_of"].format(confidence=confidence, low=form(one.low), high=form(one.high))
+        interval = t["interval_of"].format(confidence=confidence, interval=_interval(t, one, form))
     unclear = one.low is not None and show.unclear(one, nothing)
     return {"label": label, "big": form(one.value), "unclear": unclear, "lines": [*lines, interval]}
 
 
-def _which(t: Texts, file: str, count: int) -> list[str]:
-    return [t["worst_file"].format(file=file, count=count)] if count > 1 else [file]
+def _which(t: Texts, metric: str, file: str, count: int) -> str:
+    return t["metric_on_worst" if count > 1 else "metric_on"].format(metric=t[metric], file=file, count=count)
 
 
 def _scoring(t: Texts, candidate: Candidate) -> str:
@@ -192,7 +198,7 @@ def _value(verdict: Verdict, value: float) -> str:
     metric = _metric(verdict)
     if metric == "bytes":
         return show.size(value)
-    return show.percent(value, 2) if metric in SHARES else show.number(value)
+    return show.signed(f"{100 * value:.4g}%") if metric in SHARES else show.number(value)
 
 
 def measured(t: Texts, found: Comparison) -> Grid:
@@ -222,7 +228,7 @@ def _measured_row(
     missing, memory = t["missing"], model.memory
     cells = {
         "model": f"{model.name} ({t['dense_model']})" if candidate is None else model.name,
-        "file_size": f"{show.size(model.file_bytes)} ({model.file_bytes:,} B)",
+        "file_size": Cell(show.size(model.file_bytes), model.file_bytes, f"{model.file_bytes:,} B"),
         "load_time": missing if model.load_seconds is None else f"{model.load_seconds:.2f} s",
         "peak_memory": missing if memory is None else show.size(memory.peak_bytes),
         "device_memory": show.size(memory.device_peak_bytes) if memory and memory.device_peak_bytes else missing,
@@ -245,7 +251,7 @@ def _pace(t: Texts, found: Comparison, candidate: Candidate | None, name: str) -
     key = "times_alone" if faster.low is None else "times_as_fast"
     sides = {end: show.factor(value or 0) for end, value in (("low", faster.low), ("high", faster.high))}
     factor = t[key].format(factor=show.factor(faster.value), **sides)
-    return f"{t['tokens_per_s'].format(value=_speed(pace.candidate_median))} · {factor}"
+    return Cell(t["tokens_per_s"].format(value=_speed(pace.candidate_median)), pace.candidate_median, factor)
 
 
 def _speed(tokens_per_s: float) -> str:
