@@ -2,15 +2,23 @@
 
     python benchmarks/contextual_speed.py --shape 1B --out benchmarks/results/contextual-speed-NAME.json
 
-The real runtime path: a prompt of `--prompt` tokens, `--new` tokens by transformers' `generate`, the predictor (of the
-size that `--method shadow` would train, with random numbers in it), the choice and the copies included in the time.
-Prefill is timed apart and in the total. Ratios are medians over repetitions, dense and sparse in turns.
+The real runtime path: a prompt of `--prompt` tokens, `--new` tokens, the predictor (of the size that `--method shadow`
+would train, with random numbers in it), the choice and the copies included in the time. `speedup` is that of the whole,
+the prompt included; `decode_speedup` of all that follows the prompt: dense steps over sparse steps and the choice.
+Ratios are medians over repetitions, dense and sparse in turns.
+
+On a CPU transformers' `generate` writes. On a GPU both sides run as CUDA graphs (`niwaki.runtime.graphed`), once as
+they are and once with the small operations fused by torch.compile (`--compiled`), each against a dense side that is
+run the same way. `--batch-neurons`: what the sequences of a batch share (see `niwaki.contextual.selection`).
 """
 
 import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -22,6 +30,7 @@ from niwaki.contextual.record import Running, Shadow
 from niwaki.contextual.selection import Rule
 from niwaki.contextual.units import find_layout
 from niwaki.runtime.contextual import attach
+from niwaki.runtime.graphed import Graphed
 from provenance import provenance
 
 SHAPES = {
@@ -63,12 +72,56 @@ def made_up(model, skip_frac, device):
     return Shadow(predictor.to(device), layout, Rule(skip_frac), Running())
 
 
-def seconds(model, ids, new):
+class Clock:
+    """Seconds of the first forward of a text, which reads the prompt, and of the whole."""
+
+    def __init__(self, model):
+        self.first = None
+        model.register_forward_hook(self.tick)
+
+    def tick(self, *_):
+        if self.first is None:
+            self.first = time.perf_counter()
+
+    def generate(self, model, ids, new):
+        self.first, start = None, time.perf_counter()
+        model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        return self.first - start, time.perf_counter() - start
+
+
+def graphed(writer, ids, new):
+    """Seconds until the first token, the choice and the copies of a part included, and of the whole."""
+    torch.cuda.synchronize()
     start = time.perf_counter()
-    model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-    if ids.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    logits, step = writer.start(ids)
+    token = logits.argmax(-1, keepdim=True)
+    torch.cuda.synchronize()
+    first = time.perf_counter()
+    for _ in range(new - 1):
+        token = step.replay(token).argmax(-1, keepdim=True)
+    torch.cuda.synchronize()
+    return first - start, time.perf_counter() - start
+
+
+def measure(write, contextual, repetitions):
+    """Medians and all of the seconds of dense and sparse texts, in turns; the first of each warms up."""
+    times = {name: [] for name in ("dense", "sparse", "dense prompt", "sparse prompt")}
+    for repetition in range(repetitions + 1):
+        for name in ("dense", "sparse"):
+            contextual.enabled = name == "sparse"
+            prompt, whole = write()
+            if repetition:
+                times[name].append(whole)
+                times[f"{name} prompt"].append(prompt)
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    # with generate the choice falls behind the prompt, with graphs before the first token: either way it counts here
+    behind = {name: middle[name] - middle["dense prompt"] for name in ("dense", "sparse")}
+    return {
+        "seconds": middle,
+        "all": times,
+        "speedup": middle["dense"] / middle["sparse"],
+        "decode_speedup": behind["dense"] / behind["sparse"],
+    }
 
 
 def main() -> None:
@@ -82,34 +135,33 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--compiled", type=int, nargs="+", default=[0], choices=(0, 1))
+    parser.add_argument("--batch-neurons", nargs="+", default=["union"])
     args = parser.parse_args()
     model = build(args.shape, args.device, getattr(torch, args.dtype))
     shadow = made_up(model, 0.5, args.device)
-    contextual = attach(model, shadow)
+    model.contextual = contextual = attach(model, shadow)
     options = {name: value for name, value in vars(args).items() if name != "out"}
     result = {**provenance(args.device), "options": options, "threads": torch.get_num_threads(), "rows": []}
     result["predictor_parameters"] = shadow.predictor.parameters
-    for batch in args.batches:
+    clock = Clock(model)
+    for batch, compiled, sharing, target in product(args.batches, args.compiled, args.batch_neurons, args.targets):
+        if batch == 1 and sharing != args.batch_neurons[0]:
+            continue
         ids = torch.randint(1, 32000, (batch, args.prompt), generator=torch.Generator().manual_seed(0)).to(args.device)
-        for target in args.targets:
-            contextual.shadow = Shadow(shadow.predictor, shadow.layout, Rule(target), shadow.running)
-            times = {name: [] for name in ("dense", "sparse", "dense prefill", "sparse prefill")}
-            for repetition in range(args.repetitions + 1):
-                for name in ("dense", "sparse"):
-                    contextual.enabled = name == "sparse"
-                    prefill, whole = seconds(model, ids, 1), seconds(model, ids, args.new)
-                    if repetition:  # the first is a warm-up
-                        times[name].append(whole)
-                        times[f"{name} prefill"].append(prefill)
-            middle = {name: statistics.median(values) for name, values in times.items()}
-            decode = {name: middle[name] - middle[f"{name} prefill"] for name in ("dense", "sparse")}
-            record = contextual.records[-1]
-            row = {"batch": batch, "target": target, "seconds": middle, "all": times}
-            row |= {"speedup": middle["dense"] / middle["sparse"], "decode_speedup": decode["dense"] / decode["sparse"]}
-            row |= {"skipped_frac": record.skipped_frac, "dense_because": record.dense_because}
-            result["rows"].append(row)
-            print(json.dumps({name: value for name, value in row.items() if name != "all"}), flush=True)
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
+        contextual.shadow = replace(shadow, rule=Rule(target), running=replace(shadow.running, batch=sharing))
+        if ids.is_cuda:
+            writer = Graphed(model, room=args.prompt + args.new, compiled=bool(compiled))
+            write = partial(graphed, writer, ids, args.new)
+        else:
+            write = partial(clock.generate, model, ids, args.new)
+        row = {"batch": batch, "compiled": compiled, "neurons": sharing, "target": target}
+        row |= measure(write, contextual, args.repetitions)
+        record = contextual.records[-1]
+        row |= {"skipped_frac": record.skipped_frac, "dense_because": record.dense_because}
+        result["rows"].append(row)
+        print(json.dumps({name: value for name, value in row.items() if name != "all"}), flush=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,11 +30,13 @@ def layout_of(model: Any, width: int = 1) -> Layout:
     return find_layout(discover(skeleton), skeleton, width)
 
 
-def shadow_of(model: Any, *, skip_frac: float = 0.5, scope: str = "local", seed: int = 0, **running: Any) -> Shadow:
-    """Scores that are partly fixed and partly what the prompt showed."""
+def shadow_of(
+    model: Any, *, skip_frac: float = 0.5, scope: str = "local", seed: int = 0, spread: float = 1.0, **running: Any
+) -> Shadow:
+    """Scores that are partly fixed, within `spread`, and partly what the prompt showed."""
     layout = layout_of(model)
     generator = torch.Generator().manual_seed(seed)
-    prior_U = torch.rand(layout.size, generator=generator) + 0.5
+    prior_U = spread * torch.rand(layout.size, generator=generator) + 0.5
     trust_K2 = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     none = torch.zeros(0)
     heads = layout.blocks * layout.count("heads")

@@ -62,7 +62,12 @@ def test_the_result_writes_with_a_part_of_the_model_and_is_dense_on_demand(tmp_p
     assert record.sparse_tokens == 5 and record.skipped_frac == pytest.approx([0.5])
     sparse.contextual.enabled = False
     assert write(sparse) == write(plain) and written != write(plain)
-    assert niwaki.generate(tmp_path / "out", "The import statement is", max_new_tokens=4).startswith("The import")
+    prompt = "The import statement is here to stay and so are its many users"
+    dense_text = niwaki.generate(tmp_path / "model", prompt, max_new_tokens=12)
+    assert niwaki.generate(tmp_path / "out", prompt, max_new_tokens=12, verify=4) == dense_text
+    assert niwaki.generate(tmp_path / "out", prompt, max_new_tokens=12) != dense_text
+    with pytest.raises(InputError, match="holds no predictor"):
+        niwaki.generate(tmp_path / "model", prompt, verify=4)
 
 
 @pytest.mark.parametrize("criterion", ["energy", "plainact", "fisher", "grad_norm", "l2", "snip"])

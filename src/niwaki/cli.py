@@ -240,12 +240,16 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    verify: Annotated[
+        int, typer.Option(help="Contextual models: every so many tokens the full model checks and corrects.")
+    ] = 0,
     device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
 ) -> None:
     """Continue PROMPT with MODEL."""
     from niwaki.generation import generate as run
 
-    text = run(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device)
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "verify": verify}
+    text = run(model, prompt, device=device, **settings)  # type: ignore[arg-type]
     out_console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

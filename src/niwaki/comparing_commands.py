@@ -1,7 +1,7 @@
 """Commands that compare and judge; `cli` puts them under their names. Exit code 0: passed, 1: not, 2: wrong input."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -47,27 +47,29 @@ def compare(
     from niwaki.progress import Display
     from niwaki.tables import print_comparison
 
-    with Display(err_console) as display:
-        found = run(
-            dense,
-            out,
-            data=data or (),
-            tasks=tasks or (),
-            gate=gate,
-            report=report,
-            prompts=prompts,
-            seq_len=seq_len,
-            max_tokens=max_tokens,
-            limit=limit,
-            rounds=rounds,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            field=field,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            progress=display,
-        )
+    settings: dict[str, Any] = {
+        "data": data or (),
+        "tasks": tasks or (),
+        "gate": gate,
+        "report": report,
+        "prompts": prompts,
+        "seq_len": seq_len,
+        "max_tokens": max_tokens,
+        "limit": limit,
+        "rounds": rounds,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "field": field,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+    }
+    try:
+        with Display(err_console) as display:
+            found = run(dense, out, progress=display, **settings)
+    except KeyboardInterrupt:
+        err_console.print("interrupted: nothing was written")
+        raise typer.Exit(130) from None  # 1 would be a verdict
     print_comparison(Console(), found)
     if report is not None:
         err_console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)

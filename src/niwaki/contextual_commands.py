@@ -21,6 +21,9 @@ def calibrate_gate(
     samples: Annotated[int, typer.Option(help="Prompts.")] = 32,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens compared behind it.")] = 64,
+    batch: Annotated[
+        int, typer.Option(help="Also time this machine with so many sequences: from where a batch runs dense.")
+    ] = 0,
     device: Device = "auto",
 ) -> None:
     """Choose on your own text which prompts OUT answers with all of its weights."""
@@ -33,14 +36,22 @@ def calibrate_gate(
         samples=samples,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
+        batch=batch,
         device=device,
     )
-    console.print(
-        f"{out}: prompts that deviate by up to {found['most_deviation']:.4g} run sparse, {found['sparse_frac']:.0%} of "
-        f"{found['prompts']}; agreement {found['agreement']:.2%} (all sparse: {found['agreement_all_sparse']:.2%})",
-        highlight=False,
-        soft_wrap=True,
-    )
+    lines = [
+        f"{out}: prompts that deviate by up to {found['most_deviation']:.4g} with a margin of at least "
+        f"{found['least_margin']:.3g} run sparse, {found['sparse_frac']:.0%} of {found['prompts']}; agreement "
+        f"{found['agreement']:.2%} (all sparse: {found['agreement_all_sparse']:.2%})"
+    ]
+    if batch:
+        dense, part, choice = (1000 * found["seconds"][name] for name in ("dense", "part", "choice"))
+        lines.append(
+            f"{batch} sequences: {dense:.1f} ms a token dense, {part:.1f} ms sparse, {choice:.1f} ms for the choice; "
+            f"a batch that needs more than {found['most_kept_frac']:.0%} of the weights runs dense"
+        )
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def adapt(

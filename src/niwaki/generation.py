@@ -13,6 +13,7 @@ from niwaki.device import pick_device
 from niwaki.errors import InputError
 from niwaki.loading import plain_loading
 from niwaki.runtime.contextual import attach
+from niwaki.runtime.verified import write
 
 
 def load(model: str | Path, *, device: str = "auto", dense: bool = False) -> Any:
@@ -41,13 +42,22 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    verify: int = 0,
     device: str = "auto",
 ) -> str:
-    """`prompt` and its continuation. Raises InputError for a prompt that leaves no room to continue."""
+    """`prompt` and its continuation. Raises InputError for a prompt that leaves no room to continue.
+
+    `verify` (contextual models): every so many tokens the full model checks and corrects what the part wrote, so that
+    the greedy text is that of the full model.
+    """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise InputError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if verify and (temperature or verify < 0):
+        raise InputError(f"verify must be 0 or more tokens, and needs greedy text (temperature 0), got {verify}")
+    if verify and not has_shadow(Checkpoint.open(model).folder):
+        raise InputError(f"{model} holds no predictor, so nothing needs checking: leave out verify")
     decoder = load(model, device=device)
     tokenizer = load_tokenizer(Checkpoint.open(model).folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(decoder.device)
@@ -59,6 +69,11 @@ def generate(
         raise InputError(f"prompt and max_new_tokens take {length} tokens, the model has {positions} positions")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
+    if verify:
+        end = decoder.generation_config.eos_token_id
+        ends = end if isinstance(end, list) else [end]
+        found = write(decoder.contextual, inputs["input_ids"], max_new_tokens=max_new_tokens, every=verify, ends=ends)
+        return str(tokenizer.decode(found.ids_1T[0], skip_special_tokens=True))
     with torch.no_grad():
         ids_BT = decoder.generate(
             **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling

@@ -90,8 +90,8 @@ def print_comparison(console: Console, found: "Comparison") -> None:
     """A table for every candidate, then the verdicts."""
     for candidate in found.candidates:
         about = ", ".join(filter(None, [candidate.model.kind, candidate.model.method, candidate.model.target]))
-        headers = [candidate.model.name, "dense", "candidate", "compared", f"{100 * found.confidence:.4g}% interval"]
-        print_table(console, headers, _compared(found.dense, candidate), f"{candidate.model.name} ({about})")
+        headers = ["", "dense", "candidate", "compared", f"{100 * found.confidence:.4g}% interval"]
+        print_table(console, headers, _compared(found.dense, candidate), escape(f"{candidate.model.name} ({about})"))
         if candidate.scoring.how == "runtime":
             scoring = candidate.scoring
             line = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from contextual_helpers import layout_of, model_of
-from niwaki.contextual.selection import Rule, highest, union
+from niwaki.contextual.selection import Rule, for_batch, highest
 from niwaki.contextual.units import read_layout
 from niwaki.errors import ArchitectureError, InputError
 
@@ -41,12 +41,23 @@ def test_ties_fall_to_the_lower_place() -> None:
     assert highest(torch.tensor([[1.0, 2.0, 1.0, 1.0]]), 2).tolist() == [[True, True, False, False]]
 
 
-def test_union_and_skipped_share() -> None:
+def test_a_batch_shares_neurons_and_keeps_its_heads() -> None:
     layout = layout_of(model_of("llama"))
-    kept_BU = torch.zeros(2, layout.size, dtype=torch.bool)
-    kept_BU[0, : layout.size // 2] = True
-    kept_BU[1, layout.size // 2 :] = True
-    assert bool(union(kept_BU).all()) and float(layout.skipped_frac(union(kept_BU))[0]) == 0
+    scores_BU = torch.rand(3, layout.size, generator=torch.Generator().manual_seed(0))
+    scores_BU[1] *= 1000  # no sequence outvotes another
+    heads_BLG, neurons_BLG = layout.split(Rule(0.5).select(scores_BU, layout))
+    found_BLG, union_LG = for_batch(Rule(0.5), scores_BU, layout)
+    assert torch.equal(found_BLG, heads_BLG) and torch.equal(union_LG, neurons_BLG.any(0))
+    _, shared_LG = for_batch(Rule(0.5), scores_BU, layout, "shared")
+    assert shared_LG.sum(1).tolist() == neurons_BLG[0].sum(1).tolist()
+    neurons_BLG = layout.split(scores_BU.double())[1]
+    mean_LG = (neurons_BLG / neurons_BLG.sum(2, keepdim=True)).mean(0)
+    for mean_G, shared_G in zip(mean_LG, shared_LG, strict=True):
+        assert mean_G[shared_G].min() >= mean_G[~shared_G].max()
+
+
+def test_skipped_share() -> None:
+    layout = layout_of(model_of("llama"))
     heads_BLG, neurons_BLG = (part.clone() for part in layout.split(torch.ones(1, layout.size, dtype=torch.bool)))
     neurons_BLG[:] = False
     weights = layout.weights["neurons"] / sum(layout.weights.values())

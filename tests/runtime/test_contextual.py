@@ -9,7 +9,7 @@ from torch import Tensor
 
 from contextual_helpers import PROMPT, ids_of, masked_logits, model_of, shadow_of, step_by_step
 from niwaki.anatomy import find_blocks
-from niwaki.contextual.selection import union
+from niwaki.contextual.selection import for_batch
 from niwaki.contextual.units import KINDS, Layout
 from niwaki.errors import InputError
 from niwaki.runtime.compact import CompactLinear
@@ -20,14 +20,17 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt"]
 
 
 def chosen(model: Any, contextual: Contextual, prompt_BT: Tensor) -> Tensor:
-    """The mask [B, U] that a prompt leads to, read by itself."""
+    """The mask [B, U] that prompts lead to, each read by itself."""
+    return contextual.shadow.rule.select(scored(model, contextual, prompt_BT), contextual.shadow.layout)
+
+
+def scored(model: Any, contextual: Contextual, prompt_BT: Tensor) -> Tensor:
     reading = Reading(contextual.shadow.layout)
     contextual.enabled = False
     with torch.no_grad(), reading.open(contextual.blocks, torch.ones_like(prompt_BT, dtype=torch.bool)):
         model(input_ids=prompt_BT, use_cache=False)
     contextual.enabled = True
-    scores_BU = contextual.shadow.predictor.scores(*reading.features)
-    return contextual.shadow.rule.select(scores_BU, contextual.shadow.layout)
+    return contextual.shadow.predictor.scores(*reading.features)
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
@@ -84,28 +87,65 @@ def test_no_later_token_influences_a_mask() -> None:
     kept = []
     for tokens in (ids_BT, others_BT):
         step_by_step(model, tokens, PROMPT)
-        assert contextual._sequence is not None and contextual._sequence.small is not None
-        small = [swap.value for swap in contextual._sequence.small.swaps if isinstance(swap.value, CompactLinear)]
-        kept.append([module.weight_OI for module in small])
+        assert contextual._sequence is not None and contextual._sequence.running is not None
+        swaps = contextual._sequence.running.small.swaps
+        kept.append([swap.value.weight_OI.clone() for swap in swaps if isinstance(swap.value, CompactLinear)])
     assert all(torch.equal(left, right) for left, right in zip(*kept, strict=True))
     elsewhere = chosen(model, contextual, others_BT[:, PROMPT - 12 :])
     assert not torch.equal(elsewhere, chosen(model, contextual, ids_BT[:, :PROMPT]))  # prompts do decide
 
 
-def test_a_batch_keeps_the_union_and_its_order_does_not_matter() -> None:
-    model = model_of("llama")
-    dense, shadow = copy.deepcopy(model), shadow_of(model, skip_frac=0.7, most_kept_frac=1.0)
+@pytest.mark.parametrize("sharing", ["union", "shared"])
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "opt"])
+def test_a_batch_has_heads_of_its_own_and_its_order_does_not_matter(family: str, scope: str, sharing: str) -> None:
+    model = model_of(family)
+    dense = copy.deepcopy(model)
+    shadow = shadow_of(model, scope=scope, most_kept_frac=1.0, batch=sharing, spread=0.2)
     contextual = attach(model, shadow)
-    ids_BT, order = ids_of(3, PROMPT + 4), [2, 0, 1]
-    found, _ = step_by_step(model, ids_BT, PROMPT)
-    kept_1U = union(chosen(model, contextual, ids_BT[:, :PROMPT]))
-    wanted = masked_logits(dense, ids_BT, PROMPT, kept_1U.expand(3, -1), shadow.layout)
+    layout, ids_BT, order = shadow.layout, ids_of(3, PROMPT + 4), [2, 0, 1]
+    found, cache = step_by_step(model, ids_BT, PROMPT)
+    scores_BU = scored(model, contextual, ids_BT[:, :PROMPT])
+    heads_BLG, neurons_LG = for_batch(shadow.rule, scores_BU, layout, sharing)
+    kept_BU = layout.join(heads_BLG, neurons_LG.expand(3, -1, -1))
+    wanted = masked_logits(dense, ids_BT, PROMPT, kept_BU, layout)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert [layer.keys.shape[1] for layer in cache.layers] == heads_BLG[0].sum(1).tolist()
     again, _ = step_by_step(model, ids_BT[order], PROMPT)
     torch.testing.assert_close(again, found[order], rtol=1e-4, atol=1e-4)
-    alone = shadow.layout.skipped_frac(chosen(model, contextual, ids_BT[:1, :PROMPT]))
-    assert contextual.records[0].skipped_frac[0] < float(alone)
     assert contextual.records[0].kept == contextual.records[1].kept
+    if scope == "local":
+        assert any(not torch.equal(heads_BLG[0], heads_G) for heads_G in heads_BLG[1:])  # or nothing was tested
+        assert torch.equal(heads_BLG, layout.split(shadow.rule.select(scores_BU, layout))[0])
+    alone = shadow.layout.skipped_frac(chosen(model, contextual, ids_BT[:1, :PROMPT]))
+    assert (contextual.records[0].skipped_frac[0] < float(alone)) or sharing == "shared"
+
+
+def test_a_longer_batch_than_the_one_before_finds_room() -> None:
+    """Copies reuse their memory: masks of another size, and of another batch, must not meet what lay there."""
+    model = model_of("llama")
+    dense, shadow = copy.deepcopy(model), shadow_of(model, most_kept_frac=1.0)
+    contextual = attach(model, shadow)
+    for sequences in (1, 3, 1):
+        ids_BT = ids_of(sequences, PROMPT + 4, seed=sequences)
+        found, _ = step_by_step(model, ids_BT, PROMPT)
+        heads_BLG, neurons_LG = for_batch(shadow.rule, scored(model, contextual, ids_BT[:, :PROMPT]), shadow.layout)
+        kept_BU = shadow.layout.join(heads_BLG, neurons_LG.expand(sequences, -1, -1))
+        wanted = masked_logits(dense, ids_BT, PROMPT, kept_BU, shadow.layout)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_beams_change_places_and_then_there_is_no_second_look() -> None:
+    model = model_of("llama")
+    contextual = attach(model, shadow_of(model, refresh_tokens=2))
+    ids_BT = ids_of(1, PROMPT)
+    found = model.generate(ids_BT, max_new_tokens=8, min_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0)
+    assert found.shape == (1, PROMPT + 8)
+    record = contextual.records[0]
+    assert record.sequences == 3 and record.sparse_tokens == 7 and len(record.skipped_frac) == 1
+    assert "reordered" in record.note
+    with pytest.raises(InputError, match="beams"):
+        contextual.verify()
 
 
 def test_a_union_that_is_too_large_runs_dense_and_says_so() -> None:
@@ -248,16 +288,3 @@ def test_padded_batches_are_repaired_too(family: str) -> None:
         ).logits
     assert contextual.records[0].sparse_tokens == 5 and found is not None
     torch.testing.assert_close(found, wanted[:, PROMPT:], rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("running", [{}, {"refresh_tokens": 4}, {"least_prompt": PROMPT + 3}, {"most_kept_frac": 0.1}])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
-def test_a_given_text_runs_as_if_written_one_by_one(family: str, running: dict[str, Any]) -> None:
-    model = model_of(family)
-    twin = copy.deepcopy(model)
-    ids_BT = ids_of(1, PROMPT + 14)
-    contextual, stepping = attach(model, shadow_of(model, **running)), attach(twin, shadow_of(twin, **running))
-    wanted_BTV, _ = step_by_step(twin, ids_BT, PROMPT)
-    torch.testing.assert_close(contextual.follow(ids_BT, PROMPT), wanted_BTV, atol=1e-4, rtol=1e-4)
-    found, wanted = contextual.records[0], stepping.records[0]
-    assert found == wanted and found.sparse_tokens + found.dense_tokens > 0

@@ -46,6 +46,26 @@ def test_after_a_rollback_the_cache_is_that_of_the_dense_model() -> None:
     assert len(contextual.records[0].skipped_frac) == 1 and contextual.records[0].sparse_tokens == 7
 
 
+def test_checking_measures_the_divergence() -> None:
+    model = model_of("llama")
+    dense, contextual = copy.deepcopy(model), attach(model, shadow_of(model, skip_frac=0.7))
+    found = write(contextual, ids_of(1, PROMPT), max_new_tokens=3, every=2)  # one draft of two tokens
+    assert found.passes == 1 and found.drafted == 2
+    sparse = attach(copy.deepcopy(dense), shadow_of(model, skip_frac=0.7)).model
+    first = int(dense(ids_of(1, PROMPT)).logits[0, -1].argmax())
+    ids_1T = torch.cat([ids_of(1, PROMPT), torch.tensor([[first]])], dim=1)
+    drafted, _ = step_by_step(sparse, ids_1T, PROMPT)
+    second = int(drafted[0, -1].argmax())
+    ids_1T = torch.cat([ids_1T, torch.tensor([[second]])], dim=1)
+    drafted, _ = step_by_step(sparse, ids_1T, PROMPT)
+    wanted = dense(ids_1T, use_cache=False).logits[0, PROMPT:].detach().double().log_softmax(-1)
+    part = drafted[0, PROMPT:].double().log_softmax(-1)
+    assert (
+        found.kl == pytest.approx(float((wanted.exp() * (wanted - part)).sum(1).mean()), rel=1e-3) and found.kl > 0.01
+    )
+    assert contextual.records[0].verified == {"passes": 1, "agreement": found.agreement, "kl": found.kl}
+
+
 def test_a_lower_bar_takes_less_back_and_an_end_stops() -> None:
     model = model_of("llama")
     contextual = attach(model, shadow_of(model, skip_frac=0.7))
@@ -54,7 +74,7 @@ def test_a_lower_bar_takes_less_back_and_an_end_stops() -> None:
     loose = write(contextual, ids_1T, max_new_tokens=20, every=4, least_probability=1e-9)
     assert loose.taken_back == 0 < strict.taken_back and loose.agreement == 1.0 > strict.agreement
     end = int(strict.ids_1T[0, PROMPT + 5])
-    stopped = write(contextual, ids_1T, max_new_tokens=20, every=4, end=end)
+    stopped = write(contextual, ids_1T, max_new_tokens=20, every=4, ends=(end,))
     text = strict.ids_1T[0, PROMPT:].tolist()
     assert stopped.ids_1T[0, PROMPT:].tolist() == text[: text.index(end) + 1]
 

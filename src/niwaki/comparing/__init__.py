@@ -10,8 +10,6 @@ loading are measured in processes of their own (`worker`, `measuring`); `gates` 
 Cost: the dense model and every candidate pass the data once, block by block; then two whole models in memory.
 """
 
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from niwaki.block import Decoder
 from niwaki.calibration import check_seq_len
@@ -30,7 +29,14 @@ from niwaki.comparing.describing import describe, environment, measured, names_o
 from niwaki.comparing.evidence import Candidate, Comparison, Model, Settings
 from niwaki.comparing.files import check_report, write_report
 from niwaki.comparing.gates import CONFIDENCE, judged, load_gates
-from niwaki.comparing.inputs import check_sources_of, first_prompts, read_prompts, same_tokenizer, speed_prompt
+from niwaki.comparing.inputs import (
+    check_sources_of,
+    command_of,
+    first_prompts,
+    read_prompts,
+    same_tokenizer,
+    speed_prompt,
+)
 from niwaki.comparing.measuring import measure_speed, memory_of, write_both
 from niwaki.comparing.scoring import Material, answers_of, passed, score_candidate
 from niwaki.comparing.texts import data_quality, read_text, worst_examples
@@ -92,20 +98,19 @@ def compare(
         dtype=str(decoders[0].dtype).removeprefix("torch."),
     )  # fmt: skip
     material = _material(settings, tokenizer, decoders)
-    prompt_ids = read_prompts(settings, tokenizer, decoders) if prompts else first_prompts(material, tokenizer)
-    names = names_of(sources)
-    models = [describe(*about, decoders[0]) for about in zip(sources, names, decoders, strict=True)]
+    prompt_ids = read_prompts(settings, tokenizer, decoders) or first_prompts(material, tokenizer, settings)
+    models = [describe(*about, decoders[0]) for about in zip(sources, names_of(sources), decoders, strict=True)]
     confidence = CONFIDENCE if gates is None else gates.confidence
     job = _Job(settings, material, tokenizer, confidence, progress or (lambda event, **fields: None))
-    found = job.run(decoders, models, prompt_ids)
+    against, found = job.run(decoders, models, prompt_ids)
     comparison = Comparison(
         date=begun,
-        command=_command(),
+        command=command_of(sources, settings, gate, report),
         seconds=round(time.perf_counter() - begin, 2),
         confidence=confidence,
         settings=settings,
         environment=environment(where),
-        dense=job.dense,
+        dense=against,
         candidates=tuple(found),
         gate=None,
         passed=None,
@@ -125,15 +130,17 @@ class _Job:
     tokenizer: Any
     confidence: float
     report: Report
-    dense: Any = None
 
-    def run(self, decoders: list[Decoder], models: list[Model], prompts: list[list[int]]) -> list[Candidate]:
-        """Quality of all candidates, then everything that needs whole models."""
-        self.dense = models[0]
+    def run(
+        self, decoders: list[Decoder], models: list[Model], prompts: list[list[int]]
+    ) -> tuple[Model, list[Candidate]]:
+        """Quality of all candidates, then everything that needs whole models. The dense model comes first."""
         found = self._qualities(decoders, models)
-        if self.settings.rounds:
-            found = self._measured(found, prompts)
-        return found
+        if not self.settings.rounds:
+            return models[0], found
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # other processes need it from here on
+        return self._measured([decoder.checkpoint.folder for decoder in decoders], models[0], found, prompts)
 
     def _qualities(self, decoders: list[Decoder], models: list[Model]) -> list[Candidate]:
         first_tokens = min(self.settings.prompt_tokens, self.settings.seq_len // 2)
@@ -166,20 +173,21 @@ class _Job:
         decoders[0].release_ends()
         return found
 
-    def _measured(self, candidates: list[Candidate], prompts: list[list[int]]) -> list[Candidate]:
+    def _measured(
+        self, folders: list[Path], model: Model, candidates: list[Candidate], prompts: list[list[int]]
+    ) -> tuple[Model, list[Candidate]]:
         settings, ids = self.settings, speed_prompt(self.material, self.tokenizer, self.settings.prompt_tokens)
         found = []
-        with Worker(self.dense.source, settings.device) as dense:
-            for number, candidate in enumerate(candidates):
-                self.report("measure", done=number + 1, of=len(candidates))
-                with Worker(candidate.model.source, settings.device) as own:
+        with Worker(folders[0], settings.device) as dense:
+            for number, (folder, candidate) in enumerate(zip(folders[1:], candidates, strict=True), start=1):
+                with Worker(folder, settings.device) as own:
                     speed = measure_speed(dense, own, ids, settings.new_tokens, settings.rounds, self.confidence)
                     texts = write_both(dense, own, prompts, settings.new_tokens, self.tokenizer)
-                    model = measured(candidate.model, own.loaded["load_seconds"], memory_of(own))
-                changes = {"model": model, "speed": speed, "generations": texts}
+                    weighed = measured(candidate.model, own.loaded["load_seconds"], memory_of(own))
+                changes = {"model": weighed, "speed": speed, "generations": texts}
                 found.append(candidate.model_copy(update=changes))
-            self.dense = measured(self.dense, dense.loaded["load_seconds"], memory_of(dense))
-        return found
+                self.report("measure", done=number, of=len(candidates))
+            return measured(model, dense.loaded["load_seconds"], memory_of(dense)), found
 
 
 def _settings(decoders: list[Decoder], **given: Any) -> Settings:
@@ -211,11 +219,6 @@ def _material(settings: Settings, tokenizer: Any, decoders: list[Decoder]) -> Ma
     ]
     items = {path: read_items(path, settings.limit) for path in settings.tasks}
     return Material(texts, items, {path: buckets(own, tokenizer, positions) for path, own in items.items()})
-
-
-def _command() -> str:
-    program, *arguments = sys.argv
-    return shlex.join(["niwaki" if Path(program).stem in ("niwaki", "cli") else program, *arguments])
 
 
 __all__ = ["compare"]

@@ -88,7 +88,7 @@ def _rounded(value: float, upwards: bool, whole: bool) -> str:
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
     digits = 0 if whole else max(0, 3 - math.floor(math.log10(abs(value))))
-    rounded = (math.ceil if upwards else math.floor)(value * 10**digits) / 10**digits
+    rounded = (math.ceil if upwards else math.floor)(round(value * 10**digits, 6)) / 10**digits
     return f"{rounded:.{digits}f}"
 
 

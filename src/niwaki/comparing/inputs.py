@@ -5,6 +5,7 @@ prompts.jsonl               {"prompt": text} a line
 """
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,21 @@ def same_tokenizer(folders: Sequence[Path]) -> Any:
     return first
 
 
+def command_of(sources: Sequence[str], settings: Settings, gate: object, report: object) -> str:
+    """The command line that repeats a comparison, every setting resolved."""
+    named = {"gate": gate, "report": report, **settings.model_dump()}
+    words = ["niwaki", "compare", *sources]
+    for name, value in named.items():
+        for one in value if isinstance(value, tuple) else [] if value is None else [value]:
+            words += [f"--{name.replace('_', '-')}", str(one)]
+    return shlex.join(words)
+
+
 def read_prompts(settings: Settings, tokenizer: Any, decoders: Sequence[Decoder]) -> list[list[int]]:
-    """The prompts of a file as tokens. Raises CalibrationError naming the line that is none, or too long."""
-    path = Path(str(settings.prompts))
+    """The prompts of the file, if one is given. Raises CalibrationError naming the line that is none, or too long."""
+    if settings.prompts is None:
+        return []
+    path = Path(settings.prompts)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -86,18 +99,19 @@ def read_prompts(settings: Settings, tokenizer: Any, decoders: Sequence[Decoder]
     return found
 
 
-def first_prompts(material: Material, tokenizer: Any) -> list[list[int]]:
+def first_prompts(material: Material, tokenizer: Any, settings: Settings) -> list[list[int]]:
     """The first tokens of the first documents, or contexts of the first questions where there is no text."""
     found: list[list[int]] = []
+    tokens = min(FIRST_TOKENS, settings.prompt_tokens)
     for text in material.texts[:1]:
         ids, owners = text.ids_ST.flatten().tolist(), text.owners_ST.flatten().tolist()
         starts = [place for place, owner in enumerate(owners) if place == 0 or owners[place - 1] != owner]
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            found.append(ids[start : min(end, start + FIRST_TOKENS)])
+            found.append(ids[start : min(end, start + tokens)])
     for items in material.items.values():
         contexts = dict.fromkeys(item.pairs[item.gold][0] for item in items)
         cut = (tokenizer(one, add_special_tokens=False, verbose=False)["input_ids"] for one in contexts if one)
-        found += [ids[-FIRST_TOKENS:] for ids in cut] if not found else []
+        found += [ids[-tokens:] for ids in cut] if not found else []
     return found[:PROMPTS]
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from niwaki.block import Decoder
@@ -26,6 +25,7 @@ from niwaki.evaluation.passed import Passed
 from niwaki.evaluation.tasks import Bucket, Item, continued, likelihoods
 from niwaki.generation import load
 from niwaki.runtime.contextual import Contextual, attach
+from niwaki.runtime.following import follow
 from niwaki.walk import Report
 
 
@@ -95,7 +95,7 @@ def _by_runtime(decoder: Decoder, dense: Passed, material: Material, first_token
         answers[path] = [[0.0] * len(item.pairs) for item in items]
         for bucket in material.buckets[path]:
             for row, ((item, choice), (split, end)) in enumerate(zip(bucket.places, bucket.spans, strict=True)):
-                logits_TV = _follow(contextual, bucket.ids_ST[row, :end], split)
+                logits_TV = _follow(contextual, bucket.ids_ST[row, : end - 1], split)  # the last predicts nothing
                 answers[path][item][choice] = continued(logits_TV.log_softmax(-1), bucket, row)
     sparse = [share for share in skipped if share]
     scoring = Scoring(
@@ -109,8 +109,7 @@ def _by_runtime(decoder: Decoder, dense: Passed, material: Material, first_token
 
 
 def _follow(contextual: Contextual, ids_T: Tensor, prompt: int) -> Tensor:
-    with torch.no_grad():
-        return contextual.follow(ids_T[None].to(contextual.model.device), prompt)[0].float()
+    return follow(contextual, ids_T.to(contextual.model.device), prompt).float()
 
 
 def _window(one: Passed, text: Text) -> Callable[[int], Tensor]:

@@ -31,7 +31,7 @@ class Worker:
         self.model = str(model)
         self._noise = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "niwaki.comparing.worker", self.model, device],
+            [sys.executable, "-P", "-c", "from niwaki.comparing.worker import main; main()", self.model, device],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._noise, text=True, encoding="utf-8",
         )  # fmt: skip
         self.loaded: dict[str, Any] = {}
@@ -151,8 +151,8 @@ def _now(model: Any) -> float:
     return time.perf_counter()
 
 
-def _main() -> None:
-    """Answers go to what was the output; whatever else a library prints goes to the errors."""
+def main() -> None:
+    """What the process runs. Answers go to what was the output; whatever else a library prints goes to the errors."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -164,7 +164,3 @@ def _main() -> None:
         serve(sys.argv[1], sys.argv[2], answer)
     except (NiwakiError, RuntimeError, ValueError, OSError) as error:
         answer({"error": str(error).strip().split("\n")[0]})
-
-
-if __name__ == "__main__":
-    _main()

@@ -28,15 +28,18 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Running:
     """How a predictor is used: tokens between two looks at the input (0: one look, after the prompt), prompts that are
-    too short for one, the union of a batch's units above which it runs dense, the share of a skipped neuron's mean
-    activation in the prompt that stands in for it, and the deviation of a prompt above which it runs dense (0: none).
+    too short for one, the share of the weights above which a batch runs dense, whether its sequences run the union of
+    their neurons or a shared choice, the share of a skipped neuron's mean activation in the prompt that stands in for
+    it, the deviation of a prompt above which it runs dense (0: none), and the margin of its mask below which it does.
     """
 
     refresh_tokens: int = 0
     least_prompt: int = 16
     most_kept_frac: float = 0.85
+    batch: str = "union"
     stand_in: float = 0.5
     most_deviation: float = 0.0
+    least_margin: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from niwaki.contextual.units import Layout
 
 SCOPES = ("local", "global")
+SHARING = ("union", "shared")
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Rule:
     def select(self, scores_BU: Tensor, layout: Layout) -> Tensor:
         """The units [B, U] that run, as booleans."""
         heads_BLG, neurons_BLG = layout.split(scores_BU)
-        return layout.join(self._keep(heads_BLG), self._keep(neurons_BLG))
+        return layout.join(self.keep(heads_BLG), self.keep(neurons_BLG))
 
-    def _keep(self, scores_BLG: Tensor) -> Tensor:
+    def keep(self, scores_BLG: Tensor) -> Tensor:
+        """The units of one kind [B, L, G] that run."""
         count, blocks, units = scores_BLG.shape
         if self.scope == "local":
             return highest(scores_BLG, self.kept(units))
@@ -50,6 +52,33 @@ def highest(scores: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
 
 
-def union(kept_BU: Tensor) -> Tensor:
-    """One mask [1, U] with all that any sequence of a batch keeps: none loses what its own mask would run."""
-    return kept_BU.any(0, keepdim=True)
+def margin(scores_BU: Tensor, kept_BU: Tensor, layout: Layout) -> Tensor:
+    """How much of the squared importance that is predicted a mask holds [B], mean over blocks and kinds.
+
+    Little where all units seem to matter alike: what is skipped is then as good as what runs.
+    """
+    shares = []
+    for found_BLG, kept_BLG in zip(layout.split(scores_BU.clamp_min(0)), layout.split(kept_BU), strict=True):
+        square_BLG = found_BLG.double().square()
+        total_BL = square_BLG.sum(2).clamp_min(torch.finfo(torch.float64).tiny)
+        shares.append(((square_BLG * kept_BLG).sum(2) / total_BL).mean(1))
+    mean_B: Tensor = torch.stack(shares).mean(0)
+    return mean_B
+
+
+def for_batch(rule: Rule, scores_BU: Tensor, layout: Layout, neurons: str = "union") -> tuple[Tensor, Tensor]:
+    """What the sequences of a batch run: heads [B, L, G], each sequence its own, and neurons [L, G], all the same.
+
+    `neurons`: `union`, all that any sequence would keep alone; `shared`, as many as one sequence keeps, by the mean of
+    the scores, of which every sequence has equal shares in a block. Neither depends on the order of the sequences.
+    Where sequences keep different numbers of heads (`global`) all run the union.
+    """
+    heads_BLG, neurons_BLG = layout.split(rule.select(scores_BU, layout))
+    counts_BL = heads_BLG.sum(2)
+    uneven_L = (counts_BL != counts_BL[:1]).any(0)
+    heads_BLG = torch.where(uneven_L[None, :, None], heads_BLG.any(0, keepdim=True), heads_BLG)
+    if neurons == "shared" and len(scores_BU) > 1:
+        found_BLG = layout.split(scores_BU)[1].double().clamp_min(0)
+        share_BLG = found_BLG / found_BLG.sum(2, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        neurons_BLG = rule.keep(share_BLG.mean(0, keepdim=True))
+    return heads_BLG, neurons_BLG.any(0)

@@ -28,7 +28,7 @@ from niwaki.config import Sparsity, Target
 from niwaki.contextual.criteria import CRITERIA
 from niwaki.contextual.predictor import FEATURES, Predictor, fit
 from niwaki.contextual.record import Running
-from niwaki.contextual.selection import SCOPES, Rule
+from niwaki.contextual.selection import SCOPES, SHARING, Rule
 from niwaki.contextual.traces import Traces
 from niwaki.contextual.units import Layout
 from niwaki.errors import InputError
@@ -66,11 +66,19 @@ class Config:
     refresh_tokens: int = 0
     least_prompt: int = 16
     most_kept_frac: float = 0.85
+    batch: str = "union"
     stand_in: float = 0.5
     most_deviation: float = 0.0
+    least_margin: float = 0.0
 
     def __post_init__(self) -> None:
-        choices = {"head_criterion": CRITERIA, "criterion": CRITERIA, "scope": SCOPES, "neuron_width": NEURON_WIDTHS}
+        choices = {
+            "head_criterion": CRITERIA,
+            "criterion": CRITERIA,
+            "scope": SCOPES,
+            "batch": SHARING,
+            "neuron_width": NEURON_WIDTHS,
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")

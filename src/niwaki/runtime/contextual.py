@@ -10,20 +10,23 @@
 3. Looking again. After `refresh_tokens` tokens, or when a longer piece follows (the next turn of a dialogue), the cache
    is put back to what the full model left, the tokens written since are read by the full model, and 2. follows.
 
-A batch has one mask, the union of what its sequences keep: none loses what it would keep alone, and their order does
-not matter. When the union keeps more than `most_kept_frac` of the weights, copying would not pay, and the batch runs
-dense; so do prompts until they are `least_prompt` long, those that deviate by more than `most_deviation` from what is
-expected of them (see `gating`), and caches or attention masks that cannot be followed.
+In a batch every sequence has heads of its own, and all run the same neurons (`contextual.selection.for_batch`); their
+order does not matter. When the batch together needs more than `most_kept_frac` of the weights, skipping would not pay,
+and it runs dense; so do prompts until they are `least_prompt` long, those that deviate by more than `most_deviation`
+from what is expected of them or whose mask holds less than `least_margin` of it (see `gating`), and caches or attention
+masks that cannot be followed.
 `records` says of every sequence what was done and why.
 
-Not followed: caches that are cropped or reordered while small (assisted decoding; beams together with refreshing).
+Not followed: caches that are cropped while small (assisted decoding) are refused; where beams changed places there is
+no second look, and what needs the full cache again (checking, a longer piece) is refused.
 
 Legend: B sequences, T tokens, U units, C channels.
 """
 
 import copy
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,12 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.anatomy import find_blocks
-from niwaki.config import Kind
 from niwaki.contextual.record import Shadow
-from niwaki.contextual.selection import union
-from niwaki.contextual.units import KINDS
+from niwaki.contextual.selection import for_batch, margin
 from niwaki.errors import InputError
-from niwaki.runtime.compact import Compact, Swap, compact, cut_cache, leave, prepare
+from niwaki.runtime.compact import Buffers, Compact, Swap, check_linears, compact, cut_cache, leave
 from niwaki.runtime.reading import Reading, real_tokens
 
 KEPT_RECORDS = 1000
@@ -52,8 +53,26 @@ class Record:
     dense_tokens: int = 0
     skipped_frac: list[float] = field(default_factory=list)
     deviation: list[float] = field(default_factory=list)
+    margin: list[float] = field(default_factory=list)
     kept: list[dict[str, list[int]]] = field(default_factory=list)
     dense_because: str = ""
+    note: str = ""
+    verified: dict[str, float] = field(default_factory=dict)
+
+    def count(self, tokens: int, *, sparse: bool) -> None:
+        """Tokens of each sequence that were written since."""
+        if sparse:
+            self.sparse_tokens += tokens
+        else:
+            self.dense_tokens += tokens
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a batch runs: the small matrices, and the heads [B, L, G] whose keys and values stay."""
+
+    small: Compact
+    heads_BLG: Tensor
 
 
 @dataclass
@@ -64,21 +83,17 @@ class _Sequence:
     length: int
     reading: Reading
     record: Record
-    kept_heads: Tensor | None = None
-    small: Compact | None = None
-    parked: Compact | None = None
+    running: Choice | None = None
+    parked: Choice | None = None
     full_cache: list[Any] = field(default_factory=list)
     written: list[dict[str, Tensor]] = field(default_factory=list)
+    last_keys: Tensor | None = None  # of the first block, as our forward left them
+    reordered: bool = False
 
     @property
     def alive(self) -> Any:
         """The cache, if its owner still has it."""
         return self.cache()
-
-    @property
-    def written_tokens(self) -> int:
-        """Tokens a sequence that ran on a part since the last look."""
-        return sum(step["input_ids"].shape[1] for step in self.written)
 
 
 class Contextual:
@@ -89,9 +104,9 @@ class Contextual:
         self.blocks: nn.ModuleList = find_blocks(model)[1]
         self.records: list[Record] = []
         self.enabled = True
+        self._buffers = Buffers()
         self._sequence: _Sequence | None = None
         self._own_forward = False
-        self._following = False  # a longer piece is a text that is given, not a next turn
         self._open: list[Any] = []  # what the hook after a forward has to close
         self._swapped: list[Swap] = []
 
@@ -125,6 +140,7 @@ class Contextual:
             self._sequence = None  # an error, no cache, or one that held something before
             return
         sequence.cache = weakref.ref(cache)
+        sequence.last_keys = cache.layers[0].keys
 
     def _begin(self, ids_BT: Tensor, cache: Any, kwargs: dict[str, Any]) -> None:
         self._sequence = None
@@ -140,7 +156,7 @@ class Contextual:
         if (length := sequence.alive.get_seq_length()) != sequence.length:
             if not length:
                 return self._begin(ids_BT, sequence.alive, kwargs)
-            if sequence.small is None:
+            if sequence.running is None:
                 self._sequence = None
                 return None
             raise InputError(
@@ -148,24 +164,26 @@ class Contextual:
                 "(assisted decoding?). Load the model with dense=True"
             )
         record = sequence.record
-        refresh, turn = self.shadow.running.refresh_tokens, ids_BT.shape[1] > 1 and not self._following
-        if sequence.small is not None and (turn or (refresh and sequence.written_tokens >= refresh)):
+        refresh, one = self.shadow.running.refresh_tokens, ids_BT.shape[1] == 1
+        if sequence.running is not None and sequence.alive.layers[0].keys is not sequence.last_keys:
+            sequence.reordered = True
+            record.note = "the cache was reordered (beams): there is no second look"
+        due = refresh and len(sequence.written) >= refresh and not sequence.reordered
+        if sequence.running is not None and (due or not one):
             self._reread(sequence, read=True)
-        if ids_BT.shape[1] == 1 and sequence.small is None and not record.dense_because:
-            if sequence.parked is None:
-                self._look(sequence)
-            else:
-                self._cut(sequence, sequence.parked)
-        if turn or (sequence.small is None and not record.dense_because):
+        if one and sequence.running is None and not record.dense_because:
+            choice = sequence.parked or self._choose(sequence)
+            if choice is not None:
+                self._cut(sequence, choice)
+        if not one or (sequence.running is None and not record.dense_because):
             return self._read(sequence, ids_BT, kwargs)
-        sequence.length += ids_BT.shape[1]
-        if sequence.small is None:
-            record.dense_tokens += ids_BT.shape[1]
+        sequence.length += 1
+        record.count(1, sparse=sequence.running is not None)
+        if sequence.running is None:
             return None
-        record.sparse_tokens += ids_BT.shape[1]
         names = ("input_ids", "position_ids", "attention_mask")
         sequence.written.append({"input_ids": ids_BT} | {n: kwargs[n] for n in names[1:] if kwargs.get(n) is not None})
-        self._swapped = sequence.small.enter()
+        self._swapped = sequence.running.small.enter()
         return None
 
     def _read(self, sequence: _Sequence, ids_BT: Tensor, kwargs: dict[str, Any]) -> None:
@@ -180,72 +198,70 @@ class Contextual:
         opened.__enter__()
         self._open.append(opened)
 
+    def choose(self) -> Choice | None:
+        """What the prompts just read lead to, for a caller that runs it by itself (`applied`); None: all runs."""
+        sequence, self._sequence = self._sequence, None
+        if sequence is None or sequence.record.dense_because:
+            return None
+        choice = self._choose(sequence)
+        if choice is None and not sequence.record.dense_because:
+            sequence.record.dense_because = f"the prompt is shorter than {self.shadow.running.least_prompt} tokens"
+        return choice
+
+    @contextmanager
+    def applied(self, choice: Choice | None) -> Iterator[None]:
+        """Forwards inside run what was chosen, and nothing else is decided about them."""
+        before = [] if choice is None else choice.small.enter()
+        self._own_forward = True
+        try:
+            yield
+        finally:
+            self._own_forward = False
+            leave(before[::-1])
+
     @torch.no_grad()
-    def _look(self, sequence: _Sequence) -> None:
-        """Chooses what runs from here on, or that everything does."""
+    def _choose(self, sequence: _Sequence) -> Choice | None:
+        """What runs from here on; None if everything does, or if more of the prompt has to be seen first."""
         from transformers.cache_utils import DynamicLayer
 
         record, running, layout = sequence.record, self.shadow.running, self.shadow.layout
         cache, tokens_B = sequence.alive, sequence.reading.tokens_B
         if tokens_B is None or int(tokens_B.min()) < running.least_prompt:
-            return  # looked at again at the next token
+            return None  # looked at again at the next token
         if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
             record.dense_because = "heads can leave caches that grow only, and this one has a fixed size"
-            return
+            return None
         predictor = self.shadow.predictor.to(tokens_B.device)
         features = sequence.reading.features
         deviation = float(predictor.deviation(*features).max())
         record.deviation.append(deviation)
         if running.most_deviation and deviation > running.most_deviation:
             record.dense_because = f"the prompt deviates by {deviation:.3g} from what the predictor expects"
-            return
-        kept_BU = self.shadow.rule.select(predictor.scores(*features), layout)
-        kept_1U = union(kept_BU)
-        skipped_frac = float(layout.skipped_frac(kept_1U)[0])
+            return None
+        scores_BU = predictor.scores(*features)
+        held = float(margin(scores_BU, self.shadow.rule.select(scores_BU, layout), layout).min())
+        record.margin.append(held)
+        if held < running.least_margin:
+            record.dense_because = f"the mask would hold {held:.1%} of what is expected to matter"
+            return None
+        heads_BLG, neurons_LG = for_batch(self.shadow.rule, scores_BU, layout, running.batch)
+        skipped_frac = float(layout.skipped_frac(layout.join(heads_BLG.any(0, keepdim=True), neurons_LG[None]))[0])
         record.skipped_frac.append(skipped_frac)
         if 1 - skipped_frac > running.most_kept_frac:
             record.dense_because = f"the batch together needs {1 - skipped_frac:.0%} of the weights"
-            return
-        kept = dict(zip(KINDS, (part[0] for part in layout.split(kept_1U)), strict=True))
-        record.kept.append({kind: kept_LG.sum(1).tolist() for kind, kept_LG in kept.items()})
-        sequence.kept_heads = kept["heads"]
-        self._cut(sequence, compact(self.blocks, layout, kept, self._stand_ins(sequence.reading)))
+            return None
+        heads_BLG, neurons_LG = heads_BLG.cpu(), neurons_LG.cpu()
+        kept = {"heads": heads_BLG[0].sum(1), "neurons": neurons_LG.sum(1)}
+        record.kept.append({kind: kept_L.tolist() for kind, kept_L in kept.items()})
+        stand_ins = self._stand_ins(sequence.reading)
+        small = compact(self.blocks, layout, heads_BLG, neurons_LG, self._buffers, stand_ins)
+        return Choice(small, heads_BLG)
 
-    def _cut(self, sequence: _Sequence, small: Compact) -> None:
-        """From here on `small` runs; what the full model left in the cache is remembered."""
-        assert sequence.kept_heads is not None
+    def _cut(self, sequence: _Sequence, choice: Choice) -> None:
+        """From here on `choice` runs; what the full model left in the cache is remembered."""
         sequence.full_cache = [copy.copy(layer) for layer in sequence.alive.layers]
-        cut_cache(sequence.alive, sequence.kept_heads)
-        sequence.small, sequence.parked = small, None
-
-    @torch.no_grad()
-    def follow(self, ids_BT: Tensor, prompt: int) -> Tensor:
-        """Logits [B, T, V] of a given text: its first tokens read as a prompt, the others run as if written one by one.
-
-        What a token by token pass would give, in as few forwards as there are looks.
-        """
-        from transformers import DynamicCache
-
-        cache, place = DynamicCache(config=self.model.config), prompt
-        found = [self.model(input_ids=ids_BT[:, :prompt], past_key_values=cache, use_cache=True).logits]
-        self._following = True
-        try:
-            while place < ids_BT.shape[1]:
-                ids_BP = ids_BT[:, place : place + self._ahead(ids_BT.shape[1] - place)]
-                found.append(self.model(input_ids=ids_BP, past_key_values=cache, use_cache=True).logits)
-                place += ids_BP.shape[1]
-        finally:
-            self._following = False
-        return torch.cat(found, dim=1)
-
-    def _ahead(self, tokens: int) -> int:
-        """How many of the next tokens run before anything is decided."""
-        sequence, refresh = self._sequence, self.shadow.running.refresh_tokens
-        if sequence is None or sequence.record.dense_because:
-            return tokens
-        if sequence.small is None:
-            return 1
-        return max(1, min(tokens, refresh - sequence.written_tokens)) if refresh else tokens
+        cut_cache(sequence.alive, choice.heads_BLG)
+        sequence.running, sequence.parked = choice, None
 
     def verify(self) -> Tensor | None:
         """Logits [B, T, V] of the full model for the tokens written since the last look or verification.
@@ -253,7 +269,7 @@ class Contextual:
         The cache is repaired on the way: it holds what the full model leaves. None if nothing was written by a part.
         """
         sequence = self._sequence
-        if sequence is None or sequence.small is None or not sequence.written:
+        if sequence is None or sequence.running is None or not sequence.written:
             return None
         logits: Tensor = self._reread(sequence, read=False).logits
         return logits
@@ -261,18 +277,17 @@ class Contextual:
     def take_back(self, tokens: int) -> None:
         """Forgets the last tokens of a repaired cache, as if they had not been written."""
         sequence = self._sequence
-        assert sequence is not None and sequence.small is None, "verify first"
+        assert sequence is not None and sequence.running is None, "verify first"
         if tokens:
             sequence.alive.crop(-tokens)
             sequence.length -= tokens
 
-    def _stand_ins(self, reading: Reading) -> dict[tuple[int, Kind], Tensor] | None:
-        """Mean activations in the prompt, for what is skipped of neurons."""
+    def _stand_ins(self, reading: Reading) -> dict[int, Tensor] | None:
+        """Mean activations of the neurons of every block in the prompt, for those that are skipped."""
         share, dtype = self.shadow.running.stand_in, self.model.dtype
         if not share:
             return None
-        keys: list[tuple[int, Kind]] = [(index, "neurons") for index in range(len(self.blocks))]
-        return {key: (share * reading.mean(key)).to(dtype) for key in keys}
+        return {index: (share * reading.mean((index, "neurons"))).to(dtype) for index in range(len(self.blocks))}
 
     @torch.no_grad()
     def _reread(self, sequence: _Sequence, *, read: bool) -> Any:
@@ -281,10 +296,15 @@ class Contextual:
         With `read` these tokens count for the next look; without, the same units run on.
         """
         cache, written = sequence.alive, sequence.written
+        if sequence.reordered:
+            raise InputError(
+                "the cache was reordered (beams) while heads were missing in it, so the full model cannot read again "
+                "what was written: use one beam, or load the model with dense=True"
+            )
         for layer, full in zip(cache.layers, sequence.full_cache, strict=True):
             vars(layer).update(vars(full))
-        sequence.parked = None if read else sequence.small
-        sequence.small, sequence.full_cache, sequence.written = None, [], []
+        sequence.parked = None if read else sequence.running
+        sequence.running, sequence.full_cache, sequence.written = None, [], []
         if not written:
             return None
         given: dict[str, Any] = {"input_ids": torch.cat([step["input_ids"] for step in written], dim=1)}
@@ -308,7 +328,7 @@ def attach(model: Any, shadow: Shadow) -> Contextual:
         raise InputError(
             f"the predictor is of a model with {shadow.layout.blocks} blocks, this one has {len(contextual.blocks)}"
         )
-    prepare(contextual.blocks, shadow.layout)
+    check_linears(contextual.blocks, shadow.layout)
     model.register_forward_pre_hook(contextual.before, with_kwargs=True)
     model.register_forward_hook(contextual.after, with_kwargs=True, always_call=True)
     return contextual

@@ -16,6 +16,7 @@ Legend: T tokens, V vocabulary.
     found = write(model, ids_1T, max_new_tokens=128, every=8)
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -27,18 +28,26 @@ from niwaki.runtime.contextual import Contextual
 
 @dataclass
 class Written:
-    """The prompt and its continuation, and what checking found: passes, tokens drafted, kept and taken back."""
+    """The prompt and its continuation, and what checking found: passes of the full model, tokens drafted, kept and
+    taken back, and the sum over the drafted of the divergence KL(full ‖ part).
+    """
 
     ids_1T: Tensor
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
     taken_back: int = 0
+    divergence: float = 0.0
 
     @property
     def agreement(self) -> float:
         """The share of drafted tokens that the full model accepted."""
         return self.accepted / max(self.drafted, 1)
+
+    @property
+    def kl(self) -> float:
+        """Mean KL divergence of the part from the full model, nats a token."""
+        return self.divergence / max(self.drafted, 1)
 
 
 @torch.no_grad()
@@ -49,9 +58,9 @@ def write(
     max_new_tokens: int,
     every: int = 8,
     least_probability: float | None = None,
-    end: int | None = None,
+    ends: Collection[int] = (),
 ) -> Written:
-    """Continues one prompt greedily; `end` is the token that stops it. Raises InputError for impossible settings."""
+    """Continues one prompt greedily; `ends` are the tokens that stop it. Raises InputError for impossible settings."""
     from transformers import DynamicCache
 
     if len(ids_1T) != 1 or ids_1T.shape[1] < 1:
@@ -63,26 +72,36 @@ def write(
     total = ids_1T.shape[1] + max_new_tokens
 
     def step(ids: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:]
-        return logits.argmax(-1)
+        logits_1V: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        return logits_1V
 
-    following = step(ids_1T)
+    following = step(ids_1T).argmax(-1, keepdim=True)
+    record = contextual.records[-1]
     while True:
         found.ids_1T = torch.cat([found.ids_1T, following], dim=1)
-        if found.ids_1T.shape[1] >= total or following.item() == end:
+        if found.ids_1T.shape[1] >= total or following.item() in ends:
             return found
-        draft, sparse = [following], 0
+        draft, drafted = [following], []
         for _ in range(min(every, total - found.ids_1T.shape[1])):
-            draft.append(step(draft[-1]))
-            sparse += 1
-            if draft[-1].item() == end:
+            drafted.append(step(draft[-1]))
+            draft.append(drafted[-1].argmax(-1, keepdim=True))
+            if draft[-1].item() in ends:
                 break
         logits_1TV = contextual.verify()
         if logits_1TV is None:  # the full model wrote these itself
             following = _append(found, draft[1:])
             continue
         found.passes += 1
-        following = _settle(contextual, found, draft, logits_1TV[:, -sparse:], least_probability)
+        logits_1TV = logits_1TV[:, -len(drafted) :]
+        found.divergence += _divergence(logits_1TV[0], torch.cat(drafted))
+        following = _settle(contextual, found, draft, logits_1TV, least_probability)
+        record.verified = {"passes": found.passes, "agreement": found.agreement, "kl": found.kl}
+
+
+def _divergence(full_TV: Tensor, part_TV: Tensor) -> float:
+    """Sum over tokens of KL(full ‖ part)."""
+    full_TV, part_TV = full_TV.float().log_softmax(-1), part_TV.float().log_softmax(-1)
+    return float((full_TV.exp() * (full_TV - part_TV)).sum())
 
 
 def _append(found: Written, draft: list[Tensor]) -> Tensor:

@@ -1,0 +1,125 @@
+"""Products of a few tokens with some rows or columns of a matrix: what is left of a layer when units are skipped.
+
+Units are `width` neighbouring rows: 1 for neurons, a head's for heads. `units_K` (int32 or int64) says which are kept,
+in any order. It is read on the device, so that a captured CUDA graph sees what is written into it later; K is fixed.
+Only kept weights are read. Sums are taken in float32; results have the dtype of the inputs.
+
+Cost: on a GPU the bytes of the kept weights over the memory bandwidth (`triton_rows`). The torch code here copies them
+first: for CPUs, and to compare with.
+
+Legend: B tokens (1 to 8), O rows, I columns, N neurons, K kept units, R kept rows or columns: K · width.
+
+    h_BR = rows_gate(x_BI, gate_OI, up_OI, units_K, "silu")
+    y_BO = rows_sum(h_BR, down_NO, units_K, extra_BO=residual_BO)
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+MOST_TOKENS = 8
+
+
+def rows_dot(
+    x_BI: Tensor,
+    weight_OI: Tensor,
+    units_K: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    width: int = 1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """y[b, r] = W[row r] · x[b] + bias[row r] over the rows of the kept units, in their order: [B, R]."""
+    if x_BI.is_cuda:
+        from niwaki.kernels import triton_rows
+
+        return triton_rows.rows_dot(x_BI, weight_OI, units_K, bias_O, width=width, out=out)
+    rows_R = rows_of(units_K, width)
+    return _given(_product(x_BI, weight_OI[rows_R], None if bias_O is None else bias_O[rows_R]), x_BI, out)
+
+
+def rows_gate(
+    x_BI: Tensor,
+    gate_OI: Tensor,
+    up_OI: Tensor,
+    units_K: Tensor,
+    activation: str,
+    *,
+    width: int = 1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """h[b, r] = act(gate[row r] · x[b]) · (up[row r] · x[b]), [B, R]; `activation` is one of `ACTIVATIONS`."""
+    if x_BI.is_cuda:
+        from niwaki.kernels import triton_rows
+
+        return triton_rows.rows_gate(x_BI, gate_OI, up_OI, units_K, activation, width=width, out=out)
+    rows_R = rows_of(units_K, width)
+    gated_BR = _activated(_product(x_BI, gate_OI[rows_R]), activation)
+    return _given(gated_BR * _product(x_BI, up_OI[rows_R]), x_BI, out)
+
+
+def rows_sum(
+    h_BR: Tensor,
+    weight_NO: Tensor,
+    units_K: Tensor,
+    bias_O: Tensor | None = None,
+    extra_BO: Tensor | None = None,
+    *,
+    width: int = 1,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """y[b] = Σ_r h[b, r] · W[row r] + bias + extra[b], [B, O]: row n of W holds what neuron n adds to all outputs.
+
+    `workspace` is for GPUs (`triton_rows.workspace_for`); without one, a call there allocates it.
+    """
+    if h_BR.is_cuda:
+        from niwaki.kernels import triton_rows
+
+        return triton_rows.rows_sum(
+            h_BR, weight_NO, units_K, bias_O, extra_BO, width=width, out=out, workspace=workspace
+        )
+    y_BO = _product(h_BR, weight_NO[rows_of(units_K, width)].T, bias_O)
+    return _given(y_BO if extra_BO is None else y_BO + extra_BO.float(), h_BR, out)
+
+
+def columns_dot(
+    x_BR: Tensor,
+    weight_OI: Tensor,
+    units_K: Tensor,
+    width: int,
+    bias_O: Tensor | None = None,
+    extra_BO: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """y[b, o] = Σ_r W[o, column r] · x[b, r] + bias[o] + extra[b, o], [B, O], over the columns of the kept units."""
+    if x_BR.is_cuda:
+        from niwaki.kernels import triton_rows
+
+        return triton_rows.columns_dot(x_BR, weight_OI, units_K, width, bias_O, extra_BO, out=out)
+    y_BO = _product(x_BR, weight_OI[:, rows_of(units_K, width)], bias_O)
+    return _given(y_BO if extra_BO is None else y_BO + extra_BO.float(), x_BR, out)
+
+
+def rows_of(units_K: Tensor, width: int) -> Tensor:
+    """The rows [R] of units, int64."""
+    return (units_K.long()[:, None] * width + torch.arange(width, device=units_K.device)).flatten()
+
+
+def _product(x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    return functional.linear(x_BI.float(), weight_OI.float(), None if bias_O is None else bias_O.float())
+
+
+def _activated(x_BR: Tensor, activation: str) -> Tensor:
+    assert activation in ACTIVATIONS, f"expected one of {ACTIVATIONS}, got {activation!r}"
+    if activation == "silu":
+        return functional.silu(x_BR)
+    if activation == "relu":
+        return functional.relu(x_BR)
+    return functional.gelu(x_BR, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _given(y_BO: Tensor, like: Tensor, out: Tensor | None) -> Tensor:
+    return y_BO.to(like.dtype) if out is None else out.copy_(y_BO)
