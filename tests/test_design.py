@@ -35,7 +35,7 @@ LAYERS = [
     ["shaping", "shadowing"],
     ["compression"],
     ["evaluation", "generation"],
-    ["recovery", "exporting", "gating", "adapting", "comparing"],
+    ["recovery", "exporting", "gating", "adapting", "comparing", "reporting"],
     ["demo", "progress", "tables"],
     ["contextual_commands", "comparing_commands"],
     ["cli"],

@@ -1,13 +1,13 @@
 """The report of a comparison as one HTML file that opens without a network, in English or Japanese.
 
-    write_page(Path("report/report.html"), comparison, {"four": Path("four")}, "ja")
+    write_page(Path("report/report.html"), comparison, [Path("four")], "ja")
 
-Templates lie in templates/, texts in `english` and `japanese`, plots in `plots` and `charts`, what is shown as texts in
-`views` and `passages`; `page` puts them together. The file is about 5 MB, nearly all of it plotly.js: the Python package
+Templates lie in templates/, texts in `english` and `japanese`, plots in `plots` and `charts`, what is shown as texts
+in `views` and `passages`; `page` puts them together. The file is about 5 MB, 4.8 of them plotly.js: the Python package
 ships no smaller bundle. Cost: about a second.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 from niwaki.comparing.evidence import Comparison
@@ -19,13 +19,14 @@ from niwaki.writing import write_text
 PAGE = "report.html"
 
 
-def write_page(path: Path, found: Comparison, folders: Mapping[str, Path], language: str = "en") -> None:
-    """Writes the page, whole or not at all. `folders`: where the files of every candidate lie, by its name.
+def write_page(path: Path, found: Comparison, folders: Sequence[Path], language: str = "en") -> None:
+    """Writes the page, whole or not at all. `folders`: where the files of every candidate lie.
 
     Raises InputError for an unknown language and CheckpointError for a broken record of a candidate.
     """
     check_language(language)
-    layers = {one.model.name: read_layers(folders[one.model.name]) for one in found.candidates}
+    names = [one.model.name for one in found.candidates]
+    layers = {name: read_layers(folder) for name, folder in zip(names, folders, strict=True)}
     write_text(path, render(found, layers, language))
 
 

@@ -9,7 +9,7 @@ from niwaki.reporting import numbers as show
 from niwaki.reporting import plots
 from niwaki.reporting.layers import Layers, Measure
 from niwaki.reporting.plots import Axis, Plot, Point
-from niwaki.reporting.views import Cell, Grid, Texts, estimate
+from niwaki.reporting.views import Cell, Grid, Texts, estimate, short
 
 FORMS = {"kept": ".0%", "zeros": ".1%", "bits": ".2f", "error": ".2g"}
 TOPS = {"kept": 1.0, "zeros": 1.0, "error": None}
@@ -19,7 +19,7 @@ def tradeoffs(t: Texts, found: Comparison) -> list[Plot]:
     """Bytes and speed against the quality of every data file, or of every task where there is no text."""
     made = []
     for place, (file, key) in enumerate(_qualities(found)):
-        about = {"file": file}
+        about = {"file": short(file, [one for one, _ in _qualities(found)])}
         y = Axis(t[f"axis_{key}"].format(**about), ".3~f", reference=1, limit=_limit(found, "max_perplexity_ratio"))
         if key == "loss":
             y = Axis(t["axis_loss"].format(**about), ".1%", reference=0, limit=_limit(found, "max_accuracy_loss"))
@@ -103,7 +103,7 @@ def _forest(t: Texts, found: Comparison, groups: list[str]) -> Plot:
         for name, estimates in series
     ]
     rows = tuple(
-        (group, *("" if own[place] is None else estimate(t, own[place], show.ratio) for _, own in series))
+        (group, *("" if one is None else estimate(t, one, show.ratio) for one in (own[place] for _, own in series)))
         for place, group in enumerate(groups)
     )
     x = Axis(t["metric_perplexity_ratio"], ".3~f", reference=1, limit=_limit(found, "max_perplexity_ratio"))
@@ -195,11 +195,12 @@ def _heatmap(t: Texts, name: str, measure: Measure) -> Plot:
 
 
 def _parts(t: Texts, candidate: Candidate) -> list[tuple[str, Quality]]:
-    found = []
+    found, files = [], [data.data for data in candidate.data]
     for data in candidate.data:
-        found.append((t["whole_file"].format(file=data.data), data.whole))
+        name = short(data.data, files)
+        found.append((t["whole_file"].format(file=name), data.whole))
         for domain, one in data.domains.items():
-            found.append((t["domain_of"].format(file=data.data, domain=domain), one))
+            found.append((t["domain_of"].format(file=name, domain=domain), one))
     return found
 
 

@@ -14,6 +14,7 @@ TEXT = {
     "made_with": "Made with niwaki {version}. This file needs no network.",
     "as_table": "Numbers",
     "comma": ", ",
+    "colon": ": ",
     "and_more": "{shown} of {total} shown; all are in {file}.",
     # summary
     "summary": "Summary",
@@ -45,10 +46,10 @@ TEXT = {
     "why_failed": "Gates not kept",
     "more_gates": "{count} more",
     "more_examples": "{count} more examples",
-    "intervals_note": "Intervals are two-sided at {confidence} confidence. “No clear difference”: the interval includes "
-    "no change at all. Bytes are those of the files, speeds are measured on the machine named below.",
-    "scored_runtime": "Scored as it runs: behind the first {first} tokens of every window; {dense} of {windows} windows "
-    "were answered with all weights, the others skipped {skipped} of them.",
+    "intervals_note": "Intervals are two-sided at {confidence} confidence. “No clear difference”: the interval "
+    "includes no change at all. Bytes are those of the files, speeds are measured on the machine named below.",
+    "scored_runtime": "Scored as it runs: behind the first {first} tokens of every window; {dense} of {windows} "
+    "windows were answered with all weights, the others skipped {skipped} of them.",
     # trade-off
     "tradeoff": "Trade-off",
     "tradeoff_bytes": "Size and quality",
@@ -154,7 +155,7 @@ TEXT = {
     "layers_note": "From the record of each compression. Errors are relative squared errors: ‖changed − original‖² / "
     "‖original‖² on calibration inputs.",
     "growth": "Error of every block",
-    "growth_note": "The error that a block adds on the inputs it really gets, after all earlier blocks were compressed.",
+    "growth_note": "The error that a block adds on the inputs it really gets, all earlier blocks being compressed.",
     "drift": "Drift from the dense model along depth",
     "drift_note": "How far the hidden states are from those of the dense model behind every block: the errors of all "
     "blocks so far.",

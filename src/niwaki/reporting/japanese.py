@@ -14,6 +14,7 @@ TEXT = {
     "made_with": "niwaki {version} で作成。このファイルはオフラインで表示できます。",
     "as_table": "数値を表で見る",
     "comma": "、",
+    "colon": "：",
     "and_more": "全{total}件のうち{shown}件を表示しています。すべての内容は {file} にあります。",
     # summary
     "summary": "概要",
@@ -47,8 +48,8 @@ TEXT = {
     "more_examples": "ほかの例（{count}件）",
     "intervals_note": "区間は両側{confidence}信頼区間です。「明確な差なし」は、区間が「変化なし」を含むことを表します。"
     "サイズは実際のファイルのバイト数、速度は末尾に記載した実機での測定値です。",
-    "scored_runtime": "実行時と同じ条件で評価しました。各ウィンドウの先頭{first}トークンは比較対象外です。{windows}ウィンドウ中{dense}"
-    "ウィンドウは全重みで処理し、残りでは重みの{skipped}を省略しました。",
+    "scored_runtime": "実行時と同じ条件で評価しました。各ウィンドウの先頭{first}トークンは比較対象外です。"
+    "{windows}ウィンドウ中{dense}ウィンドウは全重みで処理し、残りでは重みの{skipped}を省略しました。",
     # trade-off
     "tradeoff": "トレードオフ",
     "tradeoff_bytes": "サイズと品質",
@@ -78,7 +79,7 @@ TEXT = {
     "reason_exact_fail": "{value} は限度 {limit} を外れている",
     "reason_pass": "信頼度{confidence}で最悪でも {bound}、限度 {limit}",
     "reason_fail": "測定値 {value} が限度 {limit} を外れている",
-    "reason_unsure": "測定値 {value} は限度内だが、信頼度{confidence}では {bound} もあり得る（限度 {limit}）。証拠が不足",
+    "reason_unsure": "測定値 {value} は限度内だが、信頼度{confidence}では {bound} もあり得る（限度 {limit}）",
     "reason_missing": "測定されていない",
     "reason_small": "信頼度{confidence}で判定するには証拠が不足",
     "metric_perplexity_ratio": "パープレキシティ比",
@@ -92,8 +93,8 @@ TEXT = {
     "metric_bytes_ratio": "ファイルサイズの比",
     # measured
     "measured": "サイズ・速度・メモリ",
-    "measured_note": "公称値ではなく、すべて実測値です。サイズは重みファイルのバイト数、メモリはモデルごとに新しいプロセスで測定し、"
-    "速度は両モデルを交互に実行して測定しました。",
+    "measured_note": "公称値ではなく、すべて実測値です。サイズは重みファイルのバイト数、"
+    "メモリはモデルごとに新しいプロセスで測定し、速度は両モデルを交互に実行して測定しました。",
     "model": "モデル",
     "load_time": "読み込み時間",
     "peak_memory": "最大メモリ",
@@ -103,8 +104,8 @@ TEXT = {
     "tokens_per_s": "{value} トークン/秒",
     "times_as_fast": "{factor}（{low} ～ {high}）",
     "times_alone": "{factor}",
-    "speed_note": "{prompt}トークンの読み込みと、続く{new}トークンの生成を、バッチサイズ1・CPU {threads}スレッドで{rounds}回"
-    "ずつ測定しました。倍率は各回の中央値と、その{confidence}信頼区間です。",
+    "speed_note": "{prompt}トークンの読み込みと、続く{new}トークンの生成を、バッチサイズ1・CPU {threads}スレッドで"
+    "{rounds}回ずつ測定しました。倍率は各回の中央値と、その{confidence}信頼区間です。",
     "speed_missing": "速度・メモリ・読み込み時間は測定していません（--rounds 0）。",
     # quality
     "quality": "テキストでの品質",
@@ -129,8 +130,8 @@ TEXT = {
     "plot_value": "{group} {value}",
     # tasks
     "tasks": "タスク",
-    "tasks_note": "両モデルに同じ問題を解かせました。「反転」は片方だけが正解した問題です。p値は差がないことを帰無仮説とする"
-    "正確マクネマー検定によるもので、小さいほど実際に差があることを示します。",
+    "tasks_note": "両モデルに同じ問題を解かせました。「反転」は片方だけが正解した問題です。p値は"
+    "差がないことを帰無仮説とする正確マクネマー検定によるもので、小さいほど実際に差があることを示します。",
     "task": "タスク",
     "questions": "問題数",
     "scored_by": "採点方法",
@@ -151,13 +152,16 @@ TEXT = {
     "candidate_answer": "候補の解答",
     # layers
     "layers": "削減箇所と誤差",
-    "layers_note": "各候補の圧縮時の記録に基づきます。誤差は、キャリブレーション入力に対する出力の相対二乗誤差 ‖圧縮後 − 元‖² / ‖元‖² です。",
+    "layers_note": "各候補の圧縮時の記録に基づきます。"
+    "誤差は、キャリブレーション入力に対する出力の相対二乗誤差 ‖圧縮後 − 元‖² / ‖元‖² です。",
     "growth": "ブロックごとの誤差",
     "growth_note": "前段のブロックがすべて圧縮された状態の実際の入力に対して、そのブロックが新たに加える誤差です。",
     "drift": "深さ方向の累積誤差（密モデルとのずれ）",
-    "drift_note": "各ブロック直後の隠れ状態が密モデルからどれだけ離れているか、つまりそこまでの全ブロックによる累積誤差です。",
+    "drift_note": "各ブロック直後の隠れ状態が密モデルからどれだけ離れているか、"
+    "つまりそこまでの全ブロックによる累積誤差です。",
     "drift_missing": "誤差の累積は記録されていません。圧縮時に --dense-stream を指定すると記録されます。",
-    "growth_line": "{name}：ブロック{first_block}で {first}、ブロック{last_block}で {last}、最大はブロック{top_block}の {top}",
+    "growth_line": "{name}：ブロック{first_block}で {first}、ブロック{last_block}で {last}、"
+    "最大はブロック{top_block}の {top}",
     "block": "ブロック",
     "block_column": "ブロック",
     "error_axis": "相対二乗誤差",
@@ -190,7 +194,8 @@ TEXT = {
     "same_text": "密モデルと同じ文です（{count}トークンすべて一致）。",
     "diverges": "{count}トークン中、{place}トークン目から異なります。",
     "worst": "差が大きい例",
-    "worst_note": "評価データのうち、候補と密モデルの予測が最も離れた箇所です。色は次トークン分布のKLダイバージェンスを表します。",
+    "worst_note": "評価データのうち、候補と密モデルの予測が最も離れた箇所です。"
+    "色は次トークン分布のKLダイバージェンスを表します。",
     "legend": "nat：",
     "legend_differs": "第1候補のトークンが異なる",
     "example": "{number}. {data}{domain}：{kl} nat/トークン",
@@ -202,7 +207,8 @@ TEXT = {
     "token_title": "KL {kl}、第1候補は密モデル {dense}、候補 {candidate}",
     # origin
     "reproduce": "再現方法",
-    "reproduce_note": "同じファイルとシードで次のコマンドを実行すると、同じ標本が抽出されます。速度は実行環境によって異なります。",
+    "reproduce_note": "同じファイルとシードで次のコマンドを実行すると、同じ標本が抽出されます。"
+    "速度は実行環境によって異なります。",
     "copy_command": "コピー",
     "copied": "コピーしました",
     "copy_failed": "Ctrl+C でコピー",

@@ -54,7 +54,7 @@ def read_layers(folder: Path) -> Layers | None:
         return None
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        missing = next((_READ - set(line) for line in lines if not _READ <= set(line)), None)
+        missing = next(filter(None, (_READ - set(line) for line in lines)), None)
         if missing:
             raise ValueError(f"a line has no {', '.join(sorted(missing))}")
         return layers_of(lines)

@@ -1,6 +1,6 @@
 """Numbers as people read them: sizes, ratios, changes and intervals, the same in every language.
 
-    change(0.375)  ->  "−62.5%"        speedup(Estimate(value=0.94, ...))  ->  the inverse, with its interval
+change(0.375)  ->  "−62.5%"        speedup(Estimate(value=0.94, ...))  ->  the inverse, with its interval
 """
 
 from niwaki.comparing.evidence import Estimate
@@ -58,8 +58,9 @@ def signed(text: str) -> str:
 
 def speedup(latency: Estimate) -> Estimate:
     """Times as fast, from a ratio of times: the inverse, whose interval turns over."""
-    ends = (latency.low, latency.high)
-    low, high = (None, None) if None in ends or not min(end or 0.0 for end in ends) > 0 else (1 / ends[1], 1 / ends[0])
+    low, high = None, None
+    if latency.low is not None and latency.high is not None and latency.low > 0:
+        low, high = 1 / latency.high, 1 / latency.low
     return Estimate(value=1 / latency.value, low=low, high=high, units=latency.units)
 
 

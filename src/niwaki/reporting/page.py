@@ -25,7 +25,13 @@ from niwaki.reporting.views import Cell, Texts
 
 LINES = 200  # of the table of matrices; larger models have thousands
 TEMPLATES = "templates"
-_SECTIONS = ("tradeoff", "gates", "measured", "quality", "tasks", "layers", "generations", "worst", "reproduce", "environment")  # fmt: skip
+_SECTIONS = (
+    "tradeoff", "gates", "measured", "quality", "tasks", "layers", "generations", "worst", "reproduce", "environment",
+)  # fmt: skip
+_COLUMNS = (
+    "block_column", "matrix", "target", "stored_as", "shape", "bits", "zeros", "bytes", "error_before", "error_after",
+    "remark",
+)  # fmt: skip
 
 
 def render(found: Comparison, layers: Mapping[str, Layers | None], language: str) -> str:
@@ -57,6 +63,7 @@ def render(found: Comparison, layers: Mapping[str, Layers | None], language: str
 def _content(t: Texts, found: Comparison, layers: Mapping[str, Layers | None]) -> dict[str, Any]:
     quality, tasks = charts.quality(t, found), passages.tasks(t, found)
     texts, worst, gated = passages.generations(t, found), passages.worst(t, found), views.gates(t, found)
+    own = {"gates": gated, "quality": quality.rows, "tasks": tasks.rows, "generations": texts, "worst": worst}
     cards = views.cards(t, found)
     always = dict.fromkeys(("tradeoff", "measured", "layers", "reproduce", "environment"), True)
     return {
@@ -74,7 +81,7 @@ def _content(t: Texts, found: Comparison, layers: Mapping[str, Layers | None]) -
         "quality": {"columns": quality.columns, "rows": quality.rows, "plots": _inlined(quality.more["plots"])},
         "tasks": {"columns": tasks.columns, "rows": tasks.rows, "flips": tasks.more["flips"]},
         "growth": _growth(t, found, layers),
-        "layers": [_layers(t, number, one.model.name, layers[one.model.name]) for number, one in enumerate(found.candidates)],
+        "layers": [_layers(t, number, *one) for number, one in enumerate(layers.items())],
         "generations": texts,
         "worst": worst,
         "legend": passages.legend(),
@@ -82,8 +89,8 @@ def _content(t: Texts, found: Comparison, layers: Mapping[str, Layers | None]) -
         "pairs_columns": (t["setting"], t["setting_value"]),
         "settings": _settings(t, found),
         "environment": _environment(t, found),
-        "present": always | {"gates": gated, "quality": quality.rows, "tasks": tasks.rows, "generations": texts, "worst": worst},
-    }  # fmt: skip
+        "present": always | own,
+    }
 
 
 def _about(t: Texts, found: Comparison) -> str:
@@ -100,14 +107,13 @@ def _layers(t: Texts, number: int, name: str, layers: Layers | None) -> dict[str
     if layers is None or not layers.lines:
         return {"name": name, "note": t["no_record" if layers is None else "no_lines"], "plots": [], "rows": []}
     lines = sorted(layers.lines, key=lambda line: -(line["error"] or 0))
-    names = ("block_column", "matrix", "target", "stored_as", "shape", "bits", "zeros", "bytes", "error_before", "error_after", "remark")  # fmt: skip
     more = t["and_more"].format(shown=LINES, total=len(lines), file="niwaki/blocks.jsonl") if len(lines) > LINES else ""
     return {
         "name": name,
         "note": "",
         "plots": _inlined(charts.heatmaps(t, number, layers)),
         "title": t["cut_table"].format(name=name),
-        "columns": tuple(t[key] for key in names),
+        "columns": tuple(t[key] for key in _COLUMNS),
         "rows": [_matrix(t, line) for line in lines[:LINES]],
         "more": more,
     }

@@ -1,6 +1,7 @@
 """Texts of a comparison piece by piece: generations side by side, worst examples, tasks with what flipped."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from niwaki.comparing.evidence import Comparison, Example, Generation, Paired, TaskQuality, TokenDivergence
@@ -62,7 +63,7 @@ def worst(t: Texts, found: Comparison) -> list[dict[str, Any]]:
 def legend() -> list[str]:
     """The steps of the colours."""
     ends = [f"{step:g}" for step in STEPS]
-    return [f"< {ends[0]}", *(f"{low}–{high}" for low, high in zip(ends, ends[1:], strict=False)), f"≥ {ends[-1]}"]
+    return [f"< {ends[0]}", *(f"{low}–{high}" for low, high in pairwise(ends)), f"≥ {ends[-1]}"]
 
 
 def _example(t: Texts, number: int, one: Example) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The plots of a report: plotly figures without colours of the page, each with a sentence and a table that say the same.
+"""The plots of a report: plotly figures without the colours of the page, each with a sentence and a table that say it.
 
 Candidates are told apart by colour and by marker; the colours are those of Okabe and Ito, which stay apart for people
 who do not see all colours, as does cividis for amounts. Colours of text and grid are set in the browser, because the
@@ -17,6 +17,7 @@ from niwaki.reporting.layers import Measure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon")
+LABEL = 26  # characters of a label that leave room for a plot on a phone
 GREY = "#7f8894"
 _MARGIN = {"l": 64, "r": 18, "t": 14, "b": 54}
 
@@ -94,7 +95,9 @@ def tradeoff(points: Sequence[Point], dense: str, x: Axis, y: Axis, limit: str) 
     return _laid_out(figure, legend=True)
 
 
-def forest(groups: Sequence[str], series: Sequence[tuple[str, Sequence[Estimate | None]]], x: Axis, limit: str) -> go.Figure:
+def forest(
+    groups: Sequence[str], series: Sequence[tuple[str, Sequence[Estimate | None]]], x: Axis, limit: str
+) -> go.Figure:
     """One estimate with its interval for every group and candidate, candidates of a group below each other."""
     figure = go.Figure()
     step = 0.6 / max(len(series), 1)
@@ -114,9 +117,13 @@ def forest(groups: Sequence[str], series: Sequence[tuple[str, Sequence[Estimate 
     _limits(figure, x, Axis(""), limit, log_x=wide)
     figure.update_xaxes(title=x.title, tickformat=x.form, type="log" if wide else "linear")
     figure.update_yaxes(
-        tickvals=list(range(len(groups))), ticktext=[_plain(group) for group in groups], range=[len(groups) - 0.4, -0.6],
-        automargin=True, showgrid=False, zeroline=False,
-    )  # fmt: skip
+        tickvals=list(range(len(groups))),
+        ticktext=[_plain(group if len(group) <= LABEL else f"…{group[1 - LABEL :]}") for group in groups],
+        range=[len(groups) - 0.4, -0.6],
+        automargin=True,
+        showgrid=False,
+        zeroline=False,
+    )
     return _laid_out(figure, legend=True)
 
 
@@ -127,7 +134,9 @@ def heatmap(measure: Measure, block: str, form: str, top: float | None) -> go.Fi
     figure = go.Figure(
         go.Heatmap(
             x=[str(index) for index in measure.blocks],
-            y=[_plain(projection.removeprefix("self_attn.").removeprefix("mlp.")) for projection in measure.projections],
+            y=[
+                _plain(projection.removeprefix("self_attn.").removeprefix("mlp.")) for projection in measure.projections
+            ],
             z=measure.values,
             text=shown,
             customdata=[[name] * len(measure.blocks) for name in map(_plain, measure.projections)],
@@ -222,5 +231,3 @@ def _wide(values: Sequence[float]) -> bool:
 def _plain(text: str) -> str:
     """Text that plotly shows as it is: it reads a few HTML tags otherwise."""
     return text.replace("&", "&amp;").replace("<", "&lt;")
-
-

@@ -1,6 +1,6 @@
 """The languages of a report: one table of texts each, with the same keys.
 
-    t = strings("ja");  t["gates"]  ->  "ゲート判定"
+t = strings("ja");  t["gates"]  ->  "ゲート判定"
 """
 
 from collections.abc import Mapping

@@ -3,8 +3,9 @@
 A template only lays out what these functions return. `t` is the table of texts of a language.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from niwaki.comparing.evidence import Candidate, Comparison, Estimate, Model, Verdict
@@ -48,6 +49,12 @@ def headline(t: Texts, found: Comparison) -> str:
         return t["headline_none"]
     key = "headline_all" if len(names) == total else "headline_some" if names else "headline_no"
     return t[key].format(total=total, passed=len(names), names=t["comma"].join(names))
+
+
+def short(file: str, files: Sequence[str]) -> str:
+    """The name of a file where it is the only one called so, else its path."""
+    names = [Path(one).name for one in files]
+    return Path(file).name if names.count(Path(file).name) == 1 else file
 
 
 def about_model(t: Texts, model: Model) -> str:
@@ -103,11 +110,11 @@ def _headline_metrics(t: Texts, found: Comparison, candidate: Candidate) -> Iter
         worst = max(candidate.data, key=lambda data: data.whole.perplexity_ratio.value)
         own = worst.whole
         lines = [t["value_of"].format(value=f"{own.perplexity:.2f}", dense=f"{own.dense_perplexity:.2f}")]
-        label = _which(t, "perplexity", worst.data, len(candidate.data))
+        label = _which(t, "perplexity", worst.data, found.settings.data)
         yield _metric_card(t, found, label, own.perplexity_ratio, show.change, 1, lines)
     if candidate.tasks:
         hardest = max(candidate.tasks, key=lambda task: task.accuracy.loss.value)
-        answers, label = hardest.accuracy, _which(t, "accuracy", hardest.task, len(candidate.tasks))
+        answers, label = hardest.accuracy, _which(t, "accuracy", hardest.task, found.settings.tasks)
         both = {"value": show.percent(answers.accuracy), "dense": show.percent(answers.dense_accuracy)}
         card = _metric_card(
             t, found, label, show.opposite(answers.loss), show.points, 0, [t["value_of"].format(**both)]
@@ -116,7 +123,13 @@ def _headline_metrics(t: Texts, found: Comparison, candidate: Candidate) -> Iter
 
 
 def _metric_card(
-    t: Texts, found: Comparison, label: str, one: Estimate, form: Callable[[float], str], nothing: float, lines: list[str]
+    t: Texts,
+    found: Comparison,
+    label: str,
+    one: Estimate,
+    form: Callable[[float], str],
+    nothing: float,
+    lines: list[str],
 ) -> dict[str, Any]:
     if one.low is None or one.high is None:
         interval = t["no_interval"].format(units=one.units)
@@ -127,8 +140,9 @@ def _metric_card(
     return {"label": label, "big": form(one.value), "unclear": unclear, "lines": [*lines, interval]}
 
 
-def _which(t: Texts, metric: str, file: str, count: int) -> str:
-    return t["metric_on_worst" if count > 1 else "metric_on"].format(metric=t[metric], file=file, count=count)
+def _which(t: Texts, metric: str, file: str, files: Sequence[str]) -> str:
+    key = "metric_on_worst" if len(files) > 1 else "metric_on"
+    return t[key].format(metric=t[metric], file=short(file, files), count=len(files))
 
 
 def _scoring(t: Texts, candidate: Candidate) -> str:

@@ -32,7 +32,9 @@
   function draw(width) {
     for (const { node, traces, layout } of canvases) {
       const own = width ? { ...themed(layout), width: Math.min(width, node.clientWidth || width), autosize: false } : themed(layout);
-      Plotly.react(node, traces, own, { responsive: !width, displayModeBar: false, displaylogo: false, doubleClick: "reset" });
+      const narrow = (width || node.clientWidth) < 420;  // numbers in cells cannot be read there
+      const shown = narrow ? traces.map((one) => (one.type === "heatmap" ? { ...one, texttemplate: "" } : one)) : traces;
+      Plotly.react(node, shown, own, { responsive: !width, displayModeBar: false, displaylogo: false, doubleClick: "reset" });
     }
   }
 
