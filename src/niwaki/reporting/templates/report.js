@@ -31,7 +31,7 @@
 
   function draw(width) {
     for (const { node, traces, layout } of canvases) {
-      const own = width ? { ...themed(layout), width: Math.min(width, node.clientWidth || width), autosize: false } : themed(layout);
+      const own = width ? { ...themed(layout), width: Math.min(width, node.clientWidth || width), height: parseInt(node.style.height, 10), autosize: false } : themed(layout);
       const narrow = (width || node.clientWidth) < 420;  // numbers in cells cannot be read there
       const shown = narrow ? traces.map((one) => (one.type === "heatmap" ? { ...one, texttemplate: "" } : one)) : traces;
       Plotly.react(node, shown, own, { responsive: !width, displayModeBar: false, displaylogo: false, doubleClick: "reset" });
@@ -46,7 +46,7 @@
   dark.addEventListener("change", show);
 
   let before = null;
-  addEventListener("beforeprint", () => { before = root.dataset.theme ?? ""; root.dataset.theme = "light"; draw(640); });
+  addEventListener("beforeprint", () => { before = root.dataset.theme ?? ""; root.dataset.theme = "light"; draw(660); });
   addEventListener("afterprint", () => {
     if (before) root.dataset.theme = before; else delete root.dataset.theme;
     draw();
