@@ -122,7 +122,7 @@ def _forest(t: Texts, found: Comparison, groups: list[str]) -> Plot:
 def growths(t: Texts, found: Comparison, layers: Mapping[str, Layers | None]) -> Grid:
     """The error of every block and, where it was recorded, the drift from the dense model."""
     made, notes = [], []
-    for name, title in (("growth", "growth"), ("drift", "drift")):
+    for name, note in (("growth", "growth_note"), ("drift", "drift_note")):
         series = [
             (candidate.model.name, number, getattr(own, name))
             for number, candidate in enumerate(found.candidates)
@@ -135,8 +135,8 @@ def growths(t: Texts, found: Comparison, layers: Mapping[str, Layers | None]) ->
         made.append(
             Plot(
                 id=f"plot-{name}",
-                title=t[title],
-                note=t[f"{name}_note"],
+                title=t[name],
+                note=t[note],
                 summary=f"{'; '.join(lines)}.",
                 height=340,
                 json=_json(plots.growth(series, t["block"], t["error_axis"])),

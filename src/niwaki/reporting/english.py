@@ -216,7 +216,6 @@ TEXT = {
     "environment": "Environment",
     "setting": "Setting",
     "setting_value": "Value",
-    "yes": "yes",
     "none": "none",
     "all": "all",
     "set_data": "Data",

@@ -217,7 +217,6 @@ TEXT = {
     "environment": "実行環境",
     "setting": "項目",
     "setting_value": "値",
-    "yes": "はい",
     "none": "なし",
     "all": "すべて",
     "set_data": "データ",

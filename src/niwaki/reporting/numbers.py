@@ -6,7 +6,7 @@ change(0.375)  ->  "−62.5%"        speedup(Estimate(value=0.94, ...))  ->  the
 from niwaki.comparing.evidence import Estimate
 
 MINUS = "−"
-_UNITS = ("B", "kB", "MB", "GB", "TB")
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def size(count: float) -> str:
