@@ -183,7 +183,7 @@ def _heatmap(t: Texts, name: str, measure: Measure) -> Plot:
         id=name,
         title=t[f"measure_{measure.name}"],
         note=summary,
-        summary=summary,
+        summary=t["plot_line"].format(name=t[f"measure_{measure.name}"], values=summary),
         height=70 + 34 * len(measure.projections) + 30,
         json=_json(plots.heatmap(measure, t["block"], form, top)),
         columns=(t["matrix"], *map(str, measure.blocks)),
