@@ -86,7 +86,10 @@ def tradeoff(points: Sequence[Point], dense: str, x: Axis, y: Axis, limit: str) 
         )
     wide = _wide([point.y.value for point in points])
     _limits(figure, x, y, limit, log_y=wide)
-    x_values = [x.reference or 0, *(end for p in points for end in (p.x.low, p.x.value, p.x.high) if end is not None)]
+    x_values = [
+        x.reference or 0,
+        *(end for p in points for end in (p.x.low, p.x.value, p.x.high) if end is not None and math.isfinite(end)),
+    ]
     margin = 0.08 * max(max(x_values) - min(x_values), 0.1)
     figure.update_xaxes(
         title=x.title, tickformat=x.form, ticksuffix=x.suffix, range=[min(x_values) - margin, max(x_values) + margin]
