@@ -169,7 +169,7 @@ CONTRAST = """() => {
   const low = [];
   for (const node of document.querySelectorAll('main *, header *')) {
     const own = [...node.childNodes].some((one) => one.nodeType === 3 && one.textContent.trim());
-    if (!own || node.closest('svg, script') || !node.checkVisibility()) continue;
+    if (!own || node.closest('svg, script, [aria-hidden]') || !node.checkVisibility()) continue;
     const [a, b] = [light(getComputedStyle(node).color), light(back(node))].sort((x, y) => y - x);
     const ratio = (a + 0.05) / (b + 0.05);
     if (ratio < 4.5) low.push([node.className || node.tagName, ratio]);

@@ -55,10 +55,11 @@ def _tradeoff(
         title=t[title],
         note=t[better],
         summary=f"{t['plot_of'].format(x=x.title, y=y.title)} {'; '.join(lines)}.",
-        height=380,
+        height=350,
         json=_json(plots.tradeoff(points, found.dense.name, x, y, t["limit_line"])),
         columns=(t["candidate"], x.title, y.title),
         rows=tuple((point.name, *side) for point, side in zip(points, sides, strict=True)),
+        legend=(plots.dense_mark(found.dense.name), *_marks(found)),
     )
 
 
@@ -112,10 +113,11 @@ def _forest(t: Texts, found: Comparison, groups: list[str]) -> Plot:
         title=t["quality_plot"],
         note="",
         summary="; ".join(lines),
-        height=110 + max(44, 20 * len(series)) * len(groups),
+        height=80 + max(44, 20 * len(series)) * len(groups),
         json=_json(plots.forest(groups, series, x, t["limit_line"])),
         columns=(t["data"], *(name for name, _ in series)),
         rows=rows,
+        legend=_marks(found),
     )
 
 
@@ -138,13 +140,14 @@ def growths(t: Texts, found: Comparison, layers: Mapping[str, Layers | None]) ->
                 title=t[name],
                 note=t[note],
                 summary=f"{'; '.join(lines)}.",
-                height=340,
+                height=310,
                 json=_json(plots.growth(series, t["block"], t["error_axis"])),
                 columns=(t["block_column"], *(model for model, _, _ in series)),
                 rows=tuple(
                     (str(block), *(_small(errors[block]) if block in errors else "" for _, _, errors in series))
                     for block in blocks
                 ),
+                legend=tuple(plots.mark(model, number) for model, number, _ in series),
             )
         )
     if not any(own is not None and own.drift for own in layers.values()):
@@ -217,6 +220,10 @@ def _quality(candidate: Candidate, file: str, key: str) -> Estimate:
         if isinstance(one, TaskQuality) and one.task == file:
             return one.accuracy.loss
     raise KeyError(file)  # every candidate was measured on the same files
+
+
+def _marks(found: Comparison) -> tuple[plots.Mark, ...]:
+    return tuple(plots.mark(one.model.name, number) for number, one in enumerate(found.candidates))
 
 
 def _limit(found: Comparison, gate: str) -> float | None:

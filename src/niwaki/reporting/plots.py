@@ -18,8 +18,18 @@ from niwaki.reporting.layers import Measure
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon")
 LABEL = 26  # characters of a label that leave room for a plot on a phone
+GLYPHS = dict(zip(MARKERS, "●■◆▲✚★⬢", strict=True)) | {"x": "✖"}
 GREY = "#7f8894"
 _MARGIN = {"l": 64, "r": 18, "t": 14, "b": 54}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How a model looks in every plot: a colour and a sign of its own."""
+
+    name: str
+    color: str
+    glyph: str
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class Plot:
     json: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    legend: tuple[Mark, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,16 @@ def color(number: int) -> str:
     return COLORS[number % len(COLORS)]
 
 
+def mark(name: str, number: int) -> Mark:
+    """How a candidate looks, by its place."""
+    return Mark(name, color(number), GLYPHS[MARKERS[number % len(MARKERS)]])
+
+
+def dense_mark(name: str) -> Mark:
+    """How the dense model looks."""
+    return Mark(name, GREY, GLYPHS["x"])
+
+
 def tradeoff(points: Sequence[Point], dense: str, x: Axis, y: Axis, limit: str) -> go.Figure:
     """Every candidate and the dense model, with intervals and the limits of the gates."""
     figure = go.Figure()
@@ -95,7 +116,7 @@ def tradeoff(points: Sequence[Point], dense: str, x: Axis, y: Axis, limit: str) 
         title=x.title, tickformat=x.form, ticksuffix=x.suffix, range=[min(x_values) - margin, max(x_values) + margin]
     )
     figure.update_yaxes(title=y.title, tickformat=y.form, ticksuffix=y.suffix, type="log" if wide else "linear")
-    return _laid_out(figure, legend=True)
+    return _laid_out(figure)
 
 
 def forest(
@@ -127,7 +148,7 @@ def forest(
         showgrid=False,
         zeroline=False,
     )
-    return _laid_out(figure, legend=True)
+    return _laid_out(figure)
 
 
 def heatmap(measure: Measure, block: str, form: str, top: float | None) -> go.Figure:
@@ -157,7 +178,7 @@ def heatmap(measure: Measure, block: str, form: str, top: float | None) -> go.Fi
     figure.update_xaxes(title=block, type="category", showgrid=False)
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False, automargin=True)
     figure.update_layout(margin={"l": 20, "r": 10})
-    return _laid_out(figure, legend=False)
+    return _laid_out(figure)
 
 
 def growth(series: Sequence[tuple[str, int, dict[int, float]]], block: str, title: str) -> go.Figure:
@@ -175,10 +196,10 @@ def growth(series: Sequence[tuple[str, int, dict[int, float]]], block: str, titl
     wide = _wide([value for _, _, found in series for value in found.values() if value > 0])
     figure.update_xaxes(title=block, tickformat="d")
     figure.update_yaxes(title=title, type="log" if wide else "linear", rangemode="tozero", tickformat="~g")
-    return _laid_out(figure, legend=True)
+    return _laid_out(figure)
 
 
-def _laid_out(figure: go.Figure, *, legend: bool) -> go.Figure:
+def _laid_out(figure: go.Figure) -> go.Figure:
     margin = {**_MARGIN, **{k: v for k, v in figure.layout.margin.to_plotly_json().items() if v is not None}}
     figure.update_layout(
         template="none",
@@ -187,8 +208,7 @@ def _laid_out(figure: go.Figure, *, legend: bool) -> go.Figure:
         font={"size": 13},
         margin=margin,
         autosize=True,
-        showlegend=legend,
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0, "xanchor": "left"},
+        showlegend=False,  # it stands above, where it can wrap
         dragmode=False,
         hovermode="closest",
     )

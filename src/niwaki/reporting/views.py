@@ -11,7 +11,7 @@ from typing import Any
 from niwaki.comparing.evidence import Candidate, Comparison, Estimate, Model, Verdict
 from niwaki.comparing.metrics import METRICS
 from niwaki.reporting import numbers as show
-from niwaki.reporting.plots import color
+from niwaki.reporting.plots import mark
 
 Texts = Mapping[str, str]
 SHOWN = 3  # failed gates on a card
@@ -85,7 +85,7 @@ def cards(t: Texts, found: Comparison) -> list[dict[str, Any]]:
         made.append(
             {
                 "name": candidate.model.name,
-                "color": color(number),
+                "mark": mark(candidate.model.name, number),
                 "about": about_model(t, candidate.model),
                 "passed": candidate.passed,
                 "metrics": list(_headline_metrics(t, found, candidate)),
