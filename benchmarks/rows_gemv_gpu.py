@@ -2,7 +2,7 @@
 
     python benchmarks/rows_gemv_gpu.py --out benchmarks/results/rows-gemv-h100.json
     python benchmarks/rows_gemv_gpu.py --check
-    python benchmarks/rows_gemv_gpu.py --tiles --kernels rows_dot rows_gate rows_sum
+    python benchmarks/rows_gemv_gpu.py --tiles --kernels rows_dot rows_gate
 
 A time is that of a CUDA graph which runs many products one after another, each with weights and kept units of its own;
 what they read together is larger than the caches. Rivals are replayed in turns, in one run. `dense_us`: torch's linear
@@ -49,7 +49,7 @@ class Product(NamedTuple):
     @property
     def sums(self) -> bool:
         """Whether kept units are inputs."""
-        return self.kernel in ("rows_sum", "columns_dot")
+        return self.kernel == "columns_dot"
 
     def weights(self, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
         """Matrices as the kernel takes them."""
@@ -71,15 +71,12 @@ PRODUCTS = {
     "rows_dot": Product("rows_dot"),
     "rows_dot_heads": Product("rows_dot", HEADS, HEAD),
     "rows_gate": Product("rows_gate", matrices=2),
-    "rows_sum": Product("rows_sum"),
     "columns_dot": Product("columns_dot", HEADS, HEAD),
 }
 CANDIDATES = {
     "rows_dot": [(1, 1024, 4), (2, 1024, 4), (4, 1024, 4), (8, 1024, 4), (2, 2048, 8), (4, 512, 2), (8, 256, 1)],
     "rows_gate": [(1, 1024, 4), (2, 1024, 4), (4, 1024, 4), (1, 2048, 8), (2, 512, 2), (4, 512, 2), (4, 256, 1)],
     "columns_dot": [(1, 1024, 4), (2, 1024, 4), (4, 1024, 4), (8, 1024, 4), (2, 2048, 8), (4, 512, 2), (8, 256, 1)],
-    "rows_sum": [(4, 256, 4, 528), (4, 256, 4, 1056), (8, 256, 4, 528), (2, 256, 4, 1056), (2, 256, 8, 528),
-                 (4, 256, 8, 528), (4, 256, 2, 1056), (8, 256, 1, 2112)],
 }  # fmt: skip
 
 
@@ -89,7 +86,6 @@ def multiply(
     units_K: Tensor,
     x_BI: Tensor,
     out: Tensor | None = None,
-    workspace: Tensor | None = None,
     tiles: Tiles | None = None,
     activation: str = "silu",
 ) -> Tensor:
@@ -99,10 +95,6 @@ def multiply(
         return triton_rows.rows_dot(x_BI, *weights, units_K, width=width, out=out, tiles=tiles)
     if product.kernel == "rows_gate":
         return triton_rows.rows_gate(x_BI, *weights, units_K, activation, width=width, out=out, tiles=tiles)
-    if product.kernel == "rows_sum":
-        return triton_rows.rows_sum(
-            x_BI, *weights, units_K, width=width, out=out, workspace=workspace, tiles=tiles
-        )  # fmt: skip
     return triton_rows.columns_dot(x_BI, *weights, units_K, width, out=out, tiles=tiles)
 
 
@@ -120,38 +112,29 @@ def activated(x_BO: Tensor, activation: str) -> Tensor:
     return getattr(functional, activation)(x_BO)
 
 
-def standard(product: Product, weights: list[Tensor]) -> list[Tensor]:
-    """The weights as torch's linear takes them."""
-    return [weight.T.contiguous() for weight in weights] if product.kernel == "rows_sum" else weights
-
-
 def compacted(product: Product, weights: list[Tensor], units_K: Tensor) -> list[Tensor]:
     """Copies of what is kept, as torch's linear takes them."""
     rows_R = rows_of(units_K, product.width)
     if product.kernel == "columns_dot":
         return [weight_OI[:, rows_R].contiguous() for weight_OI in weights]
-    return standard(product, [weight[rows_R] for weight in weights])
+    return [weight[rows_R] for weight in weights]
 
 
 def relative_error(
     found: Tensor, product: Product, weights: list[Tensor], units_K: Tensor, x_BI: Tensor, activation: str = "silu"
 ) -> float:
-    """Against a float64 product; not a number counts as infinitely wrong."""
+    """Against a float64 product, in which nothing counts less than a normal number; NaN is infinitely wrong."""
     small = [weight.double() for weight in compacted(product, weights, units_K)]
     expected = linear(product, small, x_BI.double(), activation)
-    error = float((found.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+    size = expected.norm().clamp(min=torch.finfo(found.dtype).smallest_normal)
+    error = float((found.double() - expected).norm() / size)
     return error if error == error else float("inf")
 
 
-def poisoned(product: Product, tokens: int, kept: int, dtype: torch.dtype, weights: list[Tensor]) -> dict[str, Tensor]:
-    """An output and a workspace full of NaN."""
+def poisoned(product: Product, tokens: int, kept: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """An output full of NaN."""
     outputs = product.others if product.sums else kept * product.width
-    buffers = {"out": torch.full((tokens, outputs), float("nan"), device="cuda", dtype=dtype)}
-    if product.kernel == "rows_sum":
-        units_K = torch.empty(kept, device="cuda")
-        space = triton_rows.workspace_for(weights[0], units_K, tokens=tokens, width=product.width)
-        buffers["workspace"] = space.fill_(float("nan"))
-    return buffers
+    return {"out": torch.full((tokens, outputs), float("nan"), device="cuda", dtype=dtype)}
 
 
 # Units, width, other side, tokens: odd everything, one of everything, several tiles, and the full shapes.
@@ -161,7 +144,7 @@ ODD = [(17, 1, 40, 1), (1, 1, 1, 1), (9, 6, 300, 3), (333, 1, 1030, 8), (40, 8, 
 def check() -> None:
     """All kernels, dtypes and dtypes of indices, in buffers of NaN; equal results of equal runs; captured graphs."""
     cases = [
-        (kernel, sizes, dtype) for kernel in ("rows_dot", "rows_gate", "rows_sum", "columns_dot")
+        (kernel, sizes, dtype) for kernel in ("rows_dot", "rows_gate", "columns_dot")
         for sizes in ODD for dtype in DTYPES
     ]  # fmt: skip
     wrong = 0
@@ -189,7 +172,7 @@ def check_case(given: tuple[str, tuple[int, int, int, int], torch.dtype]) -> str
             x_BI = product.inputs(tokens, len(units_K), dtype)
             found = [
                 multiply(product, weights, units_K, x_BI, activation=activation,
-                         **poisoned(product, tokens, len(units_K), dtype, weights)) for _ in range(2)
+                         **poisoned(product, tokens, len(units_K), dtype)) for _ in range(2)
             ]  # fmt: skip
             assert torch.equal(*found) or found[0].isnan().any(), "not deterministic"
             worst = max(worst, relative_error(found[0], product, weights, units_K, x_BI, activation))
@@ -201,7 +184,7 @@ def check_graph(product: Product, tokens: int) -> str:
     """A captured product sees the units and inputs that are written later, and allocates nothing."""
     weights, units_K = product.weights(), product.kept(0.5)
     x_BI = product.inputs(tokens, len(units_K))
-    buffers = poisoned(product, tokens, len(units_K), torch.bfloat16, weights)
+    buffers = poisoned(product, tokens, len(units_K), torch.bfloat16)
     replay = graph_of([partial(multiply, product, weights, units_K, x_BI, **buffers)])
     worst = 0.0
     for _ in range(3):
@@ -226,9 +209,7 @@ def works_of(
     product: Product, sets: list[list[Tensor]], units: list[Tensor], x_BI: Tensor, tiles: Tiles | None = None
 ) -> list[Callable[[], object]]:
     """The kernel on every set of weights, with buffers given."""
-    buffers = poisoned(product, len(x_BI), len(units[0]), x_BI.dtype, sets[0])
-    if tiles and "workspace" in buffers:
-        buffers["workspace"] = triton_rows.workspace_for(sets[0][0], units[0], tokens=len(x_BI), tiles=tiles)
+    buffers = poisoned(product, len(x_BI), len(units[0]), x_BI.dtype)
     return [
         partial(multiply, product, weights, units_K, x_BI, **buffers, tiles=tiles)
         for weights, units_K in zip(sets, units, strict=True)
@@ -239,7 +220,6 @@ def measure(name: str, keeps: list[float], counts: list[int], seconds: float, by
     """Rows of the result for one kernel."""
     product = PRODUCTS[name]
     every = [product.weights() for _ in range(copies_of(kept_bytes(product, min(keeps))))]
-    full = [standard(product, weights) for weights in every]
     for keep in keeps:
         nbytes = kept_bytes(product, keep)
         sets = every[: copies_of(nbytes)]
@@ -250,7 +230,7 @@ def measure(name: str, keeps: list[float], counts: list[int], seconds: float, by
             wide_BI = product.inputs(tokens, product.units)
             works = {
                 "rows": works_of(product, sets, units, x_BI),
-                "dense": [partial(linear, product, weights, wide_BI) for weights in full[: len(sets)]],
+                "dense": [partial(linear, product, weights, wide_BI) for weights in sets],
                 "compact": [partial(linear, product, weights, x_BI) for weights in small],
             }
             times = interleaved({key: (graph_of(work), len(work)) for key, work in works.items()}, seconds)

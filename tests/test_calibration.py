@@ -166,6 +166,9 @@ def test_sampling_says_that_it_is_slow_and_how_far_it_is(tmp_path: Path) -> None
 
 
 def test_documents_keep_their_domain_and_tokens_their_document(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
     path = tmp_path / "d.jsonl"
     rows = [{"text": "one two", "domain": "a"}, {"text": " "}, {"text": "three", "domain": 7}, {"text": "four five"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -173,6 +176,10 @@ def test_documents_keep_their_domain_and_tokens_their_document(tmp_path: Path) -
     assert [(document.text, document.domain) for document in documents] == [
         ("one two", "a"), ("three", "7"), ("four five", None)
     ]  # fmt: skip
+    table = pyarrow.table({"text": ["a", "b"], "domain": ["x", None], "more": [1, 2]})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    found = read_documents([str(tmp_path / "d.parquet")])
+    assert [(document.text, document.domain) for document in found] == [("a", "x"), ("b", None)]
     tokenizer = load_tokenizer(sapling())
     texts = read_texts([str(path)])
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in texts]

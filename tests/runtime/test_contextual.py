@@ -12,9 +12,9 @@ from niwaki.anatomy import find_blocks
 from niwaki.contextual.selection import for_batch
 from niwaki.contextual.units import KINDS, Layout
 from niwaki.errors import InputError
-from niwaki.runtime.compact import CompactLinear
 from niwaki.runtime.contextual import Contextual, attach
 from niwaki.runtime.reading import Reading
+from niwaki.runtime.small_linear import CompactLinear
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt"]
 
@@ -33,14 +33,16 @@ def scored(model: Any, contextual: Contextual, prompt_BT: Tensor) -> Tensor:
     return contextual.shadow.predictor.scores(*reading.features)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("scope", ["local", "global"])
 @pytest.mark.parametrize("stand_in", [0.0, 0.7])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compact_equals_masked(family: str, stand_in: float, scope: str) -> None:
+def test_compact_equals_masked(family: str, stand_in: float, scope: str, in_place: bool) -> None:
     model = model_of(family)
     dense = copy.deepcopy(model)
     shadow = shadow_of(model, stand_in=stand_in, scope=scope)
     contextual = attach(model, shadow)
+    contextual.in_place = in_place
     ids_BT = ids_of(1, PROMPT + 8)
     found, cache = step_by_step(model, ids_BT, PROMPT)
     kept_BU = chosen(model, contextual, ids_BT[:, :PROMPT])
@@ -95,14 +97,18 @@ def test_no_later_token_influences_a_mask() -> None:
     assert not torch.equal(elsewhere, chosen(model, contextual, ids_BT[:, :PROMPT]))  # prompts do decide
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("sharing", ["union", "shared"])
 @pytest.mark.parametrize("scope", ["local", "global"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "opt"])
-def test_a_batch_has_heads_of_its_own_and_its_order_does_not_matter(family: str, scope: str, sharing: str) -> None:
+def test_a_batch_has_heads_of_its_own_and_its_order_does_not_matter(
+    family: str, scope: str, sharing: str, in_place: bool
+) -> None:
     model = model_of(family)
     dense = copy.deepcopy(model)
     shadow = shadow_of(model, scope=scope, most_kept_frac=1.0, batch=sharing, spread=0.2)
     contextual = attach(model, shadow)
+    contextual.in_place = in_place
     layout, ids_BT, order = shadow.layout, ids_of(3, PROMPT + 4), [2, 0, 1]
     found, cache = step_by_step(model, ids_BT, PROMPT)
     scores_BU = scored(model, contextual, ids_BT[:, :PROMPT])

@@ -10,6 +10,7 @@ loading are measured in processes of their own (`worker`, `measuring`); `gates` 
 Cost: the dense model and every candidate pass the data once, block by block; then two whole models in memory.
 """
 
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -153,6 +154,7 @@ class _Job:
                 own = Path(folder) / str(number)
                 scores = score_candidate(decoder, dense, self.material, first_tokens, own, self.report)
                 decoder.release_ends()
+                shutil.rmtree(own, ignore_errors=True)  # hidden states that found no room in memory
                 rng = np.random.default_rng(self.settings.seed)  # the same draws for every candidate
                 found.append(
                     Candidate(

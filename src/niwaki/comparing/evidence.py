@@ -211,7 +211,7 @@ class Candidate(_Frozen):
 
 
 class Settings(_Frozen):
-    """What was asked for, resolved."""
+    """What was asked for, resolved. `dtype` is the arithmetic of quality; speed and texts use the stored one."""
 
     data: tuple[str, ...]
     tasks: tuple[str, ...]

@@ -8,8 +8,9 @@ Answers are right or wrong, so flips may be rare or none: questions are resample
 Bonett and Price (2012), whose normal limit it has; the test is McNemar's, exact. The median over rounds has the exact
 interval of order statistics.
 
-All of it is checked by simulation: 5 % false alarms at 95 % where nothing differs. Cost: RESAMPLES passes over the
-units, none over tokens.
+All of it is checked by simulation: 5 % false alarms at 95 % where nothing differs. In a hard case (skewed, documents of
+20 to 600 tokens, 1500 simulations) it is 7.3 % for 20 documents, 6.7 % for 40, 5.5 % for 100.
+Cost: RESAMPLES passes over the units, none over tokens.
 
 Legend: U units, R resamples.
 

@@ -2,15 +2,16 @@
 
 Units are `width` neighbouring rows: 1 for neurons, a head's for heads. `units_K` (int32 or int64) says which are kept,
 in any order. It is read on the device, so that a captured CUDA graph sees what is written into it later; K is fixed.
-Only kept weights are read. Sums are taken in float32; results have the dtype of the inputs.
+Only kept weights are read. Sums are taken in float32; results have the dtype of the inputs. Columns are kept in pieces
+of some width: single ones lie too close together to read some and not others, so they are copied (`runtime.compact`).
 
 Cost: on a GPU the bytes of the kept weights over the memory bandwidth (`triton_rows`). The torch code here copies them
 first: for CPUs, and to compare with.
 
-Legend: B tokens (1 to 8), O rows, I columns, N neurons, K kept units, R kept rows or columns: K · width.
+Legend: B tokens (1 to 8), O rows, I columns, K kept units, R kept rows or columns: K · width.
 
     h_BR = rows_gate(x_BI, gate_OI, up_OI, units_K, "silu")
-    y_BO = rows_sum(h_BR, down_NO, units_K, extra_BO=residual_BO)
+    y_BO = columns_dot(context_BR, output_OI, heads_K, width=128)
 """
 
 import torch
@@ -59,31 +60,6 @@ def rows_gate(
     return _given(gated_BR * _product(x_BI, up_OI[rows_R]), x_BI, out)
 
 
-def rows_sum(
-    h_BR: Tensor,
-    weight_NO: Tensor,
-    units_K: Tensor,
-    bias_O: Tensor | None = None,
-    extra_BO: Tensor | None = None,
-    *,
-    width: int = 1,
-    out: Tensor | None = None,
-    workspace: Tensor | None = None,
-) -> Tensor:
-    """y[b] = Σ_r h[b, r] · W[row r] + bias + extra[b], [B, O]: row n of W holds what neuron n adds to all outputs.
-
-    `workspace` is for GPUs (`triton_rows.workspace_for`); without one, a call there allocates it.
-    """
-    if h_BR.is_cuda:
-        from niwaki.kernels import triton_rows
-
-        return triton_rows.rows_sum(
-            h_BR, weight_NO, units_K, bias_O, extra_BO, width=width, out=out, workspace=workspace
-        )
-    y_BO = _product(h_BR, weight_NO[rows_of(units_K, width)].T, bias_O)
-    return _given(y_BO if extra_BO is None else y_BO + extra_BO.float(), h_BR, out)
-
-
 def columns_dot(
     x_BR: Tensor,
     weight_OI: Tensor,
@@ -123,3 +99,38 @@ def _activated(x_BR: Tensor, activation: str) -> Tensor:
 
 def _given(y_BO: Tensor, like: Tensor, out: Tensor | None) -> Tensor:
     return y_BO.to(like.dtype) if out is None else out.copy_(y_BO)
+
+
+# As torch operators: opaque to torch.compile, which would otherwise trace into the launches.
+
+
+def _rows_dot(x_BI: Tensor, weight_OI: Tensor, units_K: Tensor, bias_O: Tensor | None, width: int) -> Tensor:
+    return rows_dot(x_BI, weight_OI, units_K, bias_O, width=width)
+
+
+def _columns_dot(x_BR: Tensor, weight_OI: Tensor, units_K: Tensor, bias_O: Tensor | None, width: int) -> Tensor:
+    return columns_dot(x_BR, weight_OI, units_K, width, bias_O)
+
+
+def _rows_gate(x_BI: Tensor, gate_OI: Tensor, up_OI: Tensor, units_K: Tensor, activation: str, width: int) -> Tensor:
+    return rows_gate(x_BI, gate_OI, up_OI, units_K, activation, width=width)
+
+
+rows_dot_op = torch.library.custom_op("niwaki::rows_dot", _rows_dot, mutates_args=())
+columns_dot_op = torch.library.custom_op("niwaki::columns_dot", _columns_dot, mutates_args=())
+rows_gate_op = torch.library.custom_op("niwaki::rows_gate", _rows_gate, mutates_args=())
+
+
+@rows_dot_op.register_fake
+def _(x_BI: Tensor, weight_OI: Tensor, units_K: Tensor, bias_O: Tensor | None, width: int) -> Tensor:
+    return x_BI.new_empty(len(x_BI), len(units_K) * width)
+
+
+@columns_dot_op.register_fake
+def _(x_BR: Tensor, weight_OI: Tensor, units_K: Tensor, bias_O: Tensor | None, width: int) -> Tensor:
+    return x_BR.new_empty(len(x_BR), len(weight_OI))
+
+
+@rows_gate_op.register_fake
+def _(x_BI: Tensor, gate_OI: Tensor, up_OI: Tensor, units_K: Tensor, activation: str, width: int) -> Tensor:
+    return x_BI.new_empty(len(x_BI), len(units_K) * width)

@@ -11,14 +11,10 @@ registers; a thread adds up the products of its 16 bytes at once, so that eight 
 are the same kernel: columns that a thread loads lie in one unit. Tiles are loaded with two axes and folded afterwards:
 of three, Triton 3.6 and 3.9 spread different ones over the warps.
 
-Sums of rows (`_sum`): a program owns a strip of columns and a share of the kept rows; each warp takes rows of its own.
-Shares are split so that the chip is filled (`splits`), which costs 4 bytes written and read for every output and split,
-mostly in the cache. `_reduce` adds them in a fixed order. No atomics: results are the same every time.
+A call reads nothing back, and allocates nothing if it is given `out`: it can be captured in a CUDA graph. Numbers of
+tokens are filled up to a power of two, which repeats the last one and does not store it.
 
-A call reads nothing back, and allocates nothing if it is given `out` (and `workspace`): it can be captured in a CUDA
-graph. Numbers of tokens are filled up to a power of two, which repeats the last one and does not store it.
-
-Legend: B tokens, O rows, I columns, N neurons, K kept units, R kept rows or columns: K · width, S splits.
+Legend: B tokens, O rows, I columns, K kept units, R kept rows or columns: K · width.
 """
 
 # ruff: noqa: RUF005 (Triton knows no starred tuples)
@@ -34,27 +30,22 @@ from torch import Tensor
 from niwaki.kernels.rows import ACTIVATIONS, MOST_TOKENS
 
 LOAD_BYTES = 16  # of neighbouring columns, by one thread at once
-REDUCE = (32, 64)  # splits and columns that `_reduce` takes at a time
 
 
 class Tiles(NamedTuple):
     """How a product is spread over the chip."""
 
-    rows: int  # of a program at a time; of each warp in `rows_sum`
-    columns: int  # of a program at a time; 256 a warp fill 16 bytes a thread, in `rows_sum` 256 in all
+    rows: int  # of a program
+    columns: int  # at a time; 256 a warp fill 16 bytes a thread
     warps: int
-    programs: int = 0  # of `rows_sum`: about as many as the chip should have
 
 
-# By kernel, for up to so many tokens. Chosen by the reasoning above, not yet by measurement.
+# By kernel, for up to so many tokens. Those for one token are the best of seven measured on an H100.
 TILES = {
-    "rows_dot": {1: Tiles(4, 1024, 4), 2: Tiles(4, 1024, 4), 4: Tiles(4, 1024, 4), 8: Tiles(4, 1024, 4)},
-    "rows_gate": {1: Tiles(2, 1024, 4), 2: Tiles(2, 1024, 4), 4: Tiles(2, 1024, 4), 8: Tiles(2, 1024, 4)},
+    "rows_dot": {1: Tiles(2, 2048, 8), 2: Tiles(4, 1024, 4), 4: Tiles(4, 1024, 4), 8: Tiles(4, 1024, 4)},
+    "rows_gate": {1: Tiles(1, 1024, 4), 2: Tiles(2, 1024, 4), 4: Tiles(2, 1024, 4), 8: Tiles(2, 1024, 4)},
     "columns_dot": {1: Tiles(4, 1024, 4), 2: Tiles(4, 1024, 4), 4: Tiles(4, 1024, 4), 8: Tiles(4, 1024, 4)},
-    "rows_sum": {
-        1: Tiles(4, 256, 4, 792), 2: Tiles(4, 256, 4, 792), 4: Tiles(4, 256, 4, 528), 8: Tiles(2, 256, 4, 528),
-    },
-}  # fmt: skip
+}
 
 
 def default_tiles(kernel: str, tokens: int, columns: int) -> Tiles:
@@ -112,69 +103,6 @@ def columns_dot(
     """The contract of `rows.columns_dot`. Widths that eight divides are loaded 16 bytes at a time."""
     tiles = tiles or default_tiles("columns_dot", len(x_BR), x_BR.shape[1])
     return _launch_dot(x_BR, weight_OI, None, "", None, 1, units_K, width, bias_O, extra_BO, out, tiles)
-
-
-def rows_sum(
-    h_BR: Tensor,
-    weight_NO: Tensor,
-    units_K: Tensor,
-    bias_O: Tensor | None = None,
-    extra_BO: Tensor | None = None,
-    *,
-    width: int = 1,
-    out: Tensor | None = None,
-    workspace: Tensor | None = None,
-    tiles: Tiles | None = None,
-) -> Tensor:
-    """The contract of `rows.rows_sum`; `workspace` holds at least as many float32 as that of `workspace_for`."""
-    tokens, kept = h_BR.shape
-    outputs = weight_NO.shape[1]
-    tiles = tiles or default_tiles("rows_sum", tokens, outputs)
-    assert kept == len(units_K) * width, f"expected {len(units_K)} units of {width} rows, got {kept} activations"
-    out = _output(h_BR, weight_NO, units_K, outputs, extra_BO, out)
-    shares = splits(outputs, kept, tiles)
-    if workspace is None:
-        workspace = torch.empty(shares * tokens * outputs, dtype=torch.float32, device=h_BR.device)
-    assert workspace.dtype == torch.float32 and workspace.is_contiguous()
-    assert workspace.numel() >= shares * tokens * outputs, "the workspace is too small: see `workspace_for`"
-    _sum[triton.cdiv(outputs, tiles.columns), shares](
-        h_BR,
-        weight_NO,
-        units_K,
-        workspace,
-        tokens,
-        kept,
-        triton.cdiv(kept, shares),
-        outputs,
-        weight_NO.stride(0),
-        width=width,
-        padded=triton.next_power_of_2(tokens),
-        rows=tiles.rows,
-        columns=tiles.columns,
-        warps=tiles.warps,
-        num_warps=tiles.warps,
-    )
-    _reduce[triton.cdiv(outputs, REDUCE[1]), tokens](
-        workspace, bias_O, extra_BO, out, shares, tokens, outputs, rows=REDUCE[0], columns=REDUCE[1], num_warps=4
-    )
-    return out
-
-
-def splits(outputs: int, kept: int, tiles: Tiles) -> int:
-    """Into how many shares the kept rows go: enough to fill the chip, each of at least one step."""
-    most = -(-kept // (tiles.rows * tiles.warps))
-    return max(1, min(tiles.programs // -(-outputs // tiles.columns), most))
-
-
-def workspace_for(
-    weight_NO: Tensor, units_K: Tensor, *, tokens: int = MOST_TOKENS, width: int = 1, tiles: Tiles | None = None
-) -> Tensor:
-    """What `rows_sum` needs for up to so many tokens; layers that run one after another can share one."""
-    outputs, kept = weight_NO.shape[1], len(units_K) * width
-    most = 1
-    for count in range(1, tokens + 1):
-        most = max(most, count * splits(outputs, kept, tiles or default_tiles("rows_sum", count, outputs)))
-    return torch.empty(most * outputs, dtype=torch.float32, device=weight_NO.device)
 
 
 def _output(
@@ -346,74 +274,3 @@ def _activate(y, activation: tl.constexpr):
     else:
         z = y * tl.sigmoid(y)
     return z
-
-
-@triton.jit(do_not_specialize=["tokens", "kept", "share"])
-def _sum(
-    h,
-    weight,
-    units,
-    partial,
-    tokens,
-    kept,
-    share,
-    outputs,
-    stride,
-    width: tl.constexpr,
-    padded: tl.constexpr,
-    rows: tl.constexpr,
-    columns: tl.constexpr,
-    warps: tl.constexpr,
-):
-    """A program: a strip of columns, a share of the kept rows. Tiles are [rows · warps, columns], warps the fastest."""
-    column = tl.program_id(0) * columns + tl.arange(0, columns)
-    first = tl.program_id(1) * share
-    end = tl.minimum(first + share, kept)
-    step = tl.arange(0, rows * warps)
-    row = _rows_of(units, first + step, first + step < end, width)
-    total = _zeros(padded, warps, columns)
-    for start in tl.range(first, end, rows * warps):
-        place = start + step
-        here = place < end
-        inside = here[:, None] & (column < outputs)[None, :]
-        weights = tl.load(weight + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
-        values = _tokens(h, place, here, tokens, kept, padded)
-        # The indices of the next step are on their way while this one multiplies.
-        after = place + rows * warps
-        row = _rows_of(units, after, after < end, width)
-        total = _add_rows(total, weights, values, padded, rows)
-    for b in tl.static_range(padded):
-        own = (tl.program_id(1) * tokens + b).to(tl.int64) * outputs + column
-        stored = column < tl.where(b < tokens, outputs, 0)
-        tl.store(partial + own, tl.sum(total[b], axis=0), mask=stored)
-
-
-@triton.jit
-def _add_rows(total, weights, values, padded: tl.constexpr, rows: tl.constexpr):
-    """total + Σ over the rows of each warp of weights · values, for every token."""
-    warps: tl.constexpr = weights.shape[0] // rows
-    columns: tl.constexpr = weights.shape[1]
-    new = ()
-    for b in tl.static_range(padded):
-        product = weights.to(tl.float32) * values[b][:, None]
-        new = new + (total[b] + tl.sum(tl.reshape(product, (rows, warps, columns)), axis=0),)
-    return new
-
-
-@triton.jit(do_not_specialize=["shares", "tokens"])
-def _reduce(partial, bias, extra, out, shares, tokens, outputs, rows: tl.constexpr, columns: tl.constexpr):
-    """A program: some outputs of one token, all shares, always in the same order."""
-    token = tl.program_id(1)
-    column = tl.program_id(0) * columns + tl.arange(0, columns)
-    here = column < outputs
-    total = tl.zeros((rows, columns), tl.float32)
-    for start in tl.range(0, shares, rows):
-        share = start + tl.arange(0, rows)
-        own = (share * tokens + token).to(tl.int64)[:, None] * outputs + column[None, :]
-        total += tl.load(partial + own, mask=(share < shares)[:, None] & here[None, :], other=0.0)
-    y = tl.sum(total, axis=0)
-    if bias is not None:
-        y += tl.load(bias + column, mask=here, other=0.0).to(tl.float32)
-    if extra is not None:
-        y += tl.load(extra + token * outputs + column, mask=here, other=0.0).to(tl.float32)
-    tl.store(out + token * outputs + column, y.to(out.dtype.element_ty), mask=here)

@@ -14,7 +14,7 @@ width of a unit, C channels of a head.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -26,55 +26,19 @@ from torch.nn.functional import linear
 from niwaki.config import Unit
 from niwaki.contextual.units import Layout
 from niwaki.errors import ArchitectureError
+from niwaki.kernels.rows import MOST_TOKENS
+from niwaki.runtime.small_linear import (
+    CompactLinear,
+    KeptColumns,
+    KeptGate,
+    KeptRows,
+    PickedColumns,
+    PickedRows,
+    find_gate,
+)
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # NumPy knows no bfloat16
 HEAD_ATTRIBUTES = ("num_heads", "num_key_value_heads")
-
-
-class CompactLinear(nn.Module):
-    """y = x Wᵀ + b with some rows or columns of W; `extra_BD` is added to what the tokens of each sequence get."""
-
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, extra_BD: Tensor | None = None) -> None:
-        super().__init__()
-        self.weight_OI, self.bias_O, self.extra_BD = weight_OI, bias_O, extra_BD
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, I] → [B, T, O], or [B·T, I] → [B·T, O]."""
-        y = linear(x, self.weight_OI, self.bias_O)
-        if self.extra_BD is None:
-            return y
-        y_BTD = y.view(len(self.extra_BD), -1, y.shape[-1]) + self.extra_BD[:, None]
-        return y_BTD.view(y.shape)
-
-
-class PickedRows(CompactLinear):
-    """Rows for the heads that any sequence of a batch keeps, of which each sequence gets its own, `groups_BK`."""
-
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, groups_BK: Tensor, count: int) -> None:
-        super().__init__(weight_OI, bias_O)
-        self.groups_BK, self.count = groups_BK, count
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, I] → [B, T, K·width]."""
-        y_BTGW = super().forward(x).unflatten(-1, (self.count, -1))
-        places = self.groups_BK[:, None, :, None].expand(-1, y_BTGW.shape[1], -1, y_BTGW.shape[3])
-        own_BTKW: Tensor = y_BTGW.gather(2, places)
-        return own_BTKW.flatten(2)
-
-
-class PickedColumns(CompactLinear):
-    """Columns for the heads that any sequence of a batch keeps; a sequence brings zeros where a head is not its own."""
-
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, groups_BK: Tensor, count: int) -> None:
-        super().__init__(weight_OI, bias_O)
-        self.groups_BK, self.count = groups_BK, count
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, K·width] → [B, T, O]."""
-        x_BTKW = x.unflatten(-1, (self.groups_BK.shape[1], -1))
-        places = self.groups_BK[:, None, :, None].expand_as(x_BTKW)
-        zeros_BTGW = x.new_zeros(*x.shape[:2], self.count, x_BTKW.shape[3])
-        return super().forward(zeros_BTGW.scatter(2, places, x_BTKW).flatten(2))
 
 
 class Buffers:
@@ -84,6 +48,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self._flat: dict[tuple[int, str], Tensor] = {}
+        self.gates: dict[type, tuple[int, str] | None] = {}  # what `find_gate` found of a kind of layer
 
     def take(self, key: tuple[int, str], shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Room for a tensor of this shape, of the dtype and on the device of another."""
@@ -139,16 +104,19 @@ class Compact:
         return _exchange(self.swaps)
 
     @property
+    def modules(self) -> list[nn.Module]:
+        """All that multiplies."""
+        return [part for swap in self.swaps if isinstance(swap.value, nn.Module) for part in swap.value.modules()]
+
+    @property
     def places(self) -> tuple[tuple[int, ...], ...]:
-        """Address and shape of every copy: equal where a recorded graph reads the right memory."""
-        tensors = (swap.value.weight_OI for swap in self.swaps if isinstance(swap.value, CompactLinear))
-        return tuple((weight_OI.data_ptr(), *weight_OI.shape) for weight_OI in tensors)
+        """Address and shape of what the mask filled in: equal where a recorded graph reads the right memory."""
+        return tuple(module.place for module in self.modules if isinstance(module, CompactLinear | KeptRows))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the copies."""
-        modules = (swap.value for swap in self.swaps if isinstance(swap.value, CompactLinear))
-        return sum(module.weight_OI.nbytes for module in modules)
+        return sum(module.weight_OI.nbytes for module in self.modules if isinstance(module, CompactLinear))
 
 
 def leave(before: list[Swap]) -> None:
@@ -184,21 +152,56 @@ def compact(
     neurons_LG: Tensor,
     buffers: Buffers,
     stand_ins: Mapping[int, Tensor] | None = None,
+    *,
+    in_place: bool = False,
 ) -> Compact:
     """Copies the units that are true into `buffers`. All sequences must keep equally many heads of a block. The masks
     lie on the CPU: they are read here, and a GPU would have to be waited for each time.
 
-    `stand_ins`: by block, activations [B, I] that take the place of those of skipped neurons.
+    `stand_ins`: by block, activations [B, I] that take the place of those of skipped neurons. `in_place`: rows and the
+    columns of heads are not copied but read where they are, for batches that the kernels take; only columns of single
+    neurons, which lie two bytes apart, are copied.
     """
     swaps: list[Swap] = []
+    device = next(blocks.parameters()).device
+    heads, neurons = Places(heads_BLG.any(0), device), Places(neurons_LG, device)
+    groups = own_groups(heads_BLG, device)
+    in_place = in_place and len(heads_BLG) <= MOST_TOKENS
     for index, block in enumerate(blocks):
-        kept_BG, kept_G = heads_BLG[:, index], neurons_LG[index]
-        if not bool(kept_BG.all()):
-            swaps += _heads(_Part(index, block, buffers, kept_BG.any(0)), layout.units["heads"], kept_BG)
-        if not bool(kept_G.all()):
+        if not bool(heads.kept_LG[index].all() and heads_BLG[:, index].all()):
+            swaps += _heads(_Part(index, block, buffers, heads, in_place), layout.units["heads"], groups[index])
+        if not bool(neurons.kept_LG[index].all()):
             mean_BI = None if stand_ins is None else stand_ins[index]
-            swaps += _neurons(_Part(index, block, buffers, kept_G), layout.units["neurons"], mean_BI)
+            swaps += _neurons(_Part(index, block, buffers, neurons, in_place), layout.units["neurons"], mean_BI)
     return Compact(swaps)
+
+
+class Places:
+    """Where the kept units of a kind lie in the matrices of every block; found for all blocks at once."""
+
+    def __init__(self, kept_LG: Tensor, device: torch.device) -> None:
+        self.kept_LG, self.device = kept_LG, device
+        self._found: dict[int, tuple[Tensor, ...]] = {}
+
+    def of(self, index: int, size: int) -> Tensor:
+        """In the matrices of block `index` that have `size` rows or columns of these units."""
+        if size not in self._found:
+            wide_LS = self.kept_LG.repeat_interleave(size // self.kept_LG.shape[1], dim=1)
+            self._found[size] = wide_LS.nonzero()[:, 1].to(self.device).split(wide_LS.sum(1).tolist())
+        return self._found[size][index]
+
+
+def own_groups(heads_BLG: Tensor, device: torch.device) -> list[Tensor]:
+    """The heads that each sequence keeps, [B, K] for every block, as numbers among those that any sequence keeps."""
+    number_LG = heads_BLG.any(0).cumsum(1) - 1
+    return _by_block(number_LG, heads_BLG, device)
+
+
+def _by_block(number_LG: Tensor, heads_BLG: Tensor, device: torch.device) -> list[Tensor]:
+    """The numbers of kept heads, [B, K] for every block; all sequences keep equally many of a block."""
+    heads_LBG, sequences = heads_BLG.transpose(0, 1), len(heads_BLG)
+    numbers = number_LG[:, None].expand_as(heads_LBG)[heads_LBG].to(device)
+    return [part.view(sequences, -1) for part in numbers.split(heads_LBG.sum((1, 2)).tolist())]
 
 
 @dataclass(frozen=True)
@@ -208,15 +211,8 @@ class _Part:
     index: int
     block: nn.Module
     buffers: Buffers
-    kept_G: Tensor
-    _places: dict[int, Tensor] = field(default_factory=dict)
-
-    def places(self, size: int, device: torch.device) -> Tensor:
-        """Where the kept units lie in a matrix that has `size` rows or columns of them."""
-        if size not in self._places:
-            found = self.kept_G.repeat_interleave(size // len(self.kept_G)).nonzero()[:, 0]
-            self._places[size] = found.to(device, non_blocking=True)
-        return self._places[size]
+    places: Places
+    in_place: bool
 
     def linear(self, name: str) -> nn.Linear:
         part = self.block.get_submodule(name)
@@ -226,7 +222,7 @@ class _Part:
     def rows(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the rows of a producer."""
         part, key = self.linear(name), (self.index, name)
-        rows = self.places(part.out_features, part.weight.device)
+        rows = self.places.of(self.index, part.out_features)
         bias = None if part.bias is None else part.bias.index_select(0, rows)
         bias = None if bias is None else self.buffers.hold((self.index, f"{name}.bias"), bias)
         return self.buffers.rows(key, part.weight.detach(), rows), bias
@@ -234,8 +230,18 @@ class _Part:
     def columns(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the columns of the consumer."""
         part = self.linear(name)
-        columns = self.places(part.in_features, part.weight.device)
+        columns = self.places.of(self.index, part.in_features)
         return self.buffers.columns((self.index, name), part.weight.detach(), columns), part.bias
+
+    def producer(self, name: str) -> nn.Module:
+        """What makes the kept units."""
+        return KeptRows(self.linear(name), *self.units(name)) if self.in_place else CompactLinear(*self.rows(name))
+
+    def units(self, name: str) -> tuple[Tensor, int]:
+        """The kept units, in their place, and how many rows of this producer make one."""
+        groups = self.places.kept_LG.shape[1]
+        units_K = self.buffers.hold((self.index, f"{name}.units"), self.places.of(self.index, groups))
+        return units_K, self.linear(name).out_features // groups
 
     def swap(self, name: str, module: nn.Module) -> Swap:
         owner, _, leaf = name.rpartition(".")
@@ -243,45 +249,73 @@ class _Part:
 
 
 def _neurons(part: _Part, unit: Unit, mean_BI: Tensor | None) -> list[Swap]:
-    swaps = [part.swap(name, CompactLinear(*part.rows(name))) for name in unit.producers]
     extra_BD = None
     if mean_BI is not None:
         full = part.linear(unit.consumer)
-        skipped_BI = mean_BI.index_fill(1, part.places(full.in_features, mean_BI.device), 0.0)
+        skipped_BI = mean_BI.index_fill(1, part.places.of(part.index, full.in_features), 0.0)
         extra_BD = part.buffers.hold((part.index, f"{unit.consumer}.extra"), linear(skipped_BI, full.weight))
-    return [*swaps, part.swap(unit.consumer, CompactLinear(*part.columns(unit.consumer), extra_BD))]
+    consumer = CompactLinear(*part.columns(unit.consumer), extra_BD)
+    if part.in_place and (gated := _gated(part, unit, consumer)):
+        return [gated]
+    swaps = [part.swap(name, part.producer(name)) for name in unit.producers]
+    return [*swaps, part.swap(unit.consumer, consumer)]
 
 
-def _heads(part: _Part, unit: Unit, kept_BG: Tensor) -> list[Swap]:
-    any_G, swaps = part.kept_G, []
-    groups_BK = any_G.cumsum(0).sub(1).expand_as(kept_BG)[kept_BG].view(len(kept_BG), -1)  # places in the union
-    if groups_BK.shape[1] == int(any_G.sum()):  # all sequences keep the same
-        swaps += [part.swap(name, CompactLinear(*part.rows(name))) for name in unit.producers]
-        swaps.append(part.swap(unit.consumer, CompactLinear(*part.columns(unit.consumer))))
+def _gated(part: _Part, unit: Unit, consumer: CompactLinear) -> Swap | None:
+    """The whole layer in one, where it is a gated one by itself."""
+    owners = {name.rpartition(".")[0] for name in (*unit.producers, unit.consumer)}
+    layer = owners.pop()
+    if owners or not layer:
+        return None
+    key = type(part.block.get_submodule(layer))
+    producers = [part.linear(name) for name in unit.producers]
+    if key not in part.buffers.gates:
+        full = part.linear(unit.consumer)
+        part.buffers.gates[key] = find_gate(part.block.get_submodule(layer), producers, full)
+    if (found := part.buffers.gates[key]) is None:
+        return None
+    gate, act = found
+    module = KeptGate(producers[gate], producers[1 - gate], *part.units(unit.producers[gate]), act, consumer)
+    return part.swap(layer, module)
+
+
+def _heads(part: _Part, unit: Unit, groups_BK: Tensor) -> list[Swap]:
+    kept_G = part.places.kept_LG[part.index]
+    union, own = int(kept_G.sum()), groups_BK.shape[1]
+    full = part.linear(unit.consumer)
+    if union == own:  # all sequences keep the same
+        swaps = [part.swap(name, part.producer(name)) for name in unit.producers]
+        units_K, width = part.units(unit.producers[0])[0], full.in_features // len(kept_G)
+        reader = KeptColumns(full, units_K, width) if part.in_place else CompactLinear(*part.columns(unit.consumer))
+        swaps.append(part.swap(unit.consumer, reader))
     else:
-        groups_BK = groups_BK.to(part.linear(unit.consumer).weight.device)
-        picked = part.buffers.hold((part.index, "groups"), groups_BK), int(any_G.sum())
-        swaps += [part.swap(name, PickedRows(*part.rows(name), *picked)) for name in unit.producers]
+        picked = part.buffers.hold((part.index, "groups"), groups_BK), union
+        swaps = [part.swap(name, PickedRows(*part.rows(name), *picked)) for name in unit.producers]
         swaps.append(part.swap(unit.consumer, PickedColumns(*part.columns(unit.consumer), *picked)))
-    return swaps + _head_counts(part.block.get_submodule(unit.consumer.rpartition(".")[0]), kept_BG[0])
+    attention = part.block.get_submodule(unit.consumer.rpartition(".")[0])
+    return swaps + _head_counts(attention, own, len(kept_G))
 
 
-def cut_cache(cache: Any, heads_BLG: Tensor) -> None:
-    """Drops the keys and values of heads that a sequence does not run; the tensors themselves are not changed."""
-    for layer, kept_BG in zip(cache.layers, heads_BLG.unbind(1), strict=True):
-        layer.keys, layer.values = cut_heads(layer.keys, kept_BG), cut_heads(layer.values, kept_BG)
+def kept_states(cache: Any, heads_BLG: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values [B, K, T, C] of the heads that each sequence runs, of every block."""
+    device = cache.layers[0].keys.device
+    groups = _by_block(torch.arange(heads_BLG.shape[2]).expand(heads_BLG.shape[1:]), heads_BLG, device)
+    found = []
+    for layer, groups_BK in zip(cache.layers, groups, strict=True):
+        keys, values = layer.keys, layer.values
+        if groups_BK.shape[1] < heads_BLG.shape[2]:
+            keys, values = _take_heads(keys, groups_BK), _take_heads(values, groups_BK)
+        found.append((keys, values))
+    return found
 
 
-def cut_heads(states_BGTC: Tensor, kept_BG: Tensor) -> Tensor:
-    """Keys or values of the heads that each sequence keeps, [B, K, T, C]."""
-    if bool(kept_BG.all()):
-        return states_BGTC
-    sequences, groups = (places.to(states_BGTC.device) for places in kept_BG.nonzero(as_tuple=True))
-    kept_BKTC: Tensor = states_BGTC[sequences, groups].unflatten(0, (len(kept_BG), -1))
-    return kept_BKTC
+def _take_heads(states_BGTC: Tensor, groups_BK: Tensor) -> Tensor:
+    if len(groups_BK) == 1:
+        return states_BGTC.index_select(1, groups_BK[0])
+    return states_BGTC.gather(1, groups_BK[:, :, None, None].expand(-1, -1, *states_BGTC.shape[2:]))
 
 
-def _head_counts(attention: nn.Module, kept_G: Tensor) -> list[Swap]:
+def _head_counts(attention: nn.Module, kept: int, groups: int) -> list[Swap]:
     """Attributes of an attention module that say how many heads there are, for those that stay."""
     known = {name: vars(attention)[name] for name in HEAD_ATTRIBUTES if name in vars(attention)}
-    return [Swap(attention, name, count * int(kept_G.sum()) // len(kept_G)) for name, count in known.items()]
+    return [Swap(attention, name, count * kept // groups) for name, count in known.items()]

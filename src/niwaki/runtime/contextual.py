@@ -37,7 +37,7 @@ from niwaki.anatomy import find_blocks
 from niwaki.contextual.record import Shadow
 from niwaki.contextual.selection import for_batch, margin
 from niwaki.errors import InputError
-from niwaki.runtime.compact import Buffers, Compact, Swap, check_linears, compact, cut_cache, leave
+from niwaki.runtime.compact import Buffers, Compact, Swap, check_linears, compact, kept_states, leave
 from niwaki.runtime.reading import Reading, real_tokens
 
 KEPT_RECORDS = 1000
@@ -104,6 +104,7 @@ class Contextual:
         self.blocks: nn.ModuleList = find_blocks(model)[1]
         self.records: list[Record] = []
         self.enabled = True
+        self.in_place: bool | None = None  # whether rows are read where they are; None: on a GPU
         self._buffers = Buffers()
         self._sequence: _Sequence | None = None
         self._own_forward = False
@@ -254,13 +255,16 @@ class Contextual:
         kept = {"heads": heads_BLG[0].sum(1), "neurons": neurons_LG.sum(1)}
         record.kept.append({kind: kept_L.tolist() for kind, kept_L in kept.items()})
         stand_ins = self._stand_ins(sequence.reading)
-        small = compact(self.blocks, layout, heads_BLG, neurons_LG, self._buffers, stand_ins)
+        in_place = self.in_place if self.in_place is not None else tokens_B.is_cuda
+        small = compact(self.blocks, layout, heads_BLG, neurons_LG, self._buffers, stand_ins, in_place=in_place)
         return Choice(small, heads_BLG)
 
     def _cut(self, sequence: _Sequence, choice: Choice) -> None:
         """From here on `choice` runs; what the full model left in the cache is remembered."""
         sequence.full_cache = [copy.copy(layer) for layer in sequence.alive.layers]
-        cut_cache(sequence.alive, choice.heads_BLG)
+        kept = kept_states(sequence.alive, choice.heads_BLG)
+        for layer, (keys, values) in zip(sequence.alive.layers, kept, strict=True):
+            layer.keys, layer.values = keys, values
         sequence.running, sequence.parked = choice, None
 
     def verify(self) -> Tensor | None:

@@ -9,10 +9,12 @@ Legend: T tokens, V vocabulary.
     logits_TV = follow(niwaki.load("OUT").contextual, ids_T, prompt=128)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from niwaki.runtime.compact import cut_cache
+from niwaki.runtime.compact import kept_states
 from niwaki.runtime.contextual import Contextual
 
 
@@ -30,9 +32,13 @@ def follow(contextual: Contextual, ids_T: Tensor, prompt: int) -> Tensor:
         steps = rest.split(1, dim=1)
         found += [model(input_ids=ids_11, past_key_values=cache, use_cache=True).logits[0] for ids_11 in steps]
         return torch.cat(found)
+    where, contextual.in_place = contextual.in_place, False  # products that read rows in place are for few tokens
     choice = contextual.choose()
+    contextual.in_place = where
     if choice is not None:
-        cut_cache(cache, choice.heads_BLG)
+        layers: list[Any] = cache.layers
+        for layer, (keys, values) in zip(layers, kept_states(cache, choice.heads_BLG), strict=True):
+            layer.keys, layer.values = keys, values
     with contextual.applied(choice):
         found.append(model(input_ids=rest, past_key_values=cache, use_cache=True).logits[0])
     contextual.records[-1].count(rest.shape[1], sparse=choice is not None)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from niwaki.anatomy import find_blocks
 from niwaki.errors import InputError
-from niwaki.runtime.compact import Compact, Swap, cut_heads
+from niwaki.runtime.compact import Compact, Swap, kept_states
 from niwaki.runtime.contextual import Choice, Contextual
 
 WARM_UP = 2  # steps before the recording, so that libraries have their workspaces
@@ -141,29 +141,29 @@ class Graphed:
             input_ids=ids_BT, attention_mask=real_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True
         )
         choice = None if self.contextual is None or not self.contextual.enabled else self.contextual.choose()
-        step = self._step(choice, cache)
-        _fill(step, cache, choice, real_BT, positions_BT)
+        states = _states(cache, choice)
+        step = self._step(choice, states)
+        _fill(step, states, real_BT, positions_BT)
         return output.logits[:, -1], step
 
-    def _step(self, choice: Choice | None, cache: Any) -> Step:
+    def _step(self, choice: Choice | None, states: list[tuple[Tensor, Tensor]]) -> Step:
         """The recording for this batch and these shapes; one of each kind, dense and sparse, is kept."""
         shapes = () if choice is None else choice.small.places
-        key = (choice is None, len(cache.layers[0].keys), shapes)
+        key = (choice is None, len(states[0][0]), shapes)
         if key not in self._steps:
             self._steps = {other: step for other, step in self._steps.items() if other[0] != key[0]}
-            self._steps[key] = self._record(choice, cache)
+            self._steps[key] = self._record(choice, states)
         return self._steps[key]
 
-    def _record(self, choice: Choice | None, prompt: Any) -> Step:
+    def _record(self, choice: Choice | None, states: list[tuple[Tensor, Tensor]]) -> Step:
         from transformers import DynamicCache
 
-        count, device = len(prompt.layers[0].keys), prompt.layers[0].keys.device
+        count, device = len(states[0][0]), states[0][0].device
         ids_B1, positions_B1 = (torch.zeros(count, 1, dtype=torch.int64, device=device) for _ in range(2))
         mask_B11T = torch.zeros(count, 1, 1, self.room, dtype=torch.bool, device=device)
         slot_1 = torch.zeros(1, dtype=torch.int64, device=device)
         layers = []
-        for index, layer in enumerate(prompt.layers):
-            keys, values = _kept(layer, choice, index)
+        for keys, values in states:
             sizes = (*keys.shape[:2], self.room, keys.shape[3]), (*values.shape[:2], self.room, values.shape[3])
             layers.append(Layer(keys.new_zeros(sizes[0]), values.new_zeros(sizes[1]), slot_1))
         rows = self.model.get_output_embeddings().weight.shape[0]
@@ -200,7 +200,8 @@ def _compiled(blocks: nn.ModuleList) -> Iterator[None]:
     for block in blocks:
         block.compile(dynamic=False)
     try:
-        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):  # the number of a block is no constant
+        # The number of a block is no constant; and every batch size and kind of step is compiled, however many.
+        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=64):
             yield
     finally:
         for block in blocks:
@@ -222,19 +223,17 @@ def _graph(forward: Callable[[], None]) -> Callable[[], None]:
     return replay
 
 
-def _kept(layer: Any, choice: Choice | None, index: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of a block that stay."""
+def _states(prompt: Any, choice: Choice | None) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values that a prompt left and that stay, of every block."""
     if choice is None:
-        return layer.keys, layer.values
-    kept_BG = choice.heads_BLG[:, index]
-    return cut_heads(layer.keys, kept_BG), cut_heads(layer.values, kept_BG)
+        return [(layer.keys, layer.values) for layer in prompt.layers]
+    return kept_states(prompt, choice.heads_BLG)
 
 
-def _fill(step: Step, prompt: Any, choice: Choice | None, real_BT: Tensor, positions_BT: Tensor) -> None:
+def _fill(step: Step, states: list[tuple[Tensor, Tensor]], real_BT: Tensor, positions_BT: Tensor) -> None:
     """Puts what a prompt left where the recording reads it."""
     length = real_BT.shape[1]
-    for index, layer in enumerate(step.layers):
-        keys, values = _kept(prompt.layers[index], choice, index)
+    for layer, (keys, values) in zip(step.layers, states, strict=True):
         layer.keys_BGTC[:, :, :length] = keys
         layer.values_BGTC[:, :, :length] = values
     step.positions_B1.copy_(positions_BT[:, -1:] + 1)

@@ -44,11 +44,12 @@ class Reading:
 
     def _add(self, key: tuple[int, Kind], x: Tensor, real_BT: Tensor) -> None:
         x_BTC = x.detach().reshape(*real_BT.shape, -1).float()
-        real_BT1 = real_BT.to(x_BTC)[..., None]
-        sum_BC, square_BC = (x_BTC * real_BT1).sum(1), (x_BTC.square() * real_BT1).sum(1)
+        real_B1T = real_BT.to(x_BTC)[:, None]
+        sum_BC, square_BC = (real_B1T @ x_BTC)[:, 0], (real_B1T @ x_BTC.square())[:, 0]
         square_BG = square_BC.view(len(x_BTC), self.layout.count(key[1]), -1).mean(2)
-        self._sums[key] = self._sums.get(key, 0) + sum_BC
-        self._squares[key] = self._squares.get(key, 0) + square_BG
+        known = key in self._sums
+        self._sums[key] = self._sums[key] + sum_BC if known else sum_BC
+        self._squares[key] = self._squares[key] + square_BG if known else square_BG
         if key == (0, "heads"):
             count_B = real_BT.sum(1)
             at_B = (real_BT.cumsum(1) * real_BT).argmax(1)  # of the last real token
