@@ -5,8 +5,11 @@
 DATA holds calibration.jsonl (predictors and static masks come from it alone), eval_reviews.jsonl, wikitext2_test.txt.
 Windows of P + `--continuation` tokens; the prompt runs dense, from P on skipped units put out nothing (or, where the
 label says so, their mean in the prompt). Every method skips the same number of head groups and neurons in every block.
+`shadow` is what `niwaki compress --method shadow` does by default, its trial for every target included. With `batch of 8
+shares neurons` every sequence runs the same neurons and its own heads (`selection.for_batch`, whole batches alone);
+`unions` says what share of the neurons batches run when no sequence loses any of its own.
 
-Rivals: `static X` (mean criterion X over the calibration text), `griffin` (activations in the prompt, normalised by
+Rivals: `static X` (mean criterion X over the calibration text; `static plainact heads, fisher neurons`: each its own), `griffin` (activations in the prompt, normalised by
 token; heads by the norm of what they put out), `dejavu` (a predictor for every block from its own heads' output at the
 last prompt token, of ‖h‖), `random`, and `oracle`, which looks at the continuation itself and is a ceiling, no method.
 """
@@ -15,6 +18,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,30 +30,36 @@ from niwaki.calibration import calibration_windows, evaluation_windows, load_tok
 from niwaki.checkpoint import Checkpoint
 from niwaki.contextual.criteria import CRITERIA
 from niwaki.contextual.predictor import fit
-from niwaki.contextual.selection import Rule
+from niwaki.contextual.selection import Rule, for_batch
 from niwaki.contextual.traces import Traces, prompt_lengths
 from niwaki.contextual.units import KINDS, Layout, find_layout
 from niwaki.device import pick_device
 from niwaki.methods import shadow
 from niwaki.stream import Stream
 from niwaki.tracing import trace
+from niwaki.trial import settle_by_trial
 from provenance import provenance
 
 TEXTS = {"reviews": "eval_reviews.jsonl", "wikitext2": "wikitext2_test.txt"}
-# label → options of the method; the mask of `shadow` is what `niwaki compress --method shadow` makes by default
+# label → options of the method, on top of the criteria that the trial chose unless they name others
 SHADOWS = {
     "shadow": {},
     "shadow without stand-in": {"stand_in": 0.0},
-    "shadow without trust": {"trust": False, "stand_in": 0.0},
-    "shadow, no learned part": {"features": "none", "stand_in": 0.0},
+    "shadow with whole stand-in": {"stand_in": 1.0},
+    "shadow without trust": {"trust": False},
+    "shadow, no learned part": {"features": "none"},
+    "shadow, prompt only": {"features": "prompt"},
     "shadow, last token only": {"features": "last", "trust": False, "stand_in": 0.0},
+    "shadow, plainact and fisher": {"head_criterion": "plainact", "criterion": "fisher"},
     "shadow, energy": {"criterion": "energy", "head_criterion": "energy", "stand_in": 0.0},
-    "shadow, fisher for heads": {"head_criterion": "fisher"},
+    "shadow, fisher": {"head_criterion": "fisher", "criterion": "fisher"},
     "shadow, plainact, last token only": {
-        "criterion": "plainact", "features": "last", "trust": False, "stand_in": 0.0,
+        "head_criterion": "plainact", "criterion": "plainact", "features": "last", "trust": False, "stand_in": 0.0,
     },
 }  # fmt: skip
 STAND_IN = shadow.Config().stand_in  # for rivals that get one too
+BATCH = 8  # sequences of a forward, and those that share neurons
+UNIONS = (4, 8, 16)
 
 
 class Watch:
@@ -135,14 +145,14 @@ def fit_dejavu(watch, ids_ST, lengths, l2: Traces, device):
     last = [[] for _ in lengths]
     for ids_BT in ids_ST.split(16):
         for place, length in enumerate(lengths):
-            last[place].append(watch.observe(ids_BT[:, : length + 1].to(device), length)[1]["last"].cpu())
+            last[place].append(watch.observe(ids_BT[:, : length + 1].to(device), length)[1]["last"])
     last_NLD = torch.stack([torch.cat(part) for part in last], 1).flatten(0, 1)
     parts = [layout.split(part) for part in (l2.prompt_NU.float(), l2.score_NU.float())]
     one = Layout(1, layout.units, layout.width, layout.weights)
     for index in range(layout.blocks):
         prompt_NU, score_NU = (one.join(*(kind[:, index : index + 1] for kind in part)) for part in parts)
-        samples = Traces(last_NLD[: len(score_NU), index], l2.mean_ND, prompt_NU, score_NU, torch.ones(one.size))
-        fitted.append(fit(samples, one, ("last",), False, 64)[0].to(device))
+        samples = Traces(last_NLD[: len(score_NU), index], l2.mean_ND, prompt_NU, score_NU, torch.ones(one.size, device=device))
+        fitted.append(fit(samples, one, ("last",), False, 64)[0])
     return fitted
 
 
@@ -168,30 +178,60 @@ def traces_of(decoder, ids_ST, layout, args):
     return traces
 
 
-def learn(decoder, ids_ST, layout, args):
-    """Traces of all criteria, and the predictors of SHADOWS."""
-    traces = traces_of(decoder, ids_ST, layout, args)
-    learned, about = {}, {}
-    for label, options in SHADOWS.items():
-        config = shadow.Config(**options)
-        samples = shadow.samples(traces, layout, config)
-        predictor, found = shadow.learn(samples, layout, config, decoder.anatomy.weights)
-        learned[label] = predictor.to(decoder.device), config
-        about[label] = found | {"parameters": predictor.parameters}
-        print(label, about[label], flush=True)
+def learn(decoder, ids_ST, layout, args, watch_time):
+    """Traces of all criteria on the device, and by target the predictors of SHADOWS."""
+    traces = {name: found.to(decoder.device) for name, found in traces_of(decoder, ids_ST, layout, args).items()}
+    watch_time("traces")
+    weights = decoder.anatomy.weights
+    fitted, learned, about = {}, {}, {}
+    for target in args.targets:
+        settled, tried = settle_by_trial(
+            shadow, shadow.Config(), traces, layout, target, decoder, ids_ST, lambda ids, name: Stream(decoder, ids)
+        )
+        criteria = {name: getattr(settled, name) for name in shadow.CANDIDATES}
+        about[f"trial at {target}"] = criteria | {"tried": tried}
+        print(f"trial at {target}: {about[f'trial at {target}']}", flush=True)
+        for label, options in SHADOWS.items():
+            config = replace(settled, **options)
+            key = config.head_criterion, config.criterion, config.features, config.trust
+            if key not in fitted:  # the stand-in changes nothing that is learned
+                fitted[key], found = shadow.learn(shadow.samples(traces, layout, config), layout, config, weights)
+                about[", ".join(map(str, key))] = found | {"parameters": fitted[key].parameters}
+            learned.setdefault(target, {})[label] = fitted[key], config
+        watch_time(f"trial and predictors at {target}")
+    return traces, learned, about
+
+
+def correlate(traces, layout, weights):
+    """How well the ranks of units are predicted on a quarter of the samples, held out from what is fitted here."""
     correlations = {}
-    for name in CRITERIA:  # a quarter of the samples is held out from what is fitted for this
+    for name in CRITERIA:
         cut = len(traces[name]) * 3 // 4
         config = shadow.Config(criterion=name, head_criterion=name, features="last", trust=False)
         samples = shadow.samples(traces, layout, config)
         train, test = samples.take(slice(0, cut)), samples.take(slice(cut, None))
-        predictor, _ = shadow.learn(train, layout, config, decoder.anatomy.weights)
+        predictor, _ = shadow.learn(train, layout, config, weights)
         static = predictor.prior_U.expand(len(test), -1)
         scores = predictor.scores(test.last_ND, test.mean_ND, test.prompt_NU)
         found = {"predictor": scores, "static": static}
         correlations[name] = {label: spearman(row, test.score_NU.float(), layout) for label, row in found.items()}
         print(name, correlations[name], flush=True)
-    return traces, learned, about, correlations
+    return correlations
+
+
+def shared(rule, scores_BU, layout):
+    """The mask of every sequence [B, U] where the batch shares one choice of neurons."""
+    heads_BLG, neurons_LG = for_batch(rule, scores_BU, layout, "shared")
+    return layout.join(heads_BLG, neurons_LG.expand(len(scores_BU), -1, -1))
+
+
+def unions(rule, scores_NU, layout):
+    """The share of all neurons that batches run by the union of their sequences, by size."""
+    return {
+        size: sum(float(for_batch(rule, part, layout)[1].float().mean()) for part in parts) / len(parts)
+        for size in UNIONS
+        if (parts := [part for part in scores_NU.split(size) if len(part) == size])
+    }
 
 
 def measure(watch, windows, prompt, targets, rivals, learned, dejavu, sensitivity_U, seed):
@@ -199,7 +239,8 @@ def measure(watch, windows, prompt, targets, rivals, learned, dejavu, sensitivit
     sums = defaultdict(lambda: [0.0, 0.0, 0.0, 0])
     generator = torch.Generator().manual_seed(seed)
     layout = watch.layout
-    for ids_BT in windows.split(8):
+    found_BU = defaultdict(list)
+    for ids_BT in windows.split(BATCH):
         ids_BT = ids_BT.to(sensitivity_U.device)
         dense, seen = watch.observe(ids_BT, prompt)
         add(sums["dense", 0.0], dense, dense, ids_BT, prompt)
@@ -209,15 +250,20 @@ def measure(watch, windows, prompt, targets, rivals, learned, dejavu, sensitivit
         scores["griffin with stand-in"] = seen["griffin"], STAND_IN
         scores["dejavu"] = dejavu_scores(dejavu, seen, layout), 0.0
         scores["oracle"] = seen["continuation"] * sensitivity_U, 0.0
-        scores["static fisher with stand-in"] = scores["static fisher"][0], STAND_IN
-        for label, (predictor, config) in learned.items():
-            found = predictor.scores(seen["last"][:, 0], seen["mean"], seen["prompt"])
-            scores[label] = found, config.stand_in
+        for label in rivals:
+            scores[f"{label} with stand-in"] = scores[label][0], STAND_IN
         for target in targets:
-            for label, (row_BU, stand_in) in scores.items():
-                kept_BU = Rule(target).select(row_BU, layout)
-                add(sums[label, target], watch.masked(ids_BT, prompt, kept_BU, stand_in), dense, ids_BT, prompt)
-    return sums
+            for label, (predictor, config) in learned[target].items():
+                found = predictor.scores(seen["last"][:, 0], seen["mean"], seen["prompt"])
+                scores[label] = found, config.stand_in
+            rule, (own_BU, stand_in) = Rule(target), scores["shadow"]
+            masks = {label: (rule.select(row_BU, layout), share) for label, (row_BU, share) in scores.items()}
+            if len(ids_BT) == BATCH:
+                masks[f"shadow, batch of {BATCH} shares neurons"] = shared(rule, own_BU, layout), stand_in
+            for label, (kept_BU, share) in masks.items():
+                add(sums[label, target], watch.masked(ids_BT, prompt, kept_BU, share), dense, ids_BT, prompt)
+            found_BU[target].append(own_BU)
+    return sums, {target: unions(Rule(target), torch.cat(parts), layout) for target, parts in found_BU.items()}
 
 
 def add(total, logits, dense, ids_BT, prompt):
@@ -248,25 +294,37 @@ def main() -> None:
     layout, tokenizer = find_layout(decoder.anatomy, decoder.model, 1), load_tokenizer(args.model)
     calibration = read_texts([str(args.data / "calibration.jsonl")])
     ids_ST = calibration_windows(calibration, tokenizer, samples=args.samples, seq_len=512, seed=args.seed)
-    traces, learned, about, correlations = learn(decoder, ids_ST, layout, args)
+    stage = [started]
+
+    def watch_time(name):
+        now = time.time()
+        print(f"{name}: {now - stage[0]:.1f} s", flush=True)
+        stage[0] = now
+
+    traces, learned, about = learn(decoder, ids_ST, layout, args, watch_time)
+    correlations = correlate(traces, layout, decoder.anatomy.weights)
+    watch_time("rank correlations")
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
     watch = Watch(model.requires_grad_(False), layout)
     dejavu = fit_dejavu(watch, ids_ST, prompt_lengths(512, 2), traces["l2"], device)
-    static = {f"static {name}": traces[name].score_NU.float().mean(0).to(device) for name in ("fisher", "plainact")}
-    sensitivity_U = traces["energy"].sensitivity_U.to(device)
-    static["static energy"] = traces["energy"].score_NU.float().mean(0).to(device) * sensitivity_U
+    watch_time("per-block predictors")
+    static = {f"static {name}": traces[name].score_NU.float().mean(0) for name in ("fisher", "plainact")}
+    parts = [layout.split(static[f"static {name}"][None])[place] for place, name in enumerate(("plainact", "fisher"))]
+    static["static plainact heads, fisher neurons"] = layout.join(*parts)[0]
+    sensitivity_U = traces["energy"].sensitivity_U
+    static["static energy"] = traces["energy"].score_NU.float().mean(0) * sensitivity_U
     options = {name: value for name, value in vars(args).items() if name not in ("model", "data", "out", "traces")}
     result = {"model": Path(args.model).name, **provenance(args.device), "options": options}
-    result |= {"spearman": correlations, "predictors": about, "rows": []}
+    result |= {"spearman": correlations, "predictors": about, "rows": [], "unions": []}
     for prompt in args.prompts:
         for text, file in TEXTS.items():
             windows = evaluation_windows(
                 read_texts([str(args.data / file)]), tokenizer,
                 seq_len=prompt + args.continuation, max_tokens=args.max_tokens,
             )  # fmt: skip
-            sums = measure(watch, windows, prompt, args.targets, static, learned, dejavu, sensitivity_U, args.seed)
+            sums, together = measure(watch, windows, prompt, args.targets, static, learned, dejavu, sensitivity_U, args.seed)
             for (label, target), (loss, agreed, kl, count) in sums.items():
                 row = {"prompt": prompt, "text": text, "target": target, "label": label, "tokens": count}
                 row |= {
@@ -277,6 +335,9 @@ def main() -> None:
                 result["rows"].append(row)
                 numbers = f"ppl {row['perplexity']:.2f} top-1 {row['top1_agreement']:.3f} kl {row['kl']:.4f}"
                 print(f"P={prompt} {text} {target} {label}: {numbers}", flush=True)
+            result["unions"] += [{"prompt": prompt, "text": text, "target": t, "kept": k} for t, k in together.items()]
+            print(f"P={prompt} {text} kept by unions: {together}", flush=True)
+            watch_time(f"P={prompt} {text}")
             result["seconds"] = round(time.time() - started, 1)
             args.out.write_text(json.dumps(result, indent=1, default=str) + "\n")
 

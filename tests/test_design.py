@@ -28,7 +28,7 @@ LAYERS = [
     ["methods", "runtime"],
     ["walk", "run", "ends", "parts"],
     ["backward"],
-    ["gradients", "tracing"],
+    ["gradients", "tracing", "trial"],
     ["card"],
     ["stages"],
     ["job"],

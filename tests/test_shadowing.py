@@ -38,6 +38,8 @@ def test_weights_stay_and_a_predictor_joins_them(tmp_path: Path) -> None:
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     shadow = read_shadow(tmp_path / "out")
     found = record["result"]["predictor"]
+    assert found["head_criterion"] in found["tried"]["head_criterion"] and len(found["tried"]["criterion"]) == 3
+    assert found["criterion"] == min(found["tried"]["criterion"], key=lambda name: found["tried"]["criterion"][name])
     assert found["parameters"] == shadow.predictor.parameters and found["skipped_frac"] == pytest.approx(0.5)
     size = (tmp_path / "out" / TENSORS).stat().st_size
     assert record["result"]["bytes"] == record["model"]["bytes"] + size
@@ -107,7 +109,7 @@ def test_same_seed_same_bytes_and_a_finished_predictor_is_kept(tmp_path: Path) -
         ({"target": "2:4"}, TargetError, "shadow meets a fraction of zeros"),
         ({"method": "shadow+wanda"}, InputError, "learns what a finished model needs: run it alone"),
         ({"allocation": "owl"}, TargetError, "drop allocation owl"),
-        ({"options": {"criterion": "taste"}}, InputError, "criterion must be one of energy"),
+        ({"options": {"criterion": "taste"}}, InputError, "criterion must be one of auto, energy"),
         ({"options": {"features": "first"}}, InputError, "features must be none, or some of last, mean, prompt"),
         ({"options": {"neuron_width": 32}}, InputError, "neuron_width 32 does not divide the 48 neurons"),
         ({"options": {}}, InputError, "no room for rank 1"),

@@ -59,8 +59,9 @@ def adapt(
         raise InputError("expected data to adapt to (--data FILE) and at least 8 samples")
     check_sources(files)
     old = read_shadow(folder)
-    options = json.loads((folder / RECORD / "run.json").read_text(encoding="utf-8"))["options"]["shadow"]
-    config = shadow.Config(**options)
+    record = json.loads((folder / RECORD / "run.json").read_text(encoding="utf-8"))
+    settled = {name: record["result"]["predictor"][name] for name in shadow.CANDIDATES}
+    config = shadow.Config(**{**record["options"]["shadow"], **settled})
     decoder = Decoder(Checkpoint.open(folder), pick_device(device))
     check_seq_len(seq_len, 512, decoder.positions, str(folder))
     tokenizer = load_tokenizer(folder)

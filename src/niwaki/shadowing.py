@@ -18,6 +18,7 @@ from niwaki.job import CompressionJob
 from niwaki.run import RECORD, Run
 from niwaki.stream import Stream
 from niwaki.tracing import trace
+from niwaki.trial import settle_by_trial
 from niwaki.walk import Report
 from niwaki.writing import copy_file, write_text
 
@@ -76,17 +77,23 @@ class ShadowJob(CompressionJob):
             activation_bytes=self.recipe.activation_bytes, folder=run.folder / RECORD / "journal", report=report,
         )  # fmt: skip
         method, weights = self.steps[0].contextual, self.decoder.anatomy.weights
-        predictor, found = method.learn(
-            method.samples(traces, self.layout, self.config), self.layout, self.config, weights
+        skip_frac = self.target.zeros_frac
+        config, tried = settle_by_trial(
+            method, self.config, traces, self.layout, skip_frac, self.decoder, self.windows_ST, make, report
         )
-        rule = method.rule(self.config, self.target.zeros_frac)
+        samples = method.samples(traces, self.layout, config)
+        predictor, found = method.learn(samples, self.layout, config, weights)
+        rule = method.rule(config, skip_frac)
         kept_BU = rule.select(predictor.prior_U[None], self.layout)
         found |= {
+            "head_criterion": config.head_criterion,
+            "criterion": config.criterion,
+            "tried": tried,
             "parameters": predictor.parameters,
             "share_of_decoder": predictor.parameters / weights,
             "skipped_frac": float(self.layout.skipped_frac(kept_BU)),
         }
-        shadow = Shadow(predictor, self.layout, rule, Running(**self.config.running))
+        shadow = Shadow(predictor, self.layout, rule, Running(**config.running))
         sha256 = write_shadow(run.folder, shadow)
         nbytes = (run.folder / TENSORS).stat().st_size
         run.finish_part(PART, {"shard": TENSORS, "sha256": sha256, "bytes": nbytes, "found": found})

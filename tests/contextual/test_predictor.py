@@ -1,5 +1,7 @@
 """The closed-form map against plain ridge regression in float64, its trust, its size and its file."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from contextual_helpers import layout_of, model_of, shadow_of
 from niwaki.contextual.predictor import LIMIT, fit, kept_share, trusted
 from niwaki.contextual.predictor import _fit as fit_once
 from niwaki.contextual.record import ABOUT, TENSORS, read_shadow, write_shadow
+from niwaki.contextual.selection import Variant
 from niwaki.contextual.traces import Traces
 from niwaki.contextual.units import Layout
 from niwaki.errors import CheckpointError, InputError
@@ -51,8 +54,22 @@ def test_full_rank_is_ridge_regression(layout: Layout) -> None:
     z = inputs(x)
     weights = torch.linalg.solve(z.T @ z + penalty * 16 * torch.eye(16).double(), z.T @ (y / prior - 1))
     wanted = prior * (1 + inputs(traces.last_ND[:5]) @ weights)
-    found = predictor.scores(traces.last_ND[:5], traces.mean_ND[:5], traces.prompt_NU[:5])
-    torch.testing.assert_close(found.double(), wanted, rtol=2e-3, atol=2e-3)
+    found = predictor.scores(traces.last_ND[:5], traces.mean_ND[:5], traces.prompt_NU[:5]).double()
+    heads = predictor.heads
+    torch.testing.assert_close(found[:, heads:], wanted[:, heads:], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(found[:, :heads], prior[:heads].expand(5, -1), rtol=1e-5, atol=1e-6)
+
+
+def test_heads_follow_what_the_prompt_shows_and_nothing_else(layout: Layout) -> None:
+    """Their scores ask the features nothing; those of neurons do."""
+    traces = samples(layout, 80, seen=0.8)
+    predictor, _ = fit(traces, layout, ("last", "mean"), True, 8)
+    one = traces.take(slice(0, 4))
+    other = predictor.scores(-one.last_ND, -one.mean_ND, one.prompt_NU)
+    heads, neurons = layout.split(other - predictor.scores(one.last_ND, one.mean_ND, one.prompt_NU))
+    assert not heads.any() and neurons.abs().max() > 0.01
+    shown = predictor.scores(one.last_ND, one.mean_ND, 1.2 * one.prompt_NU)
+    assert float(layout.split(shown - predictor.scores(one.last_ND, one.mean_ND, one.prompt_NU))[0].abs().max()) > 0.01
 
 
 def test_groups_of_features_weigh_alike(layout: Layout) -> None:
@@ -106,9 +123,35 @@ def test_energy_weighs_by_sensitivity(layout: Layout) -> None:
 def test_heads_and_neurons_have_criteria_of_their_own(layout: Layout) -> None:
     traces = samples(layout, 16)
     other = Traces(*list(vars(traces).values())[:3], traces.score_NU + 1, traces.sensitivity_U)
-    found = shadow.samples({"plainact": other, "fisher": traces}, layout, shadow.Config())
+    config = shadow.Config(head_criterion="plainact", criterion="fisher")
+    found = shadow.samples({"plainact": other, "fisher": traces}, layout, config)
     heads, neurons = layout.split(found.score_NU - traces.score_NU)
     assert torch.allclose(heads, torch.ones_like(heads)) and not neurons.any()
+
+
+def test_the_trial_takes_what_loses_least(layout: Layout) -> None:
+    """Heads are settled first, each choice by the loss of the masks it would make on windows held out of the fit."""
+    right, wrong = samples(layout, 64), samples(layout, 64)
+    wrong = replace(wrong, score_NU=wrong.score_NU.flip(1))
+    traces = {"plainact": wrong, "fisher": wrong, "energy": right}
+    config = shadow.Config(features="last", size_frac=0.5)
+    held = shadow.trial_rows(32, config)
+    assert held == range(24, 32)
+    rows = torch.tensor([window * 2 + window % 2 for window in held])
+    asked: list[int] = []
+
+    def measure(variants: Sequence[Variant]) -> list[float]:
+        asked.append(len(variants))
+        assert all(variant.kept_BU.shape == (8, layout.size) and variant.stand_in == 0.5 for variant in variants)
+        return [-float((right.score_NU[rows] * variant.kept_BU).sum()) for variant in variants]
+
+    settled, tried = shadow.settle(traces, layout, config, 0.5, 1_000_000, measure)
+    assert (settled.head_criterion, settled.criterion) == ("energy", "energy")
+    assert asked == [3, 3] and set(tried) == {"head_criterion", "criterion"}
+    assert tried["criterion"]["energy"] == min(tried["criterion"].values()) < min(tried["head_criterion"].values())
+    fixed = replace(config, head_criterion="fisher", criterion="plainact")
+    assert shadow.settle(traces, layout, fixed, 0.5, 1_000_000, measure) == (fixed, {}) and len(asked) == 2
+    assert shadow.trial_rows(8, config) == range(6, 8) and shadow.trial_rows(1000, config) == range(968, 1000)
 
 
 def test_the_files_bring_everything_back(layout: Layout, tmp_path: Path) -> None:

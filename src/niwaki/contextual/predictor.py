@@ -9,14 +9,18 @@ and no more: the idea of GRIFFIN). f are features of the prompt: what the heads 
 token (`last`), the mean of that over the prompt (`mean`), and a itself, of all units (`prompt`). W and V are factors of
 a small rank R, so that the predictor stays within its share of the decoder's parameters whatever the number of units.
 
+For heads nothing is learned, e = 0: what was learned of them gained a percent on text like that of the calibration
+and cost up to seventeen on other text (LOG.md has the numbers).
+
 b is the trust in what was seen, as James and Stein shrink a measurement: a prompt is short, so a is noisy by about ν.
 Where it differs from what is expected by no more than that, as on text like that of the calibration, the learned part
 decides; the more it differs, the more what was seen does. β and ν are one pair for heads and one for neurons.
 
-Everything is fitted in closed form: ridge regression of s_u/p_u − 1 on f, groups of features with equal weight, its
-fitted values cut to rank R (reduced-rank regression). Both the cut and the fit of β and ν, which is done on held-out
-samples, weigh units by p (relative to their block): what rarely matters is noise in relative terms. The penalty is the
-one that keeps most of the score there. N samples cost an N×N system and N²·(F + U) operations.
+Everything is fitted in closed form, on the device of the samples: ridge regression of s_u/p_u − 1 on f, groups of
+features with equal weight, its fitted values cut to rank R (reduced-rank regression). Both the cut and the fit of β and
+ν, which is done on held-out samples, weigh units by p (relative to their block): what rarely matters is noise in
+relative terms. The penalty is the one that keeps most of the score there. N samples cost an N×N system and N²·(F + U)
+operations.
 
 Legend: N samples, B sequences, F features, U units, R rank, D hidden size, K kinds of units.
 """
@@ -149,20 +153,21 @@ def kept_share(predictor: Predictor, judge: Traces, layout: Layout, share: float
 
 def _fit(traces: Traces, layout: Layout, features: Sequence[str], rank: int, penalty: float) -> Predictor:
     """The learned part on all of these samples, without trust."""
-    heads, trust_K2 = layout.blocks * layout.count("heads"), torch.zeros(2, 2)
     score_NU, prompt_NU = traces.score_NU.float(), traces.prompt_NU.float()
+    heads, trust_K2 = layout.blocks * layout.count("heads"), score_NU.new_zeros(2, 2)
     prior_U, typical_U = score_NU.mean(0).clamp_min(SMALLEST), prompt_NU.mean(0).clamp_min(SMALLEST)
     if not features:
-        none = torch.zeros(0)
+        none = score_NU.new_zeros(0)
         return Predictor((), heads, prior_U, typical_U, trust_K2, none, none, none.view(0, 0), none.view(0, 0))
     rest_NU, seen_NU = score_NU / prior_U - 1, seen(prompt_NU, typical_U)
+    rest_NU[:, :heads] = 0  # nothing is learned for heads
     groups = [gather([name], traces.last_ND, traces.mean_ND, seen_NU) for name in features]
     raw_NF = torch.cat(groups, dim=1)
     center_F, scale_F = raw_NF.mean(0), 1 / raw_NF.std(0).clamp_min(1e-6)
     inputs_NF = ((raw_NF - center_F) * scale_F).clamp(-LIMIT, LIMIT)
-    weight_F = torch.cat([torch.full((g.shape[1],), 1 / g.shape[1]) for g in groups])  # groups count alike
+    weight_F = torch.cat([g.new_full((g.shape[1],), 1 / g.shape[1]) for g in groups])  # groups count alike
     kernel_NN = (inputs_NF * weight_F) @ inputs_NF.T
-    ridge_NN = kernel_NN + penalty * len(groups) * torch.eye(len(kernel_NN))
+    ridge_NN = kernel_NN + penalty * len(groups) * torch.eye(len(kernel_NN), device=kernel_NN.device)
     weight_U = _weights(prior_U, layout)
     dual_NU = torch.linalg.solve(ridge_NN, rest_NU) * weight_U
     out_RU = _directions(kernel_NN @ dual_NU, rank)

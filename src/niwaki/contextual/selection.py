@@ -46,6 +46,14 @@ class Rule:
         return max(1, units - round(units * self.skip_frac))
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A way to run some sequences: the units [B, U] that do, and the share of its mean that stands in for a neuron."""
+
+    kept_BU: Tensor
+    stand_in: float
+
+
 def highest(scores: Tensor, count: int) -> Tensor:
     """True at the `count` highest along the last dimension, ties to the lower place."""
     order = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]

@@ -36,11 +36,15 @@ class Traces:
     def __len__(self) -> int:
         return len(self.last_ND)
 
-    def take(self, rows: slice) -> "Traces":
+    def take(self, rows: slice | Tensor) -> "Traces":
         """Some of the samples."""
         return Traces(
             self.last_ND[rows], self.mean_ND[rows], self.prompt_NU[rows], self.score_NU[rows], self.sensitivity_U
         )
+
+    def to(self, device: torch.device) -> "Traces":
+        """The same on another device."""
+        return Traces(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 def nbytes(samples: int, layout: Layout, hidden: int) -> int:

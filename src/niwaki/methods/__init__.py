@@ -8,7 +8,7 @@ Methods chain: in `besa+wandapp` the second one starts from the masks and weight
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Protocol, cast
@@ -18,7 +18,7 @@ import torch
 from niwaki.block import Block
 from niwaki.config import Bits, Grouped, Kind, Recipe, Sparsity, Target, Unit, make_options
 from niwaki.contextual.predictor import Predictor
-from niwaki.contextual.selection import Rule
+from niwaki.contextual.selection import Rule, Variant
 from niwaki.contextual.traces import Traces
 from niwaki.contextual.units import Layout
 from niwaki.errors import InputError, TargetError, unknown
@@ -82,6 +82,20 @@ class Fractional(Method, Protocol):
 
 class Contextual(Method, Protocol):
     """What a method in CONTEXTUAL offers besides."""
+
+    def trial_rows(self, windows: int, config: Any) -> range:
+        """The windows that options are tried on."""
+
+    def settle(
+        self,
+        traces: Mapping[str, Traces],
+        layout: Layout,
+        config: Any,
+        skip_frac: float,
+        decoder_weights: int,
+        measure: Callable[[Sequence[Variant]], list[float]],
+    ) -> tuple[Any, dict[str, Any]]:
+        """The options with what they leave open decided by trial, and the losses of what was tried."""
 
     def rule(self, config: Any, skip_frac: float) -> Rule:
         """How scores become the units that run."""

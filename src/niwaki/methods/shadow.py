@@ -5,19 +5,23 @@ for the whole model looks at the output of the first attention layer at the last
 every head and neuron will be. The paper's text could not be read; its released code could, and is not followed where it
 cannot be deployed: there the mask of a text is chosen from its last token, and masks of neurons change nothing.
 
+What importance is best depends on the model, so it is tried: the criteria of heads and of neurons are those whose
+masks, chosen from prompts as they will be, cost the least loss on calibration windows kept out of the fit.
+
 What is ours: the prompt runs dense, and only tokens already seen choose what runs (`contextual.predictor` has the map,
 `contextual.criteria` the importance). Beside the paper's feature the predictor may read the mean over the prompt and
 how active every unit was in it, and it is a factored linear map, fitted in closed form; GRIFFIN (Dong et al. 2024) and
 static masks are its special cases. Deviation: gated neurons are scored at h = act(gate)·up, heads in groups that share
 keys.
 
-Cost: learning takes `tracing` and N²·(F + U) operations for N samples; running reads the prompt with all weights, then
-takes one small product and a copy of the weights that stay for every sequence.
+Cost: learning takes `tracing`, N²·(F + U) operations for N samples, and for the trial the same and a forward of at most
+`trial_windows` windows for each of six candidates, one block in memory (`trial`); running reads the prompt with all
+weights, then takes one small product and a copy of the weights that stay for every sequence.
 
     niwaki compress MODEL OUT --method shadow --target 0.5 --calibration mine.txt --samples 256 --seq-len 512
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -28,7 +32,7 @@ from niwaki.config import Sparsity, Target
 from niwaki.contextual.criteria import CRITERIA
 from niwaki.contextual.predictor import FEATURES, Predictor, fit
 from niwaki.contextual.record import Running
-from niwaki.contextual.selection import SCOPES, SHARING, Rule
+from niwaki.contextual.selection import SCOPES, SHARING, Rule, Variant
 from niwaki.contextual.traces import Traces
 from niwaki.contextual.units import Layout
 from niwaki.errors import InputError
@@ -40,11 +44,14 @@ PAPER = "Akhauri et al. 2024, ShadowLLM: Predictor-based Contextual Sparsity (re
 ACCEPTS = (Sparsity,)
 CONTINUES = False
 NEURON_WIDTHS = (1, 32, 64, 128)
+AUTO = "auto"
+CANDIDATES = {"head_criterion": ("plainact", "fisher", "energy"), "criterion": ("fisher", "energy", "plainact")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`head_criterion`, `criterion`: what the importance of heads and of neurons is. `features`: what the predictor
+    """`head_criterion`, `criterion`: what the importance of heads and of neurons is; auto tries those of CANDIDATES on
+    `trial_windows` of the calibration, see `settle`. `features`: what the predictor
     reads, joined by + of last, mean, prompt; none for no learned part. `trust`: whether what the prompt showed of a
     unit corrects what is expected of it.
 
@@ -53,8 +60,9 @@ class Config:
     parameters of the predictor, as a share of the decoder's. The others: see `contextual.record.Running`.
     """
 
-    head_criterion: str = "plainact"
-    criterion: str = "fisher"
+    head_criterion: str = AUTO
+    criterion: str = AUTO
+    trial_windows: int = 32
     features: str = "last+mean+prompt"
     trust: bool = True
     scope: str = "local"
@@ -73,8 +81,8 @@ class Config:
 
     def __post_init__(self) -> None:
         choices = {
-            "head_criterion": CRITERIA,
-            "criterion": CRITERIA,
+            "head_criterion": (AUTO, *CRITERIA),
+            "criterion": (AUTO, *CRITERIA),
             "scope": SCOPES,
             "batch": SHARING,
             "neuron_width": NEURON_WIDTHS,
@@ -85,15 +93,19 @@ class Config:
         if self.features != "none" and not set(self.features.split("+")) <= set(FEATURES):
             all_features = ", ".join(FEATURES)
             raise ValueError(f"features must be none, or some of {all_features} joined by +, got {self.features!r}")
-        if self.cuts < 1 or self.gradient_windows < 1:
-            raise ValueError("expected cuts ≥ 1 and gradient_windows ≥ 1")
+        if min(self.cuts, self.gradient_windows, self.trial_windows) < 1:
+            raise ValueError("expected cuts ≥ 1, gradient_windows ≥ 1 and trial_windows ≥ 1")
         if not (0 <= self.floor_frac < 1 and 0 < self.size_frac < 1):
             raise ValueError("expected floor_frac in [0, 1) and size_frac in (0, 1)")
 
+    def candidates(self, option: str) -> tuple[str, ...]:
+        """The criteria that `head_criterion` or `criterion` leaves open."""
+        return CANDIDATES[option] if getattr(self, option) == AUTO else (getattr(self, option),)
+
     @property
     def criteria(self) -> tuple[str, ...]:
-        """Those of heads and of neurons, each once."""
-        return tuple(dict.fromkeys((self.head_criterion, self.criterion)))
+        """All that may be used, of heads and of neurons, each once."""
+        return tuple(dict.fromkeys(name for option in CANDIDATES for name in self.candidates(option)))
 
     @property
     def running(self) -> dict[str, Any]:
@@ -125,6 +137,53 @@ def compress(
 def rule(config: Config, skip_frac: float) -> Rule:
     """How scores become the units that run."""
     return Rule(skip_frac, config.scope, config.floor_frac)
+
+
+Measure = Callable[[Sequence[Variant]], list[float]]
+
+
+def trial_rows(windows: int, config: Config) -> range:
+    """The windows, the last ones, that trials are held on: at most a quarter of all."""
+    return range(windows - max(1, min(config.trial_windows, windows // 4)), windows)
+
+
+def settle(
+    traces: Mapping[str, Traces],
+    layout: Layout,
+    config: Config,
+    skip_frac: float,
+    decoder_weights: int,
+    measure: Measure,
+) -> tuple[Config, dict[str, Any]]:
+    """The options with every `auto` replaced by what loses least, and the losses of all that was tried.
+
+    Predictors learn from the other windows; `measure` gives the loss of variants on those of `trial_rows`, each with
+    the prompt of one of its cuts, in turn. Heads are settled first, beside the first candidate of neurons, then these.
+
+    Cost: a fit and a forward of those windows for every candidate.
+    """
+    windows = len(traces[config.criteria[0]]) // config.cuts
+    held = trial_rows(windows, config)
+    rows_S = torch.tensor([window * config.cuts + window % config.cuts for window in held])
+    firsts: dict[str, Any] = {option: config.candidates(option)[0] for option in CANDIDATES}
+    settled = replace(config, **firsts)
+    tried: dict[str, dict[str, float]] = {}
+
+    def variant(choice: Config) -> Variant:
+        found = samples(traces, layout, choice)
+        train, judge = found.take(slice(0, held.start * config.cuts)), found.take(rows_S)
+        predictor, _ = learn(train, layout, choice, decoder_weights)
+        scores_SU = predictor.scores(judge.last_ND, judge.mean_ND, judge.prompt_NU)
+        return Variant(rule(choice, skip_frac).select(scores_SU, layout), choice.stand_in)
+
+    for option in CANDIDATES:
+        each: dict[str, dict[str, Any]] = {name: {option: name} for name in config.candidates(option)}
+        choices = {name: replace(settled, **chosen) for name, chosen in each.items()}
+        if len(choices) > 1:
+            losses = measure([variant(choice) for choice in choices.values()])
+            tried[option] = dict(zip(choices, losses, strict=True))
+            settled = choices[min(tried[option], key=lambda name: tried[option][name])]
+    return settled, tried
 
 
 def samples(traces: Mapping[str, Traces], layout: Layout, config: Config) -> Traces:

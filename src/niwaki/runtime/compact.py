@@ -4,7 +4,8 @@ The matrices are copied once for a sequence, rows of those that make a unit and 
 in the layout that the model has: torch multiplies bfloat16 on a CPU some hundred times slower in the other one. Nothing
 of a model is written twice: attention modules take the number of heads from the shapes they meet, or from an attribute
 that is scaled along. Keys and values in the cache lose the same heads. In a batch every sequence has heads of its own:
-the matrices hold those that any sequence needs, and each takes its part of what they put out.
+together they need nearly all, so the full matrices run and each takes its part of what they put out; keys, values and
+attention are only its own.
 
 Between two forwards the model is always the full one: `applied` puts the small matrices in for the time of a call.
 
@@ -111,7 +112,9 @@ class Compact:
     @property
     def places(self) -> tuple[tuple[int, ...], ...]:
         """Address and shape of what the mask filled in: equal where a recorded graph reads the right memory."""
-        return tuple(module.place for module in self.modules if isinstance(module, CompactLinear | KeptRows))
+        return tuple(
+            module.place for module in self.modules if isinstance(module, CompactLinear | KeptRows | PickedRows)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -164,12 +167,13 @@ def compact(
     """
     swaps: list[Swap] = []
     device = next(blocks.parameters()).device
-    heads, neurons = Places(heads_BLG.any(0), device), Places(neurons_LG, device)
-    groups = own_groups(heads_BLG, device)
+    heads, neurons = Places(heads_BLG[0], device), Places(neurons_LG, device)
+    groups, same_L = own_groups(heads_BLG, device), (heads_BLG == heads_BLG[:1]).all(2).all(0).tolist()
     in_place = in_place and len(heads_BLG) <= MOST_TOKENS
     for index, block in enumerate(blocks):
-        if not bool(heads.kept_LG[index].all() and heads_BLG[:, index].all()):
-            swaps += _heads(_Part(index, block, buffers, heads, in_place), layout.units["heads"], groups[index])
+        if not bool(heads.kept_LG[index].all()):
+            own_BK = None if same_L[index] else groups[index]
+            swaps += _heads(_Part(index, block, buffers, heads, in_place), layout.units["heads"], own_BK)
         if not bool(neurons.kept_LG[index].all()):
             mean_BI = None if stand_ins is None else stand_ins[index]
             swaps += _neurons(_Part(index, block, buffers, neurons, in_place), layout.units["neurons"], mean_BI)
@@ -192,16 +196,10 @@ class Places:
 
 
 def own_groups(heads_BLG: Tensor, device: torch.device) -> list[Tensor]:
-    """The heads that each sequence keeps, [B, K] for every block, as numbers among those that any sequence keeps."""
-    number_LG = heads_BLG.any(0).cumsum(1) - 1
-    return _by_block(number_LG, heads_BLG, device)
-
-
-def _by_block(number_LG: Tensor, heads_BLG: Tensor, device: torch.device) -> list[Tensor]:
-    """The numbers of kept heads, [B, K] for every block; all sequences keep equally many of a block."""
+    """The heads that each sequence keeps, [B, K] for every block; all sequences keep equally many of a block."""
     heads_LBG, sequences = heads_BLG.transpose(0, 1), len(heads_BLG)
-    numbers = number_LG[:, None].expand_as(heads_LBG)[heads_LBG].to(device)
-    return [part.view(sequences, -1) for part in numbers.split(heads_LBG.sum((1, 2)).tolist())]
+    groups = heads_LBG.nonzero()[:, 2].to(device)
+    return [part.view(sequences, -1) for part in groups.split(heads_LBG.sum((1, 2)).tolist())]
 
 
 @dataclass(frozen=True)
@@ -279,29 +277,27 @@ def _gated(part: _Part, unit: Unit, consumer: CompactLinear) -> Swap | None:
     return part.swap(layer, module)
 
 
-def _heads(part: _Part, unit: Unit, groups_BK: Tensor) -> list[Swap]:
-    kept_G = part.places.kept_LG[part.index]
-    union, own = int(kept_G.sum()), groups_BK.shape[1]
-    full = part.linear(unit.consumer)
-    if union == own:  # all sequences keep the same
+def _heads(part: _Part, unit: Unit, own_BK: Tensor | None) -> list[Swap]:
+    """`own_BK`: the heads of each sequence; None if all keep the same."""
+    kept_G, full = part.places.kept_LG[part.index], part.linear(unit.consumer)
+    if own_BK is None:
         swaps = [part.swap(name, part.producer(name)) for name in unit.producers]
         units_K, width = part.units(unit.producers[0])[0], full.in_features // len(kept_G)
         reader = KeptColumns(full, units_K, width) if part.in_place else CompactLinear(*part.columns(unit.consumer))
         swaps.append(part.swap(unit.consumer, reader))
     else:
-        picked = part.buffers.hold((part.index, "groups"), groups_BK), union
-        swaps = [part.swap(name, PickedRows(*part.rows(name), *picked)) for name in unit.producers]
-        swaps.append(part.swap(unit.consumer, PickedColumns(*part.columns(unit.consumer), *picked)))
+        own_BK = part.buffers.hold((part.index, "groups"), own_BK)
+        swaps = [part.swap(name, PickedRows(part.linear(name), own_BK, len(kept_G))) for name in unit.producers]
+        swaps.append(part.swap(unit.consumer, PickedColumns(full, own_BK, len(kept_G))))
     attention = part.block.get_submodule(unit.consumer.rpartition(".")[0])
-    return swaps + _head_counts(attention, own, len(kept_G))
+    return swaps + _head_counts(attention, int(kept_G.sum()), len(kept_G))
 
 
 def kept_states(cache: Any, heads_BLG: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Keys and values [B, K, T, C] of the heads that each sequence runs, of every block."""
     device = cache.layers[0].keys.device
-    groups = _by_block(torch.arange(heads_BLG.shape[2]).expand(heads_BLG.shape[1:]), heads_BLG, device)
     found = []
-    for layer, groups_BK in zip(cache.layers, groups, strict=True):
+    for layer, groups_BK in zip(cache.layers, own_groups(heads_BLG, device), strict=True):
         keys, values = layer.keys, layer.values
         if groups_BK.shape[1] < heads_BLG.shape[2]:
             keys, values = _take_heads(keys, groups_BK), _take_heads(values, groups_BK)

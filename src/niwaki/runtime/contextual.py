@@ -246,7 +246,9 @@ class Contextual:
             record.dense_because = f"the mask would hold {held:.1%} of what is expected to matter"
             return None
         heads_BLG, neurons_LG = for_batch(self.shadow.rule, scores_BU, layout, running.batch)
-        skipped_frac = float(layout.skipped_frac(layout.join(heads_BLG.any(0, keepdim=True), neurons_LG[None]))[0])
+        same_L = (heads_BLG == heads_BLG[:1]).all(2).all(0)  # where heads differ the weights of all run
+        run_LG = heads_BLG[0] | ~same_L[:, None]
+        skipped_frac = float(layout.skipped_frac(layout.join(run_LG[None], neurons_LG[None]))[0])
         record.skipped_frac.append(skipped_frac)
         if 1 - skipped_frac > running.most_kept_frac:
             record.dense_because = f"the batch together needs {1 - skipped_frac:.0%} of the weights"

@@ -37,34 +37,35 @@ class CompactLinear(nn.Module):
         return y_BTD.view(y.shape)
 
 
-class PickedRows(CompactLinear):
-    """Rows for the heads that any sequence of a batch keeps, of which each sequence gets its own, `groups_BK`."""
+class PickedRows(nn.Module):
+    """All heads of a batch, of which each sequence gets its own, `groups_BK` out of `count`."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, groups_BK: Tensor, count: int) -> None:
-        super().__init__(weight_OI, bias_O)
-        self.groups_BK, self.count = groups_BK, count
+    def __init__(self, full: nn.Linear, groups_BK: Tensor, count: int) -> None:
+        super().__init__()
+        self.weight_OI, self.bias_O, self.groups_BK, self.count = full.weight, full.bias, groups_BK, count
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, I] → [B, T, K·width]."""
-        y_BTGW = super().forward(x).unflatten(-1, (self.count, -1))
+    @property
+    def place(self) -> tuple[int, ...]:
+        """As that of `CompactLinear`."""
+        return self.groups_BK.data_ptr(), *self.groups_BK.shape
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        """[B, T, I] → [B, T, K·W]."""
+        y_BTGW = linear(x_BTI, self.weight_OI, self.bias_O).unflatten(-1, (self.count, -1))
         places = self.groups_BK[:, None, :, None].expand(-1, y_BTGW.shape[1], -1, y_BTGW.shape[3])
         own_BTKW: Tensor = y_BTGW.gather(2, places)
         return own_BTKW.flatten(2)
 
 
-class PickedColumns(CompactLinear):
-    """Columns for the heads that any sequence of a batch keeps; a sequence brings zeros where a head is not its own."""
+class PickedColumns(PickedRows):
+    """What reads the heads of a batch; a sequence brings zeros where a head is not its own."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, groups_BK: Tensor, count: int) -> None:
-        super().__init__(weight_OI, bias_O)
-        self.groups_BK, self.count = groups_BK, count
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, K·width] → [B, T, O]."""
-        x_BTKW = x.unflatten(-1, (self.groups_BK.shape[1], -1))
+    def forward(self, x_BTR: Tensor) -> Tensor:
+        """[B, T, K·W] → [B, T, O]."""
+        x_BTKW = x_BTR.unflatten(-1, (self.groups_BK.shape[1], -1))
         places = self.groups_BK[:, None, :, None].expand_as(x_BTKW)
-        zeros_BTGW = x.new_zeros(*x.shape[:2], self.count, x_BTKW.shape[3])
-        return super().forward(zeros_BTGW.scatter(2, places, x_BTKW).flatten(2))
+        zeros_BTGW = x_BTR.new_zeros(*x_BTR.shape[:2], self.count, x_BTKW.shape[3])
+        return linear(zeros_BTGW.scatter(2, places, x_BTKW).flatten(2), self.weight_OI, self.bias_O)
 
 
 class KeptRows(nn.Module):
