@@ -105,7 +105,8 @@ TEXT = {
     "times_as_fast": "{factor}, {low} to {high}",
     "times_alone": "{factor}",
     "speed_note": "Reading {prompt} tokens and writing {new} behind them, one sequence at a time, {rounds} rounds, "
-    "CPU threads: {threads}. Factors are medians over rounds with their {confidence} intervals.",
+    "CPU threads: {threads}. Factors are medians of the ratios of single rounds, with "
+    "{confidence} intervals; in a noisy run the quotient of the two speeds can be another.",
     "speed_missing": "Speed, memory and loading were not measured (--rounds 0).",
     # quality
     "quality": "Quality on text",

@@ -105,7 +105,8 @@ TEXT = {
     "times_as_fast": "{factor}（{low} ～ {high}）",
     "times_alone": "{factor}",
     "speed_note": "{prompt}トークンの読み込みと、続く{new}トークンの生成を、バッチサイズ1・CPU {threads}スレッドで"
-    "{rounds}回ずつ測定しました。倍率は各回の中央値と、その{confidence}信頼区間です。",
+    "{rounds}回ずつ測定しました。倍率は回ごとの比の中央値とその{confidence}信頼区間です。"
+    "測定が揺らぐ環境では、表示した速度同士の商とは一致しないことがあります。",
     "speed_missing": "速度・メモリ・読み込み時間は測定していません（--rounds 0）。",
     # quality
     "quality": "テキストでの品質",
