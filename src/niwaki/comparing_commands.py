@@ -74,7 +74,7 @@ def compare(
         raise typer.Exit(130) from None  # 1 would be a verdict
     print_comparison(Console(), found)
     if report is not None:
-        err_console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
+        err_console.print(f"report: {report}/report.html", markup=False, highlight=False, soft_wrap=True)
     if found.passed is False:
         raise typer.Exit(1)
 

@@ -189,12 +189,21 @@ def test_a_comparison_writes_the_page_in_the_language_asked_for(tmp_path: Path) 
     assert {path.name for path in report.iterdir()} == {"report.html", "compare.json", "junit.xml"}
 
 
-def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    (tmp_path / "niwaki").mkdir()
-    (tmp_path / "niwaki" / "blocks.jsonl").write_text("{")
-    with pytest.raises(InputError, match="not a record"):
-        write_page(tmp_path / PAGE, comparison(candidate("four", 1.05)), [tmp_path])
-    assert not (tmp_path / PAGE).exists()
-    (tmp_path / "niwaki" / "blocks.jsonl").write_text(json.dumps(lines()[0]))
-    write_page(tmp_path / PAGE, comparison(candidate("four", 1.05)), [tmp_path])
+def test_a_broken_record_is_found_before_anything_is_measured(tmp_path: Path) -> None:
+    dense = tiny_llama(tmp_path / "dense")
+    niwaki.compress(dense, tmp_path / "out", method="magnitude", target="0.3", device="cpu")
+    (tmp_path / "out" / "niwaki" / "blocks.jsonl").write_text("{")
+    data = write_texts(tmp_path / "data.jsonl", count=3)
+    steps: list[str] = []
+    with pytest.raises(InputError, match=r"blocks.jsonl is not a record"):
+        niwaki.compare(
+            dense, tmp_path / "out", data=data, seq_len=32, report=tmp_path / "report", device="cpu",
+            progress=lambda event, **_: steps.append(event),
+        )  # fmt: skip
+    assert not steps and not (tmp_path / "report").exists()
+
+
+def test_the_page_is_one_file_of_about_five_megabytes(tmp_path: Path) -> None:
+    write_page(tmp_path / PAGE, comparison(candidate("four", 1.05)), [layers_of(lines())])
+    assert [path.name for path in tmp_path.iterdir()] == [PAGE]
     assert 4e6 < (tmp_path / PAGE).stat().st_size < 6e6

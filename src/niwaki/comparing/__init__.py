@@ -28,7 +28,7 @@ from niwaki.checkpoint import Checkpoint
 from niwaki.comparing.answers import task_quality
 from niwaki.comparing.describing import describe, environment, measured, names_of
 from niwaki.comparing.evidence import Candidate, Comparison, Model, Settings
-from niwaki.comparing.files import check_report, write_report
+from niwaki.comparing.files import check_report, read_records, write_report
 from niwaki.comparing.gates import CONFIDENCE, judged, load_gates
 from niwaki.comparing.inputs import (
     check_sources_of,
@@ -93,6 +93,7 @@ def compare(
     check_sources_of(sources[1:], data, tasks, seq_len=seq_len, max_tokens=max_tokens, limit=limit, rounds=rounds)
     where = pick_device(device)
     decoders = [Decoder(Checkpoint.open(source), where, pick_dtype(dtype)) for source in sources]
+    records = [] if report is None else read_records([decoder.checkpoint.folder for decoder in decoders[1:]])
     tokenizer = same_tokenizer([decoder.checkpoint.folder for decoder in decoders])
     settings = _settings(
         decoders, data=data, tasks=tasks, prompts=prompts, field=field, seq_len=seq_len, max_tokens=max_tokens,
@@ -119,7 +120,7 @@ def compare(
     )
     comparison = comparison if gates is None else judged(comparison, gates)
     if report is not None:
-        write_report(Path(report), comparison, [decoder.checkpoint.folder for decoder in decoders[1:]], lang)
+        write_report(Path(report), comparison, records, lang)
     return comparison
 
 

@@ -8,10 +8,14 @@ import json
 import xml.etree.ElementTree as Xml
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from niwaki.comparing.evidence import Candidate, Comparison
 from niwaki.errors import OutputError
 from niwaki.writing import write_text
+
+if TYPE_CHECKING:
+    from niwaki.reporting import Layers
 
 COMPARISON, JUNIT = "compare.json", "junit.xml"
 
@@ -30,8 +34,15 @@ def check_report(folder: Path, language: str) -> None:
         raise OutputError(f"{path} was not written by niwaki: choose another folder with --report")
 
 
-def write_report(folder: Path, comparison: Comparison, outs: Sequence[Path], language: str) -> None:
-    """Writes all files, each whole or not at all. `outs`: the folders of the candidates."""
+def read_records(outs: Sequence[Path]) -> list["Layers | None"]:
+    """What niwaki wrote of every matrix of every candidate. Raises CheckpointError for a broken record."""
+    from niwaki.reporting import read_layers
+
+    return [read_layers(out) for out in outs]
+
+
+def write_report(folder: Path, comparison: Comparison, records: Sequence["Layers | None"], language: str) -> None:
+    """Writes all files, each whole or not at all. `records`: see `read_records`."""
     from niwaki.reporting import PAGE, write_page
 
     try:
@@ -40,7 +51,7 @@ def write_report(folder: Path, comparison: Comparison, outs: Sequence[Path], lan
         raise OutputError(f"cannot create {folder}: {error.strerror}. Choose another folder with --report") from error
     write_text(folder / JUNIT, junit(comparison))
     write_text(folder / COMPARISON, comparison.model_dump_json(indent=1) + "\n")
-    write_page(folder / PAGE, comparison, outs, language)
+    write_page(folder / PAGE, comparison, records, language)
 
 
 def junit(comparison: Comparison) -> str:
