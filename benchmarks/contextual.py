@@ -5,13 +5,14 @@
 DATA holds calibration.jsonl (predictors and static masks come from it alone), eval_reviews.jsonl, wikitext2_test.txt.
 Windows of P + `--continuation` tokens; the prompt runs dense, from P on skipped units put out nothing (or, where the
 label says so, their mean in the prompt). Every method skips the same number of head groups and neurons in every block.
-`shadow` is what `niwaki compress --method shadow` does by default, its trial for every target included. With `batch of 8
-shares neurons` every sequence runs the same neurons and its own heads (`selection.for_batch`, whole batches alone);
+`shadow` is what `niwaki compress --method shadow` does by default, its trial for every target included. With `batch of
+8 shares neurons` every sequence runs the same neurons and its own heads (`selection.for_batch`, whole batches alone);
 `unions` says what share of the neurons batches run when no sequence loses any of its own.
 
-Rivals: `static X` (mean criterion X over the calibration text; `static plainact heads, fisher neurons`: each its own), `griffin` (activations in the prompt, normalised by
-token; heads by the norm of what they put out), `dejavu` (a predictor for every block from its own heads' output at the
-last prompt token, of ‖h‖), `random`, and `oracle`, which looks at the continuation itself and is a ceiling, no method.
+Rivals: `static X` (mean criterion X over the calibration text; `static plainact heads, fisher neurons`: each its own),
+`griffin` (activations in the prompt, normalised by token; heads by the norm of what they put out), `dejavu` (a
+predictor for every block from its own heads' output at the last prompt token, of ‖h‖), `random`, and `oracle`, which
+looks at the continuation itself and is a ceiling, no method.
 """
 
 import argparse
@@ -149,9 +150,10 @@ def fit_dejavu(watch, ids_ST, lengths, l2: Traces, device):
     last_NLD = torch.stack([torch.cat(part) for part in last], 1).flatten(0, 1)
     parts = [layout.split(part) for part in (l2.prompt_NU.float(), l2.score_NU.float())]
     one = Layout(1, layout.units, layout.width, layout.weights)
+    sensitivity_U = torch.ones(one.size, device=device)
     for index in range(layout.blocks):
         prompt_NU, score_NU = (one.join(*(kind[:, index : index + 1] for kind in part)) for part in parts)
-        samples = Traces(last_NLD[: len(score_NU), index], l2.mean_ND, prompt_NU, score_NU, torch.ones(one.size, device=device))
+        samples = Traces(last_NLD[: len(score_NU), index], l2.mean_ND, prompt_NU, score_NU, sensitivity_U)
         fitted.append(fit(samples, one, ("last",), False, 64)[0])
     return fitted
 
@@ -324,7 +326,9 @@ def main() -> None:
                 read_texts([str(args.data / file)]), tokenizer,
                 seq_len=prompt + args.continuation, max_tokens=args.max_tokens,
             )  # fmt: skip
-            sums, together = measure(watch, windows, prompt, args.targets, static, learned, dejavu, sensitivity_U, args.seed)
+            sums, together = measure(
+                watch, windows, prompt, args.targets, static, learned, dejavu, sensitivity_U, args.seed
+            )
             for (label, target), (loss, agreed, kl, count) in sums.items():
                 row = {"prompt": prompt, "text": text, "target": target, "label": label, "tokens": count}
                 row |= {
