@@ -86,6 +86,19 @@ def test_plots_are_seen_and_nothing_flows_over(browser: Any, pages: dict[str, Pa
     assert opened.ask("document.documentElement.scrollWidth") <= width
 
 
+TICKS = """() => [...document.querySelectorAll('.canvas')].map((node) => ['xtick', 'ytick'].map(
+  (name) => [...node.querySelectorAll(`.${name} text`)].map((one) => one.textContent)))"""
+
+
+@pytest.mark.parametrize("spread", [0.001, 0.05, 30.0])
+def test_no_two_ticks_of_an_axis_read_alike(browser: Any, tmp_path: Path, spread: float) -> None:
+    found = comparison(*(candidate(f"c{n}", 1 + spread * n, bytes_ratio=1 - 0.01 * n) for n in range(3)))
+    (tmp_path / "page.html").write_text(render(found, layers_for(found), "en"), encoding="utf-8")
+    ticks = [axis for plot in Opened(browser, tmp_path / "page.html").ask(TICKS) for axis in plot]
+    assert all(len(axis) >= 2 for axis in ticks)
+    assert [axis for axis in ticks if len(set(axis)) < len(axis)] == []
+
+
 def test_texts_of_models_run_nowhere(browser: Any, pages: dict[str, Path]) -> None:
     opened = Opened(browser, pages["en"])
     said: list[str] = []

@@ -22,12 +22,12 @@ def tradeoffs(t: Texts, found: Comparison) -> list[Plot]:
         about = {"file": short(file, [one for one, _ in _qualities(found)])}
         y = Axis(t[f"axis_{key}"].format(**about), ".3~f", reference=1, limit=_limit(found, "max_perplexity_ratio"))
         if key == "loss":
-            y = Axis(t["axis_loss"].format(**about), ".1%", reference=0, limit=_limit(found, "max_accuracy_loss"))
-        x = Axis(t["axis_bytes"], ".0%", reference=1, limit=_byte_limit(found))
+            y = Axis(t["axis_loss"].format(**about), ".2~%", reference=0, limit=_limit(found, "max_accuracy_loss"))
+        x = Axis(t["axis_bytes"], ".2~%", reference=1, limit=_byte_limit(found))
         points = [Point(one.model.name, _exact(one.bytes_ratio), _quality(one, file, key)) for one in found.candidates]
         made.append(_tradeoff(t, found, f"bytes-{place}", "tradeoff_bytes", "better_left", points, x, y))
         latency = _limit(found, "max_decode_latency_ratio")
-        x = Axis(t["axis_speed"], ".1f", "×", reference=1, limit=None if latency is None else 1 / latency)
+        x = Axis(t["axis_speed"], ".3~f", "×", reference=1, limit=None if latency is None else 1 / latency)
         points = [
             Point(one.model.name, show.speedup(one.speed.decode.latency_ratio), _quality(one, file, key))
             for one in found.candidates

@@ -65,7 +65,7 @@ class Axis:
 
     title: str
     form: str = ".2f"
-    suffix: str = ""
+    prefix: str = ""
     reference: float | None = None
     limit: float | None = None
 
@@ -113,9 +113,9 @@ def tradeoff(points: Sequence[Point], dense: str, x: Axis, y: Axis, limit: str) 
     ]
     margin = 0.08 * max(max(x_values) - min(x_values), 0.1)
     figure.update_xaxes(
-        title=x.title, tickformat=x.form, ticksuffix=x.suffix, range=[min(x_values) - margin, max(x_values) + margin]
+        title=x.title, tickformat=x.form, tickprefix=x.prefix, range=[min(x_values) - margin, max(x_values) + margin]
     )
-    figure.update_yaxes(title=y.title, tickformat=y.form, ticksuffix=y.suffix, type="log" if wide else "linear")
+    figure.update_yaxes(title=y.title, tickformat=y.form, tickprefix=y.prefix, type="log" if wide else "linear")
     return _laid_out(figure)
 
 
@@ -194,7 +194,8 @@ def growth(series: Sequence[tuple[str, int, dict[int, float]]], block: str, titl
             marker={"symbol": MARKERS[number % len(MARKERS)], "size": 8},
         )
     wide = _wide([value for _, _, found in series for value in found.values() if value > 0])
-    figure.update_xaxes(title=block, tickformat="d")
+    deepest = max((place for _, _, found in series for place in found), default=0)
+    figure.update_xaxes(title=block, tickformat="d", tick0=0, dtick=max(1, math.ceil(deepest / 10)))
     figure.update_yaxes(title=title, type="log" if wide else "linear", rangemode="tozero", tickformat="~g")
     return _laid_out(figure)
 
