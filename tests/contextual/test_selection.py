@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from contextual_helpers import layout_of, model_of
-from niwaki.contextual.selection import Rule, for_batch, highest
+from niwaki.contextual.selection import Rule, filled_up, for_batch, highest
 from niwaki.contextual.units import read_layout
 from niwaki.errors import ArchitectureError, InputError
 
@@ -54,6 +54,17 @@ def test_a_batch_shares_neurons_and_keeps_its_heads() -> None:
     mean_LG = (neurons_BLG / neurons_BLG.sum(2, keepdim=True)).mean(0)
     for mean_G, shared_G in zip(mean_LG, shared_LG, strict=True):
         assert mean_G[shared_G].min() >= mean_G[~shared_G].max()
+
+
+@pytest.mark.parametrize(("units", "step"), [(48, 1), (300, 2), (1408, 8), (11008, 64)])
+def test_kept_neurons_are_filled_up_to_sizes_that_multiply_well(units: int, step: int) -> None:
+    kept_LG = torch.rand(3, units, generator=torch.Generator().manual_seed(0)) < 0.4
+    found_LG = filled_up(kept_LG)
+    assert bool((found_LG | ~kept_LG).all())  # none is lost
+    assert (found_LG.sum(1) % step == 0).all() and (found_LG.sum(1) - kept_LG.sum(1) < step).all()
+    assert torch.equal(filled_up(found_LG), found_LG)
+    if step == 1:
+        assert torch.equal(found_LG, kept_LG)
 
 
 def test_skipped_share() -> None:

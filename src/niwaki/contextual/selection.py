@@ -79,7 +79,8 @@ def for_batch(rule: Rule, scores_BU: Tensor, layout: Layout, neurons: str = "uni
 
     `neurons`: `union`, all that any sequence would keep alone; `shared`, as many as one sequence keeps, by the mean of
     the scores, of which every sequence has equal shares in a block. Neither depends on the order of the sequences.
-    Where sequences keep different numbers of heads (`global`) all run the union.
+    Where sequences keep different numbers of heads (`global`) all run the union. Neurons are filled up to a number that
+    matrix products take well.
     """
     heads_BLG, neurons_BLG = layout.split(rule.select(scores_BU, layout))
     counts_BL = heads_BLG.sum(2)
@@ -89,4 +90,14 @@ def for_batch(rule: Rule, scores_BU: Tensor, layout: Layout, neurons: str = "uni
         found_BLG = layout.split(scores_BU)[1].double().clamp_min(0)
         share_BLG = found_BLG / found_BLG.sum(2, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         neurons_BLG = rule.keep(share_BLG.mean(0, keepdim=True))
-    return heads_BLG, neurons_BLG.any(0)
+    return heads_BLG, filled_up(neurons_BLG.any(0))
+
+
+def filled_up(kept_LG: Tensor) -> Tensor:
+    """Kept units [L, G] and some more, the first that were skipped, so that their number in every block is a multiple of
+    64, or of less where blocks are small (128 steps at least from none to all): libraries multiply odd sizes slowly.
+    """
+    units = kept_LG.shape[1]
+    step = min(64, 1 << max((units // 128).bit_length() - 1, 0))
+    missing_L1 = -kept_LG.sum(1, keepdim=True) % step
+    return kept_LG | ((~kept_LG).cumsum(1) <= missing_L1) & ~kept_LG
