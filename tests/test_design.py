@@ -37,7 +37,7 @@ LAYERS = [
     ["shaping", "shadowing"],
     ["compression"],
     ["evaluation", "generation"],
-    ["recovery", "exporting", "gating", "adapting", "comparing"],
+    ["recovery", "exporting", "gating", "adapting", "comparing", "reporting"],
     ["demo", "progress", "tables", "inspecting", "plan_tables"],
     ["comparing_commands", "contextual_commands", "evaluation_commands", "inspect_commands", "plan_commands"],
     ["cli"],

@@ -23,7 +23,8 @@ def compare(
     data: Annotated[list[str] | None, typer.Option(help=TEXT)] = None,
     tasks: Annotated[list[str] | None, typer.Option(help=TASKS)] = None,
     gate: Annotated[Path | None, typer.Option(help="Limits to judge by, YAML (`niwaki gate`).")] = None,
-    report: Annotated[Path | None, typer.Option(help="Folder for compare.json and junit.xml.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder for report.html, compare.json and junit.xml.")] = None,
+    lang: Annotated[str, typer.Option(help="Language of report.html: en or ja.")] = "en",
     prompts: Annotated[Path | None, typer.Option(help=PROMPTS)] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     max_tokens: Annotated[int | None, typer.Option(help="Use the first N tokens of every data file.")] = None,
@@ -52,6 +53,7 @@ def compare(
         "tasks": tasks or (),
         "gate": gate,
         "report": report,
+        "lang": lang,
         "prompts": prompts,
         "seq_len": seq_len,
         "max_tokens": max_tokens,
@@ -72,7 +74,7 @@ def compare(
         raise typer.Exit(130) from None  # 1 would be a verdict
     print_comparison(Console(), found)
     if report is not None:
-        err_console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
+        err_console.print(f"report: {report}/report.html", markup=False, highlight=False, soft_wrap=True)
     if found.passed is False:
         raise typer.Exit(1)
 

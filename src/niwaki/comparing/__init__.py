@@ -28,7 +28,7 @@ from niwaki.checkpoint import Checkpoint
 from niwaki.comparing.answers import task_quality
 from niwaki.comparing.describing import describe, environment, measured, names_of
 from niwaki.comparing.evidence import Candidate, Comparison, Model, Settings
-from niwaki.comparing.files import check_report, write_report
+from niwaki.comparing.files import check_report, read_records, write_report
 from niwaki.comparing.gates import CONFIDENCE, judged, load_gates
 from niwaki.comparing.inputs import (
     check_sources_of,
@@ -72,26 +72,28 @@ def compare(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    lang: str = "en",
     progress: Report | None = None,
 ) -> Comparison:
     """Compares every candidate with `dense` on text files and task files, and judges it by the gates of a file.
 
-    `report`: folder for compare.json and junit.xml. `prompts`: .txt with one a line, or .jsonl with `prompt`; without
-    it the first tokens of the data are continued. `max_tokens` cuts every data file, `limit` every task file. Speed:
-    `rounds` of reading `prompt_tokens` and writing `new_tokens` (0 rounds: no model runs as a whole, and nothing of
-    speed, memory, loading and texts is measured). The seed decides what the bootstrap draws.
+    `report`: folder for report.html (in `lang`), compare.json and junit.xml. `prompts`: .txt with one a line, or .jsonl
+    with `prompt`; without it the first tokens of the data are continued. `max_tokens` cuts every data file, `limit`
+    every task file. Speed: `rounds` of reading `prompt_tokens` and writing `new_tokens` (0 rounds: no model runs as a
+    whole, and nothing of speed, memory, loading and texts is measured). The seed decides what the bootstrap draws.
 
     Raises InputError for anything that cannot be read or compared; nothing is written then.
     """
     begin, begun = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     gates = None if gate is None else load_gates(gate)
     if report is not None:
-        check_report(Path(report))
+        check_report(Path(report), lang)
     sources = [str(dense), *as_files(candidates)]
     data, tasks = as_files(data), as_files(tasks)
     check_sources_of(sources[1:], data, tasks, seq_len=seq_len, max_tokens=max_tokens, limit=limit, rounds=rounds)
     where = pick_device(device)
     decoders = [Decoder(Checkpoint.open(source), where, pick_dtype(dtype)) for source in sources]
+    records = [] if report is None else read_records([decoder.checkpoint.folder for decoder in decoders[1:]])
     tokenizer = same_tokenizer([decoder.checkpoint.folder for decoder in decoders])
     settings = _settings(
         decoders, data=data, tasks=tasks, prompts=prompts, field=field, seq_len=seq_len, max_tokens=max_tokens,
@@ -118,7 +120,7 @@ def compare(
     )
     comparison = comparison if gates is None else judged(comparison, gates)
     if report is not None:
-        write_report(Path(report), comparison)
+        write_report(Path(report), comparison, records, lang)
     return comparison
 
 

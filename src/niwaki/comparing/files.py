@@ -1,4 +1,4 @@
-"""The folder of a report: compare.json for programs, junit.xml for continuous integration.
+"""The folder of a report: report.html for people, compare.json for programs, junit.xml for continuous integration.
 
 In JUnit a candidate is a test suite and a gate on a file a test case. Without gates there is nothing to pass, and the
 one case of a suite is skipped and says so.
@@ -6,17 +6,25 @@ one case of a suite is skipped and says so.
 
 import json
 import xml.etree.ElementTree as Xml
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from niwaki.comparing.evidence import Candidate, Comparison
 from niwaki.errors import OutputError
 from niwaki.writing import write_text
 
+if TYPE_CHECKING:
+    from niwaki.reporting import Layers
+
 COMPARISON, JUNIT = "compare.json", "junit.xml"
 
 
-def check_report(folder: Path) -> None:
-    """Refuses, before anything is measured, a folder that holds someone else's compare.json or cannot be made."""
+def check_report(folder: Path, language: str) -> None:
+    """Refuses, before anything is measured, an unknown language and a folder of someone else or that cannot be made."""
+    from niwaki.reporting import check_language
+
+    check_language(language)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"--report {folder} is a file: expected a folder, new or of an earlier report")
     if not folder.parent.is_dir():
@@ -26,14 +34,24 @@ def check_report(folder: Path) -> None:
         raise OutputError(f"{path} was not written by niwaki: choose another folder with --report")
 
 
-def write_report(folder: Path, comparison: Comparison) -> None:
-    """Writes both files, each whole or not at all."""
+def read_records(outs: Sequence[Path]) -> list["Layers | None"]:
+    """What niwaki wrote of every matrix of every candidate. Raises CheckpointError for a broken record."""
+    from niwaki.reporting import read_layers
+
+    return [read_layers(out) for out in outs]
+
+
+def write_report(folder: Path, comparison: Comparison, records: Sequence["Layers | None"], language: str) -> None:
+    """Writes all files, each whole or not at all. `records`: see `read_records`."""
+    from niwaki.reporting import PAGE, write_page
+
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot create {folder}: {error.strerror}. Choose another folder with --report") from error
     write_text(folder / JUNIT, junit(comparison))
     write_text(folder / COMPARISON, comparison.model_dump_json(indent=1) + "\n")
+    write_page(folder / PAGE, comparison, records, language)
 
 
 def junit(comparison: Comparison) -> str:
