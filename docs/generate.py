@@ -157,7 +157,8 @@ def commands(_: str) -> str:
     parts = []
     for name, command in sorted(group.commands.items()):
         arguments = [p for p in command.params if p.param_type_name == "argument"]
-        usage = " ".join(p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments)
+        words = [p.name.upper() + "..." * (p.nargs == -1) for p in arguments]
+        usage = " ".join(w if p.required else f"[{w}]" for w, p in zip(words, arguments, strict=True))
         parts.append(f"## {name}\n\n{_plain(command.help)}\n\n```text\nniwaki {name} {usage} [OPTIONS]\n```\n")
         rows = [[f"`{p.name.upper()}`", "", _plain(p.help)] for p in arguments]
         rows += [_option(p) for p in command.params if p.param_type_name == "option" and p.name != "help"]

@@ -60,6 +60,7 @@ def test_the_command_line_shows_defaults_and_what_is_required() -> None:
     evaluate = text.partition("## evaluate")[2].partition("\n## ")[0]
     assert "| `--seq-len` | `1024` | Tokens per window. |" in evaluate
     assert "niwaki evaluate MODEL [OPTIONS]" in evaluate and '{"pairs": [[context, continuation], ...]' in evaluate
+    assert "niwaki compare DENSE OUT... [OPTIONS]" in text
     generate = text.partition("## generate")[2].partition("\n## ")[0]
     assert "| `--seed` | `0` | Seed for sampling. |" in generate
     assert "| `--to` | required |" in text and "| `--samples` | `128` | Calibration windows. |" in text

@@ -308,6 +308,13 @@ def test_more_text_and_more_learning_take_longer(large: dict[str, Path]) -> None
     assert of(512, **wanda) > 1.5 * of(32, **wanda)
     learned = {"method": "wandapp", "target": "2:4"}
     assert of(32, **learned) > of(32, **learned, options={"rounds": 1}) > of(32, **wanda)
+    skipping = {"method": "shadow", "target": "0.5"}
+    one = {"head_criterion": "fisher"}
+    assert (
+        of(128, **skipping)
+        > of(128, **skipping, options=one)
+        > of(128, **skipping, options=one | {"criterion": "energy"})
+    )
 
 
 def test_methods_that_state_no_cost_are_planned_too(model: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:

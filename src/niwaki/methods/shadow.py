@@ -35,6 +35,7 @@ from niwaki.contextual.record import Running
 from niwaki.contextual.selection import SCOPES, SHARING, Rule, Variant
 from niwaki.contextual.traces import Traces
 from niwaki.contextual.units import Layout
+from niwaki.costs import Scope, Work
 from niwaki.errors import InputError
 from niwaki.packed import Packed
 from niwaki.statistics import Needs
@@ -202,6 +203,12 @@ def learn(traces: Traces, layout: Layout, config: Config, decoder_weights: int) 
     inputs = sum(widths[name] for name in config.groups)
     rank = _rank(layout, inputs, config, decoder_weights)
     return fit(traces, layout, config.groups, config.trust, rank)
+
+
+def cost(scope: Scope, config: Config) -> Work:
+    """The trial: a forward of its windows for every candidate."""
+    tried = sum(len(found) for found in map(config.candidates, CANDIDATES) if len(found) > 1)
+    return Work(forward_tokens=tried * len(trial_rows(scope.windows, config)) * scope.tokens)
 
 
 def beside_bytes(layout: Layout, channels: int, windows: int, config: Config, decoder_weights: int) -> int:
