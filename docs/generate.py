@@ -109,7 +109,7 @@ def numbers(name: str) -> str:
             title = f"Perplexity of {found['model']}, {of} ({_link(path)}, {found['date']}, {found['device']}):"
             parts.append(title + "\n\n" + _table(["target", "variant", "what is stored", *TEXTS], [dense, *rows]))
     if name in CONTEXTUAL:
-        parts += [_contextual(path) for path in sorted(RESULTS.glob("contextual-small-*.json"))]
+        parts += [_contextual(RESULTS / f"contextual-{model}.json") for model in ("llama-28m", "opt-27m")]
     return "\n".join(parts) or "Not measured by us.\n"
 
 
@@ -236,20 +236,24 @@ def _both(row: Mapping[str, Any]) -> str:
 
 
 def _contextual(path: Path) -> str:
-    """Rows of our method, a static choice and a rival, by text and share that is skipped."""
+    """Rows of our method, a static choice and rivals, by text and share that is skipped, behind the shorter prompts."""
     found = json.loads(path.read_text(encoding="utf-8"))
     shown = ("dense", "shadow", "static fisher", "griffin", "dejavu")
-    table: dict[tuple[float, str], dict[str, float]] = {}
+    prompt, *_ = found["options"]["prompts"]
+    table: dict[tuple[float, str], dict[str, str]] = {}
     for row in found["rows"]:
-        if row["label"] in shown:
-            table.setdefault((row["target"], row["label"]), {})[row["text"]] = row["perplexity"]
+        if row["label"] in shown and row["prompt"] == prompt:
+            told = {"mean": row["perplexity_mean"], "stdev": row["perplexity_sd"] or None}
+            table.setdefault((row["target"], row["label"]), {})[row["text"]] = _spread(told)
     rows = [
-        [f"{target:g}", label, *(f"{values[text]:.1f}" if text in values else "" for text in TEXTS)]
+        [f"{target:g}", label, *(values.get(text, "") for text in TEXTS)]
         for (target, label), values in sorted(table.items(), key=lambda entry: (entry[0][0], shown.index(entry[0][1])))
     ]
-    prompt = found["options"]["prompts"][0]
-    title = f"Perplexity of {found['model']} behind prompts of {prompt} tokens, one seed, a small run"
-    return f"{title} ({_link(path)}, {found['date']}, CPU):\n\n" + _table(["skipped", "choice", *TEXTS], rows)
+    seeds = len(found["options"]["seeds"])
+    title = f"Perplexity of {found['model']} behind prompts of {prompt} tokens, mean ± deviation of {seeds} seeds"
+    return f"{title} ({_link(path)}, {found['date']}, {found['device']}):\n\n" + _table(
+        ["skipped", "choice", *TEXTS], rows
+    )
 
 
 def _spread(found: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ import niwaki
 from helpers import tiny_llama
 from niwaki.calibration import evaluation_windows, load_tokenizer, read_texts
 from niwaki.comparing.evidence import Candidate, Comparison
+from niwaki.comparing.inputs import read_prompts
 from niwaki.comparing.worker import Worker, continue_greedily
 from niwaki.errors import CalibrationError, InputError, MeasuringError, OutputError
 
@@ -258,12 +259,14 @@ def test_prompts_come_from_a_file(folder: Path, tmp_path: Path) -> None:
     lines, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"
     lines.write_text("The garden\n\nA tree\n")
     rows.write_text('{"prompt": "One\\ntwo"}\n')
-    for path, wanted in ((lines, ["The garden", "A tree"]), (rows, ["One\ntwo"])):
-        found = niwaki.compare(
-            folder / "dense", folder / "plain", tasks=folder / "questions.jsonl", limit=4, prompts=path, rounds=1,
-            new_tokens=2, prompt_tokens=4, device="cpu",
-        )  # fmt: skip
-        assert [text.prompt for text in found.candidates[0].generations] == wanted
+    found = niwaki.compare(
+        folder / "dense", folder / "plain", tasks=folder / "questions.jsonl", limit=4, prompts=lines, rounds=1,
+        new_tokens=2, prompt_tokens=4, device="cpu",
+    )  # fmt: skip
+    assert [text.prompt for text in found.candidates[0].generations] == ["The garden", "A tree"]
+    tokenizer = load_tokenizer(folder / "dense")
+    (ids,) = read_prompts(found.settings.model_copy(update={"prompts": str(rows)}), tokenizer, [])
+    assert tokenizer.decode(ids) == "One\ntwo"
 
 
 def test_wrong_comparisons(folder: Path, tmp_path: Path) -> None:
