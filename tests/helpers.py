@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
@@ -19,11 +21,22 @@ from families import build
 from niwaki.activations import Activations
 from niwaki.anatomy import BlockAnatomy, Call, Linear
 from niwaki.block import Block
+from niwaki.cli import main
 from niwaki.demo import sapling
 from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence
 
 CPU = torch.device("cpu")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `niwaki ARGUMENTS`."""
+    sys.argv = ["niwaki", *map(str, arguments)]
+    with pytest.raises(SystemExit) as stopped:
+        main()
+        raise SystemExit(0)
+    printed = capsys.readouterr()
+    return int(stopped.value.code or 0), printed.out, printed.err
 
 
 class _Independent(nn.Module):

@@ -1,7 +1,6 @@
 """`niwaki compare` and `niwaki gate` as a pipeline meets them: exit codes, files, one-line errors."""
 
 import json
-import sys
 import xml.etree.ElementTree as Xml
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,7 @@ from typing import Any
 import pytest
 
 import niwaki
-from helpers import tiny_llama, write_texts
-from niwaki.cli import main
+from helpers import run, tiny_llama, write_texts
 
 
 @pytest.fixture(scope="module")
@@ -19,16 +17,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     niwaki.compress(tiny_llama(folder / "dense"), folder / "out", method="magnitude", target="0.3", device="cpu")
     write_texts(folder / "data.jsonl", count=3)
     return folder
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `niwaki ARGUMENTS`."""
-    sys.argv = ["niwaki", *map(str, arguments)]
-    with pytest.raises(SystemExit) as stopped:
-        main()
-        raise SystemExit(0)
-    printed = capsys.readouterr()
-    return int(stopped.value.code or 0), printed.out, printed.err
 
 
 def command(folder: Path, *more: object) -> list[object]:

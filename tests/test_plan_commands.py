@@ -1,14 +1,12 @@
 """`niwaki plan` and `niwaki inspect` as they are typed."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from helpers import tiny_llama, write_texts
-from niwaki.cli import main
+from helpers import run, tiny_llama, write_texts
 
 
 @pytest.fixture(scope="module")
@@ -19,16 +17,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_texts(tmp_path_factory.mktemp("text") / "text.jsonl")
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `niwaki ARGUMENTS`."""
-    sys.argv = ["niwaki", *map(str, arguments)]
-    with pytest.raises(SystemExit) as stopped:
-        main()
-        raise SystemExit(0)
-    printed = capsys.readouterr()
-    return int(stopped.value.code or 0), printed.out, printed.err
 
 
 def planned(model: Path, text: Path, *more: object) -> Sequence[object]:
