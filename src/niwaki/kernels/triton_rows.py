@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
     warps: int
 
 
-# By kernel, for up to so many tokens. Those for one token are the best of seven measured on an H100.
+# By kernel, for up to so many tokens. Those of rows for one token are the best of seven measured on an H100.
 TILES = {
     "rows_dot": {1: Tiles(2, 2048, 8), 2: Tiles(4, 1024, 4), 4: Tiles(4, 1024, 4), 8: Tiles(4, 1024, 4)},
     "rows_gate": {1: Tiles(1, 1024, 4), 2: Tiles(2, 1024, 4), 4: Tiles(2, 1024, 4), 8: Tiles(2, 1024, 4)},

@@ -305,6 +305,12 @@ def kept_states(cache: Any, heads_BLG: Tensor) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
+def cut_cache(cache: Any, heads_BLG: Tensor) -> None:
+    """Leaves the cache what `kept_states` says; the tensors themselves are not changed."""
+    for layer, (keys, values) in zip(cache.layers, kept_states(cache, heads_BLG), strict=True):
+        layer.keys, layer.values = keys, values
+
+
 def _take_heads(states_BGTC: Tensor, groups_BK: Tensor) -> Tensor:
     if len(groups_BK) == 1:
         return states_BGTC.index_select(1, groups_BK[0])

@@ -37,7 +37,7 @@ from niwaki.anatomy import find_blocks
 from niwaki.contextual.record import Shadow
 from niwaki.contextual.selection import for_batch, margin
 from niwaki.errors import InputError
-from niwaki.runtime.compact import Buffers, Compact, Swap, check_linears, compact, kept_states, leave
+from niwaki.runtime.compact import Buffers, Compact, Swap, check_linears, compact, cut_cache, leave
 from niwaki.runtime.reading import Reading, real_tokens
 
 KEPT_RECORDS = 1000
@@ -264,9 +264,7 @@ class Contextual:
     def _cut(self, sequence: _Sequence, choice: Choice) -> None:
         """From here on `choice` runs; what the full model left in the cache is remembered."""
         sequence.full_cache = [copy.copy(layer) for layer in sequence.alive.layers]
-        kept = kept_states(sequence.alive, choice.heads_BLG)
-        for layer, (keys, values) in zip(sequence.alive.layers, kept, strict=True):
-            layer.keys, layer.values = keys, values
+        cut_cache(sequence.alive, choice.heads_BLG)
         sequence.running, sequence.parked = choice, None
 
     def verify(self) -> Tensor | None:

@@ -9,12 +9,10 @@ Legend: T tokens, V vocabulary.
     logits_TV = follow(niwaki.load("OUT").contextual, ids_T, prompt=128)
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from niwaki.runtime.compact import kept_states
+from niwaki.runtime.compact import cut_cache
 from niwaki.runtime.contextual import Contextual
 
 
@@ -36,9 +34,7 @@ def follow(contextual: Contextual, ids_T: Tensor, prompt: int) -> Tensor:
     choice = contextual.choose()
     contextual.in_place = where
     if choice is not None:
-        layers: list[Any] = cache.layers
-        for layer, (keys, values) in zip(layers, kept_states(cache, choice.heads_BLG), strict=True):
-            layer.keys, layer.values = keys, values
+        cut_cache(cache, choice.heads_BLG)
     with contextual.applied(choice):
         found.append(model(input_ids=rest, past_key_values=cache, use_cache=True).logits[0])
     contextual.records[-1].count(rest.shape[1], sparse=choice is not None)
