@@ -19,7 +19,7 @@ LAYERS = [
     ["__init__", "_hook", "errors"],
     ["presets"],
     ["config", "device", "kernels", "loading", "writing"],
-    ["calibration", "tap", "codes", "packed", "activations", "learning"],
+    ["calibration", "tap", "codes", "sparse", "records", "packed", "activations", "learning"],
     ["anatomy"],
     ["checkpoint", "resizing", "statistics", "structure"],
     ["block"],

@@ -54,6 +54,25 @@ bool supported(Path path);
 // All parts of one matrix: they share tokens and rows.
 void plane_products(const std::vector<PlaneProduct>& parts, int threads, Path path);
 
+enum class SparseLayout { bitmap, two_four };
+enum class SparseValues { bf16, fp16, fp32, int8, int4 };
+
+// out = x Wᵀ for a matrix stored as its nonzeros (sparse.py).
+struct SparseProduct {
+    int64_t tokens, rows, bytes;  // bytes of places a row, eight columns each
+    SparseLayout layout;
+    SparseValues kind;
+    const uint8_t* places;  // [rows, bytes]
+    const uint8_t* values;  // and 32 bytes that may be read beyond them
+    const int32_t* starts;  // [rows], the number of a row's first value; null for two-four: four a byte
+    const uint16_t* scale;  // float16 [rows, groups], of codes; or null
+    int64_t groups, group_bytes;
+    const float* x;  // [tokens, 8 · bytes], zero where there is no column
+    float* out;      // [tokens, rows]
+};
+
+void sparse_product(const SparseProduct& product, int threads, Path path);
+
 // Calls work(first, last) for a share of the rows on each of `threads` threads.
 void over_rows(int64_t rows, int threads, const std::function<void(int64_t, int64_t)>& work);
 

@@ -1,0 +1,82 @@
+"""Products with matrices stored as nonzeros: the CPU kernels as a torch operator, and when they are the way to go.
+
+Legend: N tokens, O outputs, I inputs, B bytes of eight columns, G groups of columns that share a scale.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from niwaki.kernels.codes import cpu_module
+
+# As in niwaki.sparse, which stands above the kernels.
+LAYOUTS = ("bitmap", "two_four")
+KINDS = ("bfloat16", "float16", "float32", "int8", "int4")
+AVX2 = 2  # a path of the compiled kernels
+BEST = 0
+# Beyond so many tokens, decoding the matrix once costs less than as many products.
+FEW_TOKENS = 16
+
+
+def fast_path() -> bool:
+    """Whether this processor multiplies nonzeros faster than it could decode them."""
+    compiled = cpu_module()
+    return compiled is not None and bool(compiled.supported(AVX2))
+
+
+def reaches(x_NI: Tensor) -> bool:
+    """Whether the kernels take this product: few tokens on a CPU."""
+    return not x_NI.is_cuda and len(x_NI) <= FEW_TOKENS and cpu_module() is not None
+
+
+def prepared_layer(
+    places_OB: Tensor,
+    values: Tensor,
+    starts_O: Tensor | None,
+    scale_OG: Tensor | None,
+    columns: int,
+    layout: str,
+    kind: str,
+    group: int,
+) -> Any:
+    """One object of the compiled kernels for the tensors of `sparse.Sparse`, for `product`."""
+    compiled = cpu_module()
+    assert compiled is not None, "callers ask `reaches` first"
+    tensors = [None if t is None else t.numpy() for t in (places_OB, values, starts_O, scale_OG)]
+    whole = scale_OG is None or scale_OG.shape[1] == 1
+    group_bytes = max(places_OB.shape[1], 1) if whole else group // 8
+    return compiled.SparseLayer(columns, LAYOUTS.index(layout), KINDS.index(kind), *tensors, group_bytes)
+
+
+def product(layer: Any, x_NI: Tensor, rows: int, path: int = BEST) -> Tensor:
+    """x Wᵀ in the dtype of `x_NI`, sums in float32. Only addresses cross into C++."""
+    given_NI = (x_NI if x_NI.dtype in (torch.float32, torch.bfloat16) else x_NI.float()).contiguous()
+    out_NO = given_NI.new_empty(len(given_NI), rows)
+    narrow, threads = given_NI.dtype == torch.bfloat16, torch.get_num_threads()
+    layer.multiply(given_NI.data_ptr(), out_NO.data_ptr(), len(given_NI), narrow, threads, path)
+    return out_NO.to(x_NI.dtype)
+
+
+def sparse_product(
+    x_NI: Tensor,
+    places_OB: Tensor,
+    values: Tensor,
+    starts_O: Tensor | None,
+    scale_OG: Tensor | None,
+    layout: str,
+    kind: str,
+    group: int,
+) -> Tensor:
+    """`product` from the tensors themselves: what a traced graph holds."""
+    layer = prepared_layer(places_OB, values, starts_O, scale_OG, x_NI.shape[1], layout, kind, group)
+    return product(layer, x_NI.detach(), len(places_OB))
+
+
+sparse_product_op = torch.library.custom_op("niwaki::sparse_product", sparse_product, mutates_args=())
+
+
+@sparse_product_op.register_fake
+def _(x_NI: Tensor, places_OB: Tensor, *_: object) -> Tensor:
+    """Shape and dtype of the product."""
+    return x_NI.new_empty(len(x_NI), len(places_OB))

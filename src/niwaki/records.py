@@ -1,0 +1,45 @@
+"""How a packed matrix is stored, whatever it is: codes (see `codes`) or nonzeros (see `sparse`), told by its description.
+
+    names = record_names(about)
+    weight_OI = decode_record({name: tensors[name] for name in names}, about)
+
+Legend: O outputs, I inputs.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from niwaki.codes import WEIGHT, assemble, read_parts, stored_names
+from niwaki.sparse import Sparse
+from niwaki.sparse import stored_names as sparse_names
+
+
+def record_names(about: Mapping[str, Any]) -> list[str]:
+    """The names of the tensors of a module with this description, as they follow its own."""
+    return sparse_names(about) if "sparse" in about else stored_names(about["parts"])
+
+
+def decode_record(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Tensor:
+    """The matrix [O, I] in float32."""
+    if "sparse" in about:
+        return Sparse.read(tensors, about).decode()
+    return assemble(read_parts(tensors, about["parts"], about["shape"][1]))
+
+
+def decode_stored(
+    tensors: Mapping[str, Tensor], modules: Mapping[str, Mapping[str, Any]], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint with packed modules as plain `module.weight` again.
+
+    `modules` holds the descriptions {"shape": [O, I], ...} by module name; those without tensors here are skipped.
+    """
+    found = dict(tensors)
+    for module, about in modules.items():
+        names = record_names(about)
+        if f"{module}.{names[0]}" in found:
+            own = {name: found.pop(f"{module}.{name}") for name in names}
+            found[module + WEIGHT] = decode_record(own, about).to(dtype)
+    return found
