@@ -22,7 +22,7 @@ from niwaki.activations import Activations
 from niwaki.block import Block, Decoder
 from niwaki.config import Keep, Target
 from niwaki.errors import ArchitectureError, NumericalError
-from niwaki.kernels.sparse import fast_path
+from niwaki.kernels.sparse_product import fast_path
 from niwaki.methods import Step, merged_needs
 from niwaki.packed import Packed, join_notes
 from niwaki.statistics import Needs, Statistics

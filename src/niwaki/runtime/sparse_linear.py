@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from niwaki.kernels.sparse import prepared_layer, product, reaches, sparse_product_op
+from niwaki.kernels.sparse_product import prepared_layer, product, reaches, sparse_product_op
 from niwaki.sparse import Sparse, stored_shapes
 
 DECODED_ROWS = 2048  # of the matrix at a time
