@@ -144,27 +144,50 @@ const Tables& tables(SparseLayout layout) {
     return layout == SparseLayout::bitmap ? bitmap : two_four;
 }
 
-// Eight weights from the values that begin at number `at`. They may be read up to 32 bytes further.
+// Where the next value is: a byte, and of 4-bit codes in a bitmap, which may begin within one, half bytes beyond it.
 template <SparseLayout layout, SparseValues kind>
-NIWAKI_INLINE __m256 spread(const uint8_t* values, int64_t at, uint8_t byte, const Tables& t, const Ranks& r) {
+struct Cursor {
+    static constexpr bool nibbles = layout == SparseLayout::bitmap && kind == SparseValues::int4;
+    const uint8_t* values;
+    uint64_t half;
+
+    Cursor(const uint8_t* all, int64_t at) : values(all), half(0) {
+        if (nibbles) half = static_cast<uint64_t>(at);
+        else values += kind == SparseValues::int4 ? at >> 1 : at * size;
+    }
+
+    static constexpr int64_t size = kind == SparseValues::fp32 ? 4 : kind == SparseValues::int8 ? 1 : 2;
+
+    // Passes what one byte of places takes.
+    NIWAKI_INLINE void pass(uint8_t byte) {
+        if (nibbles) half += __builtin_popcount(byte);
+        else if (layout == SparseLayout::bitmap) values += size * __builtin_popcount(byte);
+        else values += kind == SparseValues::int4 ? 2 : 4 * size;
+    }
+};
+
+// Eight weights from the next values. They may be read up to 32 bytes further.
+template <SparseLayout layout, SparseValues kind>
+NIWAKI_INLINE __m256 spread(const Cursor<layout, kind>& next, uint8_t byte, const Tables& t, const Ranks& r) {
+    const uint8_t* values = next.values;
     if constexpr (kind == SparseValues::bf16) {
-        const auto* from = reinterpret_cast<const __m128i*>(values + 2 * at);
+        const auto* from = reinterpret_cast<const __m128i*>(values);
         const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(from));
         const auto* how = reinterpret_cast<const __m256i*>(t.high_halves[byte]);
         return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, _mm256_load_si256(how)));
     } else if constexpr (kind == SparseValues::fp16) {
-        const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + 2 * at));
+        const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
         const auto* how = reinterpret_cast<const __m128i*>(t.halves[byte]);
         return _mm256_cvtph_ps(_mm_shuffle_epi8(eight, _mm_load_si128(how)));
     } else if constexpr (kind == SparseValues::fp32) {
-        const __m256 eight = _mm256_loadu_ps(reinterpret_cast<const float*>(values + 4 * at));
+        const __m256 eight = _mm256_loadu_ps(reinterpret_cast<const float*>(values));
         const auto* rank = reinterpret_cast<const __m128i*>(r.rank[byte]);
         const __m256i place = _mm256_cvtepu8_epi32(_mm_loadl_epi64(rank));
         const __m256i absent = _mm256_cmpeq_epi32(place, _mm256_set1_epi32(kAbsent));
         return _mm256_andnot_ps(_mm256_castsi256_ps(absent), _mm256_permutevar8x32_ps(eight, place));
     } else if constexpr (kind == SparseValues::int8) {
         int64_t eight;
-        std::memcpy(&eight, values + at, sizeof eight);
+        std::memcpy(&eight, values, sizeof eight);
         const auto* how = reinterpret_cast<const __m256i*>(t.top_bytes[byte]);
         const __m256i top = _mm256_shuffle_epi8(_mm256_set1_epi64x(eight), _mm256_load_si256(how));
         return _mm256_cvtepi32_ps(top);
@@ -172,21 +195,16 @@ NIWAKI_INLINE __m256 spread(const uint8_t* values, int64_t at, uint8_t byte, con
         uint32_t nibbles;
         if constexpr (layout == SparseLayout::bitmap) {  // up to eight, from either half of a byte on
             uint64_t word;
-            std::memcpy(&word, values + at / 2, sizeof word);
-            nibbles = static_cast<uint32_t>(word >> (4 * (at & 1)));
+            std::memcpy(&word, values + (next.half >> 1), sizeof word);
+            nibbles = static_cast<uint32_t>(word >> (4 * (next.half & 1)));
         } else {
-            std::memcpy(&nibbles, values + at / 2, sizeof nibbles);
+            std::memcpy(&nibbles, values, sizeof nibbles);
         }
         const auto* how = reinterpret_cast<const __m256i*>(t.shifts[byte]);
         const __m256i all = _mm256_set1_epi32(static_cast<int>(nibbles));
         const __m256i top = _mm256_sllv_epi32(all, _mm256_load_si256(how));
         return _mm256_cvtepi32_ps(_mm256_and_si256(top, _mm256_set1_epi32(static_cast<int>(0xf0000000))));
     }
-}
-
-template <SparseLayout layout>
-NIWAKI_INLINE int64_t taken(uint8_t byte) {
-    return layout == SparseLayout::two_four ? 4 : __builtin_popcount(byte);
 }
 
 // One row and N tokens. `steps` bytes at a time have sums of their own, which hides the latency of additions.
@@ -197,7 +215,7 @@ NIWAKI_AVX2 void row_avx2(const SparseProduct& p, int64_t row, int64_t token, co
     const uint8_t* places = p.places + row * p.bytes;
     const float* x = p.x + token * p.bytes * 8;
     const int64_t stride = p.bytes * 8;
-    int64_t at = first_value(p, row);
+    Cursor<layout, kind> next(p.values, first_value(p, row));
     __m256 total[N];
     for (int n = 0; n < N; ++n) total[n] = _mm256_setzero_ps();
     for (int64_t group = 0; group < p.groups; ++group) {
@@ -210,15 +228,15 @@ NIWAKI_AVX2 void row_avx2(const SparseProduct& p, int64_t row, int64_t token, co
 #pragma GCC unroll 4
             for (int s = 0; s < steps; ++s) {
                 const uint8_t byte = places[b + s];
-                const __m256 w = spread<layout, kind>(p.values, at, byte, t, r);
-                at += taken<layout>(byte);
+                const __m256 w = spread<layout, kind>(next, byte, t, r);
+                next.pass(byte);
 #pragma GCC unroll 8
                 for (int n = 0; n < N; ++n)
                     acc[s][n] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + n * stride + 8 * (b + s)), acc[s][n]);
             }
         for (; b < end; ++b) {
-            const __m256 w = spread<layout, kind>(p.values, at, places[b], t, r);
-            at += taken<layout>(places[b]);
+            const __m256 w = spread<layout, kind>(next, places[b], t, r);
+            next.pass(places[b]);
             for (int n = 0; n < N; ++n)
                 acc[0][n] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + n * stride + 8 * b), acc[0][n]);
         }
