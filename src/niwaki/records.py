@@ -1,4 +1,4 @@
-"""How a packed matrix is stored, whatever it is: codes (see `codes`) or nonzeros (see `sparse`), told by its description.
+"""How a packed matrix is stored, told by its description: codes (see `codes`) or nonzeros (see `sparse`).
 
     names = record_names(about)
     weight_OI = decode_record({name: tensors[name] for name in names}, about)

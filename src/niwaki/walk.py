@@ -201,9 +201,7 @@ def _assign(block: Block, name: str, target: Target, record: Packed) -> None:
         block.add_bias(name, record.bias_O)
 
 
-def _line(
-    block: Block, name: str, target: Target, record: Packed, statistics: Statistics, pack: str
-) -> dict[str, Any]:
+def _line(block: Block, name: str, target: Target, record: Packed, statistics: Statistics, pack: str) -> dict[str, Any]:
     """Assigns one record and describes it; errors are relative squared output errors on sampled inputs.
 
     `error_before_update` is that of only removing the pruned weights, `error` that of the final matrix.

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from niwaki.kernels.codes import cpu_module
 from niwaki.kernels.sparse_product import KINDS, LAYOUTS, prepared_layer, product, sparse_product_op
-from niwaki.sparse import VALUES, Sparse
 from niwaki.sparse import KINDS as STORED_KINDS
 from niwaki.sparse import LAYOUTS as STORED_LAYOUTS
+from niwaki.sparse import VALUES, Sparse
 from test_sparse import coded, pruned
 
 PATHS = [0, 1, 2]  # the best, portable, AVX2
@@ -52,7 +52,9 @@ def one_by_one(x: Tensor, record: Sparse) -> Tensor:
                     value = float((raw[at] ^ 128) - 128)
                 else:
                     size = VALUES[record.values].itemsize
-                    value = float(torch.frombuffer(bytes(raw[at * size : (at + 1) * size]), dtype=VALUES[record.values]))
+                    value = float(
+                        torch.frombuffer(bytes(raw[at * size : (at + 1) * size]), dtype=VALUES[record.values])
+                    )
                 at += 1
                 column = 8 * byte + lane
                 if codes and record.scale_OG is not None:

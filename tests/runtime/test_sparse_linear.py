@@ -51,7 +51,9 @@ def test_forward_is_the_linear_layer_of_the_decoded_matrix(
     found = layer(record, bias).to(dtype)
     assert torch.equal(found.weight_OI(torch.float32), record.decode())
     x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
-    expected = torch.nn.functional.linear(x.float(), record.decode(), None if found.bias is None else found.bias.float())
+    expected = torch.nn.functional.linear(
+        x.float(), record.decode(), None if found.bias is None else found.bias.float()
+    )
     y = found(x.view(1, tokens, 256))
     assert y.dtype == dtype and y.shape == (1, tokens, 100)
     limit = 1e-5 if dtype == torch.float32 else 1e-2
@@ -67,10 +69,11 @@ def test_kernels_follow_copies_and_what_is_loaded() -> None:
     fresh = SparseLinear(100, 256, second.describe(), False)
     fresh.load_state_dict(second.tensors(), assign=True)
     assert torch.equal(fresh(x), second.decode().T[:3])
+    wanted = -second.decode().T[:3]
     other = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
-    other["places"], other["starts"] = other["places"].flip(0), other["starts"].flip(0)
-    fresh.load_state_dict(other)
-    assert torch.equal(fresh(x), second.decode().flip(0).T[:3])
+    other["values"] = -other["values"].view(torch.bfloat16)
+    fresh.load_state_dict({**other, "values": other["values"].view(torch.uint8)})
+    assert torch.equal(fresh(x), wanted)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +138,7 @@ def test_transformers_loads_nonzeros_generates_and_saves_them(
     for length in (3, 40):  # kernels, and decoded rows
         ids = torch.arange(length)[None]
         limit = 1e-5 if dtype == torch.float32 else 0.05
-        found, wanted = packed(ids).logits.float(), dense(ids).logits.float()
+        found, wanted = (each(ids).logits.detach().float() for each in (packed, dense))
         assert float((found - wanted).norm() / wanted.norm()) < limit
     ids = torch.arange(10)[None]
     generated = packed.generate(ids, max_new_tokens=8, do_sample=False)
@@ -165,7 +168,7 @@ def test_pruned_then_rounded_weights_are_stored_once_with_their_zeros_left_out(
         made[pack] = tmp_path / pack
         niwaki.compress(
             results["two-four"]["codes"], made[pack], method="rtn", target="4bit", pack=pack, device="cpu",
-            options={"group": 32, "symmetric": True},
+            options={"group": 16, "symmetric": True},
         )  # fmt: skip
     lines = lines_of(made["auto"])
     assert {line["stored"]["sparse"]["values"] for line in lines} == {"int4"}

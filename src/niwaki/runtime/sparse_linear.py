@@ -57,10 +57,11 @@ class SparseLinear(nn.Module):
     def _few(self, x_NI: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             record = self.record()
-            return sparse_product_op(
+            found: Tensor = sparse_product_op(
                 x_NI, record.places_OB, record.values_N, record.starts_O, record.scale_OG,
                 record.layout, record.values, record.group,
             )  # fmt: skip
+            return found
         return product(self._layer(), x_NI, self.out_features)
 
     def _many(self, x_NI: Tensor) -> Tensor:
