@@ -2,8 +2,9 @@
 
     python benchmarks/packed_linear.py --out benchmarks/results/packed-linear-cpu.json [--threads 1 2]
 
-Random codes and zeros; one token at a time, or as many as asked for; weights are larger than the caches, or as large as the shape makes them. Bandwidth is
-that of summing a large float32 tensor with the same threads in the same run.
+Random codes (or zeros, with --sparse); one token at a time, or as many as asked for; weights are larger than the caches,
+or as large as the shape makes them. Bandwidth is that of summing a large float32 tensor with the same threads in the
+same run.
 """
 
 import argparse
