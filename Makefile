@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-engines lint format clean
+.PHONY: demo test test-engines test-browser docs lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(RUN)/niwaki demo --overwrite
 
 test: $(VENV)/.installed
-	$(RUN)/python -m pytest -m "not engines"
+	$(RUN)/python -m pytest -m "not engines and not browser"
 
 # llama-cpp-python is built from source, once: some minutes, and a C++ compiler.
 $(VENV)/.engines: $(VENV)/.installed
@@ -25,14 +25,27 @@ $(VENV)/.engines: $(VENV)/.installed
 test-engines: $(VENV)/.engines
 	$(RUN)/python -m pytest -m engines
 
+# The handbook: parts made from code and measurements, then the site in ./site, which opens without a server.
+docs: $(VENV)/.installed
+	$(RUN)/python docs/generate.py
+	$(RUN)/python -m mkdocs build --strict
+
+# Needs Chromium, which pip cannot install: on Debian, apt-get install chromium.
+$(VENV)/.browser: $(VENV)/.installed
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,browser]"
+	touch $@
+
+test-browser: $(VENV)/.browser
+	$(RUN)/python -m pytest -m browser tests/reporting
+
 lint: $(VENV)/.installed
-	$(RUN)/ruff check src tests benchmarks
-	$(RUN)/ruff format --check src tests
+	$(RUN)/ruff check src tests benchmarks docs
+	$(RUN)/ruff format --check src tests docs
 	$(RUN)/mypy
 
 format: $(VENV)/.installed
-	$(RUN)/ruff check --fix src tests benchmarks
-	$(RUN)/ruff format src tests
+	$(RUN)/ruff check --fix src tests benchmarks docs
+	$(RUN)/ruff format src tests docs
 
 clean:
-	rm -rf $(VENV) niwaki-demo niwaki-demo-*.jsonl
+	rm -rf $(VENV) site niwaki-demo niwaki-demo-*.jsonl

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
@@ -19,11 +21,22 @@ from families import build
 from niwaki.activations import Activations
 from niwaki.anatomy import BlockAnatomy, Call, Linear
 from niwaki.block import Block
+from niwaki.cli import main
 from niwaki.demo import sapling
 from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence
 
 CPU = torch.device("cpu")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `niwaki ARGUMENTS`."""
+    sys.argv = ["niwaki", *map(str, arguments)]
+    with pytest.raises(SystemExit) as stopped:
+        main()
+        raise SystemExit(0)
+    printed = capsys.readouterr()
+    return int(stopped.value.code or 0), printed.out, printed.err
 
 
 class _Independent(nn.Module):
@@ -186,3 +199,30 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in skipped
     }
+
+
+def header_only(folder: Path, config: Any, shard_bytes: int = 10 * 2**30) -> Path:
+    """A bf16 checkpoint of `config` whose files have headers and no content: as large as a real one, on no disk."""
+    with torch.device("meta"):
+        model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    config.save_pretrained(folder)
+    shards: list[dict[str, Any]] = [{}]
+    filled = 0
+    for name, tensor in model.state_dict().items():
+        nbytes = 2 * tensor.numel()
+        if filled + nbytes > shard_bytes and shards[-1]:
+            shards.append({})
+            filled = 0
+        place = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [filled, filled + nbytes]}
+        shards[-1][name] = place
+        filled += nbytes
+    weight_map = {}
+    for number, shard in enumerate(shards):
+        header = json.dumps(shard).encode()
+        header += b" " * (-len(header) % 8)
+        with (folder / f"part-{number}.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + max(place["data_offsets"][1] for place in shard.values()))
+        weight_map |= dict.fromkeys(shard, f"part-{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from helpers import tiny_llama, write_texts
-from niwaki.calibration import calibration_windows, evaluation_windows, load_tokenizer, read_texts, sampled_windows
+from niwaki.calibration import (
+    calibration_windows,
+    evaluation_windows,
+    load_tokenizer,
+    owned_windows,
+    read_documents,
+    read_texts,
+    sampled_windows,
+)
 from niwaki.demo import sapling
 from niwaki.errors import CalibrationError
 
@@ -155,3 +163,27 @@ def test_sampling_says_that_it_is_slow_and_how_far_it_is(tmp_path: Path) -> None
         ("sample", 704, 720),
         ("sample", 720, 720),
     ]
+
+
+def test_documents_keep_their_domain_and_tokens_their_document(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "d.jsonl"
+    rows = [{"text": "one two", "domain": "a"}, {"text": " "}, {"text": "three", "domain": 7}, {"text": "four five"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents = read_documents([str(path)])
+    assert [(document.text, document.domain) for document in documents] == [
+        ("one two", "a"), ("three", "7"), ("four five", None)
+    ]  # fmt: skip
+    table = pyarrow.table({"text": ["a", "b"], "domain": ["x", None], "more": [1, 2]})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    found = read_documents([str(tmp_path / "d.parquet")])
+    assert [(document.text, document.domain) for document in found] == [("a", "x"), ("b", None)]
+    tokenizer = load_tokenizer(sapling())
+    texts = read_texts([str(path)])
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in texts]
+    ids_ST, owners_ST = owned_windows(texts, tokenizer, seq_len=2)
+    assert torch.equal(ids_ST, evaluation_windows(texts, tokenizer, seq_len=2))
+    wanted = [number for number, length in enumerate(lengths) for _ in range(length)]
+    assert owners_ST.flatten().tolist() == wanted[: ids_ST.numel()]

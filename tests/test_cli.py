@@ -1,30 +1,18 @@
 """The command line as a user meets it: exit codes, one-line errors, nothing written."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 import niwaki
-from helpers import tiny_llama, write_texts
-from niwaki.cli import main
+from helpers import run, tiny_llama, write_texts
 from niwaki.config import Calibration, Recipe
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("cli") / "model")
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `niwaki ARGUMENTS`."""
-    sys.argv = ["niwaki", *map(str, arguments)]
-    with pytest.raises(SystemExit) as stopped:
-        main()
-        raise SystemExit(0)
-    printed = capsys.readouterr()
-    return int(stopped.value.code or 0), printed.out, printed.err
 
 
 def compress(model: Path, out: Path, text: Path, *more: object) -> list[object]:

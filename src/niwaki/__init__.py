@@ -3,7 +3,7 @@
 import niwaki
 
 niwaki.compress("model", "out", method="sparsegpt", target="2:4", calibration=["mine.txt"])
-niwaki.evaluate("out", reference="model", data=["held_out.txt"])
+niwaki.compare("model", ["out"], data=["held_out.txt"])
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from niwaki.errors import (
     CalibrationError,
     CheckpointError,
     InputError,
+    MeasuringError,
     NiwakiError,
     NumericalError,
     OutputError,
@@ -22,10 +23,13 @@ from niwaki.errors import (
 )
 
 if TYPE_CHECKING:
+    from niwaki.comparing import compare
     from niwaki.compression import compress
     from niwaki.evaluation import evaluate
     from niwaki.exporting import export
     from niwaki.generation import generate, load
+    from niwaki.inspecting import inspect
+    from niwaki.planning import plan
     from niwaki.recovery import recover
 
 __version__ = "0.1.0"
@@ -35,25 +39,32 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "InputError",
+    "MeasuringError",
     "NiwakiError",
     "NumericalError",
     "OutputError",
     "ResumeError",
     "TargetError",
+    "compare",
     "compress",
     "evaluate",
     "export",
     "generate",
+    "inspect",
     "load",
+    "plan",
     "recover",
 ]
 
 _LAZY = {
+    "compare": "niwaki.comparing",
     "compress": "niwaki.compression",
     "evaluate": "niwaki.evaluation",
     "export": "niwaki.exporting",
     "generate": "niwaki.generation",
+    "inspect": "niwaki.inspecting",
     "load": "niwaki.generation",
+    "plan": "niwaki.planning",
     "recover": "niwaki.recovery",
 }
 

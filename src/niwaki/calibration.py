@@ -14,6 +14,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,16 @@ from niwaki.errors import CalibrationError
 from niwaki.loading import plain_loading
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+DOMAIN = "domain"
 SAMPLE_STEPS = 32  # tokens a window grows between two reports
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, and what kind it is if its row says so."""
+
+    text: str
+    domain: str | None = None
 
 
 def windows_for(
@@ -63,9 +73,14 @@ def read_texts(sources: Sequence[str], field: str = "text") -> list[str]:
     A source is a `.txt` file (one document), a `.jsonl` or `.parquet` file (`field` of every row), or a
     data set that the `datasets` package can load (a hub id or a folder; its `train` split).
     """
+    return [document.text for document in read_documents(sources, field)]
+
+
+def read_documents(sources: Sequence[str], field: str = "text") -> list[Document]:
+    """The same with the `domain` of every row of `.jsonl`, `.parquet` and data sets that has one."""
     check_sources(sources)
-    texts = [text for source in sources for text in _read_source(source, field)]
-    documents = [text for text in texts if text.strip()]
+    found = [document for source in sources for document in _read_source(source, field)]
+    documents = [document for document in found if document.text.strip()]
     if sources and not documents:
         raise CalibrationError(f"no text in {', '.join(sources)}: expected at least one non-empty document")
     return documents
@@ -114,10 +129,10 @@ def calibration_windows(texts: Sequence[str], tokenizer: Any, *, samples: int, s
     """[S, T] int64 windows from documents shuffled by `seed`. Raises when the text is too short."""
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
-    stream, used = _token_stream((texts[i] for i in order), tokenizer, samples * seq_len)
+    stream, ends = _token_stream((texts[i] for i in order), tokenizer, samples * seq_len)
     if len(stream) < samples * seq_len:
         raise CalibrationError(
-            f"calibration holds {len(stream):,} tokens in {used} documents, "
+            f"calibration holds {len(stream):,} tokens in {len(ends)} documents, "
             f"{samples} windows × {seq_len} need {samples * seq_len:,}: add text, or lower --samples or --seq-len"
         )
     return torch.tensor(stream, dtype=torch.int64).view(samples, seq_len)
@@ -125,13 +140,22 @@ def calibration_windows(texts: Sequence[str], tokenizer: Any, *, samples: int, s
 
 def evaluation_windows(texts: Sequence[str], tokenizer: Any, *, seq_len: int, max_tokens: int | None = None) -> Tensor:
     """[S, T] int64 windows in file order from the first `max_tokens` tokens; an incomplete window is dropped."""
-    stream, _ = _token_stream(texts, tokenizer, max_tokens)
+    return owned_windows(texts, tokenizer, seq_len=seq_len, max_tokens=max_tokens)[0]
+
+
+def owned_windows(
+    texts: Sequence[str], tokenizer: Any, *, seq_len: int, max_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The windows of `evaluation_windows`, and for every token [S, T] the number of the document it comes from."""
+    stream, ends = _token_stream(texts, tokenizer, max_tokens)
     count = len(stream) // seq_len
     if count == 0:
         raise CalibrationError(
             f"evaluation text holds {len(stream):,} tokens, one window needs {seq_len}: add text, or lower --seq-len"
         )
-    return torch.tensor(stream[: count * seq_len], dtype=torch.int64).view(count, seq_len)
+    ids_ST = torch.tensor(stream[: count * seq_len], dtype=torch.int64).view(count, seq_len)
+    places = torch.arange(count * seq_len)
+    return ids_ST, torch.searchsorted(torch.tensor(ends), places, right=True).view(count, seq_len)
 
 
 def sampled_windows(
@@ -196,20 +220,21 @@ def digest(windows_ST: Tensor) -> str:
     return hashlib.sha256(windows_ST.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _token_stream(texts: Iterable[str], tokenizer: Any, limit: int | None) -> tuple[list[int], int]:
+def _token_stream(texts: Iterable[str], tokenizer: Any, limit: int | None) -> tuple[list[int], list[int]]:
+    """The tokens of all texts that fit, and for every text the place behind its end token."""
     stream: list[int] = []
-    used = 0
+    ends: list[int] = []
     for text in texts:
         if limit is not None and len(stream) >= limit:
             break
         # verbose=False: documents longer than the model are cut into windows here, no warning is due
         stream.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         stream.append(tokenizer.eos_token_id)
-        used += 1
-    return (stream if limit is None else stream[:limit]), used
+        ends.append(len(stream))
+    return (stream if limit is None else stream[:limit]), ends
 
 
-def _read_source(source: str, field: str) -> Iterator[str]:
+def _read_source(source: str, field: str) -> Iterator[Document]:
     path = Path(source)
     if not path.is_file():
         return _read_dataset(source, field)
@@ -222,11 +247,11 @@ def _read_source(source: str, field: str) -> Iterator[str]:
             f"{source} is not UTF-8 (byte {error.start}): convert it, for example with iconv -t UTF-8"
         ) from error
     if path.suffix.lower() == ".txt":
-        return iter([content])
+        return iter([Document(content)])
     return _read_jsonl(path, content, field)
 
 
-def _read_jsonl(path: Path, content: str, field: str) -> Iterator[str]:
+def _read_jsonl(path: Path, content: str, field: str) -> Iterator[Document]:
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
@@ -234,10 +259,10 @@ def _read_jsonl(path: Path, content: str, field: str) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise CalibrationError(f"{path}:{number}: not a JSON line ({error.msg})") from error
-        yield _text_of(row, field, f"{path}:{number}")
+        yield _document(row, field, f"{path}:{number}")
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
+def _read_parquet(path: Path, field: str) -> Iterator[Document]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
@@ -245,11 +270,12 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
     file = parquet.ParquetFile(path)
     if field not in file.schema_arrow.names:
         raise CalibrationError(f"{path} has no column {field!r} ({', '.join(file.schema_arrow.names)}): see --field")
-    for batch in file.iter_batches(columns=[field]):
-        yield from (_text_of({field: value}, field, str(path)) for value in batch.column(field).to_pylist())
+    columns = [name for name in dict.fromkeys((field, DOMAIN)) if name in file.schema_arrow.names]
+    for batch in file.iter_batches(columns=columns):
+        yield from (_document(row, field, str(path)) for row in batch.to_pylist())
 
 
-def _read_dataset(source: str, field: str) -> Iterator[str]:
+def _read_dataset(source: str, field: str) -> Iterator[Document]:
     try:
         import datasets
     except ImportError as error:
@@ -263,13 +289,14 @@ def _read_dataset(source: str, field: str) -> Iterator[str]:
             f"{source} is neither a {'/'.join(SUFFIXES)} file nor a loadable data set ({_first_line(error)})"
         ) from error
     for row in rows:
-        yield _text_of(row, field, source)
+        yield _document(row, field, source)
 
 
-def _text_of(row: Any, field: str, where: str) -> str:
+def _document(row: Any, field: str, where: str) -> Document:
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         raise CalibrationError(f"{where}: expected an object with a text in {field!r} (see --field)")
-    return str(row[field])
+    domain = row.get(DOMAIN)
+    return Document(str(row[field]), None if domain is None else str(domain))
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,6 +7,9 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+# Between these lines `niwaki evaluate OUT --update-card` writes its numbers (see `measured`).
+BEGIN, END = "<!-- niwaki: measured -->", "<!-- niwaki: end -->"
+UNMEASURED = "Not measured while compressing: `niwaki evaluate` measures, with `--update-card` into this place."
 _BODY = """---
 {metadata}
 ---
@@ -17,6 +20,7 @@ _BODY = """---
 
 | | |
 |---|---|
+| base model | {base} |
 | matrices compressed | {matrices} |
 | measured zeros in them | {zeros:.4%} |
 | true bits a weight in them, scales and all | {bits:.3f} |
@@ -26,9 +30,17 @@ _BODY = """---
 | seed | {seed} |
 | time | {seconds} s on {device} |
 
-{storage} Quality was not measured while compressing; `niwaki evaluate` does that.
+{storage}
 
-Made with:
+## Measured quality
+
+{begin}
+
+{unmeasured}
+
+{end}
+
+## Made with
 
     {command}
 
@@ -113,8 +125,10 @@ def model_card(record: dict[str, Any]) -> str:
     exported = record.get("export")
     result = record["result"] | (exported or {})  # the bytes and bits of an export are its own
     source = Path(record["model"]["source"]).name
+    hub_id, revision = _hub_source(record["model"]["source"])
     # eval_results stays empty on purpose: nothing was evaluated here.
     metadata = ModelCardData(
+        base_model=hub_id,
         library_name=_library(record),
         pipeline_tag="text-generation",
         tags=["niwaki", "quantized" if result["packed"] > _sparse(result) else "pruned", recipe["method"]]
@@ -126,8 +140,14 @@ def model_card(record: dict[str, Any]) -> str:
     shaped = _shaping(record)
     return _BODY.format(
         metadata=metadata.to_yaml(),
-        name=f"{source}, {recipe['method']} {target}",
-        source=source,
+        name=f"{hub_id or source}, {recipe['method']} {target}",
+        source=hub_id or source,
+        base=f"`{source}`, a local folder"
+        if hub_id is None
+        else f"[{hub_id}](https://huggingface.co/{hub_id}) at `{revision}`",
+        begin=BEGIN,
+        end=END,
+        unmeasured=UNMEASURED,
         version=record["niwaki"],
         method=recipe["method"],
         target=target + (f", blocks {', '.join(map(str, kept))} kept at 4 bits" if kept else ""),
@@ -144,6 +164,13 @@ def model_card(record: dict[str, Any]) -> str:
         device=record["device"],
         command="\n    ".join(_made_with(record)),
     )
+
+
+def _hub_source(folder: str) -> tuple[str | None, str]:
+    """Hub id and revision of a folder in the hub's cache (models--org--name/snapshots/revision), None of others."""
+    *_, cached, snapshots, revision = ("", "", *Path(folder).parts)
+    kind, *name = cached.split("--")
+    return ("/".join(name), revision) if kind == "models" and name and snapshots == "snapshots" else (None, "")
 
 
 def _shaping(record: dict[str, Any]) -> dict[str, Any]:

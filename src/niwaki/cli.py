@@ -1,6 +1,5 @@
 """The command line: parse → config → call. Heavy imports happen inside the commands."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,8 +7,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from niwaki import __version__, contextual_commands
+from niwaki import (
+    __version__,
+    comparing_commands,
+    contextual_commands,
+    evaluation_commands,
+    inspect_commands,
+    plan_commands,
+)
 from niwaki.errors import InputError, NiwakiError
+from niwaki.flags import given, recipe_values
 
 app = typer.Typer(
     name="niwaki",
@@ -26,7 +33,6 @@ DTYPE = "Arithmetic: auto (float32 on the CPU, else as stored), float32, bfloat1
 TARGET = "Zeros 0.5, 50%, 2:4, bits 4bit, 1.75bit, or 0.25+4bit of a chain. Required here or in the recipe."
 TARGET_BYTES = "Instead of a target: bytes of all matrices together, 1.7GB or 800MiB (squeeze10)."
 KEEP_BLOCKS = "Blocks that stay at 4 bits while the others make up for it: auto, none or 0,7 (squeeze10)."
-TASKS = 'Multiple choice, JSONL, a line each: {"pairs": [\\[context, continuation], ...], "gold": index}. Repeatable.'
 
 
 def _option(text: str, default: object) -> Any:
@@ -94,18 +100,17 @@ def compress(
 ) -> None:
     """Compress MODEL into OUT, block by block."""
     from niwaki.compression import compress as run
-    from niwaki.config import calibration_fields, load_recipe
     from niwaki.progress import Display
     from niwaki.run import resumable
 
-    values: dict[str, Any] = load_recipe(recipe) if recipe else {}
-    values |= _given(method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks)
-    values |= _given(allocation=allocation, pack=pack, ends=ends, seed=seed, device=device, dtype=dtype)
-    values |= _given(batch_tokens=batch_tokens, activation_bytes=activation_bytes)
-    files = tuple(calibration) if calibration else None
-    text = _given(files=files, field=field, samples=samples, seq_len=seq_len)
-    values["calibration"] = {**calibration_fields(values.get("calibration")), **text}
-    values["options"] = {**(values.get("options") or {}), **_key_values(set_ or [])}
+    values = recipe_values(
+        recipe,
+        given(files=tuple(calibration) if calibration else None, field=field, samples=samples, seq_len=seq_len),
+        set_,
+        **given(method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks),
+        **given(allocation=allocation, pack=pack, ends=ends, seed=seed, device=device, dtype=dtype),
+        **given(batch_tokens=batch_tokens, activation_bytes=activation_bytes),
+    )
     try:
         with Display(err_console) as display:
             record = run(
@@ -164,49 +169,6 @@ def recover(
     losses = f"held-out loss {result['heldout_loss_before']:.4f} -> {result['heldout_loss']:.4f}"
     zeros = f"{result['zeros_frac']:.4%} zeros kept"
     out_console.print(f"{out}: {losses}, {zeros}, {record['seconds']} s", highlight=False, soft_wrap=True)
-
-
-@app.command()
-def evaluate(
-    model: Model,
-    data: Annotated[list[str] | None, typer.Option(help=f"{TEXT} Repeatable.")] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help=TASKS)] = None,
-    reference: Annotated[str | None, typer.Option(help="Dense model: adds KL and top-1 agreement.")] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
-    max_tokens: Annotated[int | None, typer.Option(help="Use the first N tokens of every data file.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use the first N questions of every task file.")] = None,
-    field: Annotated[str, typer.Option(help="Text field of .jsonl and .parquet rows.")] = "text",
-    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
-    dtype: Annotated[str, typer.Option(help=DTYPE)] = "auto",
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
-) -> None:
-    """Measure perplexity, distance to a reference, and tasks."""
-    from niwaki.evaluation import evaluate as run
-    from niwaki.progress import Display
-    from niwaki.tables import print_scores
-    from niwaki.writing import write_text
-
-    if json_ is not None and not json_.parent.is_dir():
-        raise InputError(f"--json {json_}: the folder {json_.parent} does not exist")
-    if json_ is not None and json_.is_dir():
-        raise InputError(f"--json {json_} is a folder: expected a file name")
-    with Display(err_console) as display:
-        result = run(
-            model,
-            data=data or (),
-            tasks=tasks or (),
-            reference=reference,
-            seq_len=seq_len,
-            max_tokens=max_tokens,
-            limit=limit,
-            field=field,
-            device=device,
-            dtype=dtype,
-            report=display,
-        )
-    print_scores(out_console, result)
-    if json_ is not None:
-        write_text(json_, json.dumps(result, indent=2) + "\n")
 
 
 @app.command()
@@ -281,8 +243,13 @@ def demo(
     print_demo(out_console, found, out)
 
 
+app.command()(evaluation_commands.evaluate)
+app.command()(comparing_commands.compare)
+app.command()(comparing_commands.gate)
 app.command()(contextual_commands.adapt)
 app.command()(contextual_commands.calibrate_gate)
+app.command()(inspect_commands.inspect)
+app.command()(plan_commands.plan)
 
 
 def main() -> None:
@@ -298,21 +265,6 @@ def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
-
-
-def _given(**flags: Any) -> dict[str, Any]:
-    """The flags that were set; the others leave the recipe as it is."""
-    return {name: value for name, value in flags.items() if value is not None}
-
-
-def _key_values(pairs: list[str]) -> dict[str, str]:
-    found = {}
-    for pair in pairs:
-        key, sign, value = pair.partition("=")
-        if not sign or not key:
-            raise InputError(f"--set {pair!r}: expected key=value")
-        found[key] = value
-    return found
 
 
 def _print_record(out: Path, record: dict[str, Any]) -> None:

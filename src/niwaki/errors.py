@@ -8,7 +8,8 @@ NiwakiError                 the CLI prints it in one line and exits with 2
 │   └── TargetError         a target the method or the matrix cannot meet
 ├── OutputError             the target folder: exists, read-only, full
 │   └── ResumeError         an unfinished run that does not match what was asked
-└── NumericalError          a computation left the finite numbers
+├── NumericalError          a computation left the finite numbers
+└── MeasuringError          a model could not be run to be measured
 """
 
 import difflib
@@ -49,6 +50,10 @@ class ResumeError(OutputError):
 
 class NumericalError(NiwakiError):
     """A computation produced values that are not finite."""
+
+
+class MeasuringError(NiwakiError):
+    """A model could not be run where it was to be measured."""
 
 
 def unknown(what: str, name: str, choices: Iterable[str]) -> str:

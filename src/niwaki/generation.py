@@ -16,8 +16,8 @@ from niwaki.runtime.contextual import attach
 from niwaki.runtime.verified import write
 
 
-def load(model: str | Path, *, device: str = "auto", dense: bool = False) -> Any:
-    """The whole model as a transformers `PreTrainedModel` in eval mode, in the checkpoint's dtype.
+def load(model: str | Path, *, device: str = "auto", dense: bool = False, dtype: torch.dtype | None = None) -> Any:
+    """The whole model as a transformers `PreTrainedModel` in eval mode, in `dtype` or the checkpoint's.
 
     If a predictor lies beside the weights (method shadow), the model skips what its inputs do not need, unless `dense`;
     `model.contextual` says what it did.
@@ -27,7 +27,7 @@ def load(model: str | Path, *, device: str = "auto", dense: bool = False) -> Any
     checkpoint = Checkpoint.open(model)
     with plain_loading():
         decoder: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=checkpoint.dtype, trust_remote_code=False
+            checkpoint.folder, dtype=dtype or checkpoint.dtype, trust_remote_code=False
         )
     decoder = decoder.to(pick_device(device)).eval()
     if has_shadow(checkpoint.folder) and not dense:

@@ -36,13 +36,13 @@ from niwaki.errors import InputError, NumericalError, unknown
 from niwaki.gradients import squared_gradients
 from niwaki.methods import CONTEXTUAL, STRUCTURED, merged_needs, settle_budget
 from niwaki.parts import block_lines, packed_modules, read_plain, result_of, shard_index
+from niwaki.planning import check_possible
 from niwaki.run import (
     RECORD,
     Run,
     Writer,
     check_apart,
     check_free,
-    check_space,
     circumstances,
     fingerprint,
     finished_record,
@@ -91,12 +91,12 @@ class CompressionJob:
         self.checkpoint = Checkpoint.open(model)
         self.checkpoint.require_plain()
         check_apart(self.checkpoint.folder, self.out)
-        check_space(self.out, self.checkpoint.nbytes)
         self.decoder = Decoder(self.checkpoint, self.device, pick_dtype(recipe.dtype))
         if recipe.target_bytes is not None:
             self.target = bits_within(recipe.target_bytes, self.decoder)
             self.allocated = {"target_bits": self.target.bits}
         self.targets: Targets = uniform(self.decoder.anatomy, self.target)
+        check_possible(self.decoder, recipe, self.steps, self.target, self.out, report)
         if recipe.allocation == "owl":
             owl(self.decoder.anatomy, self.target, [0.0] * len(self.decoder), self.owl)  # refuses what it cannot do
         if recipe.keep_blocks:
@@ -208,7 +208,7 @@ class CompressionJob:
             def outliers(block: Block, stream: Stream) -> float:
                 return outlier_share(block, collect(block, stream, OWL_NEEDS)[0], self.owl)
 
-            shares = self._scan(run, "outlier_shares", outliers, report)
+            shares = self.allocated["outlier_shares"] = self._scan(run, "outlier_shares", outliers, report)
             self.targets = owl(anatomy, self.target, shares, self.owl)
         if self.recipe.allocation == "sensitivity":
             self.allocated["sensitivities"] = self._scan(run, "sensitivities", sensitivities, report)

@@ -20,6 +20,8 @@ _TITLES = {
     "scan": ("measuring the dense blocks", "blocks"),
     "block": ("compressing", "blocks"),
     "evaluate": ("evaluating", "blocks"),
+    "compare": ("scoring", "windows"),
+    "measure": ("measuring speed and memory", "models"),
     "export": ("exporting", "parts"),
     "recover": ("recovering", "steps"),
 }
@@ -84,7 +86,8 @@ class Display:
         """One line a block: index, its seconds, and the time left at the mean pace so far."""
         now = time.perf_counter()
         began = self._began.setdefault(title, self._last)
-        if unit in ("tokens", "parts") and done < of and now - self._last < (now - began) / done * of / _FEW_LINES:
+        soon = now - self._last < (now - began) / done * of / _FEW_LINES
+        if unit in ("tokens", "parts", "windows") and done < of and soon:
             return
         left = (now - began) / done * (of - done)
         line = f"{title}: {unit.removesuffix('s')} {done}/{of}, {now - self._last:.1f} s, {left:.0f} s left"

@@ -167,6 +167,13 @@ def stored_shapes(about: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tupl
     return {name: shapes[name] for name in stored_names(about)}
 
 
+def sparse_bytes(rows: int, columns: int, count: int, value_bits: int, layout: str) -> int:
+    """What `count` values of a matrix and their places take; two_four stores its own number of values."""
+    places = rows * -(-columns // 8)
+    count, starts = (4 * places, 0) if layout == "two_four" else (count, 4 * rows)
+    return places + starts + -(-count * value_bits // 8) + SLACK_BYTES
+
+
 def fits_two_four(keep_OI: Tensor) -> bool:
     """Whether no four neighbours of a row keep more than two; missing columns count as zeros."""
     padded_OI = torch.nn.functional.pad(keep_OI, (0, -keep_OI.shape[1] % 4))
@@ -175,9 +182,8 @@ def fits_two_four(keep_OI: Tensor) -> bool:
 
 def smaller_layout(keep_OI: Tensor, value_bits: int) -> str:
     """The layout that takes fewer bytes for these columns with a value."""
-    most = 4 * len(keep_OI) * -(-keep_OI.shape[1] // 8)  # values of two_four
-    saved_bits = (most - int(keep_OI.sum())) * value_bits  # by a bitmap, whose rows have 32-bit numbers
-    return "two_four" if saved_bits <= 32 * len(keep_OI) and fits_two_four(keep_OI) else "bitmap"
+    bitmap, two_four = (sparse_bytes(*keep_OI.shape, int(keep_OI.sum()), value_bits, layout) for layout in LAYOUTS)
+    return "two_four" if two_four <= bitmap and fits_two_four(keep_OI) else "bitmap"
 
 
 def _fill_two(keep_OI: Tensor) -> Tensor:

@@ -4,13 +4,18 @@ import re
 import textwrap
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from niwaki.measured import harness_metrics, harness_value
+
+if TYPE_CHECKING:
+    from niwaki.comparing.evidence import Candidate, Comparison, Estimate, Model
 
 NAME_COLUMNS = 12  # a first column narrower than this is no longer readable
 
@@ -60,6 +65,28 @@ def print_scores(console: Console, result: dict[str, Any]) -> None:
     if rows:
         more = ["dense", "normalised"] if compared else []
         print_table(console, ["task", "items", "accuracy", "normalised", *more], rows)
+    if (result["tokens"] or result["tasks"]) and "note" in result:
+        console.print(f"note: {result['note']}", highlight=False, soft_wrap=True)
+    if "lm_eval" in result:
+        _print_harness(console, result["lm_eval"])
+
+
+def _print_harness(console: Console, found: dict[str, Any]) -> None:
+    """One row per task and metric, as lm_eval names them."""
+    dense = found.get("reference", {}).get("results")
+    rows = []
+    for task, metrics in found["results"].items():
+        for metric in harness_metrics(metrics):
+            values = [metrics] if dense is None else [metrics, dense[task]]
+            rows.append([task, metric.removesuffix(",none"), *(harness_value(one, metric) for one in values)])
+    print_table(console, ["lm_eval task", "metric", "value", *([] if dense is None else ["dense"])], rows)
+    if counted := found.get("contextual"):
+        console.print(
+            f"{counted['sparse_tokens']:,} tokens were scored with a part of the weights, {counted['dense_tokens']:,} "
+            f"and {counted['context_tokens']:,} of contexts with all of them",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def print_demo(console: Console, found: dict[str, Any], out: Path) -> None:
@@ -81,6 +108,76 @@ def print_demo(console: Console, found: dict[str, Any], out: Path) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def print_comparison(console: Console, found: "Comparison") -> None:
+    """A table for every candidate, then the verdicts."""
+    for candidate in found.candidates:
+        about = ", ".join(filter(None, [candidate.model.kind, candidate.model.method, candidate.model.target]))
+        headers = ["", "dense", "candidate", "compared", f"{100 * found.confidence:.4g}% interval"]
+        print_table(console, headers, _compared(found.dense, candidate), escape(f"{candidate.model.name} ({about})"))
+        if candidate.scoring.how == "runtime":
+            scoring = candidate.scoring
+            line = (
+                f"{candidate.model.name}: scored behind the first {scoring.first_tokens} tokens of {scoring.windows} "
+                f"windows, {scoring.dense_windows} of them with all weights; the others skip {scoring.skipped_frac:.0%}"
+            )
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    print_verdicts(console, found)
+
+
+def print_verdicts(console: Console, found: "Comparison") -> None:
+    """Every gate with its reason, and one line for the whole."""
+    if found.gate is None:
+        console.print("no gates given: nothing was judged (--gate FILE)", highlight=False, soft_wrap=True)
+        return
+    for candidate in found.candidates:
+        for verdict in candidate.gates:
+            word = "[green]pass[/]" if verdict.passed else "[red]FAIL[/]"
+            about = f" {verdict.about}" if verdict.about else ""
+            line = escape(f"{candidate.model.name}: {verdict.gate}{about}: {verdict.reason}")
+            console.print(f"{word} {line}", highlight=False, soft_wrap=True)
+    gates = [verdict.passed for candidate in found.candidates for verdict in candidate.gates]
+    word = "[green]passed[/]" if found.passed else "[red]FAILED[/]"
+    console.print(f"{word}: {sum(gates)} of {len(gates)} gates", highlight=False, soft_wrap=True)
+
+
+def _compared(dense: "Model", candidate: "Candidate") -> list[list[str]]:
+    model, rows = candidate.model, []
+    rows.append(["file bytes", f"{dense.file_bytes:,}", f"{model.file_bytes:,}", f"{candidate.bytes_ratio:.3f}", ""])
+    for data in candidate.data:
+        for name, one in {"": data.whole, **data.domains}.items():
+            where = f"{data.data}{': ' + name if name else ''}"
+            ratio = one.perplexity_ratio
+            perplexities = [f"{one.dense_perplexity:.3f}", f"{one.perplexity:.3f}", f"{ratio.value:.3f}"]
+            rows.append([f"perplexity {where}", *perplexities, _interval(ratio, ".3f")])
+            if not name:
+                rows.append([f"KL {where}", "0", f"{one.kl.value:.4f}", "", _interval(one.kl, ".4f")])
+                agreed = one.top1_agreement
+                rows.append([f"top-1 {where}", "100%", f"{agreed.value:.2%}", "", _interval(agreed, ".2%")])
+    for task in candidate.tasks:
+        for name, answers in (("accuracy", task.accuracy), ("normalised", task.accuracy_norm)):
+            accuracies = [f"{answers.dense_accuracy:.3f}", f"{answers.accuracy:.3f}", f"loss {answers.loss.value:.3f}"]
+            rows.append([f"{name} {task.task}", *accuracies, _interval(answers.loss, ".3f")])
+        flips = [f"{len(task.accuracy.right_to_wrong)} right→wrong", f"{len(task.accuracy.wrong_to_right)} wrong→right"]
+        flips += [f"p {task.accuracy.mcnemar_p:.3f}", ""]
+        rows.append([f"flips of {task.questions}", *flips])
+    if candidate.speed is not None:
+        for name, pace in (("prompt", candidate.speed.prefill), ("writing", candidate.speed.decode)):
+            ratio = pace.latency_ratio
+            speeds = [f"{pace.dense_median:.1f}", f"{pace.candidate_median:.1f}", f"time {ratio.value:.3f}"]
+            rows.append([f"{name}, tokens/s", *speeds, _interval(ratio, ".3f")])
+    if model.memory is not None and dense.memory is not None:
+        rows.append(["loading, s", f"{dense.load_seconds:.2f}", f"{model.load_seconds:.2f}", "", ""])
+        peaks = [one.memory.device_peak_bytes or one.memory.peak_bytes for one in (dense, model) if one.memory]
+        rows.append(["peak memory, MB", *(f"{peak / 1e6:,.0f}" for peak in peaks), f"{peaks[1] / peaks[0]:.3f}", ""])
+    return rows
+
+
+def _interval(found: "Estimate", form: str) -> str:
+    if found.low is None or found.high is None:
+        return f"none from {found.units}"
+    return f"{found.low:{form}} … {found.high:{form}}"
 
 
 def print_methods(console: Console) -> None:

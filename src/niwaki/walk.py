@@ -25,6 +25,7 @@ from niwaki.errors import ArchitectureError, NumericalError
 from niwaki.kernels.sparse_product import fast_path
 from niwaki.methods import Step, merged_needs
 from niwaki.packed import Packed, join_notes
+from niwaki.scores import Choice, summary, watched
 from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence, Stream
 
@@ -172,10 +173,14 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
     if stream is not None:
         statistics, before_BTD = collect(block, stream, plan.needs, dense)
     packed: dict[str, Packed] = {}
+    chosen: dict[str, list[Choice]] = {}
     gradients = plan.gradients(block.index)
     for number, step in enumerate(plan.steps):
         generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + block.index) * 101 + number)
-        found = step.compress(block, Evidence(statistics, stream, dense, packed, gradients), targets, generator)
+        evidence = Evidence(statistics, stream, dense, packed, gradients)
+        with watched({} if plan.trial else targets) as (own, seen):
+            found = step.compress(block, evidence, own or targets, generator)
+        chosen = {name: chosen.get(name, []) + seen.get(name, []) for name in targets}
         packed = {name: record.after(packed[name]) if packed else record for name, record in found.items()}
     if plan.trial:
         for name, record in packed.items():
@@ -183,7 +188,9 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
         return []
     with torch.no_grad():
         lines = [
-            _line(block, name, targets[name], record, statistics[name], plan.pack) for name, record in packed.items()
+            _line(block, name, targets[name], record, statistics[name], plan.pack)
+            | summary(chosen[name], block.weight(name))
+            for name, record in packed.items()
         ]
     if stream is not None and before_BTD is not None:
         after_BTD = stream.observe(block, None, first_only=True)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import niwaki
 from families import build, families
 from helpers import add_tokenizer, tiny_llama, write_texts
+from niwaki.checkpoint import Checkpoint
 from niwaki.errors import CheckpointError, InputError
 from niwaki.runtime import sparse_linear as module
 from niwaki.runtime.sparse_linear import SparseLinear
@@ -135,8 +136,7 @@ def test_transformers_loads_nonzeros_generates_and_saves_them(
     kinds = {type(packed.get_submodule(f"model.layers.{line['block']}.{line['matrix']}")) for line in lines_of(
         results[name]["auto"])}  # fmt: skip
     assert kinds == {SparseLinear}
-    for length in (3, 300):  # kernels, and decoded rows
-        ids = torch.arange(length)[None]
+    for ids in (torch.arange(3)[None], torch.arange(320).view(8, 40)):  # kernels, and decoded rows (float32)
         limit = 1e-5 if dtype == torch.float32 else 0.05
         found, wanted = (each(ids).logits.detach().float() for each in (packed, dense))
         assert float((found - wanted).norm() / wanted.norm()) < limit
@@ -157,6 +157,32 @@ def test_evaluation_reads_nonzeros_as_the_weights_they_stand_for(name: str, resu
         for pack in ("auto", "codes")
     )
     assert a["perplexity"] == b["perplexity"]
+
+
+def test_readers_of_the_checkpoint_see_plain_weights(results: dict) -> None:
+    packed, plain = (Checkpoint.open(results["half"][pack]) for pack in ("auto", "codes"))
+    found, wanted = packed.read(packed.tensors), plain.read(plain.tensors)
+    assert sorted(found) == sorted(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_resumed_run_ends_at_the_same_bytes(results: dict, text: Path, tmp_path: Path) -> None:
+    def stop(event: str, **fields: Any) -> None:
+        if event == "saved" and fields["part"] == "block-00000":
+            raise KeyboardInterrupt
+
+    def work(**more: Any) -> None:
+        niwaki.compress(
+            results["two-four"]["auto"].parent / "model", tmp_path / "out", method="sparsegpt", target="2:4", pack="auto",
+            device="cpu", calibration={"files": (str(text),), "samples": 4, "seq_len": 16}, **more,
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        work(report=stop)
+    work(resume=True)
+    found, wanted = tensors_of(tmp_path / "out"), tensors_of(results["two-four"]["auto"])
+    assert sorted(found) == sorted(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_pruned_then_rounded_weights_are_stored_once_with_their_zeros_left_out(

@@ -17,14 +17,18 @@ from niwaki.block import Decoder
 from niwaki.calibration import check_seq_len, check_sources, evaluation_windows, load_tokenizer, read_texts
 from niwaki.checkpoint import Checkpoint
 from niwaki.config import as_files
+from niwaki.contextual.record import has_shadow
 from niwaki.device import pick_device, pick_dtype
 from niwaki.errors import InputError
 from niwaki.evaluation.divergence import compare_windows
-from niwaki.evaluation.tasks import Bucket, buckets, read_items, score
+from niwaki.evaluation.harness import find_tasks, run_tasks
+from niwaki.evaluation.passed import Passed
+from niwaki.evaluation.tasks import buckets, read_items, score
 from niwaki.stream import Stream
-from niwaki.walk import Report, forward
+from niwaki.walk import Report
 
 SEQ_LEN = 1024
+DENSE_NOTE = "texts and task files were measured with all weights; --lm-eval measures with those that were chosen"
 
 
 def evaluate(
@@ -32,6 +36,9 @@ def evaluate(
     *,
     data: str | Path | Sequence[str | Path] = (),
     tasks: str | Path | Sequence[str | Path] = (),
+    lm_eval: str | Sequence[str] = (),
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
     reference: str | Path | None = None,
     seq_len: int = SEQ_LEN,
     max_tokens: int | None = None,
@@ -41,19 +48,22 @@ def evaluate(
     dtype: str = "auto",
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Measures `model` on text files and task files (one or several), and against `reference` if given.
+    """Measures `model` on text files, task files and tasks that lm_eval knows, and against `reference` if given.
 
     Returns a JSON-ready mapping: `perplexity`, `tokens`, and with a reference `reference_perplexity`, `kl`
     (mean KL(reference‖model) in nats per predicted token) and `top1_agreement`, each per data file; `tasks`
-    per task file; `bytes` of the weight files. `max_tokens` cuts every data file, `limit` every task file.
+    per task file; `lm_eval` as that package reports it; `bytes` of the weight files. `max_tokens` cuts every data file,
+    `limit` every task. `include_path` is a folder of task files for lm_eval, `num_fewshot` its number of examples.
 
     Raises InputError for anything that cannot be read or does not fit the model.
     """
     data, tasks = as_files(data), as_files(tasks)
-    if not data and not tasks:
-        raise InputError("nothing to evaluate: give --data FILE or --tasks FILE")
+    names = (lm_eval,) if isinstance(lm_eval, str) else lm_eval
+    if not (data or tasks or names):
+        raise InputError("nothing to evaluate: give --data FILE, --tasks FILE or --lm-eval TASKS")
     _check_counts(seq_len=(seq_len, 2), max_tokens=(max_tokens, 2), limit=(limit, 1))
     check_sources(data)
+    harness = find_tasks(names, include_path, num_fewshot, limit)
     report = report or (lambda event, **fields: None)
     decoders = [
         Decoder(Checkpoint.open(path), pick_device(device), pick_dtype(dtype))
@@ -71,7 +81,7 @@ def evaluate(
     packed = {path: buckets(items, tokenizer, positions) for path, items in questions.items()}
     with tempfile.TemporaryDirectory(prefix="niwaki-") as folder:
         passed = [
-            _Passed(decoder, windows, packed, Path(folder) / str(number), report)
+            Passed(decoder, windows, packed, Path(folder) / str(number), report)
             for number, decoder in enumerate(decoders)
         ]
         result: dict[str, Any] = {
@@ -82,52 +92,22 @@ def evaluate(
             "seq_len": seq_len,
             "dtype": str(decoders[0].dtype).removeprefix("torch."),
             "tokens": {path: ids_ST.numel() for path, ids_ST in windows.items()},
+            **({"note": DENSE_NOTE} if has_shadow(decoders[0].checkpoint.folder) else {}),
             **_compare_all(passed, list(windows)),
         }
         result["tasks"] = {path: _score_all(passed, path, questions[path]) for path in tasks}
+    if harness is not None:
+        found = [run_tasks(harness, d.checkpoint.folder, device=device, dtype=d.dtype) for d in decoders]
+        result["lm_eval"] = found[0] if reference is None else {**found[0], "reference": found[1]}
     return result
 
 
-class _Passed:
-    """A decoder whose streams have all gone through its blocks, ready for logits."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        windows: dict[str, Tensor],
-        packed: dict[str, list[Bucket]],
-        folder: Path,
-        report: Report,
-    ) -> None:
-        self.decoder = decoder
-        folder.mkdir()
-        number = 0
-
-        def stream(ids_ST: Tensor) -> Stream:
-            nonlocal number
-            number += 1
-            return Stream(decoder, ids_ST, folder=folder, name=f"stream-{number}")
-
-        self.windows = {path: stream(ids_ST) for path, ids_ST in windows.items()}
-        self.buckets = {path: [(bucket, stream(bucket.ids_ST)) for bucket in found] for path, found in packed.items()}
-        streams = [*self.windows.values(), *(s for found in self.buckets.values() for _, s in found)]
-
-        def visit(block: Any) -> None:
-            report("evaluate", index=block.index, of=len(decoder), model=decoder.checkpoint.folder.name)
-
-        forward(decoder, streams, visit)
-
-    def logits(self, stream: Stream, rows: slice) -> Tensor:
-        """Logits [B, T, V] float32 of the windows `rows`."""
-        return self.decoder.leave(stream.ids_ST[rows], stream.hidden.read(rows)).float()
-
-
-def _compare_all(passed: list[_Passed], paths: list[str]) -> dict[str, Any]:
+def _compare_all(passed: list[Passed], paths: list[str]) -> dict[str, Any]:
     found: dict[str, dict[str, float]] = {}
     for path in paths:
         streams = [(one, one.windows[path]) for one in passed]
 
-        def logits(row: int, streams: list[tuple[_Passed, Stream]] = streams) -> list[Tensor]:
+        def logits(row: int, streams: list[tuple[Passed, Stream]] = streams) -> list[Tensor]:
             return [one.logits(stream, slice(row, row + 1))[0] for one, stream in streams]
 
         for name, value in compare_windows(streams[0][1].ids_ST, logits).items():
@@ -135,11 +115,11 @@ def _compare_all(passed: list[_Passed], paths: list[str]) -> dict[str, Any]:
     return found
 
 
-def _score_all(passed: list[_Passed], path: str, questions: list[Any]) -> dict[str, Any]:
+def _score_all(passed: list[Passed], path: str, questions: list[Any]) -> dict[str, Any]:
     scores = []
     for one in passed:
 
-        def logits(stream: Stream, rows: slice, one: _Passed = one) -> Tensor:
+        def logits(stream: Stream, rows: slice, one: Passed = one) -> Tensor:
             return one.logits(stream, rows)
 
         scores.append(score(questions, one.buckets[path], logits))

@@ -1,8 +1,11 @@
 """Multiple-choice tasks: the choice whose continuation the model finds most likely.
 
 A task file is JSONL; every line is `{"task": name, "pairs": [[context, continuation], ...], "gold": index}`.
-`accuracy` compares summed log-likelihoods, `accuracy_norm` divides them by the continuation's characters (as
-lm-evaluation-harness does), each with the standard error of a mean of n independent items.
+`accuracy` compares summed log-likelihoods, `accuracy_norm` divides them by the continuation's characters, each with
+the standard error of a mean of n independent items. Both equal acc and acc_norm of lm-evaluation-harness on the same
+items: special tokens are the tokenizer's own, spaces that end a context belong to the continuation, an empty context is
+the first token of texts, contexts too long lose their start, and the last token is predicted but not read. (A task
+there whose choices lack the space before them, and which adds one, divides by a character less.)
 
 Sequences are padded on the right: a causal model's earlier positions cannot see it, so no mask is needed.
 
@@ -36,11 +39,21 @@ class Item:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of similar length, padded to [S, T]; `spans` tells which tokens are the continuation."""
+    """Sequences of similar length without their last token, padded to [S, T]."""
 
     ids_ST: Tensor
     places: list[tuple[int, int]]  # (item, choice) of every sequence
     spans: list[tuple[int, int]]  # first and last+1 token of its continuation
+    wanted: list[list[int]]  # the tokens of its continuation
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Tokens of a context and a continuation, which begins at `split`; the (item, choice) they belong to."""
+
+    ids: list[int]
+    split: int
+    place: tuple[int, int]
 
 
 class _GoldError(Exception):
@@ -74,41 +87,29 @@ def read_items(path: str, limit: int | None) -> list[Item]:
 
 def buckets(items: list[Item], tokenizer: Any, positions: int | None) -> list[Bucket]:
     """All sequences of all items, in up to BUCKETS groups of similar length. Long contexts lose their start."""
-    encoded: list[tuple[list[int], int, tuple[int, int]]] = []
+    encoded: list[_Sequence] = []
     for index, item in enumerate(items):
         for choice, (context, continuation) in enumerate(item.pairs):
-            ids = tokenizer(context + continuation, add_special_tokens=False, verbose=False)["input_ids"]
-            split = len(tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"])
-            split = max(min(split, len(ids) - 1), 1) if context else 1
-            if not context:
-                ids = [tokenizer.eos_token_id, *ids]
-            excess = 0 if positions is None else max(0, len(ids) - positions)
+            ids, split = _encode(context, continuation, tokenizer)
+            if len(ids) < 2:
+                raise CalibrationError(
+                    f"question {index}: {context + continuation!r} is a single token, nothing to predict"
+                )
+            excess = 0 if positions is None else max(0, len(ids) - positions - 1)
             if split - excess < 1:
                 raise CalibrationError(f"question {index}: the continuation alone exceeds the {positions} positions")
-            encoded.append((ids[excess:], split - excess, (index, choice)))
-    encoded.sort(key=lambda entry: (len(entry[0]), entry[2]))
+            encoded.append(_Sequence(ids[excess:], split - excess, (index, choice)))
+    encoded.sort(key=lambda entry: (len(entry.ids), entry.place))
     size = math.ceil(len(encoded) / BUCKETS)
     return [_bucket(encoded[first : first + size], tokenizer) for first in range(0, len(encoded), size)]
 
 
 def score(items: list[Item], found: list[tuple[Bucket, Stream]], logits: Logits) -> dict[str, Any]:
     """Accuracy, length-normalised accuracy and their standard errors."""
-    likelihoods = [[0.0] * len(item.pairs) for item in items]
-    for bucket, stream in found:
-        for rows in stream.slices():
-            logprobs_BTV = logits(stream, rows).log_softmax(-1)
-            for position, row in enumerate(range(rows.start, rows.stop)):
-                first, end = bucket.spans[row]
-                wanted_T1 = bucket.ids_ST[row, first:end, None].to(logprobs_BTV.device)
-                chosen = logprobs_BTV[position, first - 1 : end - 1].gather(1, wanted_T1)
-                item, choice = bucket.places[row]
-                likelihoods[item][choice] = float(chosen.sum(dtype=torch.float64))
-    right = [_best(likelihoods[i]) == item.gold for i, item in enumerate(items)]
-    normed = [
-        [value / max(len(text), 1) for value, (_, text) in zip(likelihoods[i], item.pairs, strict=True)]
-        for i, item in enumerate(items)
-    ]
-    right_norm = [_best(values) == item.gold for values, item in zip(normed, items, strict=True)]
+    right, right_norm = (
+        [choice == item.gold for choice, item in zip(chosen, items, strict=True)]
+        for chosen in choices(items, likelihoods(items, found, logits))
+    )
     return {
         "items": len(items),
         "accuracy": sum(right) / len(items),
@@ -116,6 +117,34 @@ def score(items: list[Item], found: list[tuple[Bucket, Stream]], logits: Logits)
         "accuracy_norm": sum(right_norm) / len(items),
         "accuracy_norm_stderr": _stderr(right_norm),
     }
+
+
+def likelihoods(items: list[Item], found: list[tuple[Bucket, Stream]], logits: Logits) -> list[list[float]]:
+    """Summed log-likelihood of every continuation of every item."""
+    values = [[0.0] * len(item.pairs) for item in items]
+    for bucket, stream in found:
+        for rows in stream.slices():
+            logprobs_BTV = logits(stream, rows).log_softmax(-1)
+            for position, row in enumerate(range(rows.start, rows.stop)):
+                item, choice = bucket.places[row]
+                values[item][choice] = continued(logprobs_BTV[position], bucket, row)
+    return values
+
+
+def continued(logprobs_TV: Tensor, bucket: Bucket, row: int) -> float:
+    """Log-likelihood of the continuation in one sequence of a bucket."""
+    first, end = bucket.spans[row]
+    wanted_T1 = torch.tensor(bucket.wanted[row], device=logprobs_TV.device)[:, None]
+    return float(logprobs_TV[first - 1 : end - 1].gather(1, wanted_T1).sum(dtype=torch.float64))
+
+
+def choices(items: list[Item], values: list[list[float]]) -> tuple[list[int], list[int]]:
+    """The pair chosen for every item: by log-likelihood, and by log-likelihood a character."""
+    normed = [
+        [value / max(len(text), 1) for value, (_, text) in zip(own, item.pairs, strict=True)]
+        for own, item in zip(values, items, strict=True)
+    ]
+    return [_best(own) for own in values], [_best(own) for own in normed]
 
 
 def _item(row: Any) -> Item:
@@ -128,13 +157,34 @@ def _item(row: Any) -> Item:
     return Item(pairs, gold)
 
 
-def _bucket(encoded: list[tuple[list[int], int, tuple[int, int]]], tokenizer: Any) -> Bucket:
-    longest = max(len(ids) for ids, _, _ in encoded)
+def _encode(context: str, continuation: str, tokenizer: Any) -> tuple[list[int], int]:
+    """The tokens of both together, and at which of them the continuation begins."""
+
+    def tokens(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=not marked, verbose=False)["input_ids"]
+        return found
+
+    start = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
+    marked = (context or continuation).startswith(start)
+    if not context:
+        first = tokenizer.convert_tokens_to_ids(start)
+        ids = tokenizer(continuation, add_special_tokens=False, verbose=False)["input_ids"]
+        return (ids, 1) if ids[0] == first and len(ids) > 1 else ([first, *ids], 1)
+    ids = tokens(context + continuation)
+    return ids, max(min(len(tokens(context.rstrip())), len(ids) - 1), 1)
+
+
+def _bucket(encoded: list[_Sequence], tokenizer: Any) -> Bucket:
+    longest = max(len(entry.ids) for entry in encoded) - 1
     ids_ST = torch.full((len(encoded), longest), tokenizer.eos_token_id, dtype=torch.int64)
-    for row, (ids, _, _) in enumerate(encoded):
-        ids_ST[row, : len(ids)] = torch.tensor(ids)
-    spans = [(split, len(ids)) for ids, split, _ in encoded]
-    return Bucket(ids_ST, [place for _, _, place in encoded], spans)
+    for row, entry in enumerate(encoded):
+        ids_ST[row, : len(entry.ids) - 1] = torch.tensor(entry.ids[:-1])
+    return Bucket(
+        ids_ST,
+        [entry.place for entry in encoded],
+        [(entry.split, len(entry.ids)) for entry in encoded],
+        [entry.ids[entry.split :] for entry in encoded],
+    )
 
 
 def _best(values: list[float]) -> int:

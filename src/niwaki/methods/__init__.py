@@ -2,7 +2,8 @@
 
 A method module offers `PAPER`, `ACCEPTS` (the kinds of target it can meet), `CONTINUES` (whether it can take
 up the records of a method before it), a frozen dataclass `Config`, `needs(config)` (what the walk collects)
-and `compress(block, seen, targets, config, generator) -> {matrix: Packed}` for one block.
+and `compress(block, seen, targets, config, generator) -> {matrix: Packed}` for one block. What it costs it may say in
+`cost` and `stored_bytes` (see `costs`), for `niwaki plan`.
 
 Methods chain: in `besa+wandapp` the second one starts from the masks and weights of the first, block by block.
 """
@@ -21,6 +22,7 @@ from niwaki.contextual.predictor import Predictor
 from niwaki.contextual.selection import Rule, Variant
 from niwaki.contextual.traces import Traces
 from niwaki.contextual.units import Layout
+from niwaki.costs import Scope, Work, masks
 from niwaki.errors import InputError, TargetError, unknown
 from niwaki.packed import Packed
 from niwaki.statistics import Needs, Statistics
@@ -97,6 +99,9 @@ class Contextual(Method, Protocol):
     ) -> tuple[Any, dict[str, Any]]:
         """The options with what they leave open decided by trial, and the losses of what was tried."""
 
+    def beside_bytes(self, layout: Layout, channels: int, windows: int, config: Any, decoder_weights: int) -> int:
+        """Bytes of what is stored beside the weights."""
+
     def rule(self, config: Any, skip_frac: float) -> Rule:
         """How scores become the units that run."""
 
@@ -141,6 +146,18 @@ class Step:
     def least_bits(self, rows: int, columns: int) -> float:
         """Of a method in FRACTIONAL: see there."""
         return cast(Fractional, self.method).least_bits(rows, columns, self.config)
+
+    def cost(self, scope: Scope) -> Work:
+        """What the method says it does to one block; a few passes over its weights if it says nothing (see `costs`)."""
+        stated = vars(self.method).get("cost")
+        found: Work = masks(scope) if stated is None else stated(scope, self.config)
+        return found
+
+    def stored_bytes(self, name: str, rows: int, columns: int, target: Target) -> int | None:
+        """Bytes of one matrix as codes, None if it is stored as weights. Raises TargetError if it cannot be met."""
+        stated = vars(self.method).get("stored_bytes")
+        found: int | None = None if stated is None else stated(name, rows, columns, target, self.config)
+        return found
 
     @property
     def structured(self) -> Structured:

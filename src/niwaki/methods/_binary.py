@@ -17,6 +17,7 @@ from torch import Tensor
 from niwaki.block import Block
 from niwaki.codes import SCALE_DTYPE
 from niwaki.config import Bits, Target
+from niwaki.costs import Scope, Work
 from niwaki.errors import TargetError
 from niwaki.methods._solver import inverse_factor
 from niwaki.packed import Packed
@@ -140,6 +141,12 @@ def factors(
             upper_II, note = torch.eye(weight_OI.shape[1], device=weight_OI.device), BINARIZED_UNREACHED
         for name in wanted:
             yield name, upper_II, note
+
+
+def trials(scope: Scope, width: int, salient: int) -> Work:
+    """What `choose_salient` and `split_by_size` try on blocks of `width` columns, up to `salient` columns each."""
+    blocks = sum(-(-columns // width) for _, columns in scope.matrices)
+    return Work(passed=12 * (salient + 200) * scope.weights, started=blocks * (salient + 200) * 12)
 
 
 def check_reach(name: str, rows: int, columns: int, stored_bytes: int, target: Target) -> None:

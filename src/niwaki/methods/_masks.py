@@ -1,14 +1,16 @@
 """Which weights stay, given a score for each (higher is kept), with exactly the number of zeros asked for.
 
-Ties fall to the lower index, so that a result depends on nothing but the scores.
+Ties fall to the lower index, so that a result depends on nothing but the scores. What was chosen for a target is noted
+for the reader of blocks.jsonl (`niwaki.scores`).
 
-Legend: O rows, I columns, G groups, M group size.
+Legend: O rows, I columns, P columns of one panel, G groups, M group size.
 """
 
 import torch
 from torch import Tensor
 
 from niwaki.config import Grouped, Sparsity, Target
+from niwaki.scores import note
 
 
 def keep_by_row(scores_OI: Tensor, target: Target) -> Tensor:
@@ -18,30 +20,51 @@ def keep_by_row(scores_OI: Tensor, target: Target) -> Tensor:
     rows, columns = scores_OI.shape
     zeros = target.zeros_in(rows, columns)
     edges = torch.arange(rows + 1, device=scores_OI.device, dtype=torch.int64) * zeros // rows
-    return _drop_lowest(scores_OI, edges.diff())
+    keep_OI, bound_O1 = _drop_lowest(scores_OI, edges.diff())
+    note(target, scores_OI, keep_OI, bound_O1)
+    return keep_OI
 
 
 def keep_by_matrix(scores_OI: Tensor, target: Target) -> Tensor:
     """Boolean [O, I]: one threshold for the whole matrix (N:M targets are chosen group by group anyway)."""
     if isinstance(target, Grouped):
         return keep_by_group(scores_OI, target)
-    return keep_highest(scores_OI, target.zeros_in(*scores_OI.shape))
+    keep_OI, bound_1 = _keep_highest(scores_OI, target.zeros_in(*scores_OI.shape))
+    note(target, scores_OI, keep_OI, bound_1)
+    return keep_OI
+
+
+def keep_in_panel(scores_OP: Tensor, target: Sparsity, columns: int, start: int) -> Tensor:
+    """Boolean [O, P] for the columns from `start` on of a matrix of `columns`, its zeros spread evenly over panels."""
+    rows, width = scores_OP.shape
+    zeros = _zeros_up_to(target, rows, columns, start + width) - _zeros_up_to(target, rows, columns, start)
+    keep_OP, bound_1 = _keep_highest(scores_OP, zeros)
+    note(target, scores_OP, keep_OP, bound_1, columns, start)
+    return keep_OP
 
 
 def keep_highest(scores: Tensor, zeros: int) -> Tensor:
     """Boolean of the same shape: all but the `zeros` lowest scores."""
+    return _keep_highest(scores, zeros)[0]
+
+
+def _keep_highest(scores: Tensor, zeros: int) -> tuple[Tensor, Tensor]:
+    """`keep_highest`, and the highest score that goes [1, 1]."""
     zeros_1 = torch.tensor([zeros], device=scores.device)
-    return _drop_lowest(scores.reshape(1, -1), zeros_1).view(scores.shape)
+    keep, bound_11 = _drop_lowest(scores.reshape(1, -1), zeros_1)
+    return keep.view(scores.shape), bound_11
 
 
-def _drop_lowest(scores_OI: Tensor, zeros_O: Tensor) -> Tensor:
+def _drop_lowest(scores_OI: Tensor, zeros_O: Tensor) -> tuple[Tensor, Tensor]:
     """Boolean [O, I] without the `zeros_O` lowest of each row, counts that differ by at most one.
 
-    Selecting the boundary value and settling its ties is several times faster than sorting the rows.
+    With it the highest score that each row loses [O, 1], −∞ where none goes. Selecting the boundary value and settling
+    its ties is several times faster than sorting the rows.
     """
     most = int(zeros_O.max())
     if most == 0:
-        return torch.ones_like(scores_OI, dtype=torch.bool)
+        none_O1 = torch.full_like(scores_OI[:, :1], -torch.inf)
+        return torch.ones_like(scores_OI, dtype=torch.bool), none_O1
     lowest = scores_OI.topk(most, dim=1, largest=False, sorted=False).values
     last = lowest.topk(min(2, most), dim=1).values  # the boundary of rows with `most` zeros, and with one less
     none = torch.full_like(last[:, :1], -torch.inf)
@@ -52,7 +75,7 @@ def _drop_lowest(scores_OI: Tensor, zeros_O: Tensor) -> Tensor:
     left_O1 = zeros_O[:, None] - (scores_OI < bound_O1).sum(1, keepdim=True)
     if bool((tied_OI.sum(1, keepdim=True) > left_O1).any()):
         keep_OI |= tied_OI & (tied_OI.cumsum(1, dtype=torch.int32) > left_O1)
-    return keep_OI
+    return keep_OI, bound_O1
 
 
 def keep_by_group(scores_OI: Tensor, target: Grouped) -> Tensor:
@@ -66,9 +89,11 @@ def keep_by_group(scores_OI: Tensor, target: Grouped) -> Tensor:
         theirs_OG1 = scores_OGM[..., other : other + 1]
         rank_OGM += scores_OGM > theirs_OG1
         rank_OGM[..., other + 1 :] += scores_OGM[..., other + 1 :] == theirs_OG1
-    return (rank_OGM >= target.group - target.keep).view(rows, columns)
+    keep_OI = (rank_OGM >= target.group - target.keep).view(rows, columns)
+    note(target, scores_OI, keep_OI, None)
+    return keep_OI
 
 
-def zeros_up_to(target: Sparsity, rows: int, columns: int, column: int) -> int:
+def _zeros_up_to(target: Sparsity, rows: int, columns: int, column: int) -> int:
     """Zeros among the first `column` columns when they are spread evenly; exact at the last column."""
     return target.zeros_in(rows, columns) * column // columns

@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 from niwaki.anatomy import Call
 from niwaki.block import Block
+from niwaki.costs import Scope, Work, learning
 from niwaki.learning import Lowest, cosine
 from niwaki.statistics import Needs
 from niwaki.stream import Evidence
@@ -270,6 +271,18 @@ def _deterministic(*, warn_only: bool) -> Iterator[None]:
 def learning_needs(batch: int, target: str) -> Needs:
     """Norms to rank by, windows to learn from, and the dense stream if the target asks for it."""
     return Needs(sqnorm=True, learn_batches=frozenset({1, batch}), dense=target != "block")
+
+
+def learning_cost(
+    scope: Scope, rounds: int, samples: int, batch: int, *, copies: float = 6, passes: float = 14
+) -> Work:
+    """What `follow` and its checks do to one block (see `costs.learning`); nothing without rounds."""
+    if not rounds:
+        return Work()
+    held = scope.windows // 8 or scope.windows
+    batch = min(batch, max(1, scope.windows - held))
+    checks = min(CHECKS, rounds)
+    return learning(scope, rounds * math.ceil(samples / batch), batch, checks=checks, copies=copies, passes=passes)
 
 
 def check_choices(target: str, optimizer: str = "adam") -> None:

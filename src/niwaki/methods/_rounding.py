@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from niwaki.codes import SCALE_DTYPE, Part, centre
+from niwaki.codes import SCALE_DTYPE, TILE, Part, centre
 from niwaki.config import Bits, Target
+from niwaki.costs import FLOAT_BYTES, Scope, Work, products
 from niwaki.errors import TargetError
 from niwaki.kernels.codes import Grid, sweep_codes
 
@@ -26,6 +27,7 @@ ROUNDED_UNREACHED = "no calibration token reached this matrix: rounded to neares
 WIDTHS = (2, 3, 4, 8)
 SMALLEST_SCALE = 2.0**-24  # of float16: no stored scale may become zero
 CLIPS = torch.linspace(0.4, 1.0, 25).tolist()
+CHANGED = 0.1  # of the codes, in a round: what does not change feeds nothing on
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,29 @@ def code_width(target: Target) -> int:
     if target.bits not in WIDTHS:
         raise TargetError(f"target {target}: this method rounds to 2, 3, 4 or 8 bits (squeeze10 mixes widths)")
     return int(target.bits)
+
+
+def uniform_bytes(name: str, rows: int, columns: int, bits: int, group: int, symmetric: bool) -> int:
+    """Bytes of a matrix with codes of one width (see `codes`). Raises TargetError for groups that do not divide it."""
+    check_group(columns, group, name)
+    count = -(-columns // (group or columns))
+    planes = -(-rows // TILE) * TILE * bits * -(-columns // 8)
+    return planes + 2 * rows * count + (0 if symmetric else bits * -(-rows * count // 8))
+
+
+def grids(scope: Scope, clip: bool) -> Work:
+    """Fitting a grid to every group, at `CLIPS` ranges if it is searched, rounding to it, and packing the codes."""
+    largest = max((rows * columns for rows, columns in scope.matrices), default=0)
+    passed = (10 + 7 * (len(CLIPS) if clip else 1)) * scope.weights
+    return Work(passed=passed, started=60 * len(scope.matrices), held_bytes=6 * largest * FLOAT_BYTES)
+
+
+def rounds_of(scope: Scope, rounds: int) -> Work:
+    """`improve`: products for the scales and for the codes, and a sweep over all columns, once more than `rounds`."""
+    sweep_flops = sum(CHANGED * 2 * rows * columns**2 for rows, columns in scope.matrices)
+    largest = max((rows * columns for rows, columns in scope.matrices), default=0)
+    once = products(scope, 3) + Work(sweep_flops=sweep_flops, held_bytes=16 * largest * FLOAT_BYTES)
+    return once * (rounds + 1) if rounds else Work()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from niwaki.config import Grouped
 from niwaki.errors import NumericalError
 from niwaki.kernels.sweep import sweep_panel
 
+REFIT_ITERATIONS = 20
 WARM_ITERATIONS = 6  # of a refit that begins at the one before, in an exchange
 
 # (weights [O, P], diagonal of U for the panel [P], first column) → keep mask [O, P]
@@ -106,7 +107,12 @@ def sweep(
 
 
 def refit(
-    dense_OI: Tensor, start_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, damping_frac: float, iterations: int = 20
+    dense_OI: Tensor,
+    start_OI: Tensor,
+    keep_OI: Tensor,
+    gram_II: Tensor,
+    damping_frac: float,
+    iterations: int = REFIT_ITERATIONS,
 ) -> Tensor:
     """The kept weights that minimise ‖(V − W)X‖² + λ‖V − W‖² exactly, instead of the sweep's one pass.
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from niwaki.block import Block
 from niwaki.codes import SCALE_DTYPE, pack_codes, unpack_codes
 from niwaki.config import Bits, Target
+from niwaki.costs import Scope, Work, gram_factors, sweeps
 from niwaki.methods._binary import (
     check_reach,
     choose_salient,
@@ -43,6 +44,7 @@ from niwaki.methods._binary import (
     signs,
     split_by_size,
     sweep_blocks,
+    trials,
     weighed,
 )
 from niwaki.methods._solver import check_damping
@@ -127,6 +129,17 @@ class Columns:
 def needs(config: Config) -> Needs:
     """Gram matrices of the inputs."""
     return Needs(gram=True)
+
+
+def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> None:
+    """The file holds decoded weights; raises TargetError if the target has no room for what is counted."""
+    _most_salient(name, rows, columns, target, config)
+
+
+def cost(scope: Scope, config: Config) -> Work:
+    """As BiLLM, with refits of every region."""
+    refits = Work(passed=16 * config.iterations * scope.weights)
+    return gram_factors(scope) + sweeps(scope, config.block) + trials(scope, config.block, config.salient) + refits
 
 
 @torch.no_grad()

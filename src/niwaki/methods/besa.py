@@ -35,10 +35,12 @@ from torch import Tensor
 
 from niwaki.block import Block
 from niwaki.config import Sparsity, Target
+from niwaki.costs import Scope, Work, learning
 from niwaki.learning import Lowest, cosine
 from niwaki.methods._quantize import Clipping
 from niwaki.methods._reconstruct import Matrices, Reconstruction, check_choices, learning_needs
 from niwaki.packed import Packed, join_notes
+from niwaki.scores import note
 from niwaki.statistics import UNREACHED, Needs, Statistics
 from niwaki.stream import Evidence
 
@@ -90,6 +92,16 @@ def needs(config: Config) -> Needs:
     return learning_needs(config.batch, config.target)
 
 
+def cost(scope: Scope, config: Config) -> Work:
+    """One sort; then every step ranks gradients and multiplies them with what each of the candidate rates drops."""
+    rates = Work(
+        selected=4 * scope.weights,
+        product_flops=2 * config.steps * scope.weights * (config.candidates + 1),
+        passed=12 * config.steps * scope.weights,
+    )
+    return rates + learning(scope, config.steps, config.batch, checks=CHECKS, copies=3.5)
+
+
 def compress(
     block: Block,
     seen: Evidence,
@@ -106,25 +118,34 @@ def compress(
         weights = {name: weight_OI.float() for name, weight_OI in weights.items()}
         clipping = Clipping(weights, config.quant_bits, config.quant_group)
     detail: dict[str, float] = {}
-    note = ""
+    learned = ""
     if any(seen.statistics[name].tokens for name in targets):
         task = Reconstruction(block, seen, config.target, generator)
         errors = _learn(task, weights, rates, clipping, config, generator)
         detail = errors.detail
-        note = "" if errors.improved else KEPT_START
+        learned = "" if errors.improved else KEPT_START
     with torch.no_grad():
         counts = rates.exact_counts()
         values = clipping.quantized(weights) if clipping else weights
     packed = {}
     for name, weight_OI in values.items():
         unreached = "" if seen.statistics[name].tokens else UNREACHED
+        keep_OI = rates.keep(name, counts[name])
+        scores_OI = _scores(weights[name], seen.statistics[name])
+        note(targets[name], scores_OI, keep_OI, torch.where(keep_OI, -torch.inf, scores_OI).amax(1))
         packed[name] = Packed.masked(
             weight_OI.float(),
-            rates.keep(name, counts[name]),
-            join_notes(note, unreached),
+            keep_OI,
+            join_notes(learned, unreached),
             {**detail, "row_zeros": counts[name].view(len(weight_OI), -1).sum(1).tolist()},
         )
     return packed
+
+
+def _scores(weight_OI: Tensor, statistics: Statistics) -> Tensor:
+    """Wanda's score [O, I]; |W| where no token came."""
+    scores_OI = weight_OI.float().abs()
+    return scores_OI * statistics.sqnorm_I.sqrt() if statistics.tokens else scores_OI
 
 
 def _learn(
@@ -195,9 +216,7 @@ class Rates:
         self.order: dict[str, Tensor] = {}
         self.rank: dict[str, Tensor] = {}
         for name, weight_OI in weights.items():
-            scores_OI = weight_OI.float().abs()
-            if statistics[name].tokens:
-                scores_OI = scores_OI * statistics[name].sqnorm_I.sqrt()
+            scores_OI = _scores(weight_OI, statistics[name])
             rows, columns = self.shapes[name]
             self.order[name] = scores_OI.reshape(rows, columns).argsort(dim=1, stable=True)
             small = torch.int16 if columns < 2**15 else torch.int32

@@ -34,6 +34,7 @@ from torch import Tensor
 from niwaki.block import Block
 from niwaki.codes import SCALE_DTYPE, pack_codes, unpack_codes
 from niwaki.config import Bits, Target
+from niwaki.costs import Scope, Work, gram_factors, sweeps
 from niwaki.methods._binary import (
     check_reach,
     choose_salient,
@@ -43,6 +44,7 @@ from niwaki.methods._binary import (
     signs,
     split_by_size,
     sweep_blocks,
+    trials,
     weighed,
 )
 from niwaki.methods._solver import check_damping
@@ -98,6 +100,16 @@ class Columns:
 def needs(config: Config) -> Needs:
     """Gram matrices of the inputs."""
     return Needs(gram=True)
+
+
+def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> None:
+    """The file holds decoded weights; raises TargetError if the target has no room for what is counted."""
+    check_reach(name, rows, columns, _stored_bytes(rows, columns, config), target)
+
+
+def cost(scope: Scope, config: Config) -> Work:
+    """A factor a group, a sweep a matrix, and a trial binarisation for each count of salient columns and each split."""
+    return gram_factors(scope) + sweeps(scope, config.block) + trials(scope, config.block, config.salient)
 
 
 @torch.no_grad()

@@ -33,8 +33,9 @@ from torch import Tensor
 
 from niwaki.block import Block
 from niwaki.config import Keep, Kind, Sparsity, Target, Unit
+from niwaki.costs import FLOAT_BYTES, Scope, Work, gram_factors, products
 from niwaki.methods._groups import Choice, by_group, fit, kept_of, remove, scaled, unit_by_unit, unreached, without
-from niwaki.methods._reconstruct import Reconstruction, Schedule, descend, learning_needs
+from niwaki.methods._reconstruct import Reconstruction, Schedule, descend, learning_cost, learning_needs
 from niwaki.methods._rounding import damped
 from niwaki.methods._solver import check_damping, inverse
 from niwaki.packed import Packed
@@ -129,6 +130,14 @@ def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Con
         least = min(losses)
         here = near[losses.index(least)]
     return corners[here]
+
+
+def cost(scope: Scope, config: Config) -> Work:
+    """For the matrices that alone read their input: H⁻¹, and the removal of what goes, or a fit of what stays."""
+    alone = Scope(tuple(group for group in scope.groups if len(group) == 1), scope.windows, scope.tokens)
+    learned = learning_cost(scope, config.learn_rounds, config.samples, config.batch)
+    inverses = replace(gram_factors(alone), held_bytes=2 * FLOAT_BYTES * max(alone.inputs, default=0) ** 2)
+    return inverses + products(alone, 2 if config.score == "surgeon" else 3) + learned
 
 
 def compress(

@@ -21,6 +21,7 @@ import torch
 
 from niwaki.block import Block
 from niwaki.config import Grouped, Sparsity, Target
+from niwaki.costs import Scope, Work, masks
 from niwaki.methods._masks import keep_by_row
 from niwaki.packed import Packed
 from niwaki.statistics import UNREACHED, Needs
@@ -45,6 +46,11 @@ class Config:
 def needs(config: Config) -> Needs:
     """Squared norms of the inputs, and squares of the gradients."""
     return Needs(sqnorm=True, gradient=True)
+
+
+def cost(scope: Scope, config: Config) -> Work:
+    """One score and one selection a matrix."""
+    return masks(scope)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from niwaki.block import Block
 from niwaki.config import Bits, Target
+from niwaki.costs import Scope, Work, gram_factors, sweeps
 from niwaki.kernels.codes import Grid, sweep_codes
 from niwaki.methods._rounding import (
     ROUNDED_UNREACHED,
@@ -28,10 +29,13 @@ from niwaki.methods._rounding import (
     check_group,
     code_width,
     damped,
+    grids,
     groups_of,
     improve,
     nearest,
+    rounds_of,
     sweep,
+    uniform_bytes,
 )
 from niwaki.methods._solver import check_damping, inverse_factor
 from niwaki.packed import Packed
@@ -67,6 +71,16 @@ class Config:
 def needs(config: Config) -> Needs:
     """Gram matrices of the inputs."""
     return Needs(gram=True)
+
+
+def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> int:
+    """Planes, scales and zero codes of one matrix."""
+    return uniform_bytes(name, rows, columns, code_width(target), config.group, config.symmetric)
+
+
+def cost(scope: Scope, config: Config) -> Work:
+    """A factor a group, a sweep a matrix, and rounds on the codes."""
+    return gram_factors(scope) + sweeps(scope) + grids(scope, config.clip) + rounds_of(scope, config.rounds)
 
 
 @torch.no_grad()

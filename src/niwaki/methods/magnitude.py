@@ -14,6 +14,7 @@ import torch
 
 from niwaki.block import Block
 from niwaki.config import Grouped, Sparsity, Target
+from niwaki.costs import Scope, Work, masks
 from niwaki.methods._masks import keep_by_matrix, keep_by_row
 from niwaki.packed import Packed
 from niwaki.statistics import Needs
@@ -38,6 +39,11 @@ class Config:
 def needs(config: Config) -> Needs:
     """Nothing but the weights."""
     return Needs()
+
+
+def cost(scope: Scope, config: Config) -> Work:
+    """One score and one selection a matrix."""
+    return masks(scope)
 
 
 @torch.no_grad()

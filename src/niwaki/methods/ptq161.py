@@ -34,9 +34,10 @@ from torch import Tensor
 from niwaki.block import Block
 from niwaki.codes import SCALE_DTYPE, Part, pack_codes, unpack_codes
 from niwaki.config import Bits, Target
+from niwaki.costs import Scope, Work
 from niwaki.learning import Lowest
 from niwaki.methods._binary import BINARIZED_UNREACHED, check_reach, fit_row, signs, weighed
-from niwaki.methods._reconstruct import Reconstruction, Schedule, check_choices, follow, learning_needs
+from niwaki.methods._reconstruct import Reconstruction, Schedule, check_choices, follow, learning_cost, learning_needs
 from niwaki.methods._rounding import groups_of, nearest
 from niwaki.packed import Packed, join_notes
 from niwaki.statistics import Needs, Statistics
@@ -129,6 +130,16 @@ class Scales:
 def needs(config: Config) -> Needs:
     """Norms of the inputs; windows and outputs to learn from."""
     return Needs(sqnorm=True) | (learning_needs(config.batch, config.target) if config.rounds else Needs())
+
+
+def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> None:
+    """The file holds decoded weights; raises TargetError if the target has no room for what is counted."""
+    check_reach(name, rows, columns, _stored_bytes(rows, columns, config), target)
+
+
+def cost(scope: Scope, config: Config) -> Work:
+    """Learning is nearly all of it: scales alone are learned, but every step assembles the block anew."""
+    return learning_cost(scope, config.rounds, config.samples, config.batch, copies=6, passes=24)
 
 
 def compress(

@@ -15,7 +15,8 @@ import torch
 
 from niwaki.block import Block
 from niwaki.config import Bits, Target
-from niwaki.methods._rounding import check_group, code_width, groups_of, nearest
+from niwaki.costs import Scope, Work
+from niwaki.methods._rounding import check_group, code_width, grids, groups_of, nearest, uniform_bytes
 from niwaki.packed import Packed
 from niwaki.statistics import Needs
 from niwaki.stream import Evidence
@@ -41,6 +42,16 @@ class Config:
 def needs(config: Config) -> Needs:
     """Nothing: it looks at weights only."""
     return Needs()
+
+
+def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> int:
+    """Planes, scales and zero codes of one matrix."""
+    return uniform_bytes(name, rows, columns, code_width(target), config.group, config.symmetric)
+
+
+def cost(scope: Scope, config: Config) -> Work:
+    """One grid a group."""
+    return grids(scope, config.clip)
 
 
 @torch.no_grad()

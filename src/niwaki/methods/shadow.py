@@ -35,6 +35,7 @@ from niwaki.contextual.record import Running
 from niwaki.contextual.selection import SCOPES, SHARING, Rule, Variant
 from niwaki.contextual.traces import Traces
 from niwaki.contextual.units import Layout
+from niwaki.costs import Scope, Work
 from niwaki.errors import InputError
 from niwaki.packed import Packed
 from niwaki.statistics import Needs
@@ -200,6 +201,29 @@ def learn(traces: Traces, layout: Layout, config: Config, decoder_weights: int) 
     """Fits the map at the largest rank that its share of parameters allows."""
     widths = {"last": traces.last_ND.shape[1], "mean": traces.mean_ND.shape[1], "prompt": layout.size}
     inputs = sum(widths[name] for name in config.groups)
+    rank = _rank(layout, inputs, config, decoder_weights)
+    return fit(traces, layout, config.groups, config.trust, rank)
+
+
+def cost(scope: Scope, config: Config) -> Work:
+    """The trial: a forward of its windows for every candidate."""
+    tried = sum(len(found) for found in map(config.candidates, CANDIDATES) if len(found) > 1)
+    return Work(forward_tokens=tried * len(trial_rows(scope.windows, config)) * scope.tokens)
+
+
+def beside_bytes(layout: Layout, channels: int, windows: int, config: Config, decoder_weights: int) -> int:
+    """Bytes of the predictor, float32; `channels`: of the input of the matrix that heads write through.
+
+    The rank may turn out lower, where the samples have fewer directions than that.
+    """
+    widths = {"last": channels, "mean": channels, "prompt": layout.size}
+    inputs = sum(widths[name] for name in config.groups)
+    rank = min(_rank(layout, inputs, config, decoder_weights), windows * config.cuts) if inputs else 0
+    return 4 * (2 * layout.size + 4 + 2 * inputs + rank * (inputs + layout.size))
+
+
+def _rank(layout: Layout, inputs: int, config: Config, decoder_weights: int) -> int:
+    """The largest that the share of parameters allows."""
     vectors = 2 * layout.size + 2 * inputs + 4
     rank = int((config.size_frac * decoder_weights - vectors) // max(inputs + layout.size, 1))
     if config.groups and rank < 1:
@@ -207,4 +231,4 @@ def learn(traces: Traces, layout: Layout, config: Config, decoder_weights: int) 
             f"a predictor of {config.size_frac:.0%} of {decoder_weights:,} weights has no room for rank 1: raise "
             "size_frac or neuron_width, or read fewer features"
         )
-    return fit(traces, layout, config.groups, config.trust, rank)
+    return rank

@@ -25,8 +25,17 @@ from torch import Tensor
 
 from niwaki.block import Block
 from niwaki.config import Grouped, Sparsity, Target
-from niwaki.methods._masks import keep_by_matrix, keep_highest, zeros_up_to
-from niwaki.methods._solver import check_damping, exchange, inverse_factor, refit, sweep
+from niwaki.costs import Scope, Work, gram_factors, masks, products, sweeps
+from niwaki.methods._masks import keep_by_matrix, keep_in_panel
+from niwaki.methods._solver import (
+    REFIT_ITERATIONS,
+    WARM_ITERATIONS,
+    check_damping,
+    exchange,
+    inverse_factor,
+    refit,
+    sweep,
+)
 from niwaki.packed import Packed
 from niwaki.statistics import UNREACHED, Needs
 from niwaki.stream import Evidence
@@ -60,6 +69,16 @@ class Config:
 def needs(config: Config) -> Needs:
     """Gram matrices of the inputs."""
     return Needs(gram=True)
+
+
+def cost(scope: Scope, config: Config) -> Work:
+    """A factor a group, a sweep a matrix; refits are rounds of conjugate gradients, every exchange a shorter one."""
+    work = gram_factors(scope) + sweeps(scope, config.panel_columns) + masks(scope)
+    if config.refit or config.exchanges:
+        work += products(scope, REFIT_ITERATIONS + 1)
+    if config.exchanges:
+        work += (products(scope, WARM_ITERATIONS + 2) + masks(scope)) * config.exchanges + products(scope, 1)
+    return work
 
 
 @torch.no_grad()
@@ -117,8 +136,6 @@ def _prune(weight_OI: Tensor, upper_II: Tensor, target: Target, panel_columns: i
     assert isinstance(target, Sparsity)
 
     def choose(panel_OP: Tensor, diagonal_P: Tensor, start: int) -> Tensor:
-        end = start + panel_OP.shape[1]
-        zeros = zeros_up_to(target, rows, columns, end) - zeros_up_to(target, rows, columns, start)
-        return keep_highest((panel_OP / diagonal_P).square(), zeros)
+        return keep_in_panel((panel_OP / diagonal_P).square(), target, columns, start)
 
     return sweep(weight_OI, upper_II, None, choose, panel_columns)

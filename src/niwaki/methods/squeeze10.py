@@ -37,17 +37,20 @@ from torch import Tensor
 from niwaki.block import Block
 from niwaki.codes import TILE
 from niwaki.config import Bits, Target
+from niwaki.costs import Scope, Work, gram_factors, sweeps
 from niwaki.errors import TargetError
 from niwaki.methods._element import least_element_bits, pack_elements, salient_elements
 from niwaki.methods._learned_rounding import Latent, learn
-from niwaki.methods._reconstruct import Reconstruction, Schedule, check_choices, learning_needs
+from niwaki.methods._reconstruct import Reconstruction, Schedule, check_choices, learning_cost, learning_needs
 from niwaki.methods._rounding import (
     ROUNDED_UNREACHED,
     Group,
     damped,
+    grids,
     groups_of,
     improve,
     nearest,
+    rounds_of,
     sweep,
 )
 from niwaki.methods._solver import check_damping, inverse_factor
@@ -126,6 +129,22 @@ def needs(config: Config) -> Needs:
     full = config.supervise != "prefix"
     learning = learning_needs(config.batch, config.target) if config.learn_rounds else Needs()
     return Needs(gram=True, full=full, dense=full) | learning
+
+
+def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> int | None:
+    """Codes of two widths, scales and the mask of columns; a choice by element is stored as weights."""
+    if config.granularity == "element":
+        salient_elements(rows, columns, target)
+        return None
+    return split_columns(rows, columns, target, config).nbytes(rows, columns, config)
+
+
+def cost(scope: Scope, config: Config) -> Work:
+    """A factor a group and another a matrix, two sweeps, rounds on the codes, and learning."""
+    own = gram_factors(Scope(tuple((matrix,) for matrix in scope.matrices), scope.windows, scope.tokens))
+    sweeping = (sweeps(scope) + grids(scope, clip=True)) * 2
+    learned = learning_cost(scope, config.learn_rounds, config.samples, config.batch, copies=7, passes=36)
+    return gram_factors(scope) + own + sweeping + rounds_of(scope, config.rounds) + learned
 
 
 def compress(

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from niwaki.block import Block
 from niwaki.config import Grouped, Sparsity, Target
+from niwaki.costs import Scope, Work, masks
 from niwaki.methods._masks import keep_by_row
 from niwaki.methods._reconstruct import (
     Matrices,
@@ -45,6 +46,7 @@ from niwaki.methods._reconstruct import (
     descend,
     deterministically,
     gradients_of,
+    learning_cost,
     learning_needs,
     run_with,
 )
@@ -85,6 +87,17 @@ class Config:
 def needs(config: Config) -> Needs:
     """Norms for the score, windows to learn from."""
     return learning_needs(config.batch, config.target)
+
+
+def cost(scope: Scope, config: Config) -> Work:
+    """Gradients of every window once, if the score asks for them, and the descent."""
+    regional = Work(
+        learned_tokens=scope.windows * scope.tokens,
+        passed=3 * scope.windows * scope.weights,
+        started=100 * scope.windows,
+    )
+    descent = learning_cost(scope, config.rounds, config.samples, config.batch)
+    return masks(scope) + descent + (regional if config.alpha else Work())
 
 
 def compress(

@@ -1,0 +1,301 @@
+"""Writes the parts of the handbook that come from code and measurements: facts, options, numbers, command line.
+
+A page holds them between two comments, <!-- generated: KIND NAME --> and <!-- end -->; everything else on it is written
+by hand. tests/test_handbook.py fails when a page is stale.
+
+    python docs/generate.py
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.text import Text
+
+from niwaki.cli import app
+from niwaki.config import Bits, Grouped, Sparsity
+from niwaki.methods import CONTEXTUAL, EVERY, STRUCTURED, get_method
+from niwaki.presets import PRESETS
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- generated: (\w+) ?([\w-]*) -->\n).*?(<!-- end -->)", re.S)
+TARGETS = {Sparsity: "a share of zeros, `0.5`", Grouped: "N:M, `2:4`", Bits: "bits, `4bit`"}
+TEXTS = ("reviews", "wikitext2")
+Rows = list[list[str]]
+
+
+def facts(name: str) -> str:
+    """What a method is, in a table."""
+    method = get_method(name)
+    needs = method.needs(method.Config())
+    data = needs.gram or needs.sqnorm or needs.gradient or needs.windows or name in STRUCTURED + CONTEXTUAL
+    accepted = " or ".join(TARGETS[kind] for kind in method.ACCEPTS)
+    if name in STRUCTURED:
+        accepted = "share of the decoder's parameters to remove, `0.3`"
+    if name in CONTEXTUAL:
+        accepted = "share of the work to skip, `0.5`"
+    rows = [
+        ["Source", method.PAPER],
+        ["Target", accepted],
+        ["Calibration text", "needed" if data else "not needed"],
+        ["After another method in a chain", "yes" if method.CONTINUES else "no"],
+        ["Cost", _cost(method.__doc__)],
+    ]
+    return _table(rows[0], rows[1:])
+
+
+def options(name: str) -> str:
+    """The options of a method, and what its Config says of them."""
+    config = get_method(name).Config
+    if not fields(config):
+        return f"`{name}` has no options.\n"
+    rows = [[f"`{field.name}`", f"`{field.default}`", _type(field.type)] for field in fields(config)]
+    explained = " ".join(inspect.cleandoc(config.__doc__ or "").split())
+    return f"Set with `--set name=value`. {explained}\n\n" + _table(["option", "default", "type"], rows)
+
+
+def works(name: str) -> str:
+    """The docstring of a method without its title, its cost and its example: the formulas and every deviation."""
+    paragraphs = re.split(r"\n\s*\n", get_method(name).__doc__.strip())
+    kept = [
+        re.sub(r"(?<=[:;])\n(?=- |\d+\. )", "\n\n", paragraph)  # Markdown wants a line between text and list
+        for paragraph in paragraphs
+        if not paragraph.startswith("    ") and not re.match(r"[Cc]ost:", paragraph)
+    ]
+    return "\n\n".join(kept[1:]).replace("Source:", "**Source:**") + "\n"
+
+
+def ranking(kind: str) -> str:
+    """Perplexities of all methods of a kind side by side, reviews / wikitext2."""
+    path = RESULTS / {"zeros": "quality-learned", "bits": "quality-quantized", "shape": "quality-structured"}[kind]
+    path = path.with_name(f"{path.name}-llama-28m.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if kind == "bits":
+        shown = [row for row in found["rows"] if "not learned" not in row["label"] and "30 rounds" not in row["label"]]
+        shown = [row for row in shown if "longer" not in row["label"]]
+        shown.sort(key=lambda row: row["runs"][0]["bits"])
+        rows = [[f"{row['runs'][0]['bits']:.2f}", _name(row, ""), _variant(row), _both(row)] for row in shown]
+        table = _table(["true bits", "method", "options", "perplexity"], rows)
+    else:
+        targets = list(dict.fromkeys(row["target"] for row in found["rows"]))
+        at = {(row["label"], row["target"]): _both(row) for row in found["rows"]}
+        named = {row["label"]: row for row in found["rows"] if row.get("method") or row.get("preset")}
+        rows = [
+            [_name(row, label), *(at.get((label, target), "") for target in targets)] for label, row in named.items()
+        ]
+        table = _table(["method", *targets], rows)
+    dense = " / ".join(f"{found['dense'][text]:.1f}" for text in TEXTS)
+    return f"llama-28m, reviews / wikitext2, dense {dense} ({_link(path, '..')}):\n\n{table}"
+
+
+def numbers(name: str) -> str:
+    """Perplexities from benchmarks/results/quality-*.json, one table a file."""
+    parts = []
+    for path in sorted(RESULTS.glob("quality-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = [_quality_row(row) for row in found["rows"] if name in (row.get("method"), row.get("preset"))]
+        if rows:
+            dense = ["dense", "", "", *(f"{found['dense'][text]:.2f}" for text in TEXTS)]
+            seeds = {len(row["runs"]) for row in found["rows"] if name in (row.get("method"), row.get("preset"))}
+            of = (
+                f"mean ± deviation of {max(seeds)} calibration seeds" if max(seeds) > 1 else "one run, it needs no text"
+            )
+            title = f"Perplexity of {found['model']}, {of} ({_link(path)}, {found['date']}, {found['device']}):"
+            parts.append(title + "\n\n" + _table(["target", "variant", "what is stored", *TEXTS], [dense, *rows]))
+    if name in CONTEXTUAL:
+        parts += [_contextual(RESULTS / f"contextual-{model}.json") for model in ("llama-28m", "opt-27m")]
+    return "\n".join(parts) or "Not measured by us.\n"
+
+
+def speed(name: str) -> str:
+    """Times of compression from benchmarks/results/compression-speed-*.json."""
+    rows = []
+    for path in sorted(RESULTS.glob("compression-speed-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        shape = re.search(r"Llama-2-\w+", found["what"])
+        assert shape is not None
+        at = [shape[0], found["device"], _link(path).replace(path.stem, "JSON", 1)]
+        rows += [[*_timed(row), *at] for row in found["rows"] if row["method"] == name]
+    if not rows:
+        return "The time on large models was not measured.\n"
+    head = ["target", "options", "time", "GPU memory", "shape", "device", "source"]
+    return "Random weights, 128 windows of 2048 tokens, from opening the checkpoint to the closed result:\n\n" + _table(
+        head, rows
+    )
+
+
+def methods(_: str) -> str:
+    """All methods in one table."""
+    rows = []
+    for name in EVERY:
+        method = get_method(name)
+        what = method.__doc__.split("\n")[0].partition(": ")[2]
+        kinds = {"shape"} if name in STRUCTURED else {"input"} if name in CONTEXTUAL else set()
+        kinds = kinds or {"bits" if kind is Bits else "zeros" for kind in method.ACCEPTS}
+        rows.append([f"[`{name}`]({name}.md)", " ".join(sorted(kinds)), what])
+    return _table(["method", "spends", "what it does"], rows)
+
+
+def presets(_: str) -> str:
+    """What the presets stand for."""
+    rows = []
+    for name, recipe in PRESETS.items():
+        chosen = " ".join(f"--set {option}={value}" for option, value in recipe["options"].items())
+        rows.append([f"`{name}`", f"`{recipe['method']}`", f"`{chosen}`"])
+    return _table(["preset", "method", "options"], rows)
+
+
+def commands(_: str) -> str:
+    """Every command with its arguments and options."""
+    group: Any = typer.main.get_command(app)
+    parts = []
+    for name, command in sorted(group.commands.items()):
+        arguments = [p for p in command.params if p.param_type_name == "argument"]
+        words = [p.name.upper() + "..." * (p.nargs == -1) for p in arguments]
+        usage = " ".join(w if p.required else f"[{w}]" for w, p in zip(words, arguments, strict=True))
+        parts.append(f"## {name}\n\n{_plain(command.help)}\n\n```text\nniwaki {name} {usage} [OPTIONS]\n```\n")
+        rows = [[f"`{p.name.upper()}`", "", _plain(p.help)] for p in arguments]
+        rows += [_option(p) for p in command.params if p.param_type_name == "option" and p.name != "help"]
+        parts.append(_table(["", "default", "what it is"], rows))
+    return "\n".join(parts)
+
+
+KINDS = {
+    "facts": facts,
+    "options": options,
+    "numbers": numbers,
+    "speed": speed,
+    "works": works,
+    "ranking": ranking,
+    "methods": methods,
+    "presets": presets,
+    "commands": commands,
+}
+
+
+def render(text: str) -> str:
+    """A page with its generated parts made anew."""
+    return BLOCK.sub(lambda found: f"{found[1]}\n{KINDS[found[2]](found[3])}\n{found[4]}", text)
+
+
+def pages() -> Iterator[Path]:
+    """All pages of the handbook."""
+    return iter(sorted(DOCS.rglob("*.md")))
+
+
+def _cost(doc: str) -> str:
+    found = re.search(r"(?:^|\s)[Cc]ost:\s(.*?)(?:\n\s*\n|$)", doc, re.S)
+    assert found is not None, "tests/test_design.py asks every method for its cost"
+    text = " ".join(found[1].split())
+    return text[0].upper() + text[1:]
+
+
+def _quality_row(row: Mapping[str, Any]) -> list[str]:
+    first = row["runs"][0]
+    if "removed_frac" in first:
+        stored = f"{first['removed_frac']:.1%} of the decoder gone"
+    elif "bits" in first and first["bits"] < 16:
+        stored = f"{first['bits']:.2f} true bits"
+    else:
+        stored = f"{first['zeros_frac']:.1%} zeros"
+    return [row["target"], _variant(row), stored, *(_spread(row[text]) for text in TEXTS)]
+
+
+def _timed(row: Mapping[str, Any]) -> list[str]:
+    how = "whole" if "extrapolated_s" not in row else "some blocks, extrapolated"
+    seconds = row.get("extrapolated_s", row["seconds"])
+    return [row["target"], _variant(row), f"{seconds:,.0f} s, {how}", f"{row['peak_device_gb']:.1f} GB"]
+
+
+def _variant(row: Mapping[str, Any]) -> str:
+    given = [f"{name}={value}" for name, value in (row.get("options") or {}).items()]
+    given += [f"--allocation {row['allocation']}"] if row.get("allocation") else []
+    return f"`{' '.join(given)}`" if given else ""
+
+
+def _name(row: Mapping[str, Any], label: str) -> str:
+    """A link to the method, and what the label says besides."""
+    if "preset" in row:
+        return f"[preset `{row['preset']}`](methods/presets.md)"
+    name = row["method"]
+    special = label.removeprefix(name).strip(" ,")
+    return f"[`{name}`](methods/{name}.md)" + (f" {special}" if special else "")
+
+
+def _both(row: Mapping[str, Any]) -> str:
+    """Both perplexities; of shapes that missed their target by far, what is really gone."""
+    removed = row["runs"][0].get("removed_frac")
+    missed = removed is not None and abs(removed - float(row["target"])) > 0.02
+    return " / ".join(f"{row[text]['mean']:.1f}" for text in TEXTS) + (f" ({removed:.0%} gone)" if missed else "")
+
+
+def _contextual(path: Path) -> str:
+    """Rows of our method, a static choice and rivals, by text and share that is skipped, behind the shorter prompts."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    shown = ("dense", "shadow", "static fisher", "griffin", "dejavu")
+    prompt, *_ = found["options"]["prompts"]
+    table: dict[tuple[float, str], dict[str, str]] = {}
+    for row in found["rows"]:
+        if row["label"] in shown and row["prompt"] == prompt:
+            told = {"mean": row["perplexity_mean"], "stdev": row["perplexity_sd"] or None}
+            table.setdefault((row["target"], row["label"]), {})[row["text"]] = _spread(told)
+    rows = [
+        [f"{target:g}", label, *(values.get(text, "") for text in TEXTS)]
+        for (target, label), values in sorted(table.items(), key=lambda entry: (entry[0][0], shown.index(entry[0][1])))
+    ]
+    seeds = len(found["options"]["seeds"])
+    title = f"Perplexity of {found['model']} behind prompts of {prompt} tokens, mean ± deviation of {seeds} seeds"
+    return f"{title} ({_link(path)}, {found['date']}, {found['device']}):\n\n" + _table(
+        ["skipped", "choice", *TEXTS], rows
+    )
+
+
+def _spread(found: Mapping[str, Any]) -> str:
+    return f"{found['mean']:.2f}" + (f"\u00a0±\u00a0{found['stdev']:.2f}" if found["stdev"] is not None else "")
+
+
+def _option(option: Any) -> list[str]:
+    names = ", ".join(f"`{name}`" for name in option.opts)
+    text = _plain(option.help)
+    shown = re.search(r"\s*\[default: (.*)\]$", text)  # of options that a recipe may set
+    if shown is not None:
+        return [names, f"`{shown[1]}`" if " " not in shown[1] else shown[1], text[: shown.start()]]
+    default = option.default
+    said = "required" if option.required else "" if default is None or default is False else f"`{default}`"
+    return [names, said, text]
+
+
+def _plain(text: str | None) -> str:
+    return Text.from_markup(" ".join((text or "").split())).plain
+
+
+def _type(annotation: Any) -> str:
+    return f"`{getattr(annotation, '__name__', annotation)}`"
+
+
+def _link(path: Path, up: str = "../..") -> str:
+    return f"[{path.stem}]({up}/benchmarks/results/{path.name})"
+
+
+def _table(head: list[str], rows: Rows) -> str:
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def main() -> None:
+    """Rewrites what is stale."""
+    for path in pages():
+        text = path.read_text(encoding="utf-8")
+        if (fresh := render(text)) != text:
+            path.write_text(fresh, encoding="utf-8")
+            print(path.relative_to(DOCS))
+
+
+if __name__ == "__main__":
+    main()
