@@ -2,9 +2,9 @@
 
     python benchmarks/packed_linear.py --out benchmarks/results/packed-linear-cpu.json [--threads 1 2]
 
-Random codes (or zeros, with --sparse); one token at a time, or as many as asked for; weights are larger than the caches,
-or as large as the shape makes them. Bandwidth is that of summing a large float32 tensor with the same threads in the
-same run.
+Random codes, or zeros with --sparse; one token at a time, or as many as asked for; weights are larger than the
+caches, or as large as the shape makes them. Bandwidth is that of summing a large float32 tensor with the same threads
+in the same run.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def main() -> None:
                 })
                 print(rows_out[-1], flush=True)
     result = {
-        "what": f"{args.tokens} token(s) through a packed layer against torch's bf16 linear, interleaved, median seconds",
+        "what": f"{args.tokens} token(s), packed layers against torch's bf16 linear, interleaved, median seconds",
         **provenance("cpu"),
         "rows": rows_out,
     }

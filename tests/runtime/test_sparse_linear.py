@@ -173,8 +173,8 @@ def test_a_resumed_run_ends_at_the_same_bytes(results: dict, text: Path, tmp_pat
 
     def work(**more: Any) -> None:
         niwaki.compress(
-            results["two-four"]["auto"].parent / "model", tmp_path / "out", method="sparsegpt", target="2:4", pack="auto",
-            device="cpu", calibration={"files": (str(text),), "samples": 4, "seq_len": 16}, **more,
+            results["half"]["auto"].parent / "model", tmp_path / "out", method="sparsegpt", target="2:4",
+            pack="auto", device="cpu", calibration={"files": (str(text),), "samples": 4, "seq_len": 16}, **more,
         )  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):

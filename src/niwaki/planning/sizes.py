@@ -1,8 +1,9 @@
 """What a decoder consists of and what a recipe leaves of it in the file, from headers and configs alone.
 
 The bytes of a file follow from the shapes: codes are counted by the method that stores them (`stored_bytes`), weights
-with zeros in place take what they took, packed ones their values and places. The shape that a structured method will find depends on the text; here its own
-search runs with losses that say nothing, and every shape it may take removes about as much.
+with zeros in place take what they took, packed ones their values and places. The shape that a structured method will
+find depends on the text; here its own search runs with losses that say nothing, and every shape it may take removes
+about as much.
 """
 
 from collections.abc import Mapping, Sequence
