@@ -21,6 +21,7 @@ from niwaki.codes import Part, stored_tensors
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
 from niwaki.sparse import Sparse
+from niwaki.sparse_tiles import Tiled
 from provenance import provenance
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
@@ -56,11 +57,12 @@ def sparse(rows: int, columns: int) -> dict[str, SparseLinear]:
     codes = Sparse.encode_codes(
         Part(torch.arange(columns), 4, "symmetric", 128, code_OI, scale_OG), keep_OI, layout="two_four"
     )
-    assert codes is not None
-    records = {
+    tiled = None if codes is None else Tiled.encode(codes)
+    assert tiled is not None
+    records: dict[str, Sparse | Tiled] = {
         "bitmap 50%": Sparse.encode(torch.where(score_OGM.view(rows, columns) < 0.5, weight_OI, zero), layout="bitmap"),
         "2:4": Sparse.encode(torch.where(keep_OI, weight_OI, zero), layout="two_four"),
-        "2:4 + 4 bit": codes,
+        "2:4 + 4 bit": tiled,
     }
     found = {}
     for name, record in records.items():

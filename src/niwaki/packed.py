@@ -16,6 +16,7 @@ from torch import Tensor
 
 from niwaki.codes import Part, assemble, stored_tensors
 from niwaki.sparse import VALUES, Sparse
+from niwaki.sparse_tiles import Tiled
 
 Kind = Literal["dense", "masked", "codes", "sliced"]
 
@@ -77,9 +78,10 @@ class Packed:
         best = min(found, key=lambda stored: stored.nbytes, default=None)
         return best if self.parts or (best is not None and best.nbytes < self.nbytes(dtype)) else None
 
-    def _sparse(self, dtype: torch.dtype) -> Sparse | None:
+    def _sparse(self, dtype: torch.dtype) -> Sparse | Tiled | None:
         if len(self.parts) == 1:
-            return Sparse.encode_codes(self.parts[0])
+            record = Sparse.encode_codes(self.parts[0])
+            return record if record is None else Tiled.encode(record) or record
         whole = self.kind == "masked" and self.cut is None and dtype in VALUES.values()
         return Sparse.encode(self.weight_OI, dtype) if whole else None
 

@@ -14,18 +14,30 @@ from torch import Tensor
 
 from niwaki.codes import WEIGHT, assemble, read_parts, stored_names
 from niwaki.sparse import Sparse
-from niwaki.sparse import stored_names as sparse_names
+from niwaki.sparse import stored_shapes as sparse_shapes
+from niwaki.sparse_tiles import LAYOUT, Tiled
+from niwaki.sparse_tiles import stored_shapes as tile_shapes
 
 
 def record_names(about: Mapping[str, Any]) -> list[str]:
     """The names of the tensors of a module with this description, as they follow its own."""
-    return sparse_names(about) if "sparse" in about else stored_names(about["parts"])
+    return list(record_shapes(about)) if "sparse" in about else stored_names(about["parts"])
+
+
+def record_shapes(about: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every tensor of nonzeros with this description."""
+    return tile_shapes(about) if about["sparse"]["layout"] == LAYOUT else sparse_shapes(about)
+
+
+def read_sparse(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Sparse | Tiled:
+    """Nonzeros as they are stored."""
+    return Tiled.read(tensors, about) if about["sparse"]["layout"] == LAYOUT else Sparse.read(tensors, about)
 
 
 def decode_record(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Tensor:
     """The matrix [O, I] in float32."""
     if "sparse" in about:
-        return Sparse.read(tensors, about).decode()
+        return read_sparse(tensors, about).decode()
     return assemble(read_parts(tensors, about["parts"], about["shape"][1]))
 
 

@@ -57,6 +57,15 @@ def prepared_layer(
     return compiled.SparseLayer(columns, LAYOUTS.index(layout), KINDS.index(kind), *tensors, group_bytes)
 
 
+def prepared_tiles(
+    places_TBR: Tensor, values_TFR: Tensor, scale_GO: Tensor, rows: int, columns: int, group: int
+) -> Any:
+    """The same for the tensors of `sparse_tiles.Tiled`."""
+    compiled = cpu_module()
+    assert compiled is not None, "callers ask `reaches` first"
+    return compiled.TileLayer(rows, columns, group, places_TBR.numpy(), values_TFR.numpy(), scale_GO.numpy())
+
+
 def product(layer: Any, x_NI: Tensor, rows: int, path: int = BEST) -> Tensor:
     """x Wᵀ in the dtype of `x_NI`, sums in float32. Only addresses cross into C++."""
     given_NI = (x_NI if x_NI.dtype in (torch.float32, torch.bfloat16) else x_NI.float()).contiguous()
@@ -89,3 +98,20 @@ sparse_product_op = torch.library.custom_op("niwaki::sparse_product", sparse_pro
 def _(x_NI: Tensor, places_OB: Tensor, *_: object) -> Tensor:
     """Shape and dtype of the product."""
     return x_NI.new_empty(len(x_NI), len(places_OB))
+
+
+def tile_product(
+    x_NI: Tensor, places_TBR: Tensor, values_TFR: Tensor, scale_GO: Tensor, rows: int, group: int
+) -> Tensor:
+    """`product` from the tensors of tiles."""
+    layer = prepared_tiles(places_TBR, values_TFR, scale_GO, rows, x_NI.shape[1], group)
+    return product(layer, x_NI.detach(), rows)
+
+
+tile_product_op = torch.library.custom_op("niwaki::tile_product", tile_product, mutates_args=())
+
+
+@tile_product_op.register_fake
+def _(x_NI: Tensor, _places: Tensor, _values: Tensor, _scale: Tensor, rows: int, _group: int) -> Tensor:
+    """Shape and dtype of the product."""
+    return x_NI.new_empty(len(x_NI), rows)

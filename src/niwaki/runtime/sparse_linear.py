@@ -12,10 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from niwaki.kernels.sparse_product import prepared_layer, product, reaches, sparse_product_op
-from niwaki.sparse import Sparse, stored_shapes
+from niwaki.kernels.sparse_product import (
+    prepared_layer,
+    prepared_tiles,
+    product,
+    reaches,
+    sparse_product_op,
+    tile_product_op,
+)
+from niwaki.records import read_sparse, record_shapes
+from niwaki.sparse import Sparse
+from niwaki.sparse_tiles import Tiled
 
-DECODED_ROWS = 2048  # of the matrix at a time
+DECODED_ROWS = 2048  # of the matrix at a time, whole tiles
 
 
 class SparseLinear(nn.Module):
@@ -25,7 +34,7 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = rows, columns
         self.described = described
-        for name, (dtype, shape) in stored_shapes(described).items():
+        for name, (dtype, shape) in record_shapes(described).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))  # integers: no cast of the model touches them
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
         self._prepared: tuple[Tensor, Any] | None = None
@@ -37,11 +46,11 @@ class SparseLinear(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors of the matrix by their names in the file."""
-        return {name: self.get_buffer(name) for name in stored_shapes(self.described)}
+        return {name: self.get_buffer(name) for name in record_shapes(self.described)}
 
-    def record(self) -> Sparse:
+    def record(self) -> Sparse | Tiled:
         """The matrix as it is stored."""
-        return Sparse.read(self.stored(), self.described)
+        return read_sparse(self.stored(), self.described)
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
         """The matrix that the record stands for."""
@@ -57,6 +66,9 @@ class SparseLinear(nn.Module):
     def _few(self, x_NI: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             record = self.record()
+            if isinstance(record, Tiled):
+                tiled: Tensor = tile_product_op(x_NI, *record.tensors().values(), record.size, record.group)
+                return tiled
             found: Tensor = sparse_product_op(
                 x_NI, record.places_OB, record.values_N, record.starts_O, record.scale_OG,
                 record.layout, record.values, record.group,
@@ -76,11 +88,14 @@ class SparseLinear(nn.Module):
         values = self._buffers["values"]
         if self._prepared is None or self._prepared[0] is not values:
             record = self.record()
-            layer = prepared_layer(
-                record.places_OB, record.values_N, record.starts_O, record.scale_OG,
-                record.columns, record.layout, record.values, record.group,
-            )  # fmt: skip
-            self._prepared = (record.values_N, layer)
+            if isinstance(record, Tiled):
+                layer = prepared_tiles(*record.tensors().values(), record.size, record.columns, record.group)
+            else:
+                layer = prepared_layer(
+                    record.places_OB, record.values_N, record.starts_O, record.scale_OG,
+                    record.columns, record.layout, record.values, record.group,
+                )  # fmt: skip
+            self._prepared = (record.tensors()["values"], layer)
         return self._prepared[1]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -118,6 +118,33 @@ private:
     niwaki::SparseProduct product_;
 };
 
+// A two-four matrix of 4-bit codes in tiles, kept alive, and its product with inputs given by address.
+class TileLayer {
+public:
+    TileLayer(int64_t rows, int64_t columns, int64_t group, Bytes places, Bytes codes, Shorts scale)
+        : places_(places), codes_(codes), scale_(scale) {
+        product_ = {0, rows, static_cast<int64_t>(scale.shape(1)), columns, group, places.data(), codes.data(),
+                    reinterpret_cast<const uint16_t*>(scale.data()), nullptr, nullptr};
+    }
+
+    // As SparseLayer::multiply.
+    void multiply(uintptr_t x, uintptr_t out, int64_t tokens, bool bfloat16, int threads, int path) const {
+        nb::gil_scoped_release unlocked;
+        niwaki::TileProduct product = product_;
+        std::vector<float> wide(bfloat16 ? tokens * product.columns : 0), sums(bfloat16 ? tokens * product.rows : 0);
+        for (size_t i = 0; i < wide.size(); ++i) wide[i] = widened(reinterpret_cast<const uint16_t*>(x)[i]);
+        product.tokens = tokens, product.x = bfloat16 ? wide.data() : reinterpret_cast<const float*>(x);
+        product.out = bfloat16 ? sums.data() : reinterpret_cast<float*>(out);
+        niwaki::tile_product(product, threads, static_cast<niwaki::Path>(path));
+        for (size_t i = 0; i < sums.size(); ++i) reinterpret_cast<uint16_t*>(out)[i] = narrowed(sums[i]);
+    }
+
+private:
+    Bytes places_, codes_;
+    Shorts scale_;
+    niwaki::TileProduct product_;
+};
+
 }  // namespace
 
 NB_MODULE(_cpu, module) {
@@ -153,6 +180,10 @@ NB_MODULE(_cpu, module) {
         .def("add", &Layer::add, nb::arg("planes"), nb::arg("scale"), nb::arg("offset").none(), nb::arg("zero").none(),
              nb::arg("centre"), nb::arg("group_bytes"), nb::arg("column").none(), nb::arg("columns"))
         .def("multiply", &Layer::multiply);
+    nb::class_<TileLayer>(module, "TileLayer")
+        .def(nb::init<int64_t, int64_t, int64_t, Bytes, Bytes, Shorts>(), nb::arg("rows"), nb::arg("columns"),
+             nb::arg("group"), nb::arg("places"), nb::arg("codes"), nb::arg("scale"))
+        .def("multiply", &TileLayer::multiply);
     nb::class_<SparseLayer>(module, "SparseLayer")
         .def(nb::init<int64_t, int, int, Bytes, Bytes, std::optional<Ints>, std::optional<Shorts>, int64_t>(),
              nb::arg("columns"), nb::arg("layout"), nb::arg("kind"), nb::arg("places"), nb::arg("values"),

@@ -50,19 +50,6 @@ const Ranks& ranks(SparseLayout layout) {
     return layout == SparseLayout::bitmap ? bitmap : two_four;
 }
 
-float half_to_float(uint16_t half) {
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-    const uint32_t exponent = (half >> 10) & 31, fraction = half & 1023;
-    float value;
-    if (exponent == 0) {
-        value = static_cast<float>(fraction) * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 // Value number `at` as it is stored.
 float value_of(const SparseProduct& p, int64_t at) {
     uint16_t half;
