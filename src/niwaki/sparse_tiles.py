@@ -1,9 +1,9 @@
 """Two-four matrices of 4-bit codes in tiles of 32 rows, as the kernel reads them: the fast form of `sparse`.
 
 Bytes belong to two values of 32 rows side by side: byte 2·r + j to value j of rows r and 16 + r of the tile. For every
-four columns a byte of codes holds both rows' codes (the lower half byte that of row r), for every eight a byte of places
-holds their indices (two bits each, row r first, the first four columns in the lower half byte). Scales are float16, stored
-as int16, rows side by side. Missing rows hold zeros. 3.125 bits a weight in groups of 128 columns.
+four columns a byte of codes holds both rows' codes (the lower half byte that of row r), for every eight a byte of
+places holds their indices (two bits each, row r first, the first four columns in the lower half byte). Scales are
+float16, stored as int16, rows side by side. Missing rows hold zeros. 3.125 bits a weight in groups of 128 columns.
 
 Legend: O outputs, I inputs, T tiles, G groups of columns that share a scale, F groups of four columns.
 """
