@@ -192,8 +192,9 @@ def test_a_resumed_run_ends_at_the_same_bytes(results: dict, text: Path, tmp_pat
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.parametrize(("group", "layouts"), [(16, {"two_four"}), (0, {"two_four", "two_four_tiles"})])
 def test_pruned_then_rounded_weights_are_stored_once_with_their_zeros_left_out(
-    results: dict, text: Path, tmp_path: Path
+    group: int, layouts: set[str], results: dict, tmp_path: Path
 ) -> None:
     """Rounding to nearest on a symmetric grid keeps zeros: codes of what is left are smaller than codes of all."""
     made = {}
@@ -201,10 +202,11 @@ def test_pruned_then_rounded_weights_are_stored_once_with_their_zeros_left_out(
         made[pack] = tmp_path / pack
         niwaki.compress(
             results["two-four"]["codes"], made[pack], method="rtn", target="4bit", pack=pack, device="cpu",
-            options={"group": 16, "symmetric": True},
+            options={"group": group, "symmetric": True},
         )  # fmt: skip
     lines = lines_of(made["auto"])
     assert {line["stored"]["sparse"]["values"] for line in lines} == {"int4"}
+    assert {line["stored"]["sparse"]["layout"] for line in lines} == layouts
     assert sum(line["bytes"] for line in lines) < sum(line["bytes"] for line in lines_of(made["codes"]))
     a, b = (AutoModelForCausalLM.from_pretrained(made[pack], dtype=torch.float32) for pack in ("auto", "codes"))
     assert torch.equal(
