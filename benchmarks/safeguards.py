@@ -42,7 +42,10 @@ def agreement(model, ids, prompt):
 
 def plain(model, ids, new, enabled):
     model.contextual.enabled = enabled
-    found = model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+    mask = torch.ones_like(ids)  # or generate takes the ends of documents for padding
+    found = model.generate(
+        ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     model.contextual.enabled = True
     return found
 

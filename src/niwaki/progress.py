@@ -21,7 +21,7 @@ _TITLES = {
     "block": ("compressing", "blocks"),
     "evaluate": ("evaluating", "blocks"),
     "compare": ("scoring", "windows"),
-    "measure": ("measuring speed and memory", "models"),
+    "measure": ("measuring speed and memory", "rounds"),
     "export": ("exporting", "parts"),
     "recover": ("recovering", "steps"),
 }

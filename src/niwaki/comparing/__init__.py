@@ -181,16 +181,23 @@ class _Job:
         self, folders: list[Path], model: Model, candidates: list[Candidate], prompts: list[list[int]]
     ) -> tuple[Model, list[Candidate]]:
         settings, ids = self.settings, speed_prompt(self.material, self.tokenizer, self.settings.prompt_tokens)
-        found = []
+        found, done, rounds = [], 0, len(candidates) * (settings.rounds + 1)
+
+        def after_round() -> None:
+            nonlocal done
+            done += 1
+            self.report("measure", done=done, of=rounds)
+
         with Worker(folders[0], settings.device) as dense:
-            for number, (folder, candidate) in enumerate(zip(folders[1:], candidates, strict=True), start=1):
+            for folder, candidate in zip(folders[1:], candidates, strict=True):
                 with Worker(folder, settings.device) as own:
-                    speed = measure_speed(dense, own, ids, settings.new_tokens, settings.rounds, self.confidence)
+                    speed = measure_speed(
+                        dense, own, ids, settings.new_tokens, settings.rounds, self.confidence, after_round
+                    )
                     texts = write_both(dense, own, prompts, settings.new_tokens, self.tokenizer)
                     weighed = measured(candidate.model, own.loaded["load_seconds"], memory_of(own))
                 changes = {"model": weighed, "speed": speed, "generations": texts}
                 found.append(candidate.model_copy(update=changes))
-                self.report("measure", done=number, of=len(candidates))
             return measured(model, dense.loaded["load_seconds"], memory_of(dense)), found
 
 

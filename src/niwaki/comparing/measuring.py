@@ -5,7 +5,7 @@ first round warms up and is not kept. What is compared is the ratio within a rou
 so loading is from the page cache for both. A contextual model's choice and copies are part of its writing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from niwaki.comparing.evidence import Generation, Memory, Pace, Speed
@@ -15,9 +15,15 @@ from niwaki.comparing.worker import Worker
 
 
 def measure_speed(
-    dense: Worker, candidate: Worker, ids: Sequence[int], new_tokens: int, rounds: int, confidence: float
+    dense: Worker,
+    candidate: Worker,
+    ids: Sequence[int],
+    new_tokens: int,
+    rounds: int,
+    confidence: float,
+    after_round: Callable[[], None] = lambda: None,
 ) -> Speed:
-    """Reads the prompt `ids` and writes `new_tokens` behind it, `rounds` times each."""
+    """Reads the prompt `ids` and writes `new_tokens` behind it, `rounds` times each and once to warm up."""
     seconds: dict[tuple[str, str], list[float]] = {}
     for number in range(rounds + 1):
         for name, worker in (("dense", dense), ("candidate", candidate)):
@@ -25,6 +31,7 @@ def measure_speed(
             if number:
                 for part in ("prefill", "decode"):
                     seconds.setdefault((part, name), []).append(found[f"{part}_seconds"])
+        after_round()
     paces = {
         part: _pace(tokens, seconds[part, "dense"], seconds[part, "candidate"], confidence)
         for part, tokens in (("prefill", len(ids)), ("decode", new_tokens))
