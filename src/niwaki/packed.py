@@ -80,7 +80,10 @@ class Packed:
 
     def _sparse(self, dtype: torch.dtype) -> Sparse | Tiled | None:
         if len(self.parts) == 1:
-            record = Sparse.encode_codes(self.parts[0])
+            part = self.parts[0]
+            if float((part.code_OC == 2 ** (part.bits - 1)).float().mean()) * part.bits <= 1:
+                return None  # a bit for every weight takes more than the zeros do
+            record = Sparse.encode_codes(part)
             return record if record is None else Tiled.encode(record) or record
         whole = self.kind == "masked" and self.cut is None and dtype in VALUES.values()
         return Sparse.encode(self.weight_OI, dtype) if whole else None

@@ -89,7 +89,9 @@ class SparseLinear(nn.Module):
         if self._prepared is None or self._prepared[0] is not values:
             record = self.record()
             if isinstance(record, Tiled):
-                layer = prepared_tiles(*record.tensors().values(), record.size, record.columns, record.group)
+                layer = prepared_tiles(
+                    record.places_TBR, record.values_TFR, record.scale_GO, record.size, record.columns, record.group
+                )
             else:
                 layer = prepared_layer(
                     record.places_OB, record.values_N, record.starts_O, record.scale_OG,
