@@ -182,7 +182,8 @@ def fits_two_four(keep_OI: Tensor) -> bool:
 
 def smaller_layout(keep_OI: Tensor, value_bits: int) -> str:
     """The layout that takes fewer bytes for these columns with a value."""
-    bitmap, two_four = (sparse_bytes(*keep_OI.shape, int(keep_OI.sum()), value_bits, layout) for layout in LAYOUTS)
+    rows, columns = keep_OI.shape
+    bitmap, two_four = (sparse_bytes(rows, columns, int(keep_OI.sum()), value_bits, layout) for layout in LAYOUTS)
     return "two_four" if two_four <= bitmap and fits_two_four(keep_OI) else "bitmap"
 
 

@@ -53,7 +53,7 @@ def one_by_one(x: Tensor, record: Sparse) -> Tensor:
                 else:
                     size = VALUES[record.values].itemsize
                     value = float(
-                        torch.frombuffer(bytes(raw[at * size : (at + 1) * size]), dtype=VALUES[record.values])
+                        torch.frombuffer(bytearray(raw[at * size : (at + 1) * size]), dtype=VALUES[record.values])
                     )
                 at += 1
                 column = 8 * byte + lane

@@ -213,7 +213,7 @@ def test_pruned_then_rounded_weights_are_stored_once_with_their_zeros_left_out(
         a.model.layers[0].mlp.up_proj.weight_OI(torch.float32), b.model.layers[0].mlp.up_proj.weight_OI(torch.float32)
     )
     found, wanted = (each(torch.arange(3)[None]).logits.detach() for each in (a, b))
-    assert float((found - wanted).norm() / wanted.norm()) < 2e-3
+    assert float((found - wanted).norm() / wanted.norm()) < 5e-3  # of both kernels
 
 
 def test_too_few_zeros_and_matrices_without_a_packed_form_stay_and_say_so(text: Path, tmp_path: Path) -> None:
