@@ -2,8 +2,9 @@
 
     python benchmarks/packed_linear.py --out benchmarks/results/packed-linear-cpu.json [--threads 1 2]
 
-Random codes; one token at a time; weights are larger than the caches, or as large as the shape makes them. Bandwidth is
-that of summing a large float32 tensor with the same threads in the same run.
+Random codes, or zeros with --sparse; one token at a time, or as many as asked for; weights are larger than the
+caches, or as large as the shape makes them. Bandwidth is that of summing a large float32 tensor with the same threads
+in the same run.
 """
 
 import argparse
@@ -18,6 +19,9 @@ import torch
 
 from niwaki.codes import Part, stored_tensors
 from niwaki.runtime.linear import PackedLinear
+from niwaki.runtime.sparse_linear import SparseLinear
+from niwaki.sparse import Sparse
+from niwaki.sparse_tiles import Tiled
 from provenance import provenance
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
@@ -39,6 +43,32 @@ def packed(rows: int, columns: int, salient_frac: float) -> PackedLinear:
     layer = PackedLinear(rows, columns, {"parts": [part.describe() for part in parts]}, bias=False)
     layer.load_state_dict(stored_tensors(parts, columns))
     return layer
+
+
+def sparse(rows: int, columns: int) -> dict[str, SparseLinear]:
+    """Half zeros anywhere, and two of four, in bfloat16 and as 4-bit codes in groups of 128."""
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(rows, columns, generator=generator).bfloat16()
+    score_OGM = torch.rand(rows, columns // 4, 4, generator=generator)
+    zero = weight_OI.new_zeros(())
+    keep_OI = (score_OGM >= score_OGM.topk(2, dim=2).values[..., 1:]).view(rows, columns)
+    code_OI = torch.where(keep_OI, torch.randint(0, 16, (rows, columns), generator=generator), 8).to(torch.uint8)
+    scale_OG = (torch.rand(rows, columns // 128, generator=generator) * 0.01 + 0.01).half()
+    codes = Sparse.encode_codes(
+        Part(torch.arange(columns), 4, "symmetric", 128, code_OI, scale_OG), keep_OI, layout="two_four"
+    )
+    tiled = None if codes is None else Tiled.encode(codes)
+    assert tiled is not None
+    records: dict[str, Sparse | Tiled] = {
+        "bitmap 50%": Sparse.encode(torch.where(score_OGM.view(rows, columns) < 0.5, weight_OI, zero), layout="bitmap"),
+        "2:4": Sparse.encode(torch.where(keep_OI, weight_OI, zero), layout="two_four"),
+        "2:4 + 4 bit": tiled,
+    }
+    found = {}
+    for name, record in records.items():
+        found[name] = SparseLinear(rows, columns, record.describe(), bias=False)
+        found[name].load_state_dict(record.tensors())
+    return found
 
 
 def bandwidth() -> float:
@@ -68,12 +98,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=1)
+    parser.add_argument("--sparse", action="store_true", help="pruned layers instead of quantized ones")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, type=lambda text: tuple(map(int, text.split("x"))))
     args = parser.parse_args()
     rows_out = []
-    for rows, columns in SHAPES:
+    for rows, columns in args.shapes:
         dense = torch.randn(rows, columns, dtype=torch.bfloat16)
-        layers = {"1.6 bit": packed(rows, columns, 0.2), "4 bit": packed(rows, columns, 1.0)}
-        x = torch.randn(1, columns).bfloat16()
+        if args.sparse:
+            layers: dict[str, torch.nn.Module] = {**sparse(rows, columns)}
+        else:
+            layers = {"1.6 bit": packed(rows, columns, 0.2), "4 bit": packed(rows, columns, 1.0)}
+        x = torch.randn(args.tokens, columns).bfloat16()
         for threads in args.threads:
             torch.set_num_threads(threads)
             bytes_per_s = bandwidth()
@@ -84,7 +120,7 @@ def main() -> None:
             for name, layer in layers.items():
                 nbytes = sum(buffer.nbytes for buffer in layer.buffers())
                 rows_out.append({
-                    "layer": name, "shape": [rows, columns], "threads": threads, "bytes": nbytes,
+                    "layer": name, "shape": [rows, columns], "tokens": args.tokens, "threads": threads, "bytes": nbytes,
                     "dense_bytes": dense.nbytes, "ms": round(times[name] * 1e3, 3),
                     "dense_ms": round(times["dense"] * 1e3, 3), "speedup": round(times["dense"] / times[name], 2),
                     "bandwidth_gb_s": round(bytes_per_s / 1e9, 1),
@@ -92,7 +128,7 @@ def main() -> None:
                 })
                 print(rows_out[-1], flush=True)
     result = {
-        "what": "one token through a packed layer against torch's bf16 linear, interleaved, median seconds",
+        "what": f"{args.tokens} token(s), packed layers against torch's bf16 linear, interleaved, median seconds",
         **provenance("cpu"),
         "rows": rows_out,
     }

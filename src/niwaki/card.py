@@ -69,6 +69,12 @@ _PACKED = (
 """
     + _LOADING
 )
+_SPARSE = (
+    """{packed} of the matrices are stored as the weights that are left and where they belong, and stay so in memory.
+Loading them needs niwaki (`--pack none` writes zeros in place, for other engines):
+"""
+    + _LOADING
+)
 _CONTEXTUAL = """The weights are those of the dense model: every engine runs them as such. `niwaki.load("this folder")`
 reads a prompt with all of them and writes with those that it needs; the predictor that chooses lies in `niwaki/`."""
 _EXPORTED = {
@@ -125,7 +131,7 @@ def model_card(record: dict[str, Any]) -> str:
         base_model=hub_id,
         library_name=_library(record),
         pipeline_tag="text-generation",
-        tags=["niwaki", "quantized" if result["packed"] else "pruned", recipe["method"]]
+        tags=["niwaki", "quantized" if result["packed"] > _sparse(result) else "pruned", recipe["method"]]
         + ([exported["to"]] if exported else []),
     )
     windows = calibration["windows"]
@@ -173,14 +179,19 @@ def _shaping(record: dict[str, Any]) -> dict[str, Any]:
     return first if "shape" in first else {}
 
 
+def _sparse(result: dict[str, Any]) -> int:
+    """How many matrices are stored as nonzeros."""
+    return sum(result.get("sparse", {}).values())
+
+
 def _storage(record: dict[str, Any]) -> str:
     """What a reader has to know of the files."""
     if exported := record.get("export"):
         return _EXPORTED[exported["to"]]
     if "predictor" in record["result"]:
         return _CONTEXTUAL
-    if record["result"]["packed"]:
-        return _PACKED
+    if packed := record["result"]["packed"]:
+        return _PACKED if packed > _sparse(record["result"]) else _SPARSE
     shaped = _shaping(record)
     if not shaped.get("cut"):
         return _DENSE

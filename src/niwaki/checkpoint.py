@@ -18,8 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from niwaki.codes import WEIGHT, decode_stored, stored_names
+from niwaki.codes import WEIGHT
 from niwaki.errors import CheckpointError
+from niwaki.records import decode_stored, record_names
 from niwaki.writing import file_sha256
 
 INDEX = "model.safetensors.index.json"
@@ -79,7 +80,10 @@ class Checkpoint:
     def require_plain(self) -> None:
         """Raises CheckpointError for a checkpoint that is quantized already."""
         if self.packed:
-            raise CheckpointError(f"{self.folder} is already quantized: start from the bf16, fp16 or fp32 checkpoint")
+            what, way = "quantized", "start from the bf16, fp16 or fp32 checkpoint"
+            if all("sparse" in about for about in self.packed.values()):
+                what, way = "packed", "make it with --pack none to go on with it, or start from the dense checkpoint"
+            raise CheckpointError(f"{self.folder} is already {what}: {way}")
 
     @property
     def shards(self) -> list[str]:
@@ -249,7 +253,7 @@ def _stored_as(name: str, packed: Mapping[str, Mapping[str, Any]]) -> list[str]:
     module = name.removesuffix(WEIGHT)
     if module not in packed:
         return [name]
-    return [f"{module}.{key}" for key in stored_names(packed[module]["parts"])]
+    return [f"{module}.{key}" for key in record_names(packed[module])]
 
 
 def _as_plain(

@@ -80,7 +80,7 @@ def compress(
     seq_len: Annotated[int | None, _option("Tokens per window.", 2048)] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML with any of these; flags win.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Method option key=value. Repeatable.")] = None,
-    pack: Annotated[str | None, _option("Store codes as codes: auto or none.", "auto")] = None,
+    pack: Annotated[str | None, _option("Store codes as codes: codes, auto (nonzeros too) or none.", "codes")] = None,
     ends: Annotated[str | None, _option("Embeddings and head as codes too: none, 4bit or 8bit.", "none")] = None,
     seed: Annotated[int | None, _option("Seed.", 0)] = None,
     device: Annotated[str | None, _option(DEVICE, "auto")] = None,

@@ -217,22 +217,6 @@ def stored_names(described: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*names, "columns"] if len(described) > 1 else names
 
 
-def decode_stored(
-    tensors: Mapping[str, Tensor], modules: Mapping[str, Mapping[str, Any]], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The tensors of a checkpoint with quantized modules as plain `module.weight` again.
-
-    `modules` holds {"shape": [O, I], "parts": descriptions} by module name; those without tensors here are skipped.
-    """
-    found = dict(tensors)
-    for module, about in modules.items():
-        names = stored_names(about["parts"])
-        if f"{module}.{names[0]}" in found:
-            own = {name: found.pop(f"{module}.{name}") for name in names}
-            found[module + WEIGHT] = assemble(read_parts(own, about["parts"], about["shape"][1])).to(dtype)
-    return found
-
-
 def assemble(parts: Sequence[Part]) -> Tensor:
     """The matrix [O, I] in float32."""
     if len(parts) == 1:

@@ -185,7 +185,7 @@ class Recipe(_Strict):
     allocation: str = "auto"
     calibration: Calibration = Calibration()
     options: dict[str, Any] = {}
-    pack: Literal["auto", "none"] = "auto"
+    pack: Literal["auto", "codes", "none"] = "codes"
     ends: Literal["none", "4bit", "8bit"] = "none"
     seed: int = 0
     device: str = "auto"

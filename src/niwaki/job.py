@@ -151,7 +151,7 @@ class CompressionJob:
                 else:
                     run.finish_part(block_part(block.index), {"lines": lines})
 
-            plan = Plan(self.steps, self.targets, self.recipe.seed, self.recipe.pack == "auto", gradients=gradients)
+            plan = Plan(self.steps, self.targets, self.recipe.seed, self.recipe.pack, gradients=gradients)
             compress_blocks(self.decoder, plan, stream, dense, finished=finished, save=save, report=report)
         return self._finish(run, stream, report)
 

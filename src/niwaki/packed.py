@@ -1,7 +1,7 @@
 """One tagged record per compressed matrix: how it is stored, decoded and counted.
 
-Kinds so far: `dense` (every weight kept), `masked` (zeros stored in place, so any engine loads it and the file stays
-as large as before), `codes` (quantized columns, see `codes`) and `sliced` (rows or columns gone, see `structure`).
+Kinds so far: `dense` (every weight kept), `masked` (zeros stored in place, so that any engine loads it, or packed as
+nonzeros, see `sparse`), `codes` (quantized columns, see `codes`) and `sliced` (rows or columns gone, see `structure`).
 
 Legend: O outputs, I inputs.
 """
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from niwaki.codes import Part, assemble, stored_tensors
+from niwaki.sparse import VALUES, Sparse
+from niwaki.sparse_tiles import Tiled
 
 Kind = Literal["dense", "masked", "codes", "sliced"]
 
@@ -64,6 +66,28 @@ class Packed:
             return sum(tensor.nbytes for tensor in self.tensors().values())
         return math.prod(self.cut or self.weight_OI.shape) * dtype.itemsize
 
+    def pack(self, dtype: torch.dtype, how: str) -> "Stored | None":
+        """What is stored instead of the matrix in `dtype`; None if that is the best there is.
+
+        `how`: `codes` packs codes alone, `auto` takes whatever is smallest, nonzeros too.
+        """
+        found = [Stored(self.tensors(), self.describe())] if self.parts else []
+        record = self._sparse(dtype) if how == "auto" else None
+        if record is not None:
+            found.append(Stored(record.tensors(), record.describe()))
+        best = min(found, key=lambda stored: stored.nbytes, default=None)
+        return best if self.parts or (best is not None and best.nbytes < self.nbytes(dtype)) else None
+
+    def _sparse(self, dtype: torch.dtype) -> Sparse | Tiled | None:
+        if len(self.parts) == 1:
+            part = self.parts[0]
+            if float((part.code_OC == 2 ** (part.bits - 1)).float().mean()) * part.bits <= 1:
+                return None  # a bit for every weight takes more than the zeros do
+            record = Sparse.encode_codes(part)
+            return record if record is None else Tiled.encode(record) or record
+        whole = self.kind == "masked" and self.cut is None and dtype in VALUES.values()
+        return Sparse.encode(self.weight_OI, dtype) if whole else None
+
     def describe(self) -> dict[str, Any]:
         """What a loader needs to read the tensors of a record of codes."""
         return {"shape": list(self.weight_OI.shape), "parts": [part.describe() for part in self.parts]}
@@ -71,6 +95,19 @@ class Packed:
     def tensors(self) -> dict[str, Tensor]:
         """What a record of codes stores, by name."""
         return stored_tensors(self.parts, self.weight_OI.shape[1])
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a packed record puts into the file, by name, and what a loader needs to read it."""
+
+    tensors: Mapping[str, Tensor]
+    about: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def method_bits(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from niwaki.codes import decode_stored
 from niwaki.packed import method_bits
+from niwaki.records import decode_stored
 
 Entry = Mapping[str, Any]
 
@@ -54,12 +54,19 @@ def result_of(entries: Sequence[Entry]) -> dict[str, Any]:
         "bits": round(8 * sum(line["bytes"] for line in lines) / weights, 4),
         **method_bits(lines),
         "packed": sum("stored" in line for line in lines),
+        **_sparse(lines),
         "matrices": len(lines),
         **_ends([line for entry in entries for line in entry["lines"] if "module" in line]),
         "notes": sorted({line["note"] for line in lines if line["note"]}),
         "bytes": sum(entry["bytes"] for entry in entries if "shard" in entry),
         "sha256": {entry["shard"]: entry["sha256"] for entry in entries if "shard" in entry},
     }
+
+
+def _sparse(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many matrices are stored as nonzeros, by layout; {} if none is."""
+    layouts = [line["stored"]["sparse"]["layout"] for line in lines if "sparse" in line.get("stored", ())]
+    return {"sparse": {layout: layouts.count(layout) for layout in sorted(set(layouts))}} if layouts else {}
 
 
 def _ends(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

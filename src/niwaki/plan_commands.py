@@ -30,7 +30,7 @@ def plan(
     seq_len: Annotated[int | None, typer.Option(help="Tokens per window. [dim]\\[default: 2048][/]")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML with any of these; flags win.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Method option key=value. Repeatable.")] = None,
-    pack: Annotated[str | None, typer.Option(help="Store codes as codes: auto or none.")] = None,
+    pack: Annotated[str | None, typer.Option(help="Store codes as codes: codes, auto (nonzeros too) or none.")] = None,
     ends: Annotated[str | None, typer.Option(help="Embeddings and head as codes: none, 4bit or 8bit.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Arithmetic: auto, float32, bfloat16 or float16.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens per forward.")] = None,

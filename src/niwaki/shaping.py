@@ -60,7 +60,7 @@ class ShapingJob(CompressionJob):
                 "head and a neuron: lower the target, or let more blocks and heads go"
             )
         self.shape = found
-        self.cut = found.even or (found.whole and self.recipe.pack == "auto")
+        self.cut = found.even or (found.whole and self.recipe.pack != "none")
         self.targets = self.sizes.targets(found, self.cut)
         self.allocated = {
             "shape": _described(found),

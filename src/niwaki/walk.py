@@ -22,6 +22,7 @@ from niwaki.activations import Activations
 from niwaki.block import Block, Decoder
 from niwaki.config import Keep, Target
 from niwaki.errors import ArchitectureError, NumericalError
+from niwaki.kernels.sparse_product import fast_path
 from niwaki.methods import Step, merged_needs
 from niwaki.packed import Packed, join_notes
 from niwaki.scores import Choice, summary, watched
@@ -29,6 +30,9 @@ from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence, Stream
 
 Report = Callable[..., None]
+NOT_SMALLER = "zeros are stored in place: there are too few of them for nonzeros to be smaller"
+NOT_PACKABLE = "zeros are stored in place: fused and transposed matrices have no packed form"
+NO_FAST_PATH = "smaller, but not faster here: this processor, or this installation, has no kernel for nonzeros"
 STORED_DENSE = "codes are stored as the weights they stand for, so the file is not smaller"
 
 
@@ -109,7 +113,7 @@ def collect(
 class Plan:
     """What the walk does to each block: one method after another, their targets and their seed.
 
-    `pack`: codes are stored as codes where the matrix can be, otherwise as the weights they stand for. `trial`: blocks
+    `pack`: what is stored packed where the matrix can be (see `Packed.pack`), or none. `trial`: blocks
     are only replaced, and no lines are written of them. `gradients` reads the squared gradients of a block, if a step
     needs them.
     """
@@ -117,7 +121,7 @@ class Plan:
     steps: Sequence[Step]
     targets: list[dict[str, Target]]
     seed: int
-    pack: bool = True
+    pack: str = "codes"
     trial: bool = False
     gradients: Callable[[int], Mapping[str, Tensor]] = lambda index: {}
 
@@ -204,9 +208,7 @@ def _assign(block: Block, name: str, target: Target, record: Packed) -> None:
         block.add_bias(name, record.bias_O)
 
 
-def _line(
-    block: Block, name: str, target: Target, record: Packed, statistics: Statistics, pack: bool
-) -> dict[str, Any]:
+def _line(block: Block, name: str, target: Target, record: Packed, statistics: Statistics, pack: str) -> dict[str, Any]:
     """Assigns one record and describes it; errors are relative squared output errors on sampled inputs.
 
     `error_before_update` is that of only removing the pruned weights, `error` that of the final matrix.
@@ -227,12 +229,18 @@ def _line(
     count = math.prod(shape)
     zeros = int((new_OI == 0).sum()) - (new_OI.numel() - count)
     stored: dict[str, Any] = {}
-    nbytes, note = count * block.storage_dtype(name).itemsize, record.note
-    if record.parts and pack and name in block.packable:
-        tensors = block.packed[name] = record.tensors()
-        nbytes, stored = sum(tensor.nbytes for tensor in tensors.values()), {"stored": record.describe()}
+    dtype = block.storage_dtype(name)
+    nbytes, note = count * dtype.itemsize, record.note
+    packing = record.pack(dtype, pack) if pack != "none" and name in block.packable else None
+    if packing is not None:
+        block.packed[name] = dict(packing.tensors)
+        nbytes, stored = packing.nbytes, {"stored": dict(packing.about)}
     elif record.parts:
         note = join_notes(note, STORED_DENSE)
+    elif record.kind == "masked" and pack == "auto":
+        note = join_notes(note, NOT_SMALLER if name in block.packable else NOT_PACKABLE)
+    if "sparse" in stored.get("stored", ()) and not fast_path():
+        note = join_notes(note, NO_FAST_PATH)
     return {
         "block": block.index,
         "matrix": name,

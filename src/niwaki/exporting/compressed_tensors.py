@@ -124,6 +124,11 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[...
 
 def _kind(module: str, about: Mapping[str, Any]) -> tuple[int, str]:
     """Bits and grid of a matrix. Raises InputError naming it if the format has no such codes."""
+    if "parts" not in about:
+        raise InputError(
+            f"{module} is stored as nonzeros, which {LIBRARY} has no format for in this version: compress with "
+            "--pack codes"
+        )
     parts = about["parts"]
     bits, grid = parts[0]["bits"], parts[0]["grid"]
     if len(parts) > 1 or bits not in WIDTHS or grid not in GRIDS:

@@ -77,7 +77,8 @@ def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | 
     layout = layout_of(checkpoint)
     kinds = {name: kind_of(tensor.shape, chosen) for name, tensor in layout.tensors.items()}
     rows = layout.tensors["token_embd.weight"].shape[0]
-    return Plan(layout, chosen, kinds, read_vocabulary(checkpoint.folder, rows), len(checkpoint.packed))
+    codes = sum("parts" in about for about in checkpoint.packed.values())
+    return Plan(layout, chosen, kinds, read_vocabulary(checkpoint.folder, rows), codes)
 
 
 def kind_of(shape: tuple[int, ...], chosen: str) -> GGMLQuantizationType:

@@ -90,7 +90,7 @@ def _facts(found: dict[str, Any]) -> list[list[str]]:
         ["bytes of the weight files", f"{measured['bytes']:,} of {measured['dense_bytes']:,} ({share:.2%})"],
         ["matrices", f"{measured['matrices']:,}, {measured['weights']:,} weights"],
         ["zeros in them", f"{measured['zeros_frac']:.4%}"],
-        ["bits a weight as stored", f"{measured['bits']:.3f}, {measured['packed']} matrices as codes"],
+        ["bits a weight as stored", f"{measured['bits']:.3f}, {measured['packed']} matrices packed"],
     ]
     if "method_bits" in measured:
         rows.append(["bits a weight as the method counts", f"{measured['method_bits']:.3f}"])
@@ -255,6 +255,8 @@ def _detail(name: str, value: Any) -> str:
         return "; ".join(
             f"{p['columns']} columns at {p['bits']} bits, {p['grid']}, groups of {p['group']}" for p in value
         )
+    if name == "sparse":
+        return f"{value['layout']} of {value['values']}, {value['bytes']:,} bytes of values"
     if isinstance(value, list):
         return f"{min(value)} to {max(value)}" if name == "row_zeros" and value else f"{len(value)}"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

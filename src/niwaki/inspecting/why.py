@@ -168,4 +168,4 @@ def _removed(record: dict[str, Any], line: Line) -> int:
 
 
 def _stored(line: Line) -> dict[str, Any]:
-    return {"parts": line["stored"]["parts"]} if "stored" in line else {}
+    return {name: line["stored"][name] for name in ("parts", "sparse") if name in line.get("stored", ())}

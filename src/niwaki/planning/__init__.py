@@ -184,7 +184,7 @@ def _stage(
         left = shaped(model, sizes, shape)
         job = _job(model, recipe, steps, device, itemsize, dense_stream, trials)
         read = sum(block.dense_bytes for block in left.blocks) + left.head_bytes
-        nbytes = left.file_bytes if recipe.pack == "auto" or shape.even else model.file_bytes
+        nbytes = left.file_bytes if recipe.pack != "none" or shape.even else model.file_bytes
         return Stage(recipe, steps, target, model, job, Stored(nbytes, read, 0), linked=False)
     uniform(decoder.anatomy, target)
     found = stored(decoder, model, steps, target, recipe)

@@ -1,8 +1,9 @@
 """What a decoder consists of and what a recipe leaves of it in the file, from headers and configs alone.
 
 The bytes of a file follow from the shapes: codes are counted by the method that stores them (`stored_bytes`), weights
-with zeros in place take what they took. The shape that a structured method will find depends on the text; here its own
-search runs with losses that say nothing, and every shape it may take removes about as much.
+with zeros in place take what they took, packed ones their values and places. The shape that a structured method will
+find depends on the text; here its own search runs with losses that say nothing, and every shape it may take removes
+about as much.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,14 @@ from typing import Any
 
 from niwaki.block import Decoder
 from niwaki.codes import WEIGHT
-from niwaki.config import Bits, Keep, Recipe, Sparsity, Target
+from niwaki.config import Bits, Grouped, Keep, Recipe, Sparsity, Target
 from niwaki.contextual.units import find_layout
 from niwaki.costs import Scope
 from niwaki.ends import GROUPS, WIDTHS, ends_to_pack
 from niwaki.errors import TargetError
 from niwaki.methods import Step
 from niwaki.methods._rounding import uniform_bytes
+from niwaki.sparse import LAYOUTS, sparse_bytes
 from niwaki.structure import Look, Shape, Sizes
 
 TENSOR_HEADER = 80  # bytes of a tensor's entry in the header of its file, beside its name
@@ -167,7 +169,18 @@ def _matrix_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe:
     if by_need and isinstance(target, Bits):  # what the smallest ones need more, others give
         asked = Bits(max(target.bits, step.least_bits(matrix.rows, matrix.columns)))
     nbytes = step.stored_bytes(name, matrix.rows, matrix.columns, asked)
+    if nbytes is None and recipe.pack == "auto":
+        nbytes = _nonzero_bytes(matrix, target)
     return matrix.dense_bytes if nbytes is None or recipe.pack == "none" or not matrix.packable else nbytes
+
+
+def _nonzero_bytes(matrix: Matrix, target: Target) -> int | None:
+    """Of a pruned matrix that is stored packed, if that is smaller."""
+    count = matrix.rows * matrix.columns - target.zeros_in(matrix.rows, matrix.columns)
+    fits = isinstance(target, Grouped) and target.group == 4 and target.keep <= 2
+    layouts = LAYOUTS if fits else LAYOUTS[:1]
+    nbytes = min(sparse_bytes(matrix.rows, matrix.columns, count, 8 * matrix.itemsize, name) for name in layouts)
+    return nbytes if nbytes < matrix.dense_bytes else None
 
 
 def _header(decoder: Decoder, index: int | None, names: int, own: int) -> int:

@@ -19,6 +19,7 @@ from niwaki.errors import CheckpointError
 from niwaki.resizing import resize
 from niwaki.runtime.embedding import pack_embedding
 from niwaki.runtime.linear import PackedLinear
+from niwaki.runtime.sparse_linear import SparseLinear
 
 FORMAT = 1
 
@@ -61,7 +62,8 @@ class NiwakiQuantizer(HfQuantizer):
             if isinstance(module, nn.Embedding):
                 pack_embedding(module, about)
             else:
-                _replace(model, name, PackedLinear(rows, columns, about, module.bias is not None))
+                kind = SparseLinear if "sparse" in about else PackedLinear
+                _replace(model, name, kind(rows, columns, about, module.bias is not None))
         # transformers ties parameters, and codes are none: the modules are tied instead
         for target, source in list(model.all_tied_weights_keys.items()):
             owner = source.removesuffix(WEIGHT)

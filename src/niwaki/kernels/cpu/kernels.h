@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -53,6 +54,50 @@ bool supported(Path path);
 
 // All parts of one matrix: they share tokens and rows.
 void plane_products(const std::vector<PlaneProduct>& parts, int threads, Path path);
+
+enum class SparseLayout { bitmap, two_four };
+enum class SparseValues { bf16, fp16, fp32, int8, int4 };
+
+// out = x Wᵀ for a matrix stored as its nonzeros (sparse.py).
+struct SparseProduct {
+    int64_t tokens, rows, bytes;  // bytes of places a row, eight columns each
+    SparseLayout layout;
+    SparseValues kind;
+    const uint8_t* places;  // [rows, bytes]
+    const uint8_t* values;  // and 32 bytes that may be read beyond them
+    const int32_t* starts;  // [rows], the number of a row's first value; null for two-four: four a byte
+    const uint16_t* scale;  // float16 [rows, groups], of codes; or null
+    int64_t groups, group_bytes;
+    const float* x;  // [tokens, 8 · bytes], zero where there is no column
+    float* out;      // [tokens, rows]
+};
+
+void sparse_product(const SparseProduct& product, int threads, Path path);
+
+// out = x Wᵀ for a two-four matrix of 4-bit codes in tiles (sparse_tiles.py).
+struct TileProduct {
+    int64_t tokens, rows, stored_rows, columns, group;  // columns and groups are whole blocks of 32
+    const uint8_t* places;  // [tiles, columns / 8, 32]
+    const uint8_t* codes;   // [tiles, columns / 4, 32]
+    const uint16_t* scale;  // float16 [groups, stored_rows]
+    const float* x;         // [tokens, columns]
+    float* out;             // [tokens, rows]
+};
+
+void tile_product(const TileProduct& product, int threads, Path path);
+
+inline float half_to_float(uint16_t half) {
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+    const uint32_t exponent = (half >> 10) & 31, fraction = half & 1023;
+    if (exponent == 0) {
+        const float small = static_cast<float>(fraction) * 0x1p-24f;
+        return sign ? -small : small;
+    }
+    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
 
 // Calls work(first, last) for a share of the rows on each of `threads` threads.
 void over_rows(int64_t rows, int threads, const std::function<void(int64_t, int64_t)>& work);

@@ -16,6 +16,20 @@ using Ints = nb::ndarray<int32_t, nb::device::cpu, nb::c_contig>;
 
 namespace {
 
+float widened(uint16_t narrow) {
+    const uint32_t bits = static_cast<uint32_t>(narrow) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// To the nearest bfloat16, ties to even; NaN stays NaN.
+uint16_t narrowed(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 // The parts of a packed matrix, kept alive, and its product with inputs given by address: a call costs a microsecond.
 class Layer {
 public:
@@ -42,21 +56,14 @@ public:
         std::vector<niwaki::PlaneProduct> parts = parts_;
         std::vector<float> wide(bfloat16 ? tokens * inputs_ : 0), sums(bfloat16 ? tokens * rows_ : 0);
         const auto* given = reinterpret_cast<const uint16_t*>(x);
-        for (size_t i = 0; i < wide.size(); ++i) {
-            const uint32_t bits = static_cast<uint32_t>(given[i]) << 16;
-            std::memcpy(&wide[i], &bits, sizeof bits);
-        }
+        for (size_t i = 0; i < wide.size(); ++i) wide[i] = widened(given[i]);
         float* to = bfloat16 ? sums.data() : reinterpret_cast<float*>(out);
         if (!bfloat16) std::fill_n(to, tokens * rows_, 0.0f);
         for (niwaki::PlaneProduct& part : parts)
             part.tokens = tokens, part.x = bfloat16 ? wide.data() : reinterpret_cast<const float*>(x), part.out = to;
         niwaki::plane_products(parts, threads, niwaki::Path::best);
         auto* narrow = reinterpret_cast<uint16_t*>(out);
-        for (size_t i = 0; i < sums.size(); ++i) {  // to the nearest, ties to even; NaN stays NaN
-            uint32_t bits;
-            std::memcpy(&bits, &sums[i], sizeof bits);
-            narrow[i] = sums[i] != sums[i] ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-        }
+        for (size_t i = 0; i < sums.size(); ++i) narrow[i] = narrowed(sums[i]);
     }
 
 private:
@@ -65,6 +72,77 @@ private:
     std::vector<Bytes> bytes_;
     std::vector<Shorts> shorts_;
     std::vector<Ints> ints_;
+};
+
+// A matrix of nonzeros, kept alive, and its product with inputs given by address.
+class SparseLayer {
+public:
+    SparseLayer(int64_t columns, int layout, int kind, Bytes places, Bytes values, std::optional<Ints> starts,
+                std::optional<Shorts> scale, int64_t group_bytes)
+        : columns_(columns), places_(places), values_(values), starts_(starts), scale_(scale) {
+        product_ = {
+            0, static_cast<int64_t>(places.shape(0)), static_cast<int64_t>(places.shape(1)),
+            static_cast<niwaki::SparseLayout>(layout), static_cast<niwaki::SparseValues>(kind), places.data(),
+            values.data(), starts ? starts->data() : nullptr,
+            scale ? reinterpret_cast<const uint16_t*>(scale->data()) : nullptr,
+            scale ? static_cast<int64_t>(scale->shape(1)) : 1, scale ? group_bytes : product_bytes(places), nullptr,
+            nullptr,
+        };
+    }
+
+    // out = x Wᵀ; both float32, or both bfloat16, contiguous, [tokens, columns] and [tokens, rows].
+    void multiply(uintptr_t x, uintptr_t out, int64_t tokens, bool bfloat16, int threads, int path) const {
+        nb::gil_scoped_release unlocked;
+        niwaki::SparseProduct product = product_;
+        const int64_t width = product.bytes * 8;
+        std::vector<float> wide(tokens * width), sums(bfloat16 ? tokens * product.rows : 0);
+        for (int64_t n = 0; n < tokens; ++n)
+            if (bfloat16)
+                for (int64_t i = 0; i < columns_; ++i)
+                    wide[n * width + i] = widened(reinterpret_cast<const uint16_t*>(x)[n * columns_ + i]);
+            else
+                std::memcpy(&wide[n * width], reinterpret_cast<const float*>(x) + n * columns_, 4 * columns_);
+        product.tokens = tokens, product.x = wide.data();
+        product.out = bfloat16 ? sums.data() : reinterpret_cast<float*>(out);
+        niwaki::sparse_product(product, threads, static_cast<niwaki::Path>(path));
+        for (size_t i = 0; i < sums.size(); ++i) reinterpret_cast<uint16_t*>(out)[i] = narrowed(sums[i]);
+    }
+
+private:
+    static int64_t product_bytes(const Bytes& places) { return std::max<int64_t>(places.shape(1), 1); }
+
+    int64_t columns_;
+    Bytes places_, values_;
+    std::optional<Ints> starts_;
+    std::optional<Shorts> scale_;
+    niwaki::SparseProduct product_;
+};
+
+// A two-four matrix of 4-bit codes in tiles, kept alive, and its product with inputs given by address.
+class TileLayer {
+public:
+    TileLayer(int64_t rows, int64_t columns, int64_t group, Bytes places, Bytes codes, Shorts scale)
+        : places_(places), codes_(codes), scale_(scale) {
+        product_ = {0, rows, static_cast<int64_t>(scale.shape(1)), columns, group, places.data(), codes.data(),
+                    reinterpret_cast<const uint16_t*>(scale.data()), nullptr, nullptr};
+    }
+
+    // As SparseLayer::multiply.
+    void multiply(uintptr_t x, uintptr_t out, int64_t tokens, bool bfloat16, int threads, int path) const {
+        nb::gil_scoped_release unlocked;
+        niwaki::TileProduct product = product_;
+        std::vector<float> wide(bfloat16 ? tokens * product.columns : 0), sums(bfloat16 ? tokens * product.rows : 0);
+        for (size_t i = 0; i < wide.size(); ++i) wide[i] = widened(reinterpret_cast<const uint16_t*>(x)[i]);
+        product.tokens = tokens, product.x = bfloat16 ? wide.data() : reinterpret_cast<const float*>(x);
+        product.out = bfloat16 ? sums.data() : reinterpret_cast<float*>(out);
+        niwaki::tile_product(product, threads, static_cast<niwaki::Path>(path));
+        for (size_t i = 0; i < sums.size(); ++i) reinterpret_cast<uint16_t*>(out)[i] = narrowed(sums[i]);
+    }
+
+private:
+    Bytes places_, codes_;
+    Shorts scale_;
+    niwaki::TileProduct product_;
 };
 
 }  // namespace
@@ -102,6 +180,15 @@ NB_MODULE(_cpu, module) {
         .def("add", &Layer::add, nb::arg("planes"), nb::arg("scale"), nb::arg("offset").none(), nb::arg("zero").none(),
              nb::arg("centre"), nb::arg("group_bytes"), nb::arg("column").none(), nb::arg("columns"))
         .def("multiply", &Layer::multiply);
+    nb::class_<TileLayer>(module, "TileLayer")
+        .def(nb::init<int64_t, int64_t, int64_t, Bytes, Bytes, Shorts>(), nb::arg("rows"), nb::arg("columns"),
+             nb::arg("group"), nb::arg("places"), nb::arg("codes"), nb::arg("scale"))
+        .def("multiply", &TileLayer::multiply);
+    nb::class_<SparseLayer>(module, "SparseLayer")
+        .def(nb::init<int64_t, int, int, Bytes, Bytes, std::optional<Ints>, std::optional<Shorts>, int64_t>(),
+             nb::arg("columns"), nb::arg("layout"), nb::arg("kind"), nb::arg("places"), nb::arg("values"),
+             nb::arg("starts").none(), nb::arg("scale").none(), nb::arg("group_bytes"))
+        .def("multiply", &SparseLayer::multiply);
     // By number: 0 the best there is, 1 portable, 2 AVX2, 3 AVX-512.
     module.def("supported", [](int path) { return niwaki::supported(static_cast<niwaki::Path>(path)); });
 }

@@ -35,19 +35,6 @@ struct BlockTables {
     float scale, sum;
 };
 
-float half_to_float(uint16_t half) {
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-    const uint32_t exponent = (half >> 10) & 31, fraction = half & 1023;
-    if (exponent == 0) {
-        const float small = static_cast<float>(fraction) * 0x1p-24f;
-        return sign ? -small : small;
-    }
-    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 // The 32 inputs of a block, zero where there is no column.
 void gather(const float* x, const int32_t* places, int64_t first, int64_t columns, float* values) {
     for (int64_t i = 0; i < 8 * kBlockBytes; ++i) {

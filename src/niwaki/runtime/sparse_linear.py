@@ -1,0 +1,110 @@
+"""A linear layer that keeps a pruned matrix as its nonzeros.
+
+A few tokens at a time (decoding) go through the kernels, which read the nonzeros as they are. Many tokens (a prompt),
+and everything on a GPU, are multiplied with the matrix decoded some rows at a time, so that it never exists as a whole.
+
+Legend: N tokens, O outputs, I inputs.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from niwaki.kernels.sparse_product import (
+    prepared_layer,
+    prepared_tiles,
+    product,
+    reaches,
+    sparse_product_op,
+    tile_product_op,
+)
+from niwaki.records import read_sparse, record_shapes
+from niwaki.sparse import Sparse
+from niwaki.sparse_tiles import Tiled
+
+DECODED_ROWS = 2048  # of the matrix at a time, whole tiles
+
+
+class SparseLinear(nn.Module):
+    """y = x Wᵀ + b with W stored as the record that `described` tells of (see `sparse`)."""
+
+    def __init__(self, rows: int, columns: int, described: Mapping[str, Any], bias: bool) -> None:
+        super().__init__()
+        self.out_features, self.in_features = rows, columns
+        self.described = described
+        for name, (dtype, shape) in record_shapes(described).items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype))  # integers: no cast of the model touches them
+        self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
+        self._prepared: tuple[Tensor, Any] | None = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """What was prepared of the old tensors goes with them."""
+        self._prepared = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of the matrix by their names in the file."""
+        return {name: self.get_buffer(name) for name in record_shapes(self.described)}
+
+    def record(self) -> Sparse | Tiled:
+        """The matrix as it is stored."""
+        return read_sparse(self.stored(), self.described)
+
+    def weight_OI(self, dtype: torch.dtype) -> Tensor:
+        """The matrix that the record stands for."""
+        return self.record().decode().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] → [..., O] in the dtype of `x`."""
+        x_NI = x.reshape(-1, self.in_features)
+        y_NO = self._few(x_NI) if reaches(x_NI) else self._many(x_NI)
+        y_NO = y_NO if self.bias is None else y_NO + self.bias
+        return y_NO.view(*x.shape[:-1], self.out_features)
+
+    def _few(self, x_NI: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            record = self.record()
+            if isinstance(record, Tiled):
+                tiled: Tensor = tile_product_op(x_NI, *record.tensors().values(), record.size, record.group)
+                return tiled
+            found: Tensor = sparse_product_op(
+                x_NI, record.places_OB, record.values_N, record.starts_O, record.scale_OG,
+                record.layout, record.values, record.group,
+            )  # fmt: skip
+            return found
+        return product(self._layer(), x_NI, self.out_features)
+
+    def _many(self, x_NI: Tensor) -> Tensor:
+        out_NO, record = x_NI.new_empty(len(x_NI), self.out_features), self.record()
+        for first in range(0, self.out_features, DECODED_ROWS):
+            last = min(first + DECODED_ROWS, self.out_features)
+            out_NO[:, first:last] = x_NI @ record.rows(first, last).decode().to(x_NI.dtype).T
+        return out_NO
+
+    def _layer(self) -> Any:
+        """What the kernels take, made anew when the buffers are others: just loaded, or moved."""
+        values = self._buffers["values"]
+        if self._prepared is None or self._prepared[0] is not values:
+            record = self.record()
+            if isinstance(record, Tiled):
+                layer = prepared_tiles(
+                    record.places_TBR, record.values_TFR, record.scale_GO, record.size, record.columns, record.group
+                )
+            else:
+                layer = prepared_layer(
+                    record.places_OB, record.values_N, record.starts_O, record.scale_OG,
+                    record.columns, record.layout, record.values, record.group,
+                )  # fmt: skip
+            self._prepared = (record.tensors()["values"], layer)
+        return self._prepared[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies prepare themselves."""
+        return {**self.__dict__, "_prepared": None}
+
+    def extra_repr(self) -> str:
+        """Shape, layout and values, as print shows them."""
+        kind = self.described["sparse"]
+        return f"{self.in_features} → {self.out_features}, {kind['layout']} of {kind['values']}"
