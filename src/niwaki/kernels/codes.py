@@ -35,9 +35,10 @@ def sweep_codes(
 ) -> tuple[Tensor, Tensor]:
     """Rounds the columns from left to right; each answers to what the ones before it did.
 
-    Column k takes the level nearest to `wanted_OI[:, k]`, to zero where `keep_OI` (boolean) is false. The change, from `base_OI[:, k]` (or from the wanted value
-    where there is no base), moves the wanted values to its right by −change · `feed_II[k]`. Float32; only the part
-    of `feed_II` above its diagonal is read; `wanted_OI` is overwritten. Returns (codes [O, I] uint8, changes [O, I]).
+    Column k takes the level nearest to `wanted_OI[:, k]`, or to zero where `keep_OI` (boolean) is false. The change,
+    from `base_OI[:, k]` (or from the wanted value where there is no base), moves the wanted values to its right by
+    −change · `feed_II[k]`. Float32; only the part of `feed_II` above its diagonal is read; `wanted_OI` is overwritten.
+    Returns (codes [O, I] uint8, changes [O, I]).
     """
     if wanted_OI.is_cuda:
         return _sweep_panels(wanted_OI, base_OI, feed_II, grid, keep_OI)

@@ -6,8 +6,8 @@ and `compress(block, seen, targets, config, generator) -> {matrix: Packed}` for 
 `cost` and `stored_bytes` (see `costs`), for `niwaki plan`.
 
 Methods chain: in `besa+wandapp` the second one starts from the masks and weights of the first, block by block. A
-quantizer behind them (`sparsegpt+gptq`, target `2:4+4bit`) leaves zeros alone and rounds the rest, in the same walk; the
-options that a mask asks of it are its `MASKED`.
+quantizer behind them (`sparsegpt+gptq`, target `2:4+4bit`) leaves zeros alone and rounds the rest, in the same walk;
+the options that a mask asks of it are its `MASKED`.
 """
 
 import importlib

@@ -7,10 +7,10 @@ the grids of the unswept weights, so that a group's columns stay neighbours in t
 Beyond the paper, off by default: `rounds` of refitted scales and coordinate descent on the codes (`_rounding.improve`),
 and `clip`, the range search of `rtn`. A matrix that no token reached is rounded to nearest; its line notes it.
 
-Behind a pruning method (`sparsegpt+gptq`, target `2:4+4bit`) its zeros stay: the sweep gives a pruned weight no code but
-zero, what came to it from the left moves on to the right, and grids are fitted to kept weights alone. It begins at the
-weights that the method before left; `joint` begins at the dense ones, so that one sweep makes up for pruning and rounding
-(SparseGPT, section 3.5; there the mask is chosen in the same pass, here it is given).
+Behind a pruning method (`sparsegpt+gptq`, target `2:4+4bit`) its zeros stay: the sweep gives a pruned weight no code
+but zero, what came to it from the left moves on to the right, and grids are fitted to kept weights alone. It begins at
+the weights that the method before left; `joint` begins at the dense ones, so that one sweep makes up for pruning and
+rounding (SparseGPT, "Joint Sparsification & Quantization"; there the mask is chosen in that pass, here it is given).
 
 Cost: two forwards, one Gram matrix and factor per group of matrices, one sweep of O·I² operations per matrix.
 
