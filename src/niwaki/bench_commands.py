@@ -42,11 +42,10 @@ def bench(
     from niwaki.benching import bench as run
     from niwaki.benching.plot import check_plot, draw
     from niwaki.progress import Display
-    from niwaki.writing import check_parent, write_text
+    from niwaki.writing import write_text
 
-    for path in (json_, plot):
-        if path is not None:
-            check_parent(path)
+    _check_file("--json", json_)
+    _check_file("--plot", plot)
     if plot is not None:
         check_plot(plot)
     with Display(err_console) as display:
@@ -54,7 +53,7 @@ def bench(
             model,
             out or (),
             forms=None if forms is None else [name.strip() for name in forms.split(",") if name.strip()],
-            batches=_numbers(batch),
+            batches=batch_numbers(batch),
             context=context,
             new_tokens=new,
             prompt_tokens=prompt,
@@ -72,7 +71,15 @@ def bench(
         draw(found, plot)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _check_file(option: str, path: Path | None) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
+    if path is not None and path.is_dir():
+        raise InputError(f"{option} {path} is a folder: expected a file name")
+
+
+def batch_numbers(text: str) -> tuple[int, ...]:
+    """`1,4,16` or `none`. Raises InputError for anything else."""
     if text.strip() == "none":
         return ()
     try:

@@ -117,8 +117,7 @@ def _measured(
     counted = all(linear.expert is None for block in anatomy.blocks for linear in block.linears.values())
     base, rows = Row(form=DENSE, about="as it is"), list[Row]()
     side = Side(dense, weigh(Made(dense, "")), counted, graphs)
-    for number, form in enumerate(asked):
-        report("bench", model=form.name, done=number, of=len(asked))
+    for number, form in enumerate(asked, 1):
         row = Row(form=form.name, about=form.about, source=form.source)
         if form.name == DENSE:
             timed, _ = measure(side, None, plan)
@@ -136,8 +135,8 @@ def _measured(
                 row = row.model_copy(update={"reason": str(error).strip().split("\n")[0]})
             rows.append(row)
         _free()
+        report("bench", done=number, of=len(asked), form=form.name)
         yield (with_all_rounds(base, rows), *rows)
-    report("bench", model="", done=len(asked), of=len(asked))
 
 
 def _make(form: Asked, dense: Any, anatomy: Anatomy) -> Made:

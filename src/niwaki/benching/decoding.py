@@ -76,7 +76,7 @@ def _stepwise(model: Any, ids_BT: Tensor) -> Callable[[int], float]:
             token_B1 = logits[:, -1:].argmax(-1)
         seconds = now(ids_BT.device) - begin
         if whole:
-            cache.crop(ids_BT.shape[1])
+            cache.crop(-steps)
         return seconds
 
     return write

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from niwaki.comparing.evidence import Environment, Estimate
 from niwaki.comparing.intervals import median_interval
+from niwaki.errors import InputError
 
 FORMAT = 1
 CONFIDENCE = 0.95
@@ -157,5 +158,44 @@ def _pooled(own: Cell, others: Sequence[Cell]) -> Cell:
             "spread_frac": (max(speeds) - min(speeds)) / pooled,
             "speedup": Estimate(value=1.0, low=1.0, high=1.0, units=len(speeds)),
             "bandwidth_share": None if share is None else round(share * pooled / own.median_tokens_per_s, 4),
+        }
+    )
+
+
+def merged(old: Bench, new: Bench) -> Bench:
+    """Two benchmarks of one model in one setting as one: what the new one timed takes the place of the old.
+
+    Raises InputError if they cannot stand in one table.
+    """
+    for what in ("model", "parameters", "random_weights"):
+        if getattr(old, what) != getattr(new, what):
+            raise InputError(f"{what} was {getattr(old, what)}, now it is {getattr(new, what)}: not the same table")
+    for what in ("device", "dtype", "threads", "steps"):
+        before, after = getattr(old.settings, what), getattr(new.settings, what)
+        if before != after:
+            raise InputError(f"{what} was {before}, now it is {after}: not the same table")
+    if old.environment.accelerator != new.environment.accelerator:
+        raise InputError(f"the device was {old.environment.accelerator}, now it is {new.environment.accelerator}")
+    rows = {row.form: row for row in old.rows}
+    for row in new.rows:
+        rows[row.form] = _joined(rows[row.form], row) if row.form in rows else row
+    settings = new.settings.model_copy(
+        update={
+            "batches": new.settings.batches or old.settings.batches,
+            "prompt_tokens": new.settings.prompt_tokens or old.settings.prompt_tokens,
+        }
+    )
+    dense = with_all_rounds(rows.pop(DENSE), rows.values())
+    return new.model_copy(update={"settings": settings, "rows": (dense, *rows.values())})
+
+
+def _joined(old: Row, new: Row) -> Row:
+    peaks = [row.peak_bytes for row in (old, new) if row.peak_bytes is not None]
+    return new.model_copy(
+        update={
+            "decode": new.decode or old.decode,
+            "prefill": new.prefill or old.prefill,
+            "peak_bytes": max(peaks, default=None),
+            "bandwidth_bytes_per_s": new.bandwidth_bytes_per_s if new.decode else old.bandwidth_bytes_per_s,
         }
     )
