@@ -1,9 +1,9 @@
-"""Speed of a whole model in every form: BENCH's 1B shape on the CPU, the Llama-2-7B shape on a GPU, random bf16 weights.
+"""Speed of a whole model in every form: BENCH's 1B shape on the CPU, the Llama-2-7B shape on a GPU, random weights.
 
     python benchmarks/whole_model.py --shape 1b --threads 2 --out benchmarks/results/whole-model-cpu.json
     python benchmarks/whole_model.py --shape 7b --out benchmarks/results/whole-model-h100.json
 
-What `niwaki bench` measures (see `niwaki.benching`), a form at a time: the file is written after each, and what is in it
+What `niwaki bench` measures (see `niwaki.benching`), in bf16. The file is written after every form, and what is in it
 already is kept, so that a long table can be made in pieces (`--forms`; `--batch none` or `--prompt 0` for the rest).
 `--plot` draws what the file holds.
 """
@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 import niwaki
 from compression_speed import SHAPES
@@ -24,7 +25,6 @@ from niwaki.benching.forms import FORMS
 from niwaki.benching.plot import draw
 from niwaki.progress import Display
 from niwaki.writing import write_text
-from rich.console import Console
 from shape_speed import dense_config
 
 
@@ -69,9 +69,9 @@ def main() -> None:
         (folder / "config.json").write_text(json.dumps(config_of(args.shape, args.blocks), default=str))
         if args.forms:
             niwaki.bench(
-                folder, forms=args.forms, batches=batch_numbers(args.batch), prompt_tokens=args.prompt, new_tokens=args.new,
-                context=args.context, rounds=args.rounds, seconds=args.seconds, threads=args.threads,
-                device=args.device, dtype="bfloat16", report=display, keep=keep,
+                folder, forms=args.forms, batches=batch_numbers(args.batch), prompt_tokens=args.prompt,
+                new_tokens=args.new, context=args.context, rounds=args.rounds, seconds=args.seconds,
+                threads=args.threads, device=args.device, dtype="bfloat16", report=display, keep=keep,
             )  # fmt: skip
     found = Bench.model_validate_json(args.out.read_text())
     print_bench(Console(width=200), found)

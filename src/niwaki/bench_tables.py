@@ -13,7 +13,7 @@ NONE = "–"
 
 
 def print_bench(console: Console, found: "Bench") -> None:
-    """One row a form: speeds with their ratio to the dense model, bytes, share of the bandwidth, and what multiplied."""
+    """One row a form: speeds and their ratio to dense, bytes, share of the bandwidth, and what multiplied."""
     settings = found.settings
     what = f"{found.model} ({found.architecture}, {found.blocks} blocks, {found.parameters / 1e9:.3g} billion weights"
     where = found.environment.accelerator or f"{found.environment.processor}, {settings.threads} threads"
@@ -46,21 +46,24 @@ def _name(row: "Row") -> str:
 
 def _speed(cell: "Cell") -> str:
     speed = cell.median_tokens_per_s
-    return f"{speed:,.{0 if speed >= 100 else 1}f} ({cell.speedup.value:.2f}×)"
+    return f"{speed:,.{0 if speed >= 100 else 1}f} ±{cell.spread_frac / 2:.0%} ({cell.speedup.value:.2f}×)"
 
 
 def _notes(found: "Bench") -> list[str]:
     """What the numbers stand on, and what ran otherwise than one would think."""
     settings, cells = found.settings, [cell for row in found.rows for cell in row.cells]
+    rounds = _range([len(cell.tokens_per_s) for cell in cells])
     lines = [
-        f"decoding {settings.new_tokens} tokens behind {settings.context} ({settings.steps}), each form in turns with the "
-        f"dense model: medians of {_range([len(cell.tokens_per_s) for cell in cells])} rounds, which spread by up to "
-        f"{max((cell.spread_frac for cell in cells), default=0):.0%}; × is the ratio of the two"
+        f"decoding {settings.new_tokens} tokens behind {settings.context} ({settings.steps}); every form in turns with "
+        f"the dense model, medians of {rounds} rounds ± half of what they span, × the median ratio of a round"
     ]
     rates = [row.bandwidth_bytes_per_s / 1e9 for row in found.rows if row.bandwidth_bytes_per_s]
-    if rates:
-        lines.append(f"of bandwidth: weights a step reads at batch {settings.batches[0] if settings.batches else 1}, of "
-                     f"{min(rates):,.0f} to {max(rates):,.0f} GB/s measured here")  # fmt: skip
+    if rates and settings.batches:
+        lines.append(
+            f"of bandwidth: the weights that a step reads at batch {settings.batches[0]}, of {min(rates):,.0f} to "
+            f"{max(rates):,.0f} GB/s measured beside it"
+        )
+    lines += [f"{row.form}: {row.detail}" for row in found.rows if row.detail]
     for row in found.rows:
         lines += [f"{row.form}, {_what(cell)}: {cell.note}" for cell in row.cells if cell.note]
         slow = [_what(cell) for cell in row.cells if cell.speedup.value < 1]

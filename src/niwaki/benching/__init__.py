@@ -119,24 +119,22 @@ def _measured(
     side = Side(dense, weigh(Made(dense, "")), counted, graphs)
     for number, form in enumerate(asked, 1):
         row = Row(form=form.name, about=form.about, source=form.source)
-        if form.name == DENSE:
-            timed, _ = measure(side, None, plan)
-            base = base.model_copy(update=timed)
-        else:
-            try:
-                made = _make(form, dense, anatomy)
-                about = ", ".join(filter(None, [form.about, made.about]))
-                mine = Side(made.model, weigh(made), counted, graphs)
-                timed, own = measure(side, mine, plan)
-                row = row.model_copy(update={"about": about, **own})
-                base = base if base.decode or base.prefill else base.model_copy(update=timed)
-                del made, mine
-            except (NiwakiError, torch.OutOfMemoryError) as error:
-                row = row.model_copy(update={"reason": str(error).strip().split("\n")[0]})
-            rows.append(row)
+        try:
+            made = _make(form, dense, anatomy)
+            mine = Side(made.model, weigh(made), counted, graphs)
+            timed, own = measure(side, mine, plan)
+            row = row.model_copy(update={"detail": made.detail, **own})
+            base = base if base.cells else base.model_copy(update=timed)
+            del made, mine
+        except (NiwakiError, torch.OutOfMemoryError) as error:
+            row = row.model_copy(update={"reason": str(error).strip().split("\n")[0]})
+        rows.append(row)
         _free()
         report("bench", done=number, of=len(asked), form=form.name)
         yield (with_all_rounds(base, rows), *rows)
+    if not base.cells:
+        timed, _ = measure(side, None, plan)
+        yield (base.model_copy(update=timed), *rows)
 
 
 def _make(form: Asked, dense: Any, anatomy: Anatomy) -> Made:
@@ -149,7 +147,7 @@ def _make(form: Asked, dense: Any, anatomy: Anatomy) -> Made:
 
 
 def _asked(forms: Sequence[str] | None, outs: Sequence[str | Path]) -> list[Asked]:
-    """What is to be measured. The dense model always is; asked for alone it has turns of its own."""
+    """What is to be measured beside the dense model, which always is."""
     wanted = list(forms) if forms is not None else [] if outs else list(FORMS)
     for name in wanted:
         if name != DENSE and name not in FORMS:
@@ -160,7 +158,7 @@ def _asked(forms: Sequence[str] | None, outs: Sequence[str | Path]) -> list[Aske
         if name == DENSE or name in wanted:
             name = source
         found.append(Asked(name, "", source))
-    return found or [Asked(DENSE, "")]
+    return found
 
 
 def _check_numbers(plan: Plan, threads: int | None) -> None:

@@ -46,7 +46,8 @@ class Cell(_Frozen):
 
 
 class Row(_Frozen):
-    """One form of the model, or why there is none. `source` is the folder of a result, None for a form made here.
+    """One form of the model, or why there is none (`reason`). `detail`: what of it follows from this model. `source` is
+    the folder of a result, None for a form made here.
 
     `weight_bytes`: all weights in memory, embeddings and head too; `peak_bytes`: these and the most that the process
     (CPU) or the device grew by while it read and wrote. `bandwidth_bytes_per_s` was measured before and after it.
@@ -54,6 +55,7 @@ class Row(_Frozen):
 
     form: str
     about: str
+    detail: str = ""
     source: str | None = None
     reason: str = ""
     weight_bytes: int | None = None

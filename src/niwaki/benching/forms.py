@@ -55,7 +55,7 @@ class Made:
     """A form in memory, and what is to be said of it. `beside`: tensors that it holds and no module does."""
 
     model: Any
-    about: str
+    detail: str
     beside: tuple[Tensor, ...] = ()
 
 
