@@ -97,7 +97,6 @@ def test_sides_take_turns(shape: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_prints_writes_and_draws(shape: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     files = tmp_path / "bench.json", tmp_path / "bench.svg"
     code, printed, _ = run(
         capsys, "bench", shape, "--forms", "2:4", "--batch", "1", *FAST_FLAGS, "--json", files[0], "--plot", files[1]
@@ -150,7 +149,6 @@ WRONG = [
 def test_wrong_input_is_one_line_and_nothing_is_written(
     arguments: list[str], message: str, shape: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
     code, printed, errors = run(capsys, "bench", *(part.format(shape=shape, tmp=tmp_path) for part in arguments))
     assert code == 2 and message in errors and errors.count("\n") == 1
     assert not printed and not list(tmp_path.iterdir())
