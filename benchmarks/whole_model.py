@@ -9,8 +9,10 @@ already is kept, so that a long table can be made in pieces (`--forms`; `--batch
 """
 
 import argparse
+import gc
 import json
 import tempfile
+import traceback
 from pathlib import Path
 
 import torch
@@ -57,28 +59,35 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="fewer blocks than the shape has, for a trial")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    earlier = [Bench.model_validate_json(args.out.read_text())] if args.out.is_file() else []
-
-    def keep(found: Bench) -> None:
-        whole = merged(earlier[0], found) if earlier else found
-        write_text(args.out, whole.model_dump_json(indent=1) + "\n")
-
+    failed = []
     with tempfile.TemporaryDirectory() as place, Display(Console(stderr=True)) as display:
         folder = Path(place) / (f"{args.shape}-shape" + (f"-{args.blocks}-blocks" if args.blocks else ""))
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config_of(args.shape, args.blocks), default=str))
-        if args.forms:
-            niwaki.bench(
-                folder, forms=args.forms, batches=batch_numbers(args.batch), prompt_tokens=args.prompt,
-                new_tokens=args.new, context=args.context, rounds=args.rounds, seconds=args.seconds,
-                threads=args.threads, device=args.device, dtype="bfloat16", report=display, keep=keep,
-            )  # fmt: skip
+        for form in args.forms:
+            try:
+                new = niwaki.bench(
+                    folder, forms=[form], batches=batch_numbers(args.batch), prompt_tokens=args.prompt,
+                    new_tokens=args.new, context=args.context, rounds=args.rounds, seconds=args.seconds,
+                    threads=args.threads, device=args.device, dtype="bfloat16", report=display,
+                )  # fmt: skip
+            except RuntimeError:  # a kernel that fails is no reason to lose the others
+                traceback.print_exc()
+                failed.append(form)
+                continue
+            finally:
+                gc.collect()
+                torch.cuda.empty_cache()
+            whole = merged(Bench.model_validate_json(args.out.read_text()), new) if args.out.is_file() else new
+            write_text(args.out, whole.model_dump_json(indent=1) + "\n")
     found = Bench.model_validate_json(args.out.read_text())
     print_bench(Console(width=200), found)
     if torch.cuda.is_available():
         print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     if args.plot:
         draw(found, args.plot)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

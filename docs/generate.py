@@ -138,7 +138,7 @@ def whole_model(where: str) -> str:
         return f"The whole model on the {where} is not measured yet.\n"
     found = Bench.model_validate_json(path.read_text(encoding="utf-8"))
     settings = found.settings
-    rows = [[row.form, *(_paced(c) for c in row.cells), *_weighed(row)] for row in found.rows if not row.reason]
+    rows = [[row.form, *map(_paced, row.columns(settings)), *_weighed(row)] for row in found.rows if not row.reason]
     head = ["form", *(f"decode ×{batch}" for batch in settings.batches)]
     head += [f"prompt {settings.prompt_tokens}"] if settings.prompt_tokens else []
     head += ["weights", "peak", "of bandwidth", "kernel"]
@@ -228,7 +228,9 @@ def _quality_row(row: Mapping[str, Any]) -> list[str]:
     return [row["target"], _variant(row), stored, *(_spread(row[text]) for text in TEXTS)]
 
 
-def _paced(cell: Cell) -> str:
+def _paced(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
     speed = cell.median_tokens_per_s
     return f"{speed:,.{0 if speed >= 100 else 1}f} ({cell.speedup.value:.2f})"
 

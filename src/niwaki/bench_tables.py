@@ -32,8 +32,7 @@ def print_bench(console: Console, found: "Bench") -> None:
 
 
 def _cells(row: "Row", found: "Bench") -> list[str]:
-    cells = [_speed(cell) for cell in row.decode]
-    cells += [_speed(row.prefill)] if row.prefill is not None else []
+    cells = [NONE if cell is None else _speed(cell) for cell in row.columns(found.settings)]
     first = row.decode[0] if row.decode else None
     share = NONE if first is None or first.bandwidth_share is None else f"{first.bandwidth_share:.0%}"
     kernels = list(dict.fromkeys(cell.kernel for cell in row.cells))

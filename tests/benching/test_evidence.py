@@ -1,12 +1,14 @@
 """What seconds become, and two tables as one."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from niwaki.benching.evidence import Bench, Cell, Row, Settings, cell, merged, with_all_rounds
+from niwaki.benching.plot import draw
 from niwaki.comparing.evidence import Environment
 from niwaki.errors import InputError
 
@@ -69,6 +71,7 @@ def test_pieces_of_a_table_become_one() -> None:
     assert [row.form for row in found.rows] == ["dense", "2:4"]
     assert found.rows[1].prefill == read and found.rows[1].decode == old.rows[1].decode
     assert [row.peak_bytes for row in found.rows] == [9, 7]
+    assert found.rows[1].columns(found.settings) == [old.rows[1].decode[0], None, read]
     assert found.settings.batches == (1, 4) and found.settings.prompt_tokens == 64
     again = merged(found, table(dense, Row(form="2:4", about="", decode=(timed(1, [3.0], [1.0]),))))
     assert again.rows[1].decode[0].speedup.value == 3 and again.rows[0].decode[0].tokens_per_s == (8 / 3,)
@@ -89,3 +92,17 @@ def test_json_comes_back_whole_and_nothing_else_is_read() -> None:
     assert Bench.model_validate_json(text) == found
     with pytest.raises(ValidationError):
         Bench.model_validate({**json.loads(text), "more": 1})
+
+
+def test_a_plot_is_drawn_of_what_there_is_and_is_the_same_every_time(tmp_path: Path) -> None:
+    row = Row(form="2:4", about="", weight_bytes=10, peak_bytes=20, decode=(timed(4, [1.0], [0.5]),))
+    found = table(
+        Row(form="dense", about="", decode=(timed(1, [1.0], [1.0]),)), row, Row(form="x", about="", reason="no")
+    )
+    drawn = []
+    for name in ("one.svg", "other.svg"):
+        draw(found, tmp_path / name)
+        drawn.append((tmp_path / name).read_bytes())
+    assert drawn[0] == drawn[1] and b"2:4" in drawn[0] and sorted(p.name for p in tmp_path.iterdir()) == [
+        "one.svg", "other.svg"
+    ]  # fmt: skip

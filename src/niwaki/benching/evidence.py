@@ -69,6 +69,11 @@ class Row(_Frozen):
         """All that was timed."""
         return (*self.decode, *([] if self.prefill is None else [self.prefill]))
 
+    def columns(self, settings: "Settings") -> list[Cell | None]:
+        """What was timed by the columns of a table: every batch, then the prompt; None where a piece is missing yet."""
+        by_batch = {cell.sequences: cell for cell in self.decode}
+        return [*map(by_batch.get, settings.batches), *([self.prefill] if settings.prompt_tokens else [])]
+
 
 class Settings(_Frozen):
     """What was asked. `steps`: how tokens were written, as CUDA graphs or one call after another."""

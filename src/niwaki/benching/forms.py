@@ -31,9 +31,9 @@ from niwaki.benching.models import twin
 from niwaki.config import Grouped, Sparsity
 from niwaki.contextual.predictor import Predictor
 from niwaki.contextual.record import Running, Shadow
-from niwaki.contextual.selection import Rule
 from niwaki.contextual.units import find_layout
 from niwaki.errors import ArchitectureError, InputError, TargetError
+from niwaki.methods import shadow
 from niwaki.methods._masks import keep_by_row
 from niwaki.methods._rounding import groups_of, nearest
 from niwaki.packed import Packed, Stored
@@ -47,7 +47,6 @@ from niwaki.structure import Shape, Sizes
 GROUPS = (128, 64, 32)  # columns that share a scale: the widest that divides a matrix
 SALIENT_BITS, SALIENT_FRAC = 4, 0.2  # of 1.6bit; all other columns have one bit
 REMOVED_FRAC, SKIPPED_FRAC = 0.25, 0.5
-PREDICTOR_FRAC = 0.03  # parameters of a predictor, as `shadow` makes them
 
 
 @dataclass(frozen=True)
@@ -220,20 +219,20 @@ def find_shape(model: Any, anatomy: Anatomy) -> tuple[Sizes, Shape]:
 def contextual(model: Any, anatomy: Anatomy) -> Made:
     """All weights, and a predictor that says of every prompt which half of the units runs."""
     made = twin(model)
-    shadow = untrained(made, anatomy, SKIPPED_FRAC)
-    made.contextual = attach(made, shadow)
-    return Made(made, "", tuple(shadow.predictor.tensors().values()))
+    made.contextual = attach(made, untrained(made, anatomy, SKIPPED_FRAC))
+    return Made(made, "", tuple(made.contextual.shadow.predictor.tensors().values()))
 
 
 def untrained(model: Any, anatomy: Anatomy, skip_frac: float) -> Shadow:
-    """A predictor of the size that `shadow` makes for this decoder, with all features and random numbers in it."""
+    """A predictor of the size and with the features that `shadow` gives one by itself, of random numbers."""
     layout = find_layout(anatomy, build_skeleton(model.config, torch.float32), 1)
     channels = anatomy.blocks[0].linears[layout.units["heads"].consumer].columns
-    size, features = layout.size, 2 * channels + layout.size
-    rank = max(1, int((PREDICTOR_FRAC * anatomy.weights - 2 * size - 2 * features) // (features + size)))
+    config, size = shadow.Config(), layout.size
+    features = sum({"last": channels, "mean": channels, "prompt": size}[name] for name in config.groups)
+    rank = max(1, int((config.size_frac * anatomy.weights - 2 * size - 2 * features) // (features + size)))
     generator = torch.Generator().manual_seed(0)
     predictor = Predictor(
-        features=("last", "mean", "prompt"),
+        features=config.groups,
         heads=layout.blocks * layout.count("heads"),
         prior_U=torch.rand(size, generator=generator),
         typical_U=torch.ones(size),
@@ -243,7 +242,8 @@ def untrained(model: Any, anatomy: Anatomy, skip_frac: float) -> Shadow:
         into_FR=torch.randn(features, rank, generator=generator) * 1e-3,
         out_RU=torch.randn(rank, size, generator=generator) * 1e-2,
     )
-    return Shadow(predictor.to(next(model.parameters()).device), layout, Rule(skip_frac), Running())
+    place = next(model.parameters()).device
+    return Shadow(predictor.to(place), layout, shadow.rule(config, skip_frac), Running(**config.running))
 
 
 FORMS = {

@@ -33,16 +33,18 @@ class Ran:
 
 
 class _Products(TorchDispatchMode):
-    """The names of the products of torch that run inside."""
+    """The products of torch that run inside: of dense matrices, and of those for sparse tensor cores."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[str] = []
+        self.dense = self.semi_structured = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if "semi_structured" in name or "cslt" in name or any(name.endswith(word) for word in _PRODUCTS):
-            self.names.append(name)
+        if "cslt" in name or any("SemiStructured" in type(value).__name__ for value in args):
+            self.semi_structured = True
+        elif name.endswith(_PRODUCTS):
+            self.dense = True
         return func(*args, **(kwargs or {}))
 
 
@@ -77,9 +79,9 @@ def _probed(layer: Any, tokens: int, model: Any) -> Ran:
     with _Products() as seen:
         layer(x_NI)
     waits = x_NI.is_cuda and _waits(layer, x_NI)
-    if any("semi_structured" in name or "cslt" in name for name in seen.names):
+    if seen.semi_structured:
         return Ran("cuSPARSELt", waits)
-    if seen.names:
+    if seen.dense:
         return Ran(DECODED, waits)
     return Ran("Triton" if x_NI.is_cuda else _cpu_path(layer), waits)
 

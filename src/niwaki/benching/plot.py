@@ -43,6 +43,7 @@ def draw(found: Bench, path: Path) -> None:
     settings = found.settings
     where = found.environment.accelerator or f"{found.environment.processor}, {settings.threads} threads"
     random = ", random weights" if found.random_weights else ""
+    figure.legend(loc="outside lower center", ncols=6, fontsize=7)
     figure.suptitle(f"{found.model}{random}, {settings.dtype}, {where}", fontsize=10)
     with atomic_file(path) as temporary:
         metadata = {"Date": None} if path.suffix == ".svg" else None
@@ -55,17 +56,16 @@ def _speeds(axis: Any, rows: list[Row], found: Bench) -> None:
     named += [(f"prompt of {found.settings.prompt_tokens}", -1)] if found.settings.prompt_tokens else []
     height = 0.8 / max(len(named), 1)
     for number, (label, which) in enumerate(named):
-        cells = [row.prefill if which < 0 else row.decode[which] for row in rows]
+        cells = [row.columns(found.settings)[which] for row in rows]
         places = [place + 0.4 - height * (number + 0.5) for place in range(len(rows))]
         colour = COLOURS[-1] if which < 0 else COLOURS[which % (len(COLOURS) - 1)]
-        for place, one in zip(places, cells, strict=True):
-            if one is not None:
-                axis.barh(place, one.speedup.value, height, color=colour, label=label if one is cells[0] else None)
-                axis.text(one.speedup.value, place, f" {_told(one)}", va="center", fontsize=6)
+        shown = [(place, one) for place, one in zip(places, cells, strict=True) if one is not None]
+        axis.barh([p for p, _ in shown], [c.speedup.value for _, c in shown], height, color=colour, label=label)
+        for place, one in shown:
+            axis.text(one.speedup.value, place, f" {_told(one)}", va="center", fontsize=6)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set_xlabel("times as fast as dense (beside the bars: tokens a second)")
     axis.margins(x=0.12)
-    axis.legend(fontsize=7, loc="lower right")
 
 
 def _told(one: Cell) -> str:
@@ -80,4 +80,3 @@ def _memory(axis: Any, rows: list[Row]) -> None:
     axis.barh(range(len(rows)), peaks, 0.6, color="#d7ccc8", label="peak")
     axis.barh(range(len(rows)), weights, 0.6, color="#6d4c41", label="weights")
     axis.set_xlabel("memory, GB")
-    axis.legend(fontsize=7, loc="lower right")
