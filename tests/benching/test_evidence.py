@@ -66,19 +66,24 @@ def test_pieces_of_a_table_become_one() -> None:
     old = table(dense, Row(form="2:4", about="", peak_bytes=7, decode=(timed(1, [1.0], [0.5]),)), prompt_tokens=0)
     read = cell(1, 64, [4.0], [2.0], "decoded, then torch")
     dense_read = dense.model_copy(update={"decode": (), "peak_bytes": 9, "prefill": cell(1, 64, [4.0], [4.0], "torch")})
-    new = table(dense_read, Row(form="2:4", about="", peak_bytes=6, prefill=read), batches=())
+    new = table(dense_read, Row(form="2:4", about="", peak_bytes=6, prefill=read), batches=(), new_tokens=64)
     found = merged(old, new)
     assert [row.form for row in found.rows] == ["dense", "2:4"]
     assert found.rows[1].prefill == read and found.rows[1].decode == old.rows[1].decode
     assert [row.peak_bytes for row in found.rows] == [9, 7]
     assert found.rows[1].columns(found.settings) == [old.rows[1].decode[0], None, read]
-    assert found.settings.batches == (1, 4) and found.settings.prompt_tokens == 64
+    assert found.settings.new_tokens == 8 and found.settings.batches == (1, 4) and found.settings.prompt_tokens == 64
     again = merged(found, table(dense, Row(form="2:4", about="", decode=(timed(1, [3.0], [1.0]),))))
     assert again.rows[1].decode[0].speedup.value == 3 and again.rows[0].decode[0].tokens_per_s == (8 / 3,)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"threads": 1}, "threads was 2, now it is 1"), ({"dtype": "float32"}, "dtype was")]
+    ("changes", "message"),
+    [
+        ({"threads": 1}, "threads was 2, now it is 1"),
+        ({"dtype": "float32"}, "dtype was"),
+        ({"new_tokens": 9}, "new_tokens was 8, now it is 9"),
+    ],
 )
 def test_other_settings_are_another_table(changes: dict[str, Any], message: str) -> None:
     dense = Row(form="dense", about="as it is")

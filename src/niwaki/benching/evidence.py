@@ -177,7 +177,10 @@ def merged(old: Bench, new: Bench) -> Bench:
     for what in ("model", "parameters", "random_weights"):
         if getattr(old, what) != getattr(new, what):
             raise InputError(f"{what} was {getattr(old, what)}, now it is {getattr(new, what)}: not the same table")
-    for what in ("device", "dtype", "threads", "steps"):
+    same = ["device", "dtype", "threads", "steps"]
+    same += ["context", "new_tokens"] if old.settings.batches and new.settings.batches else []
+    same += ["prompt_tokens"] if old.settings.prompt_tokens and new.settings.prompt_tokens else []
+    for what in same:
         before, after = getattr(old.settings, what), getattr(new.settings, what)
         if before != after:
             raise InputError(f"{what} was {before}, now it is {after}: not the same table")
@@ -186,12 +189,10 @@ def merged(old: Bench, new: Bench) -> Bench:
     rows = {row.form: row for row in old.rows}
     for row in new.rows:
         rows[row.form] = _joined(rows[row.form], row) if row.form in rows else row
-    settings = new.settings.model_copy(
-        update={
-            "batches": new.settings.batches or old.settings.batches,
-            "prompt_tokens": new.settings.prompt_tokens or old.settings.prompt_tokens,
-        }
-    )
+    wrote = new.settings if new.settings.batches else old.settings
+    kept = {name: getattr(wrote, name) for name in ("batches", "context", "new_tokens")}
+    kept["prompt_tokens"] = new.settings.prompt_tokens or old.settings.prompt_tokens
+    settings = new.settings.model_copy(update=kept)
     dense = with_all_rounds(rows.pop(DENSE), rows.values())
     return new.model_copy(update={"settings": settings, "rows": (dense, *rows.values())})
 
