@@ -79,6 +79,7 @@ def test_what_multiplied_is_in_every_cell(whole: Bench) -> None:
     kernels = {row.form: [each.kernel for each in row.cells] for row in whole.rows}
     assert kernels["dense"] == kernels["structured"] == ["torch"] * 3
     assert kernels["4bit"][2] == "decoded, then torch" != kernels["4bit"][0]
+    assert {row.form: row.decode[0].note for row in whole.rows}["contextual"].startswith("skips 5")
     assert kernels["contextual"][0] == "torch on copies" and kernels["contextual"][2] == "torch"
 
 

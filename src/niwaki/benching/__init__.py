@@ -121,7 +121,7 @@ def _measured(
         row = Row(form=form.name, about=form.about, source=form.source)
         try:
             made = _make(form, dense, anatomy)
-            mine = Side(made.model, weigh(made), counted, graphs)
+            mine = Side(made.model, weigh(made), counted, graphs and not has_window(made.model))
             timed, own = measure(side, mine, plan)
             row = row.model_copy(update={"detail": made.detail, **own})
             base = base if base.cells else base.model_copy(update=timed)

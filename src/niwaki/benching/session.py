@@ -19,6 +19,7 @@ from niwaki.benching.kernels import Ran, contextual_kernel, what_runs
 from niwaki.benching.models import read_bytes, weight_bytes
 from niwaki.benching.timing import Meter, bandwidth, in_turns
 
+WINDOW = "step by step: attention sees a window, which a fixed cache does not follow"
 WAITS = "step by step: a layer waits for the host, which no CUDA graph holds"
 
 
@@ -54,11 +55,19 @@ class Side:
         if not self.counted:
             return None
         whole, running = read_bytes(self.model), getattr(self.model, "contextual", None)
-        if running is None or not running.records or not running.records[-1].skipped_frac or self.refusal():
+        if running is None:
             return whole
         layout = running.shadow.layout
         units: int = layout.blocks * sum(layout.weights.values()) * self.model.dtype.itemsize
-        return whole - round(float(running.records[-1].skipped_frac[-1]) * units)
+        return whole - round(self.skipped_frac() * units)
+
+    def skipped_frac(self) -> float:
+        """The share of the weights of all units that a contextual model skipped behind its last prompt."""
+        running = getattr(self.model, "contextual", None)
+        if running is None or not running.records or self.refusal():
+            return 0.0
+        skipped = running.records[-1].skipped_frac
+        return float(skipped[-1]) if skipped else 0.0
 
     def refusal(self) -> str:
         """Why a contextual model ran with all of its weights; empty if it did not, or is none."""
@@ -140,9 +149,10 @@ def _timed(
         works.append(_metered(side, work, held))
         contextual = steps and getattr(side.model, "contextual", None) is not None
         note = WAITS if ran.waits and side.graphs and steps else ""
+        note = WINDOW if sides[0].graphs and not side.graphs and steps else note
         if contextual:
             refusal = side.refusal()
-            note = f"all weights: {refusal}" if refusal else note
+            note = f"all weights: {refusal}" if refusal else f"skips {side.skipped_frac():.0%} of heads and neurons"
             ran = ran if refusal else Ran(contextual_kernel(side.model, rows))
         tokens = sequences * steps or plan.prompt_tokens
         found.append(_Timed(sequences, tokens, steps, ran, note))
