@@ -9,6 +9,7 @@ from rich.console import Console
 
 from niwaki import (
     __version__,
+    bench_commands,
     comparing_commands,
     contextual_commands,
     evaluation_commands,
@@ -244,6 +245,7 @@ def demo(
 
 
 app.command()(evaluation_commands.evaluate)
+app.command()(bench_commands.bench)
 app.command()(comparing_commands.compare)
 app.command()(comparing_commands.gate)
 app.command()(contextual_commands.adapt)
