@@ -139,7 +139,7 @@ def test_killed_at_any_time_resumes_to_the_same_bytes(text: Path, tmp_path: Path
     model = tiny_llama(tmp_path / "model", blocks=12)
     straight = tmp_path / "straight"
     niwaki.compress(model, straight, **settings(text))
-    for number, wanted in enumerate((0, 1, 4, 9)):
+    for number, wanted in enumerate((0, 2, 9)):
         out = tmp_path / f"out-{number}"
         journal = tmp_path / f"out-{number}.partial/niwaki/journal"
         process = _start(model, out, text)

@@ -1,12 +1,10 @@
 """The quantizing sweep: reference against a plain loop, compiled and Triton kernels against the reference."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreting import interpreted
 from torch import Tensor
 
 import niwaki.kernels
@@ -93,10 +91,7 @@ def test_without_compiled_kernels_torch_code_runs_after_a_warning(monkeypatch: p
 
 
 def test_triton_panel_equals_reference() -> None:
-    script = "import test_sweep_codes; test_sweep_codes.triton_parity()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
-    assert done.stdout.strip() == "parity", done.stderr[-2000:]
+    interpreted("triton_parity", __name__)
 
 
 def triton_parity() -> None:
@@ -110,4 +105,3 @@ def triton_parity() -> None:
             expected_code, expected_change = sweep_codes_reference(wanted.clone(), given, feed, grid, keep)
             assert torch.equal(code, expected_code)
             torch.testing.assert_close(change, expected_change, rtol=1e-4, atol=1e-4)
-    print("parity")
