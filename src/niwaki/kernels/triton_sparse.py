@@ -174,7 +174,7 @@ def _few(
 
 @triton.jit
 def stack(tensors, shape: tl.constexpr, count: tl.constexpr):
-    """A power of two of tensors of one shape, as one with a last axis more. The first half differs in its highest bit."""
+    """A power of two of tensors of one shape, as one with a last axis more: the highest bit tells the halves apart."""
     level = tensors
     for _ in tl.static_range(5):
         level = _pairs(level)

@@ -182,7 +182,9 @@ def _decode(
     width: tl.constexpr = (columns + 7) // 8
     byte = tl.program_id(0) * block
     row = first + tl.program_id(1) * block_rows + tl.arange(0, block_rows)
-    tile = _tile(places, values, starts, ranks, row, rows, byte, width, layout, bits, block, tl.pointer_type(tl.float32))
+    tile = _tile(
+        places, values, starts, ranks, row, rows, byte, width, layout, bits, block, tl.pointer_type(tl.float32)
+    )
     column = byte * 8 + tl.arange(0, 8 * block)
     stored = (row < last)[:, None] & (column < columns)[None, :]
     if scale is not None:
@@ -218,7 +220,7 @@ def _tile(
     block: tl.constexpr,
     like: tl.constexpr,
 ):
-    """`block` bytes of columns from `byte` on of some rows, dense, without scales: [R, 8 · block], as `like` points to."""
+    """Some rows, `block` bytes of columns from `byte` on, dense, without scales: [R, 8 · block] as `like` points to."""
     dtype: tl.constexpr = like.element_ty
     if layout == "two_four_tiles":
         tile = _tile_of_tiles(places, values, row, rows, byte, width, block, dtype)
@@ -230,7 +232,9 @@ def _tile(
 
 
 @triton.jit
-def _tile_of_pairs(places, values, row, rows, byte, width: tl.constexpr, bits: tl.constexpr, block: tl.constexpr, dtype):
+def _tile_of_pairs(
+    places, values, row, rows, byte, width: tl.constexpr, bits: tl.constexpr, block: tl.constexpr, dtype
+):
     """Of two values for four columns."""
     block_rows: tl.constexpr = row.shape[0]
     start = row.to(tl.int64)[:, None] * width
