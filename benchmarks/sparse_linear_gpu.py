@@ -4,7 +4,8 @@
     python benchmarks/sparse_linear_gpu.py --check
     python benchmarks/sparse_linear_gpu.py --sweep few --shapes 4096x4096 --tokens 1 2 4
 
-Layers: `bitmap` (half zeros, values in bf16), `two_four` (in bf16), `tiles` (two_four of 4-bit codes in groups of 128). Ways: `few` (multiply-adds), `dot` (tensor cores), `decoded` (the matrix made dense, then cuBLAS), and for two_four
+Layers: `bitmap` (half zeros, values in bf16), `two_four` (in bf16), `tiles` (two_four of 4-bit codes in groups of 128).
+Ways: `few` (multiply-adds), `dot` (tensor cores), `decoded` (the matrix made dense, then cuBLAS), and for two_four
 `cusparselt` (sparse tensor cores, from a second form of the matrix that torch makes).
 
 A time is that of a CUDA graph which runs many copies of a layer one after another; their weights together are larger
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from niwaki.kernels import triton_sparse, triton_sparse_dot
+from niwaki.kernels import triton_sparse, triton_sparse_dot, triton_sparse_tiles
 from niwaki.kernels.sparse_gpu import GpuRecord, gpu_record
 from niwaki.sparse import SLACK_BYTES, Sparse
 from niwaki.sparse_tiles import Tiled
@@ -47,7 +48,8 @@ DOT_TILES = [
     for t in itertools.product((16, 32, 64), (16, 32, 64), (4, 8), (2, 3, 4, 5))
     if 8 <= t[0] * t[1] / t[2] / 16 <= 32
 ]
-TILE_TILES = [triton_sparse_dot.Tiles(32, *t) for t in itertools.product((8, 16), (1, 2, 4, 8), (2, 3, 4, 6))]
+TILES_FEW = [triton_sparse_tiles.Tiles(*t) for t in itertools.product((2, 4, 8, 16), (1, 2, 4))]
+TILES_DOT = [triton_sparse_dot.Tiles(32, *t) for t in itertools.product((8, 16), (1, 2, 4, 8), (2, 3, 4, 6))]
 COMPILERS = 14  # processes
 LIMIT = 1e-2  # of relative errors in bf16
 
@@ -111,15 +113,15 @@ def multiply(way: str, layer: Layer, x_NI: Tensor, out_NO: Tensor, tiles: Any = 
     """The product in one way; `out_NO` is written by the kernels."""
     if way == DECODED:
         return functional.linear(x_NI, decoded(layer.record))
-    kernel = triton_sparse.few_tokens if way == FEW else triton_sparse_dot.some_tokens
+    few = triton_sparse_tiles if layer.record.layout == "two_four_tiles" else triton_sparse
+    kernel: Any = few.few_tokens if way == FEW else triton_sparse_dot.some_tokens
     kernel(x_NI, layer.record, None, out_NO, tiles)
     return out_NO
 
 
-def ways(name: str, tokens: int) -> list[str]:
-    """Those timed for a layer and so many tokens."""
-    found = [] if name == "tiles" else [FEW]
-    return [w for w in [*found, DOT, DECODED] if LEAST.get(w, 0) <= tokens <= MOST.get(w, tokens)]
+def ways(tokens: int) -> list[str]:
+    """Those timed for so many tokens."""
+    return [w for w in (FEW, DOT, DECODED) if LEAST.get(w, 0) <= tokens <= MOST.get(w, tokens)]
 
 
 def semi_structured(weight_OI: Tensor) -> Any:
@@ -157,7 +159,7 @@ def measure(shape: str, names: list[str], counts: list[int], seconds: float, byt
         out_NO = x_NI.new_empty(tokens, rows)
         works: dict[tuple[str, str], list[Callable[[], object]]] = {
             (name, way): [partial(multiply, way, layer, x_NI, out_NO) for layer in some]
-            for name, some in layers.items() for way in ways(name, tokens)
+            for name, some in layers.items() for way in ways(tokens)
         }  # fmt: skip
         works["dense", ""] = [partial(functional.linear, x_NI, weight_OI) for weight_OI in dense]
         if semi and tokens >= LEAST[SEMI]:
@@ -192,7 +194,9 @@ def layers_of(name: str, rows: int, columns: int) -> list[Layer]:
 
 
 def candidates(name: str, way: str) -> list[Any]:
-    return FEW_TILES if way == FEW else TILE_TILES if name == "tiles" else DOT_TILES
+    if name == "tiles":
+        return TILES_FEW if way == FEW else TILES_DOT
+    return FEW_TILES if way == FEW else DOT_TILES
 
 
 def sweep(shape: str, names: list[str], way: str, counts: list[int], seconds: float) -> list[dict]:
@@ -200,8 +204,6 @@ def sweep(shape: str, names: list[str], way: str, counts: list[int], seconds: fl
     rows, columns = (int(size) for size in shape.split("x"))
     found = []
     for name in names:
-        if way == FEW and name == "tiles":
-            continue
         layers = layers_of(name, rows, columns)
         for tokens in counts:
             x_NI = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
@@ -249,7 +251,7 @@ def check_case(given: tuple[tuple[int, int, int], str, str]) -> str:
             x_NI = torch.randn(tokens, columns, generator=generator).to("cuda", dtype)
             for way in (FEW, DOT):
                 cores = dtype != torch.float32 and (layer.record.group % 64 == 0 or layout == "tiles")
-                if (way == DOT and not cores) or (way == FEW and layout == "tiles"):
+                if way == DOT and not cores:
                     continue
                 outs = [torch.full((tokens, rows), float("nan"), dtype=dtype, device="cuda") for _ in range(2)]
                 for out in outs:
@@ -314,10 +316,10 @@ def compile_all(args: argparse.Namespace) -> None:
     wanted: list[tuple[str, str, int, int, Any]] = []
     for name, width, tokens in itertools.product(args.layers, columns, args.tokens):
         tokens = args.tokens[[kernel_of(t) for t in args.tokens].index(kernel_of(tokens))]
-        if args.sweep and not (args.sweep == FEW and name == "tiles"):
+        if args.sweep:
             wanted += [(name, args.sweep, width, tokens, tiles) for tiles in candidates(name, args.sweep)]
-        elif not args.sweep:
-            wanted += [(name, way, width, tokens, None) for way in ways(name, tokens)]
+        else:
+            wanted += [(name, way, width, tokens, None) for way in ways(tokens)]
     wanted = list(dict.fromkeys(wanted))
     begin = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(min(COMPILERS, len(wanted))) as pool:
