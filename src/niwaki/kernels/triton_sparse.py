@@ -9,8 +9,9 @@ of its index. Per pair of values and token 4 selections and 2 multiply-adds, and
 far cheaper than gathering inputs, whose lanes would meet in the same banks.
 
 A bitmap: the first value of every 64 columns of a row is in a small table (`ranks_OC`, 16 bits each: 0.25 bit a
-weight, made when the layer is prepared), those of a thread follow by counting bits below, and each column loads its
-value where its bit is set. Lanes are four values apart on average, so a warp's loads of one column lie in few lines.
+weight, made when the layer is prepared), those of a thread follow by counting bits below. For four columns a thread
+loads the next four values, whether or not they all belong there, and moves them up to their columns by six selections.
+Lanes are four values apart on average, so a warp's loads lie in few lines.
 
 Floor: the bytes of places and values over the memory bandwidth, 9 bits a weight at half zeros and values of 16 bits.
 
@@ -40,8 +41,8 @@ class Tiles(NamedTuple):
 
 # By layout, for up to so many tokens. Guesses, to be replaced by the best of a sweep on an H100.
 TILES = {
-    "bitmap": {1: Tiles(2, 4), 2: Tiles(2, 4), 4: Tiles(2, 4)},
-    "two_four": {1: Tiles(4, 4), 2: Tiles(4, 4), 4: Tiles(2, 4)},
+    "bitmap": {1: Tiles(4, 4), 2: Tiles(4, 4), 4: Tiles(4, 4)},
+    "two_four": {1: Tiles(1, 4), 2: Tiles(2, 2), 4: Tiles(1, 2)},
 }
 BLOCK_TOKENS = 4  # of a program
 
@@ -272,23 +273,48 @@ def _sum_pairs(found, inputs, m: tl.constexpr, unit: tl.constexpr):
 
 @triton.jit
 def _load_set(places, values, starts, ranks, row, at, inside, width: tl.constexpr, bits: tl.constexpr):
-    """Of a bitmap: the values of eight columns in float32, zero where the bit is not set."""
+    """Of a bitmap: the values of eight columns, zero where the bit is not set."""
     index, byte = locate(places, starts, ranks, row, at, inside, width)
-    found = ()
-    for j in tl.static_range(8):
-        taken = (byte >> j) & 1
-        found = found + (load_value(values, index, taken != 0, bits),)
-        index += taken
-    return found
+    return set_values(values, index, byte, bits)
 
 
 @triton.jit
-def load_value(values, index, taken, bits: tl.constexpr):
-    """Values with these numbers in float32, zero where none is taken."""
+def set_values(values, index, byte, bits: tl.constexpr):
+    """The values of eight columns, the first of which has this number; zero where the bit is not set."""
     if bits == 4:
-        pair = tl.load(values + (index >> 1), mask=taken, other=0).to(tl.int32)
-        return signed_four(pair >> ((index & 1) * 4))
-    return tl.load(values + index, mask=taken, other=0).to(tl.float32)
+        found = ()
+        for j in tl.static_range(8):
+            taken = (byte & (1 << j)) != 0
+            pair = tl.load(values + (index >> 1), mask=taken, other=0).to(tl.int32)
+            found = found + (signed_four(pair >> ((index & 1) * 4)),)
+            index += (byte >> j) & 1
+        return found
+    low = (byte & 1) + ((byte >> 1) & 1) + ((byte >> 2) & 1) + ((byte >> 3) & 1)
+    return _set_four(values + index, byte, 0) + _set_four(values + index + low, byte, 4)
+
+
+@triton.jit
+def _set_four(first, byte, at: tl.constexpr):
+    """The values of four columns. Four are loaded wherever they belong, from one address, and moved up by selections.
+
+    Those behind the last value of all are slack.
+    """
+    v_0 = tl.load(first)
+    v_1 = tl.load(first + 1)
+    v_2 = tl.load(first + 2)
+    v_3 = tl.load(first + 3)
+    none = tl.zeros_like(v_0)
+    b_0 = (byte & (1 << at)) != 0
+    b_1 = (byte & (2 << at)) != 0
+    b_2 = (byte & (4 << at)) != 0
+    b_3 = (byte & (8 << at)) != 0
+    # The value of column j is the first but as many as there are before it; `next` is the one after it.
+    c_1 = tl.where(b_0, v_1, v_0)
+    next_1 = tl.where(b_0, v_2, v_1)
+    c_2 = tl.where(b_1, next_1, c_1)
+    next_2 = tl.where(b_1, tl.where(b_0, v_3, v_2), next_1)
+    c_3 = tl.where(b_2, next_2, c_2)
+    return tl.where(b_0, v_0, none), tl.where(b_1, c_1, none), tl.where(b_2, c_2, none), tl.where(b_3, c_3, none)
 
 
 @triton.jit
@@ -322,7 +348,7 @@ def count_bits(words):
 
 @triton.jit
 def _sum_set(found, inputs, m: tl.constexpr):
-    total = tl.zeros_like(found[0])
+    total = tl.zeros_like(inputs[0])
     for j in tl.static_range(8):
-        total += found[j] * inputs[8 * m + j]
+        total += found[j].to(tl.float32) * inputs[8 * m + j]
     return total

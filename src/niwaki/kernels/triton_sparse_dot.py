@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from niwaki.kernels.sparse_gpu import CHUNK_BYTES, TILE, GpuRecord
-from niwaki.kernels.triton_sparse import load_value, locate, signed_four, stack
+from niwaki.kernels.triton_sparse import locate, set_values, signed_four, stack
 
 TILED = "two_four_tiles"
 
@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
 # By layout. Guesses, to be replaced by the best of a sweep on an H100.
 TILES = {"bitmap": Tiles(32, 32, 4, 3), "two_four": Tiles(32, 32, 4, 3), TILED: Tiles(32, 16, 4, 3)}
 DECODED = {"bitmap": (16, 32, 4), "two_four": (16, 32, 4), TILED: (32, 16, 4)}  # rows, bytes, warps
-MOST_BLOCK_TOKENS = 64
+MOST_BLOCK_TOKENS = 32  # Triton 3.6 does not compile tiles of a bitmap for warp groups, which 64 would take
 
 
 def default_tiles(record: GpuRecord) -> Tiles:
@@ -308,11 +308,10 @@ def _tile_of_bits(
     kept = tl.minimum(row, rows - 1).to(tl.int64)[:, None]
     inside = (row < rows)[:, None] & (near < width)
     index, bitmap = locate(places, starts, ranks, kept, near, inside, width)
+    found = set_values(values, index, bitmap, bits)
     columns = ()
     for j in tl.static_range(8):
-        taken = (bitmap >> j) & 1
-        columns = columns + (load_value(values, index, taken != 0, bits).to(dtype),)
-        index += taken
+        columns = columns + (found[j].to(dtype),)
     return tl.reshape(stack(columns, (block_rows, block), 8), (block_rows, 8 * block))
 
 
