@@ -16,7 +16,7 @@ from niwaki import (
     plan_commands,
 )
 from niwaki.errors import InputError, NiwakiError
-from niwaki.flags import given, recipe_values
+from niwaki.flags import check_given, check_recipe, given, recipe_values
 
 app = typer.Typer(
     name="niwaki",
@@ -99,9 +99,7 @@ def compress(
     ] = False,
 ) -> None:
     """Compress MODEL into OUT, block by block."""
-    from niwaki.compression import compress as run
-    from niwaki.progress import Display
-    from niwaki.run import resumable
+    from niwaki.run import check_free, partial_of, resumable
 
     values = recipe_values(
         recipe,
@@ -111,6 +109,12 @@ def compress(
         **given(allocation=allocation, pack=pack, ends=ends, seed=seed, device=device, dtype=dtype),
         **given(batch_tokens=batch_tokens, activation_bytes=activation_bytes),
     )
+    check_recipe(values)
+    check_given(model)
+    check_free(out.absolute(), partial_of(out.absolute()), resume=resume, overwrite=overwrite)
+    from niwaki.compression import compress as run
+    from niwaki.progress import Display
+
     try:
         with Display(err_console) as display:
             record = run(
@@ -142,11 +146,12 @@ def recover(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that niwaki wrote.")] = False,
 ) -> None:
     """Train a pruned MODEL on text through low-rank adapters, merged with every zero kept."""
+    if not data:
+        raise InputError("no text to train on: give --data FILE")
+    check_given(model, data=data)
     from niwaki.progress import Display
     from niwaki.recovery import recover as run
 
-    if not data:
-        raise InputError("no text to train on: give --data FILE")
     out = out or Path(f"{model.rstrip('/')}-recovered")
     with Display(err_console) as display:
         record = run(
@@ -183,6 +188,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a DEST that niwaki wrote.")] = False,
 ) -> None:
     """Write OUT to DEST in the format of other engines."""
+    check_given(str(out))
     from niwaki.exporting import export as run
     from niwaki.progress import Display
 
@@ -208,6 +214,7 @@ def generate(
     device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
 ) -> None:
     """Continue PROMPT with MODEL."""
+    check_given(model)
     from niwaki.generation import generate as run
 
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "verify": verify}

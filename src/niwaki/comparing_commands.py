@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from niwaki.errors import InputError, OutputError
+from niwaki.flags import check_given
 
 TEXT = "Text: .txt, .jsonl (with `domain`: also broken down by it), .parquet or a data set name. Repeatable."
 TASKS = 'Multiple choice, JSONL, a line each: {"pairs": [\\[context, continuation], ...], "gold": index}. Repeatable.'
@@ -44,7 +45,12 @@ def compare(
     ] = "auto",
 ) -> None:
     """Compare candidates with the dense model: quality, speed, memory, and a verdict as the exit code."""
-    from niwaki.comparing import compare as run
+    if gate is not None:
+        from niwaki.comparing.gates import load_gates
+
+        load_gates(gate)
+    check_given(dense, *out, data=data, tasks=tasks)
+    from niwaki.comparing.comparison import compare as run
     from niwaki.progress import Display
     from niwaki.tables import print_comparison
 

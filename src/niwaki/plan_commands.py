@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from niwaki.flags import given, recipe_values
+from niwaki.flags import check_given, check_recipe, given, recipe_values
 
 console = Console()
 Gpu = Annotated[
@@ -43,9 +43,6 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
 ) -> None:
     """Predict time, memory, bytes, decode speed and cost of a compression; refuse what cannot work."""
-    from niwaki.plan_tables import print_plan
-    from niwaki.planning import plan as run
-
     values = recipe_values(
         recipe,
         given(files=tuple(calibration) if calibration else None, samples=samples, seq_len=seq_len),
@@ -62,6 +59,11 @@ def plan(
         batch_tokens=batch_tokens,
         activation_bytes=activation_bytes,
     )
+    check_recipe(values)
+    check_given(model)
+    from niwaki.plan_tables import print_plan
+    from niwaki.planning import plan as run
+
     found = run(
         model,
         gpu=gpu,

@@ -66,9 +66,7 @@ def trace(
 
     with_gradients_ST = ids_ST if own else ids_ST[:gradient_windows]
     stream = make_stream(with_gradients_ST, "gradients")
-    descend(
-        decoder, stream, behind, inputs=consumers, activation_bytes=activation_bytes, folder=folder, report=report
-    )
+    descend(decoder, stream, behind, inputs=consumers, activation_bytes=activation_bytes, folder=folder, report=report)
     forwards = {criterion: rows for criterion, rows in scores.items() if criterion in WITHOUT_GRADIENTS}
     prompts, last_ND, mean_ND = _forward(decoder, make_stream(ids_ST, "traces"), layout, lengths, report, forwards)
     sensitivity_U = (sensitivity.row()[0] / len(with_gradients_ST)).sqrt()

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from niwaki.block import Decoder
-from niwaki.calibration import check_sources, load_tokenizer
+from niwaki.calibration import load_tokenizer
 from niwaki.comparing.evidence import Settings
 from niwaki.comparing.scoring import Material
 from niwaki.errors import CalibrationError, InputError
+from niwaki.sources import check_sources
 
 PROMPTS, FIRST_TOKENS = 5, 32  # without a file: so many documents, continued behind so many tokens
 _SAMPLE = "The quick brown fox, 1234 + 5678 = déjà vu? 日本語\n\tdef f(x): return x"
