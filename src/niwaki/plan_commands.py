@@ -37,7 +37,9 @@ def plan(
     activation_bytes: Annotated[int | None, typer.Option(help="Most bytes of hidden states in memory.")] = None,
     dense_stream: Annotated[bool, typer.Option("--dense-stream", help="Also follow the dense model.")] = False,
     gpu: Gpu = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of the machine, in any currency.")] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Of the machine, in any currency; costs are in the same.")
+    ] = None,
     tokens_per_day: Annotated[float | None, typer.Option(help="Tokens the model is to write in a day.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the result would go, to check the room there.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
