@@ -15,6 +15,7 @@ from niwaki import (
     inspect_commands,
     plan_commands,
 )
+from niwaki.config import asks_for_bits
 from niwaki.errors import InputError, NiwakiError
 from niwaki.flags import check_given, check_recipe, given, recipe_values
 
@@ -275,11 +276,17 @@ def _escape(text: str) -> str:
 
 
 def _print_record(out: Path, record: dict[str, Any]) -> None:
-    result = record["result"]
+    result, coded = record["result"], asks_for_bits(record["recipe"]["target"])
     codes = f", {result['bits']:.3f} true bits a weight in {result['packed']} of them" if result.get("packed") else ""
+    if coded and not codes:
+        counted = result.get("method_bits", result["bits"])
+        codes = f", {counted:.3f} true bits a weight by the method's count, stored as plain weights"
     codes += f", {result['ends_bits']:.3f} in embeddings and head" if "ends_bits" in result else ""
+    zeros = "" if coded else f", {result['zeros_frac']:.4%} zeros"
+    if "predictor" in result:
+        zeros = f", {result['predictor']['skipped_frac']:.0%} of heads and neurons skipped by input"
     out_console.print(
-        f"{out}: {result['matrices']} matrices{codes}, {result['zeros_frac']:.4%} zeros, {result['bytes']:,} bytes "
+        f"{out}: {result['matrices']} matrices{codes}{zeros}, {result['bytes']:,} bytes "
         f"(dense {record['model']['bytes']:,}), {record['seconds']} s, "
         f"peak RSS {record['peak_rss_bytes'] / 1e9:.2f} GB",
         highlight=False,

@@ -137,6 +137,11 @@ def parse_target(text: str) -> Target:
     return Sparsity(zeros_frac)
 
 
+def asks_for_bits(target: str | None) -> bool:
+    """Whether the last stage of a recipe makes codes (None: a budget in bytes). A code that is 0 is no pruning."""
+    return target is None or isinstance(parse_target(target.rpartition("+")[2]), Bits)
+
+
 def parse_bytes(text: str) -> int:
     """`1700000000`, `1.7GB` or `800 MiB`. Raises TargetError with what was expected."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip().lower())

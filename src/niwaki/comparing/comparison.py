@@ -26,6 +26,7 @@ from niwaki.block import Decoder
 from niwaki.calibration import check_seq_len
 from niwaki.checkpoint import Checkpoint
 from niwaki.comparing.answers import task_quality
+from niwaki.comparing.card import put_comparison
 from niwaki.comparing.describing import describe, environment, measured, names_of
 from niwaki.comparing.evidence import Candidate, Comparison, Model, Settings
 from niwaki.comparing.files import check_report, read_records, write_report
@@ -46,6 +47,7 @@ from niwaki.config import as_files
 from niwaki.device import pick_device, pick_dtype
 from niwaki.errors import InputError
 from niwaki.evaluation.tasks import buckets, read_items
+from niwaki.measured import check_card
 from niwaki.walk import Report
 
 SEQ_LEN = 1024
@@ -73,6 +75,7 @@ def compare(
     device: str = "auto",
     dtype: str = "auto",
     lang: str = "en",
+    update_card: bool = False,
     progress: Report | None = None,
 ) -> Comparison:
     """Compares every candidate with `dense` on text files and task files, and judges it by the gates of a file.
@@ -81,6 +84,7 @@ def compare(
     with `prompt`; without it the first tokens of the data are continued. `max_tokens` cuts every data file, `limit`
     every task file. Speed: `rounds` of reading `prompt_tokens` and writing `new_tokens` (0 rounds: no model runs as a
     whole, and nothing of speed, memory, loading and texts is measured). The seed decides what the bootstrap draws.
+    `update_card` writes what was measured of every candidate on its model card.
 
     Raises InputError for anything that cannot be read or compared; nothing is written then.
     """
@@ -93,7 +97,10 @@ def compare(
     check_sources_of(sources[1:], data, tasks, seq_len=seq_len, max_tokens=max_tokens, limit=limit, rounds=rounds)
     where = pick_device(device)
     decoders = [Decoder(Checkpoint.open(source), where, pick_dtype(dtype)) for source in sources]
-    records = [] if report is None else read_records([decoder.checkpoint.folder for decoder in decoders[1:]])
+    folders = [decoder.checkpoint.folder for decoder in decoders[1:]]
+    for folder in folders if update_card else []:
+        check_card(folder)
+    records = [] if report is None else read_records(folders)
     tokenizer = same_tokenizer([decoder.checkpoint.folder for decoder in decoders])
     settings = _settings(
         decoders, data=data, tasks=tasks, prompts=prompts, field=field, seq_len=seq_len, max_tokens=max_tokens,
@@ -103,12 +110,13 @@ def compare(
     material = _material(settings, tokenizer, decoders)
     prompt_ids = read_prompts(settings, tokenizer, decoders) or first_prompts(material, tokenizer, settings)
     models = [describe(*about, decoders[0]) for about in zip(sources, names_of(sources), decoders, strict=True)]
-    confidence = CONFIDENCE if gates is None else gates.confidence
+    counts = {"data": len(data), "tasks": len(tasks), "speed": int(rounds > 0)}
+    confidence = CONFIDENCE if gates is None else gates.each_confidence(len(sources) - 1, **counts)
     job = _Job(settings, material, tokenizer, confidence, progress or (lambda event, **fields: None))
     against, found = job.run(decoders, models, prompt_ids)
     comparison = Comparison(
         date=begun,
-        command=command_of(sources, settings, gate, report),
+        command=command_of(sources, settings, gate=gate, report=report, lang=lang),
         seconds=round(time.perf_counter() - begin, 2),
         confidence=confidence,
         settings=settings,
@@ -121,6 +129,8 @@ def compare(
     comparison = comparison if gates is None else judged(comparison, gates)
     if report is not None:
         write_report(Path(report), comparison, records, lang)
+    for folder, candidate in zip(folders, comparison.candidates, strict=True) if update_card else []:
+        put_comparison(folder, comparison, candidate)
     return comparison
 
 

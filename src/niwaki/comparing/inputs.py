@@ -64,9 +64,9 @@ def same_tokenizer(folders: Sequence[Path]) -> Any:
     return first
 
 
-def command_of(sources: Sequence[str], settings: Settings, gate: object, report: object) -> str:
-    """The command line that repeats a comparison, every setting resolved."""
-    named = {"gate": gate, "report": report, **settings.model_dump()}
+def command_of(sources: Sequence[str], settings: Settings, *, gate: object, report: object, lang: str) -> str:
+    """The command line that repeats a comparison and its report, every setting resolved."""
+    named = {"gate": gate, "report": report, "lang": lang if report else None, **settings.model_dump()}
     words = ["niwaki", "compare", *sources]
     for name, value in named.items():
         for one in value if isinstance(value, tuple) else [] if value is None else [value]:
