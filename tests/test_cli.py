@@ -38,6 +38,20 @@ def test_compress_evaluate_generate(model: Path, tmp_path: Path, capsys: pytest.
     assert code == 0 and printed.startswith("The garden")
 
 
+@pytest.mark.parametrize(
+    ("pack", "says"),
+    [("codes", "true bits a weight in 21 of them"), ("none", "by the method's count, stored as plain")],
+)
+def test_codes_are_told_in_bits_and_not_in_zeros(
+    pack: str, says: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize = ["--method", "rtn", "--target", "4bit", "--set", "group=16", "--pack", pack, "--device", "cpu"]
+    code, printed, _ = run(capsys, "compress", model, tmp_path / "out", *quantize)
+    assert code == 0 and says in printed and "zeros" not in printed
+    code, printed, _ = run(capsys, "inspect", tmp_path / "out")
+    assert code == 0 and "zeros in them" not in printed and "no errors: the method saw no text" in printed
+
+
 def test_recipe_file_and_flags(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = write_texts(tmp_path / "text.jsonl")
     recipe = tmp_path / "recipe.yaml"
