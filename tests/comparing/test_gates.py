@@ -25,7 +25,7 @@ from niwaki.comparing.evidence import (
     TaskQuality,
 )
 from niwaki.comparing.files import junit
-from niwaki.comparing.gates import LIMITS, Gates, judge, judged, load_gates, measurements
+from niwaki.comparing.gates import LIMITS, Gates, each_confidence, judge, judged, load_gates, measurements
 from niwaki.comparing.intervals import loss_interval
 from niwaki.comparing.metrics import METRICS
 from niwaki.errors import InputError
@@ -280,9 +280,10 @@ def test_a_comparison_survives_json() -> None:
 def test_a_correction_divides_what_is_left_to_chance_by_the_verdicts_from_intervals() -> None:
     limits = {"max_kl": 0.1, "max_accuracy_loss": 0.1, "max_decode_latency_ratio": 2.0, "max_bytes": 1000.0}
     plain, corrected = Gates(**limits), Gates(correction="bonferroni", **limits)
-    assert plain.each_confidence(3, data=2, tasks=1, speed=1) == 0.95
-    assert corrected.each_confidence(3, data=2, tasks=1, speed=1) == pytest.approx(1 - 0.05 / 12)
-    assert Gates(correction="bonferroni", max_bytes=1.0).each_confidence(3, data=2, tasks=1, speed=1) == 0.95
+    settings = comparison().settings.model_copy(update={"data": ("a", "b")})
+    assert each_confidence(plain, settings, 3) == 0.95
+    assert each_confidence(corrected, settings, 3) == pytest.approx(1 - 0.05 / 12)
+    assert each_confidence(Gates(correction="bonferroni", max_bytes=1.0), settings, 3) == 0.95
 
 
 def test_a_correction_needs_intervals_that_were_made_for_it() -> None:
@@ -301,7 +302,7 @@ def test_of_six_limits_that_are_just_broken_none_passes_by_chance(correction: An
     """Every task truly loses what the limit allows: a pass is a false alarm, and 2.5 % of comparisons may have one."""
     rng, tasks, questions, comparisons = np.random.default_rng(0), 6, 1000, 300
     gates = Gates(correction=correction, max_accuracy_loss=0.02)
-    each = gates.each_confidence(1, data=0, tasks=tasks, speed=0)
+    each = each_confidence(gates, comparison().settings.model_copy(update={"tasks": ("t",) * tasks}), 1)
     wrong = 0
     for _ in range(comparisons):
         found = []

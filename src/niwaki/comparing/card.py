@@ -7,7 +7,7 @@ OUT/niwaki/comparison.json.
 """
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult
@@ -19,6 +19,13 @@ from niwaki.writing import write_text
 
 RECORDED = "comparison.json"
 Row = tuple[str, str, str, str, str]
+
+
+def checked_cards(folders: Sequence[Path]) -> Sequence[Path]:
+    """The same folders. Raises InputError for one without a card that niwaki wrote."""
+    for folder in folders:
+        check_card(folder)
+    return folders
 
 
 def put_comparison(folder: Path, comparison: Comparison, candidate: Candidate) -> None:

@@ -26,11 +26,11 @@ from niwaki.block import Decoder
 from niwaki.calibration import check_seq_len
 from niwaki.checkpoint import Checkpoint
 from niwaki.comparing.answers import task_quality
-from niwaki.comparing.card import put_comparison
+from niwaki.comparing.card import checked_cards, put_comparison
 from niwaki.comparing.describing import describe, environment, measured, names_of
 from niwaki.comparing.evidence import Candidate, Comparison, Model, Settings
 from niwaki.comparing.files import check_report, read_records, write_report
-from niwaki.comparing.gates import CONFIDENCE, judged, load_gates
+from niwaki.comparing.gates import CONFIDENCE, each_confidence, judged, load_gates
 from niwaki.comparing.inputs import (
     check_sources_of,
     command_of,
@@ -47,7 +47,6 @@ from niwaki.config import as_files
 from niwaki.device import pick_device, pick_dtype
 from niwaki.errors import InputError
 from niwaki.evaluation.tasks import buckets, read_items
-from niwaki.measured import check_card
 from niwaki.walk import Report
 
 SEQ_LEN = 1024
@@ -98,8 +97,7 @@ def compare(
     where = pick_device(device)
     decoders = [Decoder(Checkpoint.open(source), where, pick_dtype(dtype)) for source in sources]
     folders = [decoder.checkpoint.folder for decoder in decoders[1:]]
-    for folder in folders if update_card else []:
-        check_card(folder)
+    cards = checked_cards(folders if update_card else [])
     records = [] if report is None else read_records(folders)
     tokenizer = same_tokenizer([decoder.checkpoint.folder for decoder in decoders])
     settings = _settings(
@@ -110,26 +108,18 @@ def compare(
     material = _material(settings, tokenizer, decoders)
     prompt_ids = read_prompts(settings, tokenizer, decoders) or first_prompts(material, tokenizer, settings)
     models = [describe(*about, decoders[0]) for about in zip(sources, names_of(sources), decoders, strict=True)]
-    counts = {"data": len(data), "tasks": len(tasks), "speed": int(rounds > 0)}
-    confidence = CONFIDENCE if gates is None else gates.each_confidence(len(sources) - 1, **counts)
+    confidence = CONFIDENCE if gates is None else each_confidence(gates, settings, len(folders))
     job = _Job(settings, material, tokenizer, confidence, progress or (lambda event, **fields: None))
     against, found = job.run(decoders, models, prompt_ids)
     comparison = Comparison(
-        date=begun,
-        command=command_of(sources, settings, gate=gate, report=report, lang=lang),
-        seconds=round(time.perf_counter() - begin, 2),
-        confidence=confidence,
-        settings=settings,
-        environment=environment(where),
-        dense=against,
-        candidates=tuple(found),
-        gate=None,
-        passed=None,
-    )
+        date=begun, command=command_of(sources, settings, gate=gate, report=report, lang=lang),
+        seconds=round(time.perf_counter() - begin, 2), confidence=confidence, settings=settings,
+        environment=environment(where), dense=against, candidates=tuple(found), gate=None, passed=None,
+    )  # fmt: skip
     comparison = comparison if gates is None else judged(comparison, gates)
     if report is not None:
         write_report(Path(report), comparison, records, lang)
-    for folder, candidate in zip(folders, comparison.candidates, strict=True) if update_card else []:
+    for folder, candidate in zip(cards, comparison.candidates, strict=False):  # no cards, or one for each
         put_comparison(folder, comparison, candidate)
     return comparison
 

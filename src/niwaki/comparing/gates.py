@@ -24,7 +24,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from niwaki.comparing.evidence import Candidate, Comparison, Estimate, Verdict
+from niwaki.comparing.evidence import Candidate, Comparison, Estimate, Settings, Verdict
 from niwaki.comparing.intervals import least_units
 from niwaki.comparing.metrics import METRICS
 from niwaki.config import parse_bytes
@@ -68,14 +68,17 @@ class Gates(BaseModel):
         values = {name: getattr(self, name) for name in LIMITS}
         return {name: value for name, value in values.items() if value is not None}
 
-    def each_confidence(self, candidates: int, **files: int) -> float:
-        """The confidence of every single interval; `files`: how many of `data`, `tasks` and `speed` are judged."""
-        needs = [METRICS[name.partition("_")[2]].needs for name in self.limits]
-        verdicts = candidates * sum(files.get(need, 0) for need in needs)
-        return self.confidence if self.correction == "none" else 1 - (1 - self.confidence) / max(verdicts, 1)
-
 
 LIMITS = tuple(name for name in Gates.model_fields if name.startswith(("max_", "min_")))
+
+
+def each_confidence(gates: Gates, settings: Settings, candidates: int) -> float:
+    """The confidence of every single interval that these gates will judge, of so many candidates."""
+    if gates.correction == "none":
+        return gates.confidence
+    files = {"data": len(settings.data), "tasks": len(settings.tasks), "speed": int(settings.rounds > 0)}
+    verdicts = candidates * sum(files.get(METRICS[name.partition("_")[2]].needs, 0) for name in gates.limits)
+    return 1 - (1 - gates.confidence) / max(verdicts, 1)
 
 
 @dataclass(frozen=True)
@@ -151,10 +154,7 @@ def judge(candidate: Candidate, gates: Gates, confidence: float, each: float | N
 
 def judged(comparison: Comparison, gates: Gates) -> Comparison:
     """The comparison with the verdicts of these gates instead of any before."""
-    settings, count = comparison.settings, len(comparison.candidates)
-    each = gates.each_confidence(
-        count, data=len(settings.data), tasks=len(settings.tasks), speed=int(settings.rounds > 0)
-    )
+    each = each_confidence(gates, comparison.settings, len(comparison.candidates))
     candidates = tuple(judge(candidate, gates, comparison.confidence, each) for candidate in comparison.candidates)
     stated = {"confidence": gates.confidence} | ({} if gates.correction == "none" else {"each_confidence": each})
     return comparison.model_copy(
