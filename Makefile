@@ -23,8 +23,9 @@ $(VENV)/.installed: $(VENV)/.runtime
 demo: $(VENV)/.runtime
 	$(RUN)/niwaki demo --overwrite
 
+# Two processes of one thread each, by file, so that no fixture is made twice.
 test: $(VENV)/.installed
-	$(RUN)/python -m pytest -m "not engines and not browser"
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m "not engines and not browser"
 
 # llama-cpp-python is built from source, once: some minutes, and a C++ compiler.
 $(VENV)/.engines: $(VENV)/.installed

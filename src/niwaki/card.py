@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from niwaki.config import asks_for_bits
+from niwaki.sparse import CODES
 
 # Between these lines `niwaki evaluate` and `niwaki compare --update-card` write their numbers (see `measured`).
 BEGIN, END = "<!-- niwaki: measured -->", "<!-- niwaki: end -->"
@@ -71,7 +72,7 @@ _PACKED = (
     + _LOADING
 )
 _SPARSE = (
-    """{packed} of the matrices are stored as the weights that are left and where they belong, and stay so in memory.
+    """{packed} of the matrices are stored as the {left} and where they belong, and stay so in memory.
 Loading them needs niwaki (`--pack none` writes zeros in place, for other engines):
 """
     + _LOADING
@@ -132,8 +133,7 @@ def model_card(record: dict[str, Any]) -> str:
         base_model=hub_id,
         library_name=_library(record),
         pipeline_tag="text-generation",
-        tags=["niwaki", "quantized" if result["packed"] > _sparse(result) else "pruned", recipe["method"]]
-        + ([exported["to"]] if exported else []),
+        tags=["niwaki", *_kinds(result), recipe["method"]] + ([exported["to"]] if exported else []),
     )
     windows = calibration["windows"]
     target = recipe["target"] or f"{recipe['target_bytes']:,} bytes"
@@ -153,10 +153,14 @@ def model_card(record: dict[str, Any]) -> str:
         method=recipe["method"],
         target=target + (f", blocks {', '.join(map(str, kept))} kept at 4 bits" if kept else ""),
         matrices=result["matrices"],
-        zeros="" if asks_for_bits(recipe["target"]) else f"| measured zeros in them | {result['zeros_frac']:.4%} |\n",
+        zeros="" if asks_for_bits(record) else f"| measured zeros in them | {result['zeros_frac']:.4%} |\n",
         bits=result["bits"],
         ends=f"{result['ends_bits']:.3f}" if "ends_bits" in result else "as they were",
-        storage=_storage(record).format_map(result | {"removed": shaped.get("removed_frac", 0)}),
+        storage=_storage(record).format_map(
+            result
+            | {"removed": shaped.get("removed_frac", 0)}
+            | {"left": "codes of the weights that are left" if _coded(result) else "weights that are left"}
+        ),
         bytes=result["bytes"],
         bytes_before=record["model"]["bytes"],
         calibration="none" if windows is None else f"{windows[0]} windows of {windows[1]} tokens",
@@ -183,6 +187,17 @@ def _shaping(record: dict[str, Any]) -> dict[str, Any]:
 def _sparse(result: dict[str, Any]) -> int:
     """How many matrices are stored as nonzeros."""
     return sum(result.get("sparse", {}).values())
+
+
+def _coded(result: dict[str, Any]) -> int:
+    """How many of those hold codes."""
+    return sum(count for kind, count in result.get("sparse_values", {}).items() if kind in CODES)
+
+
+def _kinds(result: dict[str, Any]) -> list[str]:
+    sparse, coded = _sparse(result), _coded(result)
+    quantized = result["packed"] > sparse or coded > 0
+    return ["quantized"] * quantized + ["pruned"] * (coded > 0 or not quantized)
 
 
 def _storage(record: dict[str, Any]) -> str:
