@@ -60,7 +60,8 @@ def invert_lower(lower_II: Tensor) -> Tensor:
     width = len(lower_II)
     if width <= SOLVED_COLUMNS:
         identity_II = torch.eye(width, dtype=lower_II.dtype, device=lower_II.device)
-        return torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
+        inverse_II: Tensor = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
+        return inverse_II
     half = width // 2
     inverse_II = torch.zeros_like(lower_II)
     inverse_II[:half, :half] = invert_lower(lower_II[:half, :half])
