@@ -55,7 +55,8 @@ def for_gpu(parts: list[Part]) -> list[PlanePart]:
 def interpreted(name: str, module: str = "test_triton_planes") -> None:
     """Runs a function of a file here where Triton interprets its kernels, which is decided when it is imported."""
     script = f"import {module}; {module}.{name}()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    here = Path(__file__).parent
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.strip() == "parity", done.stderr[-2000:]
 
