@@ -49,9 +49,16 @@ LAYERS = [
     ["shaping", "shadowing"],
     ["compression"],
     ["evaluation", "generation"],
-    ["recovery", "exporting", "gating", "adapting", "comparing", "reporting"],
-    ["demo", "progress", "tables", "inspecting", "plan_tables"],
-    ["comparing_commands", "contextual_commands", "evaluation_commands", "inspect_commands", "plan_commands"],
+    ["recovery", "exporting", "gating", "adapting", "comparing", "reporting", "benching"],
+    ["demo", "progress", "tables", "inspecting", "plan_tables", "bench_tables"],
+    [
+        "bench_commands",
+        "comparing_commands",
+        "contextual_commands",
+        "evaluation_commands",
+        "inspect_commands",
+        "plan_commands",
+    ],
     ["cli"],
 ]
 LAYER_OF = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

@@ -23,6 +23,7 @@ from niwaki.errors import (
 )
 
 if TYPE_CHECKING:
+    from niwaki.benching import bench
     from niwaki.comparing import compare
     from niwaki.compression import compress
     from niwaki.evaluation import evaluate
@@ -45,6 +46,7 @@ __all__ = [
     "OutputError",
     "ResumeError",
     "TargetError",
+    "bench",
     "compare",
     "compress",
     "evaluate",
@@ -57,6 +59,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "bench": "niwaki.benching",
     "compare": "niwaki.comparing",
     "compress": "niwaki.compression",
     "evaluate": "niwaki.evaluation",

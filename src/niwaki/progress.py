@@ -24,6 +24,7 @@ _TITLES = {
     "measure": ("measuring speed and memory", "rounds"),
     "export": ("exporting", "parts"),
     "recover": ("recovering", "steps"),
+    "bench": ("measuring", "forms"),
 }
 _FEW_LINES = 20  # plain lines for what is reported every few tokens, or for every tensor
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from interpreting import interpreted
 from test_sparse_product import record_of
-from test_triton_planes import OnGpu, error, interpreted
+from test_triton_planes import OnGpu, error
 from torch import Tensor
 
 from niwaki.kernels import sparse_gpu
@@ -88,11 +89,13 @@ def few() -> None:
             check(few_tokens, record, 1 + number, torch.float32, bias=number == 1)
     for number, tokens in [(0, 5), (2, 2), (2, 4), (2, 17)]:
         check(few_tokens, records(0)[number], tokens, torch.bfloat16, Tiles(4, 1))
-    _few_tiles()
-    print("parity")
 
 
-def _few_tiles() -> None:
+def test_a_few_tokens_with_tiles() -> None:
+    interpreted("few_tiles", HERE)
+
+
+def few_tiles() -> None:
     """Rows that fill no tile, groups and none, all dtypes."""
     from niwaki.kernels.triton_sparse_tiles import Tiles, few_tokens
 
@@ -103,7 +106,7 @@ def _few_tiles() -> None:
     check(few_tokens, tiled(33, 64, 32), 1, torch.float32)
 
 
-def test_tensor_cores_decoding_and_the_choice_of_a_way() -> None:
+def test_tensor_cores_and_decoding() -> None:
     interpreted("cores", HERE)
 
 
@@ -127,11 +130,13 @@ def cores() -> None:
     half_RI = torch.full((4, 272), float("nan"), dtype=torch.bfloat16)
     decode(for_gpu(records(2)[1]), 0, half_RI)
     assert torch.equal(half_RI, records(2)[1].decode().bfloat16())
-    _ways()
-    print("parity")
 
 
-def _ways() -> None:
+def test_layers_choose_a_way_by_the_number_of_tokens() -> None:
+    interpreted("ways", HERE)
+
+
+def ways() -> None:
     """The layer as on a GPU, but for the device: every way gives the same, with a bias, also as an operator."""
     sparse_gpu.DECODED_BYTES = 32 * 64 * 2  # a tile at once
     for record, limits in [(tiled(34, 64, 32), (1, 1)), (record_of(34, 64, "bfloat16", "two_four"), (1, 3))]:
