@@ -13,6 +13,7 @@ from interpreting import interpreted
 from test_sparse_product import record_of
 from test_triton_planes import OnGpu, error
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from niwaki.kernels import sparse_gpu
 from niwaki.kernels.sparse_gpu import KINDS, GpuRecord, cores_reach, ranks_of
@@ -153,6 +154,15 @@ def ways() -> None:
             again_NO = sparse_gpu.product_op(x_NI, *given[5:], layer.bias, numbers, given.layout)
             assert found_NO.shape == (tokens, rows) and torch.equal(found_NO, again_NO)
             assert tokens == 0 or error(found_NO, wanted_NO) < 2e-3, (tokens, limits)
+
+
+def test_a_traced_graph_knows_the_shape_of_the_product() -> None:
+    given = for_gpu(record_of(6, 64, "int8", "bitmap"))
+    numbers = [given.rows, given.columns, given.group, given.bits]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x_NI = torch.empty(7, 64, dtype=torch.bfloat16)
+        found_NO = sparse_gpu.product_op(x_NI, *given[5:], None, numbers, given.layout)
+    assert found_NO.shape == (7, 6) and found_NO.dtype == torch.bfloat16
 
 
 def test_kinds_and_layouts_are_those_of_the_records() -> None:

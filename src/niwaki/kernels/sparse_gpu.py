@@ -93,11 +93,10 @@ def product(x_NI: Tensor, record: GpuRecord, bias_O: Tensor | None) -> Tensor:
     if tokens == 0:
         return out_NO
     if tokens <= (FEW_TOKENS[record.layout] if cores else FEW_TOKENS_ALONE):
-        if record.layout == "two_four_tiles":
-            from niwaki.kernels.triton_sparse_tiles import few_tokens
-        else:
-            from niwaki.kernels.triton_sparse import few_tokens
-        few_tokens(x_NI, record, bias_O, out_NO)
+        from niwaki.kernels import triton_sparse, triton_sparse_tiles
+
+        kernels: Any = triton_sparse_tiles if record.layout == "two_four_tiles" else triton_sparse
+        kernels.few_tokens(x_NI, record, bias_O, out_NO)
     elif cores and tokens <= CORE_TOKENS[record.layout]:
         from niwaki.kernels.triton_sparse_dot import some_tokens
 

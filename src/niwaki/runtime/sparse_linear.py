@@ -137,7 +137,7 @@ class SparseLinear(nn.Module):
 def for_gpu(record: Sparse | Tiled) -> GpuRecord:
     """A record as the kernels of a GPU take it."""
     if isinstance(record, Tiled):
-        tensors = record.places_TBR, record.values_TFR, None, record.scale_GO
-        return gpu_record(record.size, record.columns, record.group, LAYOUT, "int4", *tensors)
+        tiles = record.places_TBR, record.values_TFR, None, record.scale_GO
+        return gpu_record(record.size, record.columns, record.group, LAYOUT, "int4", *tiles)
     tensors = record.places_OB, record.values_N, record.starts_O, record.scale_OG
     return gpu_record(len(record.places_OB), record.columns, record.group, record.layout, record.values, *tensors)
