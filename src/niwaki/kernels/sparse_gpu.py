@@ -25,6 +25,7 @@ CORE_GROUP = 64  # columns, of which groups hold whole ones: the least that tens
 DECODED_BYTES = 128 * 2**20
 CHUNK_BYTES = 8  # of places, whose first value the table of a bitmap tells
 MOST_COLUMNS = 2**16  # that the table counts
+KINDS = ("bfloat16", "float16", "float32", "int8", "int4")  # as in niwaki.sparse, which stands above the kernels
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "int8": 8, "int4": 4}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
 TILE = 32  # rows
@@ -92,11 +93,10 @@ def product(x_NI: Tensor, record: GpuRecord, bias_O: Tensor | None) -> Tensor:
     if tokens == 0:
         return out_NO
     if tokens <= (FEW_TOKENS[record.layout] if cores else FEW_TOKENS_ALONE):
-        if record.layout == "two_four_tiles":
-            from niwaki.kernels.triton_sparse_tiles import few_tokens
-        else:
-            from niwaki.kernels.triton_sparse import few_tokens
-        few_tokens(x_NI, record, bias_O, out_NO)
+        from niwaki.kernels import triton_sparse, triton_sparse_tiles
+
+        kernels: Any = triton_sparse_tiles if record.layout == "two_four_tiles" else triton_sparse
+        kernels.few_tokens(x_NI, record, bias_O, out_NO)
     elif cores and tokens <= CORE_TOKENS[record.layout]:
         from niwaki.kernels.triton_sparse_dot import some_tokens
 
