@@ -18,10 +18,9 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if "data" not in path.relat
 LAYERS = [
     ["__init__", "_hook", "errors"],
     ["presets"],
-    ["config", "costs", "device", "kernels", "loading", "writing"],
+    ["config", "costs", "device", "kernels", "loading", "sources", "writing"],
     [
         "calibration",
-        "flags",
         "tap",
         "codes",
         "sparse",
@@ -50,7 +49,7 @@ LAYERS = [
     ["compression"],
     ["evaluation", "generation"],
     ["recovery", "exporting", "gating", "adapting", "comparing", "reporting", "benching"],
-    ["demo", "progress", "tables", "inspecting", "plan_tables", "bench_tables"],
+    ["demo", "flags", "progress", "tables", "inspecting", "plan_tables", "bench_tables"],
     [
         "bench_commands",
         "comparing_commands",

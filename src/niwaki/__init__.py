@@ -24,7 +24,7 @@ from niwaki.errors import (
 
 if TYPE_CHECKING:
     from niwaki.benching import bench
-    from niwaki.comparing import compare
+    from niwaki.comparing.comparison import compare
     from niwaki.compression import compress
     from niwaki.evaluation import evaluate
     from niwaki.exporting import export
@@ -60,7 +60,7 @@ __all__ = [
 
 _LAZY = {
     "bench": "niwaki.benching",
-    "compare": "niwaki.comparing",
+    "compare": "niwaki.comparing.comparison",
     "compress": "niwaki.compression",
     "evaluate": "niwaki.evaluation",
     "export": "niwaki.exporting",
