@@ -14,7 +14,7 @@ from niwaki.sparse import LAYOUTS as STORED_LAYOUTS
 from niwaki.sparse import VALUES, Sparse
 from test_sparse import coded, pruned
 
-PATHS = [0, 1, 2, 4]  # the best, portable, AVX2, AVX-512 for bfloat16 (the next best where there is none, or other numbers)
+PATHS = [0, 1, 2, 4]  # the best, portable, AVX2, AVX-512 for bfloat16 (the next best where there is none)
 
 
 def record_of(rows: int, columns: int, kind: str, layout: str, group: int = 32) -> Sparse:
