@@ -115,9 +115,7 @@ def requests_of(step: int, intervals: Sequence[Interval]) -> int:
     return sum(interval.tally("error_rate").total for interval in intervals if interval.step == step)
 
 
-def _missing(
-    policy: Policy, step: int, intervals: Sequence[Interval], findings: Sequence[Finding]
-) -> list[str]:
+def _missing(policy: Policy, step: int, intervals: Sequence[Interval], findings: Sequence[Finding]) -> list[str]:
     requests = requests_of(step, intervals)
     missing = [] if requests >= policy.min_requests else [f"{requests} of {policy.min_requests} requests at this step"]
     quality = [finding for finding in findings if SIGNALS[finding.signal].proved]

@@ -27,7 +27,7 @@ ALARM = 10_000.0
 REFERENCE = 50
 BUCKETS = 4096
 CHARACTERS = 4000
-MOST = 20_000
+MOST = 5000  # scores that a new one is ranked among; later ones are ranked, but not kept
 _JUMP = 0.01  # of the capital moves between the three bets after every score
 _BETS = (-1.0, 0.0, 1.0)
 
