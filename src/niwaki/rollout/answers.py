@@ -1,7 +1,7 @@
 """Reading requests and answers of the OpenAI interface: their texts, how many tokens, whether a stream ended well.
 
 Nothing here changes a byte: what clients send and get passes by, and only copies are read. Whatever has no single text
-(images, token lists, several choices, tool calls) is not audited, which `Unread` says.
+(images, token lists, several choices, tool calls) is not audited, which `UnreadError` says.
 """
 
 import json
@@ -12,30 +12,30 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 Template = Callable[[list[dict[str, str]]], str]
 
 
-class Unread(Exception):
+class UnreadError(Exception):
     """A request or an answer that has no single text; the message says why, in a few words for a counter."""
 
 
 def texts_of(path: str, payload: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The parts of a request as role and text. Raises Unread."""
+    """The parts of a request as role and text. Raises UnreadError."""
     if path == COMPLETIONS:
         if not isinstance(payload.get("prompt"), str):
-            raise Unread("prompt is not one text")
+            raise UnreadError("prompt is not one text")
         return [{"role": "prompt", "content": payload["prompt"]}]
     messages = payload.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise Unread("no messages")
+        raise UnreadError("no messages")
     return [_message(message) for message in messages]
 
 
 def _message(message: Any) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise Unread("a message is no object")
+        raise UnreadError("a message is no object")
     content = message.get("content")
     if isinstance(content, list) and all(isinstance(one, dict) and isinstance(one.get("text"), str) for one in content):
         content = "".join(one["text"] for one in content)
     if not isinstance(content, str):
-        raise Unread("a message is not text")
+        raise UnreadError("a message is not text")
     return {"role": str(message.get("role", "user")), "content": content}
 
 
@@ -59,22 +59,22 @@ def prompt_text(path: str, texts: list[dict[str, str]], template: Template | Non
 
 
 def answer_text(body: bytes, *, stream: bool) -> str:
-    """What was answered. Raises Unread for anything but one text."""
+    """What was answered. Raises UnreadError for anything but one text."""
     parts = _events(body) if stream else [_json(body)]
     found = []
     for part in parts:
         choices = part.get("choices")
         if not isinstance(choices, list) or len(choices) > 1:
-            raise Unread("not one choice")
+            raise UnreadError("not one choice")
         for choice in choices:
             inner = choice.get("delta") or choice.get("message") or choice
             text = inner.get("content") if inner is not choice else choice.get("text")
             if inner.get("tool_calls") or choice.get("index", 0) != 0:
-                raise Unread("not one text")
+                raise UnreadError("not one text")
             found.append(text or "")
     answer = "".join(found)
     if not answer:
-        raise Unread("an empty answer")
+        raise UnreadError("an empty answer")
     return answer
 
 
@@ -82,7 +82,7 @@ def tokens_of(body: bytes) -> int | None:
     """Tokens written, as a whole answer says itself; None if it does not."""
     try:
         usage = _json(body).get("usage") or {}
-    except Unread:
+    except UnreadError:
         return None
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return tokens if isinstance(tokens, int) and tokens > 0 else None
@@ -108,7 +108,7 @@ def _json(body: bytes) -> dict[str, Any]:
     try:
         found = json.loads(body)
     except ValueError as error:
-        raise Unread("not JSON") from error
+        raise UnreadError("not JSON") from error
     if not isinstance(found, dict):
-        raise Unread("no object")
+        raise UnreadError("no object")
     return found

@@ -1,4 +1,4 @@
-"""What to do at the end of an interval: counters and limits in, hold, widen or return out. No clock, no files, no network.
+"""What to do at the end of an interval: counters and limits in; hold, widen or return out. No clock, file or network.
 
 - **Return** when a limit is certainly broken since some interval. All limits share the error: over a whole roll-out, a
   canary that keeps them is returned with a probability of at most 1 − confidence (`sequential`).
@@ -80,7 +80,7 @@ def decide(
     intervals: Sequence[Interval],
     alarms: Sequence[str] = (),
 ) -> Verdict:
-    """Judges the intervals of one roll-out, oldest first, the last just ended. `alarms`: drift, which forbids widening."""
+    """Judges the intervals of one roll-out, oldest first. `alarms` of drift forbid widening."""
     findings = tuple(find(policy, limits, intervals, name) for name in limits)
     broken = [finding for finding in findings if finding.broken]
     if broken:

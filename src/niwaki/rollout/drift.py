@@ -1,7 +1,7 @@
 """An alarm for traffic that is no longer what it was: other prompts, or other agreement.
 
-Exchangeability is tested with a conformal martingale. Every new score is ranked among all before it; if nothing changed,
-the ranks are uniform and independent, whatever the scores are. A martingale bets that they are not (the simple jumper
+Exchangeability is tested with a conformal martingale. Every new score is ranked among all before it; if nothing
+changed, the ranks are uniform and independent, whatever the scores are. A martingale bets that they are not (the simple jumper
 of Vovk et al., "Retrain or not retrain: conformal test martingales for change-point detection", COPA 2021), and the
 alarm is the CUSUM of it: the martingale over its lowest value so far. With threshold c there is at most one false alarm
 in c scores on average (their § 4; ALARM is 10,000).
@@ -67,7 +67,7 @@ class Drift:
 
     def as_json(self) -> dict[str, Any]:
         """For the store."""
-        return dict(vars(self))
+        return {**vars(self), "scores": list(self.scores), "capitals": list(self.capitals)}
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Which upstream answers a request: a stable hash decides, important requests stay on dense.
 
 A key falls on a place in [0, 1) and goes to the canary if the place lies below the share. When the share widens, those
-who were on the canary stay there and others join; when it falls to 0, all are on dense. Every roll-out has a salt of its own, so
-that not the same users meet every canary first.
+who were on the canary stay there and others join; when it falls to 0, all are on dense. Every roll-out has a salt of
+its own, so that not the same users meet every canary first.
 
     choose(Ask(...), share=0.05, salt="7", important=())  ->  Route("canary", "share")
 """

@@ -6,7 +6,7 @@ the share where both find the same token most likely, and how much more likely t
 dense model does. On the tokens of the prompt, which neither wrote: the ratio of perplexities. The same tokens and the
 same definitions as in `niwaki compare`; the answer is the canary's own.
 
-Cost: two requests that read prompt and answer once, on servers that also answer users: `Sampling.most_audits` at a time.
+Cost: two requests that read prompt and answer once, on servers that also answer users; `Sampling.most_audits` at once.
 """
 
 import math
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from niwaki.rollout.answers import COMPLETIONS, Unread
-from niwaki.rollout.upstream import Failure, Server
+from niwaki.rollout.answers import COMPLETIONS, UnreadError
+from niwaki.rollout.upstream import Server, UpstreamError
 
 MOST_CHARACTERS = 32_000
 _TIMEOUT_S = 120.0
@@ -48,23 +48,23 @@ class Audit:
 
 
 async def audit(stable: Server, canary: Server, model: str, prompt: str, answer: str) -> Audit:
-    """Scores an answer of the canary. Raises Unread for what cannot be scored."""
+    """Scores an answer of the canary. Raises UnreadError for what cannot be scored."""
     if len(prompt) + len(answer) > MOST_CHARACTERS:
-        raise Unread("too long to audit")
+        raise UnreadError("too long to audit")
     own = await _read(canary, model, prompt + answer, "the canary")
     dense = await _read(stable, model, prompt + answer, "the dense model")
     return compared(dense, own, len(prompt))
 
 
 def compared(dense: Sequence[Token], own: Sequence[Token], boundary: int) -> Audit:
-    """Both readings of one text; from `boundary` on it is the answer. Raises Unread where they do not fit."""
+    """Both readings of one text; from `boundary` on it is the answer. Raises UnreadError where they do not fit."""
     if [token.text for token in dense] != [token.text for token in own]:
-        raise Unread("the servers cut the text into other tokens")
+        raise UnreadError("the servers cut the text into other tokens")
     pairs = list(zip(dense, own, strict=True))
     answer = [pair for pair in pairs if pair[0].at >= boundary]
     prompt = [pair for pair in pairs if pair[0].at < boundary]
     if not answer:
-        raise Unread("no token of the answer begins behind the prompt")
+        raise UnreadError("no token of the answer begins behind the prompt")
     same = [mine.best == theirs.best for theirs, mine in answer]
     return Audit(
         tokens=len(answer),
@@ -82,12 +82,12 @@ async def _read(server: Server, model: str, text: str, who: str) -> list[Token]:
     }  # fmt: skip
     try:
         found = await server.ask(COMPLETIONS, payload, _TIMEOUT_S)
-    except Failure as failure:
-        raise Unread(f"{who} did not score: {failure}") from failure
+    except UpstreamError as failure:
+        raise UnreadError(f"{who} did not score: {failure}") from failure
     try:
         return tokens_in(found, len(text))
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise Unread(f"{who} does not score given text (echo with logprobs)") from error
+        raise UnreadError(f"{who} does not score given text (echo with logprobs)") from error
 
 
 def tokens_in(found: dict[str, Any], length: int) -> list[Token]:
@@ -96,7 +96,7 @@ def tokens_in(found: dict[str, Any], length: int) -> list[Token]:
     Raises KeyError, TypeError, IndexError or ValueError for any other answer.
     """
     scored = found["choices"][0]["logprobs"]
-    tokens = []
+    tokens: list[Token] = []
     for text, logprob, tops, at in zip(
         scored["tokens"], scored["token_logprobs"], scored["top_logprobs"], scored["text_offset"], strict=True
     ):

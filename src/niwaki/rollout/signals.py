@@ -5,11 +5,11 @@
     decode_latency_ratio   time for a written token / that of the dense model at the same time (median)
     top1_agreement         share of the tokens of an answer where both find the same next token most likely (mean)
     perplexity_ratio       perplexity of the canary / of the dense model on the prompts (geometric mean over prompts)
-    logprob_gap            log-probability the canary gives its own answer − that of the dense model, nats a token (mean)
+    logprob_gap            log-probability of an answer by the canary − by the dense model, nats a token (mean)
 
-The first three come from every request, the last three from audited ones. Offline a document weighs as many tokens as it
-has, here every request weighs the same. Values are scaled to 0..1 (`scaled`), log-ratios cut at a factor of e, latencies
-at 16: beyond that a value is as bad as it needs to be.
+The first three come from every request, the last three from audited ones. Offline a document weighs as many tokens as
+it has, here every request weighs the same. Values are scaled to 0..1 (`scaled`), log-ratios cut at a factor of e,
+latencies at 16: beyond that a value is as bad as it needs to be.
 
     SIGNALS["top1_agreement"].scaled(0.9)  ->  0.9
 """

@@ -20,6 +20,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from niwaki.errors import InputError, OutputError
+from niwaki.rollout.decision import Policy
 from niwaki.rollout.tally import Interval
 
 Status = Literal["running", "promoted", "returned", "aborted"]
@@ -77,14 +78,19 @@ class State:
     version: int
 
     @property
+    def policy(self) -> Policy:
+        """As it was begun with."""
+        return Policy(**self.plan["policy"])
+
+    @property
     def share(self) -> float:
         """The share of traffic that the canary gets."""
-        return float(self.plan["policy"]["steps"][self.step]) if self.status in ("running", "promoted") else 0.0
+        return self.policy.steps[self.step] if self.status in ("running", "promoted") else 0.0
 
     @property
     def last_step(self) -> int:
         """The step with the largest share."""
-        return len(self.plan["policy"]["steps"]) - 1
+        return len(self.policy.steps) - 1
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class Change:
     findings: Sequence[Mapping[str, Any]] = ()
 
 
-class Changed(Exception):
+class StaleError(Exception):
     """Somebody else changed the state meanwhile: read it again."""
 
 
@@ -148,7 +154,7 @@ class Store:
         return State(number, now, identity, dict(plan), "running", 0, 1)
 
     def change(self, state: State, change: Change, now: float) -> State:
-        """Writes a decision and the state it leads to. Raises Changed if `state` is no longer what is stored."""
+        """Writes a decision and the state it leads to. Raises StaleError if `state` is no longer what is stored."""
         with self._write() as connection:
             updated = connection.execute(
                 sql.update(_ROLLOUTS)
@@ -156,7 +162,7 @@ class Store:
                 .values(status=change.status, step=change.step, version=state.version + 1)
             )
             if updated.rowcount != 1:
-                raise Changed
+                raise StaleError
             connection.execute(_decision(state.id, now, change))
         return replace(state, status=change.status, step=change.step, version=state.version + 1)
 

@@ -79,12 +79,16 @@ def added(tallies: Iterable[Tally]) -> Tally:
 
 @dataclass
 class Interval:
-    """One decision interval: its place in the roll-out (from 1), the step it ran at, and what was seen."""
+    """One decision interval: its place in the roll-out (from 1), the step it ran at, and what was seen.
+
+    `skipped`: what was not copied, audited or answered by the canary, by reason.
+    """
 
     number: int
     step: int
     began: float
     requests: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
     tallies: dict[str, Tally] = field(default_factory=dict)
 
     def observe(self, signal: str, scaled: float) -> None:
@@ -102,6 +106,7 @@ class Interval:
             "step": self.step,
             "began": self.began,
             "requests": dict(self.requests),
+            "skipped": dict(self.skipped),
             "tallies": {name: dict(tally.counts) for name, tally in self.tallies.items()},
         }
 
@@ -112,4 +117,5 @@ class Interval:
             name: Tally({int(key): count for key, count in counts.items()})
             for name, counts in stored["tallies"].items()
         }
-        return cls(stored["number"], stored["step"], stored["began"], Counter(stored["requests"]), tallies)
+        requests, skipped = Counter(stored["requests"]), Counter(stored["skipped"])
+        return cls(stored["number"], stored["step"], stored["began"], requests, skipped, tallies)

@@ -31,7 +31,7 @@ Clock = Callable[[], float]
 Headers = list[tuple[bytes, bytes]]
 
 
-class Failure(Exception):
+class UpstreamError(Exception):
     """A server that did not answer, not in time, or with an error; the message is a few words for counters and logs."""
 
 
@@ -54,13 +54,13 @@ class Reply:
         return 200 <= self.status < 300 and not (self.stream and failed_at_once(self.first))
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The bytes as they come. Raises Failure when they break off."""
+        """The bytes as they come. Raises UpstreamError when they break off."""
         yield self.first
         try:
             async for chunk in self.rest:
                 yield chunk
         except httpx.HTTPError as error:
-            raise Failure(_reason(error)) from error
+            raise UpstreamError(_reason(error)) from error
 
     async def close(self) -> None:
         """Lets the server know that nobody listens any more."""
@@ -97,7 +97,7 @@ class Server:
         return json.dumps({**payload, "model": self.upstream.model}).encode()
 
     async def open(self, path: str, body: bytes, headers: Headers, first_byte_s: float) -> Reply:
-        """Asks, and waits for the first byte. Raises Failure."""
+        """Asks, and waits for the first byte. Raises UpstreamError."""
         request = self.client.build_request("POST", path, content=body, headers=self._headers(headers))
         asked = self.clock()
         try:
@@ -109,7 +109,7 @@ class Server:
                     await response.aclose()
                     raise
         except (httpx.HTTPError, TimeoutError) as error:
-            raise Failure(_reason(error)) from error
+            raise UpstreamError(_reason(error)) from error
 
     async def _begun(self, response: httpx.Response, asked: float) -> Reply:
         stream = response.headers.get("content-type", "").startswith("text/event-stream")
@@ -128,18 +128,18 @@ class Server:
         return Reply(response.status_code, headers, stream, first, asked, self.clock(), response, rest)
 
     async def ask(self, path: str, payload: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        """One small question of our own, answered with a JSON object. Raises Failure."""
+        """One small question of our own, answered with a JSON object. Raises UpstreamError."""
         body = json.dumps({**payload, **({"model": self.upstream.model} if self.upstream.model else {})}).encode()
         reply = await self.open(path, body, [(b"content-type", b"application/json")], timeout_s)
         await reply.close()
         if not reply.good:
-            raise Failure(f"status {reply.status}")
+            raise UpstreamError(f"status {reply.status}")
         try:
             found = json.loads(reply.first)
         except ValueError as error:
-            raise Failure("not JSON") from error
+            raise UpstreamError("not JSON") from error
         if not isinstance(found, dict):
-            raise Failure("no object")
+            raise UpstreamError("no object")
         return found
 
     async def models(self, headers: Headers, timeout_s: float) -> Reply:
@@ -154,7 +154,7 @@ class Server:
                 finally:
                     await response.aclose()
         except (httpx.HTTPError, TimeoutError) as error:
-            raise Failure(_reason(error)) from error
+            raise UpstreamError(_reason(error)) from error
 
     async def close(self) -> None:
         """Ends all connections."""
