@@ -50,8 +50,16 @@ LAYERS = [
     ["compression"],
     ["evaluation", "generation"],
     ["recovery", "exporting", "gating", "adapting", "comparing", "reporting"],
+    ["rollout"],
     ["demo", "progress", "tables", "inspecting", "plan_tables"],
-    ["comparing_commands", "contextual_commands", "evaluation_commands", "inspect_commands", "plan_commands"],
+    [
+        "comparing_commands",
+        "contextual_commands",
+        "evaluation_commands",
+        "inspect_commands",
+        "plan_commands",
+        "rollout_commands",
+    ],
     ["cli"],
 ]
 LAYER_OF = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

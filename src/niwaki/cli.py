@@ -14,6 +14,7 @@ from niwaki import (
     evaluation_commands,
     inspect_commands,
     plan_commands,
+    rollout_commands,
 )
 from niwaki.errors import InputError, NiwakiError
 from niwaki.flags import given, recipe_values
@@ -250,6 +251,7 @@ app.command()(contextual_commands.adapt)
 app.command()(contextual_commands.calibrate_gate)
 app.command()(inspect_commands.inspect)
 app.command()(plan_commands.plan)
+app.add_typer(rollout_commands.app, name="rollout")
 
 
 def main() -> None:

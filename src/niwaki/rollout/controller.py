@@ -204,7 +204,7 @@ def _stamp(path: Path) -> str:
 
 
 def manual(store: Store, action: str, now: float, *, full: bool = False) -> State:
-    """`promote` (one step, or to the last) and `abort` from the command line. Raises InputError where that is no use."""
+    """`promote` (one step, or to the last) and `abort` from the command line. Raises InputError where it is no use."""
     while True:
         state = store.current()
         if state is None:

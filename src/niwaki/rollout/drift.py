@@ -1,10 +1,10 @@
 """An alarm for traffic that is no longer what it was: other prompts, or other agreement.
 
 Exchangeability is tested with a conformal martingale. Every new score is ranked among all before it; if nothing
-changed, the ranks are uniform and independent, whatever the scores are. A martingale bets that they are not (the simple jumper
-of Vovk et al., "Retrain or not retrain: conformal test martingales for change-point detection", COPA 2021), and the
-alarm is the CUSUM of it: the martingale over its lowest value so far. With threshold c there is at most one false alarm
-in c scores on average (their § 4; ALARM is 10,000).
+changed, the ranks are uniform and independent, whatever the scores are. A martingale bets that they are not (the simple
+jumper of Vovk et al., "Retrain or not retrain: conformal test martingales for change-point detection", COPA 2021), and
+the alarm is the CUSUM of it: the martingale over its lowest value so far. With threshold c there is at most one false
+alarm in c scores on average; ALARM is 10,000.
 
 Agreement is its own score. A prompt's score is how surprising its characters are: mean surprisal of its hashed trigrams
 under those of the first REFERENCE prompts. Only counts in BUCKETS are kept, never a text.

@@ -9,15 +9,13 @@
     gateway = Gateway(settings, controller, stable, canary, store); app.build(gateway)
 """
 
-import asyncio
 import random
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from niwaki.rollout import answers
 from niwaki.rollout.answers import Template, UnreadError
@@ -26,11 +24,10 @@ from niwaki.rollout.background import Background
 from niwaki.rollout.controller import Controller
 from niwaki.rollout.guard import Guard, payload_of, refusal
 from niwaki.rollout.ledger import Times
+from niwaki.rollout.passing import Passing, Taken, unless_gone
 from niwaki.rollout.routing import Ask, Route, choose, sticky_key
 from niwaki.rollout.settings import Settings
 from niwaki.rollout.upstream import Headers, Reply, Server, UpstreamError
-
-MOST_COPIED = 1_000_000  # bytes of an answer that are kept to be audited
 
 
 @dataclass
@@ -65,7 +62,7 @@ class Gateway:
         payload = payload_of(body)
         question = self._question(request, path, body, payload)
         try:
-            return await _unless_gone(request.receive, self._answered(question))
+            return await unless_gone(request.receive, self._answered(question))
         except UpstreamError:
             return refusal(502, "the model does not answer")
 
@@ -100,7 +97,7 @@ class Gateway:
     def _passed_on(self, question: Question, reply: Reply, side: str) -> Response:
         self.controller.ledger.request("important" if question.route.important else side)
         chunks = self._followed(question, reply, side)
-        response = _Passing(reply, chunks)
+        response = Passing(reply, chunks)
         response.raw_headers = list(reply.headers)
         if not reply.stream:
             response.raw_headers.append((b"content-length", str(len(reply.first)).encode()))
@@ -110,7 +107,7 @@ class Gateway:
         """Passes an answer on, and looks at it once it is over."""
         wanted = reply.good and not question.route.important and self.controller.active
         copy = wanted and (side == "canary" or self._drawn(self.settings.sampling.shadow_frac))
-        taken = Taken(copy=copy and side == "canary" and self._drawn(self.settings.sampling.audit_frac))
+        taken = Taken(keep=copy and side == "canary" and self._drawn(self.settings.sampling.audit_frac))
         try:
             async for chunk in reply.chunks():
                 taken.add(chunk)
@@ -129,14 +126,14 @@ class Gateway:
             self.controller.ledger.outcome(failed=not ended)
         if side in ("stable", "canary") and ended:
             self.controller.ledger.timed(side, times)
-        if side == "canary" and taken.copy and ended:
+        if side == "canary" and taken.keep and ended:
             self._audit(question, taken, reply.stream, "served")
         elif side == "stable" and copy and ended:
             self._submit("shadow", self.settings.sampling.most_shadows, self._shadow(question, times))
 
     async def _shadow(self, question: Question, stable_times: Times) -> None:
         """The same request once more, to the canary; nobody waits for it."""
-        ledger, taken = self.controller.ledger, Taken(copy=self._drawn(self.settings.sampling.audit_frac))
+        ledger, taken = self.controller.ledger, Taken(keep=self._drawn(self.settings.sampling.audit_frac))
         try:
             reply = await self._opened(self.canary, question)
             try:
@@ -153,14 +150,14 @@ class Gateway:
         ledger.outcome(failed=failed)
         if not failed and times.stream == stable_times.stream:
             ledger.pair(stable_times, times)
-        if not failed and taken.copy:
+        if not failed and taken.keep:
             self._audit(question, taken, reply.stream, "shadow")
 
-    def _audit(self, question: Question, taken: "Taken", stream: bool, how: str) -> None:
+    def _audit(self, question: Question, taken: Taken, stream: bool, how: str) -> None:
         try:
             if question.texts is None or taken.overlong:
                 raise UnreadError("too long" if taken.overlong else "a request without one text")
-            answer = answers.answer_text(taken.bytes, stream=stream)
+            answer = answers.answer_text(taken.kept, stream=stream)
         except UnreadError as unread:
             self.controller.ledger.skip(f"not audited: {unread}")
             return
@@ -191,72 +188,3 @@ class Gateway:
         if self.guard.digests:  # a key of this gateway is nobody else's business
             passed = [(name, value) for name, value in passed if name.lower() != b"authorization"]
         return Question(path, body, payload, passed, texts, route)
-
-
-@dataclass
-class Taken:
-    """What is kept of an answer that passes by: how many tokens, whether it ended, its bytes if it is to be audited."""
-
-    copy: bool
-    bytes: bytes = b""
-    events: int = 0
-    tail: bytes = b""
-    overlong: bool = False
-
-    def add(self, chunk: bytes) -> None:
-        """One more chunk."""
-        self.events += chunk.count(b"data:")
-        self.tail = (self.tail + chunk)[-64:]
-        if self.copy and len(self.bytes) + len(chunk) <= MOST_COPIED:
-            self.bytes += chunk
-        elif self.copy:
-            self.overlong = True
-
-    def ended(self, reply: Reply) -> bool:
-        """Whether nothing is missing: a stream says so itself."""
-        return not reply.stream or b"[DONE]" in self.tail
-
-    def times(self, reply: Reply, now: float) -> Times:
-        """How long it took; an event of a stream counts as a token."""
-        if not reply.stream:
-            tokens = answers.tokens_of(reply.first)
-            whole = reply.begun - reply.asked
-            return Times(False, whole, None, whole / tokens if tokens else None)
-        whole, tokens = now - reply.asked, self.events - 2  # the first has its own time, the last is [DONE]
-        written = (now - reply.begun) / tokens if tokens > 0 else None
-        return Times(True, whole, reply.begun - reply.asked, written)
-
-
-class _Passing(StreamingResponse):
-    """A streamed answer that closes its upstream also when nobody began to read it."""
-
-    def __init__(self, reply: Reply, chunks: AsyncIterator[bytes]) -> None:
-        super().__init__(chunks, reply.status)
-        self.reply = reply
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self.reply.close()
-
-
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Response]) -> Response:
-    """The result of `work`, which is ended when the client leaves before."""
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_gone(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            return Response(status_code=499)  # nobody reads it
-        return await task
-    finally:
-        gone.cancel()
-        task.cancel()
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

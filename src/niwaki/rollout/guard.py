@@ -1,7 +1,7 @@
 """What a request has to be before it is looked at: from somebody with a key, small enough, JSON, not too slow.
 
-Keys are compared by their digests, all of them, in constant time. Nothing of a request is logged. Refusals have the form
-of the OpenAI interface and name no upstream.
+Keys are compared by their digests, all of them, in constant time. Nothing of a request is logged. Refusals have the
+form of the OpenAI interface and name no upstream.
 
     guard = Guard(keys=("secret",), bounds=Bounds()); guard.allows(headers)
 """

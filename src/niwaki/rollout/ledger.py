@@ -1,7 +1,7 @@
 """What the gateway counts while it runs: intervals, pairs of latencies, how often something was left out.
 
-Latencies are compared at the same time: every one of the canary is paired with the latest of the dense model of the same
-kind (stream or not) that no other was paired with, so that pairs are independent and a busy hour hits both.
+Latencies are compared at the same time: every one of the canary is paired with the latest of the dense model of the
+same kind (stream or not) that no other was paired with, so that pairs are independent and a busy hour hits both.
 
     ledger.timed("canary", times); ledger.open.tally("decode_latency_ratio").total
 """

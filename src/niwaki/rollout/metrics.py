@@ -1,4 +1,4 @@
-"""What the gateway says to Prometheus: counts and the state, read when they are asked for. No label comes from a request.
+"""What the gateway says to Prometheus: counts and the state, read when asked for. No label comes from a request.
 
 niwaki_rollout_requests{side="canary"} 120
 """

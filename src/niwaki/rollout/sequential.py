@@ -34,7 +34,7 @@ from niwaki.rollout.tally import Tally, added
 
 Floats = NDArray[np.float64]
 Centre = Literal["mean", "median"]
-BETS_K = 2.0 ** -np.arange(1, 11)  # shares of the largest bet that cannot lose everything
+BETS_K = 0.8 * 4.0 ** -np.arange(6)  # shares of the largest bet that cannot lose everything
 MOST_INTERVALS = 256
 GRID_M = np.linspace(0.001, 0.999, 999)
 
@@ -53,12 +53,12 @@ def shortfall(tallies: Sequence[Tally], limit: float, centre: Centre, first: int
 
 def certainly_above(tallies: Sequence[Tally], limit: float, centre: Centre) -> float:
     """Log evidence that the centre of everything seen lies above `limit`."""
-    return _log_mean_exp(_growth(added(tallies), limit, centre, above=True))
+    return float(_log_mean_exp(_growth(added(tallies), limit, centre, above=True)))
 
 
 def certainly_below(tallies: Sequence[Tally], limit: float, centre: Centre) -> float:
     """Log evidence that the centre of everything seen lies below `limit`."""
-    return _log_mean_exp(_growth(added(tallies), limit, centre, above=False))
+    return float(_log_mean_exp(_growth(added(tallies), limit, centre, above=False)))
 
 
 def band(tallies: Sequence[Tally], centre: Centre, confidence: float) -> tuple[float, float]:
