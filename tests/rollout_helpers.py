@@ -28,7 +28,7 @@ from niwaki.rollout.store import Store
 
 WORDS = "moss stone rain branch bench river garden autumn saw bark".split()
 LIMITS = {
-    "error_rate": 0.003, "prefill_latency_ratio": 1.5, "decode_latency_ratio": 1.5, "top1_agreement": 0.9,
+    "error_rate": 0.002, "prefill_latency_ratio": 1.5, "decode_latency_ratio": 1.5, "top1_agreement": 0.9,
     "perplexity_ratio": 1.1,
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from niwaki.rollout.tally import Interval
 
 POLICY = Policy()
 LIMITS = {
-    "error_rate": 0.003, "prefill_latency_ratio": 1.5, "decode_latency_ratio": 1.5, "top1_agreement": 0.9,
+    "error_rate": 0.002, "prefill_latency_ratio": 1.5, "decode_latency_ratio": 1.5, "top1_agreement": 0.9,
     "perplexity_ratio": 1.1,
 }  # fmt: skip
 
@@ -26,7 +26,7 @@ def interval(number: int, step: int = 0, **seen: list[float]) -> Interval:
 
 def good(number: int, step: int = 0) -> Interval:
     return interval(
-        number, step, error_rate=[0.0] * 300, decode_latency_ratio=[1.0] * 100, prefill_latency_ratio=[1.0] * 100,
+        number, step, error_rate=[0.0] * 500, decode_latency_ratio=[1.0] * 100, prefill_latency_ratio=[1.0] * 100,
         top1_agreement=[1.0] * 60, perplexity_ratio=[1.0] * 60,
     )  # fmt: skip
 
@@ -39,15 +39,15 @@ def test_names_are_those_of_compare_and_turn_the_same_way() -> None:
 
 def test_nothing_seen_is_no_reason_to_widen() -> None:
     verdict = decide(POLICY, LIMITS, 0, [Interval(1, 0, 0.0)])
-    assert verdict.action == "hold" and "0 of 300 requests at this step" in verdict.reason
+    assert verdict.action == "hold" and "0 of 500 requests at this step" in verdict.reason
     assert "0 of 30 audits" in verdict.reason and "top1_agreement is not yet certain to keep 0.9" in verdict.reason
 
 
 def test_evidence_for_every_limit_widens() -> None:
     found = [good(1), good(2)]
     assert decide(POLICY, LIMITS, 0, found).action == "widen"
-    assert decide(POLICY, LIMITS, 1, found).reason == "0 of 300 requests at this step; 0 of 30 audits at this step"
-    assert requests_of(0, found) == 600
+    assert decide(POLICY, LIMITS, 1, found).reason == "0 of 500 requests at this step; 0 of 30 audits at this step"
+    assert requests_of(0, found) == 1000
 
 
 def test_drift_forbids_widening() -> None:
@@ -58,7 +58,7 @@ def test_drift_forbids_widening() -> None:
 @pytest.mark.parametrize(
     ("name", "values", "side"),
     [
-        ("error_rate", [1.0] * 12 + [0.0] * 288, "above 0.003"),
+        ("error_rate", [1.0] * 12 + [0.0] * 288, "above 0.002"),
         ("decode_latency_ratio", [2.0] * 60, "above 1.5"),
         ("prefill_latency_ratio", [2.0] * 60, "above 1.5"),
         ("top1_agreement", [0.7, 0.8] * 15, "below 0.9"),
@@ -76,6 +76,13 @@ def test_each_limit_alone_returns(name: str, values: list[float], side: str) -> 
 def test_a_few_bad_values_are_not_certain() -> None:
     few = interval(1, 0, error_rate=[1.0] + [0.0] * 99, top1_agreement=[0.5, 1.0, 1.0])
     assert decide(POLICY, LIMITS, 0, [few]).action == "hold"
+
+
+def test_what_is_worse_but_not_certainly_so_is_not_widened() -> None:
+    worse = good(2, step=1)
+    worse.tallies["error_rate"] = interval(2, 1, error_rate=[1.0] * 3 + [0.0] * 497).tallies["error_rate"]
+    verdict = decide(POLICY, LIMITS, 1, [good(1), worse])
+    assert (verdict.action, verdict.reason) == ("hold", "error_rate was 0.006 at this step, the limit is 0.002")
 
 
 def test_a_finding_tells_value_and_band_in_the_units_of_the_signal() -> None:
@@ -99,7 +106,7 @@ def rolled_out(
     rng, step, seen = np.random.default_rng(seed), 0, []
     for number in range(1, 41):
         bad = number >= from_interval
-        drawn = rng.random(300) < (errors if bad else 0.0)
+        drawn = rng.random(500) < (errors if bad else 0.0)
         spread = np.exp(rng.normal(0, 0.3, 100) - rng.normal(0, 0.3, 100)) * (slow if bad else 1.0)
         mean = agreement if bad else 0.97
         seen.append(
@@ -120,14 +127,13 @@ def rolled_out(
 
 
 def test_an_equal_canary_is_promoted_and_not_returned() -> None:
-    ends = [rolled_out(seed)[0] for seed in range(40)]
-    assert ends.count("promoted") >= 39 and ends.count("returned") <= 1
+    ends = [rolled_out(seed)[0] for seed in range(20)]
+    assert ends.count("promoted") >= 19 and ends.count("returned") <= 1
 
 
 @pytest.mark.parametrize("wrong", [{"errors": 0.02}, {"slow": 2.0}, {"agreement": 0.7}])
 @pytest.mark.parametrize("from_interval", [1, 4])
 def test_a_bad_canary_is_returned_within_two_intervals(wrong: dict[str, float], from_interval: int) -> None:
-    ends = [rolled_out(seed, from_interval=from_interval, **wrong) for seed in range(12)]  # type: ignore[arg-type]
-    assert [how for how, _ in ends] == ["returned"] * 12
-    # 300 requests an interval: 12 seeds of errors are found in two but for bad luck with six expected
-    assert sum(number <= from_interval + 1 for _, number in ends) >= 11
+    ends = [rolled_out(seed, from_interval=from_interval, **wrong) for seed in range(10)]  # type: ignore[arg-type]
+    assert [how for how, _ in ends] == ["returned"] * 10
+    assert all(number <= from_interval + 1 for _, number in ends)

@@ -2,11 +2,12 @@
 
 - **Return** when a limit is certainly broken since some interval. All limits share the error: over a whole roll-out, a
   canary that keeps them is returned with a probability of at most 1 − confidence (`sequential`).
-- **Widen** when the step has answered enough requests and was audited enough, and it is certain that quality keeps its
-  limits: as in `niwaki gate`, what was measured is not enough, the far end of the interval has to keep them.
+- **Widen** when the step has answered enough requests and was audited enough, what was seen at it keeps every limit, and
+  it is certain that quality does: as in `niwaki gate`, what was measured is not enough, the far end of the interval has
+  to keep the limit.
 - **Hold** otherwise, and say what is missing.
 
-    decide(Policy(), {"error_rate": 0.005, "min...": ...}, step=0, intervals=[...]).action  ->  "hold"
+    decide(Policy(), {"error_rate": 0.002, "top1_agreement": 0.9}, step=0, intervals=[...]).action  ->  "hold"
 """
 
 import math
@@ -27,14 +28,15 @@ class Policy(BaseModel):
     """How a roll-out goes: shares of traffic, and what a step needs before the next.
 
     An interval ends after `interval_s` and `min_requests` of the canary, whichever is later; limits are looked at every
-    `interval_s` all the same. At 300 requests an interval, 2 % errors where 0.3 % are allowed are found in two.
+    `interval_s` all the same. With 500 requests an interval, 2 % errors where 0.2 % are allowed are missed by two
+    intervals with a probability of 0.5 % (10 of 1000 requests have to fail).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     steps: tuple[float, ...] = (0.01, 0.05, 0.25, 0.5, 1.0)
     interval_s: float = Field(default=60.0, gt=0)
-    min_requests: int = Field(default=300, ge=1)
+    min_requests: int = Field(default=500, ge=1)
     min_audits: int = Field(default=30, ge=0)
     confidence: float = Field(default=0.95, ge=0.5, le=0.999)
 
@@ -85,7 +87,7 @@ def decide(
     broken = [finding for finding in findings if finding.broken]
     if broken:
         return Verdict("return", "; ".join(_said(finding) for finding in broken), findings)
-    missing = [*_missing(policy, step, intervals, findings), *alarms]
+    missing = [*_missing(policy, step, intervals, findings), *_worse(limits, step, intervals), *alarms]
     if missing:
         return Verdict("hold", "; ".join(missing), findings)
     return Verdict("widen", "every limit is kept", findings)
@@ -127,6 +129,20 @@ def _missing(policy: Policy, step: int, intervals: Sequence[Interval], findings:
         f"{one.signal} is not yet certain to keep {one.limit:g} ({_between(one)})" for one in quality if not one.kept
     ]
     return missing
+
+
+def _worse(limits: Mapping[str, float], step: int, intervals: Sequence[Interval]) -> list[str]:
+    """Limits that what was seen at this step does not keep, certain or not."""
+    found = []
+    for name, limit in limits.items():
+        signal = SIGNALS[name]
+        here = added(interval.tally(name) for interval in intervals if interval.step == step)
+        if not here.total:
+            continue
+        value = signal.value(here.mean if signal.centre == "mean" else here.median)
+        if (value > limit) if signal.limit == "max" else (value < limit):
+            found.append(f"{name} was {value:.4g} at this step, the limit is {limit:g}")
+    return found
 
 
 def _said(finding: Finding) -> str:

@@ -4,7 +4,7 @@ From a compare.json come the limits that `niwaki gate --init` would write of it:
 certainly keeps. Gates that traffic cannot show (bytes, accuracies, KL) are left to `niwaki gate`. A signal that the
 file does not limit keeps its default; quality has none, because what may be lost is for you to say.
 
-    limits_from(Path("report/compare.json"), candidate="four")  ->  {"error_rate": 0.003, "top1_agreement": 0.83, ...}
+    limits_from(Path("report/compare.json"), candidate="four")  ->  {"error_rate": 0.002, "top1_agreement": 0.83, ...}
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from niwaki.errors import InputError
 from niwaki.rollout.signals import QUALITY, SIGNALS
 
 DEFAULTS: Mapping[str, float] = MappingProxyType(
-    {"error_rate": 0.003, "prefill_latency_ratio": 1.5, "decode_latency_ratio": 1.5}
+    {"error_rate": 0.002, "prefill_latency_ratio": 1.5, "decode_latency_ratio": 1.5}
 )
 MARGIN = 0.1
 
