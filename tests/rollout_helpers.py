@@ -4,7 +4,6 @@ A fake model writes one word per token. Its distribution is made up: the word it
 from a hash of the text, and a share of places `differs` from what another model finds there.
 """
 
-import asyncio
 import json
 import math
 import random
@@ -15,10 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
 
 from niwaki.rollout.app import build
 from niwaki.rollout.gateway import Gateway
@@ -60,7 +55,6 @@ class Model:
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     scored: int = 0
-    left: int = 0
     words: int = 8
 
     def best(self, text: str) -> str:
@@ -76,49 +70,46 @@ class Model:
             words.append(" " + self.best(prompt + "".join(words)))
         return words
 
-    def app(self) -> Starlette:
-        routes = [
-            Route("/v1/completions", self._completions, methods=["POST"]),
-            Route("/v1/chat/completions", self._completions, methods=["POST"]),
-            Route("/v1/models", self._models),
-        ]
-        return Starlette(routes=routes)
+    def transport(self) -> httpx.MockTransport:
+        """This server as something that a client can send to."""
+        return httpx.MockTransport(self._handled)
 
-    async def _models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": self.name}]})
-
-    async def _completions(self, request: Request) -> Response:
-        payload = await request.json()
+    async def _handled(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return _said(200, {"object": "list", "data": [{"id": self.name}]})
+        payload = json.loads(request.content)
         if payload.get("echo"):
             self.scored += 1
-            return JSONResponse(self._echo(payload) if self.scores else {"choices": [{"text": "", "logprobs": None}]})
+            found = self._echo(payload) if self.scores else {"choices": [{"text": "", "logprobs": None}]}
+            return _said(200, found)
         self.asked.append(payload)
         self.headers.append(dict(request.headers))
         if self.waits is not None:
-            try:
-                await self.waits()
-            except asyncio.CancelledError:
-                self.left += 1
-                raise
+            await self.waits()
         if self.status != 200 or self.rng.random() < self.errors:
-            return JSONResponse({"error": {"message": "broken"}}, self.status if self.status != 200 else 500)
+            return _said(self.status if self.status != 200 else 500, {"error": {"message": "broken"}})
         chat = "messages" in payload
-        prompt = "".join(f"{m['role']}: {m['content']}\n" for m in payload["messages"]) + "assistant: " if chat else payload["prompt"]
-        words = self.write(prompt)
+        words = self.write(_prompt(payload))
         if payload.get("stream"):
-            return StreamingResponse(self._events(words, chat), media_type="text/event-stream")
-        self.clock.now += 0.1 * self.slow * len(words) * self.rng.lognormvariate(0, 0.2)
-        choice = {"index": 0, "message": {"role": "assistant", "content": "".join(words)}} if chat else {"index": 0, "text": "".join(words)}
-        return JSONResponse({"model": self.name, "choices": [choice], "usage": {"completion_tokens": len(words)}})
+            kind = {"content-type": "text/event-stream"}
+            return httpx.Response(200, headers=kind, content=self._events(words, chat))
+        self._pass(len(words))
+        text = {"message": {"role": "assistant", "content": "".join(words)}} if chat else {"text": "".join(words)}
+        answer = {"model": self.name, "choices": [{"index": 0, **text}], "usage": {"completion_tokens": len(words)}}
+        return _said(200, answer)
 
     async def _events(self, words: list[str], chat: bool) -> AsyncIterator[bytes]:
         for place, word in enumerate(words):
-            self.clock.now += 0.1 * self.slow * self.rng.lognormvariate(0, 0.2)
-            if self.breaks_after is not None and place == self.breaks_after:
-                raise RuntimeError("broken off")
+            self._pass(1)
+            if place == self.breaks_after:
+                raise httpx.ReadError("broken off")
             choice = {"index": 0, "delta": {"content": word}} if chat else {"index": 0, "text": word}
             yield b"data: " + json.dumps({"model": self.name, "choices": [choice]}).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
+
+    def _pass(self, words: int) -> None:
+        """The time that so many words take."""
+        self.clock.now += 0.1 * self.slow * words * self.rng.lognormvariate(0, 0.2)
 
     def _echo(self, payload: dict[str, Any]) -> dict[str, Any]:
         text = payload["prompt"]
@@ -133,6 +124,19 @@ class Model:
             found["top_logprobs"].append({best: math.log(0.5), token: logprob} if at else None)
             at += len(token)
         return {"choices": [{"index": 0, "text": text, "logprobs": found}]}
+
+
+def _said(status: int, found: dict[str, Any]) -> httpx.Response:
+    async def parts() -> AsyncIterator[bytes]:
+        yield json.dumps(found).encode()
+
+    return httpx.Response(status, headers={"content-type": "application/json"}, content=parts())
+
+
+def _prompt(payload: dict[str, Any]) -> str:
+    if "messages" not in payload:
+        return str(payload["prompt"])
+    return "".join(f"{one['role']}: {one['content']}\n" for one in payload["messages"]) + "assistant: "
 
 
 def _tokens(text: str) -> list[str]:
@@ -158,7 +162,8 @@ class Setup:
 
     async def ask(self, number: int, *, stream: bool = False, chat: bool = False, **more: Any) -> httpx.Response:
         """A request of user `number`."""
-        prompt = f"the {WORDS[number % 10]} of the {WORDS[number // 10 % 10]} number {number} is"
+        drawn = zlib.crc32(str(number).encode())
+        prompt = f"the {WORDS[drawn % 10]} of the {WORDS[drawn // 10 % 10]} number {drawn % 900 + 100} is"
         text = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
         path = "/v1/chat/completions" if chat else "/v1/completions"
         body = {"model": "m", **text, "max_tokens": 8, "temperature": 0, "stream": stream, "user": f"u{number}", **more}
@@ -175,10 +180,10 @@ class Setup:
 
 def settings(**values: Any) -> Settings:
     """Settings of small steps, for tests."""
-    policy = {"steps": [0.05, 0.25, 0.5, 1.0], "interval_s": 60, "min_requests": 40, "min_audits": 5}
+    policy = {"steps": [0.5, 1.0], "interval_s": 60, "min_requests": 40, "min_audits": 5}
     given = {
         "stable": {"url": "http://stable"}, "canary": {"url": "http://canary"}, "policy": policy,
-        "sampling": {"audit_frac": 1.0},
+        "sampling": {"audit_frac": 1.0, "most_audits": 100},
     }  # fmt: skip
     return settings_from({**given, **values})
 
@@ -187,7 +192,7 @@ def make(folder: Path, own: Settings | None = None, *, keys: tuple[str, ...] = (
     """A gateway on a store in `folder` before two equal models."""
     clock = Clock()
     stable, canary = Model("dense", clock), Model("small", clock, rng=random.Random(8))
-    transports = tuple(httpx.ASGITransport(app=model.app()) for model in (stable, canary))
+    transports = (stable.transport(), canary.transport())
     gateway = assemble(
         own or settings(), LIMITS if limits is None else limits, Store.open(folder / "rollout.sqlite"), keys=keys,
         now=clock.now, transports=transports, clock=clock,

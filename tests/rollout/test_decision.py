@@ -50,9 +50,13 @@ def test_evidence_for_every_limit_widens() -> None:
     assert requests_of(0, found) == 1000
 
 
-def test_drift_forbids_widening() -> None:
-    verdict = decide(POLICY, LIMITS, 0, [good(1), good(2)], ["drift: the prompts changed"])
-    assert (verdict.action, verdict.reason) == ("hold", "drift: the prompts changed")
+def test_after_drift_quality_is_proved_anew() -> None:
+    found = [good(1), good(2), interval(3, 0, error_rate=[0.0] * 500, top1_agreement=[1.0] * 3)]
+    verdict = decide(POLICY, LIMITS, 0, found, since=3)
+    assert verdict.action == "hold" and "top1_agreement is not yet certain to keep 0.9" in verdict.reason
+    assert decide(POLICY, LIMITS, 0, [*found, good(4), good(5)], since=3).action == "widen"
+    bad = [*found, interval(4, 0, top1_agreement=[0.5] * 30)]
+    assert decide(POLICY, LIMITS, 0, bad, since=5).action == "return"  # evidence against counts all the same
 
 
 @pytest.mark.parametrize(
@@ -127,13 +131,13 @@ def rolled_out(
 
 
 def test_an_equal_canary_is_promoted_and_not_returned() -> None:
-    ends = [rolled_out(seed)[0] for seed in range(20)]
-    assert ends.count("promoted") >= 19 and ends.count("returned") <= 1
+    ends = [rolled_out(seed)[0] for seed in range(8)]
+    assert ends.count("promoted") == 8
 
 
 @pytest.mark.parametrize("wrong", [{"errors": 0.02}, {"slow": 2.0}, {"agreement": 0.7}])
 @pytest.mark.parametrize("from_interval", [1, 4])
 def test_a_bad_canary_is_returned_within_two_intervals(wrong: dict[str, float], from_interval: int) -> None:
-    ends = [rolled_out(seed, from_interval=from_interval, **wrong) for seed in range(10)]  # type: ignore[arg-type]
-    assert [how for how, _ in ends] == ["returned"] * 10
+    ends = [rolled_out(seed, from_interval=from_interval, **wrong) for seed in range(6)]  # type: ignore[arg-type]
+    assert [how for how, _ in ends] == ["returned"] * 6
     assert all(number <= from_interval + 1 for _, number in ends)

@@ -33,7 +33,7 @@ def test_no_alarm_where_nothing_changes() -> None:
     for kind in (garden, documentation):
         watch, texts = Watch(rng=random.Random(5)), kind(random.Random(5))
         for _ in range(400):
-            watch.add(next(texts), 0.9)
+            watch.add(next(texts), 0.9, 1)
         assert watch.alarms == []
 
 
@@ -42,20 +42,20 @@ def test_other_prompts_raise_the_alarm_soon_and_only_that_one() -> None:
         rng = random.Random(2)
         watch, before, after = Watch(rng=rng), first(rng), then(rng)
         for _ in range(300):
-            watch.add(next(before), rng.gauss(0.9, 0.03))
+            watch.add(next(before), rng.gauss(0.9, 0.03), 1)
         assert watch.alarms == []
-        needed = next(count for count in range(1, 60) if watch.add(next(after), rng.gauss(0.9, 0.03)) or watch.alarms)
+        needed = next(count for count in range(1, 60) if watch.add(next(after), rng.gauss(0.9, 0.03), 1) or watch.alarms)
         assert needed <= 45
-        assert watch.surprise.alarm and not watch.agreement.alarm
+        assert watch.alarms == ["the prompts changed in interval 1: quality has to be proved anew"] and watch.since == 2
 
 
 def test_falling_agreement_raises_the_other_alarm() -> None:
     rng = random.Random(3)
     watch, texts = Watch(rng=rng), garden(rng)
     for _ in range(300):
-        watch.add(next(texts), rng.gauss(0.95, 0.03))
+        watch.add(next(texts), rng.gauss(0.95, 0.03), 1)
     for _ in range(60):
-        watch.add(next(texts), rng.gauss(0.80, 0.03))
+        watch.add(next(texts), rng.gauss(0.80, 0.03), 1)
     assert len(watch.alarms) == 1 and "agreement" in watch.alarms[0]
 
 
@@ -63,13 +63,24 @@ def test_it_goes_on_after_a_restart() -> None:
     rng = random.Random(4)
     watch, texts = Watch(rng=rng), garden(rng)
     for _ in range(100):
-        watch.add(next(texts), rng.gauss(0.95, 0.03))
+        watch.add(next(texts), rng.gauss(0.95, 0.03), 1)
     again = Watch.from_json(json.loads(json.dumps(watch.as_json())), random.Random(0))
     assert again.as_json() == watch.as_json()
     texts = documentation(rng)
     for _ in range(60):
-        again.add(next(texts), 0.95)
-    assert again.surprise.alarm and not watch.surprise.alarm
+        again.add(next(texts), 0.95, 7)
+    assert len(again.alarms) == 1 and again.since == 8 and watch.alarms == [] and watch.since == 1
+
+
+def test_after_an_alarm_what_is_there_now_is_usual() -> None:
+    rng = random.Random(6)
+    watch, texts = Watch(rng=rng), garden(rng)
+    for _ in range(150):
+        watch.add(next(texts), 0.95, 1)
+    texts = documentation(rng)
+    for _ in range(400):
+        watch.add(next(texts), 0.95, 2)
+    assert len(watch.alarms) == 1
 
 
 def test_only_counts_of_prompts_are_kept() -> None:

@@ -41,7 +41,7 @@ class Auditor:
             controller.ledger.skip(f"not audited: {unread}")
             return
         controller.ledger.audited(found.values())
-        controller.watch.add(prompt, found.top1_agreement)
+        controller.watch.add(prompt, found.top1_agreement, controller.ledger.open.number)
         texts = _texts(prompt, answer, found) if self.keep_texts else None
         try:
             await asyncio.to_thread(

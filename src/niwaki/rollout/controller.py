@@ -14,7 +14,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ class Snapshot:
     """What a decision rests on: all intervals, the open one as it was, and where the drift alarm stood."""
 
     intervals: list[Interval]
-    alarms: list[str]
     drift: dict[str, Any]
 
 
@@ -51,7 +50,7 @@ class Controller:
     looked: float
     verdict: Verdict | None = None
     unstored: Change | None = None
-    alarmed: set[str] = field(default_factory=set)
+    alarms_noted: int = 0
 
     @property
     def share(self) -> float:
@@ -81,7 +80,7 @@ class Controller:
         if not self.active or now - self.looked < self.state.policy.interval_s:
             return None
         self.looked = now
-        return Snapshot(self.copied(), self.watch.alarms, self.watch.as_json())
+        return Snapshot(self.copied(), self.watch.as_json())
 
     def judged(self, seen: Snapshot | None, now: float) -> Verdict | None:
         """Everything that waits for the disk or computes. Raises OutputError where the store fails."""
@@ -98,7 +97,7 @@ class Controller:
             reason = "the canary's files changed: a new canary is a new roll-out, begin it with `niwaki rollout run`"
             self._return(Change("return", "returned", self.state.step, reason), now)
             return None
-        verdict = decide(self.state.policy, self.limits, self.state.step, seen.intervals, seen.alarms)
+        verdict = decide(self.state.policy, self.limits, self.state.step, seen.intervals, seen.drift["since"])
         self._carry_out(verdict, seen, now)
         self.store.save(self.state, seen.intervals[-2:], seen.drift)
         return verdict
@@ -131,9 +130,9 @@ class Controller:
                 log.warning("somebody changed the roll-out meanwhile: not widened")
         elif complete:
             self.store.note(state, Change("hold", state.status, state.step, verdict.reason, findings), now)
-        for alarm in set(seen.alarms) - self.alarmed:
-            self.alarmed.add(alarm)
+        for alarm in seen.drift["alarms"][self.alarms_noted :]:
             self.store.note(state, Change("alarm", self.state.status, self.state.step, alarm), now)
+            self.alarms_noted += 1
 
     def _return(self, change: Change, now: float) -> None:
         self.unstored = change  # the share is 0 from here on, whatever the store says
@@ -178,7 +177,8 @@ def begin_or_resume(
     stored = store.drift(state)
     watch = Watch() if stored is None else Watch.from_json(stored, random.Random())
     ledger = Ledger.resumed(store.intervals(state), state.step, now)
-    return Controller(store, state, limits, ledger, watch, files_of, looked=now)
+    noted = len(watch.alarms)
+    return Controller(store, state, limits, ledger, watch, files_of, looked=now, alarms_noted=noted)
 
 
 def plan_of(settings: Settings, limits: Mapping[str, float]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Seen:
     limits: Mapping[str, float]
     intervals: list[Interval]
     alarms: list[str]
+    since: int
     drift: dict[str, dict[str, float]]
 
 
@@ -83,7 +84,8 @@ def seen(controller: Controller) -> Seen:
         share=controller.share,
         limits=controller.limits,
         intervals=controller.copied(),
-        alarms=controller.watch.alarms,
+        alarms=list(controller.watch.alarms[-3:]),
+        since=controller.watch.since,
         drift={name: {"strength": drift.strength, "seen": drift.seen} for name, drift in drifts.items()},
     )
 
@@ -96,7 +98,7 @@ def view(now_seen: Seen, now: float, *, keep_texts: bool) -> dict[str, Any]:
     for interval in intervals:
         requests.update(interval.requests)
         skipped.update(interval.skipped)
-    findings = [find(policy, now_seen.limits, intervals, name).as_json() for name in now_seen.limits]
+    findings = [find(policy, now_seen.limits, intervals, name, now_seen.since).as_json() for name in now_seen.limits]
     decisions = now_seen.store.decisions(state, _DECISIONS)
     return {
         "now": now,

@@ -80,20 +80,22 @@ def decide(
     limits: Mapping[str, float],
     step: int,
     intervals: Sequence[Interval],
-    alarms: Sequence[str] = (),
+    since: int = 1,
 ) -> Verdict:
-    """Judges the intervals of one roll-out, oldest first. `alarms` of drift forbid widening."""
-    findings = tuple(find(policy, limits, intervals, name) for name in limits)
+    """Judges the intervals of one roll-out, oldest first. Quality is proved by intervals from `since` on (drift)."""
+    findings = tuple(find(policy, limits, intervals, name, since) for name in limits)
     broken = [finding for finding in findings if finding.broken]
     if broken:
         return Verdict("return", "; ".join(_said(finding) for finding in broken), findings)
-    missing = [*_missing(policy, step, intervals, findings), *_worse(limits, step, intervals), *alarms]
+    missing = [*_missing(policy, step, intervals, findings), *_worse(limits, step, intervals)]
     if missing:
         return Verdict("hold", "; ".join(missing), findings)
     return Verdict("widen", "every limit is kept", findings)
 
 
-def find(policy: Policy, limits: Mapping[str, float], intervals: Sequence[Interval], name: str) -> Finding:
+def find(
+    policy: Policy, limits: Mapping[str, float], intervals: Sequence[Interval], name: str, since: int = 1
+) -> Finding:
     """What the intervals say about one signal."""
     signal, limit = SIGNALS[name], limits[name]
     tallies = [interval.tally(name) for interval in intervals]
@@ -103,7 +105,8 @@ def find(policy: Policy, limits: Mapping[str, float], intervals: Sequence[Interv
     upper, first, tests = signal.limit == "max", intervals[0].number, len(limits)
     least = math.log(tests / (1 - policy.confidence))
     against = (excess if upper else shortfall)(tallies, at, signal.centre, first)
-    in_favour = (certainly_below if upper else certainly_above)(tallies, at, signal.centre)
+    counted = [interval.tally(name) for interval in intervals if interval.number >= since]
+    in_favour = (certainly_below if upper else certainly_above)(counted, at, signal.centre)
     low, high = band(tallies, signal.centre, policy.confidence)
     centre = whole.mean if signal.centre == "mean" else whole.median
     return Finding(

@@ -6,6 +6,9 @@ jumper of Vovk et al., "Retrain or not retrain: conformal test martingales for c
 the alarm is the CUSUM of it: the martingale over its lowest value so far. With threshold c there is at most one false
 alarm in c scores on average; ALARM is 10,000.
 
+Traffic changes for good reasons, too. So an alarm stops nothing by itself: what was proved of quality before it no
+longer counts (`Watch.since`, for `decision`), and the test begins anew with the traffic as it is now.
+
 Agreement is its own score. A prompt's score is how surprising its characters are: mean surprisal of its hashed trigrams
 under those of the first REFERENCE prompts. Only counts in BUCKETS are kept, never a text.
 
@@ -34,7 +37,7 @@ _BETS = (-1.0, 0.0, 1.0)
 
 @dataclass
 class Drift:
-    """The test over one stream of scores. `strength`: the CUSUM, compared with ALARM; an alarm stays."""
+    """The test over one stream of scores. `strength`: the CUSUM, compared with ALARM."""
 
     name: str
     scores: list[float] = field(default_factory=list)
@@ -43,7 +46,6 @@ class Drift:
     lowest: float = 0.0
     strength: float = 1.0
     seen: int = 0
-    alarm: bool = False
 
     def add(self, score: float, rng: random.Random) -> None:
         """One more score. Ties are ranked by chance, as exactness asks."""
@@ -63,7 +65,11 @@ class Drift:
         self.capitals = [capital / total for capital in grown]
         self.lowest = min(self.lowest, self.log_level)
         self.strength = math.exp(min(self.log_level - self.lowest, 700.0))
-        self.alarm = self.alarm or self.strength >= ALARM
+
+    @property
+    def alarm(self) -> bool:
+        """Whether the scores certainly changed."""
+        return self.strength >= ALARM
 
     def as_json(self) -> dict[str, Any]:
         """For the store."""
@@ -96,28 +102,31 @@ class Prompts:
 
 @dataclass
 class Watch:
-    """Both alarms of a roll-out."""
+    """Both alarms of a roll-out. `since`: the first interval whose evidence still counts; `alarms`: how many there were."""
 
     prompts: Prompts = field(default_factory=Prompts)
     surprise: Drift = field(default_factory=lambda: Drift("prompts"))
     agreement: Drift = field(default_factory=lambda: Drift("agreement"))
     rng: random.Random = field(default_factory=random.Random)
+    since: int = 1
+    alarms: list[str] = field(default_factory=list)
 
-    def add(self, prompt: str, agreement: float) -> None:
-        """One more audited request."""
+    def add(self, prompt: str, agreement: float, interval: int) -> None:
+        """One more audited request, in the interval of this number."""
         surprise = self.prompts.surprise(prompt)
         if surprise is not None:
             self.surprise.add(surprise, self.rng)
         self.agreement.add(agreement, self.rng)
+        if self.surprise.alarm:
+            self._raise("the prompts", interval)
+            self.prompts, self.surprise = Prompts(), Drift("prompts")
+        if self.agreement.alarm:
+            self._raise("the agreement", interval)
+            self.agreement = Drift("agreement")
 
-    @property
-    def alarms(self) -> list[str]:
-        """A line for every alarm that was raised."""
-        return [
-            f"drift: {what} changed: look at the audits, and adapt the canary or begin anew"
-            for what, drift in (("the prompts", self.surprise), ("the agreement", self.agreement))
-            if drift.alarm
-        ]
+    def _raise(self, what: str, interval: int) -> None:
+        self.since = interval + 1
+        self.alarms.append(f"{what} changed in interval {interval}: quality has to be proved anew")
 
     def as_json(self) -> dict[str, Any]:
         """For the store."""
@@ -125,6 +134,8 @@ class Watch:
             "prompts": self.prompts.as_json(),
             "surprise": self.surprise.as_json(),
             "agreement": self.agreement.as_json(),
+            "since": self.since,
+            "alarms": list(self.alarms),
         }
 
     @classmethod
@@ -132,7 +143,8 @@ class Watch:
         """What `as_json` wrote."""
         counts = Counter({int(bucket): count for bucket, count in stored["prompts"]["counts"].items()})
         prompts = Prompts(counts, stored["prompts"]["learned"])
-        return cls(prompts, Drift(**stored["surprise"]), Drift(**stored["agreement"]), rng)
+        surprise, agreement = Drift(**stored["surprise"]), Drift(**stored["agreement"])
+        return cls(prompts, surprise, agreement, rng, stored["since"], list(stored["alarms"]))
 
 
 def _buckets(prompt: str) -> list[int]:
