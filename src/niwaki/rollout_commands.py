@@ -168,6 +168,7 @@ def _given(pairs: list[str]) -> dict[str, float]:
 
 def _needed() -> None:
     """Raises InputError with the command that installs what is missing."""
-    missing = [name for name in ("httpx", "prometheus_client", "sqlalchemy", "starlette", "uvicorn") if not find_spec(name)]
+    needed = ("httpx", "prometheus_client", "sqlalchemy", "starlette", "uvicorn")
+    missing = [name for name in needed if not find_spec(name)]
     if missing:
         raise InputError(f"niwaki rollout needs {', '.join(missing)}: pip install 'niwaki[serve]'")

@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_bands_hold_the_truth_and_shrink() -> None:
         widths.append([high - low for low, high in bands])
     assert missed <= 2
     means = np.mean(widths, axis=0)
-    assert all(later < sooner for sooner, later in zip(means, means[1:], strict=False)) and means[-1] < 0.1
+    assert all(later < sooner for sooner, later in pairwise(means)) and means[-1] < 0.1
     assert band([Tally()], "mean", 0.95) == (0.0, 1.0)
 
 

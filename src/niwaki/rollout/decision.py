@@ -2,9 +2,9 @@
 
 - **Return** when a limit is certainly broken since some interval. All limits share the error: over a whole roll-out, a
   canary that keeps them is returned with a probability of at most 1 − confidence (`sequential`).
-- **Widen** when the step has answered enough requests and was audited enough, what was seen at it keeps every limit, and
-  it is certain that quality does: as in `niwaki gate`, what was measured is not enough, the far end of the interval has
-  to keep the limit.
+- **Widen** when the step has answered enough requests and was audited enough, what was seen at it keeps every limit,
+  and it is certain that quality does: as in `niwaki gate`, what was measured is not enough, the far end of the interval
+  has to keep the limit.
 - **Hold** otherwise, and say what is missing.
 
     decide(Policy(), {"error_rate": 0.002, "top1_agreement": 0.9}, step=0, intervals=[...]).action  ->  "hold"

@@ -102,7 +102,7 @@ class Prompts:
 
 @dataclass
 class Watch:
-    """Both alarms of a roll-out. `since`: the first interval whose evidence still counts; `alarms`: how many there were."""
+    """Both alarms of a roll-out. `since`: the first interval whose proof still counts; `alarms`: a line for each."""
 
     prompts: Prompts = field(default_factory=Prompts)
     surprise: Drift = field(default_factory=lambda: Drift("prompts"))
