@@ -36,7 +36,7 @@ def run(
     keep_texts: Annotated[
         bool | None, typer.Option("--keep-texts", help="Keep texts of audited requests, for `export`.")
     ] = None,
-    keys: Annotated[Path | None, typer.Option(help="File with the keys of clients, one a line.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File with the keys of clients, one a line.")] = None,
     host: Annotated[str, typer.Option(help="Where to listen; other than loopback only with keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8100,
     new: Annotated[bool, typer.Option("--new", help="Begin a new roll-out of the same canary.")] = False,
@@ -60,7 +60,7 @@ def run(
         raise InputError(
             "no limit of quality: give --limits report/compare.json, --limits gate.yaml or --limit top1_agreement=0.9"
         )
-    own_keys = read_keys(keys)
+    own_keys = read_keys(api_key_file)
     check_open(host, own_keys)
     serve(
         settings, found, Store.open(state), keys=own_keys, host=host, port=port, anew=new,

@@ -90,8 +90,8 @@ def seen(controller: Controller) -> Seen:
     )
 
 
-def view(now_seen: Seen, now: float, *, keep_texts: bool) -> dict[str, Any]:
-    """Everything the page shows, as JSON. Raises OutputError where the store cannot be read."""
+def view(now_seen: Seen, now: float, *, keep_texts: bool, skipped_frac: float | None = None) -> dict[str, Any]:
+    """Everything the page shows, as JSON. `skipped_frac`: of a contextual canary's weights. Raises OutputError where the store cannot be read."""
     state, intervals = now_seen.state, now_seen.intervals
     policy = state.policy
     requests, skipped = Counter[str](), Counter[str]()
@@ -119,6 +119,7 @@ def view(now_seen: Seen, now: float, *, keep_texts: bool) -> dict[str, Any]:
         "decisions": [{**one, "share": policy.steps[one["step"]]} for one in decisions],
         "audits": now_seen.store.audits(state, _AUDITS),
         "keep_texts": keep_texts,
+        "skipped_frac": skipped_frac,
     }
 
 

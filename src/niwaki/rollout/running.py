@@ -98,7 +98,7 @@ def check_open(host: str, keys: Sequence[str]) -> None:
     except ValueError:
         local = host == "localhost"
     if not local and not keys:
-        raise InputError(f"{host} is open to others: give keys with --keys FILE, or stay on 127.0.0.1")
+        raise InputError(f"{host} is open to others: give keys with --api-key-file FILE, or stay on 127.0.0.1")
 
 
 def read_keys(path: Path | None) -> tuple[str, ...]:

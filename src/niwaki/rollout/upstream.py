@@ -9,6 +9,7 @@ still turn to another server before that. Answers are asked for without compress
 import asyncio
 import json
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -61,6 +62,16 @@ class Reply:
                 yield chunk
         except httpx.HTTPError as error:
             raise UpstreamError(_reason(error)) from error
+
+    async def skipped_frac(self, timeout_s: float) -> float | None:
+        """The mean share of weights that a contextual model of niwaki's own server skipped, as its metrics say."""
+        try:
+            answer = await self.client.get("/metrics", headers=self._headers([]), timeout=timeout_s)
+        except httpx.HTTPError:
+            return None
+        found = dict(re.findall(r"^niwaki_skipped_frac_(sum|count)(?:\{\})? (\S+)$", answer.text[:1_000_000], re.M))
+        count = float(found.get("count", 0))
+        return float(found["sum"]) / count if count and "sum" in found else None
 
     async def close(self) -> None:
         """Lets the server know that nobody listens any more."""
@@ -155,6 +166,16 @@ class Server:
                     await response.aclose()
         except (httpx.HTTPError, TimeoutError) as error:
             raise UpstreamError(_reason(error)) from error
+
+    async def skipped_frac(self, timeout_s: float) -> float | None:
+        """The mean share of weights that a contextual model of niwaki's own server skipped, as its metrics say."""
+        try:
+            answer = await self.client.get("/metrics", headers=self._headers([]), timeout=timeout_s)
+        except httpx.HTTPError:
+            return None
+        found = dict(re.findall(r"^niwaki_skipped_frac_(sum|count)(?:\{\})? (\S+)$", answer.text[:1_000_000], re.M))
+        count = float(found.get("count", 0))
+        return float(found["sum"]) / count if count and "sum" in found else None
 
     async def close(self) -> None:
         """Ends all connections."""

@@ -92,7 +92,7 @@
 
   function counts(rows, none) {
     if (!rows.length) return [made("tr", {}, made("th", { scope: "row" }, none), made("td", {}, ""))];
-    return rows.map(([name, count]) => made("tr", {}, made("th", { scope: "row" }, name), made("td", {}, count.toLocaleString("en"))));
+    return rows.map(([name, count]) => made("tr", {}, made("th", { scope: "row" }, name), made("td", {}, typeof count === "number" ? count.toLocaleString("en") : count)));
   }
 
   function audit(one) {
@@ -169,7 +169,8 @@
     at("cards").replaceChildren(...data.findings.map(card));
     at("log").replaceChildren(...data.decisions.map(decision));
     at("requests").replaceChildren(...counts(Object.entries(SIDES).filter(([side]) => data.requests[side]).map(([side, name]) => [name, data.requests[side]]), "no request yet"));
-    at("skipped").replaceChildren(...counts(Object.entries(data.skipped), "nothing was skipped"));
+    const weights = data.skipped_frac === null ? [] : [["weights that the canary skips for an answer, mean", percent(data.skipped_frac)]];
+    at("skipped").replaceChildren(...counts([...weights, ...Object.entries(data.skipped)], "nothing was skipped"));
     at("audits-note").textContent = data.keep_texts ? "The tokens on which the models differ are marked." : "Numbers only: texts are kept if the gateway runs with --keep-texts.";
     at("audit-list").replaceChildren(...data.audits.map(audit));
     draw(data);
