@@ -78,6 +78,8 @@ class Model:
     async def _handled(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":
             return _said(200, {"object": "list", "data": [{"id": self.name}]})
+        if request.url.path == "/metrics":
+            return httpx.Response(200, text="niwaki_skipped_frac_sum 1.5\nniwaki_skipped_frac_count 3.0\n")
         payload = json.loads(request.content)
         if payload.get("echo"):
             self.scored += 1
@@ -90,7 +92,10 @@ class Model:
         if self.status != 200 or self.rng.random() < self.errors:
             return _said(self.status if self.status != 200 else 500, {"error": {"message": "broken"}})
         chat = "messages" in payload
-        words = self.write(_prompt(payload))
+        try:
+            words = self.write(_prompt(payload))
+        except (KeyError, TypeError):
+            return _said(400, {"error": {"message": "expected a prompt or messages"}})
         if payload.get("stream"):
             kind = {"content-type": "text/event-stream"}
             return httpx.Response(200, headers=kind, content=self._events(words, chat))
@@ -140,7 +145,7 @@ def _said(status: int, found: dict[str, Any]) -> httpx.Response:
 
 def _prompt(payload: dict[str, Any]) -> str:
     if "messages" not in payload:
-        return str(payload["prompt"])
+        return "" + payload["prompt"]
     return "".join(f"{one['role']}: {one['content']}\n" for one in payload["messages"]) + "assistant: "
 
 

@@ -49,6 +49,7 @@ def build(gateway: Gateway, *, tick_s: float | None = TICK_S, now: Callable[[], 
             if not gateway.guard.allows(request.headers):
                 return refusal(401, "expected a key of this gateway")
             try:
+                gateway.guard.check_head(request)
                 return await endpoint(request)
             except RefusedError as refused:
                 return refusal(refused.status, str(refused))
@@ -83,7 +84,10 @@ def build(gateway: Gateway, *, tick_s: float | None = TICK_S, now: Callable[[], 
 
     async def data(_: Request) -> Response:
         keep_texts = gateway.settings.sampling.keep_texts
-        view = await asyncio.to_thread(dashboard.view, dashboard.seen(gateway.controller), now(), keep_texts=keep_texts)
+        skipped = await gateway.canary.skipped_frac(0.5) if gateway.controller.active else None
+        view = await asyncio.to_thread(
+            dashboard.view, dashboard.seen(gateway.controller), now(), keep_texts=keep_texts, skipped_frac=skipped
+        )
         return JSONResponse(view, headers={"Cache-Control": "no-store"})
 
     async def health(_: Request) -> Response:

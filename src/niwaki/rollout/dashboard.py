@@ -91,7 +91,10 @@ def seen(controller: Controller) -> Seen:
 
 
 def view(now_seen: Seen, now: float, *, keep_texts: bool, skipped_frac: float | None = None) -> dict[str, Any]:
-    """Everything the page shows, as JSON. `skipped_frac`: of a contextual canary's weights. Raises OutputError where the store cannot be read."""
+    """Everything the page shows, as JSON. `skipped_frac`: share of a contextual canary's weights.
+
+    Raises OutputError where the store cannot be read.
+    """
     state, intervals = now_seen.state, now_seen.intervals
     policy = state.policy
     requests, skipped = Counter[str](), Counter[str]()

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 
 from niwaki.rollout.settings import Bounds
 
-HEADER_BYTES = 32_768  # of a request's head, which the server cuts off; ours are far smaller
+HEADER_BYTES = 32_768  # of a request's head; ours are far smaller
 
 
 class RefusedError(Exception):
@@ -43,6 +43,11 @@ class Guard:
         given = _digest(_key_in(headers.get("authorization", "")))
         found = [hmac.compare_digest(given, own) for own in self.digests]  # all, whichever it is
         return any(found)
+
+    def check_head(self, request: Request) -> None:
+        """Raises RefusedError for a head that is too long; the server itself stops reading somewhat later."""
+        if sum(len(name) + len(value) for name, value in request.headers.raw) > HEADER_BYTES:
+            raise RefusedError(431, f"expected headers of at most {HEADER_BYTES} bytes")
 
     async def body(self, request: Request) -> bytes:
         """The body, or RefusedError."""

@@ -4,9 +4,9 @@
     render("kserve", Names())           two InferenceServices of KServe (v1beta1) in place of the servers
 
 The gateway splits the traffic, not the cluster: only it sees whether the answers are right. So both InferenceServices
-are whole ones, without KServe's own `canaryTrafficPercent`. Its state lies on a volume of its own, and there is one replica:
-one gateway writes to one store. The HTTPRoute sends what carries the header of important requests straight to dense.
-Examples to read and change: names, images, sizes, keys and volumes are yours.
+are whole ones, without KServe's own `canaryTrafficPercent`. Its state lies on a volume of its own, and there is one
+replica: one gateway writes to one store. The HTTPRoute sends what carries the header of important requests straight to
+dense. Examples to read and change: names, images, sizes, keys and volumes are yours.
 """
 
 import re
@@ -20,9 +20,10 @@ from niwaki.errors import InputError, unknown
 
 Manifest = dict[str, Any]
 _GATEWAY_PORT, _SERVER_PORT = 8100, 8000
-_SERVED = ("--host", "0.0.0.0", "--port", str(_SERVER_PORT), "--without-keys")  # reached within the cluster only
+# Reached from within the cluster only.
+_SERVED = ("--host", "0.0.0.0", "--port", str(_SERVER_PORT), "--without-keys")
 _HEAD = """\
-# An example, written by `niwaki rollout manifest {kind}`: read it, change names, image, models and sizes, then apply it.
+# An example, written by `niwaki rollout manifest {kind}`: change names, image, models and sizes before you apply it.
 # The keys of clients go into the secret that the gateway mounts:
 #   kubectl -n {namespace} create secret generic {name}-keys --from-file=keys=keys.txt
 """
