@@ -1,4 +1,4 @@
-"""Over real sockets on loopback: streams arrive as they are written, lines break, clients leave and free their upstream."""
+"""Over real sockets on loopback: streams arrive as they are written, lines break, clients leave."""
 
 import asyncio
 import contextlib

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import uvicorn
-from chromium import chromium
 
+from chromium import chromium
 from niwaki.rollout.app import build
 from niwaki.rollout.scoring import Audit
 from niwaki.rollout.signals import SIGNALS
@@ -34,7 +34,7 @@ def lived(folder: Path) -> Setup:
     policy = {"steps": [0.01, 0.05, 0.25, 0.5, 1.0], "interval_s": 60, "min_requests": 40, "min_audits": 5}
     setup = make(folder, settings(policy=policy, sampling={"keep_texts": True}))
     controller = setup.gateway.controller
-    for number in range(1, 9):
+    for number in range(1, 5):
         ledger = controller.ledger
         for place in range(60):
             ledger.request("canary" if place % 4 == 0 else "stable")
@@ -100,6 +100,9 @@ def test_it_is_seen_whole_and_asks_nobody_else(browser: Any, page: tuple[str, Se
     assert opened.page.locator(".card").count() == 5 and opened.page.locator("figure.plot").count() == 4
     plots = "[...document.querySelectorAll('.canvas')].map((n) => n.querySelectorAll('.scatterlayer path').length)"
     assert all(count > 5 for count in opened.ask(plots))
+    inside = """[...document.querySelectorAll('.canvas')].map((n) => [n.querySelector('svg.main-svg'), n.parentElement]
+      .map((one) => one.getBoundingClientRect().right))"""
+    assert all(plot <= figure for plot, figure in opened.ask(inside))
 
 
 def test_it_tells_share_verdicts_skips_and_disagreements(browser: Any, page: tuple[str, Setup]) -> None:

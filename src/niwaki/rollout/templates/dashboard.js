@@ -34,7 +34,7 @@
   ];
   const COLORS = ["#0072B2", "#D55E00"];
 
-  const percent = (value) => `${(100 * value).toFixed(value !== 0 && value < 0.0995 ? 1 : 0)} %`;
+  const percent = (value) => `${+(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`;
   const number = (signal, value) => (value === null ? "–" : SHARES.has(signal) ? `${(100 * value).toFixed(1)} %` : value.toFixed(2));
   const when = (seconds) => new Date(1000 * seconds).toISOString().slice(0, 19).replace("T", " ");
 
@@ -139,11 +139,12 @@
   function draw(data) {
     const shown = PLOTS.filter((plot) => plot.signals.some((signal) => series(data, signal).length));
     at("course").hidden = !shown.length;
-    for (const plot of PLOTS) {
-      const there = document.getElementById(`plot-${plot.id}`);
-      if (!shown.includes(plot)) { if (there) there.parentElement.remove(); continue; }
-      const node = there || made("div", { class: "canvas", id: `plot-${plot.id}`, style: "height: 270px", role: "img" });
-      if (!there) at("plots").append(made("figure", { class: "plot" }, made("figcaption", {}, plot.title), node));
+    for (const plot of shown.filter((one) => !at(`plot-${one.id}`))) {  // all before the first is drawn: they share the width
+      const node = made("div", { class: "canvas", id: `plot-${plot.id}`, style: "height: 270px", role: "img" });
+      at("plots").append(made("figure", { class: "plot" }, made("figcaption", {}, plot.title), node));
+    }
+    for (const plot of shown) {
+      const node = at(`plot-${plot.id}`);
       const last = plot.signals.map((signal) => [signal, series(data, signal).at(-1)]).filter(([, one]) => one);
       node.setAttribute("aria-label", `${plot.title}: ${last.map(([signal, one]) => `${NAMES[signal]} ${number(signal, one.value)}`).join(", ")}`);
       const ink = { text: getComputedStyle(document.body).color, grid: getComputedStyle(node.parentElement).borderTopColor, muted: getComputedStyle(at("about")).color };
