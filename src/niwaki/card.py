@@ -7,9 +7,11 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-# Between these lines `niwaki evaluate OUT --update-card` writes its numbers (see `measured`).
+from niwaki.config import asks_for_bits
+
+# Between these lines `niwaki evaluate` and `niwaki compare --update-card` write their numbers (see `measured`).
 BEGIN, END = "<!-- niwaki: measured -->", "<!-- niwaki: end -->"
-UNMEASURED = "Not measured while compressing: `niwaki evaluate` measures, with `--update-card` into this place."
+UNMEASURED = "Not measured while compressing: `niwaki compare` does, and with `--update-card` writes into this place."
 _BODY = """---
 {metadata}
 ---
@@ -22,8 +24,7 @@ _BODY = """---
 |---|---|
 | base model | {base} |
 | matrices compressed | {matrices} |
-| measured zeros in them | {zeros:.4%} |
-| true bits a weight in them, scales and all | {bits:.3f} |
+{zeros}| true bits a weight in them, scales and all | {bits:.3f} |
 | true bits a weight in embeddings and head | {ends} |
 | bytes of the weight files | {bytes:,} (before: {bytes_before:,}) |
 | calibration | {calibration} |
@@ -70,7 +71,7 @@ _PACKED = (
     + _LOADING
 )
 _SPARSE = (
-    """{packed} of the matrices are stored as the weights that are left and where they belong, and stay so in memory.
+    """{packed} of the matrices are stored as the {left} and where they belong, and stay so in memory.
 Loading them needs niwaki (`--pack none` writes zeros in place, for other engines):
 """
     + _LOADING
@@ -131,8 +132,7 @@ def model_card(record: dict[str, Any]) -> str:
         base_model=hub_id,
         library_name=_library(record),
         pipeline_tag="text-generation",
-        tags=["niwaki", "quantized" if result["packed"] > _sparse(result) else "pruned", recipe["method"]]
-        + ([exported["to"]] if exported else []),
+        tags=["niwaki", *_kinds(result), recipe["method"]] + ([exported["to"]] if exported else []),
     )
     windows = calibration["windows"]
     target = recipe["target"] or f"{recipe['target_bytes']:,} bytes"
@@ -152,10 +152,14 @@ def model_card(record: dict[str, Any]) -> str:
         method=recipe["method"],
         target=target + (f", blocks {', '.join(map(str, kept))} kept at 4 bits" if kept else ""),
         matrices=result["matrices"],
-        zeros=result["zeros_frac"],
+        zeros="" if asks_for_bits(record) else f"| measured zeros in them | {result['zeros_frac']:.4%} |\n",
         bits=result["bits"],
         ends=f"{result['ends_bits']:.3f}" if "ends_bits" in result else "as they were",
-        storage=_storage(record).format_map(result | {"removed": shaped.get("removed_frac", 0)}),
+        storage=_storage(record).format_map(
+            result
+            | {"removed": shaped.get("removed_frac", 0)}
+            | {"left": "codes of the weights that are left" if _coded(result) else "weights that are left"}
+        ),
         bytes=result["bytes"],
         bytes_before=record["model"]["bytes"],
         calibration="none" if windows is None else f"{windows[0]} windows of {windows[1]} tokens",
@@ -184,6 +188,19 @@ def _sparse(result: dict[str, Any]) -> int:
     return sum(result.get("sparse", {}).values())
 
 
+def _coded(result: dict[str, Any]) -> int:
+    """How many of those hold codes."""
+    from niwaki.sparse import CODES  # torch: a card that cannot be written is refused before
+
+    return sum(count for kind, count in result.get("sparse_values", {}).items() if kind in CODES)
+
+
+def _kinds(result: dict[str, Any]) -> list[str]:
+    sparse, coded = _sparse(result), _coded(result)
+    quantized = result["packed"] > sparse or coded > 0
+    return ["quantized"] * quantized + ["pruned"] * (coded > 0 or not quantized)
+
+
 def _storage(record: dict[str, Any]) -> str:
     """What a reader has to know of the files."""
     if exported := record.get("export"):
@@ -206,9 +223,9 @@ def _made_with(record: dict[str, Any]) -> list[str]:
         return [*_made_with(compressed), _export_command(exported)]
     program, *arguments = record["command"]
     if Path(program).stem in ("niwaki", "cli") and arguments:
-        return [shlex.join(["niwaki", *map(_without_folders, arguments)])]
+        return [shlex.join(["niwaki", *map(without_folders, arguments)])]
     recipe = record["recipe"]
-    given = {**recipe["calibration"], "files": [_without_folders(file) for file in recipe["calibration"]["files"]]}
+    given = {**recipe["calibration"], "files": [without_folders(file) for file in recipe["calibration"]["files"]]}
     return yaml.safe_dump({**recipe, "calibration": given}, sort_keys=False).splitlines()
 
 
@@ -217,7 +234,7 @@ def _export_command(exported: dict[str, Any]) -> str:
     return f"niwaki export OUT DEST --to {exported['to']}{chosen}"
 
 
-def _without_folders(argument: str) -> str:
+def without_folders(argument: str) -> str:
     """The last component of a path; hub names (org/name) and everything else stay as they are."""
     flag, sign, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
     path = Path(value).expanduser()

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from niwaki.config import parse_target
-from niwaki.contextual.record import has_shadow, read_shadow
-from niwaki.contextual.units import KINDS
 from niwaki.errors import CheckpointError, InputError
 from niwaki.methods import get_method
 from niwaki.run import RECORD
@@ -37,7 +35,7 @@ def inspect(out: str | Path) -> dict[str, Any]:
     measure = measure_of(record, lines)
     found = {
         "out": str(folder),
-        "kind": _KINDS[measure],
+        "kind": "pruned and quantized" if any(both(line) for line in lines) else _KINDS[measure],
         "measure": measure,
         "made": _made(record),
         "measured": _measured(record),
@@ -95,6 +93,11 @@ def value_of(line: Line, measure: str) -> float:
         kept, _, rest = line["target"].partition(" of ")
         return 1 - int(kept) / int(rest.split()[0])
     return float(line[measure])
+
+
+def both(line: Line) -> bool:
+    """Whether the matrix was asked for zeros and for bits."""
+    return "+" in line["target"]
 
 
 def methods_line(name: str) -> str:
@@ -192,6 +195,9 @@ def _worst(lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 def _contextual(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """What a predictor lets run where a prompt shows nothing unusual, by block, and what it is."""
+    from niwaki.contextual.record import has_shadow, read_shadow
+    from niwaki.contextual.units import KINDS
+
     if not has_shadow(folder):
         raise CheckpointError(f"{folder} has no predictor beside its record: compress again")
     shadow = read_shadow(folder)

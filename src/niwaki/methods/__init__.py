@@ -5,29 +5,36 @@ up the records of a method before it), a frozen dataclass `Config`, `needs(confi
 and `compress(block, seen, targets, config, generator) -> {matrix: Packed}` for one block. What it costs it may say in
 `cost` and `stored_bytes` (see `costs`), for `niwaki plan`.
 
-Methods chain: in `besa+wandapp` the second one starts from the masks and weights of the first, block by block.
+Methods chain: in `besa+wandapp` the second one starts from the masks and weights of the first, block by block. A
+quantizer behind them (`sparsegpt+gptq`, target `2:4+4bit`) leaves zeros alone and rounds the rest, in the same walk;
+the options that a mask asks of it are its `MASKED`.
 """
+
+from __future__ import annotations  # names and chains are checked before torch is loaded
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Protocol, cast
+from operator import or_
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-import torch
-
-from niwaki.block import Block
-from niwaki.config import Bits, Grouped, Kind, Recipe, Sparsity, Target, Unit, make_options
-from niwaki.contextual.predictor import Predictor
-from niwaki.contextual.selection import Rule, Variant
-from niwaki.contextual.traces import Traces
-from niwaki.contextual.units import Layout
+from niwaki.config import Bits, Grouped, Kind, PrunedBits, Recipe, Sparsity, Target, Unit, make_options
 from niwaki.costs import Scope, Work, masks
 from niwaki.errors import InputError, TargetError, unknown
-from niwaki.packed import Packed
-from niwaki.statistics import Needs, Statistics
-from niwaki.stream import Evidence
-from niwaki.structure import Look, Search, Sizes
+
+if TYPE_CHECKING:
+    import torch
+
+    from niwaki.block import Block
+    from niwaki.contextual.predictor import Predictor
+    from niwaki.contextual.selection import Rule, Variant
+    from niwaki.contextual.traces import Traces
+    from niwaki.contextual.units import Layout
+    from niwaki.packed import Packed
+    from niwaki.statistics import Needs, Statistics
+    from niwaki.stream import Evidence
+    from niwaki.structure import Look, Search, Sizes
 
 METHODS = (
     "arb",
@@ -143,6 +150,17 @@ class Step:
         """What this step wants to be collected."""
         return self.method.needs(self.config)
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether it meets bits, not zeros."""
+        return Bits in self.method.ACCEPTS
+
+    def part(self, target: Target) -> Target:
+        """What of a target this step meets: of zeros and bits its own."""
+        if not isinstance(target, PrunedBits):
+            return target
+        return target.bits if self.quantizes else target.zeros
+
     def least_bits(self, rows: int, columns: int) -> float:
         """Of a method in FRACTIONAL: see there."""
         return cast(Fractional, self.method).least_bits(rows, columns, self.config)
@@ -156,7 +174,7 @@ class Step:
     def stored_bytes(self, name: str, rows: int, columns: int, target: Target) -> int | None:
         """Bytes of one matrix as codes, None if it is stored as weights. Raises TargetError if it cannot be met."""
         stated = vars(self.method).get("stored_bytes")
-        found: int | None = None if stated is None else stated(name, rows, columns, target, self.config)
+        found: int | None = None if stated is None else stated(name, rows, columns, self.part(target), self.config)
         return found
 
     @property
@@ -172,14 +190,22 @@ class Step:
     def compress(
         self, block: Block, seen: Evidence, targets: Mapping[str, Target], generator: torch.Generator
     ) -> dict[str, Packed]:
-        """Runs the method on one block."""
+        """Runs the method on one block; `targets` are its parts of them."""
         return self.method.compress(block, seen, targets, self.config, generator)
+
+
+def check_names(chain: str) -> list[str]:
+    """The methods of `chain` (names joined by +). Raises InputError with the nearest name for one that is none."""
+    names = [name.strip() for name in chain.split("+")]
+    for name in names:
+        if name not in EVERY:
+            raise InputError(unknown("method", name, EVERY))
+    return names
 
 
 def get_method(name: str) -> Method:
     """The method module `name`. Raises InputError with the nearest name."""
-    if name not in EVERY:
-        raise InputError(unknown("method", name, EVERY))
+    check_names(name)
     return cast(Method, importlib.import_module(f"niwaki.methods.{name}"))
 
 
@@ -188,17 +214,11 @@ def make_steps(chain: str, options: Mapping[str, Any], target: Target) -> list[S
 
     Options of a single method are written by their name, those of a chain as `method.option`.
     """
-    names = [name.strip() for name in chain.split("+")]
+    names = check_names(chain)
     methods = [get_method(name) for name in names]
     if len(set(names)) < len(names):
         raise InputError(f"method {chain}: every method may stand in a chain once")
-    for name, method in zip(names, methods, strict=True):
-        if not isinstance(target, method.ACCEPTS):
-            kinds = " or ".join(_KINDS[kind] for kind in method.ACCEPTS)
-            raise TargetError(f"method {name} meets {kinds}, got target {target}")
-    for name, method in zip(names[1:], methods[1:], strict=True):
-        if not method.CONTINUES:
-            raise InputError(f"method {chain}: {name} cannot take up what another method began, put it first")
+    _check_chain(chain, names, methods, target)
     own: dict[str, dict[str, Any]] = {name: {} for name in names}
     for key, value in options.items():
         owner, _, option = key.rpartition(".")
@@ -207,10 +227,50 @@ def make_steps(chain: str, options: Mapping[str, Any], target: Target) -> list[S
         if owner not in own:
             raise InputError(f"option {key}: write it as method.option with one of {', '.join(names)}")
         own[owner][option] = value
+    if isinstance(target, PrunedBits):
+        own[names[-1]] = _with_mask(names[-1], own[names[-1]])
     return [
         Step(name, method, make_options(method.Config, own[name], name))
         for name, method in zip(names, methods, strict=True)
     ]
+
+
+def _check_chain(chain: str, names: Sequence[str], methods: Sequence[Method], target: Target) -> None:
+    """Raises TargetError or InputError for a target that the chain does not meet, and for steps that do not follow."""
+    quantizers = [name for name, method in zip(names, methods, strict=True) if Bits in method.ACCEPTS]
+    both = isinstance(target, PrunedBits)
+    if both and (quantizers != names[-1:] or len(names) < 2):
+        raise TargetError(
+            f"target {target} prunes, then quantizes: expected a chain that does both, such as sparsegpt+gptq, got "
+            f"method {chain}"
+        )
+    if not both and 0 < len(quantizers) < len(names):
+        raise TargetError(
+            f"method {chain} prunes and quantizes: expected a target for each, such as 2:4+4bit, got {target}"
+        )
+    for name, method in zip(names, methods, strict=True):
+        met = target if not isinstance(target, PrunedBits) else target.bits if name in quantizers else target.zeros
+        if not isinstance(met, method.ACCEPTS):
+            kinds = " or ".join(_KINDS[kind] for kind in method.ACCEPTS)
+            raise TargetError(f"method {name} meets {kinds}, got target {met}")
+    for name, method in zip(names[1:], methods[1:], strict=True):
+        if both and name in quantizers and not method.CONTINUES:
+            able = [other for other in METHODS if Bits in get_method(other).ACCEPTS and get_method(other).CONTINUES]
+            raise InputError(f"method {chain}: {name} does not leave zeros alone, put {' or '.join(able)} last")
+        if not method.CONTINUES or (name in quantizers and not both):
+            raise InputError(f"method {chain}: {name} cannot take up what another method began, put it first")
+
+
+def _with_mask(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a quantizer that is given a mask. Raises TargetError for those that do not go with one."""
+    found = dict(options)
+    for option, wanted in vars(get_method(name))["MASKED"].items():
+        if str(found.setdefault(option, wanted)).lower() != str(wanted).lower():
+            raise TargetError(
+                f"{name}.{option} {found[option]}: weights that were pruned stay zero, and the grids that have a code "
+                f"for zero in the middle are those of {name}.{option}={str(wanted).lower()}: leave it out"
+            )
+    return found
 
 
 def settle_budget(recipe: Recipe) -> Recipe:
@@ -257,7 +317,7 @@ def settle_budget(recipe: Recipe) -> Recipe:
 
 def merged_needs(steps: Sequence[Step]) -> Needs:
     """What all steps together want to be collected."""
-    return reduce(lambda found, step: found | step.needs, steps, Needs())
+    return reduce(or_, (step.needs for step in steps))
 
 
 _KINDS = {Sparsity: "a fraction of zeros such as 0.5", Grouped: "N:M such as 2:4", Bits: "bits such as 4bit"}

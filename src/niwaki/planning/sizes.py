@@ -12,14 +12,15 @@ from typing import Any
 
 from niwaki.block import Decoder
 from niwaki.codes import WEIGHT
-from niwaki.config import Bits, Grouped, Keep, Recipe, Sparsity, Target
+from niwaki.config import Bits, Grouped, Keep, PrunedBits, Recipe, Sparsity, Target
 from niwaki.contextual.units import find_layout
 from niwaki.costs import Scope
 from niwaki.ends import GROUPS, WIDTHS, ends_to_pack
 from niwaki.errors import TargetError
 from niwaki.methods import Step
 from niwaki.methods._rounding import uniform_bytes
-from niwaki.sparse import LAYOUTS, sparse_bytes
+from niwaki.sparse import CODES, LAYOUTS, sparse_bytes
+from niwaki.sparse_tiles import fits_tiles, tile_bytes
 from niwaki.structure import Look, Shape, Sizes
 
 TENSOR_HEADER = 80  # bytes of a tensor's entry in the header of its file, beside its name
@@ -92,12 +93,18 @@ class ModelSizes:
         """In the matrices of all blocks."""
         return sum(block.weights for block in self.blocks)
 
+    @property
+    def matrix_bits(self) -> float:
+        """Bits a weight of these matrices as they are."""
+        return 8 * sum(m.dense_bytes for block in self.blocks for m in block.matrices) / max(self.weights, 1)
+
 
 @dataclass(frozen=True)
 class Stored:
-    """Bytes of the weight files, of a block's matrices as codes or weights, and of what is read for every token."""
+    """Bytes of the weight files, bits a weight in the matrices of the blocks, and bytes read for every token."""
 
     file_bytes: int
+    matrix_bits: float
     read_bytes: float
     largest_block_bytes: int
 
@@ -132,7 +139,7 @@ def sizes_of(decoder: Decoder) -> ModelSizes:
 
 def stored(decoder: Decoder, model: ModelSizes, steps: Sequence[Step], target: Target, recipe: Recipe) -> Stored:
     """What the files of a result hold. Raises TargetError for a matrix that cannot meet the target."""
-    files, read, largest = 0, 0.0, 0
+    files, matrices, read, largest = 0, 0, 0.0, 0
     known: dict[tuple[int, int, bool], int] = {}  # experts are many, and alike
     by_need = recipe.allocation == "sensitivity" and _has_room(model, steps[-1], target)
     for index, block in enumerate(model.blocks):
@@ -146,6 +153,7 @@ def stored(decoder: Decoder, model: ModelSizes, steps: Sequence[Step], target: T
             nbytes = known[key]
             names += 0 if nbytes == matrix.dense_bytes else CODE_TENSORS - 1
             total += nbytes
+            matrices += nbytes
             met += nbytes * matrix.reach
         files += total + _header(decoder, index, names, block.tensors)
         read += met
@@ -153,7 +161,7 @@ def stored(decoder: Decoder, model: ModelSizes, steps: Sequence[Step], target: T
     packed = _packed_ends(decoder, recipe, target)
     files += model.ends_bytes - packed[0] + packed[1] + _header(decoder, None, 0, 0)
     head = model.head_bytes if not packed[0] else model.head_bytes * packed[1] / packed[0]
-    return Stored(files, read + head, largest)
+    return Stored(files, 8 * matrices / max(model.weights, 1), read + head, largest)
 
 
 def _has_room(model: ModelSizes, step: Step, target: Target) -> bool:
@@ -169,6 +177,8 @@ def _matrix_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe:
     if by_need and isinstance(target, Bits):  # what the smallest ones need more, others give
         asked = Bits(max(target.bits, step.least_bits(matrix.rows, matrix.columns)))
     nbytes = step.stored_bytes(name, matrix.rows, matrix.columns, asked)
+    if recipe.pack == "auto" and isinstance(target, PrunedBits) and nbytes is not None:
+        nbytes = min(nbytes, _coded_bytes(matrix, target, vars(step.config)["group"] or matrix.columns) or nbytes)
     if nbytes is None and recipe.pack == "auto":
         nbytes = _nonzero_bytes(matrix, target)
     return matrix.dense_bytes if nbytes is None or recipe.pack == "none" or not matrix.packable else nbytes
@@ -176,11 +186,28 @@ def _matrix_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe:
 
 def _nonzero_bytes(matrix: Matrix, target: Target) -> int | None:
     """Of a pruned matrix that is stored packed, if that is smaller."""
-    count = matrix.rows * matrix.columns - target.zeros_in(matrix.rows, matrix.columns)
-    fits = isinstance(target, Grouped) and target.group == 4 and target.keep <= 2
-    layouts = LAYOUTS if fits else LAYOUTS[:1]
-    nbytes = min(sparse_bytes(matrix.rows, matrix.columns, count, 8 * matrix.itemsize, name) for name in layouts)
+    nbytes = _places_and_values(matrix, target, 8 * matrix.itemsize)
     return nbytes if nbytes < matrix.dense_bytes else None
+
+
+def _coded_bytes(matrix: Matrix, target: PrunedBits, group: int) -> int | None:
+    """Of a pruned matrix of codes, None where it has no such form; no kept weight is taken to round to zero."""
+    bits = int(target.bits.bits)
+    if bits not in CODES.values() or (group < matrix.columns and group % 8):
+        return None
+    if bits == 4 and _fits_two_four(target.zeros) and fits_tiles(matrix.columns, group):
+        return tile_bytes(matrix.rows, matrix.columns, group)
+    return _places_and_values(matrix, target.zeros, bits) + 2 * matrix.rows * -(-matrix.columns // group)
+
+
+def _places_and_values(matrix: Matrix, zeros: Target, bits: int) -> int:
+    count = matrix.rows * matrix.columns - zeros.zeros_in(matrix.rows, matrix.columns)
+    layouts = LAYOUTS if _fits_two_four(zeros) else LAYOUTS[:1]
+    return min(sparse_bytes(matrix.rows, matrix.columns, count, bits, name) for name in layouts)
+
+
+def _fits_two_four(zeros: Target) -> bool:
+    return isinstance(zeros, Grouped) and zeros.group == 4 and zeros.keep <= 2
 
 
 def _header(decoder: Decoder, index: int | None, names: int, own: int) -> int:
