@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from provenance import provenance
-
 from niwaki.rollout.drift import Watch
+from provenance import provenance
 
 BEFORE, AFTER, SEEDS = 500, 300, 20
 

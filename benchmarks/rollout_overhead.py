@@ -1,9 +1,9 @@
-"""What the gateway adds to a request, and whether copies change what users wait: real sockets on loopback, a fast upstream.
+"""What the gateway adds to a request, and whether copies change what users wait: real sockets on loopback.
 
     python benchmarks/rollout_overhead.py OUT.json --requests 2000
 
-Direct, through the gateway, and through the gateway with every request copied, in turns; milliseconds at P50 and P99. The
-upstream answers after `--upstream-ms` from a process of its own, the gateway runs in another: what is timed is the
+Direct, through the gateway, and through the gateway with every request copied, in turns; milliseconds at P50 and P99.
+The upstream answers after `--upstream-ms` from a process of its own, the gateway runs in another: what is timed is the
 client's wait. Needs a quiet machine with two cores; cost: a minute.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+
 from provenance import provenance
 
 UPSTREAM = """

@@ -3,8 +3,9 @@
     python benchmarks/rollout_simulated.py benchmarks/results/rollout-simulated.json
 
 Requests, latencies and audits are drawn, not served: 500 requests of the canary an interval, 100 pairs of latencies
-(lognormal, sigma 0.3 on each side), 40 audits (beta with mean 0.97 and the spread of 20 tokens, log-ratios of perplexity
-with mean 0.02 and deviation 0.1). `borderline` lies exactly on the limit of agreement. Cost: minutes on one core.
+(lognormal, sigma 0.3 on each side), 40 audits (beta with mean 0.97 and the spread of 20 tokens, log-ratios of
+perplexity with mean 0.02 and deviation 0.1). `borderline` lies exactly on the limit of agreement. Cost: minutes on
+one core.
 """
 
 import json
@@ -14,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from provenance import provenance
 
 from niwaki.rollout.decision import Policy, decide
 from niwaki.rollout.signals import SIGNALS
 from niwaki.rollout.tally import Interval
+from provenance import provenance
 
 POLICY = Policy()
 LIMITS = {

@@ -1,6 +1,8 @@
 """`niwaki rollout` as a user meets it: lines, exit codes, examples."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,13 @@ def test_manifests_hang_together(kind: str, capsys: pytest.CaptureFixture[str]) 
         model = one["spec"]["predictor"]["model"]
         assert model["modelFormat"] == {"name": "huggingface"} and model["storageUri"].startswith("pvc://")
         assert "canaryTrafficPercent" not in one["spec"]["predictor"]
+
+
+def test_a_gateway_needs_no_torch() -> None:
+    script = (
+        "import sys; import niwaki.cli, niwaki.rollout.running, niwaki.rollout.app; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
 
 
 def test_the_gateway_of_a_manifest_is_a_command_that_exists() -> None:

@@ -63,16 +63,6 @@ class Reply:
         except httpx.HTTPError as error:
             raise UpstreamError(_reason(error)) from error
 
-    async def skipped_frac(self, timeout_s: float) -> float | None:
-        """The mean share of weights that a contextual model of niwaki's own server skipped, as its metrics say."""
-        try:
-            answer = await self.client.get("/metrics", headers=self._headers([]), timeout=timeout_s)
-        except httpx.HTTPError:
-            return None
-        found = dict(re.findall(r"^niwaki_skipped_frac_(sum|count)(?:\{\})? (\S+)$", answer.text[:1_000_000], re.M))
-        count = float(found.get("count", 0))
-        return float(found["sum"]) / count if count and "sum" in found else None
-
     async def close(self) -> None:
         """Lets the server know that nobody listens any more."""
         await self.response.aclose()
