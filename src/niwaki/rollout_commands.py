@@ -136,7 +136,7 @@ def manifest(
     namespace: Annotated[str, typer.Option(help="Namespace.")] = "default",
     stable_model: Annotated[str, typer.Option(help="Where the dense model lies.")] = "pvc://models/dense",
     canary_model: Annotated[str, typer.Option(help="Where the compressed model lies.")] = "pvc://models/compressed",
-    image: Annotated[str, typer.Option(help="Image with niwaki[serve].")] = "registry.example/niwaki:latest",
+    image: Annotated[str, typer.Option(help="Image with niwaki\\[serve].")] = "registry.example/niwaki:latest",
 ) -> None:
     """Print an example of manifests for a cluster: both servers, the gateway, a route. Read it before you apply it."""
     from niwaki.rollout.manifest import Names, render

@@ -4,7 +4,8 @@ The page and its parts come from the gateway alone, and its content security pol
 `/rollout/data` every two seconds; texts of requests are in there only where they are kept, and the page writes them as
 text, never as markup. Its style is that of `niwaki.reporting`; plotly.js is one file that the browser keeps.
 
-Cost: the data of a roll-out is read and computed in another thread, some milliseconds; plotly.js is 4.8 MB, once.
+Bands are those of the last verdict, so that looking costs no arithmetic. Cost: some milliseconds in another thread;
+plotly.js is 4.8 MB, once.
 """
 
 from collections import Counter
@@ -14,7 +15,7 @@ from importlib.resources import files
 from typing import Any
 
 from niwaki.rollout.controller import Controller
-from niwaki.rollout.decision import find
+from niwaki.rollout.decision import Finding, find
 from niwaki.rollout.signals import SIGNALS
 from niwaki.rollout.store import State, Store
 from niwaki.rollout.tally import Interval
@@ -53,6 +54,7 @@ class Seen:
     share: float
     limits: Mapping[str, float]
     intervals: list[Interval]
+    findings: tuple[Finding, ...] | None
     alarms: list[str]
     since: int
     drift: dict[str, dict[str, float]]
@@ -84,6 +86,7 @@ def seen(controller: Controller) -> Seen:
         share=controller.share,
         limits=controller.limits,
         intervals=controller.copied(),
+        findings=None if controller.verdict is None else controller.verdict.findings,
         alarms=list(controller.watch.alarms[-3:]),
         since=controller.watch.since,
         drift={name: {"strength": drift.strength, "seen": drift.seen} for name, drift in drifts.items()},
@@ -101,7 +104,9 @@ def view(now_seen: Seen, now: float, *, keep_texts: bool, skipped_frac: float | 
     for interval in intervals:
         requests.update(interval.requests)
         skipped.update(interval.skipped)
-    findings = [find(policy, now_seen.limits, intervals, name, now_seen.since).as_json() for name in now_seen.limits]
+    findings = now_seen.findings
+    if findings is None:  # nothing was judged since the gateway was started
+        findings = tuple(find(policy, now_seen.limits, intervals, name, now_seen.since) for name in now_seen.limits)
     decisions = now_seen.store.decisions(state, _DECISIONS)
     return {
         "now": now,
@@ -114,7 +119,7 @@ def view(now_seen: Seen, now: float, *, keep_texts: bool, skipped_frac: float | 
         "begun": state.begun,
         "interval_s": policy.interval_s,
         "confidence": policy.confidence,
-        "findings": [{**one, "side": SIGNALS[one["signal"]].limit} for one in findings],
+        "findings": [{**one.as_json(), "side": SIGNALS[one.signal].limit} for one in findings],
         "requests": dict(requests),
         "skipped": dict(skipped.most_common()),
         "alarms": now_seen.alarms,
