@@ -1,7 +1,7 @@
 """Products of a few tokens with two-four matrices of 4-bit codes in tiles of 32 rows (`sparse_tiles`) on a GPU.
 
 A program owns a tile and walks all columns. A thread takes a byte of columns of four rows at a time: a word of places,
-two words of codes, side by side in memory with those of its neighbours, and the eight inputs, which eight threads share.
+two words of codes, side by side in memory with those of its neighbours, and eight inputs, which eight threads share.
 Every code picks its input by two selections on bits of its index. A code becomes a float where it lies, by one logical
 operation that puts it into the mantissa of 2²³ and one subtraction; the codes of half of the rows are then 16 times too
 large, which is undone with their scales.
@@ -9,8 +9,8 @@ large, which is undone with their scales.
 Floor: the bytes of the tiles over the memory bandwidth, 3.125 bits a weight in groups of 128. About nine instructions a
 code and token: on an H100 a little longer than that.
 
-Legend: N tokens, O outputs, I inputs, B bytes of eight columns, T tiles, G groups of columns that share a scale, Q the 8
-words of a tile's byte of columns (word q holds rows 2q, 2q + 1, 16 + 2q and 17 + 2q).
+Legend: N tokens, O outputs, I inputs, B bytes of eight columns, T tiles, G groups of columns that share a scale. Word q
+of the 8 of a tile's byte of columns holds rows 2q, 2q + 1, 16 + 2q and 17 + 2q.
 """
 
 # ruff: noqa: RUF005 (Triton knows no starred tuples)
@@ -33,8 +33,11 @@ class Tiles(NamedTuple):
     unroll: int  # bytes of one thread in flight
 
 
-# For up to so many tokens. Guesses, to be replaced by the best of a sweep on an H100.
-TILES = {1: Tiles(16, 2), 2: Tiles(16, 2), 4: Tiles(8, 1)}
+# For up to so many tokens: the best of 12 measured on an H100 at 4096², a program for every multiprocessor, and with
+# more programs at 11008 × 4096.
+TILES = {1: Tiles(16, 4), 2: Tiles(16, 4), 4: Tiles(16, 1)}
+MANY_TILES = {1: Tiles(16, 4), 2: Tiles(8, 2), 4: Tiles(8, 2)}
+MULTIPROCESSORS = 132
 BLOCK_TOKENS = 4  # of a program
 
 
@@ -46,7 +49,7 @@ def few_tokens(
     assert x_NI.is_contiguous() and out_NO.is_contiguous() and x_NI.shape[1] == record.columns
     assert record.scale is not None
     block_tokens = min(triton.next_power_of_2(tokens), BLOCK_TOKENS)
-    tiles = tiles or TILES[block_tokens]
+    tiles = tiles or (TILES if rows <= TILE * MULTIPROCESSORS else MANY_TILES)[block_tokens]
     _few[triton.cdiv(rows, TILE), triton.cdiv(tokens, block_tokens)](
         x_NI.view(torch.int64) if x_NI.element_size() == 2 else x_NI,
         out_NO,
@@ -81,7 +84,7 @@ def _few(
     block: tl.constexpr,
     unroll: tl.constexpr,
 ):
-    """A program: a tile for some tokens. Sums are [block · 8 words], four for every token, one for each row of a word."""
+    """A program: a tile for some tokens. Sums are [block · 8 words], for every token four: the rows of a word."""
     width: tl.constexpr = columns // 8
     packed: tl.constexpr = x.dtype.element_ty == tl.int64  # four inputs of the output's dtype
     tile = tl.program_id(0).to(tl.int64)

@@ -1,11 +1,11 @@
 """A linear layer that keeps a pruned matrix as its nonzeros.
 
 A few tokens at a time (decoding) go through the kernels, which read the nonzeros as they are. Many tokens (a prompt)
-are multiplied with the matrix decoded some rows at a time: on the CPU so that it never exists as a whole, on a GPU, where
-one kernel decodes them, so that no more than `sparse_gpu.DECODED_BYTES` do.
+are multiplied with the matrix decoded some rows at a time: on the CPU so that it never exists as a whole, on a GPU,
+where one kernel decodes them, so that no more than `sparse_gpu.DECODED_BYTES` do.
 
-On a GPU a bitmap has a table beside it (0.25 bit a weight), and with `fast_prompts` a two-four matrix also the form that
-sparse tensor cores read, made at the first long prompt: as much memory again.
+On a GPU a bitmap has a table beside it (0.25 bit a weight), and with `fast_prompts` a two-four matrix also the form
+that sparse tensor cores read, made at the first long prompt: as much memory again.
 
 Legend: N tokens, O outputs, I inputs.
 """
@@ -137,7 +137,7 @@ class SparseLinear(nn.Module):
 def for_gpu(record: Sparse | Tiled) -> GpuRecord:
     """A record as the kernels of a GPU take it."""
     if isinstance(record, Tiled):
-        tensors = record.places_TBR, record.values_TFR, None, record.scale_GO
-        return gpu_record(record.size, record.columns, record.group, LAYOUT, "int4", *tensors)
+        tiles = record.places_TBR, record.values_TFR, None, record.scale_GO
+        return gpu_record(record.size, record.columns, record.group, LAYOUT, "int4", *tiles)
     tensors = record.places_OB, record.values_N, record.starts_O, record.scale_OG
     return gpu_record(len(record.places_OB), record.columns, record.group, record.layout, record.values, *tensors)
