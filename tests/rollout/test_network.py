@@ -74,12 +74,13 @@ async def served(app: Starlette) -> AsyncIterator[str]:
         await running
 
 
-def go(folder: Path, work: Callable[[httpx.AsyncClient, Real, object], Awaitable[None]]) -> None:
+def go(folder: Path, work: Callable[[httpx.AsyncClient, Real, object], Awaitable[None]], **bounds: float) -> None:
     async def whole() -> None:
         canary = Real()
         upstream = Starlette(routes=[Route("/v1/completions", canary.completions, methods=["POST"])])
         async with served(upstream) as url:
-            own = settings(policy=STEP, stable={"url": url}, canary={"url": url}, sampling={"audit_frac": 0.0})
+            both = {"stable": {"url": url}, "canary": {"url": url}}
+            own = settings(policy=STEP, **both, sampling={"audit_frac": 0.0}, bounds=bounds)
             gateway = assemble(own, {"error_rate": 0.002}, Store.open(folder / "s.sqlite"), now=time.time())
             async with served(build(gateway)) as address, httpx.AsyncClient(base_url=address) as client:
                 await work(client, canary, gateway)
@@ -131,6 +132,17 @@ def test_a_line_that_breaks_after_the_first_byte_is_cut_and_counted(tmp_path: Pa
         assert gateway.controller.ledger.open.tally("error_rate").mean == 1.0  # type: ignore[attr-defined]
 
     go(tmp_path, work)
+
+
+def test_a_stream_that_falls_silent_is_cut_and_counted(tmp_path: Path) -> None:
+    async def work(client: httpx.AsyncClient, canary: Real, gateway: object) -> None:
+        canary.go.release()
+        with pytest.raises(httpx.RemoteProtocolError):
+            await client.post("/v1/completions", json={**ASK, "stream": True}, timeout=20)
+        assert gateway.controller.ledger.open.tally("error_rate").mean == 1.0  # type: ignore[attr-defined]
+        await asyncio.wait_for(canary.left.wait(), 5)
+
+    go(tmp_path, work, silence_s=0.1)
 
 
 def test_a_head_that_is_too_long_is_refused(tmp_path: Path) -> None:

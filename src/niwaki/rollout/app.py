@@ -91,7 +91,7 @@ class _Addresses:
         keyed = self.gateway.guard.digests
         passed = [] if keyed else [one for one in request.headers.raw if one[0] == b"authorization"]
         try:
-            reply = await self.gateway.stable.models(passed, self.gateway.settings.bounds.silence_s)
+            reply = await self.gateway.stable.models(passed, self.gateway.settings.bounds.answer_s)
         except UpstreamError:
             return refusal(502, "the model does not answer")
         return Response(reply.first, reply.status, media_type="application/json")

@@ -91,7 +91,8 @@ class Gateway:
 
     async def _opened(self, server: Server, question: Question) -> Reply:
         bounds = self.settings.bounds
-        wait_s = bounds.canary_first_byte_s if server is self.canary else bounds.silence_s
+        first = server is self.canary and question.payload.get("stream") is True
+        wait_s = bounds.canary_first_byte_s if first else bounds.answer_s
         return await server.open(question.path, server.body(question.payload, question.body), question.headers, wait_s)
 
     def _passed_on(self, question: Question, reply: Reply, side: str) -> Response:

@@ -78,13 +78,18 @@ class Sampling(_Frozen):
 
 
 class Bounds(_Frozen):
-    """What a request may be, and how long its parts may take. A canary late with its first byte is answered for."""
+    """What a request may be, and how long its parts may take.
+
+    A canary late with the first byte of a stream is answered for by dense. An answer that is no stream comes whole, so
+    it has `answer_s` on either side; `silence_s` is the longest pause within a stream.
+    """
 
     body_bytes: int = Field(default=2_000_000, ge=1000)
     body_s: float = Field(default=15.0, gt=0)
     connect_s: float = Field(default=5.0, gt=0)
     canary_first_byte_s: float = Field(default=30.0, gt=0)
-    silence_s: float = Field(default=300.0, gt=0)
+    answer_s: float = Field(default=300.0, gt=0)
+    silence_s: float = Field(default=120.0, gt=0)
 
 
 class Settings(_Frozen):

@@ -48,6 +48,7 @@ class Reply:
     begun: float
     response: httpx.Response
     rest: AsyncIterator[bytes]
+    silence_s: float
 
     @property
     def good(self) -> bool:
@@ -55,13 +56,17 @@ class Reply:
         return 200 <= self.status < 300 and not (self.stream and failed_at_once(self.first))
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The bytes as they come. Raises UpstreamError when they break off."""
+        """The bytes as they come. Raises UpstreamError when they break off, or pause for too long."""
         yield self.first
-        try:
-            async for chunk in self.rest:
-                yield chunk
-        except httpx.HTTPError as error:
-            raise UpstreamError(_reason(error)) from error
+        while True:
+            try:
+                async with asyncio.timeout(self.silence_s):
+                    chunk = await anext(self.rest, b"")
+            except (httpx.HTTPError, TimeoutError) as error:
+                raise UpstreamError(_reason(error)) from error
+            if not chunk:
+                return
+            yield chunk
 
     async def close(self) -> None:
         """Lets the server know that nobody listens any more."""
@@ -79,12 +84,12 @@ class Server:
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        self.upstream, self.clock = upstream, clock
+        self.upstream, self.bounds, self.clock = upstream, bounds, clock
         self.key = _key(upstream)
         self.client = httpx.AsyncClient(
             base_url=upstream.url,
             transport=transport,
-            timeout=httpx.Timeout(bounds.silence_s, connect=bounds.connect_s, pool=None),
+            timeout=httpx.Timeout(None, connect=bounds.connect_s),
             # Servers close idle connections after 5 s; ours go first, so that none is closed while it is taken.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=2.0),
             trust_env=False,
@@ -126,7 +131,9 @@ class Server:
         if stream and not first:
             raise httpx.ReadError("an empty stream")
         headers = [(name, value) for name, value in response.headers.raw if name.lower() not in _OWN]
-        return Reply(response.status_code, headers, stream, first, asked, self.clock(), response, rest)
+        return Reply(
+            response.status_code, headers, stream, first, asked, self.clock(), response, rest, self.bounds.silence_s
+        )
 
     async def ask(self, path: str, payload: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """One small question of our own, answered with a JSON object. Raises UpstreamError."""
