@@ -77,6 +77,31 @@ def test_another_canary_is_another_roll_out(tmp_path: Path) -> None:
     second = begun(tmp_path, own, now=130.0)
     assert (second.state.id, second.state.step, second.state.status) == (2, 0, "running")
     assert identity_of(own) != first.state.identity
+    (folder / "predictor").unlink()
+    folder.rmdir()  # gone altogether
+    feed(second, failed=False)
+    second.tick(190.0)
+    assert second.state.status == "returned"
+    with pytest.raises(InputError, match="no folder"):
+        begun(tmp_path, own, now=200.0)
+
+
+def test_an_alarm_is_noted_once_and_asks_for_new_proof(tmp_path: Path) -> None:
+    controller = begun(tmp_path)
+    for interval in (1, 2):
+        feed(controller, failed=False)
+        if interval == 2:  # it would be widened now
+            controller.watch.alarms.append("the prompts changed")
+            controller.watch.since = 3
+        controller.tick(60.0 * interval)
+    assert controller.state.step == 0 and controller.verdict is not None
+    assert "top1_agreement is not yet certain" in controller.verdict.reason
+    for interval in (3, 4):
+        feed(controller, failed=False)
+        controller.tick(60.0 * interval)
+    assert controller.state.step == 1
+    actions = [one["action"] for one in controller.store.decisions(controller.state)]
+    assert actions.count("alarm") == 1 and actions[0] == "widen"
 
 
 def test_limits_do_not_change_under_way(tmp_path: Path) -> None:

@@ -4,6 +4,6 @@
 
 From below: `tally` and `signals` (what is counted), `sequential` (tests that may be looked at any time), `decision` (a
 pure function), `drift`; `settings`, `limits`, `routing`, `answers`; `upstream`, `scoring`; `store`, `ledger`,
-`controller` (state and its changes); `auditing`, `guard`, `gateway`, `app`, `dashboard`, `metrics`. `manifest` writes
-examples for clusters.
+`controller` (state and its changes); `auditing`, `background`, `guard`, `passing`, `gateway`, `metrics`, `dashboard`,
+`app`; `running` puts it together. `exporting` and `manifest` stand beside it.
 """

@@ -93,7 +93,7 @@ class Controller:
             log.error("%s", error)  # a broken canary has to be found all the same
         if seen is None or not self.active:
             return None
-        if self.files_of() != self.state.identity:
+        if not self._same_canary():
             reason = "the canary's files changed: a new canary is a new roll-out, begin it with `niwaki rollout run`"
             self._return(Change("return", "returned", self.state.step, reason), now)
             return None
@@ -101,6 +101,12 @@ class Controller:
         self._carry_out(verdict, seen, now)
         self.store.save(self.state, seen.intervals[-2:], seen.drift)
         return verdict
+
+    def _same_canary(self) -> bool:
+        try:
+            return self.files_of() == self.state.identity
+        except (InputError, OSError):  # the folder is gone, or is being replaced
+            return False
 
     def apply(self, verdict: Verdict | None, now: float) -> None:
         """Ends the open interval if it saw enough."""

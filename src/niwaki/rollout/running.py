@@ -1,6 +1,6 @@
 """Puts a gateway together from settings and runs it.
 
-run(settings, limits, Store.open("rollout.sqlite"), keys=(), host="127.0.0.1", port=8100)
+    run(settings, limits, Store.open("rollout.sqlite"), keys=(), host="127.0.0.1", port=8100)
 """
 
 import ipaddress
@@ -8,13 +8,24 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+import httpx
+import uvicorn
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from niwaki.errors import InputError
 from niwaki.rollout.answers import Template
+from niwaki.rollout.app import build
+from niwaki.rollout.auditing import Auditor
+from niwaki.rollout.controller import begin_or_resume
+from niwaki.rollout.gateway import Gateway
+from niwaki.rollout.guard import HEADER_BYTES, Guard
 from niwaki.rollout.settings import Settings
 from niwaki.rollout.store import Store
+from niwaki.rollout.upstream import Clock, Server
 
+Transport = httpx.AsyncBaseTransport | None
 TEMPLATE_CHARACTERS = 100_000
 
 
@@ -31,11 +42,6 @@ def run(
 ) -> None:
     """Runs the gateway until it is stopped. Raises InputError before anything is begun."""
     check_open(host, keys)
-    import uvicorn
-
-    from niwaki.rollout.app import build
-    from niwaki.rollout.guard import HEADER_BYTES
-
     gateway = assemble(settings, limits, store, keys=keys, now=time.time(), anew=anew)
     state = gateway.controller.state
     say(f"roll-out {state.id}, {state.status}: {gateway.controller.share:.0%} of requests to the canary")
@@ -63,21 +69,12 @@ def assemble(
     keys: Sequence[str] = (),
     now: float,
     anew: bool = False,
-    **parts: Any,
-) -> Any:
-    """A gateway whose roll-out is begun, or goes on. `parts`: `transports` of both sides and a `clock` (tests)."""
-    from niwaki.rollout.auditing import Auditor
-    from niwaki.rollout.controller import begin_or_resume
-    from niwaki.rollout.gateway import Gateway
-    from niwaki.rollout.guard import Guard
-    from niwaki.rollout.upstream import Server
-
-    clock = parts.get("clock", time.perf_counter)
-    transports = parts.get("transports", (None, None))
-    stable, canary = (
-        Server(upstream, settings.bounds, transport=transport, clock=clock)
-        for upstream, transport in zip((settings.stable, settings.canary), transports, strict=True)
-    )
+    transports: tuple[Transport, Transport] = (None, None),
+    clock: Clock = time.perf_counter,
+) -> Gateway:
+    """A gateway whose roll-out is begun, or goes on. Tests give `transports` of both sides and a `clock`."""
+    stable = Server(settings.stable, settings.bounds, transport=transports[0], clock=clock)
+    canary = Server(settings.canary, settings.bounds, transport=transports[1], clock=clock)
     template = None if settings.chat_template is None else read_template(settings.chat_template)
     controller = begin_or_resume(store, settings, limits, now, anew=anew)
     return Gateway(
@@ -116,9 +113,6 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
 
 def read_template(path: Path) -> Template:
     """A chat template of a model folder, rendered in a sandbox. Raises InputError for one that does not work."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     try:
         text = path.read_text(encoding="utf-8")
         if len(text) > TEMPLATE_CHARACTERS:
