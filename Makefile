@@ -46,7 +46,7 @@ $(VENV)/.browser: $(VENV)/.installed
 	touch $@
 
 test-browser: $(VENV)/.browser
-	$(RUN)/python -m pytest -m browser tests/reporting
+	$(RUN)/python -m pytest -m browser tests/reporting tests/rollout
 
 lint: $(VENV)/.installed
 	$(RUN)/ruff check src tests benchmarks docs

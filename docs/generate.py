@@ -173,9 +173,8 @@ def presets(_: str) -> str:
 
 def commands(_: str) -> str:
     """Every command with its arguments and options."""
-    group: Any = typer.main.get_command(app)
     parts = []
-    for name, command in sorted(group.commands.items()):
+    for name, command in sorted(_leaves(typer.main.get_command(app))):
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         words = [p.name.upper() + "..." * (p.nargs == -1) for p in arguments]
         usage = " ".join(w if p.required else f"[{w}]" for w, p in zip(words, arguments, strict=True))
@@ -186,8 +185,23 @@ def commands(_: str) -> str:
     return "\n".join(parts)
 
 
+def rollouts(_: str) -> str:
+    """How simulated roll-outs ended, from benchmarks/results/rollout-simulated.json."""
+    found = json.loads((RESULTS / "rollout-simulated.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            row["canary"],
+            ", ".join(f"{how} {count}" for how, count in sorted(row["ends"].items())),
+            f"{row['returned_within_two_intervals_frac']:.1%}",
+        ]
+        for row in found["rows"]
+    ]
+    return _table(["canary", "how they ended", "returned within two intervals of the change"], rows)
+
+
 KINDS = {
     "facts": facts,
+    "rollout": rollouts,
     "options": options,
     "numbers": numbers,
     "speed": speed,
@@ -198,6 +212,15 @@ KINDS = {
     "presets": presets,
     "commands": commands,
 }
+
+
+def _leaves(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command by its whole name, those of groups below theirs."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _leaves(command, f"{before}{name} ")
+        else:
+            yield before + name, command
 
 
 def render(text: str) -> str:

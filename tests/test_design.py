@@ -49,6 +49,7 @@ LAYERS = [
     ["compression"],
     ["evaluation", "generation"],
     ["recovery", "exporting", "gating", "adapting", "comparing", "reporting", "benching"],
+    ["rollout"],
     ["demo", "flags", "progress", "tables", "inspecting", "plan_tables", "bench_tables"],
     [
         "bench_commands",
@@ -57,6 +58,7 @@ LAYERS = [
         "evaluation_commands",
         "inspect_commands",
         "plan_commands",
+        "rollout_commands",
     ],
     ["cli"],
 ]

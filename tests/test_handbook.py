@@ -147,15 +147,18 @@ def commands_of(page: Path) -> list[str]:
 
 
 def test_every_command_line_exists() -> None:
-    group: Any = typer.main.get_command(app)
+    commands = dict(generator()._leaves(typer.main.get_command(app)))
     counted = 0
     for page in WRITTEN:
         for line in commands_of(page):
             words = line.split()
             if words[1].startswith("-"):
                 continue
-            assert words[1] in group.commands, f"{page.name}: {line}"
-            known = {name for option in group.commands[words[1]].params for name in option.opts} | {"--help"}
+            called = next((name for name in (" ".join(words[1:3]), words[1]) if name in commands), None)
+            if called is None and words[1:] == ["rollout"]:
+                continue  # the group itself
+            assert called is not None, f"{page.name}: {line}"
+            known = {name for option in commands[called].params for name in option.opts} | {"--help"}
             for word in words[2:]:
                 if word.startswith("--"):
                     assert word in known, f"{page.name}: {line}: {word}"

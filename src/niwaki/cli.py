@@ -15,6 +15,7 @@ from niwaki import (
     evaluation_commands,
     inspect_commands,
     plan_commands,
+    rollout_commands,
 )
 from niwaki.config import asks_for_bits
 from niwaki.errors import InputError, NiwakiError
@@ -260,6 +261,7 @@ app.command()(contextual_commands.adapt)
 app.command()(contextual_commands.calibrate_gate)
 app.command()(inspect_commands.inspect)
 app.command()(plan_commands.plan)
+app.add_typer(rollout_commands.app, name="rollout")
 
 
 def main() -> None:

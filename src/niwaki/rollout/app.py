@@ -1,0 +1,146 @@
+"""The addresses of the gateway: the two of the interface, models, the dashboard, health and metrics.
+
+`/health` and `/ready` are open to everybody and say nothing else; all others want a key if there are any. The dashboard
+and its data only read.
+
+    uvicorn.run(build(gateway))
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from niwaki.errors import NiwakiError
+from niwaki.rollout import dashboard
+from niwaki.rollout.answers import CHAT, COMPLETIONS
+from niwaki.rollout.gateway import Gateway
+from niwaki.rollout.guard import RefusedError, refusal
+from niwaki.rollout.metrics import exposition
+from niwaki.rollout.upstream import UpstreamError
+
+log = logging.getLogger("niwaki.rollout")
+TICK_S = 1.0
+SKIPPED_S = 0.5  # the most that the dashboard waits for the canary's own metrics
+Clock = Callable[[], float]
+
+
+def build(gateway: Gateway, *, tick_s: float | None = TICK_S, now: Clock = time.time) -> Starlette:
+    """The application. Without `tick_s` nothing decides by itself (tests)."""
+
+    @contextlib.asynccontextmanager
+    async def living(_: Starlette) -> AsyncIterator[None]:
+        ticking = None if tick_s is None else asyncio.create_task(_ticking(gateway, tick_s, now))
+        yield
+        if ticking is not None:
+            ticking.cancel()
+        await gateway.background.stop()
+        await gateway.stable.close()
+        await gateway.canary.close()
+
+    own = _Addresses(gateway, now)
+    routes = [
+        Route(COMPLETIONS, own.kept(own.completions), methods=["POST"]),
+        Route(CHAT, own.kept(own.chat), methods=["POST"]),
+        Route("/v1/models", own.kept(own.models)),
+        Route("/metrics", own.kept(own.metrics)),
+        Route("/rollout", own.kept(own.page)),
+        Route("/rollout/data", own.kept(own.data)),
+        Route("/rollout/{name}", own.kept(own.asset)),
+        Route("/health", own.health),
+        Route("/ready", own.ready),
+    ]
+    return Starlette(routes=routes, lifespan=living, exception_handlers={404: _nowhere, 405: _nowhere})
+
+
+@dataclass(frozen=True)
+class _Addresses:
+    """What answers at each address."""
+
+    gateway: Gateway
+    now: Clock
+
+    def kept(self, address: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """Only with a key, and every refusal in one form."""
+
+        async def guarded(request: Request) -> Response:
+            if not self.gateway.guard.allows(request.headers):
+                return refusal(401, "expected a key of this gateway")
+            try:
+                self.gateway.guard.check_head(request)
+                return await address(request)
+            except RefusedError as refused:
+                return refusal(refused.status, str(refused))
+
+        return guarded
+
+    async def completions(self, request: Request) -> Response:
+        return await self.gateway.answer(request, COMPLETIONS)
+
+    async def chat(self, request: Request) -> Response:
+        return await self.gateway.answer(request, CHAT)
+
+    async def models(self, request: Request) -> Response:
+        keyed = self.gateway.guard.digests
+        passed = [] if keyed else [one for one in request.headers.raw if one[0] == b"authorization"]
+        try:
+            reply = await self.gateway.stable.models(passed, self.gateway.settings.bounds.answer_s)
+        except UpstreamError:
+            return refusal(502, "the model does not answer")
+        return Response(reply.first, reply.status, media_type="application/json")
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(exposition(self.gateway.controller), media_type="text/plain; version=0.0.4")
+
+    async def page(self, _: Request) -> Response:
+        return Response(dashboard.page(), media_type="text/html", headers=dashboard.HEADERS)
+
+    async def asset(self, request: Request) -> Response:
+        found = dashboard.asset(request.path_params["name"])
+        if found is None:
+            return refusal(404, "no such file")
+        return Response(found.content, media_type=found.kind, headers={"Cache-Control": "private, max-age=86400"})
+
+    async def data(self, _: Request) -> Response:
+        gateway, keep_texts = self.gateway, self.gateway.settings.sampling.keep_texts
+        skipped = await gateway.canary.skipped_frac(SKIPPED_S) if gateway.controller.active else None
+        seen = dashboard.seen(gateway.controller)
+        view = await asyncio.to_thread(dashboard.view, seen, self.now(), keep_texts=keep_texts, skipped_frac=skipped)
+        return JSONResponse(view, headers={"Cache-Control": "no-store"})
+
+    async def health(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        try:
+            reply = await self.gateway.stable.models([], self.gateway.settings.bounds.connect_s)
+        except UpstreamError:
+            return JSONResponse({"status": "the dense model does not answer"}, 503)
+        up = reply.status < 500  # 401 is an answer, too: no key of a client comes with /ready
+        return JSONResponse({"status": "ok" if up else "the dense model is not ready"}, 200 if up else 503)
+
+
+async def _nowhere(_: Request, __: Exception) -> Response:
+    return refusal(404, f"expected POST to {COMPLETIONS} or {CHAT}, GET of /v1/models, /rollout or /metrics")
+
+
+async def _ticking(gateway: Gateway, tick_s: float, now: Clock) -> None:
+    """Decides in another thread, so that no answer waits for the disk or for arithmetic."""
+    controller = gateway.controller
+    while True:
+        await asyncio.sleep(tick_s)
+        try:
+            at = now()
+            verdict = await asyncio.to_thread(controller.judged, controller.snapshot(at), at)
+            controller.apply(verdict, at)
+        except NiwakiError as error:
+            log.error("%s", error)
+        except Exception:
+            log.exception("the roll-out could not decide")

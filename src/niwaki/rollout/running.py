@@ -1,0 +1,128 @@
+"""Puts a gateway together from settings and runs it.
+
+    run(settings, limits, Store.open("rollout.sqlite"), keys=(), host="127.0.0.1", port=8100)
+"""
+
+import ipaddress
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import httpx
+import uvicorn
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from niwaki.errors import InputError
+from niwaki.rollout.answers import Template
+from niwaki.rollout.app import build
+from niwaki.rollout.auditing import Auditor
+from niwaki.rollout.controller import begin_or_resume
+from niwaki.rollout.gateway import Gateway
+from niwaki.rollout.guard import HEADER_BYTES, Guard
+from niwaki.rollout.settings import Settings
+from niwaki.rollout.store import Store
+from niwaki.rollout.upstream import Clock, Server
+
+Transport = httpx.AsyncBaseTransport | None
+TEMPLATE_CHARACTERS = 100_000
+
+
+def run(
+    settings: Settings,
+    limits: Mapping[str, float],
+    store: Store,
+    *,
+    keys: Sequence[str] = (),
+    host: str = "127.0.0.1",
+    port: int = 8100,
+    anew: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Runs the gateway until it is stopped. Raises InputError before anything is begun."""
+    check_open(host, keys)
+    gateway = assemble(settings, limits, store, keys=keys, now=time.time(), anew=anew)
+    state = gateway.controller.state
+    say(f"roll-out {state.id}, {state.status}: {gateway.controller.share:.0%} of requests to the canary")
+    say(f"gateway: http://{host}:{port}/v1   dashboard: http://{host}:{port}/rollout")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log addresses of every request
+    uvicorn.run(
+        build(gateway),
+        host=host,
+        port=port,
+        http="h11",
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=90,
+    )
+
+
+def assemble(
+    settings: Settings,
+    limits: Mapping[str, float],
+    store: Store,
+    *,
+    keys: Sequence[str] = (),
+    now: float,
+    anew: bool = False,
+    transports: tuple[Transport, Transport] = (None, None),
+    clock: Clock = time.perf_counter,
+) -> Gateway:
+    """A gateway whose roll-out is begun, or goes on. Tests give `transports` of both sides and a `clock`."""
+    stable = Server(settings.stable, settings.bounds, transport=transports[0], clock=clock)
+    canary = Server(settings.canary, settings.bounds, transport=transports[1], clock=clock)
+    template = None if settings.chat_template is None else read_template(settings.chat_template)
+    controller = begin_or_resume(store, settings, limits, now, anew=anew)
+    return Gateway(
+        settings=settings,
+        controller=controller,
+        stable=stable,
+        canary=canary,
+        guard=Guard(keys, settings.bounds),
+        auditor=Auditor(stable, canary, store, settings.sampling.keep_texts),
+        template=template,
+    )
+
+
+def check_open(host: str, keys: Sequence[str]) -> None:
+    """Raises InputError where everybody in a network could ask, and read the dashboard, without a key."""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not local and not keys:
+        raise InputError(f"{host} is open to others: give keys with --api-key-file FILE, or stay on 127.0.0.1")
+
+
+def read_keys(path: Path | None) -> tuple[str, ...]:
+    """The keys of a file, one a line. Raises InputError for a file without any."""
+    if path is None:
+        return ()
+    try:
+        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the keys in {path}: {getattr(error, 'strerror', None) or 'not text'}") from error
+    if not keys:
+        raise InputError(f"{path} holds no key: one a line")
+    return keys
+
+
+def read_template(path: Path) -> Template:
+    """A chat template of a model folder, rendered in a sandbox. Raises InputError for one that does not work."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if len(text) > TEMPLATE_CHARACTERS:
+            raise InputError(f"{path}: expected a template of at most {TEMPLATE_CHARACTERS} characters")
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(text)
+
+        def render(messages: list[dict[str, str]]) -> str:
+            return template.render(messages=messages, add_generation_prompt=True, bos_token="", eos_token="")
+
+        render([{"role": "user", "content": "?"}])
+    except (OSError, UnicodeDecodeError, TemplateError) as error:
+        raise InputError(f"cannot use the chat template {path}: {str(error).splitlines()[0]}") from error
+    return render

@@ -1,0 +1,141 @@
+"""What a roll-out is told: two upstreams, who stays on dense, how much is copied and audited, limits of requests.
+
+Flags of `niwaki rollout run` and a YAML file of the same fields make one `Settings`; flags win. Keys never stand in it:
+a field names the environment variable that holds one.
+
+    settings_from({"stable": {"url": "http://127.0.0.1:8001"}, "canary": {"url": "http://127.0.0.1:8002"}})
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from niwaki.errors import InputError
+from niwaki.rollout.decision import Policy
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Upstream(_Frozen):
+    """An OpenAI-compatible server. `url` is what stands before /v1; `model` replaces the name that clients ask for.
+
+    `key_env`: the environment variable with its key. `files`: the folder it serves, watched for changes.
+    """
+
+    url: str
+    model: str | None = None
+    key_env: str | None = None
+    files: Path | None = None
+
+    @field_validator("url")
+    @classmethod
+    def _plain(cls, url: str) -> str:
+        if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url):
+            raise ValueError("expected an address such as http://127.0.0.1:8001")
+        return url.rstrip("/").removesuffix("/v1")
+
+
+class Important(_Frozen):
+    """Requests that stay on dense: all conditions that are given have to hold. `header` is `name: pattern`."""
+
+    header: str | None = None
+    model: str | None = None
+    prompt: str | None = None
+    min_characters: int | None = Field(default=None, ge=1)
+
+    @field_validator("header", "model", "prompt")
+    @classmethod
+    def _pattern(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"expected a regular expression: {error}") from error
+        return pattern
+
+    @model_validator(mode="after")
+    def _something(self) -> "Important":
+        if all(value is None for value in self.model_dump().values()):
+            raise ValueError("expected header, model, prompt or min_characters")
+        if self.header is not None and not re.match(r"[\w-]+:", self.header):
+            raise ValueError("expected a header as `name: pattern`")
+        return self
+
+
+class Sampling(_Frozen):
+    """Which share of requests is copied to the canary or audited, and how much of that may run at a time."""
+
+    shadow_frac: float = Field(default=0.0, ge=0, le=1)
+    audit_frac: float = Field(default=0.1, ge=0, le=1)
+    most_shadows: int = Field(default=4, ge=1)
+    most_audits: int = Field(default=2, ge=1)
+    keep_texts: bool = False
+
+
+class Bounds(_Frozen):
+    """What a request may be, and how long its parts may take.
+
+    A canary late with the first byte of a stream is answered for by dense. An answer that is no stream comes whole, so
+    it has `answer_s` on either side; `silence_s` is the longest pause within a stream.
+    """
+
+    body_bytes: int = Field(default=2_000_000, ge=1000)
+    body_s: float = Field(default=15.0, gt=0)
+    connect_s: float = Field(default=5.0, gt=0)
+    canary_first_byte_s: float = Field(default=30.0, gt=0)
+    answer_s: float = Field(default=300.0, gt=0)
+    silence_s: float = Field(default=120.0, gt=0)
+
+
+class Settings(_Frozen):
+    """Everything but limits. `key_header`: requests with the same value stay on the same side."""
+
+    stable: Upstream
+    canary: Upstream
+    policy: Policy = Policy()
+    important: tuple[Important, ...] = ()
+    sampling: Sampling = Sampling()
+    bounds: Bounds = Bounds()
+    key_header: str = "x-user"
+    chat_template: Path | None = None
+
+
+def settings_from(values: Mapping[str, Any], path: Path | None = None) -> Settings:
+    """The settings of a YAML file with `values` over them, part by part. Raises InputError for what does not fit."""
+    whole = _merged({} if path is None else _read(path), values)
+    for side in ("stable", "canary"):
+        if not (whole.get(side) or {}).get("url"):
+            raise InputError(f"no address of the {side} server: give --{side} http://HOST:PORT")
+    try:
+        return Settings(**whole)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"roll-out settings: {where}: {first['msg']} (got {first['input']!r})") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the roll-out settings {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected settings, such as stable, canary, policy (docs/rollout.md)")
+    return content
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(below)
+    for name, value in above.items():
+        if isinstance(value, Mapping) and isinstance(found.get(name), Mapping):
+            found[name] = _merged(found[name], value)
+        elif value is not None:
+            found[name] = value
+    return found
