@@ -50,8 +50,15 @@ LAYERS = [
     ["compression"],
     ["evaluation", "generation"],
     ["recovery", "exporting", "gating", "adapting", "comparing", "reporting"],
-    ["demo", "progress", "tables", "inspecting", "plan_tables"],
-    ["comparing_commands", "contextual_commands", "evaluation_commands", "inspect_commands", "plan_commands"],
+    ["demo", "progress", "tables", "inspecting", "plan_tables", "serving"],
+    [
+        "comparing_commands",
+        "contextual_commands",
+        "evaluation_commands",
+        "inspect_commands",
+        "plan_commands",
+        "serving_commands",
+    ],
     ["cli"],
 ]
 LAYER_OF = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}

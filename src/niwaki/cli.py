@@ -14,6 +14,7 @@ from niwaki import (
     evaluation_commands,
     inspect_commands,
     plan_commands,
+    serving_commands,
 )
 from niwaki.errors import InputError, NiwakiError
 from niwaki.flags import given, recipe_values
@@ -250,6 +251,7 @@ app.command()(contextual_commands.adapt)
 app.command()(contextual_commands.calibrate_gate)
 app.command()(inspect_commands.inspect)
 app.command()(plan_commands.plan)
+app.command()(serving_commands.serve)
 
 
 def main() -> None:
