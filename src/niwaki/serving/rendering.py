@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import IO, Any
 
+from niwaki.errors import InputError
 from niwaki.serving.refusals import INTERNAL, Refused
 
 CPU_S = 0.1
@@ -36,8 +37,10 @@ class Renderer:
         self._given = {"template": template, "names": names}
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        with self._lock:
+        try:
             self._start()
+        except Refused as error:
+            raise InputError(f"{error.message}: is the model's chat template sound?") from error
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
         """The prompt. Raises Refused for dialogues that the template refuses, and when a limit is met."""
