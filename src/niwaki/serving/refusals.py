@@ -34,6 +34,8 @@ class Refused(Exception):
     def headers(self) -> dict[str, str]:
         """What goes with it: when to try again, how to name a key."""
         found = {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
+        if self.status in (408, 413):  # the rest of the body is not waited for
+            found["Connection"] = "close"
         return found | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 

@@ -23,7 +23,7 @@ from niwaki.errors import InputError
 from niwaki.serving.refusals import INTERNAL, Refused
 
 CPU_S = 0.1
-COMPILE_S = 2.0  # once, before the first dialogue
+COMPILE_S = 1.0  # once, before the first dialogue
 WALL_S = 10.0  # a busy machine may take that long for 0.1 s
 START_S = 60.0
 MEMORY_BYTES = 2**30
