@@ -103,7 +103,9 @@ def test_a_given_text_is_scored(tiny: Running) -> None:
     for place, token in enumerate(ids[1:]):
         assert found.token_logprobs[place + 1] == pytest.approx(float(wanted_TV[place, token]), abs=1e-4)
         best = wanted_TV[place].topk(2)
-        wanted = {names.of(token)[0]: value for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
+        wanted = {
+            names.of(token)[0]: value for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        }
         assert found.top_logprobs[place + 1] == pytest.approx(wanted, abs=1e-4)
     assert [text[at] for at in found.text_offset[:2]] == ["H", "e"]
     assert found.text_offset == sorted(found.text_offset)

@@ -16,7 +16,7 @@ from niwaki.runtime.contextual import attach
 from niwaki.serving.engine import MOST_FAILURES, Engine, Limits
 from niwaki.serving.jobs import Event, Failed, Finished, Job, Read, Started, Wrote
 from niwaki.serving.metrics import Metrics
-from niwaki.serving.refusals import Refused
+from niwaki.serving.refusals import RefusalError
 from niwaki.serving.sampling import Sampling
 from serving_helpers import until
 
@@ -143,7 +143,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(engine: Engine) -> None
     for one in asked:
         engine.submit(one.job)
         until(lambda: engine.running == 1)  # the first is being read, the others wait
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RefusalError) as refused:
         engine.submit(Asked().job)
     assert refused.value.status == 429 and 1 <= (refused.value.retry_s or 0) <= 60
     assert engine.queued == 2
@@ -209,7 +209,7 @@ def test_after_failures_in_a_row_the_engine_stops_and_says_so(engine: Engine) ->
         engine.submit(asked.job)
         assert isinstance(asked.wait()[-1], Failed)
     until(lambda: not engine.healthy)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RefusalError) as refused:
         engine.submit(Asked().job)
     assert refused.value.status == 503
 
@@ -221,7 +221,7 @@ def test_draining_answers_what_is_there_and_takes_nothing_new(engine: Engine) ->
     engine.submit(running.job)
     engine.submit(waiting.job)
     engine.drain()
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RefusalError) as refused:
         engine.submit(Asked().job)
     assert refused.value.status == 503
     held.free()

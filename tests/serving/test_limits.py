@@ -59,6 +59,10 @@ def counted(served: Running, before: dict[str, float], **more: float) -> None:
     until(lambda: outcomes(served) == wanted)
 
 
+def slots(served: Running) -> tuple[int, int]:
+    return served.service.engine.running, served.service.engine.queued
+
+
 def free(served: Running) -> None:
     until(lambda: served.service.engine.idle)
 
@@ -170,7 +174,9 @@ def test_headers_that_never_end_and_bodies_that_never_come(slow: Running, monkey
     while not hasattr(guard, "body_s"):
         guard = guard.app
     monkeypatch.setattr(guard, "body_s", 0.3)
-    half = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    half = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    )
     assert raw(slow, half.encode() + b"Content-Length: 90\r\n\r\n{").startswith(b"HTTP/1.1 408 ")
 
 
@@ -211,8 +217,7 @@ def test_hanging_up_without_a_stream_and_in_the_queue(slow: Running) -> None:
         busy = Busy(slow, busy_count)
         with pytest.raises(openai.APITimeoutError):
             slow.client(KEY, timeout=0.3).completions.create(**LONG)
-        engine = slow.service.engine
-        until(lambda count=busy_count: (engine.running, engine.queued) == (count, 0), seconds=1)  # type: ignore[misc]
+        until(lambda count=busy_count: slots(slow) == (count, 0), seconds=1)  # type: ignore[misc]
         busy.close()
         free(slow)
     counted(slow, before, cancelled=4)
@@ -249,7 +254,7 @@ def test_times_in_the_queue_to_the_first_token_and_in_all(slow: Running) -> None
 def test_a_stream_that_takes_too_long_ends_with_an_error(slow: Running) -> None:
     free(slow)
     before = outcomes(slow)
-    with within(slow, total_s=0.8), pytest.raises(openai.APIError, match="the answer took longer than 0.8 s"):
+    with within(slow, total_s=0.8), pytest.raises(openai.APIError, match=r"the answer took longer than 0\.8 s"):
         list(slow.client(KEY).completions.create(**LONG, stream=True))
     counted(slow, before, timeout=1)
 

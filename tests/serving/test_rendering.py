@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from niwaki.errors import InputError
-from niwaki.serving.refusals import Refused
+from niwaki.serving.refusals import RefusalError
 from niwaki.serving.rendering import MOST_CHARACTERS, Renderer
 from serving_helpers import TEMPLATE
 
@@ -51,7 +51,7 @@ def test_a_dialogue_becomes_a_prompt(bombs: Renderer) -> None:
     ],
 )
 def test_what_a_template_may_not(bombs: Renderer, told: str, message: str) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RefusalError) as refused:
         bombs.render(asked(told))
     assert refused.value.status == 400 and message in refused.value.message
     assert bombs.render(asked("x")) == "<s><|user|>x\n<|assistant|>", "the next dialogue is rendered as ever"

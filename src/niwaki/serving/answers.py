@@ -1,7 +1,7 @@
 """From the events of a job to an answer, whole or as a stream, for chats and for texts.
 
-    answer = ChatAnswer(names, "small", logprobs=2)
-    reply = answer.whole("Hello", scored, "stop", Usage.of(5, 1))
+answer = ChatAnswer(names, "small", logprobs=2)
+reply = answer.whole("Hello", scored, "stop", Usage.of(5, 1))
 """
 
 import time

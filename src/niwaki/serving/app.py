@@ -1,6 +1,6 @@
 """The routes: requests in, answers out. What a request may be is in `shapes`, what it becomes in `prompts`.
 
-    application = create_app(Service(engine, prompts, names, metrics, name="small"))
+application = create_app(Service(engine, prompts, names, metrics, name="small"))
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from niwaki.serving.inbox import Inbox, Timeouts
 from niwaki.serving.jobs import Job
 from niwaki.serving.metrics import CONTENT_TYPE, Metrics
 from niwaki.serving.prompts import Prompts
-from niwaki.serving.refusals import INTERNAL, Refused
+from niwaki.serving.refusals import INTERNAL, RefusalError
 from niwaki.serving.sampling import Sampling
 from niwaki.serving.shapes import ChatRequest, Common, CompletionRequest
 from niwaki.serving.text import Names
@@ -106,25 +106,25 @@ def create_app(service: Service) -> FastAPI:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
-    @app.exception_handler(Refused)
-    async def refused(_request: Request, error: Refused) -> Response:
+    @app.exception_handler(RefusalError)
+    async def refused(_request: Request, error: RefusalError) -> Response:
         return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(HTTPException)
     async def not_found(_request: Request, error: HTTPException) -> Response:
-        found = Refused(error.status_code, f"{error.detail}: this server answers under /v1")
+        found = RefusalError(error.status_code, f"{error.detail}: this server answers under /v1")
         return JSONResponse(found.body, found.status, error.headers)
 
     @app.exception_handler(Exception)
     async def failed(_request: Request, _error: Exception) -> Response:
-        found = Refused(500, "the server failed on this request", kind=INTERNAL)
+        found = RefusalError(500, "the server failed on this request", kind=INTERNAL)
         return JSONResponse(found.body, found.status)
 
     return app
 
 
 async def _parsed(request: Request, kind: type[Asked]) -> Asked:
-    """The body as a request of a kind. Raises Refused with the first thing that is wrong."""
+    """The body as a request of a kind. Raises RefusalError with the first thing that is wrong."""
     body = await request.body()
     try:
         return kind.model_validate_json(body)
@@ -132,12 +132,14 @@ async def _parsed(request: Request, kind: type[Asked]) -> Asked:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"])[:200]
         said = str(first["msg"]).removeprefix("Value error, ")[:300]
-        raise Refused(400, f"{place}: {said}" if place else said, param=place or None) from None
+        raise RefusalError(400, f"{place}: {said}" if place else said, param=place or None) from None
 
 
 def _check_name(service: Service, name: str) -> None:
     if name != service.name:
-        raise Refused(404, f"no model {name[:100]!r} here, only {service.name!r}", param="model", code="model_not_found")
+        raise RefusalError(
+            404, f"no model {name[:100]!r} here, only {service.name!r}", param="model", code="model_not_found"
+        )
 
 
 async def _apart(service: Service, work: Callable[[], Any]) -> Any:
@@ -158,7 +160,9 @@ async def _answered(
     score_prompt = isinstance(asked, CompletionRequest) and bool(asked.echo) and logprobs is not None
     most = service.prompts.checked(ids, wanted)
     if most == 0 and not score_prompt:
-        raise Refused(400, "max_tokens 0 writes nothing: it belongs to echo=true with logprobs", param="max_tokens")
+        raise RefusalError(
+            400, "max_tokens 0 writes nothing: it belongs to echo=true with logprobs", param="max_tokens"
+        )
     temperature, top_p = (1.0 if value is None else value for value in (asked.temperature, asked.top_p))
     inbox = Inbox(service.timeouts)
     job = Job(

@@ -1,9 +1,9 @@
 """Sequences that write one token each per step, joining and leaving whenever they like.
 
-`Together`: one cache for all, padded on the left where a sequence is shorter than the longest, with a mask and positions
-that say so; a step is one forward, so the weights are read once for all. `Apart`: a cache each, one after another, for
-models whose sequences cannot share a forward: contextual ones, where each runs the units that its own prompt chose, and
-caches that are more than keys and values. Both read a prompt in pieces into a cache of its own first.
+`Together`: one cache for all, padded on the left where a sequence is shorter than the longest, with a mask and
+positions that say so; a step is one forward, so the weights are read once for all. `Apart`: a cache each, one after
+another, for models whose sequences cannot share a forward: contextual ones, where each runs the units that its own
+prompt chose, and caches that are more than keys and values. Both read a prompt in pieces into a cache of its own first.
 
 In float32 a sequence gets the same logits in a batch as alone but for rounding.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from niwaki.serving.batch import Batch, Place, batch_for
 from niwaki.serving.jobs import Failed, Finished, Job, Read, Started, Wrote
 from niwaki.serving.metrics import Metrics
-from niwaki.serving.refusals import OVERLOADED, Refused, draining
+from niwaki.serving.refusals import OVERLOADED, RefusalError, draining
 from niwaki.serving.sampling import Scored, pick, score, score_all
 from niwaki.serving.text import Spoken
 
@@ -107,16 +107,18 @@ class Engine:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Puts a job into the queue. Raises Refused when it is full, or the engine is draining or dead."""
+        """Puts a job into the queue. Raises RefusalError when it is full, or the engine is draining or dead."""
         with self._changed:
             if self.draining:
                 raise draining()
             if not self.healthy:
-                raise Refused(503, "the engine stopped: the server is about to restart", kind=OVERLOADED, retry_s=5)
+                raise RefusalError(
+                    503, "the engine stopped: the server is about to restart", kind=OVERLOADED, retry_s=5
+                )
             if len(self._waiting) >= self.limits.queue:
                 wait_s = math.ceil(self._seconds_each * len(self._waiting) / self.limits.slots)
                 told = f"{len(self._waiting)} requests wait already: try again later"
-                raise Refused(429, told, kind=OVERLOADED, code="queue_full", retry_s=min(max(wait_s, 1), 60))
+                raise RefusalError(429, told, kind=OVERLOADED, code="queue_full", retry_s=min(max(wait_s, 1), 60))
             self._waiting.append(job)
             self._changed.notify()
 
@@ -301,5 +303,3 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     ends = getattr(generation, "eos_token_id", None)
     found = [tokenizer.eos_token_id] if ends is None else ends if isinstance(ends, list) else [ends]
     return frozenset(int(end) for end in found)
-
-

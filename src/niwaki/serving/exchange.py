@@ -19,7 +19,7 @@ from niwaki.serving.engine import Engine
 from niwaki.serving.inbox import Inbox
 from niwaki.serving.jobs import Event, Finished, Job, Read, Started, Wrote
 from niwaki.serving.limits import OUTCOME_OF
-from niwaki.serving.refusals import Refused
+from niwaki.serving.refusals import RefusalError
 from niwaki.serving.replies import Reply, Usage
 from niwaki.serving.sampling import Scored
 
@@ -29,7 +29,7 @@ log = logging.getLogger("niwaki.serving")
 T = TypeVar("T")
 
 
-class Gone(Exception):
+class GoneError(Exception):
     """The client hung up."""
 
 
@@ -44,7 +44,7 @@ class Exchange:
         """The answer when it is complete."""
         try:
             reply = await self._unless_gone(self._collected())
-        except Gone:
+        except GoneError:
             return self._left()
         finally:
             self.engine.cancel(self.job)
@@ -52,11 +52,11 @@ class Exchange:
         return Response(reply.model_dump_json(), media_type="application/json")
 
     async def stream(self, *, usage: bool) -> Response:
-        """The answer as server-sent events. Raises Refused if it ends before its first token."""
+        """The answer as server-sent events. Raises RefusalError if it ends before its first token."""
         events = self.inbox.events()
         try:
             first = await self._unless_gone(_first(events))
-        except Gone:
+        except GoneError:
             self.engine.cancel(self.job)
             return self._left()
         except BaseException:
@@ -65,7 +65,9 @@ class Exchange:
         return _Stream(self, self._lines(first, events, usage))
 
     async def _collected(self) -> Reply:
-        text, scored, reason = [], [], ""
+        text: list[str] = []
+        scored: list[Scored] = []
+        reason = ""
         async for event in self.inbox.events():
             if isinstance(event, Read):
                 scored += event.scored
@@ -91,7 +93,7 @@ class Exchange:
                 yield _line(self.answer.counts(self._usage()))
             outcome = "answered"
             yield DONE
-        except Refused as refused:
+        except RefusalError as refused:
             outcome = OUTCOME_OF.get(refused.status, "failed")
             yield b"data: " + json.dumps(refused.body).encode() + b"\n\n"
         finally:
@@ -103,7 +105,7 @@ class Exchange:
         try:
             await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
-                raise Gone
+                raise GoneError
             return working.result()
         finally:
             working.cancel()

@@ -1,9 +1,9 @@
 """The events of one job on the side of the network, each within its time.
 
-    inbox = Inbox(Timeouts())
-    engine.submit(Job(..., emit=inbox.put))
-    async for event in inbox.events():
-        ...
+inbox = Inbox(Timeouts())
+engine.submit(Job(..., emit=inbox.put))
+async for event in inbox.events():
+    ...
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from niwaki.serving.jobs import Event, Failed, Finished, Started
-from niwaki.serving.refusals import INTERNAL, OVERLOADED, Refused, too_late
+from niwaki.serving.refusals import INTERNAL, OVERLOADED, RefusalError, too_late
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Inbox:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def events(self) -> AsyncIterator[Event]:
-        """All events up to the last. Raises Refused when one comes too late, or for a job that failed."""
+        """All events up to the last. Raises RefusalError when one comes too late, or for a job that failed."""
         given, end = self.timeouts, self._began + self.timeouts.total_s
         until = min(self._began + given.queue_s, end)
-        late = Refused(503, f"no slot was free within {given.queue_s:g} s", kind=OVERLOADED, retry_s=5)
+        late = RefusalError(503, f"no slot was free within {given.queue_s:g} s", kind=OVERLOADED, retry_s=5)
         while True:
             try:
                 async with asyncio.timeout_at(until):
@@ -50,7 +50,7 @@ class Inbox:
             except TimeoutError:
                 raise (late if until < end else too_late("the answer", given.total_s)) from None
             if isinstance(event, Failed):
-                raise Refused(500, event.message, kind=INTERNAL)
+                raise RefusalError(500, event.message, kind=INTERNAL)
             yield event
             if isinstance(event, Finished):
                 return

@@ -1,7 +1,7 @@
 """What the engine is given, and what it tells on the way.
 
-    job = Job(ids, Sampling(seed=1), most_tokens=64, emit=events.put)
-    engine.submit(job)
+job = Job(ids, Sampling(seed=1), most_tokens=64, emit=events.put)
+engine.submit(job)
 """
 
 import time

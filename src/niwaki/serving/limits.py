@@ -18,7 +18,7 @@ from typing import Any
 
 from niwaki.errors import InputError
 from niwaki.serving.metrics import Metrics
-from niwaki.serving.refusals import Refused
+from niwaki.serving.refusals import RefusalError
 
 HEADER_BYTES = 16 * 2**10
 BODY_BYTES = 2 * 2**20
@@ -88,7 +88,7 @@ class Guard:
         try:
             self._check(scope)
             await self.application(scope, _Counted(receive, self.body_s), told)
-        except Refused as refused:
+        except RefusalError as refused:
             await refuse(refused, told)
         finally:
             if route is not None:
@@ -98,19 +98,21 @@ class Guard:
     def _check(self, scope: Any) -> None:
         headers = dict(scope["headers"])
         if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
-            raise Refused(431, f"the headers take more than {HEADER_BYTES} bytes")
+            raise RefusalError(431, f"the headers take more than {HEADER_BYTES} bytes")
         if self.keys and scope["path"] not in OPEN and not self.keys.accept(headers.get(b"authorization", b"")):
-            raise Refused(401, "no valid API key: send the header Authorization: Bearer KEY", code="invalid_api_key")
+            raise RefusalError(
+                401, "no valid API key: send the header Authorization: Bearer KEY", code="invalid_api_key"
+            )
         if scope["method"] != "POST":
             return
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > BODY_BYTES:
             raise _too_large()
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-            raise Refused(415, "compressed bodies are not read: send the JSON as it is")
+            raise RefusalError(415, "compressed bodies are not read: send the JSON as it is")
         # A browser sends this type to another site only after asking, which is not answered.
         if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
-            raise Refused(415, "expected a body with content-type application/json")
+            raise RefusalError(415, "expected a body with content-type application/json")
 
 
 class _Counted:
@@ -126,7 +128,7 @@ class _Counted:
         try:
             message = await asyncio.wait_for(self.receive(), max(self.until - time.monotonic(), 0))
         except TimeoutError:
-            raise Refused(408, "the body did not arrive in time") from None
+            raise RefusalError(408, "the body did not arrive in time") from None
         self.seen += len(message.get("body", b""))
         if self.seen > BODY_BYTES:
             raise _too_large()
@@ -134,8 +136,8 @@ class _Counted:
         return message
 
 
-def _too_large() -> Refused:
-    return Refused(413, f"the body takes more than {BODY_BYTES} bytes")
+def _too_large() -> RefusalError:
+    return RefusalError(413, f"the body takes more than {BODY_BYTES} bytes")
 
 
 def _outcome(status: int) -> str:
@@ -145,7 +147,7 @@ def _outcome(status: int) -> str:
     return OUTCOME_OF.get(status, "invalid" if status >= 400 else "answered")
 
 
-async def refuse(refused: Refused, send: Any) -> None:
+async def refuse(refused: RefusalError, send: Any) -> None:
     """Sends a refusal."""
     body = json.dumps(refused.body).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body))} | refused.headers

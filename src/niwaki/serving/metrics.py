@@ -1,8 +1,8 @@
 """What Prometheus is told. Labels come from fixed sets, so that no client can make more series.
 
-    metrics = Metrics()
-    metrics.answered("chat", "answered", 1.2)
-    body = metrics.text()
+metrics = Metrics()
+metrics.answered("chat", "answered", 1.2)
+body = metrics.text()
 """
 
 from collections.abc import Callable
@@ -24,36 +24,44 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        where = {"registry": self.registry}
         self._requests = Counter(
-            "niwaki_requests_total", "Requests to the two routes that write, by outcome.", ["route", "outcome"], **where
+            "niwaki_requests_total",
+            "Requests to the two routes that write, by outcome.",
+            ["route", "outcome"],
+            registry=self.registry,
         )
         self._seconds = Histogram(
             "niwaki_request_seconds", "From the first byte of a request to the last of its answer.", ["route"],
-            buckets=SECONDS, **where,
+            buckets=SECONDS, registry=self.registry,
         )  # fmt: skip
-        self.prompt_tokens = Counter("niwaki_prompt_tokens_total", "Tokens of prompts that were read.", **where)
-        self.written_tokens = Counter("niwaki_written_tokens_total", "Tokens of answers.", **where)
-        self.steps = Counter("niwaki_steps_total", "Steps that wrote a token for every running sequence.", **where)
+        self.prompt_tokens = Counter(
+            "niwaki_prompt_tokens_total", "Tokens of prompts that were read.", registry=self.registry
+        )
+        self.written_tokens = Counter("niwaki_written_tokens_total", "Tokens of answers.", registry=self.registry)
+        self.steps = Counter(
+            "niwaki_steps_total", "Steps that wrote a token for every running sequence.", registry=self.registry
+        )
         self.first_token = Histogram(
             "niwaki_first_token_seconds", "From a request's place in the queue to its first token.", buckets=SECONDS,
-            **where,
+            registry=self.registry,
         )  # fmt: skip
         self.token = Histogram(
-            "niwaki_token_seconds", "Between two tokens of one answer.", buckets=TOKEN_SECONDS, **where
+            "niwaki_token_seconds", "Between two tokens of one answer.", buckets=TOKEN_SECONDS, registry=self.registry
         )
-        self.queue_seconds = Histogram("niwaki_queue_seconds", "Time in the queue.", buckets=SECONDS, **where)
+        self.queue_seconds = Histogram(
+            "niwaki_queue_seconds", "Time in the queue.", buckets=SECONDS, registry=self.registry
+        )
         self._skipped = Histogram(
             "niwaki_skipped_frac", "Share of the weights that was skipped, by answer of a contextual model.",
-            buckets=SHARES, **where,
+            buckets=SHARES, registry=self.registry,
         )  # fmt: skip
         self._contextual_tokens = Counter(
             "niwaki_contextual_tokens_total", "Tokens of answers of a contextual model, by what wrote them.",
-            ["weights"], **where,
+            ["weights"], registry=self.registry,
         )  # fmt: skip
         self._decisions = Counter(
             "niwaki_gate_decisions_total", "How a contextual model answered: with a part of its weights, or why not.",
-            ["decision"], **where,
+            ["decision"], registry=self.registry,
         )  # fmt: skip
         self._fill()
 

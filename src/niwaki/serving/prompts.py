@@ -1,14 +1,14 @@
 """From a request to the tokens that the model reads, or to a refusal that says what is wrong.
 
-    prompts = Prompts(tokenizer, vocabulary=32000, context=2048)
-    ids = prompts.of_chat(messages)
+prompts = Prompts(tokenizer, vocabulary=32000, context=2048)
+ids = prompts.of_chat(messages)
 """
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from niwaki.serving.refusals import Refused
+from niwaki.serving.refusals import RefusalError
 from niwaki.serving.rendering import Renderer
 from niwaki.serving.shapes import Message
 
@@ -28,7 +28,7 @@ class Prompts:
             return [int(token) for token in self.tokenizer(prompt)["input_ids"]]
         wrong = next((token for token in prompt if not 0 <= token < self.vocabulary), None)
         if wrong is not None:
-            raise Refused(400, f"token ids lie within 0 and {self.vocabulary - 1}, got {wrong}", param="prompt")
+            raise RefusalError(400, f"token ids lie within 0 and {self.vocabulary - 1}, got {wrong}", param="prompt")
         return list(prompt)
 
     def text_of(self, ids: Sequence[int]) -> str:
@@ -40,7 +40,7 @@ class Prompts:
         from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
         if self.renderer is None:
-            raise Refused(400, "this model has no chat template: use /v1/completions", code="no_chat_template")
+            raise RefusalError(400, "this model has no chat template: use /v1/completions", code="no_chat_template")
         marked = mark_control_tokens([message.plain for message in messages], _control_tokens(self.tokenizer))
         text = self.renderer.render(marked)
         return [int(token) for token in encode_marked_chat(self.tokenizer, text)]
@@ -51,13 +51,13 @@ class Prompts:
             self.renderer.close()
 
     def checked(self, ids: list[int], wanted: int | None) -> int:
-        """How many tokens may be written behind a prompt. Raises Refused if it and what is wanted are too long."""
+        """How many tokens may be written behind a prompt. Raises RefusalError if it and what is wanted are too long."""
         if not ids:
-            raise Refused(400, "the prompt is empty: give at least one token", param="prompt")
+            raise RefusalError(400, "the prompt is empty: give at least one token", param="prompt")
         room = self.context - len(ids)
         if room < (1 if wanted is None else wanted):
             asked = "" if wanted is None else f" and max_tokens {wanted}"
-            raise Refused(
+            raise RefusalError(
                 400, f"the context holds {self.context} tokens, the prompt has {len(ids)}{asked}",
                 code="context_length_exceeded",
             )  # fmt: skip

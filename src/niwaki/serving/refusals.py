@@ -1,6 +1,6 @@
 """What a client is told when it does not get an answer, in the shape that OpenAI's clients expect.
 
-    raise Refused(429, "the queue is full", kind="rate_limit_error", retry_s=3)
+raise RefusalError(429, "the queue is full", kind="rate_limit_error", retry_s=3)
 """
 
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 INVALID, OVERLOADED, INTERNAL = "invalid_request_error", "overloaded_error", "server_error"
 
 
-class Refused(Exception):
+class RefusalError(Exception):
     """A request that ends without an answer: HTTP status, one clear line, and what it was about."""
 
     def __init__(
@@ -39,11 +39,11 @@ class Refused(Exception):
         return found | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
-def too_late(what: str, limit_s: float) -> Refused:
+def too_late(what: str, limit_s: float) -> RefusalError:
     """A time limit that passed."""
-    return Refused(504, f"{what} took longer than {limit_s:g} s", kind="timeout_error", code="timeout")
+    return RefusalError(504, f"{what} took longer than {limit_s:g} s", kind="timeout_error", code="timeout")
 
 
-def draining() -> Refused:
+def draining() -> RefusalError:
     """The server is on its way out."""
-    return Refused(503, "the server is shutting down: send this to another one", kind=OVERLOADED, retry_s=1)
+    return RefusalError(503, "the server is shutting down: send this to another one", kind=OVERLOADED, retry_s=1)

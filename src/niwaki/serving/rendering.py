@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 from niwaki.errors import InputError
-from niwaki.serving.refusals import INTERNAL, Refused
+from niwaki.serving.refusals import INTERNAL, RefusalError
 
 CPU_S = 0.1
 COMPILE_S = 1.0  # once, before the first dialogue
@@ -39,11 +39,11 @@ class Renderer:
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._start()
-        except Refused as error:
+        except RefusalError as error:
             raise InputError(f"{error.message}: is the model's chat template sound?") from error
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt. Raises Refused for dialogues that the template refuses, and when a limit is met."""
+        """The prompt. Raises RefusalError for dialogues that the template refuses, and when a limit is met."""
         with self._lock:
             process = self._process if self._process is not None else self._start()
             assert process.stdin is not None and process.stdout is not None
@@ -53,9 +53,11 @@ class Renderer:
             except (OSError, TimeoutError, EOFError) as error:
                 self._stop()
                 limits = f"{CPU_S:g} s, {MEMORY_BYTES / 2**20:.0f} MiB"
-                raise Refused(400, f"the chat template took more than it may ({limits}): send less") from error
+                raise RefusalError(400, f"the chat template took more than it may ({limits}): send less") from error
         if "refused" in answer:
-            raise Refused(400, f"the chat template cannot render this dialogue: {answer['refused']}", param="messages")
+            raise RefusalError(
+                400, f"the chat template cannot render this dialogue: {answer['refused']}", param="messages"
+            )
         return str(answer["text"])
 
     def close(self) -> None:
@@ -78,7 +80,7 @@ class Renderer:
         except (OSError, TimeoutError, EOFError) as error:
             process.kill()
             process.wait()
-            raise Refused(500, "the process that renders chat templates does not start", kind=INTERNAL) from error
+            raise RefusalError(500, "the process that renders chat templates does not start", kind=INTERNAL) from error
         self._process = process
         return process
 

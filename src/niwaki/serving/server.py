@@ -183,6 +183,10 @@ class Protocol(H11Protocol):
             self.transport.close()
             return
         headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-        for event in (h11.Response(status_code=status, headers=headers), h11.Data(message.encode()), h11.EndOfMessage()):
+        for event in (
+            h11.Response(status_code=status, headers=headers),
+            h11.Data(message.encode()),
+            h11.EndOfMessage(),
+        ):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

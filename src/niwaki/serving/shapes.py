@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MOST_STOPS, MOST_LOGPROBS = 4, 20
-NEUTRAL = (None, [], {}, 0, 0.0, False, "none", "auto", {"type": "text"})
+NEUTRAL: tuple[Any, ...] = (None, [], {}, 0, 0.0, False, "none", "auto", {"type": "text"})
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 UNSUPPORTED = frozenset(
     {
