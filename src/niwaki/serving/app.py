@@ -15,10 +15,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from niwaki.serving.answers import Answer, ChatAnswer, TextAnswer
 from niwaki.serving.engine import Engine
-from niwaki.serving.exchange import Exchange
+from niwaki.serving.exchange import CLOSED, Exchange
 from niwaki.serving.inbox import Inbox, Timeouts
 from niwaki.serving.jobs import Job
 from niwaki.serving.metrics import CONTENT_TYPE, Metrics
@@ -56,7 +57,7 @@ class Service:
 
 def create_app(service: Service) -> FastAPI:
     """The application, without the limits that lie around it."""
-    app = FastAPI(title="niwaki", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="niwaki", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     engine = service.engine
     about = {"id": service.name, "object": "model", "created": service.created, "owned_by": "niwaki"}
 
@@ -109,6 +110,11 @@ def create_app(service: Service) -> FastAPI:
     @app.exception_handler(RefusalError)
     async def refused(_request: Request, error: RefusalError) -> Response:
         return JSONResponse(error.body, error.status, error.headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, _error: ClientDisconnect) -> Response:
+        request.scope.setdefault("state", {})["outcome"] = "cancelled"
+        return Response(status_code=CLOSED)
 
     @app.exception_handler(HTTPException)
     async def not_found(_request: Request, error: HTTPException) -> Response:

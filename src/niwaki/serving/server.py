@@ -168,7 +168,8 @@ class Protocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """431 where the headers are too large; uvicorn says 400 to everything."""
         error = sys.exception()
-        self._refuse(getattr(error, "error_status_hint", 400), msg)
+        too_large = isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431
+        self._refuse(431 if too_large else 400, msg)
 
     def _wait_for_headers(self) -> None:
         if self.conn.their_state is not h11.IDLE:
