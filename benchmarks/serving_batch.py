@@ -62,7 +62,7 @@ def main() -> None:
     engine.close()
     medians = {count: statistics.median(rates) for count, rates in found.items()}
     result = {
-        "what": f"tokens per second of the serving engine, {args.tokens} greedy tokens each, {args.dtype}, all together",
+        "what": f"tokens per second of the serving engine, {args.tokens} greedy tokens each, {args.dtype}",
         **provenance(args.device),
         "model": "sapling" if args.model is None else args.model.name,
         "threads": torch.get_num_threads(),

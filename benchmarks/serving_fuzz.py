@@ -127,7 +127,7 @@ def _other_bytes(chosen: random.Random, path: str, given: dict[str, Any]) -> Cas
     sent = request(path, json.dumps(given).encode())
     kinds = (
         b"\r\n" * chosen.randint(1, 20) + b"GET\r\n\r\n",
-        sent.replace(b"HTTP/1.1", b"HTTP/9.9"),
+        sent.replace(b"HTTP/1.1", b"HTTP/x.y"),
         sent.replace(b"POST", b"PO ST"),
         sent.replace(b"\r\n", b"\n ", 2),
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
