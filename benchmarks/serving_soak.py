@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     port = free_port()
-    with served_sapling(port, NAME, "--slots", "4") as process:
+    with served_sapling(port, NAME, "--slots", "4", "--dtype", "float32") as process:
         load, watched = Load(port), psutil.Process(process.pid)
         threads = [threading.Thread(target=load.run, args=(seed,)) for seed in range(args.clients)]
         for thread in threads:

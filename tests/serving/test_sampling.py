@@ -17,18 +17,18 @@ def drawn(count: int, logits: torch.Tensor = LOGITS, **settings: float) -> list[
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_are_the_probabilities(temperature: float) -> None:
-    found = torch.tensor(drawn(4000, temperature=temperature)).bincount(minlength=5) / 4000
+    found = torch.tensor(drawn(1500, temperature=temperature)).bincount(minlength=5) / 1500
     wanted = (LOGITS / temperature).softmax(-1)
-    assert torch.allclose(found.double(), wanted.double(), atol=0.025)
+    assert torch.allclose(found.double(), wanted.double(), atol=0.04)
     assert found[4] == 0
 
 
 def test_top_p_keeps_the_fewest_that_reach_it() -> None:
     probability = LOGITS.softmax(-1)
     assert float(probability[0]) < 0.7 < float(probability[:2].sum())
-    found = torch.tensor(drawn(2000, top_p=0.7)).bincount(minlength=5) / 2000
+    found = torch.tensor(drawn(1000, top_p=0.7)).bincount(minlength=5) / 1000
     assert found[2:].sum() == 0
-    assert float(found[0]) == pytest.approx(float(probability[0] / probability[:2].sum()), abs=0.03)
+    assert float(found[0]) == pytest.approx(float(probability[0] / probability[:2].sum()), abs=0.05)
     assert set(drawn(50, top_p=1e-9)) == {0}
 
 
