@@ -14,8 +14,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(RUN)/niwaki demo --overwrite
 
+# Two processes of one thread each, by file, so that no fixture is made twice.
 test: $(VENV)/.installed
-	$(RUN)/python -m pytest -m "not engines and not browser"
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m "not engines and not browser"
 
 # llama-cpp-python is built from source, once: some minutes, and a C++ compiler.
 $(VENV)/.engines: $(VENV)/.installed

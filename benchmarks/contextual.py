@@ -49,7 +49,7 @@ SHADOWS = {
     "shadow with whole stand-in": {"stand_in": 1.0},
     "shadow without trust": {"trust": False},
     "shadow, no learned part": {"features": "none"},
-    "shadow, prompt only": {"features": "prompt"},
+    "shadow, all features": {"features": "last+mean+prompt"},
     "shadow, last token only": {"features": "last", "trust": False, "stand_in": 0.0},
     "shadow, plainact and fisher": {"head_criterion": "plainact", "criterion": "fisher"},
     "shadow, energy": {"criterion": "energy", "head_criterion": "energy", "stand_in": 0.0},

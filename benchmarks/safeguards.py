@@ -109,6 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     options = {name: value for name, value in vars(args).items() if name not in ("model", "data", "work", "out")}
     result = {"model": Path(args.model).name, **provenance("cpu"), "options": options, "targets": {}}
+    args.work.mkdir(parents=True, exist_ok=True)
     texts = read_texts([str(args.data / "eval_reviews.jsonl")])
     length = args.prompt + args.new
     windows = evaluation_windows(

@@ -33,6 +33,7 @@ from niwaki.methods import squeeze10
 from niwaki.stream import Stream
 
 BLOCKS = 4
+QUICK = {"rounds": 0, "learn_rounds": 0}  # what is learned changes no number of bits
 
 
 def anatomy_of(*rows: int, columns: int = 4096) -> Anatomy:
@@ -219,7 +220,7 @@ def settings(text: Path, **changes: Any) -> dict[str, Any]:
     return {
         "method": "squeeze10",
         "target": "2.25bit",
-        "options": {"rounds": 0},
+        "options": QUICK,
         "calibration": {"files": (str(text),), "samples": 4, "seq_len": 16},
         "device": "cpu",
         **changes,
@@ -300,7 +301,7 @@ def test_auto_is_recorded_and_a_resume_keeps_its_choice(model: Path, text: Path,
 
 
 def test_bits_by_sensitivity_keep_the_budget_and_survive_a_resume(model: Path, text: Path, tmp_path: Path) -> None:
-    request = settings(text, target="2.5bit", options={"rounds": 0, "group": 64})  # sensitivity is squeeze10's default
+    request = settings(text, target="2.5bit", options={**QUICK, "group": 64})  # sensitivity is squeeze10's default
 
     def stop(event: str, **fields: Any) -> None:
         if event == "saved" and fields["part"] == "block-00001":

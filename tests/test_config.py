@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from niwaki.config import Bits, Grouped, Sparsity, load_recipe, make_options, make_recipe, parse_bytes, parse_target
+from niwaki.config import (
+    Bits,
+    Grouped,
+    PrunedBits,
+    Sparsity,
+    load_recipe,
+    make_options,
+    make_recipe,
+    parse_bytes,
+    parse_target,
+)
 from niwaki.errors import InputError, TargetError
 
 
@@ -18,6 +28,8 @@ from niwaki.errors import InputError, TargetError
         ("4:8", Grouped(4, 8)),
         ("4bit", Bits(4)),
         ("1.75 bits", Bits(1.75)),
+        ("2:4+4bit", PrunedBits(Grouped(2, 4), Bits(4))),
+        (" 50% + 8 bits ", PrunedBits(Sparsity(0.5), Bits(8))),
     ],
 )
 def test_targets(text: str, target: object) -> None:
@@ -29,6 +41,18 @@ def test_targets(text: str, target: object) -> None:
 )
 def test_impossible_targets(text: str) -> None:
     with pytest.raises(TargetError, match="target"):
+        parse_target(text)
+
+
+@pytest.mark.parametrize("text", ["4bit+2:4", "2:4+0.5", "4bit+4bit", "2:4+", "+4bit", "2:4+4bit+8bit", "+"])
+def test_zeros_come_before_bits(text: str) -> None:
+    with pytest.raises(TargetError, match=r"expected zeros first, then the bits of what is left, such as 2:4\+4bit"):
+        parse_target(text)
+
+
+@pytest.mark.parametrize("text", ["5:4+4bit", "2:4+9bit", "half+4bit"])
+def test_both_parts_of_a_target_are_checked(text: str) -> None:
+    with pytest.raises(TargetError):
         parse_target(text)
 
 
@@ -93,7 +117,7 @@ def test_what_are_no_blocks(given: object) -> None:
 
 
 def test_target_prints_as_it_is_written() -> None:
-    assert [str(parse_target(text)) for text in ("0.5", "2:4")] == ["0.5", "2:4"]
+    assert [str(parse_target(text)) for text in ("0.5", "2:4", "2:4+4bit")] == ["0.5", "2:4", "2:4+4bit"]
 
 
 def test_recipe_file(tmp_path: Path) -> None:

@@ -10,9 +10,12 @@ from niwaki import demo
 from niwaki.calibration import calibration_windows, evaluation_windows, load_tokenizer
 from niwaki.config import load_recipe, make_recipe
 from niwaki.errors import OutputError
+from niwaki.presets import PRESETS
 
 
 def test_demo_compresses_and_compares_the_sapling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS["fast"]["options"], "sparsegpt.exchanges", 1)  # each one takes seconds
+    monkeypatch.setattr(demo, "SEQ_LEN", 128)
     monkeypatch.setattr(demo, "SAMPLES", 8)
     monkeypatch.setattr(demo, "EVALUATION_TOKENS", 4 * demo.SEQ_LEN)
     found = demo.run_demo(tmp_path / "new" / "out")

@@ -51,26 +51,38 @@ def parameters(folder: Path) -> int:
 PLAIN = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-ids = torch.arange(20)[None] % 90
-model.generate(ids[:, :4], max_new_tokens=4, do_sample=False)
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.arange(20)[None] % 90
+    model.generate(ids[:, :4], max_new_tokens=4, do_sample=False)
+    torch.save(model(ids).logits.detach(), folder + ".pt")
 assert "niwaki" not in sys.modules
-torch.save(model(ids).logits.detach(), sys.argv[2])
 """
 
 
+@pytest.fixture(scope="module")
+def smaller(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int, Any]]:
+    """Of every family: the result, the parameters before, the record. Plain transformers, in one process of its own,
+    has written the logits of each beside it."""
+    folder = tmp_path_factory.mktemp("smaller")
+    found = {}
+    for family in FAMILIES:
+        source = saved(family, folder / f"{family}-dense")
+        record = compress(source, folder / family, text, options={"multiple": 4})
+        found[family] = folder / family, parameters(source), record
+    subprocess.run([sys.executable, "-c", PLAIN, *(str(out) for out, *_ in found.values())], check=True)
+    return found
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plain_transformers_loads_what_is_left_and_computes_the_same(family: str, text: Path, tmp_path: Path) -> None:
-    source = saved(family, tmp_path / "model")
-    before = parameters(source)
-    record = compress(source, tmp_path / "out", text, options={"multiple": 4})
+def test_plain_transformers_loads_what_is_left_and_computes_the_same(family: str, smaller: dict[str, Any]) -> None:
+    out, before, record = smaller[family]
     found = record["allocation"]
     assert found["cut"] and found["removed_frac"] >= 0.3 and len(found["trials"]) > 1
-    assert parameters(tmp_path / "out") == round(before * (1 - found["removed_frac"]))
+    assert parameters(out) == round(before * (1 - found["removed_frac"]))
     assert found["shape"] == {k: v for k, v in min(found["trials"], key=lambda t: t["loss"]).items() if k != "loss"}
-    subprocess.run([sys.executable, "-c", PLAIN, tmp_path / "out", tmp_path / "logits.pt"], check=True)
-    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
-    ours = niwaki.load(tmp_path / "out", device="cpu").float()(torch.arange(20)[None] % 90).logits
+    logits = torch.load(f"{out}.pt", weights_only=True)
+    ours = niwaki.load(out, device="cpu").float()(torch.arange(20)[None] % 90).logits
     torch.testing.assert_close(logits, ours, rtol=1e-3, atol=1e-3)
 
 
@@ -179,8 +191,8 @@ def test_widths_of_their_own_compute_what_zeros_in_place_do(model: Path, text: P
 
 CHAINS = [
     ("gptq", "4bit", {"gptq.group": 8}),
-    ("wandapp", "2:4", {}),
-    ("squeeze10", "1.75bit", {}),
+    ("wandapp", "2:4", {"wandapp.rounds": 2, "wandapp.samples": 4}),
+    ("squeeze10", "1.75bit", {"squeeze10.rounds": 1, "squeeze10.learn_rounds": 1, "squeeze10.samples": 4}),
     ("rtn", "8bit", {}),
 ]
 

@@ -19,6 +19,19 @@ def test_sums_over_batches_equal_one_sum() -> None:
     assert torch.equal(statistics.sample_NI, x[:SAMPLE_TOKENS])
 
 
+@pytest.mark.parametrize("strip", [1, 5, 12, 100])
+def test_a_gram_matrix_is_summed_in_strips_and_may_be_read_meanwhile(
+    strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("niwaki.statistics.STRIP_COLUMNS", strip)
+    x = correlated_inputs(60, 12)
+    statistics = Statistics(Needs(gram=True))
+    for end in (20, 60):
+        statistics.add(x[0 if end == 20 else 20 : end])
+        wanted = x[:end].double().T @ x[:end].double()
+        torch.testing.assert_close(statistics.gram_II.double(), wanted, rtol=1e-5, atol=1e-3)
+
+
 def test_squared_norms_are_the_grams_diagonal() -> None:
     x = correlated_inputs(50, 6)
     norms, gram = Statistics(Needs(sqnorm=True)), Statistics(Needs(sqnorm=True, gram=True))

@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from niwaki.sparse import CODES
+
 # Between these lines `niwaki evaluate OUT --update-card` writes its numbers (see `measured`).
 BEGIN, END = "<!-- niwaki: measured -->", "<!-- niwaki: end -->"
 UNMEASURED = "Not measured while compressing: `niwaki evaluate` measures, with `--update-card` into this place."
@@ -70,7 +72,7 @@ _PACKED = (
     + _LOADING
 )
 _SPARSE = (
-    """{packed} of the matrices are stored as the weights that are left and where they belong, and stay so in memory.
+    """{packed} of the matrices are stored as the {left} and where they belong, and stay so in memory.
 Loading them needs niwaki (`--pack none` writes zeros in place, for other engines):
 """
     + _LOADING
@@ -131,8 +133,7 @@ def model_card(record: dict[str, Any]) -> str:
         base_model=hub_id,
         library_name=_library(record),
         pipeline_tag="text-generation",
-        tags=["niwaki", "quantized" if result["packed"] > _sparse(result) else "pruned", recipe["method"]]
-        + ([exported["to"]] if exported else []),
+        tags=["niwaki", *_kinds(result), recipe["method"]] + ([exported["to"]] if exported else []),
     )
     windows = calibration["windows"]
     target = recipe["target"] or f"{recipe['target_bytes']:,} bytes"
@@ -155,7 +156,11 @@ def model_card(record: dict[str, Any]) -> str:
         zeros=result["zeros_frac"],
         bits=result["bits"],
         ends=f"{result['ends_bits']:.3f}" if "ends_bits" in result else "as they were",
-        storage=_storage(record).format_map(result | {"removed": shaped.get("removed_frac", 0)}),
+        storage=_storage(record).format_map(
+            result
+            | {"removed": shaped.get("removed_frac", 0)}
+            | {"left": "codes of the weights that are left" if _coded(result) else "weights that are left"}
+        ),
         bytes=result["bytes"],
         bytes_before=record["model"]["bytes"],
         calibration="none" if windows is None else f"{windows[0]} windows of {windows[1]} tokens",
@@ -182,6 +187,17 @@ def _shaping(record: dict[str, Any]) -> dict[str, Any]:
 def _sparse(result: dict[str, Any]) -> int:
     """How many matrices are stored as nonzeros."""
     return sum(result.get("sparse", {}).values())
+
+
+def _coded(result: dict[str, Any]) -> int:
+    """How many of those hold codes."""
+    return sum(count for kind, count in result.get("sparse_values", {}).items() if kind in CODES)
+
+
+def _kinds(result: dict[str, Any]) -> list[str]:
+    sparse, coded = _sparse(result), _coded(result)
+    quantized = result["packed"] > sparse or coded > 0
+    return ["quantized"] * quantized + ["pruned"] * (coded > 0 or not quantized)
 
 
 def _storage(record: dict[str, Any]) -> str:

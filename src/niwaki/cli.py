@@ -31,7 +31,7 @@ err_console = Console(stderr=True)
 TEXT = "Text: .txt, .jsonl, .parquet or a data set name."
 DEVICE = "auto (CUDA if there is one), cpu, cuda or cuda:N."
 DTYPE = "Arithmetic: auto (float32 on the CPU, else as stored), float32, bfloat16 or float16."
-TARGET = "Zeros 0.5, 50%, 2:4, bits 4bit, 1.75bit, or 0.25+4bit of a chain. Required here or in the recipe."
+TARGET = "Zeros 0.5, 50%, 2:4, bits 4bit, 1.75bit, or 2:4+4bit of a chain. Required here or in the recipe."
 TARGET_BYTES = "Instead of a target: bytes of all matrices together, 1.7GB or 800MiB (squeeze10)."
 KEEP_BLOCKS = "Blocks that stay at 4 bits while the others make up for it: auto, none or 0,7 (squeeze10)."
 

@@ -71,6 +71,21 @@ class Bits:
         return 0
 
 
+@dataclass(frozen=True)
+class PrunedBits:
+    """Both in one record: `zeros` first, then what is left as codes of `bits`. Every step of a chain meets its part."""
+
+    zeros: Sparsity | Grouped
+    bits: Bits
+
+    def __str__(self) -> str:
+        return f"{self.zeros}+{self.bits}"
+
+    def zeros_in(self, rows: int, columns: int) -> int:
+        """Zeros of the mask; kept weights that are rounded to zero come on top."""
+        return self.zeros.zeros_in(rows, columns)
+
+
 Kind = Literal["heads", "neurons"]
 
 
@@ -103,7 +118,7 @@ class Keep:
         return 0
 
 
-Target = Sparsity | Grouped | Bits | Keep
+Target = Sparsity | Grouped | Bits | PrunedBits | Keep
 _BYTE_UNITS = {"": 1, "B": 1} | {
     f"{prefix}{ending}": base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -112,8 +127,10 @@ _BYTE_UNITS = {"": 1, "B": 1} | {
 
 
 def parse_target(text: str) -> Target:
-    """`0.5`, `50%`, `2:4` or `4bit`. Raises TargetError with what was expected."""
+    """`0.5`, `50%`, `2:4`, `4bit` or `2:4+4bit`. Raises TargetError with what was expected."""
     text = text.strip()
+    if "+" in text:
+        return _parse_both(text)
     if found := re.fullmatch(r"(\d+(?:\.\d+)?)[ -]?bits?", text):
         bits = float(found[1])
         if not 1 <= bits <= 8:
@@ -135,6 +152,13 @@ def parse_target(text: str) -> Target:
         hint = f"write {text}% or {zeros_frac / 100:g}" if percent else "for example 0.5 or 50%"
         raise TargetError(f"target {text}: a fraction of zeros lies between 0 and 1, {hint}")
     return Sparsity(zeros_frac)
+
+
+def _parse_both(text: str) -> PrunedBits:
+    zeros, *rest = map(parse_target, text.split("+")) if all(part.strip() for part in text.split("+")) else (None,)
+    if not isinstance(zeros, Sparsity | Grouped) or len(rest) != 1 or not isinstance(rest[0], Bits):
+        raise TargetError(f"target {text}: expected zeros first, then the bits of what is left, such as 2:4+4bit")
+    return PrunedBits(zeros, rest[0])
 
 
 def parse_bytes(text: str) -> int:

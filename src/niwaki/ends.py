@@ -21,7 +21,7 @@ from torch import Tensor
 from niwaki.block import Decoder
 from niwaki.checkpoint import Checkpoint
 from niwaki.codes import TILE, WEIGHT, Part, stored_tensors
-from niwaki.config import Bits, Recipe, Target
+from niwaki.config import Bits, PrunedBits, Recipe, Target
 from niwaki.errors import CheckpointError, TargetError
 from niwaki.methods._rounding import groups_of, nearest
 
@@ -39,7 +39,7 @@ def ends_to_pack(recipe: Recipe, target: Target, decoder: Decoder) -> Ends:
     """
     if recipe.ends == "none":
         return {}
-    if not isinstance(target, Bits):
+    if not isinstance(target, Bits | PrunedBits):
         raise TargetError(
             f"ends {recipe.ends} goes with quantized blocks: expected a target in bits such as 4bit, got {target}: "
             "drop ends, or change the target"

@@ -64,9 +64,13 @@ def result_of(entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _sparse(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many matrices are stored as nonzeros, by layout; {} if none is."""
-    layouts = [line["stored"]["sparse"]["layout"] for line in lines if "sparse" in line.get("stored", ())]
-    return {"sparse": {layout: layouts.count(layout) for layout in sorted(set(layouts))}} if layouts else {}
+    """How many matrices are stored as nonzeros, by layout and by kind of values; {} if none is."""
+    kinds = [line["stored"]["sparse"] for line in lines if "sparse" in line.get("stored", ())]
+    found = {}
+    for field, name in ("layout", "sparse"), ("values", "sparse_values"):
+        counted = [kind[field] for kind in kinds]
+        found[name] = {value: counted.count(value) for value in sorted(set(counted))}
+    return found if kinds else {}
 
 
 def _ends(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

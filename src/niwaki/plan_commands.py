@@ -19,7 +19,7 @@ def plan(
     model: Annotated[str, typer.Argument(help="A local model folder or a hub id.", show_default=False)],
     method: Annotated[str | None, typer.Option(help="See `niwaki methods`. Required, or a preset.")] = None,
     preset: Annotated[str | None, typer.Option(help="fast, balanced or best instead of a method.")] = None,
-    target: Annotated[str | None, typer.Option(help="As of `compress`: 0.5, 2:4, 4bit, 0.25+4bit of a chain.")] = None,
+    target: Annotated[str | None, typer.Option(help="As of `compress`: 0.5, 2:4, 4bit, 2:4+4bit of a chain.")] = None,
     target_bytes: Annotated[str | None, typer.Option(help="Instead of a target: bytes of all matrices.")] = None,
     keep_blocks: Annotated[str | None, typer.Option(help="Blocks that stay at 4 bits: auto, none or 0,7.")] = None,
     allocation: Annotated[str | None, typer.Option(help="uniform, owl, searched, sensitivity or auto.")] = None,

@@ -19,6 +19,7 @@ import platform
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ from niwaki.writing import file_sha256, sync_folder, write_shard, write_text
 RECORD = "niwaki"
 FINGERPRINT = "fingerprint.json"
 LOCK = "lock"
+AT_ONCE = 2  # parts being written
 
 
 class Run:
@@ -146,16 +148,17 @@ class Run:
 
 
 class Writer:
-    """Writes one finished part in the background and journals it when it is on the disk.
+    """Writes finished parts in the background and journals each, in order, when it is on the disk.
 
-    One at a time, so that a kill loses at most one finished block.
+    At most two at a time, the second being written while the first is hashed: each takes about as long, and together
+    longer than a GPU needs for a block. A kill loses those two at most.
     """
 
     def __init__(self, run: Run, report: Callable[..., None]) -> None:
         self.run = run
         self.report = report
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._pending: tuple[str, Future[dict[str, Any]]] | None = None
+        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="save")
+        self._pending: deque[tuple[str, Future[dict[str, Any]]]] = deque()
 
     def __enter__(self) -> "Writer":
         return self
@@ -171,7 +174,7 @@ class Writer:
             self._pool.shutdown(cancel_futures=True)
 
     def write(self, part: str, shard: str, tensors: dict[str, Tensor], lines: list[dict[str, Any]]) -> None:
-        """Starts writing one shard, once the one before it is done."""
+        """Starts writing one shard, once there is a place for it."""
         path = self.run.folder / shard
 
         def save() -> dict[str, Any]:
@@ -185,16 +188,15 @@ class Writer:
                 "lines": lines,
             }
 
-        self.settle()
-        self._pending = (part, self._pool.submit(save))
+        self.settle(AT_ONCE - 1)
+        self._pending.append((part, self._pool.submit(save)))
 
-    def settle(self) -> None:
-        """Waits until what is being written is on the disk and in the journal."""
-        if self._pending is None:
-            return
-        (part, future), self._pending = self._pending, None
-        self.run.finish_part(part, future.result())
-        self.report("saved", part=part)
+    def settle(self, left: int = 0) -> None:
+        """Waits until all that is being written, but for the last `left` parts, is on the disk and in the journal."""
+        while len(self._pending) > left:
+            part, future = self._pending.popleft()
+            self.run.finish_part(part, future.result())
+            self.report("saved", part=part)
 
 
 def circumstances(*packages: str) -> dict[str, Any]:

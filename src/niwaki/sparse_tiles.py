@@ -37,8 +37,7 @@ class Tiled:
     @classmethod
     def encode(cls, record: Sparse) -> "Tiled | None":
         """A record of `sparse` in tiles; None if it is of another kind, or its columns are no whole blocks."""
-        whole = record.columns % BLOCK_COLUMNS == 0
-        whole = whole and (record.group >= record.columns or record.group % BLOCK_COLUMNS == 0)
+        whole = fits_tiles(record.columns, record.group)
         if (record.layout, record.values) != ("two_four", "int4") or not whole or record.scale_OG is None:
             return None
         rows, fours = len(record.places_OB), record.columns // 4
@@ -86,6 +85,17 @@ class Tiled:
         scale_OG = self.scale_GO.view(torch.float16).T.float()
         scale_OI = scale_OG.repeat_interleave(min(self.group, self.columns), dim=1)[:, : self.columns]
         return (weight_OI * scale_OI)[: self.size]
+
+
+def fits_tiles(columns: int, group: int) -> bool:
+    """Whether columns and groups are whole blocks."""
+    return columns % BLOCK_COLUMNS == 0 and (group >= columns or group % BLOCK_COLUMNS == 0)
+
+
+def tile_bytes(rows: int, columns: int, group: int) -> int:
+    """What a matrix of this shape takes."""
+    padded = -(-rows // TILE) * TILE
+    return padded * (columns // 8 + columns // 4 + 2 * -(-columns // group))
 
 
 def stored_shapes(about: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

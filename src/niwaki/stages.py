@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from niwaki.allocation import OwlConfig
-from niwaki.config import Grouped, Recipe, Target, make_options
+from niwaki.config import Grouped, PrunedBits, Recipe, Target, make_options
 from niwaki.errors import InputError, TargetError
 from niwaki.methods import STRUCTURED, Step, make_steps
 
@@ -37,7 +37,7 @@ def stages_of(recipe: Recipe) -> list[Recipe]:
     first, _, rest = (part.strip() for part in recipe.method.partition("+"))
     if first not in STRUCTURED or not rest:
         return [recipe]
-    targets = (recipe.target or "").split("+")
+    targets = (recipe.target or "").split("+", 1)  # the rest may have two parts itself
     if len(targets) != 2:
         raise TargetError(
             f"method {recipe.method}: expected a target for {first} and one for {rest}, such as 0.25+4bit, got "
@@ -65,7 +65,8 @@ def stages_of(recipe: Recipe) -> list[Recipe]:
 def columns_multiple(steps: Sequence[Step], target: Target) -> int:
     """What the second stage needs the number of columns of every matrix to be a multiple of."""
     groups = [vars(step.config).get("group", 0) or 1 for step in steps]
-    return math.lcm(target.group if isinstance(target, Grouped) else 1, *groups)
+    zeros = target.zeros if isinstance(target, PrunedBits) else target
+    return math.lcm(zeros.group if isinstance(zeros, Grouped) else 1, *groups)
 
 
 def told_of_both(record: dict[str, Any], before: Before) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 SAMPLE_TOKENS = 128
+STRIP_COLUMNS = 1024
 UNREACHED = "no calibration token reached this matrix: ranked by magnitude"
 
 
@@ -68,6 +69,7 @@ class Statistics:
         self.sample_NI: Tensor | None = None
         self._sqnorm_I: Tensor | None = None
         self._gram_II: Tensor | None = None
+        self._mirrored = False  # else only its strips up to the diagonal are summed
         self._full: tuple[Tensor, Tensor] | None = None
         self._sum_I: Tensor | None = None
 
@@ -84,8 +86,7 @@ class Statistics:
             self.sample_NI = torch.cat([self.sample_NI, x_NI[:room].clone()])
         self.tokens += len(x_NI)
         if self.needs.gram:
-            gram_II = _product(x_NI, x_NI)
-            self._gram_II = gram_II if self._gram_II is None else self._gram_II.add_(gram_II)
+            self._add_gram(x_NI)
         elif self.needs.sqnorm:
             sqnorm_I = torch.linalg.vector_norm(x_NI, dim=0, dtype=torch.float32).square_()
             self._sqnorm_I = sqnorm_I if self._sqnorm_I is None else self._sqnorm_I.add_(sqnorm_I)
@@ -96,6 +97,16 @@ class Statistics:
             full_NI = full.reshape(-1, full.shape[-1])
             found = _product(full_NI, full_NI), _product(full_NI, x_NI)
             self._full = found if self._full is None else (self._full[0].add_(found[0]), self._full[1].add_(found[1]))
+
+    def _add_gram(self, x_NI: Tensor) -> None:
+        """Adds to the strips of XᵀX that hold its lower triangle: little more than half of the operations."""
+        width = x_NI.shape[1]
+        if self._gram_II is None:
+            self._gram_II = torch.zeros(width, width, device=x_NI.device)
+        for first in range(0, width, STRIP_COLUMNS):
+            last = min(first + STRIP_COLUMNS, width)
+            self._gram_II[first:last, :last] += _product(x_NI[:, first:last], x_NI[:, :last])
+        self._mirrored = False
 
     @property
     def sqnorm_I(self) -> Tensor:
@@ -117,6 +128,11 @@ class Statistics:
         """XᵀX over all tokens, [I, I] float32."""
         if self._gram_II is None:
             raise KeyError("no Gram matrix: no token reached this group, or it was not needed")
+        if not self._mirrored:
+            for first in range(STRIP_COLUMNS, len(self._gram_II), STRIP_COLUMNS):
+                last = min(first + STRIP_COLUMNS, len(self._gram_II))
+                self._gram_II[:first, first:last] = self._gram_II[first:last, :first].T
+            self._mirrored = True
         return self._gram_II
 
     @property

@@ -174,13 +174,16 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
         statistics, before_BTD = collect(block, stream, plan.needs, dense)
     packed: dict[str, Packed] = {}
     chosen: dict[str, list[Choice]] = {}
+    masks: dict[str, Tensor] = {}  # a quantizer behind rounds some of what they keep to zero
     gradients = plan.gradients(block.index)
     for number, step in enumerate(plan.steps):
         generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + block.index) * 101 + number)
         evidence = Evidence(statistics, stream, dense, packed, gradients)
-        with watched({} if plan.trial else targets) as (own, seen):
-            found = step.compress(block, evidence, own or targets, generator)
+        parts = {name: step.part(target) for name, target in targets.items()}
+        with watched({} if plan.trial else parts) as (own, seen):
+            found = step.compress(block, evidence, own or parts, generator)
         chosen = {name: chosen.get(name, []) + seen.get(name, []) for name in targets}
+        masks |= {name: record.weight_OI for name, record in found.items() if record.kind == "masked"}
         packed = {name: record.after(packed[name]) if packed else record for name, record in found.items()}
     if plan.trial:
         for name, record in packed.items():
@@ -189,7 +192,7 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
     with torch.no_grad():
         lines = [
             _line(block, name, targets[name], record, statistics[name], plan.pack)
-            | summary(chosen[name], block.weight(name))
+            | summary(chosen[name], masks.get(name, record.weight_OI))
             for name, record in packed.items()
         ]
     if stream is not None and before_BTD is not None:

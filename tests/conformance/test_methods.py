@@ -24,6 +24,9 @@ SMALL: dict[str, dict[str, Any]] = {  # groups of 128 columns are more than thes
     "arb": {"salient": 8, "iterations": 3},
     "billm": {"salient": 8},
     "ptq161": {"rounds": 2, "samples": 4},
+    "besa": {"steps": 24},
+    "squeeze10": {"rounds": 2, "learn_rounds": 1, "samples": 4},
+    "wandapp": {"rounds": 2, "samples": 4},
 }
 TARGETS = ["0.05", "0.5", "0.95", "2:4", "4:8", "1:4", "3:4"]
 

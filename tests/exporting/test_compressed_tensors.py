@@ -30,7 +30,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "mixed": ("squeeze10", "4bit", {"widths": "1+4"}, "is stored as 4-bit midrise and 1-bit free codes: "),
     "3 bits": ("rtn", "3bit", {"group": 16}, "is stored as 3-bit affine codes"),
     "unpacked": ("rtn", "4bit", {"group": 16, "pack": "none"}, "holds no codes, so there is nothing to export"),
-    "pruned": ("magnitude", "0.5", {}, "holds no codes"),
+    "pruned": ("magnitude", "0.5", {}, "is stored as nonzeros, which compressed-tensors has no format for"),
 }
 
 

@@ -1,7 +1,7 @@
 """Latent weights and their levels: torch against plain formulas in float64, and Triton, interpreted, against torch."""
 
 import torch
-from test_triton_planes import interpreted
+from interpreting import interpreted
 from torch import Tensor
 
 from niwaki.kernels.latent import (
@@ -53,7 +53,7 @@ def test_every_column_takes_the_nearest_of_its_levels() -> None:
 
 
 def test_the_triton_kernels_do_the_same() -> None:
-    interpreted("parity", "test_latent")
+    interpreted("parity", __name__)
 
 
 def parity() -> None:
@@ -69,4 +69,3 @@ def parity() -> None:
             gradients_of_triton(latent, levels, gradient), gradients_of_reference(latent, levels, gradient), strict=True
         ):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    print("parity")

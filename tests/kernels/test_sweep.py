@@ -1,42 +1,33 @@
 """The panel sweep: the Triton kernel (interpreted on the CPU) against the torch reference."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreting import interpreted
 
 from niwaki.config import Grouped
 from niwaki.kernels.sweep import sweep_panel_reference
-
-PARITY = """
-import torch
-from niwaki.config import Grouped
-from niwaki.kernels.sweep import sweep_panel_reference
-from niwaki.kernels.triton_sweep import sweep_panel_triton
-
-for seed, (rows, columns, target) in enumerate(
-    [(5, 16, None), (33, 24, None), (17, 16, Grouped(2, 4)), (20, 24, Grouped(4, 8)), (3, 9, Grouped(1, 3))]
-):
-    torch.manual_seed(seed)
-    panel = torch.randn(rows, columns)
-    upper = (torch.randn(columns, columns) * 0.2).triu() + torch.eye(columns)
-    keep = None if target else torch.rand(rows, columns) > 0.5
-    a, b = panel.clone(), panel.clone()
-    error_a, keep_a = sweep_panel_reference(a, upper, keep, target)
-    error_b, keep_b = sweep_panel_triton(b, upper, keep, target)
-    assert torch.equal(keep_a, keep_b), (rows, columns, target)
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(error_a, error_b, rtol=1e-5, atol=1e-6)
-print("parity")
-"""
 
 
 def test_triton_kernel_equals_reference() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", PARITY], capture_output=True, text=True, env=environment, check=False)
-    assert done.stdout.strip() == "parity", done.stderr[-2000:]
+    interpreted("parity", __name__)
+
+
+def parity() -> None:
+    from niwaki.kernels.triton_sweep import sweep_panel_triton
+
+    for seed, (rows, columns, target) in enumerate(
+        [(5, 16, None), (33, 24, None), (17, 16, Grouped(2, 4)), (20, 24, Grouped(4, 8)), (3, 9, Grouped(1, 3))]
+    ):
+        torch.manual_seed(seed)
+        panel = torch.randn(rows, columns)
+        upper = (torch.randn(columns, columns) * 0.2).triu() + torch.eye(columns)
+        keep = None if target else torch.rand(rows, columns) > 0.5
+        a, b = panel.clone(), panel.clone()
+        error_a, keep_a = sweep_panel_reference(a, upper, keep, target)
+        error_b, keep_b = sweep_panel_triton(b, upper, keep, target)
+        assert torch.equal(keep_a, keep_b), (rows, columns, target)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(error_a, error_b, rtol=1e-5, atol=1e-6)
 
 
 def test_given_mask_is_kept_and_errors_reach_later_columns() -> None:

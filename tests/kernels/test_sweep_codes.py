@@ -1,12 +1,10 @@
 """The quantizing sweep: reference against a plain loop, compiled and Triton kernels against the reference."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreting import interpreted
 from torch import Tensor
 
 import niwaki.kernels
@@ -26,17 +24,29 @@ def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Ten
     return wanted, base, feed, Grid(scale, offset, group, top)
 
 
+def masked_problem(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Grid, Tensor]:
+    """The same on grids that have a level at zero, with half of the weights kept."""
+    wanted, base, feed, grid = problem(rows, columns)
+    keep = torch.rand(rows, columns, generator=torch.Generator().manual_seed(7)) < 0.5
+    middle = Grid(grid.scale_OG, -grid.scale_OG * torch.tensor([8.0, 1.0]), grid.group_I, grid.top_I)
+    return wanted, base, feed, middle, keep
+
+
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("with_base", [False, True])
-def test_reference_equals_the_definition_in_float64(with_base: bool) -> None:
-    wanted, base, feed, grid = problem(5, 12)
-    code, change = sweep_codes_reference(wanted.double(), base.double() if with_base else None, feed.double(), grid)
+def test_reference_equals_the_definition_in_float64(with_base: bool, masked: bool) -> None:
+    wanted, base, feed, grid, keep = masked_problem(5, 12) if masked else (*problem(5, 12), None)
+    code, change = sweep_codes_reference(
+        wanted.double(), base.double() if with_base else None, feed.double(), grid, keep
+    )
     for row in range(5):
         values = wanted[row].double().tolist()
         for k in range(12):
             g = int(grid.group_I[k])
             scale, offset = float(grid.scale_OG[row, g]), float(grid.offset_OG[row, g])
             levels = [c * scale + offset for c in range(int(grid.top_I[k]) + 1)]
-            best = min(range(len(levels)), key=lambda c: abs(levels[c] - values[k]))
+            near = values[k] if keep is None or keep[row, k] else 0.0
+            best = min(range(len(levels)), key=lambda c: abs(levels[c] - near))
             assert int(code[row, k]) == best
             moved = levels[best] - (float(base[row, k]) if with_base else values[k])
             assert float(change[row, k]) == pytest.approx(moved, abs=1e-6)
@@ -44,18 +54,19 @@ def test_reference_equals_the_definition_in_float64(with_base: bool) -> None:
                 values[j] -= moved * float(feed[k, j])
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("with_base", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (33, 130), (64, 257)])
-def test_compiled_equals_reference(shape: tuple[int, int], threads: int, with_base: bool) -> None:
+def test_compiled_equals_reference(shape: tuple[int, int], threads: int, with_base: bool, masked: bool) -> None:
     assert cpu_module() is not None, "the package must be built with its CPU kernels where tests run"
-    wanted, base, feed, grid = problem(*shape)
+    wanted, base, feed, grid, keep = masked_problem(*shape) if masked else (*problem(*shape), None)
     given = base if with_base else None
-    expected_code, expected_change = sweep_codes_reference(wanted.clone(), given, feed, grid)
+    expected_code, expected_change = sweep_codes_reference(wanted.clone(), given, feed, grid, keep)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        code, change = sweep_codes(wanted.clone(), given, feed, grid)
+        code, change = sweep_codes(wanted.clone(), given, feed, grid, keep)
     finally:
         torch.set_num_threads(before)
     # Fused multiply-adds may turn a tie; a turned code changes all that follow it in its row.
@@ -80,21 +91,17 @@ def test_without_compiled_kernels_torch_code_runs_after_a_warning(monkeypatch: p
 
 
 def test_triton_panel_equals_reference() -> None:
-    script = "import test_sweep_codes; test_sweep_codes.triton_parity()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
-    assert done.stdout.strip() == "parity", done.stderr[-2000:]
+    interpreted("triton_parity", __name__)
 
 
 def triton_parity() -> None:
     """Runs where Triton interprets its kernels, which is decided when it is imported."""
     from niwaki.kernels.triton_codes import sweep_codes_triton
 
-    for shape in [(1, 1), (3, 7), (20, 33)]:
-        wanted, base, feed, grid = problem(*shape)
+    problems = [(*problem(*shape), None) for shape in [(1, 1), (3, 7), (20, 33)]]
+    for wanted, base, feed, grid, keep in [*problems, masked_problem(3, 7)]:
         for given in (None, base):
-            code, change = sweep_codes_triton(wanted.clone(), given, feed, grid.columns(0, shape[1]))
-            expected_code, expected_change = sweep_codes_reference(wanted.clone(), given, feed, grid)
+            code, change = sweep_codes_triton(wanted.clone(), given, feed, grid.columns(0, wanted.shape[1]), keep)
+            expected_code, expected_change = sweep_codes_reference(wanted.clone(), given, feed, grid, keep)
             assert torch.equal(code, expected_code)
             torch.testing.assert_close(change, expected_change, rtol=1e-4, atol=1e-4)
-    print("parity")

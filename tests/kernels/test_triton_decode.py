@@ -1,7 +1,8 @@
 """The GPU decoder of bit planes, interpreted by Triton: exactly the decoded matrix, and layers of many tokens."""
 
 import torch
-from test_triton_planes import error, for_gpu, interpreted, matrix
+from interpreting import interpreted
+from test_triton_planes import error, for_gpu, matrix
 
 from niwaki.codes import GRIDS, assemble, stored_tensors
 from niwaki.kernels.planes import decode, layer_decoded_op
@@ -9,7 +10,6 @@ from niwaki.runtime import linear
 from niwaki.runtime.linear import PackedLinear, _Prepared
 
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 1}  # and the warps of a program
-HERE = "test_triton_decode"
 
 
 def rounded(weight_OI: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -20,32 +20,34 @@ def rounded(weight_OI: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def test_decoded_matrix_is_exact() -> None:
-    interpreted("parity", HERE)
+    interpreted("parity", __name__)
 
 
 def parity() -> None:
-    """Every width with every grid; groups of whole bytes, of no whole bytes, shorter last ones, one for a row."""
+    """Every width with every grid; groups of whole bytes, of no whole bytes, shorter last ones, one for a row.
+
+    Dtypes take turns, so that every width and every shape meets each of them.
+    """
     from niwaki.kernels.triton_decode import decode_planes
 
     shapes = [(33, 200, 64), (5, 7, 7), (64, 264, 12), (31, 301, 301)]
+    dtypes = list(DTYPES)
     cases = [
-        (rows, columns, bits, GRIDS[number], group, (number + turn) % 2 == 1)
+        (rows, columns, bits, GRIDS[number], group, (number + turn) % 2 == 1, dtypes[(turn - number) % 3])
         for turn, bits in enumerate([1, 2, 3, 4, 8])
         for number, (rows, columns, group) in enumerate(shapes[turn % 4 :] + shapes[: turn % 4])
     ]
-    for rows, columns, bits, grid, group, mixed in cases:
+    for rows, columns, bits, grid, group, mixed, dtype in cases:
         parts = matrix(rows, columns, bits, grid, group, mixed)
         expected_OI = assemble(parts)[:, torch.cat([part.columns_C for part in parts])]
-        for dtype, warps in DTYPES.items():
-            out_OI = torch.full((rows, columns), float("nan"), dtype=dtype)
-            decode_planes(for_gpu(parts), rows, 0, out_OI, warps)
-            exact = torch.equal(out_OI, rounded(expected_OI, dtype))
-            assert exact, (rows, columns, bits, grid, group, mixed, dtype)
-    print("parity")
+        out_OI = torch.full((rows, columns), float("nan"), dtype=dtype)
+        decode_planes(for_gpu(parts), rows, 0, out_OI, DTYPES[dtype])
+        exact = torch.equal(out_OI, rounded(expected_OI, dtype))
+        assert exact, (rows, columns, bits, grid, group, mixed, dtype)
 
 
 def test_stripes_and_what_lies_beside_them() -> None:
-    interpreted("stripes", HERE)
+    interpreted("stripes", __name__)
 
 
 def stripes() -> None:
@@ -64,11 +66,10 @@ def stripes() -> None:
         assert torch.equal(decode(for_gpu(parts), 100, first, last, torch.float32), expected_OI[first:last])
         found = layer_decoded_op(tensors, numbers, 100, first, last, torch.bfloat16)
         assert torch.equal(found, rounded(expected_OI[first:last], torch.bfloat16))
-    print("parity")
 
 
 def test_layer_multiplies_many_tokens() -> None:
-    interpreted("layers", HERE)
+    interpreted("layers", __name__)
 
 
 def layers() -> None:
@@ -83,4 +84,3 @@ def layers() -> None:
         for tiles in (0, 1, 3, 4):
             linear.DECODED_BYTES = tiles * 32 * 136 * 4
             assert error(layer._decoded(x_NI), expected_NO) < 1e-6
-    print("parity")

@@ -5,7 +5,8 @@ here without it; the whole is checked on a GPU by `benchmarks/packed_linear_gpu.
 """
 
 import torch
-from test_triton_planes import error, for_gpu, interpreted, matrix
+from interpreting import interpreted
+from test_triton_planes import error, for_gpu, matrix
 
 from niwaki.codes import assemble
 from niwaki.kernels import planes
@@ -19,23 +20,23 @@ CASES = [
 
 
 def test_product_equals_the_decoded_matrix() -> None:
-    interpreted("parity", "test_triton_dot")
+    interpreted("parity", __name__)
 
 
 def parity() -> None:
     from niwaki.kernels.triton_dot import Config, some_tokens
 
-    for rows, columns, bits, grid, group, mixed, tokens in CASES:
+    configs = [None, Config(warps=1, stages=1), Config(warps=2, stages=2)]  # two for every case, in turns
+    for number, (rows, columns, bits, grid, group, mixed, tokens) in enumerate(CASES):
         parts = matrix(rows, columns, bits, grid, group, mixed)
         generator = torch.Generator().manual_seed(tokens)
         x_NI = torch.randn(tokens, columns, generator=generator).half()
         bias_O = torch.randn(rows, generator=generator)
         expected_NO = x_NI.double() @ assemble(parts).double().T + bias_O.double()
-        for config in (None, Config(warps=1, stages=1), Config(warps=2, stages=2)):
+        for config in (configs[number % 3], configs[(number + 1) % 3]):
             out_NO = torch.full((tokens, rows), float("nan"), dtype=torch.float16)
             some_tokens(x_NI, for_gpu(parts), bias_O, out_NO, config)
             assert error(out_NO, expected_NO) < 1e-3, (rows, columns, config)
-    print("parity")
 
 
 def test_bits_of_codes_make_floats_with_steps_of_one_and_sixteen() -> None:
@@ -48,7 +49,7 @@ def test_bits_of_codes_make_floats_with_steps_of_one_and_sixteen() -> None:
 
 
 def test_which_kernel_multiplies_how_many_tokens() -> None:
-    interpreted("choice", "test_triton_dot")
+    interpreted("choice", __name__)
 
 
 def choice() -> None:
@@ -65,4 +66,3 @@ def choice() -> None:
         x_NI = torch.zeros(tokens, 256, dtype=dtype)
         planes.gpu_product(x_NI, parts, None, torch.empty(tokens, rows, dtype=dtype))
     assert called == ["few", "some", "few", "few", "some", "few"], called
-    print("parity")

@@ -10,7 +10,7 @@ from helpers import correlated_inputs, evidence_of, make_block, run_method
 from niwaki.config import Grouped, Sparsity, Target
 from niwaki.methods import sparsegpt
 from niwaki.methods._masks import keep_by_matrix
-from niwaki.methods._solver import exchange, refit
+from niwaki.methods._solver import exchange, invert_lower, refit
 from niwaki.packed import Packed
 from niwaki.stream import Evidence
 
@@ -103,3 +103,13 @@ def test_in_a_chain_a_matrix_without_tokens_keeps_the_record_it_is_given() -> No
     seen = Evidence(seen.statistics, start={"m": Packed.masked(weight, keep)})
     found = sparsegpt.compress(block, seen, {"m": Sparsity(0.5)}, sparsegpt.Config(), torch.Generator())["m"]
     assert torch.equal(found.weight_OI, weight * keep)
+
+
+@pytest.mark.parametrize("width", [1, 700, 1024, 1025, 3001])
+def test_a_triangle_is_inverted_by_halves(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    lower_II = torch.randn(width, width, generator=generator, dtype=torch.float64).tril_(-1) / width
+    lower_II.diagonal().copy_(1 + torch.rand(width, generator=generator, dtype=torch.float64))
+    inverse_II = invert_lower(lower_II)
+    assert torch.equal(inverse_II, inverse_II.tril())
+    assert (inverse_II @ lower_II - torch.eye(width, dtype=torch.float64)).abs().max() < 1e-12

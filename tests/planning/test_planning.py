@@ -82,6 +82,13 @@ def test_bytes_are_within_a_percent(method: str, target: str, model: Path, text:
         {"method": "squeeze10", "target": "2.2bit", "allocation": "uniform", "keep_blocks": "0"},
         {"method": "wanda", "target": "0.5", "allocation": "owl"},
         {"method": "sparsegpt+wandapp", "target": "2:4", "options": {"wandapp.rounds": 1, "wandapp.samples": 2}},
+        {"method": "magnitude+rtn", "target": "2:4+4bit", "pack": "auto", "options": {"rtn.group": 32}},
+        {"method": "magnitude+rtn", "target": "2:4+4bit", "pack": "auto", "options": {"rtn.group": 16}},
+        {"method": "magnitude+rtn", "target": "0.5+4bit", "pack": "auto", "options": {"rtn.group": 0}},
+        {"method": "wanda+gptq", "target": "0.5+8bit", "pack": "auto", "options": {"gptq.group": 0}},
+        {"method": "magnitude+rtn", "target": "2:4+4bit", "pack": "codes", "options": {"rtn.group": 32}},
+        {"method": "magnitude+rtn", "target": "0.2+4bit", "pack": "auto", "options": {"rtn.group": 32}},
+        {"method": "magnitude+rtn", "target": "2:4+4bit", "pack": "auto", "ends": "4bit", "options": {"rtn.group": 32}},
         {
             "method": "comp+rtn",
             "target": "0.3+4bit",

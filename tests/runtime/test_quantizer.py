@@ -17,7 +17,11 @@ from helpers import add_tokenizer, tiny_llama, write_texts
 from niwaki.errors import CheckpointError
 from niwaki.runtime.linear import PackedLinear
 
-WIDTHS = {"rtn": ("4bit", {"group": 16}), "gptq": ("3bit", {"group": 0, "act_order": True}), "squeeze10": ("4bit", {})}
+WIDTHS = {
+    "rtn": ("4bit", {"group": 16}),
+    "gptq": ("3bit", {"group": 0, "act_order": True}),
+    "squeeze10": ("4bit", {"rounds": 1, "learn_rounds": 0}),
+}
 
 
 @pytest.fixture(scope="module")

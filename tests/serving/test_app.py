@@ -1,7 +1,13 @@
 """The official client, unchanged, against a server on loopback."""
 
 import asyncio
+import importlib.util
+import sys
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import openai
@@ -9,10 +15,17 @@ import pytest
 import torch
 from openai import AsyncOpenAI
 
-from serving_helpers import Running, until
+from serving_helpers import Running, chat_model, running, until
 
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving_fuzz.py"
 HELLO: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello, who is there?"}]
 GREEDY: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(chat_model(tmp_path_factory.mktemp("serving") / "model"), slots=4, queue=8) as server:
+        yield server
 
 
 def plain_logprobs(tiny: Running, ids: list[int]) -> torch.Tensor:
@@ -237,3 +250,27 @@ def test_health_and_readiness(tiny: Running) -> None:
         assert lost.status_code == 404 and lost.json()["error"]["type"] == "invalid_request_error"
         assert http.get("/v1/completions").status_code == 405
         assert http.get("/docs").status_code == http.get("/openapi.json").status_code == 404
+
+
+def fuzz() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("serving_fuzz", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["serving_fuzz"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_malformed_requests_are_refused_and_change_nothing(tiny: Running) -> None:
+    """Some hundred of the requests of benchmarks/serving_fuzz.py."""
+    script = fuzz()
+    statuses: Counter[int] = Counter()
+    wrong = []
+    for case in script.cases(seed=1, count=400):
+        status = script.exchange(tiny.port, case.sent, ends=case.ends)
+        statuses[status] += 1
+        wrong += [found] if (found := script.judge(case, status)) else []
+    assert not wrong
+    assert {400, 404, 405, 413, 415, 431} <= set(statuses), statuses
+    assert statuses[400] > 200 and statuses[200] + statuses[0] < 50, statuses
+    assert script.healthy(tiny.port) and tiny.service.engine.idle

@@ -37,7 +37,7 @@ def inspect(out: str | Path) -> dict[str, Any]:
     measure = measure_of(record, lines)
     found = {
         "out": str(folder),
-        "kind": _KINDS[measure],
+        "kind": "pruned and quantized" if any(both(line) for line in lines) else _KINDS[measure],
         "measure": measure,
         "made": _made(record),
         "measured": _measured(record),
@@ -95,6 +95,11 @@ def value_of(line: Line, measure: str) -> float:
         kept, _, rest = line["target"].partition(" of ")
         return 1 - int(kept) / int(rest.split()[0])
     return float(line[measure])
+
+
+def both(line: Line) -> bool:
+    """Whether the matrix was asked for zeros and for bits."""
+    return "+" in line["target"]
 
 
 def methods_line(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from niwaki.checkpoint import INDEX
 from niwaki.codes import WEIGHT
 from niwaki.errors import InputError
-from niwaki.inspecting import Line, kind_of, mean, measure_of, methods_line, read_lines, read_record, value_of
+from niwaki.inspecting import Line, both, kind_of, mean, measure_of, methods_line, read_lines, read_record, value_of
 
 ERRORS = ("error_before_update", "error", "block_error", "drift", "heldout_error_start", "heldout_error")
 COUNTED = ("salient_columns", "salient_weights", "method_bits", "kept_groups", "row_zeros")
@@ -38,7 +38,7 @@ def why(out: str | Path, matrix: str) -> dict[str, Any]:
     measure = measure_of(record, lines)
     rows, columns = line["shape"]
     errors = {name: line[name] for name in ERRORS if line.get(name) is not None}
-    if line["kind"] == "codes" or "method_bits" in line:
+    if (line["kind"] == "codes" or "method_bits" in line) and not both(line):
         errors.pop("error_before_update", None)  # of only removing weights, which nobody did
     others = [other for other in lines if kind_of(other["matrix"]) == kind_of(line["matrix"]) and other is not line]
     return {
@@ -97,8 +97,11 @@ def _find(lines: Sequence[Line], prefix: str, asked: str) -> Line:
 
 def _chosen_by(record: dict[str, Any], line: Line) -> str:
     """What decided over the weights of this matrix, in a sentence."""
-    method = record["recipe"]["method"].split("+")[-1].strip()
+    *pruners, method = (name.strip() for name in record["recipe"]["method"].split("+"))
     about = methods_line(method)
+    if both(line):
+        ranked = "a score for every weight, the lowest went" if "scores" in line else "pruned first"
+        return f"{ranked}; what was left is rounded to codes. {methods_line(pruners[-1])} {about}"
     if "scores" in line:
         return f"a score for every weight, the lowest went. {about}"
     if line["kind"] == "codes" or "method_bits" in line:

@@ -30,18 +30,21 @@ class Grid:
         return Grid(self.scale_OG[:, group_P], self.offset_OG[:, group_P], own_P, self.top_I[start:end])
 
 
-def sweep_codes(wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def sweep_codes(
+    wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, grid: Grid, keep_OI: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Rounds the columns from left to right; each answers to what the ones before it did.
 
-    Column k takes the level nearest to `wanted_OI[:, k]`. The change, from `base_OI[:, k]` (or from the wanted value
-    where there is no base), moves the wanted values to its right by −change · `feed_II[k]`. Float32; only the part
-    of `feed_II` above its diagonal is read; `wanted_OI` is overwritten. Returns (codes [O, I] uint8, changes [O, I]).
+    Column k takes the level nearest to `wanted_OI[:, k]`, or to zero where `keep_OI` (boolean) is false. The change,
+    from `base_OI[:, k]` (or from the wanted value where there is no base), moves the wanted values to its right by
+    −change · `feed_II[k]`. Float32; only the part of `feed_II` above its diagonal is read; `wanted_OI` is overwritten.
+    Returns (codes [O, I] uint8, changes [O, I]).
     """
     if wanted_OI.is_cuda:
-        return _sweep_panels(wanted_OI, base_OI, feed_II, grid)
+        return _sweep_panels(wanted_OI, base_OI, feed_II, grid, keep_OI)
     compiled = cpu_module()
     if compiled is None or wanted_OI.dtype != torch.float32:
-        return sweep_codes_reference(wanted_OI, base_OI, feed_II, grid)
+        return sweep_codes_reference(wanted_OI, base_OI, feed_II, grid, keep_OI)
     code_OI = torch.empty(wanted_OI.shape, dtype=torch.uint8)
     change_OI = torch.empty_like(wanted_OI)
     compiled.sweep_codes(
@@ -53,6 +56,7 @@ def sweep_codes(wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, grid
         grid.offset_OG.contiguous(),
         grid.group_I,
         grid.top_I,
+        None if keep_OI is None else keep_OI.contiguous().view(torch.uint8),
         code_OI,
         change_OI,
         torch.get_num_threads(),
@@ -61,7 +65,7 @@ def sweep_codes(wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, grid
 
 
 def sweep_codes_reference(
-    wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, grid: Grid
+    wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, grid: Grid, keep_OI: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The same in plain torch, one column at a time, on any device and in any float dtype."""
     code_OI = torch.empty(wanted_OI.shape, dtype=torch.uint8, device=wanted_OI.device)
@@ -69,14 +73,17 @@ def sweep_codes_reference(
     for column, group in enumerate(grid.group_I.tolist()):
         scale_O, offset_O = grid.scale_OG[:, group], grid.offset_OG[:, group]
         wanted_O = wanted_OI[:, column]
-        code_O = ((wanted_O - offset_O) / scale_O).round().clamp(0, float(grid.top_I[column]))
+        near_O = wanted_O if keep_OI is None else torch.where(keep_OI[:, column], wanted_O, 0.0)
+        code_O = ((near_O - offset_O) / scale_O).round().clamp(0, float(grid.top_I[column]))
         change_O = code_O * scale_O + offset_O - (wanted_O if base_OI is None else base_OI[:, column])
         wanted_OI[:, column + 1 :] -= change_O[:, None] * feed_II[column, column + 1 :]
         code_OI[:, column], change_OI[:, column] = code_O.to(torch.uint8), change_O
     return code_OI, change_OI
 
 
-def _sweep_panels(wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def _sweep_panels(
+    wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, grid: Grid, keep_OI: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Panels of columns in one kernel each; between panels the changes travel by one matrix product."""
     from niwaki.kernels.triton_codes import sweep_codes_triton
 
@@ -91,6 +98,7 @@ def _sweep_panels(wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, gr
             base_OP,
             feed_II[start:end, start:end].contiguous(),
             grid.columns(start, end),
+            None if keep_OI is None else keep_OI[:, start:end].contiguous(),
         )
         wanted_OI[:, end:].addmm_(change_OI[:, start:end], feed_II[start:end, end:], alpha=-1)
     return code_OI, change_OI

@@ -13,7 +13,9 @@ from torch import Tensor
 from niwaki.kernels.codes import Grid
 
 
-def sweep_codes_triton(wanted_OP: Tensor, base_OP: Tensor | None, feed_PP: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def sweep_codes_triton(
+    wanted_OP: Tensor, base_OP: Tensor | None, feed_PP: Tensor, grid: Grid, keep_OP: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The contract of `kernels.codes.sweep_codes` for one panel whose `grid` has one scale a column; all contiguous."""
     rows, columns = wanted_OP.shape
     code_OP = torch.empty(wanted_OP.shape, dtype=torch.uint8, device=wanted_OP.device)
@@ -26,11 +28,13 @@ def sweep_codes_triton(wanted_OP: Tensor, base_OP: Tensor | None, feed_PP: Tenso
         grid.scale_OG.contiguous(),
         grid.offset_OG.contiguous(),
         grid.top_I.contiguous(),
+        wanted_OP if keep_OP is None else keep_OP.view(torch.uint8),
         code_OP,
         change_OP,
         rows,
         columns=columns,
         has_base=base_OP is not None,
+        has_keep=keep_OP is not None,
         block_rows=block_rows,
         block_columns=triton.next_power_of_2(columns),
         num_warps=4,
@@ -46,11 +50,13 @@ def _sweep(
     scale,
     offset,
     top,
+    keep,
     code,
     change,
     rows,
     columns: tl.constexpr,
     has_base: tl.constexpr,
+    has_keep: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
@@ -66,7 +72,10 @@ def _sweep(
         value_k = tl.sum(tl.where(column[None, :] == k, value, 0.0), axis=1)
         scale_k = tl.load(scale + at, mask=here, other=1.0)
         offset_k = tl.load(offset + at, mask=here, other=0.0)
-        exact = (value_k - offset_k) / scale_k
+        near_k = value_k
+        if has_keep:
+            near_k = tl.where(tl.load(keep + at, mask=here, other=0) != 0, value_k, 0.0)
+        exact = (near_k - offset_k) / scale_k
         exact = tl.minimum(tl.maximum(exact, 0.0), tl.load(top + k))
         # Half to even, as torch rounds: adding 1.5·2²³ leaves no bits below one.
         code_k = (exact + 12582912.0) - 12582912.0

@@ -5,7 +5,9 @@ up the records of a method before it), a frozen dataclass `Config`, `needs(confi
 and `compress(block, seen, targets, config, generator) -> {matrix: Packed}` for one block. What it costs it may say in
 `cost` and `stored_bytes` (see `costs`), for `niwaki plan`.
 
-Methods chain: in `besa+wandapp` the second one starts from the masks and weights of the first, block by block.
+Methods chain: in `besa+wandapp` the second one starts from the masks and weights of the first, block by block. A
+quantizer behind them (`sparsegpt+gptq`, target `2:4+4bit`) leaves zeros alone and rounds the rest, in the same walk;
+the options that a mask asks of it are its `MASKED`.
 """
 
 import importlib
@@ -17,7 +19,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from niwaki.block import Block
-from niwaki.config import Bits, Grouped, Kind, Recipe, Sparsity, Target, Unit, make_options
+from niwaki.config import Bits, Grouped, Kind, PrunedBits, Recipe, Sparsity, Target, Unit, make_options
 from niwaki.contextual.predictor import Predictor
 from niwaki.contextual.selection import Rule, Variant
 from niwaki.contextual.traces import Traces
@@ -143,6 +145,17 @@ class Step:
         """What this step wants to be collected."""
         return self.method.needs(self.config)
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether it meets bits, not zeros."""
+        return Bits in self.method.ACCEPTS
+
+    def part(self, target: Target) -> Target:
+        """What of a target this step meets: of zeros and bits its own."""
+        if not isinstance(target, PrunedBits):
+            return target
+        return target.bits if self.quantizes else target.zeros
+
     def least_bits(self, rows: int, columns: int) -> float:
         """Of a method in FRACTIONAL: see there."""
         return cast(Fractional, self.method).least_bits(rows, columns, self.config)
@@ -156,7 +169,7 @@ class Step:
     def stored_bytes(self, name: str, rows: int, columns: int, target: Target) -> int | None:
         """Bytes of one matrix as codes, None if it is stored as weights. Raises TargetError if it cannot be met."""
         stated = vars(self.method).get("stored_bytes")
-        found: int | None = None if stated is None else stated(name, rows, columns, target, self.config)
+        found: int | None = None if stated is None else stated(name, rows, columns, self.part(target), self.config)
         return found
 
     @property
@@ -172,7 +185,7 @@ class Step:
     def compress(
         self, block: Block, seen: Evidence, targets: Mapping[str, Target], generator: torch.Generator
     ) -> dict[str, Packed]:
-        """Runs the method on one block."""
+        """Runs the method on one block; `targets` are its parts of them."""
         return self.method.compress(block, seen, targets, self.config, generator)
 
 
@@ -192,13 +205,7 @@ def make_steps(chain: str, options: Mapping[str, Any], target: Target) -> list[S
     methods = [get_method(name) for name in names]
     if len(set(names)) < len(names):
         raise InputError(f"method {chain}: every method may stand in a chain once")
-    for name, method in zip(names, methods, strict=True):
-        if not isinstance(target, method.ACCEPTS):
-            kinds = " or ".join(_KINDS[kind] for kind in method.ACCEPTS)
-            raise TargetError(f"method {name} meets {kinds}, got target {target}")
-    for name, method in zip(names[1:], methods[1:], strict=True):
-        if not method.CONTINUES:
-            raise InputError(f"method {chain}: {name} cannot take up what another method began, put it first")
+    _check_chain(chain, names, methods, target)
     own: dict[str, dict[str, Any]] = {name: {} for name in names}
     for key, value in options.items():
         owner, _, option = key.rpartition(".")
@@ -207,10 +214,50 @@ def make_steps(chain: str, options: Mapping[str, Any], target: Target) -> list[S
         if owner not in own:
             raise InputError(f"option {key}: write it as method.option with one of {', '.join(names)}")
         own[owner][option] = value
+    if isinstance(target, PrunedBits):
+        own[names[-1]] = _with_mask(names[-1], own[names[-1]])
     return [
         Step(name, method, make_options(method.Config, own[name], name))
         for name, method in zip(names, methods, strict=True)
     ]
+
+
+def _check_chain(chain: str, names: Sequence[str], methods: Sequence[Method], target: Target) -> None:
+    """Raises TargetError or InputError for a target that the chain does not meet, and for steps that do not follow."""
+    quantizers = [name for name, method in zip(names, methods, strict=True) if Bits in method.ACCEPTS]
+    both = isinstance(target, PrunedBits)
+    if both and (quantizers != names[-1:] or len(names) < 2):
+        raise TargetError(
+            f"target {target} prunes, then quantizes: expected a chain that does both, such as sparsegpt+gptq, got "
+            f"method {chain}"
+        )
+    if not both and 0 < len(quantizers) < len(names):
+        raise TargetError(
+            f"method {chain} prunes and quantizes: expected a target for each, such as 2:4+4bit, got {target}"
+        )
+    for name, method in zip(names, methods, strict=True):
+        met = target if not isinstance(target, PrunedBits) else target.bits if name in quantizers else target.zeros
+        if not isinstance(met, method.ACCEPTS):
+            kinds = " or ".join(_KINDS[kind] for kind in method.ACCEPTS)
+            raise TargetError(f"method {name} meets {kinds}, got target {met}")
+    for name, method in zip(names[1:], methods[1:], strict=True):
+        if both and name in quantizers and not method.CONTINUES:
+            able = [other for other in METHODS if Bits in get_method(other).ACCEPTS and get_method(other).CONTINUES]
+            raise InputError(f"method {chain}: {name} does not leave zeros alone, put {' or '.join(able)} last")
+        if not method.CONTINUES or (name in quantizers and not both):
+            raise InputError(f"method {chain}: {name} cannot take up what another method began, put it first")
+
+
+def _with_mask(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a quantizer that is given a mask. Raises TargetError for those that do not go with one."""
+    found = dict(options)
+    for option, wanted in vars(get_method(name))["MASKED"].items():
+        if str(found.setdefault(option, wanted)).lower() != str(wanted).lower():
+            raise TargetError(
+                f"{name}.{option} {found[option]}: weights that were pruned stay zero, and the grids that have a code "
+                f"for zero in the middle are those of {name}.{option}={str(wanted).lower()}: leave it out"
+            )
+    return found
 
 
 def settle_budget(recipe: Recipe) -> Recipe:

@@ -49,10 +49,15 @@ def keep_highest(scores: Tensor, zeros: int) -> Tensor:
 
 
 def _keep_highest(scores: Tensor, zeros: int) -> tuple[Tensor, Tensor]:
-    """`keep_highest`, and the highest score that goes [1, 1]."""
-    zeros_1 = torch.tensor([zeros], device=scores.device)
-    keep, bound_11 = _drop_lowest(scores.reshape(1, -1), zeros_1)
-    return keep.view(scores.shape), bound_11
+    """`keep_highest`, and the highest score that goes [1]. On a GPU nothing here waits for it."""
+    if zeros == 0:
+        return torch.ones_like(scores, dtype=torch.bool), scores.new_full((1,), -torch.inf)
+    scores_N = scores.reshape(-1)
+    bound_1 = scores_N.topk(zeros, largest=False, sorted=False).values.amax(0, keepdim=True)
+    tied_N = scores_N == bound_1
+    left_1 = zeros - (scores_N < bound_1).sum(0, keepdim=True)
+    keep_N = (scores_N > bound_1) | (tied_N & (tied_N.cumsum(0, dtype=torch.int32) > left_1))
+    return keep_N.view(scores.shape), bound_1
 
 
 def _drop_lowest(scores_OI: Tensor, zeros_O: Tensor) -> tuple[Tensor, Tensor]:

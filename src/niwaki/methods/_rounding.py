@@ -8,6 +8,8 @@ Everything minimises ‖(W − Q)X‖² + λ‖W − Q‖² row by row, with H =
   q_k + (R_k / H_kk) with R = (W − Q)H. The error never rises. Few codes change, so a pass costs less than the sweep.
 - `refit` solves for all scales and free offsets of a row at once, the codes fixed. The error never rises.
 
+With a mask (`keep_OI`) pruned weights have the code of zero and no other: on a symmetric grid they stay exactly zero.
+
 Legend: O rows, I columns, C columns of a group, G groups, K unknowns of a row.
 """
 
@@ -196,28 +198,34 @@ def nearest(weight_OI: Tensor, groups: Sequence[Group], clip: bool) -> Rounded:
     return rounded
 
 
-def sweep(weight_OI: Tensor, upper_II: Tensor, groups: Sequence[Group], clip: bool) -> Rounded:
-    """One pass from left to right, each group's grid fitted when the pass reaches it; U as in `inverse_factor`."""
+def sweep(
+    weight_OI: Tensor, upper_II: Tensor, groups: Sequence[Group], clip: bool, keep_OI: Tensor | None = None
+) -> Rounded:
+    """One pass from left to right, each group's grid fitted when the pass reaches it; U as in `inverse_factor`.
+
+    Given a mask, the grid is that of kept weights; what a pruned one held by then is an error like any other.
+    """
     feed_II = -(upper_II / upper_II.diagonal()[:, None])
     wanted_OI = weight_OI.clone()
     rounded = _empty(weight_OI, groups)
     for number, group in enumerate(groups):
         wanted_OC = wanted_OI[:, group.slice].contiguous()
-        scale_O1, offset_O1 = fit_grid(wanted_OC, group, clip)
+        keep_OC = None if keep_OI is None else keep_OI[:, group.slice]
+        scale_O1, offset_O1 = fit_grid(wanted_OC if keep_OC is None else wanted_OC * keep_OC, group, clip)
         same_C = torch.zeros(group.end - group.start, dtype=torch.int32, device=weight_OI.device)
         grid = Grid(scale_O1, offset_O1, same_C, torch.full_like(same_C, 2**group.bits - 1, dtype=torch.float32))
-        code_OC, change_OC = sweep_codes(wanted_OC, None, feed_II[group.slice, group.slice].contiguous(), grid)
+        code_OC, change_OC = sweep_codes(wanted_OC, None, feed_II[group.slice, group.slice].contiguous(), grid, keep_OC)
         _put(rounded, number, code_OC, scale_O1, offset_O1)
         wanted_OI[:, group.end :].addmm_(change_OC, feed_II[group.slice, group.end :], alpha=-1)
     return rounded
 
 
-def descend(rounded: Rounded, weight_OI: Tensor, gram_II: Tensor) -> Rounded:
+def descend(rounded: Rounded, weight_OI: Tensor, gram_II: Tensor, keep_OI: Tensor | None = None) -> Rounded:
     """One pass of coordinate descent on the codes; H = `gram_II`, damping included."""
     values_OI = rounded.values_OI
     diagonal_I = gram_II.diagonal()
     wanted_OI = values_OI + ((weight_OI - values_OI) @ gram_II) / diagonal_I
-    code_OI, _ = sweep_codes(wanted_OI, values_OI, (gram_II / diagonal_I).contiguous(), rounded.grid)
+    code_OI, _ = sweep_codes(wanted_OI, values_OI, (gram_II / diagonal_I).contiguous(), rounded.grid, keep_OI)
     return replace(rounded, code_OI=code_OI)
 
 
@@ -262,7 +270,9 @@ def refit(rounded: Rounded, weight_OI: Tensor, gram_II: Tensor) -> Rounded:
     )
 
 
-def improve(rounded: Rounded, weight_OI: Tensor, gram_II: Tensor, rounds: int) -> Rounded:
+def improve(
+    rounded: Rounded, weight_OI: Tensor, gram_II: Tensor, rounds: int, keep_OI: Tensor | None = None
+) -> Rounded:
     """`rounds` of refit and descent, then scales as they are stored and a last pass of codes for them.
 
     Without rounds only the scales are rounded to their storage.
@@ -270,8 +280,8 @@ def improve(rounded: Rounded, weight_OI: Tensor, gram_II: Tensor, rounds: int) -
     if not rounds:
         return rounded.storable()
     for _ in range(rounds):
-        rounded = descend(refit(rounded, weight_OI, gram_II), weight_OI, gram_II)
-    return descend(refit(rounded, weight_OI, gram_II).storable(), weight_OI, gram_II)
+        rounded = descend(refit(rounded, weight_OI, gram_II), weight_OI, gram_II, keep_OI)
+    return descend(refit(rounded, weight_OI, gram_II).storable(), weight_OI, gram_II, keep_OI)
 
 
 def damped(gram_II: Tensor, damping_frac: float) -> Tensor:

@@ -7,6 +7,11 @@ the grids of the unswept weights, so that a group's columns stay neighbours in t
 Beyond the paper, off by default: `rounds` of refitted scales and coordinate descent on the codes (`_rounding.improve`),
 and `clip`, the range search of `rtn`. A matrix that no token reached is rounded to nearest; its line notes it.
 
+Behind a pruning method (`sparsegpt+gptq`, target `2:4+4bit`) its zeros stay: the sweep gives a pruned weight no code
+but zero, what came to it from the left moves on to the right, and grids are fitted to kept weights alone. It begins at
+the weights that the method before left; `joint` begins at the dense ones, so that one sweep makes up for pruning and
+rounding (SparseGPT, "Joint Sparsification & Quantization"; there the mask is chosen in that pass, here it is given).
+
 Cost: two forwards, one Gram matrix and factor per group of matrices, one sweep of O·I² operations per matrix.
 
     niwaki compress MODEL OUT --method gptq --target 4bit --set group=128 --calibration mine.txt --seq-len 512
@@ -44,7 +49,8 @@ from niwaki.stream import Evidence
 
 PAPER = "Frantar et al. 2023, GPTQ"
 ACCEPTS = (Bits,)
-CONTINUES = False
+CONTINUES = True
+MASKED = {"symmetric": True}  # of codes, one stands for zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +58,7 @@ class Config:
     """`group`: columns that share a scale, 0 for the row. `symmetric`: no zero code. `act_order`, `clip` and `rounds`
     are explained above.
 
-    `damping_frac`: λ as a share of the Gram's mean diagonal.
+    `joint`: in a chain, sweep the dense weights. `damping_frac`: λ as a share of the Gram's mean diagonal.
     """
 
     group: int = 128
@@ -60,6 +66,7 @@ class Config:
     act_order: bool = False
     clip: bool = False
     rounds: int = 0
+    joint: bool = False
     damping_frac: float = 0.01
 
     def __post_init__(self) -> None:
@@ -97,7 +104,11 @@ def compress(
         group = seen.statistics[names[0]]
         order_I, upper_II, damping_frac = _factor(group.gram_II, config) if group.tokens else (None, None, 0.0)
         for name in names:
-            weight_OI = block.weight(name).float()
+            weight_OI, keep_OI = block.weight(name).float(), None
+            if seen.start:
+                keep_OI = seen.start[name].weight_OI != 0
+                if not config.joint or upper_II is None:
+                    weight_OI = seen.start[name].weight_OI.float()
             columns = weight_OI.shape[1]
             check_group(columns, config.group, name)
             grid = "symmetric" if config.symmetric else "affine"
@@ -107,10 +118,10 @@ def compress(
                 rounded = nearest(weight_OI, groups, config.clip).storable()
             else:
                 if order_I is None:
-                    rounded = sweep(weight_OI, upper_II, groups, config.clip)
+                    rounded = sweep(weight_OI, upper_II, groups, config.clip, keep_OI)
                 else:
-                    rounded = _sweep_in_order(weight_OI, upper_II, groups, order_I, config.clip)
-                rounded = improve(rounded, weight_OI, damped(group.gram_II, damping_frac), config.rounds)
+                    rounded = _sweep_in_order(weight_OI, upper_II, groups, order_I, config.clip, keep_OI)
+                rounded = improve(rounded, weight_OI, damped(group.gram_II, damping_frac), config.rounds, keep_OI)
             packed[name] = Packed.codes(rounded.parts(torch.arange(columns, device=weight_OI.device)), note)
     return packed
 
@@ -122,13 +133,16 @@ def _factor(gram_II: Tensor, config: Config) -> tuple[Tensor | None, Tensor, flo
     return order_I, *inverse_factor(ordered_II, config.damping_frac)
 
 
-def _sweep_in_order(weight_OI: Tensor, upper_II: Tensor, groups: list[Group], order_I: Tensor, clip: bool) -> Rounded:
+def _sweep_in_order(
+    weight_OI: Tensor, upper_II: Tensor, groups: list[Group], order_I: Tensor, clip: bool, keep_OI: Tensor | None
+) -> Rounded:
     """The sweep over permuted columns with grids fixed beforehand."""
-    fixed = nearest(weight_OI, groups, clip)
+    fixed = nearest(weight_OI if keep_OI is None else weight_OI * keep_OI, groups, clip)
     grid = fixed.grid
     feed_II = -(upper_II / upper_II.diagonal()[:, None])
     ordered = Grid(grid.scale_OG, grid.offset_OG, grid.group_I[order_I], grid.top_I[order_I])
-    swept_OI, _ = sweep_codes(weight_OI[:, order_I].contiguous(), None, feed_II, ordered)
+    keep_OI = None if keep_OI is None else keep_OI[:, order_I]
+    swept_OI, _ = sweep_codes(weight_OI[:, order_I].contiguous(), None, feed_II, ordered, keep_OI)
     code_OI = torch.empty_like(swept_OI)
     code_OI[:, order_I] = swept_OI
     return replace(fixed, code_OI=code_OI)

@@ -1,7 +1,8 @@
 """Rounding to nearest: every weight takes the closest of 2^b levels of its group.
 
 Source: the baseline that every quantizer must beat (Frantar et al. 2023, GPTQ, section 4). Needs no data.
-Scales are float16, zero codes of asymmetric grids take b bits; both are counted and stored.
+Scales are float16, zero codes of asymmetric grids take b bits; both are counted and stored. Behind a pruning method
+(`wanda+rtn`, target `2:4+4bit`) it rounds what that left on symmetric grids, on which zeros stay zero.
 
 Cost: one pass over the weights.
 
@@ -23,7 +24,8 @@ from niwaki.stream import Evidence
 
 PAPER = "Frantar et al. 2023, GPTQ (the baseline)"
 ACCEPTS = (Bits,)
-CONTINUES = False
+CONTINUES = True
+MASKED = {"symmetric": True}  # of codes, one stands for zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ def compress(
     """Fits the grid of every group and rounds."""
     packed = {}
     for name, target in targets.items():
-        weight_OI = block.weight(name).float()
+        weight_OI = (seen.start[name].weight_OI if seen.start else block.weight(name)).float()
         columns = weight_OI.shape[1]
         check_group(columns, config.group, name)
         grid = "symmetric" if config.symmetric else "affine"

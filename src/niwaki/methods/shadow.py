@@ -9,8 +9,8 @@ What importance is best depends on the model, so it is tried: the criteria of he
 masks, chosen from prompts as they will be, cost the least loss on calibration windows kept out of the fit.
 
 What is ours: the prompt runs dense, and only tokens already seen choose what runs (`contextual.predictor` has the map,
-`contextual.criteria` the importance). Beside the paper's feature the predictor may read the mean over the prompt and
-how active every unit was in it, and it is a factored linear map, fitted in closed form; GRIFFIN (Dong et al. 2024) and
+`contextual.criteria` the importance). Instead of the paper's feature, one token, the predictor reads how active every
+unit was in the prompt, and it is a factored linear map, fitted in closed form; GRIFFIN (Dong et al. 2024) and
 static masks are its special cases. Deviation: gated neurons are scored at h = act(gate)·up, heads in groups that share
 keys.
 
@@ -52,9 +52,9 @@ CANDIDATES = {"head_criterion": ("plainact", "fisher", "energy"), "criterion": (
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """`head_criterion`, `criterion`: what the importance of heads and of neurons is; auto tries those of CANDIDATES on
-    `trial_windows` of the calibration, see `settle`. `features`: what the predictor
-    reads, joined by + of last, mean, prompt; none for no learned part. `trust`: whether what the prompt showed of a
-    unit corrects what is expected of it.
+    `trial_windows` of the calibration, see `settle`. `features`: what the predictor reads, joined by + of last (all
+    that the paper's reads), mean, prompt; none for no learned part. `trust`: whether what the prompt showed of a unit
+    corrects what is expected of it.
 
     `scope`, `floor_frac`: see `contextual.selection`. `neuron_width`: neighbouring neurons that go together. `cuts`:
     prompt lengths a window is cut at. `gradient_windows`: those that give the mean gradients of energy. `size_frac`:
@@ -64,7 +64,7 @@ class Config:
     head_criterion: str = AUTO
     criterion: str = AUTO
     trial_windows: int = 32
-    features: str = "last+mean+prompt"
+    features: str = "prompt"
     trust: bool = True
     scope: str = "local"
     floor_frac: float = 0.1

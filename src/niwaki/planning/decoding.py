@@ -3,13 +3,14 @@
 A ceiling: caches of keys and values, activations and every start of a kernel come on top. Zeros that are stored in
 place are read like any weight. Beside it stands how much of the ceiling our kernels reached where we measured it: on
 the Llama-2-7B shape (benchmarks/results/packed-decode-h100.json) and on the TinyLlama-1.1B shape
-(packed-decode-cpu.json; there the gain over dense as a share of what the bytes promise).
+(packed-decode-cpu.json; there the gain over dense as a share of what the bytes promise). Pruned codes were not measured
+so.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from niwaki.config import Bits
+from niwaki.config import Bits, PrunedBits
 from niwaki.planning.machines import Machine
 from niwaki.planning.sizes import ModelSizes, Stored
 
@@ -57,25 +58,27 @@ def decoding(dense: ModelSizes, stages: Sequence[Planned], machine: Machine) -> 
     return found
 
 
-def _kind(target: Any) -> str:
-    """Which of the measured formats is nearest."""
+def _kind(target: Any) -> str | None:
+    """Which of the measured formats is nearest; none to codes without those of zeros."""
+    if isinstance(target, PrunedBits):
+        return None
     if not isinstance(target, Bits):
         return "dense"
     return "4 bit" if target.bits > 2.5 else "1.6 bit"
 
 
-def _share(machine: Machine, kind: str) -> float | None:
-    if machine.name != "h100":
+def _share(machine: Machine, kind: str | None) -> float | None:
+    if machine.name != "h100" or kind is None:
         return None
     speed, nbytes = _MEASURED[kind]
     return speed * nbytes / _H100_BANDWIDTH
 
 
-def _speedup(found: Mapping[str, Any], machine: Machine, ratio: float, kind: str) -> float | None:
+def _speedup(found: Mapping[str, Any], machine: Machine, ratio: float, kind: str | None) -> float | None:
     speeds = [found[name]["reached_tokens_per_s"] for name in ("before", "after")]
     if None not in speeds:
         return float(round(speeds[1] / speeds[0], 3))
-    if machine.name == "cpu" and kind != "dense" and found["before"]["bytes_per_token"] >= LEAST_BYTES:
+    if machine.name == "cpu" and kind not in (None, "dense") and found["before"]["bytes_per_token"] >= LEAST_BYTES:
         gained, promised = _CPU_SPEEDUP
         return round(1 + (ratio - 1) * (gained - 1) / (promised - 1), 3)
     return None

@@ -12,14 +12,15 @@ from typing import Any
 
 from niwaki.block import Decoder
 from niwaki.codes import WEIGHT
-from niwaki.config import Bits, Grouped, Keep, Recipe, Sparsity, Target
+from niwaki.config import Bits, Grouped, Keep, PrunedBits, Recipe, Sparsity, Target
 from niwaki.contextual.units import find_layout
 from niwaki.costs import Scope
 from niwaki.ends import GROUPS, WIDTHS, ends_to_pack
 from niwaki.errors import TargetError
 from niwaki.methods import Step
 from niwaki.methods._rounding import uniform_bytes
-from niwaki.sparse import LAYOUTS, sparse_bytes
+from niwaki.sparse import CODES, LAYOUTS, sparse_bytes
+from niwaki.sparse_tiles import fits_tiles, tile_bytes
 from niwaki.structure import Look, Shape, Sizes
 
 TENSOR_HEADER = 80  # bytes of a tensor's entry in the header of its file, beside its name
@@ -169,6 +170,8 @@ def _matrix_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe:
     if by_need and isinstance(target, Bits):  # what the smallest ones need more, others give
         asked = Bits(max(target.bits, step.least_bits(matrix.rows, matrix.columns)))
     nbytes = step.stored_bytes(name, matrix.rows, matrix.columns, asked)
+    if recipe.pack == "auto" and isinstance(target, PrunedBits) and nbytes is not None:
+        nbytes = min(nbytes, _coded_bytes(matrix, target, vars(step.config)["group"] or matrix.columns) or nbytes)
     if nbytes is None and recipe.pack == "auto":
         nbytes = _nonzero_bytes(matrix, target)
     return matrix.dense_bytes if nbytes is None or recipe.pack == "none" or not matrix.packable else nbytes
@@ -176,11 +179,28 @@ def _matrix_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe:
 
 def _nonzero_bytes(matrix: Matrix, target: Target) -> int | None:
     """Of a pruned matrix that is stored packed, if that is smaller."""
-    count = matrix.rows * matrix.columns - target.zeros_in(matrix.rows, matrix.columns)
-    fits = isinstance(target, Grouped) and target.group == 4 and target.keep <= 2
-    layouts = LAYOUTS if fits else LAYOUTS[:1]
-    nbytes = min(sparse_bytes(matrix.rows, matrix.columns, count, 8 * matrix.itemsize, name) for name in layouts)
+    nbytes = _places_and_values(matrix, target, 8 * matrix.itemsize)
     return nbytes if nbytes < matrix.dense_bytes else None
+
+
+def _coded_bytes(matrix: Matrix, target: PrunedBits, group: int) -> int | None:
+    """Of a pruned matrix of codes, None where it has no such form; no kept weight is taken to round to zero."""
+    bits = int(target.bits.bits)
+    if bits not in CODES.values() or (group < matrix.columns and group % 8):
+        return None
+    if bits == 4 and _fits_two_four(target.zeros) and fits_tiles(matrix.columns, group):
+        return tile_bytes(matrix.rows, matrix.columns, group)
+    return _places_and_values(matrix, target.zeros, bits) + 2 * matrix.rows * -(-matrix.columns // group)
+
+
+def _places_and_values(matrix: Matrix, zeros: Target, bits: int) -> int:
+    count = matrix.rows * matrix.columns - zeros.zeros_in(matrix.rows, matrix.columns)
+    layouts = LAYOUTS if _fits_two_four(zeros) else LAYOUTS[:1]
+    return min(sparse_bytes(matrix.rows, matrix.columns, count, bits, name) for name in layouts)
+
+
+def _fits_two_four(zeros: Target) -> bool:
+    return isinstance(zeros, Grouped) and zeros.group == 4 and zeros.keep <= 2
 
 
 def _header(decoder: Decoder, index: int | None, names: int, own: int) -> int:

@@ -27,6 +27,7 @@ struct SweepCodes {
     const float* offset;   // [rows, groups]
     const int32_t* group;  // [columns]
     const float* top;      // [columns]
+    const uint8_t* keep;   // [rows, columns], zero where a weight takes the level of zero; or null
     uint8_t* code;         // [rows, columns]
     float* change;         // [rows, columns]
 };
@@ -48,7 +49,7 @@ struct PlaneProduct {
 };
 
 // The instructions a product may use; anything but `best` is for tests.
-enum class Path { best, portable, avx2, avx512 };
+enum class Path { best, portable, avx2, avx512, vbmi2 };
 
 bool supported(Path path);
 

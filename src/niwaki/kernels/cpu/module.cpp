@@ -150,15 +150,17 @@ private:
 NB_MODULE(_cpu, module) {
     module.doc() = "Compiled CPU kernels; niwaki.kernels checks shapes and chooses between them and torch.";
     module.def("sweep_codes", [](Floats wanted, Floats base, bool has_base, Floats feed, Floats scale, Floats offset,
-                                 Ints group, Floats top, Bytes code, Floats change, int threads) {
+                                 Ints group, Floats top, std::optional<Bytes> keep, Bytes code, Floats change,
+                                 int threads) {
         const niwaki::SweepCodes sweep{
             static_cast<int64_t>(wanted.shape(0)), static_cast<int64_t>(wanted.shape(1)),
             static_cast<int64_t>(scale.shape(1)), wanted.data(), base.data(), has_base, feed.data(), scale.data(),
-            offset.data(), group.data(), top.data(), code.data(), change.data(),
+            offset.data(), group.data(), top.data(), keep ? keep->data() : nullptr, code.data(), change.data(),
         };
         nb::gil_scoped_release unlocked;
         niwaki::sweep_codes(sweep, threads);
-    });
+    }, nb::arg("wanted"), nb::arg("base"), nb::arg("has_base"), nb::arg("feed"), nb::arg("scale"), nb::arg("offset"),
+       nb::arg("group"), nb::arg("top"), nb::arg("keep").none(), nb::arg("code"), nb::arg("change"), nb::arg("threads"));
     module.def("plane_product", [](Bytes planes, Shorts scale, std::optional<Shorts> offset, std::optional<Bytes> zero,
                                    float centre, int64_t group_bytes, std::optional<Ints> column, int64_t columns,
                                    Floats x, Floats out, int threads, int path) {
@@ -189,6 +191,6 @@ NB_MODULE(_cpu, module) {
              nb::arg("columns"), nb::arg("layout"), nb::arg("kind"), nb::arg("places"), nb::arg("values"),
              nb::arg("starts").none(), nb::arg("scale").none(), nb::arg("group_bytes"))
         .def("multiply", &SparseLayer::multiply);
-    // By number: 0 the best there is, 1 portable, 2 AVX2, 3 AVX-512.
+    // By number: 0 the best there is, 1 portable, 2 AVX2, 3 AVX-512, 4 AVX-512 with VBMI2.
     module.def("supported", [](int path) { return niwaki::supported(static_cast<niwaki::Path>(path)); });
 }

@@ -297,8 +297,9 @@ bool supported(Path path) {
     const bool avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (path == Path::avx2) return avx2;
-    if (path == Path::avx512)
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+    if (path == Path::avx512) return avx512;
+    if (path == Path::vbmi2) return avx512 && __builtin_cpu_supports("avx512vbmi2");
 #endif
     return path == Path::best || path == Path::portable;
 }

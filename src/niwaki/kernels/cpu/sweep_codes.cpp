@@ -20,9 +20,11 @@ void sweep_row(const SweepCodes& sweep, int64_t row) {
     const float* base = sweep.has_base ? sweep.base + row * columns : nullptr;
     const float* scales = sweep.scale + row * sweep.groups;
     const float* offsets = sweep.offset + row * sweep.groups;
+    const uint8_t* keep = sweep.keep ? sweep.keep + row * columns : nullptr;
     for (int64_t k = 0; k < columns; ++k) {
         const float scale = scales[sweep.group[k]], offset = offsets[sweep.group[k]];
-        const float code = std::min(std::max(std::nearbyint((wanted[k] - offset) / scale), 0.0f), sweep.top[k]);
+        const float near = keep && !keep[k] ? 0.0f : wanted[k];
+        const float code = std::min(std::max(std::nearbyint((near - offset) / scale), 0.0f), sweep.top[k]);
         const float change = code * scale + offset - (base ? base[k] : wanted[k]);
         sweep.code[row * columns + k] = static_cast<uint8_t>(code);
         sweep.change[row * columns + k] = change;
