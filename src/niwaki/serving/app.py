@@ -58,8 +58,14 @@ class Service:
 def create_app(service: Service) -> FastAPI:
     """The application, without the limits that lie around it."""
     app = FastAPI(title="niwaki", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    engine = service.engine
-    about = {"id": service.name, "object": "model", "created": service.created, "owned_by": "niwaki"}
+    _add_writing(app, service)
+    _add_telling(app, service)
+    _add_refusing(app)
+    return app
+
+
+def _add_writing(app: FastAPI, service: Service) -> None:
+    """The routes that need the model."""
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -82,6 +88,12 @@ def create_app(service: Service) -> FastAPI:
         wanted = DEFAULT_TOKENS if asked.max_tokens is None else asked.max_tokens
         answer = TextAnswer(service.names, service.name, logprobs=asked.logprobs is not None, echo=echo)
         return await _answered(service, request, asked, ids, wanted, answer, asked.logprobs)
+
+
+def _add_telling(app: FastAPI, service: Service) -> None:
+    """The routes that tell about the server."""
+    engine = service.engine
+    about = {"id": service.name, "object": "model", "created": service.created, "owned_by": "niwaki"}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -107,6 +119,10 @@ def create_app(service: Service) -> FastAPI:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
+
+def _add_refusing(app: FastAPI) -> None:
+    """What becomes of requests that are not answered."""
+
     @app.exception_handler(RefusalError)
     async def refused(_request: Request, error: RefusalError) -> Response:
         return JSONResponse(error.body, error.status, error.headers)
@@ -125,8 +141,6 @@ def create_app(service: Service) -> FastAPI:
     async def failed(_request: Request, _error: Exception) -> Response:
         found = RefusalError(500, "the server failed on this request", kind=INTERNAL)
         return JSONResponse(found.body, found.status)
-
-    return app
 
 
 async def _parsed(request: Request, kind: type[Asked]) -> Asked:
