@@ -274,3 +274,10 @@ def test_malformed_requests_are_refused_and_change_nothing(tiny: Running) -> Non
     assert {400, 404, 405, 413, 415, 431} <= set(statuses), statuses
     assert statuses[400] > 200 and statuses[200] + statuses[0] < 50, statuses
     assert script.healthy(tiny.port) and tiny.service.engine.idle
+
+
+def test_without_keys_it_answers_to_its_own_names_only(tiny: Running) -> None:
+    """A page of the web could point a name of its own at this address."""
+    with tiny.http() as http:
+        for host, status in (("localhost", 200), ("127.0.0.1:1", 200), ("[::1]", 200), ("a.com:80", 403), ("[", 403)):
+            assert http.get("/v1/models", headers={"Host": host}).status_code == status

@@ -5,18 +5,21 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 from openai import OpenAI
 
 from helpers import run, tiny_llama
 from niwaki.errors import InputError
+from niwaki.serving.engine import MOST_FAILURES
 from niwaki.serving.inbox import Timeouts
 from niwaki.serving.server import Settings, check
-from serving_helpers import until
+from serving_helpers import running, until
 
 STARTER = """
 import logging, sys, time
@@ -55,6 +58,26 @@ def test_sigterm_answers_what_runs_and_takes_nothing_new(tmp_path: Path) -> None
     pieces += list(stream)
     assert pieces[-1].choices[0].finish_reason == "length", "the answer under way was cut off"
     assert process.wait(timeout=20) == 0
+
+
+def test_what_is_not_done_when_time_is_up_is_told_so(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model", max_position_embeddings=256, eos_token_id=4095)
+    with running(model, drain_s=0.3) as served:
+        served.service.engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+        stream = served.client().completions.create(model="tiny", prompt="Hello", max_tokens=200, stream=True)
+        next(stream)
+        served.server.drain()
+        with pytest.raises(openai.APIError, match="the server is shutting down"):
+            list(stream)
+
+
+def test_a_dead_engine_ends_the_process(tmp_path: Path) -> None:
+    with running(tiny_llama(tmp_path / "model")) as served:
+        served.service.engine.model.register_forward_pre_hook(lambda *_: 1 / 0)
+        for _ in range(MOST_FAILURES):
+            with pytest.raises(openai.InternalServerError):
+                served.client().completions.create(model="tiny", prompt="Hello")
+        until(lambda: served.server.exit_code == 1, seconds=5)
 
 
 @pytest.mark.parametrize(

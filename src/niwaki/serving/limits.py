@@ -1,7 +1,8 @@
 """What is looked at before a request is read: size and kind of its headers and body, its key, and its patience.
 
 A layer around the application, so that no route can be without it. The body is counted while it arrives, decompresses
-nothing, and has to arrive in time. Keys are compared as digests, all of them, in constant time; `OPEN` paths need none.
+nothing, and has to arrive in time. A server without keys may answer to some names only (`hosts`), so that no web page
+reaches it under a name of its own. Keys are compared as digests, all of them, in constant time; `OPEN` paths need none.
 
     application = Guard(application, Keys(["secret"]), metrics)
 """
@@ -12,9 +13,10 @@ import hmac
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from niwaki.errors import InputError
 from niwaki.serving.metrics import Metrics
@@ -68,8 +70,11 @@ def read_keys(file: Path | None) -> list[str]:
 class Guard:
     """The application behind its limits; counts how requests to the writing routes end."""
 
-    def __init__(self, application: Any, keys: Keys, metrics: Metrics, *, body_s: float = BODY_S) -> None:
-        self.application, self.keys, self.metrics, self.body_s = application, keys, metrics, body_s
+    def __init__(
+        self, application: Any, keys: Keys, metrics: Metrics, *, hosts: Collection[str] = (), body_s: float = BODY_S
+    ) -> None:
+        self.application, self.keys, self.metrics = application, keys, metrics
+        self.hosts, self.body_s = hosts, body_s
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Of ASGI."""
@@ -103,6 +108,8 @@ class Guard:
             raise RefusalError(
                 401, "no valid API key: send the header Authorization: Bearer KEY", code="invalid_api_key"
             )
+        if self.hosts and _name(headers.get(b"host", b"")) not in self.hosts:
+            raise RefusalError(403, "without keys this server answers to localhost only, not to other names for it")
         if scope["method"] != "POST":
             return
         length = headers.get(b"content-length", b"0")
@@ -113,6 +120,14 @@ class Guard:
         # A browser sends this type to another site only after asking, which is not answered.
         if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
             raise RefusalError(415, "expected a body with content-type application/json")
+
+
+def _name(host: bytes) -> str:
+    """Of a header Host, without the port; empty if there is none in it."""
+    try:
+        return urlsplit("//" + host.decode("latin-1")).hostname or ""
+    except ValueError:
+        return ""
 
 
 class _Counted:

@@ -105,7 +105,8 @@ class Server(uvicorn.Server):
     """uvicorn with an end in two steps."""
 
     def __init__(self, service: Service, settings: Settings) -> None:
-        guarded = Guard(create_app(service), Keys(settings.keys), service.metrics)
+        own = () if settings.keys or settings.host not in LOOPBACK else LOOPBACK
+        guarded = Guard(create_app(service), Keys(settings.keys), service.metrics, hosts=own)
         super().__init__(
             uvicorn.Config(
                 guarded, host=settings.host, port=settings.port, http=Protocol, ws="none", lifespan="off",
