@@ -27,12 +27,13 @@ RESULTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
-    return tiny_llama(folder / "model", num_attention_heads=8, num_key_value_heads=4, eos_token_id=4095)
+    return tiny_llama(folder / "model", blocks=2, num_attention_heads=8, num_key_value_heads=4, eos_token_id=4095)
 
 
 def make(model: Path, out: Path, name: str) -> None:
     if name == "contextual":
         shutil.copytree(model, out)
+        (out / "niwaki").mkdir()
         write_shadow(out, shadow_of(niwaki.load(out, device="cpu"), least_prompt=8))
         return
     calibration = {"files": (str(write_texts(out.with_suffix(".jsonl"))),), "samples": 4, "seq_len": 16}
