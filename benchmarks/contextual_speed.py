@@ -25,10 +25,9 @@ import torch
 import transformers
 
 from niwaki.anatomy import build_skeleton, discover
-from niwaki.contextual.predictor import Predictor
-from niwaki.contextual.record import Running, Shadow
+from niwaki.benching.forms import untrained
+from niwaki.benching.models import random_model
 from niwaki.contextual.selection import Rule
-from niwaki.contextual.units import find_layout
 from niwaki.runtime.contextual import attach
 from niwaki.runtime.graphed import Graphed
 from provenance import provenance
@@ -38,7 +37,6 @@ SHAPES = {
     "300M": (12, 1024, 4096, 16, 8),
     "7B": (32, 4096, 11008, 32, 32),
 }
-SIZE_FRAC = 0.03
 
 
 def build(shape, device, dtype):
@@ -47,29 +45,7 @@ def build(shape, device, dtype):
         vocab_size=32000, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=blocks,
         num_attention_heads=heads, num_key_value_heads=groups, max_position_embeddings=4096,
     )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(std=0.02)
-    return model.eval().requires_grad_(False)
-
-
-def made_up(model, skip_frac, device):
-    """A predictor with all features, at the rank that its share of the parameters allows."""
-    skeleton = build_skeleton(model.config, torch.float32)
-    anatomy = discover(skeleton)
-    layout = find_layout(anatomy, skeleton, 1)
-    hidden, size = model.config.hidden_size, layout.size
-    features = 2 * hidden + size
-    rank = int((SIZE_FRAC * anatomy.weights - 2 * size - 2 * features) // (features + size))
-    predictor = Predictor(
-        ("last", "mean", "prompt"), layout.blocks * layout.count("heads"), torch.rand(size), torch.ones(size),
-        torch.tensor([[0.5, 0.0], [0.5, 0.0]]), torch.zeros(features), torch.ones(features),
-        torch.randn(features, rank) * 1e-3, torch.randn(rank, size) * 1e-2,
-    )  # fmt: skip
-    return Shadow(predictor.to(device), layout, Rule(skip_frac), Running())
+    return random_model(config, dtype, torch.device(device))
 
 
 class Clock:
@@ -139,7 +115,7 @@ def main() -> None:
     parser.add_argument("--batch-neurons", nargs="+", default=["union"])
     args = parser.parse_args()
     model = build(args.shape, args.device, getattr(torch, args.dtype))
-    shadow = made_up(model, 0.5, args.device)
+    shadow = untrained(model, discover(build_skeleton(model.config, torch.float32)), 0.5)
     model.contextual = contextual = attach(model, shadow)
     options = {name: value for name, value in vars(args).items() if name != "out"}
     result = {**provenance(args.device), "options": options, "threads": torch.get_num_threads(), "rows": []}

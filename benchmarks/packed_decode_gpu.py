@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from niwaki.benching.models import random_model
 from niwaki.runtime.linear import PackedLinear
 from packed_linear_gpu import LAYERS, random_layer
 from provenance import provenance
@@ -44,15 +45,8 @@ class FixedCache:
 
 
 def make_model(config: Any, device: str) -> Any:
-    """A decoder as transformers builds it, weights normal with deviation 0.02, in bf16."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.to(torch.bfloat16).to_empty(device=device)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
-    for name, weights in model.named_parameters():
-        weights.requires_grad_(False)
-        weights.fill_(1.0) if "norm" in name else weights.normal_(0.0, 0.02)
-    return model.eval()
+    """A decoder as transformers builds it, weights normal, in bf16."""
+    return random_model(config, torch.bfloat16, torch.device(device))
 
 
 def with_packed_blocks(model: LlamaForCausalLM, layer: str, device: str) -> LlamaForCausalLM:

@@ -17,6 +17,7 @@ from typing import Any
 import typer
 from rich.text import Text
 
+from niwaki.benching.evidence import Bench, Cell, Row
 from niwaki.cli import app
 from niwaki.config import Bits, Grouped, Sparsity
 from niwaki.methods import CONTEXTUAL, EVERY, STRUCTURED, get_method
@@ -130,6 +131,25 @@ def speed(name: str) -> str:
     )
 
 
+def whole_model(where: str) -> str:
+    """Every form of a whole model from benchmarks/results/whole-model-*.json."""
+    path = RESULTS / f"whole-model-{where}.json"
+    if not path.is_file():
+        return f"The whole model on the {where} is not measured yet.\n"
+    found = Bench.model_validate_json(path.read_text(encoding="utf-8"))
+    settings = found.settings
+    rows = [[row.form, *map(_paced, row.columns(settings)), *_weighed(row)] for row in found.rows if not row.reason]
+    head = ["form", *(f"decode ×{batch}" for batch in settings.batches)]
+    head += [f"prompt {settings.prompt_tokens}"] if settings.prompt_tokens else []
+    head += ["weights", "peak", "of bandwidth", "kernel"]
+    device = found.environment.accelerator or f"{found.environment.processor}, {settings.threads} threads"
+    title = (
+        f"{found.blocks} blocks, {found.parameters / 1e9:.2f} billion random weights in {settings.dtype}, {device}: "
+        f"tokens a second and × dense ({_link(path, '..')}, {found.date[:10]}):"
+    )
+    return f"{title}\n\n{_table(head, rows)}"
+
+
 def methods(_: str) -> str:
     """All methods in one table."""
     rows = []
@@ -173,6 +193,7 @@ KINDS = {
     "speed": speed,
     "works": works,
     "ranking": ranking,
+    "whole_model": whole_model,
     "methods": methods,
     "presets": presets,
     "commands": commands,
@@ -205,6 +226,20 @@ def _quality_row(row: Mapping[str, Any]) -> list[str]:
     else:
         stored = f"{first['zeros_frac']:.1%} zeros"
     return [row["target"], _variant(row), stored, *(_spread(row[text]) for text in TEXTS)]
+
+
+def _paced(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    speed = cell.median_tokens_per_s
+    return f"{speed:,.{0 if speed >= 100 else 1}f} ({cell.speedup.value:.2f})"
+
+
+def _weighed(row: Row) -> list[str]:
+    share = row.decode[0].bandwidth_share if row.decode else None
+    kernels = dict.fromkeys(cell.kernel for cell in row.cells)
+    sizes = ["" if size is None else f"{size / 1e9:.2f}\u00a0GB" for size in (row.weight_bytes, row.peak_bytes)]
+    return [*sizes, "" if share is None else f"{share:.0%}", "; ".join(kernels)]
 
 
 def _timed(row: Mapping[str, Any]) -> list[str]:

@@ -42,3 +42,4 @@ def test_the_card_tells_true_bits_and_how_to_load_codes(pack: str, bits: float, 
     card = (tmp_path / "out/README.md").read_text()
     assert record["result"]["bits"] == bits and f"| {bits:.3f} |" in card and says in card
     assert ("quantized" in card) == (pack == "auto")
+    assert "measured zeros" not in card, "a code that is 0 is no pruning"

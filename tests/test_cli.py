@@ -26,7 +26,7 @@ def test_compress_evaluate_generate(model: Path, tmp_path: Path, capsys: pytest.
     text, out = write_texts(tmp_path / "text.jsonl"), tmp_path / "out"
     code, printed, _ = run(capsys, *compress(model, out, text))
     assert code == 0
-    assert "21 matrices, 50.0000% zeros" in printed
+    assert "21 matrices, 50.0000% zeros" in printed and "true bits" not in printed
     scores = tmp_path / "scores.json"
     code, printed, _ = run(
         capsys, "evaluate", out, "--reference", model, "--data", text, "--seq-len", 32, "--max-tokens", 320,
@@ -36,6 +36,20 @@ def test_compress_evaluate_generate(model: Path, tmp_path: Path, capsys: pytest.
     assert json.loads(scores.read_text())["perplexity"][str(text)] > 1
     code, printed, _ = run(capsys, "generate", out, "The garden", "--max-new-tokens", 4, "--device", "cpu")
     assert code == 0 and printed.startswith("The garden")
+
+
+@pytest.mark.parametrize(
+    ("pack", "says"),
+    [("codes", "true bits a weight in 21 of them"), ("none", "by the method's count, stored as plain")],
+)
+def test_codes_are_told_in_bits_and_not_in_zeros(
+    pack: str, says: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize = ["--method", "rtn", "--target", "4bit", "--set", "group=16", "--pack", pack, "--device", "cpu"]
+    code, printed, _ = run(capsys, "compress", model, tmp_path / "out", *quantize)
+    assert code == 0 and says in printed and "zeros" not in printed
+    code, printed, _ = run(capsys, "inspect", tmp_path / "out")
+    assert code == 0 and "zeros in them" not in printed and "no errors: the method saw no text" in printed
 
 
 def test_recipe_file_and_flags(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

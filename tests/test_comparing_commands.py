@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 import niwaki
 from helpers import run, tiny_llama, write_texts
+from niwaki.card import UNMEASURED
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,41 @@ def test_the_exit_code_is_the_verdict(folder: Path, tmp_path: Path, capsys: pyte
     assert suite is not None and suite.get("failures") == "2"
     code, printed, _ = run(capsys, "gate", strict, "--baseline", report / "compare.json")
     assert code == 1
+
+
+def test_a_comparison_is_put_on_the_model_card(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers with intervals, the failed gate and the command, in the place of earlier numbers; paths stay at home."""
+    gate, out, words = tmp_path / "gate.yaml", folder / "out", "Ask the garden team."
+    gate.write_text("max_kl: 0.000001\nmax_bytes_ratio: 2\n")
+    card = (out / "README.md").read_text()
+    (out / "README.md").write_text(f"{card}\n{words}\n")
+    report = ("--gate", gate, "--report", tmp_path / "report", "--lang", "ja")
+    code, _, _ = run(capsys, *command(folder, "--update-card", *report))
+    assert code == 1
+    found = json.loads((out / "niwaki/comparison.json").read_text())
+    whole = found["candidates"][0]["data"][0]["whole"]
+    ratio, tokens = whole["perplexity_ratio"], whole["tokens"]
+    ends = f"ratio {ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+    values = f"{whole['dense_perplexity']:.3f} | {whole['perplexity']:.3f}"
+    text = (out / "README.md").read_text()
+    assert f"| data.jsonl, {tokens:,} tokens | perplexity | {values} | {ends} |" in text
+    assert "Gates: failed, 1 of 2 kept." in text and "- max_kl: measured" in text
+    again = next(line for line in text.splitlines() if line.startswith("    niwaki compare "))
+    assert again.startswith("    niwaki compare dense out ") and "--lang ja" in again and "--rounds 0" in again
+    assert str(tmp_path) not in text and str(folder) not in text and words in text and UNMEASURED not in text
+    (entry,) = ModelCard.load(out / "README.md").data.eval_results
+    assert entry.metric_value == pytest.approx(whole["perplexity"], abs=1e-4)
+
+
+def test_a_candidate_without_a_card_is_refused_before_anything_is_measured(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["compare", folder / "out", folder / "dense", "--data", folder / "data.jsonl", "--seq-len", 32]
+    code, printed, errors = run(capsys, *wrong, "--rounds", 0, "--update-card", "--report", tmp_path / "report")
+    assert code == 2 and printed == "" and "is no result of niwaki" in errors
+    assert not list(tmp_path.iterdir())
 
 
 WRONG: list[tuple[list[str], str]] = [

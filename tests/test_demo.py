@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,21 @@ def test_demo_compresses_and_compares_the_sapling(tmp_path: Path, monkeypatch: p
     assert dense < pruned < 5 * dense
     assert 0 < found["kl"] < 3 and 0.3 < found["top1_agreement"] < 1
     assert found["bytes"][0] == (demo.sapling() / "model.safetensors").stat().st_size
+
+
+def test_make_demo_says_what_it_installs_and_installs_no_more_than_that(tmp_path: Path) -> None:
+    """`make test` adds the tools, in a second step."""
+    root = Path(__file__).parents[1]
+
+    def steps(target: str) -> list[str]:
+        run = ["make", "--dry-run", target, f"VENV={tmp_path}/venv"]
+        return subprocess.run(run, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    demo_steps, test_steps = steps("demo"), steps("test")
+    assert "1.2 GB on disk" in demo_steps[1] and demo_steps[2].endswith(f"-m venv {tmp_path}/venv")
+    assert [step for step in demo_steps if step.endswith("--editable .")]
+    assert not [step for step in demo_steps if "[dev]" in step]
+    assert [step for step in test_steps if "[dev]" in step]
 
 
 def test_sapling_is_whole() -> None:

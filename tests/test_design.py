@@ -18,10 +18,9 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if "data" not in path.relat
 LAYERS = [
     ["__init__", "_hook", "errors"],
     ["presets"],
-    ["config", "costs", "device", "kernels", "loading", "writing"],
+    ["config", "costs", "device", "kernels", "loading", "sources", "writing"],
     [
         "calibration",
-        "flags",
         "tap",
         "codes",
         "sparse",
@@ -49,9 +48,10 @@ LAYERS = [
     ["shaping", "shadowing"],
     ["compression"],
     ["evaluation", "generation"],
-    ["recovery", "exporting", "gating", "adapting", "comparing", "reporting"],
-    ["demo", "progress", "tables", "inspecting", "plan_tables", "serving"],
+    ["recovery", "exporting", "gating", "adapting", "comparing", "reporting", "benching"],
+    ["demo", "flags", "progress", "tables", "inspecting", "plan_tables", "bench_tables", "serving"],
     [
+        "bench_commands",
         "comparing_commands",
         "contextual_commands",
         "evaluation_commands",

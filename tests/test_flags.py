@@ -1,9 +1,13 @@
-"""Flags win over the recipe file, options and calibration are merged."""
+"""Flags win over the recipe file, options and calibration are merged; slips are refused at once."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from niwaki.demo import sapling
 from niwaki.errors import InputError
 from niwaki.flags import given, recipe_values
 
@@ -26,3 +30,52 @@ def test_without_a_recipe_only_what_was_given_is_there() -> None:
 def test_options_are_key_value(pair: str) -> None:
     with pytest.raises(InputError, match="expected key=value"):
         recipe_values(None, {}, [pair])
+
+
+SLIPS = [
+    ["compress", "nowhere", "out", "--method", "wanda", "--target", "0.5"],
+    ["compress", "SAPLING", "out", "--method", "wandaa", "--target", "0.5"],
+    ["compress", "SAPLING", "out", "--method", "wanda", "--target", "7"],
+    ["compress", "SAPLING", "out", "--method", "comp+gptq", "--target", "0.2+9bit"],
+    ["compress", "SAPLING", "out", "--method", "wanda", "--target", "0.5", "--calibration", "none.jsonl"],
+    ["compress", "SAPLING", "out", "--recipe", "broken.yaml"],
+    ["compress", "SAPLING", "broken.yaml", "--method", "wanda", "--target", "0.5"],
+    ["plan", "nowhere", "--method", "wanda", "--target", "0.5"],
+    ["evaluate", "nowhere", "--data", "text.txt"],
+    ["evaluate", "SAPLING", "--tasks", "none.jsonl"],
+    ["compare", "SAPLING", "nowhere", "--data", "text.txt"],
+    ["compare", "SAPLING", "SAPLING", "--data", "text.txt", "--gate", "broken.yaml"],
+    ["gate", "gate.yaml", "--baseline", "none.json"],
+    ["inspect", "nowhere"],
+    ["inspect", "nowhere", "--why", "model.layers.0.mlp.up_proj"],
+    ["generate", "nowhere", "text"],
+    ["export", "nowhere", "out", "--to", "gguf"],
+    ["recover", "nowhere", "--data", "text.txt"],
+    ["methods", "wandaa"],
+]
+RUN = """
+import json, sys
+from niwaki import cli
+for line in json.load(sys.stdin):
+    sys.argv = ["niwaki", *line]
+    try:
+        cli.main()
+    except SystemExit as done:
+        assert done.code == 2, line
+    assert "torch" not in sys.modules and "transformers" not in sys.modules, line
+"""
+
+
+def test_slips_are_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+    """One line each, exit code 2, nothing written; all of them in one process that never imports torch."""
+    (tmp_path / "broken.yaml").write_text("method: [")
+    (tmp_path / "text.txt").write_text("some text")
+    before = sorted(tmp_path.iterdir())
+    lines = [[str(sapling()) if word == "SAPLING" else word for word in line] for line in SLIPS]
+    found = subprocess.run(
+        [sys.executable, "-c", RUN], input=json.dumps(lines), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    told = found.stderr.splitlines()
+    assert len(told) == len(SLIPS) and all(line.startswith("error: ") for line in told), found.stderr
+    assert sorted(tmp_path.iterdir()) == before

@@ -55,6 +55,26 @@ def test_numbers_are_those_of_the_measurements() -> None:
     assert said in (DOCS / "methods/squeeze10.md").read_text(encoding="utf-8")
 
 
+ROWS = {
+    "`wanda`, 50 % zeros": ("quality-llama-28m", {"method": "wanda", "target": "0.5"}),
+    "`sparsegpt`, 2:4": ("quality-llama-28m", {"method": "sparsegpt", "target": "2:4"}),
+    "preset `best`, 2:4": ("quality-learned-llama-28m", {"preset": "best", "target": "2:4"}),
+    "`squeeze10`, 2 bits": ("quality-quantized-llama-28m", {"label": "squeeze10", "target": "2.0bit"}),
+}
+
+
+def test_the_readme_is_short_and_its_numbers_are_those_of_the_measurements() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 170, "the rest belongs into docs/measured.md and docs/limits.md"
+    for label, (file, wanted) in ROWS.items():
+        rows = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text(encoding="utf-8"))["rows"]
+        row = next(
+            row for row in rows if wanted.items() <= row.items() and row.get("allocation", "uniform") == "uniform"
+        )
+        said = " / ".join(f"{row[data]['mean']:.1f}" for data in ("reviews", "wikitext2"))
+        assert f"| {label} | {said} |" in text, f"{label}: {said}"
+
+
 def test_the_command_line_shows_defaults_and_what_is_required() -> None:
     text = (DOCS / "cli.md").read_text(encoding="utf-8")
     evaluate = text.partition("## evaluate")[2].partition("\n## ")[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers import run, tiny_llama, write_texts
+from niwaki import plan_tables
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +31,36 @@ def test_plan_prints_a_table_and_the_same_as_json(model: Path, text: Path, capsy
     money = ("--price-per-hour", 2.5, "--tokens-per-day", 1e7)
     code, printed, _ = run(capsys, *planned(model, text, "--gpu", "h100", *money))
     assert code == 0
-    for word in ("weight files", "peak memory of the device", "tokens/s at most", "saved", "not measured"):
+    for word in ("weight files", "peak memory of the device", "tokens/s, ceiling", "saved", "not measured"):
+        assert word in printed
+    for word in ("in the matrices of the blocks", "embeddings and head included", "in the currency of 2.50 an hour"):
         assert word in printed
     code, printed, _ = run(capsys, *planned(model, text, "--gpu", "h100", "--json", *money))
     found = json.loads(printed)
     assert (
         code == 0 and found["recipe"]["options"] == {"group": "16"} and found["money"]["ceiling"]["saved_per_day"] > 0
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "shown"),
+    [
+        (228073.4, 3, "228,000"),
+        (1203.0, 3, "1,200"),
+        (12.345, 2, "12"),
+        (0.4049, 2, "0.40"),
+        (14.7, 3, "14.7"),
+        (0, 3, "0"),
+    ],
+)
+def test_a_prediction_is_shown_with_the_digits_it_has(value: float, digits: int, shown: str) -> None:
+    assert plan_tables._figures(value, digits) == shown
+
+
+def test_costs_below_a_cent_are_no_zero() -> None:
+    assert [plan_tables._cost(value) for value in (0, 0.004, 0.00995, 1234.567)] == [
+        "0.00", "less than 0.01", "0.01", "1,234.57",
+    ]  # fmt: skip
 
 
 def test_plan_reads_a_recipe_and_flags_win(

@@ -23,7 +23,8 @@ from niwaki.errors import (
 )
 
 if TYPE_CHECKING:
-    from niwaki.comparing import compare
+    from niwaki.benching import bench
+    from niwaki.comparing.comparison import compare
     from niwaki.compression import compress
     from niwaki.evaluation import evaluate
     from niwaki.exporting import export
@@ -45,6 +46,7 @@ __all__ = [
     "OutputError",
     "ResumeError",
     "TargetError",
+    "bench",
     "compare",
     "compress",
     "evaluate",
@@ -57,7 +59,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "compare": "niwaki.comparing",
+    "bench": "niwaki.benching",
+    "compare": "niwaki.comparing.comparison",
     "compress": "niwaki.compression",
     "evaluate": "niwaki.evaluation",
     "export": "niwaki.exporting",

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from niwaki.block import Decoder
-from niwaki.calibration import calibration_windows, check_seq_len, check_sources, load_tokenizer, read_texts
+from niwaki.calibration import calibration_windows, check_seq_len, load_tokenizer, read_texts
 from niwaki.checkpoint import Checkpoint
 from niwaki.config import as_files
 from niwaki.contextual.predictor import kept_share
@@ -28,6 +28,7 @@ from niwaki.device import pick_device
 from niwaki.errors import InputError
 from niwaki.methods import shadow
 from niwaki.run import RECORD
+from niwaki.sources import check_sources
 from niwaki.stream import Stream
 from niwaki.tracing import trace
 from niwaki.walk import Report

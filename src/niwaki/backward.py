@@ -32,7 +32,7 @@ from niwaki.block import Block, Decoder
 from niwaki.errors import NumericalError
 from niwaki.methods._reconstruct import deterministically
 from niwaki.stream import Stream
-from niwaki.walk import forward, loaded_blocks
+from niwaki.walk import Report, forward, loaded_blocks
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def descend(
     weights: bool = False,
     activation_bytes: int | None = None,
     folder: Path | None = None,
+    report: Report = lambda event, **fields: None,
 ) -> Tensor:
     """Calls `visit` for every batch of every block, last block first; returns the loss of every window [S].
 
@@ -68,7 +69,7 @@ def descend(
 
     Raises NumericalError when a gradient is not finite.
     """
-    kept = stored_inputs(decoder, stream, activation_bytes, folder)
+    kept = stored_inputs(decoder, stream, activation_bytes, folder, report)
     losses_S = torch.empty(len(stream), dtype=torch.float64)
     for rows in stream.slices():  # the gradient takes the place of the output it belongs to
         losses_S[rows], grad_BTD = head_gradient(decoder, stream.ids_ST[rows], stream.hidden.read(rows))
@@ -89,7 +90,11 @@ def descend(
 
 
 def stored_inputs(
-    decoder: Decoder, stream: Stream, activation_bytes: int | None = None, folder: Path | None = None
+    decoder: Decoder,
+    stream: Stream,
+    activation_bytes: int | None = None,
+    folder: Path | None = None,
+    report: Report = lambda event, **fields: None,
 ) -> list[Activations]:
     """The input of every block for all windows; the stream passes all blocks. `folder` holds what memory cannot."""
     count, tokens, width = stream.hidden.store_STD.shape
@@ -103,6 +108,7 @@ def stored_inputs(
         kept.append(Activations.allocate(shape, decoder.dtype, decoder.device, place, folder, name))
         for rows in stream.slices():
             kept[-1].write(rows, stream.hidden.read(rows))
+        report("inputs", index=block.index, of=len(decoder))
 
     forward(decoder, [stream], keep)
     return kept

@@ -24,8 +24,8 @@ from torch import Tensor
 from niwaki.config import Calibration
 from niwaki.errors import CalibrationError
 from niwaki.loading import plain_loading
+from niwaki.sources import SUFFIXES, check_sources
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 DOMAIN = "domain"
 SAMPLE_STEPS = 32  # tokens a window grows between two reports
 
@@ -84,19 +84,6 @@ def read_documents(sources: Sequence[str], field: str = "text") -> list[Document
     if sources and not documents:
         raise CalibrationError(f"no text in {', '.join(sources)}: expected at least one non-empty document")
     return documents
-
-
-def check_sources(sources: Sequence[str]) -> None:
-    """Refuses, without reading or fetching anything, the sources that cannot be texts."""
-    for source in sources:
-        path = Path(source)
-        if path.is_dir() or (path.is_file() and path.suffix.lower() in SUFFIXES):
-            continue
-        if path.exists():
-            raise CalibrationError(f"{source} is no text file: expected {', '.join(SUFFIXES)}")
-        # What is left can only be the name of a data set: at most org/name, never a path.
-        if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise CalibrationError(f"no such text file: {source}")
 
 
 def check_seq_len(seq_len: int, default: int, positions: int | None, whose: str) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from niwaki.sparse import CODES
+from niwaki.config import asks_for_bits
 
-# Between these lines `niwaki evaluate OUT --update-card` writes its numbers (see `measured`).
+# Between these lines `niwaki evaluate` and `niwaki compare --update-card` write their numbers (see `measured`).
 BEGIN, END = "<!-- niwaki: measured -->", "<!-- niwaki: end -->"
-UNMEASURED = "Not measured while compressing: `niwaki evaluate` measures, with `--update-card` into this place."
+UNMEASURED = "Not measured while compressing: `niwaki compare` does, and with `--update-card` writes into this place."
 _BODY = """---
 {metadata}
 ---
@@ -24,8 +24,7 @@ _BODY = """---
 |---|---|
 | base model | {base} |
 | matrices compressed | {matrices} |
-| measured zeros in them | {zeros:.4%} |
-| true bits a weight in them, scales and all | {bits:.3f} |
+{zeros}| true bits a weight in them, scales and all | {bits:.3f} |
 | true bits a weight in embeddings and head | {ends} |
 | bytes of the weight files | {bytes:,} (before: {bytes_before:,}) |
 | calibration | {calibration} |
@@ -153,7 +152,7 @@ def model_card(record: dict[str, Any]) -> str:
         method=recipe["method"],
         target=target + (f", blocks {', '.join(map(str, kept))} kept at 4 bits" if kept else ""),
         matrices=result["matrices"],
-        zeros=result["zeros_frac"],
+        zeros="" if asks_for_bits(record) else f"| measured zeros in them | {result['zeros_frac']:.4%} |\n",
         bits=result["bits"],
         ends=f"{result['ends_bits']:.3f}" if "ends_bits" in result else "as they were",
         storage=_storage(record).format_map(
@@ -191,6 +190,8 @@ def _sparse(result: dict[str, Any]) -> int:
 
 def _coded(result: dict[str, Any]) -> int:
     """How many of those hold codes."""
+    from niwaki.sparse import CODES  # torch: a card that cannot be written is refused before
+
     return sum(count for kind, count in result.get("sparse_values", {}).items() if kind in CODES)
 
 
@@ -222,9 +223,9 @@ def _made_with(record: dict[str, Any]) -> list[str]:
         return [*_made_with(compressed), _export_command(exported)]
     program, *arguments = record["command"]
     if Path(program).stem in ("niwaki", "cli") and arguments:
-        return [shlex.join(["niwaki", *map(_without_folders, arguments)])]
+        return [shlex.join(["niwaki", *map(without_folders, arguments)])]
     recipe = record["recipe"]
-    given = {**recipe["calibration"], "files": [_without_folders(file) for file in recipe["calibration"]["files"]]}
+    given = {**recipe["calibration"], "files": [without_folders(file) for file in recipe["calibration"]["files"]]}
     return yaml.safe_dump({**recipe, "calibration": given}, sort_keys=False).splitlines()
 
 
@@ -233,7 +234,7 @@ def _export_command(exported: dict[str, Any]) -> str:
     return f"niwaki export OUT DEST --to {exported['to']}{chosen}"
 
 
-def _without_folders(argument: str) -> str:
+def without_folders(argument: str) -> str:
     """The last component of a path; hub names (org/name) and everything else stay as they are."""
     flag, sign, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
     path = Path(value).expanduser()

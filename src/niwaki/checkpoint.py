@@ -21,6 +21,7 @@ from torch import Tensor
 from niwaki.codes import WEIGHT
 from niwaki.errors import CheckpointError
 from niwaki.records import decode_stored, record_names
+from niwaki.sources import model_folder
 from niwaki.writing import file_sha256
 
 INDEX = "model.safetensors.index.json"
@@ -186,11 +187,9 @@ def cut_to_shards(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> li
 
 
 def _locate(model: str) -> Path:
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise CheckpointError(f"no model folder at {model}: expected a local folder or a hub id such as org/name")
+    folder = model_folder(model)
+    if folder is not None:
+        return folder
     from huggingface_hub import snapshot_download
 
     patterns = [

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from niwaki import (
     __version__,
+    bench_commands,
     comparing_commands,
     contextual_commands,
     evaluation_commands,
@@ -16,8 +17,9 @@ from niwaki import (
     plan_commands,
     serving_commands,
 )
+from niwaki.config import asks_for_bits
 from niwaki.errors import InputError, NiwakiError
-from niwaki.flags import given, recipe_values
+from niwaki.flags import check_given, check_recipe, given, recipe_values
 
 app = typer.Typer(
     name="niwaki",
@@ -100,9 +102,7 @@ def compress(
     ] = False,
 ) -> None:
     """Compress MODEL into OUT, block by block."""
-    from niwaki.compression import compress as run
-    from niwaki.progress import Display
-    from niwaki.run import resumable
+    from niwaki.run import check_free, partial_of, resumable
 
     values = recipe_values(
         recipe,
@@ -112,6 +112,12 @@ def compress(
         **given(allocation=allocation, pack=pack, ends=ends, seed=seed, device=device, dtype=dtype),
         **given(batch_tokens=batch_tokens, activation_bytes=activation_bytes),
     )
+    check_recipe(values)
+    check_given(model)
+    check_free(out.absolute(), partial_of(out.absolute()), resume=resume, overwrite=overwrite)
+    from niwaki.compression import compress as run
+    from niwaki.progress import Display
+
     try:
         with Display(err_console) as display:
             record = run(
@@ -143,11 +149,12 @@ def recover(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that niwaki wrote.")] = False,
 ) -> None:
     """Train a pruned MODEL on text through low-rank adapters, merged with every zero kept."""
+    if not data:
+        raise InputError("no text to train on: give --data FILE")
+    check_given(model, data=data)
     from niwaki.progress import Display
     from niwaki.recovery import recover as run
 
-    if not data:
-        raise InputError("no text to train on: give --data FILE")
     out = out or Path(f"{model.rstrip('/')}-recovered")
     with Display(err_console) as display:
         record = run(
@@ -184,6 +191,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a DEST that niwaki wrote.")] = False,
 ) -> None:
     """Write OUT to DEST in the format of other engines."""
+    check_given(str(out))
     from niwaki.exporting import export as run
     from niwaki.progress import Display
 
@@ -209,6 +217,7 @@ def generate(
     device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
 ) -> None:
     """Continue PROMPT with MODEL."""
+    check_given(model)
     from niwaki.generation import generate as run
 
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "verify": verify}
@@ -245,6 +254,7 @@ def demo(
 
 
 app.command()(evaluation_commands.evaluate)
+app.command()(bench_commands.bench)
 app.command()(comparing_commands.compare)
 app.command()(comparing_commands.gate)
 app.command()(contextual_commands.adapt)
@@ -270,11 +280,17 @@ def _escape(text: str) -> str:
 
 
 def _print_record(out: Path, record: dict[str, Any]) -> None:
-    result = record["result"]
+    result, coded = record["result"], asks_for_bits(record)
     codes = f", {result['bits']:.3f} true bits a weight in {result['packed']} of them" if result.get("packed") else ""
+    if coded and not codes:
+        counted = result.get("method_bits", result["bits"])
+        codes = f", {counted:.3f} true bits a weight by the method's count, stored as plain weights"
     codes += f", {result['ends_bits']:.3f} in embeddings and head" if "ends_bits" in result else ""
+    zeros = "" if coded else f", {result['zeros_frac']:.4%} zeros"
+    if "predictor" in result:
+        zeros = f", {result['predictor']['skipped_frac']:.0%} of heads and neurons skipped by input"
     out_console.print(
-        f"{out}: {result['matrices']} matrices{codes}, {result['zeros_frac']:.4%} zeros, {result['bytes']:,} bytes "
+        f"{out}: {result['matrices']} matrices{codes}{zeros}, {result['bytes']:,} bytes "
         f"(dense {record['model']['bytes']:,}), {record['seconds']} s, "
         f"peak RSS {record['peak_rss_bytes'] / 1e9:.2f} GB",
         highlight=False,

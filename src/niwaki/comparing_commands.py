@@ -7,11 +7,13 @@ import typer
 from rich.console import Console
 
 from niwaki.errors import InputError, OutputError
+from niwaki.flags import check_given
 
 TEXT = "Text: .txt, .jsonl (with `domain`: also broken down by it), .parquet or a data set name. Repeatable."
 TASKS = 'Multiple choice, JSONL, a line each: {"pairs": [\\[context, continuation], ...], "gold": index}. Repeatable.'
 PROMPTS = 'Prompts to continue: .txt, one a line, or .jsonl, {"prompt": text} a line; first tokens of data if left out.'
 SPEED = "Rounds of reading and writing in turns; 0 measures no speed, memory, loading time and texts."
+CARD = "Write what was measured on the model card of every candidate, a result of niwaki."
 Dense = Annotated[str, typer.Argument(help="The dense model: a local folder or a hub id.", show_default=False)]
 Outs = Annotated[list[str], typer.Argument(metavar="OUT...", help="Candidates.", show_default=False)]
 err_console = Console(stderr=True)
@@ -25,6 +27,7 @@ def compare(
     gate: Annotated[Path | None, typer.Option(help="Limits to judge by, YAML (`niwaki gate`).")] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for report.html, compare.json and junit.xml.")] = None,
     lang: Annotated[str, typer.Option(help="Language of report.html: en or ja.")] = "en",
+    update_card: Annotated[bool, typer.Option("--update-card", help=CARD)] = False,
     prompts: Annotated[Path | None, typer.Option(help=PROMPTS)] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     max_tokens: Annotated[int | None, typer.Option(help="Use the first N tokens of every data file.")] = None,
@@ -44,7 +47,12 @@ def compare(
     ] = "auto",
 ) -> None:
     """Compare candidates with the dense model: quality, speed, memory, and a verdict as the exit code."""
-    from niwaki.comparing import compare as run
+    if gate is not None:
+        from niwaki.comparing.gates import load_gates
+
+        load_gates(gate)
+    check_given(dense, *out, data=data, tasks=tasks)
+    from niwaki.comparing.comparison import compare as run
     from niwaki.progress import Display
     from niwaki.tables import print_comparison
 
@@ -54,6 +62,7 @@ def compare(
         "gate": gate,
         "report": report,
         "lang": lang,
+        "update_card": update_card,
         "prompts": prompts,
         "seq_len": seq_len,
         "max_tokens": max_tokens,

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from niwaki.flags import check_given
+
 TEXT = "Text: .txt, .jsonl, .parquet or a data set name. Repeatable."
 DEVICE = "auto (CUDA if there is one), cpu, cuda or cuda:N."
 Out = Annotated[Path, typer.Argument(help="A result of method shadow.", show_default=False)]
@@ -27,6 +29,7 @@ def calibrate_gate(
     device: Device = "auto",
 ) -> None:
     """Choose on your own text which prompts OUT answers with all of its weights."""
+    check_given(str(out), data=data)
     from niwaki.gating import calibrate_gate as run
 
     found = run(
@@ -63,6 +66,7 @@ def adapt(
     device: Device = "auto",
 ) -> None:
     """Learn the predictor of OUT anew from recent text, and keep whichever is better on a part held out."""
+    check_given(str(out), data=data)
     from niwaki.adapting import adapt as run
 
     found = run(out, data=data or (), samples=samples, seq_len=seq_len, seed=seed, device=device)

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from niwaki.errors import InputError
+from niwaki.flags import check_given
 
 TEXT = "Text: .txt, .jsonl, .parquet or a data set name. Repeatable."
 TASKS = 'Multiple choice, JSONL, a line each: {"pairs": [\\[context, continuation], ...], "gold": index}. Repeatable.'
@@ -38,18 +39,20 @@ def evaluate(
     update_card: Annotated[bool, typer.Option("--update-card", help=CARD)] = False,
 ) -> None:
     """Measure perplexity, distance to a reference, and tasks."""
-    from niwaki.evaluation import evaluate as run
     from niwaki.measured import check_card, put_on_card
-    from niwaki.progress import Display
-    from niwaki.tables import print_scores
-    from niwaki.writing import write_text
 
     if json_ is not None and not json_.parent.is_dir():
         raise InputError(f"--json {json_}: the folder {json_.parent} does not exist")
     if json_ is not None and json_.is_dir():
         raise InputError(f"--json {json_} is a folder: expected a file name")
+    check_given(*filter(None, (model, reference)), data=data, tasks=tasks)
     if update_card:
         check_card(Path(model))
+    from niwaki.evaluation import evaluate as run
+    from niwaki.progress import Display
+    from niwaki.tables import print_scores
+    from niwaki.writing import write_text
+
     with Display(err_console) as display:
         result = run(
             model,

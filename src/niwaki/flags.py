@@ -1,11 +1,17 @@
-"""What commands that take a recipe share: flags beside a recipe file, of which the flags win."""
+"""What commands share: flags beside a recipe file, of which the flags win, and what is refused at once.
+
+torch takes seconds to load. What is only a slip (a name, a target, a path) is refused before, by the functions that are
+asked again where the work is done.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from niwaki.config import calibration_fields, load_recipe
+from niwaki.config import calibration_fields, load_recipe, make_recipe, parse_target
 from niwaki.errors import InputError
+from niwaki.methods import check_names
+from niwaki.sources import check_sources, check_tasks, model_folder
 
 
 def given(**flags: Any) -> dict[str, Any]:
@@ -22,6 +28,25 @@ def recipe_values(
     values["calibration"] = {**calibration_fields(values.get("calibration")), **given(**text)}
     values["options"] = {**(values.get("options") or {}), **_key_values(options or [])}
     return values
+
+
+def check_recipe(values: dict[str, Any]) -> None:
+    """Refuses a recipe with a method, a target or a text file that cannot be."""
+    recipe = make_recipe(values)
+    chain = check_names(recipe.method)
+    target = recipe.target or ""
+    for part in target.split("+") if len(chain) > 1 else [target]:
+        if part:
+            parse_target(part)
+    check_sources(recipe.calibration.files)
+
+
+def check_given(*models: str, data: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> None:
+    """Refuses models, texts and task files that cannot be where they are said to be."""
+    for model in models:
+        model_folder(model)
+    check_sources(data or ())
+    check_tasks(tasks or ())
 
 
 def _key_values(pairs: Sequence[str]) -> dict[str, str]:

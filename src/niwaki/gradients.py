@@ -44,7 +44,7 @@ def squared_gradients(
         stream = Stream(
             decoder, ids_ST, batch_tokens=1, activation_bytes=activation_bytes, folder=folder, name="gradients"
         )
-        descend(decoder, stream, visit, weights=True, activation_bytes=activation_bytes, folder=folder)
+        descend(decoder, stream, visit, weights=True, activation_bytes=activation_bytes, folder=folder, report=report)
 
     def read(index: int) -> dict[str, Tensor]:
         stored = load_file(run.folder / run.finished[_part(index)]["shard"])

@@ -19,6 +19,9 @@ def inspect(
 ) -> None:
     """Explain OUT: what was cut, where, why, and at what error."""
     from niwaki.inspecting import inspect as run
+    from niwaki.inspecting import read_record
+
+    read_record(out)  # a folder that is no result is refused before torch is loaded
     from niwaki.inspecting.rendering import print_inspection, print_why
     from niwaki.inspecting.why import why as explain
 

@@ -1,6 +1,7 @@
 """Measured quality on the model card of a result: a table between two marks, and `model-index` in its metadata.
 
-What people wrote around the marks stays. The numbers themselves lie in OUT/niwaki/evaluation.json.
+What people wrote around the marks stays. The numbers themselves lie in OUT/niwaki/evaluation.json. A comparison writes
+its own in the same place (`comparing.card`): the last measurement stands.
 
     niwaki evaluate OUT --reference MODEL --data held-out.txt --update-card
 """
@@ -32,14 +33,24 @@ def check_card(folder: Path) -> None:
 def put_on_card(folder: Path, result: dict[str, Any]) -> None:
     """Writes what `niwaki.evaluate` returned into README.md and niwaki/evaluation.json of `folder`."""
     check_card(folder)
+    write_text(folder / RECORD / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    write_measured(folder, _table(result), list(_entries(result)))
+
+
+def write_measured(folder: Path, text: str, entries: list[EvalResult]) -> None:
+    """Puts `text` between the marks of a card in the place of what stood there, and `entries` into its metadata."""
     path = folder / "README.md"
     card = ModelCard.load(path)
     card.data.model_name = card.data.model_name or folder.name
-    card.data.eval_results = list(_entries(result)) or None
+    card.data.eval_results = entries or None
     head, _, rest = card.text.partition(BEGIN)
-    card.text = f"{head}{BEGIN}\n\n{_table(result)}\n\n{END}{rest.partition(END)[2]}"
-    write_text(folder / RECORD / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    card.text = f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
     write_text(path, str(card))
+
+
+def entry(data: str, metric: str, value: float) -> EvalResult:
+    """One number as the hub reads it."""
+    return EvalResult("text-generation", data, data, metric, value)
 
 
 def harness_metrics(metrics: dict[str, Any]) -> list[str]:
@@ -56,17 +67,13 @@ def harness_value(metrics: dict[str, Any], metric: str) -> str:
 
 def _entries(result: dict[str, Any]) -> Iterator[EvalResult]:
     for file, value in result.get("perplexity", {}).items():
-        yield _entry(Path(file).name, "perplexity", round(value, 4))
+        yield entry(Path(file).name, "perplexity", round(value, 4))
     for file, found in result["tasks"].items():
         for name in ("accuracy", "accuracy_norm"):
-            yield _entry(Path(file).name, name, round(found[name], 4))
+            yield entry(Path(file).name, name, round(found[name], 4))
     for task, metrics in result.get("lm_eval", {}).get("results", {}).items():
         for metric in harness_metrics(metrics):
-            yield _entry(task, metric.removesuffix(",none"), round(metrics[metric], 4))
-
-
-def _entry(data: str, metric: str, value: float) -> EvalResult:
-    return EvalResult("text-generation", data, data, metric, value)
+            yield entry(task, metric.removesuffix(",none"), round(metrics[metric], 4))
 
 
 def _table(result: dict[str, Any]) -> str:

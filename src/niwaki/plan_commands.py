@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from niwaki.flags import given, recipe_values
+from niwaki.flags import check_given, check_recipe, given, recipe_values
 
 console = Console()
 Gpu = Annotated[
@@ -37,15 +37,14 @@ def plan(
     activation_bytes: Annotated[int | None, typer.Option(help="Most bytes of hidden states in memory.")] = None,
     dense_stream: Annotated[bool, typer.Option("--dense-stream", help="Also follow the dense model.")] = False,
     gpu: Gpu = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of the machine, in any currency.")] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Of the machine, in any currency; costs are in the same.")
+    ] = None,
     tokens_per_day: Annotated[float | None, typer.Option(help="Tokens the model is to write in a day.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the result would go, to check the room there.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
 ) -> None:
     """Predict time, memory, bytes, decode speed and cost of a compression; refuse what cannot work."""
-    from niwaki.plan_tables import print_plan
-    from niwaki.planning import plan as run
-
     values = recipe_values(
         recipe,
         given(files=tuple(calibration) if calibration else None, samples=samples, seq_len=seq_len),
@@ -62,6 +61,11 @@ def plan(
         batch_tokens=batch_tokens,
         activation_bytes=activation_bytes,
     )
+    check_recipe(values)
+    check_given(model)
+    from niwaki.plan_tables import print_plan
+    from niwaki.planning import plan as run
+
     found = run(
         model,
         gpu=gpu,

@@ -1,4 +1,8 @@
-"""Shows reported events on a terminal: a bar with the time left, or plain lines where there is no terminal."""
+"""Shows reported events on a terminal: a bar with the time left, or plain lines where there is no terminal.
+
+No time left is told after the first block: it holds what is done once (opening, compiling, warming up), and nothing yet
+says how long another one takes.
+"""
 
 import time
 from collections.abc import Mapping
@@ -18,12 +22,17 @@ from rich.progress import (
 _TITLES = {
     "sample": ("writing calibration text", "tokens"),
     "scan": ("measuring the dense blocks", "blocks"),
+    "inputs": ("storing what every block reads, first block to last", "blocks"),
+    "gradients": ("gradients of the loss, last block to first", "blocks"),
+    "activations": ("what prompts show, first block to last", "blocks"),
+    "trying": ("trying options out, first block to last", "blocks"),
     "block": ("compressing", "blocks"),
     "evaluate": ("evaluating", "blocks"),
     "compare": ("scoring", "windows"),
     "measure": ("measuring speed and memory", "rounds"),
     "export": ("exporting", "parts"),
     "recover": ("recovering", "steps"),
+    "bench": ("measuring", "forms"),
 }
 _FEW_LINES = 20  # plain lines for what is reported every few tokens, or for every tensor
 
@@ -35,6 +44,8 @@ class Display:
         self.console = console
         self._bars: dict[str, Any] = {}
         self._began: dict[str, float] = {}
+        self._first: dict[str, tuple[float, int]] = {}
+        self._done: dict[str, int] = {}
         self._last = time.perf_counter()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -59,8 +70,8 @@ class Display:
         if event == "warning":
             self.console.print(f"[yellow]note:[/] {escape(fields['message'])}", highlight=False, soft_wrap=True)
         if event == "start":  # the second stage of a chain begins again
-            self._began.clear()
-            self._bars.clear()
+            for known in (self._began, self._first, self._done, self._bars):
+                known.clear()
         if event == "trial":
             line = f"tried {_described(fields['shape'])}: loss {fields['loss']:.4f}"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -75,6 +86,10 @@ class Display:
         name, unit = _TITLES[event]
         title = f"{name} {fields.get('model', '')}".strip()
         done, of = fields.get("done", fields.get("index", -1) + 1), fields["of"]
+        if done <= self._done.get(title, 0):  # the same once more, of the next trial
+            for known in (self._began, self._first, self._bars):
+                known.pop(title, None)
+        self._done[title] = done
         if not self.console.is_terminal:
             self._print_line(title, unit, done, of)
             return
@@ -83,14 +98,15 @@ class Display:
         self._progress.update(self._bars[title], completed=done)
 
     def _print_line(self, title: str, unit: str, done: int, of: int) -> None:
-        """One line a block: index, its seconds, and the time left at the mean pace so far."""
+        """One line a block: its number, its seconds, and the time left at the mean pace of those after the first."""
         now = time.perf_counter()
         began = self._began.setdefault(title, self._last)
+        first, known = self._first.setdefault(title, (now, done))
         soon = now - self._last < (now - began) / done * of / _FEW_LINES
         if unit in ("tokens", "parts", "windows") and done < of and soon:
             return
-        left = (now - began) / done * (of - done)
-        line = f"{title}: {unit.removesuffix('s')} {done}/{of}, {now - self._last:.1f} s, {left:.0f} s left"
+        left = f", {(now - first) / (done - known) * (of - done):.0f} s left" if known < done < of else ""
+        line = f"{title}: {unit.removesuffix('s')} {done}/{of}, {now - self._last:.1f} s{left}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         self._last = now
 

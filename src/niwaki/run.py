@@ -25,13 +25,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TextIO
 
 from niwaki import __version__
 from niwaki.errors import OutputError, ResumeError
 from niwaki.writing import file_sha256, sync_folder, write_shard, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RECORD = "niwaki"
 FINGERPRINT = "fingerprint.json"
@@ -173,7 +174,7 @@ class Writer:
         finally:
             self._pool.shutdown(cancel_futures=True)
 
-    def write(self, part: str, shard: str, tensors: dict[str, Tensor], lines: list[dict[str, Any]]) -> None:
+    def write(self, part: str, shard: str, tensors: "dict[str, Tensor]", lines: list[dict[str, Any]]) -> None:
         """Starts writing one shard, once there is a place for it."""
         path = self.run.folder / shard
 

@@ -12,8 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from niwaki.measured import harness_metrics, harness_value
-
 if TYPE_CHECKING:
     from niwaki.comparing.evidence import Candidate, Comparison, Estimate, Model
 
@@ -73,6 +71,8 @@ def print_scores(console: Console, result: dict[str, Any]) -> None:
 
 def _print_harness(console: Console, found: dict[str, Any]) -> None:
     """One row per task and metric, as lm_eval names them."""
+    from niwaki.measured import harness_metrics, harness_value
+
     dense = found.get("reference", {}).get("results")
     rows = []
     for task, metrics in found["results"].items():

@@ -61,12 +61,12 @@ def trace(
             for (cut, length), criterion in product(enumerate(lengths), own):
                 value_BG = score(criterion, kind, x_BTC[:, length:], grad_BTC[:, length:], layout.count(kind))
                 scores[criterion].put(kind, found.rows, cut, block.index, value_BG)
-        if found.rows.start == 0:
-            report("scan", index=len(decoder) - 1 - block.index, of=2 * len(decoder))
+        if found.rows.stop == len(with_gradients_ST):
+            report("gradients", index=len(decoder) - 1 - block.index, of=len(decoder))
 
     with_gradients_ST = ids_ST if own else ids_ST[:gradient_windows]
     stream = make_stream(with_gradients_ST, "gradients")
-    descend(decoder, stream, behind, inputs=consumers, activation_bytes=activation_bytes, folder=folder)
+    descend(decoder, stream, behind, inputs=consumers, activation_bytes=activation_bytes, folder=folder, report=report)
     forwards = {criterion: rows for criterion, rows in scores.items() if criterion in WITHOUT_GRADIENTS}
     prompts, last_ND, mean_ND = _forward(decoder, make_stream(ids_ST, "traces"), layout, lengths, report, forwards)
     sensitivity_U = (sensitivity.row()[0] / len(with_gradients_ST)).sqrt()
@@ -108,7 +108,7 @@ def _forward(
                         last_SPD[rows, cut] = x_BTC[:, length - 1].float().cpu()
                         mean_SPD[rows, cut] = x_BTC[:, :length].float().mean(1).cpu()
         block.release()
-        report("scan", index=len(decoder) + block.index, of=2 * len(decoder))
+        report("activations", index=block.index, of=len(decoder))
     return prompts, last_SPD.flatten(0, 1), mean_SPD.flatten(0, 1)
 
 

@@ -52,7 +52,7 @@ def losses_behind(
                 with _masked(block, layout, variant, lengths_S[rows], rows):
                     stream.advance(block, rows)
         block.release()
-        report("scan", index=block.index, of=len(decoder))
+        report("trying", index=block.index, of=len(decoder))
     return [_mean_loss(decoder, stream, lengths_S) for stream in streams]
 
 

@@ -10,17 +10,20 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from niwaki.errors import OutputError
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
+
+def write_shard(path: Path, tensors: "Mapping[str, Tensor]") -> str:
     """Writes one safetensors file atomically; returns its SHA-256. Raises OutputError, leaving no partial file."""
+    from safetensors.torch import save_file  # torch: the other files can be written without
+
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary, ThreadPoolExecutor(1) as hasher:
         temporary.touch()

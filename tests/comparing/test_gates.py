@@ -5,6 +5,7 @@ import xml.etree.ElementTree as Xml
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from niwaki.comparing.baseline import gate_text, read_comparison
@@ -24,7 +25,8 @@ from niwaki.comparing.evidence import (
     TaskQuality,
 )
 from niwaki.comparing.files import junit
-from niwaki.comparing.gates import Gates, judge, judged, load_gates, measurements
+from niwaki.comparing.gates import LIMITS, Gates, each_confidence, judge, judged, load_gates, measurements
+from niwaki.comparing.intervals import loss_interval
 from niwaki.comparing.metrics import METRICS
 from niwaki.errors import InputError
 
@@ -123,7 +125,7 @@ def test_the_far_end_of_the_interval_is_judged(gate: str, limit: float, passes: 
     assert passed is passes and reason in found
 
 
-@pytest.mark.parametrize("gate", [name for name in Gates.model_fields if name != "confidence" and "bytes" not in name])
+@pytest.mark.parametrize("gate", [name for name in LIMITS if "bytes" not in name])
 def test_what_was_not_measured_fails(gate: str) -> None:
     passed, reason = verdict(gate, 0.99, data=(), tasks=(), speed=None)
     assert not passed and reason.startswith("no evidence: ") and ("give --" in reason or "leave --" in reason)
@@ -159,7 +161,7 @@ def test_every_file_must_pass() -> None:
 
 
 def test_gates_are_named_after_metrics_and_every_metric_has_one() -> None:
-    gates = [name.partition("_") for name in Gates.model_fields if name != "confidence"]
+    gates = [name.partition("_") for name in LIMITS]
     assert [metric for _, _, metric in gates] == list(METRICS)
     assert all(METRICS[metric].limit == side for side, _, metric in gates)
     assert {one.metric for one in measurements(candidate())} == set(METRICS)
@@ -202,7 +204,7 @@ def test_a_baseline_passes_the_gates_written_from_it(tmp_path: Path, margin: flo
     baseline = comparison(candidate())
     path.write_text(gate_text(baseline, margin=margin))
     gates = load_gates(path)
-    assert set(gates.limits) == set(Gates.model_fields) - {"confidence"}
+    assert set(gates.limits) == set(LIMITS)
     assert judged(baseline, gates).passed is True
     if margin == 0.1:
         assert gates.max_perplexity_ratio == 1.055  # 1.05, and a tenth of its distance from 1
@@ -273,3 +275,43 @@ def test_a_comparison_survives_json() -> None:
     found = judged(comparison(candidate()), Gates(max_kl=1))
     assert Comparison.model_validate_json(found.model_dump_json()) == found
     assert json.loads(found.model_dump_json())["gate"] == {"confidence": 0.95, "max_kl": 1.0}
+
+
+def test_a_correction_divides_what_is_left_to_chance_by_the_verdicts_from_intervals() -> None:
+    limits = {"max_kl": 0.1, "max_accuracy_loss": 0.1, "max_decode_latency_ratio": 2.0, "max_bytes": 1000.0}
+    plain, corrected = Gates(**limits), Gates(correction="bonferroni", **limits)
+    settings = comparison().settings.model_copy(update={"data": ("a", "b")})
+    assert each_confidence(plain, settings, 3) == 0.95
+    assert each_confidence(corrected, settings, 3) == pytest.approx(1 - 0.05 / 12)
+    assert each_confidence(Gates(correction="bonferroni", max_bytes=1.0), settings, 3) == 0.95
+
+
+def test_a_correction_needs_intervals_that_were_made_for_it() -> None:
+    """Those of a comparison without it are too narrow: a failure that says so, never a pass."""
+    gates = Gates(correction="bonferroni", max_kl=0.1, max_perplexity_ratio=1.1)
+    found = judged(comparison(candidate()), gates)
+    assert not found.passed
+    assert found.gate is not None and found.gate["each_confidence"] == pytest.approx(0.975)
+    assert all("compare again with this gate" in verdict.reason for verdict in found.candidates[0].gates)
+    wide = comparison(candidate()).model_copy(update={"confidence": 0.975})
+    assert judged(wide, gates).passed
+
+
+@pytest.mark.parametrize(("correction", "least", "most"), [("none", 0.08, 0.25), ("bonferroni", 0.0, 0.045)])
+def test_of_six_limits_that_are_just_broken_none_passes_by_chance(correction: Any, least: float, most: float) -> None:
+    """Every task truly loses what the limit allows: a pass is a false alarm, and 2.5 % of comparisons may have one."""
+    rng, tasks, questions, comparisons = np.random.default_rng(0), 6, 1000, 300
+    gates = Gates(correction=correction, max_accuracy_loss=0.02)
+    each = each_confidence(gates, comparison().settings.model_copy(update={"tasks": ("t",) * tasks}), 1)
+    wrong = 0
+    for _ in range(comparisons):
+        found = []
+        for lost, won, _ in rng.multinomial(questions, (0.06, 0.04, 0.9), size=tasks):
+            loss = estimate(*loss_interval(int(lost), int(won), questions, each, rng), questions)
+            answers = Paired(
+                dense_accuracy=0.5, accuracy=0.5, loss=loss, mcnemar_p=1.0, right_to_wrong=(), wrong_to_right=()
+            )
+            found.append(TaskQuality(task="t", questions=questions, accuracy=answers, accuracy_norm=answers, flips=()))
+        verdicts = judge(candidate(tasks=tuple(found)), gates, each, each).gates
+        wrong += any(verdict.passed for verdict in verdicts)
+    assert least <= wrong / comparisons <= most

@@ -71,8 +71,8 @@ def _run(module: str, name: str) -> str:
 def patch_once() -> None:
     """Triton's language is made interpretable once a launch, not again in every function that a kernel calls.
 
-    The interpreter looks through all members of its modules for every such call, finds nothing left to replace, and
-    takes half of its time for it (Triton 3.6 to 3.9).
+    The interpreter looks through all members of its modules for every such call and finds nothing left to replace:
+    44% of a profiled launch of `triton_rows` (Triton 3.9.0).
     """
     from triton import language
     from triton.runtime import interpreter

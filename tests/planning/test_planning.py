@@ -70,6 +70,7 @@ def test_bytes_are_within_a_percent(method: str, target: str, model: Path, text:
     planned = plan(model, gpu="h100", **recipe)
     record = niwaki.compress(model, tmp_path / "out", device="cpu", **recipe)
     assert planned["output_bytes"] == pytest.approx(record["result"]["bytes"], rel=0.01)
+    assert planned["matrix_bits"] == pytest.approx(record["result"]["bits"], rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_what_does_not_fit_one_machine_has_no_cost_of_a_day(large: dict[str, Pat
     given = {"method": "gptq", "target": "4bit", "calibration": {"files": ("text",)}}
     found = plan(large["70b"], gpu="h100", price_per_hour=2, tokens_per_day=1e6, **given)
     assert not found["decode"]["before"]["fits"] and found["decode"]["after"]["fits"]
-    assert list(found["money"]) == ["compress"]
+    assert list(found["money"]) == ["price_per_hour", "tokens_per_day", "compress"]
     small = plan(large["7b"], gpu="h100", price_per_hour=2, tokens_per_day=1e6, **given)["money"]
     assert small["ceiling"]["saved_per_day"] < small["reached"]["before_per_day"]
 

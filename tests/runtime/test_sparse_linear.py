@@ -106,6 +106,12 @@ def results(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, d
     return found
 
 
+def test_a_model_is_loaded_with_fast_prompts_where_asked(results: dict[str, dict[str, Path]]) -> None:
+    for asked in (False, True):
+        model = niwaki.load(results["two-four"]["auto"], device="cpu", fast_prompts=asked)
+        assert {part.fast_prompts for part in model.modules() if isinstance(part, SparseLinear)} == {asked}
+
+
 def lines_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "niwaki/blocks.jsonl").read_text().splitlines()]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from niwaki.comparing.evidence import Candidate, Comparison
-from niwaki.comparing.gates import Gates, judge, measurements, shown
+from niwaki.comparing.gates import LIMITS, Gates, judge, measurements, shown
 from niwaki.comparing.metrics import METRICS
 from niwaki.errors import InputError, unknown
 
@@ -47,7 +47,7 @@ def gate_text(comparison: Comparison, name: str | None = None, margin: float = M
         f"# Limits lie {margin:.0%} beyond the ends of its intervals. Missing or too little evidence fails a gate.",
         f"confidence: {comparison.confidence:g}  # of every interval, two-sided",
     ]
-    for gate in list(Gates.model_fields)[1:]:
+    for gate in LIMITS:
         metric = METRICS[gate.partition("_")[2]]
         unit = f", {metric.unit}" if metric.unit else ""
         lines += ["", f"# {gate}: {metric.meaning}{unit}", *_lines(gate, candidate, comparison.confidence, margin)]
@@ -70,7 +70,7 @@ def _lines(gate: str, candidate: Candidate, confidence: float, margin: float) ->
         limits.append(math.nan if end is None else _beyond(name, end, margin))
     text = _rounded(max(limits) if upper else min(limits), upper, whole=name == "bytes")
     try:
-        gates = Gates(**{"confidence": confidence, gate: float(text)})
+        gates = Gates.model_validate({"confidence": confidence, gate: float(text)})
     except ValidationError:
         return [*lines, f"# {gate}:  (the baseline would give {text}, which is no limit)"]
     if not judge(candidate, gates, confidence).passed:

@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 def describe(source: str, name: str, decoder: Decoder, dense: Decoder) -> Model:
     """A model without what running it would tell."""
-    checkpoint, record = decoder.checkpoint, _record(decoder.checkpoint.folder)
+    checkpoint, record = decoder.checkpoint, record_of(decoder.checkpoint.folder)
     recipe = record.get("recipe") or {}
     ends = set(decoder.disk_names(None))
     beside = (checkpoint.folder / TENSORS).stat().st_size if has_shadow(checkpoint.folder) else 0
@@ -76,7 +76,7 @@ def _kind(decoder: Decoder, dense: Decoder) -> Kind:
     return "plain" if same else "structured"
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def record_of(folder: Path) -> dict[str, Any]:
     """run.json of a result; nothing for a model that niwaki did not make."""
     path = folder / "niwaki" / "run.json"
     if not path.is_file():

@@ -5,20 +5,26 @@ the limit; an interval that crosses it, too few independent units for the confid
 fail and say so. Gates read a finished comparison and measure nothing.
 
     confidence: 0.95
+    correction: bonferroni
     max_perplexity_ratio: 1.05
     max_decode_latency_ratio: 0.8
+
+Without a correction every verdict has this confidence by itself. One candidate needs none: it must pass all its gates,
+and a bad one passes all by chance no more often than one of them. Of many candidates or lines, though, some pass by
+chance more often. `bonferroni` divides what is left to chance by the number of verdicts that come from intervals.
+(Holm's steps would need the same evidence at every level, and a comparison holds its intervals at one.)
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from niwaki.comparing.evidence import Candidate, Comparison, Estimate, Verdict
+from niwaki.comparing.evidence import Candidate, Comparison, Estimate, Settings, Verdict
 from niwaki.comparing.intervals import least_units
 from niwaki.comparing.metrics import METRICS
 from niwaki.config import parse_bytes
@@ -35,11 +41,12 @@ _MORE = {"data": "more text", "tasks": "more questions", "speed": "more --rounds
 
 
 class Gates(BaseModel):
-    """The limits of a gate file. `confidence` is that of all intervals, two-sided."""
+    """The limits of a gate file. `confidence` is that of an interval, two-sided, or with a correction that of all."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     confidence: float = Field(default=CONFIDENCE, ge=0.5, le=0.999)
+    correction: Literal["none", "bonferroni"] = "none"
     max_perplexity_ratio: float | None = Field(default=None, gt=0)
     max_kl: float | None = Field(default=None, gt=0)
     min_top1_agreement: float | None = Field(default=None, gt=0, lt=1)
@@ -58,7 +65,20 @@ class Gates(BaseModel):
     @property
     def limits(self) -> dict[str, float]:
         """The gates that are set, by name."""
-        return {name: value for name, value in self.model_dump(exclude={"confidence"}).items() if value is not None}
+        values = {name: getattr(self, name) for name in LIMITS}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+LIMITS = tuple(name for name in Gates.model_fields if name.startswith(("max_", "min_")))
+
+
+def each_confidence(gates: Gates, settings: Settings, candidates: int) -> float:
+    """The confidence of every single interval that these gates will judge, of so many candidates."""
+    if gates.correction == "none":
+        return gates.confidence
+    files = {"data": len(settings.data), "tasks": len(settings.tasks), "speed": int(settings.rounds > 0)}
+    verdicts = candidates * sum(files.get(METRICS[name.partition("_")[2]].needs, 0) for name in gates.limits)
+    return 1 - (1 - gates.confidence) / max(verdicts, 1)
 
 
 @dataclass(frozen=True)
@@ -94,7 +114,7 @@ def load_gates(path: str | Path) -> Gates:
         first = error.errors()[0]
         raise InputError(f"{path}: {first['loc'][0]}: {first['msg']} (got {first['input']!r})") from error
     if not gates.limits:
-        raise InputError(f"{path} holds no gate: choose from {', '.join(list(Gates.model_fields)[1:])}")
+        raise InputError(f"{path} holds no gate: choose from {', '.join(LIMITS)}")
     return gates
 
 
@@ -113,28 +133,34 @@ def measurements(candidate: Candidate) -> Iterator[Measurement]:
         yield Measurement(metric, "", Estimate(value=value, low=value, high=value, units=1), exact=True)
 
 
-def judge(candidate: Candidate, gates: Gates, confidence: float) -> Candidate:
-    """The candidate with a verdict per gate and file; `confidence` is that of its intervals."""
+def judge(candidate: Candidate, gates: Gates, confidence: float, each: float | None = None) -> Candidate:
+    """The candidate with a verdict per gate and file; `confidence` is that of its intervals, `each` what is asked.
+
+    `each` is by default what the gates ask of a single verdict.
+    """
+    each = gates.confidence if each is None else each
     found = list(measurements(candidate))
     verdicts: list[Verdict] = []
     for gate, limit in gates.limits.items():
         metric = gate.partition("_")[2]
         own = [one for one in found if one.metric == metric]
-        verdicts += [_verdict(gate, limit, one, gates.confidence, confidence) for one in own]
+        verdicts += [_verdict(gate, limit, one, each, confidence) for one in own]
         if not own:
             reason = f"no evidence: {METRICS[metric].meaning} was not measured, {_NEXT[METRICS[metric].needs]}"
-            verdicts.append(_failure(gate, "", limit, None, gates.confidence, reason))
+            verdicts.append(_failure(gate, "", limit, None, each, reason))
     passed = all(verdict.passed for verdict in verdicts)
     return candidate.model_copy(update={"gates": tuple(verdicts), "passed": passed})
 
 
 def judged(comparison: Comparison, gates: Gates) -> Comparison:
     """The comparison with the verdicts of these gates instead of any before."""
-    candidates = tuple(judge(candidate, gates, comparison.confidence) for candidate in comparison.candidates)
+    each = each_confidence(gates, comparison.settings, len(comparison.candidates))
+    candidates = tuple(judge(candidate, gates, comparison.confidence, each) for candidate in comparison.candidates)
+    stated = {"confidence": gates.confidence} | ({} if gates.correction == "none" else {"each_confidence": each})
     return comparison.model_copy(
         update={
             "candidates": candidates,
-            "gate": {"confidence": gates.confidence, **gates.limits},
+            "gate": {**stated, **gates.limits},
             "passed": all(candidate.passed for candidate in candidates),
         }
     )

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from niwaki.block import Decoder
-from niwaki.calibration import check_sources, load_tokenizer
+from niwaki.calibration import load_tokenizer
 from niwaki.comparing.evidence import Settings
 from niwaki.comparing.scoring import Material
 from niwaki.errors import CalibrationError, InputError
+from niwaki.sources import check_sources
 
 PROMPTS, FIRST_TOKENS = 5, 32  # without a file: so many documents, continued behind so many tokens
 _SAMPLE = "The quick brown fox, 1234 + 5678 = déjà vu? 日本語\n\tdef f(x): return x"
@@ -63,9 +64,9 @@ def same_tokenizer(folders: Sequence[Path]) -> Any:
     return first
 
 
-def command_of(sources: Sequence[str], settings: Settings, gate: object, report: object) -> str:
-    """The command line that repeats a comparison, every setting resolved."""
-    named = {"gate": gate, "report": report, **settings.model_dump()}
+def command_of(sources: Sequence[str], settings: Settings, *, gate: object, report: object, lang: str) -> str:
+    """The command line that repeats a comparison and its report, every setting resolved."""
+    named = {"gate": gate, "report": report, "lang": lang if report else None, **settings.model_dump()}
     words = ["niwaki", "compare", *sources]
     for name, value in named.items():
         for one in value if isinstance(value, tuple) else [] if value is None else [value]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from niwaki.block import Decoder
-from niwaki.calibration import check_seq_len, check_sources, evaluation_windows, load_tokenizer, read_texts
+from niwaki.calibration import check_seq_len, evaluation_windows, load_tokenizer, read_texts
 from niwaki.checkpoint import Checkpoint
 from niwaki.config import as_files
 from niwaki.contextual.record import has_shadow
@@ -24,6 +24,7 @@ from niwaki.evaluation.divergence import compare_windows
 from niwaki.evaluation.harness import find_tasks, run_tasks
 from niwaki.evaluation.passed import Passed
 from niwaki.evaluation.tasks import buckets, read_items, score
+from niwaki.sources import check_sources
 from niwaki.stream import Stream
 from niwaki.walk import Report
 

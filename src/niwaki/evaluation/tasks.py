@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from niwaki.errors import CalibrationError
+from niwaki.sources import check_tasks
 from niwaki.stream import Stream
 
 BUCKETS = 4
@@ -62,8 +63,7 @@ class _GoldError(Exception):
 
 def read_items(path: str, limit: int | None) -> list[Item]:
     """The questions of a task file. Raises CalibrationError naming the first line that is not one."""
-    if not Path(path).is_file():
-        raise CalibrationError(f"no such task file: {path}")
+    check_tasks([path])
     items: list[Item] = []
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from niwaki.config import parse_target
-from niwaki.contextual.record import has_shadow, read_shadow
-from niwaki.contextual.units import KINDS
 from niwaki.errors import CheckpointError, InputError
 from niwaki.methods import get_method
 from niwaki.run import RECORD
@@ -197,6 +195,9 @@ def _worst(lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 def _contextual(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """What a predictor lets run where a prompt shows nothing unusual, by block, and what it is."""
+    from niwaki.contextual.record import has_shadow, read_shadow
+    from niwaki.contextual.units import KINDS
+
     if not has_shadow(folder):
         raise CheckpointError(f"{folder} has no predictor beside its record: compress again")
     shadow = read_shadow(folder)

@@ -15,6 +15,7 @@ from niwaki.tables import print_table
 
 BARS = "▁▂▃▄▅▆▇█"
 COLOURS = ("#2c7fb8", "#41b6c4", "#7fcdbb", "#c7e9b4", "#fed976", "#feb24c", "#fc8d59", "#d7301f")
+ERROR = "error: what is lost of an output on the calibration text, ‖changed − dense‖² / ‖dense‖²; 0 is none, 1 is all"
 TITLES = {"zeros_frac": "zeros", "bits": "bits a weight", "removed_frac": "gone", "run_frac": "run"}
 
 
@@ -89,9 +90,10 @@ def _facts(found: dict[str, Any]) -> list[list[str]]:
     rows = [
         ["bytes of the weight files", f"{measured['bytes']:,} of {measured['dense_bytes']:,} ({share:.2%})"],
         ["matrices", f"{measured['matrices']:,}, {measured['weights']:,} weights"],
-        ["zeros in them", f"{measured['zeros_frac']:.4%}"],
-        ["bits a weight as stored", f"{measured['bits']:.3f}, {measured['packed']} matrices packed"],
+        ["bits a weight in them as stored, scales and all", f"{measured['bits']:.3f}, {measured['packed']} packed"],
     ]
+    if found["measure"] != "bits":
+        rows.insert(2, ["zeros in them", f"{measured['zeros_frac']:.4%}"])
     if "method_bits" in measured:
         rows.append(["bits a weight as the method counts", f"{measured['method_bits']:.3f}"])
     if "ends_bits" in measured:
@@ -175,13 +177,15 @@ def _print_depth(console: Console, blocks: list[dict[str, Any]]) -> None:
 
 
 def _print_cut(console: Console, found: dict[str, Any], title: str) -> None:
-    """What was cut and at what error: by kind of matrix, by block, and the worst."""
+    """What was cut and at what error, if text was seen: by kind of matrix, by block, and the worst."""
+    measure = found["measure"]
+    seen = any(block["error"] is not None or block["worst"] is not None for block in found["blocks"])
+    headers = ["matrix", title, "bytes", *(["mean error", "most"] if seen else [])]
     rows = [
         [name, _number(row["value"], title), f"{row['bytes']:,}", _error(row["error"]), _error(row["most_error"])]
         for name, row in found["matrices"].items()
     ]
-    print_table(console, ["matrix", title, "bytes", "mean error", "most"], rows)
-    measure = found["measure"]
+    print_table(console, headers, [row[: len(headers)] for row in rows])
     rows = [
         [
             f"{block['block']}{' removed' if block['gone'] else ''}",
@@ -192,10 +196,12 @@ def _print_cut(console: Console, found: dict[str, Any], title: str) -> None:
         ]
         for block in found["blocks"]
     ]
-    print_table(console, ["block", title, "bytes", "block error", "worst matrix"], rows)
+    headers = ["block", title, "bytes", *(["block error", "worst matrix"] if seen else [])]
+    print_table(console, headers, [row[: len(headers)] for row in rows])
+    _say(console, ERROR if seen else "no errors: the method saw no text (compress with --calibration to have them)")
     for line in found["worst"]:
         before = line["error_before_update"] if measure != "bits" else None
-        was = "" if before is None else f", {before:.4g} before the update"
+        was = "" if before in (None, line["error"]) else f", {before:.4g} before the rest was updated"
         _say(console, f"lost most: block {line['block']} {line['matrix']}, error {line['error']:.4g}{was}")
 
 

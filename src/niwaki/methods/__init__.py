@@ -10,26 +10,31 @@ quantizer behind them (`sparsegpt+gptq`, target `2:4+4bit`) leaves zeros alone a
 the options that a mask asks of it are its `MASKED`.
 """
 
+from __future__ import annotations  # names and chains are checked before torch is loaded
+
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Protocol, cast
+from operator import or_
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-import torch
-
-from niwaki.block import Block
 from niwaki.config import Bits, Grouped, Kind, PrunedBits, Recipe, Sparsity, Target, Unit, make_options
-from niwaki.contextual.predictor import Predictor
-from niwaki.contextual.selection import Rule, Variant
-from niwaki.contextual.traces import Traces
-from niwaki.contextual.units import Layout
 from niwaki.costs import Scope, Work, masks
 from niwaki.errors import InputError, TargetError, unknown
-from niwaki.packed import Packed
-from niwaki.statistics import Needs, Statistics
-from niwaki.stream import Evidence
-from niwaki.structure import Look, Search, Sizes
+
+if TYPE_CHECKING:
+    import torch
+
+    from niwaki.block import Block
+    from niwaki.contextual.predictor import Predictor
+    from niwaki.contextual.selection import Rule, Variant
+    from niwaki.contextual.traces import Traces
+    from niwaki.contextual.units import Layout
+    from niwaki.packed import Packed
+    from niwaki.statistics import Needs, Statistics
+    from niwaki.stream import Evidence
+    from niwaki.structure import Look, Search, Sizes
 
 METHODS = (
     "arb",
@@ -189,10 +194,18 @@ class Step:
         return self.method.compress(block, seen, targets, self.config, generator)
 
 
+def check_names(chain: str) -> list[str]:
+    """The methods of `chain` (names joined by +). Raises InputError with the nearest name for one that is none."""
+    names = [name.strip() for name in chain.split("+")]
+    for name in names:
+        if name not in EVERY:
+            raise InputError(unknown("method", name, EVERY))
+    return names
+
+
 def get_method(name: str) -> Method:
     """The method module `name`. Raises InputError with the nearest name."""
-    if name not in EVERY:
-        raise InputError(unknown("method", name, EVERY))
+    check_names(name)
     return cast(Method, importlib.import_module(f"niwaki.methods.{name}"))
 
 
@@ -201,7 +214,7 @@ def make_steps(chain: str, options: Mapping[str, Any], target: Target) -> list[S
 
     Options of a single method are written by their name, those of a chain as `method.option`.
     """
-    names = [name.strip() for name in chain.split("+")]
+    names = check_names(chain)
     methods = [get_method(name) for name in names]
     if len(set(names)) < len(names):
         raise InputError(f"method {chain}: every method may stand in a chain once")
@@ -304,7 +317,7 @@ def settle_budget(recipe: Recipe) -> Recipe:
 
 def merged_needs(steps: Sequence[Step]) -> Needs:
     """What all steps together want to be collected."""
-    return reduce(lambda found, step: found | step.needs, steps, Needs())
+    return reduce(or_, (step.needs for step in steps))
 
 
 _KINDS = {Sparsity: "a fraction of zeros such as 0.5", Grouped: "N:M such as 2:4", Bits: "bits such as 4bit"}

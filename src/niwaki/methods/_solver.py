@@ -55,12 +55,15 @@ def inverse_factor(gram_II: Tensor, damping_frac: float) -> tuple[Tensor, float]
 
 
 def invert_lower(lower_II: Tensor) -> Tensor:
-    """The inverse of a lower triangle [I, I], halved down to blocks that a solver takes: I³/3 multiplications, mostly
-    products of matrices, where solving for every column of the identity takes three times as many."""
+    """The inverse of a lower triangle [I, I], halved down to blocks that a solver takes.
+
+    I³/3 multiplications, mostly products of matrices, where solving for every column of the identity takes I³.
+    """
     width = len(lower_II)
     if width <= SOLVED_COLUMNS:
         identity_II = torch.eye(width, dtype=lower_II.dtype, device=lower_II.device)
-        return torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
+        solved_II: Tensor = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
+        return solved_II
     half = width // 2
     inverse_II = torch.zeros_like(lower_II)
     inverse_II[:half, :half] = invert_lower(lower_II[:half, :half])

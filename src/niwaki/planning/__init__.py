@@ -105,6 +105,7 @@ def plan(
         "peak_device_bytes": peak.device_bytes,
         "output_bytes": output,
         "output_bits": round(_bits(last), 4),
+        "matrix_bits": round(last.stored.matrix_bits, 4),
         "disk_bytes": disk,
         "decode": decoding(stages[0].model, stages, machine),
         "money": _money(decoding(stages[0].model, stages, machine), total, price_per_hour, tokens_per_day),
@@ -175,7 +176,8 @@ def _stage(
         read = sum(block.dense_bytes * block.reach for block in model.blocks) + model.head_bytes
         assert isinstance(target, Sparsity)
         skipped = target.zeros_frac * sum(m.dense_bytes for block in model.blocks for m in block.matrices)
-        return Stage(recipe, steps, target, model, job, Stored(nbytes, read - skipped, 0), linked=True)
+        own = Stored(nbytes, model.matrix_bits, read - skipped, 0)
+        return Stage(recipe, steps, target, model, job, own, linked=True)
     if recipe.method in STRUCTURED:
         sizes, shape, tried = shape_of(decoder, steps[0], target, multiple, _config(decoder))
         trials = float(tried)
@@ -185,7 +187,7 @@ def _stage(
         job = _job(model, recipe, steps, device, itemsize, dense_stream, trials)
         read = sum(block.dense_bytes for block in left.blocks) + left.head_bytes
         nbytes = left.file_bytes if recipe.pack != "none" or shape.even else model.file_bytes
-        return Stage(recipe, steps, target, model, job, Stored(nbytes, read, 0), linked=False)
+        return Stage(recipe, steps, target, model, job, Stored(nbytes, left.matrix_bits, read, 0), linked=False)
     uniform(decoder.anatomy, target)
     found = stored(decoder, model, steps, target, recipe)
     job = _job(model, recipe, steps, device, itemsize, dense_stream, 0)
@@ -310,7 +312,11 @@ def _money(
     """
     if price_per_hour is None:
         return None
-    found: dict[str, Any] = {"compress": _short(compress_seconds / 3600 * price_per_hour)}
+    found: dict[str, Any] = {
+        "price_per_hour": price_per_hour,
+        "tokens_per_day": tokens_per_day,
+        "compress": _short(compress_seconds / 3600 * price_per_hour),
+    }
     if tokens_per_day is None or not (decode["before"]["fits"] and decode["after"]["fits"]):
         return found
     for name in ("ceiling", "reached"):

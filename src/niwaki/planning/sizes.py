@@ -93,12 +93,18 @@ class ModelSizes:
         """In the matrices of all blocks."""
         return sum(block.weights for block in self.blocks)
 
+    @property
+    def matrix_bits(self) -> float:
+        """Bits a weight of these matrices as they are."""
+        return 8 * sum(m.dense_bytes for block in self.blocks for m in block.matrices) / max(self.weights, 1)
+
 
 @dataclass(frozen=True)
 class Stored:
-    """Bytes of the weight files, of a block's matrices as codes or weights, and of what is read for every token."""
+    """Bytes of the weight files, bits a weight in the matrices of the blocks, and bytes read for every token."""
 
     file_bytes: int
+    matrix_bits: float
     read_bytes: float
     largest_block_bytes: int
 
@@ -133,7 +139,7 @@ def sizes_of(decoder: Decoder) -> ModelSizes:
 
 def stored(decoder: Decoder, model: ModelSizes, steps: Sequence[Step], target: Target, recipe: Recipe) -> Stored:
     """What the files of a result hold. Raises TargetError for a matrix that cannot meet the target."""
-    files, read, largest = 0, 0.0, 0
+    files, matrices, read, largest = 0, 0, 0.0, 0
     known: dict[tuple[int, int, bool], int] = {}  # experts are many, and alike
     by_need = recipe.allocation == "sensitivity" and _has_room(model, steps[-1], target)
     for index, block in enumerate(model.blocks):
@@ -147,6 +153,7 @@ def stored(decoder: Decoder, model: ModelSizes, steps: Sequence[Step], target: T
             nbytes = known[key]
             names += 0 if nbytes == matrix.dense_bytes else CODE_TENSORS - 1
             total += nbytes
+            matrices += nbytes
             met += nbytes * matrix.reach
         files += total + _header(decoder, index, names, block.tensors)
         read += met
@@ -154,7 +161,7 @@ def stored(decoder: Decoder, model: ModelSizes, steps: Sequence[Step], target: T
     packed = _packed_ends(decoder, recipe, target)
     files += model.ends_bytes - packed[0] + packed[1] + _header(decoder, None, 0, 0)
     head = model.head_bytes if not packed[0] else model.head_bytes * packed[1] / packed[0]
-    return Stored(files, read + head, largest)
+    return Stored(files, 8 * matrices / max(model.weights, 1), read + head, largest)
 
 
 def _has_room(model: ModelSizes, step: Step, target: Target) -> bool:

@@ -73,10 +73,10 @@ def _content(t: Texts, found: Comparison, layers: Mapping[str, Layers | None]) -
         "headline": views.headline(t, found),
         "cards": cards,
         "rows": 4 + max(len(card["metrics"]) for card in cards),
-        "confidence": show.percent(found.confidence, 0),
+        "confidence": f"{100 * found.confidence:.4g}%",
         "tradeoff": [_inline(plot) for plot in charts.tradeoffs(t, found)],
         "gated": gated,
-        "gate_confidence": show.percent((found.gate or {}).get("confidence", found.confidence), 0),
+        "gate_confidence": f"{100 * _judged_at(found):.4g}%",
         "measured": views.measured(t, found),
         "quality": {"columns": quality.columns, "rows": quality.rows, "plots": _inlined(quality.more["plots"])},
         "tasks": {"columns": tasks.columns, "rows": tasks.rows, "flips": tasks.more["flips"]},
@@ -188,3 +188,9 @@ def _policy(*scripts: str) -> str:
 
 def _read(name: str) -> str:
     return (files("niwaki.reporting") / TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _judged_at(found: Comparison) -> float:
+    """The confidence of the intervals that gates went by."""
+    stated = found.gate or {}
+    return stated.get("each_confidence", stated.get("confidence", found.confidence))

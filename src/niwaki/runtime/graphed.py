@@ -166,7 +166,7 @@ class Graphed:
         for keys, values in states:
             sizes = (*keys.shape[:2], self.room, keys.shape[3]), (*values.shape[:2], self.room, values.shape[3])
             layers.append(Layer(keys.new_zeros(sizes[0]), values.new_zeros(sizes[1]), slot_1))
-        rows = self.model.get_output_embeddings().weight.shape[0]
+        rows = self.model.get_output_embeddings().out_features  # a packed head has no weight
         logits_BV = torch.zeros(count, rows, dtype=self.model.dtype, device=device)
         step = Step(layers, ids_B1, positions_B1, mask_B11T, slot_1, logits_BV, choice is not None, lambda: None)
         blocks, cache = find_blocks(self.model)[1], DynamicCache(config=self.model.config)

@@ -1,7 +1,11 @@
 """A linear layer that keeps a pruned matrix as its nonzeros.
 
-A few tokens at a time (decoding) go through the kernels, which read the nonzeros as they are. Many tokens (a prompt),
-and everything on a GPU, are multiplied with the matrix decoded some rows at a time, so that it never exists as a whole.
+A few tokens at a time (decoding) go through the kernels, which read the nonzeros as they are. Many tokens (a prompt)
+are multiplied with the matrix decoded some rows at a time: on the CPU so that it never exists as a whole, on a GPU,
+where one kernel decodes them, so that no more than `sparse_gpu.DECODED_BYTES` do.
+
+On a GPU a bitmap has a table beside it (0.25 bit a weight), and with `fast_prompts` a two-four matrix also the form
+that sparse tensor cores read, made at the first long prompt: as much memory again.
 
 Legend: N tokens, O outputs, I inputs.
 """
@@ -11,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from niwaki.kernels.sparse_gpu import SEMI_TOKENS, GpuRecord, gpu_record, multiply, semi_structured
 from niwaki.kernels.sparse_product import (
     prepared_layer,
     prepared_tiles,
@@ -22,7 +28,7 @@ from niwaki.kernels.sparse_product import (
 )
 from niwaki.records import read_sparse, record_shapes
 from niwaki.sparse import Sparse
-from niwaki.sparse_tiles import Tiled
+from niwaki.sparse_tiles import LAYOUT, Tiled
 
 DECODED_ROWS = 2048  # of the matrix at a time, whole tiles
 
@@ -37,11 +43,13 @@ class SparseLinear(nn.Module):
         for name, (dtype, shape) in record_shapes(described).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))  # integers: no cast of the model touches them
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
+        self.fast_prompts = False
         self._prepared: tuple[Tensor, Any] | None = None
+        self._semi: tuple[torch.dtype, Any] | None = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """What was prepared of the old tensors goes with them."""
-        self._prepared = None
+        self._prepared = self._semi = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def stored(self) -> dict[str, Tensor]:
@@ -59,9 +67,21 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] → [..., O] in the dtype of `x`."""
         x_NI = x.reshape(-1, self.in_features)
-        y_NO = self._few(x_NI) if reaches(x_NI) else self._many(x_NI)
-        y_NO = y_NO if self.bias is None else y_NO + self.bias
+        if x_NI.is_cuda:
+            y_NO = self._on_gpu(x_NI)
+        else:
+            y_NO = self._few(x_NI) if reaches(x_NI) else self._many(x_NI)
+            y_NO = y_NO if self.bias is None else y_NO + self.bias
         return y_NO.view(*x.shape[:-1], self.out_features)
+
+    def _on_gpu(self, x_NI: Tensor) -> Tensor:
+        record = self._layer()
+        if self.fast_prompts and len(x_NI) >= SEMI_TOKENS:
+            if self._semi is None or self._semi[0] != x_NI.dtype:
+                self._semi = (x_NI.dtype, semi_structured(record, x_NI.dtype))
+            if self._semi[1] is not None:
+                return linear(x_NI, self._semi[1], None if self.bias is None else self.bias.to(x_NI.dtype))
+        return multiply(x_NI, record, self.bias)
 
     def _few(self, x_NI: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -87,8 +107,11 @@ class SparseLinear(nn.Module):
         """What the kernels take, made anew when the buffers are others: just loaded, or moved."""
         values = self._buffers["values"]
         if self._prepared is None or self._prepared[0] is not values:
-            record = self.record()
-            if isinstance(record, Tiled):
+            record, self._semi = self.record(), None
+            layer: Any
+            if values is not None and values.is_cuda:
+                layer = for_gpu(record)
+            elif isinstance(record, Tiled):
                 layer = prepared_tiles(
                     record.places_TBR, record.values_TFR, record.scale_GO, record.size, record.columns, record.group
                 )
@@ -97,14 +120,24 @@ class SparseLinear(nn.Module):
                     record.places_OB, record.values_N, record.starts_O, record.scale_OG,
                     record.columns, record.layout, record.values, record.group,
                 )  # fmt: skip
-            self._prepared = (record.tensors()["values"], layer)
+            assert values is not None
+            self._prepared = (values, layer)
         return self._prepared[1]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies prepare themselves."""
-        return {**self.__dict__, "_prepared": None}
+        return {**self.__dict__, "_prepared": None, "_semi": None}
 
     def extra_repr(self) -> str:
         """Shape, layout and values, as print shows them."""
         kind = self.described["sparse"]
         return f"{self.in_features} → {self.out_features}, {kind['layout']} of {kind['values']}"
+
+
+def for_gpu(record: Sparse | Tiled) -> GpuRecord:
+    """A record as the kernels of a GPU take it."""
+    if isinstance(record, Tiled):
+        tiles = record.places_TBR, record.values_TFR, None, record.scale_GO
+        return gpu_record(record.size, record.columns, record.group, LAYOUT, "int4", *tiles)
+    tensors = record.places_OB, record.values_N, record.starts_O, record.scale_OG
+    return gpu_record(len(record.places_OB), record.columns, record.group, record.layout, record.values, *tensors)
