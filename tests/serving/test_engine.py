@@ -201,6 +201,19 @@ def test_a_failure_costs_the_answers_it_met_and_no_others(engine: Engine) -> Non
     assert len(healthy.tokens()) == 6 and engine.healthy
 
 
+def test_an_answer_of_no_numbers_is_a_failure(engine: Engine) -> None:
+    def spoiled(_module: Any, _args: Any, _kwargs: Any, output: Any) -> Any:
+        output.logits[0, -1, 3] = float("nan")
+        return output
+
+    engine.model.register_forward_hook(spoiled, with_kwargs=True)
+    engine.start()
+    asked = Asked()
+    engine.submit(asked.job)
+    assert asked.wait()[-1] == Failed("the model computed values that are no numbers")
+    until(lambda: engine.idle)
+
+
 def test_after_failures_in_a_row_the_engine_stops_and_says_so(engine: Engine) -> None:
     engine.model.register_forward_pre_hook(lambda *_: 1 / 0)
     engine.start()

@@ -130,6 +130,10 @@ def test_prompts_are_not_logged(slow: Running, caplog: pytest.LogCaptureFixture)
     secret = "a very private thing"
     slow.client(KEY).completions.create(**{**LONG, "prompt": secret, "max_tokens": 1})
     assert "/v1/completions answered" in caplog.text and "private" not in caplog.text
+    object.__setattr__(slow.service, "log_prompts", True)
+    slow.client(KEY).completions.create(**{**LONG, "prompt": secret, "max_tokens": 1})
+    object.__setattr__(slow.service, "log_prompts", False)
+    assert secret in caplog.text, "it was asked for"
 
 
 def test_sizes_and_kinds_of_bodies(slow: Running) -> None:

@@ -57,6 +57,8 @@ def test_what_a_template_may_not(bombs: Renderer, told: str, message: str) -> No
     assert bombs.render(asked("x")) == "<s><|user|>x\n<|assistant|>", "the next dialogue is rendered as ever"
 
 
-def test_a_template_that_never_compiles_is_an_error_at_the_start() -> None:
+def test_a_process_that_does_not_start_is_an_error_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the template cannot be compiled within its limits."""
+    monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(InputError, match="is the model's chat template sound"):
-        Renderer("{{ 10 ** (10 ** 9) }}", {})  # computed when it is compiled
+        Renderer(TEMPLATE, {})

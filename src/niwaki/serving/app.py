@@ -189,8 +189,8 @@ async def _answered(
         ids, Sampling(temperature, top_p, asked.seed), most, inbox.put,
         stops=asked.stops, logprobs=logprobs, score_prompt=score_prompt,
     )  # fmt: skip
-    service.engine.submit(job)
     if service.log_prompts:
         log.info("prompt: %r", await _apart(service, lambda: service.prompts.text_of(ids)))
+    service.engine.submit(job)
     exchange = Exchange(service.engine, request, job, inbox, answer)
     return await (exchange.stream(usage=asked.usage_in_stream) if asked.stream else exchange.whole())

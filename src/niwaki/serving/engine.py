@@ -252,6 +252,9 @@ class Engine:
         job, now = one.job, time.monotonic()
         if one.written >= job.most_tokens:  # nothing was to be written, only read
             return self._finish(one, "length")
+        if bool(logits_V.isnan().any()):
+            job.emit(Failed("the model computed values that are no numbers"))
+            return True
         token = pick(logits_V, job.sampling)
         seconds = self.metrics.token if one.written else self.metrics.first_token
         seconds.observe(now - (one.wrote if one.written else job.submitted))
