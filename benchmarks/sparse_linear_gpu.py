@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from niwaki.kernels import triton_sparse, triton_sparse_dot, triton_sparse_tiles
-from niwaki.kernels.sparse_gpu import GpuRecord, gpu_record
+from niwaki.kernels.sparse_gpu import GpuRecord, cores_reach, gpu_record
 from niwaki.sparse import SLACK_BYTES, Sparse
 from niwaki.sparse_tiles import Tiled
 from packed_linear_gpu import bandwidth, copies_of, graph_of, interleaved, relative_error
@@ -120,9 +120,10 @@ def multiply(way: str, layer: Layer, x_NI: Tensor, out_NO: Tensor, tiles: Any = 
     return out_NO
 
 
-def ways(tokens: int) -> list[str]:
+def ways(name: str, tokens: int) -> list[str]:
     """Those timed for so many tokens."""
-    return [w for w in (FEW, DOT, DECODED) if LEAST.get(w, 0) <= tokens <= MOST.get(w, tokens)]
+    every = (FEW, DECODED) if name == "bitmap" else (FEW, DOT, DECODED)
+    return [w for w in every if LEAST.get(w, 0) <= tokens <= MOST.get(w, tokens)]
 
 
 def semi_structured(weight_OI: Tensor) -> Any:
@@ -163,7 +164,7 @@ def measure(shape: str, names: list[str], counts: list[int], seconds: float, byt
         out_NO = x_NI.new_empty(tokens, rows)
         works: Works = {
             (name, way): [partial(multiply, way, layer, x_NI, out_NO) for layer in some]
-            for name, some in layers.items() for way in ways(tokens)
+            for name, some in layers.items() for way in ways(name, tokens)
         }  # fmt: skip
         works["dense", ""] = [partial(functional.linear, x_NI, weight_OI) for weight_OI in dense]
         if semi and tokens >= LEAST[SEMI]:
@@ -208,6 +209,8 @@ def sweep(shape: str, names: list[str], way: str, counts: list[int], seconds: fl
     rows, columns = (int(size) for size in shape.split("x"))
     found = []
     for name in names:
+        if way == DOT and name == "bitmap":
+            continue
         layers = layers_of(name, rows, columns)
         for tokens in counts:
             x_NI = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
@@ -256,8 +259,7 @@ def check_case(given: tuple[tuple[int, int, int], str, str]) -> str:
         for tokens in (1, 3, 8, 17):
             x_NI = torch.randn(tokens, columns, generator=generator).to("cuda", dtype)
             for way in (FEW, DOT):
-                cores = dtype != torch.float32 and (layer.record.group % 64 == 0 or layout == "tiles")
-                if way == DOT and not cores:
+                if way == DOT and not cores_reach(x_NI, layer.record):
                     continue
                 outs = [torch.full((tokens, rows), float("nan"), dtype=dtype, device="cuda") for _ in range(2)]
                 for out in outs:
@@ -322,10 +324,10 @@ def compile_all(args: argparse.Namespace) -> None:
     wanted: list[tuple[str, str, int, int, Any]] = []
     for name, width, tokens in itertools.product(args.layers, columns, args.tokens):
         tokens = args.tokens[[kernel_of(t) for t in args.tokens].index(kernel_of(tokens))]
-        if args.sweep:
+        if args.sweep and (args.sweep, name) != (DOT, "bitmap"):
             wanted += [(name, args.sweep, width, tokens, tiles) for tiles in candidates(name, args.sweep)]
-        else:
-            wanted += [(name, way, width, tokens, None) for way in ways(tokens)]
+        elif not args.sweep:
+            wanted += [(name, way, width, tokens, None) for way in ways(name, tokens)]
     wanted = list(dict.fromkeys(wanted))
     begin = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(min(COMPILERS, len(wanted))) as pool:

@@ -20,9 +20,9 @@ using namespace niwaki;
 
 namespace {
 
-const Path kPaths[] = {Path::portable, Path::avx2, Path::vbmi2};
-const char* kNames[] = {"portable", "avx2", "vbmi2"};
-constexpr int kSlack = 32;
+const Path kPaths[] = {Path::portable, Path::avx2, Path::bf16};
+const char* kNames[] = {"portable", "avx2", "bf16"};
+constexpr int kSlack = 64;
 
 float widened(uint16_t narrow) {
     const uint32_t bits = static_cast<uint32_t>(narrow) << 16;
@@ -74,30 +74,52 @@ Problem make(int64_t rows, int64_t bytes, SparseLayout layout, std::mt19937& ran
     return made;
 }
 
-void multiply(const Problem& from, int64_t tokens, const float* x, float* out, int threads, Path path) {
+// `x` holds bfloat16 numbers.
+struct Inputs {
+    std::vector<float> wide;
+    std::vector<uint16_t> narrow;
+    int64_t narrow_columns;
+};
+
+Inputs inputs(int64_t tokens, int64_t bytes, std::mt19937& random) {
+    std::normal_distribution<float> normal;
+    Inputs made{{}, {}, (bytes + 3) / 4 * 32};
+    made.narrow.resize(tokens * made.narrow_columns);
+    for (int64_t n = 0; n < tokens; ++n)
+        for (int64_t i = 0; i < 8 * bytes; ++i) {
+            const float value = normal(random);
+            uint32_t bits;
+            std::memcpy(&bits, &value, 4);
+            made.narrow[n * made.narrow_columns + i] = static_cast<uint16_t>(bits >> 16);
+            made.wide.push_back(widened(static_cast<uint16_t>(bits >> 16)));
+        }
+    return made;
+}
+
+void multiply(const Problem& from, int64_t tokens, const Inputs& x, float* out, int threads, Path path) {
     const SparseProduct product{
         tokens, from.rows, from.bytes, from.layout, SparseValues::bf16, from.places.data(), from.values.data(),
-        from.layout == SparseLayout::bitmap ? from.starts.data() : nullptr, nullptr, 1, from.bytes, x, out};
+        from.layout == SparseLayout::bitmap ? from.starts.data() : nullptr, nullptr, 1, from.bytes, x.wide.data(), out,
+        x.narrow.data(), x.narrow_columns};
     sparse_product(product, threads, path);
 }
 
 double worst_error(Path path, std::mt19937& random) {
     double worst = 0;
-    std::normal_distribution<float> normal;
     for (const SparseLayout layout : {SparseLayout::bitmap, SparseLayout::two_four})
         for (const int64_t bytes : {1, 2, 3, 4, 5, 7, 31, 64, 129})
             for (const int64_t tokens : {1, 2, 3, 5, 8, 13})
                 for (const int threads : {1, 2}) {
                     const int64_t rows = 1 + static_cast<int64_t>(random() % 40), width = 8 * bytes;
                     const Problem problem = make(rows, bytes, layout, random);
-                    std::vector<float> x(tokens * width), out(tokens * rows, std::numeric_limits<float>::quiet_NaN());
-                    for (float& value : x) value = normal(random);
-                    multiply(problem, tokens, x.data(), out.data(), threads, path);
+                    const Inputs x = inputs(tokens, bytes, random);
+                    std::vector<float> out(tokens * rows, std::numeric_limits<float>::quiet_NaN());
+                    multiply(problem, tokens, x, out.data(), threads, path);
                     for (int64_t n = 0; n < tokens; ++n)
                         for (int64_t row = 0; row < rows; ++row) {
                             double sum = 0, size = 1e-6;
                             for (int64_t i = 0; i < width; ++i) {
-                                const double term = static_cast<double>(problem.dense[row * width + i]) * x[n * width + i];
+                                const double term = static_cast<double>(problem.dense[row * width + i]) * x.wide[n * width + i];
                                 sum += term, size += std::fabs(term);
                             }
                             const double error = std::fabs(out[n * rows + row] - sum) / size;
@@ -107,12 +129,13 @@ double worst_error(Path path, std::mt19937& random) {
     return worst;
 }
 
-double microseconds(const Problem& problem, int64_t tokens, Path path) {
-    std::vector<float> x(tokens * problem.bytes * 8, 0.5f), out(tokens * problem.rows);
+double microseconds(const Problem& problem, int64_t tokens, Path path, std::mt19937& random) {
+    const Inputs x = inputs(tokens, problem.bytes, random);
+    std::vector<float> out(tokens * problem.rows);
     double best = 1e9;
     for (int round = 0; round < 20; ++round) {
         const auto start = std::chrono::steady_clock::now();
-        multiply(problem, tokens, x.data(), out.data(), 1, path);
+        multiply(problem, tokens, x, out.data(), 1, path);
         best = std::min(best, std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count());
     }
     return best;
@@ -139,7 +162,7 @@ int main() {
                 if (supported(kPaths[i]))
                     std::printf("%-8s %s, %d tokens: %.0f microseconds\n", kNames[i],
                                 layout == SparseLayout::bitmap ? "bitmap" : "two_four", static_cast<int>(tokens),
-                                microseconds(problem, tokens, kPaths[i]));
+                                microseconds(problem, tokens, kPaths[i], random));
     }
     return right ? 0 : 1;
 }

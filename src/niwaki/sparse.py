@@ -29,7 +29,7 @@ LAYOUTS = ("bitmap", "two_four")
 VALUES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CODES = {"int8": 8, "int4": 4}
 KINDS = (*VALUES, *CODES)  # in the order of the kernels
-SLACK_BYTES = 32  # behind the values, which kernels may read
+SLACK_BYTES = 64  # behind the values, which kernels may read
 FAST_SHARE = 1.25  # of the bytes of a bitmap may two-four take with 4-bit codes: their tiles are far faster
 MOST_VALUES = 2**31 - 1  # what numbers of values in 32 bits can count
 

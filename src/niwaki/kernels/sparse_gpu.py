@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-# Up to so many tokens, by layout. Guesses until a sweep on an H100 says otherwise.
-FEW_TOKENS = {"bitmap": 4, "two_four": 4, "two_four_tiles": 2}  # multiply-adds; where tensor cores do not reach, 8
-CORE_TOKENS = {"bitmap": 64, "two_four": 64, "two_four_tiles": 64}
-FEW_TOKENS_ALONE = 8
-SEMI_TOKENS = 64  # from so many on, sparse tensor cores
+# Up to so many tokens, by layout, measured on an H100 with five shapes from 4096² to 28672 × 8192
+# (sparse-linear-h100.json). Tensor cores take as long for 1 to 16 tokens; beyond CORE_TOKENS decoding is faster, as it
+# is for a bitmap beyond three blocks of four tokens of multiply-adds.
+FEW_TOKENS = {"bitmap": 12, "two_four": 2, "two_four_tiles": 4}
+CORE_TOKENS = {"two_four": 64, "two_four_tiles": 32}  # of a bitmap, 82 µs where decoding takes 46: left out
+FEW_TOKENS_ALONE = 12  # where tensor cores do not reach
+SEMI_TOKENS = 65  # from so many on, sparse tensor cores beat decoding: at 64 on four of five shapes, at 512 on all
 CORE_GROUP = 64  # columns, of which groups hold whole ones: the least that tensor cores take at a time
 # Of rows decoded at once: most matrices (8192² in bf16) are one product; the outputs of several are joined by a copy.
 DECODED_BYTES = 128 * 2**20
@@ -107,8 +109,9 @@ def product(x_NI: Tensor, record: GpuRecord, bias_O: Tensor | None) -> Tensor:
 
 
 def cores_reach(x_NI: Tensor, record: GpuRecord) -> bool:
-    """Whether tensor cores take it: inputs of 16 bits, groups of whole steps."""
-    return x_NI.dtype in (torch.bfloat16, torch.float16) and record.group % CORE_GROUP == 0
+    """Whether tensor cores take it: two values for four columns, inputs of 16 bits, groups of whole steps."""
+    narrow = x_NI.dtype in (torch.bfloat16, torch.float16)
+    return record.layout in CORE_TOKENS and narrow and record.group % CORE_GROUP == 0
 
 
 def decoded(record: GpuRecord, first: int, last: int, dtype: torch.dtype) -> Tensor:

@@ -49,7 +49,7 @@ struct PlaneProduct {
 };
 
 // The instructions a product may use; anything but `best` is for tests.
-enum class Path { best, portable, avx2, avx512, vbmi2 };
+enum class Path { best, portable, avx2, avx512, bf16 };
 
 bool supported(Path path);
 
@@ -65,12 +65,14 @@ struct SparseProduct {
     SparseLayout layout;
     SparseValues kind;
     const uint8_t* places;  // [rows, bytes]
-    const uint8_t* values;  // and 32 bytes that may be read beyond them
+    const uint8_t* values;  // and 64 bytes that may be read beyond them
     const int32_t* starts;  // [rows], the number of a row's first value; null for two-four: four a byte
     const uint16_t* scale;  // float16 [rows, groups], of codes; or null
     int64_t groups, group_bytes;
     const float* x;  // [tokens, 8 · bytes], zero where there is no column
     float* out;      // [tokens, rows]
+    const uint16_t* narrow;  // x as bfloat16 [tokens, narrow_columns], or null if it was not
+    int64_t narrow_columns;  // whole blocks of 32
 };
 
 void sparse_product(const SparseProduct& product, int threads, Path path);

@@ -86,7 +86,7 @@ public:
             values.data(), starts ? starts->data() : nullptr,
             scale ? reinterpret_cast<const uint16_t*>(scale->data()) : nullptr,
             scale ? static_cast<int64_t>(scale->shape(1)) : 1, scale ? group_bytes : product_bytes(places), nullptr,
-            nullptr,
+            nullptr, nullptr, (static_cast<int64_t>(places.shape(1)) + 3) / 4 * 32,
         };
     }
 
@@ -102,7 +102,12 @@ public:
                     wide[n * width + i] = widened(reinterpret_cast<const uint16_t*>(x)[n * columns_ + i]);
             else
                 std::memcpy(&wide[n * width], reinterpret_cast<const float*>(x) + n * columns_, 4 * columns_);
-        product.tokens = tokens, product.x = wide.data();
+        std::vector<uint16_t> narrow(bfloat16 ? tokens * product.narrow_columns : 0);
+        if (bfloat16)
+            for (int64_t n = 0; n < tokens; ++n)
+                std::memcpy(&narrow[n * product.narrow_columns], reinterpret_cast<const uint16_t*>(x) + n * columns_,
+                            2 * columns_);
+        product.tokens = tokens, product.x = wide.data(), product.narrow = bfloat16 ? narrow.data() : nullptr;
         product.out = bfloat16 ? sums.data() : reinterpret_cast<float*>(out);
         niwaki::sparse_product(product, threads, static_cast<niwaki::Path>(path));
         for (size_t i = 0; i < sums.size(); ++i) reinterpret_cast<uint16_t*>(out)[i] = narrowed(sums[i]);
@@ -191,6 +196,6 @@ NB_MODULE(_cpu, module) {
              nb::arg("columns"), nb::arg("layout"), nb::arg("kind"), nb::arg("places"), nb::arg("values"),
              nb::arg("starts").none(), nb::arg("scale").none(), nb::arg("group_bytes"))
         .def("multiply", &SparseLayer::multiply);
-    // By number: 0 the best there is, 1 portable, 2 AVX2, 3 AVX-512, 4 AVX-512 with VBMI2.
+    // By number: 0 the best there is, 1 portable, 2 AVX2, 3 AVX-512, 4 AVX-512 with VBMI2 and BF16.
     module.def("supported", [](int path) { return niwaki::supported(static_cast<niwaki::Path>(path)); });
 }

@@ -299,7 +299,8 @@ bool supported(Path path) {
     if (path == Path::avx2) return avx2;
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
     if (path == Path::avx512) return avx512;
-    if (path == Path::vbmi2) return avx512 && __builtin_cpu_supports("avx512vbmi2");
+    if (path == Path::bf16)
+        return avx512 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
 #endif
     return path == Path::best || path == Path::portable;
 }

@@ -4,8 +4,9 @@
 // A bitmap and the 2-bit indices of two-four differ only in the table, and in how far the values move on. Codes of 4 and
 // 8 bits are spread to the top of a lane, where they are signed numbers: absent ones are zero without a mask.
 //
-// Three paths: AVX-512 VBMI2 for bfloat16 values (one instruction spreads those of 32 columns), AVX2 (a byte a step, seven
-// instructions for one token and one more for each other), and portable code.
+// Three paths: AVX-512 with VBMI2 and BF16 where weights and inputs are bfloat16 (one instruction spreads 32 columns, one
+// more for each token multiplies and adds them), AVX2 (a byte a step, seven instructions for one token and one more for
+// each other), and portable code.
 
 #include "kernels.h"
 
@@ -16,7 +17,8 @@
 #include <immintrin.h>
 #define NIWAKI_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
 #define NIWAKI_INLINE __attribute__((target("avx2,fma,f16c,popcnt"), always_inline)) inline
-#define NIWAKI_VBMI2 __attribute__((target("avx512f,avx512bw,avx512vbmi2,popcnt")))
+#define NIWAKI_BF16 __attribute__((target("avx512f,avx512bw,avx512vbmi2,avx512bf16,popcnt")))
+#define NIWAKI_INLINE_BF16 NIWAKI_BF16 __attribute__((always_inline)) inline
 #endif
 
 namespace niwaki {
@@ -260,60 +262,68 @@ struct Masks {
     uint8_t columns[256];
 };
 
-const Masks& masks(SparseLayout layout) {
-    const auto make = [](SparseLayout of) {
-        Masks made{};
+const Masks& two_four_masks() {
+    static const Masks made = [] {
+        Masks of{};
         for (int byte = 0; byte < 256; ++byte)
-            for (int i = 0; i < 8; ++i) made.columns[byte] |= (ranks(of).rank[byte][i] != kAbsent) << i;
-        return made;
-    };
-    static const Masks bitmap = make(SparseLayout::bitmap), two_four = make(SparseLayout::two_four);
-    return layout == SparseLayout::bitmap ? bitmap : two_four;
+            for (int i = 0; i < 8; ++i) of.columns[byte] |= (ranks(SparseLayout::two_four).rank[byte][i] != kAbsent) << i;
+        return of;
+    }();
+    return made;
 }
 
-// One row of bfloat16 values and N tokens, 32 columns at a time. Masked loads touch nothing behind the last value or column.
-template <int N>
-NIWAKI_VBMI2 void row_vbmi2(const SparseProduct& p, int64_t row, int64_t token, const Masks& m) {
+// The next weights of `width` bytes of places, at most 32 columns, as bfloat16; 64 bytes from the first may be read.
+template <SparseLayout layout>
+NIWAKI_INLINE_BF16 __m512i wide_spread(const uint8_t*& values, const uint8_t* places, int64_t width, const Masks& m) {
+    uint32_t mask = 0;
+    if (layout == SparseLayout::bitmap) std::memcpy(&mask, places, width);
+    else
+        for (int64_t i = 0; i < width; ++i) mask |= static_cast<uint32_t>(m.columns[places[i]]) << (8 * i);
+    const __m512i all = _mm512_loadu_si512(values);  // apart from what spreads it: together they take three times as long
+    values += layout == SparseLayout::bitmap ? 2 * __builtin_popcount(mask) : 8 * width;
+    return _mm512_maskz_expand_epi16(mask, all);
+}
+
+// One row and N tokens, 32 columns at a time, products of pairs added in float32 by the processor; two sums for each token,
+// which hides the latency of additions.
+template <SparseLayout layout, int N>
+NIWAKI_BF16 void row_bf16(const SparseProduct& p, int64_t row, int64_t token, const Masks& m) {
     const uint8_t* places = p.places + row * p.bytes;
     const uint8_t* values = p.values + 2 * first_value(p, row);
-    const float* x = p.x + token * p.bytes * 8;
-    const int64_t stride = p.bytes * 8;
-    __m512 lower[N], upper[N];
-    for (int n = 0; n < N; ++n) lower[n] = upper[n] = _mm512_setzero_ps();
-    for (int64_t b = 0; b < p.bytes; b += 4, x += 32) {
-        const int64_t width = std::min<int64_t>(4, p.bytes - b);
-        uint32_t mask = 0;
-        for (int64_t i = 0; i < width; ++i) mask |= static_cast<uint32_t>(m.columns[places[b + i]]) << (8 * i);
-        const auto inside = static_cast<uint32_t>((uint64_t{1} << (8 * width)) - 1);
-        const int count = __builtin_popcount(mask);
-        const auto present = static_cast<__mmask32>((uint64_t{1} << count) - 1);
-        const __m512i spread = _mm512_maskz_expand_epi16(mask, _mm512_maskz_loadu_epi16(present, values));
-        values += 2 * count;
-        const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(spread));
-        const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(spread, 1));
-        const __m512 w_lower = _mm512_castsi512_ps(_mm512_slli_epi32(first, 16));
-        const __m512 w_upper = _mm512_castsi512_ps(_mm512_slli_epi32(second, 16));
+    const uint16_t* x = p.narrow + token * p.narrow_columns;
+    __m512 sums[2][N];
+    for (int n = 0; n < N; ++n) sums[0][n] = sums[1][n] = _mm512_setzero_ps();
+    int64_t b = 0;
+    for (; b + 8 <= p.bytes; b += 8)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const auto w = (__m512bh)wide_spread<layout>(values, places + b + 4 * half, 4, m);
 #pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) {
+                const uint16_t* own = x + n * p.narrow_columns + 8 * b + 32 * half;
+                sums[half][n] = _mm512_dpbf16_ps(sums[half][n], w, (__m512bh)_mm512_loadu_si512(own));
+            }
+        }
+    for (; b < p.bytes; b += 4) {
+        const auto w = (__m512bh)wide_spread<layout>(values, places + b, std::min<int64_t>(4, p.bytes - b), m);
         for (int n = 0; n < N; ++n) {
-            const float* own = x + n * stride;
-            const __m512 x_lower = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside), own);
-            const __m512 x_upper = _mm512_maskz_loadu_ps(static_cast<__mmask16>(inside >> 16), own + 16);
-            lower[n] = _mm512_fmadd_ps(w_lower, x_lower, lower[n]);
-            upper[n] = _mm512_fmadd_ps(w_upper, x_upper, upper[n]);
+            const uint16_t* own = x + n * p.narrow_columns + 8 * b;
+            sums[0][n] = _mm512_dpbf16_ps(sums[0][n], w, (__m512bh)_mm512_loadu_si512(own));
         }
     }
     for (int n = 0; n < N; ++n)
-        p.out[(token + n) * p.rows + row] = _mm512_reduce_add_ps(_mm512_add_ps(lower[n], upper[n]));
+        p.out[(token + n) * p.rows + row] = _mm512_reduce_add_ps(_mm512_add_ps(sums[0][n], sums[1][n]));
 }
 
-NIWAKI_VBMI2 void rows_vbmi2(const SparseProduct& p, int64_t first, int64_t last) {
-    const Masks& m = masks(p.layout);
+template <SparseLayout layout>
+NIWAKI_BF16 void rows_bf16(const SparseProduct& p, int64_t first, int64_t last) {
+    const Masks& m = two_four_masks();
     for (int64_t row = first; row < last; ++row) {
         int64_t n = 0;
-        for (; n + 8 <= p.tokens; n += 8) row_vbmi2<8>(p, row, n, m);
-        for (; n + 4 <= p.tokens; n += 4) row_vbmi2<4>(p, row, n, m);
-        for (; n + 2 <= p.tokens; n += 2) row_vbmi2<2>(p, row, n, m);
-        for (; n < p.tokens; ++n) row_vbmi2<1>(p, row, n, m);
+        for (; n + 8 <= p.tokens; n += 8) row_bf16<layout, 8>(p, row, n, m);
+        for (; n + 4 <= p.tokens; n += 4) row_bf16<layout, 4>(p, row, n, m);
+        for (; n + 2 <= p.tokens; n += 2) row_bf16<layout, 2>(p, row, n, m);
+        for (; n < p.tokens; ++n) row_bf16<layout, 1>(p, row, n, m);
     }
 }
 
@@ -340,8 +350,9 @@ void sparse_product(const SparseProduct& p, int threads, Path path) {
     if (path != Path::portable && supported(Path::avx2))
         rows = p.layout == SparseLayout::bitmap ? rows_of<SparseLayout::bitmap>(p.kind)
                                                 : rows_of<SparseLayout::two_four>(p.kind);
-    const bool wide = p.kind == SparseValues::bf16 && (path == Path::best || path == Path::vbmi2);
-    if (wide && supported(Path::vbmi2)) rows = rows_vbmi2;
+    const bool wide = p.kind == SparseValues::bf16 && p.narrow && (path == Path::best || path == Path::bf16);
+    if (wide && supported(Path::bf16))
+        rows = p.layout == SparseLayout::bitmap ? rows_bf16<SparseLayout::bitmap> : rows_bf16<SparseLayout::two_four>;
 #endif
     over_rows(p.rows, threads, [&](int64_t first, int64_t last) { rows(p, first, last); });
 }
