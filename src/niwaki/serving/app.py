@@ -71,6 +71,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
     async def chat(request: Request) -> Response:
         asked = await _parsed(request, ChatRequest)
         _check_name(service, asked.model)
+        service.engine.check()  # a full queue costs no tokenizing
         ids = await _apart(service, lambda: service.prompts.of_chat(asked.messages))
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         answer = ChatAnswer(service.names, service.name, logprobs=logprobs is not None)
@@ -80,6 +81,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
     async def completions(request: Request) -> Response:
         asked = await _parsed(request, CompletionRequest)
         _check_name(service, asked.model)
+        service.engine.check()
         prompt = asked.text_or_ids
         ids = await _apart(service, lambda: service.prompts.of_completion(prompt))
         echo = ""

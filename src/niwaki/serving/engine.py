@@ -106,19 +106,21 @@ class Engine:
         """Starts the thread."""
         self._thread.start()
 
+    def check(self) -> None:
+        """Raises RefusalError when nothing can be submitted: draining, dead, or a full queue."""
+        if self.draining:
+            raise draining()
+        if not self.healthy:
+            raise RefusalError(503, "the engine stopped: the server is about to restart", kind=OVERLOADED, retry_s=5)
+        if len(self._waiting) >= self.limits.queue:
+            wait_s = math.ceil(self._seconds_each * len(self._waiting) / self.limits.slots)
+            told = f"{len(self._waiting)} requests wait already: try again later"
+            raise RefusalError(429, told, kind=OVERLOADED, code="queue_full", retry_s=min(max(wait_s, 1), 60))
+
     def submit(self, job: Job) -> None:
-        """Puts a job into the queue. Raises RefusalError when it is full, or the engine is draining or dead."""
+        """Puts a job into the queue. Raises RefusalError as `check` does."""
         with self._changed:
-            if self.draining:
-                raise draining()
-            if not self.healthy:
-                raise RefusalError(
-                    503, "the engine stopped: the server is about to restart", kind=OVERLOADED, retry_s=5
-                )
-            if len(self._waiting) >= self.limits.queue:
-                wait_s = math.ceil(self._seconds_each * len(self._waiting) / self.limits.slots)
-                told = f"{len(self._waiting)} requests wait already: try again later"
-                raise RefusalError(429, told, kind=OVERLOADED, code="queue_full", retry_s=min(max(wait_s, 1), 60))
+            self.check()
             self._waiting.append(job)
             self._changed.notify()
 
