@@ -50,7 +50,7 @@ LAYERS = [
     ["evaluation", "generation"],
     ["recovery", "exporting", "gating", "adapting", "comparing", "reporting", "benching"],
     ["rollout"],
-    ["demo", "flags", "progress", "tables", "inspecting", "plan_tables", "bench_tables"],
+    ["demo", "flags", "progress", "tables", "inspecting", "plan_tables", "bench_tables", "serving"],
     [
         "bench_commands",
         "comparing_commands",
@@ -59,6 +59,7 @@ LAYERS = [
         "inspect_commands",
         "plan_commands",
         "rollout_commands",
+        "serving_commands",
     ],
     ["cli"],
 ]

@@ -16,6 +16,7 @@ from niwaki import (
     inspect_commands,
     plan_commands,
     rollout_commands,
+    serving_commands,
 )
 from niwaki.config import asks_for_bits
 from niwaki.errors import InputError, NiwakiError
@@ -262,6 +263,7 @@ app.command()(contextual_commands.calibrate_gate)
 app.command()(inspect_commands.inspect)
 app.command()(plan_commands.plan)
 app.add_typer(rollout_commands.app, name="rollout")
+app.command()(serving_commands.serve)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Puts a gateway together from settings and runs it.
 
-    run(settings, limits, Store.open("rollout.sqlite"), keys=(), host="127.0.0.1", port=8100)
+run(settings, limits, Store.open("rollout.sqlite"), keys=(), host="127.0.0.1", port=8100)
 """
 
 import ipaddress

@@ -38,33 +38,10 @@ from niwaki.contextual.record import Shadow
 from niwaki.contextual.selection import for_batch, margin
 from niwaki.errors import InputError
 from niwaki.runtime.compact import Buffers, Compact, Swap, check_linears, compact, cut_cache, leave
+from niwaki.runtime.decisions import Record
 from niwaki.runtime.reading import Reading, real_tokens
 
 KEPT_RECORDS = 1000
-
-
-@dataclass
-class Record:
-    """What was done for one batch of sequences: how the prompt was answered, and what every look decided."""
-
-    sequences: int
-    prompt_tokens: int
-    sparse_tokens: int = 0
-    dense_tokens: int = 0
-    skipped_frac: list[float] = field(default_factory=list)
-    deviation: list[float] = field(default_factory=list)
-    margin: list[float] = field(default_factory=list)
-    kept: list[dict[str, list[int]]] = field(default_factory=list)
-    dense_because: str = ""
-    note: str = ""
-    verified: dict[str, float] = field(default_factory=dict)
-
-    def count(self, tokens: int, *, sparse: bool) -> None:
-        """Tokens of each sequence that were written since."""
-        if sparse:
-            self.sparse_tokens += tokens
-        else:
-            self.dense_tokens += tokens
 
 
 @dataclass(frozen=True)
@@ -94,6 +71,14 @@ class _Sequence:
     def alive(self) -> Any:
         """The cache, if its owner still has it."""
         return self.cache()
+
+
+@dataclass
+class Turn:
+    """A batch that waits while others run: where it stands, and memory of its own for what was chosen for it."""
+
+    buffers: Buffers = field(default_factory=Buffers)
+    sequence: _Sequence | None = None
 
 
 class Contextual:
@@ -219,6 +204,17 @@ class Contextual:
         finally:
             self._own_forward = False
             leave(before[::-1])
+
+    @contextmanager
+    def turn(self, turn: Turn) -> Iterator[None]:
+        """Forwards inside go on with the batch of `turn`, whatever ran before."""
+        mine = self._sequence, self._buffers
+        self._sequence, self._buffers = turn.sequence, turn.buffers
+        try:
+            yield
+        finally:
+            turn.sequence = self._sequence
+            self._sequence, self._buffers = mine
 
     @torch.no_grad()
     def _choose(self, sequence: _Sequence) -> Choice | None:

@@ -1,0 +1,171 @@
+"""What is looked at before a request is read: size and kind of its headers and body, its key, and its patience.
+
+A layer around the application, so that no route can be without it. The body is counted while it arrives, decompresses
+nothing, and has to arrive in time. A server without keys may answer to some names only (`hosts`), so that no web page
+reaches it under a name of its own. Keys are compared as digests, all of them, in constant time; `OPEN` paths need none.
+
+    application = Guard(application, Keys(["secret"]), metrics)
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import os
+import time
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from niwaki.errors import InputError
+from niwaki.serving.metrics import Metrics
+from niwaki.serving.refusals import RefusalError
+
+HEADER_BYTES = 16 * 2**10
+BODY_BYTES = 2 * 2**20
+BODY_S = 30.0
+OPEN = frozenset({"/health", "/ready"})
+COUNTED = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+ENVIRONMENT = "NIWAKI_API_KEYS"
+OUTCOME_OF = {401: "unauthorized", 429: "rejected", 503: "unavailable", 504: "timeout", 500: "failed"}
+
+
+class Keys:
+    """Digests of the keys that are accepted; without any every request is."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def accept(self, authorization: bytes) -> bool:
+        """Whether a header `Bearer KEY` names one of them."""
+        scheme, _, key = authorization.partition(b" ")
+        digest = _digest(key.strip())
+        found = [hmac.compare_digest(digest, known) for known in self._digests]  # all, so that time tells nothing
+        return any(found) and scheme.lower() == b"bearer"
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def read_keys(file: Path | None) -> list[str]:
+    """Keys from a file, one a line, and from the environment, separated by commas. Raises InputError for none in it."""
+    found = [key.strip() for key in os.environ.get(ENVIRONMENT, "").split(",")]
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the keys in {file}: {error}") from error
+        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not keys:
+            raise InputError(f"{file} holds no key: expected one a line")
+        found += keys
+    return [key for key in found if key]
+
+
+class Guard:
+    """The application behind its limits; counts how requests to the writing routes end."""
+
+    def __init__(
+        self, application: Any, keys: Keys, metrics: Metrics, *, hosts: Collection[str] = (), body_s: float = BODY_S
+    ) -> None:
+        self.application, self.keys, self.metrics = application, keys, metrics
+        self.hosts, self.body_s = hosts, body_s
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Of ASGI."""
+        if scope["type"] != "http":
+            await self.application(scope, receive, send)
+            return
+        began, status = time.monotonic(), 0
+        route = COUNTED.get(scope["path"]) if scope["method"] == "POST" else None
+
+        async def told(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            self._check(scope)
+            await self.application(scope, _Counted(receive, self.body_s), told)
+        except RefusalError as refused:
+            await refuse(refused, told)
+        finally:
+            if route is not None:
+                outcome = scope.get("state", {}).get("outcome") or _outcome(status)
+                self.metrics.answered(route, outcome, time.monotonic() - began)
+
+    def _check(self, scope: Any) -> None:
+        headers = dict(scope["headers"])
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
+            raise RefusalError(431, f"the headers take more than {HEADER_BYTES} bytes")
+        if self.keys and scope["path"] not in OPEN and not self.keys.accept(headers.get(b"authorization", b"")):
+            raise RefusalError(
+                401, "no valid API key: send the header Authorization: Bearer KEY", code="invalid_api_key"
+            )
+        if self.hosts and _name(headers.get(b"host", b"")) not in self.hosts:
+            raise RefusalError(403, "without keys this server answers to localhost only, not to other names for it")
+        if scope["method"] != "POST":
+            return
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > BODY_BYTES:
+            raise _too_large()
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise RefusalError(415, "compressed bodies are not read: send the JSON as it is")
+        # A browser sends this type to another site only after asking, which is not answered.
+        if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
+            raise RefusalError(415, "expected a body with content-type application/json")
+
+
+def _name(host: bytes) -> str:
+    """Of a header Host, without the port; empty if there is none in it."""
+    try:
+        return urlsplit("//" + host.decode("latin-1")).hostname or ""
+    except ValueError:
+        return ""
+
+
+class _Counted:
+    """A body that may neither be too large nor come too late."""
+
+    def __init__(self, receive: Any, body_s: float) -> None:
+        self.receive, self.until = receive, time.monotonic() + body_s
+        self.seen, self.complete = 0, False
+
+    async def __call__(self) -> Any:
+        if self.complete:  # what follows is the client hanging up, whenever that is
+            return await self.receive()
+        try:
+            message = await asyncio.wait_for(self.receive(), max(self.until - time.monotonic(), 0))
+        except TimeoutError:
+            raise RefusalError(408, "the body did not arrive in time") from None
+        self.seen += len(message.get("body", b""))
+        if self.seen > BODY_BYTES:
+            raise _too_large()
+        self.complete = not message.get("more_body", False)
+        return message
+
+
+def _too_large() -> RefusalError:
+    return RefusalError(413, f"the body takes more than {BODY_BYTES} bytes")
+
+
+def _outcome(status: int) -> str:
+    """What a status says, for requests that nothing else is known of."""
+    if status == 0:
+        return "cancelled"
+    return OUTCOME_OF.get(status, "invalid" if status >= 400 else "answered")
+
+
+async def refuse(refused: RefusalError, send: Any) -> None:
+    """Sends a refusal."""
+    body = json.dumps(refused.body).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body))} | refused.headers
+    coded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": refused.status, "headers": coded})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,194 @@
+"""The process: a model, its engine, the routes and a listening socket, from the first byte to an orderly end.
+
+On SIGTERM (or Ctrl-C) `/ready` turns to 503 and new requests are refused, while those that wait or run are answered,
+for at most `drain_s`; then the socket closes. A second signal ends it at once. If the engine dies the process ends with
+exit code 1, for its supervisor to start another.
+
+    serve("OUT", Settings(port=8000))
+"""
+
+import asyncio
+import logging
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import h11
+import torch
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from niwaki.calibration import load_tokenizer
+from niwaki.checkpoint import Checkpoint
+from niwaki.errors import InputError
+from niwaki.generation import load
+from niwaki.serving.app import Service, create_app
+from niwaki.serving.engine import Engine, Limits
+from niwaki.serving.inbox import Timeouts
+from niwaki.serving.limits import Guard, Keys
+from niwaki.serving.metrics import Metrics
+from niwaki.serving.prompts import Prompts
+from niwaki.serving.text import Names
+
+HEADERS_S = 10.0  # to send the headers of a request
+UNKNOWN_CONTEXT = 2048  # tokens, for models whose config names no number of positions
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+log = logging.getLogger("niwaki.serving")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is served."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    slots: int = 8
+    queue: int = 64
+    context: int | None = None
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    drain_s: float = 30.0
+    keys: tuple[str, ...] = ()
+    without_keys: bool = False
+    log_prompts: bool = False
+    device: str = "auto"
+    dtype: torch.dtype | None = None
+    dense: bool = False
+
+
+def serve(model: str | Path, settings: Settings) -> int:
+    """Serves until a signal; returns the exit code. Raises InputError for settings that cannot be."""
+    check(settings)
+    server = Server(make_service(model, settings), settings)
+    server.run()
+    return server.exit_code
+
+
+def check(settings: Settings) -> None:
+    """Raises InputError for settings that cannot be."""
+    least = {"slots": settings.slots, "queue": settings.queue, "context": settings.context or 2}
+    for name, value in least.items():
+        if value < (2 if name == "context" else 1):
+            raise InputError(f"{name} must be at least {2 if name == 'context' else 1}, got {value}")
+    seconds = (*vars(settings.timeouts).values(), settings.drain_s)
+    if min(seconds) <= 0:
+        raise InputError(f"expected times above 0 s, got {min(seconds):g}")
+    if settings.host not in LOOPBACK and not (settings.keys or settings.without_keys):
+        raise InputError(
+            f"{settings.host} can be reached from other machines: give --api-key-file FILE, or --without-keys if "
+            "something before the server asks for keys"
+        )
+
+
+def make_service(model: str | Path, settings: Settings) -> Service:
+    """Loads the model and starts its engine."""
+    folder = Checkpoint.open(model).folder
+    tokenizer = load_tokenizer(folder)
+    decoder = load(folder, device=settings.device, dense=settings.dense, dtype=settings.dtype)
+    config = decoder.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    context = settings.context or positions or UNKNOWN_CONTEXT
+    if positions is not None and context > positions:
+        raise InputError(f"context {context} is more than the {positions} positions of the model")
+    metrics = Metrics()
+    engine = Engine(decoder, tokenizer, Limits(settings.slots, settings.queue, context), metrics)
+    prompts = Prompts(tokenizer, vocabulary=config.vocab_size, context=context)
+    engine.start()
+    name = settings.name or Path(str(model).rstrip("/")).name
+    return Service(engine, prompts, Names(tokenizer), metrics, name, settings.timeouts, settings.log_prompts)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with an end in two steps."""
+
+    def __init__(self, service: Service, settings: Settings) -> None:
+        own = () if settings.keys or settings.host not in LOOPBACK else LOOPBACK
+        guarded = Guard(create_app(service), Keys(settings.keys), service.metrics, hosts=own)
+        super().__init__(
+            uvicorn.Config(
+                guarded, host=settings.host, port=settings.port, http=Protocol, ws="none", lifespan="off",
+                access_log=False, log_config=None, server_header=False, timeout_graceful_shutdown=5, backlog=1024,
+            )
+        )  # fmt: skip
+        self.service, self.drain_s = service, settings.drain_s
+        self.exit_code = 0
+        self._drained_by: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal: drain; another one: end."""
+        if self._drained_by is not None:
+            self.should_exit = True
+            return
+        self.drain()
+
+    def drain(self) -> None:
+        """Takes nothing new; the end follows when all is answered, or it is time."""
+        self.service.engine.drain()
+        self._drained_by = time.monotonic() + self.drain_s
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end, asked ten times a second."""
+        engine = self.service.engine
+        if not engine.healthy and not self.should_exit:
+            log.error("the engine is dead")
+            self.exit_code, self.should_exit = 1, True
+        if self._drained_by is not None and (engine.idle or time.monotonic() >= self._drained_by):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """What is unfinished fails now, so that its clients are told."""
+        await asyncio.get_running_loop().run_in_executor(None, self.service.close)
+        await super().shutdown(sockets)
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 of clients that send their headers in time, and statuses that say what is wrong with them."""
+
+    late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """From here on the clock runs."""
+        super().connection_made(transport)
+        self._wait_for_headers()
+
+    def data_received(self, data: bytes) -> None:
+        """It runs anew with every request."""
+        super().data_received(data)
+        self._wait_for_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It stops."""
+        super().connection_lost(exc)
+        if self.late is not None:
+            self.late.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        """431 where the headers are too large; uvicorn says 400 to everything."""
+        error = sys.exception()
+        too_large = isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431
+        self._refuse(431 if too_large else 400, msg)
+
+    def _wait_for_headers(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            if self.late is not None:
+                self.late.cancel()
+                self.late = None
+        elif self.late is None:
+            self.late = self.loop.call_later(HEADERS_S, self._refuse, 408, "The headers did not arrive in time.")
+
+    def _refuse(self, status: int, message: str) -> None:
+        if self.transport.is_closing() or self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+        for event in (
+            h11.Response(status_code=status, headers=headers),
+            h11.Data(message.encode()),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
