@@ -16,6 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="Send traffic to a compressed model
 State = Annotated[str, typer.Option(help="Where the state is kept: a file, or an address of SQLAlchemy.")]
 STATE = "rollout.sqlite"
 LIMITS = "Limits: a gate file, or the compare.json of a report."
+KEYS = "Keys of clients, one a line; also from NIWAKI_API_KEYS, separated by commas."
 FILES = "Folder that the canary serves: when a file in it changes, it is another canary."
 console = Console()
 err_console = Console(stderr=True)
@@ -36,15 +37,16 @@ def run(
     keep_texts: Annotated[
         bool | None, typer.Option("--keep-texts", help="Keep texts of audited requests, for `export`.")
     ] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="File with the keys of clients, one a line.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help=KEYS)] = None,
     host: Annotated[str, typer.Option(help="Where to listen; other than loopback only with keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8100,
     new: Annotated[bool, typer.Option("--new", help="Begin a new roll-out of the same canary.")] = False,
 ) -> None:
     """Run the gateway: begin a roll-out, or go on with the one of this canary."""
     _needed()
+    from niwaki.keys import read_keys
     from niwaki.rollout.limits import limits_from, quality_of
-    from niwaki.rollout.running import check_open, read_keys
+    from niwaki.rollout.running import check_open
     from niwaki.rollout.running import run as serve
     from niwaki.rollout.settings import settings_from
     from niwaki.rollout.store import Store

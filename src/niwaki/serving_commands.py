@@ -39,10 +39,10 @@ def serve(
     """Serve MODEL to OpenAI's clients: /v1/chat/completions, /v1/completions, /v1/models."""
     from niwaki.device import pick_dtype
     from niwaki.errors import InputError
+    from niwaki.keys import read_keys
 
     try:
         from niwaki.serving.inbox import Timeouts
-        from niwaki.serving.limits import read_keys
         from niwaki.serving.server import Settings
         from niwaki.serving.server import serve as run
     except ModuleNotFoundError as error:
@@ -58,7 +58,7 @@ def serve(
         context=context,
         timeouts=Timeouts(queue_timeout, first_token_timeout, timeout),
         drain_s=drain,
-        keys=tuple(read_keys(api_key_file)),
+        keys=read_keys(api_key_file),
         without_keys=without_keys,
         log_prompts=log_prompts,
         device=device,

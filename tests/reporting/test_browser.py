@@ -3,7 +3,6 @@
 `make test-browser` installs what drives the browser; the browser itself comes from the system.
 """
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,18 @@ from typing import Any
 import pytest
 from test_page import layers_for
 
+from chromium import chromium
 from niwaki.reporting.page import render
 from report_helpers import candidate, comparison, without_evidence
 
 pytestmark = pytest.mark.browser
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 WIDTHS = (1280, 768, 390, 320)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium of the system. A missing one fails: these tests are asked for by name."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        pytest.fail(f"no browser: expected one of {', '.join(NAMES)} (Debian: apt-get install chromium)")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ModuleNotFoundError:
-        pytest.fail("playwright is missing: run `make test-browser`, or pip install 'niwaki[browser]'")
-    with sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=found)
+    with chromium() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import hmac
 import logging
 import random
 from pathlib import Path
@@ -10,10 +9,7 @@ from pathlib import Path
 import pytest
 
 from niwaki.errors import InputError
-from niwaki.rollout import guard as guarding
-from niwaki.rollout.guard import Guard
-from niwaki.rollout.running import check_open, read_keys, read_template
-from niwaki.rollout.settings import Bounds
+from niwaki.rollout.running import check_open, read_template
 from rollout_helpers import Answer, Setup, make, settings
 
 STEP = {"steps": [1.0], "interval_s": 60, "min_requests": 40}
@@ -40,21 +36,6 @@ def test_every_address_but_health_wants_a_key(tmp_path: Path) -> None:
 
     asyncio.run(work())
     assert post(setup, b"{}").status_code == 401
-
-
-def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared: list[tuple[int, int]] = []
-    real = hmac.compare_digest
-
-    def watched(one: bytes, other: bytes) -> bool:
-        compared.append((len(one), len(other)))
-        return real(one, other)
-
-    monkeypatch.setattr(guarding.hmac, "compare_digest", watched)
-    guard = Guard(("first", "second", "third"), Bounds())
-    assert guard.allows({"authorization": "Bearer first"})
-    assert not guard.allows({"authorization": "Bearer x"})
-    assert compared == [(32, 32)] * 6  # all of them, whichever it is, and never by their lengths
 
 
 def test_a_key_of_the_gateway_goes_no_further_and_that_of_an_upstream_does(
@@ -145,20 +126,13 @@ def test_neither_keys_nor_prompts_are_logged(tmp_path: Path, caplog: pytest.LogC
     assert b"my-secret" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
 
-def test_open_to_others_only_with_keys(tmp_path: Path) -> None:
+def test_open_to_others_only_with_keys() -> None:
     for host in ("127.0.0.1", "::1", "localhost"):
         check_open(host, ())
     for host in ("0.0.0.0", "192.168.1.2", "example.org", "::"):
         with pytest.raises(InputError, match="is open to others"):
             check_open(host, ())
         check_open(host, ("key",))
-    (tmp_path / "keys").write_text("one\n\n two \n")
-    assert read_keys(tmp_path / "keys") == ("one", "two") and read_keys(None) == ()
-    (tmp_path / "empty").write_text("\n")
-    with pytest.raises(InputError, match="holds no key"):
-        read_keys(tmp_path / "empty")
-    with pytest.raises(InputError, match="cannot read the keys"):
-        read_keys(tmp_path / "gone")
 
 
 def test_chat_templates_are_rendered_in_a_sandbox(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ class _Addresses:
         return await self.gateway.answer(request, CHAT)
 
     async def models(self, request: Request) -> Response:
-        keyed = self.gateway.guard.digests
+        keyed = bool(self.gateway.guard.keys)
         passed = [] if keyed else [one for one in request.headers.raw if one[0] == b"authorization"]
         try:
             reply = await self.gateway.stable.models(passed, self.gateway.settings.bounds.answer_s)

@@ -186,6 +186,6 @@ class Gateway:
         ask = Ask(str(payload.get("model", "")), prompt, headers, key)
         route = choose(ask, share=self.controller.share, salt=self.controller.salt, important=self.settings.important)
         passed: Headers = request.headers.raw
-        if self.guard.digests:  # a key of this gateway is nobody else's business
+        if self.guard.keys:  # a key of this gateway is nobody else's business
             passed = [(name, value) for name, value in passed if name.lower() != b"authorization"]
         return Question(path, body, payload, passed, texts, route)

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from niwaki.errors import InputError
+from niwaki.keys import Keys
 from niwaki.rollout.answers import Template
 from niwaki.rollout.app import build
 from niwaki.rollout.auditing import Auditor
@@ -82,7 +83,7 @@ def assemble(
         controller=controller,
         stable=stable,
         canary=canary,
-        guard=Guard(keys, settings.bounds),
+        guard=Guard(Keys(keys), settings.bounds),
         auditor=Auditor(stable, canary, store, settings.sampling.keep_texts),
         template=template,
     )
@@ -96,19 +97,6 @@ def check_open(host: str, keys: Sequence[str]) -> None:
         local = host == "localhost"
     if not local and not keys:
         raise InputError(f"{host} is open to others: give keys with --api-key-file FILE, or stay on 127.0.0.1")
-
-
-def read_keys(path: Path | None) -> tuple[str, ...]:
-    """The keys of a file, one a line. Raises InputError for a file without any."""
-    if path is None:
-        return ()
-    try:
-        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the keys in {path}: {getattr(error, 'strerror', None) or 'not text'}") from error
-    if not keys:
-        raise InputError(f"{path} holds no key: one a line")
-    return keys
 
 
 def read_template(path: Path) -> Template:

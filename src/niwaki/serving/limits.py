@@ -2,23 +2,19 @@
 
 A layer around the application, so that no route can be without it. The body is counted while it arrives, decompresses
 nothing, and has to arrive in time. A server without keys may answer to some names only (`hosts`), so that no web page
-reaches it under a name of its own. Keys are compared as digests, all of them, in constant time; `OPEN` paths need none.
+reaches it under a name of its own. `OPEN` paths need no key.
 
     application = Guard(application, Keys(["secret"]), metrics)
 """
 
 import asyncio
-import hashlib
-import hmac
 import json
-import os
 import time
-from collections.abc import Collection, Iterable
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 from urllib.parse import urlsplit
 
-from niwaki.errors import InputError
+from niwaki.keys import Keys
 from niwaki.serving.metrics import Metrics
 from niwaki.serving.refusals import RefusalError
 
@@ -27,44 +23,7 @@ BODY_BYTES = 2 * 2**20
 BODY_S = 30.0
 OPEN = frozenset({"/health", "/ready"})
 COUNTED = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
-ENVIRONMENT = "NIWAKI_API_KEYS"
 OUTCOME_OF = {401: "unauthorized", 429: "rejected", 503: "unavailable", 504: "timeout", 500: "failed"}
-
-
-class Keys:
-    """Digests of the keys that are accepted; without any every request is."""
-
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [_digest(key.encode()) for key in keys]
-
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
-    def accept(self, authorization: bytes) -> bool:
-        """Whether a header `Bearer KEY` names one of them."""
-        scheme, _, key = authorization.partition(b" ")
-        digest = _digest(key.strip())
-        found = [hmac.compare_digest(digest, known) for known in self._digests]  # all, so that time tells nothing
-        return any(found) and scheme.lower() == b"bearer"
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
-
-
-def read_keys(file: Path | None) -> list[str]:
-    """Keys from a file, one a line, and from the environment, separated by commas. Raises InputError for none in it."""
-    found = [key.strip() for key in os.environ.get(ENVIRONMENT, "").split(",")]
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the keys in {file}: {error}") from error
-        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not keys:
-            raise InputError(f"{file} holds no key: expected one a line")
-        found += keys
-    return [key for key in found if key]
 
 
 class Guard:
@@ -104,7 +63,8 @@ class Guard:
         headers = dict(scope["headers"])
         if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
             raise RefusalError(431, f"the headers take more than {HEADER_BYTES} bytes")
-        if self.keys and scope["path"] not in OPEN and not self.keys.accept(headers.get(b"authorization", b"")):
+        authorization = headers.get(b"authorization", b"").decode("latin-1")
+        if scope["path"] not in OPEN and not self.keys.accept(authorization):
             raise RefusalError(
                 401, "no valid API key: send the header Authorization: Bearer KEY", code="invalid_api_key"
             )

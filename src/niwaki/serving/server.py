@@ -25,10 +25,11 @@ from niwaki.calibration import load_tokenizer
 from niwaki.checkpoint import Checkpoint
 from niwaki.errors import InputError
 from niwaki.generation import load
+from niwaki.keys import Keys
 from niwaki.serving.app import Service, create_app
 from niwaki.serving.engine import Engine, Limits
 from niwaki.serving.inbox import Timeouts
-from niwaki.serving.limits import Guard, Keys
+from niwaki.serving.limits import Guard
 from niwaki.serving.metrics import Metrics
 from niwaki.serving.prompts import Prompts
 from niwaki.serving.text import Names
