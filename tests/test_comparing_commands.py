@@ -35,13 +35,17 @@ def test_the_exit_code_is_the_verdict(folder: Path, tmp_path: Path, capsys: pyte
     code, printed, _ = run(capsys, "gate", gate, "--init", "--baseline", report / "compare.json")
     assert code == 0 and "# measured" in gate.read_text()
     code, printed, _ = run(capsys, "gate", gate, "--baseline", report / "compare.json")
-    assert code == 0 and "passed: 5 of 5 gates" in printed
-    code, printed, _ = run(capsys, *command(folder, "--gate", gate, "--report", report))
+    assert code == 0 and "passed: all 5 gates" in printed
+    before = (report / "compare.json").read_bytes()
+    code, printed, errors = run(capsys, *command(folder, "--gate", gate, "--report", report))
+    assert code == 2 and "holds a report: choose another folder, or replace it with --overwrite" in errors
+    assert (report / "compare.json").read_bytes() == before
+    code, printed, _ = run(capsys, *command(folder, "--gate", gate, "--report", report, "--overwrite"))
     assert code == 0 and printed.count("pass out: ") == 5
     strict = tmp_path / "strict.yaml"
     strict.write_text("max_kl: 0.000001\nmax_decode_latency_ratio: 2\n")
-    code, printed, _ = run(capsys, *command(folder, "--gate", strict, "--report", report))
-    assert code == 1 and "FAILED: 0 of 2 gates" in printed
+    code, printed, _ = run(capsys, *command(folder, "--gate", strict, "--report", report, "--overwrite"))
+    assert code == 1 and "FAILED: 2 of 2 gates" in printed
     assert "FAIL out: max_decode_latency_ratio: no evidence" in printed
     found = json.loads((report / "compare.json").read_text())
     assert found["passed"] is False and [one["passed"] for one in found["candidates"][0]["gates"]] == [False, False]
@@ -49,6 +53,10 @@ def test_the_exit_code_is_the_verdict(folder: Path, tmp_path: Path, capsys: pyte
     assert suite is not None and suite.get("failures") == "2"
     code, printed, _ = run(capsys, "gate", strict, "--baseline", report / "compare.json")
     assert code == 1
+    code, _, errors = run(capsys, "gate", gate, "--baseline", report / "compare.json", "--candidate", "nope")
+    assert code == 2 and "unknown candidate 'nope'" in errors
+    code, printed, _ = run(capsys, "gate", gate, "--baseline", report / "compare.json", "--candidate", "out")
+    assert code == 0 and "passed: all 5 gates" in printed
 
 
 def test_a_comparison_is_put_on_the_model_card(

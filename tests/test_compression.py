@@ -266,23 +266,20 @@ def test_existing_out_is_refused_and_replaced_only_at_the_end(model: Path, text:
 def test_full_disk_in_the_middle_keeps_what_is_done(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
-    from niwaki import writing
-
-    save, calls = writing.save_file, []
+    out, calls = tmp_path / "out", []
 
     def filling(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
         if len(calls) == 4:
             raise OSError(28, "No space left on device")
-        save(*args, **kwargs)
+        save_file(*args, **kwargs)
 
-    monkeypatch.setattr(writing, "save_file", filling)
+    monkeypatch.setattr("safetensors.torch.save_file", filling)
     with pytest.raises(OutputError, match="No space left on device"):
         niwaki.compress(model, out, **settings(text))
     assert not out.exists()
     assert not list((tmp_path / "out.partial").glob(".*.tmp"))
-    monkeypatch.setattr(writing, "save_file", save)
+    monkeypatch.setattr("safetensors.torch.save_file", save_file)
     niwaki.compress(model, out, resume=True, **settings(text))
     niwaki.compress(model, tmp_path / "straight", **settings(text))
     assert file_bytes(out) == file_bytes(tmp_path / "straight")

@@ -47,6 +47,6 @@ def test_read_only_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def refuse(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("niwaki.writing.save_file", refuse)
+    monkeypatch.setattr("safetensors.torch.save_file", refuse)
     with pytest.raises(OutputError, match="Read-only file system"):
         write_shard(tmp_path / "a.safetensors", {"w": torch.zeros(2)})

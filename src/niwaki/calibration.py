@@ -253,7 +253,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[Document]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise CalibrationError("reading parquet needs pyarrow: pip install 'niwaki[data]'") from error
+        raise CalibrationError("reading parquet needs pyarrow: pip install pyarrow") from error
     file = parquet.ParquetFile(path)
     if field not in file.schema_arrow.names:
         raise CalibrationError(f"{path} has no column {field!r} ({', '.join(file.schema_arrow.names)}): see --field")
@@ -267,7 +267,7 @@ def _read_dataset(source: str, field: str) -> Iterator[Document]:
         import datasets
     except ImportError as error:
         raise CalibrationError(
-            f"{source} is no {'/'.join(SUFFIXES)} file; loading it as a data set needs: pip install 'niwaki[data]'"
+            f"{source} is no {'/'.join(SUFFIXES)} file; loading it as a data set needs: pip install datasets"
         ) from error
     try:
         rows = datasets.load_dataset(source, split="train", streaming=True)

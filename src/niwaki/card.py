@@ -18,7 +18,7 @@ _BODY = """---
 
 # {name}
 
-`{source}` compressed by [niwaki](https://pypi.org/project/niwaki/) {version}: method `{method}`, target `{target}`.
+`{source}` compressed by niwaki {version}: method `{method}`, target `{target}`.
 
 | | |
 |---|---|
@@ -91,7 +91,7 @@ _PLAIN_BODY = """---
 
 # {name}, {to}
 
-`{name}` written by [niwaki](https://pypi.org/project/niwaki/) {version}: {bytes:,} bytes. {storage}
+`{name}` written by niwaki {version}: {bytes:,} bytes. {storage}
 
 The full record is in `niwaki/run.json`.
 """

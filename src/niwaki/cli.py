@@ -289,6 +289,8 @@ def _print_record(out: Path, record: dict[str, Any]) -> None:
         codes = f", {counted:.3f} true bits a weight by the method's count, stored as plain weights"
     codes += f", {result['ends_bits']:.3f} in embeddings and head" if "ends_bits" in result else ""
     zeros = "" if coded else f", {result['zeros_frac']:.4%} zeros"
+    if shaped := record.get("stages", [record])[0].get("allocation", {}).get("removed_frac"):
+        zeros = f", {shaped:.2%} of the blocks gone" + (zeros if result["zeros_frac"] else "")
     if "predictor" in result:
         zeros = f", {result['predictor']['skipped_frac']:.0%} of heads and neurons skipped by input"
     out_console.print(

@@ -27,6 +27,7 @@ def compare(
     gate: Annotated[Path | None, typer.Option(help="Limits to judge by, YAML (`niwaki gate`).")] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for report.html, compare.json and junit.xml.")] = None,
     lang: Annotated[str, typer.Option(help="Language of report.html: en or ja.")] = "en",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier report.")] = False,
     update_card: Annotated[bool, typer.Option("--update-card", help=CARD)] = False,
     prompts: Annotated[Path | None, typer.Option(help=PROMPTS)] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
@@ -62,6 +63,7 @@ def compare(
         "gate": gate,
         "report": report,
         "lang": lang,
+        "overwrite": overwrite,
         "update_card": update_card,
         "prompts": prompts,
         "seq_len": seq_len,
@@ -95,13 +97,13 @@ def gate(
     ] = None,
     init: Annotated[bool, typer.Option("--init", help="Write FILE from the baseline, with comments.")] = False,
     candidate: Annotated[
-        str | None, typer.Option(help="Which candidate of the baseline, where there are several.")
+        str | None, typer.Option(help="Which candidate of the baseline; without it all are judged.")
     ] = None,
     margin: Annotated[float, typer.Option(help="How far beyond the baseline the limits lie, as a share.")] = 0.1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ) -> None:
     """Write the gates of FILE from a measured baseline, or judge a comparison by them without measuring again."""
-    from niwaki.comparing.baseline import gate_text, read_comparison
+    from niwaki.comparing.baseline import gate_text, only, read_comparison
     from niwaki.comparing.gates import judged, load_gates
     from niwaki.tables import print_verdicts
     from niwaki.writing import write_text
@@ -110,7 +112,7 @@ def gate(
         raise InputError("no baseline: give --baseline REPORT/compare.json, which `niwaki compare --report` writes")
     found = read_comparison(baseline)
     if not init:
-        found = judged(found, load_gates(file))
+        found = judged(found if candidate is None else only(found, candidate), load_gates(file))
         print_verdicts(Console(), found)
         if not found.passed:
             raise typer.Exit(1)

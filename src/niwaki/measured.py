@@ -87,7 +87,7 @@ def _table(result: dict[str, Any]) -> str:
     lines += ["| " + " | ".join(row if compared else row[:3]) + " |" for row in rows]
     how = f"Windows of {result['seq_len']} tokens, {result['dtype']}, {result['bytes']:,} bytes of weights"
     how += f" (dense: {result['reference_bytes']:,})." if compared else "."
-    return "\n".join([*lines, "", how, *(["", f"Note: {result['note']}."] if "note" in result else [])])
+    return "\n".join([*lines, "", how])
 
 
 def _text_rows(result: dict[str, Any]) -> Iterator[list[str]]:

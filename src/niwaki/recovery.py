@@ -143,7 +143,7 @@ def _adapt(decoder: Any, names: list[str], rank: int, seed: int) -> tuple[Any, d
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise InputError("recovery needs the package peft: pip install 'niwaki[recover]'") from error
+        raise InputError("recovery needs the package peft: pip install peft") from error
     torch.manual_seed(seed)
     transposed = type(decoder.get_submodule(names[0])).__name__ == "Conv1D"
     config = LoraConfig(

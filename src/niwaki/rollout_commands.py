@@ -173,4 +173,5 @@ def _needed() -> None:
     needed = ("httpx", "prometheus_client", "sqlalchemy", "starlette", "uvicorn")
     missing = [name for name in needed if not find_spec(name)]
     if missing:
-        raise InputError(f"niwaki rollout needs {', '.join(missing)}: pip install 'niwaki[serve]'")
+        packages = " ".join(missing).replace("_", "-")
+        raise InputError(f"niwaki rollout needs other packages: pip install {packages}")

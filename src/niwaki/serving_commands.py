@@ -48,7 +48,8 @@ def serve(
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("fastapi", "uvicorn", "starlette", "prometheus_client", "h11"):
             raise
-        raise InputError(f"serving needs the package {error.name}: pip install 'niwaki[serve]'") from error
+        package = (error.name or "").split(".")[0].replace("_", "-")
+        raise InputError(f"serving needs the package {package}: pip install {package}") from error
     settings = Settings(
         host=host,
         port=port,

@@ -63,8 +63,6 @@ def print_scores(console: Console, result: dict[str, Any]) -> None:
     if rows:
         more = ["dense", "normalised"] if compared else []
         print_table(console, ["task", "items", "accuracy", "normalised", *more], rows)
-    if (result["tokens"] or result["tasks"]) and "note" in result:
-        console.print(f"note: {result['note']}", highlight=False, soft_wrap=True)
     if "lm_eval" in result:
         _print_harness(console, result["lm_eval"])
 
@@ -123,7 +121,23 @@ def print_comparison(console: Console, found: "Comparison") -> None:
                 f"windows, {scoring.dense_windows} of them with all weights; the others skip {scoring.skipped_frac:.0%}"
             )
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+    _print_unrest(console, found)
     print_verdicts(console, found)
+
+
+def _print_unrest(console: Console, found: "Comparison") -> None:
+    """A line if the machine was too busy for its speeds to say much."""
+    from niwaki.comparing.evidence import BUSY
+
+    paces = [pace for candidate in found.candidates if candidate.speed for pace in candidate.speed.paces.values()]
+    swing = max((pace.dense_swing for pace in paces), default=1.0)
+    if swing > BUSY:
+        console.print(
+            f"[yellow]note:[/] rounds of the dense model alone differed {swing:.0f} times: the machine was busy, and "
+            "what is said of speed says little",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def print_verdicts(console: Console, found: "Comparison") -> None:
@@ -138,8 +152,8 @@ def print_verdicts(console: Console, found: "Comparison") -> None:
             line = escape(f"{candidate.model.name}: {verdict.gate}{about}: {verdict.reason}")
             console.print(f"{word} {line}", highlight=False, soft_wrap=True)
     gates = [verdict.passed for candidate in found.candidates for verdict in candidate.gates]
-    word = "[green]passed[/]" if found.passed else "[red]FAILED[/]"
-    console.print(f"{word}: {sum(gates)} of {len(gates)} gates", highlight=False, soft_wrap=True)
+    said = "[green]passed[/]: all" if found.passed else f"[red]FAILED[/]: {gates.count(False)} of"
+    console.print(f"{said} {len(gates)} gates", highlight=False, soft_wrap=True)
 
 
 def _compared(dense: "Model", candidate: "Candidate") -> list[list[str]]:

@@ -1,5 +1,6 @@
 """Verdicts on made-up evidence: only what is certain passes, and every failure says why."""
 
+import io
 import json
 import xml.etree.ElementTree as Xml
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from niwaki.comparing.baseline import gate_text, read_comparison
 from niwaki.comparing.evidence import (
@@ -29,6 +31,7 @@ from niwaki.comparing.gates import LIMITS, Gates, each_confidence, judge, judged
 from niwaki.comparing.intervals import loss_interval
 from niwaki.comparing.metrics import METRICS
 from niwaki.errors import InputError
+from niwaki.tables import print_comparison
 
 
 def estimate(value: float, low: float | None, high: float | None, units: int = 50) -> Estimate:
@@ -226,6 +229,22 @@ def test_a_baseline_without_evidence_writes_comments(tmp_path: Path) -> None:
         and text.count("is no limit") == 2
         and text.count("not measured") == 4
     )
+
+
+def test_a_busy_machine_gives_no_limits_of_speed_and_is_told_of(tmp_path: Path) -> None:
+    """Rounds of the dense model that differ 4 times: its intervals are as wide as what else the machine did."""
+    path, steady = tmp_path / "gate.yaml", pace(estimate(0.5, 0.45, 0.55, 9))
+    busy = pace(estimate(1.2, 0.6, 4.1, 9)).model_copy(update={"dense_tokens_per_s": (10.0, 40.0, 25.0)})
+    found = comparison(candidate(speed=Speed(threads=1, prefill=busy, decode=steady)))
+    text = gate_text(found)
+    path.write_text(text)
+    assert "max_decode_latency_ratio" in load_gates(path).limits
+    assert "max_prefill_latency_ratio" not in load_gates(path).limits
+    assert "# max_prefill_latency_ratio:  (rounds of the dense model differed 4 times: a busy machine)" in text
+    for speed, said in ((busy, True), (steady, False)):
+        console = Console(width=200, record=True, file=io.StringIO())
+        print_comparison(console, comparison(candidate(speed=Speed(threads=1, prefill=speed, decode=steady))))
+        assert ("rounds of the dense model alone differed 4 times" in console.export_text()) is said
 
 
 def test_a_tiny_limit_stays_a_number(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A benchmark as a picture: how many times as fast as the dense model every form is, and how much memory it takes.
 
-Needs matplotlib (`pip install niwaki[plots]`): plotly draws files only through a browser.
+Needs matplotlib (`pip install matplotlib`): plotly draws files only through a browser.
 
     draw(found, Path("bench.svg"))
 """
@@ -23,7 +23,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise InputError("--plot needs matplotlib: pip install 'niwaki[plots]'") from error
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from error
 
 
 def draw(found: Bench, path: Path) -> None:

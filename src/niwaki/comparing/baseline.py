@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from niwaki.comparing.evidence import Candidate, Comparison
+from niwaki.comparing.evidence import BUSY, Candidate, Comparison
 from niwaki.comparing.gates import LIMITS, Gates, judge, measurements, shown
 from niwaki.comparing.metrics import METRICS
 from niwaki.errors import InputError, unknown
@@ -33,6 +33,11 @@ def read_comparison(path: str | Path) -> Comparison:
         raise InputError(f"{path} is no comparison of this niwaki ({where}: {first['msg']})") from error
 
 
+def only(comparison: Comparison, name: str) -> Comparison:
+    """The comparison with one of its candidates. Raises InputError for one it does not have."""
+    return comparison.model_copy(update={"candidates": (_chosen(comparison, name),)})
+
+
 def gate_text(comparison: Comparison, name: str | None = None, margin: float = MARGIN) -> str:
     """A gate file with a comment a line, from the candidate `name` (needed where there are several).
 
@@ -44,7 +49,8 @@ def gate_text(comparison: Comparison, name: str | None = None, margin: float = M
     candidate = _chosen(comparison, name)
     lines = [
         f"# Gates from the baseline {candidate.model.name} against {comparison.dense.name} ({comparison.date}).",
-        f"# Limits lie {margin:.0%} beyond the ends of its intervals. Missing or too little evidence fails a gate.",
+        f"# Limits lie beyond the ends of its intervals, by {margin:.0%} of their distance from no difference",
+        "# (of bytes: of the value). Missing or too little evidence fails a gate.",
         f"confidence: {comparison.confidence:g}  # of every interval, two-sided",
     ]
     for gate in LIMITS:
@@ -56,6 +62,9 @@ def gate_text(comparison: Comparison, name: str | None = None, margin: float = M
 
 def _lines(gate: str, candidate: Candidate, confidence: float, margin: float) -> list[str]:
     name = gate.partition("_")[2]
+    pace = {} if candidate.speed is None else {f"{kind}_latency_ratio": p for kind, p in candidate.speed.paces.items()}
+    if name in pace and pace[name].dense_swing > BUSY:
+        return [f"# {gate}:  (rounds of the dense model differed {pace[name].dense_swing:.0f} times: a busy machine)"]
     own = [one for one in measurements(candidate) if one.metric == name]
     if not own:
         return [f"# {gate}:  (not measured in the baseline)"]

@@ -74,15 +74,17 @@ def compare(
     device: str = "auto",
     dtype: str = "auto",
     lang: str = "en",
+    overwrite: bool = False,
     update_card: bool = False,
     progress: Report | None = None,
 ) -> Comparison:
     """Compares every candidate with `dense` on text files and task files, and judges it by the gates of a file.
 
-    `report`: folder for report.html (in `lang`), compare.json and junit.xml. `prompts`: .txt with one a line, or .jsonl
-    with `prompt`; without it the first tokens of the data are continued. `max_tokens` cuts every data file, `limit`
-    every task file. Speed: `rounds` of reading `prompt_tokens` and writing `new_tokens` (0 rounds: no model runs as a
-    whole, and nothing of speed, memory, loading and texts is measured). The seed decides what the bootstrap draws.
+    `report`: folder for report.html (in `lang`), compare.json and junit.xml; `overwrite` replaces an earlier one.
+    `prompts`: .txt with one a line, or .jsonl with `prompt`; without it the first tokens of the data are continued.
+    `max_tokens` cuts every data file, `limit` every task file. Speed: `rounds` of reading `prompt_tokens` and writing
+    `new_tokens` (0 rounds: no model runs as a whole, and nothing of speed, memory, loading and texts is measured). The
+    seed decides what the bootstrap draws.
     `update_card` writes what was measured of every candidate on its model card.
 
     Raises InputError for anything that cannot be read or compared; nothing is written then.
@@ -90,7 +92,7 @@ def compare(
     begin, begun = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     gates = None if gate is None else load_gates(gate)
     if report is not None:
-        check_report(Path(report), lang)
+        check_report(Path(report), lang, overwrite=overwrite)
     sources = [str(dense), *as_files(candidates)]
     data, tasks = as_files(data), as_files(tasks)
     check_sources_of(sources[1:], data, tasks, seq_len=seq_len, max_tokens=max_tokens, limit=limit, rounds=rounds)

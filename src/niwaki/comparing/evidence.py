@@ -14,6 +14,8 @@ FORMAT = 1
 Kind = Literal["plain", "packed", "structured", "contextual"]
 Unit = Literal["document", "window", "question", "round", "file"]
 
+BUSY = 3.0  # times that rounds of one model differ when a machine does other things as well
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +73,11 @@ class Pace(_Frozen):
     candidate_median: float
     latency_ratio: Estimate
 
+    @property
+    def dense_swing(self) -> float:
+        """How many times as fast the fastest round of the dense model was as its slowest: what the machine did."""
+        return max(self.dense_tokens_per_s) / min(self.dense_tokens_per_s)
+
 
 class Speed(_Frozen):
     """One sequence at a time: reading a prompt, then writing behind it."""
@@ -78,6 +85,11 @@ class Speed(_Frozen):
     threads: int
     prefill: Pace
     decode: Pace
+
+    @property
+    def paces(self) -> dict[str, Pace]:
+        """Both by the names that metrics have for them."""
+        return {"prefill": self.prefill, "decode": self.decode}
 
 
 class Quality(_Frozen):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COMPARISON, JUNIT = "compare.json", "junit.xml"
 
 
-def check_report(folder: Path, language: str) -> None:
+def check_report(folder: Path, language: str, *, overwrite: bool) -> None:
     """Refuses, before anything is measured, an unknown language and a folder of someone else or that cannot be made."""
     from niwaki.reporting import check_language
 
@@ -32,6 +32,8 @@ def check_report(folder: Path, language: str) -> None:
     path = folder / COMPARISON
     if path.exists() and not _is_ours(path):
         raise OutputError(f"{path} was not written by niwaki: choose another folder with --report")
+    if path.exists() and not overwrite:
+        raise OutputError(f"--report {folder} holds a report: choose another folder, or replace it with --overwrite")
 
 
 def read_records(outs: Sequence[Path]) -> list["Layers | None"]:

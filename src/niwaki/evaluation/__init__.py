@@ -29,7 +29,6 @@ from niwaki.stream import Stream
 from niwaki.walk import Report
 
 SEQ_LEN = 1024
-DENSE_NOTE = "texts and task files were measured with all weights; --lm-eval measures with those that were chosen"
 
 
 def evaluate(
@@ -71,6 +70,8 @@ def evaluate(
         for path in (model, reference)
         if path is not None
     ]
+    if data or tasks:
+        _check_whole(str(model), decoders[0])
     tokenizer = load_tokenizer(decoders[0].checkpoint.folder)
     _check_pair(decoders, seq_len if data else 0)
     windows = {
@@ -93,7 +94,6 @@ def evaluate(
             "seq_len": seq_len,
             "dtype": str(decoders[0].dtype).removeprefix("torch."),
             "tokens": {path: ids_ST.numel() for path, ids_ST in windows.items()},
-            **({"note": DENSE_NOTE} if has_shadow(decoders[0].checkpoint.folder) else {}),
             **_compare_all(passed, list(windows)),
         }
         result["tasks"] = {path: _score_all(passed, path, questions[path]) for path in tasks}
@@ -125,6 +125,15 @@ def _score_all(passed: list[Passed], path: str, questions: list[Any]) -> dict[st
 
         scores.append(score(questions, one.buckets[path], logits))
     return scores[0] if len(scores) == 1 else {**scores[0], "reference": scores[1]}
+
+
+def _check_whole(model: str, decoder: Decoder) -> None:
+    """Raises InputError for a model that runs in parts: whole, it would be scored as what it is not."""
+    if has_shadow(decoder.checkpoint.folder):
+        raise InputError(
+            f"{model} skips by input, and here all of its weights would be scored: `niwaki compare DENSE {model} "
+            "--data FILE` scores it as it writes, and so does --lm-eval alone"
+        )
 
 
 def _check_pair(decoders: list[Decoder], seq_len: int) -> None:

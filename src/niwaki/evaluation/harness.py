@@ -54,7 +54,7 @@ def find_tasks(
             raise InputError("include_path and num_fewshot belong to tasks of lm_eval: name some with --lm-eval TASKS")
         return None
     if not installed():
-        raise InputError("--lm-eval needs lm-evaluation-harness: pip install 'niwaki[lm-eval]'")
+        raise InputError("--lm-eval needs lm-evaluation-harness: pip install lm-eval")
     from lm_eval.tasks import TaskManager
 
     folder = None if include_path is None else str(include_path)

@@ -103,7 +103,7 @@ def _exporter(to: str) -> Exporter:
     try:
         return cast(Exporter, importlib.import_module(FORMATS[to]))
     except ImportError as error:
-        raise InputError(f"exporting to {to} needs the package {error.name}: pip install 'niwaki[export]'") from error
+        raise InputError(f"exporting to {to} needs the package {error.name}: pip install {error.name}") from error
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:

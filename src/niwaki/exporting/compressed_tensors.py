@@ -55,7 +55,7 @@ def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | 
     try:
         import compressed_tensors  # noqa: F401
     except ImportError as error:
-        raise InputError(f"exporting needs the package {LIBRARY}: pip install 'niwaki[export]'") from error
+        raise InputError(f"exporting needs the package {LIBRARY}: pip install {LIBRARY}") from error
     if type is not None:
         raise InputError(f"{LIBRARY} takes the codes as they are: leave --type out")
     if record is None:
