@@ -25,6 +25,7 @@ from niwaki.statistics import Statistics
 
 BINARIZED_UNREACHED = "no calibration token reached this matrix: binarised by its weights alone"
 MOST_BITS = 8.0  # that a target can ask for
+PASSES = 30  # over the weights for one trial: masks, two means, signs, differences, and squares summed in float64
 SPLIT_FRACS = torch.linspace(0.1, 0.9, 81, dtype=torch.float64)  # of the weights, in order of their size
 
 Coded = TypeVar("Coded")
@@ -146,7 +147,7 @@ def factors(
 def trials(scope: Scope, width: int, salient: int) -> Work:
     """What `choose_salient` and `split_by_size` try on blocks of `width` columns, up to `salient` columns each."""
     blocks = sum(-(-columns // width) for _, columns in scope.matrices)
-    return Work(passed=12 * (salient + 200) * scope.weights, started=blocks * (salient + 200) * 12)
+    return Work(passed=PASSES * (salient + 200) * scope.weights, started=blocks * (salient + 200) * 12)
 
 
 def check_reach(name: str, rows: int, columns: int, stored_bytes: int, target: Target) -> None:
