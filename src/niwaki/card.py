@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from niwaki.config import asks_for_bits
+from niwaki.run import shaping_of
 
 # Between these lines `niwaki evaluate` and `niwaki compare --update-card` write their numbers (see `measured`).
 BEGIN, END = "<!-- niwaki: measured -->", "<!-- niwaki: end -->"
@@ -137,7 +138,7 @@ def model_card(record: dict[str, Any]) -> str:
     windows = calibration["windows"]
     target = recipe["target"] or f"{recipe['target_bytes']:,} bytes"
     kept = record.get("allocation", {}).get("kept_blocks")
-    shaped = _shaping(record)
+    shaped = shaping_of(record)
     return _BODY.format(
         metadata=metadata.to_yaml(),
         name=f"{hub_id or source}, {recipe['method']} {target}",
@@ -177,12 +178,6 @@ def _hub_source(folder: str) -> tuple[str | None, str]:
     return ("/".join(name), revision) if kind == "models" and name and snapshots == "snapshots" else (None, "")
 
 
-def _shaping(record: dict[str, Any]) -> dict[str, Any]:
-    """What the stage that changed the shape, if there was one, says of it."""
-    first: dict[str, Any] = record.get("stages", [record])[0].get("allocation", {})
-    return first if "shape" in first else {}
-
-
 def _sparse(result: dict[str, Any]) -> int:
     """How many matrices are stored as nonzeros."""
     return sum(result.get("sparse", {}).values())
@@ -209,7 +204,7 @@ def _storage(record: dict[str, Any]) -> str:
         return _CONTEXTUAL
     if packed := record["result"]["packed"]:
         return _PACKED if packed > _sparse(record["result"]) else _SPARSE
-    shaped = _shaping(record)
+    shaped = shaping_of(record)
     if not shaped.get("cut"):
         return _DENSE
     even = not isinstance(shaped["shape"]["neurons"], list)

@@ -21,6 +21,7 @@ from niwaki import (
 from niwaki.config import asks_for_bits
 from niwaki.errors import InputError, NiwakiError
 from niwaki.flags import check_given, check_recipe, given, recipe_values
+from niwaki.run import shaping_of
 
 app = typer.Typer(
     name="niwaki",
@@ -289,7 +290,7 @@ def _print_record(out: Path, record: dict[str, Any]) -> None:
         codes = f", {counted:.3f} true bits a weight by the method's count, stored as plain weights"
     codes += f", {result['ends_bits']:.3f} in embeddings and head" if "ends_bits" in result else ""
     zeros = "" if coded else f", {result['zeros_frac']:.4%} zeros"
-    if shaped := record.get("stages", [record])[0].get("allocation", {}).get("removed_frac"):
+    if shaped := shaping_of(record).get("removed_frac"):
         zeros = f", {shaped:.2%} of the blocks gone" + (zeros if result["zeros_frac"] else "")
     if "predictor" in result:
         zeros = f", {result['predictor']['skipped_frac']:.0%} of heads and neurons skipped by input"

@@ -200,6 +200,12 @@ class Writer:
             self.report("saved", part=part)
 
 
+def shaping_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What the stage of a run.json that changed the shape, if there was one, says of it."""
+    first: dict[str, Any] = record.get("stages", [record])[0].get("allocation", {})
+    return first if "shape" in first else {}
+
+
 def circumstances(*packages: str) -> dict[str, Any]:
     """When, with which versions of `packages` and by which command a result is made: the first fields of run.json."""
     return {

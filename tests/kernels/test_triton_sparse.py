@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from niwaki.kernels import sparse_gpu
-from niwaki.kernels.sparse_gpu import KINDS, GpuRecord, cores_reach, ranks_of
+from niwaki.kernels.sparse_gpu import BITS, GpuRecord, cores_reach, ranks_of
 from niwaki.runtime.sparse_linear import SparseLinear, for_gpu
 from niwaki.sparse import KINDS as STORED_KINDS
 from niwaki.sparse import LAYOUTS, VALUES, Sparse
@@ -166,7 +166,7 @@ def test_a_traced_graph_knows_the_shape_of_the_product() -> None:
 
 
 def test_kinds_and_layouts_are_those_of_the_records() -> None:
-    assert KINDS == STORED_KINDS
+    assert tuple(BITS) == STORED_KINDS
     assert set(sparse_gpu.FEW_TOKENS) == {*LAYOUTS, "two_four_tiles"} == {*sparse_gpu.CORE_TOKENS, "bitmap"}
 
 

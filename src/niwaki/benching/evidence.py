@@ -9,9 +9,7 @@ rounds of all others. Fields that were not measured are None or empty, never a g
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-from pydantic import BaseModel, ConfigDict
-
-from niwaki.comparing.evidence import Environment, Estimate
+from niwaki.comparing.evidence import Environment, Estimate, Frozen
 from niwaki.comparing.intervals import median_interval
 from niwaki.errors import InputError
 
@@ -20,11 +18,7 @@ CONFIDENCE = 0.95
 DENSE = "dense"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Cell(_Frozen):
+class Cell(Frozen):
     """One kind of work: `sequences` that write, or read a prompt, `tokens` in all, at every round.
 
     `speedup` is the median over rounds of dense seconds over those of the form. `read_bytes`: weights that a step
@@ -45,7 +39,7 @@ class Cell(_Frozen):
     note: str = ""
 
 
-class Row(_Frozen):
+class Row(Frozen):
     """One form of the model, or why there is none (`reason`). `detail`: what of it follows from this model. `source` is
     the folder of a result, None for a form made here.
 
@@ -75,7 +69,7 @@ class Row(_Frozen):
         return [*map(by_batch.get, settings.batches), *([self.prefill] if settings.prompt_tokens else [])]
 
 
-class Settings(_Frozen):
+class Settings(Frozen):
     """What was asked. `steps`: how tokens were written, as CUDA graphs or one call after another."""
 
     device: str
@@ -90,7 +84,7 @@ class Settings(_Frozen):
     steps: str
 
 
-class Bench(_Frozen):
+class Bench(Frozen):
     """A whole benchmark; quality is no part of it."""
 
     format: int = FORMAT

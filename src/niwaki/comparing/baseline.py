@@ -62,9 +62,9 @@ def gate_text(comparison: Comparison, name: str | None = None, margin: float = M
 
 def _lines(gate: str, candidate: Candidate, confidence: float, margin: float) -> list[str]:
     name = gate.partition("_")[2]
-    pace = {} if candidate.speed is None else {f"{kind}_latency_ratio": p for kind, p in candidate.speed.paces.items()}
-    if name in pace and pace[name].dense_swing > BUSY:
-        return [f"# {gate}:  (rounds of the dense model differed {pace[name].dense_swing:.0f} times: a busy machine)"]
+    pace = None if candidate.speed is None else candidate.speed.paces.get(name)
+    if pace is not None and pace.dense_swing > BUSY:
+        return [f"# {gate}:  (rounds of the dense model differed {pace.dense_swing:.0f} times: a busy machine)"]
     own = [one for one in measurements(candidate) if one.metric == name]
     if not own:
         return [f"# {gate}:  (not measured in the baseline)"]

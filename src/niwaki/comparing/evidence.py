@@ -17,11 +17,13 @@ Unit = Literal["document", "window", "question", "round", "file"]
 BUSY = 3.0  # times that rounds of one model differ when a machine does other things as well
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """What was found does not change, and holds nothing else."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Estimate(_Frozen):
+class Estimate(Frozen):
     """A measured value and its interval, from `units` independent pieces; no interval from a single one."""
 
     value: float
@@ -30,7 +32,7 @@ class Estimate(_Frozen):
     units: int
 
 
-class Memory(_Frozen):
+class Memory(Frozen):
     """Resident bytes of a fresh process before and after loading and at its highest; on CUDA also of the device."""
 
     before_bytes: int
@@ -40,7 +42,7 @@ class Memory(_Frozen):
     device_peak_bytes: int | None
 
 
-class Model(_Frozen):
+class Model(Frozen):
     """A model and its files. `source` is as given; method, target and recipe are those of niwaki's record, if any.
 
     `file_bytes`: weight files and what niwaki runs beside them; `decoder_bytes`: what the tensors of the blocks store.
@@ -60,7 +62,7 @@ class Model(_Frozen):
     memory: Memory | None
 
 
-class Pace(_Frozen):
+class Pace(Frozen):
     """Tokens a second of every round, dense and candidate in turns, and the ratio of their times (candidate / dense).
 
     The ratio is the median over rounds; its interval holds for any distribution of times.
@@ -79,7 +81,7 @@ class Pace(_Frozen):
         return max(self.dense_tokens_per_s) / min(self.dense_tokens_per_s)
 
 
-class Speed(_Frozen):
+class Speed(Frozen):
     """One sequence at a time: reading a prompt, then writing behind it."""
 
     threads: int
@@ -88,11 +90,11 @@ class Speed(_Frozen):
 
     @property
     def paces(self) -> dict[str, Pace]:
-        """Both by the names that metrics have for them."""
-        return {"prefill": self.prefill, "decode": self.decode}
+        """Both by the names of their metrics."""
+        return {"prefill_latency_ratio": self.prefill, "decode_latency_ratio": self.decode}
 
 
-class Quality(_Frozen):
+class Quality(Frozen):
     """Both models on the same predicted tokens. `units`: what was resampled for the intervals."""
 
     tokens: int
@@ -105,7 +107,7 @@ class Quality(_Frozen):
     top1_agreement: Estimate
 
 
-class DataQuality(_Frozen):
+class DataQuality(Frozen):
     """One data file, whole and by the `domain` of its documents (empty if none has one)."""
 
     data: str
@@ -113,7 +115,7 @@ class DataQuality(_Frozen):
     domains: dict[str, Quality]
 
 
-class Paired(_Frozen):
+class Paired(Frozen):
     """Answers of both models to the same questions. `loss`: dense accuracy − candidate's accuracy.
 
     `mcnemar_p`: exact two-sided McNemar test of no difference. The lists hold positions of questions in the file.
@@ -127,7 +129,7 @@ class Paired(_Frozen):
     wrong_to_right: tuple[int, ...]
 
 
-class Flip(_Frozen):
+class Flip(Frozen):
     """A question that one model answers rightly and the other wrongly, by accuracy."""
 
     question: int
@@ -137,7 +139,7 @@ class Flip(_Frozen):
     candidate: str
 
 
-class TaskQuality(_Frozen):
+class TaskQuality(Frozen):
     """One task file, by likelihood and by likelihood per character; the first `flips` with their texts."""
 
     task: str
@@ -147,7 +149,7 @@ class TaskQuality(_Frozen):
     flips: tuple[Flip, ...]
 
 
-class Generation(_Frozen):
+class Generation(Frozen):
     """A prompt continued greedily by both; token strings. `diverges_at`: first place where they differ, if any."""
 
     prompt: str
@@ -158,7 +160,7 @@ class Generation(_Frozen):
     diverges_at: int | None
 
 
-class TokenDivergence(_Frozen):
+class TokenDivergence(Frozen):
     """One predicted token: what stands there, how far the distributions lie apart and what each found most likely."""
 
     token: str
@@ -169,7 +171,7 @@ class TokenDivergence(_Frozen):
     candidate_nll: float
 
 
-class Example(_Frozen):
+class Example(Frozen):
     """A passage of the data with the tokens before it; `kl` is the mean over its tokens."""
 
     data: str
@@ -179,7 +181,7 @@ class Example(_Frozen):
     tokens: tuple[TokenDivergence, ...]
 
 
-class Verdict(_Frozen):
+class Verdict(Frozen):
     """One gate on one file. `bound` is the end of the interval that was judged; None if it could not be."""
 
     gate: str
@@ -192,7 +194,7 @@ class Verdict(_Frozen):
     reason: str
 
 
-class Scoring(_Frozen):
+class Scoring(Frozen):
     """How text went through the candidate.
 
     `streamed`: block by block, every token. `runtime` (contextual): the first `first_tokens` of every window are read
@@ -207,7 +209,7 @@ class Scoring(_Frozen):
     skipped_frac: float
 
 
-class Candidate(_Frozen):
+class Candidate(Frozen):
     """Everything about one candidate against the dense model. `passed` is None without gates."""
 
     model: Model
@@ -222,7 +224,7 @@ class Candidate(_Frozen):
     passed: bool | None
 
 
-class Settings(_Frozen):
+class Settings(Frozen):
     """What was asked for, resolved. `dtype` is the arithmetic of quality; speed and texts use the stored one."""
 
     data: tuple[str, ...]
@@ -240,7 +242,7 @@ class Settings(_Frozen):
     dtype: str
 
 
-class Environment(_Frozen):
+class Environment(Frozen):
     """Where the numbers come from."""
 
     machine: str
@@ -253,7 +255,7 @@ class Environment(_Frozen):
     versions: dict[str, str]
 
 
-class Comparison(_Frozen):
+class Comparison(Frozen):
     """One dense model and its candidates. `passed`: all gates of all candidates, None without gates."""
 
     format: Literal[1] = 1

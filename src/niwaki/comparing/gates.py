@@ -127,8 +127,8 @@ def measurements(candidate: Candidate) -> Iterator[Measurement]:
         yield Measurement("accuracy_loss", task.task, task.accuracy.loss)
         yield Measurement("accuracy_norm_loss", task.task, task.accuracy_norm.loss)
     if candidate.speed is not None:
-        yield Measurement("prefill_latency_ratio", "", candidate.speed.prefill.latency_ratio)
-        yield Measurement("decode_latency_ratio", "", candidate.speed.decode.latency_ratio)
+        for metric, pace in candidate.speed.paces.items():
+            yield Measurement(metric, "", pace.latency_ratio)
     for metric, value in (("bytes", float(candidate.model.file_bytes)), ("bytes_ratio", candidate.bytes_ratio)):
         yield Measurement(metric, "", Estimate(value=value, low=value, high=value, units=1), exact=True)
 

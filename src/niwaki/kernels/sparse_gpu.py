@@ -27,7 +27,7 @@ CORE_GROUP = 64  # columns, of which groups hold whole ones: the least that tens
 DECODED_BYTES = 128 * 2**20
 CHUNK_BYTES = 8  # of places, whose first value the table of a bitmap tells
 MOST_COLUMNS = 2**16  # that the table counts
-KINDS = ("bfloat16", "float16", "float32", "int8", "int4")  # as in niwaki.sparse, which stands above the kernels
+# Kinds of values as in niwaki.sparse, which stands above the kernels.
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "int8": 8, "int4": 4}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
 TILE = 32  # rows

@@ -49,15 +49,12 @@ def keep_highest(scores: Tensor, zeros: int) -> Tensor:
 
 
 def _keep_highest(scores: Tensor, zeros: int) -> tuple[Tensor, Tensor]:
-    """`keep_highest`, and the highest score that goes [1]. On a GPU nothing here waits for it."""
+    """`keep_highest`, and the highest score that goes [1, 1]. On a GPU nothing here waits for it."""
     if zeros == 0:
-        return torch.ones_like(scores, dtype=torch.bool), scores.new_full((1,), -torch.inf)
-    scores_N = scores.reshape(-1)
-    bound_1 = scores_N.topk(zeros, largest=False, sorted=False).values.amax(0, keepdim=True)
-    tied_N = scores_N == bound_1
-    left_1 = zeros - (scores_N < bound_1).sum(0, keepdim=True)
-    keep_N = (scores_N > bound_1) | (tied_N & (tied_N.cumsum(0, dtype=torch.int32) > left_1))
-    return keep_N.view(scores.shape), bound_1
+        return torch.ones_like(scores, dtype=torch.bool), scores.new_full((1, 1), -torch.inf)
+    scores_1N = scores.reshape(1, -1)
+    bound_11 = scores_1N.topk(zeros, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
+    return _above(scores_1N, bound_11, zeros).view(scores.shape), bound_11
 
 
 def _drop_lowest(scores_OI: Tensor, zeros_O: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,12 +72,14 @@ def _drop_lowest(scores_OI: Tensor, zeros_O: Tensor) -> tuple[Tensor, Tensor]:
     none = torch.full_like(last[:, :1], -torch.inf)
     bounds = torch.cat([last, none], dim=1)
     bound_O1 = bounds.gather(1, (most - zeros_O)[:, None])
-    keep_OI = scores_OI > bound_O1
+    return _above(scores_OI, bound_O1, zeros_O[:, None]), bound_O1
+
+
+def _above(scores_OI: Tensor, bound_O1: Tensor, zeros_O1: Tensor | int) -> Tensor:
+    """Boolean [O, I]: what lies above the bound of its row, and of what ties with it all but as many as have to go."""
     tied_OI = scores_OI == bound_O1
-    left_O1 = zeros_O[:, None] - (scores_OI < bound_O1).sum(1, keepdim=True)
-    if bool((tied_OI.sum(1, keepdim=True) > left_O1).any()):
-        keep_OI |= tied_OI & (tied_OI.cumsum(1, dtype=torch.int32) > left_O1)
-    return keep_OI, bound_O1
+    left_O1 = zeros_O1 - (scores_OI < bound_O1).sum(1, keepdim=True)
+    return (scores_OI > bound_O1) | (tied_OI & (tied_OI.cumsum(1, dtype=torch.int32) > left_O1))
 
 
 def keep_by_group(scores_OI: Tensor, target: Grouped) -> Tensor:
