@@ -38,7 +38,7 @@ def pick_dtype(name: str) -> torch.dtype | None:
 
 def usable_device_bytes(device: torch.device) -> int:
     """Bytes of a GPU that this process may have: all, or the share that torch was told of."""
-    share = torch.cuda.get_per_process_memory_fraction(device)
+    share = torch.cuda.get_per_process_memory_fraction(device.index)
     return int(share * torch.cuda.get_device_properties(device).total_memory)
 
 
