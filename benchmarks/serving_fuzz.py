@@ -167,7 +167,7 @@ def judge(case: Case, status: int) -> str | None:
 def main() -> None:
     """Starts a server on the sapling with a chat template, and sends."""
     from provenance import provenance
-    from serving_soak import free_port, served_sapling
+    from served import free_port, served_sapling
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--cases", type=int, default=10_000)
