@@ -20,7 +20,7 @@ from niwaki.errors import InputError
 from niwaki.serving.engine import MOST_FAILURES
 from niwaki.serving.inbox import Timeouts
 from niwaki.serving.server import Settings, check
-from serving_helpers import running, until
+from serving_helpers import chat_model, running, until
 
 STARTER = """
 import logging, sys, time
@@ -78,6 +78,21 @@ def test_a_dead_engine_ends_the_process(tmp_path: Path) -> None:
         for _ in range(MOST_FAILURES):
             with pytest.raises(openai.InternalServerError):
                 served.client().completions.create(model="tiny", prompt="Hello")
+        until(lambda: served.server.exit_code == 1, seconds=5)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_killed_engine_tells_its_clients_and_ends_the_process(tmp_path: Path) -> None:
+    with running(chat_model(tmp_path / "model")) as served:
+        stream = served.client().completions.create(model="tiny", prompt="Hello", max_tokens=200, stream=True)
+        next(stream)
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        served.service.engine.model.register_forward_pre_hook(killed)
+        with pytest.raises(openai.APIError, match="the server is shutting down"):
+            list(stream)
         until(lambda: served.server.exit_code == 1, seconds=5)
 
 

@@ -101,7 +101,7 @@ class Engine:
     def healthy(self) -> bool:
         """Whether the loop still turns."""
         stalled = self.running and time.monotonic() - self._beat > STALLED_S
-        return self._thread.is_alive() and not stalled
+        return self._thread.is_alive() and not (stalled or self._closing)
 
     def start(self) -> None:
         """Starts the thread."""
