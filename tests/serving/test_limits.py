@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from niwaki.serving import server as server_module
-from niwaki.serving.limits import BODY_BYTES, HEADER_BYTES
+from niwaki.serving.app import create_app
+from niwaki.serving.limits import BODY_BYTES, HEADER_BYTES, OPEN
 from serving_helpers import Running, chat_model, running, until
 
 KEY = "sk-a-key-for-tests"
@@ -80,9 +81,12 @@ def test_every_route_but_health_needs_a_key(slow: Running, caplog: pytest.LogCap
     caplog.set_level(logging.DEBUG)
     before = outcomes(slow)
     with slow.http() as http:
-        for path in ("/v1/models", "/metrics", "/v1/completions", "/nowhere"):
+        routes = [(method, str(route.path)) for route in create_app(slow.service).routes for method in route.methods]  # type: ignore[attr-defined]
+        assert len(routes) >= 7 and {("GET", path) for path in OPEN} < set(routes)
+        closed = [(method, path) for method, path in routes if path not in OPEN]
+        for method, path in [*closed, ("GET", "/v1/completions"), ("GET", "/nowhere"), ("DELETE", "/v1/models")]:
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
-                refused = http.get(path, headers=headers)
+                refused = http.request(method, path, headers=headers)
                 assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
                 assert refused.headers["WWW-Authenticate"] == "Bearer"
         assert http.get("/health").status_code == http.get("/ready").status_code == 200
@@ -90,7 +94,7 @@ def test_every_route_but_health_needs_a_key(slow: Running, caplog: pytest.LogCap
     with pytest.raises(openai.AuthenticationError):
         slow.client("wrong-key-of-someone").completions.create(**LONG)
     assert [model.id for model in slow.client("another").models.list()] == ["tiny"]
-    counted(slow, before, unauthorized=2)
+    counted(slow, before, unauthorized=3 + 2)
     assert KEY not in caplog.text and "wrong-key-of-someone" not in caplog.text
 
 
