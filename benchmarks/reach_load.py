@@ -176,6 +176,8 @@ def counted(requests: int = 10_000, clients: int = 12) -> Row:
             route = chosen.choice((PATH, CHAT))
             reply = await ask(port, route, *_some(chosen, route))
             seen[route, outcome.get(reply.status, "invalid" if 400 <= reply.status < 500 else str(reply.status))] += 1
+            if reply.status == 429:
+                await asyncio.sleep(0.1)
             if reply.status == 200:
                 stream = "text/event-stream" in reply.headers
                 usage = (reply.events[-1] if stream else reply.json)["usage"]

@@ -3,7 +3,7 @@
     REACH_TOKEN_S=0.05 python benchmarks/served_slowly.py serve MODEL --port 8000
 
 `REACH_TOKEN_S`: seconds that every token read or written takes on top. SIGUSR1 ends the engine's thread. `REACH_LOG`:
-DEBUG of every package is logged, not only what the command logs.
+everything is logged, not only what the command logs.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ def kill_engine(*_: Any) -> None:
 
 def log_everything(**settings: Any) -> None:
     """Whatever level the command asks for."""
-    configure(**{**settings, "level": logging.DEBUG})
+    configure(**{**settings, "level": 1})
 
 
 load, configure = server.load, logging.basicConfig
