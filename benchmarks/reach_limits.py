@@ -189,17 +189,19 @@ def keys() -> Row:
 
 def templates() -> Row:
     """23: a model whose template does harm on demand; then what a request may not bring."""
-    port, refused = free_port(), {}
+    port, refused = free_port(), dict[str, Any]()
     with tempfile.TemporaryDirectory() as temporary, Listener() as elsewhere:
         model, log = sapling_with_template(Path(temporary) / NAME, BOMBS), Path(temporary) / "log"
         with log.open("w") as file, serving(model, port, "--name", NAME, "--log-prompts", log=file) as process:
             asyncio.run(_chat(port, "hello"))
             with Memory(process.pid) as memory:
                 for told in ("loop", "one long step", "memory", "output", "bytes", "classes", "globals", "include"):
-                    reply = asyncio.run(_chat(port, told))
-                    after = asyncio.run(_chat(port, "hello"))
-                    refused[told] = {"status": reply.status, "ms": round(reply.seconds * 1000, 1)}
-                    refused[told] |= {"next_status": after.status, "next_ms": round(after.seconds * 1000, 1)}
+                    pairs = [[asyncio.run(_chat(port, one)) for one in (told, "hello")] for _ in range(5)]
+                    refused[told] = {"statuses": sorted({(reply.status, after.status) for reply, after in pairs})}
+                    for name, place in ("ms", 0), ("next_ms", 1):
+                        seconds = [pair[place].seconds for pair in pairs]
+                        refused[told][name] = round(statistics.median(seconds) * 1000, 1)
+                        refused[told]["most_" + name] = round(max(seconds) * 1000, 1)
             formatted = asyncio.run(_chat(port, "format")).status
             asyncio.run(_chat(port, "{{ 7 * 191 }}{% for a in x %}"))
             image = {"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{elsewhere.port}/x.png"}}
@@ -213,16 +215,16 @@ def templates() -> Row:
             statuses = {name: asyncio.run(ask(port, CHAT, body)).status for name, body in brought.items()}
         lines = log.read_text(encoding="utf-8")
     plain = "{{ 7 * 191 }}{% for a in x %}" in lines and "1337" not in lines
-    slowest_ms = max(one["ms"] for one in refused.values())
+    slowest_ms = max(one["ms"] for one in refused.values())  # medians: the limit is of computing, not of the clock
     return {
         "what": "a model with a template that does harm, and requests that bring templates and addresses",
-        "limit": "refused, sandboxed, <= 100 ms, <= 1 MB of output; request templates off, addresses refused",
+        "limit": "refused, sandboxed, <= 100 ms (median of 5), <= 1 MB; request templates off, addresses refused",
         "figure": {
-            "bombs": refused, "slowest_ms": slowest_ms, "rss_growth_mb": round(memory.growth_mb, 1),
+            "bombs": refused, "slowest_median_ms": slowest_ms, "rss_growth_mb": round(memory.growth_mb, 1),
             "format_of_an_attribute": formatted, "what_a_user_wrote_is_plain": plain, "brought_along": statuses,
             "connections_to_the_address": elsewhere.count,
         },
-        "passed": all(one["status"] == 400 and one["next_status"] == 200 for one in refused.values())
+        "passed": all(one["statuses"] == [(400, 200)] for one in refused.values())
         and slowest_ms <= 100 and plain and set(statuses.values()) == {400} and elsewhere.count == 0,
     }  # fmt: skip
 
