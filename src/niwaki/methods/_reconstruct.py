@@ -127,7 +127,7 @@ Prune = Callable[[Matrices], Matrices]
 
 def descend(
     task: Reconstruction,
-    start: Matrices,
+    start: dict[str, Tensor],
     keep: Matrices,
     schedule: Schedule,
     generator: torch.Generator,
@@ -135,10 +135,11 @@ def descend(
 ) -> tuple[dict[str, Tensor], Lowest]:
     """Gradient descent on float32 masters; returns the weights and their held-out errors.
 
-    Masked weights stay zero. With `prune` they may move instead and every round chooses again. The state with
-    the lowest held-out error of all checks is returned: the start itself, if learning never lowered it.
+    `start` is emptied: a master takes the place of every weight. Masked weights stay zero; with `prune` they may move
+    instead and every round chooses again. The state with the lowest held-out error of all checks is returned: the
+    start itself, if learning never lowered it.
     """
-    masters = {name: (weight_OI * keep[name]).requires_grad_(False) for name, weight_OI in start.items()}
+    masters = {name: (start.pop(name) * keep[name]).requires_grad_(False) for name in list(start)}
     sizes = {name: float(weight_OI.square().mean().sqrt()) for name, weight_OI in masters.items()}
     optimizer = schedule.make_optimizer([{"params": [masters[name]], "size": sizes[name]} for name in masters])
     lowest = Lowest(list(masters.values()), task.error(masters))
