@@ -16,10 +16,11 @@ from urllib.parse import urlsplit
 
 from niwaki.keys import Keys
 from niwaki.serving.metrics import Metrics
-from niwaki.serving.refusals import RefusalError
+from niwaki.serving.refusals import OVERLOADED, RefusalError
 
 HEADER_BYTES = 16 * 2**10
 BODY_BYTES = 2 * 2**20
+ARRIVING_BYTES = 32 * 2**20  # of all bodies that are not complete yet: what waits in memory for their rest
 BODY_S = 30.0
 OPEN = frozenset({"/health", "/ready"})
 COUNTED = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
@@ -34,6 +35,7 @@ class Guard:
     ) -> None:
         self.application, self.keys, self.metrics = application, keys, metrics
         self.hosts, self.body_s = hosts, body_s
+        self.arriving = _Arriving()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Of ASGI."""
@@ -41,6 +43,7 @@ class Guard:
             await self.application(scope, receive, send)
             return
         began, status = time.monotonic(), 0
+        counted = _Counted(receive, self.body_s, self.arriving)
         route = COUNTED.get(scope["path"]) if scope["method"] == "POST" else None
 
         async def told(message: Any) -> None:
@@ -51,10 +54,11 @@ class Guard:
 
         try:
             self._check(scope)
-            await self.application(scope, _Counted(receive, self.body_s), told)
+            await self.application(scope, counted, told)
         except RefusalError as refused:
             await refuse(refused, told)
         finally:
+            counted.end()
             if route is not None:
                 outcome = scope.get("state", {}).get("outcome") or _outcome(status)
                 self.metrics.answered(route, outcome, time.monotonic() - began)
@@ -90,11 +94,17 @@ def _name(host: bytes) -> str:
         return ""
 
 
-class _Counted:
-    """A body that may neither be too large nor come too late."""
+class _Arriving:
+    """Bytes of bodies whose rest is still to come."""
 
-    def __init__(self, receive: Any, body_s: float) -> None:
-        self.receive, self.until = receive, time.monotonic() + body_s
+    total = 0
+
+
+class _Counted:
+    """A body that may neither be too large nor come too late, nor be one of too many."""
+
+    def __init__(self, receive: Any, body_s: float, arriving: _Arriving) -> None:
+        self.receive, self.until, self.arriving = receive, time.monotonic() + body_s, arriving
         self.seen, self.complete = 0, False
 
     async def __call__(self) -> Any:
@@ -104,11 +114,23 @@ class _Counted:
             message = await asyncio.wait_for(self.receive(), max(self.until - time.monotonic(), 0))
         except TimeoutError:
             raise RefusalError(408, "the body did not arrive in time") from None
-        self.seen += len(message.get("body", b""))
+        size = len(message.get("body", b""))
+        self.seen += size
+        self.arriving.total += size
         if self.seen > BODY_BYTES:
             raise _too_large()
-        self.complete = not message.get("more_body", False)
+        if self.arriving.total > ARRIVING_BYTES:
+            told = "too many large bodies arrive at once: try again later"
+            raise RefusalError(503, told, kind=OVERLOADED, retry_s=1, closes=True)
+        if not message.get("more_body", False):
+            self.end()
         return message
+
+    def end(self) -> None:
+        """Nothing more comes of it."""
+        if not self.complete:
+            self.complete = True
+            self.arriving.total -= self.seen
 
 
 def _too_large() -> RefusalError:
