@@ -57,12 +57,14 @@ class Activations:
 
     def take(self, windows: list[int]) -> Tensor:
         """The chosen windows, in the order given, on the compute device."""
-        chosen = torch.tensor(windows, device=self.store_STD.device)
-        return self.store_STD.index_select(0, chosen).to(self.device, non_blocking=True)
+        if self.place == "device":
+            return self.store_STD[windows]
+        return torch.cat([self.read(slice(window, window + 1)) for window in windows])
 
     def write(self, rows: slice, x_BTD: Tensor) -> None:
         """Replace windows `rows`."""
-        self.store_STD[rows].copy_(x_BTD)
+        # Out of pinned memory nothing is read but by the stream that wrote it, so nobody has to wait for the copy.
+        self.store_STD[rows].copy_(x_BTD, non_blocking=self.place == "ram")
 
 
 def choose_place(needed_bytes: int, device: torch.device, budget_bytes: int | None = None) -> Place:

@@ -156,7 +156,7 @@ def descend(
     for windows in follow(task, schedule, optimizer, generator, choose_again, check):
         gradients = task.gradients(masters, windows)
         for name, master_OI in masters.items():
-            master_OI.grad = _masked(gradients[name], None if prune else keep[name])
+            master_OI.grad = _masked(gradients.pop(name), None if prune else keep[name])
     lowest.restore()
     return masters, lowest
 
@@ -185,6 +185,7 @@ def follow(
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step, steps) * group["size"]
             optimizer.step()
+            optimizer.zero_grad()  # the memory, which the next window's gradients need
             step += 1
         end_round()
         if number % check_every == 0 or number == schedule.rounds:
