@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from niwaki.activations import choose_place
 from niwaki.device import to_host
 
 
@@ -15,13 +16,17 @@ def cosine(step: int, steps: int) -> float:
 
 
 class Lowest:
-    """Remembers `tensors` as they were at the lowest error: at the beginning, if it never fell."""
+    """Remembers `tensors` as they were at the lowest error: at the beginning, if it never fell.
+
+    On a GPU the copy lies where hidden states of its size would.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], error: float) -> None:
         self.tensors = tensors
         self.began = self.error = error
-        # Of a GPU in pinned memory: read once in a whole descent, it would take as much of the device as the weights.
-        self._kept = [to_host(tensor.detach()) if tensor.is_cuda else tensor.detach().clone() for tensor in tensors]
+        nbytes, device = sum(tensor.nbytes for tensor in tensors), tensors[0].device
+        keep = to_host if device.type == "cuda" and choose_place(nbytes, device) != "device" else torch.clone
+        self._kept = [keep(tensor.detach()) for tensor in tensors]
 
     @property
     def improved(self) -> bool:
