@@ -170,7 +170,7 @@ def _given(pairs: list[str]) -> dict[str, float]:
 
 def _needed() -> None:
     """Raises InputError with the command that installs what is missing."""
-    needed = ("httpx", "prometheus_client", "sqlalchemy", "starlette", "uvicorn")
+    needed = ("aiohttp", "prometheus_client", "sqlalchemy", "starlette", "uvicorn")
     missing = [name for name in needed if not find_spec(name)]
     if missing:
         packages = " ".join(missing).replace("_", "-")

@@ -24,7 +24,7 @@ from niwaki.rollout.answers import CHAT, COMPLETIONS
 from niwaki.rollout.gateway import Gateway
 from niwaki.rollout.guard import RefusedError, refusal
 from niwaki.rollout.metrics import exposition
-from niwaki.rollout.upstream import UpstreamError
+from niwaki.rollout.wire import UpstreamError
 
 log = logging.getLogger("niwaki.rollout")
 TICK_S = 1.0

@@ -27,7 +27,8 @@ from niwaki.rollout.ledger import Times
 from niwaki.rollout.passing import Passing, Taken, unless_gone
 from niwaki.rollout.routing import Ask, Route, choose, sticky_key
 from niwaki.rollout.settings import Settings
-from niwaki.rollout.upstream import Headers, Reply, Server, UpstreamError
+from niwaki.rollout.upstream import Reply, Server
+from niwaki.rollout.wire import Headers, UpstreamError
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Gateway:
         except UpstreamError as failure:
             return str(failure)
         if not reply.good:
-            await reply.close()
+            reply.close()
             return f"status {reply.status}"
         return self._passed_on(question, reply, "canary")
 
@@ -118,7 +119,7 @@ class Gateway:
                 self.controller.ledger.outcome(failed=True)
             raise
         finally:
-            await reply.close()
+            reply.close()
         if not wanted:
             return
         times = taken.times(reply, self.stable.clock())
@@ -141,7 +142,7 @@ class Gateway:
                 async for chunk in reply.chunks():
                     taken.add(chunk)
             finally:
-                await reply.close()
+                reply.close()
         except UpstreamError:
             ledger.outcome(failed=True)
             return

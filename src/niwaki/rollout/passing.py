@@ -63,7 +63,7 @@ class Passing(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.reply.close()
+            self.reply.close()
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Response]) -> Response:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import httpx
 import uvicorn
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -25,8 +24,8 @@ from niwaki.rollout.guard import HEADER_BYTES, Guard
 from niwaki.rollout.settings import Settings
 from niwaki.rollout.store import Store
 from niwaki.rollout.upstream import Clock, Server
+from niwaki.rollout.wire import Sender
 
-Transport = httpx.AsyncBaseTransport | None
 TEMPLATE_CHARACTERS = 100_000
 
 
@@ -48,7 +47,6 @@ def run(
     say(f"roll-out {state.id}, {state.status}: {gateway.controller.share:.0%} of requests to the canary")
     say(f"gateway: http://{host}:{port}/v1   dashboard: http://{host}:{port}/rollout")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log addresses of every request
     uvicorn.run(
         build(gateway),
         host=host,
@@ -70,12 +68,12 @@ def assemble(
     keys: Sequence[str] = (),
     now: float,
     anew: bool = False,
-    transports: tuple[Transport, Transport] = (None, None),
+    senders: tuple[Sender | None, Sender | None] = (None, None),
     clock: Clock = time.perf_counter,
 ) -> Gateway:
-    """A gateway whose roll-out is begun, or goes on. Tests give `transports` of both sides and a `clock`."""
-    stable = Server(settings.stable, settings.bounds, transport=transports[0], clock=clock)
-    canary = Server(settings.canary, settings.bounds, transport=transports[1], clock=clock)
+    """A gateway whose roll-out is begun, or goes on. Tests give `senders` to both sides and a `clock`."""
+    stable = Server(settings.stable, settings.bounds, sender=senders[0], clock=clock)
+    canary = Server(settings.canary, settings.bounds, sender=senders[1], clock=clock)
     template = None if settings.chat_template is None else read_template(settings.chat_template)
     controller = begin_or_resume(store, settings, limits, now, anew=anew)
     return Gateway(
