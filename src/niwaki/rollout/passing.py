@@ -53,7 +53,10 @@ class Taken:
 
 
 class Passing(StreamingResponse):
-    """A streamed answer that closes its upstream also when nobody began to read it."""
+    """An answer that closes its upstream also when nobody began to read it.
+
+    A whole answer is there already: nobody has to watch whether its client leaves.
+    """
 
     def __init__(self, reply: Reply, chunks: AsyncIterator[bytes]) -> None:
         super().__init__(chunks, reply.status)
@@ -61,7 +64,10 @@ class Passing(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            if self.reply.stream:
+                await super().__call__(scope, receive, send)
+            else:
+                await self.stream_response(send)
         finally:
             self.reply.close()
 

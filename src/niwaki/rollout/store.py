@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +78,7 @@ class State:
     step: int
     version: int
 
-    @property
+    @cached_property  # every request asks for the share
     def policy(self) -> Policy:
         """As it was begun with."""
         return Policy(**self.plan["policy"])
