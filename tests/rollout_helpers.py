@@ -28,6 +28,9 @@ LIMITS = {
 }  # fmt: skip
 
 
+USUAL = {"host": "localhost", "content-type": "application/json"}
+
+
 class Clock:
     """A clock that only moves when somebody says so."""
 
@@ -220,7 +223,7 @@ class Client:
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
             "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
             "server": ("gateway", 80), "client": ("client", 1),
-            "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
+            "headers": [(name.lower().encode(), value.encode()) for name, value in {**USUAL, **headers}.items()],
         }  # fmt: skip
         await self.app(scope, receive, send)
         found = {name.decode().lower(): value.decode() for name, value in sent[0]["headers"]}

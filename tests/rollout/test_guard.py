@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from niwaki.entrance.guard import check_open
 from niwaki.errors import InputError
-from niwaki.rollout.running import check_open, read_template
+from niwaki.rollout.running import read_template
 from rollout_helpers import Answer, Setup, make, settings
 
+HEADERS = [(b"host", b"localhost"), (b"content-type", b"application/json")]
 STEP = {"steps": [1.0], "interval_s": 60, "min_requests": 40}
 
 
@@ -78,7 +80,7 @@ def test_sizes_and_forms(tmp_path: Path) -> None:
         async def send(message: dict[str, object]) -> None:
             sent.append(message.get("status", 0))  # type: ignore[arg-type]
 
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": HEADERS, "query_string": b""}
         await setup.client.app(scope, receive, send)
         return sent[0]
 
@@ -130,7 +132,7 @@ def test_open_to_others_only_with_keys() -> None:
     for host in ("127.0.0.1", "::1", "localhost"):
         check_open(host, ())
     for host in ("0.0.0.0", "192.168.1.2", "example.org", "::"):
-        with pytest.raises(InputError, match="is open to others"):
+        with pytest.raises(InputError, match="can be reached from other machines"):
             check_open(host, ())
         check_open(host, ("key",))
 

@@ -15,6 +15,7 @@ from niwaki.rollout.answers import tokens_of
 from niwaki.rollout.ledger import Times
 from niwaki.rollout.upstream import Reply
 
+GONE = 499  # the client left: nobody reads it
 MOST_COPIED = 1_000_000  # bytes of an answer that are kept to be audited
 
 
@@ -81,7 +82,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Response]) -> 
         if not task.done():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=GONE)
         return await task
     finally:
         gone.cancel()

@@ -3,7 +3,6 @@
 run(settings, limits, Store.open("rollout.sqlite"), keys=(), host="127.0.0.1", port=8100)
 """
 
-import ipaddress
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,8 @@ import uvicorn
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from niwaki.entrance.guard import check_open
+from niwaki.entrance.protocol import Protocol
 from niwaki.errors import InputError
 from niwaki.keys import Keys
 from niwaki.rollout.answers import Template
@@ -20,7 +21,6 @@ from niwaki.rollout.app import build
 from niwaki.rollout.auditing import Auditor
 from niwaki.rollout.controller import begin_or_resume
 from niwaki.rollout.gateway import Gateway
-from niwaki.rollout.guard import HEADER_BYTES, Guard
 from niwaki.rollout.settings import Settings
 from niwaki.rollout.store import Store
 from niwaki.rollout.upstream import Clock, Server
@@ -51,8 +51,8 @@ def run(
         build(gateway),
         host=host,
         port=port,
-        http="h11",
-        h11_max_incomplete_event_size=HEADER_BYTES,
+        http=Protocol,
+        ws="none",
         access_log=False,
         log_level="warning",
         server_header=False,
@@ -81,20 +81,10 @@ def assemble(
         controller=controller,
         stable=stable,
         canary=canary,
-        guard=Guard(Keys(keys), settings.bounds),
+        keys=Keys(keys),
         auditor=Auditor(stable, canary, store, settings.sampling.keep_texts),
         template=template,
     )
-
-
-def check_open(host: str, keys: Sequence[str]) -> None:
-    """Raises InputError where everybody in a network could ask, and read the dashboard, without a key."""
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not local and not keys:
-        raise InputError(f"{host} is open to others: give keys with --api-key-file FILE, or stay on 127.0.0.1")
 
 
 def read_template(path: Path) -> Template:
