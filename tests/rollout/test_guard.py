@@ -65,7 +65,7 @@ def test_sizes_and_forms(tmp_path: Path) -> None:
     assert post(setup, b"\x1f\x8b", content_encoding="gzip").status_code == 415
     for body in (b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 900):
         assert post(setup, body).status_code == 400, body
-    for path in ("/v1/embeddings", "/", "/rollout/../etc", "/rollout/secret.css"):
+    for path in ("/v1/embeddings", "/", "/rollout/../etc", "/rollout/secret.css", "/v1/models/", "/rollout/"):
         assert asyncio.run(setup.client.get(path)).status_code == 404
     assert asyncio.run(setup.client.get("/v1/completions")).status_code in (404, 405)
     assert setup.canary.asked == [] and setup.stable.asked == []
@@ -126,6 +126,19 @@ def test_neither_keys_nor_prompts_are_logged(tmp_path: Path, caplog: pytest.LogC
         asyncio.run(work())
     assert "my-secret" not in caplog.text
     assert b"my-secret" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_only_what_a_web_page_cannot_send(tmp_path: Path) -> None:
+    """A page may post text to any address, and reach this machine under a name of its own; keys stand for the name."""
+    ask = b'{"prompt": "a", "model": "m"}'
+    setup = make(tmp_path, settings(policy=STEP))
+    assert post(setup, ask, content_type="text/plain").status_code == 415
+    for host, status in (("evil.example", 403), ("", 403), ("127.0.0.1:8100", 200), ("[::1]:8100", 200)):
+        assert post(setup, ask, host=host).status_code == status, host
+    assert len(setup.canary.asked) == 2
+    (tmp_path / "keyed").mkdir()
+    keyed = make(tmp_path / "keyed", settings(policy=STEP), keys=("mine",))
+    assert post(keyed, ask, host="ours.example", authorization="Bearer mine").status_code == 200
 
 
 def test_open_to_others_only_with_keys() -> None:

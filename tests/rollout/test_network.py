@@ -147,6 +147,21 @@ def test_a_stream_that_falls_silent_is_cut_and_counted(tmp_path: Path) -> None:
     go(tmp_path, work, silence_s=0.1)
 
 
+def test_headers_in_any_bytes_never_fail_an_upstream(tmp_path: Path) -> None:
+    """Latin-1 in a header is passed on as well as it can be, a control character is the client's mistake."""
+
+    async def work(client: httpx.AsyncClient, canary: Real, gateway: object) -> None:
+        for value, status in ((b"caf\xe9", 200), ("枝".encode(), 200), (b"a\x01b", 400)):
+            for _ in range(5):
+                canary.go.release()
+            stream = {**ASK, "stream": True}
+            answer = await client.post("/v1/completions", json=stream, headers={"x-name": value})
+            assert answer.status_code == status, value
+        assert gateway.controller.ledger.open.tally("error_rate").mean == 0  # type: ignore[attr-defined]
+
+    go(tmp_path, work)
+
+
 def test_a_head_that_is_too_long_is_refused(tmp_path: Path) -> None:
     async def work(client: httpx.AsyncClient, canary: Real, gateway: object) -> None:
         answer = await client.get("/metrics", headers={"x-long": "a" * HEADER_BYTES})

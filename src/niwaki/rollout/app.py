@@ -62,9 +62,11 @@ def build(gateway: Gateway, *, tick_s: float | None = TICK_S, now: Clock = time.
     ]
     bounds = Bounds(gateway.settings.bounds.body_bytes, gateway.settings.bounds.body_s)
     guard = Middleware(Guard, gateway.keys, bounds, challenge=CHALLENGE)
-    return Starlette(
+    app = Starlette(
         routes=routes, lifespan=living, middleware=[guard], exception_handlers={404: _nowhere, 405: _nowhere}
     )
+    app.router.redirect_slashes = False  # an address is right or it is not
+    return app
 
 
 @dataclass(frozen=True)
