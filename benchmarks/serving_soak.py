@@ -49,10 +49,18 @@ def served_sapling(port: int, name: str, *options: str) -> Iterator[subprocess.P
         model = Path(temporary) / name
         shutil.copytree(sapling(), model)
         (model / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-        command = [sys.executable, "-m", "niwaki.cli", "serve", str(model), "--port", str(port), "--name", name]
-        process = subprocess.Popen([*command, "--device", "cpu", *options], stderr=subprocess.DEVNULL)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        until = time.monotonic() + 120
+        with served(model, port, name, *options) as process:
+            yield process
+
+
+@contextmanager
+def served(model: Path, port: int, name: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`niwaki serve` on a model, ready."""
+    command = [sys.executable, "-m", "niwaki.cli", "serve", str(model), "--port", str(port), "--name", name]
+    process = subprocess.Popen([*command, "--device", "cpu", *options], stderr=subprocess.DEVNULL)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    until = time.monotonic() + 120
+    try:
         while True:
             try:
                 client.models.list()
@@ -61,11 +69,10 @@ def served_sapling(port: int, name: str, *options: str) -> Iterator[subprocess.P
                 if time.monotonic() > until or process.poll() is not None:
                     raise
                 time.sleep(0.2)
-        try:
-            yield process
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
 
 
 class Load:
