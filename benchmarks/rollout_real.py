@@ -42,7 +42,7 @@ from serving_fuzz import listening
 from serving_soak import free_port, served
 
 NAME = "sapling"
-INTERVAL_S = 5.0
+INTERVAL_S = 10.0
 POLICY = {"steps": [0.25, 0.5, 1.0], "interval_s": INTERVAL_S, "min_requests": 500}
 SAMPLING = {"audit_frac": 0.25, "most_audits": 4}
 PROXIED = {"errors": {"errors": 0.02}, "slow": {"slow": 2.0}}
@@ -215,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kinds", nargs="*", default=["equal", "errors", "slow", "degraded"])
-    parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--most-s", type=float, default=600)
     given = parser.parse_args()
     found: dict[str, Any] = {}
