@@ -1,4 +1,7 @@
-"""Who and what gets through: keys, sizes, forms, and that nothing of it is logged."""
+"""Who and what gets through to the gateway: keys, sizes, forms, and that nothing of it is logged.
+
+The same guard before `niwaki serve` is tested in tests/serving/test_limits.py.
+"""
 
 import asyncio
 import base64
@@ -10,7 +13,6 @@ import pytest
 
 from niwaki.entrance.guard import check_open
 from niwaki.errors import InputError
-from niwaki.rollout.running import read_template
 from rollout_helpers import Answer, Setup, make, settings
 
 HEADERS = [(b"host", b"localhost"), (b"content-type", b"application/json")]
@@ -148,16 +150,3 @@ def test_open_to_others_only_with_keys() -> None:
         with pytest.raises(InputError, match="can be reached from other machines"):
             check_open(host, ())
         check_open(host, ("key",))
-
-
-def test_chat_templates_are_rendered_in_a_sandbox(tmp_path: Path) -> None:
-    path = tmp_path / "chat_template.jinja"
-    path.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>")
-    assert read_template(path)([{"role": "user", "content": "{{ 1 + 1 }}"}]) == "<user>{{ 1 + 1 }}<assistant>"
-    for wrong in ("{{ messages.__class__.__mro__ }}", "{% for", "{{ messages.append(1) }}"):
-        path.write_text(wrong)
-        with pytest.raises(InputError, match="cannot use the chat template"):
-            read_template(path)
-    path.write_text("x" * 200_000)
-    with pytest.raises(InputError, match="at most"):
-        read_template(path)
