@@ -207,6 +207,7 @@ def main() -> None:
             "median_scan_s": round(scan_s, 3),
             "extrapolated_s": round(record["seconds"] + (block_s + scan_s) * (shape.blocks - blocks), 1),
             "multiple_of_floor": round(record["seconds"] / floor_s, 2),
+            "block_multiple": round((block_s + scan_s) * blocks / floor_s, 2),
             "peak_device_gb": round(record["peak_device_bytes"] / 1e9, 2),
             "zeros_frac": record["result"]["zeros_frac"],
         })

@@ -153,6 +153,7 @@ def test_wide_vectors_are_the_walk_over_the_values_where_the_processor_has_them(
 
 
 def in_worker(queue: Any) -> None:
+    torch.set_num_threads(1)  # its own loops would wait for threads that the fork left behind
     record = record_of(64, 256, "bfloat16", "bitmap")
     x = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
     out = torch.full((1, 64), torch.nan)

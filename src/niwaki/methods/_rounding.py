@@ -141,6 +141,11 @@ class Rounded:
             )
         return found
 
+    def split(self, rows: Sequence[int]) -> list["Rounded"]:
+        """As so many matrices of so many rows, one below the other."""
+        tensors = (self.code_OI.split(rows), self.scale_OG.split(rows), self.offset_OG.split(rows))
+        return [Rounded(self.groups, *own) for own in zip(*tensors, strict=True)]
+
     def storable(self) -> "Rounded":
         """With scales and offsets rounded as they are stored."""
         scale_OG = self.scale_OG.to(SCALE_DTYPE).float().clamp_min(SMALLEST_SCALE)

@@ -12,13 +12,16 @@ but zero, what came to it from the left moves on to the right, and grids are fit
 the weights that the method before left; `joint` begins at the dense ones, so that one sweep makes up for pruning and
 rounding (SparseGPT, "Joint Sparsification & Quantization"; there the mask is chosen in that pass, here it is given).
 
-Cost: two forwards, one Gram matrix and factor per group of matrices, one sweep of O·I² operations per matrix.
+Matrices that read the same input are swept together, their rows one below the other.
+
+Cost: two forwards, one Gram matrix, one factor and one sweep per group of matrices: O·I² operations for all their rows.
 
     niwaki compress MODEL OUT --method gptq --target 4bit --set group=128 --calibration mine.txt --seq-len 512
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -98,22 +101,21 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """One factor per group of matrices that read the same input, one sweep per matrix."""
+    """One factor and one sweep per group of matrices that read the same input."""
     packed: dict[str, Packed] = {}
     for names in block.anatomy.sharing(targets):
         group = seen.statistics[names[0]]
         order_I, upper_II, damping_frac = _factor(group.gram_II, config) if group.tokens else (None, None, 0.0)
-        for name in names:
-            weight_OI, keep_OI = block.weight(name).float(), None
-            if seen.start:
-                keep_OI = seen.start[name].weight_OI != 0
-                if not config.joint or upper_II is None:
-                    weight_OI = seen.start[name].weight_OI.float()
-            columns = weight_OI.shape[1]
-            check_group(columns, config.group, name)
+        note = "" if group.tokens else ROUNDED_UNREACHED
+        for bits, alike in groupby(names, key=lambda name: code_width(targets[name])):
+            together = list(alike)
+            sources = [_source(block, seen, name, config.joint and upper_II is not None) for name in together]
+            columns = sources[0].shape[1]
+            check_group(columns, config.group, together[0])
             grid = "symmetric" if config.symmetric else "affine"
-            groups = groups_of(0, columns, code_width(targets[name]), grid, config.group)
-            note = "" if group.tokens else ROUNDED_UNREACHED
+            groups = groups_of(0, columns, bits, grid, config.group)
+            keep_OI = torch.cat([seen.start[name].weight_OI != 0 for name in together]) if seen.start else None
+            weight_OI = torch.cat(sources)
             if upper_II is None:
                 rounded = nearest(weight_OI, groups, config.clip).storable()
             else:
@@ -121,9 +123,19 @@ def compress(
                     rounded = sweep(weight_OI, upper_II, groups, config.clip, keep_OI)
                 else:
                     rounded = _sweep_in_order(weight_OI, upper_II, groups, order_I, config.clip, keep_OI)
-                rounded = improve(rounded, weight_OI, damped(group.gram_II, damping_frac), config.rounds, keep_OI)
-            packed[name] = Packed.codes(rounded.parts(torch.arange(columns, device=weight_OI.device)), note)
+                gram_II = damped(group.gram_II, damping_frac) if config.rounds else group.gram_II  # else it is not read
+                rounded = improve(rounded, weight_OI, gram_II, config.rounds, keep_OI)
+            places_I = torch.arange(columns, device=weight_OI.device)
+            for name, own in zip(together, rounded.split([len(source) for source in sources]), strict=True):
+                packed[name] = Packed.codes(own.parts(places_I), note)
     return packed
+
+
+def _source(block: Block, seen: Evidence, name: str, joint: bool) -> Tensor:
+    """The weights that are rounded: those of the step before, unless its errors are made up for together with ours."""
+    if seen.start and not joint:
+        return seen.start[name].weight_OI.float()
+    return block.weight(name).float()
 
 
 def _factor(gram_II: Tensor, config: Config) -> tuple[Tensor | None, Tensor, float]:

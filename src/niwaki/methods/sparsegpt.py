@@ -10,15 +10,18 @@ budget). Two named options go beyond the paper (`Config`); in a chain the masks 
 and only the weights are solved for. A matrix that no token reached is pruned by magnitude; its line in
 blocks.jsonl notes it.
 
-Cost: two forwards, one Gram matrix and one factor per group of matrices, one sweep per matrix. Memory: the
-block plus I² float32 for each group (and its factor while it is used).
+Matrices that read the same input are swept together, their rows one below the other: a third fewer steps.
+
+Cost: two forwards, one Gram matrix, one factor and one sweep per group of matrices. Memory: the block plus I²
+float32 for each group (and its factor while it is used).
 
     niwaki compress MODEL OUT --method sparsegpt --target 2:4 --calibration mine.txt --seq-len 512
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -89,7 +92,7 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """One factor per group of matrices that read the same input, one sweep per matrix."""
+    """One factor and one sweep per group of matrices that read the same input."""
     packed: dict[str, Packed] = {}
     for names in block.anatomy.sharing(targets):
         group = seen.statistics[names[0]]
@@ -102,19 +105,18 @@ def compress(
         upper_II, damping_frac = inverse_factor(group.gram_II, config.damping_frac)
         raised = damping_frac != config.damping_frac
         note = f"XᵀX was singular in float32: damping_frac raised to {damping_frac:g}" if raised else ""
-        for name in names:
-            dense_OI = block.weight(name).float()
-            weight_OI = dense_OI.clone()
-            given_OI = seen.start[name].weight_OI != 0 if seen.start else None
-            keep_OI = _prune(weight_OI, upper_II, targets[name], config.panel_columns, given_OI)
-            if config.refit or config.exchanges:
-                weight_OI = refit(dense_OI, weight_OI, keep_OI, group.gram_II, damping_frac)
-            if config.exchanges and given_OI is None:
-                choose = partial(keep_by_matrix, target=targets[name])
-                weight_OI, keep_OI = exchange(
-                    dense_OI, weight_OI, keep_OI, group.gram_II, damping_frac, choose, config.exchanges
-                )
-            packed[name] = Packed.masked(weight_OI, keep_OI, note)
+        for _, alike in groupby(names, key=lambda name: _pattern(targets[name])):
+            together = list(alike)
+            for name, weight_OI, keep_OI in _swept(block, seen, together, targets, upper_II, config.panel_columns):
+                if config.refit or config.exchanges:
+                    dense_OI = block.weight(name).float()
+                    weight_OI = refit(dense_OI, weight_OI, keep_OI, group.gram_II, damping_frac)
+                if config.exchanges and not seen.start:
+                    choose = partial(keep_by_matrix, target=targets[name])
+                    weight_OI, keep_OI = exchange(
+                        dense_OI, weight_OI, keep_OI, group.gram_II, damping_frac, choose, config.exchanges
+                    )
+                packed[name] = Packed.masked(weight_OI, keep_OI, note)
     return packed
 
 
@@ -122,20 +124,41 @@ def _by_magnitude(weight_OI: Tensor, target: Target) -> Packed:
     return Packed.masked(weight_OI, keep_by_matrix(weight_OI.abs(), target), UNREACHED)
 
 
-def _prune(weight_OI: Tensor, upper_II: Tensor, target: Target, panel_columns: int, given_OI: Tensor | None) -> Tensor:
-    """Updates `weight_OI` in place and returns the keep mask, which is `given_OI` if there is one."""
-    rows, columns = weight_OI.shape
-    target.zeros_in(rows, columns)
-    if given_OI is not None:
-        return sweep(
-            weight_OI, upper_II, None, lambda p, _, start: given_OI[:, start : start + p.shape[1]], panel_columns
-        )
-    if isinstance(target, Grouped):
-        whole_groups = max(panel_columns // target.group, 1) * target.group
-        return sweep(weight_OI, upper_II, target, None, whole_groups)
-    assert isinstance(target, Sparsity)
+def _pattern(target: Target) -> Target | None:
+    """What the sweep has to know of a target before it begins: N of M, or nothing."""
+    return target if isinstance(target, Grouped) else None
+
+
+def _swept(
+    block: Block,
+    seen: Evidence,
+    names: Sequence[str],
+    targets: Mapping[str, Target],
+    upper_II: Tensor,
+    panel_columns: int,
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Every matrix after one sweep over the rows of all, and its mask: the one of the step before if there is one."""
+    weights = [block.weight(name).float() for name in names]
+    rows, columns = [len(weight_OI) for weight_OI in weights], weights[0].shape[1]
+    weight_OI = torch.cat(weights)
 
     def choose(panel_OP: Tensor, diagonal_P: Tensor, start: int) -> Tensor:
-        return keep_in_panel((panel_OP / diagonal_P).square(), target, columns, start)
+        found = []
+        for name, scores_OP in zip(names, (panel_OP / diagonal_P).square().split(rows), strict=True):
+            target = targets[name]
+            assert isinstance(target, Sparsity)
+            found.append(keep_in_panel(scores_OP, target, columns, start))
+        return torch.cat(found)
 
-    return sweep(weight_OI, upper_II, None, choose, panel_columns)
+    if seen.start:
+        given_OI = torch.cat([seen.start[name].weight_OI != 0 for name in names])
+        keep_OI = sweep(
+            weight_OI, upper_II, None, lambda p, _, start: given_OI[:, start : start + p.shape[1]], panel_columns
+        )
+    elif isinstance(target := targets[names[0]], Grouped):
+        target.zeros_in(*weight_OI.shape)
+        whole_groups = max(panel_columns // target.group, 1) * target.group
+        keep_OI = sweep(weight_OI, upper_II, target, None, whole_groups)
+    else:
+        keep_OI = sweep(weight_OI, upper_II, None, choose, panel_columns)
+    return list(zip(names, weight_OI.split(rows), keep_OI.split(rows), strict=True))
