@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import aiohttp
-from yarl import URL
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -61,7 +60,7 @@ class Line:
         if self.session is None:  # it belongs to the loop that it is made in
             self.session = self._begun()
         named = [(name.decode("latin-1"), _text(value)) for name, value in headers]
-        url = URL(self.url + path)
+        url = self.url + path
         with _reasons():
             found = await self.session.request(method, url, headers=named, data=body or None, allow_redirects=False)
         return _Answer(found)
