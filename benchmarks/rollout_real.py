@@ -111,6 +111,7 @@ def made(folder: Path) -> Path:
     data = folder / "held-out.jsonl"
     data.write_text("".join(json.dumps({"text": text[:2000]}) + "\n" for text in TEXTS), encoding="utf-8")
     own = ["compare", str(sapling()), str(folder / "pilot"), "--data", str(data), "--rounds", "0", "--seq-len", "256"]
+    own += ["--max-tokens", "20000"]
     subprocess.run([*COMMAND, *own, "--report", str(folder / "report")], check=True, capture_output=True)
     return folder / "report" / "compare.json"
 
@@ -137,7 +138,9 @@ async def asked(port: int, store: Store, clients: int, most_s: float) -> dict[st
     """Load until the roll-out ends, and a little longer: those that come after a return are answered, too."""
     seen: Counter[str] = Counter()
     ending, until = asyncio.Event(), time.monotonic() + most_s
-    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+    # A connection each: on a machine that is stopped for a while, kept ones would be closed while they are taken.
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", connector=connector) as session:
         tasks = [asyncio.create_task(client(session, seed, ending, seen)) for seed in range(clients)]
         while time.monotonic() < until:
             await asyncio.sleep(0.5)
