@@ -171,8 +171,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     cases = ["wanda/0.5", "wanda/2:4", "sparsegpt/0.5", "sparsegpt/2:4"]
     parser.add_argument("--cases", nargs="+", metavar="METHOD[:OPTION=NUMBER,…]/TARGET", default=cases)
+    parser.add_argument("--device-gb", type=float, help="of the GPU, at most: what does not fit fails")
     parser.add_argument("--profile", action="store_true", help="print a kernel table for each case instead")
     args = parser.parse_args()
+    if args.device_gb:
+        share = args.device_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(share)
     shape = SHAPES[args.shape]
     blocks = args.blocks or shape.blocks
     args.work.mkdir(parents=True, exist_ok=True)
@@ -218,6 +222,7 @@ def main() -> None:
         "what": f"compressing {blocks} of {shape.blocks} blocks of the {shape.name} shape, random bf16 weights, "
         f"{args.samples}×{args.seq_len} tokens, wall seconds from opening the checkpoint to the closed result",
         **provenance(args.device),
+        "device_gb_at_most": args.device_gb,
         "matrix_rate_tflops": round(rate / 1e12, 1),
         "rows": rows,
     }

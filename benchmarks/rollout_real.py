@@ -38,8 +38,8 @@ from starlette.routing import Route
 from niwaki.demo import sapling
 from niwaki.rollout.store import Store
 from provenance import provenance
+from served import free_port, serving
 from serving_fuzz import listening
-from serving_soak import free_port, served
 
 NAME = "sapling"
 INTERVAL_S = 10.0
@@ -160,8 +160,8 @@ def rolled_out(kind: str, folder: Path, limits: Path, clients: int, most_s: floa
     config, where = folder / f"{kind}.yaml", folder / f"{kind}.sqlite"
     config.write_text(yaml.safe_dump({"policy": POLICY, "sampling": SAMPLING}), encoding="utf-8")
     with ExitStack() as stack:
-        stack.enter_context(served(sapling(), ports["dense"], NAME, "--dtype", "float32"))
-        stack.enter_context(served(model, ports["canary"], NAME, "--dtype", "float32"))
+        stack.enter_context(serving(sapling(), ports["dense"], "--name", NAME, "--dtype", "float32"))
+        stack.enter_context(serving(model, ports["canary"], "--name", NAME, "--dtype", "float32"))
         before = "canary"
         if kind in PROXIED:
             before, how = "proxy", {"errors": 0.0, "slow": 1.0, **PROXIED[kind]}

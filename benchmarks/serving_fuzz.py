@@ -38,7 +38,8 @@ FIELDS = (
 )  # fmt: skip
 JUNK: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 2**31, 2**63, 10**400, 1e308, -0.5, 1.5, "", "x", "\x00", "\ud800", "x" * 70_000,
-    "{{ 7 * 7 }}", "../../etc/passwd", "http://127.0.0.1/", [], [[]], [None], [1, "x"], ["x"] * 50, [-1], [10**9], {},
+    "{{ 7 * 7 }}", "../../etc/passwd", "http://127.0.0.1/", [], [[]], [["x"]], [[[1]]], [None], [1, "x"], ["x"] * 50,
+    [-1], [10**9], {},
     {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}, {"$ref": "#"}, [{"role": "user"}],
     [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}]}],
     [{"role": "", "content": "x"}], [{"role": "user", "content": None}], float("nan"), float("inf"),
@@ -203,7 +204,7 @@ def judge(case: Case, status: int) -> str | None:
 def main() -> None:
     """Starts a server on the sapling with a chat template, and what stands before it, and sends."""
     from provenance import provenance
-    from serving_soak import free_port, served_sapling
+    from served import free_port, served_sapling
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--cases", type=int, default=10_000)

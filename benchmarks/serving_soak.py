@@ -10,75 +10,29 @@ through what was read after the first tenth is what counts.
 import argparse
 import json
 import random
-import shutil
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import openai
 import psutil
 
-from niwaki.demo import sapling
 from provenance import provenance
+from served import computed, free_port, resident, served_sapling
 
 NAME = "tiny"
-TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 WORDS = ("garden", "tree", "import", "class", "value", "return", "exception", "module", "string", "walk", "water")
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@contextmanager
-def served_sapling(port: int, name: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`niwaki serve` on the sapling with a chat template, ready."""
-    with tempfile.TemporaryDirectory() as temporary:
-        model = Path(temporary) / name
-        shutil.copytree(sapling(), model)
-        (model / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-        with served(model, port, name, *options) as process:
-            yield process
-
-
-@contextmanager
-def served(model: Path, port: int, name: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`niwaki serve` on a model, ready."""
-    command = [sys.executable, "-m", "niwaki.cli", "serve", str(model), "--port", str(port), "--name", name]
-    process = subprocess.Popen([*command, "--device", "cpu", *options], stderr=subprocess.DEVNULL)
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    until = time.monotonic() + 120
-    try:
-        while True:
-            try:
-                client.models.list()
-                break
-            except openai.APIConnectionError:
-                if time.monotonic() > until or process.poll() is not None:
-                    raise
-                time.sleep(0.2)
-        yield process
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
 class Load:
     """Clients that ask until they are told to stop, and what they saw."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, pause: float) -> None:
+        self.pause = pause
         self.url, self.ending = f"http://127.0.0.1:{port}/v1", threading.Event()
         self.outcomes: Counter[str] = Counter()
         self.failures: list[str] = []
@@ -98,6 +52,8 @@ class Load:
                 time.sleep(0.5)
             except openai.OpenAIError as error:
                 self.failures.append(f"{kind}: {error}"[:300])
+            if self.pause:
+                self.ending.wait(chosen.expovariate(1 / self.pause))
 
     def text(self, client: openai.OpenAI, chosen: random.Random) -> None:
         """A whole text, or the scores of one."""
@@ -140,11 +96,6 @@ def _words(chosen: random.Random) -> str:
     return " ".join(chosen.choices(WORDS, k=chosen.randint(1, 120)))
 
 
-def resident(process: psutil.Process) -> int:
-    """Bytes of a process and its children."""
-    return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
-
-
 def drift(first_tokens: list[tuple[float, float]]) -> dict[str, float]:
     """P99 of the time to the first token, in the first and the last quarter."""
     ordered = [seconds for _, seconds in sorted(first_tokens)]
@@ -158,18 +109,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--pause", type=float, default=1.0, help="mean seconds between requests of a client")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     port = free_port()
     with served_sapling(port, NAME, "--slots", "4", "--dtype", "float32") as process:
-        load, watched = Load(port), psutil.Process(process.pid)
+        load, watched = Load(port, args.pause), psutil.Process(process.pid)
         threads = [threading.Thread(target=load.run, args=(seed,)) for seed in range(args.clients)]
         for thread in threads:
             thread.start()
-        began, seen = time.monotonic(), []
+        began, seen, used = time.monotonic(), [], computed(watched)
+        between, gaps = min(5.0, args.seconds / 20), []
         while time.monotonic() - began < args.seconds and process.poll() is None:
-            time.sleep(min(5.0, args.seconds / 20))
+            slept = time.monotonic()
+            time.sleep(between)
+            gaps.append(time.monotonic() - slept - between)
             seen.append((time.monotonic() - began, resident(watched)))
+        used, elapsed = computed(watched) - used, time.monotonic() - began
         load.ending.set()
         for thread in threads:
             thread.join()
@@ -181,10 +137,13 @@ def main() -> None:
         **provenance("cpu"),
         "seconds": args.seconds,
         "clients": args.clients,
+        "pause_s": args.pause,
         "outcomes": dict(load.outcomes),
         "failures": load.failures[:20],
         "failed": len(load.failures),
         "alive": alive,
+        "cpu_share_of_one_core": round(used / elapsed, 3),
+        "longest_stop_of_this_process_s": round(max(gaps), 1),  # by the system: time limits pass meanwhile
         "rss_mb": {"first": round(kept[0, 1] / 1e6, 1), "last": round(kept[-1, 1] / 1e6, 1)},
         "rss_slope_mb_per_hour": round(slope, 2),
         "first_token_p99": drift(load.first_tokens),

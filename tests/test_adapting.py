@@ -14,6 +14,7 @@ from niwaki.adapting import HISTORY, PREVIOUS, adapt
 from niwaki.cli import app
 from niwaki.contextual.record import TENSORS, read_shadow, write_shadow
 from niwaki.errors import InputError
+from niwaki.integrity import check_weights
 
 SETTINGS: dict[str, Any] = {"samples": 16, "seq_len": 24, "device": "cpu"}
 
@@ -43,6 +44,7 @@ def test_a_predictor_of_nothing_is_replaced_and_kept(out: Path, tmp_path: Path) 
     assert (out / PREVIOUS).read_bytes() == broken != (out / TENSORS).read_bytes()
     assert json.loads((out / HISTORY).read_text()) == found
     assert read_shadow(out).rule == made.rule
+    assert check_weights(out), "the new one is the one that the record knows"
 
 
 def test_a_worse_one_is_not_taken(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ LAYERS = [
     ["allocation", "stream"],
     ["budget", "contextual", "widths"],
     ["methods", "runtime"],
-    ["walk", "run", "ends", "parts"],
+    ["walk", "run", "ends", "parts", "integrity"],
     ["backward"],
     ["gradients", "tracing", "trial"],
     ["card"],

@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from niwaki.device import free_device_bytes, usable_device_bytes
 from niwaki.errors import InputError
 
 Place = Literal["device", "ram", "disk"]
@@ -56,24 +57,27 @@ class Activations:
 
     def take(self, windows: list[int]) -> Tensor:
         """The chosen windows, in the order given, on the compute device."""
-        chosen = torch.tensor(windows, device=self.store_STD.device)
-        return self.store_STD.index_select(0, chosen).to(self.device, non_blocking=True)
+        if self.place == "device":
+            return self.store_STD[windows]
+        return torch.cat([self.read(slice(window, window + 1)) for window in windows])
 
     def write(self, rows: slice, x_BTD: Tensor) -> None:
         """Replace windows `rows`."""
-        self.store_STD[rows].copy_(x_BTD)
+        # Out of pinned memory nothing is read but by the stream that wrote it, so nobody has to wait for the copy.
+        self.store_STD[rows].copy_(x_BTD, non_blocking=self.place == "ram")
 
 
 def choose_place(needed_bytes: int, device: torch.device, budget_bytes: int | None = None) -> Place:
     """Where `needed_bytes` of hidden states go: the fastest place that leaves room for the work.
 
-    Half of the free memory of a place may be taken, less when `budget_bytes` says so.
+    Half of the free memory of a place may be taken, of a GPU an eighth of what this process may have (a method that
+    learns keeps three of them, and what it learns with is larger still), less when `budget_bytes` says so.
     """
     limit = budget_bytes if budget_bytes is not None else 2**62
-    if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        if needed_bytes <= min(limit, free_bytes // 2):
-            return "device"
+    if device.type == "cuda" and needed_bytes <= min(
+        limit, free_device_bytes(device), usable_device_bytes(device) // 8
+    ):
+        return "device"
     if needed_bytes <= min(limit, psutil.virtual_memory().available // 2):
         return "device" if device.type == "cpu" else "ram"
     return "disk"

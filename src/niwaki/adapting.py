@@ -89,7 +89,8 @@ def adapt(
     accepted = kept["new"] > kept["old"]
     if accepted:
         copy_file(folder / TENSORS, folder / PREVIOUS)
-        write_shadow(folder, replace(old, predictor=predictor))
+        record["result"]["sha256"][TENSORS] = write_shadow(folder, replace(old, predictor=predictor))
+        write_text(folder / RECORD / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     result = {"data": list(files), "samples": len(traces), "held_out": len(judge), "kept": kept, "accepted": accepted}
     write_text(folder / HISTORY, json.dumps(result, indent=2) + "\n")
     return result

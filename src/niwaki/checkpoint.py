@@ -71,7 +71,7 @@ class Checkpoint:
         Modules that niwaki quantized appear among the tensors as the weights they stand for; `packed` describes them.
         `shapes` are those of matrices that the config would build otherwise (see `resizing`).
         """
-        folder = _locate(str(model))
+        folder = local_folder(str(model))
         config = _read_config(folder)
         stored = getattr(config, "quantization_config", None) or {}
         modules = stored.get("modules", {})
@@ -186,7 +186,8 @@ def cut_to_shards(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> li
     return [part for part in parts if part]
 
 
-def _locate(model: str) -> Path:
+def local_folder(model: str) -> Path:
+    """The folder of a model, fetched first if it is a hub id. Raises CheckpointError if there is none."""
     folder = model_folder(model)
     if folder is not None:
         return folder

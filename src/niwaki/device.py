@@ -36,6 +36,18 @@ def pick_dtype(name: str) -> torch.dtype | None:
     return known[name]
 
 
+def usable_device_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that this process may have: all, or the share that torch was told of."""
+    share = torch.cuda.get_per_process_memory_fraction(device.index)
+    return int(share * torch.cuda.get_device_properties(device).total_memory)
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that are left to this process."""
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return min(free_bytes, usable_device_bytes(device) - torch.cuda.memory_reserved(device))
+
+
 def return_free_memory() -> None:
     """Gives freed heap memory back to the system.
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from niwaki.device import to_host
+
 
 def cosine(step: int, steps: int) -> float:
     """1 at the first step, falling to nearly 0 at the last."""
@@ -18,7 +20,8 @@ class Lowest:
     def __init__(self, tensors: Sequence[Tensor], error: float) -> None:
         self.tensors = tensors
         self.began = self.error = error
-        self._kept = [tensor.detach().clone() for tensor in tensors]
+        # Of a GPU in pinned memory: read once in a whole descent, it would take as much of the device as the weights.
+        self._kept = [to_host(tensor.detach()) if tensor.is_cuda else tensor.detach().clone() for tensor in tensors]
 
     @property
     def improved(self) -> bool:
@@ -36,10 +39,10 @@ class Lowest:
         if error < self.error:
             self.error = error
             for kept, tensor in zip(self._kept, self.tensors, strict=True):
-                kept.copy_(tensor)
+                kept.copy_(tensor, non_blocking=True)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the kept state back."""
         for kept, tensor in zip(self._kept, self.tensors, strict=True):
-            tensor.copy_(kept)
+            tensor.copy_(kept, non_blocking=True)

@@ -32,6 +32,9 @@ def serve(
         bool, typer.Option("--without-keys", help="Listen beyond this machine without keys.")
     ] = False,
     dense: Annotated[bool, typer.Option("--dense", help="Contextual models: run all of the weights.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare weights with the SHA-256 in run.json first.")
+    ] = True,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
     device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help=DTYPE)] = "auto",
@@ -65,6 +68,7 @@ def serve(
         device=device,
         dtype=pick_dtype(dtype),
         dense=dense,
+        verify=verify,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     raise typer.Exit(run(model, settings))

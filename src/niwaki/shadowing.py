@@ -20,7 +20,7 @@ from niwaki.stream import Stream
 from niwaki.tracing import trace
 from niwaki.trial import settle_by_trial
 from niwaki.walk import Report
-from niwaki.writing import copy_file, write_text
+from niwaki.writing import copy_file, file_sha256, write_text
 
 PART = "predictor"
 
@@ -115,7 +115,10 @@ class ShadowJob(CompressionJob):
             "packed": 0,
             "notes": [],
             "bytes": self.checkpoint.nbytes + entry["bytes"],
-            "sha256": {entry["shard"]: entry["sha256"]},
+            "sha256": {
+                **{shard: file_sha256(self.checkpoint.folder / shard) for shard in self.checkpoint.shards},
+                entry["shard"]: entry["sha256"],
+            },
             "predictor": entry["found"],
         }
 

@@ -227,6 +227,40 @@ def test_after_failures_in_a_row_the_engine_stops_and_says_so(engine: Engine) ->
     assert refused.value.status == 503
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_kills_the_thread_leaves_nobody_waiting(engine: Engine) -> None:
+    """Not an error of the model, but the end of the loop itself."""
+    held = Held(engine.model)
+    engine.start()
+    running, waiting = Asked(), Asked()
+    engine.submit(running.job)
+    until(lambda: engine.running == 1)
+    engine.submit(waiting.job)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    engine.model.register_forward_pre_hook(killed)
+    held.free()
+    assert isinstance(running.wait()[-1], Failed) and isinstance(waiting.wait()[-1], Failed)
+    until(lambda: not engine.healthy)
+    with pytest.raises(RefusalError) as refused:
+        engine.submit(Asked().job)
+    assert refused.value.status == 503
+
+
+def test_a_step_that_hangs_leaves_nobody_waiting_at_the_end(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("niwaki.serving.engine.CLOSE_S", 0.1)
+    held = Held(engine.model)
+    engine.start()
+    asked = Asked()
+    engine.submit(asked.job)
+    until(lambda: engine.running == 1)
+    engine.close()
+    assert isinstance(asked.wait()[-1], Failed) and not engine.healthy
+    held.free()
+
+
 def test_draining_answers_what_is_there_and_takes_nothing_new(engine: Engine) -> None:
     held = Held(engine.model)
     engine.start()

@@ -15,8 +15,10 @@ import openai
 import pytest
 import torch
 
+from niwaki.entrance import guard as guard_module
 from niwaki.entrance import protocol
-from niwaki.entrance.guard import HEADER_BYTES, Bounds
+from niwaki.entrance.guard import HEADER_BYTES, OPEN, Bounds
+from niwaki.serving.app import create_app
 from serving_helpers import Running, chat_model, running, until
 
 KEY = "sk-a-key-for-tests"
@@ -80,9 +82,12 @@ def test_every_route_but_health_needs_a_key(slow: Running, caplog: pytest.LogCap
     caplog.set_level(logging.DEBUG)
     before = outcomes(slow)
     with slow.http() as http:
-        for path in ("/v1/models", "/metrics", "/v1/completions", "/nowhere"):
+        routes = [(method, str(route.path)) for route in create_app(slow.service).routes for method in route.methods]  # type: ignore[attr-defined]
+        assert len(routes) >= 7 and {("GET", path) for path in OPEN} < set(routes)
+        closed = [(method, path) for method, path in routes if path not in OPEN]
+        for method, path in [*closed, ("GET", "/v1/completions"), ("GET", "/nowhere"), ("DELETE", "/v1/models")]:
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
-                refused = http.get(path, headers=headers)
+                refused = http.request(method, path, headers=headers)
                 assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
                 assert refused.headers["WWW-Authenticate"] == "Bearer"
         assert http.get("/health").status_code == http.get("/ready").status_code == 200
@@ -90,7 +95,7 @@ def test_every_route_but_health_needs_a_key(slow: Running, caplog: pytest.LogCap
     with pytest.raises(openai.AuthenticationError):
         slow.client("wrong-key-of-someone").completions.create(**LONG)
     assert [model.id for model in slow.client("another").models.list()] == ["tiny"]
-    counted(slow, before, unauthorized=2)
+    counted(slow, before, unauthorized=3 + 2)
     assert KEY not in caplog.text and "wrong-key-of-someone" not in caplog.text
 
 
@@ -151,6 +156,25 @@ def test_headers_that_never_end_and_bodies_that_never_come(slow: Running, monkey
         f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
     )
     assert raw(slow, half.encode() + b"Content-Length: 90\r\n\r\n{").startswith(b"HTTP/1.1 408 ")
+
+
+def test_bodies_that_arrive_at_once_have_a_limit_together(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard_module, "ARRIVING_BYTES", 100_000)
+    before = outcomes(slow)
+    usual = f"Host: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\nContent-Length: 90000\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\n{usual}".encode()
+    with socket.create_connection(("127.0.0.1", slow.port), timeout=20) as first:
+        first.sendall(head + b"x" * 80_000)
+        guard = slow.server.config.loaded_app
+        while not hasattr(guard, "arriving"):
+            guard = guard.app
+        until(lambda: guard.arriving.total == 80_000)
+        refused = raw(slow, head + b"x" * 80_000)
+        assert refused.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1" in refused.lower()
+        first.sendall(b"x" * 10_000)
+        assert first.recv(65536).startswith(b"HTTP/1.1 400 "), "the one that was there first is read"
+    until(lambda: guard.arriving.total == 0)
+    counted(slow, before, unavailable=1)
 
 
 def test_a_full_queue_is_429_and_those_inside_are_answered(slow: Running) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from niwaki.entrance.refusals import RefusalError
 from niwaki.errors import InputError
-from niwaki.serving.rendering import MOST_CHARACTERS, Renderer
+from niwaki.serving.rendering import MOST_BYTES, Renderer
 from serving_helpers import TEMPLATE
 
 BOMBS = (
@@ -15,6 +15,7 @@ BOMBS = (
 {%- if told == 'one long step' -%}{{ 10 ** (10 ** many) }}
 {%- elif told == 'memory' -%}{{ ('x' * 10 ** (many + 2)) | length }}
 {%- elif told == 'output' -%}{% for a in range(2000) %}{{ 'x' * 1000 }}{% endfor %}
+{%- elif told == 'wide' -%}{% for a in range(400) %}{{ '庭' * 1000 }}{% endfor %}
 {%- elif told == 'escape' -%}{{ ''.__class__.__mro__[1].__subclasses__() }}
 {%- elif told == 'write' -%}{{ messages.append(1) }}
 {%- elif told == 'refuse' -%}{{ raise_exception('no such role') }}
@@ -44,7 +45,8 @@ def test_a_dialogue_becomes_a_prompt(bombs: Renderer) -> None:
     [
         ("one long step", "more than it may"),
         ("memory", "too much memory"),
-        ("output", f"at most {MOST_CHARACTERS:,} are read"),
+        ("output", f"at most {MOST_BYTES:,} are read"),
+        ("wide", "1,200,000 bytes come of it"),
         ("escape", "unsafe"),
         ("write", "'append' of 'list' object is unsafe"),
         ("refuse", "no such role"),

@@ -34,7 +34,7 @@ def make(model: Path, out: Path, name: str) -> None:
     if name == "contextual":
         shutil.copytree(model, out)
         (out / "niwaki").mkdir()
-        write_shadow(out, shadow_of(niwaki.load(out, device="cpu"), least_prompt=8))
+        write_shadow(out, shadow_of(niwaki.load(out, device="cpu"), least_prompt=8))  # without a run.json
         return
     calibration = {"files": (str(write_texts(out.with_suffix(".jsonl"))),), "samples": 4, "seq_len": 16}
     niwaki.compress(model, out, device="cpu", calibration=calibration, **RESULTS[name])

@@ -14,12 +14,13 @@ import openai
 import pytest
 from openai import OpenAI
 
+import niwaki
 from helpers import run, tiny_llama
 from niwaki.errors import InputError
 from niwaki.serving.engine import MOST_FAILURES
 from niwaki.serving.inbox import Timeouts
 from niwaki.serving.server import Settings, check
-from serving_helpers import running, until
+from serving_helpers import chat_model, running, until
 
 STARTER = """
 import logging, sys, time
@@ -80,6 +81,21 @@ def test_a_dead_engine_ends_the_process(tmp_path: Path) -> None:
         until(lambda: served.server.exit_code == 1, seconds=5)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_killed_engine_tells_its_clients_and_ends_the_process(tmp_path: Path) -> None:
+    with running(chat_model(tmp_path / "model")) as served:
+        stream = served.client().completions.create(model="tiny", prompt="Hello", max_tokens=200, stream=True)
+        next(stream)
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        served.service.engine.model.register_forward_pre_hook(killed)
+        with pytest.raises(openai.APIError, match="the server is shutting down"):
+            list(stream)
+        until(lambda: served.server.exit_code == 1, seconds=5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -115,6 +131,25 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.
         code, printed, errors = run(capsys, "serve", *arguments)
         assert (code, printed) == (2, "")
         assert message in errors and len(errors.strip().splitlines()) == 1, errors
+
+
+def test_weights_that_changed_are_not_served_unless_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    niwaki.compress(tiny_llama(tmp_path / "model"), out, method="magnitude", target="0.5", device="cpu")
+    served: list[int] = []
+    monkeypatch.setattr("niwaki.serving.server.Server.run", lambda self: served.append(self.service.close() or 1))
+    assert run(capsys, "serve", out, "--device", "cpu")[0] == 0 and served == [1]
+    shard = sorted(out.glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    code, printed, errors = run(capsys, "serve", out, "--device", "cpu")
+    assert (code, printed, served) == (2, "", [1])
+    assert str(shard) in errors and "expected SHA-256" in errors
+    assert len([line for line in errors.strip().splitlines() if not line.startswith("20")]) == 1, errors
+    assert run(capsys, "serve", out, "--device", "cpu", "--no-verify")[0] == 0 and served == [1, 1]
 
 
 def test_without_the_packages_the_command_says_what_to_install(

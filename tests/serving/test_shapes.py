@@ -34,7 +34,7 @@ def test_what_clients_send_by_default_is_understood() -> None:
 
 @pytest.mark.parametrize("prompt", ["hi", ["hi"], [1, 2], [[1, 2]]])
 def test_one_prompt_in_any_of_four_forms(prompt: Any) -> None:
-    assert text(prompt=prompt).text_or_ids == ("hi" if "hi" in prompt else [1, 2])
+    assert text(prompt=prompt).prompt == ("hi" if "hi" in prompt else [1, 2])
 
 
 WRONG_CHATS = [
@@ -74,6 +74,8 @@ WRONG_TEXTS = [
     ({"prompt": ["a", "b"]}, "one prompt a request, got 2"),
     ({"prompt": [[1], [2]]}, "one prompt a request, got 2"),
     ({"prompt": [1.5]}, "valid"),
+    ({"prompt": [["a"]]}, "valid"),
+    ({"prompt": [[[1]]]}, "valid"),
     ({"prompt": {"a": 1}}, "valid"),
     ({"best_of": 3}, "Input should be 1"),
     ({"suffix": "x"}, "suffix is not supported"),

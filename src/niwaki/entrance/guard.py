@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from niwaki.entrance.refusals import RefusalError
+from niwaki.entrance.refusals import OVERLOADED, RefusalError
 from niwaki.errors import InputError
 from niwaki.keys import Keys
 
 HEADER_BYTES = 16 * 2**10
+ARRIVING_BYTES = 32 * 2**20  # of all bodies that are not complete yet: what waits in memory for their rest
 OPEN = frozenset({"/health", "/ready"})
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -45,17 +46,21 @@ class Guard:
     def __init__(self, app: Any, keys: Keys, bounds: Bounds, *, here: bool = True, challenge: str = "Bearer") -> None:
         self.app, self.keys, self.bounds = app, keys, bounds
         self.here, self.challenge = here and not keys, challenge
+        self.arriving = _Arriving()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Of ASGI."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        counted = _Counted(receive, self.bounds, self.arriving)
         try:
             self._check(scope)
-            await self.app(scope, _Counted(receive, self.bounds), send)
+            await self.app(scope, counted, send)
         except RefusalError as refused:
             await self._refuse(refused, send)
+        finally:
+            counted.end()
 
     def _check(self, scope: Any) -> None:
         headers = dict(scope["headers"])
@@ -93,11 +98,18 @@ class Guard:
         await send({"type": "http.response.body", "body": body})
 
 
-class _Counted:
-    """A body that may neither be too large nor come too late."""
+class _Arriving:
+    """Bytes of bodies whose rest is still to come."""
 
-    def __init__(self, receive: Any, bounds: Bounds) -> None:
+    total = 0
+
+
+class _Counted:
+    """A body that may neither be too large nor come too late, nor be one of too many."""
+
+    def __init__(self, receive: Any, bounds: Bounds, arriving: _Arriving) -> None:
         self.receive, self.bounds, self.until = receive, bounds, time.monotonic() + bounds.body_s
+        self.arriving = arriving
         self.seen, self.complete = 0, False
 
     async def __call__(self) -> Any:
@@ -108,11 +120,23 @@ class _Counted:
                 message = await self.receive()
         except TimeoutError:
             raise RefusalError(408, "the body did not arrive in time") from None
-        self.seen += len(message.get("body", b""))
+        size = len(message.get("body", b""))
+        self.seen += size
+        self.arriving.total += size
         if self.seen > self.bounds.body_bytes:
             raise _too_large(self.bounds)
-        self.complete = not message.get("more_body", False)
+        if self.arriving.total > ARRIVING_BYTES:
+            told = "too many large bodies arrive at once: try again later"
+            raise RefusalError(503, told, kind=OVERLOADED, retry_s=1, closes=True)
+        if not message.get("more_body", False):
+            self.end()
         return message
+
+    def end(self) -> None:
+        """Nothing more comes of it."""
+        if not self.complete:
+            self.complete = True
+            self.arriving.total -= self.seen
 
 
 def _too_large(bounds: Bounds) -> RefusalError:

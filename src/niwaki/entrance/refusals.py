@@ -20,10 +20,12 @@ class RefusalError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_s: int | None = None,
+        closes: bool = False,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
         self.retry_s = retry_s
+        self.closes = closes or status in (408, 413)  # the rest of the body is not waited for
 
     @property
     def body(self) -> dict[str, Any]:
@@ -34,7 +36,7 @@ class RefusalError(Exception):
     def headers(self) -> dict[str, str]:
         """What goes with it: when to try again."""
         found = {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
-        if self.status in (408, 413):  # the rest of the body is not waited for
+        if self.closes:
             found["Connection"] = "close"
         return found
 

@@ -127,7 +127,7 @@ Prune = Callable[[Matrices], Matrices]
 
 def descend(
     task: Reconstruction,
-    start: Matrices,
+    start: dict[str, Tensor],
     keep: Matrices,
     schedule: Schedule,
     generator: torch.Generator,
@@ -135,10 +135,11 @@ def descend(
 ) -> tuple[dict[str, Tensor], Lowest]:
     """Gradient descent on float32 masters; returns the weights and their held-out errors.
 
-    Masked weights stay zero. With `prune` they may move instead and every round chooses again. The state with
-    the lowest held-out error of all checks is returned: the start itself, if learning never lowered it.
+    `start` is emptied: a master takes the place of every weight. Masked weights stay zero; with `prune` they may move
+    instead and every round chooses again. The state with the lowest held-out error of all checks is returned: the
+    start itself, if learning never lowered it.
     """
-    masters = {name: (weight_OI * keep[name]).requires_grad_(False) for name, weight_OI in start.items()}
+    masters = {name: (start.pop(name) * keep[name]).requires_grad_(False) for name in list(start)}
     sizes = {name: float(weight_OI.square().mean().sqrt()) for name, weight_OI in masters.items()}
     optimizer = schedule.make_optimizer([{"params": [masters[name]], "size": sizes[name]} for name in masters])
     lowest = Lowest(list(masters.values()), task.error(masters))
@@ -155,7 +156,7 @@ def descend(
     for windows in follow(task, schedule, optimizer, generator, choose_again, check):
         gradients = task.gradients(masters, windows)
         for name, master_OI in masters.items():
-            master_OI.grad = _masked(gradients[name], None if prune else keep[name])
+            master_OI.grad = _masked(gradients.pop(name), None if prune else keep[name])
     lowest.restore()
     return masters, lowest
 
@@ -184,6 +185,7 @@ def follow(
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step, steps) * group["size"]
             optimizer.step()
+            optimizer.zero_grad()  # the memory, which the next window's gradients need
             step += 1
         end_round()
         if number % check_every == 0 or number == schedule.rounds:

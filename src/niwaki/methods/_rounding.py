@@ -210,7 +210,7 @@ def sweep(
 
     Given a mask, the grid is that of kept weights; what a pruned one held by then is an error like any other.
     """
-    feed_II = -(upper_II / upper_II.diagonal()[:, None])
+    feed_II = upper_II / -upper_II.diagonal()[:, None]
     wanted_OI = weight_OI.clone()
     rounded = _empty(weight_OI, groups)
     for number, group in enumerate(groups):

@@ -151,7 +151,7 @@ def _sweep_in_order(
     """The sweep over permuted columns with grids fixed beforehand."""
     fixed = nearest(weight_OI if keep_OI is None else weight_OI * keep_OI, groups, clip)
     grid = fixed.grid
-    feed_II = -(upper_II / upper_II.diagonal()[:, None])
+    feed_II = upper_II / -upper_II.diagonal()[:, None]
     ordered = Grid(grid.scale_OG, grid.offset_OG, grid.group_I[order_I], grid.top_I[order_I])
     keep_OI = None if keep_OI is None else keep_OI[:, order_I]
     swept_OI, _ = sweep_codes(weight_OI[:, order_I].contiguous(), None, feed_II, ordered, keep_OI)

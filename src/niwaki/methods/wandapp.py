@@ -121,6 +121,8 @@ def compress(
             return {name: keep_by_row(importance[name] * masters[name].abs(), targets[name]) for name in targets}
 
         keep = keep if seen.start else prune(weights)
+        if config.enforce_mask:
+            importance.clear()  # float32 for every weight, and nobody asks again
     detail = {}
     if config.rounds and any(record.tokens for record in seen.statistics.values()):
         task = Reconstruction(block, seen, config.target, generator)

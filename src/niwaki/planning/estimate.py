@@ -20,7 +20,7 @@ from niwaki.planning.sizes import BlockSizes, ModelSizes
 from niwaki.statistics import SAMPLE_TOKENS, Needs
 
 FORWARD_STARTS = 60  # small operations of a block's forward
-SHARE_OF_FREE = 0.5  # of the memory of a place that hidden states may take (`activations.choose_place`)
+SHARES = {"cpu": 1 / 2, "cuda": 1 / 8}  # of its memory that hidden states may take (`activations.choose_place`)
 CPU_FORWARD = 2  # times what a forward on a GPU holds of its intermediate values
 STARTED_BYTES = 2e7  # of threads, and libraries that are imported only then
 SLACK = 1.03  # what an allocator keeps beyond what it is asked for
@@ -152,13 +152,13 @@ def memory(
 ) -> Memory:
     """At the worst moment. `base_bytes` is what a process with everything imported takes before it computes."""
     states = job.windows * job.tokens * model.hidden * job.itemsize
-    kept = states * (1 + bool(job.needs.windows) + job.dense)
+    kept = [states] * (1 + bool(job.needs.windows) + job.dense)
     inputs = states * len(model.blocks) if job.needs.gradient else 0
     free = psutil.virtual_memory().available if device == "cpu" else device_bytes
-    limit = min(SHARE_OF_FREE * free, 2**62 if activation_bytes is None else activation_bytes)
+    limit = min(SHARES[device] * free, 2**62 if activation_bytes is None else activation_bytes)
     scratch = FLOAT_BYTES * model.weights if job.squares else 0
     resident = 0
-    for asked in (kept, inputs):
+    for asked in (*kept, inputs):
         scratch += asked if asked > limit else 0
         resident += asked if asked <= limit else 0
     walk = max((_block_bytes(block, model, job, index) for index, block in enumerate(model.blocks)), default=0)

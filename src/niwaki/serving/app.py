@@ -82,7 +82,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
         asked = await _parsed(request, CompletionRequest)
         _check_name(service, asked.model)
         service.engine.check()
-        prompt = asked.text_or_ids
+        prompt = asked.prompt
         ids = await _apart(service, lambda: service.prompts.of_completion(prompt))
         echo = ""
         if asked.echo:

@@ -29,6 +29,7 @@ from niwaki.serving.sampling import Scored, pick, score, score_all
 from niwaki.serving.text import Spoken
 
 MOST_FAILURES = 3
+CLOSE_S = 2.0  # for the step under way
 STALLED_S = 120.0  # a step that takes longer is one that hangs
 log = logging.getLogger("niwaki.serving")
 
@@ -100,7 +101,7 @@ class Engine:
     def healthy(self) -> bool:
         """Whether the loop still turns."""
         stalled = self.running and time.monotonic() - self._beat > STALLED_S
-        return self._thread.is_alive() and not stalled
+        return self._thread.is_alive() and not (stalled or self._closing)
 
     def start(self) -> None:
         """Starts the thread."""
@@ -142,9 +143,16 @@ class Engine:
             self._closing = True
             self._changed.notify()
         if self._thread.is_alive():
-            self._thread.join(timeout=10)
+            self._thread.join(timeout=CLOSE_S)
+        self._fail_rest()  # of a thread that hangs
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        finally:  # whatever ended it, nobody waits in vain
+            self._fail_rest()
+
+    def _loop(self) -> None:
         with torch.no_grad():
             while self._wait():
                 try:
@@ -157,12 +165,6 @@ class Engine:
                 if self._failures >= MOST_FAILURES:
                     log.error("%d failures in a row: the engine stops", self._failures)
                     break
-        with self._changed:  # nothing is submitted to a thread that has ended
-            self._closing = True
-            waiting, self._waiting = [*self._waiting], deque()
-        self._fail_all("the server is shutting down")
-        for job in waiting:
-            job.emit(Failed("the server is shutting down"))
 
     def _wait(self) -> bool:
         """Until there is something to do; False when the loop is to end."""
@@ -293,6 +295,15 @@ class Engine:
         self._seconds_each += 0.2 * (time.monotonic() - one.began - self._seconds_each)
         if one.place.record is not None:
             self.metrics.contextual(one.place.record)
+
+    def _fail_rest(self) -> None:
+        """What is unfinished, when there will be no other step."""
+        with self._changed:  # nothing is submitted to a thread that has ended
+            self._closing = True
+            waiting, self._waiting = [*self._waiting], deque()
+        self._fail_all("the server is shutting down")
+        for job in waiting:
+            job.emit(Failed("the server is shutting down"))
 
     def _fail_all(self, message: str) -> None:
         """Everything in a slot fails."""

@@ -3,7 +3,7 @@
 Templates come with models, from whoever made them: programs in a small language. transformers renders them in Jinja's
 immutable sandbox, which keeps them from files and from Python, but not from running forever or from filling the memory.
 So they run in a process of their own, with limits that the system enforces: `CPU_S` of computing, `MEMORY_BYTES`, and
-`MOST_CHARACTERS` of text. A request cannot bring a template.
+`MOST_BYTES` of text. A request cannot bring a template.
 
     renderer = Renderer(template, {"bos_token": "<s>"})
     text = renderer.render([{"role": "user", "content": "Hello"}])
@@ -22,12 +22,12 @@ from typing import IO, Any
 from niwaki.entrance.refusals import INTERNAL, RefusalError
 from niwaki.errors import InputError
 
-CPU_S = 0.1
+CPU_S = 0.08  # so that a refusal is there within 0.1 s
 COMPILE_S = 1.0  # once, before the first dialogue
-WALL_S = 10.0  # a busy machine may take that long for 0.1 s
+WALL_S = 10.0  # a busy machine may take that long for it
 START_S = 60.0
 MEMORY_BYTES = 2**30
-MOST_CHARACTERS = 1_000_000
+MOST_BYTES = 1_000_000  # in UTF-8
 
 
 class Renderer:
@@ -119,14 +119,14 @@ def _serve() -> None:
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's business
-    signal.signal(signal.SIGVTALRM, signal.SIG_DFL)  # ends the process, whatever it does
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, whatever it does
     shared: dict[str, Any] | None = None
     for line in sys.stdin.buffer:
         given = json.loads(line)
         first, shared = shared is None, shared or given
-        signal.setitimer(signal.ITIMER_VIRTUAL, COMPILE_S if first else CPU_S)
+        signal.setitimer(signal.ITIMER_PROF, COMPILE_S if first else CPU_S)
         answer = _render(render_jinja_template, shared, [] if first else given)
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(answer), flush=True)
 
 
@@ -139,8 +139,9 @@ def _render(render_jinja_template: Any, shared: dict[str, Any], messages: list[d
         return {"refused": "it takes too much memory"}
     except Exception as error:  # whatever a template raises is its answer
         return {"refused": str(error)[:200] or type(error).__name__}
-    if len(texts[0]) > MOST_CHARACTERS:
-        return {"refused": f"{len(texts[0]):,} characters come of it, at most {MOST_CHARACTERS:,} are read"}
+    size = len(texts[0].encode("utf-8", "surrogatepass"))
+    if size > MOST_BYTES:
+        return {"refused": f"{size:,} bytes come of it, at most {MOST_BYTES:,} are read"}
     return {"text": texts[0]}
 
 

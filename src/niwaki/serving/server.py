@@ -19,11 +19,12 @@ import torch
 import uvicorn
 
 from niwaki.calibration import load_tokenizer
-from niwaki.checkpoint import Checkpoint
+from niwaki.checkpoint import local_folder
 from niwaki.entrance.guard import Bounds, Guard, check_open, is_local
 from niwaki.entrance.protocol import Protocol
 from niwaki.errors import InputError
 from niwaki.generation import load
+from niwaki.integrity import check_weights
 from niwaki.keys import Keys
 from niwaki.serving.app import Service, create_app
 from niwaki.serving.engine import Engine, Limits
@@ -55,6 +56,7 @@ class Settings:
     device: str = "auto"
     dtype: torch.dtype | None = None
     dense: bool = False
+    verify: bool = True
 
 
 def serve(model: str | Path, settings: Settings) -> int:
@@ -79,8 +81,12 @@ def check(settings: Settings) -> None:
 
 
 def make_service(model: str | Path, settings: Settings) -> Service:
-    """Loads the model and starts its engine."""
-    folder = Checkpoint.open(model).folder
+    """Loads the model, whose weights are compared with run.json first, and starts its engine."""
+    folder = local_folder(str(model))
+    if settings.verify:
+        checked = check_weights(folder)
+        told = "not compressed by niwaki" if checked is None else f"{checked:,} bytes are as they were written"
+        log.info("weights of %s: %s", model, told)
     tokenizer = load_tokenizer(folder)
     decoder = load(folder, device=settings.device, dense=settings.dense, dtype=settings.dtype)
     config = decoder.config.get_text_config()

@@ -101,7 +101,7 @@ class Common(Strict):
 class CompletionRequest(Common):
     """POST /v1/completions: one prompt, as text or as token ids."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[int]
     echo: bool | None = False
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
     best_of: Literal[1] | None = None
@@ -114,12 +114,6 @@ class CompletionRequest(Common):
         if several and len(given) != 1:
             raise ValueError(f"one prompt a request, got {len(given)}: send one request each")
         return given[0] if several else given
-
-    @property
-    def text_or_ids(self) -> str | list[int]:
-        """The prompt."""
-        assert not self.prompt or isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return self.prompt  # type: ignore[return-value]
 
 
 class TextPart(Strict):
