@@ -19,9 +19,9 @@ import psutil
 
 from niwaki.calibration import load_tokenizer
 from niwaki.demo import sapling
+from niwaki.entrance.guard import OPEN
 from niwaki.keys import Keys
 from niwaki.serving.app import Service, create_app
-from niwaki.serving.limits import OPEN
 from served import (
     TEMPLATE,
     Call,

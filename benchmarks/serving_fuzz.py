@@ -1,20 +1,27 @@
-"""Malformed requests of every kind against `niwaki serve`: all of them are refused, none of them is noticed by others.
+"""Malformed requests of every kind against `niwaki serve`, or the gateway: all are refused, none is noticed by others.
 
 Bytes are made from a seed: fields of the wrong type or size, JSON that is cut, flipped or nested, headers, methods and
 paths that nobody sends, bodies whose length is a lie. What is wrong for certain has to be answered by 4xx or a closed
 connection, what may be right by anything below 500; after every hundred a right request has to be answered.
 
     python benchmarks/serving_fuzz.py --cases 10000 --out benchmarks/results/serving-fuzz-cpu.json
+    python benchmarks/serving_fuzz.py --gateway --cases 10000 --out benchmarks/results/rollout-fuzz-cpu.json
+
+With `--gateway` they go to `niwaki rollout run` before such a server, which is both sides: half of the requests are the
+canary's, a tenth of the others is copied, a tenth of the answers audited.
 """
 
 import argparse
 import json
 import random
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +163,35 @@ def healthy(port: int) -> bool:
     return all(exchange(port, request(path, json.dumps(body).encode())) == 200 for path, body in RIGHT.items())
 
 
+@contextmanager
+def gateway(server: int, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """`niwaki rollout run` with one server as both sides, ready."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "rollout.yaml"
+        config.write_text("policy: {steps: [0.5], min_requests: 1000000}\n", encoding="utf-8")
+        url = f"http://127.0.0.1:{server}"
+        command = [sys.executable, "-m", "niwaki.cli", "rollout", "run", "--stable", url, "--canary", url]
+        options = ["--config", str(config), "--state", f"{folder}/state.sqlite", "--limit", "top1_agreement=0.5"]
+        options += ["--shadow", "0.1", "--audit", "0.1", "--port", str(port)]
+        process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
+        try:
+            until = time.monotonic() + 60
+            while not listening(port):
+                if time.monotonic() > until or process.poll() is not None:
+                    raise SystemExit("the gateway did not start")
+                time.sleep(0.1)
+            yield process
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def listening(port: int) -> bool:
+    """Whether somebody takes connections."""
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
+
+
 def judge(case: Case, status: int) -> str | None:
     """What is wrong with the answer, if anything."""
     if status >= 500:
@@ -166,18 +202,23 @@ def judge(case: Case, status: int) -> str | None:
 
 
 def main() -> None:
-    """Starts a server on the sapling with a chat template, and sends."""
+    """Starts a server on the sapling with a chat template, and what stands before it, and sends."""
     from provenance import provenance
     from served import free_port, served_sapling
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gateway", action="store_true", help="send to a gateway before the server")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     port = free_port()
-    with served_sapling(port, NAME) as process:
-        pid, began = process.pid, time.monotonic()
+    with ExitStack() as stack:
+        processes = [stack.enter_context(served_sapling(port, NAME))]
+        if given.gateway:
+            server, port = port, free_port()
+            processes.append(stack.enter_context(gateway(server, port)))
+        began = time.monotonic()
         statuses: Counter[int] = Counter()
         wrong = []
         for number, case in enumerate(cases(given.seed, given.cases), start=1):
@@ -187,7 +228,7 @@ def main() -> None:
             if number % 100 == 0 and not healthy(port):
                 wrong.append(f"not healthy after {number} cases")
         seconds = time.monotonic() - began
-        alive = process.poll() is None and process.pid == pid
+        alive = all(process.poll() is None for process in processes)
     found = {
         **provenance("cpu"), "cases": given.cases, "seed": given.seed, "seconds": round(seconds, 1),
         "statuses": {str(status): count for status, count in sorted(statuses.items())}, "restarts": int(not alive),

@@ -14,19 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from niwaki.rollout.app import build
 from niwaki.rollout.gateway import Gateway
 from niwaki.rollout.running import assemble
 from niwaki.rollout.settings import Settings, settings_from
 from niwaki.rollout.store import Store
+from niwaki.rollout.wire import Headers, UpstreamError
 
 WORDS = ("moss", "stone", "rain", "branch", "bench", "river", "garden", "autumn", "saw", "bark")
 LIMITS = {
     "error_rate": 0.002, "prefill_latency_ratio": 1.5, "decode_latency_ratio": 1.5, "top1_agreement": 0.9,
     "perplexity_ratio": 1.1,
 }  # fmt: skip
+
+
+USUAL = {"host": "localhost", "content-type": "application/json"}
 
 
 class Clock:
@@ -71,22 +73,19 @@ class Model:
             words.append(" " + self.best(prompt + "".join(words)))
         return words
 
-    def transport(self) -> httpx.MockTransport:
-        """This server as something that a client can send to."""
-        return httpx.MockTransport(self._handled)
-
-    async def _handled(self, request: httpx.Request) -> httpx.Response:
-        if request.url.path == "/v1/models":
+    async def send(self, method: str, path: str, headers: Headers, body: bytes) -> "Said":
+        """This server as what a `Server` asks through."""
+        if path == "/v1/models":
             return _said(200, {"object": "list", "data": [{"id": self.name}]})
-        if request.url.path == "/metrics":
-            return httpx.Response(200, text="niwaki_skipped_frac_sum 1.5\nniwaki_skipped_frac_count 3.0\n")
-        payload = json.loads(request.content)
+        if path == "/metrics":
+            return Said(200, "text/plain", _one(b"niwaki_skipped_frac_sum 1.5\nniwaki_skipped_frac_count 3.0\n"))
+        payload = json.loads(body)
         if payload.get("echo"):
             self.scored += 1
             found = self._echo(payload) if self.scores else {"choices": [{"text": "", "logprobs": None}]}
             return _said(200, found)
         self.asked.append(payload)
-        self.headers.append(dict(request.headers))
+        self.headers.append({name.decode().lower(): value.decode() for name, value in headers})
         if self.waits is not None:
             await self.waits()
         if self.status != 200 or self.rng.random() < self.errors:
@@ -97,18 +96,20 @@ class Model:
         except (KeyError, TypeError):
             return _said(400, {"error": {"message": "expected a prompt or messages"}})
         if payload.get("stream"):
-            kind = {"content-type": "text/event-stream"}
-            return httpx.Response(200, headers=kind, content=self._events(words, chat))
+            return Said(200, "text/event-stream", self._events(words, chat))
         self._pass(len(words))
         text = {"message": {"role": "assistant", "content": "".join(words)}} if chat else {"text": "".join(words)}
         answer = {"model": self.name, "choices": [{"index": 0, **text}], "usage": {"completion_tokens": len(words)}}
         return _said(200, answer)
 
+    async def close(self) -> None:
+        """There is nothing to end."""
+
     async def _events(self, words: list[str], chat: bool) -> AsyncIterator[bytes]:
         for place, word in enumerate(words):
             self._pass(1)
             if place == self.breaks_after:
-                raise httpx.ReadError("broken off")
+                raise UpstreamError("broken off")
             choice = {"index": 0, "delta": {"content": word}} if chat else {"index": 0, "text": word}
             yield b"data: " + json.dumps({"model": self.name, "choices": [choice]}).encode() + b"\n\n"
         yield b"data: [DONE]\n\n"
@@ -136,11 +137,26 @@ def _json(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def _said(status: int, found: dict[str, Any]) -> httpx.Response:
-    async def parts() -> AsyncIterator[bytes]:
-        yield json.dumps(found).encode()
+class Said:
+    """An answer whose head is there."""
 
-    return httpx.Response(status, headers={"content-type": "application/json"}, content=parts())
+    def __init__(self, status: int, kind: str, body: AsyncIterator[bytes]) -> None:
+        self.status, self.body, self.closed = status, body, False
+        self.headers: Headers = [(b"content-type", kind.encode())]
+
+    async def more(self) -> bytes:
+        return await anext(self.body, b"")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+async def _one(body: bytes) -> AsyncIterator[bytes]:
+    yield body
+
+
+def _said(status: int, found: dict[str, Any]) -> Said:
+    return Said(status, "application/json", _one(_json(found)))
 
 
 def _prompt(payload: dict[str, Any]) -> str:
@@ -207,7 +223,7 @@ class Client:
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
             "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
             "server": ("gateway", 80), "client": ("client", 1),
-            "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
+            "headers": [(name.lower().encode(), value.encode()) for name, value in {**USUAL, **headers}.items()],
         }  # fmt: skip
         await self.app(scope, receive, send)
         found = {name.decode().lower(): value.decode() for name, value in sent[0]["headers"]}
@@ -258,10 +274,9 @@ def make(
     """A gateway on a store in `folder` before two equal models."""
     clock = Clock()
     stable, canary = Model("dense", clock), Model("small", clock, rng=random.Random(8))
-    transports = (stable.transport(), canary.transport())
     gateway = assemble(
         own or settings(), LIMITS if limits is None else limits, Store.open(folder / "rollout.sqlite"), keys=keys,
-        now=clock.now, transports=transports, clock=clock,
+        now=clock.now, senders=(stable, canary), clock=clock,
     )  # fmt: skip
     gateway.rng = random.Random(3)
     return Setup(gateway, stable, canary, clock, Client(build(gateway, tick_s=None)))

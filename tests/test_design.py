@@ -18,7 +18,7 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if "data" not in path.relat
 LAYERS = [
     ["__init__", "_hook", "errors"],
     ["presets"],
-    ["config", "costs", "device", "kernels", "keys", "loading", "sources", "writing"],
+    ["config", "costs", "device", "entrance", "kernels", "keys", "loading", "sources", "writing"],
     [
         "calibration",
         "tap",

@@ -54,7 +54,7 @@ WRONG = [
     (["run", "--stable", "http://a", "--canary", "http://b", "--limit", "kl=1"], "unknown signal"),
     (
         ["run", "--stable", "http://a", "--canary", "http://b", "--limit", "top1_agreement=0.9", "--host", "0.0.0.0"],
-        "give keys with --api-key-file",
+        "give --api-key-file FILE",
     ),
     (["status"], "`niwaki rollout run --state"),
     (["export", "{tmp}/out.jsonl"], "`niwaki rollout run --state"),

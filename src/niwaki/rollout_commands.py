@@ -13,7 +13,9 @@ from niwaki.errors import InputError
 from niwaki.flags import given
 
 app = typer.Typer(no_args_is_help=True, help="Send traffic to a compressed model in steps, and back when it is worse.")
-State = Annotated[str, typer.Option(help="Where the state is kept: a file, or an address of SQLAlchemy.")]
+State = Annotated[
+    str, typer.Option(help="Where the state is kept: a file, or postgresql+psycopg://USER@HOST/DATABASE.")
+]
 STATE = "rollout.sqlite"
 LIMITS = "Limits: a gate file, or the compare.json of a report."
 KEYS = "Keys of clients, one a line; also from NIWAKI_API_KEYS, separated by commas."
@@ -170,7 +172,7 @@ def _given(pairs: list[str]) -> dict[str, float]:
 
 def _needed() -> None:
     """Raises InputError with the command that installs what is missing."""
-    needed = ("httpx", "prometheus_client", "sqlalchemy", "starlette", "uvicorn")
+    needed = ("aiohttp", "prometheus_client", "sqlalchemy", "starlette", "uvicorn")
     missing = [name for name in needed if not find_spec(name)]
     if missing:
         packages = " ".join(missing).replace("_", "-")

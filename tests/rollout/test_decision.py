@@ -89,6 +89,23 @@ def test_what_is_worse_but_not_certainly_so_is_not_widened() -> None:
     assert (verdict.action, verdict.reason) == ("hold", "error_rate was 0.006 at this step, the limit is 0.002")
 
 
+def test_a_last_pair_does_not_hold_up_the_last_step() -> None:
+    """An answer of dense that ends after the share went to 100 % makes a pair, and no other follows it."""
+    last = [
+        good(1),
+        good(2),
+        interval(3, 1, error_rate=[0.0] * 500, top1_agreement=[1.0] * 30, decode_latency_ratio=[4.0]),
+    ]
+    assert decide(POLICY, LIMITS, 1, last).action == "widen"
+    last[2].tallies["decode_latency_ratio"] = interval(3, 1, decode_latency_ratio=[4.0, 1.0] * 10).tallies[
+        "decode_latency_ratio"
+    ]
+    assert decide(POLICY, LIMITS, 1, last).action == "widen"  # the lower median keeps the limit
+    last[2].observe("decode_latency_ratio", SIGNALS["decode_latency_ratio"].scaled(4.0))
+    verdict = decide(POLICY, LIMITS, 1, last)
+    assert verdict.action == "hold" and "decode_latency_ratio was 4" in verdict.reason
+
+
 def test_a_finding_tells_value_and_band_in_the_units_of_the_signal() -> None:
     one = find(POLICY, LIMITS, [good(1)], "decode_latency_ratio")
     assert one.value == pytest.approx(1.0) and one.seen == 100

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from niwaki.rollout.upstream import UpstreamError
+from niwaki.rollout.wire import UpstreamError
 from rollout_helpers import Setup, make, settings
 
 
@@ -227,7 +227,7 @@ def test_users_stay_where_they_are_while_the_share_widens(tmp_path: Path) -> Non
 def test_a_stream_that_breaks_off_is_recorded(tmp_path: Path) -> None:
     async def work(setup: Setup) -> None:
         setup.canary.breaks_after = 3
-        with pytest.raises(UpstreamError, match="ReadError"):  # over a network the line is cut
+        with pytest.raises(UpstreamError, match="broken off"):  # over a network the line is cut
             await setup.ask(1, stream=True)
         assert setup.gateway.controller.ledger.open.tally("error_rate").mean == 1.0
 

@@ -1,12 +1,16 @@
 """State that outlives the gateway: decisions before deeds, restarts, kills, full disks, and other hands."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sql
 
 from niwaki.errors import InputError, OutputError
 from niwaki.rollout.controller import Controller, begin_or_resume, identity_of, manual
@@ -15,9 +19,26 @@ from niwaki.rollout.signals import SIGNALS
 from niwaki.rollout.store import Change, StaleError, Store
 from rollout_helpers import LIMITS, settings
 
+POSTGRES = os.environ.get("NIWAKI_TEST_DATABASE", "")  # such as postgresql+psycopg://me@127.0.0.1/test
 
-def begun(folder: Path, own: Settings | None = None, now: float = 0.0) -> Controller:
-    return begin_or_resume(Store.open(folder / "state.sqlite"), own or settings(), LIMITS, now)
+
+def begun(where: str, own: Settings | None = None, now: float = 0.0) -> Controller:
+    return begin_or_resume(Store.open(where), own or settings(), LIMITS, now)
+
+
+@pytest.fixture(params=["sqlite", *(["postgresql"] if POSTGRES else [])])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty store: a file, or a schema of its own in the database of NIWAKI_TEST_DATABASE."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "state.sqlite")
+        return
+    engine, schema = sql.create_engine(POSTGRES), f"niwaki_{uuid.uuid4().hex}"
+    with engine.begin() as connection:
+        connection.execute(sql.text(f"CREATE SCHEMA {schema}"))
+    yield f"{POSTGRES}?options=-csearch_path%3D{schema}"
+    with engine.begin() as connection:
+        connection.execute(sql.text(f"DROP SCHEMA {schema} CASCADE"))
+    engine.dispose()
 
 
 def feed(controller: Controller, *, failed: bool) -> None:
@@ -29,8 +50,8 @@ def feed(controller: Controller, *, failed: bool) -> None:
             controller.ledger.open.observe(name, SIGNALS[name].scaled(1.0))
 
 
-def test_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:
-    first = begun(tmp_path)
+def test_a_restart_goes_on_where_it_was(where: str) -> None:
+    first = begun(where)
     for interval in (1, 2):
         feed(first, failed=False)
         first.tick(60.0 * interval)
@@ -39,7 +60,7 @@ def test_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:
     first.watch.add("a prompt", 0.9, 3)
     first.looked = 0.0
     first.store.save(first.state, first.copied()[-1:], first.watch.as_json())
-    again = begun(tmp_path, now=130.0)
+    again = begun(where, now=130.0)
     assert again.state == first.state and again.watch.as_json() == first.watch.as_json()
     assert [one.as_json() for one in again.copied()] == [one.as_json() for one in first.copied()]
     again.tick(190.0)
@@ -48,24 +69,24 @@ def test_a_restart_goes_on_where_it_was(tmp_path: Path) -> None:
     assert actions == ["promote", "restart", "widen", "hold", "begin"]
 
 
-def test_a_return_is_kept_over_restarts_and_only_a_new_roll_out_begins_anew(tmp_path: Path) -> None:
-    first = begun(tmp_path)
+def test_a_return_is_kept_over_restarts_and_only_a_new_roll_out_begins_anew(where: str) -> None:
+    first = begun(where)
     feed(first, failed=True)
     first.tick(60.0)
     assert first.state.status == "returned" and first.share == 0
-    again = begun(tmp_path, now=70.0)
+    again = begun(where, now=70.0)
     assert again.state.status == "returned" and again.share == 0
     anew = begin_or_resume(again.store, settings(), LIMITS, 80.0, anew=True)
     assert (anew.state.id, anew.state.status, anew.share) == (2, "running", 0.5)
     assert not anew.ledger.open.tallies
 
 
-def test_another_canary_is_another_roll_out(tmp_path: Path) -> None:
+def test_another_canary_is_another_roll_out(where: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "predictor").write_text("one")
     own = settings(canary={"url": "http://canary", "files": str(folder)})
-    first = begun(tmp_path, own)
+    first = begun(where, own)
     feed(first, failed=False)
     first.tick(60.0)
     assert first.active
@@ -74,7 +95,7 @@ def test_another_canary_is_another_roll_out(tmp_path: Path) -> None:
     first.tick(120.0)
     assert first.state.status == "returned" and first.share == 0
     assert "a new canary is a new roll-out" in first.store.decisions(first.state)[0]["reason"]
-    second = begun(tmp_path, own, now=130.0)
+    second = begun(where, own, now=130.0)
     assert (second.state.id, second.state.step, second.state.status) == (2, 0, "running")
     assert identity_of(own) != first.state.identity
     (folder / "predictor").unlink()
@@ -83,11 +104,11 @@ def test_another_canary_is_another_roll_out(tmp_path: Path) -> None:
     second.tick(190.0)
     assert second.state.status == "returned"
     with pytest.raises(InputError, match="no folder"):
-        begun(tmp_path, own, now=200.0)
+        begun(where, own, now=200.0)
 
 
-def test_an_alarm_is_noted_once_and_asks_for_new_proof(tmp_path: Path) -> None:
-    controller = begun(tmp_path)
+def test_an_alarm_is_noted_once_and_asks_for_new_proof(where: str) -> None:
+    controller = begun(where)
     for interval in (1, 2):
         feed(controller, failed=False)
         if interval == 2:  # it would be widened now
@@ -104,14 +125,14 @@ def test_an_alarm_is_noted_once_and_asks_for_new_proof(tmp_path: Path) -> None:
     assert actions.count("alarm") == 1 and actions[0] == "widen"
 
 
-def test_limits_do_not_change_under_way(tmp_path: Path) -> None:
-    first = begun(tmp_path)
+def test_limits_do_not_change_under_way(where: str) -> None:
+    first = begun(where)
     with pytest.raises(InputError, match="begun with another limits: give the same, or begin a new one with --new"):
         begin_or_resume(first.store, settings(), {**LIMITS, "top1_agreement": 0.5}, 0.0)
 
 
-def test_by_hand(tmp_path: Path) -> None:
-    controller = begun(tmp_path)
+def test_by_hand(where: str, tmp_path: Path) -> None:
+    controller = begun(where)
     assert manual(controller.store, "promote", 1.0).step == 1
     controller.tick(2.0)
     assert controller.share == 1.0  # noticed at the next tick
@@ -125,8 +146,8 @@ def test_by_hand(tmp_path: Path) -> None:
         manual(Store.open(tmp_path / "other.sqlite"), "abort", 0.0)
 
 
-def test_whoever_decided_on_an_old_state_comes_too_late(tmp_path: Path) -> None:
-    controller = begun(tmp_path)
+def test_whoever_decided_on_an_old_state_comes_too_late(where: str) -> None:
+    controller = begun(where)
     seen = controller.state
     manual(controller.store, "abort", 1.0)
     with pytest.raises(StaleError):
@@ -138,11 +159,11 @@ def test_whoever_decided_on_an_old_state_comes_too_late(tmp_path: Path) -> None:
     assert controller.state.status == "aborted" and controller.share == 0
 
 
-def test_a_store_that_fails_stops_widening_and_never_a_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_fails_stops_widening_and_never_a_return(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OutputError("cannot write the roll-out state: disk full")
 
-    controller = begun(tmp_path)
+    controller = begun(where)
     with monkeypatch.context() as broken:
         broken.setattr(controller.store, "change", full)
         broken.setattr(controller.store, "current", full)
@@ -163,35 +184,55 @@ def test_a_store_that_fails_stops_widening_and_never_a_return(tmp_path: Path, mo
     assert stored is not None and stored.status == "returned" and controller.unstored is None
 
 
-KILLED = """
+BEGUN = """
 import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, TESTS)
+from niwaki.rollout import store
 from test_store import begun, feed
-controller = begun(Path({folder!r}))
+controller = begun(WHERE)
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+AFTER = f"""{BEGUN}
 before = controller.store.change
-def killed(*arguments):
-    state = before(*arguments)
-    os.kill(os.getpid(), signal.SIGKILL)  # stored, and not yet carried out
-controller.store.change = killed
+controller.store.change = lambda *given: (before(*given), killed())  # stored, and not yet carried out
+feed(controller, failed=True)
+controller.tick(60.0)
+"""
+BETWEEN = f"""{BEGUN}
+store._decision = killed  # the state is written, the decision that led to it is not
 feed(controller, failed=True)
 controller.tick(60.0)
 """
 
 
-def test_a_return_survives_a_kill_right_after_it_was_decided(tmp_path: Path) -> None:
+def run_until_killed(script: str, where: str) -> None:
     here = Path(__file__).parent
-    script = KILLED.format(tests=str(here), folder=str(tmp_path))
     environment = {"PYTHONPATH": f"{here.parent}:{':'.join(sys.path)}", "PATH": "/usr/bin:/bin"}
-    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    whole = script.replace("TESTS", repr(str(here))).replace("WHERE", repr(where))
+    ended = subprocess.run([sys.executable, "-c", whole], env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    again = begun(tmp_path, now=61.0)
+
+
+def test_a_return_survives_a_kill_right_after_it_was_decided(where: str) -> None:
+    run_until_killed(AFTER, where)
+    again = begun(where, now=61.0)
     assert again.state.status == "returned" and again.share == 0
     assert again.store.decisions(again.state)[1]["action"] == "return"
 
 
-def test_decisions_and_audits_are_read_back(tmp_path: Path) -> None:
-    controller = begun(tmp_path)
+def test_a_kill_between_two_writes_leaves_neither(where: str) -> None:
+    run_until_killed(BETWEEN, where)
+    again = begun(where, now=61.0)
+    assert again.state.status == "running" and again.state.version == 1
+    assert [one["action"] for one in again.store.decisions(again.state)] == ["restart", "begin"]
+    feed(again, failed=True)  # the canary is still what it was
+    again.tick(121.0)
+    assert again.state.status == "returned"
+
+
+def test_decisions_and_audits_are_read_back(where: str) -> None:
+    controller = begun(where)
     store, state = controller.store, controller.state
     store.add_audit(state, 5.0, "served", 8, {"top1_agreement": 0.5}, None)
     store.add_audit(state, 6.0, "shadow", 3, {"top1_agreement": 1.0}, {"prompt": "庭", "answer": "木", "places": []})
@@ -203,13 +244,40 @@ def test_decisions_and_audits_are_read_back(tmp_path: Path) -> None:
     assert json.dumps(state.plan)
 
 
-def test_addresses_that_lead_nowhere(tmp_path: Path) -> None:
+def test_texts_in_any_characters(where: str) -> None:
+    """JSON may name half a character, which no database takes."""
+    controller = begun(where)
+    texts = {"prompt": "\x00 \ud800 庭", "answer": "", "places": []}
+    controller.store.add_audit(controller.state, 5.0, "served", 1, {}, texts)
+    assert controller.store.audits(controller.state)[0]["texts"] == texts
+
+
+@pytest.mark.skipif(not POSTGRES, reason="needs NIWAKI_TEST_DATABASE")
+@pytest.mark.parametrize("where", ["postgresql"], indirect=True)
+def test_a_database_that_was_restarted_is_found_again(where: str) -> None:
+    controller = begun(where)
+    own = sql.create_engine(POSTGRES)
+    with own.connect() as connection:
+        others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND pid = :pid"
+        with controller.store.engine.connect() as mine:
+            pid = mine.execute(sql.text("SELECT pg_backend_pid()")).scalar()
+        connection.execute(sql.text(others), {"pid": pid})
+    own.dispose()
+    feed(controller, failed=True)
+    controller.tick(60.0)
+    assert controller.unstored is None and begun(where, now=61.0).state.status == "returned"
+
+
+def test_addresses_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(InputError, match="its folder does not exist"):
         Store.open(tmp_path / "gone" / "state.sqlite")
     with pytest.raises(InputError, match="begins one"):
         Store.open(tmp_path / "state.sqlite", create=False)
     with pytest.raises(InputError, match="an address of SQLAlchemy"):
         Store.open("nonsense://somewhere")
+    with pytest.raises(InputError, match=r"no module psycopg .*pip install 'niwaki\[postgres\]'"):
+        Store.open("postgresql+psycopg://127.0.0.1/none")
     (tmp_path / "text").write_text("this is no data base" * 100)
     with pytest.raises(OutputError, match="not a database"):
         Store.open(tmp_path / "text")

@@ -12,11 +12,11 @@ from contextual_helpers import PROMPT, model_of, shadow_of
 from families import build, families
 from niwaki.calibration import load_tokenizer
 from niwaki.demo import sapling
+from niwaki.entrance.refusals import RefusalError
 from niwaki.runtime.contextual import attach
 from niwaki.serving.engine import MOST_FAILURES, Engine, Limits
 from niwaki.serving.jobs import Event, Failed, Finished, Job, Read, Started, Wrote
 from niwaki.serving.metrics import Metrics
-from niwaki.serving.refusals import RefusalError
 from niwaki.serving.sampling import Sampling
 from serving_helpers import until
 

@@ -15,10 +15,10 @@ import openai
 import pytest
 import torch
 
-from niwaki.serving import limits
-from niwaki.serving import server as server_module
+from niwaki.entrance import guard as guard_module
+from niwaki.entrance import protocol
+from niwaki.entrance.guard import HEADER_BYTES, OPEN, Bounds
 from niwaki.serving.app import create_app
-from niwaki.serving.limits import BODY_BYTES, HEADER_BYTES, OPEN
 from serving_helpers import Running, chat_model, running, until
 
 KEY = "sk-a-key-for-tests"
@@ -111,7 +111,7 @@ def test_prompts_are_not_logged(slow: Running, caplog: pytest.LogCaptureFixture)
 
 
 def test_sizes_and_kinds_of_bodies(slow: Running) -> None:
-    said = json.dumps({"model": "tiny", "prompt": "x" * BODY_BYTES}).encode()
+    said = json.dumps({"model": "tiny", "prompt": "x" * Bounds().body_bytes}).encode()
     usual = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     cases: list[tuple[int, dict[str, str], Any]] = [
         (413, usual, said),
@@ -144,14 +144,14 @@ def raw(served: Running, sent: bytes, seconds: float = 20) -> bytes:
 
 
 def test_headers_that_never_end_and_bodies_that_never_come(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "HEADERS_S", 0.3)
+    monkeypatch.setattr(protocol, "HEADERS_S", 0.3)
     assert raw(slow, b"GET /health HTTP/1.1\r\nX-Slow: ").startswith(b"HTTP/1.1 408 ")
     assert raw(slow, b"GET /health HTTP/1.1\r\nX-Big: " + b"x" * 40_000).startswith(b"HTTP/1.1 431 ")
     assert raw(slow, b"\x16\x03\x01 nonsense\r\n\r\n").startswith(b"HTTP/1.1 400 ")
     guard = slow.server.config.loaded_app
-    while not hasattr(guard, "body_s"):
+    while not hasattr(guard, "bounds"):
         guard = guard.app
-    monkeypatch.setattr(guard, "body_s", 0.3)
+    monkeypatch.setattr(guard, "bounds", Bounds(body_s=0.3))
     half = (
         f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
     )
@@ -159,7 +159,7 @@ def test_headers_that_never_end_and_bodies_that_never_come(slow: Running, monkey
 
 
 def test_bodies_that_arrive_at_once_have_a_limit_together(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "ARRIVING_BYTES", 100_000)
+    monkeypatch.setattr(guard_module, "ARRIVING_BYTES", 100_000)
     before = outcomes(slow)
     usual = f"Host: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\nContent-Length: 90000\r\n\r\n"
     head = f"POST /v1/completions HTTP/1.1\r\n{usual}".encode()

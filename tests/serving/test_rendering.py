@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from niwaki.entrance.refusals import RefusalError
 from niwaki.errors import InputError
-from niwaki.serving.refusals import RefusalError
 from niwaki.serving.rendering import MOST_BYTES, Renderer
 from serving_helpers import TEMPLATE
 

@@ -10,24 +10,27 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from niwaki.entrance.guard import Bounds, Guard
+from niwaki.entrance.refusals import RefusalError
 from niwaki.errors import NiwakiError
 from niwaki.rollout import dashboard
 from niwaki.rollout.answers import CHAT, COMPLETIONS
-from niwaki.rollout.gateway import Gateway
-from niwaki.rollout.guard import RefusedError, refusal
+from niwaki.rollout.gateway import Gateway, no_answer
 from niwaki.rollout.metrics import exposition
-from niwaki.rollout.upstream import UpstreamError
+from niwaki.rollout.wire import UpstreamError
 
 log = logging.getLogger("niwaki.rollout")
 TICK_S = 1.0
+CHALLENGE = 'Basic realm="niwaki rollout", charset="UTF-8"'  # a browser asks for the key as a password
 SKIPPED_S = 0.5  # the most that the dashboard waits for the canary's own metrics
 Clock = Callable[[], float]
 
@@ -47,17 +50,23 @@ def build(gateway: Gateway, *, tick_s: float | None = TICK_S, now: Clock = time.
 
     own = _Addresses(gateway, now)
     routes = [
-        Route(COMPLETIONS, own.kept(own.completions), methods=["POST"]),
-        Route(CHAT, own.kept(own.chat), methods=["POST"]),
-        Route("/v1/models", own.kept(own.models)),
-        Route("/metrics", own.kept(own.metrics)),
-        Route("/rollout", own.kept(own.page)),
-        Route("/rollout/data", own.kept(own.data)),
-        Route("/rollout/{name}", own.kept(own.asset)),
+        Route(COMPLETIONS, own.completions, methods=["POST"]),
+        Route(CHAT, own.chat, methods=["POST"]),
+        Route("/v1/models", own.models),
+        Route("/metrics", own.metrics),
+        Route("/rollout", own.page),
+        Route("/rollout/data", own.data),
+        Route("/rollout/{name}", own.asset),
         Route("/health", own.health),
         Route("/ready", own.ready),
     ]
-    return Starlette(routes=routes, lifespan=living, exception_handlers={404: _nowhere, 405: _nowhere})
+    bounds = Bounds(gateway.settings.bounds.body_bytes, gateway.settings.bounds.body_s)
+    guard = Middleware(Guard, gateway.keys, bounds, challenge=CHALLENGE)
+    app = Starlette(
+        routes=routes, lifespan=living, middleware=[guard], exception_handlers={404: _nowhere, 405: _nowhere}
+    )
+    app.router.redirect_slashes = False  # an address is right or it is not
+    return app
 
 
 @dataclass(frozen=True)
@@ -67,20 +76,6 @@ class _Addresses:
     gateway: Gateway
     now: Clock
 
-    def kept(self, address: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """Only with a key, and every refusal in one form."""
-
-        async def guarded(request: Request) -> Response:
-            if not self.gateway.guard.allows(request.headers):
-                return refusal(401, "expected a key of this gateway")
-            try:
-                self.gateway.guard.check_head(request)
-                return await address(request)
-            except RefusedError as refused:
-                return refusal(refused.status, str(refused))
-
-        return guarded
-
     async def completions(self, request: Request) -> Response:
         return await self.gateway.answer(request, COMPLETIONS)
 
@@ -88,12 +83,12 @@ class _Addresses:
         return await self.gateway.answer(request, CHAT)
 
     async def models(self, request: Request) -> Response:
-        keyed = bool(self.gateway.guard.keys)
+        keyed = bool(self.gateway.keys)
         passed = [] if keyed else [one for one in request.headers.raw if one[0] == b"authorization"]
         try:
             reply = await self.gateway.stable.models(passed, self.gateway.settings.bounds.answer_s)
-        except UpstreamError:
-            return refusal(502, "the model does not answer")
+        except UpstreamError as failure:
+            raise no_answer() from failure
         return Response(reply.first, reply.status, media_type="application/json")
 
     async def metrics(self, _: Request) -> Response:
@@ -105,7 +100,7 @@ class _Addresses:
     async def asset(self, request: Request) -> Response:
         found = dashboard.asset(request.path_params["name"])
         if found is None:
-            return refusal(404, "no such file")
+            raise RefusalError(404, "no such file")
         return Response(found.content, media_type=found.kind, headers={"Cache-Control": "private, max-age=86400"})
 
     async def data(self, _: Request) -> Response:
@@ -128,7 +123,7 @@ class _Addresses:
 
 
 async def _nowhere(_: Request, __: Exception) -> Response:
-    return refusal(404, f"expected POST to {COMPLETIONS} or {CHAT}, GET of /v1/models, /rollout or /metrics")
+    raise RefusalError(404, f"expected POST to {COMPLETIONS} or {CHAT}, GET of /v1/models, /rollout or /metrics")
 
 
 async def _ticking(gateway: Gateway, tick_s: float, now: Clock) -> None:

@@ -21,6 +21,8 @@ from niwaki.rollout.sequential import band, certainly_above, certainly_below, ex
 from niwaki.rollout.signals import SIGNALS
 from niwaki.rollout.tally import Interval, Tally, added
 
+# At 100 % there are no pairs but of what dense still wrote when the share widened: they may not hold it up for good.
+FEWEST_PAIRS = 20
 Action = Literal["hold", "widen", "return"]
 
 
@@ -140,7 +142,7 @@ def _worse(limits: Mapping[str, float], step: int, intervals: Sequence[Interval]
     for name, limit in limits.items():
         signal = SIGNALS[name]
         here = added(interval.tally(name) for interval in intervals if interval.step == step)
-        if not here.total:
+        if here.total < (FEWEST_PAIRS if signal.centre == "median" else 1):
             continue
         value = signal.value(here.mean if signal.centre == "mean" else here.median)
         if (value > limit) if signal.limit == "max" else (value < limit):

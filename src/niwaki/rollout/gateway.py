@@ -9,25 +9,28 @@
     gateway = Gateway(settings, controller, stable, canary, store); app.build(gateway)
 """
 
+import json
 import random
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from niwaki.entrance.refusals import RefusalError
+from niwaki.keys import Keys
 from niwaki.rollout import answers
 from niwaki.rollout.answers import Template, UnreadError
 from niwaki.rollout.auditing import Auditor
 from niwaki.rollout.background import Background
 from niwaki.rollout.controller import Controller
-from niwaki.rollout.guard import Guard, payload_of, refusal
 from niwaki.rollout.ledger import Times
-from niwaki.rollout.passing import Passing, Taken, unless_gone
+from niwaki.rollout.passing import GONE, Passing, Taken, unless_gone
 from niwaki.rollout.routing import Ask, Route, choose, sticky_key
 from niwaki.rollout.settings import Settings
-from niwaki.rollout.upstream import Headers, Reply, Server, UpstreamError
+from niwaki.rollout.upstream import Reply, Server
+from niwaki.rollout.wire import Headers, UpstreamError
 
 
 @dataclass
@@ -50,21 +53,24 @@ class Gateway:
     controller: Controller
     stable: Server
     canary: Server
-    guard: Guard
+    keys: Keys
     auditor: Auditor
     template: Template | None = None
     rng: random.Random = field(default_factory=random.Random)
     background: Background = field(default_factory=Background)
 
     async def answer(self, request: Request, path: str) -> Response:
-        """One request to one of the two paths of the interface. Raises RefusedError."""
-        body = await self.guard.body(request)
+        """One request to one of the two paths of the interface. Raises RefusalError."""
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            return Response(status_code=GONE)
         payload = payload_of(body)
         question = self._question(request, path, body, payload)
         try:
             return await unless_gone(request.receive, self._answered(question))
-        except UpstreamError:
-            return refusal(502, "the model does not answer")
+        except UpstreamError as failure:
+            raise no_answer() from failure
 
     async def _answered(self, question: Question) -> Response:
         if question.route.side == "canary":
@@ -85,7 +91,7 @@ class Gateway:
         except UpstreamError as failure:
             return str(failure)
         if not reply.good:
-            await reply.close()
+            reply.close()
             return f"status {reply.status}"
         return self._passed_on(question, reply, "canary")
 
@@ -118,7 +124,7 @@ class Gateway:
                 self.controller.ledger.outcome(failed=True)
             raise
         finally:
-            await reply.close()
+            reply.close()
         if not wanted:
             return
         times = taken.times(reply, self.stable.clock())
@@ -141,7 +147,7 @@ class Gateway:
                 async for chunk in reply.chunks():
                     taken.add(chunk)
             finally:
-                await reply.close()
+                reply.close()
         except UpstreamError:
             ledger.outcome(failed=True)
             return
@@ -186,6 +192,22 @@ class Gateway:
         ask = Ask(str(payload.get("model", "")), prompt, headers, key)
         route = choose(ask, share=self.controller.share, salt=self.controller.salt, important=self.settings.important)
         passed: Headers = request.headers.raw
-        if self.guard.keys:  # a key of this gateway is nobody else's business
+        if self.keys:  # a key of this gateway is nobody else's business
             passed = [(name, value) for name, value in passed if name.lower() != b"authorization"]
         return Question(path, body, payload, passed, texts, route)
+
+
+def payload_of(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body, or RefusalError."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RefusalError(400, "expected a body of JSON") from error
+    if not isinstance(found, dict):
+        raise RefusalError(400, "expected a JSON object")
+    return found
+
+
+def no_answer() -> RefusalError:
+    """What a client hears when neither side has an answer; which servers there are is not its business."""
+    return RefusalError(502, "the model does not answer", kind="upstream_error")

@@ -15,6 +15,7 @@ from niwaki.rollout.answers import tokens_of
 from niwaki.rollout.ledger import Times
 from niwaki.rollout.upstream import Reply
 
+GONE = 499  # the client left: nobody reads it
 MOST_COPIED = 1_000_000  # bytes of an answer that are kept to be audited
 
 
@@ -53,7 +54,10 @@ class Taken:
 
 
 class Passing(StreamingResponse):
-    """A streamed answer that closes its upstream also when nobody began to read it."""
+    """An answer that closes its upstream also when nobody began to read it.
+
+    A whole answer is there already: nobody has to watch whether its client leaves.
+    """
 
     def __init__(self, reply: Reply, chunks: AsyncIterator[bytes]) -> None:
         super().__init__(chunks, reply.status)
@@ -61,9 +65,12 @@ class Passing(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            if self.reply.stream:
+                await super().__call__(scope, receive, send)
+            else:
+                await self.stream_response(send)
         finally:
-            await self.reply.close()
+            self.reply.close()
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Response]) -> Response:
@@ -75,7 +82,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Response]) -> 
         if not task.done():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=GONE)
         return await task
     finally:
         gone.cancel()

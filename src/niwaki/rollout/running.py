@@ -3,17 +3,17 @@
 run(settings, limits, Store.open("rollout.sqlite"), keys=(), host="127.0.0.1", port=8100)
 """
 
-import ipaddress
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import httpx
 import uvicorn
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from niwaki.entrance.guard import check_open
+from niwaki.entrance.protocol import Protocol
 from niwaki.errors import InputError
 from niwaki.keys import Keys
 from niwaki.rollout.answers import Template
@@ -21,12 +21,11 @@ from niwaki.rollout.app import build
 from niwaki.rollout.auditing import Auditor
 from niwaki.rollout.controller import begin_or_resume
 from niwaki.rollout.gateway import Gateway
-from niwaki.rollout.guard import HEADER_BYTES, Guard
 from niwaki.rollout.settings import Settings
 from niwaki.rollout.store import Store
 from niwaki.rollout.upstream import Clock, Server
+from niwaki.rollout.wire import Sender
 
-Transport = httpx.AsyncBaseTransport | None
 TEMPLATE_CHARACTERS = 100_000
 
 
@@ -48,13 +47,12 @@ def run(
     say(f"roll-out {state.id}, {state.status}: {gateway.controller.share:.0%} of requests to the canary")
     say(f"gateway: http://{host}:{port}/v1   dashboard: http://{host}:{port}/rollout")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log addresses of every request
     uvicorn.run(
         build(gateway),
         host=host,
         port=port,
-        http="h11",
-        h11_max_incomplete_event_size=HEADER_BYTES,
+        http=Protocol,
+        ws="none",
         access_log=False,
         log_level="warning",
         server_header=False,
@@ -70,12 +68,12 @@ def assemble(
     keys: Sequence[str] = (),
     now: float,
     anew: bool = False,
-    transports: tuple[Transport, Transport] = (None, None),
+    senders: tuple[Sender | None, Sender | None] = (None, None),
     clock: Clock = time.perf_counter,
 ) -> Gateway:
-    """A gateway whose roll-out is begun, or goes on. Tests give `transports` of both sides and a `clock`."""
-    stable = Server(settings.stable, settings.bounds, transport=transports[0], clock=clock)
-    canary = Server(settings.canary, settings.bounds, transport=transports[1], clock=clock)
+    """A gateway whose roll-out is begun, or goes on. Tests give `senders` to both sides and a `clock`."""
+    stable = Server(settings.stable, settings.bounds, sender=senders[0], clock=clock)
+    canary = Server(settings.canary, settings.bounds, sender=senders[1], clock=clock)
     template = None if settings.chat_template is None else read_template(settings.chat_template)
     controller = begin_or_resume(store, settings, limits, now, anew=anew)
     return Gateway(
@@ -83,20 +81,10 @@ def assemble(
         controller=controller,
         stable=stable,
         canary=canary,
-        guard=Guard(Keys(keys), settings.bounds),
+        keys=Keys(keys),
         auditor=Auditor(stable, canary, store, settings.sampling.keep_texts),
         template=template,
     )
-
-
-def check_open(host: str, keys: Sequence[str]) -> None:
-    """Raises InputError where everybody in a network could ask, and read the dashboard, without a key."""
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not local and not keys:
-        raise InputError(f"{host} is open to others: give keys with --api-key-file FILE, or stay on 127.0.0.1")
 
 
 def read_template(path: Path) -> Template:

@@ -1,7 +1,7 @@
 """What outlives the gateway: the state of roll-outs, every decision, the counts of every interval, audits.
 
-An embedded SQLite file by default; any address that SQLAlchemy knows, such as postgresql+psycopg://…, where its driver
-is installed. A decision and the state it leads to are one transaction, flushed to the disk before anybody acts on it.
+An embedded SQLite file by default, or PostgreSQL by its SQLAlchemy address, postgresql+psycopg://… (extra `postgres`).
+A decision and the state it leads to are one transaction, flushed to the disk before anybody acts on it.
 Every change names the version it saw: if the command line aborted meanwhile, a decision to widen comes too late and
 fails. One gateway writes to one store.
 
@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from niwaki.errors import InputError, OutputError
 from niwaki.rollout.decision import Policy
 from niwaki.rollout.tally import Interval
 
+WAIT_S = 5  # for a database on the network
 Status = Literal["running", "promoted", "returned", "aborted"]
 _META = sql.MetaData()
 _ROLLOUTS = sql.Table(
@@ -77,7 +79,7 @@ class State:
     step: int
     version: int
 
-    @property
+    @cached_property  # every request asks for the share
     def policy(self) -> Policy:
         """As it was begun with."""
         return Policy(**self.plan["policy"])
@@ -124,13 +126,7 @@ class Store:
             if not Path(text).absolute().parent.is_dir():
                 raise InputError(f"cannot keep the state in {text}: its folder does not exist")
             text = f"sqlite:///{Path(text).absolute()}"
-        try:
-            engine = sql.create_engine(text)
-        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
-            said = str(error).splitlines()[0]
-            raise InputError(f"--state: expected a path or an address of SQLAlchemy: {said}") from error
-        if engine.dialect.name == "sqlite":
-            sql.event.listen(engine, "connect", _durable)
+        engine = _engine(text)
         store = cls(engine, engine.url.render_as_string(hide_password=True))
         with store._write() as connection:
             _META.create_all(connection)
@@ -209,7 +205,7 @@ class Store:
         """One audited answer; `texts` only where they may be kept."""
         values = {
             "rollout": state.id, "at": now, "how": how, "tokens": tokens, "scores": json.dumps(scores),
-            "texts": None if texts is None else json.dumps(texts, ensure_ascii=False),
+            "texts": None if texts is None else json.dumps(texts),
         }  # fmt: skip
         with self._write() as connection:
             connection.execute(sql.insert(_AUDITS).values(**values))
@@ -245,6 +241,33 @@ class Store:
                 yield connection
         except SQLAlchemyError as error:
             raise OutputError(f"cannot read the roll-out state {self.where}: {_said(error)}") from error
+
+
+def _engine(address: str) -> Engine:
+    try:
+        url = sql.make_url(address)
+        networked = url.get_backend_name() == "postgresql"
+        # A decision cannot wait for a network that is gone; what a restart closed is opened again unnoticed.
+        patience = {"connect_timeout": WAIT_S, "tcp_user_timeout": 1000 * WAIT_S} if networked else {}
+        engine = sql.create_engine(url, connect_args=patience, pool_pre_ping=networked)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--state: no module {error.name} for {url.drivername}: pip install 'niwaki[postgres]', "
+            "and begin the address with postgresql+psycopg://"
+        ) from error
+    except (ArgumentError, NoSuchModuleError) as error:
+        said = str(error).splitlines()[0]
+        raise InputError(f"--state: expected a path or an address of SQLAlchemy: {said}") from error
+    if networked or engine.dialect.name == "sqlite":
+        sql.event.listen(engine, "connect", _patient if networked else _durable)
+    return engine
+
+
+def _patient(connection: Any, _: Any) -> None:
+    """A statement ends within seconds, one way or the other."""
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET statement_timeout = {1000 * WAIT_S}")
+    connection.commit()
 
 
 def _durable(connection: Any, _: Any) -> None:

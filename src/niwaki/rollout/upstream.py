@@ -7,6 +7,7 @@ still turn to another server before that. Answers are asked for without compress
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -15,11 +16,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
-
 from niwaki.errors import InputError
 from niwaki.rollout.answers import failed_at_once
 from niwaki.rollout.settings import Bounds, Upstream
+from niwaki.rollout.wire import Headers, Line, Opened, Sender, UpstreamError
 
 # Headers that belong to one connection, and those that are set anew.
 _OWN = {
@@ -29,11 +29,6 @@ _OWN = {
 }  # fmt: skip
 MOST_BYTES = 64_000_000  # of an answer that is read whole
 Clock = Callable[[], float]
-Headers = list[tuple[bytes, bytes]]
-
-
-class UpstreamError(Exception):
-    """A server that did not answer, not in time, or with an error; the message is a few words for counters and logs."""
 
 
 @dataclass
@@ -46,8 +41,7 @@ class Reply:
     first: bytes
     asked: float
     begun: float
-    response: httpx.Response
-    rest: AsyncIterator[bytes]
+    opened: Opened
     silence_s: float
 
     @property
@@ -58,43 +52,27 @@ class Reply:
     async def chunks(self) -> AsyncIterator[bytes]:
         """The bytes as they come. Raises UpstreamError when they break off, or pause for too long."""
         yield self.first
-        while True:
-            try:
-                async with asyncio.timeout(self.silence_s):
-                    chunk = await anext(self.rest, b"")
-            except (httpx.HTTPError, TimeoutError) as error:
-                raise UpstreamError(_reason(error)) from error
+        while self.stream:
+            async with _within(self.silence_s):
+                chunk = await self.opened.more()
             if not chunk:
                 return
             yield chunk
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Lets the server know that nobody listens any more."""
-        await self.response.aclose()
+        self.opened.close()
 
 
 class Server:
     """A connection pool to one upstream."""
 
     def __init__(
-        self,
-        upstream: Upstream,
-        bounds: Bounds,
-        *,
-        transport: httpx.AsyncBaseTransport | None = None,
-        clock: Clock = time.perf_counter,
+        self, upstream: Upstream, bounds: Bounds, *, sender: Sender | None = None, clock: Clock = time.perf_counter
     ) -> None:
         self.upstream, self.bounds, self.clock = upstream, bounds, clock
         self.key = _key(upstream)
-        self.client = httpx.AsyncClient(
-            base_url=upstream.url,
-            transport=transport,
-            timeout=httpx.Timeout(None, connect=bounds.connect_s),
-            # Servers close idle connections after 5 s; ours go first, so that none is closed while it is taken.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=2.0),
-            trust_env=False,
-            follow_redirects=False,
-        )
+        self.sender: Sender = Line(upstream.url, bounds.connect_s) if sender is None else sender
 
     def body(self, payload: Mapping[str, Any], body: bytes) -> bytes:
         """The bytes to send: those that came, or with this server's own name of the model."""
@@ -104,42 +82,40 @@ class Server:
 
     async def open(self, path: str, body: bytes, headers: Headers, first_byte_s: float) -> Reply:
         """Asks, and waits for the first byte. Raises UpstreamError."""
-        request = self.client.build_request("POST", path, content=body, headers=self._headers(headers))
-        asked = self.clock()
-        try:
-            async with asyncio.timeout(first_byte_s):
-                response = await self.client.send(request, stream=True)
-                try:
-                    return await self._begun(response, asked)
-                except BaseException:
-                    await response.aclose()
-                    raise
-        except (httpx.HTTPError, TimeoutError) as error:
-            raise UpstreamError(_reason(error)) from error
+        return await self._asked("POST", path, body, headers, first_byte_s)
 
-    async def _begun(self, response: httpx.Response, asked: float) -> Reply:
-        stream = response.headers.get("content-type", "").startswith("text/event-stream")
-        rest = response.aiter_raw()
-        first = b""
-        if stream:
-            first = await anext(rest, b"")
-        else:
-            async for chunk in rest:
-                first += chunk
-                if len(first) > MOST_BYTES:
-                    raise httpx.ReadError("an answer without end")
+    async def _asked(self, method: str, path: str, body: bytes, headers: Headers, first_byte_s: float) -> Reply:
+        asked = self.clock()
+        async with _within(first_byte_s):
+            opened = await self.sender.send(method, path, self._headers(headers), body)
+            try:
+                return await self._begun(opened, asked)
+            except BaseException:
+                opened.close()
+                raise
+
+    async def _begun(self, opened: Opened, asked: float) -> Reply:
+        headers, kind = [], b""
+        for name, value in opened.headers:
+            lowered = name.lower()
+            kind = value if lowered == b"content-type" else kind
+            if lowered not in _OWN:
+                headers.append((name, value))
+        stream = kind.startswith(b"text/event-stream")
+        first = await opened.more()
         if stream and not first:
-            raise httpx.ReadError("an empty stream")
-        headers = [(name, value) for name, value in response.headers.raw if name.lower() not in _OWN]
-        return Reply(
-            response.status_code, headers, stream, first, asked, self.clock(), response, rest, self.bounds.silence_s
-        )
+            raise UpstreamError("an empty stream")
+        while not stream and (chunk := await opened.more()):
+            first += chunk
+            if len(first) > MOST_BYTES:
+                raise UpstreamError("an answer without end")
+        return Reply(opened.status, headers, stream, first, asked, self.clock(), opened, self.bounds.silence_s)
 
     async def ask(self, path: str, payload: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """One small question of our own, answered with a JSON object. Raises UpstreamError."""
         body = json.dumps({**payload, **({"model": self.upstream.model} if self.upstream.model else {})}).encode()
         reply = await self.open(path, body, [(b"content-type", b"application/json")], timeout_s)
-        await reply.close()
+        reply.close()
         if not reply.good:
             raise UpstreamError(f"status {reply.status}")
         try:
@@ -152,31 +128,25 @@ class Server:
 
     async def models(self, headers: Headers, timeout_s: float) -> Reply:
         """Its list of models."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                asked = self.clock()
-                request = self.client.build_request("GET", "/v1/models", headers=self._headers(headers))
-                response = await self.client.send(request, stream=True)
-                try:
-                    return await self._begun(response, asked)
-                finally:
-                    await response.aclose()
-        except (httpx.HTTPError, TimeoutError) as error:
-            raise UpstreamError(_reason(error)) from error
+        reply = await self._asked("GET", "/v1/models", b"", headers, timeout_s)
+        reply.close()
+        return reply
 
     async def skipped_frac(self, timeout_s: float) -> float | None:
         """The mean share of weights that a contextual model of niwaki's own server skipped, as its metrics say."""
         try:
-            answer = await self.client.get("/metrics", headers=self._headers([]), timeout=timeout_s)
-        except httpx.HTTPError:
+            reply = await self._asked("GET", "/metrics", b"", [], timeout_s)
+        except UpstreamError:
             return None
-        found = dict(re.findall(r"^niwaki_skipped_frac_(sum|count)(?:\{\})? (\S+)$", answer.text[:1_000_000], re.M))
+        reply.close()
+        text = reply.first[:1_000_000].decode("utf-8", "replace")
+        found = dict(re.findall(r"^niwaki_skipped_frac_(sum|count)(?:\{\})? (\S+)$", text, re.M))
         count = float(found.get("count", 0))
         return float(found["sum"]) / count if count and "sum" in found else None
 
     async def close(self) -> None:
         """Ends all connections."""
-        await self.client.aclose()
+        await self.sender.close()
 
     def _headers(self, headers: Headers) -> Headers:
         passed = [(name, value) for name, value in headers if name.lower() not in _OWN]
@@ -195,6 +165,11 @@ def _key(upstream: Upstream) -> str | None:
     return key
 
 
-def _reason(error: BaseException) -> str:
-    """The kind of an error without its text, which may hold addresses."""
-    return "timeout" if isinstance(error, TimeoutError | httpx.TimeoutException) else type(error).__name__
+@contextlib.asynccontextmanager
+async def _within(seconds: float) -> AsyncIterator[None]:
+    """Raises UpstreamError for what takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise UpstreamError("timeout") from error

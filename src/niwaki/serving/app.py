@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from niwaki.entrance.refusals import INTERNAL, RefusalError
 from niwaki.serving.answers import Answer, ChatAnswer, TextAnswer
 from niwaki.serving.engine import Engine
 from niwaki.serving.exchange import CLOSED, Exchange
@@ -24,7 +25,6 @@ from niwaki.serving.inbox import Inbox, Timeouts
 from niwaki.serving.jobs import Job
 from niwaki.serving.metrics import CONTENT_TYPE, Metrics
 from niwaki.serving.prompts import Prompts
-from niwaki.serving.refusals import INTERNAL, RefusalError
 from niwaki.serving.sampling import Sampling
 from niwaki.serving.shapes import ChatRequest, Common, CompletionRequest
 from niwaki.serving.text import Names

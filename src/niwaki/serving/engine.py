@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from niwaki.entrance.refusals import OVERLOADED, RefusalError, draining
 from niwaki.serving.batch import Batch, Place, batch_for
 from niwaki.serving.jobs import Failed, Finished, Job, Read, Started, Wrote
 from niwaki.serving.metrics import Metrics
-from niwaki.serving.refusals import OVERLOADED, RefusalError, draining
 from niwaki.serving.sampling import Scored, pick, score, score_all
 from niwaki.serving.text import Spoken
 

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
+from niwaki.entrance.refusals import RefusalError
 from niwaki.serving.answers import Answer
 from niwaki.serving.engine import Engine
 from niwaki.serving.inbox import Inbox
 from niwaki.serving.jobs import Event, Finished, Job, Read, Started, Wrote
-from niwaki.serving.limits import OUTCOME_OF
-from niwaki.serving.refusals import RefusalError
+from niwaki.serving.outcomes import OUTCOME_OF
 from niwaki.serving.replies import Reply, Usage
 from niwaki.serving.sampling import Scored
 

@@ -11,8 +11,8 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from niwaki.entrance.refusals import INTERNAL, OVERLOADED, RefusalError, too_late
 from niwaki.serving.jobs import Event, Failed, Finished, Started
-from niwaki.serving.refusals import INTERNAL, OVERLOADED, RefusalError, too_late
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from niwaki.serving.refusals import RefusalError
+from niwaki.entrance.refusals import RefusalError
 from niwaki.serving.rendering import Renderer
 from niwaki.serving.shapes import Message
 

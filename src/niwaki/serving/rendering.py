@@ -19,8 +19,8 @@ import time
 from collections.abc import Sequence
 from typing import IO, Any
 
+from niwaki.entrance.refusals import INTERNAL, RefusalError
 from niwaki.errors import InputError
-from niwaki.serving.refusals import INTERNAL, RefusalError
 
 CPU_S = 0.08  # so that a refusal is there within 0.1 s
 COMPILE_S = 1.0  # once, before the first dialogue

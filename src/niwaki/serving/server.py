@@ -9,20 +9,19 @@ exit code 1, for its supervisor to start another.
 
 import asyncio
 import logging
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import h11
 import torch
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from niwaki.calibration import load_tokenizer
 from niwaki.checkpoint import local_folder
+from niwaki.entrance.guard import Bounds, Guard, check_open, is_local
+from niwaki.entrance.protocol import Protocol
 from niwaki.errors import InputError
 from niwaki.generation import load
 from niwaki.integrity import check_weights
@@ -30,14 +29,12 @@ from niwaki.keys import Keys
 from niwaki.serving.app import Service, create_app
 from niwaki.serving.engine import Engine, Limits
 from niwaki.serving.inbox import Timeouts
-from niwaki.serving.limits import Guard
 from niwaki.serving.metrics import Metrics
+from niwaki.serving.outcomes import Outcomes
 from niwaki.serving.prompts import Prompts
 from niwaki.serving.text import Names
 
-HEADERS_S = 10.0  # to send the headers of a request
 UNKNOWN_CONTEXT = 2048  # tokens, for models whose config names no number of positions
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 log = logging.getLogger("niwaki.serving")
 
 
@@ -79,11 +76,8 @@ def check(settings: Settings) -> None:
     seconds = (*vars(settings.timeouts).values(), settings.drain_s)
     if min(seconds) <= 0:
         raise InputError(f"expected times above 0 s, got {min(seconds):g}")
-    if settings.host not in LOOPBACK and not (settings.keys or settings.without_keys):
-        raise InputError(
-            f"{settings.host} can be reached from other machines: give --api-key-file FILE, or --without-keys if "
-            "something before the server asks for keys"
-        )
+    otherwise = ", or --without-keys if something before the server asks for keys"
+    check_open(settings.host, settings.keys or settings.without_keys, otherwise)
 
 
 def make_service(model: str | Path, settings: Settings) -> Service:
@@ -112,11 +106,11 @@ class Server(uvicorn.Server):
     """uvicorn with an end in two steps."""
 
     def __init__(self, service: Service, settings: Settings) -> None:
-        own = () if settings.keys or settings.host not in LOOPBACK else LOOPBACK
-        guarded = Guard(create_app(service), Keys(settings.keys), service.metrics, hosts=own)
+        keys = Keys(settings.keys)
+        app = Outcomes(Guard(create_app(service), keys, Bounds(), here=is_local(settings.host)), service.metrics)
         super().__init__(
             uvicorn.Config(
-                guarded, host=settings.host, port=settings.port, http=Protocol, ws="none", lifespan="off",
+                app, host=settings.host, port=settings.port, http=Protocol, ws="none", lifespan="off",
                 access_log=False, log_config=None, server_header=False, timeout_graceful_shutdown=5, backlog=1024,
             )
         )  # fmt: skip
@@ -150,52 +144,3 @@ class Server(uvicorn.Server):
         """What is unfinished fails now, so that its clients are told."""
         await asyncio.get_running_loop().run_in_executor(None, self.service.close)
         await super().shutdown(sockets)
-
-
-class Protocol(H11Protocol):
-    """HTTP/1.1 of clients that send their headers in time, and statuses that say what is wrong with them."""
-
-    late: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """From here on the clock runs."""
-        super().connection_made(transport)
-        self._wait_for_headers()
-
-    def data_received(self, data: bytes) -> None:
-        """It runs anew with every request."""
-        super().data_received(data)
-        self._wait_for_headers()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """It stops."""
-        super().connection_lost(exc)
-        if self.late is not None:
-            self.late.cancel()
-
-    def send_400_response(self, msg: str) -> None:
-        """431 where the headers are too large; uvicorn says 400 to everything."""
-        error = sys.exception()
-        too_large = isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431
-        self._refuse(431 if too_large else 400, msg)
-
-    def _wait_for_headers(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
-            if self.late is not None:
-                self.late.cancel()
-                self.late = None
-        elif self.late is None:
-            self.late = self.loop.call_later(HEADERS_S, self._refuse, 408, "The headers did not arrive in time.")
-
-    def _refuse(self, status: int, message: str) -> None:
-        if self.transport.is_closing() or self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.close()
-            return
-        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-        for event in (
-            h11.Response(status_code=status, headers=headers),
-            h11.Data(message.encode()),
-            h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()

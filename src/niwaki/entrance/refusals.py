@@ -34,11 +34,11 @@ class RefusalError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """What goes with it: when to try again, how to name a key."""
+        """What goes with it: when to try again."""
         found = {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
         if self.closes:
             found["Connection"] = "close"
-        return found | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+        return found
 
 
 def too_late(what: str, limit_s: float) -> RefusalError:

@@ -1,4 +1,7 @@
-"""Who and what gets through: keys, sizes, forms, and that nothing of it is logged."""
+"""Who and what gets through to the gateway: keys, sizes, forms, and that nothing of it is logged.
+
+The same guard before `niwaki serve` is tested in tests/serving/test_limits.py.
+"""
 
 import asyncio
 import base64
@@ -8,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from niwaki.entrance.guard import check_open
 from niwaki.errors import InputError
-from niwaki.rollout.running import check_open, read_template
 from rollout_helpers import Answer, Setup, make, settings
 
+HEADERS = [(b"host", b"localhost"), (b"content-type", b"application/json")]
 STEP = {"steps": [1.0], "interval_s": 60, "min_requests": 40}
 
 
@@ -63,7 +67,7 @@ def test_sizes_and_forms(tmp_path: Path) -> None:
     assert post(setup, b"\x1f\x8b", content_encoding="gzip").status_code == 415
     for body in (b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 900):
         assert post(setup, body).status_code == 400, body
-    for path in ("/v1/embeddings", "/", "/rollout/../etc", "/rollout/secret.css"):
+    for path in ("/v1/embeddings", "/", "/rollout/../etc", "/rollout/secret.css", "/v1/models/", "/rollout/"):
         assert asyncio.run(setup.client.get(path)).status_code == 404
     assert asyncio.run(setup.client.get("/v1/completions")).status_code in (404, 405)
     assert setup.canary.asked == [] and setup.stable.asked == []
@@ -78,7 +82,7 @@ def test_sizes_and_forms(tmp_path: Path) -> None:
         async def send(message: dict[str, object]) -> None:
             sent.append(message.get("status", 0))  # type: ignore[arg-type]
 
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": HEADERS, "query_string": b""}
         await setup.client.app(scope, receive, send)
         return sent[0]
 
@@ -126,23 +130,23 @@ def test_neither_keys_nor_prompts_are_logged(tmp_path: Path, caplog: pytest.LogC
     assert b"my-secret" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
 
+def test_only_what_a_web_page_cannot_send(tmp_path: Path) -> None:
+    """A page may post text to any address, and reach this machine under a name of its own; keys stand for the name."""
+    ask = b'{"prompt": "a", "model": "m"}'
+    setup = make(tmp_path, settings(policy=STEP))
+    assert post(setup, ask, content_type="text/plain").status_code == 415
+    for host, status in (("evil.example", 403), ("", 403), ("127.0.0.1:8100", 200), ("[::1]:8100", 200)):
+        assert post(setup, ask, host=host).status_code == status, host
+    assert len(setup.canary.asked) == 2
+    (tmp_path / "keyed").mkdir()
+    keyed = make(tmp_path / "keyed", settings(policy=STEP), keys=("mine",))
+    assert post(keyed, ask, host="ours.example", authorization="Bearer mine").status_code == 200
+
+
 def test_open_to_others_only_with_keys() -> None:
     for host in ("127.0.0.1", "::1", "localhost"):
         check_open(host, ())
     for host in ("0.0.0.0", "192.168.1.2", "example.org", "::"):
-        with pytest.raises(InputError, match="is open to others"):
+        with pytest.raises(InputError, match="can be reached from other machines"):
             check_open(host, ())
         check_open(host, ("key",))
-
-
-def test_chat_templates_are_rendered_in_a_sandbox(tmp_path: Path) -> None:
-    path = tmp_path / "chat_template.jinja"
-    path.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>")
-    assert read_template(path)([{"role": "user", "content": "{{ 1 + 1 }}"}]) == "<user>{{ 1 + 1 }}<assistant>"
-    for wrong in ("{{ messages.__class__.__mro__ }}", "{% for", "{{ messages.append(1) }}"):
-        path.write_text(wrong)
-        with pytest.raises(InputError, match="cannot use the chat template"):
-            read_template(path)
-    path.write_text("x" * 200_000)
-    with pytest.raises(InputError, match="at most"):
-        read_template(path)

@@ -1,0 +1,21 @@
+"""What a gateway is put together from."""
+
+from pathlib import Path
+
+import pytest
+
+from niwaki.errors import InputError
+from niwaki.rollout.running import read_template
+
+
+def test_chat_templates_are_rendered_in_a_sandbox(tmp_path: Path) -> None:
+    path = tmp_path / "chat_template.jinja"
+    path.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>")
+    assert read_template(path)([{"role": "user", "content": "{{ 1 + 1 }}"}]) == "<user>{{ 1 + 1 }}<assistant>"
+    for wrong in ("{{ messages.__class__.__mro__ }}", "{% for", "{{ messages.append(1) }}"):
+        path.write_text(wrong)
+        with pytest.raises(InputError, match="cannot use the chat template"):
+            read_template(path)
+    path.write_text("x" * 200_000)
+    with pytest.raises(InputError, match="at most"):
+        read_template(path)
