@@ -46,9 +46,9 @@ def run(
 ) -> None:
     """Run the gateway: begin a roll-out, or go on with the one of this canary."""
     _needed()
+    from niwaki.entrance.guard import check_open
     from niwaki.keys import read_keys
     from niwaki.rollout.limits import limits_from, quality_of
-    from niwaki.rollout.running import check_open
     from niwaki.rollout.running import run as serve
     from niwaki.rollout.settings import settings_from
     from niwaki.rollout.store import Store

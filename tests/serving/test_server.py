@@ -24,9 +24,10 @@ from serving_helpers import chat_model, running, until
 
 STARTER = """
 import logging, sys, time
-from niwaki.serving import server
+from niwaki.serving import engine
 from niwaki.serving.server import Server, Settings, make_service
 logging.basicConfig(level=logging.INFO)
+engine.STALLED_S = float(sys.argv[3])
 settings = Settings(port=0, name="tiny", device="cpu", drain_s=float(sys.argv[2]))
 service = make_service(sys.argv[1], settings)
 service.engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
@@ -36,15 +37,33 @@ sys.exit(server.exit_code)
 """
 
 
-def test_sigterm_answers_what_runs_and_takes_nothing_new(tmp_path: Path) -> None:
+def started(tmp_path: Path, stalled_s: float = 120) -> tuple[subprocess.Popen[str], str]:
     tiny_llama(tmp_path / "model", max_position_embeddings=256, eos_token_id=4095)
     process = subprocess.Popen(
-        [sys.executable, "-c", STARTER, tmp_path / "model", "20"], stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", STARTER, tmp_path / "model", "20", str(stalled_s)], stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stderr is not None
     url = next(line for line in process.stderr if "running on" in line).split("running on ")[1].split()[0]
     threading.Thread(target=process.stderr.read, daemon=True).start()
+    return process, url
+
+
+def test_a_process_that_was_stopped_for_longer_than_a_step_may_take_goes_on(tmp_path: Path) -> None:
+    process, url = started(tmp_path, stalled_s=2)
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    stream = client.completions.create(model="tiny", prompt="Hello", max_tokens=20, temperature=0, stream=True)
+    next(stream)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    assert list(stream)[-1].choices[0].finish_reason == "length"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 0
+
+
+def test_sigterm_answers_what_runs_and_takes_nothing_new(tmp_path: Path) -> None:
+    process, url = started(tmp_path)
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     given: dict[str, Any] = {"model": "tiny", "prompt": "Hello", "max_tokens": 40, "temperature": 0}
     with httpx2.Client(base_url=url) as http:

@@ -103,6 +103,10 @@ class Engine:
         stalled = self.running and time.monotonic() - self._beat > STALLED_S
         return self._thread.is_alive() and not (stalled or self._closing)
 
+    def woke(self) -> None:
+        """The whole process stood still: the step under way has all its time again."""
+        self._beat = time.monotonic()
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()

@@ -102,6 +102,9 @@ def make_service(model: str | Path, settings: Settings) -> Service:
     return Service(engine, prompts, Names(tokenizer), metrics, name, settings.timeouts, settings.log_prompts)
 
 
+ASLEEP_S = 1.0  # without a tick, of which there are ten a second: the process was stopped
+
+
 class Server(uvicorn.Server):
     """uvicorn with an end in two steps."""
 
@@ -117,6 +120,7 @@ class Server(uvicorn.Server):
         self.service, self.drain_s = service, settings.drain_s
         self.exit_code = 0
         self._drained_by: float | None = None
+        self._ticked = time.monotonic()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: drain; another one: end."""
@@ -132,11 +136,14 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end, asked ten times a second."""
-        engine = self.service.engine
+        engine, now = self.service.engine, time.monotonic()
+        if now - self._ticked > ASLEEP_S:
+            engine.woke()
+        self._ticked = now
         if not engine.healthy and not self.should_exit:
             log.error("the engine is dead")
             self.exit_code, self.should_exit = 1, True
-        if self._drained_by is not None and (engine.idle or time.monotonic() >= self._drained_by):
+        if self._drained_by is not None and (engine.idle or now >= self._drained_by):
             self.should_exit = True
         return await super().on_tick(counter)
 
