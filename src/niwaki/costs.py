@@ -86,7 +86,7 @@ def gram_factors(scope: Scope) -> Work:
     """One Cholesky and one triangular inverse of the Gram matrix of every group."""
     widest = max(scope.inputs, default=0)
     cubes = sum(width**3 for width in scope.inputs)
-    return Work(solve_flops=4 / 3 * cubes, held_bytes=4 * widest**2 * FLOAT_BYTES)
+    return Work(solve_flops=4 / 3 * cubes, held_bytes=2.5 * widest**2 * FLOAT_BYTES)
 
 
 def sweeps(scope: Scope, panel: int = 128) -> Work:

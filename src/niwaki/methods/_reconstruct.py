@@ -276,7 +276,7 @@ def learning_needs(batch: int, target: str) -> Needs:
 
 
 def learning_cost(
-    scope: Scope, rounds: int, samples: int, batch: int, *, copies: float = 6, passes: float = 14
+    scope: Scope, rounds: int, samples: int, batch: int, *, copies: float = 3.5, passes: float = 14
 ) -> Work:
     """What `follow` and its checks do to one block (see `costs.learning`); nothing without rounds."""
     if not rounds:

@@ -17,7 +17,7 @@ import psutil
 from niwaki.costs import FLOAT_BYTES, Scope, Work, graph
 from niwaki.planning.machines import Machine
 from niwaki.planning.sizes import BlockSizes, ModelSizes
-from niwaki.statistics import SAMPLE_TOKENS, Needs
+from niwaki.statistics import SAMPLE_TOKENS, STRIP_COLUMNS, Needs
 
 FORWARD_STARTS = 60  # small operations of a block's forward
 SHARES = {"cpu": 1 / 2, "cuda": 1 / 8}  # of its memory that hidden states may take (`activations.choose_place`)
@@ -192,7 +192,8 @@ def _block_bytes(block: BlockSizes, model: ModelSizes, job: Job, index: int) -> 
     grams = (
         FLOAT_BYTES * sum(width**2 for width in scope.inputs) * (3 if job.needs.full else 1) if job.needs.gram else 0
     )
-    added = FLOAT_BYTES * max(scope.inputs, default=0) ** 2 if grams else 0
+    widest_input = max(scope.inputs, default=0)
+    added = FLOAT_BYTES * widest_input * (widest_input if job.needs.full else STRIP_COLUMNS) if grams else 0
     gradients = FLOAT_BYTES * block.weights if job.squares else 0
     batch = min(job.batch, job.windows) * job.tokens
     widest = max((rows for rows, _ in scope.matrices), default=0)
