@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from niwaki.kernels.codes import cpu_module
-from niwaki.kernels.sparse_product import KINDS, LAYOUTS, prepared_layer, product, sparse_product_op
+from niwaki.kernels.sparse_product import KINDS, LAYOUTS, decoded, prepared_layer, product, sparse_product_op
 from niwaki.sparse import KINDS as STORED_KINDS
 from niwaki.sparse import LAYOUTS as STORED_LAYOUTS
 from niwaki.sparse import VALUES, Sparse
@@ -82,6 +82,21 @@ def test_every_path_is_the_walk_over_the_values(rows: int, columns: int, layout:
     assert error(x.double() @ record.decode().double().T, expected) < 1e-6
     for path in PATHS:
         assert error(product(layer_of(record), x, rows, path), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 36), (9, 64), (70, 328)])
+def test_every_path_decodes_any_rows_to_the_same_bits(rows: int, columns: int, layout: str, kind: str) -> None:
+    record = record_of(rows, columns, kind, layout)
+    layer, weight = layer_of(record), record.decode()
+    for first, last in [(0, rows), (rows // 2, rows), (0, rows // 2)]:
+        for path in PATHS:
+            for dtype in (torch.float32, torch.bfloat16):
+                guarded = torch.full((last - first + 1, columns), torch.nan, dtype=dtype)
+                decoded(layer, first, guarded[:-1], path)
+                assert torch.equal(guarded[:-1], weight[first:last].to(dtype))
+                assert guarded[-1].isnan().all(), "written beyond the last row"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from niwaki.kernels.sparse_product import prepared_tiles, product, tile_product_op
+from niwaki.kernels.sparse_product import decoded, prepared_tiles, product, tile_product_op
 from niwaki.sparse import Sparse
 from niwaki.sparse_tiles import Tiled
 from test_sparse import coded
@@ -51,6 +51,17 @@ def test_every_path_is_the_decoded_matrix(rows: int, columns: int, group: int, t
             assert float((small.double() - narrow.double() @ weight.double().T).norm()) < 5e-3 * scale
     if columns == 4096:
         assert error(product(layer, x, rows), x.double() @ weight.double().T) < 3e-4
+
+
+@pytest.mark.parametrize(("rows", "columns", "group"), [(1, 32, 32), (33, 64, 32), (70, 160, 64), (64, 96, 1000)])
+def test_any_rows_are_decoded_to_the_same_bits(rows: int, columns: int, group: int) -> None:
+    tiled, _ = tiled_of(rows, columns, group)
+    layer, weight = layer_of(tiled), tiled.decode()
+    for first, last in [(0, rows), (rows // 2, rows), (0, rows // 2)]:
+        for dtype in (torch.float32, torch.bfloat16):
+            guarded = torch.full((last - first + 1, columns), torch.nan, dtype=dtype)
+            assert torch.equal(decoded(layer, first, guarded[:-1]), weight[first:last].to(dtype))
+            assert guarded[-1].isnan().all(), "written beyond the last row"
 
 
 def test_paths_agree_and_sums_do_not_overflow() -> None:

@@ -54,7 +54,7 @@ def records() -> dict[str, Sparse | Tiled]:
 def test_forward_is_the_linear_layer_of_the_decoded_matrix(
     tokens: int, bias: bool, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "DECODED_ROWS", 32)
+    monkeypatch.setattr(module, "DECODED_BYTES", 1)
     record = records()[kind]
     found = layer(record, bias).to(dtype)
     assert torch.equal(found.weight_OI(torch.float32), record.decode())

@@ -17,11 +17,12 @@ from niwaki.kernels.codes import cpu_module
 from niwaki.kernels.rows import MOST_TOKENS
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
+from niwaki.sparse_tiles import LAYOUT
 
 DENSE = "torch"
 DECODED = "decoded, then torch"
 _PRODUCTS = ("mm", "linear", "matmul", "bmm")
-_PATHS = {3: "AVX-512", 2: "AVX2"}  # of the compiled kernels, the fastest first
+_PATHS = {4: "AVX-512 BF16", 3: "AVX-512", 2: "AVX2"}  # of the compiled kernels, the fastest first
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,24 @@ def _probed(layer: Any, tokens: int, model: Any) -> Ran:
         return Ran("cuSPARSELt", waits)
     if seen.dense:
         return Ran(DECODED, waits)
-    return Ran("Triton" if x_NI.is_cuda else _cpu_path(layer), waits)
+    return Ran("Triton" if x_NI.is_cuda else _cpu_path(layer, model.dtype), waits)
 
 
-def _cpu_path(layer: Any) -> str:
+def _cpu_path(layer: Any, dtype: torch.dtype) -> str:
     compiled = cpu_module()
     assert compiled is not None, "a layer that decoded nothing ran a compiled kernel"
-    paths = {number: name for number, name in _PATHS.items() if number == 2 or isinstance(layer, PackedLinear)}
-    return next((name for number, name in paths.items() if compiled.supported(number)), "portable")
+    paths = (_widest(layer, dtype), 2)
+    return next((_PATHS[number] for number in paths if compiled.supported(number)), "portable")
+
+
+def _widest(layer: Any, dtype: torch.dtype) -> int:
+    """The widest path that there is for a layer."""
+    if isinstance(layer, PackedLinear):
+        return 3
+    stored = layer.described["sparse"]
+    if stored["layout"] == LAYOUT:
+        return 3
+    return 4 if stored["values"] == "bfloat16" and dtype == torch.bfloat16 else 2
 
 
 def _waits(layer: Any, x_NI: torch.Tensor) -> bool:

@@ -13,13 +13,13 @@ from niwaki.kernels.codes import cpu_module
 # As in niwaki.sparse, which stands above the kernels.
 LAYOUTS = ("bitmap", "two_four")
 KINDS = ("bfloat16", "float16", "float32", "int8", "int4")
-AVX2 = 2  # a path of the compiled kernels
-BEST = 0
-# Beyond so many tokens, decoding the matrix once costs less than as many products. Measured with AVX2, one thread,
-# 1024 × 2048: decoding 31 ms, a token 0.19 ms by the kernel, 0.09 ms by torch in float32 and 0.53 ms in bfloat16,
-# where decoding never pays.
+BEST, AVX2, BF16 = 0, 2, 4  # paths of the compiled kernels
+# Beyond so many tokens decoding a matrix and a product of torch take less than the kernels. Measured, two threads,
+# 4096 × 2048 in float32: 16 tokens 2.4 to 2.8 ms by the kernel and 3.0 to 3.3 decoded, 32 tokens 4.8 to 5.5 and 4.9; by tiles
+# always less. In bfloat16 torch is slow (0.53 ms a token of 1024 × 2048, the kernel 0.19) but where processors have
+# instructions for it, 8192 × 2048: 8 tokens 1.3 to 1.9 and 1.8, 16 tokens 2.7 and 2.1, 64 by tiles 7.2 and 8.
 FEW_TOKENS = 16
-FEW_TOKENS_FLOAT32 = 256
+FEW_TOKENS_BF16, FEW_TOKENS_TILES = 8, 64
 PIECE_TOKENS = 64  # at a time: their inputs stay in the cache while the rows pass
 
 
@@ -29,13 +29,15 @@ def fast_path() -> bool:
     return compiled is not None and bool(compiled.supported(AVX2))
 
 
-def reaches(x_NI: Tensor) -> bool:
+def reaches(x_NI: Tensor, tiles: bool = False) -> bool:
     """Whether the kernels take this product: on a CPU, of as many tokens as they are faster for than torch."""
-    if x_NI.is_cuda or cpu_module() is None:
+    compiled = cpu_module()
+    if x_NI.is_cuda or compiled is None:
         return False
-    if not fast_path():
-        return len(x_NI) <= FEW_TOKENS
-    return x_NI.dtype != torch.float32 or len(x_NI) <= FEW_TOKENS_FLOAT32
+    if x_NI.dtype == torch.bfloat16 and fast_path():
+        few = FEW_TOKENS_TILES if tiles else FEW_TOKENS_BF16
+        return len(x_NI) <= few or not compiled.supported(BF16)
+    return len(x_NI) <= FEW_TOKENS or (tiles and fast_path())
 
 
 def prepared_layer(
@@ -74,6 +76,13 @@ def product(layer: Any, x_NI: Tensor, rows: int, path: int = BEST) -> Tensor:
     for some_NI, some_NO in zip(given_NI.split(PIECE_TOKENS), out_NO.split(PIECE_TOKENS), strict=True):
         layer.multiply(some_NI.data_ptr(), some_NO.data_ptr(), len(some_NI), narrow, threads, path)
     return out_NO.to(x_NI.dtype)
+
+
+def decoded(layer: Any, first: int, out_OI: Tensor, path: int = BEST) -> Tensor:
+    """`out_OI`, float32 or bfloat16, filled with the rows of the matrix from `first` on."""
+    last, narrow = first + len(out_OI), out_OI.dtype == torch.bfloat16
+    layer.decode(out_OI.data_ptr(), first, last, narrow, torch.get_num_threads(), path)
+    return out_OI
 
 
 def sparse_product(

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from niwaki.codes import TILE
+from niwaki.kernels.codes import cpu_module
 from niwaki.kernels.sparse_gpu import SEMI_TOKENS, GpuRecord, gpu_record, multiply, semi_structured
 from niwaki.kernels.sparse_product import (
+    decoded,
     prepared_layer,
     prepared_tiles,
     product,
@@ -30,7 +33,7 @@ from niwaki.records import read_sparse, record_shapes
 from niwaki.sparse import Sparse
 from niwaki.sparse_tiles import LAYOUT, Tiled
 
-DECODED_ROWS = 2048  # of the matrix at a time, whole tiles
+DECODED_BYTES = 4 * 2**20  # of the matrix at a time: they stay in a cache until they are multiplied
 
 
 class SparseLinear(nn.Module):
@@ -70,7 +73,8 @@ class SparseLinear(nn.Module):
         if x_NI.is_cuda:
             y_NO = self._on_gpu(x_NI)
         else:
-            y_NO = self._few(x_NI) if reaches(x_NI) else self._many(x_NI)
+            tiles = self.described["sparse"]["layout"] == LAYOUT
+            y_NO = self._few(x_NI) if reaches(x_NI, tiles) else self._many(x_NI)
             y_NO = y_NO if self.bias is None else y_NO + self.bias
         return y_NO.view(*x.shape[:-1], self.out_features)
 
@@ -97,10 +101,18 @@ class SparseLinear(nn.Module):
         return product(self._layer(), x_NI, self.out_features)
 
     def _many(self, x_NI: Tensor) -> Tensor:
-        out_NO, record = x_NI.new_empty(len(x_NI), self.out_features), self.record()
-        for first in range(0, self.out_features, DECODED_ROWS):
-            last = min(first + DECODED_ROWS, self.out_features)
-            out_NO[:, first:last] = x_NI @ record.rows(first, last).decode().to(x_NI.dtype).T
+        out_NO = x_NI.new_empty(len(x_NI), self.out_features)
+        layer = None if torch.compiler.is_compiling() or cpu_module() is None else self._layer()
+        dtype = x_NI.dtype if x_NI.dtype in (torch.float32, torch.bfloat16) else torch.float32
+        rows = max(DECODED_BYTES // (dtype.itemsize * self.in_features) // TILE, 1) * TILE
+        room_OI = x_NI.new_empty(min(rows, self.out_features), self.in_features, dtype=dtype)
+        for first in range(0, self.out_features, rows):
+            last = min(first + rows, self.out_features)
+            if layer is None:
+                weight_OI = self.record().rows(first, last).decode()
+            else:
+                weight_OI = decoded(layer, first, room_OI[: last - first])
+            out_NO[:, first:last] = linear(x_NI, weight_OI.to(x_NI.dtype))
         return out_NO
 
     def _layer(self) -> Any:

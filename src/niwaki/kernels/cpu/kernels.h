@@ -77,6 +77,15 @@ struct SparseProduct {
 
 void sparse_product(const SparseProduct& product, int threads, Path path);
 
+// Where rows [first, last) of a matrix itself go: float32 or bfloat16, [last − first, columns].
+struct Decoded {
+    int64_t first, last, columns;
+    bool bfloat16;
+    void* out;
+};
+
+void sparse_decode(const SparseProduct& product, const Decoded& to, int threads, Path path);
+
 // out = x Wᵀ for a two-four matrix of 4-bit codes in tiles (sparse_tiles.py).
 struct TileProduct {
     int64_t tokens, rows, stored_rows, columns, group;  // columns and groups are whole blocks of 32
@@ -88,6 +97,7 @@ struct TileProduct {
 };
 
 void tile_product(const TileProduct& product, int threads, Path path);
+void tile_decode(const TileProduct& product, const Decoded& to, int threads);
 
 inline float half_to_float(uint16_t half) {
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
@@ -100,6 +110,23 @@ inline float half_to_float(uint16_t half) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+// To the nearest bfloat16, ties to even; NaN stays NaN.
+inline uint16_t narrowed(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Puts a row of float32 where it goes, `row` counted from the first.
+inline void put_row(const Decoded& to, int64_t row, const float* own) {
+    if (!to.bfloat16) {
+        std::memcpy(static_cast<float*>(to.out) + row * to.columns, own, sizeof(float) * to.columns);
+        return;
+    }
+    auto* out = static_cast<uint16_t*>(to.out) + row * to.columns;
+    for (int64_t i = 0; i < to.columns; ++i) out[i] = narrowed(own[i]);
 }
 
 // Calls work(first, last) for a share of the rows on each of `threads` threads.

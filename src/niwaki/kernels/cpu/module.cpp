@@ -23,12 +23,7 @@ float widened(uint16_t narrow) {
     return value;
 }
 
-// To the nearest bfloat16, ties to even; NaN stays NaN.
-uint16_t narrowed(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
+using niwaki::narrowed;
 
 // The parts of a packed matrix, kept alive, and its product with inputs given by address: a call costs a microsecond.
 class Layer {
@@ -113,6 +108,13 @@ public:
         for (size_t i = 0; i < sums.size(); ++i) reinterpret_cast<uint16_t*>(out)[i] = narrowed(sums[i]);
     }
 
+    // Rows [first, last) of the matrix, float32 or bfloat16, to the address `out`.
+    void decode(uintptr_t out, int64_t first, int64_t last, bool bfloat16, int threads, int path) const {
+        nb::gil_scoped_release unlocked;
+        const niwaki::Decoded to{first, last, columns_, bfloat16, reinterpret_cast<void*>(out)};
+        niwaki::sparse_decode(product_, to, threads, static_cast<niwaki::Path>(path));
+    }
+
 private:
     static int64_t product_bytes(const Bytes& places) { return std::max<int64_t>(places.shape(1), 1); }
 
@@ -142,6 +144,12 @@ public:
         product.out = bfloat16 ? sums.data() : reinterpret_cast<float*>(out);
         niwaki::tile_product(product, threads, static_cast<niwaki::Path>(path));
         for (size_t i = 0; i < sums.size(); ++i) reinterpret_cast<uint16_t*>(out)[i] = narrowed(sums[i]);
+    }
+
+    // As SparseLayer::decode.
+    void decode(uintptr_t out, int64_t first, int64_t last, bool bfloat16, int threads, int) const {
+        nb::gil_scoped_release unlocked;
+        niwaki::tile_decode(product_, {first, last, product_.columns, bfloat16, reinterpret_cast<void*>(out)}, threads);
     }
 
 private:
@@ -190,12 +198,14 @@ NB_MODULE(_cpu, module) {
     nb::class_<TileLayer>(module, "TileLayer")
         .def(nb::init<int64_t, int64_t, int64_t, Bytes, Bytes, Shorts>(), nb::arg("rows"), nb::arg("columns"),
              nb::arg("group"), nb::arg("places"), nb::arg("codes"), nb::arg("scale"))
-        .def("multiply", &TileLayer::multiply);
+        .def("multiply", &TileLayer::multiply)
+        .def("decode", &TileLayer::decode);
     nb::class_<SparseLayer>(module, "SparseLayer")
         .def(nb::init<int64_t, int, int, Bytes, Bytes, std::optional<Ints>, std::optional<Shorts>, int64_t>(),
              nb::arg("columns"), nb::arg("layout"), nb::arg("kind"), nb::arg("places"), nb::arg("values"),
              nb::arg("starts").none(), nb::arg("scale").none(), nb::arg("group_bytes"))
-        .def("multiply", &SparseLayer::multiply);
+        .def("multiply", &SparseLayer::multiply)
+        .def("decode", &SparseLayer::decode);
     // By number: 0 the best there is, 1 portable, 2 AVX2, 3 AVX-512, 4 AVX-512 with VBMI2 and BF16.
     module.def("supported", [](int path) { return niwaki::supported(static_cast<niwaki::Path>(path)); });
 }

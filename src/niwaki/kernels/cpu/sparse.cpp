@@ -80,20 +80,25 @@ float value_of(const SparseProduct& p, int64_t at) {
 
 int64_t first_value(const SparseProduct& p, int64_t row) { return p.starts ? p.starts[row] : 4 * row * p.bytes; }
 
-void rows_portable(const SparseProduct& p, int64_t first, int64_t last) {
+// A row of the matrix, [8 · bytes].
+void decode_portable(const SparseProduct& p, int64_t row, float* own) {
     const Ranks& table = ranks(p.layout);
+    int64_t at = first_value(p, row);
+    for (int64_t b = 0; b < p.bytes; ++b) {
+        const uint8_t byte = p.places[row * p.bytes + b];
+        const float scale = p.scale ? half_to_float(p.scale[row * p.groups + b / p.group_bytes]) : 1;
+        for (int64_t i = 0; i < 8; ++i) {
+            const uint8_t rank = table.rank[byte][i];
+            own[8 * b + i] = rank == kAbsent ? 0 : scale * value_of(p, at + rank);
+        }
+        at += table.count[byte];
+    }
+}
+
+void rows_portable(const SparseProduct& p, int64_t first, int64_t last) {
     std::vector<float> own(p.bytes * 8);
     for (int64_t row = first; row < last; ++row) {
-        int64_t at = first_value(p, row);
-        for (int64_t b = 0; b < p.bytes; ++b) {
-            const uint8_t byte = p.places[row * p.bytes + b];
-            const float scale = p.scale ? half_to_float(p.scale[row * p.groups + b / p.group_bytes]) : 1;
-            for (int64_t i = 0; i < 8; ++i) {
-                const uint8_t rank = table.rank[byte][i];
-                own[8 * b + i] = rank == kAbsent ? 0 : scale * value_of(p, at + rank);
-            }
-            at += table.count[byte];
-        }
+        decode_portable(p, row, own.data());
         for (int64_t n = 0; n < p.tokens; ++n) {
             float sum = 0;
             const float* x = p.x + n * p.bytes * 8;
@@ -257,6 +262,21 @@ NIWAKI_AVX2 void rows_avx2(const SparseProduct& p, int64_t first, int64_t last) 
     }
 }
 
+template <SparseLayout layout, SparseValues kind>
+NIWAKI_AVX2 void decode_avx2(const SparseProduct& p, int64_t row, float* own) {
+    constexpr float top = kind == SparseValues::int8 ? 0x1p-24f : kind == SparseValues::int4 ? 0x1p-28f : 1.0f;
+    const Tables& t = tables(layout);
+    const Ranks& r = ranks(layout);
+    const uint8_t* places = p.places + row * p.bytes;
+    Cursor<layout, kind> next(p.values, first_value(p, row));
+    for (int64_t b = 0; b < p.bytes; ++b) {
+        const float scale = p.scale ? top * half_to_float(p.scale[row * p.groups + b / p.group_bytes]) : 1.0f;
+        const __m256 w = spread<layout, kind>(next, places[b], t, r);
+        next.pass(places[b]);
+        _mm256_storeu_ps(own + 8 * b, _mm256_mul_ps(_mm256_set1_ps(scale), w));
+    }
+}
+
 // The columns of every byte of places that have a value: the pairs of two-four ascend, so both layouts are masks here.
 struct Masks {
     uint8_t columns[256];
@@ -285,61 +305,107 @@ NIWAKI_INLINE_BF16 __m512i wide_spread(const uint8_t*& values, const uint8_t* pl
     return _mm512_maskz_expand_epi16(mask, all);
 }
 
-// One row and N tokens, 32 columns at a time, products of pairs added in float32 by the processor; two sums for each token,
-// which hides the latency of additions.
-template <SparseLayout layout, int N>
-NIWAKI_BF16 void row_bf16(const SparseProduct& p, int64_t row, int64_t token, const Masks& m) {
-    const uint8_t* places = p.places + row * p.bytes;
-    const uint8_t* values = p.values + 2 * first_value(p, row);
-    const uint16_t* x = p.narrow + token * p.narrow_columns;
-    __m512 sums[2][N];
-    for (int n = 0; n < N; ++n) sums[0][n] = sums[1][n] = _mm512_setzero_ps();
-    int64_t b = 0;
-    for (; b + 8 <= p.bytes; b += 8)
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-            const auto w = (__m512bh)wide_spread<layout>(values, places + b + 4 * half, 4, m);
-#pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) {
-                const uint16_t* own = x + n * p.narrow_columns + 8 * b + 32 * half;
-                sums[half][n] = _mm512_dpbf16_ps(sums[half][n], w, (__m512bh)_mm512_loadu_si512(own));
-            }
-        }
-    for (; b < p.bytes; b += 4) {
-        const auto w = (__m512bh)wide_spread<layout>(values, places + b, std::min<int64_t>(4, p.bytes - b), m);
-        for (int n = 0; n < N; ++n) {
-            const uint16_t* own = x + n * p.narrow_columns + 8 * b;
-            sums[0][n] = _mm512_dpbf16_ps(sums[0][n], w, (__m512bh)_mm512_loadu_si512(own));
-        }
+// R rows and N tokens, 32 columns at a time, products of pairs added in float32 by the processor. Rows share the loads of
+// inputs, which for several tokens come from a cache further away; few sums are kept twice, which hides the latency of
+// additions.
+template <SparseLayout layout, int R, int N>
+NIWAKI_BF16 void rows_bf16(const SparseProduct& p, int64_t row, int64_t token, const Masks& m) {
+    constexpr int chains = R * N >= 8 ? 1 : 2;
+    const uint8_t *places[R], *values[R];
+    for (int r = 0; r < R; ++r) {
+        places[r] = p.places + (row + r) * p.bytes;
+        values[r] = p.values + 2 * first_value(p, row + r);
     }
-    for (int n = 0; n < N; ++n)
-        p.out[(token + n) * p.rows + row] = _mm512_reduce_add_ps(_mm512_add_ps(sums[0][n], sums[1][n]));
+    const uint16_t* x = p.narrow + token * p.narrow_columns;
+    __m512 sums[chains][R][N];
+    for (auto& chain : sums)
+        for (auto& own : chain)
+            for (__m512& sum : own) sum = _mm512_setzero_ps();
+    const auto add = [&](int64_t b, int64_t width, __m512(&to)[R][N]) NIWAKI_BF16 __attribute__((always_inline)) {
+        __m512bh w[R];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) w[r] = (__m512bh)wide_spread<layout>(values[r], places[r] + b, width, m);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            const auto own = (__m512bh)_mm512_loadu_si512(x + n * p.narrow_columns + 8 * b);
+#pragma GCC unroll 2
+            for (int r = 0; r < R; ++r) to[r][n] = _mm512_dpbf16_ps(to[r][n], w[r], own);
+        }
+    };
+    int64_t b = 0;
+    for (; b + 4 * chains <= p.bytes; b += 4 * chains)
+#pragma GCC unroll 2
+        for (int chain = 0; chain < chains; ++chain) add(b + 4 * chain, 4, sums[chain]);
+    for (; b < p.bytes; b += 4) add(b, std::min<int64_t>(4, p.bytes - b), sums[0]);
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) {
+            __m512 sum = sums[0][r][n];
+            if (chains == 2) sum = _mm512_add_ps(sum, sums[chains - 1][r][n]);
+            p.out[(token + n) * p.rows + row + r] = _mm512_reduce_add_ps(sum);
+        }
 }
 
+// Two rows at a time where there are enough tokens: for one or two, a second stream of values costs more than it saves.
 template <SparseLayout layout>
 NIWAKI_BF16 void rows_bf16(const SparseProduct& p, int64_t first, int64_t last) {
     const Masks& m = two_four_masks();
-    for (int64_t row = first; row < last; ++row) {
+    const int64_t in_fours = p.tokens / 4 * 4;
+    int64_t row = first;
+    for (; in_fours && row + 2 <= last; row += 2) {
         int64_t n = 0;
-        for (; n + 8 <= p.tokens; n += 8) row_bf16<layout, 8>(p, row, n, m);
-        for (; n + 4 <= p.tokens; n += 4) row_bf16<layout, 4>(p, row, n, m);
-        for (; n + 2 <= p.tokens; n += 2) row_bf16<layout, 2>(p, row, n, m);
-        for (; n < p.tokens; ++n) row_bf16<layout, 1>(p, row, n, m);
+        for (; n + 8 <= in_fours; n += 8) rows_bf16<layout, 2, 8>(p, row, n, m);
+        for (; n < in_fours; n += 4) rows_bf16<layout, 2, 4>(p, row, n, m);
+    }
+    for (; in_fours && row < last; ++row)
+        for (int64_t n = 0; n < in_fours; n += 4) rows_bf16<layout, 1, 4>(p, row, n, m);
+    for (row = first; in_fours < p.tokens && row < last; ++row) {
+        int64_t n = in_fours;
+        for (; n + 2 <= p.tokens; n += 2) rows_bf16<layout, 1, 2>(p, row, n, m);
+        for (; n < p.tokens; ++n) rows_bf16<layout, 1, 1>(p, row, n, m);
     }
 }
 
-using Rows = void (*)(const SparseProduct&, int64_t, int64_t);
+// A row as the bfloat16 that it is stored as.
+template <SparseLayout layout>
+NIWAKI_BF16 void decode_bf16(const SparseProduct& p, int64_t row, uint16_t* out, int64_t columns) {
+    const Masks& m = two_four_masks();
+    const uint8_t* places = p.places + row * p.bytes;
+    const uint8_t* values = p.values + 2 * first_value(p, row);
+    int64_t b = 0;
+    for (; 8 * b + 32 <= columns; b += 4) _mm512_storeu_si512(out + 8 * b, wide_spread<layout>(values, places + b, 4, m));
+    if (b < p.bytes)
+        _mm512_mask_storeu_epi16(out + 8 * b, (__mmask32(1) << (columns - 8 * b)) - 1,
+                                 wide_spread<layout>(values, places + b, p.bytes - b, m));
+}
+
+// What is there for one layout and kind of values.
+struct Avx2 {
+    void (*rows)(const SparseProduct&, int64_t, int64_t);
+    void (*decode)(const SparseProduct&, int64_t, float*);
+};
+
+template <SparseLayout layout, SparseValues kind>
+constexpr Avx2 kAvx2{rows_avx2<layout, kind>, decode_avx2<layout, kind>};
 
 template <SparseLayout layout>
-Rows rows_of(SparseValues kind) {
+Avx2 avx2_of(SparseValues kind) {
     switch (kind) {
-        case SparseValues::bf16: return rows_avx2<layout, SparseValues::bf16>;
-        case SparseValues::fp16: return rows_avx2<layout, SparseValues::fp16>;
-        case SparseValues::fp32: return rows_avx2<layout, SparseValues::fp32>;
-        case SparseValues::int8: return rows_avx2<layout, SparseValues::int8>;
+        case SparseValues::bf16: return kAvx2<layout, SparseValues::bf16>;
+        case SparseValues::fp16: return kAvx2<layout, SparseValues::fp16>;
+        case SparseValues::fp32: return kAvx2<layout, SparseValues::fp32>;
+        case SparseValues::int8: return kAvx2<layout, SparseValues::int8>;
         case SparseValues::int4: break;
     }
-    return rows_avx2<layout, SparseValues::int4>;
+    return kAvx2<layout, SparseValues::int4>;
+}
+
+Avx2 avx2_of(const SparseProduct& p) {
+    return p.layout == SparseLayout::bitmap ? avx2_of<SparseLayout::bitmap>(p.kind)
+                                            : avx2_of<SparseLayout::two_four>(p.kind);
+}
+
+bool wide(const SparseProduct& p, Path path) {
+    return p.kind == SparseValues::bf16 && (path == Path::best || path == Path::bf16) && supported(Path::bf16);
 }
 #endif
 
@@ -348,14 +414,36 @@ Rows rows_of(SparseValues kind) {
 void sparse_product(const SparseProduct& p, int threads, Path path) {
     void (*rows)(const SparseProduct&, int64_t, int64_t) = rows_portable;
 #ifdef NIWAKI_X86
-    if (path != Path::portable && supported(Path::avx2))
-        rows = p.layout == SparseLayout::bitmap ? rows_of<SparseLayout::bitmap>(p.kind)
-                                                : rows_of<SparseLayout::two_four>(p.kind);
-    const bool wide = p.kind == SparseValues::bf16 && p.narrow && (path == Path::best || path == Path::bf16);
-    if (wide && supported(Path::bf16))
+    if (path != Path::portable && supported(Path::avx2)) rows = avx2_of(p).rows;
+    if (p.narrow && wide(p, path))
         rows = p.layout == SparseLayout::bitmap ? rows_bf16<SparseLayout::bitmap> : rows_bf16<SparseLayout::two_four>;
 #endif
     over_rows(p.rows, threads, [&](int64_t first, int64_t last) { rows(p, first, last); });
+}
+
+void sparse_decode(const SparseProduct& p, const Decoded& to, int threads, Path path) {
+    auto decode = decode_portable;
+    bool straight = false;
+#ifdef NIWAKI_X86
+    if (path != Path::portable && supported(Path::avx2)) decode = avx2_of(p).decode;
+    straight = to.bfloat16 && wide(p, path);
+#endif
+    over_rows(to.last - to.first, threads, [&](int64_t begin, int64_t end) {
+        std::vector<float> own(straight ? 0 : p.bytes * 8);
+        for (int64_t row = begin; row < end; ++row) {
+#ifdef NIWAKI_X86
+            if (straight) {
+                auto* out = static_cast<uint16_t*>(to.out) + row * to.columns;
+                p.layout == SparseLayout::bitmap
+                    ? decode_bf16<SparseLayout::bitmap>(p, to.first + row, out, to.columns)
+                    : decode_bf16<SparseLayout::two_four>(p, to.first + row, out, to.columns);
+                continue;
+            }
+#endif
+            decode(p, to.first + row, own.data());
+            put_row(to, row, own.data());
+        }
+    });
 }
 
 }  // namespace niwaki

@@ -227,7 +227,38 @@ void scales_of(const uint16_t* halves, float* scale) {
     for (int64_t r = 0; r < kTile; ++r) scale[r] = half_to_float(halves[r]);
 }
 
+float put(float value, float*) { return value; }
+uint16_t put(float value, uint16_t*) { return narrowed(value); }
+
+// A row of the matrix; what a code stands for is looked up, of a group at a time.
+template <typename T>
+void decode_row(const TileProduct& p, int64_t row, T* out) {
+    const int64_t fours = p.columns / 4, tile = row / kTile, half = row % kTile / 16, at = 2 * (row % 16);
+    const uint8_t* places = p.places + tile * fours / 2 * kTile + at;
+    const uint8_t* codes = p.codes + tile * fours * kTile + at;
+    for (int64_t first = 0, group = 0; first < p.columns; first += p.group, ++group) {
+        const float scale = half_to_float(p.scale[group * p.stored_rows + row]);
+        T value[16];
+        for (int code = 0; code < 16; ++code) value[code] = put(scale * static_cast<float>((code ^ 8) - 8), out);
+        for (int64_t four = first / 4; four < std::min(p.columns, first + p.group) / 4; ++four) {
+            const int shift = static_cast<int>(4 * (four & 1) + 2 * half);
+            T* own = out + 4 * four;
+            std::memset(own, 0, 4 * sizeof(T));
+            for (int64_t i = 0; i < 2; ++i)
+                own[places[four / 2 * kTile + i] >> shift & kIndex] = value[codes[four * kTile + i] >> (4 * half) & 15];
+        }
+    }
+}
+
 }  // namespace
+
+void tile_decode(const TileProduct& p, const Decoded& to, int threads) {
+    over_rows(to.last - to.first, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+            if (to.bfloat16) decode_row(p, to.first + row, static_cast<uint16_t*>(to.out) + row * to.columns);
+            else decode_row(p, to.first + row, static_cast<float*>(to.out) + row * to.columns);
+    });
+}
 
 void tile_product(const TileProduct& p, int threads, Path path) {
     auto tile_of = tile_portable;
