@@ -345,21 +345,16 @@ NIWAKI_BF16 void rows_bf16(const SparseProduct& p, int64_t row, int64_t token, c
         }
 }
 
-// Two rows at a time where there are enough tokens: for one or two, a second stream of values costs more than it saves.
+// Eight tokens take two rows at a time; for fewer a second stream of values costs more than it saves.
 template <SparseLayout layout>
 NIWAKI_BF16 void rows_bf16(const SparseProduct& p, int64_t first, int64_t last) {
     const Masks& m = two_four_masks();
-    const int64_t in_fours = p.tokens / 4 * 4;
-    int64_t row = first;
-    for (; in_fours && row + 2 <= last; row += 2) {
-        int64_t n = 0;
-        for (; n + 8 <= in_fours; n += 8) rows_bf16<layout, 2, 8>(p, row, n, m);
-        for (; n < in_fours; n += 4) rows_bf16<layout, 2, 4>(p, row, n, m);
-    }
-    for (; in_fours && row < last; ++row)
-        for (int64_t n = 0; n < in_fours; n += 4) rows_bf16<layout, 1, 4>(p, row, n, m);
-    for (row = first; in_fours < p.tokens && row < last; ++row) {
-        int64_t n = in_fours;
+    const int64_t eights = p.tokens / 8 * 8, pairs = eights ? (last - first) / 2 * 2 : 0;
+    for (int64_t row = first; row < first + pairs; row += 2)
+        for (int64_t n = 0; n < eights; n += 8) rows_bf16<layout, 2, 8>(p, row, n, m);
+    for (int64_t row = first; row < last; ++row) {
+        int64_t n = row < first + pairs ? eights : 0;
+        for (; n + 4 <= p.tokens; n += 4) rows_bf16<layout, 1, 4>(p, row, n, m);
         for (; n + 2 <= p.tokens; n += 2) rows_bf16<layout, 1, 2>(p, row, n, m);
         for (; n < p.tokens; ++n) rows_bf16<layout, 1, 1>(p, row, n, m);
     }
