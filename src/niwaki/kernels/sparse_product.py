@@ -16,8 +16,9 @@ KINDS = ("bfloat16", "float16", "float32", "int8", "int4")
 BEST, AVX2, BF16 = 0, 2, 4  # paths of the compiled kernels
 # Beyond so many tokens decoding a matrix and a product of torch take less than the kernels. Measured, two threads,
 # 4096 × 2048 in float32: 16 tokens 2.4 to 2.8 ms by the kernel and 3.0 to 3.3 decoded, 32 tokens 4.8 to 5.5 and 4.9;
-# by tiles always less. In bfloat16 torch is slow (0.53 ms a token of 1024 × 2048, the kernel 0.19) but where processors have
-# instructions for it, 8192 × 2048: 8 tokens 1.3 to 1.9 and 1.8, 16 tokens 2.7 and 2.1, 64 by tiles 7.2 and 8.
+# by tiles always less. In bfloat16 torch is slow (0.53 ms a token of 1024 × 2048, the kernel 0.19) but where the
+# processor has instructions for it, 8192 × 2048: 8 tokens 1.3 to 1.9 and 1.8, 16 tokens 2.7 and 2.1, 64 by tiles 7.2
+# and 8.
 FEW_TOKENS = 16
 FEW_TOKENS_BF16, FEW_TOKENS_TILES = 8, 64
 PIECE_TOKENS = 64  # at a time: their inputs stay in the cache while the rows pass
