@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from niwaki.kernels.codes import cpu_module
-from niwaki.kernels.sparse_product import KINDS, LAYOUTS, decoded, prepared_layer, product, sparse_product_op
+from niwaki.kernels.sparse_product import KINDS, LAYOUTS, prepared_layer, product, sparse_product_op
+from niwaki.runtime.pieces import decoded
 from niwaki.sparse import KINDS as STORED_KINDS
 from niwaki.sparse import LAYOUTS as STORED_LAYOUTS
 from niwaki.sparse import VALUES, Sparse

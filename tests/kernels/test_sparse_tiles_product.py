@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from niwaki.kernels.sparse_product import decoded, prepared_tiles, product, tile_product_op
+from niwaki.kernels.sparse_product import prepared_tiles, product, tile_product_op
+from niwaki.runtime.pieces import decoded
 from niwaki.sparse import Sparse
 from niwaki.sparse_tiles import Tiled
 from test_sparse import coded

@@ -7,7 +7,7 @@ import torch
 
 from niwaki.codes import Part, assemble, stored_tensors
 from niwaki.kernels.planes import plane_product
-from niwaki.runtime import linear as module
+from niwaki.runtime import pieces
 from niwaki.runtime.linear import PackedLinear
 
 
@@ -40,7 +40,7 @@ def layer(rows: int, columns: int, bias: bool, affine: bool = False) -> tuple[Pa
 def test_forward_is_the_linear_layer_of_the_decoded_matrix(
     tokens: int, bias: bool, dtype: torch.dtype, affine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "DECODED_ROWS", 64)  # several tiles
+    monkeypatch.setattr(pieces, "DECODED_BYTES", 1)  # several tiles
     found, weight = layer(100, 256, bias, affine)
     found.to(dtype)
     assert torch.equal(found.weight_OI(torch.float32), weight)
@@ -53,11 +53,11 @@ def test_forward_is_the_linear_layer_of_the_decoded_matrix(
 
 
 def test_prefill_never_holds_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DECODED_ROWS", 32)
+    monkeypatch.setattr(pieces, "DECODED_BYTES", 1)
     found, _ = layer(100, 256, False)
     seen = []
-    real = found._rows
-    monkeypatch.setattr(found, "_rows", lambda a, b: seen.append(b - a) or real(a, b))
+    real = pieces.decoded
+    monkeypatch.setattr(pieces, "decoded", lambda a, b, out: seen.append(len(out)) or real(a, b, out))
     found(torch.randn(40, 256))
     assert seen == [32, 32, 32, 4]
 

@@ -16,7 +16,7 @@ from families import build, families
 from helpers import add_tokenizer, tiny_llama, write_texts
 from niwaki.checkpoint import Checkpoint
 from niwaki.errors import CheckpointError, InputError
-from niwaki.runtime import sparse_linear as module
+from niwaki.runtime import pieces
 from niwaki.runtime.sparse_linear import SparseLinear
 from niwaki.sparse import Sparse
 from niwaki.sparse_tiles import Tiled
@@ -54,7 +54,7 @@ def records() -> dict[str, Sparse | Tiled]:
 def test_forward_is_the_linear_layer_of_the_decoded_matrix(
     tokens: int, bias: bool, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "DECODED_BYTES", 1)
+    monkeypatch.setattr(pieces, "DECODED_BYTES", 1)
     record = records()[kind]
     found = layer(record, bias).to(dtype)
     assert torch.equal(found.weight_OI(torch.float32), record.decode())

@@ -79,13 +79,6 @@ def product(layer: Any, x_NI: Tensor, rows: int, path: int = BEST) -> Tensor:
     return out_NO.to(x_NI.dtype)
 
 
-def decoded(layer: Any, first: int, out_OI: Tensor, path: int = BEST) -> Tensor:
-    """`out_OI`, float32 or bfloat16, filled with the rows of the matrix from `first` on."""
-    last, narrow = first + len(out_OI), out_OI.dtype == torch.bfloat16
-    layer.decode(out_OI.data_ptr(), first, last, narrow, torch.get_num_threads(), path)
-    return out_OI
-
-
 def sparse_product(
     x_NI: Tensor,
     places_OB: Tensor,

@@ -17,8 +17,8 @@ from torch.nn.functional import linear
 from niwaki.codes import TILE, assemble, centre, column_places, pack_codes, read_parts, stored_names, unpack_codes
 from niwaki.kernels.codes import cpu_module
 from niwaki.kernels.planes import PlanePart, cpu_product, decode, multiply, plane_product_op, prepared_layer, reaches
+from niwaki.runtime.pieces import by_pieces
 
-DECODED_ROWS = 64 * TILE  # rows of a decoded tile
 # Of rows decoded on a GPU: most matrices (8192² in bf16) are one product; the outputs of several are joined by a copy.
 DECODED_BYTES = 128 * 2**20
 
@@ -122,12 +122,10 @@ class PackedLinear(nn.Module):
         return y_NO if self.bias is None else y_NO + self.bias
 
     def _many(self, x_NI: Tensor) -> Tensor:
-        """The matrix decoded tile by tile."""
-        out_NO = x_NI.new_empty(len(x_NI), self.out_features)
-        for first in range(0, self.out_features, DECODED_ROWS):
-            last = min(first + DECODED_ROWS, self.out_features)
-            out_NO[:, first:last] = x_NI @ self._rows(first, last).to(x_NI.dtype).T
-        return out_NO
+        """The matrix decoded some rows at a time; by the kernels where groups are whole bytes."""
+        whole = all(about["group"] >= about["columns"] or about["group"] % 8 == 0 for about in self.described)
+        layer = self._prepare().layer if whole and not torch.compiler.is_compiling() else None
+        return by_pieces(x_NI, self.out_features, layer, self._rows)
 
     def _decoded(self, x_NI: Tensor) -> Tensor:
         """On a GPU: as many rows as `DECODED_BYTES` hold are decoded by one kernel and multiplied, then the next."""

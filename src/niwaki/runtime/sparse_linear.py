@@ -17,11 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from niwaki.codes import TILE
 from niwaki.kernels.codes import cpu_module
 from niwaki.kernels.sparse_gpu import SEMI_TOKENS, GpuRecord, gpu_record, multiply, semi_structured
 from niwaki.kernels.sparse_product import (
-    decoded,
     prepared_layer,
     prepared_tiles,
     product,
@@ -30,10 +28,9 @@ from niwaki.kernels.sparse_product import (
     tile_product_op,
 )
 from niwaki.records import read_sparse, record_shapes
+from niwaki.runtime.pieces import by_pieces
 from niwaki.sparse import Sparse
 from niwaki.sparse_tiles import LAYOUT, Tiled
-
-DECODED_BYTES = 4 * 2**20  # of the matrix at a time: they stay in a cache until they are multiplied
 
 
 class SparseLinear(nn.Module):
@@ -101,19 +98,8 @@ class SparseLinear(nn.Module):
         return product(self._layer(), x_NI, self.out_features)
 
     def _many(self, x_NI: Tensor) -> Tensor:
-        out_NO = x_NI.new_empty(len(x_NI), self.out_features)
         layer = None if torch.compiler.is_compiling() or cpu_module() is None else self._layer()
-        dtype = x_NI.dtype if x_NI.dtype in (torch.float32, torch.bfloat16) else torch.float32
-        rows = max(DECODED_BYTES // (dtype.itemsize * self.in_features) // TILE, 1) * TILE
-        room_OI = x_NI.new_empty(min(rows, self.out_features), self.in_features, dtype=dtype)
-        for first in range(0, self.out_features, rows):
-            last = min(first + rows, self.out_features)
-            if layer is None:
-                weight_OI = self.record().rows(first, last).decode()
-            else:
-                weight_OI = decoded(layer, first, room_OI[: last - first])
-            out_NO[:, first:last] = linear(x_NI, weight_OI.to(x_NI.dtype))
-        return out_NO
+        return by_pieces(x_NI, self.out_features, layer, lambda first, last: self.record().rows(first, last).decode())
 
     def _layer(self) -> Any:
         """What the kernels take, made anew when the buffers are others: just loaded, or moved."""

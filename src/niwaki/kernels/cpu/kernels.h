@@ -56,6 +56,15 @@ bool supported(Path path);
 // All parts of one matrix: they share tokens and rows.
 void plane_products(const std::vector<PlaneProduct>& parts, int threads, Path path);
 
+// Where rows [first, last) of a matrix itself go: float32 or bfloat16, [last − first, columns].
+struct Decoded {
+    int64_t first, last, columns;
+    bool bfloat16;
+    void* out;
+};
+
+void plane_decode(const std::vector<PlaneProduct>& parts, const Decoded& to, int threads);
+
 enum class SparseLayout { bitmap, two_four };
 enum class SparseValues { bf16, fp16, fp32, int8, int4 };
 
@@ -76,14 +85,6 @@ struct SparseProduct {
 };
 
 void sparse_product(const SparseProduct& product, int threads, Path path);
-
-// Where rows [first, last) of a matrix itself go: float32 or bfloat16, [last − first, columns].
-struct Decoded {
-    int64_t first, last, columns;
-    bool bfloat16;
-    void* out;
-};
-
 void sparse_decode(const SparseProduct& product, const Decoded& to, int threads, Path path);
 
 // out = x Wᵀ for a two-four matrix of 4-bit codes in tiles (sparse_tiles.py).
@@ -120,14 +121,7 @@ inline uint16_t narrowed(float value) {
 }
 
 // Puts a row of float32 where it goes, `row` counted from the first.
-inline void put_row(const Decoded& to, int64_t row, const float* own) {
-    if (!to.bfloat16) {
-        std::memcpy(static_cast<float*>(to.out) + row * to.columns, own, sizeof(float) * to.columns);
-        return;
-    }
-    auto* out = static_cast<uint16_t*>(to.out) + row * to.columns;
-    for (int64_t i = 0; i < to.columns; ++i) out[i] = narrowed(own[i]);
-}
+void put_row(const Decoded& to, int64_t row, const float* own);
 
 // Calls work(first, last) for a share of the rows on each of `threads` threads.
 void over_rows(int64_t rows, int threads, const std::function<void(int64_t, int64_t)>& work);

@@ -61,6 +61,12 @@ public:
         for (size_t i = 0; i < sums.size(); ++i) narrow[i] = narrowed(sums[i]);
     }
 
+    // Rows [first, last) of the matrix, float32 or bfloat16, to the address `out`.
+    void decode(uintptr_t out, int64_t first, int64_t last, bool bfloat16, int threads, int) const {
+        nb::gil_scoped_release unlocked;
+        niwaki::plane_decode(parts_, {first, last, inputs_, bfloat16, reinterpret_cast<void*>(out)}, threads);
+    }
+
 private:
     int64_t rows_, inputs_;
     std::vector<niwaki::PlaneProduct> parts_;
@@ -194,7 +200,8 @@ NB_MODULE(_cpu, module) {
         .def(nb::init<int64_t, int64_t>())
         .def("add", &Layer::add, nb::arg("planes"), nb::arg("scale"), nb::arg("offset").none(), nb::arg("zero").none(),
              nb::arg("centre"), nb::arg("group_bytes"), nb::arg("column").none(), nb::arg("columns"))
-        .def("multiply", &Layer::multiply);
+        .def("multiply", &Layer::multiply)
+        .def("decode", &Layer::decode);
     nb::class_<TileLayer>(module, "TileLayer")
         .def(nb::init<int64_t, int64_t, int64_t, Bytes, Bytes, Shorts>(), nb::arg("rows"), nb::arg("columns"),
              nb::arg("group"), nb::arg("places"), nb::arg("codes"), nb::arg("scale"))
