@@ -44,9 +44,9 @@ class Running:
         return httpx2.Client(base_url=self.url, timeout=60, **settings)
 
     def metric(self, line: str) -> float:
-        """The value of a series."""
+        """The value of a series; 0 before anything was counted."""
         found = [row for row in self.service.metrics.text().decode().splitlines() if row.startswith(line + " ")]
-        return float(found[0].rpartition(" ")[2])
+        return float(found[0].rpartition(" ")[2]) if found else 0.0
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from torch import Tensor
 from niwaki.kernels.codes import cpu_module
 
 BLOCK_COLUMNS = 32  # columns that share a table's scale: groups of the CPU kernel hold whole blocks
-# Beyond so many tokens the matrix is decoded: exact, where the tables round, and faster from about 50 tokens on (two
-# threads, 8192 × 2048 at 4 bits: decoding 6.8 ms, 32 tokens 5.9 ms by the kernel and 8.9 decoded, 64 tokens 11.4 and 10.0).
+# Beyond so many tokens the matrix is decoded: exact, where the tables round, and faster from about 50 tokens on. Two
+# threads, 8192 × 2048 at 4 bits: decoding 6.8 ms, 32 tokens 5.9 ms by the kernel and 8.9 decoded, 64 tokens 11.4 and
+# 10.0.
 FEW_TOKENS = 16
 # Measured on an H100, 4096² to 28672 × 8192 (packed-linear-h100.json). Multiply-adds cost about half a token's time for
 # each more, tensor cores the same for 1 to 16 tokens; from there on decoding the matrix catches up with both.
