@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,21 +81,38 @@ def note(
         choices[-1].bounds.append(bound_O.detach().float().reshape(-1))
 
 
+class Sample(NamedTuple):
+    """A choice on the host: N scores, whether each stayed, and the bounds of rows or panels."""
+
+    scores_N: Tensor
+    kept_N: Tensor
+    bounds_B: Tensor
+
+
 def summary(choices: list[Choice], stored_OI: Tensor) -> dict[str, Any]:
     """{"scores": what is known of the choice that `stored_OI` shows}, or {} if none does."""
+    return described(agreeing(choices, stored_OI))
+
+
+def agreeing(choices: list[Choice], stored_OI: Tensor) -> Sample | None:
+    """The last choice that `stored_OI` shows, if any."""
     for choice in reversed(choices):
         if choice.shape != tuple(stored_OI.shape) or choice.columns != choice.shape[1]:
             continue
         down, right = _steps(choice.shape)
         kept = torch.cat(choice.keep, dim=1)
         if float(((stored_OI[::down, ::right] != 0) == kept).float().mean()) >= AGREEMENT:
-            return {"scores": _described(choice, kept.cpu().view(-1))}
-    return {}
+            scores = torch.cat(choice.scores, dim=1).cpu().view(-1)
+            bounds_B = torch.cat(choice.bounds).cpu() if choice.bounds else torch.empty(0)
+            return Sample(scores, kept.cpu().view(-1), bounds_B)
+    return None
 
 
-def _described(choice: Choice, kept_N: Tensor) -> dict[str, Any]:
-    """Quantiles and a histogram over log₁₀ of the scores; `lost` the highest score gone by row: least, middle, most."""
-    scores_N = torch.cat(choice.scores, dim=1).cpu().view(-1)
+def described(sample: Sample | None) -> dict[str, Any]:
+    """{"scores": …}: quantiles and a histogram over log₁₀; `lost` the highest score gone by row: least, middle, most."""
+    if sample is None:
+        return {}
+    scores_N, kept_N, bounds_B = sample
     ordered_N = scores_N.sort().values
     places = [round(q * (len(ordered_N) - 1)) for q in QUANTILES]
     positive_N = scores_N > 0
@@ -112,12 +129,10 @@ def _described(choice: Choice, kept_N: Tensor) -> dict[str, Any]:
         for name, mask_N in (("kept", kept_N[positive_N]), ("cut", ~kept_N[positive_N])):
             found[name] = torch.bincount(bins_N[mask_N], minlength=BINS).tolist()
         found["log10"] = [round(low, 4), round(low + span, 4)]
-    if choice.bounds:
-        bounds_B = torch.cat(choice.bounds).cpu()
-        if len(bounds_B := bounds_B[bounds_B.isfinite()]):
-            found["lost"] = [_short(float(bound)) for bound in (bounds_B.min(), bounds_B.median(), bounds_B.max())]
-            found["thresholds"] = len(bounds_B)
-    return found
+    if len(bounds_B := bounds_B[bounds_B.isfinite()]):
+        found["lost"] = [_short(float(bound)) for bound in (bounds_B.min(), bounds_B.median(), bounds_B.max())]
+        found["thresholds"] = len(bounds_B)
+    return {"scores": found}
 
 
 def _short(value: float) -> float:

@@ -24,10 +24,8 @@ class Grid:
     top_I: Tensor
 
     def columns(self, start: int, end: int) -> "Grid":
-        """The grid of some columns, one scale a column."""
-        group_P = self.group_I[start:end].long()
-        own_P = torch.arange(end - start, dtype=torch.int32, device=group_P.device)
-        return Grid(self.scale_OG[:, group_P], self.offset_OG[:, group_P], own_P, self.top_I[start:end])
+        """The grid of some columns."""
+        return Grid(self.scale_OG, self.offset_OG, self.group_I[start:end], self.top_I[start:end])
 
 
 def sweep_codes(
@@ -88,20 +86,21 @@ def _sweep_panels(
     from niwaki.kernels.triton_codes import sweep_codes_triton
 
     columns = wanted_OI.shape[1]
-    code_OI = torch.empty(wanted_OI.shape, dtype=torch.uint8, device=wanted_OI.device)
-    change_OI = torch.empty_like(wanted_OI)
+    codes, changes = [], []
     for start in range(0, columns, PANEL_COLUMNS):
         end = min(start + PANEL_COLUMNS, columns)
-        base_OP = None if base_OI is None else base_OI[:, start:end].contiguous()
-        code_OI[:, start:end], change_OI[:, start:end] = sweep_codes_triton(
-            wanted_OI[:, start:end].contiguous(),
-            base_OP,
-            feed_II[start:end, start:end].contiguous(),
+        code_OP, change_OP = sweep_codes_triton(
+            wanted_OI[:, start:end],
+            None if base_OI is None else base_OI[:, start:end],
+            feed_II[start:end, start:end],
             grid.columns(start, end),
-            None if keep_OI is None else keep_OI[:, start:end].contiguous(),
+            None if keep_OI is None else keep_OI[:, start:end],
         )
-        wanted_OI[:, end:].addmm_(change_OI[:, start:end], feed_II[start:end, end:], alpha=-1)
-    return code_OI, change_OI
+        codes.append(code_OP)
+        changes.append(change_OP)
+        if end < columns:
+            wanted_OI[:, end:].addmm_(change_OP, feed_II[start:end, end:], alpha=-1)
+    return (codes[0], changes[0]) if len(codes) == 1 else (torch.cat(codes, dim=1), torch.cat(changes, dim=1))
 
 
 @cache

@@ -142,13 +142,10 @@ def _swept(
     rows, columns = [len(weight_OI) for weight_OI in weights], weights[0].shape[1]
     weight_OI = torch.cat(weights)
 
+    shares = [target for name in names if isinstance(target := targets[name], Sparsity)]
+
     def choose(panel_OP: Tensor, diagonal_P: Tensor, start: int) -> Tensor:
-        found = []
-        for name, scores_OP in zip(names, (panel_OP / diagonal_P).square().split(rows), strict=True):
-            target = targets[name]
-            assert isinstance(target, Sparsity)
-            found.append(keep_in_panel(scores_OP, target, columns, start))
-        return torch.cat(found)
+        return keep_in_panel((panel_OP / diagonal_P).square_(), shares, rows, columns, start)
 
     if seen.start:
         given_OI = torch.cat([seen.start[name].weight_OI != 0 for name in names])
