@@ -4,8 +4,9 @@ Every mask is chosen in `methods/_masks`, for a target. A walk hands out a targe
 that the place which chooses can tell whose scores it sees (`note`) and no method has to say so. Kept are the scores of
 about `SIDE` × `SIDE` weights on a grid over the matrix, and the highest score that every row lost.
 
-A method may choose several times, or learn from a mask what no longer agrees with it. `summary` takes the last choice
-that agrees with the matrix as it was stored, and gives nothing rather than scores of another mask.
+A method may choose several times, or learn from a mask what no longer agrees with it. `agreeing` takes the last choice
+that agrees with the matrix as it was stored, and gives nothing rather than scores of another mask. `described` needs no
+GPU, so that one can work meanwhile.
 
 Cost: a copy of some 16,384 numbers a choice, one sort of them for every matrix; nothing where nobody watches.
 
@@ -13,7 +14,7 @@ Legend: O outputs, I inputs, P columns of one panel.
 
     with watched(targets) as (own, seen):
         records = compress(own)
-    summary(seen["mlp.up_proj"], stored_OI)
+    described(agreeing(seen["mlp.up_proj"], stored_OI))
 """
 
 import copy
@@ -74,7 +75,7 @@ def note(
         choices.append(Choice((len(scores_OP), columns)))
     down, right = _steps(choices[-1].shape)
     grid = slice(0, None, down), slice(-start % right, None, right)
-    choices[-1].scores.append(scores_OP[grid].detach().float().clone())
+    choices[-1].scores.append(scores_OP[grid].detach().to(torch.float32, copy=True))
     choices[-1].keep.append(keep_OP[grid].clone())
     choices[-1].columns += scores_OP.shape[1]
     if bound_O is not None:
@@ -87,11 +88,6 @@ class Sample(NamedTuple):
     scores_N: Tensor
     kept_N: Tensor
     bounds_B: Tensor
-
-
-def summary(choices: list[Choice], stored_OI: Tensor) -> dict[str, Any]:
-    """{"scores": what is known of the choice that `stored_OI` shows}, or {} if none does."""
-    return described(agreeing(choices, stored_OI))
 
 
 def agreeing(choices: list[Choice], stored_OI: Tensor) -> Sample | None:
@@ -109,7 +105,10 @@ def agreeing(choices: list[Choice], stored_OI: Tensor) -> Sample | None:
 
 
 def described(sample: Sample | None) -> dict[str, Any]:
-    """{"scores": …}: quantiles and a histogram over log₁₀; `lost` the highest score gone by row: least, middle, most."""
+    """{"scores": quantiles, and a histogram over log₁₀}, or {} without a sample.
+
+    `lost` is the highest score gone by row: least, middle, most.
+    """
     if sample is None:
         return {}
     scores_N, kept_N, bounds_B = sample

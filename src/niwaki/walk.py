@@ -234,7 +234,7 @@ def _line(block: Block, name: str, target: Target, record: Packed, statistics: S
 
     `error_before_update` is that of only removing the pruned weights, `error` that of the final matrix.
     """
-    old_OI = block.weight(name).float().clone()
+    old_OI = block.weight(name).to(torch.float32, copy=True)
     _assign(block, name, target, record)
     new_OI = block.weight(name).float()
     if not torch.isfinite(new_OI).all():

@@ -26,7 +26,9 @@ def cuts_of(columns: int) -> Tensor:
 
 def expected_sums(gradient: Tensor, values: Tensor, order: Tensor, cuts: Tensor) -> Tensor:
     product = gradient.double() * values.double()
-    return torch.tensor([[float(row[o[: int(cut)]].sum()) for cut in cuts] for row, o in zip(product, order, strict=True)])
+    return torch.tensor(
+        [[float(row[o[: int(cut)]].sum()) for cut in cuts] for row, o in zip(product, order, strict=True)]
+    )
 
 
 def expected_pruned(values: Tensor, order: Tensor, zeros: Tensor) -> Tensor:
@@ -41,7 +43,9 @@ def test_references_equal_loops(shape: tuple[int, int]) -> None:
     gradient, values, order, rank, zeros = problem(*shape)
     cuts = cuts_of(shape[1])
     found = sums_below(gradient, values, order, cuts)
-    torch.testing.assert_close(found, expected_sums(gradient, values, order, cuts), rtol=1e-5, atol=1e-5, check_dtype=False)
+    torch.testing.assert_close(
+        found, expected_sums(gradient, values, order, cuts), rtol=1e-5, atol=1e-5, check_dtype=False
+    )
     assert torch.equal(drop_lowest(values, rank.to(torch.int16), zeros.float()), expected_pruned(values, order, zeros))
 
 

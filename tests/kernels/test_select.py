@@ -5,7 +5,7 @@ import torch
 from interpreting import interpreted
 from torch import Tensor
 
-from niwaki.kernels.select import keep_highest
+from niwaki.kernels.select import Parts, keep_in_panel
 
 
 def wanted(scores: Tensor, rows: list[int], zeros: list[int]) -> tuple[Tensor, list[float]]:
@@ -48,7 +48,7 @@ def cases() -> list[tuple[Tensor, list[int], list[int]]]:
 @pytest.mark.parametrize("case", range(9))
 def test_every_part_loses_its_lowest_and_ties_by_index(case: int) -> None:
     scores, rows, zeros = cases()[case]
-    keep, bounds = keep_highest(scores, rows, zeros)
+    keep, bounds = keep_in_panel(scores, Parts.of(rows, zeros, scores.device), scores.shape[1], 0)
     expected, expected_bounds = wanted(scores, rows, zeros)
     assert torch.equal(keep, expected) and bounds.tolist() == expected_bounds
 
@@ -74,7 +74,16 @@ def parity() -> None:
     for block in (triton_select.BLOCK, 64):
         triton_select.BLOCK = block
         for scores, rows, zeros in [*cases(), *wide]:
-            keep, bounds = triton_select.keep_highest_triton(scores, rows, zeros)
+            parts = Parts.of(rows, zeros, scores.device)
+            keep, bounds = triton_select.keep_in_panel_triton(scores, parts, scores.shape[1], 0)
             expected, expected_bounds = wanted(scores, rows, zeros)
             assert torch.equal(keep, expected), (block, tuple(scores.shape), rows, zeros)
             assert bounds.tolist() == expected_bounds, (block, bounds, expected_bounds)
+    parts = Parts.of([6, 4], [123, 77], torch.device("cpu"))
+    scores = torch.rand(10, 30, generator=torch.Generator().manual_seed(3))
+    for start in (0, 7, 14, 21, 28):  # panels of a wider matrix: zeros spread over its columns
+        panel = scores[:, start : start + 7]
+        zeros = parts.zeros_within(start, start + panel.shape[1], 30)
+        keep, _ = triton_select.keep_in_panel_triton(panel, parts, 30, start)
+        assert torch.equal(keep, wanted(panel, [6, 4], zeros)[0])
+        assert torch.equal(keep, keep_in_panel(panel, parts, 30, start)[0])

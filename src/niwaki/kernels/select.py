@@ -1,31 +1,51 @@
 """The lowest scores of matrices that lie one below the other go: the torch reference, and the choice of the kernel.
 
-Legend: O rows of all parts, P columns, M parts, N scores of a part.
+Legend: O rows of all parts, P columns of a panel, M parts, N scores of a part.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def keep_highest(scores_OP: Tensor, rows: Sequence[int], zeros: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Boolean [O, P]: each part, of so many rows, loses its so many lowest scores; ties to the lower index, by rows.
+class Parts(NamedTuple):
+    """Rows and zeros of every matrix; `about_M3` holds its first row, rows and zeros (int64) where the scores are."""
 
-    With it the highest score that each part loses [M], −∞ where none goes. Float32 without NaN. On a GPU nothing here
-    waits for it.
+    rows: list[int]
+    zeros: list[int]
+    about_M3: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[int], zeros: Sequence[int], device: torch.device) -> "Parts":
+        """To be made once for all panels: a GPU waits for the copy."""
+        about = [list(part) for part in zip(accumulate(rows, initial=0), rows, zeros, strict=False)]
+        return cls(list(rows), list(zeros), torch.tensor(about, device=device))
+
+    def zeros_within(self, start: int, end: int, columns: int) -> list[int]:
+        """Zeros from column `start` to `end` of `columns`, spread evenly; exact over all of them."""
+        return [zeros * end // columns - zeros * start // columns for zeros in self.zeros]
+
+
+def keep_in_panel(scores_OP: Tensor, parts: Parts, columns: int, start: int) -> tuple[Tensor, Tensor]:
+    """Boolean [O, P] for the columns from `start` on of matrices of `columns`: each part loses its lowest scores.
+
+    How many follows from `Parts.zeros_within`; ties fall to the lower index, by rows. With it the highest score that
+    each part loses [M], −∞ where none goes. Float32 without NaN. On a GPU nothing here waits for it.
     """
     if scores_OP.is_cuda:
-        from niwaki.kernels.triton_select import keep_highest_triton
+        from niwaki.kernels.triton_select import keep_in_panel_triton
 
-        return keep_highest_triton(scores_OP, rows, zeros)
-    parts = zip(scores_OP.split(list(rows)), zeros, strict=True)
-    found = [keep_highest_reference(part_OP, count) for part_OP, count in parts]
+        return keep_in_panel_triton(scores_OP, parts, columns, start)
+    zeros = parts.zeros_within(start, start + scores_OP.shape[1], columns)
+    found = [keep_highest(part_OP, count) for part_OP, count in zip(scores_OP.split(parts.rows), zeros, strict=True)]
     return torch.cat([keep_OP for keep_OP, _ in found]), torch.cat([bound_11.view(1) for _, bound_11 in found])
 
 
-def keep_highest_reference(scores: Tensor, zeros: int) -> tuple[Tensor, Tensor]:
-    """The same for one part of any shape, on any device; the bound is [1, 1]."""
+def keep_highest(scores: Tensor, zeros: int) -> tuple[Tensor, Tensor]:
+    """Boolean of the same shape without the `zeros` lowest scores, and the highest of these [1, 1], on any device."""
     if zeros == 0:
         return torch.ones_like(scores, dtype=torch.bool), scores.new_full((1, 1), -torch.inf)
     scores_1N = scores.reshape(1, -1)

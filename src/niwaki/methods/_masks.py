@@ -6,14 +6,17 @@ for the reader of blocks.jsonl (`niwaki.scores`).
 Legend: O rows, I columns, P columns of one panel, G groups, M group size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from niwaki.config import Grouped, Sparsity, Target
-from niwaki.kernels.select import above, keep_highest, keep_highest_reference
+from niwaki.kernels.select import Parts, above, keep_highest, keep_in_panel
 from niwaki.scores import note
+
+# (scores [O, P], first column) → keep mask [O, P]
+InPanel = Callable[[Tensor, int], Tensor]
 
 
 def keep_by_row(scores_OI: Tensor, target: Target) -> Tensor:
@@ -32,28 +35,27 @@ def keep_by_matrix(scores_OI: Tensor, target: Target) -> Tensor:
     """Boolean [O, I]: one threshold for the whole matrix (N:M targets are chosen group by group anyway)."""
     if isinstance(target, Grouped):
         return keep_by_group(scores_OI, target)
-    keep_OI, bound_1 = keep_highest_reference(scores_OI, target.zeros_in(*scores_OI.shape))
+    keep_OI, bound_1 = keep_highest(scores_OI, target.zeros_in(*scores_OI.shape))
     note(target, scores_OI, keep_OI, bound_1)
     return keep_OI
 
 
-def keep_in_panel(
-    scores_OP: Tensor, targets: Sequence[Sparsity], rows: Sequence[int], columns: int, start: int
-) -> Tensor:
-    """Boolean [O, P] for the columns from `start` on of matrices of `columns`, so many `rows` each one below the other.
+def by_panel(targets: Sequence[Sparsity], rows: Sequence[int], columns: int, device: torch.device) -> InPanel:
+    """Chooses masks [O, P] from scores and the first column, for matrices of `columns`, one below the other.
 
     Every matrix loses its own lowest scores, its zeros spread evenly over panels.
     """
-    end = start + scores_OP.shape[1]
-    zeros = [
-        _zeros_up_to(target, count, columns, end) - _zeros_up_to(target, count, columns, start)
-        for target, count in zip(targets, rows, strict=True)
-    ]
-    keep_OP, bound_M = keep_highest(scores_OP, rows, zeros)
-    parts = zip(targets, scores_OP.split(list(rows)), keep_OP.split(list(rows)), bound_M, strict=True)
-    for target, own_scores_OP, own_keep_OP, bound in parts:
-        note(target, own_scores_OP, own_keep_OP, bound, columns, start)
-    return keep_OP
+    zeros = [target.zeros_in(count, columns) for target, count in zip(targets, rows, strict=True)]
+    parts = Parts.of(rows, zeros, device)
+
+    def keep(scores_OP: Tensor, start: int) -> Tensor:
+        keep_OP, bound_M = keep_in_panel(scores_OP, parts, columns, start)
+        each = zip(targets, scores_OP.split(parts.rows), keep_OP.split(parts.rows), bound_M, strict=True)
+        for target, own_scores_OP, own_keep_OP, bound in each:
+            note(target, own_scores_OP, own_keep_OP, bound, columns, start)
+        return keep_OP
+
+    return keep
 
 
 def _drop_lowest(scores_OI: Tensor, zeros_O: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,8 +90,3 @@ def keep_by_group(scores_OI: Tensor, target: Grouped) -> Tensor:
     keep_OI = (rank_OGM >= target.group - target.keep).view(rows, columns)
     note(target, scores_OI, keep_OI, None)
     return keep_OI
-
-
-def _zeros_up_to(target: Sparsity, rows: int, columns: int, column: int) -> int:
-    """Zeros among the first `column` columns when they are spread evenly; exact at the last column."""
-    return target.zeros_in(rows, columns) * column // columns
