@@ -21,7 +21,7 @@ The full text was not at hand; what differs from the released code, and why:
 dequantized. N:M is not in the paper and is refused: every row keeps the same share there.
 
 Cost: `steps` · `batch` forwards and backwards of a window. Memory: the block twice in float32, ranks and order
-(10 bytes a weight, 4 on a GPU), and the block's inputs and outputs for all windows.
+(10 bytes a weight; on a GPU 4, in rows of up to 16384), and the block's inputs and outputs for all windows.
 
     niwaki compress MODEL OUT --method besa --target 0.5 --calibration mine.txt --seq-len 512
 """
@@ -100,7 +100,7 @@ def cost(scope: Scope, config: Config) -> Work:
         product_flops=2 * config.steps * scope.weights * (config.candidates + 1),
         passed=12 * config.steps * scope.weights,
     )
-    return rates + learning(scope, config.steps, config.batch, checks=CHECKS, copies=3.5)
+    return rates + learning(scope, config.steps, config.batch, checks=CHECKS, copies=2.5)
 
 
 def compress(
