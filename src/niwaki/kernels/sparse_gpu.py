@@ -1,7 +1,7 @@
 """Products with pruned matrices (`sparse`, `sparse_tiles`) on a GPU: which way, for how many tokens, as an operator.
 
 A few tokens are multiplied by multiply-adds (`triton_sparse`, `triton_sparse_tiles`), some by tensor cores
-(`triton_sparse_dot`), both straight from what is stored; for many, one kernel makes rows of the matrix dense and cuBLAS
+(`triton_sparse_dot`, `triton_sparse_tiles_dot`), both straight from what is stored; for many, one kernel makes rows of the matrix dense and cuBLAS
 multiplies them. Sparse tensor cores (cuSPARSELt) need a second form of a two-four matrix, as large as the first.
 
 Legend: N tokens, O outputs, I inputs, B bytes of eight columns, C chunks of 64 columns, T tiles of 32 rows, F groups of
@@ -77,7 +77,7 @@ def ranks_of(places_OB: Tensor) -> Tensor:
     ranks_OC = padded.new_empty(len(padded), padded.shape[1] // CHUNK_BYTES, dtype=torch.int16)
     for some, out in zip(padded.split(1024), ranks_OC.split(1024), strict=True):  # a bounded copy
         counts = _counts(padded.device)[some.int()].view(len(some), -1, CHUNK_BYTES).sum(2, dtype=torch.int32)
-        out.copy_((counts.cumsum(1) - counts).to(torch.int32))
+        out.copy_(counts.cumsum(1).to(torch.int32))
     return ranks_OC
 
 
@@ -100,9 +100,10 @@ def product(x_NI: Tensor, record: GpuRecord, bias_O: Tensor | None) -> Tensor:
         kernels: Any = triton_sparse_tiles if record.layout == "two_four_tiles" else triton_sparse
         kernels.few_tokens(x_NI, record, bias_O, out_NO)
     elif cores and tokens <= CORE_TOKENS[record.layout]:
-        from niwaki.kernels.triton_sparse_dot import some_tokens
+        from niwaki.kernels import triton_sparse_dot, triton_sparse_tiles_dot
 
-        some_tokens(x_NI, record, bias_O, out_NO)
+        kernels = triton_sparse_tiles_dot if record.layout == "two_four_tiles" else triton_sparse_dot
+        kernels.some_tokens(x_NI, record, bias_O, out_NO)
     else:
         return _decoded_product(x_NI, record, bias_O)
     return out_NO
