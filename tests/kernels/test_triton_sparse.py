@@ -88,6 +88,9 @@ def few() -> None:
     for number in range(len(SHAPES)):
         for record in records(number):
             check(few_tokens, record, 1 + number, torch.float32, bias=number == 1)
+    wide_OI = torch.randn(2, 2**16 + 64)  # more columns than 16 bits count
+    wide_OI[:, ::5] = 0
+    check(few_tokens, Sparse.encode(wide_OI, layout="bitmap"), 1, torch.float32)
     for number, tokens in [(0, 5), (2, 2), (2, 4), (2, 17)]:
         check(few_tokens, records(0)[number], tokens, torch.bfloat16, Tiles(4, 1))
 
@@ -186,6 +189,7 @@ def test_the_table_of_a_bitmap_counts_the_values_up_to_every_64_columns() -> Non
         assert torch.equal(ranks[:, chunk].int() & 0xFFFF, keep_OI[:, : 64 * (chunk + 1)].sum(1).int())
     full = ranks_of(torch.full((1, 65528 // 8), 255, dtype=torch.uint8))
     assert int(full[0, -1]) & 0xFFFF == 65528
+    assert int(ranks_of(torch.full((1, 65536 // 8), 255, dtype=torch.uint8))[0, -1]) == 65536
 
 
 @pytest.mark.parametrize(("dtype", "group", "there"), [

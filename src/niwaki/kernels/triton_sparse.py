@@ -8,10 +8,13 @@ Two values for four columns: the four inputs lie in the thread, and every value 
 of its index. Per pair of values and token 4 selections and 2 multiply-adds, and 4 tests of bits for all tokens. That is
 far cheaper than gathering inputs, whose lanes would meet in the same banks.
 
-A bitmap: the first value of every 64 columns of a row is in a small table (`ranks_OC`, 16 bits each: 0.25 bit a
-weight, made when the layer is prepared), those of a thread follow by counting bits below. For four columns a thread
-loads the next four values, whether or not they all belong there, and moves them up to their columns by six selections.
-Lanes are four values apart on average, so a warp's loads lie in few lines.
+A bitmap: how many values a row has up to the end of every 64 columns is in a small table (`ranks_OC`, 16 bits each:
+0.25 bit a weight, made when the layer is prepared); the number of a thread's first value is that but the set bits from
+there on. For four columns a thread loads the next four values, whether or not they all belong there, and moves them up
+to their columns by six selections; values of bfloat16 as three words, so that there are fewer loads. Lanes are four
+values apart on average, so a warp's loads lie in few lines. Products of columns without a value are left out by the
+bits themselves, without a zero in their place. The chunks of the next step are loaded before the values of this one,
+whose addresses they tell.
 
 Floor: the bytes of places and values over the memory bandwidth, 9 bits a weight at half zeros and values of 16 bits.
 
@@ -39,17 +42,17 @@ class Tiles(NamedTuple):
     warps: int  # of a program; each takes 32 units of columns at a time
 
 
-# By layout, for up to so many tokens: the best, or nearly, of 11 measured on an H100 at 4096² and at 11008 × 4096.
+# By layout, for up to so many tokens of a program: the best, or nearly, of 9 (two_four: 11) measured on an H100 with
+# shapes from 4096² to 28672 × 8192.
 TILES = {
-    "bitmap": {1: Tiles(1, 4), 2: Tiles(2, 4), 4: Tiles(4, 4)},
+    "bitmap": {1: Tiles(1, 4), 2: Tiles(4, 4), 4: Tiles(4, 4), 8: Tiles(4, 4)},
     "two_four": {1: Tiles(1, 4), 2: Tiles(2, 2), 4: Tiles(1, 2)},
 }
-BLOCK_TOKENS = 4  # of a program
 
 
 def default_tiles(record: GpuRecord, tokens: int) -> Tiles:
     """A choice by shape: narrow matrices take fewer threads."""
-    tiles = TILES[record.layout][min(triton.next_power_of_2(tokens), BLOCK_TOKENS)]
+    tiles = TILES[record.layout][_block_tokens(record, tokens)]
     while tiles.warps > 1 and 16 * tiles.warps * _unit_bytes(record) >= record.places.shape[1]:
         tiles = tiles._replace(warps=tiles.warps // 2)
     return tiles
@@ -61,7 +64,7 @@ def few_tokens(
     """out = x Wᵀ + bias. `x_NI` contiguous, of any float dtype, as `out_NO`; sums in float32."""
     tokens, rows = out_NO.shape
     assert x_NI.is_contiguous() and out_NO.is_contiguous() and x_NI.shape[1] == record.columns
-    block_tokens = min(triton.next_power_of_2(tokens), BLOCK_TOKENS)
+    block_tokens = _block_tokens(record, tokens)
     tiles = tiles or default_tiles(record, tokens)
     places, values, unit = _views(record)
     _few[triton.cdiv(rows, tiles.rows), triton.cdiv(tokens, block_tokens)](
@@ -85,6 +88,11 @@ def few_tokens(
         block=32 * tiles.warps,
         num_warps=tiles.warps,
     )
+
+
+def _block_tokens(record: GpuRecord, tokens: int) -> int:
+    """Tokens of a program."""
+    return min(int(triton.next_power_of_2(tokens)), max(TILES[record.layout]))
 
 
 def _unit_bytes(record: GpuRecord) -> int:
@@ -150,8 +158,7 @@ def _few(
         found = ()
         for r in tl.static_range(block_rows):
             if layout == "bitmap":
-                index, byte = locate(chunks[r], start[r], at)
-                found = found + ((byte,) + near_values(values, index, byte, bits),)
+                found = found + (_near(values, chunks[r], start[r], at, bits),)
             else:
                 row = tl.minimum(first + r, rows - 1).to(tl.int64)
                 found = found + (_load_pairs(places, values, row, at, inside, width, bits, unit),)
@@ -273,7 +280,7 @@ def signed_four(codes):
 
 @triton.jit
 def _sum_pairs(found, inputs, total, m: tl.constexpr, unit: tl.constexpr):
-    """Adds products of the values of a unit and the inputs that they belong to. The lower index comes first: it is no 3."""
+    """Adds products of the values of a unit and the inputs they belong to. The lower index comes first: it is no 3."""
     index = found[0]
     for i in tl.static_range(2 * unit):
         x_0 = inputs[8 * unit * m + 4 * i]
@@ -319,27 +326,62 @@ def near_values(values, index, byte, bits: tl.constexpr):
             pair = tl.load(values + (index >> 1), mask=taken, other=0).to(tl.int32)
             found = found + (signed_four(pair >> ((index & 1) * 4)),)
             index += (byte >> j) & 1
-        return found
-    twos = (byte & 5) + ((byte >> 1) & 5)
-    first = values + index
-    later = (twos & 3) + (twos >> 2)
-    return _near_four(first, byte, 0) + _near_four(first + later, byte, 4)
+    else:
+        found = _near_four(values + index, byte, 0) + _near_four(values + index + _count_four(byte), byte, 4)
+    return found
 
 
 @triton.jit
 def _near_four(first, byte, at: tl.constexpr):
-    """The values of four columns. Four are loaded wherever they belong, from one address, and moved up by selections.
+    """The values of four columns. Those behind the last value of all are slack."""
+    return _moved(tl.load(first), tl.load(first + 1), tl.load(first + 2), tl.load(first + 3), byte, at)
 
-    Those behind the last value of all are slack.
+
+@triton.jit
+def _count_four(byte):
+    """Set bits of the lower four."""
+    return ((tl.full((), 0x4332322132212110, tl.int64) >> ((byte << 2) & 60).to(tl.int64)) & 15).to(tl.int32)
+
+
+@triton.jit
+def _near(values, found, start, byte, bits: tl.constexpr):
+    """The bits of eight columns, and `near_values`; of bfloat16 in float32."""
+    index, taken = locate(found, start, byte)
+    if values.dtype.element_ty == tl.bfloat16:
+        near = _near_words(values, index, taken, 0) + _near_words(values, index + _count_four(taken), taken, 4)
+    else:
+        near = near_values(values, index, taken, bits)
+    return (taken,) + near
+
+
+@triton.jit
+def _near_words(values, index, byte, at: tl.constexpr):
+    """The values of four columns: three words hold them, whether or not the first of them begins a word."""
+    words = values.to(tl.pointer_type(tl.int32), bitcast=True) + (index >> 1)
+    w_0 = tl.load(words).to(tl.uint32, bitcast=True).to(tl.uint64)
+    w_1 = tl.load(words + 1).to(tl.uint32, bitcast=True).to(tl.uint64)
+    w_2 = tl.load(words + 2).to(tl.uint32, bitcast=True).to(tl.uint64)
+    shift = ((index & 1) * 16).to(tl.uint64)
+    low = ((w_0 | (w_1 << 32)) >> shift).to(tl.uint32).to(tl.int32, bitcast=True)
+    high = ((w_1 | (w_2 << 32)) >> shift).to(tl.uint32).to(tl.int32, bitcast=True)
+    return _moved(
+        (low << 16).to(tl.float32, bitcast=True),
+        (low & -65536).to(tl.float32, bitcast=True),
+        (high << 16).to(tl.float32, bitcast=True),
+        (high & -65536).to(tl.float32, bitcast=True),
+        byte,
+        at,
+    )
+
+
+@triton.jit
+def _moved(v_0, v_1, v_2, v_3, byte, at: tl.constexpr):
+    """Four values moved up to their columns by selections: the value of a column is the first but as many as there are
+    before it; `next` is the one after it.
     """
-    v_0 = tl.load(first)
-    v_1 = tl.load(first + 1)
-    v_2 = tl.load(first + 2)
-    v_3 = tl.load(first + 3)
     b_0 = (byte & (1 << at)) != 0
     b_1 = (byte & (2 << at)) != 0
     b_2 = (byte & (4 << at)) != 0
-    # The value of column j is the first but as many as there are before it; `next` is the one after it.
     c_1 = tl.where(b_0, v_1, v_0)
     next_1 = tl.where(b_0, v_2, v_1)
     c_2 = tl.where(b_1, next_1, c_1)
@@ -371,7 +413,10 @@ def locate(found, start, byte):
     `start` is the number of the row's first value.
     """
     above = found[0].to(tl.uint64, bitcast=True) >> ((byte & 7) * 8).to(tl.uint64)
-    return start + (found[1].to(tl.int32) & 0xFFFF) - count_bits(above), (above & 255).to(tl.int32)
+    rank = found[1].to(tl.int32)
+    if found[1].dtype == tl.int16:
+        rank &= 0xFFFF
+    return start + rank - count_bits(above), (above & 255).to(tl.int32)
 
 
 @triton.jit

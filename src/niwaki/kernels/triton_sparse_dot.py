@@ -296,8 +296,10 @@ def _spread(index, lower, upper, bits: tl.constexpr, kind: tl.constexpr, dtype: 
 def _as_float(raw, bits: tl.constexpr, kind: tl.constexpr, dtype: tl.constexpr):
     """The number that integers of 16 bits (32 for float32) stand for."""
     if bits == 8:
-        return raw.to(tl.float32).to(dtype)
-    return raw.to(kind, bitcast=True).to(dtype)
+        found = raw.to(tl.float32).to(dtype)
+    else:
+        found = raw.to(kind, bitcast=True).to(dtype)
+    return found
 
 
 @triton.jit

@@ -4,15 +4,13 @@ A program owns a tile, and every warp walks columns of its own; the sums of the 
 the same order. A thread takes a byte of columns of two rows. The two codes of four columns are shifted to their columns
 in a word of four codes, which becomes four 16-bit floats without arithmetic: each code lies in the mantissa of a power
 of two that is large enough for a step of one. That power, and the 8 that signed codes are apart from unsigned ones, is
-taken off with the sum of the inputs, which tensor cores add up too.
+taken off with the sum of the inputs.
 
 Floor: the bytes of the tiles over the memory bandwidth, 3.125 bits a weight in groups of 128; about eight instructions
 a weight whatever the number of tokens.
 
 Legend: N tokens, M tokens of a program, O outputs, I inputs, B bytes of eight columns, S warps, R the 32 rows.
 """
-
-# ruff: noqa: RUF005 (Triton knows no starred tuples)
 
 from typing import NamedTuple
 
@@ -100,30 +98,28 @@ def _some(
     token = tl.program_id(1) * block_tokens + tl.arange(0, block_tokens)
     stride = (rows + 31) // 32 * 32
     share = scale + tile * 32 + tl.arange(0, 32)[None, :]
-    # One axis, so that all loads lie alike; 32 units side by side are of one warp.
+    # One axis, so that all loads lie alike: eight units of a thread side by side, those of 16 bytes in one warp.
     unit = tl.arange(0, 16 * splits * block)
-    near = unit // 32 % splits * block + unit // (32 * splits) * 2 + unit // 16 % 2
-    places += tile * (width * 16) + near * 16 + unit % 16
-    values += tile * (width * 32) + near * 32 + unit % 16
+    places += tile * (width * 16)
+    values += tile * (width * 32)
     split = tl.arange(0, splits)[:, None]
-    column = split[:, :, None] * (8 * block) + tl.arange(0, 8 * block)[None, None, :]
-    x += token[None, :, None].to(tl.int64) * columns + column
-    ones = tl.full((splits, 8 * block, 16), 1.0, x.dtype.element_ty)
+    lane = tl.arange(0, 8 * block)[None, None, :]
     total = tl.zeros((splits, block_tokens, 32), tl.float32)
     for step in tl.range(0, (width + block * splits - 1) // (block * splits)):
         first = step * (block * splits)
-        some = (token < tokens)[None, :, None] & (first * 8 + column < columns)
-        inputs = tl.load(x + first * 8, mask=some, other=0.0)
-        inside = first + near < width
-        index = tl.load(places + first * 16, mask=inside, other=0).to(tl.int32)
-        front = tl.load(values + first * 32, mask=inside, other=0).to(tl.int32)
-        back = tl.load(values + first * 32 + 16, mask=inside, other=0).to(tl.int32)
+        column = first * 8 + split[:, :, None] * (8 * block) + lane
+        some = (token < tokens)[None, :, None] & (column < columns)
+        inputs = tl.load(x + token[None, :, None].to(tl.int64) * columns + column, mask=some, other=0.0)
+        byte = first + unit // 16
+        index = tl.load(places + byte * 16 + unit % 16, mask=byte < width, other=0).to(tl.int32)
+        front = tl.load(values + byte * 32 + unit % 16, mask=byte < width, other=0).to(tl.int32)
+        back = tl.load(values + byte * 32 + 16 + unit % 16, mask=byte < width, other=0).to(tl.int32)
         top = _biased(index, front, x.dtype, base[0]) + _biased(index >> 4, back, x.dtype, base[0])
         low = _biased(index >> 2, front >> 4, x.dtype, base[0]) + _biased(index >> 6, back >> 4, x.dtype, base[0])
-        weight = tl.reshape(stack(top + low, unit.shape, 16), (block // 2, splits, 2, 16, 2, 8))
-        weight = tl.reshape(tl.permute(weight, (1, 0, 2, 5, 4, 3)), (splits, 8 * block, 32))
-        sums = tl.sum(tl.dot(inputs, ones), axis=2) * (base[1] / 16)
-        here = tl.dot(inputs, weight) - sums[:, :, None]
+        weight = tl.reshape(stack(top + low, unit.shape, 16), (splits, block, 16, 2, 8))
+        weight = tl.reshape(tl.permute(weight, (0, 1, 4, 3, 2)), (splits, 8 * block, 32))
+        sums = tl.sum(inputs.to(tl.float32), axis=2)
+        here = tl.dot(inputs, weight) - base[1] * sums[:, :, None]
         number = (first + split * block) * 8 // group
         factor = tl.load(share + number * stride, mask=number * group < columns, other=0.0).to(tl.float32)
         total += here * factor[:, None, :]
