@@ -25,7 +25,8 @@ from pydoc_data.topics import topics
 from compression_speed import Shape, make_checkpoint
 from provenance import provenance
 
-METHODS = {"wanda": "0.5", "sparsegpt": "0.5", "gptq": "4bit"}
+# Groups of 64 columns divide every width.
+METHODS = {"wanda": ["0.5"], "sparsegpt": ["0.5"], "gptq": ["4bit", "--set", "group=64"]}
 BLOCKS, WIDTHS, WINDOWS = (4, 8, 16, 32), (256, 512, 1024, 2048), (8, 16, 32, 64)
 MIDDLE = {"blocks": 4, "width": 512, "windows": 16}
 SEQ_LEN = 256
@@ -52,7 +53,7 @@ def compress(method: str, point: dict[str, int], args: argparse.Namespace) -> tu
     out, windows, seq_len = args.work / "out", point["windows"] * args.scale, SEQ_LEN * args.scale
     command = [
         sys.executable, "-m", "niwaki.cli", "compress", str(model_of(point, args)), str(out), "--method", method,
-        "--target", METHODS[method], "--calibration", str(args.work / "text.jsonl"), "--samples", str(windows),
+        "--target", *METHODS[method], "--calibration", str(args.work / "text.jsonl"), "--samples", str(windows),
         "--seq-len", str(seq_len), "--device", args.device, "--overwrite",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
@@ -128,6 +129,14 @@ def main() -> None:
         for (method, changed, point), own in zip(cases, measured, strict=True):
             own.append(compress(method, point, args))
             print(number, method, changed, point, own[-1], flush=True)
+        save(cases, measured, args)  # every round: what was measured is not lost
+    print(*json.loads(args.out.read_text())["slopes"], sep="\n")
+
+
+def save(
+    cases: list[tuple[str, str, dict[str, int]]], measured: list[list[tuple[float, int]]], args: argparse.Namespace
+) -> None:
+    """The result of the rounds so far, and its plot."""
     rows = []
     for (method, changed, point), own in zip(cases, measured, strict=True):
         scales = {"blocks": 1, "width": args.scale, "windows": args.scale}
@@ -137,11 +146,9 @@ def main() -> None:
     result = {
         "what": "seconds of the walk (least of the rounds) and peak bytes of `niwaki compress`, one size at a time",
         **provenance(args.device),
-        "seq_len": SEQ_LEN * args.scale, "rounds": args.rounds, "slopes": summary(rows), "rows": rows,
+        "seq_len": SEQ_LEN * args.scale, "rounds": len(measured[0]), "slopes": summary(rows), "rows": rows,
     }  # fmt: skip
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    for line in result["slopes"]:
-        print(line)
     if args.plot:
         plot(result, args.plot)
 

@@ -31,3 +31,14 @@ def test_place_follows_the_budget() -> None:
 def test_disk_needs_a_folder() -> None:
     with pytest.raises(InputError, match="working folder"):
         Activations.allocate((1, 1, 1), torch.float32, CPU, "disk")
+
+
+@pytest.mark.parametrize("place", ["device", "ram", "disk"])
+def test_windows_are_taken_in_the_order_given(tmp_path: Path, place: str) -> None:
+    hidden = Activations.allocate((5, 3, 2), torch.float32, CPU, place, tmp_path)  # type: ignore[arg-type]
+    x = torch.randn(5, 3, 2)
+    hidden.write(slice(0, 5), x)
+    taken = hidden.take([3, 0, 3])
+    assert torch.equal(taken, x[[3, 0, 3]])
+    hidden.write(slice(0, 5), x + 1)
+    assert torch.equal(taken, x[[3, 0, 3]])

@@ -1,5 +1,7 @@
 """What blocks.jsonl says of scores is what the masks were really chosen by."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +9,11 @@ from helpers import correlated_inputs, evidence_of, make_block
 from niwaki.config import Target, parse_target
 from niwaki.methods import get_method
 from niwaki.methods._masks import keep_by_row
-from niwaki.scores import BINS, Seen, note, summary, watched
+from niwaki.scores import BINS, Choice, Seen, agreeing, described, note, watched
+
+
+def summary(choices: list[Choice], stored_OI: torch.Tensor) -> dict[str, Any]:
+    return described(agreeing(choices, stored_OI))
 
 
 def chosen(method: str, target: str, shape: tuple[int, int] = (96, 64), **options: object) -> tuple[Seen, torch.Tensor]:

@@ -57,8 +57,7 @@ class Activations:
 
     def take(self, windows: list[int]) -> Tensor:
         """The chosen windows, in the order given, on the compute device."""
-        if self.place == "device":
-            return self.store_STD[windows]
+        # Not by an index: it would have to go to the GPU, and the host would wait for all work before it.
         return torch.cat([self.read(slice(window, window + 1)) for window in windows])
 
     def write(self, rows: slice, x_BTD: Tensor) -> None:

@@ -4,8 +4,9 @@ Every mask is chosen in `methods/_masks`, for a target. A walk hands out a targe
 that the place which chooses can tell whose scores it sees (`note`) and no method has to say so. Kept are the scores of
 about `SIDE` × `SIDE` weights on a grid over the matrix, and the highest score that every row lost.
 
-A method may choose several times, or learn from a mask what no longer agrees with it. `summary` takes the last choice
-that agrees with the matrix as it was stored, and gives nothing rather than scores of another mask.
+A method may choose several times, or learn from a mask what no longer agrees with it. `agreeing` takes the last choice
+that agrees with the matrix as it was stored, and gives nothing rather than scores of another mask. `described` needs no
+GPU, so that one can work meanwhile.
 
 Cost: a copy of some 16,384 numbers a choice, one sort of them for every matrix; nothing where nobody watches.
 
@@ -13,7 +14,7 @@ Legend: O outputs, I inputs, P columns of one panel.
 
     with watched(targets) as (own, seen):
         records = compress(own)
-    summary(seen["mlp.up_proj"], stored_OI)
+    described(agreeing(seen["mlp.up_proj"], stored_OI))
 """
 
 import copy
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,28 +75,43 @@ def note(
         choices.append(Choice((len(scores_OP), columns)))
     down, right = _steps(choices[-1].shape)
     grid = slice(0, None, down), slice(-start % right, None, right)
-    choices[-1].scores.append(scores_OP[grid].detach().float().clone())
+    choices[-1].scores.append(scores_OP[grid].detach().to(torch.float32, copy=True))
     choices[-1].keep.append(keep_OP[grid].clone())
     choices[-1].columns += scores_OP.shape[1]
     if bound_O is not None:
         choices[-1].bounds.append(bound_O.detach().float().reshape(-1))
 
 
-def summary(choices: list[Choice], stored_OI: Tensor) -> dict[str, Any]:
-    """{"scores": what is known of the choice that `stored_OI` shows}, or {} if none does."""
+class Sample(NamedTuple):
+    """A choice on the host: N scores, whether each stayed, and the bounds of rows or panels."""
+
+    scores_N: Tensor
+    kept_N: Tensor
+    bounds_B: Tensor
+
+
+def agreeing(choices: list[Choice], stored_OI: Tensor) -> Sample | None:
+    """The last choice that `stored_OI` shows, if any."""
     for choice in reversed(choices):
         if choice.shape != tuple(stored_OI.shape) or choice.columns != choice.shape[1]:
             continue
         down, right = _steps(choice.shape)
         kept = torch.cat(choice.keep, dim=1)
         if float(((stored_OI[::down, ::right] != 0) == kept).float().mean()) >= AGREEMENT:
-            return {"scores": _described(choice, kept.cpu().view(-1))}
-    return {}
+            scores = torch.cat(choice.scores, dim=1).cpu().view(-1)
+            bounds_B = torch.cat(choice.bounds).cpu() if choice.bounds else torch.empty(0)
+            return Sample(scores, kept.cpu().view(-1), bounds_B)
+    return None
 
 
-def _described(choice: Choice, kept_N: Tensor) -> dict[str, Any]:
-    """Quantiles and a histogram over log₁₀ of the scores; `lost` the highest score gone by row: least, middle, most."""
-    scores_N = torch.cat(choice.scores, dim=1).cpu().view(-1)
+def described(sample: Sample | None) -> dict[str, Any]:
+    """{"scores": quantiles, and a histogram over log₁₀}, or {} without a sample.
+
+    `lost` is the highest score gone by row: least, middle, most.
+    """
+    if sample is None:
+        return {}
+    scores_N, kept_N, bounds_B = sample
     ordered_N = scores_N.sort().values
     places = [round(q * (len(ordered_N) - 1)) for q in QUANTILES]
     positive_N = scores_N > 0
@@ -112,12 +128,10 @@ def _described(choice: Choice, kept_N: Tensor) -> dict[str, Any]:
         for name, mask_N in (("kept", kept_N[positive_N]), ("cut", ~kept_N[positive_N])):
             found[name] = torch.bincount(bins_N[mask_N], minlength=BINS).tolist()
         found["log10"] = [round(low, 4), round(low + span, 4)]
-    if choice.bounds:
-        bounds_B = torch.cat(choice.bounds).cpu()
-        if len(bounds_B := bounds_B[bounds_B.isfinite()]):
-            found["lost"] = [_short(float(bound)) for bound in (bounds_B.min(), bounds_B.median(), bounds_B.max())]
-            found["thresholds"] = len(bounds_B)
-    return found
+    if len(bounds_B := bounds_B[bounds_B.isfinite()]):
+        found["lost"] = [_short(float(bound)) for bound in (bounds_B.min(), bounds_B.median(), bounds_B.max())]
+        found["thresholds"] = len(bounds_B)
+    return {"scores": found}
 
 
 def _short(value: float) -> float:

@@ -19,6 +19,10 @@ from niwaki.packed import Packed
 from niwaki.statistics import Statistics
 
 
+class _AllMet(Exception):  # noqa: N818 (ends a forward, and is no error)
+    """Every matrix of a block has met its input."""
+
+
 class Stream:
     """The hidden states of all windows, and the arguments that blocks are called with.
 
@@ -81,15 +85,33 @@ class Stream:
     ) -> Tensor:
         """Runs the block without moving on; returns its output [B, T, D] for the first batch.
 
-        `before(rows)` is called ahead of every batch.
+        `before(rows)` is called ahead of every batch. If nobody keeps the outputs, later batches end where `seen` has
+        met every matrix: the last product of a block is more than a fifth of its operations.
         """
         first: Tensor | None = None
+        met: list[str] = []
+        stops = False
+
+        def meet(name: str, x: Tensor) -> None:
+            assert seen is not None
+            seen(name, x)
+            met.append(name)
+            if stops and len(set(met)) == len(block.linears):
+                raise _AllMet
+
         for rows in self.slices():
             if before is not None:
                 before(rows)
             x_BTD = self.hidden.read(rows)
-            out_BTD = block.run(self.call(len(x_BTD), block.index), x_BTD, seen)
-            first = out_BTD if first is None else first
+            met.clear()
+            try:
+                out_BTD = block.run(self.call(len(x_BTD), block.index), x_BTD, None if seen is None else meet)
+            except _AllMet:
+                continue
+            if first is None:
+                first = out_BTD
+                # A block that uses a matrix twice, or experts by the tokens, runs to its end.
+                stops = outputs is None and len(met) == len(block.linears) == len(set(met))
             if outputs is not None:
                 outputs.write(rows, out_BTD)
             if first_only:
@@ -99,11 +121,19 @@ class Stream:
 
     def advance(
         self, block: Block, rows: slice | None = None, seen: Callable[[str, Tensor], None] | None = None
-    ) -> None:
-        """Replaces the hidden states, or those of some windows, by the block's output."""
+    ) -> Tensor:
+        """Replaces the hidden states, or those of some windows, by the block's output; returns that of the first batch.
+
+        What is returned is a tensor of its own: hidden states that move on leave it as it is.
+        """
+        first: Tensor | None = None
         for part in self.slices() if rows is None else [rows]:
             x_BTD = self.hidden.read(part)
-            self.hidden.write(part, block.run(self.call(len(x_BTD), block.index), x_BTD, seen))
+            out_BTD = block.run(self.call(len(x_BTD), block.index), x_BTD, seen)
+            self.hidden.write(part, out_BTD)
+            first = out_BTD if first is None else first
+        assert first is not None
+        return first
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from niwaki.errors import ArchitectureError, NumericalError
 from niwaki.kernels.sparse_product import fast_path
 from niwaki.methods import Step, merged_needs
 from niwaki.packed import Packed, join_notes
-from niwaki.scores import Choice, summary, watched
+from niwaki.scores import Choice, Sample, agreeing, described, watched
 from niwaki.statistics import Needs, Statistics
 from niwaki.stream import Evidence, Stream
 
@@ -154,10 +154,12 @@ def compress_blocks(
         if dense is not None and (done or not plan.needs.full):
             _advance_dense(decoder, dense, block, done)
         if not done:
-            lines = _compress_block(block, plan, stream, dense)
-        for passing in (*([] if stream is None else [stream]), *riders):
-            passing.advance(block)
+            found = _compress_block(block, plan, stream, dense)
+        after_BTD = None if stream is None else stream.advance(block)
+        for rider in riders:
+            rider.advance(block)
         if not done:
+            lines = _finished(found, after_BTD)
             drift = None if dense is None or stream is None else _relative_error(stream.hidden, dense.hidden)
             save(block, [{**line, "drift": drift} for line in lines])
         block.release()
@@ -165,8 +167,29 @@ def compress_blocks(
         report("block", index=block.index, of=len(decoder), replayed=done, seconds=round(seconds, 3))
 
 
-def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stream | None) -> list[dict[str, Any]]:
-    """Runs the steps on one block, assigns the last records and returns one report line per matrix."""
+@dataclass(frozen=True)
+class _Compressed:
+    """What is to be told of a block: one line per matrix, a sample of its scores, and the first batch's dense output.
+
+    Scores are described, and outputs compared, while a GPU is busy with the windows that pass the block.
+    """
+
+    lines: list[dict[str, Any]]
+    samples: list[Sample | None]
+    before_BTD: Tensor | None
+
+
+def _finished(found: _Compressed, after_BTD: Tensor | None) -> list[dict[str, Any]]:
+    """The lines with everything that was left for later; `after_BTD`: the output of the compressed block."""
+    lines = [line | described(sample) for line, sample in zip(found.lines, found.samples, strict=True)]
+    if found.before_BTD is None or after_BTD is None:
+        return lines
+    block_error = _energy_ratio(after_BTD - found.before_BTD, found.before_BTD)
+    return [{**line, "block_error": block_error} for line in lines]
+
+
+def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stream | None) -> _Compressed:
+    """Runs the steps on one block and assigns the last records."""
     targets = plan.targets[block.index]
     statistics: dict[str, Statistics] = {name: Statistics(Needs()) for name in block.linears}
     before_BTD = None
@@ -188,18 +211,13 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
     if plan.trial:
         for name, record in packed.items():
             _assign(block, name, targets[name], record)
-        return []
+        return _Compressed([], [], None)
     with torch.no_grad():
         lines = [
-            _line(block, name, targets[name], record, statistics[name], plan.pack)
-            | summary(chosen[name], masks.get(name, record.weight_OI))
-            for name, record in packed.items()
+            _line(block, name, targets[name], record, statistics[name], plan.pack) for name, record in packed.items()
         ]
-    if stream is not None and before_BTD is not None:
-        after_BTD = stream.observe(block, None, first_only=True)
-        block_error = _energy_ratio(after_BTD - before_BTD, before_BTD)
-        lines = [{**line, "block_error": block_error} for line in lines]
-    return lines
+        samples = [agreeing(chosen[name], masks.get(name, record.weight_OI)) for name, record in packed.items()]
+    return _Compressed(lines, samples, before_BTD)
 
 
 def _assign(block: Block, name: str, target: Target, record: Packed) -> None:
@@ -216,7 +234,7 @@ def _line(block: Block, name: str, target: Target, record: Packed, statistics: S
 
     `error_before_update` is that of only removing the pruned weights, `error` that of the final matrix.
     """
-    old_OI = block.weight(name).float().clone()
+    old_OI = block.weight(name).to(torch.float32, copy=True)
     _assign(block, name, target, record)
     new_OI = block.weight(name).float()
     if not torch.isfinite(new_OI).all():

@@ -5,7 +5,7 @@ import torch
 from interpreting import interpreted
 
 from niwaki.config import Grouped
-from niwaki.kernels.sweep import sweep_panel_reference
+from niwaki.kernels.sweep import sweep_panel, sweep_panel_reference
 
 
 def test_triton_kernel_equals_reference() -> None:
@@ -46,3 +46,37 @@ def test_groups_keep_exactly_n(target: Grouped) -> None:
     panel = torch.randn(7, 16)
     _, keep = sweep_panel_reference(panel, torch.eye(16), None, target)
     assert (keep.view(7, -1, target.group).sum(-1) == target.keep).all()
+
+
+def test_triton_kernel_prunes_a_panel_where_it_lies() -> None:
+    interpreted("in_place", __name__)
+
+
+def in_place() -> None:
+    """A panel of a wider matrix, its part of a wider U; what lies beside stays, outputs begin poisoned."""
+    from niwaki.kernels.triton_sweep import sweep_panel_triton
+
+    real = torch.empty
+    torch.empty = lambda *a, **k: real(*a, **k).fill_(1)  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(3)
+    for target in (None, Grouped(2, 4)):
+        whole = torch.randn(19, 30, generator=generator)
+        upper = (torch.randn(30, 30, generator=generator) * 0.2).triu() + torch.eye(30)
+        keep = None if target else torch.rand(19, 30, generator=generator) > 0.5
+        inside, given = slice(8, 20), None if keep is None else keep[:, 8:20]
+        expected = whole.clone()
+        panel = expected[:, inside].clone()
+        errors, chosen = sweep_panel_reference(panel, upper[inside, inside], given, target)
+        expected[:, inside] = panel
+        found_errors, found = sweep_panel_triton(whole[:, inside], upper[inside, inside], given, target)
+        assert torch.equal(found, chosen)
+        torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found_errors, errors, rtol=1e-5, atol=1e-6)
+
+
+def test_a_panel_of_a_wider_matrix_is_pruned_in_place() -> None:
+    whole = torch.arange(12.0).view(3, 4) + 1
+    keep = torch.tensor([[False, True]] * 3)
+    errors, found = sweep_panel(whole[:, 1:3], torch.eye(4)[1:3, 1:3], keep, None)
+    assert whole.tolist() == [[1, 0, 3, 4], [5, 0, 7, 8], [9, 0, 11, 12]]
+    assert errors.tolist() == [[2, 0], [6, 0], [10, 0]] and torch.equal(found, keep)

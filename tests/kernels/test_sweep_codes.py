@@ -8,7 +8,7 @@ from interpreting import interpreted
 from torch import Tensor
 
 import niwaki.kernels
-from niwaki.kernels.codes import Grid, cpu_module, sweep_codes, sweep_codes_reference
+from niwaki.kernels.codes import Fit, Grid, cpu_module, sweep_codes, sweep_codes_reference, sweep_fitted
 from niwaki.kernels.planes import reaches
 
 
@@ -105,3 +105,73 @@ def triton_parity() -> None:
             expected_code, expected_change = sweep_codes_reference(wanted.clone(), given, feed, grid, keep)
             assert torch.equal(code, expected_code)
             torch.testing.assert_close(change, expected_change, rtol=1e-4, atol=1e-4)
+
+
+FITS = [Fit(15, None, 2.0**-24), Fit(7, 4.0, 2.0**-24), Fit(3, 1.5, 2.0**-24)]
+
+
+def fitted_problem(rows: int, masked: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A panel in the middle of a wider matrix, its feed and mask; a row of zeros, a positive and a tiny one."""
+    generator = torch.Generator().manual_seed(rows)
+    wanted = torch.randn(rows, 40, generator=generator)
+    wanted[0] = 0.0
+    wanted[1] = wanted[1].abs() + 1
+    wanted[2] *= 1e-9
+    feed = torch.randn(40, 40, generator=generator) * 0.1
+    keep = torch.rand(rows, 40, generator=generator) < 0.5 if masked else None
+    return wanted[:, 7:30], feed[7:30, 7:30], None if keep is None else keep[:, 7:30]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("fit", FITS)
+def test_levels_reach_over_the_range_and_codes_are_the_nearest(fit: Fit, masked: bool) -> None:
+    """Without a feed every column is on its own: codes and levels by their definition, in float64."""
+    wanted, feed, keep = fitted_problem(9, masked)
+    before = wanted.clone()
+    code, scale, offset = torch.full((9, 23), 99, dtype=torch.uint8), torch.full((9,), 99.0), torch.full((9,), 99.0)
+    change = sweep_fitted(wanted, torch.zeros_like(feed), fit, keep, code, scale, offset)
+    assert torch.equal(wanted, before)
+    shown = (wanted if keep is None else wanted * keep).double()
+    for row in range(9):
+        low, high = min(float(shown[row].min()), 0.0), max(float(shown[row].max()), 0.0)
+        if fit.centre is None:
+            step = max((high - low) / fit.top, fit.smallest)
+            start = -round(-low / step) * step
+        else:
+            step = max(max(-low, high) / (fit.top - fit.centre), fit.smallest)
+            start = -fit.centre * step
+        assert float(scale[row]) == pytest.approx(step, rel=1e-6) and float(offset[row]) == pytest.approx(
+            start, rel=1e-6
+        )
+        levels = start + step * torch.arange(fit.top + 1, dtype=torch.float64)
+        taken, away = levels[code[row].long()], (levels[None] - shown[row][:, None]).abs()
+        torch.testing.assert_close((taken - shown[row]).abs(), away.amin(1), rtol=1e-4, atol=1e-6)  # ties to either
+        torch.testing.assert_close(change[row].double(), taken - wanted[row].double(), rtol=1e-4, atol=1e-6)
+
+
+def test_triton_panel_fits_as_torch_does() -> None:
+    interpreted("fitted_parity", __name__)
+
+
+def fitted_parity() -> None:
+    """Levels bit for bit, written with strides; outputs begin poisoned and what lies beside them stays."""
+    from niwaki.kernels.triton_codes import sweep_fitted_triton
+
+    real = torch.empty
+    torch.empty = lambda *a, **k: real(*a, **k).fill_(77)  # type: ignore[assignment]
+    for masked in (False, True):
+        for fit in FITS:
+            wanted, feed, keep = fitted_problem(19, masked)
+            before = wanted.clone()
+            outs = [
+                (torch.full((19, 50), 99, dtype=torch.uint8), torch.full((19, 3), 99.0), torch.full((19, 3), 99.0))
+                for _ in range(2)
+            ]
+            changes = [
+                kernel(wanted, feed, fit, keep, code[:, 5:28], scale[:, 1], offset[:, 1])
+                for kernel, (code, scale, offset) in zip((sweep_fitted_triton, sweep_fitted), outs, strict=True)
+            ]
+            for found, expected in zip(*outs, strict=True):
+                assert torch.equal(found, expected)
+            torch.testing.assert_close(*changes, rtol=1e-4, atol=1e-5)
+            assert torch.equal(wanted, before)

@@ -16,7 +16,7 @@ from niwaki.checkpoint import Checkpoint
 from niwaki.config import Grouped, Sparsity, Target
 from niwaki.errors import InputError
 from niwaki.methods import get_method, wandapp
-from niwaki.methods._reconstruct import Reconstruction, Schedule, descend
+from niwaki.methods._reconstruct import Reconstruction, Schedule, assemble, descend
 from niwaki.stream import Evidence, Stream
 from niwaki.walk import collect
 
@@ -256,3 +256,20 @@ def test_wrong_chains_and_options_are_one_line(
 
 def test_every_method_says_what_it_is() -> None:
     assert get_method("wandapp").PAPER.startswith("Yang")
+
+
+def test_matrices_in_the_block_s_own_dtype_are_learned_from_without_a_copy(tmp_path: Path) -> None:
+    block, stream = loaded(tmp_path)
+    own = {name: block.weight(name) for name in block.linears}
+    shared = assemble(block, own)
+    converted = assemble(block, {name: weight.double() for name, weight in own.items()})
+    for name, weight in own.items():
+        parameter = block.linears[name].parameter
+        assert shared[parameter].data_ptr() == weight.data_ptr()
+        assert converted[parameter].data_ptr() != weight.data_ptr() and torch.equal(converted[parameter], weight)
+    before = {name: weight.clone() for name, weight in own.items()}
+    task = Reconstruction(block, evidence(block, stream), "block", torch.Generator().manual_seed(0))
+    task.gradients({name: weight * 0.9 for name, weight in own.items()}, [0])
+    task.gradients(own, [1])
+    assert not any(weight.requires_grad for weight in own.values())
+    assert all(torch.equal(weight, before[name]) for name, weight in own.items())

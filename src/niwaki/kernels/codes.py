@@ -24,10 +24,62 @@ class Grid:
     top_I: Tensor
 
     def columns(self, start: int, end: int) -> "Grid":
-        """The grid of some columns, one scale a column."""
-        group_P = self.group_I[start:end].long()
-        own_P = torch.arange(end - start, dtype=torch.int32, device=group_P.device)
-        return Grid(self.scale_OG[:, group_P], self.offset_OG[:, group_P], own_P, self.top_I[start:end])
+        """The grid of some columns."""
+        return Grid(self.scale_OG, self.offset_OG, self.group_I[start:end], self.top_I[start:end])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the levels of a row follow from its weights: codes 0 … `top`, scales of at least `smallest`.
+
+    `centre` is the code of zero in the middle of a range as wide on both sides. Or None: from the lowest weight, or
+    zero, to the highest, or zero.
+    """
+
+    top: int
+    centre: float | None
+    smallest: float
+
+
+def span(weight_OC: Tensor, fit: Fit, share: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Scale and offset [O, 1] of levels over `share` of the range of the weights."""
+    if fit.centre is not None:
+        reach_O1 = weight_OC.abs().amax(1, keepdim=True) * share
+        scale_O1 = (reach_O1 / (fit.top - fit.centre)).clamp_min(fit.smallest)
+        return scale_O1, -fit.centre * scale_O1
+    low_O1, high_O1 = torch.aminmax(weight_OC, dim=1, keepdim=True)
+    low_O1, high_O1 = low_O1.clamp_max(0) * share, high_O1.clamp_min(0) * share
+    scale_O1 = ((high_O1 - low_O1) / fit.top).clamp_min(fit.smallest)
+    return scale_O1, -(-low_O1 / scale_O1).round().clamp(0, fit.top) * scale_O1
+
+
+def sweep_fitted(
+    wanted_OC: Tensor,
+    feed_CC: Tensor,
+    fit: Fit,
+    keep_OC: Tensor | None,
+    code_OC: Tensor,
+    scale_O: Tensor,
+    offset_O: Tensor,
+) -> Tensor:
+    """Fits levels to columns that share them, and rounds these from left to right; `sweep_codes` without a base.
+
+    Codes (uint8), scales and offsets are written where they belong; returns the changes [O, C]. Levels are those of
+    kept weights, if there is a mask. Float32. `wanted_OC` stays as it is.
+    """
+    if wanted_OC.is_cuda and wanted_OC.shape[1] <= PANEL_COLUMNS:
+        from niwaki.kernels.triton_codes import sweep_fitted_triton
+
+        return sweep_fitted_triton(wanted_OC, feed_CC, fit, keep_OC, code_OC, scale_O, offset_O)
+    work_OC = wanted_OC.clone(memory_format=torch.contiguous_format)
+    scale_O1, offset_O1 = span(work_OC if keep_OC is None else work_OC * keep_OC, fit)
+    same_C = torch.zeros(work_OC.shape[1], dtype=torch.int32, device=work_OC.device)
+    grid = Grid(scale_O1, offset_O1, same_C, torch.full_like(same_C, fit.top, dtype=torch.float32))
+    found_OC, change_OC = sweep_codes(work_OC, None, feed_CC, grid, keep_OC)
+    code_OC.copy_(found_OC)
+    scale_O.copy_(scale_O1[:, 0])
+    offset_O.copy_(offset_O1[:, 0])
+    return change_OC
 
 
 def sweep_codes(
@@ -88,20 +140,21 @@ def _sweep_panels(
     from niwaki.kernels.triton_codes import sweep_codes_triton
 
     columns = wanted_OI.shape[1]
-    code_OI = torch.empty(wanted_OI.shape, dtype=torch.uint8, device=wanted_OI.device)
-    change_OI = torch.empty_like(wanted_OI)
+    codes, changes = [], []
     for start in range(0, columns, PANEL_COLUMNS):
         end = min(start + PANEL_COLUMNS, columns)
-        base_OP = None if base_OI is None else base_OI[:, start:end].contiguous()
-        code_OI[:, start:end], change_OI[:, start:end] = sweep_codes_triton(
-            wanted_OI[:, start:end].contiguous(),
-            base_OP,
-            feed_II[start:end, start:end].contiguous(),
+        code_OP, change_OP = sweep_codes_triton(
+            wanted_OI[:, start:end],
+            None if base_OI is None else base_OI[:, start:end],
+            feed_II[start:end, start:end],
             grid.columns(start, end),
-            None if keep_OI is None else keep_OI[:, start:end].contiguous(),
+            None if keep_OI is None else keep_OI[:, start:end],
         )
-        wanted_OI[:, end:].addmm_(change_OI[:, start:end], feed_II[start:end, end:], alpha=-1)
-    return code_OI, change_OI
+        codes.append(code_OP)
+        changes.append(change_OP)
+        if end < columns:
+            wanted_OI[:, end:].addmm_(change_OP, feed_II[start:end, end:], alpha=-1)
+    return (codes[0], changes[0]) if len(codes) == 1 else (torch.cat(codes, dim=1), torch.cat(changes, dim=1))
 
 
 @cache

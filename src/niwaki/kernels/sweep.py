@@ -22,17 +22,20 @@ class GroupTarget(Protocol):
 def sweep_panel(
     panel_OP: Tensor, upper_PP: Tensor, keep_OP: Tensor | None, target: GroupTarget | None
 ) -> tuple[Tensor, Tensor]:
-    """Prunes `panel_OP` (float32, contiguous) in place, left to right; returns (errors [O, P], keep [O, P]).
+    """Prunes `panel_OP` (float32, rows contiguous) in place, left to right; returns (errors [O, P], keep [O, P]).
 
     `upper_PP` is the panel's diagonal block of U. Either the mask is given, or `target` says how many of each
     group to keep: then the lowest W²/U_jj² at the moment the sweep enters the group go, ties to the lower index.
-    Errors are (w − ŵ)/U_jj, which the caller propagates beyond the panel.
+    Errors are (w − ŵ)/U_jj, which the caller propagates beyond the panel. A mask that was given comes back as it is.
     """
     if panel_OP.is_cuda:
         from niwaki.kernels.triton_sweep import sweep_panel_triton
 
         return sweep_panel_triton(panel_OP, upper_PP, keep_OP, target)
-    return sweep_panel_reference(panel_OP, upper_PP, keep_OP, target)
+    work_OP = panel_OP.contiguous()  # columns are read one by one: far apart in a wide matrix
+    errors_OP, keep_OP = sweep_panel_reference(work_OP, upper_PP.contiguous(), keep_OP, target)
+    panel_OP.copy_(work_OP)
+    return errors_OP, keep_OP
 
 
 def sweep_panel_reference(

@@ -1,6 +1,7 @@
 """One panel of the quantizing column sweep as a Triton kernel: a program owns some rows and walks the columns.
 
-Rows are independent, so a panel is one launch. Bound by arithmetic in registers: O·P² fused multiply-adds.
+Rows are independent, so a panel is one launch, with the fit of its levels where all columns share them. Bound by
+arithmetic in registers: O·P² fused multiply-adds.
 
 Legend: O rows, P columns of the panel.
 """
@@ -10,36 +11,99 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from niwaki.kernels.codes import Grid
+from niwaki.kernels.codes import Fit, Grid
 
 
 def sweep_codes_triton(
     wanted_OP: Tensor, base_OP: Tensor | None, feed_PP: Tensor, grid: Grid, keep_OP: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The contract of `kernels.codes.sweep_codes` for one panel whose `grid` has one scale a column; all contiguous."""
-    rows, columns = wanted_OP.shape
+    """The contract of `kernels.codes.sweep_codes` for one panel, where it lies: rows of every tensor are contiguous.
+
+    But for the wanted values themselves, which stay as they were.
+    """
     code_OP = torch.empty(wanted_OP.shape, dtype=torch.uint8, device=wanted_OP.device)
-    change_OP = torch.empty_like(wanted_OP)
+    levels = grid.scale_OG, grid.offset_OG, grid.group_I, grid.top_I
+    return code_OP, _launch(wanted_OP, base_OP, feed_PP, levels, keep_OP, code_OP, None)
+
+
+def sweep_fitted_triton(
+    wanted_OP: Tensor,
+    feed_PP: Tensor,
+    fit: Fit,
+    keep_OP: Tensor | None,
+    code_OP: Tensor,
+    scale_O: Tensor,
+    offset_O: Tensor,
+) -> Tensor:
+    """The contract of `kernels.codes.sweep_fitted` for one panel, where it lies."""
+    return _launch(wanted_OP, None, feed_PP, (scale_O, offset_O, code_OP, feed_PP), keep_OP, code_OP, fit)
+
+
+def _launch(
+    wanted_OP: Tensor,
+    base_OP: Tensor | None,
+    feed_PP: Tensor,
+    levels: tuple[Tensor, Tensor, Tensor, Tensor],
+    keep_OP: Tensor | None,
+    code_OP: Tensor,
+    fit: Fit | None,
+) -> Tensor:
+    """One launch; with `fit` the last two of `levels` (group and top of the columns) are not read."""
+    rows, columns = wanted_OP.shape
+    change_OP = torch.empty(wanted_OP.shape, device=wanted_OP.device)
+    base = wanted_OP if base_OP is None else base_OP
+    keep = wanted_OP if keep_OP is None else keep_OP.view(torch.uint8)
     block_rows = 16
     _sweep[(triton.cdiv(rows, block_rows),)](
         wanted_OP,
-        wanted_OP if base_OP is None else base_OP,
+        base,
         feed_PP,
-        grid.scale_OG.contiguous(),
-        grid.offset_OG.contiguous(),
-        grid.top_I.contiguous(),
-        wanted_OP if keep_OP is None else keep_OP.view(torch.uint8),
+        *levels,
+        keep,
         code_OP,
         change_OP,
         rows,
+        wanted_OP.stride(0),
+        base.stride(0),
+        feed_PP.stride(0),
+        levels[0].stride(0),
+        levels[1].stride(0),
+        keep.stride(0),
+        code_OP.stride(0),
         columns=columns,
         has_base=base_OP is not None,
         has_keep=keep_OP is not None,
+        fitted=fit is not None,
+        centred=fit is not None and fit.centre is not None,
+        steps=0.0 if fit is None else float(fit.top),
+        centre=0.0 if fit is None else float(fit.centre or 0.0),
+        smallest=0.0 if fit is None else fit.smallest,
         block_rows=block_rows,
         block_columns=triton.next_power_of_2(columns),
         num_warps=4,
     )
-    return code_OP, change_OP
+    return change_OP
+
+
+@triton.jit
+def _rounded(value):
+    """Half to even, as torch rounds: adding 1.5·2²³ leaves no bits below one."""
+    return (value + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _levels(shown, centred: tl.constexpr, steps: tl.constexpr, centre: tl.constexpr, smallest: tl.constexpr):
+    """Scale and offset of every row, as `kernels.codes.span`; what lies outside is zero, and every range holds zero."""
+    if centred:
+        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(shown), 1), steps - centre), smallest)
+        offset = scale * (0.0 - centre)
+    else:
+        low = tl.minimum(tl.min(shown, 1), 0.0)
+        high = tl.maximum(tl.max(shown, 1), 0.0)
+        scale = tl.maximum(tl.div_rn(high - low, steps), smallest)
+        zero = _rounded(tl.div_rn(0.0 - low, scale))
+        offset = (0.0 - tl.minimum(tl.maximum(zero, 0.0), steps)) * scale
+    return scale, offset
 
 
 @triton.jit
@@ -49,42 +113,65 @@ def _sweep(
     feed,
     scale,
     offset,
+    group,
     top,
     keep,
     code,
     change,
     rows,
+    wanted_stride,
+    base_stride,
+    feed_stride,
+    scale_stride,
+    offset_stride,
+    keep_stride,
+    code_stride,
     columns: tl.constexpr,
     has_base: tl.constexpr,
     has_keep: tl.constexpr,
+    fitted: tl.constexpr,
+    centred: tl.constexpr,
+    steps: tl.constexpr,
+    centre: tl.constexpr,
+    smallest: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     column = tl.arange(0, block_columns)
-    inside = (row[:, None] < rows) & (column[None, :] < columns)
-    place = row[:, None] * columns + column[None, :]
-    value = tl.load(wanted + place, mask=inside, other=0.0)
+    here = row < rows
+    inside = here[:, None] & (column[None, :] < columns)
+    far = row.to(tl.int64)
+    value = tl.load(wanted + far[:, None] * wanted_stride + column[None, :], mask=inside, other=0.0)
+    if fitted:
+        shown = value
+        if has_keep:
+            kept = tl.load(keep + far[:, None] * keep_stride + column[None, :], mask=inside, other=0)
+            shown = tl.where(kept != 0, value, 0.0)
+        scale_k, offset_k = _levels(shown, centred, steps, centre, smallest)
+        tl.store(scale + far * scale_stride, scale_k, mask=here)
+        tl.store(offset + far * offset_stride, offset_k, mask=here)
     for k in range(columns):
-        here = row < rows
-        at = row * columns + k
         # The column's present value, gathered from the registers of the panel.
         value_k = tl.sum(tl.where(column[None, :] == k, value, 0.0), axis=1)
-        scale_k = tl.load(scale + at, mask=here, other=1.0)
-        offset_k = tl.load(offset + at, mask=here, other=0.0)
+        top_k = steps
+        if not fitted:
+            group_k = tl.load(group + k)
+            scale_k = tl.load(scale + far * scale_stride + group_k, mask=here, other=1.0)
+            offset_k = tl.load(offset + far * offset_stride + group_k, mask=here, other=0.0)
+            top_k = tl.load(top + k)
         near_k = value_k
         if has_keep:
-            near_k = tl.where(tl.load(keep + at, mask=here, other=0) != 0, value_k, 0.0)
+            near_k = tl.where(tl.load(keep + far * keep_stride + k, mask=here, other=0) != 0, value_k, 0.0)
         exact = (near_k - offset_k) / scale_k
-        exact = tl.minimum(tl.maximum(exact, 0.0), tl.load(top + k))
-        # Half to even, as torch rounds: adding 1.5·2²³ leaves no bits below one.
-        code_k = (exact + 12582912.0) - 12582912.0
+        exact = tl.minimum(tl.maximum(exact, 0.0), top_k)
+        code_k = _rounded(exact)
         start_k = value_k
         if has_base:
-            start_k = tl.load(base + at, mask=here, other=0.0)
+            start_k = tl.load(base + far * base_stride + k, mask=here, other=0.0)
         change_k = code_k * scale_k + offset_k - start_k
-        tl.store(code + at, code_k.to(tl.uint8), mask=here)
-        tl.store(change + at, change_k, mask=here)
+        tl.store(code + far * code_stride + k, code_k.to(tl.uint8), mask=here)
+        tl.store(change + far * columns + k, change_k, mask=here)
         later = (column > k) & (column < columns)
-        feed_k = tl.load(feed + k * columns + column, mask=later, other=0.0)
+        feed_k = tl.load(feed + k * feed_stride + column, mask=later, other=0.0)
         value -= change_k[:, None] * feed_k[None, :]

@@ -17,17 +17,24 @@ from torch import Tensor
 def sweep_panel_triton(
     panel_OP: Tensor, upper_PP: Tensor, keep_OP: Tensor | None, target: Any | None
 ) -> tuple[Tensor, Tensor]:
-    """The contract of `kernels.sweep.sweep_panel`, for contiguous float32 tensors on one device."""
+    """The contract of `kernels.sweep.sweep_panel`, for float32 tensors on one device: panels where they lie.
+
+    One launch and nothing else: a sweep takes as long as the host needs to start what it consists of.
+    """
     rows, columns = panel_OP.shape
-    errors_OP = torch.empty_like(panel_OP)
-    keep_OP = torch.ones_like(panel_OP, dtype=torch.int8) if keep_OP is None else keep_OP.to(torch.int8)
+    errors_OP = torch.empty(rows, columns, device=panel_OP.device)
+    if keep_OP is None:
+        keep_OP = torch.empty(rows, columns, dtype=torch.bool, device=panel_OP.device)
     block_rows = 16
     _sweep[(triton.cdiv(rows, block_rows),)](
         panel_OP,
         upper_PP,
-        keep_OP,
+        keep_OP.view(torch.uint8),
         errors_OP,
         rows,
+        panel_OP.stride(0),
+        upper_PP.stride(0),
+        keep_OP.stride(0),
         columns=columns,
         pruned_per_group=target.group - target.keep if target is not None else 0,
         group=target.group if target is not None else 1,
@@ -36,7 +43,7 @@ def sweep_panel_triton(
         block_columns=triton.next_power_of_2(columns),
         num_warps=4,
     )
-    return errors_OP, keep_OP.to(torch.bool)
+    return errors_OP, keep_OP
 
 
 @triton.jit
@@ -46,6 +53,9 @@ def _sweep(
     keep,
     errors,
     rows,
+    panel_stride,
+    upper_stride,
+    keep_stride,
     columns: tl.constexpr,
     pruned_per_group: tl.constexpr,
     group: tl.constexpr,
@@ -56,10 +66,13 @@ def _sweep(
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     column = tl.arange(0, block_columns)
     inside = (row[:, None] < rows) & (column[None, :] < columns)
-    place = row[:, None] * columns + column[None, :]
+    far = row.to(tl.int64)[:, None]
+    place = far * panel_stride + column[None, :]
     weight = tl.load(panel + place, mask=inside, other=0.0)
-    kept = tl.load(keep + place, mask=inside, other=1).to(tl.int32)
-    diagonal = tl.load(upper + column * columns + column, mask=column < columns, other=1.0)
+    kept = tl.full((block_rows, block_columns), 1, tl.int32)
+    if not grouped:
+        kept = tl.load(keep + far * keep_stride + column[None, :], mask=inside, other=1).to(tl.int32)
+    diagonal = tl.load(upper + column * upper_stride + column, mask=column < columns, other=1.0)
     error = tl.zeros_like(weight)
     for j in range(columns):
         if grouped:  # noqa: SIM102 (a constant: the compiler drops the branch)
@@ -73,10 +86,11 @@ def _sweep(
                     kept = tl.where(column[None, :] == lowest[:, None], 0, kept)
         here = column[None, :] == j
         pruned = tl.sum(tl.where(here & (kept == 0), weight, 0.0), axis=1)
-        step = pruned / tl.load(upper + j * columns + j)
-        upper_row = tl.load(upper + j * columns + column, mask=(column >= j) & (column < columns), other=0.0)
+        step = pruned / tl.load(upper + j * upper_stride + j)
+        upper_row = tl.load(upper + j * upper_stride + column, mask=(column >= j) & (column < columns), other=0.0)
         weight = weight - step[:, None] * upper_row[None, :]
         error = tl.where(here, step[:, None], error)
     tl.store(panel + place, weight, mask=inside)
-    tl.store(errors + place, error, mask=inside)
-    tl.store(keep + place, kept.to(tl.int8), mask=inside)
+    tl.store(errors + far * columns + column[None, :], error, mask=inside)
+    if grouped:
+        tl.store(keep + far * keep_stride + column[None, :], kept.to(tl.uint8), mask=inside)

@@ -6,11 +6,17 @@ for the reader of blocks.jsonl (`niwaki.scores`).
 Legend: O rows, I columns, P columns of one panel, G groups, M group size.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from niwaki.config import Grouped, Sparsity, Target
+from niwaki.kernels.select import Parts, above, keep_highest, keep_in_panel
 from niwaki.scores import note
+
+# (scores [O, P], first column) → keep mask [O, P]
+InPanel = Callable[[Tensor, int], Tensor]
 
 
 def keep_by_row(scores_OI: Tensor, target: Target) -> Tensor:
@@ -29,32 +35,27 @@ def keep_by_matrix(scores_OI: Tensor, target: Target) -> Tensor:
     """Boolean [O, I]: one threshold for the whole matrix (N:M targets are chosen group by group anyway)."""
     if isinstance(target, Grouped):
         return keep_by_group(scores_OI, target)
-    keep_OI, bound_1 = _keep_highest(scores_OI, target.zeros_in(*scores_OI.shape))
+    keep_OI, bound_1 = keep_highest(scores_OI, target.zeros_in(*scores_OI.shape))
     note(target, scores_OI, keep_OI, bound_1)
     return keep_OI
 
 
-def keep_in_panel(scores_OP: Tensor, target: Sparsity, columns: int, start: int) -> Tensor:
-    """Boolean [O, P] for the columns from `start` on of a matrix of `columns`, its zeros spread evenly over panels."""
-    rows, width = scores_OP.shape
-    zeros = _zeros_up_to(target, rows, columns, start + width) - _zeros_up_to(target, rows, columns, start)
-    keep_OP, bound_1 = _keep_highest(scores_OP, zeros)
-    note(target, scores_OP, keep_OP, bound_1, columns, start)
-    return keep_OP
+def by_panel(targets: Sequence[Sparsity], rows: Sequence[int], columns: int, device: torch.device) -> InPanel:
+    """Chooses masks [O, P] from scores and the first column, for matrices of `columns`, one below the other.
 
+    Every matrix loses its own lowest scores, its zeros spread evenly over panels.
+    """
+    zeros = [target.zeros_in(count, columns) for target, count in zip(targets, rows, strict=True)]
+    parts = Parts.of(rows, zeros, device)
 
-def keep_highest(scores: Tensor, zeros: int) -> Tensor:
-    """Boolean of the same shape: all but the `zeros` lowest scores."""
-    return _keep_highest(scores, zeros)[0]
+    def keep(scores_OP: Tensor, start: int) -> Tensor:
+        keep_OP, bound_M = keep_in_panel(scores_OP, parts, columns, start)
+        each = zip(targets, scores_OP.split(parts.rows), keep_OP.split(parts.rows), bound_M, strict=True)
+        for target, own_scores_OP, own_keep_OP, bound in each:
+            note(target, own_scores_OP, own_keep_OP, bound, columns, start)
+        return keep_OP
 
-
-def _keep_highest(scores: Tensor, zeros: int) -> tuple[Tensor, Tensor]:
-    """`keep_highest`, and the highest score that goes [1, 1]. On a GPU nothing here waits for it."""
-    if zeros == 0:
-        return torch.ones_like(scores, dtype=torch.bool), scores.new_full((1, 1), -torch.inf)
-    scores_1N = scores.reshape(1, -1)
-    bound_11 = scores_1N.topk(zeros, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
-    return _above(scores_1N, bound_11, zeros).view(scores.shape), bound_11
+    return keep
 
 
 def _drop_lowest(scores_OI: Tensor, zeros_O: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,14 +73,7 @@ def _drop_lowest(scores_OI: Tensor, zeros_O: Tensor) -> tuple[Tensor, Tensor]:
     none = torch.full_like(last[:, :1], -torch.inf)
     bounds = torch.cat([last, none], dim=1)
     bound_O1 = bounds.gather(1, (most - zeros_O)[:, None])
-    return _above(scores_OI, bound_O1, zeros_O[:, None]), bound_O1
-
-
-def _above(scores_OI: Tensor, bound_O1: Tensor, zeros_O1: Tensor | int) -> Tensor:
-    """Boolean [O, I]: what lies above the bound of its row, and of what ties with it all but as many as have to go."""
-    tied_OI = scores_OI == bound_O1
-    left_O1 = zeros_O1 - (scores_OI < bound_O1).sum(1, keepdim=True)
-    return (scores_OI > bound_O1) | (tied_OI & (tied_OI.cumsum(1, dtype=torch.int32) > left_O1))
+    return above(scores_OI, bound_O1, zeros_O[:, None]), bound_O1
 
 
 def keep_by_group(scores_OI: Tensor, target: Grouped) -> Tensor:
@@ -96,8 +90,3 @@ def keep_by_group(scores_OI: Tensor, target: Grouped) -> Tensor:
     keep_OI = (rank_OGM >= target.group - target.keep).view(rows, columns)
     note(target, scores_OI, keep_OI, None)
     return keep_OI
-
-
-def _zeros_up_to(target: Sparsity, rows: int, columns: int, column: int) -> int:
-    """Zeros among the first `column` columns when they are spread evenly; exact at the last column."""
-    return target.zeros_in(rows, columns) * column // columns

@@ -62,11 +62,11 @@ class Reconstruction:
     def error(self, matrices: Matrices) -> float:
         """Mean relative error of the held-out tokens with `matrices` {name: [O, I]} in place."""
         parameters = assemble(self.block, matrices)
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=next(iter(matrices.values())).device)
         with torch.no_grad():
             for window in self.held:
-                total += float(self._error(parameters, [window]).double().mean())
-        return total / len(self.held)
+                total += self._error(parameters, [window]).double().mean()
+        return float(total) / len(self.held)
 
     def gradients(self, matrices: Matrices, windows: list[int]) -> dict[str, Tensor]:
         """Gradient [O, I] of the summed token errors of `windows`, by matrix, in the block's dtype.
@@ -200,12 +200,20 @@ def _masked(gradient_OI: Tensor, keep_OI: Tensor | None) -> Tensor:
 
 
 def assemble(block: Block, matrices: Matrices) -> dict[str, Tensor]:
-    """Parameters of the block's module that hold `matrices`, in its dtype and layout (fused experts stacked)."""
+    """Parameters of the block's module that hold `matrices`, in its dtype and layout (fused experts stacked).
+
+    A matrix that is such a parameter already is not copied: the two share their memory.
+    """
     parameters: dict[str, Tensor] = {}
     for name, weight_OI in matrices.items():
         linear = block.linears[name]
+        own = block.module.get_parameter(linear.parameter)
+        whole = linear.expert is None and not linear.transposed and own.is_contiguous()
+        if whole and weight_OI.dtype == own.dtype and weight_OI.is_contiguous():
+            parameters[linear.parameter] = weight_OI.detach()
+            continue
         if linear.parameter not in parameters:
-            parameters[linear.parameter] = torch.empty_like(block.module.get_parameter(linear.parameter))
+            parameters[linear.parameter] = torch.empty_like(own)
         linear.view(parameters[linear.parameter]).copy_(weight_OI)
     return parameters
 

@@ -23,7 +23,7 @@ from niwaki.codes import SCALE_DTYPE, TILE, Part, centre
 from niwaki.config import Bits, Target
 from niwaki.costs import FLOAT_BYTES, Scope, Work, products
 from niwaki.errors import TargetError
-from niwaki.kernels.codes import Grid, sweep_codes
+from niwaki.kernels.codes import Fit, Grid, span, sweep_codes, sweep_fitted
 
 ROUNDED_UNREACHED = "no calibration token reached this matrix: rounded to nearest"
 WIDTHS = (2, 3, 4, 8)
@@ -165,10 +165,12 @@ def fit_grid(weight_OC: Tensor, group: Group, clip: bool) -> tuple[Tensor, Tenso
         middle_O1 = weight_OC.mean(1, keepdim=True) if group.grid == "free" else torch.zeros_like(weight_OC[:, :1])
         spread_O1 = (weight_OC - middle_O1).abs().mean(1, keepdim=True).clamp_min(SMALLEST_SCALE)
         return 2 * spread_O1, middle_O1 - spread_O1
+    if not clip:
+        return span(weight_OC, _fit(group))
     best: tuple[Tensor, Tensor] | None = None
     least_O1 = torch.full_like(weight_OC[:, :1], torch.inf)
-    for share in CLIPS if clip else (1.0,):
-        scale_O1, offset_O1 = _span(weight_OC, group, share)
+    for share in CLIPS:
+        scale_O1, offset_O1 = span(weight_OC, _fit(group), share)
         code_OC = ((weight_OC - offset_O1) / scale_O1).round_().clamp_(0, 2**group.bits - 1)
         error_O1 = (code_OC * scale_O1 + offset_O1 - weight_OC).square().sum(1, keepdim=True)
         better_O1 = error_O1 < least_O1
@@ -179,17 +181,10 @@ def fit_grid(weight_OC: Tensor, group: Group, clip: bool) -> tuple[Tensor, Tenso
     return best
 
 
-def _span(weight_OC: Tensor, group: Group, share: float) -> tuple[Tensor, Tensor]:
-    """Levels over `share` of the range of the weights."""
-    steps = 2**group.bits - 1
-    if group.grid == "affine":
-        low_O1 = weight_OC.amin(1, keepdim=True).clamp_max(0) * share
-        high_O1 = weight_OC.amax(1, keepdim=True).clamp_min(0) * share
-        scale_O1 = ((high_O1 - low_O1) / steps).clamp_min(SMALLEST_SCALE)
-        return scale_O1, -(-low_O1 / scale_O1).round().clamp(0, steps) * scale_O1
-    middle = centre(group.bits, group.grid if group.grid != "free" else "midrise")
-    scale_O1 = (weight_OC.abs().amax(1, keepdim=True) * share / (steps - middle)).clamp_min(SMALLEST_SCALE)
-    return scale_O1, -middle * scale_O1
+def _fit(group: Group) -> Fit:
+    """How the levels of a group of several bits follow from its weights."""
+    grid = "midrise" if group.grid == "free" else group.grid
+    return Fit(2**group.bits - 1, None if grid == "affine" else centre(group.bits, grid), SMALLEST_SCALE)
 
 
 def nearest(weight_OI: Tensor, groups: Sequence[Group], clip: bool) -> Rounded:
@@ -214,13 +209,19 @@ def sweep(
     wanted_OI = weight_OI.clone()
     rounded = _empty(weight_OI, groups)
     for number, group in enumerate(groups):
-        wanted_OC = wanted_OI[:, group.slice].contiguous()
+        wanted_OC, feed_CC = wanted_OI[:, group.slice], feed_II[group.slice, group.slice]
         keep_OC = None if keep_OI is None else keep_OI[:, group.slice]
-        scale_O1, offset_O1 = fit_grid(wanted_OC if keep_OC is None else wanted_OC * keep_OC, group, clip)
-        same_C = torch.zeros(group.end - group.start, dtype=torch.int32, device=weight_OI.device)
-        grid = Grid(scale_O1, offset_O1, same_C, torch.full_like(same_C, 2**group.bits - 1, dtype=torch.float32))
-        code_OC, change_OC = sweep_codes(wanted_OC, None, feed_II[group.slice, group.slice].contiguous(), grid, keep_OC)
-        _put(rounded, number, code_OC, scale_O1, offset_O1)
+        if clip or group.bits == 1:
+            wanted_OC = wanted_OC.contiguous()
+            scale_O1, offset_O1 = fit_grid(wanted_OC if keep_OC is None else wanted_OC * keep_OC, group, clip)
+            same_C = torch.zeros(group.end - group.start, dtype=torch.int32, device=weight_OI.device)
+            grid = Grid(scale_O1, offset_O1, same_C, torch.full_like(same_C, 2**group.bits - 1, dtype=torch.float32))
+            code_OC, change_OC = sweep_codes(wanted_OC, None, feed_CC, grid, keep_OC)
+            _put(rounded, number, code_OC, scale_O1, offset_O1)
+        else:
+            scale_O, offset_O = rounded.scale_OG[:, number], rounded.offset_OG[:, number]
+            code_OC = rounded.code_OI[:, group.slice]
+            change_OC = sweep_fitted(wanted_OC, feed_CC, _fit(group), keep_OC, code_OC, scale_O, offset_O)
         wanted_OI[:, group.end :].addmm_(change_OC, feed_II[group.slice, group.end :], alpha=-1)
     return rounded
 

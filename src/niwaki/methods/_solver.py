@@ -116,11 +116,9 @@ def sweep(
     keep_OI = torch.empty_like(weight_OI, dtype=torch.bool)
     for start in range(0, columns, panel_columns):
         end = min(start + panel_columns, columns)
-        panel_OP = weight_OI[:, start:end].contiguous()
-        upper_PP = upper_II[start:end, start:end].contiguous()
+        panel_OP, upper_PP = weight_OI[:, start:end], upper_II[start:end, start:end]
         keep_OP = None if choose is None else choose(panel_OP, upper_PP.diagonal(), start)
         errors_OP, keep_OP = sweep_panel(panel_OP, upper_PP, keep_OP, target)
-        weight_OI[:, start:end] = panel_OP
         keep_OI[:, start:end] = keep_OP
         weight_OI[:, end:].addmm_(errors_OP, upper_II[start:end, end:], alpha=-1)
     return keep_OI

@@ -13,15 +13,15 @@ The full text was not at hand; what differs from the released code, and why:
 - Its sparsity is penalised, not met. Here the final counts are exact: all rates shift together, then rounding
   is settled by remainders. `balance=shift` does the former in every forward and takes the component along the
   mean rate out of the gradient, instead of the penalty.
-- ∂L/∂β needs no custom kernel: gradients in rank order times a 0/1 matrix of what each cut drops, one product of
-  tensor cores. Unlike a scatter-add that is also the same in every run on CUDA.
+- ∂L/∂β is summed in rank order (`kernels.ranks`), on a GPU without leaving the row. Unlike a scatter-add that is also
+  the same in every run.
 - Held-out windows choose between the states on the way, the uniform start included.
 
 `quant_bits` learns 4-bit weight-only clipping (γ of `_quantize`) together with the rates; the result is stored
 dequantized. N:M is not in the paper and is refused: every row keeps the same share there.
 
 Cost: `steps` · `batch` forwards and backwards of a window. Memory: the block twice in float32, ranks and order
-(10 bytes a weight), and the block's inputs and outputs for all windows.
+(10 bytes a weight; on a GPU 4, in rows of up to 16384), and the block's inputs and outputs for all windows.
 
     niwaki compress MODEL OUT --method besa --target 0.5 --calibration mine.txt --seq-len 512
 """
@@ -36,6 +36,7 @@ from torch import Tensor
 from niwaki.block import Block
 from niwaki.config import Sparsity, Target
 from niwaki.costs import Scope, Work, learning
+from niwaki.kernels.ranks import drop_lowest, fused, sums_below
 from niwaki.learning import Lowest, cosine
 from niwaki.methods._quantize import Clipping
 from niwaki.methods._reconstruct import Matrices, Reconstruction, check_choices, learning_needs
@@ -99,7 +100,7 @@ def cost(scope: Scope, config: Config) -> Work:
         product_flops=2 * config.steps * scope.weights * (config.candidates + 1),
         passed=12 * config.steps * scope.weights,
     )
-    return rates + learning(scope, config.steps, config.batch, checks=CHECKS, copies=3.5)
+    return rates + learning(scope, config.steps, config.batch, checks=CHECKS, copies=2.5)
 
 
 def compress(
@@ -176,13 +177,14 @@ def _learn(
         optimizer.zero_grad()
         values = clipping.quantized(weights) if clipping else weights
         with torch.no_grad():
-            keep = rates.current_masks()
-            pruned = {name: values[name] * keep[name] for name in weights}
+            zeros = rates.current_zeros()
+            pruned = {name: rates.pruned(name, values[name], zeros[name]) for name in weights}
         gradients = task.gradients(pruned, windows)
         if clipping is not None:
-            clipping.backward(values, {name: (g * keep[name]).float() for name, g in gradients.items()})
+            kept = {name: (g * rates.keep(name, zeros[name])).float() for name, g in gradients.items()}
+            clipping.backward(values, kept)
         tokens = batch * task.outputs.store_STD.shape[1]
-        rates.backward({name: g * values[name].detach() for name, g in gradients.items()}, tokens)
+        rates.backward(gradients, {name: value_OI.detach() for name, value_OI in values.items()}, tokens)
         optimizer.step()
         if (step + 1) % check_every == 0 or step + 1 == config.steps:
             lowest.offer(heldout())
@@ -216,13 +218,14 @@ class Rates:
         self.order: dict[str, Tensor] = {}
         self.rank: dict[str, Tensor] = {}
         for name, weight_OI in weights.items():
-            scores_OI = _scores(weight_OI, statistics[name])
-            rows, columns = self.shapes[name]
-            self.order[name] = scores_OI.reshape(rows, columns).argsort(dim=1, stable=True)
+            scores_OI = _scores(weight_OI, statistics[name]).reshape(self.shapes[name])
+            columns = scores_OI.shape[1]
+            order_OI = scores_OI.argsort(dim=1, stable=True)
             small = torch.int16 if columns < 2**15 else torch.int32
-            rank_OI = torch.empty_like(self.order[name], dtype=small)
+            rank_OI = torch.empty_like(order_OI, dtype=small)
             places_1I = torch.arange(columns, device=device, dtype=small)[None]
-            self.rank[name] = rank_OI.scatter_(1, self.order[name], places_1I.expand_as(rank_OI))
+            self.rank[name] = rank_OI.scatter_(1, order_OI, places_1I.expand_as(rank_OI))
+            self.order[name] = order_OI.to(small) if fused(scores_OI) else order_OI  # torch gathers by int64 alone
 
         def by_group(values: list[float]) -> Tensor:
             return torch.tensor(values, device=device).repeat_interleave(torch.tensor(self.groups, device=device))
@@ -245,19 +248,28 @@ class Rates:
         """Boolean, shaped as the matrix, without the `zeros_O` lowest-ranked of each row."""
         return (self.rank[name] >= zeros_O[:, None]).view(self.matrix_shapes[name])
 
-    def current_masks(self) -> dict[str, Tensor]:
-        """The hard masks of this step: ⌊α·C⌋ zeros a row, α shifted to the budget unless it is penalised."""
+    def pruned(self, name: str, weight_OI: Tensor, zeros_O: Tensor) -> Tensor:
+        """The matrix without the `zeros_O` lowest-ranked of each row."""
+        return drop_lowest(weight_OI.reshape(self.shapes[name]), self.rank[name], zeros_O).view(weight_OI.shape)
+
+    def current_zeros(self) -> dict[str, Tensor]:
+        """The zeros of every row [O] in this step: ⌊α·C⌋, α shifted to the budget unless it is penalised."""
         rate_G, mean = self.rates()
         shift = 0.0 if self.penalized else self.share - mean
         zeros_G = ((rate_G + shift).clamp(0, 1) * self.columns_G + 1e-4).floor()
         split = dict(zip(self.shapes, zeros_G.split(self.groups), strict=True))
-        return {name: self.keep(name, zeros_G.expand(self.shapes[name][0])) for name, zeros_G in split.items()}
+        return {name: zeros_G.expand(self.shapes[name][0]) for name, zeros_G in split.items()}
 
-    def backward(self, mask_gradients: Matrices, tokens: int) -> None:
-        """Accumulates ∂L/∂θ from ∂L/∂mask [O, I] of every matrix, where L is the sum over `tokens`."""
+    def backward(self, gradients: Matrices, values: Matrices, tokens: int) -> None:
+        """Accumulates ∂L/∂θ from ∂L/∂W [O, I] of every matrix and the weights that masks multiply.
+
+        ∂L/∂mask is their product. L is the sum over `tokens`.
+        """
         found = []
-        for name, gradient_OI in mask_gradients.items():
-            gradient_OD = rate_gradient(gradient_OI.reshape(self.shapes[name]), self.order[name], self.candidates_D)
+        for name, shape in self.shapes.items():
+            cuts_D = (self.candidates_D * shape[1] + 1e-4).floor()
+            factors = gradients[name].reshape(shape), values[name].reshape(shape)
+            gradient_OD = sums_below(*factors, self.order[name], cuts_D).neg_()
             found.append(gradient_OD if self.by_row else gradient_OD.sum(0, keepdim=True))
         beta_GD = torch.softmax(self.logits_GD, dim=1)
         (beta_GD * torch.cat(found).div_(tokens)).sum().backward()
@@ -294,17 +306,3 @@ class Rates:
         counts[(real - counts).argsort(descending=True, stable=True)[:left]] += 1
         split = counts.long().to(self.candidates_D.device).split(rows)
         return dict(zip(self.shapes, split, strict=True))
-
-
-def rate_gradient(mask_gradient_OI: Tensor, order_OI: Tensor, candidates_D: Tensor) -> Tensor:
-    """∂L/∂β [O, D + 1]: minus the sum of ∂L/∂mask over the ⌊C·p_d⌋ lowest-ranked weights of each row.
-
-    Half-precision gradients are summed in float32 on CUDA without a copy in float32.
-    """
-    sorted_OI = mask_gradient_OI.gather(1, order_OI)
-    columns = sorted_OI.shape[1]
-    cuts_D = (candidates_D * columns + 1e-4).floor()
-    dropped_ID = torch.arange(columns, device=cuts_D.device)[:, None] < cuts_D
-    if sorted_OI.is_cuda and sorted_OI.dtype.itemsize == 2:
-        return torch.mm(sorted_OI, dropped_ID.to(sorted_OI.dtype), out_dtype=torch.float32).neg_()
-    return (sorted_OI.to(candidates_D.dtype) @ dropped_ID.to(candidates_D.dtype)).neg_()

@@ -29,7 +29,7 @@ from torch import Tensor
 from niwaki.block import Block
 from niwaki.config import Grouped, Sparsity, Target
 from niwaki.costs import Scope, Work, gram_factors, masks, products, sweeps
-from niwaki.methods._masks import keep_by_matrix, keep_in_panel
+from niwaki.methods._masks import by_panel, keep_by_matrix
 from niwaki.methods._solver import (
     REFIT_ITERATIONS,
     WARM_ITERATIONS,
@@ -142,14 +142,6 @@ def _swept(
     rows, columns = [len(weight_OI) for weight_OI in weights], weights[0].shape[1]
     weight_OI = torch.cat(weights)
 
-    def choose(panel_OP: Tensor, diagonal_P: Tensor, start: int) -> Tensor:
-        found = []
-        for name, scores_OP in zip(names, (panel_OP / diagonal_P).square().split(rows), strict=True):
-            target = targets[name]
-            assert isinstance(target, Sparsity)
-            found.append(keep_in_panel(scores_OP, target, columns, start))
-        return torch.cat(found)
-
     if seen.start:
         given_OI = torch.cat([seen.start[name].weight_OI != 0 for name in names])
         keep_OI = sweep(
@@ -160,5 +152,7 @@ def _swept(
         whole_groups = max(panel_columns // target.group, 1) * target.group
         keep_OI = sweep(weight_OI, upper_II, target, None, whole_groups)
     else:
-        keep_OI = sweep(weight_OI, upper_II, None, choose, panel_columns)
+        shares = [target for name in names if isinstance(target := targets[name], Sparsity)]
+        chosen = by_panel(shares, rows, columns, weight_OI.device)
+        keep_OI = sweep(weight_OI, upper_II, None, lambda p, d, start: chosen((p / d).square_(), start), panel_columns)
     return list(zip(names, weight_OI.split(rows), keep_OI.split(rows), strict=True))

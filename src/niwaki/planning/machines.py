@@ -3,8 +3,9 @@
 This machine's CPU is measured, in about a second: a matrix product, a Cholesky, a sweep, a selection, a copy, the start
 of small operations, and a shard written as every result is. GPUs are published rates (NVIDIA's data sheets: dense bf16
 with float32 accumulation, float32, memory) times what we reached of them: `_REACHED` is fitted to the seconds in
-benchmarks/results/compression-speed-7b-*.json and -70b-h100.json (H100 and H200; 17 rows, 0.81 to 1.20 of each), and
-taken to hold for the others, on which nothing was measured.
+benchmarks/results/compression-speed-7b-*.json and -70b-h100.json (H100 and H200; 17 rows, 0.81 to 1.20 of each; methods
+became faster since, 29 rows are now predicted at 0.7 to 1.4), and taken to hold for the others, on which nothing was
+measured.
 """
 
 import tempfile
