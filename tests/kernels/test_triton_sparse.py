@@ -88,6 +88,9 @@ def few() -> None:
     for number in range(len(SHAPES)):
         for record in records(number):
             check(few_tokens, record, 1 + number, torch.float32, bias=number == 1)
+    wide_OI = torch.randn(2, 2**16 + 64)  # more columns than 16 bits count
+    wide_OI[:, ::5] = 0
+    check(few_tokens, Sparse.encode(wide_OI, layout="bitmap"), 1, torch.float32)
     for number, tokens in [(0, 5), (2, 2), (2, 4), (2, 17)]:
         check(few_tokens, records(0)[number], tokens, torch.bfloat16, Tiles(4, 1))
 
@@ -113,20 +116,26 @@ def test_tensor_cores_and_decoding() -> None:
 
 def cores() -> None:
     """Products of some tokens where groups allow it; every matrix decoded exactly, whole and from a tile on."""
-    from niwaki.kernels.triton_sparse_dot import Tiles, decode, some_tokens
+    from niwaki.kernels import triton_sparse_dot, triton_sparse_tiles_dot
+    from niwaki.kernels.triton_sparse_dot import decode, some_tokens
 
     every: list[Sparse | Tiled] = [record for number in range(len(SHAPES)) for record in records(number)]
     every += [tiled(33, 64, 64)]
     for record in every:
         given = for_gpu(record)
         if cores_reach(torch.zeros(1, dtype=torch.float16), given):
-            tiles = Tiles(32 if isinstance(record, Tiled) else 16, 8, 4, 2)
-            check(some_tokens, record, 3, torch.float16, tiles, bias=True)
+            if isinstance(record, Tiled):
+                tiles = triton_sparse_tiles_dot.Tiles(8, 2)
+                check(triton_sparse_tiles_dot.some_tokens, record, 3, torch.float16, tiles, bias=True)
+            else:
+                tiles = triton_sparse_dot.Tiles(16, 8, 4, 2)
+                check(some_tokens, record, 3, torch.float16, tiles, bias=True)
         for first in (0, 32) if given.rows > 32 else (0,):
             out_RI = torch.full((given.rows - first, given.columns), float("nan"))
             decode(given, first, out_RI)
             assert torch.equal(out_RI, record.decode()[first:]), record.describe()
-    check(some_tokens, tiled(5, 384, 128), 33, torch.float16)
+    check(triton_sparse_tiles_dot.some_tokens, tiled(5, 384, 128), 33, torch.float16)
+    check(triton_sparse_tiles_dot.some_tokens, tiled(33, 96, 1000), 17, torch.float16)
     check(some_tokens, records(2)[4], 17, torch.float16)
     half_RI = torch.full((4, 272), float("nan"), dtype=torch.bfloat16)
     decode(for_gpu(records(2)[1]), 0, half_RI)
@@ -170,16 +179,17 @@ def test_kinds_and_layouts_are_those_of_the_records() -> None:
     assert set(sparse_gpu.FEW_TOKENS) == {*LAYOUTS, "two_four_tiles"} == {*sparse_gpu.CORE_TOKENS, "bitmap"}
 
 
-def test_the_table_of_a_bitmap_counts_the_values_before_every_64_columns() -> None:
+def test_the_table_of_a_bitmap_counts_the_values_up_to_every_64_columns() -> None:
     generator = torch.Generator().manual_seed(0)
     keep_OI = torch.rand(5, 1000, generator=generator) < 0.5
     record = Sparse.encode(keep_OI.float(), layout="bitmap")
     ranks = ranks_of(record.places_OB)
     assert ranks.shape == (5, 16) and ranks.dtype == torch.int16
     for chunk in range(16):
-        assert torch.equal(ranks[:, chunk].int() & 0xFFFF, keep_OI[:, : 64 * chunk].sum(1).int())
-    full = ranks_of(torch.full((1, 65536 // 8), 255, dtype=torch.uint8))
-    assert int(full[0, -1]) & 0xFFFF == 65536 - 64
+        assert torch.equal(ranks[:, chunk].int() & 0xFFFF, keep_OI[:, : 64 * (chunk + 1)].sum(1).int())
+    full = ranks_of(torch.full((1, 65528 // 8), 255, dtype=torch.uint8))
+    assert int(full[0, -1]) & 0xFFFF == 65528
+    assert int(ranks_of(torch.full((1, 65536 // 8), 255, dtype=torch.uint8))[0, -1]) == 65536
 
 
 @pytest.mark.parametrize(("dtype", "group", "there"), [

@@ -1,8 +1,9 @@
 """Products with pruned matrices (`sparse`, `sparse_tiles`) on a GPU: which way, for how many tokens, as an operator.
 
 A few tokens are multiplied by multiply-adds (`triton_sparse`, `triton_sparse_tiles`), some by tensor cores
-(`triton_sparse_dot`), both straight from what is stored; for many, one kernel makes rows of the matrix dense and cuBLAS
-multiplies them. Sparse tensor cores (cuSPARSELt) need a second form of a two-four matrix, as large as the first.
+(`triton_sparse_dot`, `triton_sparse_tiles_dot`), both straight from what is stored; for many, one kernel makes rows of
+the matrix dense and cuBLAS multiplies them. Sparse tensor cores (cuSPARSELt) need a second form of a two-four matrix,
+as large as the first.
 
 Legend: N tokens, O outputs, I inputs, B bytes of eight columns, C chunks of 64 columns, T tiles of 32 rows, F groups of
 four columns, G groups of columns that share a scale.
@@ -17,16 +18,16 @@ from torch.nn.functional import linear
 
 # Up to so many tokens, by layout, measured on an H100 with five shapes from 4096² to 28672 × 8192
 # (sparse-linear-h100.json). Tensor cores take as long for 1 to 16 tokens; beyond CORE_TOKENS decoding is faster, as it
-# is for a bitmap beyond three blocks of four tokens of multiply-adds.
-FEW_TOKENS = {"bitmap": 12, "two_four": 2, "two_four_tiles": 4}
+# is for a bitmap beyond two blocks of eight tokens of multiply-adds.
+FEW_TOKENS = {"bitmap": 16, "two_four": 2, "two_four_tiles": 4}
 CORE_TOKENS = {"two_four": 64, "two_four_tiles": 32}  # of a bitmap, 82 µs where decoding takes 46: left out
 FEW_TOKENS_ALONE = 12  # where tensor cores do not reach
 SEMI_TOKENS = 65  # from so many on, sparse tensor cores beat decoding: at 64 on four of five shapes, at 512 on all
 CORE_GROUP = 64  # columns, of which groups hold whole ones: the least that tensor cores take at a time
 # Of rows decoded at once: most matrices (8192² in bf16) are one product; the outputs of several are joined by a copy.
 DECODED_BYTES = 128 * 2**20
-CHUNK_BYTES = 8  # of places, whose first value the table of a bitmap tells
-MOST_COLUMNS = 2**16  # that the table counts
+CHUNK_BYTES = 8  # of places, to whose end the table of a bitmap counts values
+MOST_SHORT = 2**16 - 1  # columns that 16 bits count
 # Kinds of values as in niwaki.sparse, which stands above the kernels.
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "int8": 8, "int4": 4}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
@@ -36,7 +37,7 @@ TILE = 32  # rows
 class GpuRecord(NamedTuple):
     """A stored matrix as the kernels take it: its own tensors, and for a bitmap a table beside them.
 
-    `places` [O, B] and `values` in their own dtype, `starts` [O] and `ranks` [O, C] (int16, to be read unsigned) of a
+    `places` [O, B] and `values` in their own dtype, `starts` [O] and `ranks` [O, C] (`ranks_of`) of a
     bitmap, `scale` float16 [O, G], of tiles as `sparse_tiles` has them. `group` is 0 for one scale a row, or none.
     """
 
@@ -72,12 +73,16 @@ def gpu_record(
 
 
 def ranks_of(places_OB: Tensor) -> Tensor:
-    """How many values of its row come before every chunk of a bitmap: [O, C] int16, the bits of unsigned ones."""
+    """How many values a row of a bitmap has up to the end of every chunk: [O, C] int16, the bits of unsigned ones.
+
+    int32 where rows are too wide for that.
+    """
+    dtype = torch.int16 if 8 * places_OB.shape[1] <= MOST_SHORT else torch.int32
     padded = torch.nn.functional.pad(places_OB, (0, -places_OB.shape[1] % CHUNK_BYTES))
-    ranks_OC = padded.new_empty(len(padded), padded.shape[1] // CHUNK_BYTES, dtype=torch.int16)
+    ranks_OC = padded.new_empty(len(padded), padded.shape[1] // CHUNK_BYTES, dtype=dtype)
     for some, out in zip(padded.split(1024), ranks_OC.split(1024), strict=True):  # a bounded copy
         counts = _counts(padded.device)[some.int()].view(len(some), -1, CHUNK_BYTES).sum(2, dtype=torch.int32)
-        out.copy_((counts.cumsum(1) - counts).to(torch.int32))
+        out.copy_(counts.cumsum(1).to(torch.int32))
     return ranks_OC
 
 
@@ -100,9 +105,10 @@ def product(x_NI: Tensor, record: GpuRecord, bias_O: Tensor | None) -> Tensor:
         kernels: Any = triton_sparse_tiles if record.layout == "two_four_tiles" else triton_sparse
         kernels.few_tokens(x_NI, record, bias_O, out_NO)
     elif cores and tokens <= CORE_TOKENS[record.layout]:
-        from niwaki.kernels.triton_sparse_dot import some_tokens
+        from niwaki.kernels import triton_sparse_dot, triton_sparse_tiles_dot
 
-        some_tokens(x_NI, record, bias_O, out_NO)
+        kernels = triton_sparse_tiles_dot if record.layout == "two_four_tiles" else triton_sparse_dot
+        kernels.some_tokens(x_NI, record, bias_O, out_NO)
     else:
         return _decoded_product(x_NI, record, bias_O)
     return out_NO

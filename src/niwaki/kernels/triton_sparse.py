@@ -8,10 +8,13 @@ Two values for four columns: the four inputs lie in the thread, and every value 
 of its index. Per pair of values and token 4 selections and 2 multiply-adds, and 4 tests of bits for all tokens. That is
 far cheaper than gathering inputs, whose lanes would meet in the same banks.
 
-A bitmap: the first value of every 64 columns of a row is in a small table (`ranks_OC`, 16 bits each: 0.25 bit a
-weight, made when the layer is prepared), those of a thread follow by counting bits below. For four columns a thread
-loads the next four values, whether or not they all belong there, and moves them up to their columns by six selections.
-Lanes are four values apart on average, so a warp's loads lie in few lines.
+A bitmap: how many values a row has up to the end of every 64 columns is in a small table (`ranks_OC`, 16 bits each:
+0.25 bit a weight, made when the layer is prepared); the number of a thread's first value is that but the set bits from
+there on. For four columns a thread loads the next four values, whether or not they all belong there, and moves them up
+to their columns by six selections; values of bfloat16 as three words, so that there are fewer loads. Lanes are four
+values apart on average, so a warp's loads lie in few lines. Products of columns without a value are left out by the
+bits themselves, without a zero in their place. The chunks of the next step are loaded before the values of this one,
+whose addresses they tell.
 
 Floor: the bytes of places and values over the memory bandwidth, 9 bits a weight at half zeros and values of 16 bits.
 
@@ -39,17 +42,17 @@ class Tiles(NamedTuple):
     warps: int  # of a program; each takes 32 units of columns at a time
 
 
-# By layout, for up to so many tokens: the best, or nearly, of 11 measured on an H100 at 4096² and at 11008 × 4096.
+# By layout, for up to so many tokens of a program: the best, or nearly, of 9 (two_four: 11) measured on an H100 with
+# shapes from 4096² to 28672 × 8192.
 TILES = {
-    "bitmap": {1: Tiles(1, 4), 2: Tiles(2, 4), 4: Tiles(4, 4)},
+    "bitmap": {1: Tiles(1, 4), 2: Tiles(4, 4), 4: Tiles(4, 4), 8: Tiles(4, 4)},
     "two_four": {1: Tiles(1, 4), 2: Tiles(2, 2), 4: Tiles(1, 2)},
 }
-BLOCK_TOKENS = 4  # of a program
 
 
 def default_tiles(record: GpuRecord, tokens: int) -> Tiles:
     """A choice by shape: narrow matrices take fewer threads."""
-    tiles = TILES[record.layout][min(triton.next_power_of_2(tokens), BLOCK_TOKENS)]
+    tiles = TILES[record.layout][_block_tokens(record, tokens)]
     while tiles.warps > 1 and 16 * tiles.warps * _unit_bytes(record) >= record.places.shape[1]:
         tiles = tiles._replace(warps=tiles.warps // 2)
     return tiles
@@ -61,7 +64,7 @@ def few_tokens(
     """out = x Wᵀ + bias. `x_NI` contiguous, of any float dtype, as `out_NO`; sums in float32."""
     tokens, rows = out_NO.shape
     assert x_NI.is_contiguous() and out_NO.is_contiguous() and x_NI.shape[1] == record.columns
-    block_tokens = min(triton.next_power_of_2(tokens), BLOCK_TOKENS)
+    block_tokens = _block_tokens(record, tokens)
     tiles = tiles or default_tiles(record, tokens)
     places, values, unit = _views(record)
     _few[triton.cdiv(rows, tiles.rows), triton.cdiv(tokens, block_tokens)](
@@ -85,6 +88,11 @@ def few_tokens(
         block=32 * tiles.warps,
         num_warps=tiles.warps,
     )
+
+
+def _block_tokens(record: GpuRecord, tokens: int) -> int:
+    """Tokens of a program."""
+    return min(int(triton.next_power_of_2(tokens)), max(TILES[record.layout]))
 
 
 def _unit_bytes(record: GpuRecord) -> int:
@@ -134,6 +142,10 @@ def _few(
     total = ()
     for _ in tl.static_range(block_rows * block_tokens):
         total = total + (tl.zeros((block,), tl.float32),)
+    ahead = _ahead(places, ranks, first, rows, tl.arange(0, block), width, layout, block_rows)
+    start = ()
+    for r in tl.static_range(block_rows):
+        start = start + (tl.load(starts + tl.minimum(first + r, rows - 1)) if layout == "bitmap" else 0,)
     for step in tl.range(0, (units + block - 1) // block):
         at = step * block + tl.arange(0, block)
         inside = at < units
@@ -141,25 +153,29 @@ def _few(
         for m in tl.static_range(block_tokens):
             # Tokens beyond the last one repeat it; they are not stored.
             inputs = inputs + _load_inputs(x + tl.minimum(m, here - 1) * columns, at, columns, unit)
+        chunks = ahead
+        ahead = _ahead(places, ranks, first, rows, at + block, width, layout, block_rows)
         found = ()
         for r in tl.static_range(block_rows):
-            row = tl.minimum(first + r, rows - 1).to(tl.int64)
             if layout == "bitmap":
-                found = found + (_load_set(places, values, starts, ranks, row, at, inside, width, bits),)
+                found = found + (_near(values, chunks[r], start[r], at, bits),)
             else:
+                row = tl.minimum(first + r, rows - 1).to(tl.int64)
                 found = found + (_load_pairs(places, values, row, at, inside, width, bits, unit),)
         new = ()
         for r in tl.static_range(block_rows):
             row = tl.minimum(first + r, rows - 1).to(tl.int64)
             for m in tl.static_range(block_tokens):
+                here_sum = total[r * block_tokens + m] if group == 0 else tl.zeros((block,), tl.float32)
                 if layout == "bitmap":
-                    here_sum = _sum_set(found[r], inputs, m)
+                    here_sum = _sum_set(found[r], inputs, here_sum, m)
                 else:
-                    here_sum = _sum_pairs(found[r], inputs, m, unit)
+                    here_sum = _sum_pairs(found[r], inputs, here_sum, m, unit)
                 if group > 0:
                     place = row * ((columns + group - 1) // group) + at * (8 * unit) // group
                     here_sum *= tl.load(scale + place, mask=inside, other=0.0).to(tl.float32)
-                new = new + (total[r * block_tokens + m] + here_sum,)
+                    here_sum += total[r * block_tokens + m]
+                new = new + (here_sum,)
         total = new
     count: tl.constexpr = block_rows * block_tokens
     y = tl.sum(stack(total, (block,), count), axis=0)
@@ -224,8 +240,17 @@ def _load_inputs(x, at, columns: tl.constexpr, unit: tl.constexpr):
     block: tl.constexpr = at.shape[0]
     found = ()
     for k in tl.static_range(unit):
-        column = (at * unit + k)[:, None] * 8 + tl.arange(0, 8)[None, :]
-        found = found + eight(tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32), (block,))
+        if columns % 8 == 0 and x.dtype.element_ty == tl.bfloat16:
+            # Two in a word: both are moved to the upper half by one instruction each.
+            word = (at * unit + k)[:, None] * 4 + tl.arange(0, 4)[None, :]
+            words = tl.load(x.to(tl.pointer_type(tl.int32), bitcast=True) + word, mask=word < columns // 2, other=0)
+            pairs = four(words, (block,))
+            for i in tl.static_range(4):
+                found = found + ((pairs[i] << 16).to(tl.float32, bitcast=True),)
+                found = found + ((pairs[i] & -65536).to(tl.float32, bitcast=True),)
+        else:
+            column = (at * unit + k)[:, None] * 8 + tl.arange(0, 8)[None, :]
+            found = found + eight(tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32), (block,))
     return found
 
 
@@ -254,10 +279,9 @@ def signed_four(codes):
 
 
 @triton.jit
-def _sum_pairs(found, inputs, m: tl.constexpr, unit: tl.constexpr):
-    """Products of the values of a unit and the inputs that they belong to. The lower index comes first: it is no 3."""
+def _sum_pairs(found, inputs, total, m: tl.constexpr, unit: tl.constexpr):
+    """Adds products of the values of a unit and the inputs they belong to. The lower index comes first: it is no 3."""
     index = found[0]
-    total = tl.zeros_like(found[1])
     for i in tl.static_range(2 * unit):
         x_0 = inputs[8 * unit * m + 4 * i]
         x_1 = inputs[8 * unit * m + 4 * i + 1]
@@ -272,15 +296,29 @@ def _sum_pairs(found, inputs, m: tl.constexpr, unit: tl.constexpr):
 
 
 @triton.jit
-def _load_set(places, values, starts, ranks, row, at, inside, width: tl.constexpr, bits: tl.constexpr):
-    """Of a bitmap: the values of eight columns, zero where the bit is not set."""
-    index, byte = locate(places, starts, ranks, row, at, inside, width)
-    return set_values(values, index, byte, bits)
+def _ahead(places, ranks, first, rows, byte, width: tl.constexpr, layout: tl.constexpr, block_rows: tl.constexpr):
+    """Of a bitmap: the chunks of all rows, a step before their values, whose addresses they tell."""
+    found = ()
+    if layout == "bitmap":
+        for r in tl.static_range(block_rows):
+            row = tl.minimum(first + r, rows - 1).to(tl.int64)
+            found = found + (chunk(places, ranks, row, byte, byte < width, width),)
+    return found
 
 
 @triton.jit
 def set_values(values, index, byte, bits: tl.constexpr):
     """The values of eight columns, the first of which has this number; zero where the bit is not set."""
+    near = near_values(values, index, byte, bits)
+    found = ()
+    for j in tl.static_range(8):
+        found = found + (tl.where((byte & (1 << j)) != 0, near[j], tl.zeros_like(near[j])),)
+    return found
+
+
+@triton.jit
+def near_values(values, index, byte, bits: tl.constexpr):
+    """As `set_values`, but any value where the bit is not set: the products need no zeros."""
     if bits == 4:
         found = ()
         for j in tl.static_range(8):
@@ -288,58 +326,103 @@ def set_values(values, index, byte, bits: tl.constexpr):
             pair = tl.load(values + (index >> 1), mask=taken, other=0).to(tl.int32)
             found = found + (signed_four(pair >> ((index & 1) * 4)),)
             index += (byte >> j) & 1
-        return found
-    low = (byte & 1) + ((byte >> 1) & 1) + ((byte >> 2) & 1) + ((byte >> 3) & 1)
-    return _set_four(values + index, byte, 0) + _set_four(values + index + low, byte, 4)
+    else:
+        found = _near_four(values + index, byte, 0) + _near_four(values + index + _count_four(byte), byte, 4)
+    return found
 
 
 @triton.jit
-def _set_four(first, byte, at: tl.constexpr):
-    """The values of four columns. Four are loaded wherever they belong, from one address, and moved up by selections.
+def _near_four(first, byte, at: tl.constexpr):
+    """The values of four columns. Those behind the last value of all are slack."""
+    return _moved(tl.load(first), tl.load(first + 1), tl.load(first + 2), tl.load(first + 3), byte, at)
 
-    Those behind the last value of all are slack.
+
+@triton.jit
+def _count_four(byte):
+    """Set bits of the lower four."""
+    return ((tl.full((), 0x4332322132212110, tl.int64) >> ((byte << 2) & 60).to(tl.int64)) & 15).to(tl.int32)
+
+
+@triton.jit
+def _near(values, found, start, byte, bits: tl.constexpr):
+    """The bits of eight columns, and `near_values`; of bfloat16 in float32."""
+    index, taken = locate(found, start, byte)
+    if values.dtype.element_ty == tl.bfloat16:
+        near = _near_words(values, index, taken, 0) + _near_words(values, index + _count_four(taken), taken, 4)
+    else:
+        near = near_values(values, index, taken, bits)
+    return (taken,) + near
+
+
+@triton.jit
+def _near_words(values, index, byte, at: tl.constexpr):
+    """The values of four columns: three words hold them, whether or not the first of them begins a word."""
+    words = values.to(tl.pointer_type(tl.int32), bitcast=True) + (index >> 1)
+    w_0 = tl.load(words).to(tl.uint32, bitcast=True).to(tl.uint64)
+    w_1 = tl.load(words + 1).to(tl.uint32, bitcast=True).to(tl.uint64)
+    w_2 = tl.load(words + 2).to(tl.uint32, bitcast=True).to(tl.uint64)
+    shift = ((index & 1) * 16).to(tl.uint64)
+    low = ((w_0 | (w_1 << 32)) >> shift).to(tl.uint32).to(tl.int32, bitcast=True)
+    high = ((w_1 | (w_2 << 32)) >> shift).to(tl.uint32).to(tl.int32, bitcast=True)
+    return _moved(
+        (low << 16).to(tl.float32, bitcast=True),
+        (low & -65536).to(tl.float32, bitcast=True),
+        (high << 16).to(tl.float32, bitcast=True),
+        (high & -65536).to(tl.float32, bitcast=True),
+        byte,
+        at,
+    )
+
+
+@triton.jit
+def _moved(v_0, v_1, v_2, v_3, byte, at: tl.constexpr):
+    """Four values moved up to their columns by selections: the value of a column is the first but as many as there are
+    before it; `next` is the one after it.
     """
-    v_0 = tl.load(first)
-    v_1 = tl.load(first + 1)
-    v_2 = tl.load(first + 2)
-    v_3 = tl.load(first + 3)
-    none = tl.zeros_like(v_0)
     b_0 = (byte & (1 << at)) != 0
     b_1 = (byte & (2 << at)) != 0
     b_2 = (byte & (4 << at)) != 0
-    b_3 = (byte & (8 << at)) != 0
-    # The value of column j is the first but as many as there are before it; `next` is the one after it.
     c_1 = tl.where(b_0, v_1, v_0)
     next_1 = tl.where(b_0, v_2, v_1)
     c_2 = tl.where(b_1, next_1, c_1)
     next_2 = tl.where(b_1, tl.where(b_0, v_3, v_2), next_1)
     c_3 = tl.where(b_2, next_2, c_2)
-    return tl.where(b_0, v_0, none), tl.where(b_1, c_1, none), tl.where(b_2, c_2, none), tl.where(b_3, c_3, none)
+    return v_0, c_1, c_2, c_3
 
 
 @triton.jit
-def locate(places, starts, ranks, row, byte, inside, width: tl.constexpr):
-    """The number of the first value of bytes of a bitmap, and their bits. Of the same shape once broadcast."""
+def chunk(places, ranks, row, byte, inside, width: tl.constexpr):
+    """The 64 columns of a row around bytes, and how many values the row has up to their end."""
     chunks: tl.constexpr = (width + 7) // 8
-    place = row * chunks + byte // 8
+    place = row * chunks + (byte >> 3)
     if width % 8 == 0:
         word = tl.load(places + place, mask=inside, other=0)
     else:
         word = tl.zeros_like(place)
         for k in tl.static_range(8):
-            near = byte // 8 * 8 + k
+            near = (byte >> 3) * 8 + k
             bits = tl.load(places + row * width + near, mask=inside & (near < width), other=0)
             word |= bits.to(tl.int64) << (8 * k)
-    first = tl.load(starts + row) + (tl.load(ranks + place, mask=inside, other=0).to(tl.int32) & 0xFFFF)
-    lane = (byte % 8 * 8).to(tl.int64)
-    below = word & ((tl.full((), 1, tl.int64) << lane) - 1)
-    return first + count_bits(below), ((word >> lane) & 255).to(tl.int32)
+    return word, tl.load(ranks + place, mask=inside, other=0)
+
+
+@triton.jit
+def locate(found, start, byte):
+    """The number of the first value of bytes of a bitmap, and their bits, of what `chunk` found.
+
+    `start` is the number of the row's first value.
+    """
+    above = found[0].to(tl.uint64, bitcast=True) >> ((byte & 7) * 8).to(tl.uint64)
+    rank = found[1].to(tl.int32)
+    if found[1].dtype == tl.int16:
+        rank &= 0xFFFF
+    return start + rank - count_bits(above), (above & 255).to(tl.int32)
 
 
 @triton.jit
 def count_bits(words):
-    """Set bits of 64-bit words, in a form that compilers know."""
-    x = words.to(tl.uint64, bitcast=True)
+    """Set bits of unsigned 64-bit words, in a form that compilers know."""
+    x = words
     x = x - ((x >> 1) & 0x5555555555555555)
     x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
@@ -347,8 +430,9 @@ def count_bits(words):
 
 
 @triton.jit
-def _sum_set(found, inputs, m: tl.constexpr):
-    total = tl.zeros_like(inputs[0])
+def _sum_set(found, inputs, total, m: tl.constexpr):
+    """Adds the products of the columns whose bit is set: one instruction each, which the bit allows."""
     for j in tl.static_range(8):
-        total += found[j].to(tl.float32) * inputs[8 * m + j]
+        taken = (found[0] & (1 << j)) != 0
+        total = tl.where(taken, total + found[1 + j].to(tl.float32) * inputs[8 * m + j], total)
     return total
