@@ -1,0 +1,158 @@
+"""Every Triton kernel compiles for a GPU, with the arguments that its launches give it; none is needed for that.
+
+Interpreted kernels know no types: what Triton refuses to compile runs there without complaint. Here a launch stops
+after the machine code of an H100 is made.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_latent import drawn as latents
+from test_ranks import cuts_of
+from test_ranks import problem as ranked
+from test_sparse_product import record_of
+from test_sweep_codes import masked_problem
+from test_triton_planes import for_gpu as planes_of
+from test_triton_planes import matrix
+from test_triton_sparse import tiled
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from niwaki.config import Grouped
+from niwaki.kernels import sparse_gpu
+from niwaki.kernels.codes import Fit
+from niwaki.kernels.select import Parts
+from niwaki.kernels.sparse_gpu import cores_reach
+from niwaki.runtime.sparse_linear import for_gpu
+from niwaki.sparse import KINDS, LAYOUTS
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Absent:
+    """A driver of a GPU that is not there."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The names of the kernels that were compiled, where a launch would have run them."""
+    names: list[str] = []
+
+    def launch(kernel: Any, grid: Any) -> Callable[..., Any]:
+        def compile_only(*args: Any, **options: Any) -> Any:
+            names.append(kernel.__name__)
+            found = kernel.run(*args, grid=grid, warmup=True, **options)
+            assert found.asm["cubin"]
+            return found
+
+        return compile_only
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(JITFunction, "__getitem__", launch)
+    monkeypatch.setattr(driver, "_active", Absent())
+    return names
+
+
+def inputs(tokens: int, columns: int, dtype: torch.dtype, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(tokens, columns, dtype=dtype), torch.zeros(tokens, rows, dtype=dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sparse_kernels(compiled: list[str], layout: str, kind: str) -> None:
+    """Every kind of value in every layout: a few tokens, some, decoded; odd columns and whole chunks of them."""
+    from niwaki.kernels.triton_sparse import few_tokens
+    from niwaki.kernels.triton_sparse_dot import decode, some_tokens
+
+    for columns, group, dtype, tokens in [(7, 8, FP32, 1), (256, 128, BF16, 2)]:
+        record = for_gpu(record_of(5, columns, kind, layout, group))
+        x_NI, out_NO = inputs(tokens, columns, dtype, 5)
+        few_tokens(x_NI, record, None, out_NO)
+        decode(record, 0, torch.zeros(5, columns, dtype=dtype))
+        if cores_reach(x_NI, record):
+            some_tokens(x_NI, record, torch.zeros(5), out_NO)
+    assert compiled.count("_few") == compiled.count("_decode") == 2
+    assert compiled.count("_some") == (layout == "two_four")
+
+
+def test_kernels_of_tiles(compiled: list[str]) -> None:
+    from niwaki.kernels import triton_sparse_dot, triton_sparse_tiles, triton_sparse_tiles_dot
+
+    record = for_gpu(tiled(33, 256, 128))
+    for dtype, tokens in [(BF16, 1), (FP16, 17)]:
+        x_NI, out_NO = inputs(tokens, 256, dtype, 33)
+        triton_sparse_tiles.few_tokens(x_NI, record, None, out_NO)
+        triton_sparse_tiles_dot.some_tokens(x_NI, record, torch.zeros(33), out_NO)
+    triton_sparse_dot.decode(record, 0, torch.zeros(33, 256, dtype=BF16))
+    assert compiled == ["_few", "_some"] * 2 + ["_decode"]
+
+
+@pytest.mark.parametrize(("bits", "grid", "mixed"), [(1, "free", False), (2, "affine", False), (3, "symmetric", False),
+                                                     (4, "midrise", True), (8, "affine", True)])  # fmt: skip
+def test_kernels_of_bit_planes(compiled: list[str], bits: int, grid: str, mixed: bool) -> None:
+    from niwaki.kernels import triton_decode, triton_dot, triton_planes
+
+    parts = planes_of(matrix(33, 384, bits, grid, 128, mixed))
+    x_NI, out_NO = inputs(2, 384, BF16, 33)
+    triton_planes.few_tokens(x_NI, parts, None, out_NO)
+    triton_dot.some_tokens(x_NI, parts, torch.zeros(33), out_NO)
+    triton_decode.decode_planes(parts, 33, 0, torch.zeros(33, 384, dtype=BF16))
+    assert compiled == ["_few", "_spread", "_some", "_decode"]
+
+
+def test_kernels_of_kept_rows(compiled: list[str]) -> None:
+    from niwaki.kernels.triton_rows import columns_dot, rows_dot, rows_gate
+
+    units_K, weight_OI = torch.arange(3), torch.zeros(8, 300, dtype=BF16)
+    for tokens in (1, 4):
+        x_BI = torch.zeros(tokens, 300, dtype=BF16)
+        rows_dot(x_BI, weight_OI, units_K, width=2)
+        rows_gate(x_BI, weight_OI, weight_OI, units_K.int(), "gelu_tanh")
+        columns_dot(torch.zeros(tokens, 6, dtype=BF16), weight_OI, units_K, 2, torch.zeros(8, dtype=BF16))
+    assert len(compiled) == 6
+
+
+def test_kernels_of_compressing(compiled: list[str]) -> None:
+    """Sweeps, choices, ranks, latent weights."""
+    from niwaki.kernels.triton_codes import sweep_codes_triton, sweep_fitted_triton
+    from niwaki.kernels.triton_latent import gradients_of_triton, weights_of_triton
+    from niwaki.kernels.triton_ranks import drop_lowest_triton, sums_below_triton
+    from niwaki.kernels.triton_select import keep_in_panel_triton
+    from niwaki.kernels.triton_sweep import sweep_panel_triton
+
+    wanted_OP, base_OP, feed_PP, grid, keep_OP = masked_problem(33, 64)
+    sweep_codes_triton(wanted_OP, base_OP, feed_PP, grid, keep_OP)
+    sweep_codes_triton(wanted_OP, None, feed_PP, grid)
+    for fit in (Fit(15, 8.0, 1e-6), Fit(15, None, 1e-6)):
+        code_OP = torch.zeros(33, 64, dtype=torch.uint8)
+        sweep_fitted_triton(wanted_OP, feed_PP, fit, keep_OP, code_OP, torch.zeros(33), torch.zeros(33))
+    keep_in_panel_triton(wanted_OP, Parts.of([20, 13], [5, 3], wanted_OP.device), 64, 0)
+    sweep_panel_triton(wanted_OP, feed_PP, keep_OP, None)
+    sweep_panel_triton(wanted_OP, feed_PP, None, Grouped(2, 4))
+    gradient_OI, values_OI, order_OI, rank_OI, zeros_O = ranked(5, 130)
+    drop_lowest_triton(values_OI.bfloat16(), rank_OI.to(torch.int16), zeros_O.float())
+    sums_below_triton(gradient_OI.bfloat16(), values_OI.bfloat16(), order_OI.to(torch.int16), cuts_of(130))
+    latent_OI, levels, gradient_OI = latents(3, (0, 40, 200), [15.0, 1.0])
+    weights_of_triton(latent_OI, levels, BF16)
+    gradients_of_triton(latent_OI, levels, gradient_OI.bfloat16())
+    assert len(compiled) == 15
+
+
+def test_every_kernel_is_here() -> None:
+    """Each file of kernels is imported by a test above."""
+    here, folder = Path(__file__).read_text(), Path(sparse_gpu.__file__).parent
+    files = [path.stem for path in folder.glob("triton_*.py")]
+    assert len(files) > 10 and [name for name in files if name not in here] == []
