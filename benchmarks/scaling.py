@@ -103,7 +103,10 @@ def plot(result: dict, path: Path) -> None:
                 )
                 label = f"{method} ({slopes['slope']:.2f}, at the end {slopes['last_slope']:.2f})"
                 axis.plot([row[changed] for row in own], [row[what] / unit for row in own], "o-", label=label)
+            sizes = sorted({row[changed] for row in result["rows"] if row["changed"] == changed})
             axis.set(xscale="log", yscale="log", xlabel=changed if line else None)
+            axis.set_xticks(sizes, map(str, sizes))
+            axis.set_xticks([], minor=True)
             axis.legend(fontsize=7)
     axes[0][0].set_ylabel("seconds of the walk")
     axes[1][0].set_ylabel("peak, GB")
