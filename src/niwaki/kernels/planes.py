@@ -4,7 +4,7 @@ Legend: N tokens, O outputs, I inputs, C columns of a part, T tiles of 32 rows, 
 G groups of columns that share a scale.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,10 @@ BLOCK_COLUMNS = 32  # columns that share a table's scale: groups of the CPU kern
 # threads, 8192 × 2048 at 4 bits: decoding 6.8 ms, 32 tokens 5.9 ms by the kernel and 8.9 decoded, 64 tokens 11.4 and
 # 10.0.
 FEW_TOKENS = 16
+# With GFNI decoding takes 1.2 ms for any bits up to four, the kernel 0.073 ms a plane and token: 8 tokens at 4 bits 2.4
+# and 2.5 ms, 16 tokens 4.7 and 2.8.
+FEW_PLANES = 36  # times tokens
+GFNI = 5  # as the compiled kernels number their paths
 # Measured on an H100, 4096² to 28672 × 8192 (packed-linear-h100.json). Multiply-adds cost about half a token's time for
 # each more, tensor cores the same for 1 to 16 tokens; from there on decoding the matrix catches up with both.
 FEW_TOKENS_GPU = 8  # multiply-adds, where tensor cores do not reach
@@ -64,6 +68,16 @@ def reaches(x_NI: Tensor, group: int, columns: int) -> bool:
     if len(x_NI) > FEW_TOKENS:
         return False
     return (group >= columns or group % BLOCK_COLUMNS == 0) and cpu_module() is not None
+
+
+def decoding_pays(x_NI: Tensor, described: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a CPU decodes all parts of a matrix, and multiplies, faster than its kernel looks them up."""
+    compiled = cpu_module()
+    if x_NI.dtype != torch.bfloat16 or compiled is None or not compiled.supported(GFNI):
+        return False
+    planes = sum(about["bits"] * about["columns"] for about in described)
+    fast = all(about["bits"] <= 4 for about in described)
+    return fast and len(x_NI) * planes > FEW_PLANES * sum(about["columns"] for about in described)
 
 
 def cores_reach(x_NI: Tensor, group: int, columns: int) -> bool:

@@ -166,16 +166,8 @@ def _few(
         for r in tl.static_range(block_rows):
             row = tl.minimum(first + r, rows - 1).to(tl.int64)
             for m in tl.static_range(block_tokens):
-                here_sum = total[r * block_tokens + m] if group == 0 else tl.zeros((block,), tl.float32)
-                if layout == "bitmap":
-                    here_sum = _sum_set(found[r], inputs, here_sum, m)
-                else:
-                    here_sum = _sum_pairs(found[r], inputs, here_sum, m, unit)
-                if group > 0:
-                    place = row * ((columns + group - 1) // group) + at * (8 * unit) // group
-                    here_sum *= tl.load(scale + place, mask=inside, other=0.0).to(tl.float32)
-                    here_sum += total[r * block_tokens + m]
-                new = new + (here_sum,)
+                before = total[r * block_tokens + m]
+                new = new + (_sum(found[r], inputs, before, scale, row, at, inside, m, columns, layout, unit, group),)
         total = new
     count: tl.constexpr = block_rows * block_tokens
     y = tl.sum(stack(total, (block,), count), axis=0)
@@ -292,6 +284,30 @@ def _sum_pairs(found, inputs, total, m: tl.constexpr, unit: tl.constexpr):
         upper = tl.where((index & (8 << (4 * i))) != 0, upper, x_1)
         total += found[1 + 2 * i] * lower
         total += found[2 + 2 * i] * upper
+    return total
+
+
+@triton.jit
+def _sum(
+    found,
+    inputs,
+    before,
+    scale,
+    row,
+    at,
+    inside,
+    m: tl.constexpr,
+    columns: tl.constexpr,
+    layout: tl.constexpr,
+    unit: tl.constexpr,
+    group: tl.constexpr,
+):
+    """`before` and the products of units of a row with the inputs of token m."""
+    total = before if group == 0 else tl.zeros_like(before)
+    total = _sum_set(found, inputs, total, m) if layout == "bitmap" else _sum_pairs(found, inputs, total, m, unit)
+    if group > 0:
+        place = row * ((columns + group - 1) // group) + at * (8 * unit) // group
+        total = before + total * tl.load(scale + place, mask=inside, other=0.0).to(tl.float32)
     return total
 
 

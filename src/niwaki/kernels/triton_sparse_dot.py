@@ -295,11 +295,7 @@ def _spread(index, lower, upper, bits: tl.constexpr, kind: tl.constexpr, dtype: 
 @triton.jit
 def _as_float(raw, bits: tl.constexpr, kind: tl.constexpr, dtype: tl.constexpr):
     """The number that integers of 16 bits (32 for float32) stand for."""
-    if bits == 8:
-        found = raw.to(tl.float32).to(dtype)
-    else:
-        found = raw.to(kind, bitcast=True).to(dtype)
-    return found
+    return raw.to(tl.float32).to(dtype) if bits == 8 else raw.to(kind, bitcast=True).to(dtype)
 
 
 @triton.jit

@@ -16,7 +16,16 @@ from torch.nn.functional import linear
 
 from niwaki.codes import TILE, assemble, centre, column_places, pack_codes, read_parts, stored_names, unpack_codes
 from niwaki.kernels.codes import cpu_module
-from niwaki.kernels.planes import PlanePart, cpu_product, decode, multiply, plane_product_op, prepared_layer, reaches
+from niwaki.kernels.planes import (
+    PlanePart,
+    cpu_product,
+    decode,
+    decoding_pays,
+    multiply,
+    plane_product_op,
+    prepared_layer,
+    reaches,
+)
 from niwaki.runtime.pieces import by_pieces
 
 # Of rows decoded on a GPU: most matrices (8192² in bf16) are one product; the outputs of several are joined by a copy.
@@ -97,10 +106,11 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] → [..., O] in the dtype of `x`."""
         x_NI = x.reshape(-1, self.in_features)
-        if all(reaches(x_NI, about["group"], about["columns"]) for about in self.described):
+        few = all(reaches(x_NI, about["group"], about["columns"]) for about in self.described)
+        if x_NI.is_cuda:
+            y_NO = self._few(x_NI) if few else self._decoded(x_NI)
+        elif few and (torch.compiler.is_compiling() or not decoding_pays(x_NI, self.described)):
             y_NO = self._few(x_NI)
-        elif x_NI.is_cuda:
-            y_NO = self._decoded(x_NI)
         else:
             y_NO = self._many(x_NI)
             y_NO = y_NO if self.bias is None else y_NO + self.bias

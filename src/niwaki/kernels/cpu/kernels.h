@@ -49,7 +49,7 @@ struct PlaneProduct {
 };
 
 // The instructions a product may use; anything but `best` is for tests.
-enum class Path { best, portable, avx2, avx512, bf16 };
+enum class Path { best, portable, avx2, avx512, bf16, gfni };
 
 bool supported(Path path);
 
@@ -63,7 +63,7 @@ struct Decoded {
     void* out;
 };
 
-void plane_decode(const std::vector<PlaneProduct>& parts, const Decoded& to, int threads);
+void plane_decode(const std::vector<PlaneProduct>& parts, const Decoded& to, int threads, Path path);
 
 enum class SparseLayout { bitmap, two_four };
 enum class SparseValues { bf16, fp16, fp32, int8, int4 };

@@ -62,9 +62,10 @@ public:
     }
 
     // Rows [first, last) of the matrix, float32 or bfloat16, to the address `out`.
-    void decode(uintptr_t out, int64_t first, int64_t last, bool bfloat16, int threads, int) const {
+    void decode(uintptr_t out, int64_t first, int64_t last, bool bfloat16, int threads, int path) const {
         nb::gil_scoped_release unlocked;
-        niwaki::plane_decode(parts_, {first, last, inputs_, bfloat16, reinterpret_cast<void*>(out)}, threads);
+        const niwaki::Decoded to{first, last, inputs_, bfloat16, reinterpret_cast<void*>(out)};
+        niwaki::plane_decode(parts_, to, threads, static_cast<niwaki::Path>(path));
     }
 
 private:

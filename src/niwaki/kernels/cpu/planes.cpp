@@ -290,58 +290,7 @@ void multiply_tile(const PlaneProduct& p, const Kernels& kernels, const BlockTab
     }
 }
 
-// Of every byte of a plane eight bytes, one for each of its bits.
-struct Spread {
-    uint64_t of[256];
-};
-
-const Spread& spread() {
-    static const Spread made = [] {
-        Spread found{};
-        for (int byte = 0; byte < 256; ++byte) {
-            uint8_t bits[8];
-            for (int i = 0; i < 8; ++i) bits[i] = byte >> i & 1;
-            std::memcpy(&found.of[byte], bits, sizeof bits);
-        }
-        return found;
-    }();
-    return made;
-}
-
-// The columns of one part in a row of the matrix; planes are added up eight codes at a time.
-NIWAKI_MULTIVERSION void decode_row(const PlaneProduct& p, int64_t row, const uint64_t* spread, float* own) {
-    const uint8_t* planes = p.planes + row / kTile * p.bits * p.bytes * kTile + row % kTile;
-    for (int64_t group = 0; group < p.groups; ++group) {
-        const int64_t at = group * p.rows + row;
-        const float scale = half_to_float(p.scale[at]);
-        const float offset = p.offset ? half_to_float(p.offset[at]) : -(p.zero ? p.zero[at] : p.centre) * scale;
-        for (int64_t b = group * p.group_bytes; b < std::min(p.bytes, (group + 1) * p.group_bytes); ++b) {
-            uint64_t codes = 0;
-            for (int64_t k = 0; k < p.bits; ++k) codes |= spread[planes[(k * p.bytes + b) * kTile]] << k;
-            uint8_t code[8];
-            std::memcpy(code, &codes, sizeof code);
-            float value[8];
-            for (int i = 0; i < 8; ++i) value[i] = static_cast<float>(code[i]) * scale + offset;
-            const int64_t count = std::min<int64_t>(8, p.columns - 8 * b);
-            if (p.column)
-                for (int64_t i = 0; i < count; ++i) own[p.column[8 * b + i]] = value[i];
-            else std::memcpy(own + 8 * b, value, sizeof(float) * count);
-        }
-    }
-}
-
 }  // namespace
-
-void plane_decode(const std::vector<PlaneProduct>& parts, const Decoded& to, int threads) {
-    const uint64_t* table = spread().of;
-    over_rows(to.last - to.first, threads, [&](int64_t begin, int64_t end) {
-        std::vector<float> own(to.columns);
-        for (int64_t row = begin; row < end; ++row) {
-            for (const PlaneProduct& p : parts) decode_row(p, to.first + row, table, own.data());
-            put_row(to, row, own.data());
-        }
-    });
-}
 
 bool supported(Path path) {
 #ifdef NIWAKI_X86
@@ -352,6 +301,9 @@ bool supported(Path path) {
     if (path == Path::avx512) return avx512;
     if (path == Path::bf16)
         return avx512 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+    if (path == Path::gfni)
+        return avx512 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") &&
+               __builtin_cpu_supports("gfni");
 #endif
     return path == Path::best || path == Path::portable;
 }
