@@ -166,8 +166,8 @@ def _few(
         for r in tl.static_range(block_rows):
             row = tl.minimum(first + r, rows - 1).to(tl.int64)
             for m in tl.static_range(block_tokens):
-                before = total[r * block_tokens + m]
-                new = new + (_sum(found[r], inputs, before, scale, row, at, inside, m, columns, layout, unit, group),)
+                i = r * block_tokens + m
+                new = new + (_sum(found[r], inputs, total[i], scale, row, at, inside, m, columns, layout, unit, group),)
         total = new
     count: tl.constexpr = block_rows * block_tokens
     y = tl.sum(stack(total, (block,), count), axis=0)
