@@ -135,6 +135,7 @@ def _few(
     """A program: some rows for some tokens. Sums are [block] each, one for every row and token."""
     width: tl.constexpr = (columns + 7) // 8
     units: tl.constexpr = width // unit
+    form: tl.constexpr = (columns, layout, unit, group)
     first = tl.program_id(0) * block_rows
     token = tl.program_id(1) * block_tokens
     x += token.to(tl.int64) * columns
@@ -166,8 +167,7 @@ def _few(
         for r in tl.static_range(block_rows):
             row = tl.minimum(first + r, rows - 1).to(tl.int64)
             for m in tl.static_range(block_tokens):
-                i = r * block_tokens + m
-                new = new + (_sum(found[r], inputs, total[i], scale, row, at, inside, m, columns, layout, unit, group),)
+                new = new + (_sum(found[r], inputs, total[r * block_tokens + m], scale, row, at, inside, m, form),)
         total = new
     count: tl.constexpr = block_rows * block_tokens
     y = tl.sum(stack(total, (block,), count), axis=0)
@@ -297,14 +297,14 @@ def _sum(
     at,
     inside,
     m: tl.constexpr,
-    columns: tl.constexpr,
-    layout: tl.constexpr,
-    unit: tl.constexpr,
-    group: tl.constexpr,
+    form: tl.constexpr,
 ):
     """`before` and the products of units of a row with the inputs of token m."""
+    columns: tl.constexpr = form[0]
+    unit: tl.constexpr = form[2]
+    group: tl.constexpr = form[3]
     total = before if group == 0 else tl.zeros_like(before)
-    total = _sum_set(found, inputs, total, m) if layout == "bitmap" else _sum_pairs(found, inputs, total, m, unit)
+    total = _sum_set(found, inputs, total, m) if form[1] == "bitmap" else _sum_pairs(found, inputs, total, m, unit)
     if group > 0:
         place = row * ((columns + group - 1) // group) + at * (8 * unit) // group
         total = before + total * tl.load(scale + place, mask=inside, other=0.0).to(tl.float32)
