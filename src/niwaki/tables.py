@@ -133,8 +133,8 @@ def _print_unrest(console: Console, found: "Comparison") -> None:
     swing = max((pace.dense_swing for pace in paces), default=1.0)
     if swing > BUSY:
         console.print(
-            f"[yellow]note:[/] rounds of the dense model alone differed {swing:.0f} times: the machine was busy, and "
-            "what is said of speed says little",
+            f"[yellow]note:[/] rounds of the dense model alone differed by a factor of {swing:.0f}: the machine was "
+            "busy, and what is said of speed says little",
             highlight=False,
             soft_wrap=True,
         )

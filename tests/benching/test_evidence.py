@@ -1,12 +1,15 @@
 """What seconds become, and two tables as one."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 
+from niwaki.bench_tables import print_bench
 from niwaki.benching.evidence import Bench, Cell, Row, Settings, cell, merged, with_all_rounds
 from niwaki.benching.plot import draw
 from niwaki.comparing.evidence import Environment
@@ -111,3 +114,13 @@ def test_a_plot_is_drawn_of_what_there_is_and_is_the_same_every_time(tmp_path: P
     assert drawn[0] == drawn[1] and b"2:4" in drawn[0] and sorted(p.name for p in tmp_path.iterdir()) == [
         "one.svg", "other.svg"
     ]  # fmt: skip
+
+
+def test_slower_is_said_of_what_is_slower_in_every_round() -> None:
+    dense = Row(form="dense", about="as it is", decode=(timed(1, [1.0], [1.0], "torch"),))
+    sure = Row(form="2:4", about="", decode=(timed(1, [1.0, 1.0, 1.0], [1.5, 1.1, 2.0]),))
+    noise = Row(form="bitmap", about="", decode=(timed(1, [1.0, 2.0, 1.0], [1.5, 1.1, 2.0]),))
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_bench(console, table(dense, sure, noise))
+    text = console.export_text()
+    assert "2:4 is slower than dense: decode ×1" in text and "bitmap is slower" not in text

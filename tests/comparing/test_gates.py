@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from niwaki.card import BEGIN, END
 from niwaki.comparing.baseline import gate_text, read_comparison
+from niwaki.comparing.card import put_comparison
 from niwaki.comparing.evidence import (
     Candidate,
     Comparison,
@@ -240,11 +242,18 @@ def test_a_busy_machine_gives_no_limits_of_speed_and_is_told_of(tmp_path: Path) 
     path.write_text(text)
     assert "max_decode_latency_ratio" in load_gates(path).limits
     assert "max_prefill_latency_ratio" not in load_gates(path).limits
-    assert "# max_prefill_latency_ratio:  (rounds of the dense model differed 4 times: a busy machine)" in text
+    assert "# max_prefill_latency_ratio:  (rounds of the dense model differed by a factor of 4: a busy machine)" in text
     for speed, said in ((busy, True), (steady, False)):
         console = Console(width=200, record=True, file=io.StringIO())
         print_comparison(console, comparison(candidate(speed=Speed(threads=1, prefill=speed, decode=steady))))
-        assert ("rounds of the dense model alone differed 4 times" in console.export_text()) is said
+        assert ("rounds of the dense model alone differed by a factor of 4" in console.export_text()) is said
+    (tmp_path / "niwaki").mkdir()
+    (tmp_path / "niwaki/run.json").write_text("{}")
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n---\n{BEGIN}\n{END}\n")
+    put_comparison(tmp_path, found, found.candidates[0])
+    rows = {line.split(" | ")[1]: line for line in (tmp_path / "README.md").read_text().splitlines() if "| " in line}
+    assert "a busy machine: the dense model alone differed by a factor of 4" in rows["reading a prompt, tokens/s"]
+    assert "busy" not in rows["writing, tokens/s"]
 
 
 def test_a_tiny_limit_stays_a_number(tmp_path: Path) -> None:

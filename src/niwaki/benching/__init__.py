@@ -37,7 +37,8 @@ from niwaki.walk import Report
 
 BATCHES, CONTEXT, NEW_TOKENS, PROMPT_TOKENS = (1, 4, 16), 128, 64, 2048
 ROUNDS, SECONDS = 5, 60.0
-QUALITY = "not measured: forms are made for speed alone, by magnitude and rounding"
+NO_QUALITY = "not measured"
+QUALITY = f"{NO_QUALITY}: forms are made for speed alone, by magnitude and rounding"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def bench(
             blocks=len(anatomy.blocks),
             parameters=sum(parameter.numel() for parameter in dense.parameters()),
             random_weights=folder is not None,
-            quality=QUALITY,
+            quality=NO_QUALITY if all(one.source for one in asked) else QUALITY,
             environment=environment(place),
             settings=_settings(plan, place, arithmetic, graphs),
             rows=(),

@@ -64,7 +64,8 @@ def _lines(gate: str, candidate: Candidate, confidence: float, margin: float) ->
     name = gate.partition("_")[2]
     pace = None if candidate.speed is None else candidate.speed.paces.get(name)
     if pace is not None and pace.dense_swing > BUSY:
-        return [f"# {gate}:  (rounds of the dense model differed {pace.dense_swing:.0f} times: a busy machine)"]
+        swing = f"rounds of the dense model differed by a factor of {pace.dense_swing:.0f}"
+        return [f"# {gate}:  ({swing}: a busy machine)"]
     own = [one for one in measurements(candidate) if one.metric == name]
     if not own:
         return [f"# {gate}:  (not measured in the baseline)"]

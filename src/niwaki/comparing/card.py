@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 
 from niwaki.card import without_folders
-from niwaki.comparing.evidence import Candidate, Comparison, Estimate, Pace
+from niwaki.comparing.evidence import BUSY, Candidate, Comparison, Estimate, Pace
 from niwaki.measured import RECORD, check_card, entry, write_measured
 from niwaki.writing import write_text
 
@@ -88,7 +88,10 @@ def _speed(comparison: Comparison, candidate: Candidate) -> Iterator[Row]:
 
     def row(measure: str, pace: Pace) -> Row:
         values = f"{pace.dense_median:.1f}", f"{pace.candidate_median:.1f}"
-        return f"{pace.tokens} tokens, {threads}", measure, *values, f"time {_with_ends(pace.latency_ratio, '.3f')}"
+        time = f"time {_with_ends(pace.latency_ratio, '.3f')}"
+        if pace.dense_swing > BUSY:
+            time += f"; a busy machine: the dense model alone differed by a factor of {pace.dense_swing:.0f}"
+        return f"{pace.tokens} tokens, {threads}", measure, *values, time
 
     yield row("reading a prompt, tokens/s", candidate.speed.prefill)
     yield row("writing, tokens/s", candidate.speed.decode)

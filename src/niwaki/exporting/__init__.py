@@ -103,7 +103,8 @@ def _exporter(to: str) -> Exporter:
     try:
         return cast(Exporter, importlib.import_module(FORMATS[to]))
     except ImportError as error:
-        raise InputError(f"exporting to {to} needs the package {error.name}: pip install {error.name}") from error
+        name = f"{error.name}: pip install {error.name} (or the extra `export`)"
+        raise InputError(f"exporting to {to} needs the package {name}") from error
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:
