@@ -155,6 +155,12 @@ def _some(
             total = tl.dot(inputs, tl.trans(tile), total)
     if scale is not None and group == 0:
         total *= _scales(scale, row, 0, rows, columns, layout, columns)[None, :]
+    put(out, total, bias, token, row, tokens, rows)
+
+
+@triton.jit
+def put(out, total, bias, token, row, tokens, rows):
+    """Sums [M, R] and the bias, to where rows of tokens lie."""
     if bias is not None:
         total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
     stored = (token < tokens)[:, None] & (row < rows)[None, :]

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from niwaki.kernels.sparse_gpu import TILE, GpuRecord
 from niwaki.kernels.triton_sparse import stack
+from niwaki.kernels.triton_sparse_dot import put
+from niwaki.kernels.triton_sparse_tiles import MULTIPROCESSORS
 
 # The bits of 2^p + 8 twice, and that number: p = 7 in bfloat16, 10 in float16.
 BASES = {torch.bfloat16: (0x43084308, 136.0), torch.float16: (0x64086408, 1032.0)}
@@ -34,7 +36,6 @@ class Tiles(NamedTuple):
 
 
 TILES, MANY_TILES = Tiles(16, 8), Tiles(16, 4)  # a program for every multiprocessor, and more of them
-MULTIPROCESSORS = 132
 MOST_BLOCK_TOKENS = 32
 
 
@@ -123,13 +124,7 @@ def _some(
         number = (first + split * block) * 8 // group
         factor = tl.load(share + number * stride, mask=number * group < columns, other=0.0).to(tl.float32)
         total += here * factor[:, None, :]
-    y = tl.sum(total, axis=0)
-    row = tl.program_id(0) * 32 + tl.arange(0, 32)
-    if bias is not None:
-        y += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
-    stored = (token < tokens)[:, None] & (row < rows)[None, :]
-    place = token[:, None].to(tl.int64) * rows + row[None, :]
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=stored)
+    put(out, tl.sum(total, axis=0), bias, token, tl.program_id(0) * 32 + tl.arange(0, 32), tokens, rows)
 
 
 @triton.jit
