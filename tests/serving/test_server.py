@@ -84,7 +84,8 @@ def test_what_is_not_done_when_time_is_up_is_told_so(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model", max_position_embeddings=256, eos_token_id=4095)
     with running(model, drain_s=0.3) as served:
         served.service.engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
-        stream = served.client().completions.create(model="tiny", prompt="Hello", max_tokens=200, temperature=0, stream=True)
+        asked: Any = {"model": "tiny", "prompt": "Hello", "max_tokens": 200, "temperature": 0}
+        stream = served.client().completions.create(**asked, stream=True)
         next(stream)
         served.server.drain()
         with pytest.raises(openai.APIError, match="the server is shutting down"):
