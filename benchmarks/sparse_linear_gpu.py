@@ -49,7 +49,7 @@ DOT_TILES = [
     if 8 <= t[0] * t[1] / t[2] / 16 <= 32
 ]
 TILES_FEW = [triton_sparse_tiles.Tiles(*t) for t in itertools.product((2, 4, 8, 16), (1, 2, 4))]
-TILES_DOT = [triton_sparse_tiles_dot.Tiles(*t) for t in itertools.product((8, 16), (2, 4, 8, 16))]
+TILES_DOT = [triton_sparse_dot.Tiles(32, *t, 1) for t in itertools.product((8, 16), (2, 4, 8, 16))]
 Works = dict[tuple[str, str], list[Callable[[], object]]]
 COMPILERS = 14  # processes
 LIMIT = 1e-2  # of relative errors in bf16

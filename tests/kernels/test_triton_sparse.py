@@ -125,7 +125,7 @@ def cores() -> None:
         given = for_gpu(record)
         if cores_reach(torch.zeros(1, dtype=torch.float16), given):
             if isinstance(record, Tiled):
-                tiles = triton_sparse_tiles_dot.Tiles(8, 2)
+                tiles = triton_sparse_dot.Tiles(32, 8, 2, 1)
                 check(triton_sparse_tiles_dot.some_tokens, record, 3, torch.float16, tiles, bias=True)
             else:
                 tiles = triton_sparse_dot.Tiles(16, 8, 4, 2)

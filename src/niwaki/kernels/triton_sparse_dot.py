@@ -44,9 +44,13 @@ DECODED = {"bitmap": (16, 32, 4), "two_four": (16, 32, 4), TILED: (32, 16, 4)}  
 MOST_BLOCK_TOKENS = 32
 
 
-def default_tiles(record: GpuRecord, block_tokens: int) -> Tiles:
-    """A choice by tokens of a program; groups of columns hold whole steps."""
-    tiles = TILES[block_tokens]
+def block_of(tokens: int) -> int:
+    """Tokens of a program."""
+    return min(max(int(triton.next_power_of_2(tokens)), 16), MOST_BLOCK_TOKENS)
+
+
+def whole_steps(record: GpuRecord, tiles: Tiles) -> Tiles:
+    """Narrowed until groups of columns hold whole steps."""
     while record.group and record.group % (8 * tiles.width):
         tiles = tiles._replace(width=tiles.width // 2)
     return tiles
@@ -57,8 +61,8 @@ def some_tokens(
 ) -> None:
     """out = x Wᵀ + bias in bfloat16 or float16, `x_NI` contiguous; two_four only; groups hold whole steps."""
     tokens, rows = out_NO.shape
-    block_tokens = min(max(triton.next_power_of_2(tokens), 16), MOST_BLOCK_TOKENS)
-    tiles = tiles or default_tiles(record, block_tokens)
+    block_tokens = block_of(tokens)
+    tiles = tiles or whole_steps(record, TILES[block_tokens])
     assert x_NI.is_contiguous() and out_NO.is_contiguous() and x_NI.shape[1] == record.columns
     assert record.layout == "two_four" and record.group % (8 * tiles.width) == 0
     _some[triton.cdiv(rows, tiles.rows), triton.cdiv(tokens, block_tokens)](

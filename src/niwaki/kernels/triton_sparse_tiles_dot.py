@@ -12,8 +12,6 @@ a weight whatever the number of tokens.
 Legend: N tokens, M tokens of a program, O outputs, I inputs, B bytes of eight columns, S warps, R the 32 rows.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -21,30 +19,16 @@ from torch import Tensor
 
 from niwaki.kernels.sparse_gpu import TILE, GpuRecord
 from niwaki.kernels.triton_sparse import stack
-from niwaki.kernels.triton_sparse_dot import put
+from niwaki.kernels.triton_sparse_dot import Tiles, block_of, put, whole_steps
 from niwaki.kernels.triton_sparse_tiles import MULTIPROCESSORS
 
 # The bits of 2^p + 8 twice, and that number: p = 7 in bfloat16, 10 in float16.
 BASES = {torch.bfloat16: (0x43084308, 136.0), torch.float16: (0x64086408, 1032.0)}
 
 
-class Tiles(NamedTuple):
-    """How a product is spread over the chip."""
-
-    width: int  # bytes of eight columns of a warp at a time
-    warps: int  # of a program; each walks columns of its own
-
-
-TILES, MANY_TILES = Tiles(16, 8), Tiles(16, 4)  # a program for every multiprocessor, and more of them
-MOST_BLOCK_TOKENS = 32
-
-
-def default_tiles(record: GpuRecord) -> Tiles:
-    """A choice by shape; groups of columns hold whole steps."""
-    tiles = TILES if record.rows <= TILE * MULTIPROCESSORS else MANY_TILES
-    while record.group and record.group % (8 * tiles.width):
-        tiles = tiles._replace(width=tiles.width // 2)
-    return tiles
+# A program for every multiprocessor, and more of them. The width is that of a warp; more loads in flight leave less
+# room for programs.
+TILES, MANY_TILES = Tiles(TILE, 16, 8, 1), Tiles(TILE, 16, 4, 1)
 
 
 def some_tokens(
@@ -52,8 +36,8 @@ def some_tokens(
 ) -> None:
     """out = x Wᵀ + bias in bfloat16 or float16, `x_NI` contiguous; groups hold whole steps."""
     tokens, rows = out_NO.shape
-    block_tokens = min(max(triton.next_power_of_2(tokens), 16), MOST_BLOCK_TOKENS)
-    tiles = tiles or default_tiles(record)
+    block_tokens = block_of(tokens)
+    tiles = tiles or whole_steps(record, TILES if rows <= TILE * MULTIPROCESSORS else MANY_TILES)
     assert x_NI.is_contiguous() and out_NO.is_contiguous() and x_NI.shape[1] == record.columns
     assert record.scale is not None and record.group % (8 * tiles.width) == 0
     _some[triton.cdiv(rows, TILE), triton.cdiv(tokens, block_tokens)](
@@ -72,7 +56,7 @@ def some_tokens(
         block=tiles.width,
         splits=tiles.warps,
         num_warps=tiles.warps,
-        num_stages=1,  # more leave less room for programs
+        num_stages=tiles.stages,
     )
 
 

@@ -214,6 +214,7 @@ NB_MODULE(_cpu, module) {
              nb::arg("starts").none(), nb::arg("scale").none(), nb::arg("group_bytes"))
         .def("multiply", &SparseLayer::multiply)
         .def("decode", &SparseLayer::decode);
-    // By number: 0 the best there is, 1 portable, 2 AVX2, 3 AVX-512, 4 AVX-512 with VBMI2 and BF16.
+    // By number: 0 the best there is, 1 portable, 2 AVX2, 3 AVX-512, 4 AVX-512 with VBMI2 and BF16,
+    // 5 with VBMI2 and GFNI.
     module.def("supported", [](int path) { return niwaki::supported(static_cast<niwaki::Path>(path)); });
 }
