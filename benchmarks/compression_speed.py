@@ -22,10 +22,10 @@ import transformers
 from safetensors.torch import save_file
 
 import niwaki
-from niwaki.config import make_recipe, parse_target
-from niwaki.demo import sapling
-from niwaki.methods import make_steps, merged_needs
-from niwaki.presets import PRESETS
+from niwaki.cli.demo import sapling
+from niwaki.config.presets import PRESETS
+from niwaki.config.recipe import make_recipe, parse_target
+from niwaki.methods.registry import make_steps, merged_needs
 from provenance import provenance
 
 VOCABULARY = 32000

@@ -25,20 +25,20 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from niwaki.anatomy import find_blocks
-from niwaki.block import Decoder
-from niwaki.calibration import calibration_windows, evaluation_windows, load_tokenizer, read_texts
-from niwaki.checkpoint import Checkpoint
-from niwaki.contextual.criteria import CRITERIA
-from niwaki.contextual.predictor import fit
-from niwaki.contextual.selection import Rule, for_batch
-from niwaki.contextual.traces import Traces, prompt_lengths
-from niwaki.contextual.units import KINDS, Layout, find_layout
-from niwaki.device import pick_device
+from niwaki.compression.candidates import settle_by_trial
+from niwaki.compression.traces import trace
+from niwaki.data.stream import Stream
+from niwaki.data.texts import calibration_windows, evaluation_windows, load_tokenizer, read_texts
 from niwaki.methods import shadow
-from niwaki.stream import Stream
-from niwaki.tracing import trace
-from niwaki.trial import settle_by_trial
+from niwaki.model.anatomy import find_blocks
+from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.decoder import Decoder
+from niwaki.model.device import pick_device
+from niwaki.runtime.contextual.criteria import CRITERIA
+from niwaki.runtime.contextual.predictor import fit
+from niwaki.runtime.contextual.selection import Rule, for_batch
+from niwaki.runtime.contextual.traces import Traces, prompt_lengths
+from niwaki.runtime.contextual.units import KINDS, Layout, find_layout
 from provenance import provenance
 
 TEXTS = {"reviews": "eval_reviews.jsonl", "wikitext2": "wikitext2_test.txt"}

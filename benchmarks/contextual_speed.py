@@ -7,9 +7,9 @@ would train, with random numbers in it), the choice and the copies included in t
 the prompt included; `decode_speedup` of all that follows the prompt: dense steps over sparse steps and the choice.
 Ratios are medians over repetitions, dense and sparse in turns.
 
-On a CPU transformers' `generate` writes. On a GPU both sides run as CUDA graphs (`niwaki.runtime.graphed`), once as
+On a CPU transformers' `generate` writes. On a GPU both sides run as CUDA graphs (`niwaki.runtime.cuda_graph`), once as
 they are and once with the small operations fused by torch.compile (`--compiled`), each against a dense side that is
-run the same way. `--batch-neurons`: what the sequences of a batch share (see `niwaki.contextual.selection`).
+run the same way. `--batch-neurons`: what the sequences of a batch share (see `niwaki.runtime.contextual.selection`).
 """
 
 import argparse
@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from niwaki.anatomy import build_skeleton, discover
-from niwaki.benching.forms import untrained
-from niwaki.benching.models import random_model
-from niwaki.contextual.selection import Rule
-from niwaki.runtime.contextual import attach
-from niwaki.runtime.graphed import Graphed
+from niwaki.measure.bench.models import random_model
+from niwaki.measure.bench.variants import untrained
+from niwaki.model.anatomy import build_skeleton, discover
+from niwaki.runtime.contextual.selection import Rule
+from niwaki.runtime.contextual.sparsity import attach
+from niwaki.runtime.cuda_graph import Graphed
 from provenance import provenance
 
 SHAPES = {

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 import niwaki
-from niwaki.block import Decoder
-from niwaki.calibration import calibration_windows, evaluation_windows, load_tokenizer, read_texts
-from niwaki.checkpoint import Checkpoint
-from niwaki.stream import Stream
+from niwaki.data.stream import Stream
+from niwaki.data.texts import calibration_windows, evaluation_windows, load_tokenizer, read_texts
+from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.decoder import Decoder
 from provenance import provenance
 
 SWEPT = {"widths": "1+4", "rounds": 0}

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from niwaki.demo import sapling
+from niwaki.cli.demo import sapling
 from provenance import provenance
 
 FIRST = {"magnitude": "a677fed", "wanda": "a677fed", "sparsegpt": "a677fed", "wandapp": "e7fa16f", "besa": "e7fa16f",
@@ -28,7 +28,7 @@ CHILD = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "niwaki" not in type(finder).__module__]
 sys.path.insert(0, sys.argv.pop(1))
-from niwaki.cli import app
+from niwaki.cli.app import app
 app()
 """
 

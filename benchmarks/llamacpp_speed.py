@@ -26,7 +26,7 @@ import torch
 import transformers
 
 import niwaki
-from niwaki.demo import sapling
+from niwaki.cli.demo import sapling
 from packed_decode import resident_bytes
 from provenance import provenance
 from shape_speed import FIELDS, build, dense_config, shapes

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from compression_speed import make_checkpoint
-from niwaki.demo import sapling
+from niwaki.cli.demo import sapling
 from provenance import provenance
 
 

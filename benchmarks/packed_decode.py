@@ -30,11 +30,11 @@ from transformers import AutoModelForCausalLM
 
 import niwaki  # noqa: F401  (teaches transformers the packed format)
 from compression_speed import Shape, make_checkpoint
-from niwaki.checkpoint import INDEX, quantization, quantized_config
-from niwaki.codes import stored_tensors
-from niwaki.ends import round_rows
-from niwaki.methods._rounding import groups_of, nearest
-from niwaki.packed import Packed
+from niwaki.compression.embeddings import round_rows
+from niwaki.formats.packed import Packed
+from niwaki.formats.quantized import stored_tensors
+from niwaki.methods.shared.rounding import groups_of, nearest
+from niwaki.model.checkpoint import INDEX, quantization, quantized_config
 from niwaki.runtime.linear import PackedLinear
 from provenance import provenance
 

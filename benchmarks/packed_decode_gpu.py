@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from niwaki.benching.models import random_model
+from niwaki.measure.bench.models import random_model
 from niwaki.runtime.linear import PackedLinear
 from packed_linear_gpu import LAYERS, random_layer
 from provenance import provenance

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from niwaki.codes import Part, stored_tensors
+from niwaki.formats.quantized import Part, stored_tensors
+from niwaki.formats.sparse import Sparse
+from niwaki.formats.sparse_tiles import Tiled
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
-from niwaki.sparse import Sparse
-from niwaki.sparse_tiles import Tiled
 from provenance import provenance
 
 COLD_BYTES = 256 * 2**20

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from niwaki.codes import Part, stored_tensors
-from niwaki.kernels import triton_dot, triton_planes
+from niwaki.formats.quantized import Part, stored_tensors
 from niwaki.kernels.planes import CORE_TOKENS, decode, gpu_product, reaches
-from niwaki.kernels.triton_decode import decode_planes
+from niwaki.kernels.triton import dot as triton_dot
+from niwaki.kernels.triton import planes as triton_planes
+from niwaki.kernels.triton.decode import decode_planes
 from niwaki.runtime.linear import PackedLinear
 from provenance import provenance
 

@@ -18,7 +18,7 @@ from pydoc_data.topics import topics
 
 import torch
 
-from niwaki.demo import sapling
+from niwaki.cli.demo import sapling
 from provenance import provenance
 
 SAMPLES, SEQ_LEN = 16, 256

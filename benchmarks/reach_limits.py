@@ -17,11 +17,11 @@ from typing import Any, cast
 
 import psutil
 
-from niwaki.calibration import load_tokenizer
-from niwaki.demo import sapling
-from niwaki.entrance.guard import OPEN
-from niwaki.keys import Keys
-from niwaki.serving.app import Service, create_app
+from niwaki.cli.demo import sapling
+from niwaki.data.texts import load_tokenizer
+from niwaki.serve.app import Service, create_app
+from niwaki.serve.http.keys import Keys
+from niwaki.serve.http.limits import OPEN
 from served import (
     TEMPLATE,
     Call,

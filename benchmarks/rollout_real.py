@@ -35,7 +35,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from niwaki.demo import sapling
+from niwaki.cli.demo import sapling
 from niwaki.rollout.store import Store
 from provenance import provenance
 from served import free_port, serving

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from niwaki.rollout.decision import Policy, decide
+from niwaki.rollout.histogram import Interval
 from niwaki.rollout.signals import SIGNALS
-from niwaki.rollout.tally import Interval
 from provenance import provenance
 
 POLICY = Policy()

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from niwaki.kernels import triton_rows
 from niwaki.kernels.rows import ACTIVATIONS, rows_of
-from niwaki.kernels.triton_rows import Tiles
+from niwaki.kernels.triton import rows as triton_rows
+from niwaki.kernels.triton.rows import Tiles
 from packed_linear_gpu import COMPILERS, bandwidth, copies_of, graph_of, interleaved
 from provenance import provenance
 

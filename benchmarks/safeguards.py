@@ -5,8 +5,8 @@
 DATA holds calibration.jsonl (predictors come from it alone) and eval_reviews.jsonl. For every target a predictor is
 trained as `niwaki compress --method shadow` does. Prompts of the reviews are continued greedily: dense, by the part
 alone, and checked every N tokens by the exact rule or by the one that lets a token stand which the full model gives at
-least a probability (`niwaki.runtime.verified`). `agreement`: share of written tokens that are the full model's own
-choice behind the same text. `passes`: of the full model, for each written token (one pass reads up to N at once).
+least a probability (`niwaki.runtime.contextual.verified`). `agreement`: share of written tokens that are the full model's
+own choice behind the same text. `passes`: of the full model, for each written token (one pass reads up to N at once).
 `small_steps`: tokens drafted by the part for each written one. `time_ratio`: seconds over those of dense writing, the
 ways of writing in turns; models of this size are bound by Python, so it is no measure of larger ones. In float32: in
 bfloat16 a pass over several tokens rounds otherwise than one token after another, and the full model does not quite
@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 import niwaki
-from niwaki.calibration import evaluation_windows, load_tokenizer, read_texts
-from niwaki.gating import calibrate_gate, compare
-from niwaki.runtime.verified import write
+from niwaki.data.texts import evaluation_windows, load_tokenizer, read_texts
+from niwaki.measure.prompt_gate import calibrate_gate, compare
+from niwaki.runtime.contextual.verified import write
 from provenance import provenance
 
 RULES = [("exact", 4, None), ("exact", 8, None), ("p ≥ 0.3", 8, 0.3), ("p ≥ 0.1", 8, 0.1), ("p ≥ 0.03", 8, 0.03)]

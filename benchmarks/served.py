@@ -17,7 +17,7 @@ from typing import IO, Any
 import httpx2
 import psutil
 
-from niwaki.demo import sapling
+from niwaki.cli.demo import sapling
 
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 

@@ -14,8 +14,8 @@ import threading
 import time
 from typing import Any
 
-from niwaki.cli import main
-from niwaki.serving import server
+from niwaki.cli.app import main
+from niwaki.serve import server
 
 
 def load_slowly(*args: Any, **settings: Any) -> Any:

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 import niwaki
-from niwaki.calibration import load_tokenizer
-from niwaki.demo import sapling
-from niwaki.serving.engine import Engine, Limits
-from niwaki.serving.jobs import Event, Finished, Job
-from niwaki.serving.metrics import Metrics
-from niwaki.serving.sampling import Sampling
+from niwaki.cli.demo import sapling
+from niwaki.data.texts import load_tokenizer
+from niwaki.serve.engine import Engine, Limits
+from niwaki.serve.jobs import Event, Finished, Job
+from niwaki.serve.metrics import Metrics
+from niwaki.serve.sampling import Sampling
 from provenance import provenance
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from niwaki.anatomy import build_skeleton, discover
-from niwaki.resizing import resize
-from niwaki.structure import Shape, Sizes
+from niwaki.model.anatomy import build_skeleton, discover
+from niwaki.model.prunable import Shape, Sizes
+from niwaki.model.resizing import resize
 from packed_decode import decode
 from provenance import provenance
 from shape_speed import filled, prompt

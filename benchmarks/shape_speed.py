@@ -3,8 +3,8 @@
     python benchmarks/shape_speed.py --out benchmarks/results/shape-speed-cpu.json [--threads 1 2]
 
 BENCH's 1B shape (16 blocks, 2048 wide, 8192 neurons, 32 heads in 8 groups, 32000 tokens), bf16 weights, built
-from the configs that `niwaki.structure` writes. All models take turns in one process; medians over the rounds. Memory
-is VmRSS minus that before building, each model alone in a fresh process.
+from the configs that `niwaki.model.prunable` writes. All models take turns in one process; medians over the rounds.
+Memory is VmRSS minus that before building, each model alone in a fresh process.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from niwaki.anatomy import build_skeleton, discover, materialize_buffers
-from niwaki.structure import Shape, Sizes
+from niwaki.model.anatomy import build_skeleton, discover, materialize_buffers
+from niwaki.model.prunable import Shape, Sizes
 from packed_decode import decode, resident_bytes
 from provenance import provenance
 

@@ -2,8 +2,8 @@
 
     python benchmarks/shape_speed_gpu.py --out benchmarks/results/shape-speed-h100.json
 
-Random bf16 weights, configs as `niwaki.structure` writes them. Decoding: a step is one CUDA graph, for all models (see
-packed_decode_gpu). Prompts: one forward, device events. All models take turns in one run; medians.
+Random bf16 weights, configs as `niwaki.model.prunable` writes them. Decoding: a step is one CUDA graph, for all models
+(see packed_decode_gpu). Prompts: one forward, device events. All models take turns in one run; medians.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import transformers
 from transformers import AutoConfig
 
 from compression_speed import SHAPES
-from niwaki.anatomy import build_skeleton, discover
-from niwaki.structure import Shape, Sizes
+from niwaki.model.anatomy import build_skeleton, discover
+from niwaki.model.prunable import Shape, Sizes
 from packed_decode_gpu import make_model, measure, weight_bytes
 from provenance import provenance
 

@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from niwaki.block import Block, Decoder
-from niwaki.calibration import calibration_windows, evaluation_windows, load_tokenizer, read_texts
-from niwaki.checkpoint import Checkpoint
-from niwaki.device import pick_device
-from niwaki.evaluation.divergence import compare_windows
-from niwaki.stream import Stream
-from niwaki.walk import loaded_blocks
+from niwaki.compression.walk import loaded_blocks
+from niwaki.data.stream import Stream
+from niwaki.data.texts import calibration_windows, evaluation_windows, load_tokenizer, read_texts
+from niwaki.measure.evaluate.divergence import compare_windows
+from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.decoder import Block, Decoder
+from niwaki.model.device import pick_device
 from provenance import provenance
 from quality import TEXTS, spread
 

@@ -29,10 +29,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from niwaki.kernels import triton_sparse, triton_sparse_dot, triton_sparse_tiles, triton_sparse_tiles_dot
+from niwaki.formats.sparse import SLACK_BYTES, Sparse
+from niwaki.formats.sparse_tiles import Tiled
 from niwaki.kernels.sparse_gpu import GpuRecord, cores_reach, gpu_record
-from niwaki.sparse import SLACK_BYTES, Sparse
-from niwaki.sparse_tiles import Tiled
+from niwaki.kernels.triton import (
+    sparse as triton_sparse,
+)
+from niwaki.kernels.triton import (
+    sparse_dot as triton_sparse_dot,
+)
+from niwaki.kernels.triton import (
+    sparse_tiles as triton_sparse_tiles,
+)
+from niwaki.kernels.triton import (
+    sparse_tiles_dot as triton_sparse_tiles_dot,
+)
 from packed_linear_gpu import bandwidth, copies_of, graph_of, interleaved, relative_error
 from provenance import provenance
 
@@ -277,7 +288,7 @@ def odd_record(
     rows: int, columns: int, group: int, layout: str, kind: str, generator: torch.Generator
 ) -> Sparse | Tiled:
     """A matrix with empty rows, and where codes are stored with scales of groups; on the device."""
-    from niwaki.codes import Part
+    from niwaki.formats.quantized import Part
 
     score = torch.rand(rows, columns, generator=generator)
     keep = score < 0.5

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import niwaki
-from niwaki.checkpoint import Checkpoint
+from niwaki.model.checkpoint import Checkpoint
 from provenance import provenance
 
 # What is promised of every line: at most this share of the bf16 bytes, in the file and in memory.

@@ -3,8 +3,8 @@
     python benchmarks/whole_model.py --shape 1b --threads 2 --out benchmarks/results/whole-model-cpu.json
     python benchmarks/whole_model.py --shape 7b --out benchmarks/results/whole-model-h100.json
 
-What `niwaki bench` measures (see `niwaki.benching`), in bf16. The file is written after every form, and what is in it
-already is kept, so that a long table can be made in pieces (`--forms`; `--batch none` or `--prompt 0` for the rest).
+What `niwaki bench` measures (see `niwaki.measure.bench.benchmark`), in bf16. The file is written after every form, and
+what is in it already is kept, so that a long table can be made in pieces (`--forms`; `--batch none` or `--prompt 0` for the rest).
 `--plot` draws what the file holds.
 """
 
@@ -20,13 +20,13 @@ from rich.console import Console
 
 import niwaki
 from compression_speed import SHAPES
-from niwaki.bench_commands import batch_numbers
-from niwaki.bench_tables import print_bench
-from niwaki.benching.evidence import Bench, merged
-from niwaki.benching.forms import FORMS
-from niwaki.benching.plot import draw
-from niwaki.progress import Display
-from niwaki.writing import write_text
+from niwaki.cli.bench import batch_numbers
+from niwaki.cli.bench_tables import print_bench
+from niwaki.cli.progress import Display
+from niwaki.measure.bench.plot import draw
+from niwaki.measure.bench.schema import Bench, merged
+from niwaki.measure.bench.variants import FORMS
+from niwaki.model.files import write_text
 from shape_speed import dense_config
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import typer
 from rich.text import Text
 
-from niwaki.benching.evidence import Bench, Cell, Row
-from niwaki.cli import app
-from niwaki.config import Bits, Grouped, Sparsity
-from niwaki.methods import CONTEXTUAL, EVERY, STRUCTURED, get_method
-from niwaki.presets import PRESETS
+from niwaki.cli.app import app
+from niwaki.config.presets import PRESETS
+from niwaki.config.recipe import Bits, Grouped, Sparsity
+from niwaki.measure.bench.schema import Bench, Cell, Row
+from niwaki.methods.registry import CONTEXTUAL, EVERY, STRUCTURED, get_method
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"

@@ -8,7 +8,6 @@ niwaki.compare("model", ["out"], data=["held_out.txt"])
 
 from typing import TYPE_CHECKING, Any
 
-from niwaki import _hook
 from niwaki.errors import (
     ArchitectureError,
     CalibrationError,
@@ -21,19 +20,19 @@ from niwaki.errors import (
     ResumeError,
     TargetError,
 )
+from niwaki.runtime import hf_hook
+from niwaki.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from niwaki.benching import bench
-    from niwaki.comparing.comparison import compare
-    from niwaki.compression import compress
-    from niwaki.evaluation import evaluate
-    from niwaki.exporting import export
-    from niwaki.generation import generate, load
-    from niwaki.inspecting import inspect
-    from niwaki.planning import plan
-    from niwaki.recovery import recover
-
-__version__ = "0.1.0"
+    from niwaki.compression.compress import compress
+    from niwaki.compression.inspect import inspect
+    from niwaki.compression.plan.planner import plan
+    from niwaki.compression.recover import recover
+    from niwaki.exporters.export import export
+    from niwaki.measure.bench.benchmark import bench
+    from niwaki.measure.compare.comparison import compare
+    from niwaki.measure.evaluate.evaluation import evaluate
+    from niwaki.runtime.load import generate, load
 
 __all__ = [
     "ArchitectureError",
@@ -59,16 +58,16 @@ __all__ = [
 ]
 
 _LAZY = {
-    "bench": "niwaki.benching",
-    "compare": "niwaki.comparing.comparison",
-    "compress": "niwaki.compression",
-    "evaluate": "niwaki.evaluation",
-    "export": "niwaki.exporting",
-    "generate": "niwaki.generation",
-    "inspect": "niwaki.inspecting",
-    "load": "niwaki.generation",
-    "plan": "niwaki.planning",
-    "recover": "niwaki.recovery",
+    "bench": "niwaki.measure.bench.benchmark",
+    "compare": "niwaki.measure.compare.comparison",
+    "compress": "niwaki.compression.compress",
+    "evaluate": "niwaki.measure.evaluate.evaluation",
+    "export": "niwaki.exporters.export",
+    "generate": "niwaki.runtime.load",
+    "inspect": "niwaki.compression.inspect",
+    "load": "niwaki.runtime.load",
+    "plan": "niwaki.compression.plan.planner",
+    "recover": "niwaki.compression.recover",
 }
 
 
@@ -81,4 +80,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 
-_hook.install()
+hf_hook.install()

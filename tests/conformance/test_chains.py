@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import niwaki
-from helpers import file_bytes, run, tiny_llama, weights_of, write_texts
 from niwaki.errors import InputError, TargetError
+from support.models import file_bytes, run, tiny_llama, weights_of, write_texts
 
 CHAINS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sparsegpt+gptq": ("sparsegpt+gptq", "2:4+4bit", {"gptq.group": 32}),

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import niwaki
-from families import build, families
-from helpers import add_tokenizer, correlated_inputs, file_bytes, run_method, tiny_llama, weights_of
-from helpers import write_texts as texts
-from niwaki.config import Bits, Target, parse_target
-from niwaki.methods import METHODS, get_method
+from niwaki.config.recipe import Bits, Target, parse_target
+from niwaki.methods.registry import METHODS, get_method
+from support.families import build, families
+from support.models import add_tokenizer, correlated_inputs, file_bytes, run_method, tiny_llama, weights_of
+from support.models import write_texts as texts
 
 QUANTIZERS = [name for name in METHODS if Bits in get_method(name).ACCEPTS]
 PRUNERS = [name for name in METHODS if name not in QUANTIZERS]

@@ -10,25 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from test_latent import drawn as latents
-from test_ranks import cuts_of
-from test_ranks import problem as ranked
-from test_sparse_product import record_of
-from test_sweep_codes import masked_problem
-from test_triton_planes import for_gpu as planes_of
-from test_triton_planes import matrix
-from test_triton_sparse import tiled
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from niwaki.config import Grouped
+from kernels.test_latent import drawn as latents
+from kernels.test_ranks import cuts_of
+from kernels.test_ranks import problem as ranked
+from kernels.test_sparse_product import record_of
+from kernels.test_sweep_codes import masked_problem
+from kernels.triton.test_triton_planes import for_gpu as planes_of
+from kernels.triton.test_triton_planes import matrix
+from kernels.triton.test_triton_sparse import tiled
+from niwaki.config.recipe import Grouped
+from niwaki.formats.sparse import KINDS, LAYOUTS
 from niwaki.kernels import sparse_gpu
 from niwaki.kernels.codes import Fit
 from niwaki.kernels.select import Parts
 from niwaki.kernels.sparse_gpu import cores_reach
 from niwaki.runtime.sparse_linear import for_gpu
-from niwaki.sparse import KINDS, LAYOUTS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -74,8 +74,8 @@ def inputs(tokens: int, columns: int, dtype: torch.dtype, rows: int) -> tuple[to
 @pytest.mark.parametrize("kind", KINDS)
 def test_sparse_kernels(compiled: list[str], layout: str, kind: str) -> None:
     """Every kind of value in every layout: a few tokens, some, decoded; odd columns and whole chunks of them."""
-    from niwaki.kernels.triton_sparse import few_tokens
-    from niwaki.kernels.triton_sparse_dot import decode, some_tokens
+    from niwaki.kernels.triton.sparse import few_tokens
+    from niwaki.kernels.triton.sparse_dot import decode, some_tokens
 
     for columns, group, dtype, tokens in [(7, 8, FP32, 1), (256, 128, BF16, 2)]:
         record = for_gpu(record_of(5, columns, kind, layout, group))
@@ -89,7 +89,15 @@ def test_sparse_kernels(compiled: list[str], layout: str, kind: str) -> None:
 
 
 def test_kernels_of_tiles(compiled: list[str]) -> None:
-    from niwaki.kernels import triton_sparse_dot, triton_sparse_tiles, triton_sparse_tiles_dot
+    from niwaki.kernels.triton import (
+        sparse_dot as triton_sparse_dot,
+    )
+    from niwaki.kernels.triton import (
+        sparse_tiles as triton_sparse_tiles,
+    )
+    from niwaki.kernels.triton import (
+        sparse_tiles_dot as triton_sparse_tiles_dot,
+    )
 
     record = for_gpu(tiled(33, 256, 128))
     for dtype, tokens in [(BF16, 1), (FP16, 17)]:
@@ -103,7 +111,9 @@ def test_kernels_of_tiles(compiled: list[str]) -> None:
 @pytest.mark.parametrize(("bits", "grid", "mixed"), [(1, "free", False), (2, "affine", False), (3, "symmetric", False),
                                                      (4, "midrise", True), (8, "affine", True)])  # fmt: skip
 def test_kernels_of_bit_planes(compiled: list[str], bits: int, grid: str, mixed: bool) -> None:
-    from niwaki.kernels import triton_decode, triton_dot, triton_planes
+    from niwaki.kernels.triton import decode as triton_decode
+    from niwaki.kernels.triton import dot as triton_dot
+    from niwaki.kernels.triton import planes as triton_planes
 
     parts = planes_of(matrix(33, 384, bits, grid, 128, mixed))
     x_NI, out_NO = inputs(2, 384, BF16, 33)
@@ -114,7 +124,7 @@ def test_kernels_of_bit_planes(compiled: list[str], bits: int, grid: str, mixed:
 
 
 def test_kernels_of_kept_rows(compiled: list[str]) -> None:
-    from niwaki.kernels.triton_rows import columns_dot, rows_dot, rows_gate
+    from niwaki.kernels.triton.rows import columns_dot, rows_dot, rows_gate
 
     units_K, weight_OI = torch.arange(3), torch.zeros(8, 300, dtype=BF16)
     for tokens in (1, 4):
@@ -127,11 +137,11 @@ def test_kernels_of_kept_rows(compiled: list[str]) -> None:
 
 def test_kernels_of_compressing(compiled: list[str]) -> None:
     """Sweeps, choices, ranks, latent weights."""
-    from niwaki.kernels.triton_codes import sweep_codes_triton, sweep_fitted_triton
-    from niwaki.kernels.triton_latent import gradients_of_triton, weights_of_triton
-    from niwaki.kernels.triton_ranks import drop_lowest_triton, sums_below_triton
-    from niwaki.kernels.triton_select import keep_in_panel_triton
-    from niwaki.kernels.triton_sweep import sweep_panel_triton
+    from niwaki.kernels.triton.codes import sweep_codes_triton, sweep_fitted_triton
+    from niwaki.kernels.triton.latent import gradients_of_triton, weights_of_triton
+    from niwaki.kernels.triton.ranks import drop_lowest_triton, sums_below_triton
+    from niwaki.kernels.triton.select import keep_in_panel_triton
+    from niwaki.kernels.triton.sweep import sweep_panel_triton
 
     wanted_OP, base_OP, feed_PP, grid, keep_OP = masked_problem(33, 64)
     sweep_codes_triton(wanted_OP, base_OP, feed_PP, grid, keep_OP)
@@ -154,5 +164,5 @@ def test_kernels_of_compressing(compiled: list[str]) -> None:
 def test_every_kernel_is_here() -> None:
     """Each file of kernels is imported by a test above."""
     here, folder = Path(__file__).read_text(), Path(sparse_gpu.__file__).parent
-    files = [path.stem for path in folder.glob("triton_*.py")]
+    files = [path.stem for path in (folder / "triton").glob("[a-z]*.py")]
     assert len(files) > 10 and [name for name in files if name not in here] == []

@@ -1,16 +1,10 @@
 """Latent weights and their levels: torch against plain formulas in float64, and Triton, interpreted, against torch."""
 
 import torch
-from interpreting import interpreted
 from torch import Tensor
 
-from niwaki.kernels.latent import (
-    Levels,
-    Shape,
-    codes_of,
-    gradients_of_reference,
-    weights_of_reference,
-)
+from niwaki.kernels.latent import Levels, Shape, codes_of, gradients_of_reference, weights_of_reference
+from support.triton_interpreter import interpreted
 
 
 def drawn(rows: int, bounds: tuple[int, ...], tops: list[float]) -> tuple[Tensor, Levels, Tensor]:
@@ -57,7 +51,7 @@ def test_the_triton_kernels_do_the_same() -> None:
 
 
 def parity() -> None:
-    from niwaki.kernels.triton_latent import gradients_of_triton, weights_of_triton
+    from niwaki.kernels.triton.latent import gradients_of_triton, weights_of_triton
 
     for rows, bounds, tops in [*CASES, (2, (0, 1500, 2600), [3.0, 1.0])]:
         latent, levels, gradient = drawn(rows, bounds, tops)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from niwaki.codes import Part, centre
+from niwaki.formats.quantized import Part, centre
 from niwaki.kernels.codes import cpu_module
 from niwaki.kernels.planes import PlanePart, plane_product, plane_product_op
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from interpreting import interpreted
 from torch import Tensor
 
 from niwaki.kernels.ranks import drop_lowest, sums_below
+from support.triton_interpreter import interpreted
 
 SHAPES = [(1, 1), (4, 17), (3, 64), (5, 130)]
 
@@ -55,7 +55,7 @@ def test_triton_kernels_equal_loops() -> None:
 
 def parity() -> None:
     """In float32 and bfloat16, ranks of 16 and 32 bits, more columns than a block prunes; outputs begin poisoned."""
-    from niwaki.kernels import triton_ranks
+    from niwaki.kernels.triton import ranks as triton_ranks
 
     real, real_like = torch.empty, torch.empty_like
     torch.empty = lambda *a, **k: real(*a, **k).fill_(77)  # type: ignore[assignment]

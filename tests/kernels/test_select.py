@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from interpreting import interpreted
 from torch import Tensor
 
 from niwaki.kernels.select import Parts, keep_in_panel
+from support.triton_interpreter import interpreted
 
 
 def wanted(scores: Tensor, rows: list[int], zeros: list[int]) -> tuple[Tensor, list[float]]:
@@ -59,7 +59,7 @@ def test_triton_kernel_equals_sorting() -> None:
 
 def parity() -> None:
     """Also over several blocks, where ties that go lie in one block, and at its edges; outputs begin poisoned."""
-    from niwaki.kernels import triton_select
+    from niwaki.kernels.triton import select as triton_select
 
     real = torch.empty
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from formats.test_sparse import coded, pruned
+from niwaki.formats.sparse import KINDS as STORED_KINDS
+from niwaki.formats.sparse import LAYOUTS as STORED_LAYOUTS
+from niwaki.formats.sparse import VALUES, Sparse
 from niwaki.kernels.codes import cpu_module
 from niwaki.kernels.sparse_product import KINDS, LAYOUTS, prepared_layer, product, sparse_product_op
-from niwaki.runtime.pieces import decoded
-from niwaki.sparse import KINDS as STORED_KINDS
-from niwaki.sparse import LAYOUTS as STORED_LAYOUTS
-from niwaki.sparse import VALUES, Sparse
-from test_sparse import coded, pruned
+from niwaki.runtime.chunked_matmul import decoded
 
 PATHS = [0, 1, 2, 4]  # the best, portable, AVX2, AVX-512 for bfloat16 (the next best where there is none)
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from interpreting import interpreted
 
-from niwaki.config import Grouped
+from niwaki.config.recipe import Grouped
 from niwaki.kernels.sweep import sweep_panel, sweep_panel_reference
+from support.triton_interpreter import interpreted
 
 
 def test_triton_kernel_equals_reference() -> None:
@@ -13,7 +13,7 @@ def test_triton_kernel_equals_reference() -> None:
 
 
 def parity() -> None:
-    from niwaki.kernels.triton_sweep import sweep_panel_triton
+    from niwaki.kernels.triton.sweep import sweep_panel_triton
 
     for seed, (rows, columns, target) in enumerate(
         [(5, 16, None), (33, 24, None), (17, 16, Grouped(2, 4)), (20, 24, Grouped(4, 8)), (3, 9, Grouped(1, 3))]
@@ -54,7 +54,7 @@ def test_triton_kernel_prunes_a_panel_where_it_lies() -> None:
 
 def in_place() -> None:
     """A panel of a wider matrix, its part of a wider U; what lies beside stays, outputs begin poisoned."""
-    from niwaki.kernels.triton_sweep import sweep_panel_triton
+    from niwaki.kernels.triton.sweep import sweep_panel_triton
 
     real = torch.empty
     torch.empty = lambda *a, **k: real(*a, **k).fill_(1)  # type: ignore[assignment]

@@ -4,12 +4,12 @@ import sys
 
 import pytest
 import torch
-from interpreting import interpreted
 from torch import Tensor
 
 import niwaki.kernels
 from niwaki.kernels.codes import Fit, Grid, cpu_module, sweep_codes, sweep_codes_reference, sweep_fitted
 from niwaki.kernels.planes import reaches
+from support.triton_interpreter import interpreted
 
 
 def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Grid]:
@@ -96,7 +96,7 @@ def test_triton_panel_equals_reference() -> None:
 
 def triton_parity() -> None:
     """Runs where Triton interprets its kernels, which is decided when it is imported."""
-    from niwaki.kernels.triton_codes import sweep_codes_triton
+    from niwaki.kernels.triton.codes import sweep_codes_triton
 
     problems = [(*problem(*shape), None) for shape in [(1, 1), (3, 7), (20, 33)]]
     for wanted, base, feed, grid, keep in [*problems, masked_problem(3, 7)]:
@@ -155,7 +155,7 @@ def test_triton_panel_fits_as_torch_does() -> None:
 
 def fitted_parity() -> None:
     """Levels bit for bit, written with strides; outputs begin poisoned and what lies beside them stays."""
-    from niwaki.kernels.triton_codes import sweep_fitted_triton
+    from niwaki.kernels.triton.codes import sweep_fitted_triton
 
     real = torch.empty
     torch.empty = lambda *a, **k: real(*a, **k).fill_(77)  # type: ignore[assignment]

@@ -7,14 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_binary import Array, bits_of, one_bit_error, output_error, random, record, record_and_tensors, wide
 
 import niwaki
-from helpers import correlated_inputs, tiny_llama, write_texts
+from methods.shared.test_binary import (
+    Array,
+    bits_of,
+    one_bit_error,
+    output_error,
+    random,
+    record,
+    record_and_tensors,
+    wide,
+)
 from niwaki.errors import TargetError
 from niwaki.methods import arb, billm
-from niwaki.methods._binary import signs
 from niwaki.methods.arb import Term, nearest_signs, refine, refine_twice
+from niwaki.methods.shared.binary import signs
+from support.models import correlated_inputs, tiny_llama, write_texts
 
 
 def loops(weight: Array, keep: Any, iterations: int) -> Array:

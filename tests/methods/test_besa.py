@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_wandapp import evidence, loaded
 from torch import Tensor
 
-from helpers import correlated_inputs, evidence_of, make_block, run_method
-from niwaki.config import Sparsity
+from methods.test_wandapp import evidence, loaded
+from niwaki.config.recipe import Sparsity
+from niwaki.data.statistics import Needs
 from niwaki.methods import besa
 from niwaki.methods.besa import Config, Rates
-from niwaki.statistics import Needs
+from support.models import correlated_inputs, evidence_of, make_block, run_method
 
 
 def rates_of(weights: dict[str, Tensor], share: float, **options: Any) -> Rates:

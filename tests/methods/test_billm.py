@@ -6,13 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_binary import binarised, bits_of, one_bit_error, output_error, random, record, record_and_tensors, wide
 
 import niwaki
-from helpers import correlated_inputs, tiny_llama, write_texts
+from methods.shared.test_binary import (
+    binarised,
+    bits_of,
+    one_bit_error,
+    output_error,
+    random,
+    record,
+    record_and_tensors,
+    wide,
+)
 from niwaki.errors import TargetError
 from niwaki.methods import billm
-from niwaki.methods._binary import choose_salient, split_by_size
+from niwaki.methods.shared.binary import choose_salient, split_by_size
+from support.models import correlated_inputs, tiny_llama, write_texts
 
 
 def plain(weight: np.ndarray, salient: np.ndarray, sparse: np.ndarray, mean: bool) -> np.ndarray:

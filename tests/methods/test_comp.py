@@ -4,13 +4,13 @@ import pytest
 import torch
 import transformers
 
-from families import GQA
-from helpers import correlated_inputs, evidence_of, make_block
-from niwaki.anatomy import build_skeleton, discover
-from niwaki.config import Keep, Unit
+from niwaki.config.recipe import Keep, Unit
 from niwaki.methods import comp
 from niwaki.methods.comp import Config
-from niwaki.structure import Look, Shape, Sizes
+from niwaki.model.anatomy import build_skeleton, discover
+from niwaki.model.prunable import Look, Shape, Sizes
+from support.families import GQA
+from support.models import correlated_inputs, evidence_of, make_block
 
 UNIT = Unit("neurons", "m", (), 48)
 

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import niwaki
-from helpers import correlated_inputs, evidence_of, make_block, tiny_llama, weights_of, write_texts
-from niwaki.calibration import calibration_windows, load_tokenizer, read_texts
-from niwaki.config import Sparsity
+from niwaki.config.recipe import Sparsity
+from niwaki.data.texts import calibration_windows, load_tokenizer, read_texts
 from niwaki.errors import InputError
 from niwaki.methods import gblm, wanda
+from support.models import correlated_inputs, evidence_of, make_block, tiny_llama, weights_of, write_texts
 
 MATRICES = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import niwaki
-from helpers import correlated_inputs, evidence_of, make_block, run_method, tiny_llama, write_texts
-from niwaki.codes import stored_tensors
-from niwaki.config import parse_target
+from niwaki.config.recipe import parse_target
 from niwaki.errors import TargetError
+from niwaki.formats.quantized import stored_tensors
 from niwaki.methods import gptq, rtn
+from support.models import correlated_inputs, evidence_of, make_block, run_method, tiny_llama, write_texts
 
 
 def output_error(found: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> float:

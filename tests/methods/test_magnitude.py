@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import run_method
-from niwaki.config import Grouped, Sparsity
+from niwaki.config.recipe import Grouped, Sparsity
 from niwaki.methods import magnitude
+from support.models import run_method
 
 NO_DATA = torch.empty(0, 12)
 

@@ -5,17 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_binary import bits_of, output_error, random, record, record_and_tensors, wide
-from test_wandapp import loaded
 
 import niwaki
-from helpers import correlated_inputs, tiny_llama, write_texts
-from niwaki.config import Bits
+from methods.shared.test_binary import bits_of, output_error, random, record, record_and_tensors, wide
+from methods.test_wandapp import loaded
+from niwaki.compression.walk import collect
+from niwaki.config.recipe import Bits
+from niwaki.data.stream import Evidence
 from niwaki.errors import TargetError
 from niwaki.methods import ptq161
 from niwaki.methods.ptq161 import Config, Scales
-from niwaki.stream import Evidence
-from niwaki.walk import collect
+from support.models import correlated_inputs, tiny_llama, write_texts
 
 
 def test_the_start_equals_the_formulas() -> None:

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import correlated_inputs, evidence_of, make_block, run_method, statistics_of
-from niwaki.config import Grouped, Sparsity, Target
+from niwaki.config.recipe import Grouped, Sparsity, Target
+from niwaki.data.statistics import Needs
+from niwaki.data.stream import Evidence
 from niwaki.errors import NumericalError
 from niwaki.methods import sparsegpt
-from niwaki.methods._solver import inverse_factor
-from niwaki.statistics import Needs
-from niwaki.stream import Evidence
+from niwaki.methods.shared.column_sweep import inverse_factor
+from support.models import correlated_inputs, evidence_of, make_block, run_method, statistics_of
 
 
 def reference(weight: np.ndarray, x: np.ndarray, target: Target, damping_frac: float, panel: int) -> np.ndarray:

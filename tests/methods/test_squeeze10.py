@@ -4,20 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_wandapp import loaded
 
 import niwaki
-from helpers import correlated_inputs, evidence_of, make_block, run_method, tiny_llama, write_texts
-from niwaki.config import Bits, parse_target
+from methods.test_wandapp import loaded
+from niwaki.compression.walk import collect
+from niwaki.config.recipe import Bits, parse_target
+from niwaki.data.statistics import Needs, Statistics
+from niwaki.data.stream import Evidence
 from niwaki.errors import TargetError
+from niwaki.formats.packed import Packed
 from niwaki.methods import squeeze10
-from niwaki.methods._learned_rounding import Latent
-from niwaki.methods._rounding import damped, error, groups_of, nearest
+from niwaki.methods.shared.learned_rounding import Latent
+from niwaki.methods.shared.rounding import damped, error, groups_of, nearest
 from niwaki.methods.squeeze10 import Config, Split, _Task, split_columns
-from niwaki.packed import Packed
-from niwaki.statistics import Needs, Statistics
-from niwaki.stream import Evidence
-from niwaki.walk import collect
+from support.models import correlated_inputs, evidence_of, make_block, run_method, tiny_llama, write_texts
 
 
 def squeeze(weight: torch.Tensor, x: torch.Tensor, bits: float, **options) -> Packed:

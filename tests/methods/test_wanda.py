@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import correlated_inputs, run_method
-from niwaki.config import Grouped, Sparsity, Target
+from niwaki.config.recipe import Grouped, Sparsity, Target
 from niwaki.methods import wanda
+from support.models import correlated_inputs, run_method
 
 
 def reference(weight: np.ndarray, x: np.ndarray, target: Target) -> np.ndarray:
@@ -48,7 +48,7 @@ def test_silent_features_go_first() -> None:
 
 
 def test_unreached_matrix_falls_back_by_magnitude_and_says_so() -> None:
-    from helpers import evidence_of, make_block
+    from support.models import evidence_of, make_block
 
     weight = torch.tensor([[3.0, 1.0, 2.0, 4.0]])
     block = make_block({"m": weight})

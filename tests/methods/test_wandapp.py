@@ -9,16 +9,17 @@ import transformers
 from torch import Tensor
 
 import niwaki
-from families import build
-from helpers import CPU, correlated_inputs, evidence_of, make_block, run_method, tiny_llama, write_texts
-from niwaki.block import Block, Decoder
-from niwaki.checkpoint import Checkpoint
-from niwaki.config import Grouped, Sparsity, Target
+from niwaki.compression.walk import collect
+from niwaki.config.recipe import Grouped, Sparsity, Target
+from niwaki.data.stream import Evidence, Stream
 from niwaki.errors import InputError
-from niwaki.methods import get_method, wandapp
-from niwaki.methods._reconstruct import Reconstruction, Schedule, assemble, descend
-from niwaki.stream import Evidence, Stream
-from niwaki.walk import collect
+from niwaki.methods import wandapp
+from niwaki.methods.registry import get_method
+from niwaki.methods.shared.block_training import Reconstruction, Schedule, assemble, descend
+from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.decoder import Block, Decoder
+from support.families import build
+from support.models import CPU, correlated_inputs, evidence_of, make_block, run_method, tiny_llama, write_texts
 
 SCORE_ONLY = {"rounds": 0}
 
@@ -171,7 +172,7 @@ def test_the_gradient_of_a_step_is_that_of_the_error(tmp_path: Path) -> None:
 
 def test_transposed_and_fused_weights_learn_too(tmp_path: Path) -> None:
     """GPT-2 stores [I, O], Mixtral stacks its experts: the same error falls through either layout."""
-    from families import families
+    from support.families import families
 
     for family in ("gpt2", "mixtral"):
         config = families()[family].config

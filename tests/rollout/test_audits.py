@@ -13,7 +13,7 @@ from niwaki.rollout.answers import CHAT, COMPLETIONS, UnreadError, answer_text, 
 from niwaki.rollout.exporting import export
 from niwaki.rollout.scoring import Token, audit, compared, tokens_in
 from niwaki.rollout.store import Store
-from rollout_helpers import make
+from support.rollouts import make
 
 
 def echo(*tokens: tuple[str, float | None, dict[str, float] | None]) -> dict[str, Any]:

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from niwaki.comparing.metrics import METRICS
+from niwaki.measure.metrics import METRICS
 from niwaki.rollout.decision import Policy, decide, find, requests_of
+from niwaki.rollout.histogram import Interval
 from niwaki.rollout.signals import SIGNALS
-from niwaki.rollout.tally import Interval
 
 POLICY = Policy()
 LIMITS = {

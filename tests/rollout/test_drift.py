@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pydoc_data.topics import topics
 
 from niwaki.rollout.drift import ALARM, REFERENCE, Drift, Prompts, Watch
-from rollout_helpers import WORDS
+from support.rollouts import WORDS
 
 PAGES = [text[at : at + 400] for text in topics.values() for at in range(0, len(text) - 400, 400)]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from niwaki.rollout.wire import UpstreamError
-from rollout_helpers import Setup, make, settings
+from niwaki.rollout.http_client import UpstreamError
+from support.rollouts import Setup, make, settings
 
 
 def go(work: Callable[[Setup], Awaitable[None]], setup: Setup) -> None:

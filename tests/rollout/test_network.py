@@ -15,12 +15,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from niwaki.entrance.guard import HEADER_BYTES
-from niwaki.entrance.protocol import Protocol
 from niwaki.rollout.app import build
 from niwaki.rollout.running import assemble
 from niwaki.rollout.store import Store
-from rollout_helpers import settings
+from niwaki.serve.http.limits import HEADER_BYTES
+from niwaki.serve.http.protocol import Protocol
+from support.rollouts import settings
 
 STEP = {"steps": [1.0], "interval_s": 60, "min_requests": 40}
 ASK = {"model": "m", "prompt": "p", "user": "u"}

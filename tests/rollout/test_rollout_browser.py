@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import uvicorn
 
-from chromium import chromium
 from niwaki.rollout.app import build
 from niwaki.rollout.scoring import Audit
 from niwaki.rollout.signals import SIGNALS
 from niwaki.rollout.store import Change
-from rollout_helpers import Setup, make, settings
+from support.chromium import chromium
+from support.rollouts import Setup, make, settings
 
 pytestmark = pytest.mark.browser
 

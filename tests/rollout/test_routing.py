@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from niwaki.comparing.evidence import Comparison
 from niwaki.errors import InputError
+from niwaki.measure.schema import Comparison
 from niwaki.rollout.limits import DEFAULTS, limits_from, quality_of
 from niwaki.rollout.routing import Ask, choose, place, sticky_key
 from niwaki.rollout.settings import Important, settings_from
-from report_helpers import comparison
+from support.reports import comparison
 
 URLS = {"stable": {"url": "http://127.0.0.1:1"}, "canary": {"url": "http://127.0.0.1:2/v1/"}}
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from niwaki.rollout.histogram import Tally
 from niwaki.rollout.sequential import (
     BETS_K,
     MOST_INTERVALS,
@@ -16,7 +17,6 @@ from niwaki.rollout.sequential import (
     excess,
     shortfall,
 )
-from niwaki.rollout.tally import Tally
 
 
 def tally(*values: float) -> Tally:

@@ -17,7 +17,7 @@ from niwaki.rollout.controller import Controller, begin_or_resume, identity_of, 
 from niwaki.rollout.settings import Settings
 from niwaki.rollout.signals import SIGNALS
 from niwaki.rollout.store import Change, StaleError, Store
-from rollout_helpers import LIMITS, settings
+from support.rollouts import LIMITS, settings
 
 POSTGRES = os.environ.get("NIWAKI_TEST_DATABASE", "")  # such as postgresql+psycopg://me@127.0.0.1/test
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from niwaki.rollout.ledger import Ledger, Times
+from niwaki.rollout.counters import Ledger, Times
+from niwaki.rollout.histogram import Interval, Tally, added
 from niwaki.rollout.sequential import MOST_INTERVALS
 from niwaki.rollout.signals import SIGNALS
-from niwaki.rollout.tally import Interval, Tally, added
 
 
 def test_points_are_exact_and_others_lie_between() -> None:

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import niwaki  # noqa: F401  (teaches transformers the packed format)
-from families import build, families
-from niwaki.checkpoint import quantization, quantized_config
-from niwaki.codes import Part, assemble, read_parts, stored_tensors
-from niwaki.methods._rounding import groups_of, nearest
+from niwaki.formats.quantized import Part, assemble, read_parts, stored_tensors
+from niwaki.methods.shared.rounding import groups_of, nearest
+from niwaki.model.checkpoint import quantization, quantized_config
+from niwaki.model.files import write_shard
 from niwaki.runtime import embedding as module
 from niwaki.runtime.embedding import PackedEmbedding, pack_embedding
 from niwaki.runtime.linear import PackedLinear
-from niwaki.writing import write_shard
+from support.families import build, families
 
 
 def parts_of(weight: torch.Tensor, bits: int, grid: str) -> list[Part]:

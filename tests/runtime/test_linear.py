@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from niwaki.codes import Part, assemble, stored_tensors
+from niwaki.formats.quantized import Part, assemble, stored_tensors
 from niwaki.kernels.planes import plane_product
-from niwaki.runtime import pieces
+from niwaki.runtime import chunked_matmul as pieces
 from niwaki.runtime.linear import PackedLinear
 
 

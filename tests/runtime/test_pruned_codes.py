@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import niwaki
-from helpers import run, tiny_llama, write_texts
-from niwaki.demo import sapling
+from niwaki.cli.demo import sapling
+from niwaki.compression.inspect import inspect
+from niwaki.compression.why import why
 from niwaki.errors import InputError
-from niwaki.inspecting import inspect
-from niwaki.inspecting.why import why
 from niwaki.runtime.sparse_linear import SparseLinear
+from support.models import run, tiny_llama, write_texts
 
 PROMISED = {"0.5": 0.57, "2:4": 0.57, "2:4+4bit": 0.20}  # of the bf16 bytes of the decoder's weights
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import niwaki
-from families import build, families
-from helpers import add_tokenizer, tiny_llama, write_texts
 from niwaki.errors import CheckpointError
 from niwaki.runtime.linear import PackedLinear
+from support.families import build, families
+from support.models import add_tokenizer, tiny_llama, write_texts
 
 WIDTHS = {
     "rtn": ("4bit", {"group": 16}),

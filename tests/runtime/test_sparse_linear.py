@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import niwaki
-from families import build, families
-from helpers import add_tokenizer, tiny_llama, write_texts
-from niwaki.checkpoint import Checkpoint
+from formats.test_sparse import coded, pruned
 from niwaki.errors import CheckpointError, InputError
-from niwaki.runtime import pieces
+from niwaki.formats.sparse import Sparse
+from niwaki.formats.sparse_tiles import Tiled
+from niwaki.model.checkpoint import Checkpoint
+from niwaki.runtime import chunked_matmul as pieces
 from niwaki.runtime.sparse_linear import SparseLinear
-from niwaki.sparse import Sparse
-from niwaki.sparse_tiles import Tiled
-from test_sparse import coded, pruned
+from support.families import build, families
+from support.models import add_tokenizer, tiny_llama, write_texts
 
 RESULTS = {"half": ("magnitude", "0.5"), "two-four": ("sparsegpt", "2:4"), "most": ("wanda", "0.8")}
 

@@ -1,1 +1,1 @@
-"""Fast paths and their slow references. A kernel is a leaf: it takes tensors and imports no other part."""
+"""Fast products and their slow references, on CPU (`cpu/`) and GPU (`triton/`). No model and no file is known here."""

@@ -68,7 +68,7 @@ def sweep_fitted(
     kept weights, if there is a mask. Float32. `wanted_OC` stays as it is.
     """
     if wanted_OC.is_cuda and wanted_OC.shape[1] <= PANEL_COLUMNS:
-        from niwaki.kernels.triton_codes import sweep_fitted_triton
+        from niwaki.kernels.triton.codes import sweep_fitted_triton
 
         return sweep_fitted_triton(wanted_OC, feed_CC, fit, keep_OC, code_OC, scale_O, offset_O)
     work_OC = wanted_OC.clone(memory_format=torch.contiguous_format)
@@ -137,7 +137,7 @@ def _sweep_panels(
     wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, grid: Grid, keep_OI: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Panels of columns in one kernel each; between panels the changes travel by one matrix product."""
-    from niwaki.kernels.triton_codes import sweep_codes_triton
+    from niwaki.kernels.triton.codes import sweep_codes_triton
 
     columns = wanted_OI.shape[1]
     codes, changes = [], []

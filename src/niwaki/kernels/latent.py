@@ -47,7 +47,7 @@ class Levels:
 def weights_of(latent_OI: Tensor, levels: Levels, dtype: torch.dtype) -> Tensor:
     """The matrix [O, I] in `dtype` that float32 `latent_OI` stands for."""
     if latent_OI.is_cuda:
-        from niwaki.kernels.triton_latent import weights_of_triton
+        from niwaki.kernels.triton.latent import weights_of_triton
 
         return weights_of_triton(latent_OI, levels, dtype)
     return weights_of_reference(latent_OI, levels, dtype)
@@ -56,7 +56,7 @@ def weights_of(latent_OI: Tensor, levels: Levels, dtype: torch.dtype) -> Tensor:
 def gradients_of(latent_OI: Tensor, levels: Levels, gradient_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Straight-through, float32: the gradient g of V [O, I], and Σ g · code and Σ g over every group [O, G]."""
     if latent_OI.is_cuda:
-        from niwaki.kernels.triton_latent import gradients_of_triton
+        from niwaki.kernels.triton.latent import gradients_of_triton
 
         return gradients_of_triton(latent_OI, levels, gradient_OI)
     return gradients_of_reference(latent_OI, levels, gradient_OI)

@@ -159,11 +159,11 @@ def gpu_product(x_NI: Tensor, parts: Sequence[PlanePart], bias_O: Tensor | None,
     small = x_NI.shape[1] * out_NO.shape[1] <= SMALL_WEIGHTS
     reach = all(cores_reach(x_NI, part.group, part.columns) for part in parts)
     if reach and len(x_NI) > (4 if small else 2):
-        from niwaki.kernels.triton_dot import some_tokens
+        from niwaki.kernels.triton.dot import some_tokens
 
         some_tokens(x_NI, parts, bias_O, out_NO)
     else:
-        from niwaki.kernels.triton_planes import few_tokens
+        from niwaki.kernels.triton.planes import few_tokens
 
         few_tokens(x_NI, parts, bias_O, out_NO)
 
@@ -175,7 +175,7 @@ def layer_decoded(
 
     `first` begins a tile.
     """
-    from niwaki.kernels.triton_decode import decode_planes
+    from niwaki.kernels.triton.decode import decode_planes
 
     parts = _given(tensors, numbers)
     out_RC = _room(parts[0].planes_TKBR, numbers, first, last, dtype)

@@ -17,7 +17,7 @@ def fused(values_OI: Tensor) -> bool:
 def drop_lowest(values_OI: Tensor, rank_OI: Tensor, zeros_O: Tensor) -> Tensor:
     """`values_OI` with zeros where the rank within the row is below `zeros_O`."""
     if fused(values_OI):
-        from niwaki.kernels.triton_ranks import drop_lowest_triton
+        from niwaki.kernels.triton.ranks import drop_lowest_triton
 
         return drop_lowest_triton(values_OI, rank_OI, zeros_O)
     return values_OI * (rank_OI >= zeros_O[:, None])
@@ -29,7 +29,7 @@ def sums_below(gradient_OI: Tensor, values_OI: Tensor, order_OI: Tensor, cuts_D:
     `order_OI` holds the columns of a row from the lowest rank to the highest.
     """
     if fused(values_OI):
-        from niwaki.kernels.triton_ranks import sums_below_triton
+        from niwaki.kernels.triton.ranks import sums_below_triton
 
         return sums_below_triton(gradient_OI, values_OI, order_OI, cuts_D)
     return sums_below_reference(gradient_OI * values_OI, order_OI, cuts_D)

@@ -33,7 +33,7 @@ def rows_dot(
 ) -> Tensor:
     """y[b, r] = W[row r] · x[b] + bias[row r] over the rows of the kept units, in their order: [B, R]."""
     if x_BI.is_cuda:
-        from niwaki.kernels import triton_rows
+        from niwaki.kernels.triton import rows as triton_rows
 
         return triton_rows.rows_dot(x_BI, weight_OI, units_K, bias_O, width=width, out=out)
     rows_R = rows_of(units_K, width)
@@ -52,7 +52,7 @@ def rows_gate(
 ) -> Tensor:
     """h[b, r] = act(gate[row r] · x[b]) · (up[row r] · x[b]), [B, R]; `activation` is one of `ACTIVATIONS`."""
     if x_BI.is_cuda:
-        from niwaki.kernels import triton_rows
+        from niwaki.kernels.triton import rows as triton_rows
 
         return triton_rows.rows_gate(x_BI, gate_OI, up_OI, units_K, activation, width=width, out=out)
     rows_R = rows_of(units_K, width)
@@ -72,7 +72,7 @@ def columns_dot(
 ) -> Tensor:
     """y[b, o] = Σ_r W[o, column r] · x[b, r] + bias[o] + extra[b, o], [B, O], over the columns of the kept units."""
     if x_BR.is_cuda:
-        from niwaki.kernels import triton_rows
+        from niwaki.kernels.triton import rows as triton_rows
 
         return triton_rows.columns_dot(x_BR, weight_OI, units_K, width, bias_O, extra_BO, out=out)
     y_BO = _product(x_BR, weight_OI[:, rows_of(units_K, width)], bias_O)

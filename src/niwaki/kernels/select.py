@@ -36,7 +36,7 @@ def keep_in_panel(scores_OP: Tensor, parts: Parts, columns: int, start: int) -> 
     each part loses [M], −∞ where none goes. Float32 without NaN. On a GPU nothing here waits for it.
     """
     if scores_OP.is_cuda:
-        from niwaki.kernels.triton_select import keep_in_panel_triton
+        from niwaki.kernels.triton.select import keep_in_panel_triton
 
         return keep_in_panel_triton(scores_OP, parts, columns, start)
     zeros = parts.zeros_within(start, start + scores_OP.shape[1], columns)

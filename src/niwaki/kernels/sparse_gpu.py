@@ -28,7 +28,7 @@ CORE_GROUP = 64  # columns, of which groups hold whole ones: the least that tens
 DECODED_BYTES = 128 * 2**20
 CHUNK_BYTES = 8  # of places, to whose end the table of a bitmap counts values
 MOST_SHORT = 2**16 - 1  # columns that 16 bits count
-# Kinds of values as in niwaki.sparse, which stands above the kernels.
+# Kinds of values as in niwaki.formats.sparse, which stands above the kernels.
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "int8": 8, "int4": 4}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
 TILE = 32  # rows
@@ -100,12 +100,14 @@ def product(x_NI: Tensor, record: GpuRecord, bias_O: Tensor | None) -> Tensor:
     if tokens == 0:
         return out_NO
     if tokens <= (FEW_TOKENS[record.layout] if cores else FEW_TOKENS_ALONE):
-        from niwaki.kernels import triton_sparse, triton_sparse_tiles
+        from niwaki.kernels.triton import sparse as triton_sparse
+        from niwaki.kernels.triton import sparse_tiles as triton_sparse_tiles
 
         kernels: Any = triton_sparse_tiles if record.layout == "two_four_tiles" else triton_sparse
         kernels.few_tokens(x_NI, record, bias_O, out_NO)
     elif cores and tokens <= CORE_TOKENS[record.layout]:
-        from niwaki.kernels import triton_sparse_dot, triton_sparse_tiles_dot
+        from niwaki.kernels.triton import sparse_dot as triton_sparse_dot
+        from niwaki.kernels.triton import sparse_tiles_dot as triton_sparse_tiles_dot
 
         kernels = triton_sparse_tiles_dot if record.layout == "two_four_tiles" else triton_sparse_dot
         kernels.some_tokens(x_NI, record, bias_O, out_NO)
@@ -122,7 +124,7 @@ def cores_reach(x_NI: Tensor, record: GpuRecord) -> bool:
 
 def decoded(record: GpuRecord, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """Rows [first, last) of the matrix; of tiles, `first` begins one."""
-    from niwaki.kernels.triton_sparse_dot import decode
+    from niwaki.kernels.triton.sparse_dot import decode
 
     out_RI = torch.empty(last - first, record.columns, dtype=dtype, device=record.places.device)
     decode(record, first, out_RI)

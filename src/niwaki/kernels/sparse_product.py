@@ -10,7 +10,7 @@ from torch import Tensor
 
 from niwaki.kernels.codes import cpu_module
 
-# As in niwaki.sparse, which stands above the kernels.
+# As in niwaki.formats.sparse, which stands above the kernels.
 LAYOUTS = ("bitmap", "two_four")
 KINDS = ("bfloat16", "float16", "float32", "int8", "int4")
 BEST, AVX2, BF16 = 0, 2, 4  # paths of the compiled kernels

@@ -29,7 +29,7 @@ def sweep_panel(
     Errors are (w − ŵ)/U_jj, which the caller propagates beyond the panel. A mask that was given comes back as it is.
     """
     if panel_OP.is_cuda:
-        from niwaki.kernels.triton_sweep import sweep_panel_triton
+        from niwaki.kernels.triton.sweep import sweep_panel_triton
 
         return sweep_panel_triton(panel_OP, upper_PP, keep_OP, target)
     work_OP = panel_OP.contiguous()  # columns are read one by one: far apart in a wide matrix

@@ -33,17 +33,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from niwaki.block import Block
-from niwaki.config import Sparsity, Target
-from niwaki.costs import Scope, Work, learning
+from niwaki.config.recipe import Sparsity, Target
+from niwaki.data.statistics import UNREACHED, Needs, Statistics
+from niwaki.data.stream import Evidence
+from niwaki.formats.packed import Packed, join_notes
 from niwaki.kernels.ranks import drop_lowest, fused, sums_below
-from niwaki.learning import Lowest, cosine
-from niwaki.methods._quantize import Clipping
-from niwaki.methods._reconstruct import Matrices, Reconstruction, check_choices, learning_needs
-from niwaki.packed import Packed, join_notes
-from niwaki.scores import note
-from niwaki.statistics import UNREACHED, Needs, Statistics
-from niwaki.stream import Evidence
+from niwaki.methods.cost import Scope, Work, learning
+from niwaki.methods.mask_scores import note
+from niwaki.methods.shared.best_state import Lowest, cosine
+from niwaki.methods.shared.block_training import Matrices, Reconstruction, check_choices, learning_needs
+from niwaki.methods.shared.fake_quant import Clipping
+from niwaki.model.decoder import Block
 
 PAPER = "Xu et al. 2024, BESA: Blockwise Parameter-Efficient Sparsity Allocation"
 ACCEPTS = (Sparsity,)

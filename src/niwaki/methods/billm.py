@@ -31,11 +31,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from niwaki.block import Block
-from niwaki.codes import SCALE_DTYPE, pack_codes, unpack_codes
-from niwaki.config import Bits, Target
-from niwaki.costs import Scope, Work, gram_factors, sweeps
-from niwaki.methods._binary import (
+from niwaki.config.recipe import Bits, Target
+from niwaki.data.statistics import Needs
+from niwaki.data.stream import Evidence
+from niwaki.formats.packed import Packed
+from niwaki.formats.quantized import SCALE_DTYPE, pack_codes, unpack_codes
+from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
+from niwaki.methods.shared.binary import (
     check_reach,
     choose_salient,
     factors,
@@ -47,10 +49,8 @@ from niwaki.methods._binary import (
     trials,
     weighed,
 )
-from niwaki.methods._solver import check_damping
-from niwaki.packed import Packed
-from niwaki.statistics import Needs
-from niwaki.stream import Evidence
+from niwaki.methods.shared.column_sweep import check_damping
+from niwaki.model.decoder import Block
 
 PAPER = "Huang et al. 2024, BiLLM"
 ACCEPTS = (Bits,)

@@ -31,17 +31,27 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from niwaki.block import Block
-from niwaki.config import Keep, Kind, Sparsity, Target, Unit
-from niwaki.costs import FLOAT_BYTES, Scope, Work, gram_factors, products
-from niwaki.methods._groups import Choice, by_group, fit, kept_of, remove, scaled, unit_by_unit, unreached, without
-from niwaki.methods._reconstruct import Reconstruction, Schedule, descend, learning_cost, learning_needs
-from niwaki.methods._rounding import damped
-from niwaki.methods._solver import check_damping, inverse
-from niwaki.packed import Packed
-from niwaki.statistics import Needs, Statistics
-from niwaki.stream import Evidence
-from niwaki.structure import Look, Search, Sizes
+from niwaki.config.recipe import Keep, Kind, Sparsity, Target, Unit
+from niwaki.data.statistics import Needs, Statistics
+from niwaki.data.stream import Evidence
+from niwaki.formats.packed import Packed
+from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, gram_factors, products
+from niwaki.methods.shared.block_training import Reconstruction, Schedule, descend, learning_cost, learning_needs
+from niwaki.methods.shared.column_sweep import check_damping, inverse
+from niwaki.methods.shared.rounding import damped
+from niwaki.methods.shared.unit_pruning import (
+    Choice,
+    by_group,
+    fit,
+    kept_of,
+    remove,
+    scaled,
+    unit_by_unit,
+    unreached,
+    without,
+)
+from niwaki.model.decoder import Block
+from niwaki.model.prunable import Look, Search, Sizes
 
 PAPER = "COMP (arXiv 2501.15255), a reconstruction"
 ACCEPTS = (Sparsity,)

@@ -26,11 +26,14 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from niwaki.block import Block
-from niwaki.config import Bits, Target
-from niwaki.costs import Scope, Work, gram_factors, sweeps
+from niwaki.config.recipe import Bits, Target
+from niwaki.data.statistics import Needs
+from niwaki.data.stream import Evidence
+from niwaki.formats.packed import Packed
 from niwaki.kernels.codes import Grid, sweep_codes
-from niwaki.methods._rounding import (
+from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
+from niwaki.methods.shared.column_sweep import check_damping, inverse_factor
+from niwaki.methods.shared.rounding import (
     ROUNDED_UNREACHED,
     Group,
     Rounded,
@@ -45,10 +48,7 @@ from niwaki.methods._rounding import (
     sweep,
     uniform_bytes,
 )
-from niwaki.methods._solver import check_damping, inverse_factor
-from niwaki.packed import Packed
-from niwaki.statistics import Needs
-from niwaki.stream import Evidence
+from niwaki.model.decoder import Block
 
 PAPER = "Frantar et al. 2023, GPTQ"
 ACCEPTS = (Bits,)

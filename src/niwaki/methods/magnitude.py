@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from niwaki.block import Block
-from niwaki.config import Grouped, Sparsity, Target
-from niwaki.costs import Scope, Work, masks
-from niwaki.methods._masks import keep_by_matrix, keep_by_row
-from niwaki.packed import Packed
-from niwaki.statistics import Needs
-from niwaki.stream import Evidence
+from niwaki.config.recipe import Grouped, Sparsity, Target
+from niwaki.data.statistics import Needs
+from niwaki.data.stream import Evidence
+from niwaki.formats.packed import Packed
+from niwaki.methods.cost import Scope, Work, masks
+from niwaki.methods.shared.masks import keep_by_matrix, keep_by_row
+from niwaki.model.decoder import Block
 
 PAPER = "Han et al. 2015, Learning both Weights and Connections"
 ACCEPTS = (Sparsity, Grouped)

@@ -31,17 +31,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.block import Block
-from niwaki.codes import SCALE_DTYPE, Part, pack_codes, unpack_codes
-from niwaki.config import Bits, Target
-from niwaki.costs import Scope, Work
-from niwaki.learning import Lowest
-from niwaki.methods._binary import BINARIZED_UNREACHED, check_reach, fit_row, signs, weighed
-from niwaki.methods._reconstruct import Reconstruction, Schedule, check_choices, follow, learning_cost, learning_needs
-from niwaki.methods._rounding import groups_of, nearest
-from niwaki.packed import Packed, join_notes
-from niwaki.statistics import Needs, Statistics
-from niwaki.stream import Evidence
+from niwaki.config.recipe import Bits, Target
+from niwaki.data.statistics import Needs, Statistics
+from niwaki.data.stream import Evidence
+from niwaki.formats.packed import Packed, join_notes
+from niwaki.formats.quantized import SCALE_DTYPE, Part, pack_codes, unpack_codes
+from niwaki.methods.cost import Scope, Work
+from niwaki.methods.shared.best_state import Lowest
+from niwaki.methods.shared.binary import BINARIZED_UNREACHED, check_reach, fit_row, signs, weighed
+from niwaki.methods.shared.block_training import (
+    Reconstruction,
+    Schedule,
+    check_choices,
+    follow,
+    learning_cost,
+    learning_needs,
+)
+from niwaki.methods.shared.rounding import groups_of, nearest
+from niwaki.model.decoder import Block
 
 PAPER = "PTQ1.61 (ACL 2025), without preprocessing"
 ACCEPTS = (Bits,)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from niwaki.block import Block
-from niwaki.config import Bits, Target
-from niwaki.costs import Scope, Work
-from niwaki.methods._rounding import check_group, code_width, grids, groups_of, nearest, uniform_bytes
-from niwaki.packed import Packed
-from niwaki.statistics import Needs
-from niwaki.stream import Evidence
+from niwaki.config.recipe import Bits, Target
+from niwaki.data.statistics import Needs
+from niwaki.data.stream import Evidence
+from niwaki.formats.packed import Packed
+from niwaki.methods.cost import Scope, Work
+from niwaki.methods.shared.rounding import check_group, code_width, grids, groups_of, nearest, uniform_bytes
+from niwaki.model.decoder import Block
 
 PAPER = "Frantar et al. 2023, GPTQ (the baseline)"
 ACCEPTS = (Bits,)

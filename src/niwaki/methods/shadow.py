@@ -27,19 +27,19 @@ from typing import Any
 
 import torch
 
-from niwaki.block import Block
-from niwaki.config import Sparsity, Target
-from niwaki.contextual.criteria import CRITERIA
-from niwaki.contextual.predictor import FEATURES, Predictor, fit
-from niwaki.contextual.record import Running
-from niwaki.contextual.selection import SCOPES, SHARING, Rule, Variant
-from niwaki.contextual.traces import Traces
-from niwaki.contextual.units import Layout
-from niwaki.costs import Scope, Work
+from niwaki.config.recipe import Sparsity, Target
+from niwaki.data.statistics import Needs
+from niwaki.data.stream import Evidence
 from niwaki.errors import InputError
-from niwaki.packed import Packed
-from niwaki.statistics import Needs
-from niwaki.stream import Evidence
+from niwaki.formats.packed import Packed
+from niwaki.methods.cost import Scope, Work
+from niwaki.model.decoder import Block
+from niwaki.runtime.contextual.criteria import CRITERIA
+from niwaki.runtime.contextual.predictor import FEATURES, Predictor, fit
+from niwaki.runtime.contextual.record import Running
+from niwaki.runtime.contextual.selection import SCOPES, SHARING, Rule, Variant
+from niwaki.runtime.contextual.traces import Traces
+from niwaki.runtime.contextual.units import Layout
 
 PAPER = "Akhauri et al. 2024, ShadowLLM: Predictor-based Contextual Sparsity (read: the released code)"
 ACCEPTS = (Sparsity,)

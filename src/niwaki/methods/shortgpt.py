@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from niwaki.block import Block
-from niwaki.config import Keep, Kind, Sparsity, Target, Unit
-from niwaki.methods._groups import Choice, unit_by_unit
-from niwaki.packed import Packed
-from niwaki.statistics import Needs, Statistics
-from niwaki.stream import Evidence
-from niwaki.structure import Look, Search, Sizes
+from niwaki.config.recipe import Keep, Kind, Sparsity, Target, Unit
+from niwaki.data.statistics import Needs, Statistics
+from niwaki.data.stream import Evidence
+from niwaki.formats.packed import Packed
+from niwaki.methods.shared.unit_pruning import Choice, unit_by_unit
+from niwaki.model.decoder import Block
+from niwaki.model.prunable import Look, Search, Sizes
 
 PAPER = "ShortGPT (Men et al. 2024)"
 ACCEPTS = (Sparsity,)

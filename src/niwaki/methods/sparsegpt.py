@@ -26,11 +26,12 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from niwaki.block import Block
-from niwaki.config import Grouped, Sparsity, Target
-from niwaki.costs import Scope, Work, gram_factors, masks, products, sweeps
-from niwaki.methods._masks import by_panel, keep_by_matrix
-from niwaki.methods._solver import (
+from niwaki.config.recipe import Grouped, Sparsity, Target
+from niwaki.data.statistics import UNREACHED, Needs
+from niwaki.data.stream import Evidence
+from niwaki.formats.packed import Packed
+from niwaki.methods.cost import Scope, Work, gram_factors, masks, products, sweeps
+from niwaki.methods.shared.column_sweep import (
     REFIT_ITERATIONS,
     WARM_ITERATIONS,
     check_damping,
@@ -39,9 +40,8 @@ from niwaki.methods._solver import (
     refit,
     sweep,
 )
-from niwaki.packed import Packed
-from niwaki.statistics import UNREACHED, Needs
-from niwaki.stream import Evidence
+from niwaki.methods.shared.masks import by_panel, keep_by_matrix
+from niwaki.model.decoder import Block
 
 PAPER = "Frantar & Alistarh 2023, SparseGPT"
 ACCEPTS = (Sparsity, Grouped)

@@ -34,15 +34,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from niwaki.block import Block
-from niwaki.codes import TILE
-from niwaki.config import Bits, Target
-from niwaki.costs import Scope, Work, gram_factors, sweeps
+from niwaki.config.recipe import Bits, Target
+from niwaki.data.statistics import Needs, Statistics
+from niwaki.data.stream import Evidence
 from niwaki.errors import TargetError
-from niwaki.methods._element import least_element_bits, pack_elements, salient_elements
-from niwaki.methods._learned_rounding import Latent, learn
-from niwaki.methods._reconstruct import Reconstruction, Schedule, check_choices, learning_cost, learning_needs
-from niwaki.methods._rounding import (
+from niwaki.formats.packed import Packed, join_notes
+from niwaki.formats.quantized import TILE
+from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
+from niwaki.methods.shared.block_training import (
+    Reconstruction,
+    Schedule,
+    check_choices,
+    learning_cost,
+    learning_needs,
+)
+from niwaki.methods.shared.column_sweep import check_damping, inverse_factor
+from niwaki.methods.shared.element_bits import least_element_bits, pack_elements, salient_elements
+from niwaki.methods.shared.learned_rounding import Latent, learn
+from niwaki.methods.shared.rounding import (
     ROUNDED_UNREACHED,
     Group,
     damped,
@@ -53,10 +62,7 @@ from niwaki.methods._rounding import (
     rounds_of,
     sweep,
 )
-from niwaki.methods._solver import check_damping, inverse_factor
-from niwaki.packed import Packed, join_notes
-from niwaki.statistics import Needs, Statistics
-from niwaki.stream import Evidence
+from niwaki.model.decoder import Block
 
 PAPER = "Squeeze10-LLM (arXiv 2507.18073), a reconstruction"
 ACCEPTS = (Bits,)

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 import torch
 
-from niwaki.block import Block
-from niwaki.config import Grouped, Sparsity, Target
-from niwaki.costs import Scope, Work, masks
-from niwaki.methods._masks import keep_by_row
-from niwaki.packed import Packed
-from niwaki.statistics import UNREACHED, Needs
-from niwaki.stream import Evidence
+from niwaki.config.recipe import Grouped, Sparsity, Target
+from niwaki.data.statistics import UNREACHED, Needs
+from niwaki.data.stream import Evidence
+from niwaki.formats.packed import Packed
+from niwaki.methods.cost import Scope, Work, masks
+from niwaki.methods.shared.masks import keep_by_row
+from niwaki.model.decoder import Block
 
 PAPER = "Sun et al. 2024, A Simple and Effective Pruning Approach for Large Language Models"
 ACCEPTS = (Sparsity, Grouped)

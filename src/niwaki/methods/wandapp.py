@@ -33,11 +33,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from niwaki.block import Block
-from niwaki.config import Grouped, Sparsity, Target
-from niwaki.costs import Scope, Work, masks
-from niwaki.methods._masks import keep_by_row
-from niwaki.methods._reconstruct import (
+from niwaki.config.recipe import Grouped, Sparsity, Target
+from niwaki.data.statistics import UNREACHED, Needs
+from niwaki.data.stream import Evidence
+from niwaki.formats.packed import Packed, join_notes
+from niwaki.methods.cost import Scope, Work, masks
+from niwaki.methods.shared.block_training import (
     Matrices,
     Reconstruction,
     Schedule,
@@ -50,9 +51,8 @@ from niwaki.methods._reconstruct import (
     learning_needs,
     run_with,
 )
-from niwaki.packed import Packed, join_notes
-from niwaki.statistics import UNREACHED, Needs
-from niwaki.stream import Evidence
+from niwaki.methods.shared.masks import keep_by_row
+from niwaki.model.decoder import Block
 
 PAPER = "Yang et al. 2025, Wanda++: Pruning Large Language Models via Regional Gradients"
 ACCEPTS = (Sparsity, Grouped)

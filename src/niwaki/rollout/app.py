@@ -19,14 +19,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from niwaki.entrance.guard import Bounds, Guard
-from niwaki.entrance.refusals import RefusalError
 from niwaki.errors import NiwakiError
 from niwaki.rollout import dashboard
 from niwaki.rollout.answers import CHAT, COMPLETIONS
 from niwaki.rollout.gateway import Gateway, no_answer
+from niwaki.rollout.http_client import UpstreamError
 from niwaki.rollout.metrics import exposition
-from niwaki.rollout.wire import UpstreamError
+from niwaki.serve.http.api_errors import RefusalError
+from niwaki.serve.http.limits import Bounds, Guard
 
 log = logging.getLogger("niwaki.rollout")
 TICK_S = 1.0

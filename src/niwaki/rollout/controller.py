@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from niwaki.errors import InputError, OutputError
+from niwaki.rollout.counters import Ledger, copied
 from niwaki.rollout.decision import Verdict, decide
 from niwaki.rollout.drift import Watch
-from niwaki.rollout.ledger import Ledger, copied
+from niwaki.rollout.histogram import Interval
 from niwaki.rollout.settings import Settings
 from niwaki.rollout.store import Change, StaleError, State, Status, Store
-from niwaki.rollout.tally import Interval
 
 log = logging.getLogger("niwaki.rollout")
 

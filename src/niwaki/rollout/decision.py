@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from niwaki.rollout.histogram import Interval, Tally, added
 from niwaki.rollout.sequential import band, certainly_above, certainly_below, excess, shortfall
 from niwaki.rollout.signals import SIGNALS
-from niwaki.rollout.tally import Interval, Tally, added
 
 # At 100 % there are no pairs but of what dense still wrote when the share widened: they may not hold it up for good.
 FEWEST_PAIRS = 20

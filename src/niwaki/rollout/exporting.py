@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from niwaki.errors import InputError, OutputError
+from niwaki.model.files import write_text
 from niwaki.rollout.store import Store
-from niwaki.writing import write_text
 
 
 def export(store: Store, path: Path, *, overwrite: bool = False) -> int:

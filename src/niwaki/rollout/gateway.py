@@ -18,19 +18,19 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from niwaki.entrance.refusals import RefusalError
-from niwaki.keys import Keys
 from niwaki.rollout import answers
 from niwaki.rollout.answers import Template, UnreadError
 from niwaki.rollout.auditing import Auditor
 from niwaki.rollout.background import Background
 from niwaki.rollout.controller import Controller
-from niwaki.rollout.ledger import Times
-from niwaki.rollout.passing import GONE, Passing, Taken, unless_gone
+from niwaki.rollout.counters import Times
+from niwaki.rollout.http_client import Headers, UpstreamError
 from niwaki.rollout.routing import Ask, Route, choose, sticky_key
 from niwaki.rollout.settings import Settings
+from niwaki.rollout.streaming import GONE, Passing, Taken, unless_gone
 from niwaki.rollout.upstream import Reply, Server
-from niwaki.rollout.wire import Headers, UpstreamError
+from niwaki.serve.http.api_errors import RefusalError
+from niwaki.serve.http.keys import Keys
 
 
 @dataclass

@@ -12,19 +12,19 @@ import uvicorn
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from niwaki.entrance.guard import check_open
-from niwaki.entrance.protocol import Protocol
 from niwaki.errors import InputError
-from niwaki.keys import Keys
 from niwaki.rollout.answers import Template
 from niwaki.rollout.app import build
 from niwaki.rollout.auditing import Auditor
 from niwaki.rollout.controller import begin_or_resume
 from niwaki.rollout.gateway import Gateway
+from niwaki.rollout.http_client import Sender
 from niwaki.rollout.settings import Settings
 from niwaki.rollout.store import Store
 from niwaki.rollout.upstream import Clock, Server
-from niwaki.rollout.wire import Sender
+from niwaki.serve.http.keys import Keys
+from niwaki.serve.http.limits import check_open
+from niwaki.serve.http.protocol import Protocol
 
 TEMPLATE_CHARACTERS = 100_000
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from niwaki.rollout.answers import COMPLETIONS, UnreadError
+from niwaki.rollout.http_client import UpstreamError
 from niwaki.rollout.upstream import Server
-from niwaki.rollout.wire import UpstreamError
 
 MOST_CHARACTERS = 32_000
 _TIMEOUT_S = 120.0

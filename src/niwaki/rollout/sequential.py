@@ -30,7 +30,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from niwaki.rollout.tally import Tally, added
+from niwaki.rollout.histogram import Tally, added
 
 Floats = NDArray[np.float64]
 Centre = Literal["mean", "median"]

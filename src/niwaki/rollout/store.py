@@ -22,7 +22,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from niwaki.errors import InputError, OutputError
 from niwaki.rollout.decision import Policy
-from niwaki.rollout.tally import Interval
+from niwaki.rollout.histogram import Interval
 
 WAIT_S = 5  # for a database on the network
 Status = Literal["running", "promoted", "returned", "aborted"]

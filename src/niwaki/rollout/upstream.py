@@ -18,8 +18,8 @@ from typing import Any
 
 from niwaki.errors import InputError
 from niwaki.rollout.answers import failed_at_once
+from niwaki.rollout.http_client import Headers, Line, Opened, Sender, UpstreamError
 from niwaki.rollout.settings import Bounds, Upstream
-from niwaki.rollout.wire import Headers, Line, Opened, Sender, UpstreamError
 
 # Headers that belong to one connection, and those that are set anew.
 _OWN = {

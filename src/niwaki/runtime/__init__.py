@@ -1,1 +1,1 @@
-"""Running what niwaki made: packed linears, and loading them through transformers."""
+"""Results that run: packed layers, contextual sparsity, loading through transformers. Nothing here compresses."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from niwaki.codes import assemble, read_parts
+from niwaki.formats.quantized import assemble, read_parts
 from niwaki.runtime.linear import PackedLinear, make_room, stored_buffers
 
 DECODED_TOKENS = 2048  # rows of a look-up that are decoded at a time

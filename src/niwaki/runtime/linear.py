@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from niwaki.codes import TILE, assemble, centre, column_places, pack_codes, read_parts, stored_names, unpack_codes
+from niwaki.formats.quantized import (
+    TILE,
+    assemble,
+    centre,
+    column_places,
+    pack_codes,
+    read_parts,
+    stored_names,
+    unpack_codes,
+)
 from niwaki.kernels.codes import cpu_module
 from niwaki.kernels.planes import (
     PlanePart,
@@ -26,7 +35,7 @@ from niwaki.kernels.planes import (
     prepared_layer,
     reaches,
 )
-from niwaki.runtime.pieces import by_pieces
+from niwaki.runtime.chunked_matmul import by_pieces
 
 # Of rows decoded on a GPU: most matrices (8192² in bf16) are one product; the outputs of several are joined by a copy.
 DECODED_BYTES = 128 * 2**20

@@ -13,10 +13,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from niwaki.checkpoint import QUANT_METHOD
-from niwaki.codes import WEIGHT
 from niwaki.errors import CheckpointError
-from niwaki.resizing import resize
+from niwaki.formats.quantized import WEIGHT
+from niwaki.model.checkpoint import QUANT_METHOD
+from niwaki.model.resizing import resize
 from niwaki.runtime.embedding import pack_embedding
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear

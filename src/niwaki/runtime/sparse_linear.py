@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from niwaki.formats.record import read_sparse, record_shapes
+from niwaki.formats.sparse import Sparse
+from niwaki.formats.sparse_tiles import LAYOUT, Tiled
 from niwaki.kernels.codes import cpu_module
 from niwaki.kernels.sparse_gpu import SEMI_TOKENS, GpuRecord, gpu_record, multiply, semi_structured
 from niwaki.kernels.sparse_product import (
@@ -27,10 +30,7 @@ from niwaki.kernels.sparse_product import (
     sparse_product_op,
     tile_product_op,
 )
-from niwaki.records import read_sparse, record_shapes
-from niwaki.runtime.pieces import by_pieces
-from niwaki.sparse import Sparse
-from niwaki.sparse_tiles import LAYOUT, Tiled
+from niwaki.runtime.chunked_matmul import by_pieces
 
 
 class SparseLinear(nn.Module):

@@ -1,0 +1,86 @@
+"""How one overall target becomes a target for every matrix (bits by `sensitivity`: see `budget`).
+
+`auto` is `sensitivity` for methods that spend any number of bits, `uniform` for all others. `searched` gives blocks
+widths of their own (see `widths`).
+
+`uniform` gives every matrix the same. `owl` gives blocks with more outlier weights less sparsity: Yin et al.,
+"Outlier Weighed Layerwise Sparsity (OWL)" (ICML 2024), equations 2 and 3. The outlier share of a block is the
+fraction of its Wanda scores |W|·‖X‖ that exceed M times their mean, on the dense model. Densities are the
+shares stretched linearly to a range of 2λ, shifted so that the parameter-weighted mean meets the target
+exactly (the released code uses the plain mean, the same for equal blocks).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from niwaki.config.recipe import Sparsity, Target
+from niwaki.data.statistics import Needs, Statistics
+from niwaki.errors import TargetError
+from niwaki.model.anatomy import Anatomy
+from niwaki.model.decoder import Block
+
+ALLOCATIONS = ("auto", "owl", "searched", "sensitivity", "uniform")
+OWL_NEEDS = Needs(sqnorm=True)
+
+# block index → matrix name → target
+Targets = list[dict[str, Target]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwlConfig:
+    """`outlier_multiple`: M. `spread_frac`: λ, how far a block may move from the target (0.08 in the paper)."""
+
+    outlier_multiple: float = 5.0
+    spread_frac: float = 0.08
+
+    def __post_init__(self) -> None:
+        if self.outlier_multiple <= 0 or not 0 <= self.spread_frac < 0.5:
+            raise ValueError("expected outlier_multiple > 0 and 0 ≤ spread_frac < 0.5")
+
+
+def uniform(anatomy: Anatomy, target: Target) -> Targets:
+    """The same target everywhere. Raises TargetError naming a matrix that it does not fit."""
+    for index, block in enumerate(anatomy.blocks):
+        for linear in block.linears.values():
+            try:
+                target.zeros_in(linear.rows, linear.columns)
+            except TargetError as error:
+                raise TargetError(f"{anatomy.prefix(index)}{linear.name}: {error}") from error
+    return [dict.fromkeys(block.linears, target) for block in anatomy.blocks]
+
+
+def owl(anatomy: Anatomy, target: Target, outlier_shares: list[float], config: OwlConfig) -> Targets:
+    """Targets per block from the outlier share of each. Raises TargetError for N:M or an impossible spread."""
+    if not isinstance(target, Sparsity):
+        raise TargetError(f"owl moves unstructured sparsity between blocks, got {target}: use --allocation uniform")
+    low, high = min(outlier_shares), max(outlier_shares)
+    span = (high - low) or 1.0
+    raised = [(share - low) / span * 2 * config.spread_frac for share in outlier_shares]
+    weights = [block.weights for block in anatomy.blocks]
+    mean = sum(r * w for r, w in zip(raised, weights, strict=True)) / sum(weights)
+    zeros = [target.zeros_frac + mean - r for r in raised]
+    if not all(0 < fraction < 1 for fraction in zeros):
+        raise TargetError(
+            f"owl would give a block {min(zeros):.2f} to {max(zeros):.2f} zeros at target {target}: lower spread_frac"
+        )
+    return [
+        dict.fromkeys(block.linears, Sparsity(fraction)) for block, fraction in zip(anatomy.blocks, zeros, strict=True)
+    ]
+
+
+def outlier_share(block: Block, statistics: Mapping[str, Statistics], config: OwlConfig) -> float:
+    """Fraction of all Wanda scores of the block that exceed `outlier_multiple` times their mean."""
+    total, count = 0.0, 0
+    scores = {}
+    for name in block.linears:
+        if statistics[name].tokens:
+            scores[name] = block.weight(name).float().abs() * statistics[name].sqnorm_I.sqrt()
+            total += float(scores[name].sum(dtype=torch.float64))
+            count += scores[name].numel()
+    threshold = config.outlier_multiple * total / max(count, 1)
+    above = sum(int((score > threshold).sum()) for score in scores.values())
+    share = above / max(count, 1)
+    return share if math.isfinite(share) else 0.0

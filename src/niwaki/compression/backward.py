@@ -1,0 +1,156 @@
+"""The walk backwards: exact gradients of the language-model loss at every block, with one block in memory.
+
+First the windows pass all blocks forwards and the input of every block is kept; the head gives the loss and its
+gradient at the output of the last block. Then from the last block to the first: load it, run it again on its stored
+inputs, this time with gradients, hand what the caller asked for to `visit`, and pass the gradient on to the block
+before. What comes out is the gradient of the whole model, not of one region: nothing is approximated.
+
+The loss of a window is the mean negative log-likelihood of its predicted tokens, and that of a batch the sum over its
+windows. Windows do not see each other, so the rows of an activation's gradient are those of each window's own loss;
+gradients of weights are summed over the batch, so whoever needs them for each window asks for batches of one.
+
+Cost: two forwards and a backward, twice the reads. Memory: one block with its graph for a batch, and the hidden states
+of all windows once a block and once more, in memory or in mapped files by the same budget as everywhere.
+
+Legend: S windows, B windows in a batch, T tokens, D hidden size, I inputs of a matrix, V vocabulary.
+
+    stream = Stream(decoder, ids_ST)
+    losses_S = descend(decoder, stream, visit, inputs=["mlp.down_proj"], folder=folder)
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from niwaki.compression.walk import Report, forward, loaded_blocks
+from niwaki.data.hidden_states import Activations, choose_place
+from niwaki.data.stream import Stream
+from niwaki.errors import NumericalError
+from niwaki.methods.shared.block_training import deterministically
+from niwaki.model.anatomy import Call
+from niwaki.model.decoder import Block, Decoder
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one block gave for the windows `rows`, by matrix; only what was asked for is filled.
+
+    `inputs`: what the matrix multiplies, [B, T, I] (tokens that a router sends there, [N, I]), and the gradient of
+    the loss with respect to it. `weights`: the gradient [O, I], summed over the windows.
+    """
+
+    rows: slice
+    inputs: Mapping[str, tuple[Tensor, Tensor]]
+    weights: Mapping[str, Tensor]
+
+
+Visit = Callable[[Block, Gradients], None]
+
+
+def descend(
+    decoder: Decoder,
+    stream: Stream,
+    visit: Visit,
+    *,
+    inputs: Collection[str] = (),
+    weights: bool = False,
+    activation_bytes: int | None = None,
+    folder: Path | None = None,
+    report: Report = lambda event, **fields: None,
+) -> Tensor:
+    """Calls `visit` for every batch of every block, last block first; returns the loss of every window [S].
+
+    `inputs` names the matrices whose inputs are wanted with their gradients, `weights` asks for the gradients of all
+    matrices. `stream` stands before the first block and ends behind the last.
+
+    Raises NumericalError when a gradient is not finite.
+    """
+    kept = stored_inputs(decoder, stream, activation_bytes, folder, report)
+    losses_S = torch.empty(len(stream), dtype=torch.float64)
+    for rows in stream.slices():  # the gradient takes the place of the output it belongs to
+        losses_S[rows], grad_BTD = head_gradient(decoder, stream.ids_ST[rows], stream.hidden.read(rows))
+        stream.hidden.write(rows, grad_BTD)
+    for block in loaded_blocks(decoder, backwards=True):
+        for rows in stream.slices():
+            x_BTD, grad_BTD = kept[block.index].read(rows), stream.hidden.read(rows)
+            call = stream.call(len(x_BTD), block.index)
+            grad_BTD, found = block_gradients(block, call, x_BTD, grad_BTD, inputs, weights)
+            if not torch.isfinite(grad_BTD).all():
+                raise NumericalError(
+                    f"the gradient of the loss is not finite at the input of block {block.index}: use a wider dtype"
+                )
+            visit(block, Gradients(rows, *found))
+            stream.hidden.write(rows, grad_BTD)
+        block.release()
+    return losses_S
+
+
+def stored_inputs(
+    decoder: Decoder,
+    stream: Stream,
+    activation_bytes: int | None = None,
+    folder: Path | None = None,
+    report: Report = lambda event, **fields: None,
+) -> list[Activations]:
+    """The input of every block for all windows; the stream passes all blocks. `folder` holds what memory cannot."""
+    count, tokens, width = stream.hidden.store_STD.shape
+    needed_bytes = len(decoder) * count * tokens * width * decoder.dtype.itemsize
+    place = choose_place(needed_bytes, decoder.device, activation_bytes)
+    kept: list[Activations] = []
+
+    def keep(block: Block) -> None:
+        name = f"inputs-{block.index:05d}.bin"
+        shape = (count, tokens, width)
+        kept.append(Activations.allocate(shape, decoder.dtype, decoder.device, place, folder, name))
+        for rows in stream.slices():
+            kept[-1].write(rows, stream.hidden.read(rows))
+        report("inputs", index=block.index, of=len(decoder))
+
+    forward(decoder, [stream], keep)
+    return kept
+
+
+def head_gradient(decoder: Decoder, ids_BT: Tensor, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of every window [B], and the gradient of their sum at the output of the last block [B, T, D]."""
+    leaf_BTD = x_BTD.detach().clone().requires_grad_(True)
+    logits_NV = decoder.leave(ids_BT, leaf_BTD)[:, :-1].flatten(0, 1)
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    wanted_N = ids_BT[:, 1:].flatten().to(logits_NV.device)
+    loss_N = cross_entropy(logits_NV, wanted_N, reduction="none")
+    loss_B = loss_N.view(len(ids_BT), -1).mean(1)
+    (grad_BTD,) = torch.autograd.grad(loss_B.sum(), [leaf_BTD])
+    return loss_B.detach().double().cpu(), grad_BTD
+
+
+def block_gradients(
+    block: Block, call: Call, x_BTD: Tensor, grad_BTD: Tensor, inputs: Collection[str], weights: bool
+) -> tuple[Tensor, tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]]:
+    """The gradient at the input of a block from that at its output, and `Gradients` without its rows."""
+    linears = block.linears if weights else {}
+    sought = {linear.parameter: block.module.get_parameter(linear.parameter) for linear in linears.values()}
+    met: dict[str, Tensor] = {}
+
+    def seen(name: str, x: Tensor) -> None:
+        if name in inputs:
+            met[name] = x
+
+    def work() -> tuple[Tensor, ...]:
+        leaf_BTD = x_BTD.detach().clone().requires_grad_(True)
+        out_BTD = block.run(call, leaf_BTD, seen)
+        leaves = [leaf_BTD, *met.values(), *sought.values()]
+        return torch.autograd.grad(out_BTD, leaves, grad_BTD, allow_unused=True, materialize_grads=True)
+
+    for parameter in sought.values():
+        parameter.requires_grad_(True)
+    try:
+        first_BTD, *others = deterministically(work)
+    finally:
+        for parameter in sought.values():
+            parameter.requires_grad_(False)
+    found = {name: (x.detach(), grad) for (name, x), grad in zip(met.items(), others[: len(met)], strict=True)}
+    by_parameter = dict(zip(sought, others[len(met) :], strict=True))
+    return first_BTD, (found, {name: linear.view(by_parameter[linear.parameter]) for name, linear in linears.items()})

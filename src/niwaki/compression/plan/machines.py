@@ -1,0 +1,200 @@
+"""How fast a machine does what `niwaki.methods.cost` counts, and how much memory it has.
+
+This machine's CPU is measured, in about a second: a matrix product, a Cholesky, a sweep, a selection, a copy, the start
+of small operations, and a shard written as every result is. GPUs are published rates (NVIDIA's data sheets: dense bf16
+with float32 accumulation, float32, memory) times what we reached of them: `_REACHED` is fitted to the seconds in
+benchmarks/results/compression-speed-7b-*.json and -70b-h100.json (H100 and H200; 17 rows, 0.81 to 1.20 of each; methods
+became faster since, 29 rows are now predicted at 0.7 to 1.4), and taken to hold for the others, on which nothing was
+measured.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from niwaki.errors import InputError, unknown
+from niwaki.kernels.sweep import sweep_panel
+from niwaki.model.files import write_shard, write_text
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates in operations, bytes or weights a second; `start_s` of a small operation, `shard_s` of a written file.
+
+    `memory_bytes` is that of the device; `measured` whether the rates were, here and now.
+    """
+
+    name: str
+    device: str
+    memory_bytes: int
+    bandwidth: float
+    product_flops: float
+    learn_flops: float
+    gram_flops: float
+    float_flops: float
+    solve_flops: float
+    sweep_flops: float
+    selected: float
+    passed: float
+    start_s: float
+    shard_s: float
+    disk: float
+    measured: bool
+
+
+# Published: bf16 FLOP/s, float32 FLOP/s, memory bytes/s, memory bytes.
+GPUS = {
+    "h100": (989e12, 67e12, 3.35e12, 80e9),
+    "h200": (989e12, 67e12, 4.8e12, 141e9),
+    "a100": (312e12, 19.5e12, 2.04e12, 80e9),
+    "4090": (165e12, 82.6e12, 1.01e12, 24e9),
+}
+# Shares of the published rates: of bf16 in forwards and in learning, of bf16 in Gram matrices, of float32 in products,
+# in factors and inside panels; of the memory rate in passes; weights ranked a second for every byte a second.
+_REACHED = {
+    "forward": 0.603,
+    "learn": 0.52,
+    "gram": 0.8,
+    "float32": 0.722,
+    "solve": 0.327,
+    "sweep": 0.0226,
+    "pass": 0.253,
+    "select": 3.75e-3,
+}
+LEAST_S, MOST_S, LEAST_RUNS = 0.1, 0.3, 5  # of every measurement of this machine
+_GPU_START_S = 7.0e-6  # of an operation of a block, Python and launch
+_GPU_SHARD_S, _GPU_DISK = 0.05, 1.05e9  # what the same runs took a block beyond all that, and read and wrote
+
+
+def machine_named(gpu: str | None, out: Path) -> Machine:
+    """`cpu` is this machine, measured; None the GPU of this machine if there is one of the table, else its CPU.
+
+    Raises InputError with the nearest name.
+    """
+    if gpu is None:
+        gpu = _own_gpu()
+    name = gpu.lower()
+    if name == "cpu":
+        return measure_cpu(out)
+    if name not in GPUS:
+        raise InputError(unknown("GPU", gpu, [*GPUS, "cpu"]))
+    return gpu_of(name)
+
+
+def gpu_of(name: str) -> Machine:
+    """A card of the table."""
+    half, single, bandwidth, memory_bytes = GPUS[name]
+    return Machine(
+        name=name,
+        device="cuda",
+        memory_bytes=int(memory_bytes),
+        bandwidth=bandwidth,
+        product_flops=_REACHED["forward"] * half,
+        learn_flops=_REACHED["learn"] * half,
+        gram_flops=_REACHED["gram"] * half,
+        float_flops=_REACHED["float32"] * single,
+        solve_flops=_REACHED["solve"] * single,
+        sweep_flops=_REACHED["sweep"] * single,
+        selected=_REACHED["select"] * bandwidth,
+        passed=_REACHED["pass"] * bandwidth,
+        start_s=_GPU_START_S,
+        shard_s=_GPU_SHARD_S,
+        disk=_GPU_DISK,
+        measured=False,
+    )
+
+
+def _own_gpu() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    title = torch.cuda.get_device_name().lower()
+    found = next((name for name in GPUS if name in title), None)
+    if found is None:
+        raise InputError(f"{title} is not in the table of GPUs: give --gpu {', '.join(GPUS)} or cpu")
+    return found
+
+
+def measure_cpu(folder: Path) -> Machine:
+    """The rates of this machine as it is now; files are written below `folder`, or where temporary ones go."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    a, b = normal(1024, 512), normal(512, 1024)
+    product = 2 * 1024 * 512 * 1024 / _seconds(lambda: a @ b)
+    gram = b @ b.T + 512 * torch.eye(512)
+
+    def factor() -> None:
+        torch.linalg.solve_triangular(torch.linalg.cholesky(gram), torch.eye(512), upper=False)
+
+    solve = 4 / 3 * 512**3 / _seconds(factor)
+    panel, upper = normal(512, 128), torch.triu(gram[:128, :128]).contiguous()
+    keep = panel > 0
+    sweep = 512 * 128 * 128 / _seconds(lambda: sweep_panel(panel.clone(), upper, keep, None))
+    scores = normal(512, 1024)
+    selected = scores.numel() / _seconds(lambda: scores.topk(512, dim=1, largest=False, sorted=False))
+    large = torch.empty(2**24)
+    other = torch.empty_like(large)
+    copy_s = _seconds(lambda: other.copy_(large))
+    small = torch.zeros(8)
+
+    def start() -> None:
+        for _ in range(100):
+            small.add(1.0).sum()  # two operations count as one: most take longer than the simplest
+
+    shard_s, disk = _measure_disk(folder)
+    return Machine(
+        name="cpu",
+        device="cpu",
+        memory_bytes=psutil.virtual_memory().total,
+        bandwidth=2 * large.nbytes / copy_s,
+        product_flops=product,
+        learn_flops=product,
+        gram_flops=product,
+        float_flops=product,
+        solve_flops=solve,
+        sweep_flops=sweep,
+        selected=selected,
+        passed=large.numel() / copy_s,
+        start_s=_seconds(start) / 100,
+        shard_s=shard_s,
+        disk=disk,
+        measured=True,
+    )
+
+
+def _measure_disk(folder: Path) -> tuple[float, float]:
+    """Seconds a shard takes beyond its bytes, and bytes a second."""
+    place = folder if folder.is_dir() else None
+    seconds = []
+    try:
+        with tempfile.TemporaryDirectory(prefix=".niwaki-plan-", dir=place) as name:
+            for count in (2**14, 2**22):
+                begin = time.perf_counter()
+                write_shard(Path(name) / f"{count}.safetensors", {"x": torch.ones(count)})
+                write_text(Path(name) / f"{count}.json", "{}")
+                seconds.append(time.perf_counter() - begin)
+    except OSError:
+        return 0.1, 3e8
+    return seconds[0], 4 * (2**22 - 2**14) / max(seconds[1] - seconds[0], 4 * 2**22 / 5e9)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The mean of some runs without the slowest fifth, after one that does not count.
+
+    Not the best of them: waiting for a core that others use as well is part of what a compression takes.
+    """
+    work()
+    found: list[float] = []
+    while sum(found) < LEAST_S or (len(found) < LEAST_RUNS and sum(found) < MOST_S):
+        begin = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - begin)
+    kept = sorted(found)[: max(1, len(found) * 4 // 5)]
+    return sum(kept) / len(kept)

@@ -1,0 +1,284 @@
+"""What a decoder consists of and what a recipe leaves of it in the file, from headers and configs alone.
+
+The bytes of a file follow from the shapes: codes are counted by the method that stores them (`stored_bytes`), weights
+with zeros in place take what they took, packed ones their values and places. The shape that a structured method will
+find depends on the text; here its own search runs with losses that say nothing, and every shape it may take removes
+about as much.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from niwaki.compression.embeddings import GROUPS, WIDTHS, ends_to_pack
+from niwaki.config.recipe import Bits, Grouped, Keep, PrunedBits, Recipe, Sparsity, Target
+from niwaki.errors import TargetError
+from niwaki.formats.quantized import WEIGHT
+from niwaki.formats.sparse import CODES, LAYOUTS, sparse_bytes
+from niwaki.formats.sparse_tiles import fits_tiles, tile_bytes
+from niwaki.methods.cost import Scope
+from niwaki.methods.registry import Step
+from niwaki.methods.shared.rounding import uniform_bytes
+from niwaki.model.decoder import Decoder
+from niwaki.model.prunable import Look, Shape, Sizes
+from niwaki.runtime.contextual.units import find_layout
+
+TENSOR_HEADER = 80  # bytes of a tensor's entry in the header of its file, beside its name
+FILE_HEADER = 48
+CODE_TENSORS = 3  # of a matrix of codes: planes, scales, offsets or zero codes
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a block; `packable` into codes, and the share of the tokens that reach it."""
+
+    name: str
+    rows: int
+    columns: int
+    group: str
+    itemsize: int
+    packable: bool
+    reach: float
+
+    @property
+    def dense_bytes(self) -> int:
+        """As the checkpoint stores it."""
+        return self.rows * self.columns * self.itemsize
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """The matrices of a block, and the bytes and names of everything else in its file."""
+
+    matrices: tuple[Matrix, ...]
+    other_bytes: int
+    tensors: int
+
+    @property
+    def weights(self) -> int:
+        """In all matrices."""
+        return sum(matrix.rows * matrix.columns for matrix in self.matrices)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of the block in the checkpoint."""
+        return self.other_bytes + sum(matrix.dense_bytes for matrix in self.matrices)
+
+    @property
+    def reach(self) -> float:
+        """The share of its weights that a token meets."""
+        return sum(m.rows * m.columns * m.reach for m in self.matrices) / max(self.weights, 1)
+
+    def scope(self, windows: int, tokens: int) -> Scope:
+        """As `costs` wants it."""
+        groups: dict[str, list[tuple[int, int]]] = {}
+        for matrix in self.matrices:
+            groups.setdefault(matrix.group, []).append((matrix.rows, matrix.columns))
+        return Scope(tuple(tuple(group) for group in groups.values()), windows, tokens, self.reach)
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """A decoder: its blocks, and the bytes and weights of embeddings, head and the rest outside them."""
+
+    blocks: tuple[BlockSizes, ...]
+    hidden: int
+    ends_bytes: int
+    ends_weights: int
+    head_bytes: int
+    file_bytes: int
+
+    @property
+    def weights(self) -> int:
+        """In the matrices of all blocks."""
+        return sum(block.weights for block in self.blocks)
+
+    @property
+    def matrix_bits(self) -> float:
+        """Bits a weight of these matrices as they are."""
+        return 8 * sum(m.dense_bytes for block in self.blocks for m in block.matrices) / max(self.weights, 1)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Bytes of the weight files, bits a weight in the matrices of the blocks, and bytes read for every token."""
+
+    file_bytes: int
+    matrix_bits: float
+    read_bytes: float
+    largest_block_bytes: int
+
+
+def sizes_of(decoder: Decoder) -> ModelSizes:
+    """What `decoder` consists of."""
+    tensors = decoder.checkpoint.tensors
+    text = decoder.checkpoint.config.get_text_config()
+    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
+    share = (getattr(text, "num_experts_per_tok", None) or experts) / experts
+    itemsize = decoder.checkpoint.dtype.itemsize
+    blocks = []
+    for index, anatomy in enumerate(decoder.anatomy.blocks):
+        names = decoder.disk_names(index)
+        packable = decoder.packable(index)
+        matrices = tuple(
+            Matrix(
+                linear.name, linear.rows, linear.columns, linear.group, itemsize, linear.name in packable,
+                1.0 if linear.expert is None else share,
+            )
+            for linear in anatomy.linears.values()
+        )  # fmt: skip
+        total = sum(tensors[name].nbytes for name in names)
+        blocks.append(BlockSizes(matrices, total - sum(m.dense_bytes for m in matrices), len(names)))
+    ends = [tensors[name] for name in decoder.disk_names(None)]
+    head = sum(tensors[names[0]].nbytes for names in list(decoder.end_matrices().values())[-1:] if names)
+    return ModelSizes(
+        tuple(blocks), decoder.hidden_size, sum(end.nbytes for end in ends),
+        sum(end.nbytes for end in ends) // itemsize, head, decoder.checkpoint.nbytes,
+    )  # fmt: skip
+
+
+def stored(decoder: Decoder, model: ModelSizes, steps: Sequence[Step], target: Target, recipe: Recipe) -> Stored:
+    """What the files of a result hold. Raises TargetError for a matrix that cannot meet the target."""
+    files, matrices, read, largest = 0, 0, 0.0, 0
+    known: dict[tuple[int, int, bool], int] = {}  # experts are many, and alike
+    by_need = recipe.allocation == "sensitivity" and _has_room(model, steps[-1], target)
+    for index, block in enumerate(model.blocks):
+        total, names = block.other_bytes, block.tensors
+        met: float = block.other_bytes
+        for matrix in block.matrices:
+            key = matrix.rows, matrix.columns, matrix.packable
+            if key not in known:
+                full = f"{decoder.anatomy.prefix(index)}{matrix.name}"
+                known[key] = _matrix_bytes(full, matrix, steps[-1], target, recipe, by_need)
+            nbytes = known[key]
+            names += 0 if nbytes == matrix.dense_bytes else CODE_TENSORS - 1
+            total += nbytes
+            matrices += nbytes
+            met += nbytes * matrix.reach
+        files += total + _header(decoder, index, names, block.tensors)
+        read += met
+        largest = max(largest, total)
+    packed = _packed_ends(decoder, recipe, target)
+    files += model.ends_bytes - packed[0] + packed[1] + _header(decoder, None, 0, 0)
+    head = model.head_bytes if not packed[0] else model.head_bytes * packed[1] / packed[0]
+    return Stored(files, 8 * matrices / max(model.weights, 1), read + head, largest)
+
+
+def _has_room(model: ModelSizes, step: Step, target: Target) -> bool:
+    """Whether bits can move between matrices, as in `budget.spread_bits`: the target is more than all need at least."""
+    assert isinstance(target, Bits), "fractional methods meet nothing else"
+    matrices = [matrix for block in model.blocks for matrix in block.matrices]
+    least = sum(m.rows * m.columns * step.least_bits(m.rows, m.columns) for m in matrices)
+    return least < target.bits * model.weights
+
+
+def _matrix_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe: Recipe, by_need: bool) -> int:
+    asked = target
+    if by_need and isinstance(target, Bits):  # what the smallest ones need more, others give
+        asked = Bits(max(target.bits, step.least_bits(matrix.rows, matrix.columns)))
+    nbytes = step.stored_bytes(name, matrix.rows, matrix.columns, asked)
+    if recipe.pack == "auto" and isinstance(target, PrunedBits) and nbytes is not None:
+        nbytes = min(nbytes, _coded_bytes(matrix, target, vars(step.config)["group"] or matrix.columns) or nbytes)
+    if nbytes is None and recipe.pack == "auto":
+        nbytes = _nonzero_bytes(matrix, target)
+    return matrix.dense_bytes if nbytes is None or recipe.pack == "none" or not matrix.packable else nbytes
+
+
+def _nonzero_bytes(matrix: Matrix, target: Target) -> int | None:
+    """Of a pruned matrix that is stored packed, if that is smaller."""
+    nbytes = _places_and_values(matrix, target, 8 * matrix.itemsize)
+    return nbytes if nbytes < matrix.dense_bytes else None
+
+
+def _coded_bytes(matrix: Matrix, target: PrunedBits, group: int) -> int | None:
+    """Of a pruned matrix of codes, None where it has no such form; no kept weight is taken to round to zero."""
+    bits = int(target.bits.bits)
+    if bits not in CODES.values() or (group < matrix.columns and group % 8):
+        return None
+    if bits == 4 and _fits_two_four(target.zeros) and fits_tiles(matrix.columns, group):
+        return tile_bytes(matrix.rows, matrix.columns, group)
+    return _places_and_values(matrix, target.zeros, bits) + 2 * matrix.rows * -(-matrix.columns // group)
+
+
+def _places_and_values(matrix: Matrix, zeros: Target, bits: int) -> int:
+    count = matrix.rows * matrix.columns - zeros.zeros_in(matrix.rows, matrix.columns)
+    layouts = LAYOUTS if _fits_two_four(zeros) else LAYOUTS[:1]
+    return min(sparse_bytes(matrix.rows, matrix.columns, count, bits, name) for name in layouts)
+
+
+def _fits_two_four(zeros: Target) -> bool:
+    return isinstance(zeros, Grouped) and zeros.group == 4 and zeros.keep <= 2
+
+
+def _header(decoder: Decoder, index: int | None, names: int, own: int) -> int:
+    """Bytes of the header of a shard: an entry for every tensor."""
+    tensors = decoder.disk_names(index)
+    long = sum(len(name) for name in tensors) / max(len(tensors), 1)
+    count = max(names, len(tensors)) if own else len(tensors)
+    return FILE_HEADER + round(count * (TENSOR_HEADER - 12 + long))
+
+
+def _packed_ends(decoder: Decoder, recipe: Recipe, target: Target) -> tuple[int, int]:
+    """Bytes of embeddings and head before and after they became codes; zeros if they stay."""
+    if recipe.ends == "none":
+        return 0, 0
+    before = after = 0
+    for module, names in ends_to_pack(recipe, target, decoder).items():
+        rows, columns = decoder.checkpoint.tensors[names[0]].shape
+        group = next(group for group in GROUPS if columns % group == 0)
+        before += sum(decoder.checkpoint.tensors[name].nbytes for name in names)
+        after += uniform_bytes(module + WEIGHT, rows, columns, WIDTHS[recipe.ends], group, symmetric=False)
+    return before, after
+
+
+def shape_of(
+    decoder: Decoder, step: Step, target: Target, multiple: int, config: Mapping[str, Any]
+) -> tuple[Sizes, Shape, int]:
+    """The shape a structured method would take if all losses were equal, and how many it may try.
+
+    Raises TargetError if it finds none.
+    """
+    assert isinstance(target, Sparsity)
+    sizes = Sizes(decoder.anatomy, decoder.model, config, multiple)
+    units = {kind: unit.count for kind, unit in sizes.units.items()}
+    looks = [Look(1 - index / 1e3, {kind: [0.0] * n for kind, n in units.items()}) for index in range(len(sizes))]
+    search = step.structured.search(sizes, target.zeros_frac, looks, step.config)
+    tried: set[Shape] = set()
+    try:
+        shapes = next(search)
+        while True:
+            tried |= set(shapes)
+            shapes = search.send([0.0] * len(shapes))
+    except StopIteration as stop:
+        found: Shape | None = stop.value
+    if found is None:
+        raise TargetError(
+            f"target {target}: {step.name} finds no shape that removes so much and leaves a block, a head and a "
+            "neuron: lower the target, or let more blocks and heads go"
+        )
+    return sizes, found, len(tried)
+
+
+def shaped(model: ModelSizes, sizes: Sizes, shape: Shape) -> ModelSizes:
+    """What is left of the blocks."""
+    blocks, targets = [], sizes.targets(shape, True)
+    for index, block in enumerate(model.blocks):
+        if index in shape.dropped:
+            continue
+        matrices = []
+        for matrix in block.matrices:
+            keep = targets[index][matrix.name]
+            assert isinstance(keep, Keep)
+            along = "columns" if matrix.name == keep.unit.consumer else "rows"
+            width = getattr(matrix, along) // keep.unit.count * keep.count
+            matrices.append(replace(matrix, **{along: width}))
+        blocks.append(replace(block, matrices=tuple(matrices)))
+    gone = sum(b.dense_bytes for b in model.blocks) - sum(b.dense_bytes for b in blocks)
+    return replace(model, blocks=tuple(blocks), file_bytes=model.file_bytes - gone)
+
+
+def beside_bytes(decoder: Decoder, step: Step, windows: int) -> int:
+    """Bytes of the predictor of a contextual method."""
+    layout = find_layout(decoder.anatomy, decoder.model, step.config.neuron_width)
+    channels = decoder.anatomy.blocks[0].linears[layout.units["heads"].consumer].columns
+    return step.contextual.beside_bytes(layout, channels, windows, step.config, decoder.anatomy.weights)

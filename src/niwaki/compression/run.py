@@ -1,0 +1,335 @@
+"""The output folder of one compression: built beside its final place, complete or absent.
+
+Work happens in `OUT.partial`, which is renamed to OUT at the very end, so OUT never holds half a model. After
+a kill, `--resume` continues there: the journal names every finished shard with its hash and the report lines
+of its block. A resume is refused when anything that decides the bytes has changed.
+
+    OUT/                        a normal Hugging Face folder
+    OUT/niwaki/run.json         resolved recipe, seeds, versions, hashes, device, seconds, peak memory
+    OUT/niwaki/blocks.jsonl     one line per matrix
+    OUT/niwaki/events.jsonl     progress, one JSON object a line
+    OUT.partial/niwaki/journal/ only while running
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from niwaki.errors import OutputError, ResumeError
+from niwaki.model.files import file_sha256, sync_folder, write_shard, write_text
+from niwaki.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RECORD = "niwaki"
+FINGERPRINT = "fingerprint.json"
+LOCK = "lock"
+AT_ONCE = 2  # parts being written
+
+
+class Run:
+    """A working folder with its journal and event log. Use as a context manager."""
+
+    def __init__(self, out: Path, fingerprint: dict[str, str], *, resume: bool, overwrite: bool) -> None:
+        self.out = out
+        self.folder = partial_of(out)
+        self.fingerprint = fingerprint
+        self.overwrite = overwrite
+        self.finished: dict[str, dict[str, Any]] = {}
+        check_free(out, self.folder, resume=resume, overwrite=overwrite)
+        continuing = resume and (self._journal / FINGERPRINT).is_file()  # killed before that, nothing was done
+        if continuing:
+            self._check_fingerprint()
+        elif self.folder.exists():
+            if (self._journal / LOCK).is_file():
+                self._take_lock().close()  # refuses to delete what another process is writing
+            shutil.rmtree(self.folder)
+        try:
+            self._journal.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+            self._log: TextIO = (self.folder / RECORD / "events.jsonl").open("a", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.folder}: {error.strerror}. Choose another place") from error
+        if continuing:
+            self._read_journal()
+        else:
+            write_text(self._journal / FINGERPRINT, json.dumps(fingerprint, indent=1, sort_keys=True))
+
+    @property
+    def _journal(self) -> Path:
+        return self.folder / RECORD / "journal"
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._log.close()
+        if not self.finished and not self._lock.closed:  # stopped before anything was worth a resume
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Appends one line to events.jsonl."""
+        line = {"time": round(time.time(), 3), "event": kind, **fields}
+        self._log.write(json.dumps(line) + "\n")
+        self._log.flush()
+
+    def finish_part(self, name: str, entry: dict[str, Any]) -> None:
+        """Records that a part (a block, the ends, the allocation) is safely on disk, with what belongs to it."""
+        write_text(self._journal / f"{name}.json", json.dumps(entry))
+        self.finished[name] = entry
+
+    def complete(self) -> None:
+        """Moves the folder to its final place, replacing an old OUT only now, and drops the journal.
+
+        Killed at any point in here, either the old OUT, the new one, or a working folder to resume is there.
+        """
+        self._log.flush()
+        os.fsync(self._log.fileno())
+        retired = self.out.with_name(self.out.name + ".replaced")
+        shutil.rmtree(retired, ignore_errors=True)
+        try:
+            if self.out.exists():
+                self.out.rename(retired)
+            self.folder.rename(self.out)
+            sync_folder(self.out.parent)
+        except OSError as error:
+            raise OutputError(
+                f"the result is complete in {self.folder} but cannot move to {self.out}: {error}"
+            ) from error
+        shutil.rmtree(self.out / RECORD / "journal")
+        shutil.rmtree(retired, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Removes the working folder: nothing in it can be of use."""
+        self.__exit__()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _check_fingerprint(self) -> None:
+        path = self._journal / FINGERPRINT
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ResumeError(f"{self.folder} has no readable journal: start again with --overwrite") from error
+        _require_same(before, self.fingerprint, f"cannot resume {self.folder}: changed since it began")
+
+    def _read_journal(self) -> None:
+        for entry_path in self._journal.glob("*.json"):
+            entry = json.loads(entry_path.read_text(encoding="utf-8"))
+            shard = entry.get("shard")
+            if shard is None or _same_content(self.folder / shard, entry["sha256"]):
+                self.finished[entry_path.stem] = entry
+        for pattern in (".*.tmp", ".tmp*"):  # ours, and what safetensors writes before it renames
+            for orphan in self.folder.rglob(pattern):
+                orphan.unlink()
+
+    def _take_lock(self) -> TextIO:
+        lock = (self._journal / LOCK).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise OutputError(
+                f"another niwaki is working in {self.folder}: wait for it, or choose another OUT"
+            ) from error
+        return lock
+
+
+class Writer:
+    """Writes finished parts in the background and journals each, in order, when it is on the disk.
+
+    At most two at a time, the second being written while the first is hashed: each takes about as long, and together
+    longer than a GPU needs for a block. A kill loses those two at most.
+    """
+
+    def __init__(self, run: Run, report: Callable[..., None]) -> None:
+        self.run = run
+        self.report = report
+        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="save")
+        self._pending: deque[tuple[str, Future[dict[str, Any]]]] = deque()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            # After a failure elsewhere, what is already being written may still be finished and journalled.
+            self.settle()
+        except OutputError:
+            if kind is None:
+                raise
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def write(self, part: str, shard: str, tensors: "dict[str, Tensor]", lines: list[dict[str, Any]]) -> None:
+        """Starts writing one shard, once there is a place for it."""
+        path = self.run.folder / shard
+
+        def save() -> dict[str, Any]:
+            sha256 = write_shard(path, tensors)
+            return {
+                "shard": shard,
+                "sha256": sha256,
+                "bytes": path.stat().st_size,
+                "tensors": sorted(tensors),
+                "tensor_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+                "lines": lines,
+            }
+
+        self.settle(AT_ONCE - 1)
+        self._pending.append((part, self._pool.submit(save)))
+
+    def settle(self, left: int = 0) -> None:
+        """Waits until all that is being written, but for the last `left` parts, is on the disk and in the journal."""
+        while len(self._pending) > left:
+            part, future = self._pending.popleft()
+            self.run.finish_part(part, future.result())
+            self.report("saved", part=part)
+
+
+def shaping_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What the stage of a run.json that changed the shape, if there was one, says of it."""
+    first: dict[str, Any] = record.get("stages", [record])[0].get("allocation", {})
+    return first if "shape" in first else {}
+
+
+def circumstances(*packages: str) -> dict[str, Any]:
+    """When, with which versions of `packages` and by which command a result is made: the first fields of run.json."""
+    return {
+        "niwaki": __version__,
+        "versions": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+    }
+
+
+def fingerprint(
+    model_marks: Mapping[str, str], tokens: str, recipe: Mapping[str, Any], *, dense_stream: bool, threads: int | None
+) -> dict[str, str]:
+    """Hashes of what decides the bytes of a result, by the name that a refused resume would give each.
+
+    `model_marks` per file, `tokens` of the calibration, `recipe` as JSON; `threads` if the result depends on them.
+    """
+    marks = {f"model ({name})": mark for name, mark in model_marks.items()}
+    marks["data (calibration tokens)"] = tokens
+    marks |= {f"config ({name})": json.dumps(value) for name, value in recipe.items() if name != "calibration"}
+    marks["seed"] = marks.pop("config (seed)")
+    marks["config (dense_stream)"] = str(dense_stream)
+    marks |= {f"version ({name})": version(name) for name in ("torch", "transformers")}
+    marks["version (niwaki)"] = __version__
+    marks["threads"] = "" if threads is None else str(threads)
+    return {name: hashlib.sha256(mark.encode()).hexdigest() for name, mark in marks.items()}
+
+
+def partial_of(out: Path) -> Path:
+    """Where the work for `out` happens."""
+    return out.with_name(out.name + ".partial")
+
+
+def check_free(out: Path, partial: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuses an OUT that exists, or an unfinished run, unless told what to do with it.
+
+    Only folders that niwaki wrote are ever replaced. With `resume`, a finished OUT without an unfinished run
+    beside it passes: `finished_record` settles what it is.
+    """
+    retired = out.with_name(out.name + ".replaced")
+    if out.is_file():
+        raise OutputError(f"{out} is a file: expected a folder name for the result")
+    complete = _is_result(out)
+    for folder, ours in ((out, complete), (partial, (partial / RECORD).is_dir()), (retired, _is_result(retired))):
+        if not (ours or _is_empty(folder)):
+            raise OutputError(
+                f"{folder} exists and is not a niwaki result, so it will not be replaced: choose another OUT"
+            )
+    if not _is_empty(out) and not (overwrite or (resume and complete and not partial.exists())):
+        both = " (add --resume to finish the run that was to replace it)" if partial.exists() else ""
+        raise OutputError(f"{out} already exists: choose another OUT, or replace it with --overwrite{both}")
+    if not (_is_empty(partial) or resume or overwrite):
+        raise OutputError(f"{partial} holds an unfinished run: continue it with --resume, or drop it with --overwrite")
+    if resume and not partial.exists() and not complete:
+        raise ResumeError(f"nothing to resume: {partial} does not exist")
+
+
+def check_apart(model: Path, out: Path) -> None:
+    """Refuses an OUT, or a working folder beside it, that is the model, lies in it or contains it."""
+    source = model.resolve()
+    for folder in (out, partial_of(out), out.with_name(out.name + ".replaced")):
+        place = folder.resolve()
+        if source == place or source in place.parents or place in source.parents:
+            raise OutputError(
+                f"OUT {out} and the model {model} share a folder, and writing one would destroy the other: "
+                "choose an OUT outside the model"
+            )
+
+
+def check_space(out: Path, needed_bytes: int) -> None:
+    """Refuses an OUT whose folder does not exist or has no room for the result."""
+    parent = out.parent
+    if not parent.is_dir():
+        raise OutputError(f"{parent} does not exist: create it, or choose another OUT")
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < needed_bytes:
+        raise OutputError(
+            f"{parent} has {free_bytes / 1e9:.2f} GB free, the result needs {needed_bytes / 1e9:.2f} GB: "
+            "free space or choose another OUT"
+        )
+
+
+def finished_record(out: Path, fingerprint: dict[str, str]) -> dict[str, Any] | None:
+    """The run.json of a finished OUT that was made from the same inputs, None if there is no finished OUT.
+
+    Raises ResumeError naming what differs.
+    """
+    if not _is_result(out):
+        return None
+    try:
+        record: dict[str, Any] = json.loads((out / RECORD / "run.json").read_text(encoding="utf-8"))
+        before = dict(record["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(f"{out} is finished, but its run.json cannot be compared: use --overwrite") from error
+    _require_same(before, fingerprint, f"{out} is finished, from other inputs: changed since then")
+    return record
+
+
+def resumable(out: Path) -> bool:
+    """Whether an unfinished run of `out` has finished parts that a resume would keep."""
+    journal = partial_of(out) / RECORD / "journal"
+    return any(path.name != FINGERPRINT for path in journal.glob("*.json"))
+
+
+def _require_same(before: dict[str, str], now: dict[str, str], message: str) -> None:
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        raise ResumeError(
+            f"{message}: {', '.join(sorted(changed))}. Restore it, or start again with --overwrite instead of --resume"
+        )
+
+
+def _is_result(folder: Path) -> bool:
+    return (folder / RECORD / "run.json").is_file()
+
+
+def _is_empty(folder: Path) -> bool:
+    """Nothing is there, or only an empty folder."""
+    try:
+        return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    except OSError:  # what cannot be looked into is not known to be empty
+        return False
+
+
+def _same_content(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == sha256

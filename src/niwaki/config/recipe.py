@@ -1,0 +1,347 @@
+"""What a run is asked to do: targets, the recipe file and its validation.
+
+A recipe is YAML with the fields of `Recipe`; command-line flags override it, and the resolved copy is kept in
+run.json:
+
+    method: sparsegpt
+    target: "2:4"
+    calibration: {files: [mine.jsonl], samples: 64, seq_len: 512}
+    options: {damping_frac: 0.02}
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from niwaki.config.presets import with_preset
+from niwaki.errors import InputError, TargetError, unknown
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Unstructured: the fraction of weights that becomes zero, 0 < zeros_frac < 1."""
+
+    zeros_frac: float
+
+    def __str__(self) -> str:
+        return f"{self.zeros_frac:g}"
+
+    def zeros_in(self, rows: int, columns: int) -> int:
+        """Exact number of zeros in a matrix of this shape."""
+        return round(self.zeros_frac * rows * columns)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """N:M: of every `group` neighbours along the inputs, `keep` stay."""
+
+    keep: int
+    group: int
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.group}"
+
+    def zeros_in(self, rows: int, columns: int) -> int:
+        """Exact number of zeros in a matrix of this shape. Raises TargetError if the groups do not fit."""
+        if columns % self.group:
+            raise TargetError(
+                f"target {self} needs a multiple of {self.group} inputs, got a matrix with {columns}: "
+                "use another N:M or an unstructured target such as 0.5"
+            )
+        return rows * columns // self.group * (self.group - self.keep)
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Quantization: bits a weight. Methods with one code width mean its width, mixed ones everything stored."""
+
+    bits: float
+
+    def __str__(self) -> str:
+        return f"{self.bits:g}bit"
+
+    def zeros_in(self, rows: int, columns: int) -> int:
+        """Quantization asks for no zeros."""
+        return 0
+
+
+@dataclass(frozen=True)
+class PrunedBits:
+    """Both in one record: `zeros` first, then what is left as codes of `bits`. Every step of a chain meets its part."""
+
+    zeros: Sparsity | Grouped
+    bits: Bits
+
+    def __str__(self) -> str:
+        return f"{self.zeros}+{self.bits}"
+
+    def zeros_in(self, rows: int, columns: int) -> int:
+        """Zeros of the mask; kept weights that are rounded to zero come on top."""
+        return self.zeros.zeros_in(rows, columns)
+
+
+Kind = Literal["heads", "neurons"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Groups of columns of the matrix `consumer`, each made by as many rows of every producer (see `structure`).
+
+    `kind`: `neurons` of a dense layer, or `heads` that share a key and a value.
+    """
+
+    kind: Kind
+    consumer: str
+    producers: tuple[str, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Structured: how many groups of a unit stay. `cut`: the others leave the file, else they are stored as zeros."""
+
+    unit: Unit
+    count: int
+    cut: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.unit.count} {self.unit.kind}"
+
+    def zeros_in(self, rows: int, columns: int) -> int:
+        """Structured targets are no number of zeros."""
+        return 0
+
+
+Target = Sparsity | Grouped | Bits | PrunedBits | Keep
+_BYTE_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{ending}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for ending, base in (("B", 1000), ("IB", 1024))
+}
+
+
+def parse_target(text: str) -> Target:
+    """`0.5`, `50%`, `2:4`, `4bit` or `2:4+4bit`. Raises TargetError with what was expected."""
+    text = text.strip()
+    if "+" in text:
+        return _parse_both(text)
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)[ -]?bits?", text):
+        bits = float(found[1])
+        if not 1 <= bits <= 8:
+            raise TargetError(f"target {text}: expected 1 to 8 bits a weight, for example 4bit or 1.7bit")
+        return Bits(bits)
+    if found := re.fullmatch(r"(\d+):(\d+)", text):
+        keep, group = int(found[1]), int(found[2])
+        if not 0 < keep < group:
+            raise TargetError(f"target {text}: expected N:M with 0 < N < M (2:4 keeps 2 of every 4 weights)")
+        return Grouped(keep, group)
+    try:
+        zeros_frac = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise TargetError(
+            f"target {text!r}: expected a fraction of zeros such as 0.5, N:M such as 2:4, or bits such as 4bit"
+        ) from error
+    if not (math.isfinite(zeros_frac) and 0 < zeros_frac < 1):
+        percent = 1 < zeros_frac < 100 and not text.endswith("%")
+        hint = f"write {text}% or {zeros_frac / 100:g}" if percent else "for example 0.5 or 50%"
+        raise TargetError(f"target {text}: a fraction of zeros lies between 0 and 1, {hint}")
+    return Sparsity(zeros_frac)
+
+
+def asks_for_bits(record: dict[str, Any]) -> bool:
+    """Whether the last stage of a run.json made codes and no zeros besides. A code that is 0 is no pruning."""
+    target = record["recipe"]["target"]
+    if target is None:
+        return True
+    return isinstance(parse_target(target.partition("+")[2] if record.get("stages") else target), Bits)
+
+
+def _parse_both(text: str) -> PrunedBits:
+    zeros, *rest = map(parse_target, text.split("+")) if all(part.strip() for part in text.split("+")) else (None,)
+    if not isinstance(zeros, Sparsity | Grouped) or len(rest) != 1 or not isinstance(rest[0], Bits):
+        raise TargetError(f"target {text}: expected zeros first, then the bits of what is left, such as 2:4+4bit")
+    return PrunedBits(zeros, rest[0])
+
+
+def parse_bytes(text: str) -> int:
+    """`1700000000`, `1.7GB` or `800 MiB`. Raises TargetError with what was expected."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip().lower())
+    unit = _BYTE_UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or not float(found[1]):
+        raise TargetError(f"target_bytes {text!r}: expected a number of bytes such as 1700000000, 1.7GB or 800MiB")
+    return int(float(found[1]) * unit)
+
+
+def parse_keep_blocks(value: Any) -> str | tuple[int, ...]:
+    """`auto`, `none` (no blocks) or block numbers, `0,7` or a list. Raises TargetError with what was expected."""
+    if value in ("auto", "none"):
+        return "auto" if value == "auto" else ()
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    numbers = [str(item).strip() for item in items]
+    if not all(number.isdecimal() for number in numbers):
+        raise TargetError(f"keep_blocks {value!r}: expected auto, none or numbers of blocks such as 0,7")
+    return tuple(sorted({int(number) for number in numbers}))
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Strict):
+    """Which text the method sees. Without files the model writes its own."""
+
+    files: tuple[str, ...] = ()
+    field: str = "text"
+    samples: int = Field(default=128, ge=1)
+    seq_len: int = Field(default=2048, ge=2)
+
+
+class Recipe(_Strict):
+    """Everything that decides the bytes of a result, and how to get there.
+
+    `target`, or instead `target_bytes`: the bytes of all compressed matrices together. `keep_blocks` stay at 4 bits.
+    `allocation` auto is the best that is known for the method. `ends`: codes that embeddings and head are stored as,
+    beside and not within the target.
+    """
+
+    method: str
+    target: str | None = None
+    target_bytes: int | None = None
+    keep_blocks: Literal["auto"] | tuple[int, ...] = ()
+    allocation: str = "auto"
+    calibration: Calibration = Calibration()
+    options: dict[str, Any] = {}
+    pack: Literal["auto", "codes", "none"] = "codes"
+    ends: Literal["none", "4bit", "8bit"] = "none"
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_tokens: int | None = Field(default=None, ge=1)
+    activation_bytes: int | None = Field(default=None, ge=0)
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _target_text(cls, value: Any) -> Any:
+        return _target_text(value)
+
+    @field_validator("target_bytes", mode="before")
+    @classmethod
+    def _bytes_of(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+    @field_validator("keep_blocks", mode="before")
+    @classmethod
+    def _blocks_of(cls, value: Any) -> Any:
+        return parse_keep_blocks(value)
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """The fields of a recipe file, unvalidated. Raises InputError for anything but a YAML mapping."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a mapping with at least method and target")
+    _require_known(content, f" in {path}")
+    if not isinstance(content.get("options") or {}, dict):
+        raise InputError(f"{path}: options: expected a mapping, got {content['options']!r}")
+    return content
+
+
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    """A validated recipe, a preset filled in; the first problem becomes one InputError line."""
+    values = with_preset(values)
+    _require_known(values)
+    targets = [name for name in ("target", "target_bytes") if values.get(name) is not None]
+    if len(targets) > 1:
+        raise TargetError(
+            f"target {values['target']} and target_bytes {values['target_bytes']} are two budgets: give one of them"
+        )
+    for name, given in (("method", values.get("method") is not None), ("target", targets)):
+        if not given:
+            raise InputError(
+                f"{name} is missing: give one, for example --method sparsegpt --target 2:4 (see `niwaki methods`)"
+            )
+    try:
+        return Recipe(**{**values, "calibration": calibration_fields(values.get("calibration"))})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"recipe: {where}: {first['msg']} (got {first['input']!r})") from error
+
+
+def as_files(given: str | Path | Iterable[str | Path]) -> tuple[str, ...]:
+    """One file, or several, as the caller wrote them."""
+    return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given))
+
+
+def calibration_fields(given: Any) -> dict[str, Any]:
+    """The `calibration` of a recipe as a mapping: it may also be one file, a list of files or nothing."""
+    if given is None:
+        return {}
+    if isinstance(given, Calibration):
+        return given.model_dump()
+    if isinstance(given, str | Path | list | tuple):
+        given = {"files": given}
+    if not isinstance(given, dict):
+        raise InputError(f"calibration: expected files or a mapping with files, samples, seq_len; got {given!r}")
+    files = given.get("files", ())
+    return {**given, "files": as_files(files)} if isinstance(files, str | Path | list | tuple) else given
+
+
+def make_options(config_class: type, options: dict[str, Any], method: str) -> Any:
+    """A method's frozen config from `--set` strings or recipe values, checked by type and name."""
+    known = {entry.name: entry.type for entry in fields(config_class)}
+    values: dict[str, Any] = {}
+    for name, value in options.items():
+        if not known:
+            raise InputError(f"{method} has no options, got {name!r}")
+        if name not in known:
+            raise InputError(unknown(f"option of {method}", name, known))
+        values[name] = _coerce(value, known[name], f"{method} option {name}")
+    try:
+        return config_class(**values)
+    except ValueError as error:
+        raise InputError(f"{method}: {error}") from error
+
+
+def _require_known(values: dict[str, Any], where: str = "") -> None:
+    for name in values:
+        if name not in {*Recipe.model_fields, "preset"}:
+            raise InputError(unknown("recipe field", str(name), Recipe.model_fields) + where)
+
+
+def _target_text(value: Any) -> Any:
+    """A fraction may be a number; a whole number is what YAML 1.1 makes of an unquoted 2:4 (base 60: 124)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    keep, group = divmod(value, 60)
+    if isinstance(value, int) and 0 < keep < group:
+        raise TargetError(
+            f'target {value}: YAML reads an unquoted {keep}:{group} as this number: quote it, target: "{keep}:{group}"'
+        )
+    return str(value)
+
+
+def _coerce(value: Any, kind: Any, what: str) -> Any:
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in {"true", "false"}:
+            return str(value).lower() == "true"
+        raise InputError(f"{what}: expected true or false, got {value!r}")
+    try:
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what}: expected {kind.__name__}, got {value!r}") from error

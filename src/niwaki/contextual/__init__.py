@@ -1,1 +1,0 @@
-"""Which heads and neurons one input needs: their importance, who predicts it, and which of them run."""

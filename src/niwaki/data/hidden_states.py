@@ -1,0 +1,82 @@
+"""Hidden states of every calibration window, kept on the device, in RAM or in a memory-mapped file.
+
+One buffer is enough for the whole walk: the output of a batch replaces its input. The place is chosen once
+from what is free, or stated by the caller.
+
+Shapes: S windows, T tokens, D hidden size.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+from torch import Tensor
+
+from niwaki.errors import InputError
+from niwaki.model.device import free_device_bytes, usable_device_bytes
+
+Place = Literal["device", "ram", "disk"]
+
+
+class Activations:
+    """An [S, T, D] tensor read and written in slices of windows, wherever it lies."""
+
+    def __init__(self, store_STD: Tensor, place: Place, device: torch.device) -> None:
+        self.store_STD = store_STD
+        self.place = place
+        self.device = device
+
+    @classmethod
+    def allocate(
+        cls,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        place: Place,
+        folder: Path | None = None,
+        name: str = "activations.bin",
+    ) -> "Activations":
+        """An uninitialised buffer of `shape`; `folder` holds the file when the place is disk."""
+        if place == "disk":
+            if folder is None:
+                raise InputError("activations on disk need a working folder")
+            elements = shape[0] * shape[1] * shape[2]
+            flat = torch.from_file(str(folder / name), shared=True, size=elements, dtype=dtype)
+            return cls(flat.view(shape), place, device)
+        where = device if place == "device" else torch.device("cpu")
+        pinned = place == "ram" and device.type == "cuda"
+        return cls(torch.empty(shape, dtype=dtype, device=where, pin_memory=pinned), place, device)
+
+    def __len__(self) -> int:
+        return self.store_STD.shape[0]
+
+    def read(self, rows: slice) -> Tensor:
+        """Windows `rows` on the compute device."""
+        return self.store_STD[rows].to(self.device, non_blocking=True)
+
+    def take(self, windows: list[int]) -> Tensor:
+        """The chosen windows, in the order given, on the compute device."""
+        # Not by an index: it would have to go to the GPU, and the host would wait for all work before it.
+        return torch.cat([self.read(slice(window, window + 1)) for window in windows])
+
+    def write(self, rows: slice, x_BTD: Tensor) -> None:
+        """Replace windows `rows`."""
+        # Out of pinned memory nothing is read but by the stream that wrote it, so nobody has to wait for the copy.
+        self.store_STD[rows].copy_(x_BTD, non_blocking=self.place == "ram")
+
+
+def choose_place(needed_bytes: int, device: torch.device, budget_bytes: int | None = None) -> Place:
+    """Where `needed_bytes` of hidden states go: the fastest place that leaves room for the work.
+
+    Half of the free memory of a place may be taken, of a GPU an eighth of what this process may have (a method that
+    learns keeps three of them, and what it learns with is larger still), less when `budget_bytes` says so.
+    """
+    limit = budget_bytes if budget_bytes is not None else 2**62
+    if device.type == "cuda" and needed_bytes <= min(
+        limit, free_device_bytes(device), usable_device_bytes(device) // 8
+    ):
+        return "device"
+    if needed_bytes <= min(limit, psutil.virtual_memory().available // 2):
+        return "device" if device.type == "cpu" else "ram"
+    return "disk"

@@ -1,0 +1,181 @@
+"""The hidden states of all windows on their way through the blocks, and what was seen of one block.
+
+Legend: S windows, B windows in a batch, T tokens, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from niwaki.data.hidden_states import Activations, choose_place
+from niwaki.data.statistics import Statistics
+from niwaki.errors import ArchitectureError
+from niwaki.formats.packed import Packed
+from niwaki.model.anatomy import Call
+from niwaki.model.decoder import Block, Decoder
+
+
+class _AllMet(Exception):  # noqa: N818 (ends a forward, and is no error)
+    """Every matrix of a block has met its input."""
+
+
+class Stream:
+    """The hidden states of all windows, and the arguments that blocks are called with.
+
+    With `learn_batches`, that many windows at a time (and single ones) can be drawn for learning, and the
+    outputs of the dense block are kept beside its inputs.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        ids_ST: Tensor,
+        *,
+        batch_tokens: int | None = None,
+        activation_bytes: int | None = None,
+        folder: Path | None = None,
+        name: str = "stream",
+        learn_batches: frozenset[int] = frozenset(),
+    ) -> None:
+        count, tokens = ids_ST.shape
+        self.ids_ST = ids_ST
+        self.batch = max(1, min(count, (batch_tokens or default_batch_tokens(decoder.device)) // tokens))
+
+        def allocate(what: str) -> Activations:
+            shape = (count, tokens, decoder.hidden_size)
+            needed_bytes = count * tokens * decoder.hidden_size * decoder.dtype.itemsize
+            place = choose_place(needed_bytes, decoder.device, activation_bytes)
+            return Activations.allocate(shape, decoder.dtype, decoder.device, place, folder, f"{what}.bin")
+
+        self.hidden = allocate(name)
+        self.outputs = allocate(f"{name}-outputs") if learn_batches else None
+        self._calls: dict[int, list[Call]] = {}
+        for rows in self.slices():
+            x_BTD, calls = decoder.enter(ids_ST[rows])
+            self.hidden.write(rows, x_BTD)
+            _require_equal(self._calls.setdefault(len(x_BTD), calls), calls)
+        for size in sorted({min(size, count) for size in learn_batches | {1}} if learn_batches else set()):
+            if size not in self._calls:
+                self._calls[size] = decoder.enter(ids_ST[:size])[1]
+
+    def __len__(self) -> int:
+        return len(self.ids_ST)
+
+    def slices(self) -> Iterator[slice]:
+        """The batches of windows, in order; the last may be smaller."""
+        for first in range(0, len(self.ids_ST), self.batch):
+            yield slice(first, min(first + self.batch, len(self.ids_ST)))
+
+    def call(self, count: int, index: int) -> Call:
+        """The arguments of block `index` for `count` windows."""
+        return self._calls[count][index]
+
+    def observe(
+        self,
+        block: Block,
+        seen: Callable[[str, Tensor], None] | None,
+        *,
+        first_only: bool = False,
+        outputs: Activations | None = None,
+        before: Callable[[slice], None] | None = None,
+    ) -> Tensor:
+        """Runs the block without moving on; returns its output [B, T, D] for the first batch.
+
+        `before(rows)` is called ahead of every batch. If nobody keeps the outputs, later batches end where `seen` has
+        met every matrix: the last product of a block is more than a fifth of its operations.
+        """
+        first: Tensor | None = None
+        met: list[str] = []
+        stops = False
+
+        def meet(name: str, x: Tensor) -> None:
+            assert seen is not None
+            seen(name, x)
+            met.append(name)
+            if stops and len(set(met)) == len(block.linears):
+                raise _AllMet
+
+        for rows in self.slices():
+            if before is not None:
+                before(rows)
+            x_BTD = self.hidden.read(rows)
+            met.clear()
+            try:
+                out_BTD = block.run(self.call(len(x_BTD), block.index), x_BTD, None if seen is None else meet)
+            except _AllMet:
+                continue
+            if first is None:
+                first = out_BTD
+                # A block that uses a matrix twice, or experts by the tokens, runs to its end.
+                stops = outputs is None and len(met) == len(block.linears) == len(set(met))
+            if outputs is not None:
+                outputs.write(rows, out_BTD)
+            if first_only:
+                break
+        assert first is not None
+        return first
+
+    def advance(
+        self, block: Block, rows: slice | None = None, seen: Callable[[str, Tensor], None] | None = None
+    ) -> Tensor:
+        """Replaces the hidden states, or those of some windows, by the block's output; returns that of the first batch.
+
+        What is returned is a tensor of its own: hidden states that move on leave it as it is.
+        """
+        first: Tensor | None = None
+        for part in self.slices() if rows is None else [rows]:
+            x_BTD = self.hidden.read(part)
+            out_BTD = block.run(self.call(len(x_BTD), block.index), x_BTD, seen)
+            self.hidden.write(part, out_BTD)
+            first = out_BTD if first is None else first
+        assert first is not None
+        return first
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the walk saw of one block, as far as a method's `needs` asked for it.
+
+    `statistics` of every matrix, taken with the dense block on its inputs in the compressed model. `stream`
+    holds those inputs and the dense block's outputs; `dense` the outputs of the same block in the dense
+    model. `start` holds the records of the step before in a chain of methods, else nothing. `gradients`: squares [O, I]
+    of the gradient of every matrix in the dense model, summed over the windows.
+    """
+
+    statistics: Mapping[str, Statistics]
+    stream: Stream | None = None
+    dense: Stream | None = None
+    start: Mapping[str, Packed] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens a forward takes at once: enough to fill the device, few enough to bound its temporaries."""
+    return 16384 if device.type == "cuda" else 2048
+
+
+def _require_equal(first: Sequence[Call], other: Sequence[Call]) -> None:
+    """Arguments are recorded once per batch shape, so they must not depend on the tokens."""
+    for index, (a, b) in enumerate(zip(first, other, strict=True)):
+        for left, right in zip(_tensors(a), _tensors(b), strict=True):
+            if left is not right and not torch.equal(left, right):
+                raise ArchitectureError(
+                    f"block {index} receives an argument of shape {list(left.shape)} that depends on the tokens: "
+                    "niwaki walks decoders whose blocks depend on the hidden state alone"
+                )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Call):
+        return _tensors(value.args) + _tensors(value.kwargs)
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []

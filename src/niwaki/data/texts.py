@@ -1,0 +1,290 @@
+"""Texts → token windows.
+
+One rule for calibration and evaluation (benchmarks use the same): every document is followed by the end
+token, the stream is concatenated and cut into windows of equal length without overlap. Calibration first
+shuffles the documents by the seed; evaluation keeps file order.
+
+Shapes: S windows, T tokens a window.
+
+    tokenizer = load_tokenizer("MODEL")
+    windows_ST = calibration_windows(read_texts(["mine.jsonl"]), tokenizer, samples=64, seq_len=512, seed=0)
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from niwaki.config.recipe import Calibration
+from niwaki.config.sources import SUFFIXES, check_sources
+from niwaki.errors import CalibrationError
+from niwaki.model.hf import plain_loading
+
+DOMAIN = "domain"
+SAMPLE_STEPS = 32  # tokens a window grows between two reports
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, and what kind it is if its row says so."""
+
+    text: str
+    domain: str | None = None
+
+
+def windows_for(
+    given: Calibration,
+    model: Path,
+    *,
+    positions: int | None,
+    vocabulary: int,
+    seed: int,
+    device: str,
+    report: Callable[..., None],
+) -> tuple[Tensor, str]:
+    """[S, T] windows as `given` asks for them, and where they come from: its files, or the model in this folder.
+
+    Raises CalibrationError for files that cannot be texts, windows longer than `positions`, too little text, or a
+    tokenizer with ids beyond the model's `vocabulary`.
+    """
+    check_sources(given.files)
+    check_seq_len(given.seq_len, Calibration().seq_len, positions, "the model")
+    size = {"samples": given.samples, "seq_len": given.seq_len, "seed": seed}
+    if not given.files:
+        return sampled_windows(model, **size, device=device, report=report), "sampled from the model"
+    windows_ST = calibration_windows(read_texts(given.files, given.field), load_tokenizer(model), **size)
+    if int(windows_ST.max()) >= vocabulary:
+        raise CalibrationError(
+            f"the tokenizer yields id {int(windows_ST.max())}, the model has {vocabulary} embeddings: "
+            "the tokenizer belongs to another model"
+        )
+    return windows_ST, ", ".join(given.files)
+
+
+def read_texts(sources: Sequence[str], field: str = "text") -> list[str]:
+    """Documents of all sources in order; blank ones are dropped.
+
+    A source is a `.txt` file (one document), a `.jsonl` or `.parquet` file (`field` of every row), or a
+    data set that the `datasets` package can load (a hub id or a folder; its `train` split).
+    """
+    return [document.text for document in read_documents(sources, field)]
+
+
+def read_documents(sources: Sequence[str], field: str = "text") -> list[Document]:
+    """The same with the `domain` of every row of `.jsonl`, `.parquet` and data sets that has one."""
+    check_sources(sources)
+    found = [document for source in sources for document in _read_source(source, field)]
+    documents = [document for document in found if document.text.strip()]
+    if sources and not documents:
+        raise CalibrationError(f"no text in {', '.join(sources)}: expected at least one non-empty document")
+    return documents
+
+
+def check_seq_len(seq_len: int, default: int, positions: int | None, whose: str) -> None:
+    """Refuses windows that are longer than what the model was built for (None: any length)."""
+    if positions is not None and seq_len > positions:
+        given = "(the default) " if seq_len == default else ""
+        raise CalibrationError(
+            f"seq_len {seq_len} {given}is longer than the {positions} positions of {whose}: "
+            f"pass --seq-len {positions} or less"
+        )
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """The checkpoint's own tokenizer, with an end token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CalibrationError(
+            f"no usable tokenizer in {model} ({_first_line(error)}): "
+            "copy tokenizer.json and tokenizer_config.json beside the weights"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise CalibrationError(f"the tokenizer in {model} has no end token: set eos_token in its config")
+    return tokenizer
+
+
+def calibration_windows(texts: Sequence[str], tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> Tensor:
+    """[S, T] int64 windows from documents shuffled by `seed`. Raises when the text is too short."""
+    order = list(range(len(texts)))
+    random.Random(seed).shuffle(order)
+    stream, ends = _token_stream((texts[i] for i in order), tokenizer, samples * seq_len)
+    if len(stream) < samples * seq_len:
+        raise CalibrationError(
+            f"calibration holds {len(stream):,} tokens in {len(ends)} documents, "
+            f"{samples} windows × {seq_len} need {samples * seq_len:,}: add text, or lower --samples or --seq-len"
+        )
+    return torch.tensor(stream, dtype=torch.int64).view(samples, seq_len)
+
+
+def evaluation_windows(texts: Sequence[str], tokenizer: Any, *, seq_len: int, max_tokens: int | None = None) -> Tensor:
+    """[S, T] int64 windows in file order from the first `max_tokens` tokens; an incomplete window is dropped."""
+    return owned_windows(texts, tokenizer, seq_len=seq_len, max_tokens=max_tokens)[0]
+
+
+def owned_windows(
+    texts: Sequence[str], tokenizer: Any, *, seq_len: int, max_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The windows of `evaluation_windows`, and for every token [S, T] the number of the document it comes from."""
+    stream, ends = _token_stream(texts, tokenizer, max_tokens)
+    count = len(stream) // seq_len
+    if count == 0:
+        raise CalibrationError(
+            f"evaluation text holds {len(stream):,} tokens, one window needs {seq_len}: add text, or lower --seq-len"
+        )
+    ids_ST = torch.tensor(stream[: count * seq_len], dtype=torch.int64).view(count, seq_len)
+    places = torch.arange(count * seq_len)
+    return ids_ST, torch.searchsorted(torch.tensor(ends), places, right=True).view(count, seq_len)
+
+
+def sampled_windows(
+    model: str | Path,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    device: str,
+    report: Callable[..., None] = lambda event, **fields: None,
+) -> Tensor:
+    """[S, T] windows that the model writes itself (temperature 1), for when no text is given.
+
+    Loads the whole model; costs about `seq_len` decode steps per batch of 16 windows. Reports the tokens `done`
+    in between.
+    """
+    from transformers import AutoModelForCausalLM
+
+    report(
+        "warning",
+        message=f"no calibration text given: using text the model writes itself, {samples * seq_len:,} tokens one by "
+        "one, and the time grows with them (give --calibration FILE, or lower --samples and --seq-len)",
+    )
+
+    with plain_loading():
+        decoder: Any = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+    decoder.to(device).eval()
+    start = decoder.config.bos_token_id
+    if start is None:
+        start = decoder.config.eos_token_id
+    if start is None:
+        raise CalibrationError(f"{model} names no start token to sample from: give --calibration FILE")
+    torch.manual_seed(seed)
+    rows = []
+
+    def written(ids_BT: Tensor, scores: Tensor, **_: object) -> Tensor:
+        """Reports on the way; stops nothing."""
+        steps = ids_BT.shape[1] - 1
+        if steps % SAMPLE_STEPS == 0 or steps == seq_len:
+            report("sample", done=first * seq_len + steps * len(ids_BT), of=samples * seq_len)
+        return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
+
+    for first in range(0, samples, 16):
+        prompt = torch.full((min(16, samples - first), 1), start, device=device)
+        rows.append(
+            decoder.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                top_k=0,
+                min_new_tokens=seq_len,
+                max_new_tokens=seq_len,
+                pad_token_id=start,
+                stopping_criteria=[written],
+            )[:, 1:].cpu()
+        )
+    return torch.cat(rows)
+
+
+def digest(windows_ST: Tensor) -> str:
+    """SHA-256 of the token ids: names the calibration in run.json and guards a resume."""
+    return hashlib.sha256(windows_ST.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _token_stream(texts: Iterable[str], tokenizer: Any, limit: int | None) -> tuple[list[int], list[int]]:
+    """The tokens of all texts that fit, and for every text the place behind its end token."""
+    stream: list[int] = []
+    ends: list[int] = []
+    for text in texts:
+        if limit is not None and len(stream) >= limit:
+            break
+        # verbose=False: documents longer than the model are cut into windows here, no warning is due
+        stream.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        stream.append(tokenizer.eos_token_id)
+        ends.append(len(stream))
+    return (stream if limit is None else stream[:limit]), ends
+
+
+def _read_source(source: str, field: str) -> Iterator[Document]:
+    path = Path(source)
+    if not path.is_file():
+        return _read_dataset(source, field)
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(path, field)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{source} is not UTF-8 (byte {error.start}): convert it, for example with iconv -t UTF-8"
+        ) from error
+    if path.suffix.lower() == ".txt":
+        return iter([Document(content)])
+    return _read_jsonl(path, content, field)
+
+
+def _read_jsonl(path: Path, content: str, field: str) -> Iterator[Document]:
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CalibrationError(f"{path}:{number}: not a JSON line ({error.msg})") from error
+        yield _document(row, field, f"{path}:{number}")
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[Document]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise CalibrationError("reading parquet needs pyarrow: pip install pyarrow") from error
+    file = parquet.ParquetFile(path)
+    if field not in file.schema_arrow.names:
+        raise CalibrationError(f"{path} has no column {field!r} ({', '.join(file.schema_arrow.names)}): see --field")
+    columns = [name for name in dict.fromkeys((field, DOMAIN)) if name in file.schema_arrow.names]
+    for batch in file.iter_batches(columns=columns):
+        yield from (_document(row, field, str(path)) for row in batch.to_pylist())
+
+
+def _read_dataset(source: str, field: str) -> Iterator[Document]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrationError(
+            f"{source} is no {'/'.join(SUFFIXES)} file; loading it as a data set needs: pip install datasets"
+        ) from error
+    try:
+        rows = datasets.load_dataset(source, split="train", streaming=True)
+    except Exception as error:  # datasets raises its own, requests' and OS errors alike
+        raise CalibrationError(
+            f"{source} is neither a {'/'.join(SUFFIXES)} file nor a loadable data set ({_first_line(error)})"
+        ) from error
+    for row in rows:
+        yield _document(row, field, source)
+
+
+def _document(row: Any, field: str, where: str) -> Document:
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        raise CalibrationError(f"{where}: expected an object with a text in {field!r} (see --field)")
+    domain = row.get(DOMAIN)
+    return Document(str(row[field]), None if domain is None else str(domain))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]

@@ -1,0 +1,182 @@
+"""compressed-tensors, format `pack-quantized`: weight-only codes for transformers and the engines of the vLLM project.
+
+For results whose matrices are all 4- or 8-bit codes of one kind (`rtn`, `gptq`): symmetric, or affine with zero
+codes; a scale for every `group` columns, or for a row. The library packs (`pack_to_int32`) and describes
+(`QuantizationConfig`); codes are handed over as they are. Tested by loading with transformers.
+
+Scales are written as the float16 numbers they are; what becomes of them is the loader's choice. transformers 5.23 with
+compressed-tensors 0.20 casts those of symmetric codes to the dtype of the model: in float32 and float16 the weights are
+niwaki's, in bfloat16 a scale keeps 8 of its 11 bits. It cannot keep zero codes packed, so config.json of an affine
+result says `dequantize`, a key of transformers alone: the weights are decoded on loading, in float16 (relative error up
+to 2⁻¹¹). Fused experts beside codes it cannot load at all, so such results are refused.
+
+Cost: one shard in memory, one pass over the files.
+
+    niwaki export OUT DEST --to compressed-tensors
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from niwaki.errors import CheckpointError, InputError
+from niwaki.formats.quantized import Part, read_parts, stored_names
+from niwaki.model.anatomy import build_skeleton
+from niwaki.model.checkpoint import INDEX, Checkpoint, quantized_config
+from niwaki.model.files import copy_file, write_shard, write_text
+
+LIBRARY = "compressed-tensors"
+FORMAT = "pack-quantized"
+WIDTHS = (4, 8)
+GRIDS = ("symmetric", "affine")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The one kind of codes in a result; `group` is 0 for a scale a row. `dense` names the linears without codes."""
+
+    bits: int
+    symmetric: bool
+    group: int
+    dense: tuple[str, ...]
+    nbytes: int
+
+
+def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> Plan:
+    """The kind of codes in `checkpoint`. Raises InputError for what the format cannot hold, or a missing library."""
+    try:
+        import compressed_tensors  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"exporting needs the package {LIBRARY}: pip install {LIBRARY}") from error
+    if type is not None:
+        raise InputError(f"{LIBRARY} takes the codes as they are: leave --type out")
+    if record is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no niwaki/run.json: expected a folder that `niwaki compress` wrote"
+        )
+    if not checkpoint.packed:
+        raise InputError(
+            f"{checkpoint.folder} holds no codes, so there is nothing to export to {LIBRARY}: "
+            "compress with --method gptq or rtn, --target 4bit or 8bit and --pack auto"
+        )
+    if "ends" in record["result"]:
+        raise InputError(
+            f"{checkpoint.folder} stores embeddings and head as codes, which {LIBRARY} has no place for: "
+            "compress with --ends none"
+        )
+    if stored_dense := record["result"]["matrices"] - len(checkpoint.packed):
+        raise InputError(
+            f"{checkpoint.folder} stores {stored_dense} of its {record['result']['matrices']} matrices dense (see "
+            f"niwaki/blocks.jsonl): {LIBRARY} is written for results that are all codes, loaders fail on others"
+        )
+    kinds = {_kind(module, about): module for module, about in checkpoint.packed.items()}
+    widths = {about["parts"][0]["group"] for about in checkpoint.packed.values()}
+    whole = all(about["parts"][0]["group"] == about["shape"][1] for about in checkpoint.packed.values())
+    if len(kinds) > 1 or (len(widths) > 1 and not whole):
+        raise InputError(
+            f"{checkpoint.folder} mixes kinds of codes ({', '.join(sorted(kinds.values()))} differ, or their groups): "
+            f"{LIBRARY} is written for one kind, as one run of rtn or gptq makes them"
+        )
+    bits, grid = next(iter(kinds))
+    skeleton = build_skeleton(checkpoint.config, checkpoint.dtype)
+    linears = (name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear))
+    dense = tuple(name for name in linears if name not in checkpoint.packed)
+    return Plan(bits, grid == "symmetric", 0 if whole else widths.pop(), dense, checkpoint.nbytes)
+
+
+def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[..., None]) -> dict[str, Any]:
+    """Every shard of `checkpoint` again, its codes packed anew, with index and config.
+
+    Returns the format, the library's version and the bits a weight in the packed matrices, everything counted.
+    """
+    weight_map: dict[str, str] = {}
+    total_bytes = code_bytes = 0
+    for source in checkpoint.companions():
+        copy_file(source, folder / source.name)
+    for number, shard in enumerate(checkpoint.shards):
+        tensors = load_file(checkpoint.folder / shard)
+        for module, about in checkpoint.packed.items():
+            names = stored_names(about["parts"])
+            if f"{module}.{names[0]}" in tensors:
+                own = {name: tensors.pop(f"{module}.{name}") for name in names}
+                part = read_parts(own, about["parts"], about["shape"][1])[0]
+                packed = {f"{module}.{name}": tensor for name, tensor in _packed(part, about["shape"]).items()}
+                code_bytes += sum(tensor.nbytes for tensor in packed.values())
+                tensors |= packed
+        write_shard(folder / shard, tensors)
+        weight_map |= dict.fromkeys(tensors, shard)
+        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        report("export", index=number, of=len(checkpoint.shards))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    write_text(folder / "config.json", quantized_config(checkpoint.folder, _quantization(plan)))
+    weights = sum(math.prod(about["shape"]) for about in checkpoint.packed.values())
+    return {"format": FORMAT, "versions": {LIBRARY: version(LIBRARY)}, "bits": round(8 * code_bytes / weights, 4)}
+
+
+def _kind(module: str, about: Mapping[str, Any]) -> tuple[int, str]:
+    """Bits and grid of a matrix. Raises InputError naming it if the format has no such codes."""
+    if "parts" not in about:
+        raise InputError(
+            f"{module} is stored as nonzeros, which {LIBRARY} has no format for in this version: compress with "
+            "--pack codes"
+        )
+    parts = about["parts"]
+    bits, grid = parts[0]["bits"], parts[0]["grid"]
+    if len(parts) > 1 or bits not in WIDTHS or grid not in GRIDS:
+        found = " and ".join(f"{part['bits']}-bit {part['grid']}" for part in parts)
+        raise InputError(
+            f"{module} is stored as {found} codes: {LIBRARY} takes 4- or 8-bit codes, symmetric or affine, "
+            "for a whole matrix (--method gptq or rtn, --target 4bit or 8bit)"
+        )
+    return bits, grid
+
+
+def _packed(part: Part, shape: list[int]) -> dict[str, Tensor]:
+    """The tensors of one matrix [O, I] as the library names them; codes and zero codes are centred, then int32."""
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+    def centred(codes: Tensor) -> Tensor:
+        return (codes.to(torch.int16) - (1 << (part.bits - 1))).to(torch.int8)
+
+    found = {
+        "weight_packed": pack_to_int32(centred(part.code_OC), part.bits),
+        "weight_scale": part.scale_OG,
+        "weight_shape": torch.tensor(shape),
+    }
+    if part.zero_OG is not None:
+        found["weight_zero_point"] = pack_to_int32(centred(part.zero_OG), part.bits, packed_dim=0)
+    return found
+
+
+def _quantization(plan: Plan) -> dict[str, Any]:
+    """The `quantization_config` of config.json."""
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStatus,
+    )
+
+    args = QuantizationArgs(
+        num_bits=plan.bits,
+        symmetric=plan.symmetric,
+        strategy="group" if plan.group else "channel",
+        group_size=plan.group or None,
+    )
+    config = QuantizationConfig(
+        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=args, format=FORMAT)},
+        format=FORMAT,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=list(plan.dense),
+    )
+    found: dict[str, Any] = config.model_dump(mode="json")
+    return found if plan.symmetric else {**found, "dequantize": True}

@@ -1,0 +1,183 @@
+"""GGUF: one file with weights, shape and vocabulary, for llama.cpp and what is built on it.
+
+For Llama, Mistral, Qwen2 and Qwen3 with one dense layer a block: dense, pruned in place, or smaller. What is stored as
+codes is decoded first: GGUF has other codes. Matrices are written in float16 (float32 if they are stored so) or in any
+type that the package `gguf` can write (TYPES); vectors in float32. Where a row does not divide into the blocks of a
+type the matrix is written in float16, and the record says which and how many bytes.
+
+A Llama in GGUF rotates neighbouring values and transformers rotates halves of a head, so rows of q and k are
+interleaved. Mistral and Qwen2 compute what a Llama with these weights computes and are written as one, since the
+`qwen2` of llama.cpp needs heads that fill the width. Blocks of different widths become `deci`, the same graph with
+widths for every block. Two traps there: a block without a dense layer loses what its attention added, and the width
+of a head is read from the first block; both are refused.
+
+A Mistral with a window gets that window as its context, up to which it is the same model.
+
+Cost: one tensor in memory, one pass over the file.
+
+    niwaki export OUT DEST --to gguf --type q8_0
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, LlamaFileType
+from torch import Tensor
+
+from niwaki.errors import InputError, NumericalError, unknown
+from niwaki.exporters.gguf_shape import Layout, layout_of
+from niwaki.exporters.gguf_vocabulary import Vocabulary, read_vocabulary
+from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.files import atomic_file, copy_file
+
+NAME = "model.gguf"
+# What gguf.quants can write, most bits first; K-quants are made by llama.cpp itself.
+TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4", "tq2_0", "tq1_0")
+_NAMES_OF_FILES = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}
+FILE_TYPES = {name: LlamaFileType[_NAMES_OF_FILES.get(name, f"MOSTLY_{name.upper()}")] for name in TYPES}
+# llama.cpp rounds activations to the type of the weights, so a bf16 model runs more exactly from a float16 file.
+DEFAULTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "f16"}
+FALLBACK = GGMLQuantizationType.F16
+HEADER_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is written: the layout of the tensors, the type of each, the vocabulary."""
+
+    layout: Layout
+    type: str
+    kinds: dict[str, GGMLQuantizationType]
+    vocabulary: Vocabulary
+    packed: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, and some for the rest."""
+        return HEADER_BYTES + sum(self.tensor_bytes(name) for name in self.kinds)
+
+    def tensor_bytes(self, name: str) -> int:
+        """Bytes of one tensor in the file."""
+        block, size = gguf.GGML_QUANT_SIZES[self.kinds[name]]
+        return math.prod(self.layout.tensors[name].shape) // block * size
+
+
+def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> Plan:
+    """Every tensor under its name in GGUF and its type. Raises InputError for what llama.cpp could not run."""
+    chosen = DEFAULTS[checkpoint.dtype] if type is None else type
+    if chosen not in TYPES:
+        raise InputError(unknown("type", chosen, TYPES))
+    layout = layout_of(checkpoint)
+    kinds = {name: kind_of(tensor.shape, chosen) for name, tensor in layout.tensors.items()}
+    rows = layout.tensors["token_embd.weight"].shape[0]
+    codes = sum("parts" in about for about in checkpoint.packed.values())
+    return Plan(layout, chosen, kinds, read_vocabulary(checkpoint.folder, rows), codes)
+
+
+def kind_of(shape: tuple[int, ...], chosen: str) -> GGMLQuantizationType:
+    """The type a tensor is written in: vectors stay exact, rows that do not divide into blocks are float16."""
+    wanted = GGMLQuantizationType[chosen.upper()]
+    if len(shape) < 2:
+        return GGMLQuantizationType.F32
+    return FALLBACK if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
+
+
+def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[..., None]) -> dict[str, Any]:
+    """The file, and the licence of the checkpoint beside it; tokenizer and config are inside."""
+    for source in checkpoint.companions():
+        if source.name.upper().startswith(("LICENSE", "NOTICE")):
+            copy_file(source, folder / source.name)
+    with atomic_file(folder / NAME) as temporary:
+        writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[plan.layout.arch])
+        try:
+            _describe(writer, checkpoint, plan)
+            for name, tensor in plan.layout.tensors.items():
+                size = plan.tensor_bytes(name)
+                writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, raw_dtype=plan.kinds[name])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for index, (name, tensor) in enumerate(plan.layout.tensors.items()):
+                values = tensor.read(checkpoint)
+                writer.write_tensor_data(_encoded(name, values, plan.kinds[name]))
+                report("export", index=index, of=len(plan.kinds))
+        finally:
+            writer.close()
+    return _told(plan)
+
+
+def _encoded(name: str, values: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        data: np.ndarray = gguf.quants.quantize(np.ascontiguousarray(values.float().numpy()), kind)
+    if kind is GGMLQuantizationType.F16 and not np.isfinite(data).all():
+        raise NumericalError(f"{name} holds values beyond float16: export with --type bf16 or f32")
+    return data
+
+
+def _describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint, plan: Plan) -> None:
+    config, layout = checkpoint.config, plan.layout
+    writer.add_type("model")
+    writer.add_name(checkpoint.folder.name)
+    writer.add_file_type(FILE_TYPES[plan.type])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(layout.context)
+    writer.add_vocab_size(layout.tensors["token_embd.weight"].shape[0])
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(layout.neurons))
+    writer.add_feed_forward_length(_one_or_all(layout.neurons))
+    writer.add_head_count(_one_or_all(layout.heads))
+    writer.add_head_count_kv(_one_or_all(layout.key_heads))
+    writer.add_key_length(layout.head_width)
+    writer.add_value_length(layout.head_width)
+    writer.add_rope_dimension_count(layout.head_width)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    if layout.linear_factor:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(layout.linear_factor)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    plan.vocabulary.add_to(writer)
+
+
+def _one_or_all(counts: tuple[int, ...]) -> int | tuple[int, ...]:
+    return counts[0] if len(set(counts)) == 1 else counts
+
+
+def _told(plan: Plan) -> dict[str, Any]:
+    """What run.json says of the file: tensors and bytes by type, what did not get the type asked for, and notes."""
+    types: dict[str, dict[str, int]] = {}
+    for name, kind in plan.kinds.items():
+        counts = types.setdefault(kind.name.lower(), {"tensors": 0, "bytes": 0})
+        counts["tensors"] += 1
+        counts["bytes"] += plan.tensor_bytes(name)
+    shapes = {name: tensor.shape for name, tensor in plan.layout.tensors.items() if len(tensor.shape) > 1}
+    other = {name: shape for name, shape in shapes.items() if plan.kinds[name].name.lower() != plan.type}
+    fallbacks = [
+        {"tensor": name, "row": shape[-1], "type": plan.kinds[name].name.lower(), "bytes": plan.tensor_bytes(name)}
+        for name, shape in other.items()
+    ]
+    notes = [*plan.layout.notes, *plan.vocabulary.notes]
+    if plan.packed:
+        notes.append(f"{plan.packed} matrices were stored as codes and are decoded: GGUF has other codes")
+    if fallbacks:
+        size = sum(plan.tensor_bytes(name) for name in other)
+        notes.append(
+            f"{len(fallbacks)} matrices whose rows do not divide into blocks of {plan.type} are f16: {size:,} bytes"
+        )
+    matrix_bytes = sum(plan.tensor_bytes(name) for name in shapes)
+    return {
+        "format": f"{gguf.MODEL_ARCH_NAMES[plan.layout.arch]} {plan.type}",
+        "type": plan.type,
+        "versions": {"gguf": version("gguf")},
+        "bits": round(8 * matrix_bytes / sum(map(math.prod, shapes.values())), 4),
+        "types": types,
+        "fallbacks": fallbacks,
+        "vocabulary": {"model": plan.vocabulary.model, "pre": plan.vocabulary.pre},
+        "notes": notes,
+    }

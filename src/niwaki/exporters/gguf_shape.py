@@ -1,0 +1,224 @@
+"""Which tensors a GGUF has, under which names, and the widths of every block.
+
+Names come from `gguf.get_tensor_name_map`; widths are read from the tensors themselves, so blocks may differ.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+import torch
+from gguf import MODEL_ARCH
+from torch import Tensor
+
+from niwaki.errors import ArchitectureError, CheckpointError, InputError
+from niwaki.model.checkpoint import Checkpoint
+
+ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+DENSE = ("ffn_gate", "ffn_up", "ffn_down")
+FACTORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type as llama.cpp knows it.
+
+    `paired`: neighbouring values are rotated together, which transformers does with halves of a head. `biased`: the
+    matrices whose biases the graph adds. `norms`: norms of a block beyond the two of every one.
+    """
+
+    arch: MODEL_ARCH
+    paired: bool
+    biased: tuple[str, ...]
+    norms: tuple[str, ...] = ()
+
+
+_LLAMA = Family(MODEL_ARCH.LLAMA, True, ATTENTION + DENSE)
+FAMILIES: Mapping[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": Family(MODEL_ARCH.QWEN3, False, ATTENTION[:3], ("attn_q_norm", "attn_k_norm")),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the file: what it is called in the checkpoint, or its value if it is not stored there.
+
+    Rows are put in pairs within each of `paired_heads`, if there are any.
+    """
+
+    shape: tuple[int, ...]
+    source: str = ""
+    paired_heads: int = 0
+    value: Tensor | None = None
+
+    def read(self, checkpoint: Checkpoint) -> Tensor:
+        """The tensor as the file has it."""
+        tensor = checkpoint.read([self.source])[self.source] if self.value is None else self.value
+        return paired(tensor, self.paired_heads) if self.paired_heads else tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Architecture, widths of every block, positions, and all tensors by their GGUF name."""
+
+    arch: MODEL_ARCH
+    tensors: dict[str, Entry]
+    neurons: tuple[int, ...]
+    heads: tuple[int, ...]
+    key_heads: tuple[int, ...]
+    head_width: int
+    context: int
+    linear_factor: float
+    notes: tuple[str, ...]
+
+
+def layout_of(checkpoint: Checkpoint) -> Layout:
+    """The layout of a checkpoint. Raises ArchitectureError naming what llama.cpp has no graph for."""
+    config = checkpoint.config
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ArchitectureError(
+            f"{checkpoint.folder} is of type {config.model_type}: GGUF is written for {', '.join(FAMILIES)}"
+        )
+    if config.hidden_act != "silu":
+        raise ArchitectureError(f"llama.cpp computes these blocks with silu, config.json says {config.hidden_act}")
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    linear_factor, factors_R = _rotation(config, width, family)
+    sources = _named(checkpoint, family)
+    blocks = [_widths(checkpoint, sources, index, width, family) for index in range(config.num_hidden_layers)]
+    neurons, heads, key_heads = (tuple(counts) for counts in zip(*blocks, strict=True))
+    arch = family.arch if len(set(blocks)) == 1 and heads[0] else _uneven(checkpoint, family, heads)
+    tensors = {}
+    for name, source in sources.items():
+        part, index = _part(name)
+        if part.startswith("attn_") and not heads[index]:
+            if name.endswith(".bias"):
+                raise ArchitectureError(f"{source}: llama.cpp adds no bias where the matrices of attention are gone")
+            continue  # the norm before it
+        count = {"attn_q": heads, "attn_k": key_heads}.get(part) if family.paired else None
+        tensors[name] = Entry(checkpoint.tensors[source].shape, source, count[index] if count else 0)
+    if factors_R is not None:
+        tensors[FACTORS] = Entry(tuple(factors_R.shape), value=factors_R)
+    window = getattr(config, "sliding_window", None)
+    context = min(config.max_position_embeddings, window or config.max_position_embeddings)
+    notes = [] if context == config.max_position_embeddings else [f"the context is the window of {window} tokens"]
+    return Layout(arch, tensors, neurons, heads, key_heads, width, context, linear_factor, tuple(notes))
+
+
+def paired(tensor: Tensor, heads: int) -> Tensor:
+    """Rows [H·W, …] whose rotated partners lie half a head apart, with partners side by side."""
+    halves: Tensor = tensor.unflatten(0, (heads, 2, -1))
+    return halves.transpose(1, 2).flatten(0, 2)
+
+
+def _named(checkpoint: Checkpoint, family: Family) -> dict[str, str]:
+    """GGUF name → name in the checkpoint, in the order of the file. Raises for tensors without a place, or missing."""
+    config = checkpoint.config
+    names = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
+    found: dict[str, str] = {}
+    for source, info in checkpoint.tensors.items():
+        if source.endswith("rotary_emb.inv_freq") or 0 in info.shape:
+            continue  # computed from the config; a part that is gone
+        if source == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        if name is None or (name.endswith(".bias") and _part(name)[0] not in family.biased):
+            raise ArchitectureError(
+                f"llama.cpp's {gguf.MODEL_ARCH_NAMES[family.arch]} has no place for {source} of {checkpoint.folder}"
+            )
+        found[name] = source
+    table = (config.vocab_size, config.hidden_size)
+    ends = {"token_embd": table, "output_norm": table[1:]} | ({} if config.tie_word_embeddings else {"output": table})
+    for part, expected in ends.items():
+        _require(checkpoint, found, part, expected)
+    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
+
+
+def _order(name: str) -> tuple[int, str]:
+    index = _part(name)[1]
+    return (-1 if name.startswith("token_embd") else 2**31) if index < 0 else index, name
+
+
+def _part(name: str) -> tuple[str, int]:
+    """`blk.3.attn_q.weight` → attn_q, 3; what is in no block has the index −1."""
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.\w+", name)
+    return (match[2], int(match[1])) if match else (name.partition(".")[0], -1)
+
+
+def _widths(
+    checkpoint: Checkpoint, sources: Mapping[str, str], index: int, width: int, family: Family
+) -> tuple[int, int, int]:
+    """Neurons, heads and heads of keys of a block; no heads if its attention is gone. Raises for shapes that clash."""
+
+    hidden = checkpoint.config.hidden_size
+    attends = any(f"blk.{index}.{part}.weight" in sources for part in ATTENTION)
+    neurons = _rows(checkpoint, sources, f"blk.{index}.ffn_up")
+    wanted = {"ffn_norm": (hidden,), "ffn_gate": (neurons, hidden), "ffn_up": (neurons, hidden)}
+    wanted["ffn_down"] = (hidden, neurons)
+    rows = key_rows = 0
+    if attends:
+        rows, key_rows = (_rows(checkpoint, sources, f"blk.{index}.{part}") for part in ATTENTION[:2])
+        wanted |= {"attn_norm": (hidden,), "attn_q": (rows, hidden), "attn_k": (key_rows, hidden)}
+        wanted |= {"attn_v": (key_rows, hidden), "attn_output": (hidden, rows)}
+        wanted |= dict.fromkeys(family.norms, (width,))
+    for part, expected in wanted.items():
+        _require(checkpoint, sources, f"blk.{index}.{part}", expected)
+    heads, key_heads = rows // width, key_rows // width
+    if rows % width or key_rows % width or (attends and (not key_heads or heads % key_heads)):
+        raise CheckpointError(f"block {index}: {rows} and {key_rows} rows of q and k are no heads of {width} in groups")
+    return neurons, heads, key_heads
+
+
+def _rows(checkpoint: Checkpoint, sources: Mapping[str, str], module: str) -> int:
+    if f"{module}.weight" not in sources:
+        raise CheckpointError(f"{checkpoint.folder} has no tensor for {module}.weight: llama.cpp cannot go without it")
+    return checkpoint.tensors[sources[f"{module}.weight"]].shape[0]
+
+
+def _require(checkpoint: Checkpoint, sources: Mapping[str, str], module: str, expected: tuple[int, ...]) -> None:
+    """Raises CheckpointError unless the weight has this shape, and a bias the length of its first axis."""
+    _rows(checkpoint, sources, module)
+    for name, wanted in ((f"{module}.weight", expected), (f"{module}.bias", expected[:1])):
+        if name in sources and (shape := checkpoint.tensors[sources[name]].shape) != wanted:
+            raise CheckpointError(f"{checkpoint.folder}: {sources[name]} has the shape {shape}, expected {wanted}")
+
+
+def _uneven(checkpoint: Checkpoint, family: Family, heads: tuple[int, ...]) -> MODEL_ARCH:
+    """The architecture for blocks of different widths."""
+    if family.arch is not MODEL_ARCH.LLAMA:
+        raise ArchitectureError(
+            f"the blocks of {checkpoint.folder} differ in width, which llama.cpp can run for models that compute as a "
+            f"Llama does, not for {checkpoint.config.model_type}: compress with --allocation uniform"
+        )
+    if not heads[0]:
+        raise ArchitectureError("llama.cpp reads the width of heads from the first block: it needs its attention")
+    return MODEL_ARCH.DECI
+
+
+def _rotation(config: Any, width: int, family: Family) -> tuple[float, Tensor | None]:
+    """The factor that positions are divided by (0 for none), and those of single frequencies [W/2].
+
+    Raises InputError for kinds of scaling that this file format says otherwise, or not at all.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError("only a part of every head is rotated, which llama.cpp's graph for it does not do")
+    if kind == "default":
+        return 0.0, None
+    if kind == "linear":
+        return float(rope["factor"]), None
+    if kind == "llama3" and family.paired:
+        slowed_R, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        plain_R = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+        return 0.0, (plain_R / slowed_R.double()).float()
+    raise InputError(
+        f"rope_type {kind} of a {config.model_type} is not exported: default, linear or llama3 (Llama) are"
+    )

@@ -1,0 +1,95 @@
+"""ONNX: one graph from tokens to logits, for onnxruntime and what is built on it.
+
+`torch.onnx.export` (the exporter on `torch.export`, with onnxscript) traces the model that transformers builds, so any
+decoder that it can trace is covered: dense, pruned in place, or smaller. Inputs `input_ids` and `attention_mask`
+[B, T], output `logits` [B, T, V]; B and T are free. In float32, whatever the checkpoint is stored in: not every
+operator of onnxruntime has a half-precision kernel on the CPU. No cache of keys and values, which transformers does
+not let `torch.export` see into: every new token costs a pass over all of them.
+
+Cost: the whole model in memory in float32, and again while it is written.
+
+    niwaki export OUT DEST --to onnx
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnxscript  # noqa: F401 (what torch.onnx needs; missing, it would fail late)
+import torch
+
+from niwaki.errors import ArchitectureError, InputError
+from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.files import copy_file, sync_file
+from niwaki.model.hf import only_errors
+from niwaki.runtime.load import load
+
+NAME = "model.onnx"
+LIBRARIES = ("onnx", "onnxscript", "torch", "transformers")
+SEEN = (2, 7)  # batch and tokens of the traced call: any but 0 and 1, which would be taken for constants
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of the weights in float32."""
+
+    nbytes: int
+
+
+def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> Plan:
+    """Raises InputError for codes, or a `type` of weights."""
+    if type is not None:
+        raise InputError("an ONNX graph is written in float32: leave --type out")
+    if checkpoint.packed:
+        raise InputError(
+            f"{checkpoint.folder} stores {len(checkpoint.packed)} matrices as codes, which ONNX has no operator for: "
+            "compress with --pack none, or export to gguf"
+        )
+    weights = sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
+    return Plan(4 * weights)
+
+
+def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[..., None]) -> dict[str, Any]:
+    """The graph, its weights in a file of their own, config and tokenizer."""
+    for source in checkpoint.companions():
+        copy_file(source, folder / source.name)
+    # transformers' own float() refuses whatever has a quantization_config, also if that only tells shapes
+    model: Any = torch.nn.Module.float(load(checkpoint.folder, device="cpu"))
+    model.config.use_cache = False
+    program = _traced(model, checkpoint)
+    report("export", index=0, of=2)
+    program.save(folder / NAME, external_data=True)
+    for path in folder.glob(f"{NAME}*"):
+        sync_file(path)
+    report("export", index=1, of=2)
+    opset = program.model.opset_imports[""]
+    return {
+        "format": f"float32, opset {opset}",
+        "versions": {name: version(name) for name in LIBRARIES},
+        "bits": 32.0,
+        "inputs": ["input_ids", "attention_mask"],
+        "outputs": ["logits"],
+    }
+
+
+def _traced(model: Any, checkpoint: Checkpoint) -> Any:
+    """The exported program. Raises ArchitectureError in one line for what the exporter cannot trace."""
+    ids_BT = torch.arange(1, 1 + SEEN[0] * SEEN[1]).view(SEEN) % model.config.get_text_config().vocab_size
+    given = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
+    try:
+        # It warns of operators of packages that are not installed.
+        with only_errors("torch.onnx"), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return torch.onnx.export(
+                model, kwargs=given, dynamic_shapes=dict.fromkeys(given, axes), input_names=list(given),
+                output_names=["logits"], dynamo=True, verbose=False,
+            )  # fmt: skip
+    except Exception as error:  # torch.export and onnxscript raise their own, and plain ones
+        reason = " ".join(str(error).split())[:200]
+        raise ArchitectureError(
+            f"torch.onnx cannot export {checkpoint.folder}, a {model.config.model_type}: {reason}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Speed and memory of the variants of a model, in turns with the dense one."""

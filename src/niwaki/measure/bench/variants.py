@@ -1,0 +1,257 @@
+"""Forms of a dense model for speed alone: pruned and packed, quantized, narrower, or run by a part for every input.
+
+What a form reads does not depend on the method that chose its weights, so the cheapest choice stands for all: masks by
+magnitude, codes by rounding to nearest, the first neurons and heads, a predictor that learned nothing. And one matrix
+of every shape is encoded and copied to the others, so that a 7B model is made in seconds. What these models write is
+worthless; how fast they write it is what a compressed model would do.
+
+    bitmap       half of the weights of every matrix zero, values and a bitmap
+    2:4          two of four zero, values and 2-bit indices;  2:4+4bit  with codes of 4 bits as values
+    4bit         codes in groups of 128, as `gptq` and `rtn` store them
+    1.6bit       a fifth of the columns at 4 bits, the others at 1, as `squeeze10` stores them
+    structured   a quarter of the parameters of the blocks gone: heads and neurons, or neurons alone
+    contextual   half of the heads and neurons skipped for every input, by the runtime of `shadow`
+
+Cost: the memory of the form beside the dense model; one encoding for every shape of matrix.
+
+    FORMS["2:4"].make(model, anatomy)
+
+Legend: O outputs, I inputs, U units, F features, R rank.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from niwaki.config.recipe import Grouped, Sparsity
+from niwaki.errors import ArchitectureError, InputError, TargetError
+from niwaki.formats.packed import Packed, Stored
+from niwaki.formats.sparse import Sparse
+from niwaki.formats.sparse_tiles import Tiled
+from niwaki.measure.bench.models import twin
+from niwaki.methods import shadow
+from niwaki.methods.shared.masks import keep_by_row
+from niwaki.methods.shared.rounding import groups_of, nearest
+from niwaki.model.anatomy import Anatomy, build_skeleton, materialize_buffers
+from niwaki.model.prunable import Shape, Sizes
+from niwaki.runtime.contextual.predictor import Predictor
+from niwaki.runtime.contextual.record import Running, Shadow
+from niwaki.runtime.contextual.sparsity import attach
+from niwaki.runtime.contextual.units import find_layout
+from niwaki.runtime.linear import PackedLinear
+from niwaki.runtime.sparse_linear import SparseLinear
+
+GROUPS = (128, 64, 32)  # columns that share a scale: the widest that divides a matrix
+SALIENT_BITS, SALIENT_FRAC = 4, 0.2  # of 1.6bit; all other columns have one bit
+REMOVED_FRAC, SKIPPED_FRAC = 0.25, 0.5
+
+
+@dataclass(frozen=True)
+class Made:
+    """A form in memory, and what is to be said of it. `beside`: tensors that it holds and no module does."""
+
+    model: Any
+    detail: str
+    beside: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a form is made of a dense model, of which it may hold the tensors. Raises NiwakiError where it cannot be."""
+
+    about: str
+    make: Callable[[Any, Anatomy], Made]
+
+
+def bitmap(weight_OI: Tensor) -> Stored:
+    """Half zeros, those of the smallest weights of every row."""
+    keep_OI = keep_by_row(weight_OI.float().abs(), Sparsity(0.5))
+    return _stored(Sparse.encode(_masked(weight_OI, keep_OI), layout="bitmap"))
+
+
+def two_four(weight_OI: Tensor) -> Stored:
+    """The two smallest of every four zero."""
+    keep_OI = keep_by_row(weight_OI.float().abs(), Grouped(2, 4))
+    return _stored(Sparse.encode(_masked(weight_OI, keep_OI), layout="two_four"))
+
+
+def two_four_codes(weight_OI: Tensor) -> Stored:
+    """The same with codes of 4 bits, in the tiles that the kernels read where the columns allow it."""
+    keep_OI = keep_by_row(weight_OI.float().abs(), Grouped(2, 4))
+    columns = weight_OI.shape[1]
+    groups = groups_of(0, columns, 4, "symmetric", _group(columns))
+    (part,) = nearest(_masked(weight_OI, keep_OI).float(), groups, clip=False).storable().parts(torch.arange(columns))
+    record = Sparse.encode_codes(part, keep_OI, layout="two_four")
+    assert record is not None, "symmetric codes of 4 bits in groups of whole bytes"
+    return _stored(Tiled.encode(record) or record)
+
+
+def four_bits(weight_OI: Tensor) -> Stored:
+    """Affine codes, a scale and a zero code for every group."""
+    columns = weight_OI.shape[1]
+    groups = groups_of(0, columns, 4, "affine", _group(columns))
+    return _codes(weight_OI, torch.arange(columns), groups)
+
+
+def mixed_bits(weight_OI: Tensor) -> Stored:
+    """A fifth of the columns, chosen at random, before the others; one scale a row for each kind."""
+    columns = weight_OI.shape[1]
+    count = round(SALIENT_FRAC * columns / 8) * 8
+    if not 0 < count < columns:
+        raise TargetError(f"1.6bit needs matrices of 20 columns and more, got {columns}")
+    order_I = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
+    order_I = torch.cat([order_I[:count].sort().values, order_I[count:].sort().values])
+    groups = groups_of(0, count, SALIENT_BITS, "midrise", 0) + groups_of(count, columns, 1, "free", 0)
+    return _codes(weight_OI[:, order_I], order_I, groups)
+
+
+def _group(columns: int) -> int:
+    group = next((group for group in GROUPS if columns % group == 0), None)
+    if group is None:
+        raise TargetError(f"4-bit codes go in groups of {GROUPS[-1]} to {GROUPS[0]} columns, got {columns} columns")
+    return group
+
+
+def _codes(weight_OI: Tensor, order_I: Tensor, groups: Any) -> Stored:
+    record = Packed.codes(nearest(weight_OI.float(), groups, clip=False).storable().parts(order_I))
+    return Stored(record.tensors(), record.describe())
+
+
+def _stored(record: Sparse | Tiled) -> Stored:
+    return Stored(record.tensors(), record.describe())
+
+
+def _masked(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
+    return torch.where(keep_OI, weight_OI, weight_OI.new_zeros(()))
+
+
+def packed(encode: Callable[[Tensor], Stored]) -> Callable[[Any, Anatomy], Made]:
+    """A form whose matrices are all stored as `encode` makes them of the first of their shape."""
+
+    def make(model: Any, anatomy: Anatomy) -> Made:
+        made, known, left = twin(model), dict[tuple[int, int], Stored](), 0
+        for index, block in enumerate(anatomy.blocks):
+            for matrix in block.linears.values():
+                name = anatomy.prefix(index) + matrix.name
+                module = _plain_linear(made, name) if matrix.expert is None and not matrix.transposed else None
+                if module is None:
+                    left += 1
+                    continue
+                shape = matrix.rows, matrix.columns
+                if shape not in known:
+                    known[shape] = _moved(encode(module.weight.detach().cpu()), module.weight.device)
+                _put(made, name, _layer(module, known[shape]))
+        if not known:
+            raise ArchitectureError(
+                f"none of the matrices of {type(model).__name__} is the weight of an nn.Linear: its compressed files "
+                "hold dense weights, so its speed is that of the dense model"
+            )
+        return Made(made, f"{left} matrices that are no nn.Linear stay dense" if left else "")
+
+    return make
+
+
+def _plain_linear(model: nn.Module, name: str) -> nn.Linear | None:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    return module if isinstance(module, nn.Linear) else None
+
+
+def _moved(stored: Stored, device: torch.device) -> Stored:
+    return Stored({name: tensor.to(device) for name, tensor in stored.tensors.items()}, stored.about)
+
+
+def _layer(module: nn.Linear, stored: Stored) -> nn.Module:
+    """A packed layer with a copy of these tensors and the bias of a dense one."""
+    kind = SparseLinear if "sparse" in stored.about else PackedLinear
+    with torch.device(module.weight.device):
+        layer = kind(module.out_features, module.in_features, stored.about, bias=False)
+    layer.load_state_dict(dict(stored.tensors))
+    layer.bias = module.bias
+    return layer
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def structured(model: Any, anatomy: Anatomy) -> Made:
+    """The first heads and neurons of every block, so many that a quarter of its parameters is gone."""
+    sizes, shape = find_shape(model, anatomy)
+    values = dict(sizes.config_for(shape))
+    from transformers import AutoConfig
+
+    made = build_skeleton(AutoConfig.for_model(values.pop("model_type"), **values), model.dtype)
+    full = dict(model.named_parameters(remove_duplicate=False))
+    device = next(model.parameters()).device
+    materialize_buffers(made, made, device)
+    for name, meta in list(made.named_parameters(remove_duplicate=False)):
+        own = full[name]
+        if own.shape != meta.shape:
+            own = nn.Parameter(own[tuple(slice(size) for size in meta.shape)].clone(), requires_grad=False)
+        owner, _, leaf = name.rpartition(".")
+        made.get_submodule(owner)._parameters[leaf] = own
+    made.config.use_cache = True
+    return Made(made, f"{sizes.removed_frac(shape):.1%} of the blocks gone: {shape} left")
+
+
+def find_shape(model: Any, anatomy: Anatomy) -> tuple[Sizes, Shape]:
+    """A quarter fewer heads and neurons where the config can say so, else fewer neurons alone."""
+    sizes = Sizes(anatomy, build_skeleton(model.config, model.dtype), model.config.to_dict())
+    for heads in (max(1, sizes.heads * 3 // 4), sizes.heads):
+        shape = sizes.fitting(REMOVED_FRAC, heads, (), 0)
+        if shape is None:
+            continue
+        try:
+            sizes.config_for(shape)
+        except InputError:
+            continue
+        return sizes, shape
+    raise TargetError(f"no width of {type(model).__name__} that its config can say leaves {1 - REMOVED_FRAC:.0%}")
+
+
+def contextual(model: Any, anatomy: Anatomy) -> Made:
+    """All weights, and a predictor that says of every prompt which half of the units runs."""
+    made = twin(model)
+    made.contextual = attach(made, untrained(made, anatomy, SKIPPED_FRAC))
+    return Made(made, "", tuple(made.contextual.shadow.predictor.tensors().values()))
+
+
+def untrained(model: Any, anatomy: Anatomy, skip_frac: float) -> Shadow:
+    """A predictor of the size and with the features that `shadow` gives one by itself, of random numbers."""
+    layout = find_layout(anatomy, build_skeleton(model.config, torch.float32), 1)
+    channels = anatomy.blocks[0].linears[layout.units["heads"].consumer].columns
+    config, size = shadow.Config(), layout.size
+    features = sum({"last": channels, "mean": channels, "prompt": size}[name] for name in config.groups)
+    rank = max(1, int((config.size_frac * anatomy.weights - 2 * size - 2 * features) // (features + size)))
+    generator = torch.Generator().manual_seed(0)
+    predictor = Predictor(
+        features=config.groups,
+        heads=layout.blocks * layout.count("heads"),
+        prior_U=torch.rand(size, generator=generator),
+        typical_U=torch.ones(size),
+        trust_K2=torch.tensor([[0.5, 0.0], [0.5, 0.0]]),
+        center_F=torch.zeros(features),
+        scale_F=torch.ones(features),
+        into_FR=torch.randn(features, rank, generator=generator) * 1e-3,
+        out_RU=torch.randn(rank, size, generator=generator) * 1e-2,
+    )
+    place = next(model.parameters()).device
+    return Shadow(predictor.to(place), layout, shadow.rule(config, skip_frac), Running(**config.running))
+
+
+FORMS = {
+    "bitmap": Form("50 % zeros, bitmap", packed(bitmap)),
+    "2:4": Form("2:4, indices", packed(two_four)),
+    "2:4+4bit": Form("2:4, 4-bit codes", packed(two_four_codes)),
+    "4bit": Form("4-bit codes", packed(four_bits)),
+    "1.6bit": Form("columns of 4 and 1 bit", packed(mixed_bits)),
+    "structured": Form("25 % narrower", structured),
+    "contextual": Form("50 % skipped by input", contextual),
+}

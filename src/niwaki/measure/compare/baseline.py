@@ -1,0 +1,111 @@
+"""Gates written from a measured baseline: every limit a little beyond what the baseline certainly keeps.
+
+A later build that is as good as the baseline passes, and one that is clearly worse does not. What the baseline has too
+little evidence for is written as a comment, so that nobody relies on it.
+
+    write_text(Path("gate.yaml"), gate_text(read_comparison("report/compare.json"), "four", margin=0.1))
+"""
+
+import math
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from niwaki.errors import InputError, unknown
+from niwaki.measure.compare.gates import LIMITS, Gates, judge, measurements, shown
+from niwaki.measure.metrics import METRICS
+from niwaki.measure.schema import BUSY, Candidate, Comparison
+
+MARGIN = 0.1
+# What a metric is for a model that does not differ; 1 for the others. Of bytes the margin is a share.
+_SAME = {"kl": 0.0, "accuracy_loss": 0.0, "accuracy_norm_loss": 0.0, "bytes": 0.0, "bytes_ratio": 0.0}
+
+
+def read_comparison(path: str | Path) -> Comparison:
+    """A compare.json. Raises InputError for anything else."""
+    try:
+        return Comparison.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}. Expected the compare.json of a report") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its content"
+        raise InputError(f"{path} is no comparison of this niwaki ({where}: {first['msg']})") from error
+
+
+def only(comparison: Comparison, name: str) -> Comparison:
+    """The comparison with one of its candidates. Raises InputError for one it does not have."""
+    return comparison.model_copy(update={"candidates": (_chosen(comparison, name),)})
+
+
+def gate_text(comparison: Comparison, name: str | None = None, margin: float = MARGIN) -> str:
+    """A gate file with a comment a line, from the candidate `name` (needed where there are several).
+
+    `margin`: share of the distance from "no different" (ratio 1, KL 0, agreement 1, loss 0; for bytes, of the value)
+    that is added. Raises InputError for an unknown candidate or a margin below 0.
+    """
+    if margin < 0:
+        raise InputError(f"margin must be 0 or more, got {margin:g}")
+    candidate = _chosen(comparison, name)
+    lines = [
+        f"# Gates from the baseline {candidate.model.name} against {comparison.dense.name} ({comparison.date}).",
+        f"# Limits lie beyond the ends of its intervals, by {margin:.0%} of their distance from no difference",
+        "# (of bytes: of the value). Missing or too little evidence fails a gate.",
+        f"confidence: {comparison.confidence:g}  # of every interval, two-sided",
+    ]
+    for gate in LIMITS:
+        metric = METRICS[gate.partition("_")[2]]
+        unit = f", {metric.unit}" if metric.unit else ""
+        lines += ["", f"# {gate}: {metric.meaning}{unit}", *_lines(gate, candidate, comparison.confidence, margin)]
+    return "\n".join(lines) + "\n"
+
+
+def _lines(gate: str, candidate: Candidate, confidence: float, margin: float) -> list[str]:
+    name = gate.partition("_")[2]
+    pace = None if candidate.speed is None else candidate.speed.paces.get(name)
+    if pace is not None and pace.dense_swing > BUSY:
+        swing = f"rounds of the dense model differed by a factor of {pace.dense_swing:.0f}"
+        return [f"# {gate}:  ({swing}: a busy machine)"]
+    own = [one for one in measurements(candidate) if one.metric == name]
+    if not own:
+        return [f"# {gate}:  (not measured in the baseline)"]
+    upper, lines, limits = METRICS[name].limit == "max", [], []
+    for one in own:
+        found = one.estimate
+        ends = "" if one.exact or found.low is None or found.high is None else (
+            f", {shown(found.low)} to {shown(found.high)} from {found.units}"
+        )  # fmt: skip
+        lines.append(f"# measured {shown(found.value)}{ends}" + (f" ({one.about})" if one.about else ""))
+        end = found.high if upper else found.low
+        limits.append(math.nan if end is None else _beyond(name, end, margin))
+    text = _rounded(max(limits) if upper else min(limits), upper, whole=name == "bytes")
+    try:
+        gates = Gates.model_validate({"confidence": confidence, gate: float(text)})
+    except ValidationError:
+        return [*lines, f"# {gate}:  (the baseline would give {text}, which is no limit)"]
+    if not judge(candidate, gates, confidence).passed:
+        return [*lines, f"# {gate}:  (the baseline has too little evidence for it)"]
+    return [*lines, f"{gate}: {text}"]
+
+
+def _beyond(metric: str, end: float, margin: float) -> float:
+    room = abs(end - _SAME.get(metric, 1.0)) * margin
+    return end - room if metric == "top1_agreement" else end + room
+
+
+def _rounded(value: float, upwards: bool, whole: bool) -> str:
+    """Four significant digits (bytes: whole), away from the baseline, as YAML reads a number (no 1e-05)."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    digits = 0 if whole else max(0, 3 - math.floor(math.log10(abs(value))))
+    rounded = (math.ceil if upwards else math.floor)(round(value * 10**digits, 6)) / 10**digits
+    return f"{rounded:.{digits}f}"
+
+
+def _chosen(comparison: Comparison, name: str | None) -> Candidate:
+    names = [candidate.model.name for candidate in comparison.candidates]
+    if name is None and len(names) > 1:
+        raise InputError(f"{len(names)} candidates in the baseline: choose one with --candidate ({', '.join(names)})")
+    if name is not None and name not in names:
+        raise InputError(unknown("candidate", name, names))
+    return comparison.candidates[0 if name is None else names.index(name)]

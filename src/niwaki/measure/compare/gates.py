@@ -1,0 +1,226 @@
+"""Gates: limits that a candidate must keep, judged by what is certain and not by what was measured.
+
+A gate is `max_` or `min_` before a metric (`comparing.metrics`). It passes only if the far end of the interval keeps
+the limit; an interval that crosses it, too few independent units for the confidence asked, or nothing measured at all
+fail and say so. Gates read a finished comparison and measure nothing.
+
+    confidence: 0.95
+    correction: bonferroni
+    max_perplexity_ratio: 1.05
+    max_decode_latency_ratio: 0.8
+
+Without a correction every verdict has this confidence by itself. One candidate needs none: it must pass all its gates,
+and a bad one passes all by chance no more often than one of them. Of many candidates or lines, though, some pass by
+chance more often. `bonferroni` divides what is left to chance by the number of verdicts that come from intervals.
+(Holm's steps would need the same evidence at every level, and a comparison holds its intervals at one.)
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from niwaki.config.recipe import parse_bytes
+from niwaki.errors import InputError, unknown
+from niwaki.measure.intervals import least_units
+from niwaki.measure.metrics import METRICS
+from niwaki.measure.schema import Candidate, Comparison, Estimate, Settings, Verdict
+
+CONFIDENCE = 0.95
+_NEXT = {
+    "data": "give --data FILE",
+    "tasks": "give --tasks FILE",
+    "speed": "leave --rounds above 0",
+    "file": "",
+}
+_MORE = {"data": "more text", "tasks": "more questions", "speed": "more --rounds", "file": ""}
+
+
+class Gates(BaseModel):
+    """The limits of a gate file. `confidence` is that of an interval, two-sided, or with a correction that of all."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    confidence: float = Field(default=CONFIDENCE, ge=0.5, le=0.999)
+    correction: Literal["none", "bonferroni"] = "none"
+    max_perplexity_ratio: float | None = Field(default=None, gt=0)
+    max_kl: float | None = Field(default=None, gt=0)
+    min_top1_agreement: float | None = Field(default=None, gt=0, lt=1)
+    max_accuracy_loss: float | None = Field(default=None, ge=-1, le=1)
+    max_accuracy_norm_loss: float | None = Field(default=None, ge=-1, le=1)
+    max_prefill_latency_ratio: float | None = Field(default=None, gt=0)
+    max_decode_latency_ratio: float | None = Field(default=None, gt=0)
+    max_bytes: float | None = Field(default=None, gt=0)
+    max_bytes_ratio: float | None = Field(default=None, gt=0)
+
+    @field_validator("max_bytes", mode="before")
+    @classmethod
+    def _bytes_of(cls, value: Any) -> Any:
+        return float(parse_bytes(value)) if isinstance(value, str) else value
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The gates that are set, by name."""
+        values = {name: getattr(self, name) for name in LIMITS}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+LIMITS = tuple(name for name in Gates.model_fields if name.startswith(("max_", "min_")))
+
+
+def each_confidence(gates: Gates, settings: Settings, candidates: int) -> float:
+    """The confidence of every single interval that these gates will judge, of so many candidates."""
+    if gates.correction == "none":
+        return gates.confidence
+    files = {"data": len(settings.data), "tasks": len(settings.tasks), "speed": int(settings.rounds > 0)}
+    verdicts = candidates * sum(files.get(METRICS[name.partition("_")[2]].needs, 0) for name in gates.limits)
+    return 1 - (1 - gates.confidence) / max(verdicts, 1)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One value of a metric: of which file, with its interval, or without one where it is exact."""
+
+    metric: str
+    about: str
+    estimate: Estimate
+    exact: bool = False
+
+
+def load_gates(path: str | Path) -> Gates:
+    """The gates of a YAML file. Raises InputError for anything else, with a suggestion for a misspelt name."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"cannot read the gates {path}: {error.strerror} (`niwaki gate --init` writes such a file)"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected gates, lines such as max_perplexity_ratio: 1.05")
+    for name, value in content.items():
+        if name not in Gates.model_fields:
+            raise InputError(f"{path}: {unknown('gate', str(name), Gates.model_fields)}")
+        if value is None:
+            raise InputError(f"{path}: {name}: expected a number, got nothing: give a limit or remove the line")
+    try:
+        gates = Gates(**content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{path}: {first['loc'][0]}: {first['msg']} (got {first['input']!r})") from error
+    if not gates.limits:
+        raise InputError(f"{path} holds no gate: choose from {', '.join(LIMITS)}")
+    return gates
+
+
+def measurements(candidate: Candidate) -> Iterator[Measurement]:
+    """Everything measured of a candidate under its stable name."""
+    for data in candidate.data:
+        for metric in ("perplexity_ratio", "kl", "top1_agreement"):
+            yield Measurement(metric, data.data, getattr(data.whole, metric))
+    for task in candidate.tasks:
+        yield Measurement("accuracy_loss", task.task, task.accuracy.loss)
+        yield Measurement("accuracy_norm_loss", task.task, task.accuracy_norm.loss)
+    if candidate.speed is not None:
+        for metric, pace in candidate.speed.paces.items():
+            yield Measurement(metric, "", pace.latency_ratio)
+    for metric, value in (("bytes", float(candidate.model.file_bytes)), ("bytes_ratio", candidate.bytes_ratio)):
+        yield Measurement(metric, "", Estimate(value=value, low=value, high=value, units=1), exact=True)
+
+
+def judge(candidate: Candidate, gates: Gates, confidence: float, each: float | None = None) -> Candidate:
+    """The candidate with a verdict per gate and file; `confidence` is that of its intervals, `each` what is asked.
+
+    `each` is by default what the gates ask of a single verdict.
+    """
+    each = gates.confidence if each is None else each
+    found = list(measurements(candidate))
+    verdicts: list[Verdict] = []
+    for gate, limit in gates.limits.items():
+        metric = gate.partition("_")[2]
+        own = [one for one in found if one.metric == metric]
+        verdicts += [_verdict(gate, limit, one, each, confidence) for one in own]
+        if not own:
+            reason = f"no evidence: {METRICS[metric].meaning} was not measured, {_NEXT[METRICS[metric].needs]}"
+            verdicts.append(_failure(gate, "", limit, None, each, reason))
+    passed = all(verdict.passed for verdict in verdicts)
+    return candidate.model_copy(update={"gates": tuple(verdicts), "passed": passed})
+
+
+def judged(comparison: Comparison, gates: Gates) -> Comparison:
+    """The comparison with the verdicts of these gates instead of any before."""
+    each = each_confidence(gates, comparison.settings, len(comparison.candidates))
+    candidates = tuple(judge(candidate, gates, comparison.confidence, each) for candidate in comparison.candidates)
+    stated = {"confidence": gates.confidence} | ({} if gates.correction == "none" else {"each_confidence": each})
+    return comparison.model_copy(
+        update={
+            "candidates": candidates,
+            "gate": {**stated, **gates.limits},
+            "passed": all(candidate.passed for candidate in candidates),
+        }
+    )
+
+
+def _verdict(gate: str, limit: float, one: Measurement, wanted: float, confidence: float) -> Verdict:
+    value, metric = one.estimate.value, METRICS[one.metric]
+    upper = metric.limit == "max"
+    bound = one.estimate.high if upper else one.estimate.low
+    if one.exact:
+        passed = value <= limit if upper else value >= limit
+        reason = f"{shown(value)} {'keeps' if passed else 'exceeds'} {shown(limit)}"
+        return Verdict(
+            gate=gate, about=one.about, limit=limit, measured=value, bound=value, confidence=wanted, passed=passed,
+            reason=reason,
+        )  # fmt: skip
+    problem = _too_little(one, wanted, confidence)
+    if problem or bound is None or not math.isfinite(bound):
+        return _failure(gate, one.about, limit, value, wanted, problem or "its interval has no end")
+    passed = bound <= limit if upper else bound >= limit
+    side, at = ("at most", "up to") if upper else ("at least", "down to")
+    if passed:
+        reason = f"{side} {shown(bound)} at {wanted:.4g} confidence, limit {shown(limit)}"
+    elif (value <= limit) if upper else (value >= limit):
+        more = _MORE[metric.needs]
+        reason = (
+            f"measured {shown(value)}, but at {wanted:.4g} confidence it may be {at} {shown(bound)}, limit "
+            f"{shown(limit)}: the evidence is too small to pass, {more} may be enough"
+        )
+    else:
+        reason = f"measured {shown(value)}, limit {shown(limit)}"
+    return Verdict(
+        gate=gate, about=one.about, limit=limit, measured=value, bound=bound, confidence=wanted, passed=passed,
+        reason=reason,
+    )  # fmt: skip
+
+
+def _too_little(one: Measurement, wanted: float, confidence: float) -> str:
+    """Why an interval is no evidence at the confidence asked for; empty if it is."""
+    estimate, needs = one.estimate, METRICS[one.metric].needs
+    if wanted > confidence + 1e-12:
+        return f"measured at {confidence:.4g} confidence, the gate asks for {wanted:.4g}: compare again with this gate"
+    if needs == "speed":
+        return "" if estimate.low is not None else f"only {estimate.units} rounds for {wanted:.4g} confidence"
+    least = least_units(wanted)
+    if estimate.units >= least and estimate.low is not None:
+        return ""
+    return (
+        f"only {estimate.units} independent pieces of evidence, {wanted:.4g} confidence needs at least {least}: "
+        f"{_MORE[needs]}"
+    )
+
+
+def _failure(gate: str, about: str, limit: float, measured: float | None, confidence: float, reason: str) -> Verdict:
+    return Verdict(
+        gate=gate, about=about, limit=limit, measured=measured, bound=None, confidence=confidence, passed=False,
+        reason=reason,
+    )  # fmt: skip
+
+
+def shown(value: float) -> str:
+    """A number as people read it: whole ones with separators, others with four significant digits."""
+    return f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.4g}"

@@ -1,0 +1,1 @@
+"""Perplexity, divergence and tasks of one model, streamed block by block."""

@@ -1,0 +1,198 @@
+"""Multiple-choice tasks: the choice whose continuation the model finds most likely.
+
+A task file is JSONL; every line is `{"task": name, "pairs": [[context, continuation], ...], "gold": index}`.
+`accuracy` compares summed log-likelihoods, `accuracy_norm` divides them by the continuation's characters, each with
+the standard error of a mean of n independent items. Both equal acc and acc_norm of lm-evaluation-harness on the same
+items: special tokens are the tokenizer's own, spaces that end a context belong to the continuation, an empty context is
+the first token of texts, contexts too long lose their start, and the last token is predicted but not read. (A task
+there whose choices lack the space before them, and which adds one, divides by a character less.)
+
+Sequences are padded on the right: a causal model's earlier positions cannot see it, so no mask is needed.
+
+Legend: S sequences, T tokens, V vocabulary.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from niwaki.config.sources import check_tasks
+from niwaki.data.stream import Stream
+from niwaki.errors import CalibrationError
+
+BUCKETS = 4
+Logits = Callable[[Stream, slice], Tensor]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: its (context, continuation) pairs and the index of the right one."""
+
+    pairs: tuple[tuple[str, str], ...]
+    gold: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of similar length without their last token, padded to [S, T]."""
+
+    ids_ST: Tensor
+    places: list[tuple[int, int]]  # (item, choice) of every sequence
+    spans: list[tuple[int, int]]  # first and last+1 token of its continuation
+    wanted: list[list[int]]  # the tokens of its continuation
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Tokens of a context and a continuation, which begins at `split`; the (item, choice) they belong to."""
+
+    ids: list[int]
+    split: int
+    place: tuple[int, int]
+
+
+class _GoldError(Exception):
+    """The index of the right pair points outside the pairs."""
+
+
+def read_items(path: str, limit: int | None) -> list[Item]:
+    """The questions of a task file. Raises CalibrationError naming the first line that is not one."""
+    check_tasks([path])
+    items: list[Item] = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 (byte {error.start})") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or (limit is not None and len(items) >= limit):
+            continue
+        try:
+            items.append(_item(json.loads(line)))
+        except _GoldError as error:
+            raise CalibrationError(f"{path}:{number}: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CalibrationError(
+                f'{path}:{number}: expected {{"pairs": [[context, continuation], ...], "gold": index}}'
+            ) from error
+    if not items:
+        raise CalibrationError(f"{path} holds no questions")
+    return items
+
+
+def buckets(items: list[Item], tokenizer: Any, positions: int | None) -> list[Bucket]:
+    """All sequences of all items, in up to BUCKETS groups of similar length. Long contexts lose their start."""
+    encoded: list[_Sequence] = []
+    for index, item in enumerate(items):
+        for choice, (context, continuation) in enumerate(item.pairs):
+            ids, split = _encode(context, continuation, tokenizer)
+            if len(ids) < 2:
+                raise CalibrationError(
+                    f"question {index}: {context + continuation!r} is a single token, nothing to predict"
+                )
+            excess = 0 if positions is None else max(0, len(ids) - positions - 1)
+            if split - excess < 1:
+                raise CalibrationError(f"question {index}: the continuation alone exceeds the {positions} positions")
+            encoded.append(_Sequence(ids[excess:], split - excess, (index, choice)))
+    encoded.sort(key=lambda entry: (len(entry.ids), entry.place))
+    size = math.ceil(len(encoded) / BUCKETS)
+    return [_bucket(encoded[first : first + size], tokenizer) for first in range(0, len(encoded), size)]
+
+
+def score(items: list[Item], found: list[tuple[Bucket, Stream]], logits: Logits) -> dict[str, Any]:
+    """Accuracy, length-normalised accuracy and their standard errors."""
+    right, right_norm = (
+        [choice == item.gold for choice, item in zip(chosen, items, strict=True)]
+        for chosen in choices(items, likelihoods(items, found, logits))
+    )
+    return {
+        "items": len(items),
+        "accuracy": sum(right) / len(items),
+        "accuracy_stderr": _stderr(right),
+        "accuracy_norm": sum(right_norm) / len(items),
+        "accuracy_norm_stderr": _stderr(right_norm),
+    }
+
+
+def likelihoods(items: list[Item], found: list[tuple[Bucket, Stream]], logits: Logits) -> list[list[float]]:
+    """Summed log-likelihood of every continuation of every item."""
+    values = [[0.0] * len(item.pairs) for item in items]
+    for bucket, stream in found:
+        for rows in stream.slices():
+            logprobs_BTV = logits(stream, rows).log_softmax(-1)
+            for position, row in enumerate(range(rows.start, rows.stop)):
+                item, choice = bucket.places[row]
+                values[item][choice] = continued(logprobs_BTV[position], bucket, row)
+    return values
+
+
+def continued(logprobs_TV: Tensor, bucket: Bucket, row: int) -> float:
+    """Log-likelihood of the continuation in one sequence of a bucket."""
+    first, end = bucket.spans[row]
+    wanted_T1 = torch.tensor(bucket.wanted[row], device=logprobs_TV.device)[:, None]
+    return float(logprobs_TV[first - 1 : end - 1].gather(1, wanted_T1).sum(dtype=torch.float64))
+
+
+def choices(items: list[Item], values: list[list[float]]) -> tuple[list[int], list[int]]:
+    """The pair chosen for every item: by log-likelihood, and by log-likelihood a character."""
+    normed = [
+        [value / max(len(text), 1) for value, (_, text) in zip(own, item.pairs, strict=True)]
+        for own, item in zip(values, items, strict=True)
+    ]
+    return [_best(own) for own in values], [_best(own) for own in normed]
+
+
+def _item(row: Any) -> Item:
+    pairs = tuple((str(context), str(continuation)) for context, continuation in row["pairs"])
+    gold = int(row["gold"])
+    if not (len(pairs) >= 2 and all(continuation for _, continuation in pairs)):
+        raise ValueError
+    if not 0 <= gold < len(pairs):
+        raise _GoldError(f"gold {gold} is no index of the {len(pairs)} pairs: expected 0 to {len(pairs) - 1}")
+    return Item(pairs, gold)
+
+
+def _encode(context: str, continuation: str, tokenizer: Any) -> tuple[list[int], int]:
+    """The tokens of both together, and at which of them the continuation begins."""
+
+    def tokens(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=not marked, verbose=False)["input_ids"]
+        return found
+
+    start = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
+    marked = (context or continuation).startswith(start)
+    if not context:
+        first = tokenizer.convert_tokens_to_ids(start)
+        ids = tokenizer(continuation, add_special_tokens=False, verbose=False)["input_ids"]
+        return (ids, 1) if ids[0] == first and len(ids) > 1 else ([first, *ids], 1)
+    ids = tokens(context + continuation)
+    return ids, max(min(len(tokens(context.rstrip())), len(ids) - 1), 1)
+
+
+def _bucket(encoded: list[_Sequence], tokenizer: Any) -> Bucket:
+    longest = max(len(entry.ids) for entry in encoded) - 1
+    ids_ST = torch.full((len(encoded), longest), tokenizer.eos_token_id, dtype=torch.int64)
+    for row, entry in enumerate(encoded):
+        ids_ST[row, : len(entry.ids) - 1] = torch.tensor(entry.ids[:-1])
+    return Bucket(
+        ids_ST,
+        [entry.place for entry in encoded],
+        [(entry.split, len(entry.ids)) for entry in encoded],
+        [entry.ids[entry.split :] for entry in encoded],
+    )
+
+
+def _best(values: list[float]) -> int:
+    return max(range(len(values)), key=lambda i: values[i])
+
+
+def _stderr(right: list[bool]) -> float | None:
+    if len(right) < 2:
+        return None
+    mean = sum(right) / len(right)
+    return math.sqrt(mean * (1 - mean) / (len(right) - 1))

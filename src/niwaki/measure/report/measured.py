@@ -1,0 +1,117 @@
+"""Measured quality on the model card of a result: a table between two marks, and `model-index` in its metadata.
+
+What people wrote around the marks stays. The numbers themselves lie in OUT/niwaki/evaluation.json. A comparison writes
+its own in the same place (`comparing.card`): the last measurement stands.
+
+    niwaki evaluate OUT --reference MODEL --data held-out.txt --update-card
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard
+
+from niwaki.compression.model_card import BEGIN, END
+from niwaki.errors import InputError
+from niwaki.model.files import write_text
+
+RECORD = "niwaki"
+
+
+def check_card(folder: Path) -> None:
+    """Raises InputError for a folder without a card that niwaki wrote."""
+    if not (folder / RECORD / "run.json").is_file():
+        raise InputError(f"--update-card: {folder} is no result of niwaki (it has no niwaki/run.json)")
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if not -1 < text.find(BEGIN) < text.find(END):
+        raise InputError(f"--update-card: {card} lacks the lines {BEGIN} and {END}, between which the numbers belong")
+
+
+def put_on_card(folder: Path, result: dict[str, Any]) -> None:
+    """Writes what `niwaki.evaluate` returned into README.md and niwaki/evaluation.json of `folder`."""
+    check_card(folder)
+    write_text(folder / RECORD / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    write_measured(folder, _table(result), list(_entries(result)))
+
+
+def write_measured(folder: Path, text: str, entries: list[EvalResult]) -> None:
+    """Puts `text` between the marks of a card in the place of what stood there, and `entries` into its metadata."""
+    path = folder / "README.md"
+    card = ModelCard.load(path)
+    card.data.model_name = card.data.model_name or folder.name
+    card.data.eval_results = entries or None
+    head, _, rest = card.text.partition(BEGIN)
+    card.text = f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
+    write_text(path, str(card))
+
+
+def entry(data: str, metric: str, value: float) -> EvalResult:
+    """One number as the hub reads it."""
+    return EvalResult("text-generation", data, data, metric, value)
+
+
+def harness_metrics(metrics: dict[str, Any]) -> list[str]:
+    """Names of the metrics that lm_eval reports for a task, without their errors."""
+    return [name for name, value in metrics.items() if isinstance(value, int | float) and "_stderr" not in name]
+
+
+def harness_value(metrics: dict[str, Any], metric: str) -> str:
+    """A metric with its standard error, if it has one."""
+    name, comma, kind = metric.partition(",")
+    error = metrics.get(f"{name}_stderr{comma}{kind}")
+    return f"{metrics[metric]:.4g}" + (f" ± {error:.2g}" if isinstance(error, int | float) else "")
+
+
+def _entries(result: dict[str, Any]) -> Iterator[EvalResult]:
+    for file, value in result.get("perplexity", {}).items():
+        yield entry(Path(file).name, "perplexity", round(value, 4))
+    for file, found in result["tasks"].items():
+        for name in ("accuracy", "accuracy_norm"):
+            yield entry(Path(file).name, name, round(found[name], 4))
+    for task, metrics in result.get("lm_eval", {}).get("results", {}).items():
+        for metric in harness_metrics(metrics):
+            yield entry(task, metric.removesuffix(",none"), round(metrics[metric], 4))
+
+
+def _table(result: dict[str, Any]) -> str:
+    """Markdown: one row a number, with that of the reference beside it if there was one."""
+    rows = [*_text_rows(result), *_task_rows(result), *_harness_rows(result)]
+    compared = result["reference"] is not None
+    lines = [
+        "| data | measure | value |" + (" dense |" if compared else ""),
+        "|---|---|---|" + ("---|" if compared else ""),
+    ]
+    lines += ["| " + " | ".join(row if compared else row[:3]) + " |" for row in rows]
+    how = f"Windows of {result['seq_len']} tokens, {result['dtype']}, {result['bytes']:,} bytes of weights"
+    how += f" (dense: {result['reference_bytes']:,})." if compared else "."
+    return "\n".join([*lines, "", how])
+
+
+def _text_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    for file, tokens in result["tokens"].items():
+        name = f"{Path(file).name}, {tokens:,} tokens"
+        dense = result.get("reference_perplexity", {}).get(file)
+        yield [name, "perplexity", f"{result['perplexity'][file]:.3f}", "" if dense is None else f"{dense:.3f}"]
+        if dense is not None:
+            yield [name, "KL to dense, nats a token", f"{result['kl'][file]:.4f}", "0"]
+            yield [name, "same most likely token", f"{result['top1_agreement'][file]:.2%}", "100%"]
+
+
+def _task_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    for file, found in result["tasks"].items():
+        name = f"{Path(file).name}, {found['items']} questions"
+        for measure in ("accuracy", "accuracy_norm"):
+            dense = found.get("reference", {}).get(measure)
+            yield [name, measure, f"{found[measure]:.4f}", "" if dense is None else f"{dense:.4f}"]
+
+
+def _harness_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    found = result.get("lm_eval", {})
+    dense = found.get("reference", {}).get("results", {})
+    for task, metrics in found.get("results", {}).items():
+        for metric in harness_metrics(metrics):
+            other = harness_value(dense[task], metric) if task in dense else ""
+            yield [f"{task} (lm_eval {found['lm_eval']})", metric, harness_value(metrics, metric), other]

@@ -1,0 +1,196 @@
+"""One HTML file from a comparison: templates, texts and plots put together, with everything inside.
+
+The file asks the network for nothing, and its content security policy forbids it: no address is allowed, and only the
+two scripts written here, named by their hashes, may run. Texts of models and data are escaped by jinja2.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from niwaki.measure.report import charts, passages, plots, views
+from niwaki.measure.report import numbers as show
+from niwaki.measure.report.layers import Layers
+from niwaki.measure.report.strings import date, strings
+from niwaki.measure.report.views import Cell, Texts
+from niwaki.measure.schema import Comparison
+from niwaki.version import __version__
+
+LINES = 200  # of the table of matrices; larger models have thousands
+TEMPLATES = "templates"
+_SECTIONS = (
+    "tradeoff", "gates", "measured", "quality", "tasks", "layers", "generations", "worst", "reproduce", "environment",
+)  # fmt: skip
+_COLUMNS = (
+    "block_column", "matrix", "target", "stored_as", "shape", "bits", "zeros", "bytes", "error_before", "error_after",
+    "remark",
+)  # fmt: skip
+
+
+def render(found: Comparison, layers: Mapping[str, Layers | None], language: str) -> str:
+    """The page in a language. `layers`: what is recorded of every candidate, by name."""
+    t = strings(language)
+    environment = Environment(
+        loader=PackageLoader("niwaki.measure.report", TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script, library = _read("report.js"), plots.library()
+    content = _content(t, found, layers)
+    there = {key for key, value in content["present"].items() if value}
+    return environment.get_template("page.html.j2").render(
+        **content,
+        t=t,
+        lang=language,
+        version=__version__,
+        sections=[(name, t[name]) for name in _SECTIONS if name in there],
+        policy=_policy(library, script),
+        css=Markup(_read("report.css")),
+        script=Markup(script),
+        plotly=Markup(library),
+    )
+
+
+def _content(t: Texts, found: Comparison, layers: Mapping[str, Layers | None]) -> dict[str, Any]:
+    quality, tasks = charts.quality(t, found), passages.tasks(t, found)
+    texts, worst, gated = passages.generations(t, found), passages.worst(t, found), views.gates(t, found)
+    own = {"gates": gated, "quality": quality.rows, "tasks": tasks.rows, "generations": texts, "worst": worst}
+    cards = views.cards(t, found)
+    always = dict.fromkeys(("tradeoff", "measured", "layers", "reproduce", "environment"), True)
+    return {
+        "found": found,
+        "dense": found.dense,
+        "about": _about(t, found),
+        "headline": views.headline(t, found),
+        "cards": cards,
+        "rows": 4 + max(len(card["metrics"]) for card in cards),
+        "confidence": f"{100 * found.confidence:.4g}%",
+        "tradeoff": [_inline(plot) for plot in charts.tradeoffs(t, found)],
+        "gated": gated,
+        "gate_confidence": f"{100 * _judged_at(found):.4g}%",
+        "measured": views.measured(t, found),
+        "quality": {"columns": quality.columns, "rows": quality.rows, "plots": _inlined(quality.more["plots"])},
+        "tasks": {"columns": tasks.columns, "rows": tasks.rows, "flips": tasks.more["flips"]},
+        "growth": _growth(t, found, layers),
+        "layers": [_layers(t, number, *one) for number, one in enumerate(layers.items())],
+        "generations": texts,
+        "worst": worst,
+        "legend": passages.legend(),
+        "recipes": _recipes(found),
+        "pairs_columns": (t["setting"], t["setting_value"]),
+        "settings": _settings(t, found),
+        "environment": _environment(t, found),
+        "present": always | own,
+    }
+
+
+def _about(t: Texts, found: Comparison) -> str:
+    machine = found.environment.accelerator or f"{found.environment.processor} × {found.environment.cores}"
+    return t["about"].format(date=date(t, found.date), accelerator=machine, command_seconds=f"{found.seconds:.0f}")
+
+
+def _growth(t: Texts, found: Comparison, layers: Mapping[str, Layers | None]) -> dict[str, Any]:
+    growth = charts.growths(t, found, layers)
+    return {"plots": _inlined(growth.more["plots"]), "notes": growth.notes}
+
+
+def _layers(t: Texts, number: int, name: str, layers: Layers | None) -> dict[str, Any]:
+    if layers is None or not layers.lines:
+        return {"name": name, "note": t["no_record" if layers is None else "no_lines"], "plots": [], "rows": []}
+    lines = sorted(layers.lines, key=lambda line: -(line["error"] or 0))
+    more = t["and_more"].format(shown=LINES, total=len(lines), file="niwaki/blocks.jsonl") if len(lines) > LINES else ""
+    return {
+        "name": name,
+        "note": "",
+        "plots": _inlined(charts.heatmaps(t, number, layers)),
+        "title": t["cut_table"].format(name=name),
+        "columns": tuple(t[key] for key in _COLUMNS),
+        "rows": [_matrix(t, line) for line in lines[:LINES]],
+        "more": more,
+    }
+
+
+def _matrix(t: Texts, line: dict[str, Any]) -> tuple[str, ...]:
+    errors = [line["error_before_update"], line["error"]]
+    return (
+        str(line["block"]),
+        line["matrix"],
+        line["target"],
+        line["kind"],
+        "×".join(map(str, line["shape"])),
+        f"{line['bits']:.2f}",
+        Cell(show.percent(line["zeros_frac"]), line["zeros_frac"]),
+        Cell(f"{line['bytes']:,}", line["bytes"]),
+        *(t["missing"] if error is None else Cell(f"{error:.2g}", error) for error in errors),
+        str(line.get("note", "")),
+    )
+
+
+def _recipes(found: Comparison) -> list[dict[str, str]]:
+    return [
+        {
+            "name": candidate.model.name,
+            "text": yaml.safe_dump(candidate.model.recipe, sort_keys=False, allow_unicode=True),
+        }
+        for candidate in found.candidates
+        if candidate.model.recipe
+    ]
+
+
+def _settings(t: Texts, found: Comparison) -> list[tuple[str, str]]:
+    rows = []
+    for name, value in found.settings.model_dump().items():
+        shown = t["comma"].join(value) if isinstance(value, tuple) else value
+        if shown in (None, ""):
+            shown = t["all"] if name in ("max_tokens", "limit") else t["none"]
+        rows.append((t.get(f"set_{name}", name), f"{shown:,}" if type(shown) is int else str(shown)))
+    return rows
+
+
+def _environment(t: Texts, found: Comparison) -> list[tuple[str, str]]:
+    about = found.environment
+    rows = [
+        (t["env_processor"], f"{about.processor} ({about.machine})"),
+        (t["env_cores"], str(about.cores)),
+        (t["env_memory"], show.size(about.memory_bytes)),
+        (t["env_accelerator"], about.accelerator or t["none"]),
+        (t["env_system"], about.system),
+        (t["env_architecture"], found.dense.architecture),
+        ("Python", about.python),
+    ]
+    return [*rows, *about.versions.items()]
+
+
+def _inlined(found: list[plots.Plot]) -> list[dict[str, Any]]:
+    return [_inline(plot) for plot in found]
+
+
+def _inline(plot: plots.Plot) -> dict[str, Any]:
+    """A plot for the template: its JSON may stand in a script, where nothing is escaped but nothing may end it."""
+    safe = json.dumps(json.loads(plot.json), ensure_ascii=False).replace("<", "\\u003c")
+    return {**vars(plot), "json": Markup(safe)}
+
+
+def _policy(*scripts: str) -> str:
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{one}'" for one in hashes)
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"  # noqa: E501
+
+
+def _read(name: str) -> str:
+    return (files("niwaki.measure.report") / TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _judged_at(found: Comparison) -> float:
+    """The confidence of the intervals that gates went by."""
+    stated = found.gate or {}
+    return stated.get("each_confidence", stated.get("confidence", found.confidence))

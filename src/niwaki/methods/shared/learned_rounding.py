@@ -1,0 +1,117 @@
+"""Learning codes and scales inside one block, so that its output survives (see `_reconstruct`).
+
+Every matrix keeps latent weights V, its scales and its free offsets. The forward uses what would be stored,
+code = round((V − offset) / scale) clamped to the levels; the backward passes the gradient of the weight straight to
+V, and to scale and offset as Σ g · code and Σ g over a group (Bengio et al. 2013, straight-through; block-wise
+training of all parameters as in EfficientQAT, Chen et al. 2025). V starts at the point of its code's cell nearest to
+the dense weight, so that codes that were found by descent are kept, and doubtful ones turn first.
+
+Legend: O rows, I columns in the order of the sweep, G groups.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from niwaki.formats.quantized import SCALE_DTYPE
+from niwaki.kernels.latent import Levels, Shape, codes_of, gradients_of, weights_of
+from niwaki.methods.shared.best_state import Lowest
+from niwaki.methods.shared.block_training import Reconstruction, Schedule, follow
+from niwaki.methods.shared.rounding import SMALLEST_SCALE, Rounded
+
+CELL_FRAC = 0.45  # how far from its level a latent weight may start, in steps
+SCALE_RATE = 0.1  # of the weights' rate, both relative to their size
+
+
+@dataclass
+class Latent:
+    """What is learned of one matrix: V, scales and offsets. The rest stays as `rounded` has it.
+
+    `shape` says which columns share a scale, and which column of the matrix is behind every column here. `free_G`:
+    groups that learn an offset of their own; `fixed_OG`: offset over scale of the others, 0 where free.
+    """
+
+    rounded: Rounded
+    shape: Shape
+    free_G: Tensor
+    fixed_OG: Tensor
+    weight_OI: Tensor
+    scale_OG: Tensor
+    offset_OG: Tensor
+
+    @classmethod
+    def start(cls, rounded: Rounded, weight_OI: Tensor, order_I: Tensor) -> "Latent":
+        """From codes already found, and the dense weights (columns in their order)."""
+        groups, device = rounded.groups, weight_OI.device
+        bounds = [group.start for group in groups] + [groups[-1].end]
+        tops_G = torch.tensor([2.0**group.bits - 1 for group in groups], device=device)
+        free_G = torch.tensor([group.grid == "free" for group in groups], device=device)
+        fixed_OG = torch.where(free_G, 0.0, rounded.offset_OG / rounded.scale_OG)
+        group_I = rounded.grid.group_I.long()
+        values_OI, scale_OI = rounded.values_OI, rounded.scale_OG[:, group_I]
+        # The outer cells have no outer wall; one step is far enough to be sure.
+        down_OI = torch.where(rounded.code_OI == 0, 1.0, CELL_FRAC) * scale_OI
+        up_OI = torch.where(rounded.code_OI == rounded.grid.top_I, 1.0, CELL_FRAC) * scale_OI
+        latent_OI = torch.minimum(torch.maximum(weight_OI, values_OI - down_OI), values_OI + up_OI)
+        shape = Shape(tuple(bounds), torch.tensor(bounds, dtype=torch.int32, device=device), tops_G, order_I)
+        return cls(rounded, shape, free_G, fixed_OG, latent_OI, rounded.scale_OG.clone(), rounded.offset_OG.clone())
+
+    def levels(self) -> Levels:
+        """Scales and offsets as they would be stored now."""
+        scale_OG = self.scale_OG.to(SCALE_DTYPE).float().clamp_min(SMALLEST_SCALE)
+        offset_OG = torch.where(self.free_G, self.offset_OG.to(SCALE_DTYPE).float(), self.fixed_OG * scale_OG)
+        return Levels(self.shape, scale_OG, offset_OG)
+
+    def current(self) -> Rounded:
+        """The codes and scales as they stand."""
+        levels = self.levels()
+        code_OI = codes_of(self.weight_OI, levels).to(torch.uint8)
+        return replace(self.rounded, code_OI=code_OI, scale_OG=levels.scale_OG, offset_OG=levels.offset_OG)
+
+    def set_gradients(self, gradient_OI: Tensor, levels: Levels) -> None:
+        """Of V, scales and offsets, from that of the matrix."""
+        by_latent_OI, by_code_OG, by_one_OG = gradients_of(self.weight_OI, levels, gradient_OI)
+        self.weight_OI.grad = by_latent_OI
+        self.scale_OG.grad = by_code_OG + self.fixed_OG * by_one_OG
+        self.offset_OG.grad = by_one_OG * self.free_G
+
+
+def learn(
+    task: Reconstruction,
+    start: Mapping[str, Latent],
+    schedule: Schedule,
+    generator: torch.Generator,
+) -> tuple[dict[str, Rounded], Lowest]:
+    """Descends and returns the codes of the lowest held-out error; the start itself, if learning never lowered it."""
+    groups: list[dict[str, Any]] = []
+    for latent in start.values():
+        size = float(latent.weight_OI.square().mean().sqrt())
+        scale = float(latent.scale_OG.square().mean().sqrt())
+        groups.append({"params": [latent.weight_OI], "size": size})
+        groups.append({"params": [latent.scale_OG, latent.offset_OG], "size": scale * SCALE_RATE})
+    optimizer = schedule.make_optimizer(groups)
+
+    def matrices(levels: Mapping[str, Levels]) -> dict[str, Tensor]:
+        return {
+            name: weights_of(latent.weight_OI, levels[name], task.block.weight(name).dtype)
+            for name, latent in start.items()
+        }
+
+    def levels() -> dict[str, Levels]:
+        return {name: latent.levels() for name, latent in start.items()}
+
+    def heldout() -> float:
+        return task.error(matrices(levels()))
+
+    tensors = [tensor for group in groups for tensor in group["params"]]
+    lowest = Lowest(tensors, heldout())
+    for windows in follow(task, schedule, optimizer, generator, lambda: None, lambda: lowest.offer(heldout())):
+        now = levels()
+        found = task.gradients(matrices(now), windows)
+        for name, latent in start.items():
+            latent.set_gradients(found.pop(name), now[name])
+    lowest.restore()
+    return {name: latent.current() for name, latent in start.items()}, lowest

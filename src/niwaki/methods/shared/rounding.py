@@ -1,0 +1,325 @@
+"""Rounding a matrix to codes so that its outputs survive: grids, the error-feeding sweep, and descent from there.
+
+Everything minimises ‖(W − Q)X‖² + λ‖W − Q‖² row by row, with H = XᵀX + λI:
+
+- `sweep` is GPTQ's pass (Frantar et al. 2023): column k is rounded, and its error moves to the columns after it
+  along U, H⁻¹ = UᵀU. A group's grid is fitted when the pass reaches it, to the weights as they are by then.
+- `descend` rounds again with all codes in place: column k takes the level nearest to its minimiser given all others,
+  q_k + (R_k / H_kk) with R = (W − Q)H. The error never rises. Few codes change, so a pass costs less than the sweep.
+- `refit` solves for all scales and free offsets of a row at once, the codes fixed. The error never rises.
+
+With a mask (`keep_OI`) pruned weights have the code of zero and no other: on a symmetric grid they stay exactly zero.
+
+Legend: O rows, I columns, C columns of a group, G groups, K unknowns of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from niwaki.config.recipe import Bits, Target
+from niwaki.errors import TargetError
+from niwaki.formats.quantized import SCALE_DTYPE, TILE, Part, centre
+from niwaki.kernels.codes import Fit, Grid, span, sweep_codes, sweep_fitted
+from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, products
+
+ROUNDED_UNREACHED = "no calibration token reached this matrix: rounded to nearest"
+WIDTHS = (2, 3, 4, 8)
+SMALLEST_SCALE = 2.0**-24  # of float16: no stored scale may become zero
+CLIPS = torch.linspace(0.4, 1.0, 25).tolist()
+CHANGED = 0.1  # of the codes, in a round: what does not change feeds nothing on
+
+
+@dataclass(frozen=True)
+class Group:
+    """Columns `start` to `end` share a scale per row: `bits` wide codes on a `grid` (see `codes.GRIDS`)."""
+
+    start: int
+    end: int
+    bits: int
+    grid: str
+
+    @property
+    def slice(self) -> slice:
+        """As an index of columns."""
+        return slice(self.start, self.end)
+
+
+def groups_of(start: int, end: int, bits: int, grid: str, width: int) -> list[Group]:
+    """Columns `start` to `end` cut into groups of `width` columns (0: one group), the last one may be shorter."""
+    width = width or max(end - start, 1)
+    return [Group(first, min(first + width, end), bits, grid) for first in range(start, end, width)]
+
+
+def check_group(columns: int, width: int, name: str) -> None:
+    """Raises TargetError unless groups of `width` columns divide the matrix."""
+    if width and columns % width:
+        fitting = [g for g in (256, 128, 64, 32, 16, 8) if columns % g == 0]
+        hint = f"for example {fitting[0]}, or 0 for one scale a row" if fitting else "use 0 for one scale a row"
+        raise TargetError(f"{name}: groups of {width} do not divide its {columns} columns: {hint}")
+
+
+def code_width(target: Target) -> int:
+    """The bits of a target as one width for all codes. Raises TargetError for anything but 2, 3, 4 and 8."""
+    assert isinstance(target, Bits)
+    if target.bits not in WIDTHS:
+        raise TargetError(f"target {target}: this method rounds to 2, 3, 4 or 8 bits (squeeze10 mixes widths)")
+    return int(target.bits)
+
+
+def uniform_bytes(name: str, rows: int, columns: int, bits: int, group: int, symmetric: bool) -> int:
+    """Bytes of a matrix with codes of one width (see `codes`). Raises TargetError for groups that do not divide it."""
+    check_group(columns, group, name)
+    count = -(-columns // (group or columns))
+    planes = -(-rows // TILE) * TILE * bits * -(-columns // 8)
+    return planes + 2 * rows * count + (0 if symmetric else bits * -(-rows * count // 8))
+
+
+def grids(scope: Scope, clip: bool) -> Work:
+    """Fitting a grid to every group, at `CLIPS` ranges if it is searched, rounding to it, and packing the codes."""
+    largest = max((rows * columns for rows, columns in scope.matrices), default=0)
+    passed = (10 + 7 * (len(CLIPS) if clip else 1)) * scope.weights
+    return Work(passed=passed, started=60 * len(scope.matrices), held_bytes=6 * largest * FLOAT_BYTES)
+
+
+def rounds_of(scope: Scope, rounds: int) -> Work:
+    """`improve`: products for the scales and for the codes, and a sweep over all columns, once more than `rounds`."""
+    sweep_flops = sum(CHANGED * 2 * rows * columns**2 for rows, columns in scope.matrices)
+    largest = max((rows * columns for rows, columns in scope.matrices), default=0)
+    once = products(scope, 3) + Work(sweep_flops=sweep_flops, held_bytes=16 * largest * FLOAT_BYTES)
+    return once * (rounds + 1) if rounds else Work()
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Codes of a matrix with their scales, columns in the order of the sweep."""
+
+    groups: Sequence[Group]
+    code_OI: Tensor
+    scale_OG: Tensor
+    offset_OG: Tensor
+
+    @property
+    def grid(self) -> Grid:
+        """Levels of every column, as the kernels want them."""
+        device = self.scale_OG.device
+        sizes = torch.tensor([group.end - group.start for group in self.groups])
+        group_I = torch.arange(len(self.groups)).repeat_interleave(sizes).to(torch.int32)
+        tops = torch.tensor([2.0**group.bits - 1 for group in self.groups])
+        return Grid(self.scale_OG, self.offset_OG, group_I.to(device), tops.repeat_interleave(sizes).to(device))
+
+    @property
+    def values_OI(self) -> Tensor:
+        """The weights [O, I] that the codes stand for."""
+        group_I = self.grid.group_I.long()
+        return self.code_OI * self.scale_OG[:, group_I] + self.offset_OG[:, group_I]
+
+    def parts(self, order_I: Tensor) -> list[Part]:
+        """As stored: one part per run of equal groups, column j of this matrix being `order_I[j]` of the original.
+
+        The columns of a part must ascend. Scales must be exact in float16 (see `storable`).
+        """
+        found = []
+        for numbers in _runs(self.groups):
+            first = self.groups[numbers[0]]
+            columns = slice(first.start, self.groups[numbers[-1]].end)
+            picked = slice(numbers[0], numbers[-1] + 1)
+            scale_OG, offset_OG = self.scale_OG[:, picked], self.offset_OG[:, picked]
+            found.append(
+                Part(
+                    columns_C=order_I[columns],
+                    bits=first.bits,
+                    grid=first.grid,
+                    group=first.end - first.start,
+                    code_OC=self.code_OI[:, columns],
+                    scale_OG=scale_OG.to(SCALE_DTYPE),
+                    offset_OG=offset_OG.to(SCALE_DTYPE) if first.grid == "free" else None,
+                    zero_OG=(-offset_OG / scale_OG).round().to(torch.uint8) if first.grid == "affine" else None,
+                )
+            )
+        return found
+
+    def split(self, rows: Sequence[int]) -> list["Rounded"]:
+        """As so many matrices of so many rows, one below the other."""
+        tensors = (self.code_OI.split(rows), self.scale_OG.split(rows), self.offset_OG.split(rows))
+        return [Rounded(self.groups, *own) for own in zip(*tensors, strict=True)]
+
+    def storable(self) -> "Rounded":
+        """With scales and offsets rounded as they are stored."""
+        scale_OG = self.scale_OG.to(SCALE_DTYPE).float().clamp_min(SMALLEST_SCALE)
+        free_G = torch.tensor([group.grid == "free" for group in self.groups], device=scale_OG.device)
+        zero_OG = self.offset_OG / self.scale_OG
+        offset_OG = torch.where(free_G, self.offset_OG.to(SCALE_DTYPE).float(), zero_OG * scale_OG)
+        return replace(self, scale_OG=scale_OG, offset_OG=offset_OG)
+
+
+def fit_grid(weight_OC: Tensor, group: Group, clip: bool) -> tuple[Tensor, Tensor]:
+    """Scale and offset [O, 1] for the columns of one group.
+
+    Min-max; with `clip` the shrunk range with the least squared error of the weights, of 25 between 0.4 and 1. One
+    bit has its levels at mean ± mean deviation, the least squares choice for the signs.
+    """
+    if group.bits == 1:
+        middle_O1 = weight_OC.mean(1, keepdim=True) if group.grid == "free" else torch.zeros_like(weight_OC[:, :1])
+        spread_O1 = (weight_OC - middle_O1).abs().mean(1, keepdim=True).clamp_min(SMALLEST_SCALE)
+        return 2 * spread_O1, middle_O1 - spread_O1
+    if not clip:
+        return span(weight_OC, _fit(group))
+    best: tuple[Tensor, Tensor] | None = None
+    least_O1 = torch.full_like(weight_OC[:, :1], torch.inf)
+    for share in CLIPS:
+        scale_O1, offset_O1 = span(weight_OC, _fit(group), share)
+        code_OC = ((weight_OC - offset_O1) / scale_O1).round_().clamp_(0, 2**group.bits - 1)
+        error_O1 = (code_OC * scale_O1 + offset_O1 - weight_OC).square().sum(1, keepdim=True)
+        better_O1 = error_O1 < least_O1
+        least_O1 = torch.where(better_O1, error_O1, least_O1)
+        best = best or (scale_O1, offset_O1)
+        best = torch.where(better_O1, scale_O1, best[0]), torch.where(better_O1, offset_O1, best[1])
+    assert best is not None
+    return best
+
+
+def _fit(group: Group) -> Fit:
+    """How the levels of a group of several bits follow from its weights."""
+    grid = "midrise" if group.grid == "free" else group.grid
+    return Fit(2**group.bits - 1, None if grid == "affine" else centre(group.bits, grid), SMALLEST_SCALE)
+
+
+def nearest(weight_OI: Tensor, groups: Sequence[Group], clip: bool) -> Rounded:
+    """Every weight at its nearest level."""
+    rounded = _empty(weight_OI, groups)
+    for number, group in enumerate(groups):
+        weight_OC = weight_OI[:, group.slice]
+        scale_O1, offset_O1 = fit_grid(weight_OC, group, clip)
+        code_OC = ((weight_OC - offset_O1) / scale_O1).round().clamp(0, 2**group.bits - 1)
+        _put(rounded, number, code_OC, scale_O1, offset_O1)
+    return rounded
+
+
+def sweep(
+    weight_OI: Tensor, upper_II: Tensor, groups: Sequence[Group], clip: bool, keep_OI: Tensor | None = None
+) -> Rounded:
+    """One pass from left to right, each group's grid fitted when the pass reaches it; U as in `inverse_factor`.
+
+    Given a mask, the grid is that of kept weights; what a pruned one held by then is an error like any other.
+    """
+    feed_II = upper_II / -upper_II.diagonal()[:, None]
+    wanted_OI = weight_OI.clone()
+    rounded = _empty(weight_OI, groups)
+    for number, group in enumerate(groups):
+        wanted_OC, feed_CC = wanted_OI[:, group.slice], feed_II[group.slice, group.slice]
+        keep_OC = None if keep_OI is None else keep_OI[:, group.slice]
+        if clip or group.bits == 1:
+            wanted_OC = wanted_OC.contiguous()
+            scale_O1, offset_O1 = fit_grid(wanted_OC if keep_OC is None else wanted_OC * keep_OC, group, clip)
+            same_C = torch.zeros(group.end - group.start, dtype=torch.int32, device=weight_OI.device)
+            grid = Grid(scale_O1, offset_O1, same_C, torch.full_like(same_C, 2**group.bits - 1, dtype=torch.float32))
+            code_OC, change_OC = sweep_codes(wanted_OC, None, feed_CC, grid, keep_OC)
+            _put(rounded, number, code_OC, scale_O1, offset_O1)
+        else:
+            scale_O, offset_O = rounded.scale_OG[:, number], rounded.offset_OG[:, number]
+            code_OC = rounded.code_OI[:, group.slice]
+            change_OC = sweep_fitted(wanted_OC, feed_CC, _fit(group), keep_OC, code_OC, scale_O, offset_O)
+        wanted_OI[:, group.end :].addmm_(change_OC, feed_II[group.slice, group.end :], alpha=-1)
+    return rounded
+
+
+def descend(rounded: Rounded, weight_OI: Tensor, gram_II: Tensor, keep_OI: Tensor | None = None) -> Rounded:
+    """One pass of coordinate descent on the codes; H = `gram_II`, damping included."""
+    values_OI = rounded.values_OI
+    diagonal_I = gram_II.diagonal()
+    wanted_OI = values_OI + ((weight_OI - values_OI) @ gram_II) / diagonal_I
+    code_OI, _ = sweep_codes(wanted_OI, values_OI, (gram_II / diagonal_I).contiguous(), rounded.grid, keep_OI)
+    return replace(rounded, code_OI=code_OI)
+
+
+def refit(rounded: Rounded, weight_OI: Tensor, gram_II: Tensor) -> Rounded:
+    """The scales, and the offsets of free grids, that minimise the error of every row for its codes.
+
+    K unknowns a row: its normal equations [K, K] cost O·I² operations to form and K³ to solve. A row whose solution
+    has a scale that is not positive keeps the scales it has.
+    """
+    pull_OI = weight_OI @ gram_II
+    columns: list[tuple[int, Tensor]] = []  # of every unknown: first column, its column of the design [O or 1, C]
+    for number, group in enumerate(rounded.groups):
+        code_OC = rounded.code_OI[:, group.slice].float()
+        if group.grid == "free":
+            columns += [(group.start, code_OC), (group.start, torch.ones_like(code_OC[:1]))]
+        else:
+            fixed_O1 = rounded.offset_OG[:, number, None] / rounded.scale_OG[:, number, None]
+            columns.append((group.start, code_OC + fixed_O1))
+    right_OK = torch.stack([(pull_OI[:, at : at + d.shape[1]] * d).sum(1) for at, d in columns], dim=1)
+    normal_OKK = right_OK.new_empty(len(weight_OI), len(columns), len(columns))
+    for j, (at_j, design_j) in enumerate(columns):
+        spread_OI = design_j @ gram_II[at_j : at_j + design_j.shape[1]]
+        for k, (at_k, design_k) in enumerate(columns[: j + 1]):
+            normal_OKK[:, j, k] = (spread_OI[:, at_k : at_k + design_k.shape[1]] * design_k).sum(1)
+            normal_OKK[:, k, j] = normal_OKK[:, j, k]
+    ridge_O1 = normal_OKK.diagonal(dim1=1, dim2=2).mean(1)[:, None] * 1e-6 + 1e-30
+    found_OK, _ = torch.linalg.solve_ex(normal_OKK + torch.diag_embed(ridge_O1.expand_as(right_OK)), right_OK)
+    scale_OG, offset_OG = rounded.scale_OG.clone(), rounded.offset_OG.clone()
+    place = 0
+    for number, group in enumerate(rounded.groups):
+        scale_OG[:, number] = found_OK[:, place]
+        if group.grid == "free":
+            offset_OG[:, number] = found_OK[:, place + 1]
+        else:
+            offset_OG[:, number] *= found_OK[:, place] / rounded.scale_OG[:, number]
+        place += 2 if group.grid == "free" else 1
+    fits_O1 = (torch.isfinite(found_OK).all(1) & (scale_OG > SMALLEST_SCALE).all(1))[:, None]
+    return replace(
+        rounded,
+        scale_OG=torch.where(fits_O1, scale_OG, rounded.scale_OG),
+        offset_OG=torch.where(fits_O1, offset_OG, rounded.offset_OG),
+    )
+
+
+def improve(
+    rounded: Rounded, weight_OI: Tensor, gram_II: Tensor, rounds: int, keep_OI: Tensor | None = None
+) -> Rounded:
+    """`rounds` of refit and descent, then scales as they are stored and a last pass of codes for them.
+
+    Without rounds only the scales are rounded to their storage.
+    """
+    if not rounds:
+        return rounded.storable()
+    for _ in range(rounds):
+        rounded = descend(refit(rounded, weight_OI, gram_II), weight_OI, gram_II, keep_OI)
+    return descend(refit(rounded, weight_OI, gram_II).storable(), weight_OI, gram_II, keep_OI)
+
+
+def damped(gram_II: Tensor, damping_frac: float) -> Tensor:
+    """XᵀX + λI, λ as in `_solver.inverse_factor`."""
+    found_II = gram_II.clone()
+    found_II.diagonal().add_(damping_frac * (float(gram_II.diagonal().mean()) or 1.0))
+    return found_II
+
+
+def error(values_OI: Tensor, weight_OI: Tensor, gram_II: Tensor) -> float:
+    """tr((W − Q)H(W − Q)ᵀ)."""
+    missing_OI = weight_OI - values_OI
+    return float(((missing_OI @ gram_II) * missing_OI).sum(dtype=torch.float64))
+
+
+def _empty(weight_OI: Tensor, groups: Sequence[Group]) -> Rounded:
+    scale_OG = weight_OI.new_ones(len(weight_OI), len(groups))
+    return Rounded(groups, torch.zeros_like(weight_OI, dtype=torch.uint8), scale_OG, torch.zeros_like(scale_OG))
+
+
+def _put(rounded: Rounded, number: int, code_OC: Tensor, scale_O1: Tensor, offset_O1: Tensor) -> None:
+    rounded.code_OI[:, rounded.groups[number].slice] = code_OC.to(torch.uint8)
+    rounded.scale_OG[:, number], rounded.offset_OG[:, number] = scale_O1[:, 0], offset_O1[:, 0]
+
+
+def _runs(groups: Sequence[Group]) -> list[list[int]]:
+    """Numbers of neighbouring groups with the same bits and grid."""
+    runs: list[list[int]] = []
+    for number, group in enumerate(groups):
+        before = groups[number - 1]
+        if runs and (before.bits, before.grid) == (group.bits, group.grid):
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs

@@ -1,0 +1,171 @@
+"""Removing groups of inputs of a matrix so that its outputs survive: neurons one by one, heads by their columns.
+
+Everything minimises ‖WX − VX‖² + λ‖W − V‖² over V that is zero in the columns of removed groups, H = XᵀX + λI:
+
+- `remove` is the optimal brain surgeon for groups: removing group g costs tr(W_g [H⁻¹]_gg⁻¹ W_gᵀ) and changes all other
+  columns by −W_g [H⁻¹]_gg⁻¹ [H⁻¹]_g: . The cheapest go first, some at a time, and costs are taken anew after each.
+- `fit` solves for all kept columns at once: V = W H_:S H_SS⁻¹, which is where `remove` ends too.
+
+Cost of removing R of I columns: I³·2/3 for the factor, 2·R·I² for the updates.
+
+Legend: O outputs, I inputs, G groups, R columns removed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from niwaki.config.recipe import Keep, Target, Unit
+from niwaki.data.statistics import Statistics
+from niwaki.data.stream import Evidence
+from niwaki.formats.packed import Packed
+from niwaki.model.decoder import Block
+from niwaki.model.prunable import places
+
+UNREACHED = "no calibration token reached this matrix: groups chosen by their weights"
+
+
+def keeps_of(targets: Mapping[str, Target]) -> list[Keep]:
+    """Every unit of a block with what it keeps, in the order of the forward pass."""
+    found: dict[str, Keep] = {}
+    for target in targets.values():
+        assert isinstance(target, Keep)
+        found[target.unit.consumer] = target
+    return list(found.values())
+
+
+class Choice(NamedTuple):
+    """The groups of a unit that stay, the new matrix of its consumer, and what is added to the bias there."""
+
+    kept: Sequence[int]
+    weight_OI: Tensor
+    note: str = ""
+    bias_O: Tensor | None = None
+
+
+Choose = Callable[[Keep, Tensor, Statistics], Choice]
+
+
+def unit_by_unit(block: Block, seen: Evidence, targets: Mapping[str, Target], choose: Choose) -> dict[str, Packed]:
+    """Records of all matrices of a block; `choose` decides for every unit that is not gone as a whole."""
+    found: dict[str, Packed] = {}
+    for keep in keeps_of(targets):
+        weight_OI = block.weight(keep.unit.consumer).float()
+        if keep.count:
+            choice = choose(keep, weight_OI, seen.statistics[keep.unit.consumer])
+        else:
+            choice = Choice([], torch.zeros_like(weight_OI))  # not even a bias is left, see `walk`
+        found |= records(block, keep, choice)
+    return found
+
+
+def unreached(keep: Keep, weight_OI: Tensor) -> Choice:
+    """By the weights alone, where no token came."""
+    kept = kept_of(by_group(weight_OI.square().sum(0), keep.unit), keep.count)
+    return Choice(kept, without(weight_OI, keep, kept), UNREACHED)
+
+
+def lowest(scores_G: Tensor, count: int) -> Tensor:
+    """The `count` groups with the lowest scores, ties to the lower number."""
+    return scores_G.argsort(stable=True)[:count]
+
+
+def kept_of(scores_G: Tensor, count: int) -> list[int]:
+    """The `count` groups with the highest scores, ascending."""
+    removed = lowest(scores_G, len(scores_G) - count)
+    kept_G = torch.ones(len(scores_G), dtype=torch.bool, device=scores_G.device)
+    kept_G[removed] = False
+    return [int(g) for g in kept_G.nonzero().view(-1)]
+
+
+def by_group(scores_I: Tensor, unit: Unit) -> Tensor:
+    """Sums [G] of the scores of every group's columns."""
+    return scores_I.view(unit.count, -1).sum(1)
+
+
+@torch.no_grad()
+def remove(weight_OI: Tensor, inverse_II: Tensor, unit: Unit, count: int, at_once: int) -> tuple[list[int], Tensor]:
+    """Keeps `count` groups; `inverse_II` = H⁻¹, changed in place. Returns them and the matrix, zeros elsewhere."""
+    weight_OI = weight_OI.clone()
+    alive_G = torch.ones(unit.count, dtype=torch.bool, device=weight_OI.device)
+    left = unit.count - count
+    within_S = torch.arange(weight_OI.shape[1] // unit.count, device=weight_OI.device)
+    while left > 0:  # nothing in here waits for the device
+        scores_G = torch.where(alive_G, _costs(weight_OI, inverse_II, unit), torch.inf)
+        gone = lowest(scores_G, min(at_once, left))
+        columns_R = (gone[:, None] * len(within_S) + within_S).view(-1)
+        rows_RI = inverse_II[columns_R]
+        spread_RI = torch.linalg.solve_ex(rows_RI[:, columns_R], rows_RI)[0]
+        weight_OI.addmm_(weight_OI[:, columns_R], spread_RI, alpha=-1)
+        inverse_II.addmm_(rows_RI.T, spread_RI, alpha=-1)
+        alive_G[gone] = False
+        weight_OI.index_fill_(1, columns_R, 0)
+        inverse_II.index_fill_(0, columns_R, 0).index_fill_(1, columns_R, 0)  # these rows stay zero from here on
+        inverse_II.diagonal()[columns_R] = 1
+        left -= len(gone)
+    return [int(g) for g in alive_G.nonzero().view(-1)], weight_OI
+
+
+def _costs(weight_OI: Tensor, inverse_II: Tensor, unit: Unit) -> Tensor:
+    """What removing each group alone costs [G]."""
+    size = weight_OI.shape[1] // unit.count
+    if size == 1:
+        return weight_OI.square().sum(0) / inverse_II.diagonal()
+    own_GSS = torch.stack([inverse_II[g : g + size, g : g + size] for g in range(0, len(inverse_II), size)])
+    weight_GSO = weight_OI.T.reshape(unit.count, size, -1)
+    solved_GSO: Tensor = torch.linalg.solve_ex(own_GSS, weight_GSO)[0]
+    return (weight_GSO * solved_GSO).sum((1, 2))
+
+
+@torch.no_grad()
+def fit(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit) -> Tensor:
+    """The matrix [O, I], zeros in removed groups, that comes nearest to the outputs of `weight_OI`."""
+    columns_S = places(unit, kept, weight_OI.shape[1]).to(weight_OI.device)
+    cross_OS = weight_OI @ damped_II[:, columns_S]
+    found_OI = torch.zeros_like(weight_OI)
+    found_OI[:, columns_S] = torch.linalg.solve(damped_II[columns_S][:, columns_S], cross_OS.T).T
+    return found_OI
+
+
+@torch.no_grad()
+def scaled(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit) -> Tensor:
+    """As `fit`, but every kept group keeps its columns up to one factor: K unknowns, Gram (VᵀV) ∘ H summed by group."""
+    columns_S = places(unit, kept, weight_OI.shape[1]).to(weight_OI.device)
+    size = weight_OI.shape[1] // unit.count
+    own_OS = weight_OI[:, columns_S]
+    normal_SS = (own_OS.T @ own_OS) * damped_II[columns_S][:, columns_S]
+    right_S = (own_OS * (weight_OI @ damped_II[:, columns_S])).sum(0)
+    normal_KK = normal_SS.view(len(kept), size, len(kept), size).sum((1, 3))
+    right_K = right_S.view(-1, size).sum(1)
+    normal_KK.diagonal().add_(1e-6 * normal_KK.diagonal().mean())
+    factor_K = torch.linalg.solve(normal_KK, right_K)
+    found_OI = torch.zeros_like(weight_OI)
+    found_OI[:, columns_S] = own_OS * factor_K.repeat_interleave(size)
+    return found_OI
+
+
+def records(block: Block, keep: Keep, choice: Choice) -> dict[str, Packed]:
+    """Records of all matrices of a unit: the consumer's new matrix, and producers without the removed rows."""
+    kept, weight_OI, note, bias_O = choice
+    found = {}
+    for name in keep.unit.producers:
+        own_OI = block.weight(name).float()
+        rows = places(keep.unit, kept, own_OI.shape[0]).to(own_OI.device)
+        left_OI = torch.zeros_like(own_OI)
+        left_OI[rows] = own_OI[rows]
+        shape = (len(rows), own_OI.shape[1])
+        found[name] = Packed("sliced", left_OI, note, cut=shape if keep.cut else None)
+    shape = (weight_OI.shape[0], weight_OI.shape[1] // keep.unit.count * len(kept))
+    detail = {"kept_groups": list(kept)}
+    cut = shape if keep.cut else None
+    found[keep.unit.consumer] = Packed("sliced", weight_OI, note, detail, cut=cut, bias_O=bias_O)
+    return found
+
+
+def without(weight_OI: Tensor, keep: Keep, kept: Sequence[int]) -> Tensor:
+    """The matrix with zeros in the columns of all other groups."""
+    alive_G = torch.zeros(keep.unit.count, dtype=torch.bool, device=weight_OI.device)
+    alive_G[list(kept)] = True
+    return weight_OI * alive_G.repeat_interleave(weight_OI.shape[1] // keep.unit.count)

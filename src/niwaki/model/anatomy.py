@@ -1,0 +1,346 @@
+"""Where the blocks, matrices and shared inputs of a Hugging Face decoder are: discovered, not written down.
+
+The model is built on the meta device from its config. Its embeddings, norms and head (the *ends*) get real
+but empty memory, and one short forward runs through it. Each block is replaced by a stub that records the
+arguments the model calls it with; the first block of each distinct structure really runs, under a dry tap that
+sees which weights multiply which activations and answers zeros instead of multiplying. From that follow:
+
+- every matrix, its orientation and, for fused 3-D expert tensors, one matrix per expert;
+- the groups of matrices that read the same input (they share statistics);
+- what stays dense on purpose: routers, gates with one output, vectors.
+
+A block weight of two or more dimensions that met no activation is an error that names it: nothing is skipped
+silently. Cost: address space, not memory, and the time of one 8-token forward per structure.
+
+    skeleton = build_skeleton(config, torch.float32)
+    anatomy = discover(skeleton)
+    anatomy.blocks[0].linears["self_attn.q_proj"]
+"""
+
+import copy
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from niwaki.errors import ArchitectureError, InputError
+from niwaki.model.matmul_observer import Tap
+
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix of a block, [rows, columns] = [outputs, inputs] however it is stored.
+
+    `expert` is the index into a fused [E, ., .] parameter; `group` names the first matrix that reads the
+    same input, itself included.
+    """
+
+    name: str
+    parameter: str
+    expert: int | None
+    transposed: bool
+    rows: int
+    columns: int
+    group: str
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The matrix as an [O, I] view of its parameter (or of the parameter's gradient)."""
+        stored = parameter if self.expert is None else parameter[self.expert]
+        return stored.T if self.transposed else stored
+
+
+@dataclass(frozen=True)
+class BlockAnatomy:
+    """Structure of one decoder block. `kept_dense` names weights of ≥2 dimensions left alone on purpose."""
+
+    linears: dict[str, Linear]
+    kept_dense: tuple[str, ...]
+    tuple_size: int | None
+
+    @property
+    def groups(self) -> dict[str, tuple[Linear, ...]]:
+        """Matrices by shared input, keyed by the first one's name, in the order of the forward pass."""
+        found: dict[str, tuple[Linear, ...]] = {}
+        for linear in self.linears.values():
+            found[linear.group] = (*found.get(linear.group, ()), linear)
+        return found
+
+    def sharing(self, names: Container[str]) -> list[list[str]]:
+        """Those of `names` that read the same input, together, in the order of the forward pass."""
+        found = [[linear.name for linear in members if linear.name in names] for members in self.groups.values()]
+        return [group for group in found if group]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in all matrices."""
+        return sum(linear.rows * linear.columns for linear in self.linears.values())
+
+    def wrap(self, hidden: Tensor) -> Any:
+        """`hidden` in the form this block returns it (alone, or first of a tuple)."""
+        return hidden if self.tuple_size is None else (hidden, *[None] * (self.tuple_size - 1))
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """`path` names the module list of blocks, `blocks` gives the structure of each."""
+
+    path: str
+    blocks: tuple[BlockAnatomy, ...]
+
+    def prefix(self, index: int) -> str:
+        """Name prefix of the parameters of one block, with the final dot."""
+        return f"{self.path}.{index}."
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in all matrices of all blocks."""
+        return sum(block.weights for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one block besides its hidden state, as the model passed them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, module: nn.Module, x_BTD: Tensor) -> Tensor:
+        """Runs the block on `x_BTD` [B, T, D] and returns its hidden state, same shape."""
+        out = module(x_BTD, *self.args, **self.kwargs)
+        hidden_BTD: Tensor = out[0] if isinstance(out, tuple) else out
+        return hidden_BTD
+
+
+def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
+    """The causal language model of `config` on the meta device, in eval mode, experts run one by one."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    config._experts_implementation = "eager"  # the other implementations hide each expert's product
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ArchitectureError(
+            f"no causal language model for model_type {config.model_type!r} in this transformers ({reason})"
+        ) from error
+    skeleton: Any = model.eval().requires_grad_(False)
+    return skeleton
+
+
+def find_blocks(skeleton: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The module list that holds most parameters: the decoder's blocks."""
+    lists = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ArchitectureError(
+            f"{type(skeleton).__name__} has no list of blocks: niwaki walks decoders built as a chain of layers"
+        )
+    return max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+
+
+def discover(skeleton: Any) -> Anatomy:
+    """Finds the anatomy of a skeleton on the meta device; leaves it on the meta device.
+
+    Raises ArchitectureError naming the weights that no matrix covers.
+    """
+    path, blocks = find_blocks(skeleton)
+    known: dict[Any, BlockAnatomy] = {}
+    found: list[BlockAnatomy] = []
+
+    def probe(index: int, call: Call, hidden_BTD: Tensor) -> Any:
+        module = blocks[index]
+        signature = (type(module), tuple((name, p.shape) for name, p in module.named_parameters()))
+        if signature not in known:
+            known[signature] = _probe_block(skeleton, module, f"{path}.{index}", call, hidden_BTD)
+        found.append(known[signature])
+        return found[-1].wrap(hidden_BTD)
+
+    with _empty_ends(skeleton, path) as ends, stubbed(blocks, probe):
+        ids_BT = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)
+        try:
+            with torch.no_grad(), Tap(weight_pointers(ends), lambda name, x, transposed: None, dry=True):
+                skeleton(input_ids=ids_BT, use_cache=False)
+        except InputError:
+            raise
+        except Exception as error:  # any model code may fail on a structure niwaki does not know
+            raise ArchitectureError(
+                f"{type(skeleton).__name__}: a short forward through its blocks failed "
+                f"({type(error).__name__}: {str(error).strip().split(chr(10))[0][:200]})"
+            ) from error
+    if len(found) != len(blocks):
+        raise ArchitectureError(
+            f"{type(skeleton).__name__} ran {len(found)} of its {len(blocks)} blocks: niwaki walks plain chains only"
+        )
+    return Anatomy(path, tuple(found))
+
+
+@contextmanager
+def stubbed(blocks: nn.ModuleList, stub: Callable[[int, Call, Tensor], Any]) -> Iterator[None]:
+    """Replaces the forward of every block: the model calls `stub(index, call, hidden)` instead.
+
+    Only `forward` is replaced, so the model still reads attributes such as `attention_type` of its blocks.
+    """
+
+    def make(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                hidden, args = args[0], args[1:]
+            else:
+                hidden = kwargs.pop("hidden_states")
+            kwargs = {name: value for name, value in kwargs.items() if name not in _CACHE_ARGUMENTS}
+            return stub(index, Call(args, kwargs), hidden)
+
+        return forward
+
+    for index, block in enumerate(blocks):
+        block.forward = make(index)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+_CACHE_ARGUMENTS = {"past_key_values", "past_key_value", "layer_past", "use_cache", "cache_position"}
+
+
+def materialize_buffers(skeleton: Any, module: nn.Module, device: torch.device | str, *, recurse: bool = True) -> None:
+    """Gives buffers that no checkpoint holds (rotary frequencies, causal masks) their computed values."""
+    for part in module.modules() if recurse else [module]:
+        missing = {name: buffer for name, buffer in part.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in missing.items():
+            part._buffers[name] = torch.zeros_like(buffer, device=device)
+        if missing:
+            with torch.no_grad():
+                skeleton._init_weights(part)  # transformers computes such buffers there
+
+
+def ends_of(skeleton: nn.Module, path: str) -> Iterator[nn.Module]:
+    """Every module that lies outside the blocks."""
+    for name, module in skeleton.named_modules():
+        if not name.startswith(f"{path}."):
+            yield module
+
+
+@contextmanager
+def _empty_ends(skeleton: Any, path: str) -> Iterator[Mapping[str, Tensor]]:
+    """Yields the ends' parameters, which have memory for the time of the probe."""
+    ends = list(ends_of(skeleton, path))
+    held = [(module, dict(module._parameters), dict(module._buffers)) for module in ends]
+    for module in ends:
+        for name, parameter in module.named_parameters(recurse=False):
+            module._parameters[name] = _untouched(parameter)
+        for part_name, buffer in module.named_buffers(recurse=False):
+            module._buffers[part_name] = torch.zeros_like(buffer, device="cpu")
+        if module._buffers:
+            skeleton._init_weights(module)
+    parameters = {
+        f"{number}.{n}": p for number, m in enumerate(ends) for n, p in m._parameters.items() if p is not None
+    }
+    try:
+        yield parameters
+    finally:
+        for module, held_parameters, held_buffers in held:
+            module._parameters.update(held_parameters)
+            module._buffers.update(held_buffers)
+
+
+def _untouched(meta: Tensor) -> nn.Parameter:
+    """Memory in the shape of a meta parameter. Matrices stay unwritten: a dry tap never reads them."""
+    make = torch.zeros if meta.dim() < 2 else torch.empty
+    return nn.Parameter(make(meta.shape, dtype=meta.dtype, device="cpu"), requires_grad=False)
+
+
+def _probe_block(skeleton: Any, meta: nn.Module, where: str, call: Call, hidden_BTD: Tensor) -> BlockAnatomy:
+    """Runs a copy of one block under a dry tap and reads its structure."""
+    module = copy.deepcopy(meta)
+    vars(module).pop("forward", None)  # the stub was copied along
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            part._parameters[name] = _untouched(parameter)
+    materialize_buffers(skeleton, module, "cpu")
+
+    parameters = {name: p for name, p in module.named_parameters() if p.dim() >= 2}
+    sightings: dict[str, tuple[Tensor, int, bool]] = {}
+
+    def seen(name: str, x: Tensor, transposed: bool) -> None:
+        sightings.setdefault(name, (x, x._version, transposed))
+
+    with torch.no_grad(), Tap(weight_pointers(parameters), seen, dry=True):
+        out = module(hidden_BTD, *call.args, **call.kwargs)
+    linears, kept_dense = _read_sightings(parameters, sightings)
+    uncovered = [
+        f"{name} {list(parameters[name].shape)}"
+        for name in parameters
+        if name not in kept_dense and all(linear.parameter != name for linear in linears.values())
+    ]
+    if uncovered:
+        raise ArchitectureError(
+            f"{type(skeleton).__name__}: {where} ({type(meta).__name__}) keeps weights that niwaki would have to skip: "
+            f"{', '.join(uncovered)}. It covers matrices that multiply activations, alone or stacked by expert"
+        )
+    return BlockAnatomy(linears, kept_dense, len(out) if isinstance(out, tuple) else None)
+
+
+def weight_pointers(parameters: Mapping[str, Tensor]) -> dict[int, str]:
+    """Address of the first element of every matrix → its sighting name (`parameter` or `parameter[expert]`)."""
+    pointers: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if parameter.dim() == 2:
+            pointers[parameter.data_ptr()] = name
+        elif parameter.dim() == 3:
+            for expert in range(parameter.shape[0]):
+                pointers[parameter[expert].data_ptr()] = f"{name}[{expert}]"
+    return pointers
+
+
+def _read_sightings(
+    parameters: Mapping[str, Tensor], sightings: Mapping[str, tuple[Tensor, int, bool]]
+) -> tuple[dict[str, Linear], tuple[str, ...]]:
+    """Matrices in the order they were met, and the names of routers and one-output gates."""
+    stacks = {name: p.shape[0] for name, p in parameters.items() if p.dim() == 3}
+    leaders: dict[Any, str] = {}
+    linears: dict[str, Linear] = {}
+    kept_dense: list[str] = []
+    for sighting, (x, version, transposed) in sightings.items():
+        parameter = sighting.partition("[")[0]
+        shape = parameters[parameter].shape[-2:]
+        rows, columns = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+        same_input = (x.data_ptr(), x.numel(), version)
+        if parameter in stacks:
+            if linear_name(parameter, 0) in linears:
+                continue  # another expert of a stack already described
+            leader = leaders.setdefault(same_input, parameter)
+            for expert in range(stacks[parameter]):
+                name = linear_name(parameter, expert)
+                linears[name] = Linear(name, parameter, expert, transposed, rows, columns, linear_name(leader, expert))
+        elif rows == 1 or _is_router(parameter, rows, stacks):
+            kept_dense.append(parameter)
+        else:
+            leader = leaders.setdefault(same_input, linear_name(parameter, None))
+            name = linear_name(parameter, None)
+            linears[name] = Linear(name, parameter, None, transposed, rows, columns, leader)
+    return linears, tuple(kept_dense)
+
+
+def linear_name(parameter: str, expert: int | None) -> str:
+    """`mlp.up_proj.weight` → `mlp.up_proj`; expert 3 of `mlp.experts.down_proj` → `mlp.experts.3.down_proj`."""
+    if expert is None:
+        return parameter.removesuffix(".weight")
+    module, _, leaf = parameter.rpartition(".")
+    return f"{module}.{expert}.{leaf}"
+
+
+def _is_router(parameter: str, rows: int, stacks: dict[str, int]) -> bool:
+    """One output per expert, in the module that holds the experts: it routes, and routing is kept exact."""
+    return any(
+        rows == experts and parameter.startswith(stack.rpartition(".")[0].rpartition(".")[0] + ".")
+        for stack, experts in stacks.items()
+    )

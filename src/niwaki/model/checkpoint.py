@@ -1,0 +1,302 @@
+"""A model folder of safetensors, read lazily by name.
+
+Only safetensors is ever read (a pickle can run code), shard names must be plain file names, and no remote
+code is loaded.
+
+    checkpoint = Checkpoint.open("MODEL")
+    weights = checkpoint.read(["model.layers.0.mlp.up_proj.weight"])
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from niwaki.config.sources import model_folder
+from niwaki.errors import CheckpointError
+from niwaki.formats.quantized import WEIGHT
+from niwaki.formats.record import decode_stored, record_names
+from niwaki.model.files import file_sha256
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+QUANT_METHOD = "niwaki"
+SHARD_BYTES = 2**30
+STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is; `nbytes` counts its stored bytes."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local folder, its transformers config and the headers of its shards."""
+
+    folder: Path
+    config: Any
+    tensors: dict[str, TensorInfo]
+    packed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, model: str | Path) -> "Checkpoint":
+        """Opens a local folder or hub id. Raises CheckpointError in one line for anything unusable.
+
+        Modules that niwaki quantized appear among the tensors as the weights they stand for; `packed` describes them.
+        `shapes` are those of matrices that the config would build otherwise (see `resizing`).
+        """
+        folder = local_folder(str(model))
+        config = _read_config(folder)
+        stored = getattr(config, "quantization_config", None) or {}
+        modules = stored.get("modules", {})
+        tensors = _as_plain(_read_headers(folder), modules, config.dtype)
+        return cls(folder, config, tensors, modules, stored.get("shapes", {}))
+
+    def require_plain(self) -> None:
+        """Raises CheckpointError for a checkpoint that is quantized already."""
+        if self.packed:
+            what, way = "quantized", "start from the bf16, fp16 or fp32 checkpoint"
+            if all("sparse" in about for about in self.packed.values()):
+                what, way = "packed", "make it with --pack none to go on with it, or start from the dense checkpoint"
+            raise CheckpointError(f"{self.folder} is already {what}: {way}")
+
+    @property
+    def shards(self) -> list[str]:
+        """File names of the shards, sorted."""
+        return sorted({info.shard for info in self.tensors.values()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shard files, headers included."""
+        return sum((self.folder / shard).stat().st_size for shard in self.shards)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point dtype that most bytes are stored in."""
+        totals: dict[str, int] = {}
+        for info in self.tensors.values():
+            totals[info.dtype] = totals.get(info.dtype, 0) + info.nbytes
+        name = max(totals, key=lambda dtype: totals[dtype])
+        if name not in STORED_DTYPES:
+            raise CheckpointError(f"{self.folder} stores its weights as {name}: expected F32, F16 or BF16")
+        return STORED_DTYPES[name]
+
+    def read(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, Tensor]:
+        """Tensors by name, on the CPU, as stored; `pinned` ones move to CUDA without a second copy.
+
+        Raises CheckpointError naming the first tensor that is not finite.
+        """
+        wanted: dict[str, list[str]] = {}
+        packed: dict[str, dict[str, Any]] = {}
+        for name in names:
+            module = name.removesuffix(WEIGHT)
+            if module in self.packed:
+                packed[module] = self.packed[module]
+            for stored in _stored_as(name, self.packed):
+                wanted.setdefault(self.tensors[name].shard, []).append(stored)
+        found: dict[str, Tensor] = {}
+        for shard, members in wanted.items():
+            with safe_open(self.folder / shard, framework="pt") as file:
+                for name in members:
+                    mapped = file.get_tensor(name)
+                    # A copy: the file's mapping is dropped here and its pages with it.
+                    found[name] = torch.empty_like(mapped, pin_memory=pinned).copy_(mapped)
+        found = decode_stored(found, packed, self.dtype) if packed else found
+        for name, tensor in found.items():
+            # min and max of a tensor are NaN or infinite exactly when some element is
+            if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+                raise CheckpointError(
+                    f"{self.folder / self.tensors[name].shard}: {name} holds NaN or infinite values: "
+                    "repair or download the checkpoint again"
+                )
+        return found
+
+    def fingerprint(self) -> dict[str, str]:
+        """Per file, what changes when its content does: size, modification time, header (shards) or content."""
+        marks = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()}
+        for shard in self.shards:
+            path = (self.folder / shard).resolve()
+            header = json.dumps(sorted((n, i.dtype, i.shape) for n, i in self.tensors.items() if i.shard == shard))
+            status = path.stat()
+            mark = f"{status.st_size}:{status.st_mtime_ns}:{header}"
+            marks[shard] = hashlib.sha256(mark.encode()).hexdigest()
+        return marks
+
+    def file_marks(self) -> dict[str, dict[str, Any]]:
+        """Per file its bytes and what was hashed of it: the config whole, a shard's header (names, shapes)."""
+        config = self.folder / "config.json"
+        marks: dict[str, dict[str, Any]] = {"config.json": {"bytes": config.stat().st_size}}
+        marks["config.json"]["sha256"] = file_sha256(config)
+        for shard in self.shards:
+            path = self.folder / shard
+            with path.open("rb") as file:
+                prefix = file.read(8)  # the header's length, little-endian
+                header = file.read(int.from_bytes(prefix, "little"))
+            digest = hashlib.sha256(prefix + header).hexdigest()
+            marks[shard] = {"bytes": path.stat().st_size, "header_sha256": digest}
+        return marks
+
+    def companions(self) -> list[Path]:
+        """Config, tokenizer and licence files that travel with the weights unchanged."""
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.is_file()
+            and path.name != INDEX
+            and (path.suffix in _COPIED_SUFFIXES or path.name.upper().startswith(("LICENSE", "NOTICE")))
+        )
+
+
+def cut_to_shards(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> list[list[str]]:
+    """`names` in their order, cut into files of about 1 GiB."""
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        if parts[-1] and filled + tensors[name].nbytes > SHARD_BYTES:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += tensors[name].nbytes
+    return [part for part in parts if part]
+
+
+def local_folder(model: str) -> Path:
+    """The folder of a model, fetched first if it is a hub id. Raises CheckpointError if there is none."""
+    folder = model_folder(model)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    patterns = [
+        "*.safetensors",
+        *(f"*{suffix}" for suffix in sorted(_COPIED_SUFFIXES)),
+        "LICENSE*",
+        "NOTICE*",
+    ]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises its own, HTTP and OS errors alike
+        reason = str(error).strip().split("\n")[0][:160]
+        raise CheckpointError(f"{model} is no local folder and could not be fetched as a hub id ({reason})") from error
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: expected a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises validation errors of several libraries here
+        reason = str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(f"{folder}/config.json cannot be used ({reason})") from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and quantization.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"{folder} is already quantized: start from the bf16, fp16 or fp32 checkpoint")
+    return config
+
+
+def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} is not a shard index: expected an object with weight_map") from error
+        shards = sorted(set(weight_map.values()))
+    elif (folder / SINGLE).is_file():
+        shards = [SINGLE]
+    else:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".pkl"})
+        if pickles:
+            raise CheckpointError(
+                f"{folder} holds only pickled weights ({pickles[0]}), which can run code and are never loaded: "
+                "convert them to safetensors (save_pretrained does it)"
+            )
+        raise CheckpointError(f"{folder} has no {SINGLE} and no {INDEX}")
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        tensors.update(_read_header(folder, shard))
+    missing = sorted(set(weight_map) - set(tensors)) if index.is_file() else []
+    if missing:
+        raise CheckpointError(f"{folder}: the index lists {missing[0]}, but no shard holds it")
+    return tensors
+
+
+def _stored_as(name: str, packed: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    module = name.removesuffix(WEIGHT)
+    if module not in packed:
+        return [name]
+    return [f"{module}.{key}" for key in record_names(packed[module])]
+
+
+def _as_plain(
+    tensors: dict[str, TensorInfo], packed: Mapping[str, Mapping[str, Any]], dtype: torch.dtype
+) -> dict[str, TensorInfo]:
+    """The tensors with quantized modules as one weight each, whose `nbytes` are the stored ones."""
+    plain = dict(tensors)
+    label = next(name for name, known in STORED_DTYPES.items() if known == dtype)
+    for module, about in packed.items():
+        own = [plain.pop(name) for name in _stored_as(module + WEIGHT, packed)]
+        nbytes = sum(info.nbytes for info in own)
+        plain[module + WEIGHT] = TensorInfo(own[0].shard, label, tuple(about["shape"]), nbytes)
+    return plain
+
+
+def quantization(modules: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What config.json says of modules that are quantized, and of matrices with shapes of their own."""
+    return {"quant_method": QUANT_METHOD, "format": 1, "modules": dict(modules), "shapes": dict(shapes)}
+
+
+def quantized_config(folder: Path, quantization: Mapping[str, Any]) -> str:
+    """The config.json of `folder` with this `quantization_config`."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return json.dumps({**config, "quantization_config": quantization}, indent=2) + "\n"
+
+
+def _read_header(folder: Path, shard: str) -> dict[str, TensorInfo]:
+    if Path(shard).name != shard or not shard.endswith(".safetensors"):
+        raise CheckpointError(f"{folder / INDEX} names the shard {shard!r}: expected a plain .safetensors file name")
+    if not (folder / shard).is_file():
+        raise CheckpointError(f"{folder} misses the shard {shard} that its index lists")
+    found = {}
+    try:
+        with safe_open(folder / shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                piece = file.get_slice(name)
+                shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
+                if dtype not in _DTYPE_BYTES:
+                    raise CheckpointError(f"{folder / shard}: {name} is stored as {dtype}, which niwaki cannot read")
+                count = 1
+                for size in shape:
+                    count *= size
+                found[name] = TensorInfo(shard, dtype, shape, count * _DTYPE_BYTES[dtype])
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / shard} is not a complete safetensors file ({error})") from error
+    return found

@@ -1,0 +1,350 @@
+"""A checkpoint opened as two ends and a chain of blocks, of which only the loaded ones take memory.
+
+The ends (embeddings, final norm, head) run through the model's own forward with its blocks replaced by
+stubs, so positions, masks, scaling and soft caps are never written a second time.
+
+Legend: B windows in a batch, T tokens, D hidden size, O outputs, I inputs, V vocabulary.
+
+    decoder = Decoder(Checkpoint.open("MODEL"), torch.device("cpu"))
+    x_BTD, calls = decoder.enter(ids_BT)
+    for index in range(len(decoder)):
+        block = decoder.load(index)
+        x_BTD = block.run(calls[index], x_BTD)
+        block.release()
+    logits_BTV = decoder.leave(ids_BT, x_BTD)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from niwaki.errors import ArchitectureError, CheckpointError
+from niwaki.formats.quantized import WEIGHT
+from niwaki.model.anatomy import (
+    BlockAnatomy,
+    Call,
+    Linear,
+    build_skeleton,
+    discover,
+    ends_of,
+    find_blocks,
+    materialize_buffers,
+    stubbed,
+    weight_pointers,
+)
+from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.device import return_free_memory, to_host
+from niwaki.model.hf import plain_loading
+from niwaki.model.matmul_observer import Tap
+from niwaki.model.resizing import resize
+
+
+@dataclass
+class Block:
+    """One decoder layer on the compute device.
+
+    `stored` holds its tensors as the checkpoint does (disk names); `changed` collects the parameters that
+    were assigned, `added` the biases that the checkpoint does not have. `packable` matrices can be stored as codes
+    under names of their own, `packed` holds the tensors of those that are.
+    """
+
+    index: int
+    module: nn.Module
+    anatomy: BlockAnatomy
+    stored: dict[str, Tensor]
+    storage_dtypes: dict[str, torch.dtype]
+    changed: set[str] = field(default_factory=set)
+    added: set[str] = field(default_factory=set)
+    packable: frozenset[str] = frozenset()
+    packed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """The matrices of the block by name."""
+        return self.anatomy.linears
+
+    def weight(self, name: str) -> Tensor:
+        """The matrix `name` as an [O, I] view in the compute dtype."""
+        linear = self.linears[name]
+        return linear.view(self.module.get_parameter(linear.parameter))
+
+    def storage_dtype(self, name: str) -> torch.dtype:
+        """The dtype that the checkpoint stores the matrix `name` in."""
+        return self.storage_dtypes[self.linears[name].parameter]
+
+    def assign(self, name: str, weight_OI: Tensor) -> None:
+        """Replaces the matrix `name`, rounded to its storage dtype, so that what runs is what is saved."""
+        with torch.no_grad():
+            self.weight(name).copy_(weight_OI.to(self.storage_dtype(name)))
+        self.changed.add(self.linears[name].parameter)
+
+    def silence(self, name: str) -> None:
+        """Zeroes the bias beside the matrix `name`, if it has one."""
+        bias = self._bias(name)
+        if bias in dict(self.module.named_parameters()):
+            with torch.no_grad():
+                self.module.get_parameter(bias).zero_()
+            self.changed.add(bias)
+
+    def add_bias(self, name: str, bias_O: Tensor) -> None:
+        """Adds to the bias beside the matrix `name`; one that is not there begins at zero and is noted in `added`."""
+        bias, weight = self._bias(name), self.weight(name)
+        part: Any = self.module.get_submodule(bias.rpartition(".")[0])
+        if part.bias is None:
+            part.bias = nn.Parameter(weight.new_zeros(len(bias_O)), requires_grad=False)
+            self.added.add(bias)
+        with torch.no_grad():
+            part.bias.copy_((part.bias + bias_O).to(self.storage_dtype(name)))
+        self.changed.add(bias)
+
+    def _bias(self, name: str) -> str:
+        return f"{self.linears[name].parameter.removesuffix(WEIGHT)}.bias"
+
+    def run(self, call: Call, x_BTD: Tensor, seen: Callable[[str, Tensor], None] | None = None) -> Tensor:
+        """One forward, differentiable if `x_BTD` is; `seen(matrix name, its input)` is called for every matrix met."""
+        if seen is None:
+            with torch.set_grad_enabled(x_BTD.requires_grad):
+                return call(self.module, x_BTD)
+        names = {self._sighting(linear): linear.name for linear in self.linears.values()}
+
+        def report(sighting: str, x: Tensor, _transposed: bool) -> None:
+            if sighting in names:
+                seen(names[sighting], x)
+
+        pointers = weight_pointers(dict(self.module.named_parameters()))
+        with torch.set_grad_enabled(x_BTD.requires_grad), Tap(pointers, report):
+            return call(self.module, x_BTD)
+
+    def release(self) -> None:
+        """Frees the weights; the module goes back to the meta device, without the biases that were added to it."""
+        for bias in self.added:
+            setattr(self.module.get_submodule(bias.rpartition(".")[0]), "bias", None)  # noqa: B010 (typed as a tensor)
+        self.module.to("meta")
+        self.stored.clear()
+        return_free_memory()
+
+    @staticmethod
+    def _sighting(linear: Linear) -> str:
+        return linear.parameter if linear.expert is None else f"{linear.parameter}[{linear.expert}]"
+
+
+class Decoder:
+    """A causal language model read from disk one block at a time.
+
+    The compute dtype is float32 on the CPU and the checkpoint's dtype elsewhere."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = dtype or (torch.float32 if device.type == "cpu" else checkpoint.dtype)
+        self.model = build_skeleton(checkpoint.config, self.dtype)
+        resize(self.model, checkpoint.shapes)
+        self.anatomy = discover(self.model)
+        self.path, self._blocks = find_blocks(self.model)
+        self._renames, self._mapping, self._converted = _name_map(self.model, checkpoint)
+        self._ends_loaded = False
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the residual stream."""
+        return int(self.checkpoint.config.get_text_config().hidden_size)
+
+    @property
+    def positions(self) -> int | None:
+        """The longest window the model was built for, if it says so."""
+        value = getattr(self.checkpoint.config.get_text_config(), "max_position_embeddings", None)
+        return None if value is None else int(value)
+
+    def disk_names(self, index: int | None) -> list[str]:
+        """Names on disk of the tensors of block `index`, or of everything outside the blocks for None."""
+        if index is not None:
+            prefix = self.anatomy.prefix(index)
+            return [name for name, target in self._renames.items() if target.startswith(prefix)]
+        return [name for name, target in self._renames.items() if not target.startswith(f"{self.path}.")]
+
+    def parameter(self, name: str, index: int) -> str:
+        """What the tensor `name` on disk, or a bias added beside one, is called inside block `index`."""
+        if name not in self._renames:
+            return self.parameter(f"{name.removesuffix('.bias')}{WEIGHT}", index).removesuffix(WEIGHT) + ".bias"
+        return self._renames[name].removeprefix(self.anatomy.prefix(index))
+
+    def end_matrices(self) -> dict[str, list[str]]:
+        """Names on disk of the weights of embeddings and head, by module; a tied head's count as the embeddings'."""
+        names = {module: name for name, module in self.model.named_modules()}
+        found: dict[str, list[str]] = {}
+        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            if module is not None:
+                weight = names[module] + WEIGHT
+                owner = self.model.all_tied_weights_keys.get(weight, weight).removesuffix(WEIGHT)
+                stored = (name for name, target in self._renames.items() if target == weight)
+                found.setdefault(owner, []).extend(stored)
+        return found
+
+    def load(self, index: int, stored: dict[str, Tensor] | None = None) -> Block:
+        """Reads block `index` to the device, from `stored` (disk names) if given, with biases that were added to it.
+
+        Safe to call for the next block while another one computes.
+        """
+        if stored is None:
+            stored = self.checkpoint.read(self.disk_names(index), pinned=self.device.type == "cuda")
+        added = {name: stored.pop(name) for name in list(stored) if name not in self._renames}
+        self._fill(stored)
+        module = self._blocks[index]
+        missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+        if missing:
+            raise CheckpointError(
+                f"{self.checkpoint.folder} has no weights for {self.anatomy.prefix(index)}{missing[0]}: "
+                "the checkpoint is incomplete or belongs to another architecture"
+            )
+        materialize_buffers(self.model, module, "cpu")
+        module.requires_grad_(False).to(self.device, non_blocking=True)
+        prefix = self.anatomy.prefix(index)
+        dtypes = {self._renames[name].removeprefix(prefix): tensor.dtype for name, tensor in stored.items()}
+        block = Block(index, module, self.anatomy.blocks[index], stored, dtypes, packable=self.packable(index))
+        for name, bias_O in added.items():
+            block.add_bias(self.parameter(name, index).removesuffix(".bias"), bias_O.to(self.device))
+        return block
+
+    def packable(self, index: int) -> frozenset[str]:
+        """Matrices that are the whole weight of an nn.Linear and lie on disk under its own name."""
+        prefix, anatomy = self.anatomy.prefix(index), self.anatomy.blocks[index]
+        plain = {target for name, target in self._renames.items() if name == target and name not in self._converted}
+        return frozenset(
+            name
+            for name, linear in anatomy.linears.items()
+            if linear.parameter == name + WEIGHT
+            and linear.expert is None
+            and not linear.transposed
+            and prefix + linear.parameter in plain
+            and isinstance(self._blocks[index].get_submodule(name), nn.Linear)
+        )
+
+    def disk_tensors(self, block: Block) -> dict[str, Tensor]:
+        """All tensors of a block under their names on disk: unchanged ones bit for bit, changed ones new.
+
+        Matrices that transformers fuses on loading (experts) are split again by its own reverse conversion.
+        """
+        prefix = self.anatomy.prefix(block.index)
+        tensors = dict(block.stored)
+        fused: dict[str, Tensor] = {}
+        for name, old in block.stored.items():
+            parameter = self._renames[name].removeprefix(prefix)
+            if parameter not in block.changed:
+                continue
+            if (linear_name := parameter.removesuffix(WEIGHT)) in block.packed:
+                tensors.pop(name)
+                for key, tensor in block.packed[linear_name].items():
+                    tensors[f"{name.removesuffix(WEIGHT)}.{key}"] = to_host(tensor)
+                continue
+            new = to_host(block.module.get_parameter(parameter).detach().to(old.dtype))
+            if name in self._converted:
+                fused[prefix + parameter] = new
+            else:
+                tensors[name] = new
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the copies above may still be under way
+        if fused:
+            from transformers.core_model_loading import revert_weight_conversion
+
+            split = revert_weight_conversion(self.model, fused)
+            if not set(split) <= set(tensors):
+                raise ArchitectureError(
+                    f"transformers cannot write {sorted(set(split) - set(tensors))[0]} back as the checkpoint stores it"
+                )
+            tensors.update(split)
+        return tensors
+
+    def enter(self, ids_BT: Tensor) -> tuple[Tensor, list[Call]]:
+        """Hidden state [B, T, D] before the first block, and the arguments of every block for this batch shape."""
+        calls: list[Call] = []
+        entered: list[Tensor] = []
+
+        def stub(index: int, call: Call, x_BTD: Tensor) -> Any:
+            if index == 0:
+                entered.append(x_BTD)
+            calls.append(call)
+            return self.anatomy.blocks[index].wrap(x_BTD)
+
+        with torch.no_grad():
+            self._run_ends(ids_BT, stub, logits_to_keep=1)
+        return entered[0], calls
+
+    def leave(self, ids_BT: Tensor, x_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V] from the hidden state after the last block, differentiable if that is."""
+        last = len(self) - 1
+
+        def stub(index: int, call: Call, hidden_BTD: Tensor) -> Any:
+            return self.anatomy.blocks[index].wrap(x_BTD if index == last else hidden_BTD)
+
+        with torch.set_grad_enabled(x_BTD.requires_grad):
+            logits: Tensor = self._run_ends(ids_BT, stub).logits
+        return logits
+
+    def release_ends(self) -> None:
+        """Frees embeddings, final norm and head."""
+        for module in ends_of(self.model, self.path):
+            for name, parameter in module.named_parameters(recurse=False):
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to("meta")
+        self._ends_loaded = False
+
+    def _run_ends(self, ids_BT: Tensor, stub: Callable[[int, Call, Tensor], Any], **kwargs: Any) -> Any:
+        if not self._ends_loaded:
+            self.load_ends()
+        with stubbed(self._blocks, stub):
+            return self.model(input_ids=ids_BT.to(self.device), use_cache=False, **kwargs)
+
+    def load_ends(self, stored: dict[str, Tensor] | None = None) -> None:
+        """Reads embeddings, final norm and head to the device, from `stored` (names on disk) if given."""
+        self._fill(self.checkpoint.read(self.disk_names(None)) if stored is None else stored)
+        self.model.tie_weights()
+        for module in ends_of(self.model, self.path):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    raise CheckpointError(f"{self.checkpoint.folder} has no {type(module).__name__}.{name}")
+                parameter.data = parameter.data.to(self.device)
+            for name, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+            materialize_buffers(self.model, module, self.device, recurse=False)
+        self._ends_loaded = True
+
+    def _fill(self, stored: dict[str, Tensor]) -> None:
+        """Sets parameters of the skeleton from tensors as they are on disk, through transformers' conversions."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        settings = LoadStateDictConfig(device_map={"": "cpu"}, dtype=self.dtype, weight_mapping=self._mapping)
+        with plain_loading():
+            info, _ = convert_and_load_state_dict_in_model(model=self.model, state_dict=stored, load_config=settings)
+        wrong = [str(key) for key in info.mismatched_keys] + list(info.conversion_errors)
+        if wrong:
+            raise CheckpointError(f"{self.checkpoint.folder}: {wrong[0]} does not fit the model's config")
+
+
+def _name_map(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[Any], set[str]]:
+    """Disk name → parameter name, transformers' conversions, and which disk names pass through a conversion."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = model.state_dict()
+    renames: dict[str, str] = {}
+    converted: set[str] = set()
+    for name in checkpoint.tensors:
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if target not in known and name in known:
+            target, pattern = name, None
+        renames[name] = target
+        if pattern is not None:
+            converted.add(name)
+    return renames, mapping, converted

@@ -1,0 +1,83 @@
+"""What a dense forward shows of a prompt: the activity of every unit, and what the first block's heads put out.
+
+Sums over the tokens that are not padding, so a prompt may come in pieces, and later tokens may be added.
+
+Legend: B sequences, T tokens, C channels, D width of the heads' output, U units.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from niwaki.config.recipe import Kind
+from niwaki.runtime.contextual.units import KINDS, Layout
+
+
+class Reading:
+    """Sums over the tokens read so far."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.tokens_B: Tensor | None = None
+        self._last_BD: Tensor | None = None
+        self._sums: dict[tuple[int, Kind], Tensor] = {}
+        self._squares: dict[tuple[int, Kind], Tensor] = {}
+
+    @contextmanager
+    def open(self, blocks: nn.ModuleList, real_BT: Tensor) -> Iterator[None]:
+        """Dense forwards inside are read; `real_BT` is true for tokens that are no padding."""
+        handles = [
+            block.get_submodule(self.layout.units[kind].consumer).register_forward_pre_hook(
+                lambda _, args, key=(index, kind): self._add(key, args[0], real_BT)
+            )
+            for index, block in enumerate(blocks)
+            for kind in KINDS
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add(self, key: tuple[int, Kind], x: Tensor, real_BT: Tensor) -> None:
+        x_BTC = x.detach().reshape(*real_BT.shape, -1).float()
+        real_B1T = real_BT.to(x_BTC)[:, None]
+        sum_BC, square_BC = (real_B1T @ x_BTC)[:, 0], (real_B1T @ x_BTC.square())[:, 0]
+        square_BG = square_BC.view(len(x_BTC), self.layout.count(key[1]), -1).mean(2)
+        known = key in self._sums
+        self._sums[key] = self._sums[key] + sum_BC if known else sum_BC
+        self._squares[key] = self._squares[key] + square_BG if known else square_BG
+        if key == (0, "heads"):
+            count_B = real_BT.sum(1)
+            at_B = (real_BT.cumsum(1) * real_BT).argmax(1)  # of the last real token
+            last_BD = x_BTC[torch.arange(len(x_BTC), device=x_BTC.device), at_B]
+            none_B1 = (count_B == 0)[:, None]
+            self._last_BD = last_BD if self._last_BD is None else torch.where(none_B1, self._last_BD, last_BD)
+            self.tokens_B = count_B if self.tokens_B is None else self.tokens_B + count_B
+
+    @property
+    def features(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `Predictor.scores` takes: last [B, D], mean [B, D] and prompt [B, U]."""
+        assert self._last_BD is not None and self.tokens_B is not None, "nothing was read"
+        count_B1 = self.tokens_B[:, None]
+        blocks = range(self.layout.blocks)
+        rms = [torch.stack([(self._squares[i, kind] / count_B1).sqrt() for i in blocks], dim=1) for kind in KINDS]
+        return self._last_BD, self.mean((0, "heads")), self.layout.join(*rms)
+
+    def mean(self, key: tuple[int, Kind]) -> Tensor:
+        """Mean input [B, C] of the reader of a kind of unit in a block."""
+        assert self.tokens_B is not None, "nothing was read"
+        return self._sums[key] / self.tokens_B[:, None]
+
+
+def real_tokens(kwargs: dict[str, Any], ids_BT: Tensor) -> Tensor | None:
+    """Which of these tokens are no padding [B, T]; None if the mask is of a form that does not say."""
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return torch.ones_like(ids_BT, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    return mask[:, -ids_BT.shape[1] :].to(torch.bool)

@@ -1,0 +1,95 @@
+"""Loading a result and letting it write."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from niwaki.data.texts import load_tokenizer
+from niwaki.errors import InputError
+from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.device import pick_device
+from niwaki.model.hf import plain_loading
+from niwaki.runtime.contextual.record import has_shadow, read_shadow
+from niwaki.runtime.contextual.sparsity import attach
+from niwaki.runtime.contextual.verified import write
+from niwaki.runtime.sparse_linear import SparseLinear
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    dense: bool = False,
+    dtype: torch.dtype | None = None,
+    fast_prompts: bool = False,
+) -> Any:
+    """The whole model as a transformers `PreTrainedModel` in eval mode, in `dtype` or the checkpoint's.
+
+    If a predictor lies beside the weights (method shadow), the model skips what its inputs do not need, unless `dense`;
+    `model.contextual` says what it did.
+
+    `fast_prompts` (2:4 weights stored packed, on a GPU): long prompts run on sparse tensor cores, which read a second
+    form of those weights, made at the first long prompt: 9 bits a weight more in memory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = Checkpoint.open(model)
+    with plain_loading():
+        decoder: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=dtype or checkpoint.dtype, trust_remote_code=False
+        )
+    decoder = decoder.to(pick_device(device)).eval()
+    for module in decoder.modules():
+        if isinstance(module, SparseLinear):
+            module.fast_prompts = fast_prompts
+    if has_shadow(checkpoint.folder) and not dense:
+        decoder.contextual = attach(decoder, read_shadow(checkpoint.folder))
+    return decoder
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    verify: int = 0,
+    device: str = "auto",
+) -> str:
+    """`prompt` and its continuation. Raises InputError for a prompt that leaves no room to continue.
+
+    `verify` (contextual models): every so many tokens the full model checks and corrects what the part wrote, so that
+    the greedy text is that of the full model.
+    """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise InputError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if verify and (temperature or verify < 0):
+        raise InputError(f"verify must be 0 or more tokens, and needs greedy text (temperature 0), got {verify}")
+    if verify and not has_shadow(Checkpoint.open(model).folder):
+        raise InputError(f"{model} holds no predictor, so nothing needs checking: leave out verify")
+    decoder = load(model, device=device)
+    tokenizer = load_tokenizer(Checkpoint.open(model).folder)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(decoder.device)
+    if not inputs["input_ids"].numel():
+        raise InputError("the prompt is empty: give some text to continue")
+    positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
+    length = inputs["input_ids"].shape[1] + max_new_tokens
+    if positions is not None and length > positions:
+        raise InputError(f"prompt and max_new_tokens take {length} tokens, the model has {positions} positions")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    torch.manual_seed(seed)
+    if verify:
+        end = decoder.generation_config.eos_token_id
+        ends = end if isinstance(end, list) else [end]
+        found = write(decoder.contextual, inputs["input_ids"], max_new_tokens=max_new_tokens, every=verify, ends=ends)
+        return str(tokenizer.decode(found.ids_1T[0], skip_special_tokens=True))
+    with torch.no_grad():
+        ids_BT = decoder.generate(
+            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling
+        )
+    return str(tokenizer.decode(ids_BT[0], skip_special_tokens=True))

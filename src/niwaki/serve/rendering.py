@@ -1,0 +1,149 @@
+"""A dialogue as the text that the model's own template makes of it, in a process that can be ended.
+
+Templates come with models, from whoever made them: programs in a small language. transformers renders them in Jinja's
+immutable sandbox, which keeps them from files and from Python, but not from running forever or from filling the memory.
+So they run in a process of their own, with limits that the system enforces: `CPU_S` of computing, `MEMORY_BYTES`, and
+`MOST_BYTES` of text. A request cannot bring a template.
+
+    renderer = Renderer(template, {"bos_token": "<s>"})
+    text = renderer.render([{"role": "user", "content": "Hello"}])
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import IO, Any
+
+from niwaki.errors import InputError
+from niwaki.serve.http.api_errors import INTERNAL, RefusalError
+
+CPU_S = 0.08  # so that a refusal is there within 0.1 s
+COMPILE_S = 1.0  # once, before the first dialogue
+WALL_S = 10.0  # a busy machine may take that long for it
+START_S = 60.0
+MEMORY_BYTES = 2**30
+MOST_BYTES = 1_000_000  # in UTF-8
+
+
+class Renderer:
+    """The process, started anew when a template had to be stopped."""
+
+    def __init__(self, template: str, names: dict[str, str]) -> None:
+        self._given = {"template": template, "names": names}
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            self._start()
+        except RefusalError as error:
+            raise InputError(f"{error.message}: is the model's chat template sound?") from error
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """The prompt. Raises RefusalError for dialogues that the template refuses, and when a limit is met."""
+        with self._lock:
+            process = self._process if self._process is not None else self._start()
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                _send(process.stdin, list(messages))
+                answer = json.loads(_line(process.stdout, WALL_S))
+            except (OSError, TimeoutError, EOFError) as error:
+                self._stop()
+                limits = f"{CPU_S:g} s, {MEMORY_BYTES / 2**20:.0f} MiB"
+                raise RefusalError(400, f"the chat template took more than it may ({limits}): send less") from error
+        if "refused" in answer:
+            raise RefusalError(
+                400, f"the chat template cannot render this dialogue: {answer['refused']}", param="messages"
+            )
+        return str(answer["text"])
+
+    def close(self) -> None:
+        """Ends the process."""
+        with self._lock:
+            self._stop()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+        )
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            _send(process.stdin, self._given)
+            _line(process.stdout, START_S)
+        except (OSError, TimeoutError, EOFError) as error:
+            process.kill()
+            process.wait()
+            raise RefusalError(500, "the process that renders chat templates does not start", kind=INTERNAL) from error
+        self._process = process
+        return process
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+def _send(stream: IO[bytes], value: Any) -> None:
+    stream.write(json.dumps(value).encode() + b"\n")
+    stream.flush()
+
+
+def _line(stream: IO[bytes], limit_s: float) -> bytes:
+    """One line, within a time. Raises TimeoutError, or EOFError when the process ended."""
+    until, found = time.monotonic() + limit_s, bytearray()
+    while not found.endswith(b"\n"):
+        ready, _, _ = select.select([stream], [], [], max(until - time.monotonic(), 0))
+        if not ready:
+            raise TimeoutError
+        if not (part := os.read(stream.fileno(), 2**16)):
+            raise EOFError
+        found += part
+    return bytes(found)
+
+
+def _serve() -> None:
+    """The program of the process: first what all requests share, then a dialogue a line, an answer a line."""
+    import resource
+    import signal
+
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's business
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, whatever it does
+    shared: dict[str, Any] | None = None
+    for line in sys.stdin.buffer:
+        given = json.loads(line)
+        first, shared = shared is None, shared or given
+        signal.setitimer(signal.ITIMER_PROF, COMPILE_S if first else CPU_S)
+        answer = _render(render_jinja_template, shared, [] if first else given)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(answer), flush=True)
+
+
+def _render(render_jinja_template: Any, shared: dict[str, Any], messages: list[dict[str, str]]) -> dict[str, str]:
+    try:
+        texts, _ = render_jinja_template(
+            [messages], chat_template=shared["template"], add_generation_prompt=True, **shared["names"]
+        )
+    except MemoryError:
+        return {"refused": "it takes too much memory"}
+    except Exception as error:  # whatever a template raises is its answer
+        return {"refused": str(error)[:200] or type(error).__name__}
+    size = len(texts[0].encode("utf-8", "surrogatepass"))
+    if size > MOST_BYTES:
+        return {"refused": f"{size:,} bytes come of it, at most {MOST_BYTES:,} are read"}
+    return {"text": texts[0]}
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,81 @@
+"""Flags win over the recipe file, options and calibration are merged; slips are refused at once."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from niwaki.cli.demo import sapling
+from niwaki.cli.options import given, recipe_values
+from niwaki.errors import InputError
+
+
+def test_flags_win_and_the_rest_stays(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("method: gptq\ntarget: 4bit\noptions: {group: 64, clip: true}\ncalibration: {samples: 9}\n")
+    found = recipe_values(recipe, {"seq_len": 5, "samples": None}, ["group=32"], target="2bit", seed=None)
+    assert found["method"] == "gptq" and found["target"] == "2bit" and "seed" not in found
+    assert found["options"] == {"group": "32", "clip": True}
+    assert found["calibration"] | {"samples": 9, "seq_len": 5} == found["calibration"]
+
+
+def test_without_a_recipe_only_what_was_given_is_there() -> None:
+    assert recipe_values(None, {}, None, method="rtn") == {"method": "rtn", "calibration": {}, "options": {}}
+    assert given(a=1, b=None) == {"a": 1}
+
+
+@pytest.mark.parametrize("pair", ["group", "=3"])
+def test_options_are_key_value(pair: str) -> None:
+    with pytest.raises(InputError, match="expected key=value"):
+        recipe_values(None, {}, [pair])
+
+
+SLIPS = [
+    ["compress", "nowhere", "out", "--method", "wanda", "--target", "0.5"],
+    ["compress", "SAPLING", "out", "--method", "wandaa", "--target", "0.5"],
+    ["compress", "SAPLING", "out", "--method", "wanda", "--target", "7"],
+    ["compress", "SAPLING", "out", "--method", "comp+gptq", "--target", "0.2+9bit"],
+    ["compress", "SAPLING", "out", "--method", "wanda", "--target", "0.5", "--calibration", "none.jsonl"],
+    ["compress", "SAPLING", "out", "--recipe", "broken.yaml"],
+    ["compress", "SAPLING", "broken.yaml", "--method", "wanda", "--target", "0.5"],
+    ["plan", "nowhere", "--method", "wanda", "--target", "0.5"],
+    ["evaluate", "nowhere", "--data", "text.txt"],
+    ["evaluate", "SAPLING", "--tasks", "none.jsonl"],
+    ["compare", "SAPLING", "nowhere", "--data", "text.txt"],
+    ["compare", "SAPLING", "SAPLING", "--data", "text.txt", "--gate", "broken.yaml"],
+    ["gate", "gate.yaml", "--baseline", "none.json"],
+    ["inspect", "nowhere"],
+    ["inspect", "nowhere", "--why", "model.layers.0.mlp.up_proj"],
+    ["generate", "nowhere", "text"],
+    ["export", "nowhere", "out", "--to", "gguf"],
+    ["recover", "nowhere", "--data", "text.txt"],
+    ["methods", "wandaa"],
+]
+RUN = """
+import json, sys
+from niwaki.cli import app as cli
+for line in json.load(sys.stdin):
+    sys.argv = ["niwaki", *line]
+    try:
+        cli.main()
+    except SystemExit as done:
+        assert done.code == 2, line
+    assert "torch" not in sys.modules and "transformers" not in sys.modules, line
+"""
+
+
+def test_slips_are_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+    """One line each, exit code 2, nothing written; all of them in one process that never imports torch."""
+    (tmp_path / "broken.yaml").write_text("method: [")
+    (tmp_path / "text.txt").write_text("some text")
+    before = sorted(tmp_path.iterdir())
+    lines = [[str(sapling()) if word == "SAPLING" else word for word in line] for line in SLIPS]
+    found = subprocess.run(
+        [sys.executable, "-c", RUN], input=json.dumps(lines), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    told = found.stderr.splitlines()
+    assert len(told) == len(SLIPS) and all(line.startswith("error: ") for line in told), found.stderr
+    assert sorted(tmp_path.iterdir()) == before

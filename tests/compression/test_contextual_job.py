@@ -1,0 +1,128 @@
+"""`niwaki compress --method shadow`, from the dense folder to a model that writes with a part of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import niwaki
+from niwaki.errors import CalibrationError, InputError, TargetError
+from niwaki.runtime.contextual.record import TENSORS, read_shadow
+from support.models import file_bytes, tiny_llama, weights_of, write_texts
+
+OPTIONS = {"gradient_windows": 4, "least_prompt": 8, "features": "last", "size_frac": 0.5}
+
+
+def compress(tmp_path: Path, out: str = "out", **more: Any) -> dict[str, Any]:
+    model = tmp_path / "model"
+    if not model.exists():
+        tiny_llama(model, dtype=torch.bfloat16, num_attention_heads=8, num_key_value_heads=4)
+    text = write_texts(tmp_path / "text.jsonl")
+    values: dict[str, Any] = {
+        "method": "shadow",
+        "target": "0.5",
+        "calibration": {"files": (str(text),), "samples": 12, "seq_len": 24},
+        "options": OPTIONS,
+        "device": "cpu",
+        **more,
+    }
+    return niwaki.compress(model, tmp_path / out, **values)
+
+
+def test_weights_stay_and_a_predictor_joins_them(tmp_path: Path) -> None:
+    record = compress(tmp_path)
+    before, after = weights_of(tmp_path / "model"), weights_of(tmp_path / "out")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    shadow = read_shadow(tmp_path / "out")
+    found = record["result"]["predictor"]
+    assert found["head_criterion"] in found["tried"]["head_criterion"] and len(found["tried"]["criterion"]) == 3
+    assert found["criterion"] == min(found["tried"]["criterion"], key=lambda name: found["tried"]["criterion"][name])
+    assert found["parameters"] == shadow.predictor.parameters and found["skipped_frac"] == pytest.approx(0.5)
+    size = (tmp_path / "out" / TENSORS).stat().st_size
+    assert record["result"]["bytes"] == record["model"]["bytes"] + size
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads(
+        (tmp_path / "model/config.json").read_text()
+    )
+    assert "dense model" in (tmp_path / "out/README.md").read_text()
+
+
+def test_the_result_writes_with_a_part_of_the_model_and_is_dense_on_demand(tmp_path: Path) -> None:
+    compress(tmp_path)
+    ids_BT = torch.randint(0, 4096, (1, 20), generator=torch.Generator().manual_seed(0))
+
+    def write(model: Any) -> list[int]:
+        return model.generate(ids_BT, max_new_tokens=6, do_sample=False, eos_token_id=None)[0].tolist()  # type: ignore[no-any-return]
+
+    sparse, dense = niwaki.load(tmp_path / "out"), niwaki.load(tmp_path / "out", dense=True)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert write(dense) == write(plain)
+    written = write(sparse)
+    (record,) = sparse.contextual.records
+    assert record.sparse_tokens == 5 and record.skipped_frac == pytest.approx([0.5])
+    sparse.contextual.enabled = False
+    assert write(sparse) == write(plain) and written != write(plain)
+    prompt = "The import statement is here to stay and so are its many users"
+    dense_text = niwaki.generate(tmp_path / "model", prompt, max_new_tokens=12)
+    assert niwaki.generate(tmp_path / "out", prompt, max_new_tokens=12, verify=4) == dense_text
+    assert niwaki.generate(tmp_path / "out", prompt, max_new_tokens=12) != dense_text
+    with pytest.raises(InputError, match="holds no predictor"):
+        niwaki.generate(tmp_path / "model", prompt, verify=4)
+
+
+@pytest.mark.parametrize("criterion", ["energy", "plainact", "fisher", "grad_norm", "l2", "snip"])
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_every_criterion_and_scope_runs(criterion: str, scope: str, tmp_path: Path) -> None:
+    options = OPTIONS | {
+        "criterion": criterion,
+        "head_criterion": criterion,
+        "scope": scope,
+        "features": "last+mean+prompt",
+        "cuts": 1,
+    }
+    record = compress(tmp_path, options=options)
+    assert record["result"]["predictor"]["skipped_frac"] == pytest.approx(0.5, abs=0.01)
+    assert record["options"]["shadow"]["criterion"] == criterion
+
+
+def test_same_seed_same_bytes_and_a_finished_predictor_is_kept(tmp_path: Path) -> None:
+    compress(tmp_path)
+    compress(tmp_path, "again")
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "again")
+
+    def stop(event: str, **fields: Any) -> None:
+        if event == "saved":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(tmp_path, "later", report=stop)
+    events: list[str] = []
+    compress(tmp_path, "later", resume=True, report=lambda event, **fields: events.append(event))
+    assert "traces" not in events and file_bytes(tmp_path / "later") == file_bytes(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"target": "2:4"}, TargetError, "shadow meets a fraction of zeros"),
+        ({"method": "shadow+wanda"}, InputError, "learns what a finished model needs: run it alone"),
+        ({"allocation": "owl"}, TargetError, "drop allocation owl"),
+        ({"options": {"criterion": "taste"}}, InputError, "criterion must be one of auto, energy"),
+        ({"options": {"features": "first"}}, InputError, "features must be none, or some of last, mean, prompt"),
+        ({"options": {"neuron_width": 32}}, InputError, "neuron_width 32 does not divide the 48 neurons"),
+        ({"options": {}}, InputError, "no room for rank 1"),
+        ({"calibration": {"samples": 4, "seq_len": 24}}, InputError, "learned from 4 windows"),
+        ({"calibration": {"samples": 8, "seq_len": 3}}, CalibrationError, "windows of 3 tokens"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    change: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    if "calibration" in change:
+        text = write_texts(tmp_path / "text.jsonl")
+        change = {"calibration": {"files": (str(text),), **change["calibration"]}}
+    with pytest.raises(error, match=message):
+        compress(tmp_path, **change)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

@@ -1,0 +1,55 @@
+"""Presets are recipes: complete, overridable, and refused where they make no sense."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import niwaki
+from niwaki.config.presets import PRESETS
+from niwaki.config.recipe import make_recipe, parse_target
+from niwaki.errors import InputError
+from niwaki.methods.registry import make_steps
+from support.models import tiny_llama, write_texts
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("target", ["0.5", "2:4"])
+def test_every_preset_is_a_valid_recipe(name: str, target: str) -> None:
+    recipe = make_recipe({"preset": name, "target": target})
+    assert make_steps(recipe.method, recipe.options, parse_target(target))
+
+
+def test_single_options_win_over_the_preset() -> None:
+    recipe = make_recipe({"preset": "best", "target": "0.5", "options": {"wandapp.rounds": 2}})
+    steps = make_steps(recipe.method, recipe.options, parse_target("0.5"))
+    assert steps[1].config.rounds == 2 and steps[0].config.exchanges == 6
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"preset": "bes"}, "did you mean 'best'"),
+        ({"preset": "best", "method": "wanda"}, "brings its own method"),
+        ({}, "method is missing"),
+    ],
+)
+def test_wrong_presets_are_one_line(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_recipe({"target": "0.5", **values})
+
+
+def test_a_preset_runs_and_records_what_it_stood_for(tmp_path: Path) -> None:
+    text = write_texts(tmp_path / "text.jsonl")
+    record = niwaki.compress(
+        tiny_llama(tmp_path / "model", blocks=2),
+        tmp_path / "out",
+        preset="balanced",
+        target="2:4",
+        calibration={"files": (str(text),), "samples": 10, "seq_len": 16},
+        options={"wandapp.rounds": 1, "wandapp.samples": 4},
+        device="cpu",
+    )
+    assert record["recipe"]["method"] == "sparsegpt+wandapp"
+    assert record["options"]["wandapp"]["target"] == "both" and record["dense_stream"]
+    assert record["result"]["zeros_frac"] == 0.5

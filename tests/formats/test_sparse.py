@@ -1,0 +1,113 @@
+"""Nonzeros as they are stored: every layout and kind of value gives the matrix back, in the bytes it claims."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from niwaki.formats.quantized import Part
+from niwaki.formats.record import decode_stored, record_names
+from niwaki.formats.sparse import CODES, SLACK_BYTES, VALUES, Sparse, fits_two_four, stored_shapes
+
+
+def pruned(rows: int, columns: int, layout: str, seed: int = 0) -> Tensor:
+    """Half zeros; for two_four some groups keep one, or none."""
+    generator = torch.Generator().manual_seed(seed + rows + columns)
+    weight = torch.randn(rows, columns, generator=generator)
+    score = torch.rand(rows, columns, generator=generator)
+    if layout == "bitmap":
+        return torch.where(score < 0.5, weight, 0.0)
+    padded = torch.nn.functional.pad(score, (0, -columns % 4)).view(rows, -1, 4)
+    keep = (padded >= padded.topk(2, dim=2).values[..., 1:]) & (padded > 0.3)
+    return torch.where(keep.view(rows, -1)[:, :columns], weight, 0.0)
+
+
+def coded(rows: int, columns: int, bits: int, group: int, layout: str) -> tuple[Part, Tensor]:
+    """A symmetric part whose pruned codes are the middle one, and the matrix it stands for."""
+    keep = pruned(rows, columns, layout) != 0
+    generator = torch.Generator().manual_seed(rows)
+    code = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    code = torch.where(keep, code, torch.tensor(2 ** (bits - 1), dtype=torch.uint8))
+    scale = (torch.rand(rows, -(-columns // group), generator=generator) + 0.1).half()
+    part = Part(torch.arange(columns), bits, "symmetric", group, code, scale)
+    return part, part.decode()
+
+
+SHAPES = [(1, 1), (3, 4), (5, 7), (7, 12), (33, 40), (70, 200)]
+
+
+@pytest.mark.parametrize("layout", ["bitmap", "two_four"])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_come_back_exactly_and_rows_by_themselves(shape: tuple[int, int], values: str, layout: str) -> None:
+    weight = pruned(*shape, layout).to(VALUES[values])
+    record = Sparse.encode(weight, layout=layout)
+    assert (record.layout, record.values) == (layout, values)
+    assert torch.equal(record.decode(), weight.float())
+    for first in range(0, shape[0], 2):
+        assert torch.equal(record.rows(first, shape[0]).decode(), weight[first:].float())
+        assert torch.equal(record.rows(first, first + 1).decode(), weight[first : first + 1].float())
+
+
+@pytest.mark.parametrize("layout", ["bitmap", "two_four"])
+@pytest.mark.parametrize(("bits", "group"), [(4, 8), (8, 40), (4, 1000)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_codes_come_back_exactly(shape: tuple[int, int], bits: int, group: int, layout: str) -> None:
+    part, weight = coded(*shape, bits, group, layout)
+    record = Sparse.encode_codes(part, layout=layout)
+    assert record is not None and CODES[record.values] == bits
+    assert torch.equal(record.decode(), weight)
+    for row in range(shape[0]):
+        assert torch.equal(record.rows(row, row + 1).decode(), weight[row : row + 1])
+
+
+def test_description_and_tensors_are_all_a_reader_needs() -> None:
+    part, weight = coded(40, 64, 4, 32, "two_four")
+    for record, expected in ((Sparse.encode_codes(part), weight), (Sparse.encode(weight, torch.float32), weight)):
+        assert record is not None
+        about, tensors = record.describe(), record.tensors()
+        assert list(tensors) == record_names(about)
+        assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == stored_shapes(about)
+        assert all(not t.is_floating_point() for t in tensors.values())
+        stored = {f"a.b.{name}": tensor for name, tensor in tensors.items()}
+        found = decode_stored({**stored, "c": weight}, {"a.b": about, "not.here": about}, torch.float32)
+        assert sorted(found) == ["a.b.weight", "c"] and torch.equal(found["a.b.weight"], expected)
+
+
+def test_bytes_at_half_zeros() -> None:
+    """9 bits a weight, 3.125 with 4-bit codes in groups of 128: the shares of bfloat16 that are promised."""
+    rows, columns = 256, 1024
+    for layout in ("bitmap", "two_four"):
+        record = Sparse.encode(pruned_exactly(rows, columns).bfloat16(), layout=layout)
+        extra = SLACK_BYTES + (4 * rows if layout == "bitmap" else 0)
+        nbytes = sum(t.nbytes for t in record.tensors().values())
+        assert nbytes == rows * columns * 9 // 8 + extra and nbytes / (2 * rows * columns) < 0.57
+    part = Part(
+        torch.arange(columns), 4, "symmetric", 128,
+        torch.where(pruned_exactly(rows, columns) != 0, 3, 8).to(torch.uint8), torch.ones(rows, columns // 128).half(),
+    )  # fmt: skip
+    record = Sparse.encode_codes(part)
+    assert record is not None and record.layout == "two_four"
+    assert sum(t.nbytes for t in record.tensors().values()) / (2 * rows * columns) < 0.20
+
+
+def pruned_exactly(rows: int, columns: int) -> Tensor:
+    """Two of every four."""
+    weight = torch.rand(rows, columns // 4, 4, generator=torch.Generator().manual_seed(0)) + 0.1
+    return torch.where(weight >= weight.topk(2, dim=2).values[..., 1:], weight, 0.0).view(rows, columns)
+
+
+def test_the_smaller_layout_is_taken() -> None:
+    assert Sparse.encode(pruned_exactly(64, 256)).layout == "two_four"
+    assert Sparse.encode(pruned(64, 256, "bitmap")).layout == "bitmap"
+    sparse = pruned_exactly(64, 256)
+    sparse[:, 64:] = 0
+    assert fits_two_four(sparse != 0) and Sparse.encode(sparse).layout == "bitmap"  # two_four would store the zeros
+    assert Sparse.encode(torch.zeros(3, 256)).decode().sum() == 0
+
+
+def test_only_codes_with_a_middle_have_a_sparse_form() -> None:
+    part, _ = coded(8, 64, 4, 32, "bitmap")
+    code, scale = part.code_OC, part.scale_OG
+    assert Sparse.encode_codes(Part(part.columns_C, 4, "midrise", 32, code, scale)) is None
+    assert Sparse.encode_codes(Part(part.columns_C, 3, "symmetric", 32, code % 8, scale)) is None
+    assert Sparse.encode_codes(Part(part.columns_C, 4, "symmetric", 12, code, scale[:, :1].expand(-1, 6))) is None

@@ -1,0 +1,215 @@
+"""The rules of the house that a machine can check: import direction, sizes, the public surface, clean errors."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import niwaki
+from niwaki import errors
+from niwaki.methods.registry import EVERY, get_method
+
+SOURCE = Path(niwaki.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+# A folder may import the ones that stand before it, and itself.
+ORDER = (
+    "errors", "version", "config", "formats", "kernels", "model", "data", "runtime", "methods", "compression",
+    "measure", "exporters", "serve", "rollout", "cli",
+)  # fmt: skip
+LAYOUT = {"__init__", *ORDER}
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MIN_MODULE_LINES = 500, 60, 60
+
+# Larger or smaller than the rule, each with its reason.
+SIZE_EXCEPTIONS: dict[str, str] = {
+    "cli.app:compress": "before the house was rebuilt",
+    "cli.compare:compare": "before the house was rebuilt",
+    "cli.inspect": "before the house was rebuilt",
+    "cli.plan:plan": "before the house was rebuilt",
+    "cli.serve:serve": "before the house was rebuilt",
+    "compression.gradients": "before the house was rebuilt",
+    "compression.recover:recover": "before the house was rebuilt",
+    "compression.verify": "before the house was rebuilt",
+    "kernels.ranks": "before the house was rebuilt",
+    "kernels.triton.codes:_sweep": "before the house was rebuilt",
+    "kernels.triton.sparse:_few": "before the house was rebuilt",
+    "measure.compare.comparison:compare": "before the house was rebuilt",
+    "measure.evaluate.divergence": "before the house was rebuilt",
+    "measure.evaluate.evaluation:evaluate": "before the house was rebuilt",
+    "measure.report.write": "before the house was rebuilt",
+    "methods.shared.fake_quant": "before the house was rebuilt",
+    "rollout.background": "before the house was rebuilt",
+    "rollout.exporting": "before the house was rebuilt",
+    "rollout.metrics": "before the house was rebuilt",
+    "runtime.contextual.following": "before the house was rebuilt",
+}
+
+
+def name_of(path: Path) -> str:
+    """Return the dotted name of a module below `niwaki`, empty for the package itself."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the modules that a file imports, lazily or not, outside `if TYPE_CHECKING`."""
+    typing_only = {
+        id(inner)
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(TREES[path]):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "niwaki":
+            base = node.module.partition(".")[2]
+            inner = {f"{base}.{alias.name}".strip(".") for alias in node.names}
+            found |= {name if name in MODULES else base for name in inner}
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("niwaki.")}
+    return found - {""}
+
+
+IMPORTS = {name: imports_of(path) for name, path in MODULES.items() if name}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of nodes that reach each other."""
+    reach = {node: set(graph[node]) for node in graph}
+    changed = True
+    while changed:
+        changed = False
+        for node, found in reach.items():
+            wider = found.union(*(reach.get(other, set()) for other in found))
+            changed = changed or wider != found
+            reach[node] = wider
+    groups = {frozenset({node} | {o for o in reach[node] if node in reach.get(o, ())}) for node in reach}
+    return [sorted(group) for group in groups if len(group) > 1]
+
+
+def test_the_layout_is_what_one_sees() -> None:
+    entries = {path.name for path in SOURCE.iterdir() if path.name not in ("__pycache__", "py.typed")}
+    assert {entry.removesuffix(".py") for entry in entries} == LAYOUT
+    assert len(entries) <= 16
+
+
+@pytest.mark.parametrize("name", IMPORTS, ids=str)
+def test_imports_point_one_way(name: str) -> None:
+    folder = name.split(".")[0]
+    for other in IMPORTS[name]:
+        assert ORDER.index(other.split(".")[0]) <= ORDER.index(folder), f"{name} imports {other}, which stands above"
+
+
+def test_no_circle_between_files_or_folders() -> None:
+    """Lazy imports count. A folder is a package at any depth; one that holds the other is no circle."""
+    kernels = [group for group in circles(IMPORTS) if not all(name.startswith("kernels.") for name in group)]
+    assert kernels == []
+    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    folder = {name: name if name in packages else name.rpartition(".")[0] for name in MODULES}
+    graph: dict[str, set[str]] = {package: set() for package in packages if package}
+    for name, others in IMPORTS.items():
+        if folder[name]:
+            found = {folder[other] for other in others if other in folder}
+            graph[folder[name]] |= {
+                other
+                for other in found
+                if other and not f"{other}.".startswith(f"{folder[name]}.") and not folder[name].startswith(f"{other}.")
+            }
+    graph.pop("kernels"), graph.pop("kernels.triton")
+    assert circles(graph) == []
+
+
+def test_methods_import_no_other_method_and_the_walk_names_none() -> None:
+    for name in EVERY:
+        for other in IMPORTS[f"methods.{name}"]:
+            assert other.removeprefix("methods.") not in EVERY, f"{name} imports {other}"
+    walk = (SOURCE / "compression" / "walk.py").read_text(encoding="utf-8")
+    assert not [name for name in EVERY if re.search(rf"\b{name}\b", walk)]
+
+
+def test_general_modules_import_no_private_name() -> None:
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("niwaki"):
+                private = [alias.name for alias in node.names if alias.name.startswith("_") and alias.name[1] != "_"]
+                assert set(private) <= {"_cpu"}, f"{path.name} imports {private}"
+
+
+def sizes_broken() -> set[str]:
+    """Return the modules, and functions as module:function, that break a rule of size."""
+    found = set()
+    importers = {name: [one for one, others in IMPORTS.items() if name in others] for name in MODULES}
+    for name, path in MODULES.items():
+        lines = path.read_text(encoding="utf-8").count("\n")
+        small = lines < MIN_MODULE_LINES and len(importers[name]) == 1 and path.name != "__init__.py"
+        if small or lines > MAX_FILE_LINES:
+            found.add(name)
+        for node in ast.walk(TREES[path]):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                if (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES:
+                    found.add(f"{name}:{node.name}")
+    return found
+
+
+def test_sizes() -> None:
+    """A file has at most 500 lines, a function 60; a module under 60 lines has more than one importer."""
+    assert sizes_broken() == set(SIZE_EXCEPTIONS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_modules_and_public_functions_have_docstrings(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), path
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    members = [node for owner in classes if not owner.name.startswith("_") for node in owner.body]
+    for node in [*tree.body, *members]:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert _is_ellipsis(node) or ast.get_docstring(node), f"{path.name}:{node.lineno} {node.name}"
+
+
+def _is_ellipsis(node: ast.FunctionDef | ast.ClassDef) -> bool:
+    first = node.body[0]
+    return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and first.value.value is ...
+
+
+def test_public_names_are_complete_sorted_and_there() -> None:
+    names = [name for name in niwaki.__all__ if name[0].isupper()]
+    functions = [name for name in niwaki.__all__ if name[0].islower()]
+    assert niwaki.__all__ == sorted(names) + sorted(functions)
+    for name in niwaki.__all__:
+        assert callable(getattr(niwaki, name))
+    tree = {name for name, kind in vars(errors).items() if inspect.isclass(kind) and kind.__module__ == errors.__name__}
+    assert tree == set(names)
+
+
+def test_every_error_descends_from_one_base() -> None:
+    for name in niwaki.__all__:
+        if name.endswith("Error"):
+            assert issubclass(getattr(niwaki, name), errors.NiwakiError)
+
+
+def test_unknown_attribute_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'compres'"):
+        _ = niwaki.compres  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_method_modules_tell_paper_cost_and_example(name: str) -> None:
+    method = get_method(name)
+    assert method.PAPER
+    for word in ("Source:", "ost:", "niwaki compress"):
+        assert word in method.__doc__, f"{name}: the docstring misses {word!r}"
+
+
+def test_tests_never_leave_the_repository() -> None:
+    outside = ".." + "/shared"
+    for path in (SOURCE.parents[1] / "tests").rglob("*.py"):
+        assert outside not in path.read_text(encoding="utf-8"), path

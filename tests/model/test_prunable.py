@@ -1,0 +1,122 @@
+"""Units, sizes and configs of smaller decoders, on tiny models of several families."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from niwaki.errors import ArchitectureError, InputError
+from niwaki.model.anatomy import build_skeleton, discover
+from niwaki.model.prunable import Shape, Sizes, new_name, places, units_of
+from support.families import COMMON, GQA, families
+
+COVERED = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt")
+
+
+def sizes_of(config: Any) -> Sizes:
+    skeleton = build_skeleton(config, torch.float32)
+    return Sizes(discover(skeleton), skeleton, json.loads(config.to_json_string(use_diff=False)))
+
+
+@pytest.mark.parametrize("family", COVERED)
+def test_units_are_attention_and_dense_layer(family: str) -> None:
+    config = families()[family].config
+    units = sizes_of(config).units
+    opt = family == "opt"
+    assert units["heads"].consumer == ("self_attn.out_proj" if opt else "self_attn.o_proj")
+    assert set(units["heads"].producers) == {f"self_attn.{name}_proj" for name in "qkv"}
+    assert units["heads"].count == (4 if opt else 2)
+    assert units["neurons"].consumer == ("fc2" if opt else "mlp.down_proj")
+    assert set(units["neurons"].producers) == ({"fc1"} if opt else {"mlp.gate_proj", "mlp.up_proj"})
+    assert units["neurons"].count == 48
+
+
+@pytest.mark.parametrize("family", sorted(set(families()) - set(COVERED)))
+def test_blocks_of_another_kind_are_refused_by_name(family: str) -> None:
+    with pytest.raises(ArchitectureError, match="structured pruning needs blocks of one"):
+        sizes_of(families()[family].config)
+
+
+def test_a_dense_layer_as_wide_as_the_stream_is_not_taken_for_attention() -> None:
+    config = transformers.LlamaConfig(**{**GQA, "intermediate_size": 32, "num_key_value_heads": 4})
+    units = units_of(discover(build_skeleton(config, torch.float32)).blocks[0], 4)
+    assert units["neurons"].consumer == "mlp.down_proj" and units["heads"].consumer == "self_attn.o_proj"
+
+
+@pytest.mark.parametrize("family", COVERED)
+@pytest.mark.parametrize("dropped", [(), (1,)])
+def test_removed_share_is_that_of_the_smaller_model(family: str, dropped: tuple[int, ...]) -> None:
+    sizes = sizes_of(families()[family].config)
+    shape = sizes.shape(16, sizes.heads, dropped)
+    config = dict(sizes.config_for(shape))
+    smaller = build_skeleton(transformers.AutoConfig.for_model(config.pop("model_type"), **config), torch.float32)
+
+    def count(model: Any) -> int:
+        return sum(p.numel() for name, p in model.named_parameters() if f"{sizes.anatomy.path}." in name)
+
+    whole = build_skeleton(families()[family].config, torch.float32)
+    assert sizes.removed_frac(shape) == pytest.approx(1 - count(smaller) / count(whole), abs=1e-12)
+
+
+def test_heads_that_do_not_divide_the_width_make_a_llama_a_mistral() -> None:
+    config = transformers.LlamaConfig(**{**COMMON, "num_key_value_heads": 4, "intermediate_size": 48, "head_dim": 8})
+    sizes = sizes_of(config)
+    assert sizes.legal_heads() == [4, 3, 2, 1]
+    half = sizes.config_for(sizes.shape(48, 2))
+    assert half["model_type"] == "llama" and (half["num_attention_heads"], half["num_key_value_heads"]) == (2, 2)
+    three = sizes.config_for(sizes.shape(48, 3))
+    assert three["model_type"] == "mistral" and three["architectures"] == ["MistralForCausalLM"]
+    assert (three["num_attention_heads"], three["head_dim"], three["sliding_window"]) == (3, 8, None)
+
+
+def test_what_a_config_cannot_say_is_named() -> None:
+    sizes = sizes_of(families()["opt"].config)
+    assert sizes.legal_heads() == [4]
+    with pytest.raises(
+        InputError,
+        match=r"heads and ffn_dim in a config of type opt cannot express 48 neurons",
+    ):
+        sizes.config_for(sizes.shape(48, 2))
+    silent = Sizes(sizes.anatomy, build_skeleton(families()["opt"].config, torch.float32), {"model_type": "opt"})
+    with pytest.raises(InputError, match="says 48 neurons in none of intermediate_size, ffn_dim"):
+        silent.config_for(sizes.shape(16, 4))
+
+
+def test_lists_of_layers_lose_those_that_are_gone() -> None:
+    config = transformers.Gemma3TextConfig(
+        **GQA, sliding_window=6, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    )
+    sizes = sizes_of(config)
+    assert sizes.config_for(sizes.shape(48, 2, (0,)))["layer_types"] == ["full_attention", "sliding_attention"]
+
+
+def test_fitting_takes_the_widest_that_removes_enough() -> None:
+    sizes = sizes_of(families()["llama"].config)
+    shape = sizes.fitting(0.2, 2, (), 8)
+    assert shape is not None and sizes.removed_frac(shape) >= 0.2
+    wider = sizes.shape(max(shape.neurons) + 8, 2)
+    assert sizes.removed_frac(wider) < 0.2
+    assert sizes.fitting(1 / 3, 2, (1,), 8) == sizes.shape(48, 2, (1,))  # a block alone is enough
+    assert sizes.fitting(0.95, 2, (), 8) is None
+
+
+def test_shapes_tell_what_is_gone_and_whether_a_config_can_say_it() -> None:
+    assert Shape((8, 0, 8), (2, 0, 2)).dropped == (1,) and Shape((8, 0, 8), (2, 0, 2)).even
+    assert not Shape((8, 4), (2, 2)).even and not Shape((8, 8), (0, 0)).even
+
+
+def test_places_and_names() -> None:
+    unit = sizes_of(families()["llama"].config).units["heads"]
+    assert places(unit, [1], 32).tolist() == list(range(16, 32))
+    assert places(unit, [1], 16).tolist() == list(range(8, 16))
+    assert (
+        new_name("model.layers.5.mlp.up_proj.weight", "model.layers", 5, (1, 3)) == "model.layers.3.mlp.up_proj.weight"
+    )
+    assert new_name("decoder.layers.5.fc1.bias", "model.decoder.layers", 5, ()) == "decoder.layers.5.fc1.bias"
+
+
+def test_folder_names_do_not_matter(tmp_path: Path) -> None:
+    assert new_name("h.2.mlp.c_fc.weight", "transformer.h", 2, (0,)) == "h.1.mlp.c_fc.weight"

@@ -1,0 +1,1 @@
+"""Models, servers and reports that tests share."""

@@ -1,0 +1,228 @@
+"""Small real blocks, models and texts for the tests."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+
+from niwaki.cli.app import main
+from niwaki.cli.demo import sapling
+from niwaki.data.hidden_states import Activations
+from niwaki.data.statistics import Needs, Statistics
+from niwaki.data.stream import Evidence
+from niwaki.model.anatomy import BlockAnatomy, Call, Linear
+from niwaki.model.decoder import Block
+from support.families import build
+
+CPU = torch.device("cpu")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `niwaki ARGUMENTS`."""
+    sys.argv = ["niwaki", *map(str, arguments)]
+    with pytest.raises(SystemExit) as stopped:
+        main()
+        raise SystemExit(0)
+    printed = capsys.readouterr()
+    return int(stopped.value.code or 0), printed.out, printed.err
+
+
+class _Independent(nn.Module):
+    """Matrices side by side; its forward applies the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: Tensor = next(self.children())(x)
+        return first
+
+
+class FixedStream:
+    """Stands in for a stream at one block: windows [S, T, I] with the outputs of the first matrix."""
+
+    def __init__(self, block: Block, x_STI: Tensor) -> None:
+        self.hidden = Activations(x_STI, "ram", CPU)
+        self.outputs = Activations(block.module(x_STI), "ram", CPU)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def call(self, count: int, index: int) -> Call:
+        return Call((), {})
+
+
+def evidence_of(block: Block, x_NI: Tensor, needs: Needs) -> Evidence:
+    """What a walk would have seen of `block` with `x_NI` as the input of all its matrices, in 8 windows at most."""
+    statistics = {name: statistics_of(x_NI, needs) for name in block.linears}
+    if not len(x_NI):
+        return Evidence(statistics)
+    windows = next((count for count in range(8, 0, -1) if len(x_NI) % count == 0), 1)
+    stream: Any = FixedStream(block, x_NI.reshape(windows, -1, x_NI.shape[1]))
+    dense: Any = SimpleNamespace(hidden=stream.outputs)
+    generator = torch.Generator().manual_seed(1)
+    gradients = {name: torch.rand(block.weight(name).shape, generator=generator) for name in block.linears}
+    return Evidence(statistics, stream, dense, gradients=gradients if needs.gradient else {})
+
+
+def make_block(weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Block:
+    """A block of independent matrices, one group each."""
+    module = _Independent()
+    linears = {}
+    for name, weight_OI in weights.items():
+        part = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False)
+        part.weight = nn.Parameter(weight_OI.clone(), requires_grad=False)
+        module.add_module(name, part)
+        linears[name] = Linear(name, f"{name}.weight", None, False, *weight_OI.shape, name)
+    storage = {f"{name}.weight": dtype for name in weights}
+    return Block(0, module, BlockAnatomy(linears, (), None), {}, storage)
+
+
+def statistics_of(x_NI: Tensor, needs: Needs) -> Statistics:
+    """Statistics after one batch of inputs; none at all for an empty one."""
+    found = Statistics(needs)
+    if len(x_NI):
+        found.add(x_NI)
+    return found
+
+
+def correlated_inputs(tokens: int, columns: int, seed: int = 0) -> Tensor:
+    """[N, I] inputs whose features are correlated and differ in scale, as activations are."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    scale = torch.rand(columns, generator=generator) * 2 + 0.1
+    return torch.randn(tokens, columns, generator=generator) @ mix * scale
+
+
+def run_method(module: Any, weight_OI: Tensor, x_NI: Tensor, target: Any, **options: Any) -> Tensor:
+    """The matrix [O, I] that a method makes of `weight_OI` for inputs `x_NI`."""
+    block = make_block({"m": weight_OI})
+    config = module.Config(**options)
+    seen = evidence_of(block, x_NI, module.needs(config))
+    packed = module.compress(block, seen, {"m": target}, config, torch.Generator())
+    assert torch.equal(block.weight("m"), weight_OI), "a method must not change its input"
+    result: Tensor = packed["m"].decode(torch.float32)
+    return result
+
+
+def tiny_llama(folder: Path, *, blocks: int = 3, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A random Llama with the sapling's tokenizer, saved to `folder`."""
+    settings: dict[str, Any] = {
+        "vocab_size": 4096,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        **changes,
+    }
+    build(transformers.LlamaConfig(**settings), dtype).save_pretrained(folder)
+    add_tokenizer(folder)
+    return folder
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Copies the sapling's tokenizer beside a model."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(sapling() / name, folder / name)
+
+
+def tokenizer_like(pre: str) -> Tokenizer:
+    """The sapling's tokenizer, cutting text into words as llama.cpp does under a name."""
+    from niwaki.exporters.gguf_vocabulary import PRE_TOKENIZERS
+
+    described = json.loads((sapling() / "tokenizer.json").read_text(encoding="utf-8"))
+    described["model"]["ignore_merges"] = PRE_TOKENIZERS[pre][0]
+    tokenizer = Tokenizer.from_str(json.dumps(described))
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre][1]
+    return tokenizer
+
+
+def write_sentencepiece(folder: Path, tokens: int) -> None:
+    """A vocabulary as SentencePiece trains it for a Llama: characters, bytes to fall back on, ▁ for a space."""
+    base = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    learner = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    words = pre_tokenizers.Split("▁", "merged_with_next")  # else the texts would be learned whole
+    learner.pre_tokenizer = words
+    learner.train_from_iterator(
+        sorted(topics.values())[:40], BpeTrainer(vocab_size=tokens, special_tokens=base, show_progress=False)
+    )
+    described = json.loads(learner.to_str())
+    described["added_tokens"] = described["added_tokens"][:3]
+    described["pre_tokenizer"] = None
+    described["post_processor"] = json.loads(
+        TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]).__getstate__()
+    )
+    (folder / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    names = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+
+
+def write_texts(path: Path, count: int = 3, first: int = 0) -> Path:
+    """A .jsonl of Python help topics."""
+    names = sorted(topics)[first : first + count]
+    path.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in names), encoding="utf-8")
+    return path
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder by name."""
+    from niwaki.model.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(folder)
+    return checkpoint.read(checkpoint.tensors)
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    """Contents of every file that decides what a result is (not the times in run.json and its card)."""
+    skipped = {"run.json", "events.jsonl", "README.md"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in skipped
+    }
+
+
+def header_only(folder: Path, config: Any, shard_bytes: int = 10 * 2**30) -> Path:
+    """A bf16 checkpoint of `config` whose files have headers and no content: as large as a real one, on no disk."""
+    with torch.device("meta"):
+        model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    config.save_pretrained(folder)
+    shards: list[dict[str, Any]] = [{}]
+    filled = 0
+    for name, tensor in model.state_dict().items():
+        nbytes = 2 * tensor.numel()
+        if filled + nbytes > shard_bytes and shards[-1]:
+            shards.append({})
+            filled = 0
+        place = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [filled, filled + nbytes]}
+        shards[-1][name] = place
+        filled += nbytes
+    weight_map = {}
+    for number, shard in enumerate(shards):
+        header = json.dumps(shard).encode()
+        header += b" " * (-len(header) % 8)
+        with (folder / f"part-{number}.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + max(place["data_offsets"][1] for place in shard.values()))
+        weight_map |= dict.fromkeys(shard, f"part-{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
