@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from niwaki.formats.quantized import Part, stored_tensors
+from niwaki.formats.quantized import QuantizedColumns, stored_tensors
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import Tiled
 from niwaki.runtime.linear import PackedLinear
@@ -41,7 +41,8 @@ def packed(rows: int, columns: int, salient_frac: float) -> PackedLinear:
         code_OC = torch.randint(0, 2**bits, (rows, len(columns_C)), generator=generator, dtype=torch.uint8)
         scale_OG = (torch.rand(rows, 1, generator=generator) * 0.01 + 0.01).half()
         offset_OG = torch.randn(rows, 1, generator=generator).half() * 0.01 if grid == "free" else None
-        parts.append(Part(columns_C.sort().values, bits, grid, len(columns_C), code_OC, scale_OG, offset_OG))
+        columns_C = columns_C.sort().values
+        parts.append(QuantizedColumns(columns_C, bits, grid, len(columns_C), code_OC, scale_OG, offset_OG))
     layer = PackedLinear(rows, columns, {"parts": [part.describe() for part in parts]}, bias=False)
     layer.load_state_dict(stored_tensors(parts, columns))
     return layer
@@ -57,7 +58,7 @@ def sparse(rows: int, columns: int) -> dict[str, SparseLinear]:
     code_OI = torch.where(keep_OI, torch.randint(0, 16, (rows, columns), generator=generator), 8).to(torch.uint8)
     scale_OG = (torch.rand(rows, columns // 128, generator=generator) * 0.01 + 0.01).half()
     codes = Sparse.encode_codes(
-        Part(torch.arange(columns), 4, "symmetric", 128, code_OI, scale_OG), keep_OI, layout="two_four"
+        QuantizedColumns(torch.arange(columns), 4, "symmetric", 128, code_OI, scale_OG), keep_OI, layout="two_four"
     )
     tiled = None if codes is None else Tiled.encode(codes)
     assert tiled is not None

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from niwaki.formats.quantized import Part, stored_tensors
+from niwaki.formats.quantized import QuantizedColumns, stored_tensors
 from niwaki.kernels.planes import CORE_TOKENS, decode, gpu_product, reaches
 from niwaki.kernels.triton import dot as triton_dot
 from niwaki.kernels.triton import planes as triton_planes
@@ -76,7 +76,7 @@ def random_layer(layer: str, rows: int, columns: int, device: str = "cuda") -> P
     return packed
 
 
-def exact_layer(parts: list[Part], rows: int, columns: int, bias: bool) -> PackedLinear:
+def exact_layer(parts: list[QuantizedColumns], rows: int, columns: int, bias: bool) -> PackedLinear:
     """A layer of given parts on the device of their codes."""
     layer = PackedLinear(rows, columns, {"parts": [part.describe() for part in parts]}, bias)
     layer.load_state_dict(stored_tensors(parts, columns) | ({"bias": torch.randn(rows)} if bias else {}))
@@ -157,7 +157,7 @@ def odd_layer(
         scale = (torch.rand(rows, groups, generator=generator) + 0.1).half()
         offset = torch.randn(rows, groups, generator=generator).half() if about == FREE else None
         zero = torch.randint(0, 2**here, (rows, groups), generator=generator, dtype=torch.uint8)
-        parts.append(Part(columns_C.sort().values, here, about, width, code, scale, offset,
+        parts.append(QuantizedColumns(columns_C.sort().values, here, about, width, code, scale, offset,
                           zero if about == "affine" else None))  # fmt: skip
     layer = exact_layer(parts, rows, columns, bias=False)
     return layer, layer.weight_OI(torch.float32)

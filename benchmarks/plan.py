@@ -31,7 +31,7 @@ CASES = {
     "wandapp": "wandapp 2:4 --set rounds=2 --set samples=8",
     "besa": "besa 0.5 --set steps=24",
     "gblm": "gblm 2:4",
-    "rtn": "rtn 4bit --set group=64 --ends 4bit",
+    "rtn": "rtn 4bit --set group=64 --embeddings 4bit",
     "gptq": "gptq 4bit --set group=64",
     "squeeze10": "squeeze10 1.75bit --set learn_rounds=1 --set samples=8",
     "billm": "billm 3bit --set salient=16",

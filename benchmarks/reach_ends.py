@@ -83,7 +83,7 @@ def timeouts(rounds: int = 3) -> Row:
         "limit": "fire within 10 %",
         "figure": {
             "limits_s": limits, "statuses": statuses,
-            "most_off": {name: round(value, 4) for name, value in off.items()},
+            "max_off": {name: round(value, 4) for name, value in off.items()},
         },
         "passed": statuses == wanted and max(off.values()) <= 0.1,
     }  # fmt: skip

@@ -95,7 +95,7 @@ def main() -> None:
             started.append(subprocess.Popen(upstream))
             for name, share in (("gateway", "0"), ("shadow", "1")):
                 steps = Path(folder) / f"{name}.yaml"
-                steps.write_text("policy: {steps: [0.0, 1.0]}\nsampling: {most_shadows: 64}\n")
+                steps.write_text("policy: {steps: [0.0, 1.0]}\nsampling: {max_shadows: 64}\n")
                 both = ["--stable", urls["upstream"], "--canary", urls["upstream"], "--config", str(steps)]
                 state = ["--state", f"{folder}/{name}.sqlite", "--shadow", share]
                 started.append(subprocess.Popen([sys.executable, *GATEWAY, str(ports[name]), *both, *state]))

@@ -44,7 +44,7 @@ from serving_fuzz import listening
 NAME = "sapling"
 INTERVAL_S = 10.0
 POLICY = {"steps": [0.5, 1.0], "interval_s": INTERVAL_S, "min_requests": 500}
-SAMPLING = {"audit_frac": 0.25, "most_audits": 4}
+SAMPLING = {"audit_frac": 0.25, "max_audits": 4}
 PROXIED = {"errors": {"errors": 0.02}, "slow": {"slow": 2.0}}
 TEXTS = [text for text in topics.values() if len(text) > 500]
 COMMAND = [sys.executable, "-m", "niwaki.cli"]
@@ -134,10 +134,10 @@ async def client(session: aiohttp.ClientSession, seed: int, ending: asyncio.Even
             seen[type(error).__name__] += 1
 
 
-async def asked(port: int, store: Store, clients: int, most_s: float) -> dict[str, int]:
+async def asked(port: int, store: Store, clients: int, max_s: float) -> dict[str, int]:
     """Load until the roll-out ends, and a little longer: those that come after a return are answered, too."""
     seen: Counter[str] = Counter()
-    ending, until = asyncio.Event(), time.monotonic() + most_s
+    ending, until = asyncio.Event(), time.monotonic() + max_s
     # A connection each: on a machine that is stopped for a while, kept ones would be closed while they are taken.
     connector = aiohttp.TCPConnector(force_close=True)
     async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", connector=connector) as session:
@@ -153,7 +153,7 @@ async def asked(port: int, store: Store, clients: int, most_s: float) -> dict[st
     return dict(seen)
 
 
-def rolled_out(kind: str, folder: Path, limits: Path, clients: int, most_s: float) -> dict[str, Any]:
+def rolled_out(kind: str, folder: Path, limits: Path, clients: int, max_s: float) -> dict[str, Any]:
     """One roll-out from its first step to its end."""
     ports = {name: free_port() for name in ("dense", "canary", "proxy", "gateway")}
     model = folder / "degraded" if kind == "degraded" else sapling()
@@ -172,7 +172,7 @@ def rolled_out(kind: str, folder: Path, limits: Path, clients: int, most_s: floa
         own += ["--state", str(where), "--port", str(ports["gateway"])]
         stack.enter_context(running([*COMMAND, *own], ports["gateway"]))
         store = Store.open(where)
-        seen = asyncio.run(asked(ports["gateway"], store, clients, most_s))
+        seen = asyncio.run(asked(ports["gateway"], store, clients, max_s))
         time.sleep(INTERVAL_S)
     return told(store, seen)
 
@@ -225,7 +225,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         limits = made(Path(temporary))
         for kind in given.kinds:
-            found[kind] = rolled_out(kind, Path(temporary), limits, given.clients, given.most_s)
+            found[kind] = rolled_out(kind, Path(temporary), limits, given.clients, given.max_s)
             print(kind, json.dumps(found[kind]), flush=True)
     right = [
         one["client_errors"] == 0

@@ -5,9 +5,10 @@
 DATA holds calibration.jsonl (predictors come from it alone) and eval_reviews.jsonl. For every target a predictor is
 trained as `niwaki compress --method shadow` does. Prompts of the reviews are continued greedily: dense, by the part
 alone, and checked every N tokens by the exact rule or by the one that lets a token stand which the full model gives at
-least a probability (`niwaki.runtime.contextual.verified`). `agreement`: share of written tokens that are the full model's
-own choice behind the same text. `passes`: of the full model, for each written token (one pass reads up to N at once).
-`small_steps`: tokens drafted by the part for each written one. `time_ratio`: seconds over those of dense writing, the
+least a probability (`niwaki.runtime.contextual.verified`). `agreement`: share of written tokens that are the full
+model's own choice behind the same text. `passes`: of the full model, for each written token (one pass reads up to N at
+once). `small_steps`: tokens drafted by the part for each written one. `time_ratio`: seconds over those of dense
+writing, the
 ways of writing in turns; models of this size are bound by Python, so it is no measure of larger ones. In float32: in
 bfloat16 a pass over several tokens rounds otherwise than one token after another, and the full model does not quite
 agree with itself.
@@ -56,7 +57,7 @@ def writing(model, windows, prompt, new):
     ways["part alone"] = lambda ids: (plain(model, ids, new, True), None)
     for rule, every, least in RULES:
         def checked(ids, every=every, least=least):
-            found = write(model.contextual, ids, max_new_tokens=new, every=every, least_probability=least)
+            found = write(model.contextual, ids, max_new_tokens=new, every=every, min_probability=least)
             return found.ids_1T, found
         ways[f"{rule}, every {every}"] = checked
     rows = {name: {"agreement": 0.0, "passes": 0.0, "small_steps": 0.0, "kl": 0.0, "seconds": 0.0} for name in ways}

@@ -17,21 +17,21 @@ import torch
 from transformers import AutoConfig
 
 from niwaki.model.anatomy import build_skeleton, discover
-from niwaki.model.prunable import Shape, Sizes
+from niwaki.model.prunable import PrunedShape, ShapeSpace
 from niwaki.model.resizing import resize
 from packed_decode import decode
 from provenance import provenance
 from shape_speed import filled, prompt
 
 
-def shape_of(row: dict[str, Any], sizes: Sizes) -> Shape:
+def shape_of(row: dict[str, Any], sizes: ShapeSpace) -> PrunedShape:
     found = row["runs"][0]["shape"]
     if isinstance(found["neurons"], list):
-        return Shape(tuple(found["neurons"]), tuple(found["heads"]))
+        return PrunedShape(tuple(found["neurons"]), tuple(found["heads"]))
     return sizes.shape(found["neurons"], found["heads"], found["dropped"])
 
 
-def build(sizes: Sizes, shape: Shape) -> Any:
+def build(sizes: ShapeSpace, shape: PrunedShape) -> Any:
     """A model of this shape in float32; the dense one where the shape cannot be cut."""
     full = sizes.shape(sizes.neurons, sizes.heads, shape.dropped if shape.whole else ())
     values = sizes.config_for(shape if shape.even else full)
@@ -52,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     config = json.loads((args.model / "config.json").read_text())
     skeleton = build_skeleton(AutoConfig.from_pretrained(args.model), torch.float32)
-    sizes = Sizes(discover(skeleton), skeleton, config)
+    sizes = ShapeSpace(discover(skeleton), skeleton, config)
     quality = [row for row in json.loads(args.quality.read_text())["rows"] if "shape" in row["runs"][0]]
     shapes = {(row["target"], row["label"]): shape_of(row, sizes) for row in quality}
     models = {("0", "dense"): build(sizes, sizes.shape(sizes.neurons, sizes.heads))}

@@ -21,7 +21,7 @@ import transformers
 from transformers import AutoConfig
 
 from niwaki.model.anatomy import build_skeleton, discover, materialize_buffers
-from niwaki.model.prunable import Shape, Sizes
+from niwaki.model.prunable import PrunedShape, ShapeSpace
 from packed_decode import decode, resident_bytes
 from provenance import provenance
 
@@ -40,10 +40,10 @@ def shapes(config: Any = None) -> dict[str, tuple[dict[str, Any], float]]:
     """Config and removed share by name: neurons alone, heads with them, whole blocks, and some of each."""
     config = config or dense_config()
     skeleton = build_skeleton(config, torch.bfloat16)
-    sizes = Sizes(discover(skeleton), skeleton, config.to_dict())
+    sizes = ShapeSpace(discover(skeleton), skeleton, config.to_dict())
     middle, multiple = len(sizes) // 2, min(256, sizes.neurons // 32)
     quarter, eighth = (tuple(range(middle, middle + len(sizes) // parts)) for parts in (4, 8))
-    wanted: dict[str, Shape | None] = {
+    wanted: dict[str, PrunedShape | None] = {
         "dense": sizes.shape(sizes.neurons, sizes.heads),
         "neurons": sizes.fitting(REMOVED_FRAC, sizes.heads, (), multiple),
         "heads and neurons": sizes.fitting(REMOVED_FRAC, sizes.heads * 3 // 4, (), multiple),

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from compression_speed import SHAPES
 from niwaki.model.anatomy import build_skeleton, discover
-from niwaki.model.prunable import Shape, Sizes
+from niwaki.model.prunable import PrunedShape, ShapeSpace
 from packed_decode_gpu import make_model, measure, weight_bytes
 from provenance import provenance
 
@@ -34,9 +34,9 @@ def shapes(blocks: int, removed_frac: float) -> dict[str, tuple[Any, float]]:
         max_position_embeddings=4096, dtype="bfloat16", architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     skeleton = build_skeleton(config, torch.bfloat16)
-    sizes = Sizes(discover(skeleton), skeleton, config.to_dict())
+    sizes = ShapeSpace(discover(skeleton), skeleton, config.to_dict())
     gone = round(removed_frac * blocks)
-    wanted: dict[str, Shape | None] = {
+    wanted: dict[str, PrunedShape | None] = {
         "dense": sizes.shape(shape.middle, shape.heads),
         "neurons": sizes.fitting(removed_frac, 32, (), 256),
         "heads and neurons": sizes.fitting(removed_frac, 26, (), 256),

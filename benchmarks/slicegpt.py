@@ -108,7 +108,7 @@ def measure(decoder: Decoder, ids_ST: Tensor, texts: dict[str, Tensor], count: i
     def perplexity(rider: Stream) -> float:
         def logits(row: int) -> list[Tensor]:
             at = slice(row, row + 1)
-            return [decoder.leave(rider.ids_ST[at], rider.hidden.read(at))[0].float()]
+            return [decoder.logits(rider.ids_ST[at], rider.hidden.read(at))[0].float()]
 
         return compare_windows(rider.ids_ST, logits)["perplexity"]
 

@@ -288,7 +288,7 @@ def odd_record(
     rows: int, columns: int, group: int, layout: str, kind: str, generator: torch.Generator
 ) -> Sparse | Tiled:
     """A matrix with empty rows, and where codes are stored with scales of groups; on the device."""
-    from niwaki.formats.quantized import Part
+    from niwaki.formats.quantized import QuantizedColumns
 
     score = torch.rand(rows, columns, generator=generator)
     keep = score < 0.5
@@ -302,7 +302,8 @@ def odd_record(
         code = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
         code = torch.where(keep, code, torch.tensor(2 ** (bits - 1), dtype=torch.uint8))
         scale = (torch.rand(rows, -(-columns // group), generator=generator) + 0.1).half()
-        found = Sparse.encode_codes(Part(torch.arange(columns), bits, "symmetric", group, code, scale), layout=name)
+        part = QuantizedColumns(torch.arange(columns), bits, "symmetric", group, code, scale)
+        found = Sparse.encode_codes(part, layout=name)
     else:
         weight = torch.where(keep, torch.randn(rows, columns, generator=generator), 0.0)
         found = Sparse.encode(weight, getattr(torch, kind), name)

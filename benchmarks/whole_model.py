@@ -4,7 +4,8 @@
     python benchmarks/whole_model.py --shape 7b --out benchmarks/results/whole-model-h100.json
 
 What `niwaki bench` measures (see `niwaki.measure.bench.benchmark`), in bf16. The file is written after every form, and
-what is in it already is kept, so that a long table can be made in pieces (`--forms`; `--batch none` or `--prompt 0` for the rest).
+what is in it already is kept, so that a long table can be made in pieces
+(`--forms`; `--batch none` or `--prompt 0` for the rest).
 `--plot` draws what the file holds.
 """
 

@@ -19,14 +19,14 @@ from rich.text import Text
 
 from niwaki.cli.app import app
 from niwaki.config.presets import PRESETS
-from niwaki.config.recipe import Bits, Grouped, Sparsity
+from niwaki.config.recipe import NM, Bits, Sparsity
 from niwaki.measure.bench.schema import Bench, Cell, Row
 from niwaki.methods.registry import CONTEXTUAL, EVERY, STRUCTURED, get_method
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- generated: (\w+) ?([\w-]*) -->\n).*?(<!-- end -->)", re.S)
-TARGETS = {Sparsity: "a share of zeros, `0.5`", Grouped: "N:M, `2:4`", Bits: "bits, `4bit`"}
+TARGETS = {Sparsity: "a share of zeros, `0.5`", NM: "N:M, `2:4`", Bits: "bits, `4bit`"}
 TEXTS = ("reviews", "wikitext2")
 Rows = list[list[str]]
 
@@ -180,7 +180,9 @@ def commands(_: str) -> str:
         usage = " ".join(w if p.required else f"[{w}]" for w, p in zip(words, arguments, strict=True))
         parts.append(f"## {name}\n\n{_plain(command.help)}\n\n```text\nniwaki {name} {usage} [OPTIONS]\n```\n")
         rows = [[f"`{p.name.upper()}`", "", _plain(p.help)] for p in arguments]
-        rows += [_option(p) for p in command.params if p.param_type_name == "option" and p.name != "help"]
+        rows += [
+            _option(p) for p in command.params if p.param_type_name == "option" and p.name != "help" and not p.hidden
+        ]
         parts.append(_table(["", "default", "what it is"], rows))
     return "\n".join(parts)
 

@@ -72,7 +72,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and transformers only when a function that needs them is used."""
+    """Import torch and transformers only when a function that needs them is used."""
     if name not in _LAZY:
         raise AttributeError(f"module 'niwaki' has no attribute {name!r}")
     import importlib

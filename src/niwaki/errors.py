@@ -57,7 +57,7 @@ class MeasuringError(NiwakiError):
 
 
 def unknown(what: str, name: str, choices: Iterable[str]) -> str:
-    """One line for an unknown name: the nearest choice first, then all of them."""
+    """Return one line for an unknown name: the nearest choice first, then all of them."""
     known = sorted(choices)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""

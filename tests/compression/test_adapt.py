@@ -26,7 +26,7 @@ def out(tmp_path: Path) -> Path:
     niwaki.compress(
         tmp_path / "model", tmp_path / "out", method="shadow", target="0.5", device="cpu",
         calibration={"files": (str(text),), "samples": 12, "seq_len": 24},
-        options={"least_prompt": 8, "features": "last", "size_frac": 0.5},
+        options={"min_prompt": 8, "features": "last", "size_frac": 0.5},
     )  # fmt: skip
     return tmp_path / "out"
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from niwaki.compression.allocation import OWL_NEEDS, OwlConfig, outlier_share, owl, uniform
-from niwaki.config.recipe import Grouped, Sparsity
+from niwaki.config.recipe import NM, Sparsity
 from niwaki.errors import TargetError
 from niwaki.model.anatomy import Anatomy, BlockAnatomy, Linear
 from support.models import correlated_inputs, make_block, statistics_of
@@ -21,7 +21,7 @@ def anatomy_of(*sizes: tuple[int, int]) -> Anatomy:
 
 def test_uniform_refuses_and_names_the_matrix() -> None:
     with pytest.raises(TargetError, match=r"layers\.1\.m: target 2:4 needs a multiple of 4 inputs, got .* with 6"):
-        uniform(anatomy_of((4, 8), (4, 6)), Grouped(2, 4))
+        uniform(anatomy_of((4, 8), (4, 6)), NM(2, 4))
 
 
 def test_owl_follows_the_formula_for_equal_blocks() -> None:
@@ -42,7 +42,7 @@ def test_owl_meets_the_budget_for_unequal_blocks() -> None:
 
 def test_owl_refuses_what_it_cannot_do() -> None:
     with pytest.raises(TargetError, match="owl moves unstructured sparsity"):
-        owl(anatomy_of((4, 8)), Grouped(2, 4), [0.1], OwlConfig())
+        owl(anatomy_of((4, 8)), NM(2, 4), [0.1], OwlConfig())
     with pytest.raises(TargetError, match="lower spread_frac"):
         owl(anatomy_of((4, 8), (4, 8)), Sparsity(0.95), [0.0, 0.1], OwlConfig())
 

@@ -22,7 +22,7 @@ from niwaki.compression.bit_allocation import (
     sensitivity,
     spread_bits,
 )
-from niwaki.config.recipe import Bits, Grouped
+from niwaki.config.recipe import NM, Bits
 from niwaki.data.stream import Stream
 from niwaki.errors import InputError, NumericalError, TargetError
 from niwaki.methods import squeeze10
@@ -44,9 +44,9 @@ def anatomy_of(*rows: int, columns: int = 4096) -> Anatomy:
     )
 
 
-def least_bits(rows: int, columns: int) -> float:
+def min_bits(rows: int, columns: int) -> float:
     """What squeeze10 needs with its defaults."""
-    return squeeze10.least_bits(rows, columns, squeeze10.Config())
+    return squeeze10.min_bits(rows, columns, squeeze10.Config())
 
 
 # --- the choice -------------------------------------------------------------------------------------------
@@ -64,8 +64,8 @@ def test_kept_blocks_and_the_rest_meet_the_target_on_average() -> None:
 
 @pytest.mark.parametrize("target", [1.05, 1.3, 1.75, 2.5, 3.9])
 def test_equal_sensitivities_keep_none(target: float) -> None:
-    assert choose_kept(anatomy_of(*[64] * 12), Bits(target), [0.1] * 12, least_bits) == []
-    assert choose_kept(anatomy_of(*[64] * 12), Bits(target), [0.0] * 12, least_bits) == []
+    assert choose_kept(anatomy_of(*[64] * 12), Bits(target), [0.1] * 12, min_bits) == []
+    assert choose_kept(anatomy_of(*[64] * 12), Bits(target), [0.0] * 12, min_bits) == []
 
 
 @pytest.mark.parametrize("target", [1.2, 1.75, 2.5])
@@ -76,28 +76,28 @@ def test_the_choice_is_the_best_of_all_sets_of_equal_blocks(target: float, seed:
 
     def error(kept: tuple[int, ...]) -> float:
         rest = rest_bits(anatomy, Bits(target), kept)
-        if rest < least_bits(64, 4096):
+        if rest < min_bits(64, 4096):
             return float("inf")
         return sum(s * 4 ** -(KEPT_BITS if index in kept else rest) for index, s in enumerate(sensitivities))
 
     every = [kept for count in range(7) for kept in itertools.combinations(range(7), count)]
-    assert error(tuple(choose_kept(anatomy, Bits(target), sensitivities, least_bits))) == pytest.approx(
+    assert error(tuple(choose_kept(anatomy, Bits(target), sensitivities, min_bits))) == pytest.approx(
         min(map(error, every))
     )
 
 
 def test_a_budget_without_room_keeps_none() -> None:
     anatomy = anatomy_of(*[64] * 4)
-    assert least_bits(64, 4096) == 1 + 32 / 4096
-    assert choose_kept(anatomy, Bits(1.005), [9.0, 0.1, 0.1, 0.1], least_bits) == []
-    assert choose_kept(anatomy, Bits(2.0), [9.0, 0.1, 0.1, 0.1], least_bits) == [0]
+    assert min_bits(64, 4096) == 1 + 32 / 4096
+    assert choose_kept(anatomy, Bits(1.005), [9.0, 0.1, 0.1, 0.1], min_bits) == []
+    assert choose_kept(anatomy, Bits(2.0), [9.0, 0.1, 0.1, 0.1], min_bits) == [0]
 
 
 @pytest.mark.parametrize(
     ("target", "kept", "message"),
     [
         (Bits(1.5), (4,), "keep_blocks 4: the model has blocks 0 to 3"),
-        (Grouped(2, 4), (), "needs bits such as 1.75bit, got 2:4"),
+        (NM(2, 4), (), "needs bits such as 1.75bit, got 2:4"),
         (Bits(4), (0,), "target 4bit gives every block 4 bits or more"),
         (Bits(1.5), (0,), "keep_blocks 0: at 4 bits they leave 0.67 bits of target 1.5bit to the others"),
         (Bits(3.9), (0, 1, 2, 3), "leave 0.00 bits"),
@@ -109,7 +109,7 @@ def test_what_cannot_be_kept_is_refused(target: Any, kept: tuple[int, ...], mess
 
 
 def spread(anatomy: Anatomy, target: float, sensitivities: list[float]) -> list[float]:
-    found = spread_bits(anatomy, Bits(target), [{"m": s} for s in sensitivities], least_bits)
+    found = spread_bits(anatomy, Bits(target), [{"m": s} for s in sensitivities], min_bits)
     return [block["m"].bits for block in found]  # type: ignore[union-attr]
 
 

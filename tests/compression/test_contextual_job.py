@@ -13,7 +13,7 @@ from niwaki.errors import CalibrationError, InputError, TargetError
 from niwaki.runtime.contextual.record import TENSORS, read_shadow
 from support.models import file_bytes, tiny_llama, weights_of, write_texts
 
-OPTIONS = {"gradient_windows": 4, "least_prompt": 8, "features": "last", "size_frac": 0.5}
+OPTIONS = {"gradient_windows": 4, "min_prompt": 8, "features": "last", "size_frac": 0.5}
 
 
 def compress(tmp_path: Path, out: str = "out", **more: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import niwaki
 from niwaki.compression.embeddings import ROWS, round_rows
+from niwaki.config.recipe import make_recipe
 from niwaki.data.texts import evaluation_windows, load_tokenizer, read_texts
 from niwaki.errors import CheckpointError, TargetError
 from niwaki.methods.shared.rounding import groups_of, nearest
@@ -38,7 +39,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
 
 
 def compress(model: Path, out: Path, text: Path, **changes: Any) -> dict[str, Any]:
-    recipe = {"method": "gptq", "target": "4bit", "options": {"group": 32}, "ends": "4bit", "device": "cpu", **changes}
+    recipe = {
+        "method": "gptq",
+        "target": "4bit",
+        "options": {"group": 32},
+        "embeddings": "4bit",
+        "device": "cpu",
+        **changes,
+    }
     calibration = {"files": (str(text),), "samples": 4, "seq_len": 16}
     return niwaki.compress(model, out, calibration=calibration, **recipe)
 
@@ -162,7 +170,9 @@ def test_other_families(family: str, tied: bool, text: Path, tmp_path: Path) -> 
             tmp_path / "model/model.safetensors",
             metadata={"format": "pt"},
         )
-    record = compress(tmp_path / "model", tmp_path / "out", text, method="rtn", options={"group": 16}, ends="8bit")
+    record = compress(
+        tmp_path / "model", tmp_path / "out", text, method="rtn", options={"group": 16}, embeddings="8bit"
+    )
     assert record["result"]["ends_bits"] == 8 + 24 / 64 and len(record["result"]["ends"]) == 2 - tied
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert isinstance(packed.get_output_embeddings(), PackedLinear)
@@ -179,8 +189,8 @@ def test_other_families(family: str, tied: bool, text: Path, tmp_path: Path) -> 
     ("changes", "message"),
     [
         ({"method": "magnitude", "target": "0.5", "options": {}}, r"expected a target in bits such as 4bit, got 0\.5"),
-        ({"pack": "none"}, "ends 4bit stores codes, and pack none stores none"),
-        ({"ends": "5bit"}, r"recipe: ends: .*got '5bit'"),
+        ({"pack": "none"}, "embeddings 4bit stores codes, and pack none stores none"),
+        ({"embeddings": "5bit"}, r"recipe: embeddings: .*got '5bit'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -194,7 +204,9 @@ def test_what_does_not_go_together_is_refused(
 def test_the_card_tells_and_an_export_refuses(results: dict[bool, Path], tmp_path: Path) -> None:
     card = (results[False] / "README.md").read_text()
     assert "| true bits a weight in embeddings and head | 4.312 |" in card
-    with pytest.raises(niwaki.InputError, match=r"stores embeddings and head as codes.*compress with --ends none"):
+    with pytest.raises(
+        niwaki.InputError, match=r"stores embeddings and head as codes.*compress with --embeddings none"
+    ):
         niwaki.export(results[False], tmp_path / "out", to="compressed-tensors")
     assert not list(tmp_path.iterdir())
 
@@ -226,3 +238,9 @@ def test_rows_are_rounded_in_pieces_as_they_would_be_at_once() -> None:
     whole = nearest(weight, groups_of(0, 64, 4, "affine", 64), clip=True).storable()
     assert torch.equal(part.decode(), whole.parts(torch.arange(64))[0].decode())
     assert error == pytest.approx(float((whole.values_OI - weight).square().sum() / weight.square().sum()), rel=1e-5)
+
+
+def test_the_name_of_version_0_1_still_works() -> None:
+    old = make_recipe({"method": "rtn", "target": "4bit", "ends": "8bit"})
+    assert old == make_recipe({"method": "rtn", "target": "4bit", "embeddings": "8bit"})
+    assert "ends" not in old.model_dump()

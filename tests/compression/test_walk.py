@@ -9,7 +9,7 @@ import torch
 from niwaki.compression.walk import Plan, collect, compress_blocks, forward, loaded_blocks
 from niwaki.config.recipe import Sparsity
 from niwaki.data.statistics import Needs
-from niwaki.data.stream import Evidence, Stream
+from niwaki.data.stream import CalibrationData, Stream
 from niwaki.errors import ArchitectureError, NumericalError
 from niwaki.methods.registry import Step, get_method
 from niwaki.model.checkpoint import Checkpoint
@@ -52,7 +52,7 @@ def test_statistics_see_the_compressed_prefix(tmp_path: Path) -> None:
         needs = staticmethod(module.needs)
 
         @staticmethod
-        def compress(block: Block, evidence: Evidence, *rest: Any) -> Any:
+        def compress(block: Block, evidence: CalibrationData, *rest: Any) -> Any:
             seen.append(evidence.statistics["mlp.down_proj"].sqnorm_I.clone())
             return module.compress(block, evidence, *rest)
 
@@ -104,7 +104,7 @@ def test_the_stream_ends_where_the_compressed_model_does(tmp_path: Path, method:
     model.load_state_dict(tensors)
     with torch.no_grad():
         wanted = model(IDS, use_cache=False).logits
-    torch.testing.assert_close(decoder.leave(IDS, main.hidden.read(slice(0, 5))), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(decoder.logits(IDS, main.hidden.read(slice(0, 5))), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_place_and_batch_do_not_change_the_result(tmp_path: Path) -> None:
@@ -198,13 +198,13 @@ def test_non_finite_activations_name_the_block(tmp_path: Path) -> None:
 
 def test_arguments_that_depend_on_tokens_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = open_decoder(tiny_llama(tmp_path))
-    enter = Decoder.enter
+    embed = Decoder.embed
 
     def with_extra(self: Decoder, ids_BT: torch.Tensor) -> Any:
-        x_BTD, calls = enter(self, ids_BT)
+        x_BTD, calls = embed(self, ids_BT)
         calls[1].kwargs["per_token"] = ids_BT.float()
         return x_BTD, calls
 
-    monkeypatch.setattr(Decoder, "enter", with_extra)
+    monkeypatch.setattr(Decoder, "embed", with_extra)
     with pytest.raises(ArchitectureError, match=r"block 1 receives an argument .* depends on the tokens"):
         Stream(decoder, IDS, batch_tokens=12)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from niwaki.config.recipe import (
+    NM,
     Bits,
-    Grouped,
     PrunedBits,
     Sparsity,
     load_recipe,
@@ -24,11 +24,11 @@ from niwaki.errors import InputError, TargetError
     [
         ("0.5", Sparsity(0.5)),
         ("50%", Sparsity(0.5)),
-        (" 2:4 ", Grouped(2, 4)),
-        ("4:8", Grouped(4, 8)),
+        (" 2:4 ", NM(2, 4)),
+        ("4:8", NM(4, 8)),
         ("4bit", Bits(4)),
         ("1.75 bits", Bits(1.75)),
-        ("2:4+4bit", PrunedBits(Grouped(2, 4), Bits(4))),
+        ("2:4+4bit", PrunedBits(NM(2, 4), Bits(4))),
         (" 50% + 8 bits ", PrunedBits(Sparsity(0.5), Bits(8))),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from niwaki.formats.quantized import (
-    Part,
+    QuantizedColumns,
     assemble,
     centre,
     pack_codes,
@@ -35,14 +35,16 @@ def test_a_byte_holds_eight_columns_of_a_row() -> None:
     assert int((planes != 0).sum()) == 4
 
 
-def part(grid: str, columns: torch.Tensor, bits: int, group: int, rows: int = 6) -> Part:
+def part(grid: str, columns: torch.Tensor, bits: int, group: int, rows: int = 6) -> QuantizedColumns:
     generator = torch.Generator().manual_seed(bits)
     groups = -(-len(columns) // group) if group else 1
     code = torch.randint(0, 2**bits, (rows, len(columns)), generator=generator, dtype=torch.uint8)
     scale = torch.rand(rows, groups, generator=generator).half() + 0.1
     offset = torch.randn(rows, groups, generator=generator).half() if grid == "free" else None
     zero = torch.randint(0, 2**bits, (rows, groups), generator=generator, dtype=torch.uint8)
-    return Part(columns, bits, grid, group or len(columns), code, scale, offset, zero if grid == "affine" else None)
+    return QuantizedColumns(
+        columns, bits, grid, group or len(columns), code, scale, offset, zero if grid == "affine" else None
+    )
 
 
 @pytest.mark.parametrize("grid", ["affine", "symmetric", "midrise", "free"])

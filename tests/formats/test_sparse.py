@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from niwaki.formats.quantized import Part
+from niwaki.formats.quantized import QuantizedColumns
 from niwaki.formats.record import decode_stored, record_names
 from niwaki.formats.sparse import CODES, SLACK_BYTES, VALUES, Sparse, fits_two_four, stored_shapes
 
@@ -21,14 +21,14 @@ def pruned(rows: int, columns: int, layout: str, seed: int = 0) -> Tensor:
     return torch.where(keep.view(rows, -1)[:, :columns], weight, 0.0)
 
 
-def coded(rows: int, columns: int, bits: int, group: int, layout: str) -> tuple[Part, Tensor]:
+def coded(rows: int, columns: int, bits: int, group: int, layout: str) -> tuple[QuantizedColumns, Tensor]:
     """A symmetric part whose pruned codes are the middle one, and the matrix it stands for."""
     keep = pruned(rows, columns, layout) != 0
     generator = torch.Generator().manual_seed(rows)
     code = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
     code = torch.where(keep, code, torch.tensor(2 ** (bits - 1), dtype=torch.uint8))
     scale = (torch.rand(rows, -(-columns // group), generator=generator) + 0.1).half()
-    part = Part(torch.arange(columns), bits, "symmetric", group, code, scale)
+    part = QuantizedColumns(torch.arange(columns), bits, "symmetric", group, code, scale)
     return part, part.decode()
 
 
@@ -81,7 +81,7 @@ def test_bytes_at_half_zeros() -> None:
         extra = SLACK_BYTES + (4 * rows if layout == "bitmap" else 0)
         nbytes = sum(t.nbytes for t in record.tensors().values())
         assert nbytes == rows * columns * 9 // 8 + extra and nbytes / (2 * rows * columns) < 0.57
-    part = Part(
+    part = QuantizedColumns(
         torch.arange(columns), 4, "symmetric", 128,
         torch.where(pruned_exactly(rows, columns) != 0, 3, 8).to(torch.uint8), torch.ones(rows, columns // 128).half(),
     )  # fmt: skip
@@ -108,6 +108,9 @@ def test_the_smaller_layout_is_taken() -> None:
 def test_only_codes_with_a_middle_have_a_sparse_form() -> None:
     part, _ = coded(8, 64, 4, 32, "bitmap")
     code, scale = part.code_OC, part.scale_OG
-    assert Sparse.encode_codes(Part(part.columns_C, 4, "midrise", 32, code, scale)) is None
-    assert Sparse.encode_codes(Part(part.columns_C, 3, "symmetric", 32, code % 8, scale)) is None
-    assert Sparse.encode_codes(Part(part.columns_C, 4, "symmetric", 12, code, scale[:, :1].expand(-1, 6))) is None
+    assert Sparse.encode_codes(QuantizedColumns(part.columns_C, 4, "midrise", 32, code, scale)) is None
+    assert Sparse.encode_codes(QuantizedColumns(part.columns_C, 3, "symmetric", 32, code % 8, scale)) is None
+    assert (
+        Sparse.encode_codes(QuantizedColumns(part.columns_C, 4, "symmetric", 12, code, scale[:, :1].expand(-1, 6)))
+        is None
+    )

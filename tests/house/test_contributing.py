@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from niwaki.config.recipe import Grouped, Sparsity
+from niwaki.config.recipe import NM, Sparsity
 from support.models import run_method
 
 GUIDE = Path(__file__).parents[2] / "CONTRIBUTING.md"
@@ -18,7 +18,7 @@ def test_the_example_method_works_as_written() -> None:
     method = types.ModuleType("randomly")
     exec(compile(source[1], "randomly.py", "exec"), method.__dict__)
     weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
-    for target in (Sparsity(0.3), Grouped(2, 4)):
+    for target in (Sparsity(0.3), NM(2, 4)):
         found = run_method(method, weight, torch.empty(0, 16), target)
         assert int((found == 0).sum()) == target.zeros_in(6, 16)
         assert torch.equal(found[found != 0], weight[found != 0])

@@ -153,9 +153,9 @@ def sizes_broken() -> set[str]:
         if small or lines > MAX_FILE_LINES:
             found.add(name)
         for node in ast.walk(TREES[path]):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                if (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES:
-                    found.add(f"{name}:{node.name}")
+            function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            if function and (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES:
+                found.add(f"{name}:{node.name}")
     return found
 
 

@@ -22,7 +22,7 @@ from kernels.test_sweep_codes import masked_problem
 from kernels.triton.test_triton_planes import for_gpu as planes_of
 from kernels.triton.test_triton_planes import matrix
 from kernels.triton.test_triton_sparse import tiled
-from niwaki.config.recipe import Grouped
+from niwaki.config.recipe import NM
 from niwaki.formats.sparse import KINDS, LAYOUTS
 from niwaki.kernels import sparse_gpu
 from niwaki.kernels.codes import Fit
@@ -151,7 +151,7 @@ def test_kernels_of_compressing(compiled: list[str]) -> None:
         sweep_fitted_triton(wanted_OP, feed_PP, fit, keep_OP, code_OP, torch.zeros(33), torch.zeros(33))
     keep_in_panel_triton(wanted_OP, Parts.of([20, 13], [5, 3], wanted_OP.device), 64, 0)
     sweep_panel_triton(wanted_OP, feed_PP, keep_OP, None)
-    sweep_panel_triton(wanted_OP, feed_PP, None, Grouped(2, 4))
+    sweep_panel_triton(wanted_OP, feed_PP, None, NM(2, 4))
     gradient_OI, values_OI, order_OI, rank_OI, zeros_O = ranked(5, 130)
     drop_lowest_triton(values_OI.bfloat16(), rank_OI.to(torch.int16), zeros_O.float())
     sums_below_triton(gradient_OI.bfloat16(), values_OI.bfloat16(), order_OI.to(torch.int16), cuts_of(130))

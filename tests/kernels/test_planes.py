@@ -7,22 +7,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from niwaki.formats.quantized import Part, centre
+from niwaki.formats.quantized import QuantizedColumns, centre
 from niwaki.kernels.codes import cpu_module
 from niwaki.kernels.planes import PlanePart, plane_product, plane_product_op
 
 
-def part(rows: int, columns: int, bits: int, grid: str, group: int) -> Part:
+def part(rows: int, columns: int, bits: int, grid: str, group: int) -> QuantizedColumns:
     generator = torch.Generator().manual_seed(rows + columns)
     groups = -(-columns // group)
     code = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
     scale = (torch.rand(rows, groups, generator=generator) + 0.1).half()
     offset = torch.randn(rows, groups, generator=generator).half() if grid == "free" else None
     zero = torch.randint(0, 2**bits, (rows, groups), generator=generator, dtype=torch.uint8)
-    return Part(torch.arange(columns), bits, grid, group, code, scale, offset, zero if grid == "affine" else None)
+    return QuantizedColumns(
+        torch.arange(columns), bits, grid, group, code, scale, offset, zero if grid == "affine" else None
+    )
 
 
-def arguments(found: Part) -> PlanePart:
+def arguments(found: QuantizedColumns) -> PlanePart:
     tensors = found.tensors()
     return PlanePart(
         tensors["planes"],

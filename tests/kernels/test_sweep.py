@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from niwaki.config.recipe import Grouped
+from niwaki.config.recipe import NM
 from niwaki.kernels.sweep import sweep_panel, sweep_panel_reference
 from support.triton_interpreter import interpreted
 
@@ -16,7 +16,7 @@ def parity() -> None:
     from niwaki.kernels.triton.sweep import sweep_panel_triton
 
     for seed, (rows, columns, target) in enumerate(
-        [(5, 16, None), (33, 24, None), (17, 16, Grouped(2, 4)), (20, 24, Grouped(4, 8)), (3, 9, Grouped(1, 3))]
+        [(5, 16, None), (33, 24, None), (17, 16, NM(2, 4)), (20, 24, NM(4, 8)), (3, 9, NM(1, 3))]
     ):
         torch.manual_seed(seed)
         panel = torch.randn(rows, columns)
@@ -40,8 +40,8 @@ def test_given_mask_is_kept_and_errors_reach_later_columns() -> None:
     assert errors.tolist() == [[1.0, 0.0], [0.0, 0.0]]
 
 
-@pytest.mark.parametrize("target", [Grouped(2, 4), Grouped(1, 4), Grouped(4, 8)])
-def test_groups_keep_exactly_n(target: Grouped) -> None:
+@pytest.mark.parametrize("target", [NM(2, 4), NM(1, 4), NM(4, 8)])
+def test_groups_keep_exactly_n(target: NM) -> None:
     torch.manual_seed(0)
     panel = torch.randn(7, 16)
     _, keep = sweep_panel_reference(panel, torch.eye(16), None, target)
@@ -59,7 +59,7 @@ def in_place() -> None:
     real = torch.empty
     torch.empty = lambda *a, **k: real(*a, **k).fill_(1)  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(3)
-    for target in (None, Grouped(2, 4)):
+    for target in (None, NM(2, 4)):
         whole = torch.randn(19, 30, generator=generator)
         upper = (torch.randn(30, 30, generator=generator) * 0.2).triu() + torch.eye(30)
         keep = None if target else torch.rand(19, 30, generator=generator) > 0.5

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from niwaki.measure.intervals import (
-    least_units,
     loss_interval,
     mcnemar,
     mean_interval,
     median_interval,
+    min_units,
     share_interval,
     student_quantile,
 )
@@ -124,4 +124,4 @@ def test_student_quantiles_are_those_of_the_tables(freedom: int, wanted: float) 
 
 
 def test_least_units() -> None:
-    assert [least_units(c) for c in (0.9, 0.95, 0.99)] == [10, 20, 100]
+    assert [min_units(c) for c in (0.9, 0.95, 0.99)] == [10, 20, 100]

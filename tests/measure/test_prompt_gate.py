@@ -19,17 +19,17 @@ def test_the_gate_lets_most_prompts_through_that_agree_enough() -> None:
     found = [(3.0, 0.5, 0.2), (1.0, 0.5, 1.0), (2.0, 0.5, 0.6), (4.0, 0.5, 0.9)]
     gates = {2.0: (0.9, 2, (1.0 + 0.6 + 2) / 4), 3.0: (0.7, 3, (1.0 + 0.6 + 0.2 + 1) / 4), 4.0: (0.6, 4, 2.7 / 4)}
     for deviation, (agreement, sparse, reached) in gates.items():
-        limits = {"most_deviation": deviation, "least_margin": 0.0}
+        limits = {"max_deviation": deviation, "min_margin": 0.0}
         assert choose(found, agreement) == (limits, sparse, pytest.approx(reached))
-    closed = {"most_deviation": LEAST, "least_margin": 0.0}
+    closed = {"max_deviation": LEAST, "min_margin": 0.0}
     assert choose([(1.0, 0.5, 0.5)], 0.9) == (closed, 0, 1.0)
     with_dense = [(float("inf"), 0.0, 1.0), (1.0, 0.5, 0.9)]
-    assert choose(with_dense, 0.9) == ({"most_deviation": 1.0, "least_margin": 0.0}, 1, pytest.approx(0.95))
+    assert choose(with_dense, 0.9) == ({"max_deviation": 1.0, "min_margin": 0.0}, 1, pytest.approx(0.95))
 
 
 def test_a_margin_is_asked_for_where_it_tells_more_than_the_deviation() -> None:
     found = [(1.0, 0.2, 0.1), (2.0, 0.8, 1.0), (3.0, 0.9, 1.0)]
-    assert choose(found, 0.95) == ({"most_deviation": 3.0, "least_margin": 0.8}, 2, 1.0)
+    assert choose(found, 0.95) == ({"max_deviation": 3.0, "min_margin": 0.8}, 2, 1.0)
 
 
 def test_margins_are_what_a_mask_holds() -> None:
@@ -52,7 +52,7 @@ def test_prompts_with_too_small_a_margin_run_dense() -> None:
     held = None
     for factor, sparse in ((0.0, 2), (0.99, 2), (1.01, 0)):
         model = model_of("llama")
-        contextual = attach(model, shadow_of(model, least_margin=factor * (held or 0.0)))
+        contextual = attach(model, shadow_of(model, min_margin=factor * (held or 0.0)))
         step_by_step(model, ids_of(1, PROMPT + 2), PROMPT)
         (record,) = contextual.records
         held = record.margin[0]
@@ -76,8 +76,8 @@ def test_break_even_is_where_dense_and_part_meet(monkeypatch: pytest.MonkeyPatch
     assert found["dense"] == pytest.approx(0.010) and found["part"] == pytest.approx(0.004)
     assert found["choice"] == pytest.approx(0.048)
     skipped = contextual.records[-1].skipped_frac[0]
-    assert found["most_kept_frac"] == pytest.approx(1 - 0.048 / (32 * 0.006 / skipped))
-    assert contextual.shadow.running.most_kept_frac == shadow_of(model).running.most_kept_frac
+    assert found["max_kept_frac"] == pytest.approx(1 - 0.048 / (32 * 0.006 / skipped))
+    assert contextual.shadow.running.max_kept_frac == shadow_of(model).running.max_kept_frac
 
 
 def test_prompts_beyond_the_gate_run_dense() -> None:
@@ -87,7 +87,7 @@ def test_prompts_beyond_the_gate_run_dense() -> None:
     deviation = contextual.records[0].deviation[0]
     for gate, sparse in ((deviation * 1.01, 2), (deviation * 0.99, 0)):
         model = model_of("llama")
-        contextual = attach(model, shadow_of(model, most_deviation=gate))
+        contextual = attach(model, shadow_of(model, max_deviation=gate))
         step_by_step(model, ids_of(1, PROMPT + 2), PROMPT)
         assert contextual.records[0].sparse_tokens == sparse
         assert ("deviates by" in contextual.records[0].dense_because) == (not sparse)
@@ -99,23 +99,23 @@ def test_calibration_writes_what_the_runtime_reads(tmp_path: Path) -> None:
     niwaki.compress(
         tmp_path / "model", tmp_path / "out", method="shadow", target="0.5", device="cpu",
         calibration={"files": (str(text),), "samples": 12, "seq_len": 24},
-        options={"least_prompt": 8, "features": "last", "size_frac": 0.5},
+        options={"min_prompt": 8, "features": "last", "size_frac": 0.5},
     )  # fmt: skip
     settings = {"data": str(text), "samples": 6, "prompt_tokens": 16, "new_tokens": 8, "device": "cpu"}
     strict = calibrate_gate(tmp_path / "out", agreement=1.0, **settings)  # type: ignore[arg-type]
     assert strict["agreement"] == 1.0 and strict["agreement_all_sparse"] < 1.0
     running = read_shadow(tmp_path / "out").running
-    assert (running.most_deviation, running.least_margin) == (strict["most_deviation"], strict["least_margin"])
-    assert running.most_kept_frac == 0.85 and "seconds" not in strict
+    assert (running.max_deviation, running.min_margin) == (strict["max_deviation"], strict["min_margin"])
+    assert running.max_kept_frac == 0.85 and "seconds" not in strict
     loose = calibrate_gate(tmp_path / "out", agreement=0.01, **settings)  # type: ignore[arg-type]
     assert loose["sparse_frac"] == 1.0 > strict["sparse_frac"]
     model = niwaki.load(tmp_path / "out", device="cpu")
     with torch.no_grad():
         model.generate(ids_of(1, 16), max_new_tokens=4, do_sample=False, eos_token_id=None)
-    assert model.contextual.shadow.running.most_deviation == loose["most_deviation"]
+    assert model.contextual.shadow.running.max_deviation == loose["max_deviation"]
     timed = calibrate_gate(tmp_path / "out", agreement=0.01, batch=2, **settings)  # type: ignore[arg-type]
-    assert 0 <= timed["most_kept_frac"] <= 1 and set(timed["seconds"]) == {"dense", "part", "choice", "most_kept_frac"}
-    assert read_shadow(tmp_path / "out").running.most_kept_frac == timed["most_kept_frac"]
+    assert 0 <= timed["max_kept_frac"] <= 1 and set(timed["seconds"]) == {"dense", "part", "choice", "max_kept_frac"}
+    assert read_shadow(tmp_path / "out").running.max_kept_frac == timed["max_kept_frac"]
     with pytest.raises(InputError, match="holds no predictor"):
         calibrate_gate(tmp_path / "model", **settings)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="expected agreement in"):

@@ -4,27 +4,29 @@ import pytest
 import torch
 import transformers
 
-from niwaki.config.recipe import Keep, Unit
+from niwaki.config.recipe import KeepUnits, Unit
 from niwaki.methods import comp
 from niwaki.methods.comp import Config
 from niwaki.model.anatomy import build_skeleton, discover
-from niwaki.model.prunable import Look, Shape, Sizes
+from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSpace
 from support.families import GQA
 from support.models import correlated_inputs, evidence_of, make_block
 
 UNIT = Unit("neurons", "m", (), 48)
 
 
-def sizes() -> Sizes:
+def sizes() -> ShapeSpace:
     config = transformers.LlamaConfig(**{**GQA, "num_hidden_layers": 4})
     skeleton = build_skeleton(config, torch.float32)
-    return Sizes(discover(skeleton), skeleton, config.to_dict())
+    return ShapeSpace(discover(skeleton), skeleton, config.to_dict())
 
 
-def walked(losses: dict[tuple[int, int], float], target: float = 0.3, **options: int) -> tuple[Shape | None, list]:
+def walked(
+    losses: dict[tuple[int, int], float], target: float = 0.3, **options: int
+) -> tuple[PrunedShape | None, list]:
     """The shape that a search ends with if shapes had these losses by (blocks gone, heads left), and what it tried."""
     found = sizes()
-    looks = [Look(influence) for influence in (0.9, 0.2, 0.1, 0.5)]
+    looks = [BlockInfo(influence) for influence in (0.9, 0.2, 0.1, 0.5)]
     search = comp.search(found, target, looks, Config(multiple=1, **options))
     tried: list[tuple[int, int]] = []
     try:
@@ -61,7 +63,7 @@ def test_tuning_beats_leaving_the_columns_as_they_are(options: dict) -> None:
     def error(**more: object) -> float:
         config = Config(**(options | more))
         seen = evidence_of(block, x, comp.needs(config))
-        found = comp.compress(block, seen, {"m": Keep(UNIT, 30)}, config, torch.Generator())["m"]
+        found = comp.compress(block, seen, {"m": KeepUnits(UNIT, 30)}, config, torch.Generator())["m"]
         assert len(found.detail["kept_groups"]) == 30 and found.cut == (16, 30)
         return float((x @ (found.weight_OI - weight).T).square().sum() / (x @ weight.T).square().sum())
 
@@ -74,7 +76,7 @@ def test_groups_that_no_token_reached_go_by_their_weights() -> None:
     weight[:, 10:] *= 0.01
     block = make_block({"m": weight})
     seen = evidence_of(block, torch.zeros(0, 48), comp.needs(Config()))
-    found = comp.compress(block, seen, {"m": Keep(UNIT, 10)}, Config(), torch.Generator())["m"]
+    found = comp.compress(block, seen, {"m": KeepUnits(UNIT, 10)}, Config(), torch.Generator())["m"]
     assert found.detail["kept_groups"] == list(range(10)) and "no calibration token" in found.note
     assert torch.equal(found.weight_OI[:, :10], weight[:, :10])
 

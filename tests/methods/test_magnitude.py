@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from niwaki.config.recipe import Grouped, Sparsity
+from niwaki.config.recipe import NM, Sparsity
 from niwaki.methods import magnitude
 from support.models import run_method
 
@@ -34,7 +34,7 @@ def test_per_row_equals_reference_on_each_row() -> None:
 
 def test_groups() -> None:
     weight = torch.tensor([[1.0, -4.0, 3.0, 2.0, 0.1, 0.2, -0.3, 0.4]])
-    found = run_method(magnitude, weight, NO_DATA, Grouped(2, 4))
+    found = run_method(magnitude, weight, NO_DATA, NM(2, 4))
     expected = torch.tensor([[0, -4.0, 3.0, 0, 0, 0, -0.3, 0.4]])
     assert torch.equal(found, expected)
 

@@ -11,7 +11,7 @@ from methods.shared.test_binary import bits_of, output_error, random, record, re
 from methods.test_wandapp import loaded
 from niwaki.compression.walk import collect
 from niwaki.config.recipe import Bits
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.errors import TargetError
 from niwaki.methods import ptq161
 from niwaki.methods.ptq161 import Config, Scales
@@ -79,7 +79,7 @@ def test_gradients_of_all_scales_are_those_of_the_formula() -> None:
 def test_learning_never_ends_above_its_start(rate_frac: float, improves: bool, tmp_path: Path) -> None:
     block, stream = loaded(tmp_path, windows=16)
     config = Config(rounds=8, samples=14, rate_frac=rate_frac, target="block")
-    seen = Evidence(collect(block, stream, ptq161.needs(config))[0], stream)
+    seen = CalibrationData(collect(block, stream, ptq161.needs(config))[0], stream)
     targets = dict.fromkeys(block.linears, Bits(8.0))
     for packed in ptq161.compress(block, seen, targets, config, torch.Generator()).values():
         start, end = packed.detail["heldout_error_start"], packed.detail["heldout_error"]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from niwaki.config.recipe import Grouped, Sparsity, Target
+from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.data.statistics import Needs
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.errors import NumericalError
 from niwaki.methods import sparsegpt
 from niwaki.methods.shared.column_sweep import inverse_factor
@@ -29,7 +29,7 @@ def reference(weight: np.ndarray, x: np.ndarray, target: Target, damping_frac: f
             zeros = total * members.stop // columns - total * j // columns
             for _, c, r in sorted(saliency)[:zeros]:
                 pruned[r, c] = True
-        if isinstance(target, Grouped) and j % target.group == 0:
+        if isinstance(target, NM) and j % target.group == 0:
             for r in range(rows):
                 order = sorted(range(j, j + target.group), key=lambda c, r=r: w[r, c] ** 2 / inverses[c][0, 0])
                 pruned[r, order[: target.group - target.keep]] = True
@@ -40,7 +40,7 @@ def reference(weight: np.ndarray, x: np.ndarray, target: Target, damping_frac: f
     return w
 
 
-@pytest.mark.parametrize("target", [Sparsity(0.5), Sparsity(0.7), Grouped(2, 4), Grouped(4, 8), Grouped(1, 4)])
+@pytest.mark.parametrize("target", [Sparsity(0.5), Sparsity(0.7), NM(2, 4), NM(4, 8), NM(1, 4)])
 @pytest.mark.parametrize("panel", [8, 128])
 def test_equals_reference(target: Target, panel: int) -> None:
     weight = torch.randn(6, 24, generator=torch.Generator().manual_seed(3))
@@ -71,7 +71,7 @@ def test_factor_equals_inverse_in_float64() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("target", [Sparsity(0.5), Grouped(2, 4)])
+@pytest.mark.parametrize("target", [Sparsity(0.5), NM(2, 4)])
 def test_fewer_tokens_than_columns_stay_finite(tokens: int, target: Target) -> None:
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(5))
     found = run_method(sparsegpt, weight, correlated_inputs(tokens, 32) * 100, target)
@@ -89,7 +89,7 @@ def test_silent_features_are_cheapest_and_the_budget_holds() -> None:
 
 def test_all_inputs_zero_is_magnitude_like_and_finite() -> None:
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(6))
-    found = run_method(sparsegpt, weight, torch.zeros(10, 8), Grouped(2, 4))
+    found = run_method(sparsegpt, weight, torch.zeros(10, 8), NM(2, 4))
     kept = found != 0
     assert torch.equal(found[kept], weight[kept])
     assert int(kept.sum()) == 16
@@ -113,7 +113,7 @@ def test_non_finite_activations_are_a_named_error() -> None:
 def test_compensation_beats_masking() -> None:
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(7))
     x = correlated_inputs(256, 32)
-    found = run_method(sparsegpt, weight, x, Grouped(2, 4))
+    found = run_method(sparsegpt, weight, x, NM(2, 4))
     masked = weight * (found != 0)
     wanted = x @ weight.T
     assert (x @ found.T - wanted).square().sum() < 0.8 * (x @ masked.T - wanted).square().sum()
@@ -136,5 +136,5 @@ def test_one_factor_serves_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     other = statistics_of(correlated_inputs(40, 8, 1), Needs(gram=True))
     statistics = {"q": shared, "k": shared, "o": other}
     targets = dict.fromkeys(statistics, Sparsity(0.5))
-    sparsegpt.compress(block, Evidence(statistics), targets, sparsegpt.Config(), torch.Generator())
+    sparsegpt.compress(block, CalibrationData(statistics), targets, sparsegpt.Config(), torch.Generator())
     assert [gram is shared.gram_II for gram in calls] == [True, False]

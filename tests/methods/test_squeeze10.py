@@ -10,7 +10,7 @@ from methods.test_wandapp import loaded
 from niwaki.compression.walk import collect
 from niwaki.config.recipe import Bits, parse_target
 from niwaki.data.statistics import Needs, Statistics
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.errors import TargetError
 from niwaki.formats.packed import Packed
 from niwaki.methods import squeeze10
@@ -100,14 +100,14 @@ def test_columns_are_chosen_in_neighbourhoods() -> None:
     assert torch.equal(chosen.view(-1, 8), chosen.view(-1, 8)[:, :1] // 8 * 8 + torch.arange(8))
 
 
-def drifted() -> tuple[torch.Tensor, Evidence]:
+def drifted() -> tuple[torch.Tensor, CalibrationData]:
     """Inputs X in the compressed model and F in the full one; evidence of both."""
     weight, full = wide()
     noise = torch.randn(full.shape, generator=torch.Generator().manual_seed(9))
     x = full * 0.9 + 0.3 * noise
     statistics = Statistics(Needs(gram=True, full=True))
     statistics.add(x, full)
-    return weight, Evidence({"m": statistics})
+    return weight, CalibrationData({"m": statistics})
 
 
 @pytest.mark.parametrize("supervise", squeeze10.SUPERVISIONS)
@@ -206,7 +206,7 @@ def test_learning_never_ends_above_its_start(rate_frac: float, improves: bool, t
     """With one bit for all columns there is much to gain, unless every step destroys what was there."""
     block, stream = loaded(tmp_path, windows=16)
     config = Config(learn_rounds=10, samples=14, rate_frac=rate_frac, target="block", rounds=2)
-    seen = Evidence(collect(block, stream, squeeze10.needs(config))[0], stream)
+    seen = CalibrationData(collect(block, stream, squeeze10.needs(config))[0], stream)
     for record in squeeze10.compress(
         block, seen, dict.fromkeys(block.linears, Bits(3.0)), config, torch.Generator()
     ).values():

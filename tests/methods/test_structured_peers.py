@@ -6,29 +6,29 @@ import pytest
 import torch
 import transformers
 
-from niwaki.config.recipe import Keep, Unit
+from niwaki.config.recipe import KeepUnits, Unit
 from niwaki.methods import flap, shortgpt, two_ssp, wanda_sp
 from niwaki.model.anatomy import build_skeleton, discover
-from niwaki.model.prunable import Look, Shape, Sizes
+from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSpace
 from support.families import GQA
 from support.models import correlated_inputs, evidence_of, make_block
 
 HEADS, NEURONS = Unit("heads", "m", (), 8), Unit("neurons", "m", (), 32)
 
 
-def sizes() -> Sizes:
+def sizes() -> ShapeSpace:
     config = transformers.LlamaConfig(**{**GQA, "num_hidden_layers": 4})
     skeleton = build_skeleton(config, torch.float32)
-    return Sizes(discover(skeleton), skeleton, config.to_dict())
+    return ShapeSpace(discover(skeleton), skeleton, config.to_dict())
 
 
-def result(search: Any, loss: Any = None) -> Shape | None:
+def result(search: Any, loss: Any = None) -> PrunedShape | None:
     try:
         shapes = next(search)
         while True:
             shapes = search.send([loss(shape) for shape in shapes])
     except StopIteration as stop:
-        found: Shape | None = stop.value
+        found: PrunedShape | None = stop.value
         return found
 
 
@@ -36,7 +36,7 @@ def chosen(module: Any, unit: Unit, count: int, x: torch.Tensor, weight: torch.T
     block = make_block({"m": weight})
     config = module.Config()
     seen = evidence_of(block, x, module.needs(config))
-    return module.compress(block, seen, {"m": Keep(unit, count)}, config, torch.Generator())["m"]
+    return module.compress(block, seen, {"m": KeepUnits(unit, count)}, config, torch.Generator())["m"]
 
 
 WEIGHT = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
@@ -66,9 +66,10 @@ def test_flap_keeps_what_fluctuates_and_its_bias_makes_up_for_the_mean(unit: Uni
 def test_flap_takes_the_lowest_standard_scores_of_all_blocks() -> None:
     generator = torch.Generator().manual_seed(3)
     looks = [
-        Look(0.0, {"neurons": torch.randn(48, generator=generator).tolist(), "heads": [5.0, 6.0]}) for _ in range(4)
+        BlockInfo(0.0, {"neurons": torch.randn(48, generator=generator).tolist(), "heads": [5.0, 6.0]})
+        for _ in range(4)
     ]
-    looks[1] = Look(0.0, {"neurons": [-9.0] * 48, "heads": [5.0, 6.0]})
+    looks[1] = BlockInfo(0.0, {"neurons": [-9.0] * 48, "heads": [5.0, 6.0]})
     found = sizes()
     shape = result(flap.search(found, 0.3, looks, flap.Config()))
     assert shape is not None and shape.neurons[1] == 1 and shape.heads == (2, 2, 2, 2)
@@ -85,7 +86,7 @@ def test_flap_looks_at_standardised_scores() -> None:
 
 
 def test_shortgpt_drops_the_least_influential_blocks() -> None:
-    looks = [Look(influence) for influence in (0.9, 0.1, 0.3, 0.2)]
+    looks = [BlockInfo(influence) for influence in (0.9, 0.1, 0.3, 0.2)]
     for target, gone in ((0.25, (1,)), (0.4, (1, 3)), (0.05, (1,)), (0.99, (1, 2, 3))):
         shape = result(shortgpt.search(sizes(), target, looks, shortgpt.Config()))
         assert shape is not None and shape.dropped == gone
@@ -93,7 +94,7 @@ def test_shortgpt_drops_the_least_influential_blocks() -> None:
 
 def test_2ssp_removes_attentions_greedily_and_neurons_for_the_rest() -> None:
     found = sizes()
-    looks = [Look(0.0)] * 4
+    looks = [BlockInfo(0.0)] * 4
     # Attention has 3072 of 7744 weights a block, so of four round(4 · 0.5^((4608 / 3072) / 1.5)) = 2 go.
     worth = {0: 1.0, 1: 0.2, 2: 0.1, 3: 0.5}
     shape = result(

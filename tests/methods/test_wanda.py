@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from niwaki.config.recipe import Grouped, Sparsity, Target
+from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.methods import wanda
 from support.models import correlated_inputs, run_method
 
@@ -15,7 +15,7 @@ def reference(weight: np.ndarray, x: np.ndarray, target: Target) -> np.ndarray:
     rows, columns = result.shape
     for row in range(rows):
         scores = np.abs(result[row]) * norms
-        if isinstance(target, Grouped):
+        if isinstance(target, NM):
             for start in range(0, columns, target.group):
                 lowest = np.argsort(scores[start : start + target.group])[: target.group - target.keep]
                 result[row, start + lowest] = 0
@@ -24,7 +24,7 @@ def reference(weight: np.ndarray, x: np.ndarray, target: Target) -> np.ndarray:
     return result
 
 
-@pytest.mark.parametrize("target", [Sparsity(0.5), Sparsity(0.75), Grouped(2, 4), Grouped(4, 8), Grouped(1, 4)])
+@pytest.mark.parametrize("target", [Sparsity(0.5), Sparsity(0.75), NM(2, 4), NM(4, 8), NM(1, 4)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_reference(target: Target, seed: int) -> None:
     weight = torch.randn(10, 16, generator=torch.Generator().manual_seed(seed))
@@ -59,5 +59,5 @@ def test_unreached_matrix_falls_back_by_magnitude_and_says_so() -> None:
 
 
 def test_all_zero_rows_stay_zero() -> None:
-    found = run_method(wanda, torch.zeros(2, 8), correlated_inputs(20, 8), Grouped(2, 4))
+    found = run_method(wanda, torch.zeros(2, 8), correlated_inputs(20, 8), NM(2, 4))
     assert torch.equal(found, torch.zeros(2, 8))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import niwaki
 from niwaki.compression.walk import collect
-from niwaki.config.recipe import Grouped, Sparsity, Target
-from niwaki.data.stream import Evidence, Stream
+from niwaki.config.recipe import NM, Sparsity, Target
+from niwaki.data.stream import CalibrationData, Stream
 from niwaki.errors import InputError
 from niwaki.methods import wandapp
 from niwaki.methods.registry import get_method
@@ -36,7 +36,7 @@ def reference(weight: np.ndarray, x_STI: np.ndarray, target: Target, alpha: floa
     scores = (alpha * gradient + norm) * np.abs(w)
     result = w.copy()
     for row in range(len(w)):
-        if isinstance(target, Grouped):
+        if isinstance(target, NM):
             for start in range(0, w.shape[1], target.group):
                 lowest = np.argsort(scores[row, start : start + target.group])[: target.group - target.keep]
                 result[row, start + lowest] = 0
@@ -45,7 +45,7 @@ def reference(weight: np.ndarray, x_STI: np.ndarray, target: Target, alpha: floa
     return result
 
 
-@pytest.mark.parametrize("target", [Sparsity(0.5), Sparsity(0.75), Grouped(2, 4), Grouped(1, 4)])
+@pytest.mark.parametrize("target", [Sparsity(0.5), Sparsity(0.75), NM(2, 4), NM(1, 4)])
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 100.0])
 def test_the_score_equals_the_reference(target: Target, alpha: float) -> None:
     weight = torch.randn(10, 16, generator=torch.Generator().manual_seed(0))
@@ -63,9 +63,9 @@ def loaded(tmp_path: Path, windows: int = 9, **changes: object) -> tuple[Block, 
     return decoder.load(0), stream
 
 
-def evidence(block: Block, stream: Stream) -> Evidence:
+def evidence(block: Block, stream: Stream) -> CalibrationData:
     needs = wandapp.needs(wandapp.Config())
-    return Evidence(collect(block, stream, needs)[0], stream)
+    return CalibrationData(collect(block, stream, needs)[0], stream)
 
 
 def test_regional_gradients_equal_finite_differences_of_the_whole_block(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_regional_gradients_equal_finite_differences_of_the_whole_block(tmp_path
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
-@pytest.mark.parametrize("target", [Sparsity(0.5), Grouped(2, 4)])
+@pytest.mark.parametrize("target", [Sparsity(0.5), NM(2, 4)])
 def test_learning_lowers_the_heldout_error_and_keeps_the_mask(tmp_path: Path, optimizer: str, target: Target) -> None:
     block, stream = loaded(tmp_path, windows=33)
     seen = evidence(block, stream)
@@ -197,7 +197,9 @@ def test_dense_target_pulls_to_the_dense_stream(tmp_path: Path) -> None:
     wanted = torch.randn(8, 8, 6, generator=torch.Generator().manual_seed(1))
     other.dense.hidden.store_STD = wanted
     for target, goal in (("dense", wanted), ("both", (wanted + seen.stream.outputs.store_STD) / 2)):  # type: ignore[union-attr]
-        task = Reconstruction(block, Evidence(seen.statistics, seen.stream, other.dense), target, torch.Generator())
+        task = Reconstruction(
+            block, CalibrationData(seen.statistics, seen.stream, other.dense), target, torch.Generator()
+        )
         y = x.reshape(8, 8, 8)[task.held] @ weight.T
         t = goal[task.held]
         error = ((y - t).square().sum(-1) / t.square().sum(-1)).mean()

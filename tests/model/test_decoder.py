@@ -49,12 +49,12 @@ def test_block_by_block_equals_the_models_own_forward(family: tuple[str, Path]) 
     name, folder = family
     decoder = open_decoder(folder)
     ids_BT = torch.randint(1, 90, (3, 17), generator=torch.Generator().manual_seed(1))
-    x_BTD, calls = decoder.enter(ids_BT)
+    x_BTD, calls = decoder.embed(ids_BT)
     for index in range(len(decoder)):
         block = decoder.load(index)
         x_BTD = block.run(calls[index], x_BTD)
         block.release()
-    logits_BTV = decoder.leave(ids_BT, x_BTD)
+    logits_BTV = decoder.logits(ids_BT, x_BTD)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         wanted_BTV = model(ids_BT, use_cache=False).logits
@@ -78,7 +78,7 @@ def test_changed_matrices_are_written_as_the_model_reads_them(family: tuple[str,
         wanted |= {decoder.anatomy.prefix(index) + key: value.clone() for key, value in block.module.named_parameters()}
         block.release()
     assert set(tensors) == set(decoder.checkpoint.tensors)
-    for companion in decoder.checkpoint.companions():
+    for companion in decoder.checkpoint.aux_files():
         (tmp_path / companion.name).write_bytes(companion.read_bytes())
     write_shard(tmp_path / "model.safetensors", tensors)
     loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
@@ -100,7 +100,7 @@ def test_unchanged_blocks_are_written_bit_for_bit(family: tuple[str, Path]) -> N
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     build(families()["llama-tied"].config).save_pretrained(tmp_path)
     decoder = open_decoder(tmp_path)
-    decoder.enter(torch.zeros(1, 4, dtype=torch.int64))
+    decoder.embed(torch.zeros(1, 4, dtype=torch.int64))
     assert decoder.model.lm_head.weight is decoder.model.model.embed_tokens.weight
     assert "lm_head.weight" not in decoder.checkpoint.tensors
 
@@ -109,7 +109,7 @@ def test_tap_reports_the_input_of_every_matrix(tmp_path: Path) -> None:
     build(families()["qwen3_moe"].config).save_pretrained(tmp_path)
     decoder = open_decoder(tmp_path)
     ids_BT = torch.randint(1, 90, (2, 16), generator=torch.Generator().manual_seed(0))
-    x_BTD, calls = decoder.enter(ids_BT)
+    x_BTD, calls = decoder.embed(ids_BT)
     block = decoder.load(0)
     tokens: dict[str, int] = {}
 

@@ -10,15 +10,15 @@ import transformers
 
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.model.anatomy import build_skeleton, discover
-from niwaki.model.prunable import Shape, Sizes, new_name, places, units_of
+from niwaki.model.prunable import PrunedShape, ShapeSpace, new_name, places, units_of
 from support.families import COMMON, GQA, families
 
 COVERED = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt")
 
 
-def sizes_of(config: Any) -> Sizes:
+def sizes_of(config: Any) -> ShapeSpace:
     skeleton = build_skeleton(config, torch.float32)
-    return Sizes(discover(skeleton), skeleton, json.loads(config.to_json_string(use_diff=False)))
+    return ShapeSpace(discover(skeleton), skeleton, json.loads(config.to_json_string(use_diff=False)))
 
 
 @pytest.mark.parametrize("family", COVERED)
@@ -80,7 +80,7 @@ def test_what_a_config_cannot_say_is_named() -> None:
         match=r"heads and ffn_dim in a config of type opt cannot express 48 neurons",
     ):
         sizes.config_for(sizes.shape(48, 2))
-    silent = Sizes(sizes.anatomy, build_skeleton(families()["opt"].config, torch.float32), {"model_type": "opt"})
+    silent = ShapeSpace(sizes.anatomy, build_skeleton(families()["opt"].config, torch.float32), {"model_type": "opt"})
     with pytest.raises(InputError, match="says 48 neurons in none of intermediate_size, ffn_dim"):
         silent.config_for(sizes.shape(16, 4))
 
@@ -104,8 +104,8 @@ def test_fitting_takes_the_widest_that_removes_enough() -> None:
 
 
 def test_shapes_tell_what_is_gone_and_whether_a_config_can_say_it() -> None:
-    assert Shape((8, 0, 8), (2, 0, 2)).dropped == (1,) and Shape((8, 0, 8), (2, 0, 2)).even
-    assert not Shape((8, 4), (2, 2)).even and not Shape((8, 8), (0, 0)).even
+    assert PrunedShape((8, 0, 8), (2, 0, 2)).dropped == (1,) and PrunedShape((8, 0, 8), (2, 0, 2)).even
+    assert not PrunedShape((8, 4), (2, 2)).even and not PrunedShape((8, 8), (0, 0)).even
 
 
 def test_places_and_names() -> None:

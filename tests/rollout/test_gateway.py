@@ -169,7 +169,7 @@ def test_bytes_pass_unchanged_and_shadows_change_nothing(tmp_path: Path, stream:
             assert own.requests["stable"] == 12 and own.requests["shadow"] == len(setup.canary.asked)
             assert own.tally("error_rate").total == own.requests["shadow"] == (12 if name == "copied" else 0)
 
-        own = settings(policy=one_step(steps=[0.0, 1.0]), sampling={"shadow_frac": share, "most_shadows": 100})
+        own = settings(policy=one_step(steps=[0.0, 1.0]), sampling={"shadow_frac": share, "max_shadows": 100})
         go(work, make(folder, own))
     assert bodies["plain"] == bodies["copied"] and all(b"dense" in body for body in bodies["plain"])
 
@@ -182,7 +182,7 @@ def test_shadows_wait_for_nobody_and_are_dropped_when_busy(tmp_path: Path) -> No
         assert len(setup.canary.asked) <= 3
         assert setup.gateway.controller.ledger.open.skipped["shadow dropped: 3 were running"] == 7
 
-    sampling = {"shadow_frac": 1.0, "most_shadows": 3}
+    sampling = {"shadow_frac": 1.0, "max_shadows": 3}
     go(work, make(tmp_path, settings(policy=one_step(steps=[0.0, 1.0]), sampling=sampling)))
 
 
@@ -193,7 +193,7 @@ def test_shadows_alone_give_all_the_evidence(tmp_path: Path) -> None:
         assert state(setup) == ("running", 1)  # from 0 to the first share that users see
         assert setup.gateway.controller.share == 0.25
 
-    sampling = {"shadow_frac": 1.0, "audit_frac": 1.0, "most_shadows": 100, "most_audits": 100}
+    sampling = {"shadow_frac": 1.0, "audit_frac": 1.0, "max_shadows": 100, "max_audits": 100}
     own = settings(policy=one_step(steps=[0.0, 0.25, 1.0]), sampling=sampling)
     go(work, make(tmp_path, own, limits={"error_rate": 0.002, "decode_latency_ratio": 1.5, "top1_agreement": 0.9}))
 
@@ -260,7 +260,7 @@ def test_texts_are_kept_only_when_asked_for(tmp_path: Path) -> None:
             data = (await setup.client.get("/rollout/data")).json()
             assert ("of the " in json.dumps(data["audits"])) == keep and data["keep_texts"] == keep
 
-        sampling = {"audit_frac": 1.0, "most_audits": 100, "keep_texts": keep}
+        sampling = {"audit_frac": 1.0, "max_audits": 100, "keep_texts": keep}
         go(work, make(folder, settings(policy=one_step(), sampling=sampling)))
         content = b"".join(path.read_bytes() for path in folder.iterdir())
         assert (b" of the " in content) == keep

@@ -10,7 +10,7 @@ import pytest
 from niwaki.rollout.histogram import Tally
 from niwaki.rollout.sequential import (
     BETS_K,
-    MOST_INTERVALS,
+    MAX_INTERVALS,
     band,
     certainly_above,
     certainly_below,
@@ -73,7 +73,7 @@ def test_a_late_change_is_found_within_an_interval_of_it() -> None:
 
 def test_intervals_that_are_dropped_only_take_evidence_away() -> None:
     bad = tally(1.0, 0.0)
-    many = [bad] * (MOST_INTERVALS + 20)
+    many = [bad] * (MAX_INTERVALS + 20)
     kept = excess(many[20:], 0.6, "mean", first=21)
     assert kept <= excess(many[20:], 0.6, "mean", first=1)
     assert excess(many, 0.6, "mean") == pytest.approx(kept, abs=1e-9)

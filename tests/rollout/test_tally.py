@@ -6,7 +6,7 @@ import pytest
 
 from niwaki.rollout.counters import Ledger, Times
 from niwaki.rollout.histogram import Interval, Tally, added
-from niwaki.rollout.sequential import MOST_INTERVALS
+from niwaki.rollout.sequential import MAX_INTERVALS
 from niwaki.rollout.signals import SIGNALS
 
 
@@ -58,12 +58,12 @@ def test_latencies_are_paired_at_the_same_time_and_once() -> None:
 
 def test_old_intervals_become_one_and_nothing_is_lost() -> None:
     ledger = Ledger(Interval(1, 0, 0.0))
-    for number in range(MOST_INTERVALS + 50):
+    for number in range(MAX_INTERVALS + 50):
         ledger.outcome(failed=number % 2 == 0)
         ledger.next_interval(0, float(number))
-    assert len(ledger.closed) == MOST_INTERVALS - 1
-    assert added(one.tally("error_rate") for one in ledger.intervals).total == MOST_INTERVALS + 50
+    assert len(ledger.closed) == MAX_INTERVALS - 1
+    assert added(one.tally("error_rate") for one in ledger.intervals).total == MAX_INTERVALS + 50
     numbers = [one.number for one in ledger.intervals]
-    assert numbers == list(range(numbers[0], MOST_INTERVALS + 52))
+    assert numbers == list(range(numbers[0], MAX_INTERVALS + 52))
     again = Ledger.resumed(ledger.intervals, 0, 0.0)
     assert [one.as_json() for one in again.intervals] == [one.as_json() for one in ledger.intervals]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from niwaki.formats.quantized import Part, assemble, centre, stored_tensors
+from niwaki.formats.quantized import QuantizedColumns, assemble, centre, stored_tensors
 from niwaki.kernels import planes
 from niwaki.kernels.planes import PlanePart, decoding_pays, prepared_layer
 from niwaki.runtime import chunked_matmul as pieces
@@ -13,21 +13,23 @@ from niwaki.runtime.chunked_matmul import by_pieces, decoded
 from niwaki.runtime.linear import PackedLinear
 
 
-def packed(rows: int, parts: list[Part]) -> tuple[PackedLinear, torch.Tensor]:
+def packed(rows: int, parts: list[QuantizedColumns]) -> tuple[PackedLinear, torch.Tensor]:
     columns = sum(len(part.columns_C) for part in parts)
     found = PackedLinear(rows, columns, {"parts": [part.describe() for part in parts]}, bias=False)
     found.load_state_dict(stored_tensors(parts, columns))
     return found, assemble(parts)
 
 
-def part(rows: int, columns_C: torch.Tensor, bits: int, grid: str, group: int) -> Part:
+def part(rows: int, columns_C: torch.Tensor, bits: int, grid: str, group: int) -> QuantizedColumns:
     generator = torch.Generator().manual_seed(bits)
     count = -(-len(columns_C) // group)
     code_OC = torch.randint(0, 2**bits, (rows, len(columns_C)), generator=generator, dtype=torch.uint8)
     scale_OG = (torch.rand(rows, count, generator=generator) + 0.1).half()
     offset_OG = torch.randn(rows, count, generator=generator).half() if grid == "free" else None
     zero_OG = torch.randint(0, 2**bits, (rows, count), generator=generator, dtype=torch.uint8)
-    return Part(columns_C, bits, grid, group, code_OC, scale_OG, offset_OG, zero_OG if grid == "affine" else None)
+    return QuantizedColumns(
+        columns_C, bits, grid, group, code_OC, scale_OG, offset_OG, zero_OG if grid == "affine" else None
+    )
 
 
 @pytest.mark.parametrize("grid", ["affine", "symmetric", "midrise", "free"])

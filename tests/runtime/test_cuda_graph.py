@@ -36,7 +36,7 @@ def test_the_dense_text_is_that_of_generate(family: str) -> None:
 def test_the_sparse_text_is_that_of_generate(family: str, sequences: int, stand_in: float) -> None:
     model = model_of(family)
     dense = copy.deepcopy(model)
-    running = {"most_kept_frac": 1.0, "stand_in": stand_in, "batch": "shared"}
+    running = {"max_kept_frac": 1.0, "stand_in": stand_in, "batch": "shared"}
     model.contextual = attach(model, shadow_of(model, **running))
     writer, steps = Graphed(model, room=PROMPT + NEW + 3), set()
     for seed in (0, 1):
@@ -53,7 +53,7 @@ def test_the_sparse_text_is_that_of_generate(family: str, sequences: int, stand_
 
 def test_padding_on_the_left() -> None:
     model = model_of("llama")
-    model.contextual = attach(model, shadow_of(model, most_kept_frac=1.0))
+    model.contextual = attach(model, shadow_of(model, max_kept_frac=1.0))
     ids_BT, mask_BT = ids_of(2, PROMPT), torch.ones(2, PROMPT, dtype=torch.int64)
     ids_BT[0, :3], mask_BT[0, :3] = 0, 0
     found = Graphed(model, room=PROMPT + NEW).write(ids_BT, max_new_tokens=NEW, mask_BT=mask_BT)
@@ -63,7 +63,7 @@ def test_padding_on_the_left() -> None:
 def test_prompts_that_are_too_short_run_dense_and_say_so() -> None:
     model = model_of("llama")
     dense = copy.deepcopy(model)
-    model.contextual = attach(model, shadow_of(model, least_prompt=16))
+    model.contextual = attach(model, shadow_of(model, min_prompt=16))
     ids_BT = ids_of(1, 8)
     found = Graphed(model, room=32).write(ids_BT, max_new_tokens=NEW)
     assert torch.equal(found, greedy(dense, ids_BT))

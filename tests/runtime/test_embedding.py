@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import niwaki  # noqa: F401  (teaches transformers the packed format)
-from niwaki.formats.quantized import Part, assemble, read_parts, stored_tensors
+from niwaki.formats.quantized import QuantizedColumns, assemble, read_parts, stored_tensors
 from niwaki.methods.shared.rounding import groups_of, nearest
 from niwaki.model.checkpoint import quantization, quantized_config
 from niwaki.model.files import write_shard
@@ -20,7 +20,7 @@ from niwaki.runtime.linear import PackedLinear
 from support.families import build, families
 
 
-def parts_of(weight: torch.Tensor, bits: int, grid: str) -> list[Part]:
+def parts_of(weight: torch.Tensor, bits: int, grid: str) -> list[QuantizedColumns]:
     columns = weight.shape[1]
     found = nearest(weight.float(), groups_of(0, columns, bits, grid, 32), clip=False).storable()
     return found.parts(torch.arange(columns))
@@ -109,7 +109,7 @@ def test_rows_are_read_from_several_parts() -> None:
     weight = torch.randn(70, 96, generator=torch.Generator().manual_seed(0))
     first, rest = torch.arange(0, 96, 3), torch.tensor([i for i in range(96) if i % 3])
     parts = [
-        Part(place, bits, grid, 16, found.code_OC, found.scale_OG, found.offset_OG, found.zero_OG)
+        QuantizedColumns(place, bits, grid, 16, found.code_OC, found.scale_OG, found.offset_OG, found.zero_OG)
         for place, bits, grid in ((first, 4, "affine"), (rest, 1, "free"))
         for found in nearest(weight[:, place], groups_of(0, len(place), bits, grid, 16), clip=False)
         .storable()

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from niwaki.formats.quantized import Part, assemble, stored_tensors
+from niwaki.formats.quantized import QuantizedColumns, assemble, stored_tensors
 from niwaki.kernels.planes import plane_product
 from niwaki.runtime import chunked_matmul as pieces
 from niwaki.runtime.linear import PackedLinear
@@ -16,14 +16,14 @@ def layer(rows: int, columns: int, bias: bool, affine: bool = False) -> tuple[Pa
     order = torch.randperm(columns, generator=generator)
     first, rest = order[: columns // 4].sort().values, order[columns // 4 :].sort().values
 
-    def part(columns_C: torch.Tensor, bits: int, grid: str) -> Part:
+    def part(columns_C: torch.Tensor, bits: int, grid: str) -> QuantizedColumns:
         width = len(columns_C)
         code = torch.randint(0, 2**bits, (rows, width), generator=generator, dtype=torch.uint8)
         groups = -(-width // 32)
         scale = (torch.rand(rows, groups, generator=generator) + 0.1).half()
         offset = torch.randn(rows, groups, generator=generator).half() if grid == "free" else None
         zero = torch.randint(0, 2**bits, (rows, groups), generator=generator, dtype=torch.uint8)
-        return Part(columns_C, bits, grid, 32, code, scale, offset, zero if grid == "affine" else None)
+        return QuantizedColumns(columns_C, bits, grid, 32, code, scale, offset, zero if grid == "affine" else None)
 
     parts = [part(first, 4, "midrise"), part(rest, 1, "free")]
     if affine:

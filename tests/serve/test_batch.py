@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from niwaki.runtime.contextual.sparsity import attach
-from niwaki.serve.batch import Apart, Batch, Together, batch_for
+from niwaki.serve.batch import Batch, PaddedBatch, PerSequence, batch_for
 from support.contextual import PROMPT, model_of, shadow_of
 from support.families import build, families
 
@@ -62,7 +62,7 @@ def together(batch: Batch, given: list[list[int]], counts: list[int], pieces: in
 def test_greedy_tokens_in_a_batch_are_those_alone(family: str) -> None:
     model = build(families()[family].config)
     batch = batch_for(model)
-    assert isinstance(batch, Together)
+    assert isinstance(batch, PaddedBatch)
     counts = [NEW, 6, NEW, 4]
     for ids, count, (tokens, logits_TV) in zip(prompts(), counts, together(batch, prompts(), counts, 2), strict=True):
         wanted, wanted_TV = alone(model, ids, count)
@@ -71,7 +71,7 @@ def test_greedy_tokens_in_a_batch_are_those_alone(family: str) -> None:
 
 
 def test_rows_keep_only_the_padding_they_need() -> None:
-    batch = Together(build(families()["mistral"].config))
+    batch = PaddedBatch(build(families()["mistral"].config))
     for ids in prompts((3, 20, 7)):
         place = batch.begin()
         batch.read(place, ids, every=False)
@@ -96,7 +96,7 @@ def test_contextual_sequences_take_turns_and_each_runs_what_its_prompt_chose(run
     model = model_of("llama")
     model.contextual = attach(model, shadow_of(model, **running))
     batch = batch_for(model)
-    assert isinstance(batch, Apart)
+    assert isinstance(batch, PerSequence)
     given = prompts((PROMPT, PROMPT + 5, PROMPT + 9))
     counts = [NEW, 5, NEW]
     found = together(batch, given, counts, 1)
@@ -113,7 +113,7 @@ def test_contextual_sequences_take_turns_and_each_runs_what_its_prompt_chose(run
 def test_memory_of_a_contextual_sequence_serves_the_next() -> None:
     model = model_of("llama")
     model.contextual = attach(model, shadow_of(model))
-    batch = Apart(model)
+    batch = PerSequence(model)
     first = batch.begin()
     assert first.turn is not None
     buffers = first.turn.buffers
@@ -134,8 +134,8 @@ def test_caches_that_are_more_than_keys_and_values_run_apart(monkeypatch: pytest
 
     model = build(families()["llama"].config)
     monkeypatch.setattr(cache_utils, "DynamicLayer", Other)
-    assert isinstance(batch_for(model), Apart)
+    assert isinstance(batch_for(model), PerSequence)
     monkeypatch.undo()
     given = prompts((4, 9))
-    for ids, (tokens, _) in zip(given, together(Apart(model), given, [5, 5], 1), strict=True):
+    for ids, (tokens, _) in zip(given, together(PerSequence(model), given, [5, 5], 1), strict=True):
         assert tokens == alone(model, ids, 5)[0]

@@ -11,7 +11,7 @@ import torch
 from niwaki.cli.demo import sapling
 from niwaki.data.texts import load_tokenizer
 from niwaki.runtime.contextual.sparsity import attach
-from niwaki.serve.engine import MOST_FAILURES, Engine, Limits
+from niwaki.serve.engine import MAX_FAILURES, Engine, Limits
 from niwaki.serve.http.api_errors import RefusalError
 from niwaki.serve.jobs import Event, Failed, Finished, Job, Read, Started, Wrote
 from niwaki.serve.metrics import Metrics
@@ -217,7 +217,7 @@ def test_an_answer_of_no_numbers_is_a_failure(engine: Engine) -> None:
 def test_after_failures_in_a_row_the_engine_stops_and_says_so(engine: Engine) -> None:
     engine.model.register_forward_pre_hook(lambda *_: 1 / 0)
     engine.start()
-    for _ in range(MOST_FAILURES):
+    for _ in range(MAX_FAILURES):
         asked = Asked()
         engine.submit(asked.job)
         assert isinstance(asked.wait()[-1], Failed)

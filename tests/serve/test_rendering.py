@@ -6,7 +6,7 @@ import pytest
 
 from niwaki.errors import InputError
 from niwaki.serve.http.api_errors import RefusalError
-from niwaki.serve.rendering import MOST_BYTES, Renderer
+from niwaki.serve.rendering import MAX_BYTES, Renderer
 from support.servers import TEMPLATE
 
 BOMBS = (
@@ -45,7 +45,7 @@ def test_a_dialogue_becomes_a_prompt(bombs: Renderer) -> None:
     [
         ("one long step", "more than it may"),
         ("memory", "too much memory"),
-        ("output", f"at most {MOST_BYTES:,} are read"),
+        ("output", f"at most {MAX_BYTES:,} are read"),
         ("wide", "1,200,000 bytes come of it"),
         ("escape", "unsafe"),
         ("write", "'append' of 'list' object is unsafe"),

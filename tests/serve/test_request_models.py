@@ -25,8 +25,8 @@ def test_what_clients_send_by_default_is_understood() -> None:
         temperature=1, top_p=1, n=1, stream=None, stop="\n", seed=3, max_completion_tokens=5, frequency_penalty=0,
         presence_penalty=0.0, logit_bias={}, tools=None, response_format={"type": "text"}, user="someone", store=False,
     )  # fmt: skip
-    assert asked.stops == ["\n"] and asked.most_tokens == 5 and asked.temperature == 1.0
-    assert chat(max_tokens=7).most_tokens == 7 and chat().most_tokens is None and chat().stops == []
+    assert asked.stops == ["\n"] and asked.max_tokens == 5 and asked.temperature == 1.0
+    assert chat(max_tokens=7).max_tokens == 7 and chat().max_tokens is None and chat().stops == []
     assert chat(stream=True, stream_options={"include_usage": True}).usage_in_stream
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert chat(messages=[{"role": "user", "content": parts}]).messages[0].plain == {"role": "user", "content": "ab"}

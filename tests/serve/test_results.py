@@ -9,7 +9,7 @@ import pytest
 
 import niwaki
 from niwaki.runtime.contextual.record import write_shadow
-from niwaki.serve.batch import Apart, Together
+from niwaki.serve.batch import PaddedBatch, PerSequence
 from niwaki.serve.jobs import Event, Failed, Finished, Job, Wrote
 from niwaki.serve.sampling import Sampling
 from niwaki.serve.server import Settings, make_service
@@ -34,7 +34,7 @@ def make(model: Path, out: Path, name: str) -> None:
     if name == "contextual":
         shutil.copytree(model, out)
         (out / "niwaki").mkdir()
-        write_shadow(out, shadow_of(niwaki.load(out, device="cpu"), least_prompt=8))  # without a run.json
+        write_shadow(out, shadow_of(niwaki.load(out, device="cpu"), min_prompt=8))  # without a run.json
         return
     calibration = {"files": (str(write_texts(out.with_suffix(".jsonl"))),), "samples": 4, "seq_len": 16}
     niwaki.compress(model, out, device="cpu", calibration=calibration, **RESULTS[name])
@@ -45,7 +45,7 @@ def test_results_write_what_they_write_elsewhere(model: Path, tmp_path: Path, na
     make(model, tmp_path / "out", name)
     wanted = niwaki.generate(tmp_path / "out", PROMPT, max_new_tokens=8, device="cpu").removeprefix(PROMPT)
     service = make_service(tmp_path / "out", Settings(device="cpu", slots=2))
-    assert isinstance(service.engine._batch, Apart if name == "contextual" else Together)
+    assert isinstance(service.engine._batch, PerSequence if name == "contextual" else PaddedBatch)
     ids = service.prompts.of_completion(PROMPT)
     found: list[queue.Queue[Event]] = [queue.Queue() for _ in range(2)]
     for events in found:

@@ -16,7 +16,7 @@ from openai import OpenAI
 
 import niwaki
 from niwaki.errors import InputError
-from niwaki.serve.engine import MOST_FAILURES
+from niwaki.serve.engine import MAX_FAILURES
 from niwaki.serve.event_queue import Timeouts
 from niwaki.serve.server import Settings, check
 from support.models import run, tiny_llama
@@ -95,7 +95,7 @@ def test_what_is_not_done_when_time_is_up_is_told_so(tmp_path: Path) -> None:
 def test_a_dead_engine_ends_the_process(tmp_path: Path) -> None:
     with running(tiny_llama(tmp_path / "model")) as served:
         served.service.engine.model.register_forward_pre_hook(lambda *_: 1 / 0)
-        for _ in range(MOST_FAILURES):
+        for _ in range(MAX_FAILURES):
             with pytest.raises(openai.InternalServerError):
                 served.client().completions.create(model="tiny", prompt="Hello")
         until(lambda: served.server.exit_code == 1, seconds=5)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from niwaki.cli.demo import sapling
 from niwaki.data.texts import load_tokenizer
-from niwaki.serve.text import MOST_PENDING, Detokenizer, Names, Spoken, Stops
+from niwaki.serve.text import MAX_PENDING, Detokenizer, IncrementalDetokenizer, Names, Stops
 from support.models import write_sentencepiece
 
 TEXT = "Die Gärtnerin sah 庭木 und 🌳🌳, naïve façade — そして終わり. \n\n  x"
@@ -49,7 +49,7 @@ def test_half_a_character_at_the_end_is_shown_as_broken(tokenizer: Any) -> None:
 def test_what_never_becomes_a_character_is_not_held_back_forever(tokenizer: Any) -> None:
     half = tokenizer.encode("庭", add_special_tokens=False)[0]
     words = Detokenizer(tokenizer)
-    shown = [words.feed(half) for _ in range(MOST_PENDING)]
+    shown = [words.feed(half) for _ in range(MAX_PENDING)]
     assert not any(shown[:-1]) and set(shown[-1]) == {"\ufffd"}
     assert words.feed(tokenizer.encode("x", add_special_tokens=False)[0]) == "x"
 
@@ -104,6 +104,6 @@ def test_what_only_looked_like_a_stop_string_is_shown() -> None:
 
 def test_a_stop_string_in_what_the_end_lets_go(tokenizer: Any) -> None:
     half = tokenizer.encode("庭", add_special_tokens=False)[0]
-    spoken = Spoken(tokenizer, [], ["\ufffd"])
+    spoken = IncrementalDetokenizer(tokenizer, [], ["\ufffd"])
     assert spoken.feed(half) == ("", False)
     assert spoken.flush() == ("", True)

@@ -21,7 +21,7 @@ from niwaki.cli.app import main
 from niwaki.cli.demo import sapling
 from niwaki.data.hidden_states import Activations
 from niwaki.data.statistics import Needs, Statistics
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.model.anatomy import BlockAnatomy, Call, Linear
 from niwaki.model.decoder import Block
 from support.families import build
@@ -61,17 +61,17 @@ class FixedStream:
         return Call((), {})
 
 
-def evidence_of(block: Block, x_NI: Tensor, needs: Needs) -> Evidence:
+def evidence_of(block: Block, x_NI: Tensor, needs: Needs) -> CalibrationData:
     """What a walk would have seen of `block` with `x_NI` as the input of all its matrices, in 8 windows at most."""
     statistics = {name: statistics_of(x_NI, needs) for name in block.linears}
     if not len(x_NI):
-        return Evidence(statistics)
+        return CalibrationData(statistics)
     windows = next((count for count in range(8, 0, -1) if len(x_NI) % count == 0), 1)
     stream: Any = FixedStream(block, x_NI.reshape(windows, -1, x_NI.shape[1]))
     dense: Any = SimpleNamespace(hidden=stream.outputs)
     generator = torch.Generator().manual_seed(1)
     gradients = {name: torch.rand(block.weight(name).shape, generator=generator) for name in block.linears}
-    return Evidence(statistics, stream, dense, gradients=gradients if needs.gradient else {})
+    return CalibrationData(statistics, stream, dense, gradients=gradients if needs.gradient else {})
 
 
 def make_block(weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Block:

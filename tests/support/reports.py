@@ -13,13 +13,13 @@ from niwaki.measure.schema import (
     Generation,
     Memory,
     Model,
-    Pace,
     Paired,
     Quality,
     Scoring,
     Settings,
     Speed,
     TaskQuality,
+    Throughput,
     TokenDivergence,
     Verdict,
 )
@@ -52,8 +52,8 @@ def quality(ratio: float, tokens: int = 2000) -> Quality:
     )  # fmt: skip
 
 
-def pace(ratio: Estimate) -> Pace:
-    return Pace(
+def pace(ratio: Estimate) -> Throughput:
+    return Throughput(
         tokens=32, dense_tokens_per_s=(100.0,) * 9, candidate_tokens_per_s=(100 / ratio.value,) * 9, dense_median=100.0,
         candidate_median=100 / ratio.value, latency_ratio=ratio,
     )  # fmt: skip

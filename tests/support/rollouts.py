@@ -263,7 +263,7 @@ def settings(**values: Any) -> Settings:
     policy = {"steps": [0.5, 1.0], "interval_s": 60, "min_requests": 40, "min_audits": 5}
     given = {
         "stable": {"url": "http://stable"}, "canary": {"url": "http://canary"}, "policy": policy,
-        "sampling": {"audit_frac": 1.0, "most_audits": 100},
+        "sampling": {"audit_frac": 1.0, "max_audits": 100},
     }  # fmt: skip
     return settings_from({**given, **values})
 

@@ -100,7 +100,8 @@ def compress(
     recipe: Annotated[Path | None, typer.Option(help="YAML with any of these; flags win.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Method option key=value. Repeatable.")] = None,
     pack: Annotated[str | None, _option("Store codes as codes: codes, auto (nonzeros too) or none.", "codes")] = None,
-    ends: Annotated[str | None, _option("Embeddings and head as codes too: none, 4bit or 8bit.", "none")] = None,
+    embeddings: Annotated[str | None, _option("Embeddings and head as codes too: none, 4bit or 8bit.", "none")] = None,
+    ends: Annotated[str | None, typer.Option("--ends", hidden=True)] = None,
     seed: Annotated[int | None, _option("Seed.", 0)] = None,
     device: Annotated[str | None, _option(DEVICE, "auto")] = None,
     dtype: Annotated[str | None, _option(DTYPE, "auto")] = None,
@@ -125,7 +126,7 @@ def compress(
         given(files=tuple(calibration) if calibration else None, field=field, samples=samples, seq_len=seq_len),
         set_,
         **given(method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks),
-        **given(allocation=allocation, pack=pack, ends=ends, seed=seed, device=device, dtype=dtype),
+        **given(allocation=allocation, pack=pack, embeddings=embeddings or ends, seed=seed, device=device, dtype=dtype),
         **given(batch_tokens=batch_tokens, activation_bytes=activation_bytes),
     )
     check_recipe(values)

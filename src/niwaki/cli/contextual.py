@@ -43,15 +43,15 @@ def calibrate_gate(
         device=device,
     )
     lines = [
-        f"{out}: prompts that deviate by up to {found['most_deviation']:.4g} with a margin of at least "
-        f"{found['least_margin']:.3g} run sparse, {found['sparse_frac']:.0%} of {found['prompts']}; agreement "
+        f"{out}: prompts that deviate by up to {found['max_deviation']:.4g} with a margin of at least "
+        f"{found['min_margin']:.3g} run sparse, {found['sparse_frac']:.0%} of {found['prompts']}; agreement "
         f"{found['agreement']:.2%} (all sparse: {found['agreement_all_sparse']:.2%})"
     ]
     if batch:
         dense, part, choice = (1000 * found["seconds"][name] for name in ("dense", "part", "choice"))
         lines.append(
             f"{batch} sequences: {dense:.1f} ms a token dense, {part:.1f} ms sparse, {choice:.1f} ms for the choice; "
-            f"a batch that needs more than {found['most_kept_frac']:.0%} of the weights runs dense"
+            f"a batch that needs more than {found['max_kept_frac']:.0%} of the weights runs dense"
         )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

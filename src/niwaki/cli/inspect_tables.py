@@ -182,7 +182,7 @@ def _print_cut(console: Console, found: dict[str, Any], title: str) -> None:
     seen = any(block["error"] is not None or block["worst"] is not None for block in found["blocks"])
     headers = ["matrix", title, "bytes", *(["mean error", "most"] if seen else [])]
     rows = [
-        [name, _number(row["value"], title), f"{row['bytes']:,}", _error(row["error"]), _error(row["most_error"])]
+        [name, _number(row["value"], title), f"{row['bytes']:,}", _error(row["error"]), _error(row["max_error"])]
         for name, row in found["matrices"].items()
     ]
     print_table(console, headers, [row[: len(headers)] for row in rows])
@@ -243,11 +243,11 @@ def _print_scores(console: Console, scores: dict[str, Any]) -> None:
     quantiles = zip(QUANTILES, scores["quantiles"], strict=True)
     _say(console, "  quantiles: " + ", ".join(f"{q:.0%} {value:.3g}" for q, value in quantiles))
     if "lost" in scores:
-        least, middle, most_lost = scores["lost"]
+        least, middle, max_lost = scores["lost"]
         where = (
             "one threshold" if scores["thresholds"] == 1 else f"{scores['thresholds']:,} thresholds (rows or panels)"
         )
-        _say(console, f"  highest score that was cut: {least:.4g} to {most_lost:.4g}, median {middle:.4g}; {where}")
+        _say(console, f"  highest score that was cut: {least:.4g} to {max_lost:.4g}, median {middle:.4g}; {where}")
     else:
         _say(console, "  no threshold: weights were compared within groups of neighbours")
 

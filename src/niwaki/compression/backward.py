@@ -117,7 +117,7 @@ def stored_inputs(
 def head_gradient(decoder: Decoder, ids_BT: Tensor, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of every window [B], and the gradient of their sum at the output of the last block [B, T, D]."""
     leaf_BTD = x_BTD.detach().clone().requires_grad_(True)
-    logits_NV = decoder.leave(ids_BT, leaf_BTD)[:, :-1].flatten(0, 1)
+    logits_NV = decoder.logits(ids_BT, leaf_BTD)[:, :-1].flatten(0, 1)
     logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
     wanted_N = ids_BT[:, 1:].flatten().to(logits_NV.device)
     loss_N = cross_entropy(logits_NV, wanted_N, reduction="none")

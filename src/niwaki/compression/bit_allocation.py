@@ -98,18 +98,18 @@ def spread_bits(
     anatomy: Anatomy,
     target: Target,
     sensitivities: Sequence[Mapping[str, float]],
-    least_bits: Callable[[int, int], float],
+    min_bits: Callable[[int, int], float],
 ) -> Targets:
     """Bits for every matrix by its sensitivity (see above), `target` on average; all alike where nothing can move.
 
-    `least_bits(rows, columns)`: what the method needs at least.
+    `min_bits(rows, columns)`: what the method needs at least.
     """
     assert isinstance(target, Bits), "fractional methods meet nothing else"
     matrices = {
         (index, name): linear for index, block in enumerate(anatomy.blocks) for name, linear in block.linears.items()
     }
     weights = {key: linear.rows * linear.columns for key, linear in matrices.items()}
-    least = {key: least_bits(linear.rows, linear.columns) for key, linear in matrices.items()}
+    least = {key: min_bits(linear.rows, linear.columns) for key, linear in matrices.items()}
     floor_bits = sum(least[key] * weights[key] for key in matrices) / anatomy.weights
     if not floor_bits < target.bits < KEPT_BITS:  # too little for anything but one bit, or enough for four
         return [dict.fromkeys(block.linears, target) for block in anatomy.blocks]
@@ -128,20 +128,20 @@ def spread_bits(
 
 
 def choose_kept(
-    anatomy: Anatomy, target: Bits, sensitivities: Sequence[float], least_bits: Callable[[int, int], float]
+    anatomy: Anatomy, target: Bits, sensitivities: Sequence[float], min_bits: Callable[[int, int], float]
 ) -> list[int]:
     """The blocks to keep at 4 bits, ascending (see above); none if that predicts the least error."""
     order = sorted(range(len(sensitivities)), key=lambda index: -sensitivities[index] / anatomy.blocks[index].weights)
-    floor = max(least_bits(m.rows, m.columns) for block in anatomy.blocks for m in block.linears.values())
+    floor = max(min_bits(m.rows, m.columns) for block in anatomy.blocks for m in block.linears.values())
     best: list[int] = []
-    least_error = _predicted(sensitivities, best, target.bits)
+    min_error = _predicted(sensitivities, best, target.bits)
     for count in range(1, len(order)):
         rest = rest_bits(anatomy, target, order[:count])
         if rest < floor:
             break
         error = _predicted(sensitivities, order[:count], rest)
-        if error < least_error * (1 - 1e-9):  # no choice by the rounding of equal sums
-            best, least_error = order[:count], error
+        if error < min_error * (1 - 1e-9):  # no choice by the rounding of equal sums
+            best, min_error = order[:count], error
     return sorted(best)
 
 
@@ -166,13 +166,13 @@ def sensitivities(block: Block, stream: Stream) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _errors(block: Block, stream: Stream, sets: Sequence[Sequence[str]], most_tokens: int) -> list[float]:
+def _errors(block: Block, stream: Stream, sets: Sequence[Sequence[str]], max_tokens: int) -> list[float]:
     """Mean relative error of the block's output over its first tokens, with each set of matrices at two bits."""
     dense = {name: block.weight(name).clone() for name in block.linears}
     coarse = {name: _two_bits(weight_OI) for name, weight_OI in dense.items()}
     totals, tokens = [0.0] * len(sets), 0
     for rows in stream.slices():
-        if tokens >= most_tokens:
+        if tokens >= max_tokens:
             break
         x_BTD = stream.hidden.read(rows)
         call = stream.call(len(x_BTD), block.index)

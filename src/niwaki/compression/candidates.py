@@ -117,7 +117,7 @@ def _mean_loss(decoder: Decoder, stream: Stream, lengths_S: Tensor) -> float:
     with torch.no_grad():
         for rows in stream.slices():
             ids_BT = stream.ids_ST[rows]
-            logits_BTV = decoder.leave(ids_BT, stream.hidden.read(rows))[:, :-1]
+            logits_BTV = decoder.logits(ids_BT, stream.hidden.read(rows))[:, :-1]
             wanted_BT = ids_BT[:, 1:].to(logits_BTV.device)
             loss_BT = cross_entropy(logits_BTV.flatten(0, 1).float(), wanted_BT.flatten(), reduction="none")
             behind_BT = torch.arange(ids_BT.shape[1] - 1) >= lengths_S[rows, None]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from niwaki.compression.allocation import OwlConfig
-from niwaki.config.recipe import Grouped, PrunedBits, Recipe, Target, make_options
+from niwaki.config.recipe import NM, PrunedBits, Recipe, Target, make_options
 from niwaki.errors import InputError, TargetError
 from niwaki.methods.registry import STRUCTURED, Step, make_steps
 
@@ -20,7 +20,7 @@ OWL_PREFIX = "owl_"
 
 
 @dataclass(frozen=True)
-class Before:
+class FirstStage:
     """The first stage, as the second knows it: its run.json, the whole recipe, the windows that both use."""
 
     record: dict[str, Any]
@@ -51,7 +51,7 @@ def stages_of(recipe: Recipe) -> list[Recipe]:
         "options": own,
         "allocation": "searched" if searched else "auto",
         "keep_blocks": (),
-        "ends": "none",
+        "embeddings": "none",
     }
     after = {
         "method": rest,
@@ -66,10 +66,10 @@ def columns_multiple(steps: Sequence[Step], target: Target) -> int:
     """What the second stage needs the number of columns of every matrix to be a multiple of."""
     groups = [vars(step.config).get("group", 0) or 1 for step in steps]
     zeros = target.zeros if isinstance(target, PrunedBits) else target
-    return math.lcm(zeros.group if isinstance(zeros, Grouped) else 1, *groups)
+    return math.lcm(zeros.group if isinstance(zeros, NM) else 1, *groups)
 
 
-def told_of_both(record: dict[str, Any], before: Before) -> dict[str, Any]:
+def told_of_both(record: dict[str, Any], before: FirstStage) -> dict[str, Any]:
     """run.json of the last stage, telling of the whole: the model that it began with, all options, all seconds."""
     settled = {name: record["recipe"][name] for name in ("device", "batch_tokens")}
     return record | {

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from niwaki.compression.chain import Before, columns_multiple, split_options, stages_of
+from niwaki.compression.chain import FirstStage, columns_multiple, split_options, stages_of
 from niwaki.compression.contextual import ShadowJob
 from niwaki.compression.job import CompressionJob
 from niwaki.compression.structured import ShapingJob
@@ -46,7 +46,7 @@ def compress(
     fitting = columns_multiple(split_options(rest[0], target)[1], target)
     shaped = out.absolute().with_name(f"{out.name}.shaped")
     shaping = ShapingJob(str(model), shaped, first, False, resume, overwrite, tell, None, fitting)
-    before = Before({}, make_recipe(recipe), shaping.windows_ST, shaping.calibration_source)
+    before = FirstStage({}, make_recipe(recipe), shaping.windows_ST, shaping.calibration_source)
 
     def after(source: Path | str) -> CompressionJob:
         return _kind(rest[0])(str(source), out, rest[0], dense_stream, resume, overwrite, tell, before)

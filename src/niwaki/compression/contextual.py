@@ -52,7 +52,7 @@ class ShadowJob(CompressionJob):
             self._learn(run, report)
         for name in self._files():
             _link(self.checkpoint.folder / name, run.folder / name)
-        for source in self.checkpoint.companions():
+        for source in self.checkpoint.aux_files():
             copy_file(source, run.folder / source.name)
         record = self._record(run, [run.finished[PART]])
         write_text(run.folder / "README.md", model_card(record))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from niwaki.compression.run import RECORD
-from niwaki.config.recipe import parse_target
+from niwaki.config.recipe import current_fields, parse_target
 from niwaki.errors import CheckpointError, InputError
 from niwaki.methods.registry import get_method
 
@@ -121,7 +121,7 @@ def _made(record: dict[str, Any]) -> dict[str, Any]:
         "target": recipe["target"] or f"{recipe['target_bytes']:,} bytes",
         "calibration": None if windows is None else {"windows": windows[0], "tokens": windows[1]},
         "pack": recipe["pack"],
-        "ends": recipe["ends"],
+        "embeddings": current_fields(recipe)["embeddings"],
         "seed": recipe["seed"],
         "device": record["device"],
         "date": record["date"],
@@ -159,7 +159,7 @@ def _matrices(lines: Sequence[Line], measure: str) -> dict[str, dict[str, Any]]:
             "value": _weighted(own, measure),
             "bytes": sum(line["bytes"] for line in own),
             "error": mean(errors),
-            "most_error": max(errors, default=None),
+            "max_error": max(errors, default=None),
         }
     return found
 

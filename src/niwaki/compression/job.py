@@ -24,8 +24,8 @@ from niwaki.compression.bit_allocation import (
     sensitivity,
     spread_bits,
 )
-from niwaki.compression.chain import Before, split_options, told_of_both
-from niwaki.compression.embeddings import ends_to_pack, read_packed
+from niwaki.compression.chain import FirstStage, split_options, told_of_both
+from niwaki.compression.embeddings import embeddings_to_pack, read_packed
 from niwaki.compression.gradients import squared_gradients
 from niwaki.compression.model_card import model_card
 from niwaki.compression.plan.planner import check_possible
@@ -35,10 +35,10 @@ from niwaki.compression.run import (
     Writer,
     check_apart,
     check_free,
-    circumstances,
     fingerprint,
     finished_record,
     partial_of,
+    provenance,
 )
 from niwaki.compression.run_record import block_lines, packed_modules, read_plain, result_of, shard_index
 from niwaki.compression.walk import Plan, Report, collect, compress_blocks, forward
@@ -68,7 +68,7 @@ class CompressionJob:
         resume: bool,
         overwrite: bool,
         report: Report,
-        before: Before | None = None,
+        before: FirstStage | None = None,
         columns_multiple: int = 1,
     ) -> None:
         self.before, self.columns_multiple = before, columns_multiple
@@ -105,8 +105,8 @@ class CompressionJob:
         batch_tokens = recipe.batch_tokens or default_batch_tokens(self.device)
         self.recipe = recipe.model_copy(update={"device": str(self.device), "batch_tokens": batch_tokens})
         self.windows_ST, self.calibration_source = self._windows()
-        self.ends = ends_to_pack(recipe, self.target, self.decoder)
-        self.end_parts = cut_to_shards(self.decoder.disk_names(None), self.checkpoint.tensors)
+        self.embeddings = embeddings_to_pack(recipe, self.target, self.decoder)
+        self.embedding_parts = cut_to_shards(self.decoder.disk_names(None), self.checkpoint.tensors)
         self.shard_names = self._shard_names()
 
     def run(self) -> dict[str, Any]:
@@ -133,11 +133,11 @@ class CompressionJob:
         report("start", blocks=len(self.decoder), method=self.recipe.method, target=str(self.target))
         with Writer(run, report) as writer:
             self._allocate(run, report)
-            self._write_ends(run, writer)
+            self._write_embeddings(run, writer)
             dense = self._stream(run, "dense") if self.dense_stream else None
-            if self.ends:
+            if self.embeddings:
                 writer.settle()
-                self.decoder.load_ends(self._stored_ends(run))
+                self.decoder.load_ends(self._stored_embeddings(run))
             stream = self._stream(run, "compressed")
             gradients = self._gradients(run, report)
             self.decoder.release_ends()
@@ -202,7 +202,7 @@ class CompressionJob:
 
     def _allocate(self, run: Run, report: Report) -> None:
         """Targets that differ between blocks."""
-        anatomy, kept, least_bits = self.decoder.anatomy, self.recipe.keep_blocks, self.steps[-1].least_bits
+        anatomy, kept, min_bits = self.decoder.anatomy, self.recipe.keep_blocks, self.steps[-1].min_bits
         if self.recipe.allocation == "owl":
 
             def outliers(block: Block, stream: Stream) -> float:
@@ -212,11 +212,11 @@ class CompressionJob:
             self.targets = owl(anatomy, self.target, shares, self.owl)
         if self.recipe.allocation == "sensitivity":
             self.allocated["sensitivities"] = self._scan(run, "sensitivities", sensitivities, report)
-            self.targets = spread_bits(anatomy, self.target, self.allocated["sensitivities"], least_bits)
+            self.targets = spread_bits(anatomy, self.target, self.allocated["sensitivities"], min_bits)
         if kept and isinstance(self.target, Bits):
             if kept == "auto":
                 self.allocated["sensitivities"] = self._scan(run, "sensitivities", sensitivity, report)
-                kept = tuple(choose_kept(anatomy, self.target, self.allocated["sensitivities"], least_bits))
+                kept = tuple(choose_kept(anatomy, self.target, self.allocated["sensitivities"], min_bits))
             self.targets = kept_targets(anatomy, self.target, kept)
             self.allocated |= {"kept_blocks": list(kept), "rest_bits": rest_bits(anatomy, self.target, kept)}
         if self.allocated:
@@ -244,15 +244,17 @@ class CompressionJob:
         return values
 
     def _shard_names(self) -> list[str]:
-        """One file per block, then the ends in files of about 1 GiB."""
-        count = len(self.decoder) + len(self.end_parts)
+        """One file per block, then everything outside the blocks in files of about 1 GiB."""
+        count = len(self.decoder) + len(self.embedding_parts)
         return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
-    def _write_ends(self, run: Run, writer: "Writer") -> None:
-        for number, names in enumerate(self.end_parts):
-            part = _ends_part(number)
+    def _write_embeddings(self, run: Run, writer: "Writer") -> None:
+        for number, names in enumerate(self.embedding_parts):
+            part = _embeddings_part(number)
             if part not in run.finished:
-                tensors, lines = read_packed(self.checkpoint, names, self.ends, self.recipe.ends, self.device)
+                tensors, lines = read_packed(
+                    self.checkpoint, names, self.embeddings, self.recipe.embeddings, self.device
+                )
                 writer.write(part, self.shard_names[len(self.decoder) + number], tensors, lines)
 
     def _stored_block(self, run: Run, index: int) -> dict[str, Tensor]:
@@ -263,11 +265,11 @@ class CompressionJob:
         assert len(dtypes) <= 1, "the matrices of one block share a dtype"
         return read_plain(run.folder / entry["shard"], modules, dtypes.pop() if dtypes else self.checkpoint.dtype)
 
-    def _stored_ends(self, run: Run) -> dict[str, Tensor]:
+    def _stored_embeddings(self, run: Run) -> dict[str, Tensor]:
         """Embeddings, final norm and head as every reader of the result will see them."""
         found: dict[str, Tensor] = {}
-        for number in range(len(self.end_parts)):
-            entry = run.finished[_ends_part(number)]
+        for number in range(len(self.embedding_parts)):
+            entry = run.finished[_embeddings_part(number)]
             modules = packed_modules([entry], self.decoder.anatomy.prefix)
             found |= read_plain(run.folder / entry["shard"], modules, self.checkpoint.dtype)
         return found
@@ -275,7 +277,7 @@ class CompressionJob:
     def _finish(self, run: Run, stream: Stream | None, report: Report) -> dict[str, Any]:
         """Writes everything beside the shards and puts the folder in its place."""
         parts = [entry for name, entry in sorted(run.finished.items()) if "lines" in entry]
-        for source in self.checkpoint.companions():
+        for source in self.checkpoint.aux_files():
             copy_file(source, run.folder / source.name)
         if modules := packed_modules(parts, self.decoder.anatomy.prefix):
             stored = quantization(modules, self.checkpoint.shapes)
@@ -305,12 +307,12 @@ class CompressionJob:
     def _record(self, run: Run, parts: list[dict[str, Any]]) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
         record = {
-            **circumstances("torch", "transformers", "safetensors"),
+            **provenance("torch", "transformers", "safetensors"),
             "model": {
                 "source": str(self.checkpoint.folder),
                 "type": self.checkpoint.config.model_type,
                 "bytes": self.checkpoint.nbytes,
-                "files": self.checkpoint.file_marks(),
+                "files": self.checkpoint.file_hashes(),
             },
             "fingerprint": run.fingerprint,
             "recipe": self.recipe.model_dump(mode="json"),
@@ -345,5 +347,5 @@ def block_part(index: int) -> str:
     return f"block-{index:05d}"
 
 
-def _ends_part(number: int) -> str:
-    return f"ends-{number:05d}"
+def _embeddings_part(number: int) -> str:
+    return f"embeddings-{number:05d}"

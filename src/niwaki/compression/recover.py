@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from niwaki.compression.run import RECORD, Run, check_apart, check_free, circumstances, partial_of
+from niwaki.compression.run import RECORD, Run, check_apart, check_free, partial_of, provenance
 from niwaki.config.recipe import as_files
 from niwaki.data.texts import calibration_windows, digest, load_tokenizer, read_texts
 from niwaki.errors import ArchitectureError, InputError, NumericalError
-from niwaki.methods.shared.best_state import Lowest, cosine
+from niwaki.methods.shared.best_state import BestState, cosine
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.model.device import peak_rss_bytes, pick_device
@@ -116,8 +116,8 @@ def _record(checkpoint: Checkpoint, windows_ST: Tensor, settings: dict[str, Any]
     """What of run.json is known before the result."""
     path = checkpoint.folder / RECORD / "run.json"
     return {
-        **circumstances("torch", "transformers", "safetensors", "peft"),
-        "model": {"source": str(checkpoint.folder), "files": checkpoint.file_marks()},
+        **provenance("torch", "transformers", "safetensors", "peft"),
+        "model": {"source": str(checkpoint.folder), "files": checkpoint.file_hashes()},
         "recover": {**settings, "windows": list(windows_ST.shape), "sha256": digest(windows_ST)},
         "compressed_from": json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None,
     }
@@ -183,7 +183,7 @@ def _train(
     rate: float,
     seed: int,
     report: Report,
-) -> Lowest:
+) -> BestState:
     """AdamW on the adapters; leaves those of the lowest held-out loss."""
     place = next(adapted.parameters()).device
     held_ST, train_ST = windows_ST[: len(windows_ST) // 8].to(place), windows_ST[len(windows_ST) // 8 :].to(place)
@@ -191,7 +191,7 @@ def _train(
     optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     adapted.eval()  # no dropout: the block is small and the text is short
-    lowest = Lowest(learned, _loss(adapted, held_ST))
+    lowest = BestState(learned, _loss(adapted, held_ST))
     order: list[int] = []
     for step in range(steps):
         while len(order) < batch:
@@ -236,6 +236,6 @@ def _write(checkpoint: Checkpoint, merged: dict[str, Tensor], folder: Path) -> t
         weights += before.numel()
     with plain_loading():
         decoder.save_pretrained(folder, max_shard_size="1GB")
-    for source in checkpoint.companions():
+    for source in checkpoint.aux_files():
         copy_file(source, folder / source.name)
     return zeros, weights

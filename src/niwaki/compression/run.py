@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from niwaki.config.recipe import RENAMED_FIELDS
 from niwaki.errors import OutputError, ResumeError
 from niwaki.model.files import file_sha256, sync_folder, write_shard, write_text
 from niwaki.version import __version__
@@ -88,7 +89,7 @@ class Run:
         self._log.flush()
 
     def finish_part(self, name: str, entry: dict[str, Any]) -> None:
-        """Records that a part (a block, the ends, the allocation) is safely on disk, with what belongs to it."""
+        """Records that a part (a block, the embeddings, the allocation) is safely on disk, with what belongs to it."""
         write_text(self._journal / f"{name}.json", json.dumps(entry))
         self.finished[name] = entry
 
@@ -121,8 +122,8 @@ class Run:
     def _check_fingerprint(self) -> None:
         path = self._journal / FINGERPRINT
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            before = current_hashes(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError) as error:
             raise ResumeError(f"{self.folder} has no readable journal: start again with --overwrite") from error
         _require_same(before, self.fingerprint, f"cannot resume {self.folder}: changed since it began")
 
@@ -131,7 +132,7 @@ class Run:
             entry = json.loads(entry_path.read_text(encoding="utf-8"))
             shard = entry.get("shard")
             if shard is None or _same_content(self.folder / shard, entry["sha256"]):
-                self.finished[entry_path.stem] = entry
+                self.finished[entry_path.stem.replace("ends-", "embeddings-")] = entry  # its name in version 0.1
         for pattern in (".*.tmp", ".tmp*"):  # ours, and what safetensors writes before it renames
             for orphan in self.folder.rglob(pattern):
                 orphan.unlink()
@@ -206,7 +207,7 @@ def shaping_of(record: dict[str, Any]) -> dict[str, Any]:
     return first if "shape" in first else {}
 
 
-def circumstances(*packages: str) -> dict[str, Any]:
+def provenance(*packages: str) -> dict[str, Any]:
     """When, with which versions of `packages` and by which command a result is made: the first fields of run.json."""
     return {
         "niwaki": __version__,
@@ -233,6 +234,12 @@ def fingerprint(
     marks["version (niwaki)"] = __version__
     marks["threads"] = "" if threads is None else str(threads)
     return {name: hashlib.sha256(mark.encode()).hexdigest() for name, mark in marks.items()}
+
+
+def current_hashes(hashes: Mapping[str, str]) -> dict[str, str]:
+    """Return the hashes of a fingerprint under the present names of what they are of."""
+    renamed = {f"config ({old})": f"config ({new})" for old, new in RENAMED_FIELDS.items()}
+    return {renamed.get(name, name): value for name, value in hashes.items()}
 
 
 def partial_of(out: Path) -> Path:
@@ -298,8 +305,8 @@ def finished_record(out: Path, fingerprint: dict[str, str]) -> dict[str, Any] | 
         return None
     try:
         record: dict[str, Any] = json.loads((out / RECORD / "run.json").read_text(encoding="utf-8"))
-        before = dict(record["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        before = current_hashes(record["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResumeError(f"{out} is finished, but its run.json cannot be compared: use --overwrite") from error
     _require_same(before, fingerprint, f"{out} is finished, from other inputs: changed since then")
     return record

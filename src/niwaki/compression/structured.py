@@ -21,7 +21,7 @@ from niwaki.errors import InputError, NumericalError, TargetError
 from niwaki.model.checkpoint import Checkpoint, quantization
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.files import write_text
-from niwaki.model.prunable import Look, Search, Shape, Sizes, lines_of, new_name
+from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSearch, ShapeSpace, lines_of, new_name
 
 HELD_WINDOWS = 16  # that shapes on trial are judged by
 BIAS_FIELDS = ("attention_bias", "mlp_bias")
@@ -32,16 +32,16 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 class ShapingJob(CompressionJob):
     """A compression whose blocks become smaller."""
 
-    shape = Shape((1,), (1,))  # until it is found
+    shape = PrunedShape((1,), (1,))  # until it is found
     cut = False  # whether what goes leaves the file
 
     def _allocate(self, run: Run, report: Report) -> None:
         """Looks at the dense model, then lets the method search: what it wants to try is measured."""
         assert isinstance(self.target, Sparsity)
         config = json.loads((self.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-        self.sizes = Sizes(self.decoder.anatomy, self.decoder.model, config, self.columns_multiple)
-        looks = [Look(*found) for found in self._scan(run, "looks", self._look, report, moves=True)]
-        step, losses = self.steps[0], dict[Shape, float]()
+        self.sizes = ShapeSpace(self.decoder.anatomy, self.decoder.model, config, self.columns_multiple)
+        looks = [BlockInfo(*found) for found in self._scan(run, "looks", self._look, report, moves=True)]
+        step, losses = self.steps[0], dict[PrunedShape, float]()
         search = step.structured.search(self.sizes, self.target.zeros_frac, looks, step.config)
         if self.recipe.allocation == "searched":
             search = self._then_spread(search)
@@ -53,7 +53,7 @@ class ShapingJob(CompressionJob):
                         losses[shape] = self._trial(run, len(losses), shape, report)
                 shapes = search.send([losses[shape] for shape in shapes])
         except StopIteration as stop:
-            found: Shape | None = stop.value
+            found: PrunedShape | None = stop.value
         if found is None:
             raise TargetError(
                 f"target {self.target}: {self.recipe.method} finds no shape that removes so much and leaves a block, a "
@@ -72,7 +72,7 @@ class ShapingJob(CompressionJob):
         self.shard_names = self._shard_names()
         report("allocation", **self.allocated)
 
-    def _then_spread(self, search: Search) -> Search:
+    def _then_spread(self, search: ShapeSearch) -> ShapeSearch:
         """Widths of their own for every block, from the even shape that the method found."""
         assert isinstance(self.target, Sparsity)
         found = yield from search
@@ -99,7 +99,7 @@ class ShapingJob(CompressionJob):
             found.append(f"model-{number:05d}-of-{count:05d}.safetensors")
         return found
 
-    def _trial(self, run: Run, number: int, shape: Shape, report: Report) -> float:
+    def _trial(self, run: Run, number: int, shape: PrunedShape, report: Report) -> float:
         """Loss on the held windows of a model of this shape, made with all others; kept in the journal.
 
         Fewer windows would not do: least squares gains with every one, and shapes that lean on it would look worse.
@@ -234,13 +234,15 @@ def _loss(decoder: Decoder, stream: Stream) -> float:
     """Mean negative log-likelihood of a predicted token."""
     total = 0.0
     for row, ids_T in enumerate(stream.ids_ST):
-        logits_TV = decoder.leave(stream.ids_ST[row : row + 1], stream.hidden.read(slice(row, row + 1)))[0, :-1].float()
+        logits_TV = decoder.logits(stream.ids_ST[row : row + 1], stream.hidden.read(slice(row, row + 1)))[
+            0, :-1
+        ].float()
         wanted_T1 = ids_T[1:, None].to(logits_TV.device)
         total -= float(logits_TV.log_softmax(-1).gather(1, wanted_T1).double().mean())
     return total / len(stream.ids_ST)
 
 
-def _described(shape: Shape) -> dict[str, Any]:
+def _described(shape: PrunedShape) -> dict[str, Any]:
     if not shape.even:
         return {"neurons": list(shape.neurons), "heads": list(shape.heads)}
     return {"neurons": max(shape.neurons), "heads": max(shape.heads), "dropped": list(shape.dropped)}

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Keep, Target
+from niwaki.config.recipe import KeepUnits, Target
 from niwaki.data.hidden_states import Activations
 from niwaki.data.statistics import Needs, Statistics
-from niwaki.data.stream import Evidence, Stream
+from niwaki.data.stream import CalibrationData, Stream
 from niwaki.errors import ArchitectureError, NumericalError
 from niwaki.formats.packed import Packed, join_notes
 from niwaki.kernels.sparse_product import fast_path
@@ -201,7 +201,7 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
     gradients = plan.gradients(block.index)
     for number, step in enumerate(plan.steps):
         generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + block.index) * 101 + number)
-        evidence = Evidence(statistics, stream, dense, packed, gradients)
+        evidence = CalibrationData(statistics, stream, dense, packed, gradients)
         parts = {name: step.part(target) for name, target in targets.items()}
         with watched({} if plan.trial else parts) as (own, seen):
             found = step.compress(block, evidence, own or parts, generator)
@@ -223,7 +223,7 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
 def _assign(block: Block, name: str, target: Target, record: Packed) -> None:
     """Puts a record in the place of a matrix, with what it says of the bias."""
     block.assign(name, record.decode(block.storage_dtype(name)))
-    if isinstance(target, Keep) and not target.count:
+    if isinstance(target, KeepUnits) and not target.count:
         block.silence(name)
     if record.bias_O is not None:
         block.add_bias(name, record.bias_O)

@@ -13,18 +13,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from niwaki.config.recipe import Kind
-from niwaki.model.prunable import Search, Shape, Sizes
+from niwaki.model.prunable import PrunedShape, ShapeSearch, ShapeSpace
 
 ROUNDS = 3
 STEP_FRAC = 0.125  # of a unit that a probe takes away
 STRIDES = (0.35, 0.7, 1.0)  # of the way to the best shape
-MOST_GONE = 0.875
-LEAST_STIFFNESS = 0.05  # as a share of the mean: a rise that is lost in noise promises nothing
+MAX_GONE = 0.875
+MIN_STIFFNESS = 0.05  # as a share of the mean: a rise that is lost in noise promises nothing
 
 Place = tuple[int, Kind]  # a unit: its block and what it is made of
 
 
-def spread(sizes: Sizes, start: Shape, removed_frac: float, multiple: int) -> Search:
+def spread(sizes: ShapeSpace, start: PrunedShape, removed_frac: float, multiple: int) -> ShapeSearch:
     """Tries shapes that remove as much as `start`; returns the one with the lowest loss, `start` if none is lower."""
     (least,) = yield [start]
     for _ in range(ROUNDS):
@@ -42,7 +42,7 @@ def spread(sizes: Sizes, start: Shape, removed_frac: float, multiple: int) -> Se
     return start
 
 
-def _probes(sizes: Sizes, start: Shape) -> Iterator[tuple[Place, Shape]]:
+def _probes(sizes: ShapeSpace, start: PrunedShape) -> Iterator[tuple[Place, PrunedShape]]:
     """`start` with one unit a step narrower, for every unit that can be."""
     kinds: tuple[Kind, ...] = ("neurons", "heads")
     for index in range(len(sizes)):
@@ -54,27 +54,31 @@ def _probes(sizes: Sizes, start: Shape) -> Iterator[tuple[Place, Shape]]:
                 yield (index, kind), replace(start, **{kind: tuple(kept)})
 
 
-def _gone(sizes: Sizes, shape: Shape, place: Place) -> float:
+def _gone(sizes: ShapeSpace, shape: PrunedShape, place: Place) -> float:
     index, kind = place
     return 1 - shape.kept(kind)[index] / sizes.units[kind].count
 
 
 def _balanced(
-    sizes: Sizes, start: Shape, probes: Mapping[Place, Shape], rises: Mapping[Place, float], removed_frac: float
+    sizes: ShapeSpace,
+    start: PrunedShape,
+    probes: Mapping[Place, PrunedShape],
+    rises: Mapping[Place, float],
+    removed_frac: float,
 ) -> dict[Place, float]:
     """The share of every probed unit that is gone where Σ a·r² is least."""
     stiff = {
         place: rise / (_gone(sizes, probes[place], place) ** 2 - _gone(sizes, start, place) ** 2)
         for place, rise in rises.items()
     }
-    floor = LEAST_STIFFNESS * sum(max(a, 0.0) for a in stiff.values()) / len(stiff)
+    floor = MIN_STIFFNESS * sum(max(a, 0.0) for a in stiff.values()) / len(stiff)
     stiff = {place: max(a, floor, 1e-12) for place, a in stiff.items()}
     size = {kind: unit.count * sizes.group_parameters[kind] for kind, unit in sizes.units.items()}
     fixed = sizes.removed(start) - sum(_gone(sizes, start, place) * size[place[1]] for place in stiff)
     total = removed_frac * len(sizes) * sizes.block_parameters - fixed
 
     def shares(mu: float) -> dict[Place, float]:
-        return {place: min(mu * size[place[1]] / a, MOST_GONE) for place, a in stiff.items()}
+        return {place: min(mu * size[place[1]] / a, MAX_GONE) for place, a in stiff.items()}
 
     low, high = 0.0, max(a / size[place[1]] for place, a in stiff.items())
     for _ in range(60):
@@ -85,8 +89,13 @@ def _balanced(
 
 
 def _toward(
-    sizes: Sizes, start: Shape, wanted: Mapping[Place, float], stride: float, removed_frac: float, multiple: int
-) -> Shape:
+    sizes: ShapeSpace,
+    start: PrunedShape,
+    wanted: Mapping[Place, float],
+    stride: float,
+    removed_frac: float,
+    multiple: int,
+) -> PrunedShape:
     """The shape some of the way from `start`; all neurons give or take the same share to end at the budget."""
     gone = {place: (1 - stride) * _gone(sizes, start, place) + stride * share for place, share in wanted.items()}
     heads = [
@@ -94,14 +103,14 @@ def _toward(
         for index, kept in enumerate(start.heads)
     ]
 
-    def shifted(shift: float) -> Shape:
+    def shifted(shift: float) -> PrunedShape:
         neurons = [
             sizes.rounded("neurons", sizes.neurons * (1 - gone[index, "neurons"] + shift), multiple)
             if (index, "neurons") in gone
             else kept
             for index, kept in enumerate(start.neurons)
         ]
-        return Shape(tuple(neurons), tuple(heads))
+        return PrunedShape(tuple(neurons), tuple(heads))
 
     low, high = -1.0, 1.0
     for _ in range(30):

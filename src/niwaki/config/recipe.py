@@ -38,7 +38,7 @@ class Sparsity:
 
 
 @dataclass(frozen=True)
-class Grouped:
+class NM:
     """N:M: of every `group` neighbours along the inputs, `keep` stay."""
 
     keep: int
@@ -75,7 +75,7 @@ class Bits:
 class PrunedBits:
     """Both in one record: `zeros` first, then what is left as codes of `bits`. Every step of a chain meets its part."""
 
-    zeros: Sparsity | Grouped
+    zeros: Sparsity | NM
     bits: Bits
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Keep:
+class KeepUnits:
     """Structured: how many groups of a unit stay. `cut`: the others leave the file, else they are stored as zeros."""
 
     unit: Unit
@@ -118,7 +118,8 @@ class Keep:
         return 0
 
 
-Target = Sparsity | Grouped | Bits | PrunedBits | Keep
+RENAMED_FIELDS = {"ends": "embeddings"}  # of a recipe, by their names in version 0.1
+Target = Sparsity | NM | Bits | PrunedBits | KeepUnits
 _BYTE_UNITS = {"": 1, "B": 1} | {
     f"{prefix}{ending}": base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -140,7 +141,7 @@ def parse_target(text: str) -> Target:
         keep, group = int(found[1]), int(found[2])
         if not 0 < keep < group:
             raise TargetError(f"target {text}: expected N:M with 0 < N < M (2:4 keeps 2 of every 4 weights)")
-        return Grouped(keep, group)
+        return NM(keep, group)
     try:
         zeros_frac = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError as error:
@@ -164,7 +165,7 @@ def asks_for_bits(record: dict[str, Any]) -> bool:
 
 def _parse_both(text: str) -> PrunedBits:
     zeros, *rest = map(parse_target, text.split("+")) if all(part.strip() for part in text.split("+")) else (None,)
-    if not isinstance(zeros, Sparsity | Grouped) or len(rest) != 1 or not isinstance(rest[0], Bits):
+    if not isinstance(zeros, Sparsity | NM) or len(rest) != 1 or not isinstance(rest[0], Bits):
         raise TargetError(f"target {text}: expected zeros first, then the bits of what is left, such as 2:4+4bit")
     return PrunedBits(zeros, rest[0])
 
@@ -206,8 +207,8 @@ class Recipe(_Strict):
     """Everything that decides the bytes of a result, and how to get there.
 
     `target`, or instead `target_bytes`: the bytes of all compressed matrices together. `keep_blocks` stay at 4 bits.
-    `allocation` auto is the best that is known for the method. `ends`: codes that embeddings and head are stored as,
-    beside and not within the target.
+    `allocation` auto is the best that is known for the method. `embeddings`: codes that embeddings and head are stored
+    as, beside and not within the target.
     """
 
     method: str
@@ -218,7 +219,7 @@ class Recipe(_Strict):
     calibration: Calibration = Calibration()
     options: dict[str, Any] = {}
     pack: Literal["auto", "codes", "none"] = "codes"
-    ends: Literal["none", "4bit", "8bit"] = "none"
+    embeddings: Literal["none", "4bit", "8bit"] = "none"
     seed: int = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -251,6 +252,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping with at least method and target")
+    content = current_fields(content)
     _require_known(content, f" in {path}")
     if not isinstance(content.get("options") or {}, dict):
         raise InputError(f"{path}: options: expected a mapping, got {content['options']!r}")
@@ -259,7 +261,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
     """A validated recipe, a preset filled in; the first problem becomes one InputError line."""
-    values = with_preset(values)
+    values = with_preset(current_fields(values))
     _require_known(values)
     targets = [name for name in ("target", "target_bytes") if values.get(name) is not None]
     if len(targets) > 1:
@@ -302,7 +304,8 @@ def make_options(config_class: type, options: dict[str, Any], method: str) -> An
     """A method's frozen config from `--set` strings or recipe values, checked by type and name."""
     known = {entry.name: entry.type for entry in fields(config_class)}
     values: dict[str, Any] = {}
-    for name, value in options.items():
+    for given, value in options.items():
+        name = given if given in known else current_name(given)
         if not known:
             raise InputError(f"{method} has no options, got {name!r}")
         if name not in known:
@@ -312,6 +315,19 @@ def make_options(config_class: type, options: dict[str, Any], method: str) -> An
         return config_class(**values)
     except ValueError as error:
         raise InputError(f"{method}: {error}") from error
+
+
+def current_name(name: str) -> str:
+    """Return the name that an option of an earlier version has now; results of that version still hold the old one."""
+    for old, new in ("most_", "max_"), ("least_", "min_"):
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def current_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a recipe under their present names; files of an earlier version hold the old ones."""
+    return {RENAMED_FIELDS.get(name, name): value for name, value in values.items()}
 
 
 def _require_known(values: dict[str, Any], where: str = "") -> None:

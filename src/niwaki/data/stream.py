@@ -55,12 +55,12 @@ class Stream:
         self.outputs = allocate(f"{name}-outputs") if learn_batches else None
         self._calls: dict[int, list[Call]] = {}
         for rows in self.slices():
-            x_BTD, calls = decoder.enter(ids_ST[rows])
+            x_BTD, calls = decoder.embed(ids_ST[rows])
             self.hidden.write(rows, x_BTD)
             _require_equal(self._calls.setdefault(len(x_BTD), calls), calls)
         for size in sorted({min(size, count) for size in learn_batches | {1}} if learn_batches else set()):
             if size not in self._calls:
-                self._calls[size] = decoder.enter(ids_ST[:size])[1]
+                self._calls[size] = decoder.embed(ids_ST[:size])[1]
 
     def __len__(self) -> int:
         return len(self.ids_ST)
@@ -137,7 +137,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class CalibrationData:
     """What the walk saw of one block, as far as a method's `needs` asked for it.
 
     `statistics` of every matrix, taken with the dense block on its inputs in the compressed model. `stream`

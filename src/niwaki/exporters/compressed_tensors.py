@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from niwaki.errors import CheckpointError, InputError
-from niwaki.formats.quantized import Part, read_parts, stored_names
+from niwaki.formats.quantized import QuantizedColumns, read_parts, stored_names
 from niwaki.model.anatomy import build_skeleton
 from niwaki.model.checkpoint import INDEX, Checkpoint, quantized_config
 from niwaki.model.files import copy_file, write_shard, write_text
@@ -70,7 +70,7 @@ def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | 
     if "ends" in record["result"]:
         raise InputError(
             f"{checkpoint.folder} stores embeddings and head as codes, which {LIBRARY} has no place for: "
-            "compress with --ends none"
+            "compress with --embeddings none"
         )
     if stored_dense := record["result"]["matrices"] - len(checkpoint.packed):
         raise InputError(
@@ -99,7 +99,7 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[...
     """
     weight_map: dict[str, str] = {}
     total_bytes = code_bytes = 0
-    for source in checkpoint.companions():
+    for source in checkpoint.aux_files():
         copy_file(source, folder / source.name)
     for number, shard in enumerate(checkpoint.shards):
         tensors = load_file(checkpoint.folder / shard)
@@ -140,7 +140,7 @@ def _kind(module: str, about: Mapping[str, Any]) -> tuple[int, str]:
     return bits, grid
 
 
-def _packed(part: Part, shape: list[int]) -> dict[str, Tensor]:
+def _packed(part: QuantizedColumns, shape: list[int]) -> dict[str, Tensor]:
     """The tensors of one matrix [O, I] as the library names them; codes and zero codes are centred, then int32."""
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from niwaki.compression.model_card import export_card
-from niwaki.compression.run import RECORD, Run, check_apart, check_free, check_space, circumstances, partial_of
+from niwaki.compression.run import RECORD, Run, check_apart, check_free, check_space, partial_of, provenance
 from niwaki.errors import CheckpointError, InputError, unknown
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.files import copy_file, file_sha256, write_text
@@ -124,7 +124,7 @@ def _export_record(to: str, source: Path, folder: Path, written: dict[str, Any],
     return {
         "to": to,
         "source": str(source),
-        **circumstances(),
+        **provenance(),
         **written,
         "bytes": sum(path.stat().st_size for path in files),
         "sha256": {path.name: file_sha256(path) for path in files},

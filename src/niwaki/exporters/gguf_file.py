@@ -91,7 +91,7 @@ def kind_of(shape: tuple[int, ...], chosen: str) -> GGMLQuantizationType:
 
 def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[..., None]) -> dict[str, Any]:
     """The file, and the licence of the checkpoint beside it; tokenizer and config are inside."""
-    for source in checkpoint.companions():
+    for source in checkpoint.aux_files():
         if source.name.upper().startswith(("LICENSE", "NOTICE")):
             copy_file(source, folder / source.name)
     with atomic_file(folder / NAME) as temporary:

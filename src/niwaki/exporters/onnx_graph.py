@@ -54,7 +54,7 @@ def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | 
 
 def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[..., None]) -> dict[str, Any]:
     """The graph, its weights in a file of their own, config and tokenizer."""
-    for source in checkpoint.companions():
+    for source in checkpoint.aux_files():
         copy_file(source, folder / source.name)
     # transformers' own float() refuses whatever has a quantization_config, also if that only tells shapes
     model: Any = torch.nn.Module.float(load(checkpoint.folder, device="cpu"))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from niwaki.formats.quantized import Part, assemble, stored_tensors
+from niwaki.formats.quantized import QuantizedColumns, assemble, stored_tensors
 from niwaki.formats.sparse import VALUES, Sparse
 from niwaki.formats.sparse_tiles import Tiled
 
@@ -36,12 +36,14 @@ class Packed:
     weight_OI: Tensor
     note: str = ""
     detail: Mapping[str, Any] = field(default_factory=dict)
-    parts: Sequence[Part] = ()
+    parts: Sequence[QuantizedColumns] = ()
     cut: tuple[int, int] | None = None
     bias_O: Tensor | None = None
 
     @classmethod
-    def codes(cls, parts: Sequence[Part], note: str = "", detail: Mapping[str, Any] | None = None) -> "Packed":
+    def codes(
+        cls, parts: Sequence[QuantizedColumns], note: str = "", detail: Mapping[str, Any] | None = None
+    ) -> "Packed":
         """Quantized columns; what is computed with is what is stored."""
         return cls("codes", assemble(parts), note, detail or {}, parts)
 

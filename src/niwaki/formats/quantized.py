@@ -26,7 +26,7 @@ WEIGHT = ".weight"  # what a quantized module's parameter is called
 
 
 @dataclass(frozen=True)
-class Part:
+class QuantizedColumns:
     """Some columns of a matrix: weight = code · scale + offset, per row and group of `group` columns.
 
     `grid` says where the offset comes from: `affine` a stored zero code (offset = −zero · scale), `symmetric` the
@@ -142,7 +142,7 @@ def unpack_codes(planes_KB: Tensor, count: int) -> Tensor:
     return codes_N[:count]
 
 
-def stored_tensors(parts: Sequence[Part], columns: int) -> dict[str, Tensor]:
+def stored_tensors(parts: Sequence[QuantizedColumns], columns: int) -> dict[str, Tensor]:
     """All tensors of a matrix: those of its parts, and with two parts the mask of the first one's columns."""
     found = {f"{name}_{number}": t for number, part in enumerate(parts) for name, t in part.tensors().items()}
     if len(parts) > 1:
@@ -165,7 +165,7 @@ def read_parts(
     described: Sequence[Mapping[str, Any]],
     columns: int,
     rows_N: Tensor | None = None,
-) -> list[Part]:
+) -> list[QuantizedColumns]:
     """The parts that `stored_tensors` wrote, from their `describe()`; of the rows `rows_N` (int64) alone if given."""
     parts = []
     for number, (about, columns_C) in enumerate(
@@ -183,7 +183,7 @@ def read_parts(
             code_OC = unpack_rows(planes_TKBR, rows_N, about["columns"])
             scale_GO, offset_GO = scale_GO[:, rows_N], None if offset_GO is None else offset_GO[:, rows_N]
         parts.append(
-            Part(
+            QuantizedColumns(
                 columns_C,
                 about["bits"],
                 about["grid"],
@@ -217,7 +217,7 @@ def stored_names(described: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*names, "columns"] if len(described) > 1 else names
 
 
-def assemble(parts: Sequence[Part]) -> Tensor:
+def assemble(parts: Sequence[QuantizedColumns]) -> Tensor:
     """The matrix [O, I] in float32."""
     if len(parts) == 1:
         return parts[0].decode()  # it holds all columns, in order

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.formats.quantized import SCALE_DTYPE, Part, centre, widen
+from niwaki.formats.quantized import SCALE_DTYPE, QuantizedColumns, centre, widen
 
 LAYOUTS = ("bitmap", "two_four")
 VALUES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -31,7 +31,7 @@ CODES = {"int8": 8, "int4": 4}
 KINDS = (*VALUES, *CODES)  # in the order of the kernels
 SLACK_BYTES = 64  # behind the values, which kernels may read
 FAST_SHARE = 1.25  # of the bytes of a bitmap may two-four take with 4-bit codes: their tiles are far faster
-MOST_VALUES = 2**31 - 1  # what numbers of values in 32 bits can count
+MAX_VALUES = 2**31 - 1  # what numbers of values in 32 bits can count
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class Sparse:
         return cls._place(cast_OI, cast_OI != 0, layout, name, 0, None)
 
     @classmethod
-    def encode_codes(cls, part: Part, keep_OI: Tensor | None = None, layout: str | None = None) -> "Sparse | None":
+    def encode_codes(
+        cls, part: QuantizedColumns, keep_OI: Tensor | None = None, layout: str | None = None
+    ) -> "Sparse | None":
         """A quantized matrix whose zeros are codes, as codes where `keep_OI`; None if it has no such form.
 
         That takes one symmetric grid of 4 or 8 bits, in groups of whole bytes of columns.
@@ -87,7 +89,7 @@ class Sparse:
             places_OB, starts_O = _indices(keep_OI), None
         else:
             places_OB, counts_O = _bits(keep_OI), keep_OI.sum(1)
-            assert int(counts_O.sum()) <= MOST_VALUES, "a matrix of 2³¹ values"
+            assert int(counts_O.sum()) <= MAX_VALUES, "a matrix of 2³¹ values"
             starts_O = (counts_O.cumsum(0) - counts_O).to(torch.int32)
         values_N = _as_bytes(stored_OI[keep_OI], values)
         values_N = torch.nn.functional.pad(values_N, (0, SLACK_BYTES))

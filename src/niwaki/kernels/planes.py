@@ -20,7 +20,7 @@ FEW_TOKENS = 16
 # With GFNI decoding takes 1.2 ms for any bits up to four, the kernel 0.073 ms a plane and token: 8 tokens at 4 bits 2.4
 # and 2.5 ms, 16 tokens 4.7 and 2.8.
 FEW_PLANES = 36  # times tokens
-GFNI, MOST_GFNI_BITS = 5, 4  # as the compiled kernels number their paths, and what that one decodes
+GFNI, MAX_GFNI_BITS = 5, 4  # as the compiled kernels number their paths, and what that one decodes
 # Measured on an H100, 4096² to 28672 × 8192 (packed-linear-h100.json). Multiply-adds cost about half a token's time for
 # each more, tensor cores the same for 1 to 16 tokens; from there on decoding the matrix catches up with both.
 FEW_TOKENS_GPU = 8  # multiply-adds, where tensor cores do not reach
@@ -72,13 +72,13 @@ def reaches(x_NI: Tensor, group: int, columns: int) -> bool:
 
 def decoding_pays(x_NI: Tensor, described: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a CPU decodes all parts of a matrix, and multiplies, faster than its kernel looks them up."""
-    if x_NI.dtype != torch.bfloat16 or MOST_GFNI_BITS * len(x_NI) <= FEW_PLANES:  # first: every token asks
+    if x_NI.dtype != torch.bfloat16 or MAX_GFNI_BITS * len(x_NI) <= FEW_PLANES:  # first: every token asks
         return False
     compiled = cpu_module()
     if compiled is None or not compiled.supported(GFNI):
         return False
     planes = sum(about["bits"] * about["columns"] for about in described)
-    fast = all(about["bits"] <= MOST_GFNI_BITS for about in described)
+    fast = all(about["bits"] <= MAX_GFNI_BITS for about in described)
     return fast and len(x_NI) * planes > FEW_PLANES * sum(about["columns"] for about in described)
 
 

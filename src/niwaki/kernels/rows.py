@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-MOST_TOKENS = 8
+MAX_TOKENS = 8
 
 
 def rows_dot(

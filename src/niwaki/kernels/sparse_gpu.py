@@ -27,7 +27,7 @@ CORE_GROUP = 64  # columns, of which groups hold whole ones: the least that tens
 # Of rows decoded at once: most matrices (8192² in bf16) are one product; the outputs of several are joined by a copy.
 DECODED_BYTES = 128 * 2**20
 CHUNK_BYTES = 8  # of places, to whose end the table of a bitmap counts values
-MOST_SHORT = 2**16 - 1  # columns that 16 bits count
+MAX_SHORT = 2**16 - 1  # columns that 16 bits count
 # Kinds of values as in niwaki.formats.sparse, which stands above the kernels.
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "int8": 8, "int4": 4}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
@@ -77,7 +77,7 @@ def ranks_of(places_OB: Tensor) -> Tensor:
 
     int32 where rows are too wide for that.
     """
-    dtype = torch.int16 if 8 * places_OB.shape[1] <= MOST_SHORT else torch.int32
+    dtype = torch.int16 if 8 * places_OB.shape[1] <= MAX_SHORT else torch.int32
     padded = torch.nn.functional.pad(places_OB, (0, -places_OB.shape[1] % CHUNK_BYTES))
     ranks_OC = padded.new_empty(len(padded), padded.shape[1] // CHUNK_BYTES, dtype=dtype)
     for some, out in zip(padded.split(1024), ranks_OC.split(1024), strict=True):  # a bounded copy

@@ -29,7 +29,7 @@ CHUNK = 2**23  # counts drawn at once
 _NORMAL = NormalDist()
 
 
-def least_units(confidence: float) -> int:
+def min_units(confidence: float) -> int:
     """Independent units below which an interval is no evidence: fewer than 1 in 1 − confidence would be a tail."""
     return math.ceil(round(1 / (1 - confidence), 6))
 

@@ -49,7 +49,7 @@ def calibrate_gate(
 ) -> dict[str, Any]:
     """Writes the limits beside the predictor in `out`; returns them, and the agreement they give on this text.
 
-    With `batch` the break-even `most_kept_frac` is measured on this machine with so many sequences, and written too.
+    With `batch` the break-even `max_kept_frac` is measured on this machine with so many sequences, and written too.
 
     Raises InputError for a folder without a predictor, no data, or an agreement outside (0, 1].
     """
@@ -68,14 +68,14 @@ def calibrate_gate(
         read_texts(files, field), load_tokenizer(folder), seq_len=prompt_tokens + new_tokens,
         max_tokens=samples * (prompt_tokens + new_tokens),
     )  # fmt: skip
-    open_gate = replace(shadow.running, most_deviation=0.0, least_margin=0.0)
+    open_gate = replace(shadow.running, max_deviation=0.0, min_margin=0.0)
     contextual = attach(model, replace(shadow, running=open_gate))
     found = [compare(contextual, ids_T[None].to(model.device), prompt_tokens) for ids_T in windows_ST]
     gate, sparse, reached = choose(found, agreement)
     limits: dict[str, Any] = {**gate}
     if batch:
         timed = break_even(contextual, windows_ST[:1].expand(batch, -1).to(model.device), prompt_tokens)
-        limits["most_kept_frac"] = timed["most_kept_frac"]
+        limits["max_kept_frac"] = timed["max_kept_frac"]
     write_about(folder, replace(shadow, running=replace(shadow.running, **limits)))
     return {
         **limits,
@@ -114,15 +114,15 @@ def choose(found: Sequence[tuple[float, float, float]], agreement: float) -> tup
 
     A limit on the margin is set only where more prompts run sparse than without one.
     """
-    best, most, reached = {"most_deviation": LEAST, "least_margin": 0.0}, 0, 1.0
-    for least_margin in (0.0, *sorted({margin for _, margin, _ in found})):
+    best, most, reached = {"max_deviation": LEAST, "min_margin": 0.0}, 0, 1.0
+    for min_margin in (0.0, *sorted({margin for _, margin, _ in found})):
         total = 0.0
-        passing = sorted((deviation, agreed) for deviation, margin, agreed in found if margin >= least_margin)
+        passing = sorted((deviation, agreed) for deviation, margin, agreed in found if margin >= min_margin)
         for count, (deviation, agreed) in enumerate(passing, start=1):
             total += agreed
             overall = (total + len(found) - count) / len(found)
             if overall >= agreement - 1e-9 and deviation < float("inf") and count > most:
-                best, most, reached = {"most_deviation": deviation, "least_margin": least_margin}, count, overall
+                best, most, reached = {"max_deviation": deviation, "min_margin": min_margin}, count, overall
     return best, most, reached
 
 
@@ -136,7 +136,7 @@ def break_even(contextual: Contextual, ids_BT: Tensor, prompt: int) -> dict[str,
     from transformers import DynamicCache
 
     shadow, tokens = contextual.shadow, ids_BT.shape[1] - prompt
-    running = replace(shadow.running, most_kept_frac=1.0, batch="shared", most_deviation=0.0, least_margin=0.0)
+    running = replace(shadow.running, max_kept_frac=1.0, batch="shared", max_deviation=0.0, min_margin=0.0)
     contextual.shadow = replace(shadow, running=running)
     found: dict[str, float] = {}
     for enabled in (False, True, False, True):  # the first of each warms up
@@ -155,5 +155,5 @@ def break_even(contextual: Contextual, ids_BT: Tensor, prompt: int) -> dict[str,
     if record.dense_because:
         raise InputError(f"nothing is skipped on this text ({record.dense_because}), so there is nothing to time")
     slope = (found["dense"] - found["part"]) / record.skipped_frac[0]
-    found["most_kept_frac"] = max(1 - found["choice"] / (slope * tokens), 0.0) if slope > 0 else 0.0
+    found["max_kept_frac"] = max(1 - found["choice"] / (slope * tokens), 0.0) if slope > 0 else 0.0
     return found

@@ -62,7 +62,7 @@ class Model(Frozen):
     memory: Memory | None
 
 
-class Pace(Frozen):
+class Throughput(Frozen):
     """Tokens a second of every round, dense and candidate in turns, and the ratio of their times (candidate / dense).
 
     The ratio is the median over rounds; its interval holds for any distribution of times.
@@ -85,11 +85,11 @@ class Speed(Frozen):
     """One sequence at a time: reading a prompt, then writing behind it."""
 
     threads: int
-    prefill: Pace
-    decode: Pace
+    prefill: Throughput
+    decode: Throughput
 
     @property
-    def paces(self) -> dict[str, Pace]:
+    def paces(self) -> dict[str, Throughput]:
         """Both by the names of their metrics."""
         return {"prefill_latency_ratio": self.prefill, "decode_latency_ratio": self.decode}
 

@@ -35,12 +35,12 @@ from torch import Tensor
 
 from niwaki.config.recipe import Sparsity, Target
 from niwaki.data.statistics import UNREACHED, Needs, Statistics
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed, join_notes
 from niwaki.kernels.ranks import drop_lowest, fused, sums_below
 from niwaki.methods.cost import Scope, Work, learning
 from niwaki.methods.mask_scores import note
-from niwaki.methods.shared.best_state import Lowest, cosine
+from niwaki.methods.shared.best_state import BestState, cosine
 from niwaki.methods.shared.block_training import Matrices, Reconstruction, check_choices, learning_needs
 from niwaki.methods.shared.fake_quant import Clipping
 from niwaki.model.decoder import Block
@@ -105,7 +105,7 @@ def cost(scope: Scope, config: Config) -> Work:
 
 def compress(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -156,7 +156,7 @@ def _learn(
     clipping: Clipping | None,
     config: Config,
     generator: torch.Generator,
-) -> Lowest:
+) -> BestState:
     """AdamW on θ (and γ); leaves the state with the lowest held-out error of all checks."""
     learned = [rates.logits_GD, *(clipping.parameters if clipping else [])]
     optimizer = torch.optim.AdamW(learned, lr=config.rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -167,7 +167,7 @@ def _learn(
             values = clipping.quantized(weights) if clipping else weights
             return task.error({name: values[name] * rates.keep(name, counts[name]) for name in weights})
 
-    lowest = Lowest(learned, heldout())
+    lowest = BestState(learned, heldout())
     batch = min(config.batch, len(task.train))
     drawn = task.draw(config.steps * batch, generator)
     check_every = math.ceil(config.steps / CHECKS)

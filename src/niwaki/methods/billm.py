@@ -33,7 +33,7 @@ from torch import Tensor
 
 from niwaki.config.recipe import Bits, Target
 from niwaki.data.statistics import Needs
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.formats.quantized import SCALE_DTYPE, pack_codes, unpack_codes
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
@@ -115,7 +115,7 @@ def cost(scope: Scope, config: Config) -> Work:
 @torch.no_grad()
 def compress(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,

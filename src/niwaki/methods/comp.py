@@ -31,9 +31,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Keep, Kind, Sparsity, Target, Unit
+from niwaki.config.recipe import KeepUnits, Kind, Sparsity, Target, Unit
 from niwaki.data.statistics import Needs, Statistics
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, gram_factors, products
 from niwaki.methods.shared.block_training import Reconstruction, Schedule, descend, learning_cost, learning_needs
@@ -51,7 +51,7 @@ from niwaki.methods.shared.unit_pruning import (
     without,
 )
 from niwaki.model.decoder import Block
-from niwaki.model.prunable import Look, Search, Sizes
+from niwaki.model.prunable import BlockInfo, ShapeSearch, ShapeSpace
 
 PAPER = "COMP (arXiv 2501.15255), a reconstruction"
 ACCEPTS = (Sparsity,)
@@ -116,7 +116,7 @@ def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit
     """The influence of the block, which is measured anyway, is enough."""
 
 
-def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Config) -> Search:
+def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Config) -> ShapeSearch:
     """Descent from all blocks and heads: one block or one step of heads less, as long as that lowers the loss."""
     order = sorted(range(len(sizes)), key=lambda index: looks[index].influence)
     legal = sizes.legal_heads()
@@ -152,14 +152,14 @@ def cost(scope: Scope, config: Config) -> Work:
 
 def compress(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
     """Chooses groups and refits the matrix that reads them, unit by unit."""
 
-    def choose(keep: Keep, weight_OI: Tensor, statistics: Statistics) -> Choice:
+    def choose(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> Choice:
         if not statistics.tokens:
             return unreached(keep, weight_OI)
         wanted_OI = _wanted(weight_OI, statistics, config)
@@ -174,7 +174,7 @@ def compress(
 
 
 def _learned(
-    block: Block, seen: Evidence, found: Mapping[str, Packed], config: Config, generator: torch.Generator
+    block: Block, seen: CalibrationData, found: Mapping[str, Packed], config: Config, generator: torch.Generator
 ) -> dict[str, Packed]:
     """The records after block-wise learning; what is gone stays gone."""
     start = {name: record.weight_OI for name, record in found.items()}
@@ -211,7 +211,7 @@ def _choose(
     wanted_OI: Tensor,
     weight_OI: Tensor,
     statistics: Statistics,
-    keep: Keep,
+    keep: KeepUnits,
     config: Config,
     generator: torch.Generator,
 ) -> tuple[list[int], Tensor]:

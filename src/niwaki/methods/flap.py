@@ -19,13 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Keep, Kind, Sparsity, Target, Unit
+from niwaki.config.recipe import KeepUnits, Kind, Sparsity, Target, Unit
 from niwaki.data.statistics import Needs, Statistics
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.methods.shared.unit_pruning import Choice, by_group, kept_of, unit_by_unit, unreached, without
 from niwaki.model.decoder import Block
-from niwaki.model.prunable import Look, Search, Shape, Sizes
+from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSearch, ShapeSpace
 
 PAPER = "FLAP (An et al. 2023)"
 ACCEPTS = (Sparsity,)
@@ -59,7 +59,7 @@ def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit
     return found
 
 
-def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Config) -> Search:
+def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Config) -> ShapeSearch:
     """The lowest scores of all out, until enough parameters are gone; one group of each kind stays in every block."""
     counts: dict[Kind, list[int]] = {"neurons": [sizes.neurons] * len(sizes), "heads": [sizes.heads] * len(sizes)}
     order = sorted(
@@ -73,19 +73,19 @@ def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Con
             counts[kind][index] -= 1
             left -= sizes.group_parameters[kind]
     yield from ()
-    return None if left > 0 else Shape(tuple(counts["neurons"]), tuple(counts["heads"]))
+    return None if left > 0 else PrunedShape(tuple(counts["neurons"]), tuple(counts["heads"]))
 
 
 def compress(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
     """Chooses groups unit by unit."""
 
-    def choose(keep: Keep, weight_OI: Tensor, statistics: Statistics) -> Choice:
+    def choose(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> Choice:
         if not statistics.tokens:
             return unreached(keep, weight_OI)
         kept = kept_of(by_group(_fluctuation(weight_OI, statistics), keep.unit), keep.count)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from niwaki.config.recipe import Bits, Target
 from niwaki.data.statistics import Needs
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.kernels.codes import Grid, sweep_codes
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
@@ -96,7 +96,7 @@ def cost(scope: Scope, config: Config) -> Work:
 @torch.no_grad()
 def compress(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -131,7 +131,7 @@ def compress(
     return packed
 
 
-def _source(block: Block, seen: Evidence, name: str, joint: bool) -> Tensor:
+def _source(block: Block, seen: CalibrationData, name: str, joint: bool) -> Tensor:
     """The weights that are rounded: those of the step before, unless its errors are made up for together with ours."""
     if seen.start and not joint:
         return seen.start[name].weight_OI.float()

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
-from niwaki.config.recipe import Grouped, Sparsity, Target
+from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.data.statistics import Needs
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.methods.cost import Scope, Work, masks
 from niwaki.methods.shared.masks import keep_by_matrix, keep_by_row
 from niwaki.model.decoder import Block
 
 PAPER = "Han et al. 2015, Learning both Weights and Connections"
-ACCEPTS = (Sparsity, Grouped)
+ACCEPTS = (Sparsity, NM)
 CONTINUES = False
 
 
@@ -49,7 +49,7 @@ def cost(scope: Scope, config: Config) -> Work:
 @torch.no_grad()
 def compress(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,

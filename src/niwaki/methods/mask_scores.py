@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Grouped, Sparsity, Target
+from niwaki.config.recipe import NM, Sparsity, Target
 
 SIDE = 128  # rows and columns of the grid
 BINS = 24
@@ -53,7 +53,7 @@ _watch: ContextVar[tuple[dict[int, str], Seen] | None] = ContextVar("watch", def
 @contextmanager
 def watched(targets: Mapping[str, Target]) -> Iterator[tuple[dict[str, Target], Seen]]:
     """The same targets, each of masks an object of its own, and by matrix the choices that are made for them."""
-    own = {name: copy.copy(t) if isinstance(t, Sparsity | Grouped) else t for name, t in targets.items()}
+    own = {name: copy.copy(t) if isinstance(t, Sparsity | NM) else t for name, t in targets.items()}
     seen: Seen = {}
     token = _watch.set(({id(target): name for name, target in own.items()}, seen))
     try:

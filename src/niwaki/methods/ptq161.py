@@ -33,11 +33,11 @@ from torch import Tensor
 
 from niwaki.config.recipe import Bits, Target
 from niwaki.data.statistics import Needs, Statistics
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed, join_notes
-from niwaki.formats.quantized import SCALE_DTYPE, Part, pack_codes, unpack_codes
+from niwaki.formats.quantized import SCALE_DTYPE, QuantizedColumns, pack_codes, unpack_codes
 from niwaki.methods.cost import Scope, Work
-from niwaki.methods.shared.best_state import Lowest
+from niwaki.methods.shared.best_state import BestState
 from niwaki.methods.shared.binary import BINARIZED_UNREACHED, check_reach, fit_row, signs, weighed
 from niwaki.methods.shared.block_training import (
     Reconstruction,
@@ -82,7 +82,7 @@ class Config:
 class Scales:
     """A matrix: 4-bit columns as they are, α [O], r₁ [O] and r₂ [N] of the N others, whose signs and μ are fixed."""
 
-    salient: Part
+    salient: QuantizedColumns
     binary_N: Tensor
     positive_ON: Tensor
     mean_O: Tensor
@@ -151,7 +151,7 @@ def cost(scope: Scope, config: Config) -> Work:
 
 def compress(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -184,7 +184,7 @@ def _start(weight_OI: Tensor, statistics: Statistics, config: Config) -> Scales:
     return Scales.start(weight_OI, size_I.argsort(descending=True, stable=True)[:count].sort().values)
 
 
-def _learn(task: Reconstruction, found: Mapping[str, Scales], config: Config, generator: torch.Generator) -> Lowest:
+def _learn(task: Reconstruction, found: Mapping[str, Scales], config: Config, generator: torch.Generator) -> BestState:
     """Descends on α, r₁ and r₂ in place, and leaves them at their lowest held-out error."""
     parameters = [each for scales in found.values() for each in (scales.alpha_O, scales.row_O, scales.column_N)]
     groups: list[dict[str, Any]] = [
@@ -205,7 +205,7 @@ def _learn(task: Reconstruction, found: Mapping[str, Scales], config: Config, ge
         with torch.no_grad():
             return task.error({name: scales.dense() for name, scales in found.items()})
 
-    lowest = Lowest(parameters, heldout())
+    lowest = BestState(parameters, heldout())
     for windows in follow(task, schedule, optimizer, generator, lambda: None, lambda: lowest.offer(heldout())):
         optimizer.zero_grad()
         matrices = {name: scales.dense() for name, scales in found.items()}
@@ -219,7 +219,7 @@ def decode(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
     """The matrix [rows, columns] from what `Scales.stored` holds."""
     picked_I = unpack_codes(tensors["columns"], columns).bool()
     count = int(picked_I.sum())
-    salient = Part(
+    salient = QuantizedColumns(
         columns_C=picked_I.nonzero().view(-1),
         bits=SALIENT_BITS,
         grid="affine",
@@ -235,7 +235,12 @@ def decode(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
 
 
 def _assemble(
-    salient: Part, binary_N: Tensor, positive_ON: Tensor, spread_O: Tensor, middle_O: Tensor, column_N: Tensor
+    salient: QuantizedColumns,
+    binary_N: Tensor,
+    positive_ON: Tensor,
+    spread_O: Tensor,
+    middle_O: Tensor,
+    column_N: Tensor,
 ) -> Tensor:
     """Both kinds of columns in their places."""
     binary_ON = (signs(positive_ON) * spread_O[:, None] + middle_O[:, None]) * column_N

@@ -19,7 +19,7 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from niwaki.config.recipe import Bits, Grouped, Kind, PrunedBits, Recipe, Sparsity, Target, Unit, make_options
+from niwaki.config.recipe import NM, Bits, Kind, PrunedBits, Recipe, Sparsity, Target, Unit, make_options
 from niwaki.errors import InputError, TargetError, unknown
 from niwaki.methods.cost import Scope, Work, masks
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     import torch
 
     from niwaki.data.statistics import Needs, Statistics
-    from niwaki.data.stream import Evidence
+    from niwaki.data.stream import CalibrationData
     from niwaki.formats.packed import Packed
     from niwaki.model.decoder import Block
-    from niwaki.model.prunable import Look, Search, Sizes
+    from niwaki.model.prunable import BlockInfo, ShapeSearch, ShapeSpace
     from niwaki.runtime.contextual.predictor import Predictor
     from niwaki.runtime.contextual.selection import Rule, Variant
     from niwaki.runtime.contextual.traces import Traces
@@ -74,7 +74,7 @@ class Method(Protocol):
     def compress(
         self,
         block: Block,
-        seen: Evidence,
+        seen: CalibrationData,
         targets: Mapping[str, Target],
         config: Any,
         generator: torch.Generator,
@@ -85,7 +85,7 @@ class Method(Protocol):
 class Fractional(Method, Protocol):
     """What a method in FRACTIONAL offers besides."""
 
-    def least_bits(self, rows: int, columns: int, config: Any) -> float:
+    def min_bits(self, rows: int, columns: int, config: Any) -> float:
         """Bits a weight below which a matrix of this shape cannot be stored."""
 
 
@@ -130,7 +130,7 @@ class Structured(Method, Protocol):
     def look(self, block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Any) -> Any:
         """What `search` wants to know of a dense block, ready for JSON."""
 
-    def search(self, sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Any) -> Search:
+    def search(self, sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Any) -> ShapeSearch:
         """Looks for a shape that removes at least so much: yields shapes to be tried, is sent the loss of each.
 
         Returns the shape, None if there is none.
@@ -161,9 +161,9 @@ class Step:
             return target
         return target.bits if self.quantizes else target.zeros
 
-    def least_bits(self, rows: int, columns: int) -> float:
+    def min_bits(self, rows: int, columns: int) -> float:
         """Of a method in FRACTIONAL: see there."""
-        return cast(Fractional, self.method).least_bits(rows, columns, self.config)
+        return cast(Fractional, self.method).min_bits(rows, columns, self.config)
 
     def cost(self, scope: Scope) -> Work:
         """What the method says it does to one block; a few passes over its weights if it says nothing (see `costs`)."""
@@ -188,7 +188,7 @@ class Step:
         return cast(Contextual, self.method)
 
     def compress(
-        self, block: Block, seen: Evidence, targets: Mapping[str, Target], generator: torch.Generator
+        self, block: Block, seen: CalibrationData, targets: Mapping[str, Target], generator: torch.Generator
     ) -> dict[str, Packed]:
         """Runs the method on one block; `targets` are its parts of them."""
         return self.method.compress(block, seen, targets, self.config, generator)
@@ -320,4 +320,4 @@ def merged_needs(steps: Sequence[Step]) -> Needs:
     return reduce(or_, (step.needs for step in steps))
 
 
-_KINDS = {Sparsity: "a fraction of zeros such as 0.5", Grouped: "N:M such as 2:4", Bits: "bits such as 4bit"}
+_KINDS = {Sparsity: "a fraction of zeros such as 0.5", NM: "N:M such as 2:4", Bits: "bits such as 4bit"}

@@ -16,7 +16,7 @@ import torch
 
 from niwaki.config.recipe import Bits, Target
 from niwaki.data.statistics import Needs
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.methods.cost import Scope, Work
 from niwaki.methods.shared.rounding import check_group, code_width, grids, groups_of, nearest, uniform_bytes
@@ -59,7 +59,7 @@ def cost(scope: Scope, config: Config) -> Work:
 @torch.no_grad()
 def compress(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,

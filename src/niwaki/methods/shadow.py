@@ -29,7 +29,7 @@ import torch
 
 from niwaki.config.recipe import Sparsity, Target
 from niwaki.data.statistics import Needs
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.errors import InputError
 from niwaki.formats.packed import Packed
 from niwaki.methods.cost import Scope, Work
@@ -73,12 +73,12 @@ class Config:
     gradient_windows: int = 64
     size_frac: float = 0.03
     refresh_tokens: int = 0
-    least_prompt: int = 16
-    most_kept_frac: float = 0.85
+    min_prompt: int = 16
+    max_kept_frac: float = 0.85
     batch: str = "union"
     stand_in: float = 0.5
-    most_deviation: float = 0.0
-    least_margin: float = 0.0
+    max_deviation: float = 0.0
+    min_margin: float = 0.0
 
     def __post_init__(self) -> None:
         choices = {
@@ -126,7 +126,7 @@ def needs(config: Config) -> Needs:
 
 def compress(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Keep, Kind, Sparsity, Target, Unit
+from niwaki.config.recipe import KeepUnits, Kind, Sparsity, Target, Unit
 from niwaki.data.statistics import Needs, Statistics
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.methods.shared.unit_pruning import Choice, unit_by_unit
 from niwaki.model.decoder import Block
-from niwaki.model.prunable import Look, Search, Sizes
+from niwaki.model.prunable import BlockInfo, ShapeSearch, ShapeSpace
 
 PAPER = "ShortGPT (Men et al. 2024)"
 ACCEPTS = (Sparsity,)
@@ -47,7 +47,7 @@ def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit
     """The influence of the block, which is measured anyway, is enough."""
 
 
-def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Config) -> Search:
+def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Config) -> ShapeSearch:
     """The least influential blocks out."""
     count = min(max(round(removed_frac * len(sizes)), 1), len(sizes) - 1)
     dropped = sorted(range(len(sizes)), key=lambda index: looks[index].influence)[:count]
@@ -57,14 +57,14 @@ def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Con
 
 def compress(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
     """All or nothing."""
 
-    def choose(keep: Keep, weight_OI: Tensor, statistics: Statistics) -> Choice:
+    def choose(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> Choice:
         return Choice(range(keep.unit.count), weight_OI)
 
     return unit_by_unit(block, seen, targets, choose)

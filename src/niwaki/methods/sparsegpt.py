@@ -26,9 +26,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Grouped, Sparsity, Target
+from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.data.statistics import UNREACHED, Needs
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.methods.cost import Scope, Work, gram_factors, masks, products, sweeps
 from niwaki.methods.shared.column_sweep import (
@@ -44,7 +44,7 @@ from niwaki.methods.shared.masks import by_panel, keep_by_matrix
 from niwaki.model.decoder import Block
 
 PAPER = "Frantar & Alistarh 2023, SparseGPT"
-ACCEPTS = (Sparsity, Grouped)
+ACCEPTS = (Sparsity, NM)
 CONTINUES = True
 
 
@@ -87,7 +87,7 @@ def cost(scope: Scope, config: Config) -> Work:
 @torch.no_grad()
 def compress(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -126,12 +126,12 @@ def _by_magnitude(weight_OI: Tensor, target: Target) -> Packed:
 
 def _pattern(target: Target) -> Target | None:
     """What the sweep has to know of a target before it begins: N of M, or nothing."""
-    return target if isinstance(target, Grouped) else None
+    return target if isinstance(target, NM) else None
 
 
 def _swept(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     names: Sequence[str],
     targets: Mapping[str, Target],
     upper_II: Tensor,
@@ -147,7 +147,7 @@ def _swept(
         keep_OI = sweep(
             weight_OI, upper_II, None, lambda p, _, start: given_OI[:, start : start + p.shape[1]], panel_columns
         )
-    elif isinstance(target := targets[names[0]], Grouped):
+    elif isinstance(target := targets[names[0]], NM):
         target.zeros_in(*weight_OI.shape)
         whole_groups = max(panel_columns // target.group, 1) * target.group
         keep_OI = sweep(weight_OI, upper_II, target, None, whole_groups)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from niwaki.config.recipe import Bits, Target
 from niwaki.data.statistics import Needs, Statistics
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.errors import TargetError
 from niwaki.formats.packed import Packed, join_notes
 from niwaki.formats.quantized import TILE
@@ -49,7 +49,7 @@ from niwaki.methods.shared.block_training import (
     learning_needs,
 )
 from niwaki.methods.shared.column_sweep import check_damping, inverse_factor
-from niwaki.methods.shared.element_bits import least_element_bits, pack_elements, salient_elements
+from niwaki.methods.shared.element_bits import min_element_bits, pack_elements, salient_elements
 from niwaki.methods.shared.learned_rounding import Latent, learn
 from niwaki.methods.shared.rounding import (
     ROUNDED_UNREACHED,
@@ -155,7 +155,7 @@ def cost(scope: Scope, config: Config) -> Work:
 
 def compress(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -264,16 +264,16 @@ def split_columns(rows: int, columns: int, target: Target, config: Config) -> Sp
     fitting = [split for split in splits if split.nbytes(rows, columns, config) <= budget_bytes]
     if not fitting:
         raise TargetError(
-            f"target {target}: a {rows}×{columns} matrix needs at least {least_bits(rows, columns, config):.3f} bits "
+            f"target {target}: a {rows}×{columns} matrix needs at least {min_bits(rows, columns, config):.3f} bits "
             "with these groups: raise the target, or widen group"
         )
     return fitting[-1]
 
 
-def least_bits(rows: int, columns: int, config: Config) -> float:
+def min_bits(rows: int, columns: int, config: Config) -> float:
     """Bits a weight that a matrix takes without any salient column, or weight."""
     if config.granularity == "element":
-        return least_element_bits(rows, columns)
+        return min_element_bits(rows, columns)
     base_bits, salient_bits = WIDTHS[config.widths][0]
     return 8 * Split(base_bits, salient_bits, 0).nbytes(rows, columns, config) / (rows * columns)
 

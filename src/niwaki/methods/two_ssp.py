@@ -19,13 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Keep, Kind, Sparsity, Target, Unit
+from niwaki.config.recipe import KeepUnits, Kind, Sparsity, Target, Unit
 from niwaki.data.statistics import Needs, Statistics
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.methods.shared.unit_pruning import Choice, kept_of, unit_by_unit, without
 from niwaki.model.decoder import Block
-from niwaki.model.prunable import Look, Search, Shape, Sizes
+from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSearch, ShapeSpace
 
 PAPER = "2SSP (Sandri et al. 2025)"
 ACCEPTS = (Sparsity,)
@@ -52,15 +52,15 @@ def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit
     """Nothing."""
 
 
-def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Config) -> Search:
+def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Config) -> ShapeSearch:
     """Greedily, one attention after another."""
     blocks = len(sizes)
     dense = sizes.group_parameters["neurons"] * sizes.neurons
     attention = sizes.group_parameters["heads"] * sizes.heads
     count = round(blocks * removed_frac ** (dense / attention / EXPONENT))
 
-    def without_attention(gone: Sequence[int], neurons: int) -> Shape:
-        return Shape((neurons,) * blocks, tuple(0 if i in gone else sizes.heads for i in range(blocks)))
+    def without_attention(gone: Sequence[int], neurons: int) -> PrunedShape:
+        return PrunedShape((neurons,) * blocks, tuple(0 if i in gone else sizes.heads for i in range(blocks)))
 
     widths = (
         n for n in range(sizes.neurons, 0, -1) if sizes.removed_frac(without_attention(range(count), n)) >= removed_frac
@@ -78,14 +78,14 @@ def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Con
 
 def compress(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
     """Attention all or nothing, neurons by their norm."""
 
-    def choose(keep: Keep, weight_OI: Tensor, statistics: Statistics) -> Choice:
+    def choose(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> Choice:
         kept = list(range(keep.unit.count))
         if keep.unit.kind == "neurons":
             kept = kept_of(statistics.sqnorm_I if statistics.tokens else weight_OI.square().sum(0), keep.count)

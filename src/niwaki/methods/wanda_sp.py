@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Keep, Kind, Sparsity, Target, Unit
+from niwaki.config.recipe import KeepUnits, Kind, Sparsity, Target, Unit
 from niwaki.data.statistics import Needs, Statistics
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.methods.shared.unit_pruning import Choice, by_group, kept_of, unit_by_unit, without
 from niwaki.model.decoder import Block
-from niwaki.model.prunable import Look, Search, Sizes
+from niwaki.model.prunable import BlockInfo, ShapeSearch, ShapeSpace
 
 PAPER = "Wanda-sp (An et al. 2023)"
 ACCEPTS = (Sparsity,)
@@ -49,7 +49,7 @@ def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit
     """The influence of the block, which is measured anyway, is enough."""
 
 
-def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Config) -> Search:
+def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Config) -> ShapeSearch:
     """One ratio: heads as near to it as a config can hold, neurons make up for the rest."""
     heads = min(sizes.legal_heads(), key=lambda count: abs(count - sizes.heads * (1 - removed_frac)))
     yield from ()
@@ -58,14 +58,14 @@ def search(sizes: Sizes, removed_frac: float, looks: Sequence[Look], config: Con
 
 def compress(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
     """Chooses groups unit by unit."""
 
-    def choose(keep: Keep, weight_OI: Tensor, statistics: Statistics) -> Choice:
+    def choose(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> Choice:
         scores_I = weight_OI.abs().mean(0)
         if statistics.tokens:
             scores_I = scores_I * statistics.sqnorm_I.sqrt()

@@ -33,9 +33,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Grouped, Sparsity, Target
+from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.data.statistics import UNREACHED, Needs
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed, join_notes
 from niwaki.methods.cost import Scope, Work, masks
 from niwaki.methods.shared.block_training import (
@@ -55,7 +55,7 @@ from niwaki.methods.shared.masks import keep_by_row
 from niwaki.model.decoder import Block
 
 PAPER = "Yang et al. 2025, Wanda++: Pruning Large Language Models via Regional Gradients"
-ACCEPTS = (Sparsity, Grouped)
+ACCEPTS = (Sparsity, NM)
 CONTINUES = True
 KEPT_START = "learning did not lower the held-out block error: its start was kept"
 
@@ -102,7 +102,7 @@ def cost(scope: Scope, config: Config) -> Work:
 
 def compress(
     block: Block,
-    seen: Evidence,
+    seen: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -142,7 +142,7 @@ def compress(
     return {name: Packed.masked(weights[name], keep[name], notes[name], detail) for name in targets}
 
 
-def _importance(block: Block, seen: Evidence, alpha: float, weights: Matrices) -> dict[str, Tensor]:
+def _importance(block: Block, seen: CalibrationData, alpha: float, weights: Matrices) -> dict[str, Tensor]:
     """α·G + ‖X‖/√N per weight, [O, I] or [1, I]; ones for a matrix that no token reached."""
     reached = any(seen.statistics[name].tokens for name in weights)
     gradients = regional_gradients(block, seen, weights) if alpha and reached else {}
@@ -158,7 +158,7 @@ def _importance(block: Block, seen: Evidence, alpha: float, weights: Matrices) -
     return found
 
 
-def regional_gradients(block: Block, seen: Evidence, names: Matrices) -> dict[str, Tensor]:
+def regional_gradients(block: Block, seen: CalibrationData, names: Matrices) -> dict[str, Tensor]:
     """G [O, I] float32 of every matrix: RMS over windows of the gradient of ‖f(X_n)‖₂, f the dense block."""
     assert seen.stream is not None
     total = {name: torch.zeros_like(weight_OI, dtype=torch.float32) for name, weight_OI in names.items()}

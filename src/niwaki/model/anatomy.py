@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.errors import ArchitectureError, InputError
-from niwaki.model.matmul_observer import Tap
+from niwaki.model.matmul_observer import MatmulObserver
 
 PROBE_TOKENS = 8
 
@@ -165,7 +165,7 @@ def discover(skeleton: Any) -> Anatomy:
     with _empty_ends(skeleton, path) as ends, stubbed(blocks, probe):
         ids_BT = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)
         try:
-            with torch.no_grad(), Tap(weight_pointers(ends), lambda name, x, transposed: None, dry=True):
+            with torch.no_grad(), MatmulObserver(weight_pointers(ends), lambda name, x, transposed: None, dry=True):
                 skeleton(input_ids=ids_BT, use_cache=False)
         except InputError:
             raise
@@ -273,7 +273,7 @@ def _probe_block(skeleton: Any, meta: nn.Module, where: str, call: Call, hidden_
     def seen(name: str, x: Tensor, transposed: bool) -> None:
         sightings.setdefault(name, (x, x._version, transposed))
 
-    with torch.no_grad(), Tap(weight_pointers(parameters), seen, dry=True):
+    with torch.no_grad(), MatmulObserver(weight_pointers(parameters), seen, dry=True):
         out = module(hidden_BTD, *call.args, **call.kwargs)
     linears, kept_dense = _read_sightings(parameters, sightings)
     uncovered = [

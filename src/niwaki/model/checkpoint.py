@@ -148,7 +148,7 @@ class Checkpoint:
             marks[shard] = hashlib.sha256(mark.encode()).hexdigest()
         return marks
 
-    def file_marks(self) -> dict[str, dict[str, Any]]:
+    def file_hashes(self) -> dict[str, dict[str, Any]]:
         """Per file its bytes and what was hashed of it: the config whole, a shard's header (names, shapes)."""
         config = self.folder / "config.json"
         marks: dict[str, dict[str, Any]] = {"config.json": {"bytes": config.stat().st_size}}
@@ -162,7 +162,7 @@ class Checkpoint:
             marks[shard] = {"bytes": path.stat().st_size, "header_sha256": digest}
         return marks
 
-    def companions(self) -> list[Path]:
+    def aux_files(self) -> list[Path]:
         """Config, tokenizer and licence files that travel with the weights unchanged."""
         return sorted(
             path

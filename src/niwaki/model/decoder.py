@@ -6,12 +6,12 @@ stubs, so positions, masks, scaling and soft caps are never written a second tim
 Legend: B windows in a batch, T tokens, D hidden size, O outputs, I inputs, V vocabulary.
 
     decoder = Decoder(Checkpoint.open("MODEL"), torch.device("cpu"))
-    x_BTD, calls = decoder.enter(ids_BT)
+    x_BTD, calls = decoder.embed(ids_BT)
     for index in range(len(decoder)):
         block = decoder.load(index)
         x_BTD = block.run(calls[index], x_BTD)
         block.release()
-    logits_BTV = decoder.leave(ids_BT, x_BTD)
+    logits_BTV = decoder.logits(ids_BT, x_BTD)
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ from niwaki.model.anatomy import (
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.device import return_free_memory, to_host
 from niwaki.model.hf import plain_loading
-from niwaki.model.matmul_observer import Tap
+from niwaki.model.matmul_observer import MatmulObserver
 from niwaki.model.resizing import resize
 
 
@@ -115,7 +115,7 @@ class Block:
                 seen(names[sighting], x)
 
         pointers = weight_pointers(dict(self.module.named_parameters()))
-        with torch.set_grad_enabled(x_BTD.requires_grad), Tap(pointers, report):
+        with torch.set_grad_enabled(x_BTD.requires_grad), MatmulObserver(pointers, report):
             return call(self.module, x_BTD)
 
     def release(self) -> None:
@@ -260,7 +260,7 @@ class Decoder:
             tensors.update(split)
         return tensors
 
-    def enter(self, ids_BT: Tensor) -> tuple[Tensor, list[Call]]:
+    def embed(self, ids_BT: Tensor) -> tuple[Tensor, list[Call]]:
         """Hidden state [B, T, D] before the first block, and the arguments of every block for this batch shape."""
         calls: list[Call] = []
         entered: list[Tensor] = []
@@ -275,7 +275,7 @@ class Decoder:
             self._run_ends(ids_BT, stub, logits_to_keep=1)
         return entered[0], calls
 
-    def leave(self, ids_BT: Tensor, x_BTD: Tensor) -> Tensor:
+    def logits(self, ids_BT: Tensor, x_BTD: Tensor) -> Tensor:
         """Logits [B, T, V] from the hidden state after the last block, differentiable if that is."""
         last = len(self) - 1
 

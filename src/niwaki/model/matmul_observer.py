@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 Seen = Callable[[str, Tensor, bool], None]
 
 
-class Tap(TorchFunctionMode):
+class MatmulObserver(TorchFunctionMode):
     """Calls `seen(name, x, transposed)` when `x` [..., I] is multiplied with the weight `name`.
 
     `pointers` maps the address of a weight's first element to its name. `transposed` tells that the weight

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Keep, Kind, Target, Unit
+from niwaki.config.recipe import KeepUnits, Kind, Target, Unit
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.model.anatomy import Anatomy, BlockAnatomy, Linear, build_skeleton
 
@@ -32,7 +32,7 @@ WIDE_NEURONS = 8192  # from here on widths are rounded to 256 columns, which lar
 
 
 @dataclass(frozen=True)
-class Shape:
+class PrunedShape:
     """How many neurons and groups of heads every block keeps; a block that keeps none of either is gone."""
 
     neurons: tuple[int, ...]
@@ -66,7 +66,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Look:
+class BlockInfo:
     """What is known of a dense block: 1 − mean cos(h_in, h_out), and what the method found."""
 
     influence: float
@@ -74,7 +74,7 @@ class Look:
 
 
 # Shapes to try, the loss of each sent back, the shape that is taken returned.
-Search = Generator[list[Shape], list[float], Shape | None]
+ShapeSearch = Generator[list[PrunedShape], list[float], PrunedShape | None]
 
 
 def units_of(block: BlockAnatomy, heads: int) -> dict[Kind, Unit]:
@@ -109,7 +109,7 @@ def _feeds(producers: Sequence[Linear], consumer: Linear) -> bool:
     return all(r == consumer.columns for r in rows) and producers[0].columns == consumer.rows
 
 
-class Sizes:
+class ShapeSpace:
     """How many parameters the blocks of a decoder keep at a shape, and which shapes its config can hold.
 
     All widths are multiples of `columns_multiple`.
@@ -157,12 +157,12 @@ class Sizes:
         width = self.anatomy.blocks[0].linears[unit.consumer].columns // unit.count
         return self.columns_multiple // math.gcd(self.columns_multiple, width)
 
-    def shape(self, neurons: int, heads: int, dropped: Sequence[int] = ()) -> Shape:
+    def shape(self, neurons: int, heads: int, dropped: Sequence[int] = ()) -> PrunedShape:
         """The same for every block but the dropped ones."""
         kept = [index not in dropped for index in range(len(self))]
-        return Shape(tuple(neurons * k for k in kept), tuple(heads * k for k in kept))
+        return PrunedShape(tuple(neurons * k for k in kept), tuple(heads * k for k in kept))
 
-    def removed(self, shape: Shape) -> int:
+    def removed(self, shape: PrunedShape) -> int:
         """How many parameters of all blocks a shape removes."""
         lost: int = len(shape.dropped) * self.block_parameters
         for index, (neurons, heads) in enumerate(zip(shape.neurons, shape.heads, strict=True)):
@@ -171,7 +171,7 @@ class Sizes:
                 lost += (self.heads - heads) * self.group_parameters["heads"]
         return lost
 
-    def removed_frac(self, shape: Shape) -> float:
+    def removed_frac(self, shape: PrunedShape) -> float:
         """`removed` as a share of all parameters of the blocks."""
         return self.removed(shape) / (len(self) * self.block_parameters)
 
@@ -180,7 +180,7 @@ class Sizes:
         step = self.multiple(asked) if kind == "neurons" else self.heads_multiple
         return max(step, min(round(kept / step) * step, self.units[kind].count))
 
-    def fitting(self, removed_frac: float, heads: int, dropped: Sequence[int], multiple: int) -> Shape | None:
+    def fitting(self, removed_frac: float, heads: int, dropped: Sequence[int], multiple: int) -> PrunedShape | None:
         """The widest such shape, neurons a multiple, that removes at least so much; None if there is none."""
         multiple = self.multiple(multiple)
         shapes = (self.shape(n, heads, dropped) for n in range(self.neurons // multiple * multiple, 0, -multiple))
@@ -200,16 +200,16 @@ class Sizes:
             found.append(heads)
         return found
 
-    def targets(self, shape: Shape, cut: bool) -> list[dict[str, Target]]:
+    def targets(self, shape: PrunedShape, cut: bool) -> list[dict[str, Target]]:
         """Block → matrix → what its unit keeps, as allocations give targets; `cut`: what goes leaves the file."""
         found: list[dict[str, Target]] = []
         for pair in zip(shape.neurons, shape.heads, strict=True):
             counts = dict(zip(("neurons", "heads"), pair, strict=True))
-            keeps = [Keep(unit, counts[kind], cut) for kind, unit in self.units.items()]
+            keeps = [KeepUnits(unit, counts[kind], cut) for kind, unit in self.units.items()]
             found.append({name: keep for keep in keeps for name in (*keep.unit.producers, keep.unit.consumer)})
         return found
 
-    def matrix_shapes(self, shape: Shape) -> dict[str, list[int]]:
+    def matrix_shapes(self, shape: PrunedShape) -> dict[str, list[int]]:
         """Module → outputs and inputs of every matrix of the blocks that are left, by its name in the result."""
         left = (pair for pair in zip(shape.neurons, shape.heads, strict=True) if any(pair))
         found = {}
@@ -224,7 +224,7 @@ class Sizes:
                     found[f"{self.anatomy.path}.{index}.{name}"] = size
         return found
 
-    def config_for(self, shape: Shape) -> dict[str, Any]:
+    def config_for(self, shape: PrunedShape) -> dict[str, Any]:
         """The content of config.json for an even shape. Raises InputError naming what cannot be said in it.
 
         A Llama whose number of heads does not divide its width is written as a Mistral without a window, the same
@@ -256,7 +256,7 @@ class Sizes:
             "niwaki stores itself can (--allocation searched), and for Llama-like models their export --to gguf"
         )
 
-    def _problem(self, config: Mapping[str, Any], shape: Shape) -> str:
+    def _problem(self, config: Mapping[str, Any], shape: PrunedShape) -> str:
         """Why the model that `config` describes does not have this shape; empty if it has."""
         from transformers import AutoConfig
 

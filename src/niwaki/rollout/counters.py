@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from niwaki.rollout.histogram import Interval, Tally, added
-from niwaki.rollout.sequential import MOST_INTERVALS
+from niwaki.rollout.sequential import MAX_INTERVALS
 from niwaki.rollout.signals import SIGNALS
 
 _WAITING = 8  # latencies of the side that has more requests; older ones are not of the same time
@@ -92,7 +92,7 @@ class Ledger:
 
     def _close(self, interval: Interval) -> None:
         self.closed.append(interval)
-        if len(self.closed) >= MOST_INTERVALS:
+        if len(self.closed) >= MAX_INTERVALS:
             self.closed[:2] = [_merged(*self.closed[:2])]
 
     def _queue(self, side: str, stream: bool) -> deque[Times]:

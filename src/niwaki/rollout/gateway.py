@@ -136,7 +136,7 @@ class Gateway:
         if side == "canary" and taken.keep and ended:
             self._audit(question, taken, reply.stream, "served")
         elif side == "stable" and copy and ended:
-            self._submit("shadow", self.settings.sampling.most_shadows, self._shadow(question, times))
+            self._submit("shadow", self.settings.sampling.max_shadows, self._shadow(question, times))
 
     async def _shadow(self, question: Question, stable_times: Times) -> None:
         """The same request once more, to the canary; nobody waits for it."""
@@ -171,7 +171,7 @@ class Gateway:
         prompt = answers.prompt_text(question.path, question.texts, self.template)
         model = str(question.payload.get("model", ""))
         work = self.auditor.audit(self.controller, model, prompt, answer, how)
-        self._submit("audit", self.settings.sampling.most_audits, work)
+        self._submit("audit", self.settings.sampling.max_audits, work)
 
     def _submit(self, kind: str, most: int, work: Coroutine[Any, Any, None]) -> None:
         if not self.background.submit(kind, most, work):

@@ -6,7 +6,7 @@ the share where both find the same token most likely, and how much more likely t
 dense model does. On the tokens of the prompt, which neither wrote: the ratio of perplexities. The same tokens and the
 same definitions as in `niwaki compare`; the answer is the canary's own.
 
-Cost: two requests that read prompt and answer once, on servers that also answer users; `Sampling.most_audits` at once.
+Cost: two requests that read prompt and answer once, on servers that also answer users; `Sampling.max_audits` at once.
 """
 
 import math
@@ -18,7 +18,7 @@ from niwaki.rollout.answers import COMPLETIONS, UnreadError
 from niwaki.rollout.http_client import UpstreamError
 from niwaki.rollout.upstream import Server
 
-MOST_CHARACTERS = 32_000
+MAX_CHARACTERS = 32_000
 _TIMEOUT_S = 120.0
 
 
@@ -50,7 +50,7 @@ class Audit:
 
 async def audit(stable: Server, canary: Server, model: str, prompt: str, answer: str) -> Audit:
     """Scores an answer of the canary. Raises UnreadError for what cannot be scored."""
-    if len(prompt) + len(answer) > MOST_CHARACTERS:
+    if len(prompt) + len(answer) > MAX_CHARACTERS:
         raise UnreadError("too long to audit")
     own = await _read(canary, model, prompt + answer, "the canary")
     dense = await _read(stable, model, prompt + answer, "the dense model")

@@ -12,7 +12,7 @@ a value lies above m, with 1/2 in place of m.
 A canary may go bad late, when a capital that began with the roll-out is long lost. So a new capital begins with every
 interval j, with weight 1/(j(j+1)); the weights sum to 1, so that the sum is again such a capital, and its α holds for
 the whole roll-out. Late changes cost 2 ln j more evidence, not all that came before. Intervals that are dropped
-(`MOST_INTERVALS`) only take capital away. Nothing is assumed of the traffic but that, if the canary keeps the limit, it
+(`MAX_INTERVALS`) only take capital away. Nothing is assumed of the traffic but that, if the canary keeps the limit, it
 does so on average at any time; observations may depend on those before.
 
 Cost: intervals × distinct values × bets; milliseconds.
@@ -35,7 +35,7 @@ from niwaki.rollout.histogram import Tally, added
 Floats = NDArray[np.float64]
 Centre = Literal["mean", "median"]
 BETS_K = 0.8 * 4.0 ** -np.arange(6)  # shares of the largest bet that cannot lose everything
-MOST_INTERVALS = 256
+MAX_INTERVALS = 256
 GRID_M = np.linspace(0.001, 0.999, 999)
 
 
@@ -92,7 +92,7 @@ def _growth(tally: Tally, limit: float, centre: Centre, *, above: bool) -> Float
 
 
 def _since_any(growth_JK: Floats, first: int) -> float:
-    since_JK = np.cumsum(growth_JK[::-1], axis=0)[::-1][-MOST_INTERVALS:]
+    since_JK = np.cumsum(growth_JK[::-1], axis=0)[::-1][-MAX_INTERVALS:]
     last = first + len(growth_JK) - 1
     number_J = np.arange(last - len(since_JK) + 1, last + 1)
     capital_J = _log_mean_exp(since_JK) - np.log(number_J * (number_J + 1.0))

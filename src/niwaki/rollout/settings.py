@@ -72,8 +72,8 @@ class Sampling(_Frozen):
 
     shadow_frac: float = Field(default=0.0, ge=0, le=1)
     audit_frac: float = Field(default=0.1, ge=0, le=1)
-    most_shadows: int = Field(default=4, ge=1)
-    most_audits: int = Field(default=2, ge=1)
+    max_shadows: int = Field(default=4, ge=1)
+    max_audits: int = Field(default=2, ge=1)
     keep_texts: bool = False
 
 

@@ -16,7 +16,7 @@ from niwaki.rollout.counters import Times
 from niwaki.rollout.upstream import Reply
 
 GONE = 499  # the client left: nobody reads it
-MOST_COPIED = 1_000_000  # bytes of an answer that are kept to be audited
+MAX_COPIED = 1_000_000  # bytes of an answer that are kept to be audited
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Taken:
         """One more chunk."""
         self.events += chunk.count(b"data:")
         self.tail = (self.tail + chunk)[-64:]
-        if self.keep and len(self.kept) + len(chunk) <= MOST_COPIED:
+        if self.keep and len(self.kept) + len(chunk) <= MAX_COPIED:
             self.kept += chunk
         elif self.keep:
             self.overlong = True

@@ -27,7 +27,7 @@ _OWN = {
     b"trailer", b"transfer-encoding", b"upgrade", b"host", b"content-length", b"accept-encoding", b"expect",
     b"date", b"server",
 }  # fmt: skip
-MOST_BYTES = 64_000_000  # of an answer that is read whole
+MAX_BYTES = 64_000_000  # of an answer that is read whole
 Clock = Callable[[], float]
 
 
@@ -107,7 +107,7 @@ class Server:
             raise UpstreamError("an empty stream")
         while not stream and (chunk := await opened.more()):
             first += chunk
-            if len(first) > MOST_BYTES:
+            if len(first) > MAX_BYTES:
                 raise UpstreamError("an answer without end")
         return Reply(opened.status, headers, stream, first, asked, self.clock(), opened, self.bounds.silence_s)
 

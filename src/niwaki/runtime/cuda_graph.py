@@ -34,7 +34,7 @@ from niwaki.runtime.contextual.sparsity import Choice, Contextual
 WARM_UP = 2  # steps before the recording, so that libraries have their workspaces
 
 
-def most_likely(logits_BV: Tensor) -> Tensor:
+def max_likely(logits_BV: Tensor) -> Tensor:
     """The token [B, 1] with the largest logit."""
     return logits_BV.argmax(-1, keepdim=True)
 
@@ -112,7 +112,7 @@ class Graphed:
         *,
         max_new_tokens: int,
         mask_BT: Tensor | None = None,
-        pick: Callable[[Tensor], Tensor] = most_likely,
+        pick: Callable[[Tensor], Tensor] = max_likely,
     ) -> Tensor:
         """The new tokens [B, N] behind prompts that are padded on the left where `mask_BT` is 0."""
         if max_new_tokens < 1 or ids_BT.shape[1] + max_new_tokens > self.room:

@@ -75,7 +75,7 @@ def _add_writing(app: FastAPI, service: Service) -> None:
         ids = await _apart(service, lambda: service.prompts.of_chat(asked.messages))
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         answer = ChatAnswer(service.names, service.name, logprobs=logprobs is not None)
-        return await _answered(service, request, asked, ids, asked.most_tokens, answer, logprobs)
+        return await _answered(service, request, asked, ids, asked.token_limit, answer, logprobs)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:

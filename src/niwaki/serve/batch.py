@@ -1,14 +1,15 @@
 """Sequences that write one token each per step, joining and leaving whenever they like.
 
-`Together`: one cache for all, padded on the left where a sequence is shorter than the longest, with a mask and
-positions that say so; a step is one forward, so the weights are read once for all. `Apart`: a cache each, one after
-another, for models whose sequences cannot share a forward: contextual ones, where each runs the units that its own
-prompt chose, and caches that are more than keys and values. Both read a prompt in pieces into a cache of its own first.
+`PaddedBatch`: one cache for all, padded on the left where a sequence is shorter than the longest, with a mask and
+positions that say so; a step is one forward, so the weights are read once for all. `PerSequence`: a cache each, one
+after another, for models whose sequences cannot share a forward: contextual ones, where each runs the units that its
+own prompt chose, and caches that are more than keys and values. Both read a
+prompt in chunks into a cache of its own first.
 
 In float32 a sequence gets the same logits in a batch as alone but for rounding.
 
-Cost: `Together` copies keys and values when a sequence joins or leaves; `Apart` keeps one copy of the chosen units for
-each sequence of a contextual model.
+Cost: `PaddedBatch` copies keys and values when a sequence joins or leaves; `PerSequence` keeps one copy of the chosen
+units for each sequence of a contextual model.
 
 Legend: B sequences, T tokens, V vocabulary.
 
@@ -33,7 +34,7 @@ from niwaki.runtime.contextual.sparsity import Turn
 
 
 @dataclass(eq=False)
-class Place:
+class SequenceState:
     """Where one sequence stands: its cache, and what a contextual model knows of it."""
 
     cache: Any
@@ -44,15 +45,15 @@ class Place:
 class Batch(Protocol):
     """What the engine asks of both."""
 
-    def begin(self) -> Place:
+    def begin(self) -> SequenceState:
         """A new, empty sequence."""
         ...
 
-    def read(self, place: Place, ids: Sequence[int], *, every: bool) -> Tensor:
+    def read(self, place: SequenceState, ids: Sequence[int], *, every: bool) -> Tensor:
         """Reads the next tokens of a prompt: logits [T, V] behind each of them, or [1, V] behind the last."""
         ...
 
-    def join(self, place: Place) -> None:
+    def join(self, place: SequenceState) -> None:
         """This sequence, read to its end, is the last row of every step from here on."""
         ...
 
@@ -64,7 +65,7 @@ class Batch(Protocol):
         """These rows end; the others keep their order."""
         ...
 
-    def drop(self, place: Place) -> None:
+    def drop(self, place: SequenceState) -> None:
         """A sequence that ends before it joined."""
         ...
 
@@ -77,7 +78,7 @@ def batch_for(model: Any) -> Batch:
         DynamicLayer,
         DynamicSlidingWindowLayer,
     }
-    return Together(model) if plain and getattr(model, "contextual", None) is None else Apart(model)
+    return PaddedBatch(model) if plain and getattr(model, "contextual", None) is None else PerSequence(model)
 
 
 def _read(model: Any, cache: Any, ids: Sequence[int], every: bool) -> Tensor:
@@ -87,7 +88,7 @@ def _read(model: Any, cache: Any, ids: Sequence[int], every: bool) -> Tensor:
     return logits_TV if every else logits_TV[-1:]  # not every model keeps the last only
 
 
-class Together:
+class PaddedBatch:
     """All rows in one cache."""
 
     def __init__(self, model: Any) -> None:
@@ -95,17 +96,17 @@ class Together:
         self._cache: Any = None
         self._real_BT = torch.zeros(0, 0, dtype=torch.int64, device=model.device)
 
-    def begin(self) -> Place:
+    def begin(self) -> SequenceState:
         """An empty cache."""
         from transformers.cache_utils import DynamicCache
 
-        return Place(DynamicCache(config=self.model.config))
+        return SequenceState(DynamicCache(config=self.model.config))
 
-    def read(self, place: Place, ids: Sequence[int], *, every: bool) -> Tensor:
+    def read(self, place: SequenceState, ids: Sequence[int], *, every: bool) -> Tensor:
         """One forward of the whole model."""
         return _read(self.model, place.cache, ids, every)
 
-    def join(self, place: Place) -> None:
+    def join(self, place: SequenceState) -> None:
         """Both caches get as long as the longer one, then the new row follows the others."""
         own = place.cache.get_seq_length()
         real_1T = torch.ones(1, own, dtype=torch.int64, device=self._real_BT.device)
@@ -148,7 +149,7 @@ class Together:
             layer.keys, layer.values = layer.keys[keep_B, :, start:], layer.values[keep_B, :, start:]
             _tell_length(layer, length)
 
-    def drop(self, place: Place) -> None:
+    def drop(self, place: SequenceState) -> None:
         """Nothing is shared yet."""
 
 
@@ -167,24 +168,24 @@ def _tell_length(layer: Any, length: int) -> None:
         layer.cumulative_length = length
 
 
-class Apart:
+class PerSequence:
     """A cache for every row, one forward after another."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.contextual = model, getattr(model, "contextual", None)
-        self._rows: list[Place] = []
+        self._rows: list[SequenceState] = []
         self._free: list[Buffers] = []  # to map fresh memory takes longer than to fill it again
 
-    def begin(self) -> Place:
+    def begin(self) -> SequenceState:
         """An empty cache, and with a contextual model memory for what will be chosen."""
         from transformers.cache_utils import DynamicCache
 
-        place = Place(DynamicCache(config=self.model.config))
+        place = SequenceState(DynamicCache(config=self.model.config))
         if self.contextual is not None:
             place.turn = Turn(self._free.pop() if self._free else Buffers())
         return place
 
-    def read(self, place: Place, ids: Sequence[int], *, every: bool) -> Tensor:
+    def read(self, place: SequenceState, ids: Sequence[int], *, every: bool) -> Tensor:
         """One forward of the whole model."""
         if self.contextual is None or place.turn is None:
             return _read(self.model, place.cache, ids, every)
@@ -193,7 +194,7 @@ class Apart:
         place.record = place.record or self.contextual.records[-1]
         return logits_TV
 
-    def join(self, place: Place) -> None:
+    def join(self, place: SequenceState) -> None:
         """The last in turn."""
         self._rows.append(place)
 
@@ -208,7 +209,7 @@ class Apart:
             self.drop(self._rows[row])
         self._rows = [place for row, place in enumerate(self._rows) if row not in rows]
 
-    def drop(self, place: Place) -> None:
+    def drop(self, place: SequenceState) -> None:
         """Its memory serves the next."""
         if place.turn is not None:
             self._free.append(place.turn.buffers)

@@ -2,7 +2,7 @@
 
 Between two steps it lets go of what ended or was cancelled, and reads one piece of the next prompt. A long prompt so
 delays the others by a piece at a time, and a cancelled one costs at most a piece. What an exception in the model costs
-is the answers that it met; after `MOST_FAILURES` in a row the engine gives up, for whoever supervises it to start
+is the answers that it met; after `MAX_FAILURES` in a row the engine gives up, for whoever supervises it to start
 another.
 
     engine = Engine(model, tokenizer, Limits(slots=8, queue=64, context=2048), Metrics())
@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.serve.batch import Batch, Place, batch_for
+from niwaki.serve.batch import Batch, SequenceState, batch_for
 from niwaki.serve.http.api_errors import OVERLOADED, RefusalError, draining
 from niwaki.serve.jobs import Failed, Finished, Job, Read, Started, Wrote
 from niwaki.serve.metrics import Metrics
 from niwaki.serve.sampling import Scored, pick, score, score_all
-from niwaki.serve.text import Spoken
+from niwaki.serve.text import IncrementalDetokenizer
 
-MOST_FAILURES = 3
+MAX_FAILURES = 3
 CLOSE_S = 2.0  # for the step under way
 STALLED_S = 120.0  # a step that takes longer is one that hangs
 log = logging.getLogger("niwaki.serve")
@@ -51,8 +51,8 @@ class _Running:
     """A job in a slot."""
 
     job: Job
-    place: Place
-    spoken: Spoken
+    place: SequenceState
+    spoken: IncrementalDetokenizer
     read: int = 0
     written: int = 0
     token: int = 0
@@ -166,7 +166,7 @@ class Engine:
                     self._failures += 1
                     self._fail_all("the model failed on this request or on one beside it")
                     self._batch = batch_for(self.model)
-                if self._failures >= MOST_FAILURES:
+                if self._failures >= MAX_FAILURES:
                     log.error("%d failures in a row: the engine stops", self._failures)
                     break
 
@@ -201,7 +201,9 @@ class Engine:
             if not self._waiting:
                 return
             job = self._waiting.popleft()
-            self._reading = _Running(job, self._batch.begin(), Spoken(self.tokenizer, job.ids, job.stops))
+            self._reading = _Running(
+                job, self._batch.begin(), IncrementalDetokenizer(self.tokenizer, job.ids, job.stops)
+            )
         self.metrics.queue_seconds.observe(self._reading.began - job.submitted)
         job.emit(Started())
 
@@ -258,7 +260,7 @@ class Engine:
     def _take(self, one: _Running, logits_V: Tensor) -> bool:
         """Chooses the next token of a sequence and tells of it; True if the answer ends here."""
         job, now = one.job, time.monotonic()
-        if one.written >= job.most_tokens:  # nothing was to be written, only read
+        if one.written >= job.max_tokens:  # nothing was to be written, only read
             return self._finish(one, "length")
         if bool(logits_V.isnan().any()):
             job.emit(Failed("the model computed values that are no numbers"))
@@ -275,7 +277,7 @@ class Engine:
         text, stopped = one.spoken.feed(token)
         one.token, one.wrote, one.written = token, now, one.written + 1
         self.metrics.written_tokens.inc()
-        full = one.written >= job.most_tokens
+        full = one.written >= job.max_tokens
         if full and not stopped:
             rest, stopped = one.spoken.flush()
             text += rest

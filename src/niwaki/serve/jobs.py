@@ -1,6 +1,6 @@
 """What the engine is given, and what it tells on the way.
 
-job = Job(ids, Sampling(seed=1), most_tokens=64, emit=events.put)
+job = Job(ids, Sampling(seed=1), max_tokens=64, emit=events.put)
 engine.submit(job)
 """
 
@@ -59,7 +59,7 @@ class Job:
 
     ids: Sequence[int]
     sampling: Sampling
-    most_tokens: int
+    max_tokens: int
     emit: Callable[[Event], None]
     stops: Sequence[str] = ()
     logprobs: int | None = None

@@ -3,7 +3,7 @@
 Templates come with models, from whoever made them: programs in a small language. transformers renders them in Jinja's
 immutable sandbox, which keeps them from files and from Python, but not from running forever or from filling the memory.
 So they run in a process of their own, with limits that the system enforces: `CPU_S` of computing, `MEMORY_BYTES`, and
-`MOST_BYTES` of text. A request cannot bring a template.
+`MAX_BYTES` of text. A request cannot bring a template.
 
     renderer = Renderer(template, {"bos_token": "<s>"})
     text = renderer.render([{"role": "user", "content": "Hello"}])
@@ -27,7 +27,7 @@ COMPILE_S = 1.0  # once, before the first dialogue
 WALL_S = 10.0  # a busy machine may take that long for it
 START_S = 60.0
 MEMORY_BYTES = 2**30
-MOST_BYTES = 1_000_000  # in UTF-8
+MAX_BYTES = 1_000_000  # in UTF-8
 
 
 class Renderer:
@@ -140,8 +140,8 @@ def _render(render_jinja_template: Any, shared: dict[str, Any], messages: list[d
     except Exception as error:  # whatever a template raises is its answer
         return {"refused": str(error)[:200] or type(error).__name__}
     size = len(texts[0].encode("utf-8", "surrogatepass"))
-    if size > MOST_BYTES:
-        return {"refused": f"{size:,} bytes come of it, at most {MOST_BYTES:,} are read"}
+    if size > MAX_BYTES:
+        return {"refused": f"{size:,} bytes come of it, at most {MAX_BYTES:,} are read"}
     return {"text": texts[0]}
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-MOST_STOPS, MOST_LOGPROBS = 4, 20
+MAX_STOPS, MAX_LOGPROBS = 4, 20
 NEUTRAL: tuple[Any, ...] = (None, [], {}, 0, 0.0, False, "none", "auto", {"type": "text"})
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 UNSUPPORTED = frozenset(
@@ -77,8 +77,8 @@ class Common(Strict):
     @classmethod
     def _few_stops(cls, given: str | list[str] | None) -> list[str]:
         stops = [given] if isinstance(given, str) else given or []
-        if len(stops) > MOST_STOPS:
-            raise ValueError(f"at most {MOST_STOPS} stop strings, got {len(stops)}")
+        if len(stops) > MAX_STOPS:
+            raise ValueError(f"at most {MAX_STOPS} stop strings, got {len(stops)}")
         return stops
 
     @model_validator(mode="after")
@@ -103,7 +103,7 @@ class CompletionRequest(Common):
 
     prompt: str | list[int]
     echo: bool | None = False
-    logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     best_of: Literal[1] | None = None
 
     @field_validator("prompt", mode="before")
@@ -150,7 +150,7 @@ class ChatRequest(Common):
     messages: list[Message] = Field(min_length=1, max_length=4096)
     max_completion_tokens: int | None = Field(default=None, ge=0, le=2**31)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatRequest":
@@ -161,6 +161,6 @@ class ChatRequest(Common):
         return self
 
     @property
-    def most_tokens(self) -> int | None:
-        """How long the answer may be."""
+    def token_limit(self) -> int | None:
+        """Return the largest number of tokens of the answer, None for the default."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

@@ -27,7 +27,7 @@ from niwaki.serve.app import Service, create_app
 from niwaki.serve.engine import Engine, Limits
 from niwaki.serve.event_queue import Timeouts
 from niwaki.serve.http.keys import Keys
-from niwaki.serve.http.limits import Bounds, Guard, check_open, is_local
+from niwaki.serve.http.limits import Bounds, LimitsMiddleware, check_open, is_local
 from niwaki.serve.http.protocol import Protocol
 from niwaki.serve.metrics import Metrics
 from niwaki.serve.prompts import Prompts
@@ -110,7 +110,9 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, settings: Settings) -> None:
         keys = Keys(settings.keys)
-        app = Outcomes(Guard(create_app(service), keys, Bounds(), here=is_local(settings.host)), service.metrics)
+        app = Outcomes(
+            LimitsMiddleware(create_app(service), keys, Bounds(), here=is_local(settings.host)), service.metrics
+        )
         super().__init__(
             uvicorn.Config(
                 app, host=settings.host, port=settings.port, http=Protocol, ws="none", lifespan="off",

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 BROKEN = "\ufffd"  # what decoders put where bytes make no character
-MOST_PENDING = 32  # tokens that may wait for the rest of a character before they are shown as they are
+MAX_PENDING = 32  # tokens that may wait for the rest of a character before they are shown as they are
 
 
 class Detokenizer:
@@ -30,7 +30,7 @@ class Detokenizer:
         """The characters that are complete with this token."""
         self._pending.append(token)
         text = self._added()
-        if text.endswith(BROKEN) and len(self._pending) < MOST_PENDING:
+        if text.endswith(BROKEN) and len(self._pending) < MAX_PENDING:
             return ""
         if text:
             self._known, self._pending = [] if text.endswith(BROKEN) else self._pending, []
@@ -78,7 +78,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-class Spoken:
+class IncrementalDetokenizer:
     """Both together, for one answer."""
 
     def __init__(self, tokenizer: Any, before: Sequence[int], stops: Sequence[str]) -> None:

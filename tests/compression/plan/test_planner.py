@@ -77,7 +77,7 @@ def test_bytes_are_within_a_percent(method: str, target: str, model: Path, text:
 @pytest.mark.parametrize(
     "more",
     [
-        {"method": "gptq", "target": "4bit", "ends": "4bit"},
+        {"method": "gptq", "target": "4bit", "embeddings": "4bit"},
         {"method": "gptq", "target": "4bit", "pack": "none"},
         {"method": "squeeze10", "target": "2.2bit", "allocation": "sensitivity"},
         {"method": "squeeze10", "target": None, "target_bytes": "130KB"},
@@ -90,7 +90,13 @@ def test_bytes_are_within_a_percent(method: str, target: str, model: Path, text:
         {"method": "wanda+gptq", "target": "0.5+8bit", "pack": "auto", "options": {"gptq.group": 0}},
         {"method": "magnitude+rtn", "target": "2:4+4bit", "pack": "codes", "options": {"rtn.group": 32}},
         {"method": "magnitude+rtn", "target": "0.2+4bit", "pack": "auto", "options": {"rtn.group": 32}},
-        {"method": "magnitude+rtn", "target": "2:4+4bit", "pack": "auto", "ends": "4bit", "options": {"rtn.group": 32}},
+        {
+            "method": "magnitude+rtn",
+            "target": "2:4+4bit",
+            "pack": "auto",
+            "embeddings": "4bit",
+            "options": {"rtn.group": 32},
+        },
         {
             "method": "comp+rtn",
             "target": "0.3+4bit",

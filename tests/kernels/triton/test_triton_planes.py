@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from niwaki.formats.quantized import Part, assemble, centre, stored_tensors
+from niwaki.formats.quantized import QuantizedColumns, assemble, centre, stored_tensors
 from niwaki.kernels import planes
 from niwaki.kernels.planes import PlanePart, multiply, reaches
 from niwaki.runtime.linear import PackedLinear
 from support.triton_interpreter import interpreted
 
 
-def matrix(rows: int, columns: int, bits: int, grid: str, group: int, mixed: bool) -> list[Part]:
+def matrix(rows: int, columns: int, bits: int, grid: str, group: int, mixed: bool) -> list[QuantizedColumns]:
     """One part, or two with columns in turns: the second has one bit and one scale a row."""
     generator = torch.Generator().manual_seed(rows + columns)
     order = torch.randperm(columns, generator=generator)
@@ -25,12 +25,12 @@ def matrix(rows: int, columns: int, bits: int, grid: str, group: int, mixed: boo
         scale = (torch.rand(rows, groups, generator=generator) + 0.1).half()
         offset = torch.randn(rows, groups, generator=generator).half() if own_grid == "free" else None
         zero = torch.randint(0, 2**own_bits, (rows, groups), generator=generator, dtype=torch.uint8)
-        parts.append(Part(columns_C, own_bits, own_grid, min(own_group, width), code, scale, offset,
+        parts.append(QuantizedColumns(columns_C, own_bits, own_grid, min(own_group, width), code, scale, offset,
                           zero if own_grid == "affine" else None))  # fmt: skip
     return parts
 
 
-def for_gpu(parts: list[Part]) -> list[PlanePart]:
+def for_gpu(parts: list[QuantizedColumns]) -> list[PlanePart]:
     found = []
     for part in parts:
         tensors = part.tensors()

@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "contextual": {
             "method": "shadow",
             "target": "0.5",
-            "options": {"least_prompt": 8, "features": "last", "size_frac": 0.5},
+            "options": {"min_prompt": 8, "features": "last", "size_frac": 0.5},
         },
     }
     for name, recipe in made.items():

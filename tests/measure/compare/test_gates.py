@@ -26,13 +26,13 @@ from niwaki.measure.schema import (
     Environment,
     Estimate,
     Model,
-    Pace,
     Paired,
     Quality,
     Scoring,
     Settings,
     Speed,
     TaskQuality,
+    Throughput,
 )
 
 
@@ -54,8 +54,8 @@ def quality(ratio: Estimate, kl: Estimate, agreement: Estimate) -> Quality:
     )  # fmt: skip
 
 
-def pace(ratio: Estimate) -> Pace:
-    return Pace(
+def pace(ratio: Estimate) -> Throughput:
+    return Throughput(
         tokens=8, dense_tokens_per_s=(1.0,), candidate_tokens_per_s=(1.0,), dense_median=1.0, candidate_median=1.0,
         latency_ratio=ratio,
     )  # fmt: skip

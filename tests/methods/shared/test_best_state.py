@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from niwaki.methods.shared.best_state import Lowest, cosine
+from niwaki.methods.shared.best_state import BestState, cosine
 
 
 def test_the_lowest_state_comes_back() -> None:
     a, b = torch.zeros(2), torch.ones(3, requires_grad=True)
-    lowest = Lowest([a, b], 5.0)
+    lowest = BestState([a, b], 5.0)
     for value, error in ((1.0, 4.0), (2.0, 3.0), (3.0, 3.5), (4.0, float("nan"))):
         a.fill_(value)
         with torch.no_grad():
@@ -21,7 +21,7 @@ def test_the_lowest_state_comes_back() -> None:
 
 def test_without_improvement_the_start_comes_back() -> None:
     a = torch.zeros(2)
-    lowest = Lowest([a], 1.0)
+    lowest = BestState([a], 1.0)
     a.fill_(9)
     lowest.offer(1.0)
     lowest.restore()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from niwaki.config.recipe import Grouped, Sparsity, Target
-from niwaki.data.stream import Evidence
+from niwaki.config.recipe import NM, Sparsity, Target
+from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.methods import sparsegpt
 from niwaki.methods.shared.column_sweep import exchange, invert_lower, refit
@@ -45,7 +45,7 @@ def test_refit_of_silent_inputs_returns_the_dense_weights() -> None:
     torch.testing.assert_close(found, weight * keep)
 
 
-@pytest.mark.parametrize("target", [Sparsity(0.6), Grouped(2, 4)])
+@pytest.mark.parametrize("target", [Sparsity(0.6), NM(2, 4)])
 def test_exchange_lowers_the_fitted_error_and_keeps_the_budget(target: Target) -> None:
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
     x = correlated_inputs(300, 32)
@@ -69,7 +69,7 @@ def test_exchange_that_cannot_improve_returns_what_it_got() -> None:
     assert torch.equal(found, keep) and torch.equal(fitted, weight)
 
 
-@pytest.mark.parametrize("target", [Sparsity(0.5), Grouped(2, 4)])
+@pytest.mark.parametrize("target", [Sparsity(0.5), NM(2, 4)])
 def test_the_options_of_sparsegpt_improve_it_step_by_step(target: Target) -> None:
     weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(4))
     x = correlated_inputs(400, 48)
@@ -88,7 +88,7 @@ def test_in_a_chain_sparsegpt_keeps_the_mask_it_is_given() -> None:
     block = make_block({"m": weight})
     config = sparsegpt.Config(refit=True)
     seen = evidence_of(block, correlated_inputs(80, 16), sparsegpt.needs(config))
-    seen = Evidence(seen.statistics, seen.stream, seen.dense, {"m": Packed.masked(weight, keep)})
+    seen = CalibrationData(seen.statistics, seen.stream, seen.dense, {"m": Packed.masked(weight, keep)})
     found = sparsegpt.compress(block, seen, {"m": Sparsity(0.5)}, config, generator)["m"].weight_OI
     assert torch.equal(found != 0, keep)
     wanted = normal_equations(weight.numpy(), keep.numpy(), seen.statistics["m"].gram_II.numpy(), 0.01)
@@ -100,7 +100,7 @@ def test_in_a_chain_a_matrix_without_tokens_keeps_the_record_it_is_given() -> No
     keep = torch.rand(6, 16, generator=torch.Generator().manual_seed(8)) > 0.3
     block = make_block({"m": weight})
     seen = evidence_of(block, torch.empty(0, 16), sparsegpt.needs(sparsegpt.Config()))
-    seen = Evidence(seen.statistics, start={"m": Packed.masked(weight, keep)})
+    seen = CalibrationData(seen.statistics, start={"m": Packed.masked(weight, keep)})
     found = sparsegpt.compress(block, seen, {"m": Sparsity(0.5)}, sparsegpt.Config(), torch.Generator())["m"]
     assert torch.equal(found.weight_OI, weight * keep)
 

@@ -8,21 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Bits, Grouped, Sparsity
+from niwaki.config.recipe import NM, Bits, Sparsity
 from niwaki.formats.packed import Packed
 from niwaki.methods import gptq, rtn
 from niwaki.methods.shared.masks import keep_by_group, keep_by_row
 from support.models import correlated_inputs, evidence_of, make_block
 
-TARGETS = [Grouped(2, 4), Sparsity(0.5), Sparsity(0.9)]
+TARGETS = [NM(2, 4), Sparsity(0.5), Sparsity(0.9)]
 
 
-def problem(target: Grouped | Sparsity, rows: int = 12, columns: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+def problem(target: NM | Sparsity, rows: int = 12, columns: int = 32) -> tuple[Tensor, Tensor, Tensor]:
     """Weights, inputs and a mask by Wanda's score."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
     x = correlated_inputs(200, columns, seed=5)
     score = weight.abs() * x.norm(dim=0)
-    keep = keep_by_group(score, target) if isinstance(target, Grouped) else keep_by_row(score, target)
+    keep = keep_by_group(score, target) if isinstance(target, NM) else keep_by_row(score, target)
     return weight, x, keep
 
 
@@ -64,7 +64,7 @@ def reference(weight: Tensor, x: Tensor, keep: Tensor, bits: int, group: int, da
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("group", [8, 0])
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_gptq_with_a_mask_is_the_definition(target: Grouped | Sparsity, group: int, joint: bool) -> None:
+def test_gptq_with_a_mask_is_the_definition(target: NM | Sparsity, group: int, joint: bool) -> None:
     weight, x, keep = problem(target)
     begin = weight if joint else weight * keep
     found = chained(gptq, weight, x, weight * keep, group=group, joint=joint).weight_OI
@@ -77,7 +77,7 @@ def test_gptq_with_a_mask_is_the_definition(target: Grouped | Sparsity, group: i
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_nearest_takes_the_grid_of_what_was_left(target: Grouped | Sparsity, bits: int) -> None:
+def test_nearest_takes_the_grid_of_what_was_left(target: NM | Sparsity, bits: int) -> None:
     weight, x, keep = problem(target)
     start = weight * keep * 0.5  # what the step before learned, not the dense weights
     found = chained(rtn, weight, x, start, bits, group=8).weight_OI
@@ -89,7 +89,7 @@ def test_nearest_takes_the_grid_of_what_was_left(target: Grouped | Sparsity, bit
 
 @pytest.mark.parametrize("options", [{}, {"act_order": True}, {"rounds": 3}, {"clip": True}, {"joint": True}], ids=str)
 @pytest.mark.parametrize("target", TARGETS[:2], ids=str)
-def test_every_option_leaves_zeros_alone_and_beats_rounding(target: Grouped | Sparsity, options: dict) -> None:
+def test_every_option_leaves_zeros_alone_and_beats_rounding(target: NM | Sparsity, options: dict) -> None:
     weight, x, keep = problem(target, rows=24)
     start = weight * keep
     wanted = weight if options.get("joint") else start
@@ -102,7 +102,7 @@ def test_every_option_leaves_zeros_alone_and_beats_rounding(target: Grouped | Sp
 
 
 def test_one_sweep_for_both_errors_beats_rounding_behind_a_mask_that_changed_no_weight() -> None:
-    weight, x, keep = problem(Grouped(2, 4), rows=64)
+    weight, x, keep = problem(NM(2, 4), rows=64)
     errors = [
         float((x @ (chained(gptq, weight, x, weight * keep, joint=joint, group=0).weight_OI - weight).T).square().sum())
         for joint in (False, True)
@@ -112,7 +112,7 @@ def test_one_sweep_for_both_errors_beats_rounding_behind_a_mask_that_changed_no_
 
 @pytest.mark.parametrize("module", [gptq, rtn])
 def test_without_tokens_what_was_left_is_rounded(module: Any) -> None:
-    weight, _, keep = problem(Grouped(2, 4))
+    weight, _, keep = problem(NM(2, 4))
     found = chained(module, weight, torch.zeros(0, 32), weight * keep, group=0)
     assert (found.weight_OI[~keep] == 0).all() and torch.isfinite(found.weight_OI).all()
     assert float((found.weight_OI - weight * keep).norm()) < 0.1 * float(weight.norm())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from niwaki.config.recipe import Grouped, Sparsity
+from niwaki.config.recipe import NM, Sparsity
 from niwaki.errors import TargetError
 from niwaki.methods.shared.masks import by_panel, keep_by_group, keep_by_matrix, keep_by_row
 
@@ -30,12 +30,12 @@ def test_matrix_threshold_takes_the_lowest_of_all() -> None:
 def test_ties_fall_to_the_lower_index() -> None:
     same = torch.ones(1, 4)
     assert keep_by_row(same, Sparsity(0.5)).tolist() == [[False, False, True, True]]
-    assert keep_by_group(same, Grouped(2, 4)).tolist() == [[False, False, True, True]]
+    assert keep_by_group(same, NM(2, 4)).tolist() == [[False, False, True, True]]
     assert keep_by_matrix(same, Sparsity(0.25)).tolist() == [[False, True, True, True]]
 
 
-@pytest.mark.parametrize("target", [Grouped(2, 4), Grouped(4, 8), Grouped(1, 3), Grouped(3, 4)])
-def test_groups_keep_their_highest(target: Grouped) -> None:
+@pytest.mark.parametrize("target", [NM(2, 4), NM(4, 8), NM(1, 3), NM(3, 4)])
+def test_groups_keep_their_highest(target: NM) -> None:
     scores = torch.rand(6, 24, generator=torch.Generator().manual_seed(1))
     keep = keep_by_group(scores, target)
     for row in range(6):
@@ -47,7 +47,7 @@ def test_groups_keep_their_highest(target: Grouped) -> None:
 
 def test_groups_that_do_not_fit_are_refused() -> None:
     with pytest.raises(TargetError, match="multiple of 4 inputs, got a matrix with 10"):
-        keep_by_group(torch.rand(2, 10), Grouped(2, 4))
+        keep_by_group(torch.rand(2, 10), NM(2, 4))
 
 
 def test_zeros_spread_over_columns_end_exactly() -> None:

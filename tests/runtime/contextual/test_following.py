@@ -10,7 +10,7 @@ from niwaki.runtime.contextual.following import follow
 from niwaki.runtime.contextual.sparsity import attach
 from support.contextual import PROMPT, ids_of, model_of, shadow_of, step_by_step
 
-RUNNING = [{}, {"refresh_tokens": 4}, {"least_prompt": PROMPT + 3}, {"most_kept_frac": 0.1}, {"stand_in": 0.7}]
+RUNNING = [{}, {"refresh_tokens": 4}, {"min_prompt": PROMPT + 3}, {"max_kept_frac": 0.1}, {"stand_in": 0.7}]
 
 
 @pytest.mark.parametrize("running", RUNNING)
@@ -24,7 +24,7 @@ def test_a_given_text_runs_as_if_written_one_by_one(family: str, running: dict[s
     for _ in range(2):  # and again, with nothing left of the first
         torch.testing.assert_close(follow(contextual, ids_BT[0], PROMPT), wanted_BTV[0], atol=1e-4, rtol=1e-4)
         assert contextual.records[-1] == stepping.records[0]
-    assert bool(contextual.records[0].sparse_tokens) == ("most_kept_frac" not in running)
+    assert bool(contextual.records[0].sparse_tokens) == ("max_kept_frac" not in running)
 
 
 def test_a_prompt_alone_is_read() -> None:

@@ -106,7 +106,7 @@ def test_a_batch_has_heads_of_its_own_and_its_order_does_not_matter(
 ) -> None:
     model = model_of(family)
     dense = copy.deepcopy(model)
-    shadow = shadow_of(model, scope=scope, most_kept_frac=1.0, batch=sharing, spread=0.2)
+    shadow = shadow_of(model, scope=scope, max_kept_frac=1.0, batch=sharing, spread=0.2)
     contextual = attach(model, shadow)
     contextual.in_place = in_place
     layout, ids_BT, order = shadow.layout, ids_of(3, PROMPT + 4), [2, 0, 1]
@@ -130,7 +130,7 @@ def test_a_batch_has_heads_of_its_own_and_its_order_does_not_matter(
 def test_a_longer_batch_than_the_one_before_finds_room() -> None:
     """Copies reuse their memory: masks of another size, and of another batch, must not meet what lay there."""
     model = model_of("llama")
-    dense, shadow = copy.deepcopy(model), shadow_of(model, most_kept_frac=1.0)
+    dense, shadow = copy.deepcopy(model), shadow_of(model, max_kept_frac=1.0)
     contextual = attach(model, shadow)
     for sequences in (1, 3, 1):
         ids_BT = ids_of(sequences, PROMPT + 4, seed=sequences)
@@ -156,7 +156,7 @@ def test_beams_change_places_and_then_there_is_no_second_look() -> None:
 
 def test_a_union_that_is_too_large_runs_dense_and_says_so() -> None:
     model = model_of("llama")
-    dense, contextual = copy.deepcopy(model), attach(model, shadow_of(model, most_kept_frac=0.4))
+    dense, contextual = copy.deepcopy(model), attach(model, shadow_of(model, max_kept_frac=0.4))
     ids_BT = ids_of(2, PROMPT + 4)
     found, _ = step_by_step(model, ids_BT, PROMPT)
     torch.testing.assert_close(found, dense(ids_BT, use_cache=False).logits, rtol=1e-4, atol=1e-4)
@@ -228,7 +228,7 @@ def test_a_next_turn_is_read_by_the_full_model() -> None:
 
 def test_short_prompts_run_dense_until_there_is_something_to_look_at() -> None:
     model = model_of("llama")
-    contextual = attach(model, shadow_of(model, least_prompt=8))
+    contextual = attach(model, shadow_of(model, min_prompt=8))
     step_by_step(model, ids_of(1, 12), 3)
     record = contextual.records[0]
     assert (record.prompt_tokens, record.sparse_tokens) == (8, 4)
@@ -277,7 +277,7 @@ def test_generate_of_transformers_runs_on_the_small_matrices() -> None:
 def test_padded_batches_are_repaired_too(family: str) -> None:
     """Tokens, masks and positions of what was written are those that generate gave."""
     model = model_of(family)
-    dense, contextual = copy.deepcopy(model), attach(model, shadow_of(model, most_kept_frac=1.0))
+    dense, contextual = copy.deepcopy(model), attach(model, shadow_of(model, max_kept_frac=1.0))
     ids_BT = ids_of(2, PROMPT)
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[0, :3] = 0

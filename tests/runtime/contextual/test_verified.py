@@ -16,7 +16,7 @@ from support.contextual import PROMPT, ids_of, model_of, shadow_of, step_by_step
 @pytest.mark.parametrize("skip_frac", [0.1, 0.7])
 def test_the_text_is_that_of_the_dense_model(family: str, every: int, skip_frac: float) -> None:
     model = model_of(family)
-    dense, contextual = copy.deepcopy(model), attach(model, shadow_of(model, skip_frac=skip_frac, most_kept_frac=1.0))
+    dense, contextual = copy.deepcopy(model), attach(model, shadow_of(model, skip_frac=skip_frac, max_kept_frac=1.0))
     for seed in range(2):
         ids_1T = ids_of(1, PROMPT, seed)
         found = write(contextual, ids_1T, max_new_tokens=20, every=every)
@@ -71,7 +71,7 @@ def test_a_lower_bar_takes_less_back_and_an_end_stops() -> None:
     contextual = attach(model, shadow_of(model, skip_frac=0.7))
     ids_1T = ids_of(1, PROMPT)
     strict = write(contextual, ids_1T, max_new_tokens=20, every=4)
-    loose = write(contextual, ids_1T, max_new_tokens=20, every=4, least_probability=1e-9)
+    loose = write(contextual, ids_1T, max_new_tokens=20, every=4, min_probability=1e-9)
     assert loose.taken_back == 0 < strict.taken_back and loose.agreement == 1.0 > strict.agreement
     end = int(strict.ids_1T[0, PROMPT + 5])
     stopped = write(contextual, ids_1T, max_new_tokens=20, every=4, ends=(end,))

@@ -19,7 +19,7 @@ PACKED_CPU = "benchmarks/results/packed-decode-cpu.json"
 # On an H100: tokens a second, and bytes read for each.
 _MEASURED = {"dense": (123.9, 13_214_687_744), "4 bit": (203.8, 3_601_867_264), "1.6 bit": (210.4, 1_564_626_432)}
 _H100_BANDWIDTH = 3.35e12
-LEAST_BYTES = 1e9  # of a model: what takes less than the start of its kernels is not like those that were measured
+MIN_BYTES = 1e9  # of a model: what takes less than the start of its kernels is not like those that were measured
 # On a CPU of two cores: speed-up over dense, and how many times fewer bytes.
 _CPU_SPEEDUP = (2.96, 2_200_119_888 / 458_441_168)
 
@@ -44,7 +44,7 @@ def decoding(dense: ModelSizes, stages: Sequence[Planned], machine: Machine) -> 
     found: dict[str, Any] = {"machine": machine.name, "bandwidth_bytes_per_s": machine.bandwidth}
     for name, nbytes, kind in ("before", before, "dense"), ("after", after, _kind(last.target)):
         ceiling = machine.bandwidth / nbytes
-        share = _share(machine, kind) if before >= LEAST_BYTES else None
+        share = _share(machine, kind) if before >= MIN_BYTES else None
         found[name] = {
             "bytes_per_token": round(nbytes),
             "fits": (dense.file_bytes if name == "before" else last.stored.file_bytes) < machine.memory_bytes,
@@ -78,7 +78,7 @@ def _speedup(found: Mapping[str, Any], machine: Machine, ratio: float, kind: str
     speeds = [found[name]["reached_tokens_per_s"] for name in ("before", "after")]
     if None not in speeds:
         return float(round(speeds[1] / speeds[0], 3))
-    if machine.name == "cpu" and kind not in (None, "dense") and found["before"]["bytes_per_token"] >= LEAST_BYTES:
+    if machine.name == "cpu" and kind not in (None, "dense") and found["before"]["bytes_per_token"] >= MIN_BYTES:
         gained, promised = _CPU_SPEEDUP
         return round(1 + (ratio - 1) * (gained - 1) / (promised - 1), 3)
     return None

@@ -66,7 +66,7 @@ _REACHED = {
     "pass": 0.253,
     "select": 3.75e-3,
 }
-LEAST_S, MOST_S, LEAST_RUNS = 0.1, 0.3, 5  # of every measurement of this machine
+MIN_S, MAX_S, MIN_RUNS = 0.1, 0.3, 5  # of every measurement of this machine
 _GPU_START_S = 7.0e-6  # of an operation of a block, Python and launch
 _GPU_SHARD_S, _GPU_DISK = 0.05, 1.05e9  # what the same runs took a block beyond all that, and read and wrote
 
@@ -192,7 +192,7 @@ def _seconds(work: Callable[[], object]) -> float:
     """
     work()
     found: list[float] = []
-    while sum(found) < LEAST_S or (len(found) < LEAST_RUNS and sum(found) < MOST_S):
+    while sum(found) < MIN_S or (len(found) < MIN_RUNS and sum(found) < MAX_S):
         begin = time.perf_counter()
         work()
         found.append(time.perf_counter() - begin)

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from niwaki.compression.embeddings import GROUPS, WIDTHS, ends_to_pack
-from niwaki.config.recipe import Bits, Grouped, Keep, PrunedBits, Recipe, Sparsity, Target
+from niwaki.compression.embeddings import GROUPS, WIDTHS, embeddings_to_pack
+from niwaki.config.recipe import NM, Bits, KeepUnits, PrunedBits, Recipe, Sparsity, Target
 from niwaki.errors import TargetError
 from niwaki.formats.quantized import WEIGHT
 from niwaki.formats.sparse import CODES, LAYOUTS, sparse_bytes
@@ -20,7 +20,7 @@ from niwaki.methods.cost import Scope
 from niwaki.methods.registry import Step
 from niwaki.methods.shared.rounding import uniform_bytes
 from niwaki.model.decoder import Decoder
-from niwaki.model.prunable import Look, Shape, Sizes
+from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSpace
 from niwaki.runtime.contextual.units import find_layout
 
 TENSOR_HEADER = 80  # bytes of a tensor's entry in the header of its file, beside its name
@@ -158,7 +158,7 @@ def stored(decoder: Decoder, model: ModelSizes, steps: Sequence[Step], target: T
         files += total + _header(decoder, index, names, block.tensors)
         read += met
         largest = max(largest, total)
-    packed = _packed_ends(decoder, recipe, target)
+    packed = _packed_embeddings(decoder, recipe, target)
     files += model.ends_bytes - packed[0] + packed[1] + _header(decoder, None, 0, 0)
     head = model.head_bytes if not packed[0] else model.head_bytes * packed[1] / packed[0]
     return Stored(files, 8 * matrices / max(model.weights, 1), read + head, largest)
@@ -168,14 +168,14 @@ def _has_room(model: ModelSizes, step: Step, target: Target) -> bool:
     """Whether bits can move between matrices, as in `budget.spread_bits`: the target is more than all need at least."""
     assert isinstance(target, Bits), "fractional methods meet nothing else"
     matrices = [matrix for block in model.blocks for matrix in block.matrices]
-    least = sum(m.rows * m.columns * step.least_bits(m.rows, m.columns) for m in matrices)
+    least = sum(m.rows * m.columns * step.min_bits(m.rows, m.columns) for m in matrices)
     return least < target.bits * model.weights
 
 
 def _matrix_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe: Recipe, by_need: bool) -> int:
     asked = target
     if by_need and isinstance(target, Bits):  # what the smallest ones need more, others give
-        asked = Bits(max(target.bits, step.least_bits(matrix.rows, matrix.columns)))
+        asked = Bits(max(target.bits, step.min_bits(matrix.rows, matrix.columns)))
     nbytes = step.stored_bytes(name, matrix.rows, matrix.columns, asked)
     if recipe.pack == "auto" and isinstance(target, PrunedBits) and nbytes is not None:
         nbytes = min(nbytes, _coded_bytes(matrix, target, vars(step.config)["group"] or matrix.columns) or nbytes)
@@ -207,7 +207,7 @@ def _places_and_values(matrix: Matrix, zeros: Target, bits: int) -> int:
 
 
 def _fits_two_four(zeros: Target) -> bool:
-    return isinstance(zeros, Grouped) and zeros.group == 4 and zeros.keep <= 2
+    return isinstance(zeros, NM) and zeros.group == 4 and zeros.keep <= 2
 
 
 def _header(decoder: Decoder, index: int | None, names: int, own: int) -> int:
@@ -218,39 +218,39 @@ def _header(decoder: Decoder, index: int | None, names: int, own: int) -> int:
     return FILE_HEADER + round(count * (TENSOR_HEADER - 12 + long))
 
 
-def _packed_ends(decoder: Decoder, recipe: Recipe, target: Target) -> tuple[int, int]:
+def _packed_embeddings(decoder: Decoder, recipe: Recipe, target: Target) -> tuple[int, int]:
     """Bytes of embeddings and head before and after they became codes; zeros if they stay."""
-    if recipe.ends == "none":
+    if recipe.embeddings == "none":
         return 0, 0
     before = after = 0
-    for module, names in ends_to_pack(recipe, target, decoder).items():
+    for module, names in embeddings_to_pack(recipe, target, decoder).items():
         rows, columns = decoder.checkpoint.tensors[names[0]].shape
         group = next(group for group in GROUPS if columns % group == 0)
         before += sum(decoder.checkpoint.tensors[name].nbytes for name in names)
-        after += uniform_bytes(module + WEIGHT, rows, columns, WIDTHS[recipe.ends], group, symmetric=False)
+        after += uniform_bytes(module + WEIGHT, rows, columns, WIDTHS[recipe.embeddings], group, symmetric=False)
     return before, after
 
 
 def shape_of(
     decoder: Decoder, step: Step, target: Target, multiple: int, config: Mapping[str, Any]
-) -> tuple[Sizes, Shape, int]:
+) -> tuple[ShapeSpace, PrunedShape, int]:
     """The shape a structured method would take if all losses were equal, and how many it may try.
 
     Raises TargetError if it finds none.
     """
     assert isinstance(target, Sparsity)
-    sizes = Sizes(decoder.anatomy, decoder.model, config, multiple)
+    sizes = ShapeSpace(decoder.anatomy, decoder.model, config, multiple)
     units = {kind: unit.count for kind, unit in sizes.units.items()}
-    looks = [Look(1 - index / 1e3, {kind: [0.0] * n for kind, n in units.items()}) for index in range(len(sizes))]
+    looks = [BlockInfo(1 - index / 1e3, {kind: [0.0] * n for kind, n in units.items()}) for index in range(len(sizes))]
     search = step.structured.search(sizes, target.zeros_frac, looks, step.config)
-    tried: set[Shape] = set()
+    tried: set[PrunedShape] = set()
     try:
         shapes = next(search)
         while True:
             tried |= set(shapes)
             shapes = search.send([0.0] * len(shapes))
     except StopIteration as stop:
-        found: Shape | None = stop.value
+        found: PrunedShape | None = stop.value
     if found is None:
         raise TargetError(
             f"target {target}: {step.name} finds no shape that removes so much and leaves a block, a head and a "
@@ -259,7 +259,7 @@ def shape_of(
     return sizes, found, len(tried)
 
 
-def shaped(model: ModelSizes, sizes: Sizes, shape: Shape) -> ModelSizes:
+def shaped(model: ModelSizes, sizes: ShapeSpace, shape: PrunedShape) -> ModelSizes:
     """What is left of the blocks."""
     blocks, targets = [], sizes.targets(shape, True)
     for index, block in enumerate(model.blocks):
@@ -268,7 +268,7 @@ def shaped(model: ModelSizes, sizes: Sizes, shape: Shape) -> ModelSizes:
         matrices = []
         for matrix in block.matrices:
             keep = targets[index][matrix.name]
-            assert isinstance(keep, Keep)
+            assert isinstance(keep, KeepUnits)
             along = "columns" if matrix.name == keep.unit.consumer else "rows"
             width = getattr(matrix, along) // keep.unit.count * keep.count
             matrices.append(replace(matrix, **{along: width}))

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from niwaki.kernels.rows import ACTIVATIONS, MOST_TOKENS
+from niwaki.kernels.rows import ACTIVATIONS, MAX_TOKENS
 
 LOAD_BYTES = 16  # of neighbouring columns, by one thread at once
 
@@ -110,7 +110,7 @@ def _output(
 ) -> Tensor:
     """Where the result goes, once the inputs are as the kernels take them."""
     tokens = len(x_BI)
-    assert 1 <= tokens <= MOST_TOKENS, f"expected 1 to {MOST_TOKENS} tokens, got {tokens}"
+    assert 1 <= tokens <= MAX_TOKENS, f"expected 1 to {MAX_TOKENS} tokens, got {tokens}"
     assert x_BI.is_contiguous() and units_K.is_contiguous() and weight.stride(1) == 1, "rows must be contiguous"
     assert units_K.dtype in (torch.int32, torch.int64), f"expected whole numbers as units, got {units_K.dtype}"
     assert extra_BO is None or (extra_BO.shape == (tokens, outputs) and extra_BO.is_contiguous())

@@ -41,12 +41,12 @@ class Tiles(NamedTuple):
 # 4096².
 TILES = {16: Tiles(16, 64, 2, 3), 32: Tiles(32, 32, 4, 3)}
 DECODED = {"bitmap": (16, 32, 4), "two_four": (16, 32, 4), TILED: (32, 16, 4)}  # rows, bytes, warps
-MOST_BLOCK_TOKENS = 32
+MAX_BLOCK_TOKENS = 32
 
 
 def block_of(tokens: int) -> int:
     """Tokens of a program."""
-    return min(max(int(triton.next_power_of_2(tokens)), 16), MOST_BLOCK_TOKENS)
+    return min(max(int(triton.next_power_of_2(tokens)), 16), MAX_BLOCK_TOKENS)
 
 
 def whole_steps(record: GpuRecord, tiles: Tiles) -> Tiles:

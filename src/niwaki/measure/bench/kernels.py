@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from niwaki.formats.sparse_tiles import LAYOUT
 from niwaki.kernels.codes import cpu_module
-from niwaki.kernels.rows import MOST_TOKENS
+from niwaki.kernels.rows import MAX_TOKENS
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
 
@@ -66,7 +66,7 @@ def what_runs(model: Any, tokens: int) -> Ran:
 
 def contextual_kernel(model: Any, tokens: int) -> str:
     """What multiplies the kept rows and columns of a contextual model."""
-    return "Triton rows" if model.device.type == "cuda" and tokens <= MOST_TOKENS else "torch on copies"
+    return "Triton rows" if model.device.type == "cuda" and tokens <= MAX_TOKENS else "torch on copies"
 
 
 def _better(one: Any, other: Any, large: bool) -> bool:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from niwaki.config.recipe import Grouped, Sparsity
+from niwaki.config.recipe import NM, Sparsity
 from niwaki.errors import ArchitectureError, InputError, TargetError
 from niwaki.formats.packed import Packed, Stored
 from niwaki.formats.sparse import Sparse
@@ -36,7 +36,7 @@ from niwaki.methods import shadow
 from niwaki.methods.shared.masks import keep_by_row
 from niwaki.methods.shared.rounding import groups_of, nearest
 from niwaki.model.anatomy import Anatomy, build_skeleton, materialize_buffers
-from niwaki.model.prunable import Shape, Sizes
+from niwaki.model.prunable import PrunedShape, ShapeSpace
 from niwaki.runtime.contextual.predictor import Predictor
 from niwaki.runtime.contextual.record import Running, Shadow
 from niwaki.runtime.contextual.sparsity import attach
@@ -59,7 +59,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Form:
+class Variant:
     """How a form is made of a dense model, of which it may hold the tensors. Raises NiwakiError where it cannot be."""
 
     about: str
@@ -74,13 +74,13 @@ def bitmap(weight_OI: Tensor) -> Stored:
 
 def two_four(weight_OI: Tensor) -> Stored:
     """The two smallest of every four zero."""
-    keep_OI = keep_by_row(weight_OI.float().abs(), Grouped(2, 4))
+    keep_OI = keep_by_row(weight_OI.float().abs(), NM(2, 4))
     return _stored(Sparse.encode(_masked(weight_OI, keep_OI), layout="two_four"))
 
 
 def two_four_codes(weight_OI: Tensor) -> Stored:
     """The same with codes of 4 bits, in the tiles that the kernels read where the columns allow it."""
-    keep_OI = keep_by_row(weight_OI.float().abs(), Grouped(2, 4))
+    keep_OI = keep_by_row(weight_OI.float().abs(), NM(2, 4))
     columns = weight_OI.shape[1]
     groups = groups_of(0, columns, 4, "symmetric", _group(columns))
     (part,) = nearest(_masked(weight_OI, keep_OI).float(), groups, clip=False).storable().parts(torch.arange(columns))
@@ -201,9 +201,9 @@ def structured(model: Any, anatomy: Anatomy) -> Made:
     return Made(made, f"{sizes.removed_frac(shape):.1%} of the blocks gone: {shape} left")
 
 
-def find_shape(model: Any, anatomy: Anatomy) -> tuple[Sizes, Shape]:
+def find_shape(model: Any, anatomy: Anatomy) -> tuple[ShapeSpace, PrunedShape]:
     """A quarter fewer heads and neurons where the config can say so, else fewer neurons alone."""
-    sizes = Sizes(anatomy, build_skeleton(model.config, model.dtype), model.config.to_dict())
+    sizes = ShapeSpace(anatomy, build_skeleton(model.config, model.dtype), model.config.to_dict())
     for heads in (max(1, sizes.heads * 3 // 4), sizes.heads):
         shape = sizes.fitting(REMOVED_FRAC, heads, (), 0)
         if shape is None:
@@ -247,11 +247,11 @@ def untrained(model: Any, anatomy: Anatomy, skip_frac: float) -> Shadow:
 
 
 FORMS = {
-    "bitmap": Form("50 % zeros, bitmap", packed(bitmap)),
-    "2:4": Form("2:4, indices", packed(two_four)),
-    "2:4+4bit": Form("2:4, 4-bit codes", packed(two_four_codes)),
-    "4bit": Form("4-bit codes", packed(four_bits)),
-    "1.6bit": Form("columns of 4 and 1 bit", packed(mixed_bits)),
-    "structured": Form("25 % narrower", structured),
-    "contextual": Form("50 % skipped by input", contextual),
+    "bitmap": Variant("50 % zeros, bitmap", packed(bitmap)),
+    "2:4": Variant("2:4, indices", packed(two_four)),
+    "2:4+4bit": Variant("2:4, 4-bit codes", packed(two_four_codes)),
+    "4bit": Variant("4-bit codes", packed(four_bits)),
+    "1.6bit": Variant("columns of 4 and 1 bit", packed(mixed_bits)),
+    "structured": Variant("25 % narrower", structured),
+    "contextual": Variant("50 % skipped by input", contextual),
 }

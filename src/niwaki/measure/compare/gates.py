@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from niwaki.config.recipe import parse_bytes
 from niwaki.errors import InputError, unknown
-from niwaki.measure.intervals import least_units
+from niwaki.measure.intervals import min_units
 from niwaki.measure.metrics import METRICS
 from niwaki.measure.schema import Candidate, Comparison, Estimate, Settings, Verdict
 
@@ -205,7 +205,7 @@ def _too_little(one: Measurement, wanted: float, confidence: float) -> str:
         return f"measured at {confidence:.4g} confidence, the gate asks for {wanted:.4g}: compare again with this gate"
     if needs == "speed":
         return "" if estimate.low is not None else f"only {estimate.units} rounds for {wanted:.4g} confidence"
-    least = least_units(wanted)
+    least = min_units(wanted)
     if estimate.units >= least and estimate.low is not None:
         return ""
     return (

@@ -11,7 +11,7 @@ from typing import Any
 from niwaki.measure.compare.token_metrics import decode_one, estimate
 from niwaki.measure.compare.worker import Worker
 from niwaki.measure.intervals import median_interval
-from niwaki.measure.schema import Generation, Memory, Pace, Speed
+from niwaki.measure.schema import Generation, Memory, Speed, Throughput
 
 
 def measure_speed(
@@ -75,10 +75,10 @@ def _first_difference(theirs: list[int], ours: list[int]) -> int | None:
     return next((place for place, equal in enumerate(same) if not equal), min(len(theirs), len(ours)))
 
 
-def _pace(tokens: int, dense: list[float], candidate: list[float], confidence: float) -> Pace:
+def _pace(tokens: int, dense: list[float], candidate: list[float], confidence: float) -> Throughput:
     ratios = [ours / theirs for theirs, ours in zip(dense, candidate, strict=True)]
     speeds = [tuple(tokens / seconds for seconds in part) for part in (dense, candidate)]
-    return Pace(
+    return Throughput(
         tokens=tokens,
         dense_tokens_per_s=speeds[0],
         candidate_tokens_per_s=speeds[1],

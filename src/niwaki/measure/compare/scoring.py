@@ -19,7 +19,7 @@ from torch import Tensor
 from niwaki.compression.walk import Report
 from niwaki.measure.compare.answers import Likelihoods
 from niwaki.measure.compare.token_metrics import Scored, Text, score_text
-from niwaki.measure.evaluate.final_hidden_states import Passed
+from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
 from niwaki.measure.evaluate.tasks import Bucket, Item, continued, likelihoods
 from niwaki.measure.schema import Scoring
 from niwaki.model.decoder import Decoder
@@ -47,19 +47,19 @@ class Scores:
     scoring: Scoring
 
 
-def passed(decoder: Decoder, material: Material, folder: Path, report: Report) -> Passed:
+def passed(decoder: Decoder, material: Material, folder: Path, report: Report) -> FinalHiddenStates:
     """Everything through all blocks of a model."""
     windows = {text.path: text.ids_ST for text in material.texts}
-    return Passed(decoder, windows, dict(material.buckets), folder, report)
+    return FinalHiddenStates(decoder, windows, dict(material.buckets), folder, report)
 
 
-def answers_of(one: Passed, material: Material) -> dict[str, Likelihoods]:
+def answers_of(one: FinalHiddenStates, material: Material) -> dict[str, Likelihoods]:
     """Log-likelihoods of all answers under a model that has passed."""
     return {path: likelihoods(items, one.buckets[path], one.logits) for path, items in material.items.items()}
 
 
 def score_candidate(
-    decoder: Decoder, dense: Passed, material: Material, first_tokens: int, folder: Path, report: Report
+    decoder: Decoder, dense: FinalHiddenStates, material: Material, first_tokens: int, folder: Path, report: Report
 ) -> Scores:
     """One candidate on everything, by its runtime if it has one of its own."""
     if has_shadow(decoder.checkpoint.folder):
@@ -71,7 +71,9 @@ def score_candidate(
     return Scores(texts, answers_of(one, material), scoring)
 
 
-def _by_runtime(decoder: Decoder, dense: Passed, material: Material, first_tokens: int, report: Report) -> Scores:
+def _by_runtime(
+    decoder: Decoder, dense: FinalHiddenStates, material: Material, first_tokens: int, report: Report
+) -> Scores:
     """Windows are prompts of `first_tokens` that go on as given, questions are prompts that go on with each answer."""
     folder = decoder.checkpoint.folder
     model = load(folder, device=str(decoder.device), dense=True).to(decoder.dtype)
@@ -112,6 +114,6 @@ def _follow(contextual: Contextual, ids_T: Tensor, prompt: int) -> Tensor:
     return follow(contextual, ids_T.to(contextual.model.device), prompt).float()
 
 
-def _window(one: Passed, text: Text) -> Callable[[int], Tensor]:
+def _window(one: FinalHiddenStates, text: Text) -> Callable[[int], Tensor]:
     stream = one.windows[text.path]
     return lambda row: one.logits(stream, slice(row, row + 1))[0]

@@ -4,7 +4,7 @@ Of every predicted token five numbers stay: its negative log-likelihood and the 
 and the divergence between them. Perplexity, KL and agreement of a file, of a domain and of the worst passages all
 come from them; distributions over the vocabulary are never kept.
 
-A unit for the intervals is a document, or a window where a file has fewer than LEAST_DOCUMENTS (a book is one
+A unit for the intervals is a document, or a window where a file has fewer than MIN_DOCUMENTS (a book is one
 document). Windows of one long text are taken as independent, which neighbours are not quite.
 
 Legend: S windows, T tokens, V vocabulary, P predicted tokens of a window, U units.
@@ -25,7 +25,7 @@ from niwaki.errors import NumericalError
 from niwaki.measure.intervals import Floats, mean_interval, share_interval
 from niwaki.measure.schema import DataQuality, Estimate, Example, Quality, TokenDivergence, Unit
 
-LEAST_DOCUMENTS = 20
+MIN_DOCUMENTS = 20
 PASSAGE = 32  # tokens of an example
 EXAMPLES = 20
 Bools = NDArray[np.bool_]
@@ -84,7 +84,7 @@ def data_quality(scored: Scored, confidence: float, rng: np.random.Generator) ->
     text = scored.text
     owners_SP = text.owners_ST[:, scored.first + 1 :].numpy()
     every = np.ones_like(owners_SP, dtype=bool)
-    unit: Unit = "document" if len(np.unique(owners_SP)) >= LEAST_DOCUMENTS else "window"
+    unit: Unit = "document" if len(np.unique(owners_SP)) >= MIN_DOCUMENTS else "window"
     units_SP = owners_SP if unit == "document" else np.broadcast_to(np.arange(len(owners_SP))[:, None], owners_SP.shape)
     domains = {}
     if any(domain is not None for domain in text.domains):

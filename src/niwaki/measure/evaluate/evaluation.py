@@ -20,7 +20,7 @@ from niwaki.data.stream import Stream
 from niwaki.data.texts import check_seq_len, evaluation_windows, load_tokenizer, read_texts
 from niwaki.errors import InputError
 from niwaki.measure.evaluate.divergence import compare_windows
-from niwaki.measure.evaluate.final_hidden_states import Passed
+from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
 from niwaki.measure.evaluate.harness import find_tasks, run_tasks
 from niwaki.measure.evaluate.tasks import buckets, read_items, score
 from niwaki.model.checkpoint import Checkpoint
@@ -83,7 +83,7 @@ def evaluate(
     packed = {path: buckets(items, tokenizer, positions) for path, items in questions.items()}
     with tempfile.TemporaryDirectory(prefix="niwaki-") as folder:
         passed = [
-            Passed(decoder, windows, packed, Path(folder) / str(number), report)
+            FinalHiddenStates(decoder, windows, packed, Path(folder) / str(number), report)
             for number, decoder in enumerate(decoders)
         ]
         result: dict[str, Any] = {
@@ -103,12 +103,12 @@ def evaluate(
     return result
 
 
-def _compare_all(passed: list[Passed], paths: list[str]) -> dict[str, Any]:
+def _compare_all(passed: list[FinalHiddenStates], paths: list[str]) -> dict[str, Any]:
     found: dict[str, dict[str, float]] = {}
     for path in paths:
         streams = [(one, one.windows[path]) for one in passed]
 
-        def logits(row: int, streams: list[tuple[Passed, Stream]] = streams) -> list[Tensor]:
+        def logits(row: int, streams: list[tuple[FinalHiddenStates, Stream]] = streams) -> list[Tensor]:
             return [one.logits(stream, slice(row, row + 1))[0] for one, stream in streams]
 
         for name, value in compare_windows(streams[0][1].ids_ST, logits).items():
@@ -116,11 +116,11 @@ def _compare_all(passed: list[Passed], paths: list[str]) -> dict[str, Any]:
     return found
 
 
-def _score_all(passed: list[Passed], path: str, questions: list[Any]) -> dict[str, Any]:
+def _score_all(passed: list[FinalHiddenStates], path: str, questions: list[Any]) -> dict[str, Any]:
     scores = []
     for one in passed:
 
-        def logits(stream: Stream, rows: slice, one: Passed = one) -> Tensor:
+        def logits(stream: Stream, rows: slice, one: FinalHiddenStates = one) -> Tensor:
             return one.logits(stream, rows)
 
         scores.append(score(questions, one.buckets[path], logits))

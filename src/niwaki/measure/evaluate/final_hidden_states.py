@@ -17,7 +17,7 @@ from niwaki.measure.evaluate.tasks import Bucket
 from niwaki.model.decoder import Decoder
 
 
-class Passed:
+class FinalHiddenStates:
     """A decoder whose streams have all gone through its blocks, ready for logits."""
 
     def __init__(
@@ -48,4 +48,4 @@ class Passed:
 
     def logits(self, stream: Stream, rows: slice) -> Tensor:
         """Logits [B, T, V] float32 of the windows `rows`."""
-        return self.decoder.leave(stream.ids_ST[rows], stream.hidden.read(rows)).float()
+        return self.decoder.logits(stream.ids_ST[rows], stream.hidden.read(rows)).float()

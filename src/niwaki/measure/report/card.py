@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult
 
 from niwaki.compression.model_card import without_folders
 from niwaki.measure.report.measured import RECORD, check_card, entry, write_measured
-from niwaki.measure.schema import BUSY, Candidate, Comparison, Estimate, Pace
+from niwaki.measure.schema import BUSY, Candidate, Comparison, Estimate, Throughput
 from niwaki.model.files import write_text
 
 RECORDED = "comparison.json"
@@ -86,7 +86,7 @@ def _speed(comparison: Comparison, candidate: Candidate) -> Iterator[Row]:
         return
     threads = f"{candidate.speed.threads} threads" if comparison.environment.accelerator is None else "one device"
 
-    def row(measure: str, pace: Pace) -> Row:
+    def row(measure: str, pace: Throughput) -> Row:
         values = f"{pace.dense_median:.1f}", f"{pace.candidate_median:.1f}"
         time = f"time {_with_ends(pace.latency_ratio, '.3f')}"
         if pace.dense_swing > BUSY:

@@ -15,7 +15,7 @@ def cosine(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * step / steps)) / 2
 
 
-class Lowest:
+class BestState:
     """Remembers `tensors` as they were at the lowest error: at the beginning, if it never fell.
 
     On a GPU the copy lies where hidden states of its size would.

@@ -24,7 +24,7 @@ from niwaki.methods.shared.column_sweep import inverse_factor
 from niwaki.model.decoder import Block
 
 BINARIZED_UNREACHED = "no calibration token reached this matrix: binarised by its weights alone"
-MOST_BITS = 8.0  # that a target can ask for
+MAX_BITS = 8.0  # that a target can ask for
 PASSES = 30  # over the weights for one trial: masks, two means, signs, differences, and squares summed in float64
 SPLIT_FRACS = torch.linspace(0.1, 0.9, 81, dtype=torch.float64)  # of the weights, in order of their size
 
@@ -156,7 +156,7 @@ def check_reach(name: str, rows: int, columns: int, stored_bytes: int, target: T
     bits = 8 * stored_bytes / (rows * columns)
     if bits > target.bits:
         least = math.ceil(bits * 1000) / 1000
-        hint = f"ask for {least:.3f}bit or more" if least <= MOST_BITS else "it is too small for this method"
+        hint = f"ask for {least:.3f}bit or more" if least <= MAX_BITS else "it is too small for this method"
         raise TargetError(f"target {target}: {name}, {rows}×{columns}, needs {least:.3f} bits with this method: {hint}")
 
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from niwaki.data.statistics import Needs
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.methods.cost import Scope, Work, learning
-from niwaki.methods.shared.best_state import Lowest, cosine
+from niwaki.methods.shared.best_state import BestState, cosine
 from niwaki.model.anatomy import Call
 from niwaki.model.decoder import Block
 
@@ -41,7 +41,7 @@ class Reconstruction:
     output in the dense model) or `both` (their mean).
     """
 
-    def __init__(self, block: Block, seen: Evidence, target: str, generator: torch.Generator) -> None:
+    def __init__(self, block: Block, seen: CalibrationData, target: str, generator: torch.Generator) -> None:
         assert seen.stream is not None and seen.stream.outputs is not None, "needs() must ask for windows"
         self.block = block
         self.stream = seen.stream
@@ -132,7 +132,7 @@ def descend(
     schedule: Schedule,
     generator: torch.Generator,
     prune: Prune | None = None,
-) -> tuple[dict[str, Tensor], Lowest]:
+) -> tuple[dict[str, Tensor], BestState]:
     """Gradient descent on float32 masters; returns the weights and their held-out errors.
 
     `start` is emptied: a master takes the place of every weight. Masked weights stay zero; with `prune` they may move
@@ -142,7 +142,7 @@ def descend(
     masters = {name: (start.pop(name) * keep[name]).requires_grad_(False) for name in list(start)}
     sizes = {name: float(weight_OI.square().mean().sqrt()) for name, weight_OI in masters.items()}
     optimizer = schedule.make_optimizer([{"params": [masters[name]], "size": sizes[name]} for name in masters])
-    lowest = Lowest(list(masters.values()), task.error(masters))
+    lowest = BestState(list(masters.values()), task.error(masters))
 
     def choose_again() -> None:
         if prune is not None:

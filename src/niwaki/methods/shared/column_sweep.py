@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Grouped
+from niwaki.config.recipe import NM
 from niwaki.errors import NumericalError
 from niwaki.kernels.sweep import sweep_panel
 
@@ -104,9 +104,7 @@ def _damped_until(
     raise NumericalError("XᵀX stays singular even with damping 1: give more or different calibration text")
 
 
-def sweep(
-    weight_OI: Tensor, upper_II: Tensor, target: Grouped | None, choose: Choose | None, panel_columns: int
-) -> Tensor:
+def sweep(weight_OI: Tensor, upper_II: Tensor, target: NM | None, choose: Choose | None, panel_columns: int) -> Tensor:
     """Prunes `weight_OI` (float32, changed in place) and returns the keep mask [O, I].
 
     For unstructured targets `choose` picks the mask of each panel from its weights at that moment; for N:M

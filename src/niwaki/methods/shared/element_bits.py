@@ -27,17 +27,17 @@ MIDDLE = 7.5  # of the four-bit codes
 def salient_elements(rows: int, columns: int, target: Target) -> int:
     """How many weights can have four bits. Raises TargetError if the mask and one bit are already too much."""
     assert isinstance(target, Bits)
-    size, least_bits = rows * columns, least_element_bits(rows, columns)
-    left_bytes = int((target.bits - least_bits) * size / 8 + 1e-6)
-    if target.bits < least_bits:
+    size, min_bits = rows * columns, min_element_bits(rows, columns)
+    left_bytes = int((target.bits - min_bits) * size / 8 + 1e-6)
+    if target.bits < min_bits:
         raise TargetError(
-            f"target {target}: a choice by element needs at least {least_bits:.3f} bits for a {rows}×{columns} "
+            f"target {target}: a choice by element needs at least {min_bits:.3f} bits for a {rows}×{columns} "
             "matrix: raise the target, or use granularity=column"
         )
     return min(8 * (left_bytes // (SALIENT_BITS - 1)), size)
 
 
-def least_element_bits(rows: int, columns: int) -> float:
+def min_element_bits(rows: int, columns: int) -> float:
     """Bits a weight of one bit, the mask and the scales."""
     return 8 * (2 * -(-rows * columns // 8) + 2 * SCALES * rows) / (rows * columns)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from niwaki.formats.quantized import SCALE_DTYPE
 from niwaki.kernels.latent import Levels, Shape, codes_of, gradients_of, weights_of
-from niwaki.methods.shared.best_state import Lowest
+from niwaki.methods.shared.best_state import BestState
 from niwaki.methods.shared.block_training import Reconstruction, Schedule, follow
 from niwaki.methods.shared.rounding import SMALLEST_SCALE, Rounded
 
@@ -84,7 +84,7 @@ def learn(
     start: Mapping[str, Latent],
     schedule: Schedule,
     generator: torch.Generator,
-) -> tuple[dict[str, Rounded], Lowest]:
+) -> tuple[dict[str, Rounded], BestState]:
     """Descends and returns the codes of the lowest held-out error; the start itself, if learning never lowered it."""
     groups: list[dict[str, Any]] = []
     for latent in start.values():
@@ -107,7 +107,7 @@ def learn(
         return task.error(matrices(levels()))
 
     tensors = [tensor for group in groups for tensor in group["params"]]
-    lowest = Lowest(tensors, heldout())
+    lowest = BestState(tensors, heldout())
     for windows in follow(task, schedule, optimizer, generator, lambda: None, lambda: lowest.offer(heldout())):
         now = levels()
         found = task.gradients(matrices(now), windows)

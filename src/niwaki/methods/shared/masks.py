@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Grouped, Sparsity, Target
+from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.kernels.select import Parts, above, keep_highest, keep_in_panel
 from niwaki.methods.mask_scores import note
 
@@ -21,7 +21,7 @@ InPanel = Callable[[Tensor, int], Tensor]
 
 def keep_by_row(scores_OI: Tensor, target: Target) -> Tensor:
     """Boolean [O, I]: every row loses its lowest scores; the rows' counts differ by at most one."""
-    if isinstance(target, Grouped):
+    if isinstance(target, NM):
         return keep_by_group(scores_OI, target)
     rows, columns = scores_OI.shape
     zeros = target.zeros_in(rows, columns)
@@ -33,7 +33,7 @@ def keep_by_row(scores_OI: Tensor, target: Target) -> Tensor:
 
 def keep_by_matrix(scores_OI: Tensor, target: Target) -> Tensor:
     """Boolean [O, I]: one threshold for the whole matrix (N:M targets are chosen group by group anyway)."""
-    if isinstance(target, Grouped):
+    if isinstance(target, NM):
         return keep_by_group(scores_OI, target)
     keep_OI, bound_1 = keep_highest(scores_OI, target.zeros_in(*scores_OI.shape))
     note(target, scores_OI, keep_OI, bound_1)
@@ -76,7 +76,7 @@ def _drop_lowest(scores_OI: Tensor, zeros_O: Tensor) -> tuple[Tensor, Tensor]:
     return above(scores_OI, bound_O1, zeros_O[:, None]), bound_O1
 
 
-def keep_by_group(scores_OI: Tensor, target: Grouped) -> Tensor:
+def keep_by_group(scores_OI: Tensor, target: NM) -> Tensor:
     """Boolean [O, I]: the `keep` highest of every `group` neighbours along the inputs."""
     rows, columns = scores_OI.shape
     target.zeros_in(rows, columns)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from niwaki.config.recipe import Bits, Target
 from niwaki.errors import TargetError
-from niwaki.formats.quantized import SCALE_DTYPE, TILE, Part, centre
+from niwaki.formats.quantized import SCALE_DTYPE, TILE, QuantizedColumns, centre
 from niwaki.kernels.codes import Fit, Grid, span, sweep_codes, sweep_fitted
 from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, products
 
@@ -116,7 +116,7 @@ class Rounded:
         group_I = self.grid.group_I.long()
         return self.code_OI * self.scale_OG[:, group_I] + self.offset_OG[:, group_I]
 
-    def parts(self, order_I: Tensor) -> list[Part]:
+    def parts(self, order_I: Tensor) -> list[QuantizedColumns]:
         """As stored: one part per run of equal groups, column j of this matrix being `order_I[j]` of the original.
 
         The columns of a part must ascend. Scales must be exact in float16 (see `storable`).
@@ -128,7 +128,7 @@ class Rounded:
             picked = slice(numbers[0], numbers[-1] + 1)
             scale_OG, offset_OG = self.scale_OG[:, picked], self.offset_OG[:, picked]
             found.append(
-                Part(
+                QuantizedColumns(
                     columns_C=order_I[columns],
                     bits=first.bits,
                     grid=first.grid,
@@ -168,13 +168,13 @@ def fit_grid(weight_OC: Tensor, group: Group, clip: bool) -> tuple[Tensor, Tenso
     if not clip:
         return span(weight_OC, _fit(group))
     best: tuple[Tensor, Tensor] | None = None
-    least_O1 = torch.full_like(weight_OC[:, :1], torch.inf)
+    min_O1 = torch.full_like(weight_OC[:, :1], torch.inf)
     for share in CLIPS:
         scale_O1, offset_O1 = span(weight_OC, _fit(group), share)
         code_OC = ((weight_OC - offset_O1) / scale_O1).round_().clamp_(0, 2**group.bits - 1)
         error_O1 = (code_OC * scale_O1 + offset_O1 - weight_OC).square().sum(1, keepdim=True)
-        better_O1 = error_O1 < least_O1
-        least_O1 = torch.where(better_O1, error_O1, least_O1)
+        better_O1 = error_O1 < min_O1
+        min_O1 = torch.where(better_O1, error_O1, min_O1)
         best = best or (scale_O1, offset_O1)
         best = torch.where(better_O1, scale_O1, best[0]), torch.where(better_O1, offset_O1, best[1])
     assert best is not None

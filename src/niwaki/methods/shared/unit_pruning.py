@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Keep, Target, Unit
+from niwaki.config.recipe import KeepUnits, Target, Unit
 from niwaki.data.statistics import Statistics
-from niwaki.data.stream import Evidence
+from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.model.decoder import Block
 from niwaki.model.prunable import places
@@ -27,11 +27,11 @@ from niwaki.model.prunable import places
 UNREACHED = "no calibration token reached this matrix: groups chosen by their weights"
 
 
-def keeps_of(targets: Mapping[str, Target]) -> list[Keep]:
+def keeps_of(targets: Mapping[str, Target]) -> list[KeepUnits]:
     """Every unit of a block with what it keeps, in the order of the forward pass."""
-    found: dict[str, Keep] = {}
+    found: dict[str, KeepUnits] = {}
     for target in targets.values():
-        assert isinstance(target, Keep)
+        assert isinstance(target, KeepUnits)
         found[target.unit.consumer] = target
     return list(found.values())
 
@@ -45,10 +45,12 @@ class Choice(NamedTuple):
     bias_O: Tensor | None = None
 
 
-Choose = Callable[[Keep, Tensor, Statistics], Choice]
+Choose = Callable[[KeepUnits, Tensor, Statistics], Choice]
 
 
-def unit_by_unit(block: Block, seen: Evidence, targets: Mapping[str, Target], choose: Choose) -> dict[str, Packed]:
+def unit_by_unit(
+    block: Block, seen: CalibrationData, targets: Mapping[str, Target], choose: Choose
+) -> dict[str, Packed]:
     """Records of all matrices of a block; `choose` decides for every unit that is not gone as a whole."""
     found: dict[str, Packed] = {}
     for keep in keeps_of(targets):
@@ -61,7 +63,7 @@ def unit_by_unit(block: Block, seen: Evidence, targets: Mapping[str, Target], ch
     return found
 
 
-def unreached(keep: Keep, weight_OI: Tensor) -> Choice:
+def unreached(keep: KeepUnits, weight_OI: Tensor) -> Choice:
     """By the weights alone, where no token came."""
     kept = kept_of(by_group(weight_OI.square().sum(0), keep.unit), keep.count)
     return Choice(kept, without(weight_OI, keep, kept), UNREACHED)
@@ -146,7 +148,7 @@ def scaled(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit
     return found_OI
 
 
-def records(block: Block, keep: Keep, choice: Choice) -> dict[str, Packed]:
+def records(block: Block, keep: KeepUnits, choice: Choice) -> dict[str, Packed]:
     """Records of all matrices of a unit: the consumer's new matrix, and producers without the removed rows."""
     kept, weight_OI, note, bias_O = choice
     found = {}
@@ -164,7 +166,7 @@ def records(block: Block, keep: Keep, choice: Choice) -> dict[str, Packed]:
     return found
 
 
-def without(weight_OI: Tensor, keep: Keep, kept: Sequence[int]) -> Tensor:
+def without(weight_OI: Tensor, keep: KeepUnits, kept: Sequence[int]) -> Tensor:
     """The matrix with zeros in the columns of all other groups."""
     alive_G = torch.zeros(keep.unit.count, dtype=torch.bool, device=weight_OI.device)
     alive_G[list(kept)] = True

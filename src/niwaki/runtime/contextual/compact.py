@@ -26,7 +26,7 @@ from torch.nn.functional import linear
 
 from niwaki.config.recipe import Unit
 from niwaki.errors import ArchitectureError
-from niwaki.kernels.rows import MOST_TOKENS
+from niwaki.kernels.rows import MAX_TOKENS
 from niwaki.runtime.contextual.small_linear import (
     CompactLinear,
     KeptColumns,
@@ -169,7 +169,7 @@ def compact(
     device = next(blocks.parameters()).device
     heads, neurons = Places(heads_BLG[0], device), Places(neurons_LG, device)
     groups, same_L = own_groups(heads_BLG, device), (heads_BLG == heads_BLG[:1]).all(2).all(0).tolist()
-    in_place = in_place and len(heads_BLG) <= MOST_TOKENS
+    in_place = in_place and len(heads_BLG) <= MAX_TOKENS
     for index, block in enumerate(blocks):
         if not bool(heads.kept_LG[index].all()):
             own_BK = None if same_L[index] else groups[index]

@@ -26,7 +26,7 @@ def follow(contextual: Contextual, ids_T: Tensor, prompt: int) -> Tensor:
     found: list[Tensor] = [model(input_ids=ids_1T[:, :prompt], past_key_values=cache, use_cache=True).logits[0]]
     if not rest.shape[1]:
         return found[0]
-    if running.refresh_tokens or prompt < running.least_prompt:
+    if running.refresh_tokens or prompt < running.min_prompt:
         steps = rest.split(1, dim=1)
         found += [model(input_ids=ids_11, past_key_values=cache, use_cache=True).logits[0] for ids_11 in steps]
         return torch.cat(found)

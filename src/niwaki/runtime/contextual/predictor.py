@@ -40,7 +40,7 @@ FEATURES = ("last", "mean", "prompt")
 PENALTIES = (1.0, 3.0, 10.0, 30.0)
 NOISES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # ν, as shares of the median deviation
 LIMIT = 4.0  # of features in standard deviations, and of activity as a multiple: no outlier is to decide alone
-LEAST_WEIGHT = 1e-3
+MIN_WEIGHT = 1e-3
 SMALLEST = 1e-12
 
 
@@ -179,7 +179,7 @@ def _fit(traces: Traces, layout: Layout, features: Sequence[str], rank: int, pen
 def _weights(prior_U: Tensor, layout: Layout) -> Tensor:
     """How much units count [U]: p over its mean in the block, and not nothing."""
     parts = (prior_1LG / prior_1LG.mean(2, keepdim=True) for prior_1LG in layout.split(prior_U[None]))
-    return layout.join(*parts)[0].clamp_min(LEAST_WEIGHT)
+    return layout.join(*parts)[0].clamp_min(MIN_WEIGHT)
 
 
 def _trust(predictor: Predictor, judge: Traces, layout: Layout) -> Tensor:

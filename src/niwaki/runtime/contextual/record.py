@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from niwaki.config.recipe import current_name
 from niwaki.errors import CheckpointError
 from niwaki.model.files import write_shard, write_text
 from niwaki.runtime.contextual.predictor import Predictor
@@ -34,12 +35,12 @@ class Running:
     """
 
     refresh_tokens: int = 0
-    least_prompt: int = 16
-    most_kept_frac: float = 0.85
+    min_prompt: int = 16
+    max_kept_frac: float = 0.85
     batch: str = "union"
     stand_in: float = 0.5
-    most_deviation: float = 0.0
-    least_margin: float = 0.0
+    max_deviation: float = 0.0
+    min_margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ def write_about(folder: Path, shadow: Shadow) -> None:
     write_text(folder / ABOUT, json.dumps(about, indent=2) + "\n")
 
 
+def read_running(fields: Mapping[str, Any]) -> Running:
+    """Return the running settings of a stored record, whose fields may have the names of an earlier version."""
+    return Running(**{current_name(name): value for name, value in fields.items()})
+
+
 def has_shadow(folder: Path) -> bool:
     """Whether a predictor lies beside the weights."""
     return (folder / ABOUT).is_file()
@@ -83,7 +89,7 @@ def read_shadow(folder: Path) -> Shadow:
             raise CheckpointError(
                 f"{folder / ABOUT} has format {about['format']}, this niwaki reads {FORMAT}: install a newer one"
             )
-        layout, rule, running = read_layout(about["layout"]), Rule(**about["rule"]), Running(**about["running"])
+        layout, rule, running = read_layout(about["layout"]), Rule(**about["rule"]), read_running(about["running"])
         heads = layout.blocks * layout.count("heads")
         predictor = Predictor(tuple(about["features"]), heads, **load_file(folder / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

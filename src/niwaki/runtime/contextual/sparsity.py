@@ -11,9 +11,9 @@
    is put back to what the full model left, the tokens written since are read by the full model, and 2. follows.
 
 In a batch every sequence has heads of its own, and all run the same neurons (`contextual.selection.for_batch`); their
-order does not matter. When the batch together needs more than `most_kept_frac` of the weights, skipping would not pay,
-and it runs dense; so do prompts until they are `least_prompt` long, those that deviate by more than `most_deviation`
-from what is expected of them or whose mask holds less than `least_margin` of it (see `gating`), and caches or attention
+order does not matter. When the batch together needs more than `max_kept_frac` of the weights, skipping would not pay,
+and it runs dense; so do prompts until they are `min_prompt` long, those that deviate by more than `max_deviation`
+from what is expected of them or whose mask holds less than `min_margin` of it (see `gating`), and caches or attention
 masks that cannot be followed.
 `records` says of every sequence what was done and why.
 
@@ -191,7 +191,7 @@ class Contextual:
             return None
         choice = self._choose(sequence)
         if choice is None and not sequence.record.dense_because:
-            sequence.record.dense_because = f"the prompt is shorter than {self.shadow.running.least_prompt} tokens"
+            sequence.record.dense_because = f"the prompt is shorter than {self.shadow.running.min_prompt} tokens"
         return choice
 
     @contextmanager
@@ -223,7 +223,7 @@ class Contextual:
 
         record, running, layout = sequence.record, self.shadow.running, self.shadow.layout
         cache, tokens_B = sequence.alive, sequence.reading.tokens_B
-        if tokens_B is None or int(tokens_B.min()) < running.least_prompt:
+        if tokens_B is None or int(tokens_B.min()) < running.min_prompt:
             return None  # looked at again at the next token
         if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
             record.dense_because = "heads can leave caches that grow only, and this one has a fixed size"
@@ -232,13 +232,13 @@ class Contextual:
         features = sequence.reading.features
         deviation = float(predictor.deviation(*features).max())
         record.deviation.append(deviation)
-        if running.most_deviation and deviation > running.most_deviation:
+        if running.max_deviation and deviation > running.max_deviation:
             record.dense_because = f"the prompt deviates by {deviation:.3g} from what the predictor expects"
             return None
         scores_BU = predictor.scores(*features)
         held = float(margin(scores_BU, self.shadow.rule.select(scores_BU, layout), layout).min())
         record.margin.append(held)
-        if held < running.least_margin:
+        if held < running.min_margin:
             record.dense_because = f"the mask would hold {held:.1%} of what is expected to matter"
             return None
         heads_BLG, neurons_LG = for_batch(self.shadow.rule, scores_BU, layout, running.batch)
@@ -246,7 +246,7 @@ class Contextual:
         run_LG = heads_BLG[0] | ~same_L[:, None]
         skipped_frac = float(layout.skipped_frac(layout.join(run_LG[None], neurons_LG[None]))[0])
         record.skipped_frac.append(skipped_frac)
-        if 1 - skipped_frac > running.most_kept_frac:
+        if 1 - skipped_frac > running.max_kept_frac:
             record.dense_because = f"the batch together needs {1 - skipped_frac:.0%} of the weights"
             return None
         heads_BLG, neurons_LG = heads_BLG.cpu(), neurons_LG.cpu()

@@ -3,10 +3,10 @@
 The small matrices write `every` tokens, then the full model reads them in one pass, all at once. What it would have
 written too is kept; at the first difference its own token takes the place, what followed is taken back, and the cache
 holds what the full model leaves either way. Nothing the small matrices wrote survives unless the full model agrees, so
-that with `least_probability` None the result equals greedy decoding of the dense model, whatever the predictor chose:
+that with `min_probability` None the result equals greedy decoding of the dense model, whatever the predictor chose:
 that decides the speed alone. (This is speculative decoding with a part of the model as its own draft.)
 
-With `least_probability` p a token also stands when the full model gives it at least p, the rule of Sirius (Zhou et al.
+With `min_probability` p a token also stands when the full model gives it at least p, the rule of Sirius (Zhou et al.
 2024): fewer tokens are taken back, and the text may differ from the dense one.
 
 Cost: one pass of the full model every `every` tokens beside the small ones. One sequence at a time.
@@ -57,7 +57,7 @@ def write(
     *,
     max_new_tokens: int,
     every: int = 8,
-    least_probability: float | None = None,
+    min_probability: float | None = None,
     ends: Collection[int] = (),
 ) -> Written:
     """Continues one prompt greedily; `ends` are the tokens that stop it. Raises InputError for impossible settings."""
@@ -65,8 +65,8 @@ def write(
 
     if len(ids_1T) != 1 or ids_1T.shape[1] < 1:
         raise InputError(f"verified writing continues one prompt, got {len(ids_1T)} of {ids_1T.shape[1]} tokens")
-    if every < 1 or max_new_tokens < 1 or not (least_probability is None or 0 < least_probability <= 1):
-        raise InputError("expected every ≥ 1, max_new_tokens ≥ 1 and least_probability in (0, 1] or None")
+    if every < 1 or max_new_tokens < 1 or not (min_probability is None or 0 < min_probability <= 1):
+        raise InputError("expected every ≥ 1, max_new_tokens ≥ 1 and min_probability in (0, 1] or None")
     model, found = contextual.model, Written(ids_1T)
     cache = DynamicCache(config=model.config)
     total = ids_1T.shape[1] + max_new_tokens
@@ -94,7 +94,7 @@ def write(
         found.passes += 1
         logits_1TV = logits_1TV[:, -len(drafted) :]
         found.divergence += _divergence(logits_1TV[0], torch.cat(drafted))
-        following = _settle(contextual, found, draft, logits_1TV, least_probability)
+        following = _settle(contextual, found, draft, logits_1TV, min_probability)
         record.verified = {"passes": found.passes, "agreement": found.agreement, "kl": found.kl}
 
 
@@ -111,15 +111,15 @@ def _append(found: Written, draft: list[Tensor]) -> Tensor:
 
 
 def _settle(
-    contextual: Contextual, found: Written, draft: list[Tensor], logits_1TV: Tensor, least_probability: float | None
+    contextual: Contextual, found: Written, draft: list[Tensor], logits_1TV: Tensor, min_probability: float | None
 ) -> Tensor:
     """Keeps what the full model accepts of a draft, of which `draft[0]` is in the text; returns the token to follow."""
     wanted_T = logits_1TV[0].argmax(-1)
     probability_TV = logits_1TV[0].float().softmax(-1)
     drafted_T = torch.cat(draft[1:], dim=1)[0]
     good_T = wanted_T == drafted_T
-    if least_probability is not None:
-        good_T |= probability_TV.gather(1, drafted_T[:, None])[:, 0] >= least_probability
+    if min_probability is not None:
+        good_T |= probability_TV.gather(1, drafted_T[:, None])[:, 0] >= min_probability
     count = int(good_T.long().cumprod(0).sum())
     found.drafted += len(drafted_T)
     found.accepted += count

@@ -40,7 +40,7 @@ def check_open(host: str, keys: object, otherwise: str = "") -> None:
         raise InputError(f"{host} can be reached from other machines: give --api-key-file FILE{otherwise}")
 
 
-class Guard:
+class LimitsMiddleware:
     """The application behind its limits. `challenge`: how a 401 asks for a key; `here`: without keys, only for here."""
 
     def __init__(self, app: Any, keys: Keys, bounds: Bounds, *, here: bool = True, challenge: str = "Bearer") -> None:
