@@ -7,20 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from methods.test_wandapp import evidence, loaded
+from methods.test_wandapp import calibration, loaded
 from niwaki.config.recipe import Sparsity
 from niwaki.data.statistics import Needs
 from niwaki.methods import besa
 from niwaki.methods.besa import Config, Rates
-from support.models import correlated_inputs, evidence_of, make_block, run_method
+from support.models import calibration_of, correlated_inputs, make_block, run_method
 
 
 def rates_of(weights: dict[str, Tensor], share: float, **options: Any) -> Rates:
     block = make_block(weights)
     columns = next(iter(weights.values())).shape[1]
-    seen = evidence_of(block, correlated_inputs(64, columns), Needs(sqnorm=True))
+    calib = calibration_of(block, correlated_inputs(64, columns), Needs(sqnorm=True))
     zeros = round(share * sum(weight.numel() for weight in weights.values()))
-    return Rates(weights, seen.statistics, zeros, Config(**options))
+    return Rates(weights, calib.statistics, zeros, Config(**options))
 
 
 def randomize(rates: Rates, scale: float = 2.0) -> None:
@@ -106,7 +106,7 @@ def test_learning_moves_zeros_between_rows_and_lowers_the_heldout_error(tmp_path
         block.weight("mlp.down_proj")[:8] *= 3
     targets = dict.fromkeys(block.linears, Sparsity(0.3))
     config = Config(steps=50, batch=2)
-    packed = besa.compress(block, evidence(block, stream), targets, config, torch.Generator())
+    packed = besa.compress(block, calibration(block, stream), targets, config, torch.Generator())
     zeros = 0
     for name, record in packed.items():
         assert record.detail["heldout_error"] < 0.9 * record.detail["heldout_error_start"]
@@ -125,8 +125,8 @@ def test_uniform_rates_are_kept_when_learning_does_not_help() -> None:
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
     block = make_block({"m": weight})
     config = Config(steps=8, rate=80.0)
-    seen = evidence_of(block, correlated_inputs(80, 40), besa.needs(config))
-    record = besa.compress(block, seen, {"m": Sparsity(0.5)}, config, torch.Generator())["m"]
+    calib = calibration_of(block, correlated_inputs(80, 40), besa.needs(config))
+    record = besa.compress(block, calib, {"m": Sparsity(0.5)}, config, torch.Generator())["m"]
     assert record.detail["heldout_error"] <= record.detail["heldout_error_start"]
     if record.detail["heldout_error"] == record.detail["heldout_error_start"]:
         assert record.note == besa.KEPT_START and set(record.detail["row_zeros"]) == {20}
@@ -142,8 +142,8 @@ def test_quantization_stays_on_its_levels_and_learns_its_clipping() -> None:
     for steps in (1, 200):
         config = Config(quant_bits=4, steps=steps, rate=0.1)
         block = make_block({"m": weight})
-        seen = evidence_of(block, x, besa.needs(config))
-        record = besa.compress(block, seen, {"m": Sparsity(0.5)}, config, torch.Generator())["m"]
+        calib = calibration_of(block, x, besa.needs(config))
+        record = besa.compress(block, calib, {"m": Sparsity(0.5)}, config, torch.Generator())["m"]
         assert all(len(row.unique()) <= 17 for row in record.weight_OI)  # 16 levels, and the pruned zeros
         errors[steps] = record.detail["heldout_error"]
         assert record.detail["heldout_error_start"] == pytest.approx(errors.get(1, errors[steps]), rel=0.2)

@@ -10,7 +10,7 @@ from niwaki.methods.comp import Config
 from niwaki.model.anatomy import build_skeleton, discover
 from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSpace
 from support.families import GQA
-from support.models import correlated_inputs, evidence_of, make_block
+from support.models import calibration_of, correlated_inputs, make_block
 
 UNIT = Unit("neurons", "m", (), 48)
 
@@ -62,8 +62,8 @@ def test_tuning_beats_leaving_the_columns_as_they_are(options: dict) -> None:
 
     def error(**more: object) -> float:
         config = Config(**(options | more))
-        seen = evidence_of(block, x, comp.needs(config))
-        found = comp.compress(block, seen, {"m": KeepUnits(UNIT, 30)}, config, torch.Generator())["m"]
+        calib = calibration_of(block, x, comp.needs(config))
+        found = comp.compress(block, calib, {"m": KeepUnits(UNIT, 30)}, config, torch.Generator())["m"]
         assert len(found.detail["kept_groups"]) == 30 and found.cut == (16, 30)
         return float((x @ (found.weight_OI - weight).T).square().sum() / (x @ weight.T).square().sum())
 
@@ -75,8 +75,8 @@ def test_groups_that_no_token_reached_go_by_their_weights() -> None:
     weight = torch.randn(8, 48, generator=torch.Generator().manual_seed(0))
     weight[:, 10:] *= 0.01
     block = make_block({"m": weight})
-    seen = evidence_of(block, torch.zeros(0, 48), comp.needs(Config()))
-    found = comp.compress(block, seen, {"m": KeepUnits(UNIT, 10)}, Config(), torch.Generator())["m"]
+    calib = calibration_of(block, torch.zeros(0, 48), comp.needs(Config()))
+    found = comp.compress(block, calib, {"m": KeepUnits(UNIT, 10)}, Config(), torch.Generator())["m"]
     assert found.detail["kept_groups"] == list(range(10)) and "no calibration token" in found.note
     assert torch.equal(found.weight_OI[:, :10], weight[:, :10])
 

@@ -11,7 +11,7 @@ from niwaki.config.recipe import Sparsity
 from niwaki.data.texts import calibration_windows, load_tokenizer, read_texts
 from niwaki.errors import InputError
 from niwaki.methods import gblm, wanda
-from support.models import correlated_inputs, evidence_of, make_block, tiny_llama, weights_of, write_texts
+from support.models import calibration_of, correlated_inputs, make_block, tiny_llama, weights_of, write_texts
 
 MATRICES = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -52,18 +52,18 @@ def test_a_compression_equals_the_formula_in_its_first_block(alpha: float, tmp_p
 def test_without_gradients_it_is_wanda() -> None:
     weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
     block = make_block({"m": weight})
-    seen = evidence_of(block, correlated_inputs(40, 16), gblm.needs(gblm.Config()))
+    calib = calibration_of(block, correlated_inputs(40, 16), gblm.needs(gblm.Config()))
     generator, targets = torch.Generator(), {"m": Sparsity(0.5)}
-    found = gblm.compress(block, seen, targets, gblm.Config(alpha=0.0), generator)["m"]
-    plain = wanda.compress(block, seen, targets, wanda.Config(), generator)["m"]
+    found = gblm.compress(block, calib, targets, gblm.Config(alpha=0.0), generator)["m"]
+    plain = wanda.compress(block, calib, targets, wanda.Config(), generator)["m"]
     assert torch.equal(found.weight_OI, plain.weight_OI)
 
 
 def test_gradients_decide_where_norms_do_not() -> None:
     block = make_block({"m": torch.ones(1, 4)})
-    seen = evidence_of(block, torch.ones(8, 4), gblm.needs(gblm.Config()))
-    seen.gradients["m"][:] = torch.tensor([[1.0, 4.0, 2.0, 3.0]])  # type: ignore[index]
-    found = gblm.compress(block, seen, {"m": Sparsity(0.5)}, gblm.Config(), torch.Generator())["m"]
+    calib = calibration_of(block, torch.ones(8, 4), gblm.needs(gblm.Config()))
+    calib.gradients["m"][:] = torch.tensor([[1.0, 4.0, 2.0, 3.0]])  # type: ignore[index]
+    found = gblm.compress(block, calib, {"m": Sparsity(0.5)}, gblm.Config(), torch.Generator())["m"]
     assert found.weight_OI.tolist() == [[0.0, 1.0, 0.0, 1.0]]
 
 

@@ -11,7 +11,7 @@ from niwaki.config.recipe import parse_target
 from niwaki.errors import TargetError
 from niwaki.formats.quantized import stored_tensors
 from niwaki.methods import gptq, rtn
-from support.models import correlated_inputs, evidence_of, make_block, run_method, tiny_llama, write_texts
+from support.models import calibration_of, correlated_inputs, make_block, run_method, tiny_llama, write_texts
 
 
 def output_error(found: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> float:
@@ -63,7 +63,7 @@ def test_bits_count_codes_scales_and_zero_codes(bits: str, group: int, symmetric
     block = make_block({"m": weight})
     config = rtn.Config(group=group, symmetric=symmetric)
     packed = rtn.compress(
-        block, evidence_of(block, x, rtn.needs(config)), {"m": parse_target(bits)}, config, torch.Generator()
+        block, calibration_of(block, x, rtn.needs(config)), {"m": parse_target(bits)}, config, torch.Generator()
     )["m"]
     assert packed.nbytes(torch.bfloat16) == sum(t.nbytes for t in stored_tensors(packed.parts, 64).values())
     assert packed.nbytes(torch.bfloat16) * 8 / weight.numel() == expected

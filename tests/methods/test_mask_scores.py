@@ -9,7 +9,7 @@ from niwaki.config.recipe import Target, parse_target
 from niwaki.methods.mask_scores import BINS, Choice, Seen, agreeing, described, note, watched
 from niwaki.methods.registry import get_method
 from niwaki.methods.shared.masks import keep_by_row
-from support.models import correlated_inputs, evidence_of, make_block
+from support.models import calibration_of, correlated_inputs, make_block
 
 
 def summary(choices: list[Choice], stored_OI: torch.Tensor) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def chosen(method: str, target: str, shape: tuple[int, int] = (96, 64), **option
     module = get_method(method)
     weight_OI = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     block, config = make_block({"m": weight_OI, "n": weight_OI.flip(0)}), module.Config(**options)
-    seen = evidence_of(block, correlated_inputs(64, shape[1]), module.needs(config))
+    seen = calibration_of(block, correlated_inputs(64, shape[1]), module.needs(config))
     targets: dict[str, Target] = dict.fromkeys(("m", "n"), parse_target(target))
     with watched(targets) as (own, found):
         packed = module.compress(block, seen, own, config, torch.Generator().manual_seed(0))

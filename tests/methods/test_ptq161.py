@@ -79,9 +79,9 @@ def test_gradients_of_all_scales_are_those_of_the_formula() -> None:
 def test_learning_never_ends_above_its_start(rate_frac: float, improves: bool, tmp_path: Path) -> None:
     block, stream = loaded(tmp_path, windows=16)
     config = Config(rounds=8, samples=14, rate_frac=rate_frac, target="block")
-    seen = CalibrationData(collect(block, stream, ptq161.needs(config))[0], stream)
+    calib = CalibrationData(collect(block, stream, ptq161.needs(config))[0], stream)
     targets = dict.fromkeys(block.linears, Bits(8.0))
-    for packed in ptq161.compress(block, seen, targets, config, torch.Generator()).values():
+    for packed in ptq161.compress(block, calib, targets, config, torch.Generator()).values():
         start, end = packed.detail["heldout_error_start"], packed.detail["heldout_error"]
         assert (end < 0.95 * start) if improves else (end == start)
         assert packed.note == ("" if improves else ptq161.KEPT_START)

@@ -10,7 +10,7 @@ from niwaki.data.stream import CalibrationData
 from niwaki.errors import NumericalError
 from niwaki.methods import sparsegpt
 from niwaki.methods.shared.column_sweep import inverse_factor
-from support.models import correlated_inputs, evidence_of, make_block, run_method, statistics_of
+from support.models import calibration_of, correlated_inputs, make_block, run_method, statistics_of
 
 
 def reference(weight: np.ndarray, x: np.ndarray, target: Target, damping_frac: float, panel: int) -> np.ndarray:
@@ -99,8 +99,8 @@ def test_damping_that_had_to_be_raised_is_noted() -> None:
     x = torch.ones(2, 64) * 1e4
     block = make_block({"m": torch.randn(2, 64)})
     config = sparsegpt.Config(damping_frac=1e-9)
-    seen = evidence_of(block, x, sparsegpt.needs(config))
-    packed = sparsegpt.compress(block, seen, {"m": Sparsity(0.5)}, config, torch.Generator())["m"]
+    calib = calibration_of(block, x, sparsegpt.needs(config))
+    packed = sparsegpt.compress(block, calib, {"m": Sparsity(0.5)}, config, torch.Generator())["m"]
     assert "damping_frac raised to" in packed.note
     assert torch.isfinite(packed.weight_OI).all()
 

@@ -17,14 +17,14 @@ from niwaki.methods import squeeze10
 from niwaki.methods.shared.learned_rounding import Latent
 from niwaki.methods.shared.rounding import damped, error, groups_of, nearest
 from niwaki.methods.squeeze10 import Config, Split, _Task, split_columns
-from support.models import correlated_inputs, evidence_of, make_block, run_method, tiny_llama, write_texts
+from support.models import calibration_of, correlated_inputs, make_block, run_method, tiny_llama, write_texts
 
 
 def squeeze(weight: torch.Tensor, x: torch.Tensor, bits: float, **options) -> Packed:
     config = Config(learn_rounds=0, **options)
-    seen = evidence_of(make_block({"m": weight}), x, squeeze10.needs(config))
+    calib = calibration_of(make_block({"m": weight}), x, squeeze10.needs(config))
     targets = {"m": Bits(bits)}
-    return squeeze10.compress(make_block({"m": weight}), seen, targets, config, torch.Generator())["m"]
+    return squeeze10.compress(make_block({"m": weight}), calib, targets, config, torch.Generator())["m"]
 
 
 def wide() -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +113,7 @@ def drifted() -> tuple[torch.Tensor, CalibrationData]:
 @pytest.mark.parametrize("supervise", squeeze10.SUPERVISIONS)
 def test_every_supervision_is_best_at_what_it_minimises(supervise: str) -> None:
     """Against float64 sums over the inputs themselves: ‖(W − Q)X‖, ‖(W − Q)F‖, ‖WF − QX‖."""
-    weight, seen = drifted()
+    weight, calib = drifted()
     _, full = wide()
     noise = torch.randn(full.shape, generator=torch.Generator().manual_seed(9))
     f, x, w = full.double(), (full * 0.9 + 0.3 * noise).double(), weight.double()
@@ -121,7 +121,7 @@ def test_every_supervision_is_best_at_what_it_minimises(supervise: str) -> None:
     for name in squeeze10.SUPERVISIONS:
         targets = {"m": Bits(2.0)}
         config = Config(supervise=name, rounds=12, learn_rounds=0)
-        q = squeeze10.compress(make_block({"m": weight}), seen, targets, config, torch.Generator())["m"].weight_OI
+        q = squeeze10.compress(make_block({"m": weight}), calib, targets, config, torch.Generator())["m"].weight_OI
         q = q.double()
         lost = {"prefix": (w - q) @ x.T, "inputs": (w - q) @ f.T, "outputs": w @ f.T - q @ x.T}[supervise]
         found[name] = float(lost.square().sum())
@@ -129,10 +129,10 @@ def test_every_supervision_is_best_at_what_it_minimises(supervise: str) -> None:
 
 
 def test_a_part_of_the_way_to_the_full_outputs_lies_between() -> None:
-    weight, seen = drifted()
+    weight, calib = drifted()
     found = []
     for frac in (0.5, 1.0):
-        task = _Task.of(seen.statistics["m"], Config(supervise="outputs", supervise_frac=frac))
+        task = _Task.of(calib.statistics["m"], Config(supervise="outputs", supervise_frac=frac))
         assert task is not None
         found.append(task.wanted(weight))
     torch.testing.assert_close(found[0], (weight + found[1]) / 2)
@@ -206,9 +206,9 @@ def test_learning_never_ends_above_its_start(rate_frac: float, improves: bool, t
     """With one bit for all columns there is much to gain, unless every step destroys what was there."""
     block, stream = loaded(tmp_path, windows=16)
     config = Config(learn_rounds=10, samples=14, rate_frac=rate_frac, target="block", rounds=2)
-    seen = CalibrationData(collect(block, stream, squeeze10.needs(config))[0], stream)
+    calib = CalibrationData(collect(block, stream, squeeze10.needs(config))[0], stream)
     for record in squeeze10.compress(
-        block, seen, dict.fromkeys(block.linears, Bits(3.0)), config, torch.Generator()
+        block, calib, dict.fromkeys(block.linears, Bits(3.0)), config, torch.Generator()
     ).values():
         start, end = record.detail["heldout_error_start"], record.detail["heldout_error"]
         assert (end < 0.95 * start) if improves else (end == start)

@@ -11,7 +11,7 @@ from niwaki.methods import flap, shortgpt, two_ssp, wanda_sp
 from niwaki.model.anatomy import build_skeleton, discover
 from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSpace
 from support.families import GQA
-from support.models import correlated_inputs, evidence_of, make_block
+from support.models import calibration_of, correlated_inputs, make_block
 
 HEADS, NEURONS = Unit("heads", "m", (), 8), Unit("neurons", "m", (), 32)
 
@@ -35,8 +35,8 @@ def result(search: Any, loss: Any = None) -> PrunedShape | None:
 def chosen(module: Any, unit: Unit, count: int, x: torch.Tensor, weight: torch.Tensor) -> Any:
     block = make_block({"m": weight})
     config = module.Config()
-    seen = evidence_of(block, x, module.needs(config))
-    return module.compress(block, seen, {"m": KeepUnits(unit, count)}, config, torch.Generator())["m"]
+    calib = calibration_of(block, x, module.needs(config))
+    return module.compress(block, calib, {"m": KeepUnits(unit, count)}, config, torch.Generator())["m"]
 
 
 WEIGHT = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
@@ -80,8 +80,8 @@ def test_flap_takes_the_lowest_standard_scores_of_all_blocks() -> None:
 
 def test_flap_looks_at_standardised_scores() -> None:
     block = make_block({"m": WEIGHT})
-    seen = evidence_of(block, X, flap.needs(flap.Config())).statistics
-    scores = torch.tensor(flap.look(block, seen, {"neurons": NEURONS}, flap.Config())["neurons"])
+    calib = calibration_of(block, X, flap.needs(flap.Config())).statistics
+    scores = torch.tensor(flap.look(block, calib, {"neurons": NEURONS}, flap.Config())["neurons"])
     assert float(scores.mean()) == pytest.approx(0, abs=1e-6) and float(scores.std()) == pytest.approx(1, abs=1e-6)
 
 

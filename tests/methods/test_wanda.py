@@ -48,12 +48,12 @@ def test_silent_features_go_first() -> None:
 
 
 def test_unreached_matrix_falls_back_by_magnitude_and_says_so() -> None:
-    from support.models import evidence_of, make_block
+    from support.models import calibration_of, make_block
 
     weight = torch.tensor([[3.0, 1.0, 2.0, 4.0]])
     block = make_block({"m": weight})
-    seen = evidence_of(block, torch.empty(0, 4), wanda.needs(wanda.Config()))
-    packed = wanda.compress(block, seen, {"m": Sparsity(0.5)}, wanda.Config(), torch.Generator())["m"]
+    calib = calibration_of(block, torch.empty(0, 4), wanda.needs(wanda.Config()))
+    packed = wanda.compress(block, calib, {"m": Sparsity(0.5)}, wanda.Config(), torch.Generator())["m"]
     assert packed.weight_OI.tolist() == [[3.0, 0.0, 0.0, 4.0]]
     assert "no calibration token" in packed.note
 

@@ -19,7 +19,7 @@ from niwaki.methods.shared.block_training import Reconstruction, Schedule, assem
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Block, Decoder
 from support.families import build
-from support.models import CPU, correlated_inputs, evidence_of, make_block, run_method, tiny_llama, write_texts
+from support.models import CPU, calibration_of, correlated_inputs, make_block, run_method, tiny_llama, write_texts
 
 SCORE_ONLY = {"rounds": 0}
 
@@ -63,7 +63,7 @@ def loaded(tmp_path: Path, windows: int = 9, **changes: object) -> tuple[Block, 
     return decoder.load(0), stream
 
 
-def evidence(block: Block, stream: Stream) -> CalibrationData:
+def calibration(block: Block, stream: Stream) -> CalibrationData:
     needs = wandapp.needs(wandapp.Config())
     return CalibrationData(collect(block, stream, needs)[0], stream)
 
@@ -71,9 +71,9 @@ def evidence(block: Block, stream: Stream) -> CalibrationData:
 def test_regional_gradients_equal_finite_differences_of_the_whole_block(tmp_path: Path) -> None:
     """∂‖f(X)‖/∂W of attention and MLP weights, residual included, in float64."""
     block, stream = loaded(tmp_path, windows=2)
-    seen = evidence(block, stream)
+    calib = calibration(block, stream)
     names = {name: block.weight(name) for name in block.linears}
-    found = wandapp.regional_gradients(block, seen, names)
+    found = wandapp.regional_gradients(block, calib, names)
     block.module.double()
     call = stream.call(1, 0)
     kwargs = {k: tuple(t.double() for t in v) if isinstance(v, tuple) else v for k, v in call.kwargs.items()}
@@ -102,13 +102,13 @@ def test_regional_gradients_equal_finite_differences_of_the_whole_block(tmp_path
 @pytest.mark.parametrize("target", [Sparsity(0.5), NM(2, 4)])
 def test_learning_lowers_the_heldout_error_and_keeps_the_mask(tmp_path: Path, optimizer: str, target: Target) -> None:
     block, stream = loaded(tmp_path, windows=33)
-    seen = evidence(block, stream)
+    calib = calibration(block, stream)
     targets = dict.fromkeys(block.linears, target)
     before = {name: block.weight(name).clone() for name in block.linears}
     rate_frac = 0.03 if optimizer == "adam" else 0.01
     config = wandapp.Config(optimizer=optimizer, rounds=4, samples=24, rate_frac=rate_frac)
-    pruned = wandapp.compress(block, seen, targets, wandapp.Config(rounds=0), torch.Generator())
-    learned = wandapp.compress(block, seen, targets, config, torch.Generator())
+    pruned = wandapp.compress(block, calib, targets, wandapp.Config(rounds=0), torch.Generator())
+    learned = wandapp.compress(block, calib, targets, config, torch.Generator())
     for name, record in learned.items():
         assert torch.equal(record.weight_OI == 0, pruned[name].weight_OI == 0)
         assert record.detail["heldout_error"] < 0.9 * record.detail["heldout_error_start"]
@@ -118,11 +118,11 @@ def test_learning_lowers_the_heldout_error_and_keeps_the_mask(tmp_path: Path, op
 def test_a_start_that_learning_cannot_improve_is_kept_and_noted(tmp_path: Path) -> None:
     """Steps far too long: every round ends worse than it began."""
     block, stream = loaded(tmp_path)
-    seen = evidence(block, stream)
+    calib = calibration(block, stream)
     targets = dict.fromkeys(block.linears, Sparsity(0.5))
     config = wandapp.Config(rate_frac=0.99, optimizer="rmsprop", rounds=1, samples=2, batch=2)
-    pruned = wandapp.compress(block, seen, targets, wandapp.Config(rounds=0), torch.Generator())
-    learned = wandapp.compress(block, seen, targets, config, torch.Generator())
+    pruned = wandapp.compress(block, calib, targets, wandapp.Config(rounds=0), torch.Generator())
+    learned = wandapp.compress(block, calib, targets, config, torch.Generator())
     for name, record in learned.items():
         assert record.detail["heldout_error"] == record.detail["heldout_error_start"]
         assert torch.equal(record.weight_OI, pruned[name].weight_OI)
@@ -131,11 +131,11 @@ def test_a_start_that_learning_cannot_improve_is_kept_and_noted(tmp_path: Path) 
 
 def test_without_enforcement_weights_regrow_and_the_budget_still_holds(tmp_path: Path) -> None:
     block, stream = loaded(tmp_path, windows=33)
-    seen = evidence(block, stream)
+    calib = calibration(block, stream)
     targets = dict.fromkeys(block.linears, Sparsity(0.5))
     free = wandapp.Config(enforce_mask=False, rounds=4, samples=24, rate_frac=0.1)
-    learned = wandapp.compress(block, seen, targets, free, torch.Generator())
-    pruned = wandapp.compress(block, seen, targets, wandapp.Config(rounds=0), torch.Generator())
+    learned = wandapp.compress(block, calib, targets, free, torch.Generator())
+    pruned = wandapp.compress(block, calib, targets, wandapp.Config(rounds=0), torch.Generator())
     moved = 0
     for name, record in learned.items():
         assert int((record.weight_OI == 0).sum()) == targets[name].zeros_in(*record.weight_OI.shape)
@@ -145,7 +145,7 @@ def test_without_enforcement_weights_regrow_and_the_budget_still_holds(tmp_path:
 
 def test_heldout_windows_are_never_learned_from(tmp_path: Path) -> None:
     block, stream = loaded(tmp_path, windows=17)
-    task = Reconstruction(block, evidence(block, stream), "block", torch.Generator().manual_seed(0))
+    task = Reconstruction(block, calibration(block, stream), "block", torch.Generator().manual_seed(0))
     assert len(task.held) == 2 and not set(task.held) & set(task.train)
     drawn = task.draw(40, torch.Generator())
     assert set(drawn) == set(task.train)
@@ -155,7 +155,7 @@ def test_heldout_windows_are_never_learned_from(tmp_path: Path) -> None:
 def test_the_gradient_of_a_step_is_that_of_the_error(tmp_path: Path) -> None:
     """Reconstruction.gradients against autograd through a block whose own parameters require gradients."""
     block, stream = loaded(tmp_path)
-    task = Reconstruction(block, evidence(block, stream), "block", torch.Generator())
+    task = Reconstruction(block, calibration(block, stream), "block", torch.Generator())
     half = {name: block.weight(name) * 0.5 for name in block.linears}
     found = task.gradients(half, [3])
     for name, weight in half.items():
@@ -180,10 +180,10 @@ def test_transposed_and_fused_weights_learn_too(tmp_path: Path) -> None:
         decoder = Decoder(Checkpoint.open(tmp_path / family), CPU)
         stream = Stream(decoder, torch.randint(0, 96, (9, 16)), learn_batches=frozenset({1, 2}))
         block = decoder.load(0)
-        seen = evidence(block, stream)
+        calib = calibration(block, stream)
         targets = dict.fromkeys(block.linears, Sparsity(0.5))
         config_ = wandapp.Config(rounds=2, samples=8)
-        for record in wandapp.compress(block, seen, targets, config_, torch.Generator()).values():
+        for record in wandapp.compress(block, calib, targets, config_, torch.Generator()).values():
             assert record.detail["heldout_error"] < record.detail["heldout_error_start"]
 
 
@@ -191,14 +191,14 @@ def test_dense_target_pulls_to_the_dense_stream(tmp_path: Path) -> None:
     weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     block = make_block({"m": weight})
     x = correlated_inputs(64, 8)
-    seen = evidence_of(block, x, wandapp.needs(wandapp.Config()))
-    other = evidence_of(make_block({"m": weight}), x, wandapp.needs(wandapp.Config()))
-    assert seen.stream is not None and other.dense is not None
+    calib = calibration_of(block, x, wandapp.needs(wandapp.Config()))
+    other = calibration_of(make_block({"m": weight}), x, wandapp.needs(wandapp.Config()))
+    assert calib.stream is not None and other.dense is not None
     wanted = torch.randn(8, 8, 6, generator=torch.Generator().manual_seed(1))
     other.dense.hidden.store_STD = wanted
-    for target, goal in (("dense", wanted), ("both", (wanted + seen.stream.outputs.store_STD) / 2)):  # type: ignore[union-attr]
+    for target, goal in (("dense", wanted), ("both", (wanted + calib.stream.outputs.store_STD) / 2)):  # type: ignore[union-attr]
         task = Reconstruction(
-            block, CalibrationData(seen.statistics, seen.stream, other.dense), target, torch.Generator()
+            block, CalibrationData(calib.statistics, calib.stream, other.dense), target, torch.Generator()
         )
         y = x.reshape(8, 8, 8)[task.held] @ weight.T
         t = goal[task.held]
@@ -212,8 +212,8 @@ def test_descend_reaches_a_reachable_optimum() -> None:
     weight = torch.randn(6, 16, generator=generator)
     keep = torch.rand(6, 16, generator=generator) > 0.5
     block = make_block({"m": weight * keep})
-    seen = evidence_of(block, correlated_inputs(256, 16), wandapp.needs(wandapp.Config()))
-    task = Reconstruction(block, seen, "block", generator)
+    calib = calibration_of(block, correlated_inputs(256, 16), wandapp.needs(wandapp.Config()))
+    task = Reconstruction(block, calib, "block", generator)
     start: dict[str, Tensor] = {"m": weight * keep + 0.3 * torch.randn(6, 16, generator=generator)}
     schedule = Schedule(rounds=40, samples=7, batch=1, rate_frac=0.03, optimizer="adam")
     found, errors = descend(task, start, {"m": keep}, schedule, generator)
@@ -271,7 +271,7 @@ def test_matrices_in_the_block_s_own_dtype_are_learned_from_without_a_copy(tmp_p
         assert shared[parameter].data_ptr() == weight.data_ptr()
         assert converted[parameter].data_ptr() != weight.data_ptr() and torch.equal(converted[parameter], weight)
     before = {name: weight.clone() for name, weight in own.items()}
-    task = Reconstruction(block, evidence(block, stream), "block", torch.Generator().manual_seed(0))
+    task = Reconstruction(block, calibration(block, stream), "block", torch.Generator().manual_seed(0))
     task.gradients({name: weight * 0.9 for name, weight in own.items()}, [0])
     task.gradients(own, [1])
     assert not any(weight.requires_grad for weight in own.values())

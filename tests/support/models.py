@@ -61,8 +61,8 @@ class FixedStream:
         return Call((), {})
 
 
-def evidence_of(block: Block, x_NI: Tensor, needs: Needs) -> CalibrationData:
-    """What a walk would have seen of `block` with `x_NI` as the input of all its matrices, in 8 windows at most."""
+def calibration_of(block: Block, x_NI: Tensor, needs: Needs) -> CalibrationData:
+    """Return what a walk would collect of `block` with `x_NI` as the input of all its matrices, 8 windows at most."""
     statistics = {name: statistics_of(x_NI, needs) for name in block.linears}
     if not len(x_NI):
         return CalibrationData(statistics)
@@ -107,8 +107,8 @@ def run_method(module: Any, weight_OI: Tensor, x_NI: Tensor, target: Any, **opti
     """The matrix [O, I] that a method makes of `weight_OI` for inputs `x_NI`."""
     block = make_block({"m": weight_OI})
     config = module.Config(**options)
-    seen = evidence_of(block, x_NI, module.needs(config))
-    packed = module.compress(block, seen, {"m": target}, config, torch.Generator())
+    calib = calibration_of(block, x_NI, module.needs(config))
+    packed = module.compress(block, calib, {"m": target}, config, torch.Generator())
     assert torch.equal(block.weight("m"), weight_OI), "a method must not change its input"
     result: Tensor = packed["m"].decode(torch.float32)
     return result

@@ -145,7 +145,7 @@ def cost(scope: Scope, config: Config) -> Work:
 @torch.no_grad()
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -156,7 +156,7 @@ def compress(
         rows, columns = block.weight(name).shape
         most[name] = _most_salient(name, rows, columns, target, config)
     packed = {}
-    for name, upper_II, note in factors(block, seen.statistics, list(targets), config.damping_frac):
+    for name, upper_II, note in factors(block, calib.statistics, list(targets), config.damping_frac):
         weight_OI, count = block.weight(name).float(), most[name]
 
         def encode(weight_OC: Tensor, upper_C: Tensor, count: int = count) -> tuple[Columns, Tensor]:

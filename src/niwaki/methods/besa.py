@@ -105,7 +105,7 @@ def cost(scope: Scope, config: Config) -> Work:
 
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -113,15 +113,15 @@ def compress(
     """Ranks every matrix, learns the rates of the block, and prunes to exact counts."""
     weights = {name: block.weight(name) for name in targets}
     zeros = sum(target.zeros_in(*weights[name].shape) for name, target in targets.items())
-    rates = Rates(weights, seen.statistics, zeros, config)
+    rates = Rates(weights, calib.statistics, zeros, config)
     clipping = None
     if config.quant_bits:
         weights = {name: weight_OI.float() for name, weight_OI in weights.items()}
         clipping = Clipping(weights, config.quant_bits, config.quant_group)
     detail: dict[str, float] = {}
     learned = ""
-    if any(seen.statistics[name].tokens for name in targets):
-        task = Reconstruction(block, seen, config.target, generator)
+    if any(calib.statistics[name].tokens for name in targets):
+        task = Reconstruction(block, calib, config.target, generator)
         errors = _learn(task, weights, rates, clipping, config, generator)
         detail = errors.detail
         learned = "" if errors.improved else KEPT_START
@@ -130,9 +130,9 @@ def compress(
         values = clipping.quantized(weights) if clipping else weights
     packed = {}
     for name, weight_OI in values.items():
-        unreached = "" if seen.statistics[name].tokens else UNREACHED
+        unreached = "" if calib.statistics[name].tokens else UNREACHED
         keep_OI = rates.keep(name, counts[name])
-        scores_OI = _scores(weights[name], seen.statistics[name])
+        scores_OI = _scores(weights[name], calib.statistics[name])
         note(targets[name], scores_OI, keep_OI, torch.where(keep_OI, -torch.inf, scores_OI).amax(1))
         packed[name] = Packed.masked(
             weight_OI.float(),

@@ -115,7 +115,7 @@ def cost(scope: Scope, config: Config) -> Work:
 @torch.no_grad()
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -125,7 +125,7 @@ def compress(
         rows, columns = block.weight(name).shape
         check_reach(name, rows, columns, _stored_bytes(rows, columns, config), target)
     packed = {}
-    for name, upper_II, note in factors(block, seen.statistics, list(targets), config.damping_frac):
+    for name, upper_II, note in factors(block, calib.statistics, list(targets), config.damping_frac):
         weight_OI = block.weight(name).float()
         coded = sweep_blocks(weight_OI, upper_II, config.block, lambda w_OC, d_C: _encode(w_OC, d_C, config))
         tensors = stored(coded, config)

@@ -112,7 +112,7 @@ def look_needs(config: Config) -> Needs:
     return Needs()
 
 
-def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> None:
+def look(block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> None:
     """The influence of the block, which is measured anyway, is enough."""
 
 
@@ -152,7 +152,7 @@ def cost(scope: Scope, config: Config) -> Work:
 
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -166,20 +166,20 @@ def compress(
         return Choice(*_choose(wanted_OI, weight_OI, statistics, keep, config, generator))
 
     with torch.no_grad():
-        found = unit_by_unit(block, seen, targets, choose)
+        found = unit_by_unit(block, calib, targets, choose)
     # A shape on trial is judged without learning: its stream keeps no outputs to learn from.
-    if not config.learn_rounds or seen.stream is None or seen.stream.outputs is None:
+    if not config.learn_rounds or calib.stream is None or calib.stream.outputs is None:
         return found
-    return _learned(block, seen, found, config, generator)
+    return _learned(block, calib, found, config, generator)
 
 
 def _learned(
-    block: Block, seen: CalibrationData, found: Mapping[str, Packed], config: Config, generator: torch.Generator
+    block: Block, calib: CalibrationData, found: Mapping[str, Packed], config: Config, generator: torch.Generator
 ) -> dict[str, Packed]:
     """The records after block-wise learning; what is gone stays gone."""
     start = {name: record.weight_OI for name, record in found.items()}
     keep = {name: w_OI.any(1, keepdim=True) & w_OI.any(0, keepdim=True) for name, w_OI in start.items()}
-    reached = any(seen.statistics[name].tokens for name in found)
+    reached = any(calib.statistics[name].tokens for name in found)
     if not reached or not any(bool(kept_OI.any()) for kept_OI in keep.values()):
         return dict(found)
     schedule = Schedule(
@@ -189,7 +189,7 @@ def _learned(
         rate_frac=config.rate_frac,
         optimizer="adam",
     )
-    weights, errors = descend(Reconstruction(block, seen, "block", generator), start, keep, schedule, generator)
+    weights, errors = descend(Reconstruction(block, calib, "block", generator), start, keep, schedule, generator)
     return {
         name: replace(record, weight_OI=weights[name], detail={**record.detail, **errors.detail})
         for name, record in found.items()

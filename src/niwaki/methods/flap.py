@@ -49,11 +49,13 @@ def look_needs(config: Config) -> Needs:
     return needs(config)
 
 
-def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> dict[Kind, list]:
+def look(
+    block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config
+) -> dict[Kind, list]:
     """Scores of all groups by kind, standardised."""
     found = {}
     for kind, unit in units.items():
-        scores_G = by_group(_fluctuation(block.weight(unit.consumer).float(), seen[unit.consumer]), unit).double()
+        scores_G = by_group(_fluctuation(block.weight(unit.consumer).float(), statistics[unit.consumer]), unit).double()
         spread = float(scores_G.std()) or 1.0
         found[kind] = ((scores_G - scores_G.mean()) / spread).tolist()
     return found
@@ -63,7 +65,7 @@ def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], c
     """The lowest scores of all out, until enough parameters are gone; one group of each kind stays in every block."""
     counts: dict[Kind, list[int]] = {"neurons": [sizes.neurons] * len(sizes), "heads": [sizes.heads] * len(sizes)}
     order = sorted(
-        (score, kind, index) for index, seen in enumerate(looks) for kind in counts for score in seen.found[kind]
+        (score, kind, index) for index, info in enumerate(looks) for kind in counts for score in info.found[kind]
     )
     left = removed_frac * len(sizes) * sizes.block_parameters
     for _, kind, index in order:
@@ -78,7 +80,7 @@ def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], c
 
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -93,7 +95,7 @@ def compress(
         bias_O = (weight_OI - left_OI) @ statistics.mean_I if config.compensate else None
         return Choice(kept, left_OI, bias_O=bias_O)
 
-    return unit_by_unit(block, seen, targets, choose)
+    return unit_by_unit(block, calib, targets, choose)
 
 
 def _fluctuation(weight_OI: Tensor, statistics: Statistics) -> Tensor:

@@ -56,7 +56,7 @@ def cost(scope: Scope, config: Config) -> Work:
 @torch.no_grad()
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -65,11 +65,11 @@ def compress(
     packed = {}
     for name, target in targets.items():
         weight_OI = block.weight(name).float()
-        scores_OI, statistics = weight_OI.abs(), seen.statistics[name]
+        scores_OI, statistics = weight_OI.abs(), calib.statistics[name]
         if statistics.tokens:
-            assert seen.stream is not None
-            input_I = (statistics.sqnorm_I / len(seen.stream)).sqrt()
-            scores_OI = scores_OI * (config.alpha * seen.gradients[name].sqrt() + input_I)
+            assert calib.stream is not None
+            input_I = (statistics.sqnorm_I / len(calib.stream)).sqrt()
+            scores_OI = scores_OI * (config.alpha * calib.gradients[name].sqrt() + input_I)
         note = "" if statistics.tokens else UNREACHED
         packed[name] = Packed.masked(weight_OI, keep_by_row(scores_OI, target), note)
     return packed

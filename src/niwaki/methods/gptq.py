@@ -96,7 +96,7 @@ def cost(scope: Scope, config: Config) -> Work:
 @torch.no_grad()
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -104,17 +104,17 @@ def compress(
     """One factor and one sweep per group of matrices that read the same input."""
     packed: dict[str, Packed] = {}
     for names in block.anatomy.sharing(targets):
-        group = seen.statistics[names[0]]
+        group = calib.statistics[names[0]]
         order_I, upper_II, damping_frac = _factor(group.gram_II, config) if group.tokens else (None, None, 0.0)
         note = "" if group.tokens else ROUNDED_UNREACHED
         for bits, alike in groupby(names, key=lambda name: code_width(targets[name])):
             together = list(alike)
-            sources = [_source(block, seen, name, config.joint and upper_II is not None) for name in together]
+            sources = [_source(block, calib, name, config.joint and upper_II is not None) for name in together]
             columns = sources[0].shape[1]
             check_group(columns, config.group, together[0])
             grid = "symmetric" if config.symmetric else "affine"
             groups = groups_of(0, columns, bits, grid, config.group)
-            keep_OI = torch.cat([seen.start[name].weight_OI != 0 for name in together]) if seen.start else None
+            keep_OI = torch.cat([calib.start[name].weight_OI != 0 for name in together]) if calib.start else None
             weight_OI = torch.cat(sources)
             if upper_II is None:
                 rounded = nearest(weight_OI, groups, config.clip).storable()
@@ -131,10 +131,10 @@ def compress(
     return packed
 
 
-def _source(block: Block, seen: CalibrationData, name: str, joint: bool) -> Tensor:
+def _source(block: Block, calib: CalibrationData, name: str, joint: bool) -> Tensor:
     """The weights that are rounded: those of the step before, unless its errors are made up for together with ours."""
-    if seen.start and not joint:
-        return seen.start[name].weight_OI.float()
+    if calib.start and not joint:
+        return calib.start[name].weight_OI.float()
     return block.weight(name).float()
 
 

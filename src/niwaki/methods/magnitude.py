@@ -49,7 +49,7 @@ def cost(scope: Scope, config: Config) -> Work:
 @torch.no_grad()
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,

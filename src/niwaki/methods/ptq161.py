@@ -151,7 +151,7 @@ def cost(scope: Scope, config: Config) -> Work:
 
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -161,16 +161,16 @@ def compress(
         rows, columns = block.weight(name).shape
         check_reach(name, rows, columns, _stored_bytes(rows, columns, config), target)
     with torch.no_grad():
-        found = {name: _start(block.weight(name).float(), seen.statistics[name], config) for name in targets}
+        found = {name: _start(block.weight(name).float(), calib.statistics[name], config) for name in targets}
     note, errors = "", {}
-    if config.rounds and any(seen.statistics[name].tokens for name in targets):
-        lowest = _learn(Reconstruction(block, seen, config.target, generator), found, config, generator)
+    if config.rounds and any(calib.statistics[name].tokens for name in targets):
+        lowest = _learn(Reconstruction(block, calib, config.target, generator), found, config, generator)
         note = "" if lowest.improved else KEPT_START
         errors = lowest.detail
     packed = {}
     for name, scales in found.items():
         tensors = scales.stored()
-        unreached = "" if seen.statistics[name].tokens else BINARIZED_UNREACHED
+        unreached = "" if calib.statistics[name].tokens else BINARIZED_UNREACHED
         detail = {"salient_columns": len(scales.salient.columns_C), **errors}
         weight_OI = decode(tensors, *block.weight(name).shape)
         packed[name] = weighed(weight_OI, tensors, join_notes(note, unreached), detail)

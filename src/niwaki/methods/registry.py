@@ -2,7 +2,7 @@
 
 A method module offers `PAPER`, `ACCEPTS` (the kinds of target it can meet), `CONTINUES` (whether it can take
 up the records of a method before it), a frozen dataclass `Config`, `needs(config)` (what the walk collects)
-and `compress(block, seen, targets, config, generator) -> {matrix: Packed}` for one block. What it costs it may say in
+and `compress(block, calib, targets, config, generator) -> {matrix: Packed}` for one block. What it costs it may say in
 `cost` and `stored_bytes` (see `costs`), for `niwaki plan`.
 
 Methods chain: in `besa+wandapp` the second one starts from the masks and weights of the first, block by block. A
@@ -74,7 +74,7 @@ class Method(Protocol):
     def compress(
         self,
         block: Block,
-        seen: CalibrationData,
+        calib: CalibrationData,
         targets: Mapping[str, Target],
         config: Any,
         generator: torch.Generator,
@@ -127,7 +127,7 @@ class Structured(Method, Protocol):
     def look_needs(self, config: Any) -> Needs:
         """What is collected of every dense block before the shape is chosen."""
 
-    def look(self, block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Any) -> Any:
+    def look(self, block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Any) -> Any:
         """What `search` wants to know of a dense block, ready for JSON."""
 
     def search(self, sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Any) -> ShapeSearch:
@@ -188,10 +188,10 @@ class Step:
         return cast(Contextual, self.method)
 
     def compress(
-        self, block: Block, seen: CalibrationData, targets: Mapping[str, Target], generator: torch.Generator
+        self, block: Block, calib: CalibrationData, targets: Mapping[str, Target], generator: torch.Generator
     ) -> dict[str, Packed]:
         """Runs the method on one block; `targets` are its parts of them."""
-        return self.method.compress(block, seen, targets, self.config, generator)
+        return self.method.compress(block, calib, targets, self.config, generator)
 
 
 def check_names(chain: str) -> list[str]:

@@ -59,7 +59,7 @@ def cost(scope: Scope, config: Config) -> Work:
 @torch.no_grad()
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -67,7 +67,7 @@ def compress(
     """Fits the grid of every group and rounds."""
     packed = {}
     for name, target in targets.items():
-        weight_OI = (seen.start[name].weight_OI if seen.start else block.weight(name)).float()
+        weight_OI = (calib.start[name].weight_OI if calib.start else block.weight(name)).float()
         columns = weight_OI.shape[1]
         check_group(columns, config.group, name)
         grid = "symmetric" if config.symmetric else "affine"

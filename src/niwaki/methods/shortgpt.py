@@ -43,7 +43,7 @@ def look_needs(config: Config) -> Needs:
     return Needs()
 
 
-def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> None:
+def look(block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> None:
     """The influence of the block, which is measured anyway, is enough."""
 
 
@@ -57,7 +57,7 @@ def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], c
 
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -67,4 +67,4 @@ def compress(
     def choose(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> Choice:
         return Choice(range(keep.unit.count), weight_OI)
 
-    return unit_by_unit(block, seen, targets, choose)
+    return unit_by_unit(block, calib, targets, choose)

@@ -87,7 +87,7 @@ def cost(scope: Scope, config: Config) -> Work:
 @torch.no_grad()
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -95,9 +95,9 @@ def compress(
     """One factor and one sweep per group of matrices that read the same input."""
     packed: dict[str, Packed] = {}
     for names in block.anatomy.sharing(targets):
-        group = seen.statistics[names[0]]
-        if not group.tokens and seen.start:
-            packed |= {name: seen.start[name] for name in names}
+        group = calib.statistics[names[0]]
+        if not group.tokens and calib.start:
+            packed |= {name: calib.start[name] for name in names}
             continue
         if not group.tokens:
             packed |= {name: _by_magnitude(block.weight(name).float(), targets[name]) for name in names}
@@ -107,11 +107,11 @@ def compress(
         note = f"XᵀX was singular in float32: damping_frac raised to {damping_frac:g}" if raised else ""
         for _, alike in groupby(names, key=lambda name: _pattern(targets[name])):
             together = list(alike)
-            for name, weight_OI, keep_OI in _swept(block, seen, together, targets, upper_II, config.panel_columns):
+            for name, weight_OI, keep_OI in _swept(block, calib, together, targets, upper_II, config.panel_columns):
                 if config.refit or config.exchanges:
                     dense_OI = block.weight(name).float()
                     weight_OI = refit(dense_OI, weight_OI, keep_OI, group.gram_II, damping_frac)
-                if config.exchanges and not seen.start:
+                if config.exchanges and not calib.start:
                     choose = partial(keep_by_matrix, target=targets[name])
                     weight_OI, keep_OI = exchange(
                         dense_OI, weight_OI, keep_OI, group.gram_II, damping_frac, choose, config.exchanges
@@ -131,7 +131,7 @@ def _pattern(target: Target) -> Target | None:
 
 def _swept(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     names: Sequence[str],
     targets: Mapping[str, Target],
     upper_II: Tensor,
@@ -142,8 +142,8 @@ def _swept(
     rows, columns = [len(weight_OI) for weight_OI in weights], weights[0].shape[1]
     weight_OI = torch.cat(weights)
 
-    if seen.start:
-        given_OI = torch.cat([seen.start[name].weight_OI != 0 for name in names])
+    if calib.start:
+        given_OI = torch.cat([calib.start[name].weight_OI != 0 for name in names])
         keep_OI = sweep(
             weight_OI, upper_II, None, lambda p, _, start: given_OI[:, start : start + p.shape[1]], panel_columns
         )

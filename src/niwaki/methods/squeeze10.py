@@ -155,7 +155,7 @@ def cost(scope: Scope, config: Config) -> Work:
 
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -165,7 +165,7 @@ def compress(
     packed: dict[str, Packed] = {}
     detail: dict[str, dict[str, float]] = {}
     for names in block.anatomy.sharing(targets):
-        task = _Task.of(seen.statistics[names[0]], config)
+        task = _Task.of(calib.statistics[names[0]], config)
         for name in names:
             weight_OI = block.weight(name).float()
             if config.granularity == "element":
@@ -176,7 +176,7 @@ def compress(
             detail[name] = {"salient_columns": split.count}
     rounded = {name: latent.rounded for name, latent in found.items()}
     note = ""
-    if config.learn_rounds and any(seen.statistics[name].tokens for name in targets):
+    if config.learn_rounds and any(calib.statistics[name].tokens for name in targets):
         schedule = Schedule(
             rounds=config.learn_rounds,
             samples=config.samples,
@@ -184,12 +184,12 @@ def compress(
             rate_frac=config.rate_frac,
             optimizer="adam",
         )
-        rounded, errors = learn(Reconstruction(block, seen, config.target, generator), found, schedule, generator)
+        rounded, errors = learn(Reconstruction(block, calib, config.target, generator), found, schedule, generator)
         note = "" if errors.improved else KEPT_START
         for name in targets:
             detail[name] |= errors.detail
     for name, codes in rounded.items():
-        unreached = "" if seen.statistics[name].tokens else ROUNDED_UNREACHED
+        unreached = "" if calib.statistics[name].tokens else ROUNDED_UNREACHED
         packed[name] = Packed.codes(codes.parts(found[name].shape.order_I), join_notes(note, unreached), detail[name])
     return packed
 

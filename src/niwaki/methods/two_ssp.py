@@ -48,7 +48,7 @@ def look_needs(config: Config) -> Needs:
     return Needs()
 
 
-def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> None:
+def look(block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> None:
     """Nothing."""
 
 
@@ -78,7 +78,7 @@ def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], c
 
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -91,4 +91,4 @@ def compress(
             kept = kept_of(statistics.sqnorm_I if statistics.tokens else weight_OI.square().sum(0), keep.count)
         return Choice(kept, without(weight_OI, keep, kept))
 
-    return unit_by_unit(block, seen, targets, choose)
+    return unit_by_unit(block, calib, targets, choose)

@@ -49,7 +49,7 @@ def cost(scope: Scope, config: Config) -> Work:
 @torch.no_grad()
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -59,8 +59,8 @@ def compress(
     for name, target in targets.items():
         weight_OI = block.weight(name).float()
         scores_OI = weight_OI.abs()
-        if seen.statistics[name].tokens:
-            scores_OI = scores_OI * seen.statistics[name].sqnorm_I.sqrt()
-        note = "" if seen.statistics[name].tokens else UNREACHED
+        if calib.statistics[name].tokens:
+            scores_OI = scores_OI * calib.statistics[name].sqnorm_I.sqrt()
+        note = "" if calib.statistics[name].tokens else UNREACHED
         packed[name] = Packed.masked(weight_OI, keep_by_row(scores_OI, target), note)
     return packed

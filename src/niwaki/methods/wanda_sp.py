@@ -45,7 +45,7 @@ def look_needs(config: Config) -> Needs:
     return Needs()
 
 
-def look(block: Block, seen: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> None:
+def look(block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> None:
     """The influence of the block, which is measured anyway, is enough."""
 
 
@@ -58,7 +58,7 @@ def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], c
 
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
@@ -72,4 +72,4 @@ def compress(
         kept = kept_of(by_group(scores_I, keep.unit), keep.count)
         return Choice(kept, without(weight_OI, keep, kept))
 
-    return unit_by_unit(block, seen, targets, choose)
+    return unit_by_unit(block, calib, targets, choose)

@@ -102,30 +102,30 @@ def cost(scope: Scope, config: Config) -> Work:
 
 def compress(
     block: Block,
-    seen: CalibrationData,
+    calib: CalibrationData,
     targets: Mapping[str, Target],
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
     """Score, mask, and regional optimisation of one block."""
-    notes = {name: "" if seen.statistics[name].tokens else UNREACHED for name in targets}
-    if seen.start:
-        weights = {name: record.weight_OI.float() for name, record in seen.start.items()}
+    notes = {name: "" if calib.statistics[name].tokens else UNREACHED for name in targets}
+    if calib.start:
+        weights = {name: record.weight_OI.float() for name, record in calib.start.items()}
         keep = {name: weight_OI != 0 for name, weight_OI in weights.items()}
     else:
         weights = {name: block.weight(name).float() for name in targets}
-    if not seen.start or not config.enforce_mask:
-        importance = _importance(block, seen, config.alpha, weights)
+    if not calib.start or not config.enforce_mask:
+        importance = _importance(block, calib, config.alpha, weights)
 
         def prune(masters: Matrices) -> dict[str, Tensor]:
             return {name: keep_by_row(importance[name] * masters[name].abs(), targets[name]) for name in targets}
 
-        keep = keep if seen.start else prune(weights)
+        keep = keep if calib.start else prune(weights)
         if config.enforce_mask:
             importance.clear()  # float32 for every weight, and nobody asks again
     detail = {}
-    if config.rounds and any(record.tokens for record in seen.statistics.values()):
-        task = Reconstruction(block, seen, config.target, generator)
+    if config.rounds and any(record.tokens for record in calib.statistics.values()):
+        task = Reconstruction(block, calib, config.target, generator)
         schedule = Schedule(
             rounds=config.rounds,
             samples=config.samples,
@@ -142,36 +142,36 @@ def compress(
     return {name: Packed.masked(weights[name], keep[name], notes[name], detail) for name in targets}
 
 
-def _importance(block: Block, seen: CalibrationData, alpha: float, weights: Matrices) -> dict[str, Tensor]:
+def _importance(block: Block, calib: CalibrationData, alpha: float, weights: Matrices) -> dict[str, Tensor]:
     """α·G + ‖X‖/√N per weight, [O, I] or [1, I]; ones for a matrix that no token reached."""
-    reached = any(seen.statistics[name].tokens for name in weights)
-    gradients = regional_gradients(block, seen, weights) if alpha and reached else {}
+    reached = any(calib.statistics[name].tokens for name in weights)
+    gradients = regional_gradients(block, calib, weights) if alpha and reached else {}
     found = {}
     for name, weight_OI in weights.items():
-        statistics = seen.statistics[name]
+        statistics = calib.statistics[name]
         if not statistics.tokens:
             found[name] = weight_OI.new_ones(1, weight_OI.shape[1])
             continue
-        windows = 1 if seen.stream is None else len(seen.stream)
+        windows = 1 if calib.stream is None else len(calib.stream)
         norm_1I = (statistics.sqnorm_I / windows).sqrt()[None]
         found[name] = alpha * gradients[name] + norm_1I if alpha else norm_1I
     return found
 
 
-def regional_gradients(block: Block, seen: CalibrationData, names: Matrices) -> dict[str, Tensor]:
+def regional_gradients(block: Block, calib: CalibrationData, names: Matrices) -> dict[str, Tensor]:
     """G [O, I] float32 of every matrix: RMS over windows of the gradient of ‖f(X_n)‖₂, f the dense block."""
-    assert seen.stream is not None
+    assert calib.stream is not None
     total = {name: torch.zeros_like(weight_OI, dtype=torch.float32) for name, weight_OI in names.items()}
     parameters = assemble(block, {name: block.weight(name) for name in names})
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    hidden, call = seen.stream.hidden, seen.stream.call(1, block.index)
+    hidden, call = calib.stream.hidden, calib.stream.call(1, block.index)
 
     def gradients(window: int) -> dict[str, Tensor]:
         y_BTD = run_with(block, parameters, call, hidden.take([window]))
         return gradients_of(block, torch.linalg.vector_norm(y_BTD, dtype=torch.float32), parameters, names)
 
-    for window in range(len(seen.stream)):
+    for window in range(len(calib.stream)):
         for name, gradient_OI in deterministically(functools.partial(gradients, window)).items():
             total[name].addcmul_(gradient_OI, gradient_OI)
-    return {name: (sum_OI / len(seen.stream)).sqrt_() for name, sum_OI in total.items()}
+    return {name: (sum_OI / len(calib.stream)).sqrt_() for name, sum_OI in total.items()}

@@ -23,7 +23,7 @@ from niwaki.methods.shared.binary import (
 )
 from niwaki.methods.shared.column_sweep import inverse_factor
 from niwaki.methods.shared.rounding import groups_of, sweep
-from support.models import correlated_inputs, evidence_of, make_block
+from support.models import calibration_of, correlated_inputs, make_block
 
 Array = NDArray[np.float64]
 
@@ -53,8 +53,8 @@ def one_bit_error(weight: torch.Tensor, x: torch.Tensor) -> float:
 def record(module: Any, weight: torch.Tensor, x: torch.Tensor, bits: float = 8, **options: Any) -> Packed:
     config = module.Config(**options)
     block = make_block({"m": weight})
-    seen = evidence_of(block, x, module.needs(config))
-    found: Packed = module.compress(block, seen, {"m": Bits(bits)}, config, torch.Generator())["m"]
+    calib = calibration_of(block, x, module.needs(config))
+    found: Packed = module.compress(block, calib, {"m": Bits(bits)}, config, torch.Generator())["m"]
     return found
 
 

@@ -12,7 +12,7 @@ from niwaki.formats.packed import Packed
 from niwaki.methods import sparsegpt
 from niwaki.methods.shared.column_sweep import exchange, invert_lower, refit
 from niwaki.methods.shared.masks import keep_by_matrix
-from support.models import correlated_inputs, evidence_of, make_block, run_method
+from support.models import calibration_of, correlated_inputs, make_block, run_method
 
 
 def normal_equations(dense: np.ndarray, keep: np.ndarray, gram: np.ndarray, damping: float) -> np.ndarray:
@@ -87,11 +87,11 @@ def test_in_a_chain_sparsegpt_keeps_the_mask_it_is_given() -> None:
     keep = torch.rand(6, 16, generator=generator) > 0.4
     block = make_block({"m": weight})
     config = sparsegpt.Config(refit=True)
-    seen = evidence_of(block, correlated_inputs(80, 16), sparsegpt.needs(config))
-    seen = CalibrationData(seen.statistics, seen.stream, seen.dense, {"m": Packed.masked(weight, keep)})
-    found = sparsegpt.compress(block, seen, {"m": Sparsity(0.5)}, config, generator)["m"].weight_OI
+    calib = calibration_of(block, correlated_inputs(80, 16), sparsegpt.needs(config))
+    calib = CalibrationData(calib.statistics, calib.stream, calib.dense, {"m": Packed.masked(weight, keep)})
+    found = sparsegpt.compress(block, calib, {"m": Sparsity(0.5)}, config, generator)["m"].weight_OI
     assert torch.equal(found != 0, keep)
-    wanted = normal_equations(weight.numpy(), keep.numpy(), seen.statistics["m"].gram_II.numpy(), 0.01)
+    wanted = normal_equations(weight.numpy(), keep.numpy(), calib.statistics["m"].gram_II.numpy(), 0.01)
     np.testing.assert_allclose(found.numpy(), wanted, rtol=2e-3, atol=2e-4)
 
 
@@ -99,9 +99,9 @@ def test_in_a_chain_a_matrix_without_tokens_keeps_the_record_it_is_given() -> No
     weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(7))
     keep = torch.rand(6, 16, generator=torch.Generator().manual_seed(8)) > 0.3
     block = make_block({"m": weight})
-    seen = evidence_of(block, torch.empty(0, 16), sparsegpt.needs(sparsegpt.Config()))
-    seen = CalibrationData(seen.statistics, start={"m": Packed.masked(weight, keep)})
-    found = sparsegpt.compress(block, seen, {"m": Sparsity(0.5)}, sparsegpt.Config(), torch.Generator())["m"]
+    calib = calibration_of(block, torch.empty(0, 16), sparsegpt.needs(sparsegpt.Config()))
+    calib = CalibrationData(calib.statistics, start={"m": Packed.masked(weight, keep)})
+    found = sparsegpt.compress(block, calib, {"m": Sparsity(0.5)}, sparsegpt.Config(), torch.Generator())["m"]
     assert torch.equal(found.weight_OI, weight * keep)
 
 

@@ -12,7 +12,7 @@ from niwaki.config.recipe import NM, Bits, Sparsity
 from niwaki.formats.packed import Packed
 from niwaki.methods import gptq, rtn
 from niwaki.methods.shared.masks import keep_by_group, keep_by_row
-from support.models import correlated_inputs, evidence_of, make_block
+from support.models import calibration_of, correlated_inputs, make_block
 
 TARGETS = [NM(2, 4), Sparsity(0.5), Sparsity(0.9)]
 
@@ -30,9 +30,9 @@ def chained(module: Any, weight: Tensor, x: Tensor, start: Tensor, bits: int = 4
     """The record of a quantizer behind a step that left `start`."""
     block = make_block({"m": weight})
     config = module.Config(symmetric=True, **options)
-    seen = evidence_of(block, x, module.needs(config))
-    seen = replace(seen, start={"m": Packed.masked(start, start != 0)})
-    found: Packed = module.compress(block, seen, {"m": Bits(bits)}, config, torch.Generator())["m"]
+    calib = calibration_of(block, x, module.needs(config))
+    calib = replace(calib, start={"m": Packed.masked(start, start != 0)})
+    found: Packed = module.compress(block, calib, {"m": Bits(bits)}, config, torch.Generator())["m"]
     return found
 
 

@@ -41,14 +41,14 @@ class Reconstruction:
     output in the dense model) or `both` (their mean).
     """
 
-    def __init__(self, block: Block, seen: CalibrationData, target: str, generator: torch.Generator) -> None:
-        assert seen.stream is not None and seen.stream.outputs is not None, "needs() must ask for windows"
+    def __init__(self, block: Block, calib: CalibrationData, target: str, generator: torch.Generator) -> None:
+        assert calib.stream is not None and calib.stream.outputs is not None, "needs() must ask for windows"
         self.block = block
-        self.stream = seen.stream
-        self.outputs = seen.stream.outputs
-        self.dense = seen.dense if target != "block" else None
+        self.stream = calib.stream
+        self.outputs = calib.stream.outputs
+        self.dense = calib.dense if target != "block" else None
         self.target = target
-        order = torch.randperm(len(seen.stream), generator=generator).tolist()
+        order = torch.randperm(len(calib.stream), generator=generator).tolist()
         count = len(order) // 8
         self.held, self.train = order[:count] or order, order[count:]
 

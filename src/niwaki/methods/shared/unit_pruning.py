@@ -49,14 +49,14 @@ Choose = Callable[[KeepUnits, Tensor, Statistics], Choice]
 
 
 def unit_by_unit(
-    block: Block, seen: CalibrationData, targets: Mapping[str, Target], choose: Choose
+    block: Block, calib: CalibrationData, targets: Mapping[str, Target], choose: Choose
 ) -> dict[str, Packed]:
     """Records of all matrices of a block; `choose` decides for every unit that is not gone as a whole."""
     found: dict[str, Packed] = {}
     for keep in keeps_of(targets):
         weight_OI = block.weight(keep.unit.consumer).float()
         if keep.count:
-            choice = choose(keep, weight_OI, seen.statistics[keep.unit.consumer])
+            choice = choose(keep, weight_OI, calib.statistics[keep.unit.consumer])
         else:
             choice = Choice([], torch.zeros_like(weight_OI))  # not even a bias is left, see `walk`
         found |= records(block, keep, choice)
