@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from niwaki.compression.walk import Plan, collect, compress_blocks, forward, loaded_blocks
+from niwaki.config.events import silent
 from niwaki.config.recipe import Sparsity
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData, Stream
@@ -37,7 +38,7 @@ def walk(decoder: Decoder, method: str, *, dense: bool = False, **stream: Any) -
         Stream(decoder, IDS, **stream) if dense else None,
         finished=lambda index: None,
         save=lambda block, found: lines.extend(found),
-        report=lambda event, **fields: None,
+        report=silent,
     )
     return main, lines
 
@@ -66,7 +67,7 @@ def test_statistics_see_the_compressed_prefix(tmp_path: Path) -> None:
         None,
         finished=lambda index: None,
         save=lambda block, lines: kept.update(decoder.disk_tensors(block)),
-        report=lambda event, **fields: None,
+        report=silent,
     )
     from transformers import AutoModelForCausalLM
 
@@ -96,7 +97,7 @@ def test_the_stream_ends_where_the_compressed_model_does(tmp_path: Path, method:
         None,
         finished=lambda index: None,
         save=lambda block, lines: tensors.update(decoder.disk_tensors(block)),
-        report=lambda event, **fields: None,
+        report=silent,
     )
     from transformers import AutoModelForCausalLM
 

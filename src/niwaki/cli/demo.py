@@ -13,7 +13,7 @@ from typing import Any
 
 from niwaki.compression.compress import compress
 from niwaki.compression.run import check_apart, check_free, partial_of
-from niwaki.compression.walk import Report
+from niwaki.config.events import Report
 from niwaki.errors import OutputError
 from niwaki.measure.evaluate.evaluation import evaluate
 from niwaki.model.files import write_text

@@ -19,20 +19,22 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_TITLES = {
-    "sample": ("writing calibration text", "tokens"),
-    "scan": ("measuring the dense blocks", "blocks"),
-    "inputs": ("storing what every block reads, first block to last", "blocks"),
-    "gradients": ("gradients of the loss, last block to first", "blocks"),
-    "activations": ("what prompts show, first block to last", "blocks"),
-    "trying": ("trying options out, first block to last", "blocks"),
-    "block": ("compressing", "blocks"),
-    "evaluate": ("evaluating", "blocks"),
-    "compare": ("scoring", "windows"),
-    "measure": ("measuring speed and memory", "rounds"),
-    "export": ("exporting", "parts"),
-    "recover": ("recovering", "steps"),
-    "bench": ("measuring", "forms"),
+from niwaki.config.events import Event
+
+_TITLES: dict[str, tuple[str, str]] = {
+    Event.SAMPLE: ("writing calibration text", "tokens"),
+    Event.SCAN: ("measuring the dense blocks", "blocks"),
+    Event.INPUTS: ("storing what every block reads, first block to last", "blocks"),
+    Event.GRADIENTS: ("gradients of the loss, last block to first", "blocks"),
+    Event.ACTIVATIONS: ("what prompts show, first block to last", "blocks"),
+    Event.TRYING: ("trying options out, first block to last", "blocks"),
+    Event.BLOCK: ("compressing", "blocks"),
+    Event.EVALUATE: ("evaluating", "blocks"),
+    Event.COMPARE: ("scoring", "windows"),
+    Event.MEASURE: ("measuring speed and memory", "rounds"),
+    Event.EXPORT: ("exporting", "parts"),
+    Event.RECOVER: ("recovering", "steps"),
+    Event.BENCH: ("measuring", "forms"),
 }
 _FEW_LINES = 20  # plain lines for what is reported every few tokens, or for every tensor
 
@@ -67,17 +69,17 @@ class Display:
         self._progress.stop()
 
     def __call__(self, event: str, **fields: Any) -> None:
-        if event == "warning":
+        if event == Event.WARNING:
             self.console.print(f"[yellow]note:[/] {escape(fields['message'])}", highlight=False, soft_wrap=True)
-        if event == "start":  # the second stage of a chain begins again
+        if event == Event.START:  # the second stage of a chain begins again
             for known in (self._began, self._first, self._done, self._bars):
                 known.clear()
-        if event == "trial":
+        if event == Event.TRIAL:
             line = f"tried {_described(fields['shape'])}: loss {fields['loss']:.4f}"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if event == "complete":
+        if event == Event.COMPLETE:
             self.console.print(f"already complete: {fields['out']}", markup=False, highlight=False, soft_wrap=True)
-        if event == "allocation" and "kept_blocks" in fields:
+        if event == Event.ALLOCATION and "kept_blocks" in fields:
             kept = ", ".join(map(str, fields["kept_blocks"])) or "none"
             line = f"blocks at 4 bits: {kept}; the others: {fields['rest_bits']:.3f} bits"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)

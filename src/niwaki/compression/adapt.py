@@ -20,7 +20,7 @@ from torch import Tensor
 
 from niwaki.compression.run import RECORD
 from niwaki.compression.traces import trace
-from niwaki.compression.walk import Report
+from niwaki.config.events import Report, silent
 from niwaki.config.recipe import as_files
 from niwaki.config.sources import check_sources
 from niwaki.data.stream import Stream
@@ -76,7 +76,7 @@ def adapt(
         found = trace(
             decoder, windows_ST, old.layout, config.criteria, cuts=config.cuts,
             gradient_windows=config.gradient_windows, make_stream=make, folder=Path(temporary),
-            report=report or (lambda event, **fields: None),
+            report=report or silent,
         )  # fmt: skip
     traces = shadow.samples(found, old.layout, config)
     cut = len(traces) // 4 // config.cuts * config.cuts  # whole windows

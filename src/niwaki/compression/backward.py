@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from niwaki.compression.walk import Report, forward, loaded_blocks
+from niwaki.compression.walk import forward, loaded_blocks
+from niwaki.config.events import Event, Report, silent
 from niwaki.data.hidden_states import Activations, choose_place
 from niwaki.data.stream import Stream
 from niwaki.errors import NumericalError
@@ -60,7 +61,7 @@ def descend(
     weights: bool = False,
     activation_bytes: int | None = None,
     folder: Path | None = None,
-    report: Report = lambda event, **fields: None,
+    report: Report = silent,
 ) -> Tensor:
     """Calls `visit` for every batch of every block, last block first; returns the loss of every window [S].
 
@@ -94,7 +95,7 @@ def stored_inputs(
     stream: Stream,
     activation_bytes: int | None = None,
     folder: Path | None = None,
-    report: Report = lambda event, **fields: None,
+    report: Report = silent,
 ) -> list[Activations]:
     """The input of every block for all windows; the stream passes all blocks. `folder` holds what memory cannot."""
     count, tokens, width = stream.hidden.store_STD.shape
@@ -108,7 +109,7 @@ def stored_inputs(
         kept.append(Activations.allocate(shape, decoder.dtype, decoder.device, place, folder, name))
         for rows in stream.slices():
             kept[-1].write(rows, stream.hidden.read(rows))
-        report("inputs", index=block.index, of=len(decoder))
+        report(Event.INPUTS, index=block.index, of=len(decoder))
 
     forward(decoder, [stream], keep)
     return kept

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from niwaki.compression.walk import Report, loaded_blocks
+from niwaki.compression.walk import loaded_blocks
+from niwaki.config.events import Event, Report, silent
 from niwaki.data.stream import Stream
 from niwaki.methods.registry import Contextual
 from niwaki.model.decoder import Block, Decoder
@@ -38,7 +39,7 @@ def losses_behind(
     layout: Layout,
     variants: Sequence[Variant],
     make_stream: MakeStream,
-    report: Report = lambda event, **fields: None,
+    report: Report = silent,
 ) -> list[float]:
     """Mean negative log-likelihood of all tokens behind the prompts, of every variant.
 
@@ -52,7 +53,7 @@ def losses_behind(
                 with _masked(block, layout, variant, lengths_S[rows], rows):
                     stream.advance(block, rows)
         block.release()
-        report("trying", index=block.index, of=len(decoder))
+        report(Event.TRYING, index=block.index, of=len(decoder))
     return [_mean_loss(decoder, stream, lengths_S) for stream in streams]
 
 
@@ -65,7 +66,7 @@ def settle_by_trial(
     decoder: Decoder,
     ids_ST: Tensor,
     make_stream: MakeStream,
-    report: Report = lambda event, **fields: None,
+    report: Report = silent,
 ) -> tuple[Any, dict[str, Any]]:
     """What `method.settle` decides for a decoder, from the windows `ids_ST` that the traces are of."""
     held = method.trial_rows(len(ids_ST), config)

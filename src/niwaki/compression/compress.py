@@ -14,7 +14,7 @@ from niwaki.compression.chain import FirstStage, columns_multiple, split_options
 from niwaki.compression.contextual import ShadowJob
 from niwaki.compression.job import CompressionJob
 from niwaki.compression.structured import ShapingJob
-from niwaki.compression.walk import Report
+from niwaki.config.events import Report, silent
 from niwaki.config.recipe import Recipe, make_recipe, parse_target
 from niwaki.errors import InputError, NumericalError
 from niwaki.methods.registry import CONTEXTUAL, STRUCTURED
@@ -38,7 +38,7 @@ def compress(
     Raises InputError (nothing was written), OutputError (finished blocks are kept for `resume`) or
     NumericalError.
     """
-    out, tell = Path(out), report or _ignore
+    out, tell = Path(out), report or silent
     first, *rest = stages_of(make_recipe(recipe))
     if not rest:
         return _kind(first)(str(model), out, first, dense_stream, resume, overwrite, tell).run()
@@ -65,7 +65,3 @@ def compress(
 def _kind(recipe: Recipe) -> type[CompressionJob]:
     kinds = dict.fromkeys(STRUCTURED, ShapingJob) | dict.fromkeys(CONTEXTUAL, ShadowJob)
     return kinds.get(recipe.method, CompressionJob)
-
-
-def _ignore(event: str, **fields: Any) -> None:
-    """The report of a caller who wants none."""

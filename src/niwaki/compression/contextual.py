@@ -12,7 +12,7 @@ from niwaki.compression.job import CompressionJob
 from niwaki.compression.model_card import model_card
 from niwaki.compression.run import RECORD, Run
 from niwaki.compression.traces import trace
-from niwaki.compression.walk import Report
+from niwaki.config.events import Event, Report
 from niwaki.config.recipe import Sparsity
 from niwaki.data.stream import Stream
 from niwaki.errors import CalibrationError, InputError
@@ -47,7 +47,7 @@ class ShadowJob(CompressionJob):
             run.event(event, **fields)
             self.report(event, **fields)
 
-        report("start", blocks=len(self.decoder), method=self.recipe.method, target=str(self.target))
+        report(Event.START, blocks=len(self.decoder), method=self.recipe.method, target=str(self.target))
         if PART not in run.finished:
             self._learn(run, report)
         for name in self._files():
@@ -58,7 +58,7 @@ class ShadowJob(CompressionJob):
         write_text(run.folder / "README.md", model_card(record))
         write_text(run.folder / RECORD / "blocks.jsonl", "")
         write_text(run.folder / RECORD / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        report("done", seconds=record["seconds"], out=str(self.out))
+        report(Event.DONE, seconds=record["seconds"], out=str(self.out))
         run.complete()
         return record
 
@@ -97,7 +97,7 @@ class ShadowJob(CompressionJob):
         sha256 = write_shadow(run.folder, shadow)
         nbytes = (run.folder / TENSORS).stat().st_size
         run.finish_part(PART, {"shard": TENSORS, "sha256": sha256, "bytes": nbytes, "found": found})
-        report("saved", part=PART)
+        report(Event.SAVED, part=PART)
 
     def _files(self) -> list[str]:
         """The shards of the model, and their index if there is one."""

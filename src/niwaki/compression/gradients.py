@@ -16,7 +16,7 @@ from torch import Tensor
 
 from niwaki.compression.backward import Gradients, descend
 from niwaki.compression.run import RECORD, Run
-from niwaki.compression.walk import Report
+from niwaki.config.events import Event, Report
 from niwaki.data.stream import Stream
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.files import write_shard
@@ -37,7 +37,7 @@ def squared_gradients(
             shard = f"{_part(block.index)}.safetensors"
             sha256 = write_shard(folder / shard, sums)
             run.finish_part(_part(block.index), {"shard": f"{RECORD}/journal/{shard}", "sha256": sha256})
-            report("gradients", index=len(decoder) - 1 - block.index, of=len(decoder))
+            report(Event.GRADIENTS, index=len(decoder) - 1 - block.index, of=len(decoder))
             sums.clear()
 
     if not all(_part(index) in run.finished for index in range(len(decoder))):

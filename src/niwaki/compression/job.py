@@ -41,7 +41,8 @@ from niwaki.compression.run import (
     provenance,
 )
 from niwaki.compression.run_record import block_lines, packed_modules, read_plain, result_of, shard_index
-from niwaki.compression.walk import Plan, Report, collect, compress_blocks, forward
+from niwaki.compression.walk import Plan, collect, compress_blocks, forward
+from niwaki.config.events import Event, Report
 from niwaki.config.recipe import Bits, Recipe, Target, parse_target
 from niwaki.data.stream import Stream, default_batch_tokens
 from niwaki.data.texts import digest, windows_for
@@ -113,7 +114,7 @@ class CompressionJob:
         """Compresses, or takes up what an earlier run finished; returns the content of run.json."""
         marks = self._fingerprint()
         if self.resume and not self.partial.exists() and (record := finished_record(self.out, marks)):
-            self.report("complete", out=str(self.out))
+            self.report(Event.COMPLETE, out=str(self.out))
             return record
         with Run(self.out, marks, resume=self.resume, overwrite=self.overwrite) as run:
             try:
@@ -130,7 +131,7 @@ class CompressionJob:
             run.event(event, **fields)
             self.report(event, **fields)
 
-        report("start", blocks=len(self.decoder), method=self.recipe.method, target=str(self.target))
+        report(Event.START, blocks=len(self.decoder), method=self.recipe.method, target=str(self.target))
         with Writer(run, report) as writer:
             self._allocate(run, report)
             self._write_embeddings(run, writer)
@@ -220,7 +221,7 @@ class CompressionJob:
             self.targets = kept_targets(anatomy, self.target, kept)
             self.allocated |= {"kept_blocks": list(kept), "rest_bits": rest_bits(anatomy, self.target, kept)}
         if self.allocated:
-            report("allocation", **self.allocated)
+            report(Event.ALLOCATION, **self.allocated)
 
     def _scan(
         self, run: Run, name: str, measure: Callable[[Block, Stream], Found], report: Report, *, moves: bool = False
@@ -236,7 +237,7 @@ class CompressionJob:
 
             def visit(block: Block) -> None:
                 found.append(measure(block, stream))
-                report("scan", index=block.index, of=len(self.decoder))
+                report(Event.SCAN, index=block.index, of=len(self.decoder))
 
             forward(self.decoder, [] if moves else [stream], visit)
             run.finish_part("allocation", {name: found})
@@ -291,7 +292,7 @@ class CompressionJob:
         write_text(run.folder / "README.md", model_card(record))
         write_text(run.folder / RECORD / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         self._check(run, stream)
-        report("done", seconds=record["seconds"], out=str(self.out))
+        report(Event.DONE, seconds=record["seconds"], out=str(self.out))
         run.complete()
         return record
 

@@ -12,7 +12,6 @@ The whole model is in memory. An eighth of the windows is held out and decides w
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from niwaki.compression.run import RECORD, Run, check_apart, check_free, partial_of, provenance
+from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import as_files
 from niwaki.data.texts import calibration_windows, digest, load_tokenizer, read_texts
 from niwaki.errors import ArchitectureError, InputError, NumericalError
@@ -33,7 +33,6 @@ from niwaki.model.hf import plain_loading
 from niwaki.runtime.load import load
 
 CHECKS = 8
-Report = Callable[..., None]
 
 
 def recover(
@@ -59,7 +58,7 @@ def recover(
     Raises InputError for wrong input, and when the held-out loss did not fall: then nothing is written.
     """
     started = time.perf_counter()
-    say = report or (lambda event, **fields: None)
+    say = report or silent
     if min(rank, steps, batch) < 1 or samples < 8 or not 0 < rate < 1:
         raise InputError("expected rank, steps and batch of at least 1, samples of at least 8 and a rate in (0, 1)")
     out = Path(out).absolute()
@@ -208,7 +207,7 @@ def _train(
         optimizer.step()
         if (step + 1) % math.ceil(steps / CHECKS) == 0 or step + 1 == steps:
             found = _loss(adapted, held_ST)
-            report("recover", done=step + 1, of=steps, heldout_loss=found)
+            report(Event.RECOVER, done=step + 1, of=steps, heldout_loss=found)
             lowest.offer(found)
     lowest.restore()
     return lowest

@@ -20,13 +20,14 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from niwaki.config.events import Event, Report
 from niwaki.config.recipe import RENAMED_FIELDS
 from niwaki.errors import OutputError, ResumeError
 from niwaki.model.files import file_sha256, sync_folder, write_shard, write_text
@@ -156,7 +157,7 @@ class Writer:
     longer than a GPU needs for a block. A kill loses those two at most.
     """
 
-    def __init__(self, run: Run, report: Callable[..., None]) -> None:
+    def __init__(self, run: Run, report: Report) -> None:
         self.run = run
         self.report = report
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="save")
@@ -198,7 +199,7 @@ class Writer:
         while len(self._pending) > left:
             part, future = self._pending.popleft()
             self.run.finish_part(part, future.result())
-            self.report("saved", part=part)
+            self.report(Event.SAVED, part=part)
 
 
 def shaping_of(record: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from niwaki.compression.job import CompressionJob, block_part
 from niwaki.compression.run import Run
-from niwaki.compression.walk import Plan, Report, collect, compress_blocks, forward
+from niwaki.compression.walk import Plan, collect, compress_blocks, forward
 from niwaki.compression.width_search import spread
+from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import Sparsity
 from niwaki.data.stream import Stream
 from niwaki.errors import InputError, NumericalError, TargetError
@@ -70,7 +71,7 @@ class ShapingJob(CompressionJob):
             "trials": [_described(shape) | {"loss": loss} for shape, loss in losses.items()],
         }
         self.shard_names = self._shard_names()
-        report("allocation", **self.allocated)
+        report(Event.ALLOCATION, **self.allocated)
 
     def _then_spread(self, search: ShapeSearch) -> ShapeSearch:
         """Widths of their own for every block, from the even shape that the method found."""
@@ -115,10 +116,10 @@ class ShapingJob(CompressionJob):
             plan = Plan(self.steps, self.sizes.targets(shape, False), self.recipe.seed, trial=True)
             compress_blocks(
                 self.decoder, plan, stream, dense, riders=[judge], finished=lambda index: None,
-                save=lambda block, lines: None, report=lambda event, **fields: None,
+                save=lambda block, lines: None, report=silent,
             )  # fmt: skip
             run.finish_part(part, {"loss": _loss(self.decoder, judge)})
-            report("trial", shape=_described(shape), **run.finished[part])
+            report(Event.TRIAL, shape=_described(shape), **run.finished[part])
         loss: float = run.finished[part]["loss"]
         return loss
 

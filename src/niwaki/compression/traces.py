@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from niwaki.compression.backward import Gradients, descend
-from niwaki.compression.walk import Report, loaded_blocks
+from niwaki.compression.walk import loaded_blocks
+from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import Kind
 from niwaki.data.stream import Stream
 from niwaki.model.decoder import Block, Decoder
@@ -40,14 +41,14 @@ def trace(
     make_stream: MakeStream,
     activation_bytes: int | None = None,
     folder: Path | None = None,
-    report: Report = lambda event, **fields: None,
+    report: Report = silent,
 ) -> dict[str, Traces]:
     """Samples of all windows, each cut at `cuts` prompt lengths, for every criterion.
 
     `make_stream(ids_ST, name)` gives windows before the first block. The traces share all but their scores.
     """
     lengths = prompt_lengths(ids_ST.shape[1], cuts)
-    report("traces", samples=len(ids_ST) * cuts, bytes=nbytes(len(ids_ST) * cuts, layout, decoder.hidden_size))
+    report(Event.TRACES, samples=len(ids_ST) * cuts, bytes=nbytes(len(ids_ST) * cuts, layout, decoder.hidden_size))
     scores = {criterion: _Rows(len(ids_ST), cuts, layout) for criterion in criteria}
     own = [criterion for criterion in criteria if criterion not in WITHOUT_GRADIENTS]
     sensitivity = _Rows(1, 1, layout)
@@ -62,7 +63,7 @@ def trace(
                 value_BG = score(criterion, kind, x_BTC[:, length:], grad_BTC[:, length:], layout.count(kind))
                 scores[criterion].put(kind, found.rows, cut, block.index, value_BG)
         if found.rows.stop == len(with_gradients_ST):
-            report("gradients", index=len(decoder) - 1 - block.index, of=len(decoder))
+            report(Event.GRADIENTS, index=len(decoder) - 1 - block.index, of=len(decoder))
 
     with_gradients_ST = ids_ST if own else ids_ST[:gradient_windows]
     stream = make_stream(with_gradients_ST, "gradients")
@@ -108,7 +109,7 @@ def _forward(
                         last_SPD[rows, cut] = x_BTC[:, length - 1].float().cpu()
                         mean_SPD[rows, cut] = x_BTC[:, :length].float().mean(1).cpu()
         block.release()
-        report("activations", index=block.index, of=len(decoder))
+        report(Event.ACTIVATIONS, index=block.index, of=len(decoder))
     return prompts, last_SPD.flatten(0, 1), mean_SPD.flatten(0, 1)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from niwaki.config.events import Event, Report
 from niwaki.config.recipe import KeepUnits, Target
 from niwaki.data.hidden_states import Activations
 from niwaki.data.statistics import Needs, Statistics
@@ -29,7 +30,6 @@ from niwaki.methods.mask_scores import Choice, Sample, agreeing, described, watc
 from niwaki.methods.registry import Step, merged_needs
 from niwaki.model.decoder import Block, Decoder
 
-Report = Callable[..., None]
 NOT_SMALLER = "zeros are stored in place: there are too few of them for nonzeros to be smaller"
 NOT_PACKABLE = "zeros are stored in place: fused and transposed matrices have no packed form"
 NO_FAST_PATH = "smaller, but not faster here: this processor, or this installation, has no kernel for nonzeros"
@@ -164,7 +164,7 @@ def compress_blocks(
             save(block, [{**line, "drift": drift} for line in lines])
         block.release()
         seconds = time.perf_counter() - started
-        report("block", index=block.index, of=len(decoder), replayed=done, seconds=round(seconds, 3))
+        report(Event.BLOCK, index=block.index, of=len(decoder), replayed=done, seconds=round(seconds, 3))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ Shapes: S windows, T tokens a window.
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import Calibration
 from niwaki.config.sources import SUFFIXES, check_sources
 from niwaki.errors import CalibrationError
@@ -46,7 +47,7 @@ def windows_for(
     vocabulary: int,
     seed: int,
     device: str,
-    report: Callable[..., None],
+    report: Report,
 ) -> tuple[Tensor, str]:
     """[S, T] windows as `given` asks for them, and where they come from: its files, or the model in this folder.
 
@@ -152,7 +153,7 @@ def sampled_windows(
     seq_len: int,
     seed: int,
     device: str,
-    report: Callable[..., None] = lambda event, **fields: None,
+    report: Report = silent,
 ) -> Tensor:
     """[S, T] windows that the model writes itself (temperature 1), for when no text is given.
 
@@ -162,7 +163,7 @@ def sampled_windows(
     from transformers import AutoModelForCausalLM
 
     report(
-        "warning",
+        Event.WARNING,
         message=f"no calibration text given: using text the model writes itself, {samples * seq_len:,} tokens one by "
         "one, and the time grows with them (give --calibration FILE, or lower --samples and --seq-len)",
     )
@@ -182,7 +183,7 @@ def sampled_windows(
         """Reports on the way; stops nothing."""
         steps = ids_BT.shape[1] - 1
         if steps % SAMPLE_STEPS == 0 or steps == seq_len:
-            report("sample", done=first * seq_len + steps * len(ids_BT), of=samples * seq_len)
+            report(Event.SAMPLE, done=first * seq_len + steps * len(ids_BT), of=samples * seq_len)
         return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
 
     for first in range(0, samples, 16):

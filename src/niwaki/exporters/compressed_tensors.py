@@ -17,7 +17,7 @@ Cost: one shard in memory, one pass over the files.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from niwaki.config.events import Event, Report
 from niwaki.errors import CheckpointError, InputError
 from niwaki.formats.quantized import QuantizedColumns, read_parts, stored_names
 from niwaki.model.anatomy import build_skeleton
@@ -92,7 +93,7 @@ def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | 
     return Plan(bits, grid == "symmetric", 0 if whole else widths.pop(), dense, checkpoint.nbytes)
 
 
-def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[..., None]) -> dict[str, Any]:
+def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Report) -> dict[str, Any]:
     """Every shard of `checkpoint` again, its codes packed anew, with index and config.
 
     Returns the format, the library's version and the bits a weight in the packed matrices, everything counted.
@@ -114,7 +115,7 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[...
         write_shard(folder / shard, tensors)
         weight_map |= dict.fromkeys(tensors, shard)
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        report("export", index=number, of=len(checkpoint.shards))
+        report(Event.EXPORT, index=number, of=len(checkpoint.shards))
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
     write_text(folder / "config.json", quantized_config(checkpoint.folder, _quantization(plan)))

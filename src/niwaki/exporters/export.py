@@ -10,17 +10,17 @@ niwaki did not make gets a run.json with that field and its source alone.
 import importlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from niwaki.compression.model_card import export_card
 from niwaki.compression.run import RECORD, Run, check_apart, check_free, check_space, partial_of, provenance
+from niwaki.config.events import Report
 from niwaki.errors import CheckpointError, InputError, unknown
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.files import copy_file, file_sha256, write_text
 
-Report = Callable[..., None]
 FORMATS = {
     "compressed-tensors": "niwaki.exporters.compressed_tensors",
     "gguf": "niwaki.exporters.gguf_file",

@@ -19,7 +19,7 @@ Cost: one tensor in memory, one pass over the file.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 
+from niwaki.config.events import Event, Report
 from niwaki.errors import InputError, NumericalError, unknown
 from niwaki.exporters.gguf_shape import Layout, layout_of
 from niwaki.exporters.gguf_vocabulary import Vocabulary, read_vocabulary
@@ -89,7 +90,7 @@ def kind_of(shape: tuple[int, ...], chosen: str) -> GGMLQuantizationType:
     return FALLBACK if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
 
 
-def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[..., None]) -> dict[str, Any]:
+def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Report) -> dict[str, Any]:
     """The file, and the licence of the checkpoint beside it; tokenizer and config are inside."""
     for source in checkpoint.aux_files():
         if source.name.upper().startswith(("LICENSE", "NOTICE")):
@@ -107,7 +108,7 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[...
             for index, (name, tensor) in enumerate(plan.layout.tensors.items()):
                 values = tensor.read(checkpoint)
                 writer.write_tensor_data(_encoded(name, values, plan.kinds[name]))
-                report("export", index=index, of=len(plan.kinds))
+                report(Event.EXPORT, index=index, of=len(plan.kinds))
         finally:
             writer.close()
     return _told(plan)

@@ -12,7 +12,7 @@ Cost: the whole model in memory in float32, and again while it is written.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import onnxscript  # noqa: F401 (what torch.onnx needs; missing, it would fail late)
 import torch
 
+from niwaki.config.events import Event, Report
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.files import copy_file, sync_file
@@ -52,7 +53,7 @@ def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | 
     return Plan(4 * weights)
 
 
-def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[..., None]) -> dict[str, Any]:
+def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Report) -> dict[str, Any]:
     """The graph, its weights in a file of their own, config and tokenizer."""
     for source in checkpoint.aux_files():
         copy_file(source, folder / source.name)
@@ -60,11 +61,11 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Callable[...
     model: Any = torch.nn.Module.float(load(checkpoint.folder, device="cpu"))
     model.config.use_cache = False
     program = _traced(model, checkpoint)
-    report("export", index=0, of=2)
+    report(Event.EXPORT, index=0, of=2)
     program.save(folder / NAME, external_data=True)
     for path in folder.glob(f"{NAME}*"):
         sync_file(path)
-    report("export", index=1, of=2)
+    report(Event.EXPORT, index=1, of=2)
     opset = program.model.opset_imports[""]
     return {
         "format": f"float32, opset {opset}",

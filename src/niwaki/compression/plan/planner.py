@@ -10,7 +10,6 @@ are estimated from counted work (see `estimate`) on a machine that is measured o
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from niwaki.compression.plan.estimate import Job, Memory, memory, seconds
 from niwaki.compression.plan.machines import Machine, machine_named
 from niwaki.compression.plan.sizes import ModelSizes, Stored, beside_bytes, shape_of, shaped, sizes_of, stored
 from niwaki.compression.run import check_space, partial_of
+from niwaki.config.events import Event, Report
 from niwaki.config.recipe import Bits, Recipe, Sparsity, Target, make_recipe, parse_target
 from niwaki.errors import InputError, OutputError, TargetError, unknown
 from niwaki.methods.registry import CONTEXTUAL, STRUCTURED, Step, merged_needs, settle_budget
@@ -133,7 +133,7 @@ def make_stages(decoder: Decoder, recipe: Recipe, device: str, dense_stream: boo
 
 
 def check_possible(
-    decoder: Decoder, recipe: Recipe, steps: list[Step], target: Target, out: Path, report: Callable[..., None]
+    decoder: Decoder, recipe: Recipe, steps: list[Step], target: Target, out: Path, report: Report
 ) -> None:
     """What `compress` checks before its first file: memory and disk, as far as headers tell.
 
@@ -156,7 +156,7 @@ def check_possible(
     there = sum(path.stat().st_size for path in partial_of(out).rglob("*") if path.is_file())  # taken up, or dropped
     certain, needed = max(SURE_BYTES * written - there, 0), max(written + peak.scratch_bytes - there, 0)
     for text in warnings + _check_disk(out, certain, round(needed)):
-        report("warning", message=text)
+        report(Event.WARNING, message=text)
 
 
 def _stage(

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from niwaki.compression.walk import Report
+from niwaki.config.events import Event, Report, silent
 from niwaki.errors import InputError, NiwakiError, unknown
 from niwaki.measure.bench.decoding import has_window
 from niwaki.measure.bench.models import dtype_of, only_config, random_model, read_config
@@ -64,7 +64,7 @@ def bench(
     threads: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    report: Report = lambda event, **fields: None,
+    report: Report = silent,
     keep: Callable[[Bench], None] = lambda found: None,
 ) -> Bench:
     """Measures the dense `model`, its `forms` (all of them if not given and there are no `outs`) and results.
@@ -131,7 +131,7 @@ def _measured(
             row = row.model_copy(update={"reason": str(error).strip().split("\n")[0]})
         rows.append(row)
         _free()
-        report("bench", done=number, of=len(asked), form=form.name)
+        report(Event.BENCH, done=number, of=len(asked), form=form.name)
         yield (with_all_rounds(base, rows), *rows)
     if not base.cells:
         timed, _ = measure(side, None, plan)

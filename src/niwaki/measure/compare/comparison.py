@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from niwaki.compression.walk import Report
+from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import as_files
 from niwaki.data.texts import check_seq_len
 from niwaki.errors import InputError
@@ -111,7 +111,7 @@ def compare(
     prompt_ids = read_prompts(settings, tokenizer, decoders) or first_prompts(material, tokenizer, settings)
     models = [describe(*about, decoders[0]) for about in zip(sources, names_of(sources), decoders, strict=True)]
     confidence = CONFIDENCE if gates is None else each_confidence(gates, settings, len(folders))
-    job = _Job(settings, material, tokenizer, confidence, progress or (lambda event, **fields: None))
+    job = _Job(settings, material, tokenizer, confidence, progress or silent)
     against, found = job.run(decoders, models, prompt_ids)
     comparison = Comparison(
         date=begun, command=command_of(sources, settings, gate=gate, report=report, lang=lang),
@@ -188,7 +188,7 @@ class _Job:
         def after_round() -> None:
             nonlocal done
             done += 1
-            self.report("measure", done=done, of=rounds)
+            self.report(Event.MEASURE, done=done, of=rounds)
 
         with Worker(folders[0], settings.device) as dense:
             for folder, candidate in zip(folders[1:], candidates, strict=True):

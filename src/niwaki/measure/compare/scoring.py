@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from niwaki.compression.walk import Report
+from niwaki.config.events import Event, Report
 from niwaki.measure.compare.answers import Likelihoods
 from niwaki.measure.compare.token_metrics import Scored, Text, score_text
 from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
@@ -83,7 +83,7 @@ def _by_runtime(
 
     def window(text: Text) -> Callable[[int], Tensor]:
         def logits(row: int) -> Tensor:
-            report("compare", done=len(skipped) + 1, of=windows, model=folder.name)
+            report(Event.COMPARE, done=len(skipped) + 1, of=windows, model=folder.name)
             found_TV = _follow(contextual, text.ids_ST[row], first_tokens)
             record = contextual.records[-1]
             skipped.append(record.skipped_frac[-1] if record.sparse_tokens else 0.0)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from niwaki.compression.walk import Report
+from niwaki.config.events import Report, silent
 from niwaki.config.recipe import as_files
 from niwaki.config.sources import check_sources
 from niwaki.data.stream import Stream
@@ -64,7 +64,7 @@ def evaluate(
     _check_counts(seq_len=(seq_len, 2), max_tokens=(max_tokens, 2), limit=(limit, 1))
     check_sources(data)
     harness = find_tasks(names, include_path, num_fewshot, limit)
-    report = report or (lambda event, **fields: None)
+    report = report or silent
     decoders = [
         Decoder(Checkpoint.open(path), pick_device(device), pick_dtype(dtype))
         for path in (model, reference)

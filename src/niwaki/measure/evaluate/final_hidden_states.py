@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from niwaki.compression.walk import Report, forward
+from niwaki.compression.walk import forward
+from niwaki.config.events import Event, Report
 from niwaki.data.stream import Stream
 from niwaki.measure.evaluate.tasks import Bucket
 from niwaki.model.decoder import Decoder
@@ -42,7 +43,7 @@ class FinalHiddenStates:
         streams = [*self.windows.values(), *(s for found in self.buckets.values() for _, s in found)]
 
         def visit(block: Any) -> None:
-            report("evaluate", index=block.index, of=len(decoder), model=decoder.checkpoint.folder.name)
+            report(Event.EVALUATE, index=block.index, of=len(decoder), model=decoder.checkpoint.folder.name)
 
         forward(decoder, streams, visit)
 
