@@ -1,11 +1,13 @@
 """The worked example of CONTRIBUTING.md is a method that conforms."""
 
+import ast
 import re
 import types
 from pathlib import Path
 
 import torch
 
+from house.test_design import ORDER
 from niwaki.config.recipe import NM, Sparsity
 from support.models import run_method
 
@@ -33,3 +35,20 @@ def test_example_recipes_are_valid() -> None:
     for path in found:
         recipe = make_recipe(load_recipe(path))
         assert make_steps(recipe.method, recipe.options, parse_target(recipe.target))
+
+
+def test_the_layout_and_the_places_to_add_are_those_of_the_tree() -> None:
+    text = GUIDE.read_text(encoding="utf-8")
+    source = GUIDE.parent / "src" / "niwaki"
+    layout = text.partition("## Layout")[2].partition("## Where to add")[0]
+    places = text.partition("## Where to add")[2].partition("## Rules of the code")[0]
+    named = [name for row in re.findall(r"^\| (`.*?) \|", layout, re.M) for name in re.findall(r"`([\w.]+)/?`", row)]
+    assert [name.removesuffix(".py") for name in named] == list(ORDER)
+    for name in named:
+        if not name.endswith(".py"):
+            first = ast.get_docstring(ast.parse((source / name / "__init__.py").read_text(encoding="utf-8"))) or ""
+            assert first, f"{name} does not say what lives there"
+    found = [path for path in re.findall(r"`([\w/.]+(?:\.py|/))`", places) if "NAME" not in path]
+    assert len(found) > 10
+    for path in found:
+        assert any((base / path).exists() for base in (source, GUIDE.parent)), path
