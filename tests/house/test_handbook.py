@@ -179,3 +179,24 @@ def test_the_menu_lists_every_page_once() -> None:
 
     menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     assert sorted(leaves(menu)) == [str(page.relative_to(DOCS)) for page in PAGES]
+
+
+LOG = DOCS / "log"
+VERDICTS = {"kept", "dropped", "open"}
+MAX_ENTRY_LINES = 15
+
+
+def test_entries_of_the_log_are_short_and_the_index_has_a_verdict_for_each() -> None:
+    index = (LOG / "index.md").read_text(encoding="utf-8")
+    topics = {path for path in LOG.glob("*.md") if path.name != "index.md"}
+    for path in topics:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d-[a-z-]+\.md", path.name)
+        assert f"]({path.name})" in index
+        for entry in re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.M)[1:]:
+            title, *lines = entry.splitlines()
+            assert len([line for line in lines if line.strip()]) <= MAX_ENTRY_LINES, f"{path.name}: {title}"
+    rows = [line.split(" | ") for line in index.splitlines() if line.startswith("| ") and "| Verdict |" not in line]
+    assert len(rows) > 100
+    for row in rows:
+        assert len(row) == 3 and re.split(r"[ ,]", row[1])[0] in VERDICTS, row
+    assert sorted(re.findall(r"^## (.*)$", index, re.M), reverse=True) == re.findall(r"^## (.*)$", index, re.M)

@@ -8,7 +8,7 @@ read their target so.
 y the block's output and ŷ that with all its matrices rounded to nearest at two bits (four even levels a row, the best
 ones for normal weights). Token by token, because the norm at the start of the next block divides each by its own size:
 a mean over all would see little else than the few tokens of huge activations. Two bits, because one without any
-compensation leaves the range where errors are small and alike to those of a method (LOG.md tells what that cost).
+compensation leaves the range where errors are small and alike to those of a method (docs/log).
 
 Then K minimises Σ_b s_b·4^(2 − bits_b), the squared error falling to a quarter with every bit, bits_b ∈ {4, rest}. The
 function is convex, so with equal sensitivities of equal blocks K is empty. Only prefixes of the blocks in order of

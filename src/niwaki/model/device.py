@@ -52,7 +52,7 @@ def return_free_memory() -> None:
     """Gives freed heap memory back to the system.
 
     glibc keeps the tensors of every finished block in the heaps of its threads, so that the resident size
-    would grow with depth (measured: 0.87 GB at 6 blocks, 1.33 GB at 24; see LOG.md).
+    would grow with depth (measured: 0.87 GB at 6 blocks, 1.33 GB at 24; docs/log/2026-11-22-foundation.md).
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none

@@ -135,7 +135,7 @@ def refit(
     W is `dense_OI`, V is zero where `keep_OI` is false, λ as in `inverse_factor`. The sweep moves weights to
     the right only and never back; here every kept weight of a row answers to every removed one. Conjugate
     gradients with a diagonal preconditioner, all rows at once, each with a mask of its own; `start_OI` is where
-    they begin. Twenty iterations are within 0.1 % of the least error (LOG.md). Cost: 2·O·I² operations each.
+    they begin. Twenty iterations are within 0.1 % of the least error (docs/log). Cost: 2·O·I² operations each.
     """
     scale = float(gram_II.diagonal().mean()) or 1.0
     damping = damping_frac * scale

@@ -10,7 +10,7 @@ token (`last`), the mean of that over the prompt (`mean`), and a itself, of all 
 a small rank R, so that the predictor stays within its share of the decoder's parameters whatever the number of units.
 
 For heads nothing is learned, e = 0: what was learned of them gained a percent on text like that of the calibration
-and cost up to seventeen on other text (LOG.md has the numbers).
+and cost up to seventeen on other text (docs/log/2026-11-22-contextual.md).
 
 b is the trust in what was seen, as James and Stein shrink a measurement: a prompt is short, so a is noisy by about ν.
 Where it differs from what is expected by no more than that, as on text like that of the calibration, the learned part
