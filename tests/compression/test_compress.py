@@ -428,7 +428,7 @@ def _poison(model: Path) -> None:
     [
         ({"method": "wandda"}, InputError, "unknown method 'wandda': did you mean 'wanda'"),
         ({"target": "2:3"}, InputError, "needs a multiple of 3 inputs"),
-        ({"target": "16bit"}, InputError, "expected 1 to 8 bits a weight"),
+        ({"target": "16bit"}, InputError, "expected 1 to 8 bits per weight"),
         ({"allocation": "owll"}, InputError, "did you mean 'owl'"),
         ({"allocation": "owl"}, InputError, "owl moves unstructured sparsity"),
         ({"options": {"owl_spread_frac": 0.1}}, InputError, "needs the allocation owl"),
@@ -495,7 +495,7 @@ def test_without_text_the_model_writes_its_own_and_says_so(model: Path, tmp_path
     record = niwaki.compress(
         model, tmp_path / "out", method="wanda", target="0.5", calibration=SMALL, device="cpu", report=report
     )
-    assert "text the model writes itself" in messages[0]
+    assert "the model samples" in messages[0]
     assert record["calibration"]["source"] == "sampled from the model"
 
 

@@ -46,7 +46,7 @@ def test_impossible_targets(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["4bit+2:4", "2:4+0.5", "4bit+4bit", "2:4+", "+4bit", "2:4+4bit+8bit", "+"])
 def test_zeros_come_before_bits(text: str) -> None:
-    with pytest.raises(TargetError, match=r"expected zeros first, then the bits of what is left, such as 2:4\+4bit"):
+    with pytest.raises(TargetError, match=r"zeros first, then the bits of the kept weights, such as 2:4\+4bit"):
         parse_target(text)
 
 

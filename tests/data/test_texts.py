@@ -156,7 +156,7 @@ def test_sampling_says_that_it_is_slow_and_how_far_it_is(tmp_path: Path) -> None
 
     sampled_windows(folder, samples=18, seq_len=40, seed=0, device="cpu", report=report)
     event, fields = events[0]
-    assert event == "warning" and "720 tokens one by one" in str(fields["message"])
+    assert event == "warning" and "720 tokens of its own" in str(fields["message"])
     assert [(event, fields["done"], fields["of"]) for event, fields in events[1:]] == [
         ("sample", 512, 720),
         ("sample", 640, 720),

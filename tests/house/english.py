@@ -66,7 +66,7 @@ def sentences(text: str) -> Iterator[str]:
             continue
         if re.search(r"[─►→]{2}|─►|\S {3}", paragraph):  # a picture or a table of words
             continue
-        prose = re.sub(r"`[^`]*`", "code", " ".join(lines))
+        prose = re.sub(r"`[^`]*`", "`x`", " ".join(lines))
         prose = re.sub(r"\b(e\.g|i\.e|cf|vs|et al)\.", r"\1", prose)
         yield from re.split(r"(?<=[.!?:])\s+(?=[A-Z`‖Σ0-9])|(?<=\.\))\s+", prose)
 

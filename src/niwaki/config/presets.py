@@ -1,7 +1,7 @@
-"""Named recipes: the best chains found for a given patience, chosen from `benchmarks/results/tuning-llama-28m.json`.
+"""Named recipes: the best chain for each time budget, chosen from `benchmarks/results/tuning-llama-28m.json`.
 
-`fast` is one closed-form pass. `balanced` adds regional optimisation for about the price of Wanda++, `best` three
-times as much of it. None trains the whole model.
+`fast` is one closed-form pass. `balanced` adds regional optimization at about the cost of Wanda++. `best` has three
+times the rounds of `balanced`. No preset trains the whole model.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def with_preset(values: dict[str, Any]) -> dict[str, Any]:
-    """Recipe fields with the preset they name filled in; single options given beside it win."""
+    """Return recipe fields with their preset filled in. Options that stand beside the preset win."""
     values = dict(values)
     name = values.pop("preset", None)
     if name is None:

@@ -1,7 +1,6 @@
-"""What a run is asked to do: targets, the recipe file and its validation.
+"""Targets and recipes: their text, their validation, their file.
 
-A recipe is YAML with the fields of `Recipe`; command-line flags override it, and the resolved copy is kept in
-run.json:
+A recipe is YAML with the fields of `Recipe`. Options of the command line override it. run.json keeps the resolved copy.
 
     method: sparsegpt
     target: "2:4"
@@ -25,7 +24,7 @@ from niwaki.errors import InputError, TargetError, unknown
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Unstructured: the fraction of weights that becomes zero, 0 < zeros_frac < 1."""
+    """Unstructured sparsity: the fraction of weights that become zero, 0 < zeros_frac < 1."""
 
     zeros_frac: float
 
@@ -33,13 +32,13 @@ class Sparsity:
         return f"{self.zeros_frac:g}"
 
     def zeros_in(self, rows: int, columns: int) -> int:
-        """Exact number of zeros in a matrix of this shape."""
+        """Return the exact number of zeros in a matrix of this shape."""
         return round(self.zeros_frac * rows * columns)
 
 
 @dataclass(frozen=True)
 class NM:
-    """N:M: of every `group` neighbours along the inputs, `keep` stay."""
+    """N:M sparsity: `keep` weights stay of every `group` neighbours along the inputs."""
 
     keep: int
     group: int
@@ -48,7 +47,7 @@ class NM:
         return f"{self.keep}:{self.group}"
 
     def zeros_in(self, rows: int, columns: int) -> int:
-        """Exact number of zeros in a matrix of this shape. Raises TargetError if the groups do not fit."""
+        """Return the exact number of zeros in a matrix of this shape. Raises TargetError if the groups do not fit."""
         if columns % self.group:
             raise TargetError(
                 f"target {self} needs a multiple of {self.group} inputs, got a matrix with {columns}: "
@@ -59,7 +58,10 @@ class NM:
 
 @dataclass(frozen=True)
 class Bits:
-    """Quantization: bits a weight. Methods with one code width mean its width, mixed ones everything stored."""
+    """Quantization: bits per weight.
+
+    A method with one code width takes this width. A mixed method counts everything that it stores.
+    """
 
     bits: float
 
@@ -67,13 +69,16 @@ class Bits:
         return f"{self.bits:g}bit"
 
     def zeros_in(self, rows: int, columns: int) -> int:
-        """Quantization asks for no zeros."""
+        """Return 0: quantization asks for no zeros."""
         return 0
 
 
 @dataclass(frozen=True)
 class PrunedBits:
-    """Both in one record: `zeros` first, then what is left as codes of `bits`. Every step of a chain meets its part."""
+    """Zeros and codes in one record: first `zeros`, then codes of `bits` for the kept weights.
+
+    Each step of a chain meets its own part.
+    """
 
     zeros: Sparsity | NM
     bits: Bits
@@ -82,7 +87,7 @@ class PrunedBits:
         return f"{self.zeros}+{self.bits}"
 
     def zeros_in(self, rows: int, columns: int) -> int:
-        """Zeros of the mask; kept weights that are rounded to zero come on top."""
+        """Return the number of zeros of the mask. Kept weights that round to zero add to it."""
         return self.zeros.zeros_in(rows, columns)
 
 
@@ -91,9 +96,10 @@ Kind = Literal["heads", "neurons"]
 
 @dataclass(frozen=True)
 class Unit:
-    """Groups of columns of the matrix `consumer`, each made by as many rows of every producer (see `structure`).
+    """A prunable unit kind of a block: `count` groups of columns of the matrix `consumer`.
 
-    `kind`: `neurons` of a dense layer, or `heads` that share a key and a value.
+    Rows of each producer make a group (see `niwaki.model.prunable`). `kind`: `neurons` of a dense layer, or `heads`
+    that share a key and a value.
     """
 
     kind: Kind
@@ -104,7 +110,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class KeepUnits:
-    """Structured: how many groups of a unit stay. `cut`: the others leave the file, else they are stored as zeros."""
+    """Structured target: `count` groups of a unit stay.
+
+    With `cut` the other groups leave the file. Without it they are stored as zeros.
+    """
 
     unit: Unit
     count: int
@@ -114,7 +123,7 @@ class KeepUnits:
         return f"{self.count} of {self.unit.count} {self.unit.kind}"
 
     def zeros_in(self, rows: int, columns: int) -> int:
-        """Structured targets are no number of zeros."""
+        """Return 0: a structured target is no number of zeros."""
         return 0
 
 
@@ -128,14 +137,14 @@ _BYTE_UNITS = {"": 1, "B": 1} | {
 
 
 def parse_target(text: str) -> Target:
-    """`0.5`, `50%`, `2:4`, `4bit` or `2:4+4bit`. Raises TargetError with what was expected."""
+    """Parse `0.5`, `50%`, `2:4`, `4bit` or `2:4+4bit`. Raises TargetError for any other text."""
     text = text.strip()
     if "+" in text:
         return _parse_both(text)
     if found := re.fullmatch(r"(\d+(?:\.\d+)?)[ -]?bits?", text):
         bits = float(found[1])
         if not 1 <= bits <= 8:
-            raise TargetError(f"target {text}: expected 1 to 8 bits a weight, for example 4bit or 1.7bit")
+            raise TargetError(f"target {text}: expected 1 to 8 bits per weight, for example 4bit or 1.7bit")
         return Bits(bits)
     if found := re.fullmatch(r"(\d+):(\d+)", text):
         keep, group = int(found[1]), int(found[2])
@@ -156,7 +165,7 @@ def parse_target(text: str) -> Target:
 
 
 def asks_for_bits(record: dict[str, Any]) -> bool:
-    """Whether the last stage of a run.json made codes and no zeros besides. A code that is 0 is no pruning."""
+    """Return True if the last stage of a run.json quantizes and does not prune. A code of 0 is no pruning."""
     target = record["recipe"]["target"]
     if target is None:
         return True
@@ -166,12 +175,12 @@ def asks_for_bits(record: dict[str, Any]) -> bool:
 def _parse_both(text: str) -> PrunedBits:
     zeros, *rest = map(parse_target, text.split("+")) if all(part.strip() for part in text.split("+")) else (None,)
     if not isinstance(zeros, Sparsity | NM) or len(rest) != 1 or not isinstance(rest[0], Bits):
-        raise TargetError(f"target {text}: expected zeros first, then the bits of what is left, such as 2:4+4bit")
+        raise TargetError(f"target {text}: expected zeros first, then the bits of the kept weights, such as 2:4+4bit")
     return PrunedBits(zeros, rest[0])
 
 
 def parse_bytes(text: str) -> int:
-    """`1700000000`, `1.7GB` or `800 MiB`. Raises TargetError with what was expected."""
+    """Parse `1700000000`, `1.7GB` or `800 MiB` as bytes. Raises TargetError for any other text."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip().lower())
     unit = _BYTE_UNITS.get(found[2].upper()) if found else None
     if found is None or unit is None or not float(found[1]):
@@ -180,7 +189,10 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_keep_blocks(value: Any) -> str | tuple[int, ...]:
-    """`auto`, `none` (no blocks) or block numbers, `0,7` or a list. Raises TargetError with what was expected."""
+    """Parse `auto`, `none` (no blocks), block numbers such as `0,7`, or a list of them.
+
+    Raises TargetError for anything else.
+    """
     if value in ("auto", "none"):
         return "auto" if value == "auto" else ()
     items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
@@ -195,7 +207,7 @@ class _Strict(BaseModel):
 
 
 class Calibration(_Strict):
-    """Which text the method sees. Without files the model writes its own."""
+    """Calibration text of a method. Without files the model samples its own text."""
 
     files: tuple[str, ...] = ()
     field: str = "text"
@@ -204,11 +216,11 @@ class Calibration(_Strict):
 
 
 class Recipe(_Strict):
-    """Everything that decides the bytes of a result, and how to get there.
+    """Request of a compression: all fields that decide the bytes of a result, and how to compute them.
 
-    `target`, or instead `target_bytes`: the bytes of all compressed matrices together. `keep_blocks` stay at 4 bits.
-    `allocation` auto is the best that is known for the method. `embeddings`: codes that embeddings and head are stored
-    as, beside and not within the target.
+    `target` or `target_bytes` is the budget: `target_bytes` counts all compressed matrices together. `keep_blocks`
+    stay at 4 bits. `allocation` auto takes the best one known for the method. `embeddings`: codes of the embeddings
+    and the LM head, outside the target.
     """
 
     method: str
@@ -243,7 +255,7 @@ class Recipe(_Strict):
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
-    """The fields of a recipe file, unvalidated. Raises InputError for anything but a YAML mapping."""
+    """Read the fields of a recipe file without validation. Raises InputError for anything but a YAML mapping."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -260,7 +272,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
-    """A validated recipe, a preset filled in; the first problem becomes one InputError line."""
+    """Validate a recipe and fill in its preset. Raises InputError with one line for the first problem."""
     values = with_preset(current_fields(values))
     _require_known(values)
     targets = [name for name in ("target", "target_bytes") if values.get(name) is not None]
@@ -282,12 +294,12 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
 
 
 def as_files(given: str | Path | Iterable[str | Path]) -> tuple[str, ...]:
-    """One file, or several, as the caller wrote them."""
+    """Return one file, or several, as a tuple of the texts that the caller wrote."""
     return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given))
 
 
 def calibration_fields(given: Any) -> dict[str, Any]:
-    """The `calibration` of a recipe as a mapping: it may also be one file, a list of files or nothing."""
+    """Return the `calibration` of a recipe as a mapping. It may also be one file, a list of files or nothing."""
     if given is None:
         return {}
     if isinstance(given, Calibration):
@@ -301,7 +313,10 @@ def calibration_fields(given: Any) -> dict[str, Any]:
 
 
 def make_options(config_class: type, options: dict[str, Any], method: str) -> Any:
-    """A method's frozen config from `--set` strings or recipe values, checked by type and name."""
+    """Make the frozen config of a method from `--set` texts or recipe values.
+
+    Raises InputError for a wrong name or type.
+    """
     known = {entry.name: entry.type for entry in fields(config_class)}
     values: dict[str, Any] = {}
     for given, value in options.items():
@@ -337,7 +352,10 @@ def _require_known(values: dict[str, Any], where: str = "") -> None:
 
 
 def _target_text(value: Any) -> Any:
-    """A fraction may be a number; a whole number is what YAML 1.1 makes of an unquoted 2:4 (base 60: 124)."""
+    """Return a numeric fraction as text.
+
+    Raises TargetError for 124, which YAML 1.1 makes of an unquoted 2:4 (base 60).
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     keep, group = divmod(value, 60)

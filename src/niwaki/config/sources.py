@@ -1,6 +1,6 @@
-"""Where models, texts and questions may come from: what can only be a mistake is refused before anything is read.
+"""Sources of models, texts and tasks, and early refusal of mistakes before anything is read.
 
-Needs neither torch nor transformers, so that a misspelt path is refused at once.
+This module needs neither torch nor transformers, so a misspelt path is refused at once.
 
     check_sources(["mine.jsonl"])
     model_folder("MODEL")
@@ -15,7 +15,7 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 def model_folder(model: str) -> Path | None:
-    """The local folder of a model, None for what can only be a hub id. Raises CheckpointError for neither."""
+    """Return the local folder of a model, or None for a hub id. Raises CheckpointError if it is neither."""
     path = Path(model).expanduser()
     if not path.is_dir():
         if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
@@ -27,7 +27,7 @@ def model_folder(model: str) -> Path | None:
 
 
 def check_sources(sources: Sequence[str]) -> None:
-    """Refuses, without reading or fetching anything, the sources that cannot be texts."""
+    """Raise CalibrationError for a source that cannot be text. Nothing is read or fetched."""
     for source in sources:
         path = Path(source)
         if path.is_dir() or (path.is_file() and path.suffix.lower() in SUFFIXES):
@@ -40,7 +40,7 @@ def check_sources(sources: Sequence[str]) -> None:
 
 
 def check_tasks(files: Sequence[str]) -> None:
-    """Refuses task files that are not there."""
+    """Raise CalibrationError for a task file that does not exist."""
     for file in files:
         if not Path(file).is_file():
             raise CalibrationError(f"no such task file: {file}")

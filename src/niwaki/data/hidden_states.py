@@ -1,9 +1,9 @@
-"""Hidden states of every calibration window, kept on the device, in RAM or in a memory-mapped file.
+"""Hidden states of all calibration windows, on the device, in RAM or in a memory-mapped file.
 
-One buffer is enough for the whole walk: the output of a batch replaces its input. The place is chosen once
-from what is free, or stated by the caller.
+One buffer is enough for the whole walk: the output of a batch replaces its input. The place is chosen once from the
+free memory, or the caller states it.
 
-Shapes: S windows, T tokens, D hidden size.
+Legend: S windows, T tokens, D hidden size.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ Place = Literal["device", "ram", "disk"]
 
 
 class Activations:
-    """An [S, T, D] tensor read and written in slices of windows, wherever it lies."""
+    """A tensor [S, T, D] in any place, read and written in slices of windows."""
 
     def __init__(self, store_STD: Tensor, place: Place, device: torch.device) -> None:
         self.store_STD = store_STD
@@ -37,7 +37,7 @@ class Activations:
         folder: Path | None = None,
         name: str = "activations.bin",
     ) -> "Activations":
-        """An uninitialised buffer of `shape`; `folder` holds the file when the place is disk."""
+        """Allocate an uninitialized buffer of `shape`. `folder` holds the file if the place is disk."""
         if place == "disk":
             if folder is None:
                 raise InputError("activations on disk need a working folder")
@@ -52,25 +52,25 @@ class Activations:
         return self.store_STD.shape[0]
 
     def read(self, rows: slice) -> Tensor:
-        """Windows `rows` on the compute device."""
+        """Return the windows `rows` on the compute device."""
         return self.store_STD[rows].to(self.device, non_blocking=True)
 
     def take(self, windows: list[int]) -> Tensor:
-        """The chosen windows, in the order given, on the compute device."""
-        # Not by an index: it would have to go to the GPU, and the host would wait for all work before it.
+        """Return the chosen windows, in the order given, on the compute device."""
+        # Slices, not an index tensor: its copy to the GPU would make the host wait for all earlier work.
         return torch.cat([self.read(slice(window, window + 1)) for window in windows])
 
     def write(self, rows: slice, x_BTD: Tensor) -> None:
         """Replace windows `rows`."""
-        # Out of pinned memory nothing is read but by the stream that wrote it, so nobody has to wait for the copy.
+        # Only the stream that writes pinned memory reads it, so the host need not wait for the copy.
         self.store_STD[rows].copy_(x_BTD, non_blocking=self.place == "ram")
 
 
 def choose_place(needed_bytes: int, device: torch.device, budget_bytes: int | None = None) -> Place:
-    """Where `needed_bytes` of hidden states go: the fastest place that leaves room for the work.
+    """Choose the fastest place for `needed_bytes` of hidden states that leaves room for the work.
 
-    Half of the free memory of a place may be taken, of a GPU an eighth of what this process may have (a method that
-    learns keeps three of them, and what it learns with is larger still), less when `budget_bytes` says so.
+    Hidden states take at most half of the free RAM, or an eighth of the GPU memory of this process.
+    A method that learns keeps three buffers and needs still more. `budget_bytes` lowers these limits.
     """
     limit = budget_bytes if budget_bytes is not None else 2**62
     if device.type == "cuda" and needed_bytes <= min(

@@ -1,7 +1,7 @@
 """Streaming sums over the inputs of a group of matrices.
 
-Only sums are kept, so several processes could add theirs together. A Gram matrix is collected once per group
-and serves every matrix in it; its diagonal is the squared norms, which are then not collected twice.
+Only sums are kept, so several processes can add theirs together. One Gram matrix per group serves each matrix in it.
+Its diagonal holds the squared norms, so they are not collected again.
 
 Legend: N tokens, I input features.
 """
@@ -18,13 +18,12 @@ UNREACHED = "no calibration token reached this matrix: ranked by magnitude"
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks the walk for.
+    """Statistics and streams that a method asks of the walk.
 
-    `sqnorm` and `gram`: sums for every group of matrices. `learn_batches`: how many windows a learning method draws
-    at a time from the block's inputs and the dense block's outputs (empty: it does not learn). `dense`: the
-    outputs of the same block in the dense model as well. `full`: Gram matrices with the inputs that the same tokens
-    have in the dense model. `mean`: sums of the inputs themselves. `gradient`: squares of the gradients that the loss
-    of every window has in the dense model.
+    `sqnorm` and `gram`: sums per group of matrices. `learn_batches`: batch sizes that a learning method draws from
+    the inputs and outputs of the dense block (empty: it does not learn). `dense`: also the outputs of the same block
+    in the dense model. `full`: Gram matrices with the inputs of the same tokens in the dense model. `mean`: sums of
+    the inputs. `gradient`: squared gradients of the loss of each window in the dense model.
     """
 
     sqnorm: bool = False
@@ -37,12 +36,12 @@ class Needs:
 
     @property
     def windows(self) -> bool:
-        """Whether inputs and outputs of the block are wanted, not only sums."""
+        """Return True if inputs and outputs of the block are needed, not only sums."""
         return bool(self.learn_batches)
 
     @property
     def anything(self) -> bool:
-        """Whether the walk has to run the dense block over all windows before compressing it."""
+        """Return True if the walk must run the dense block over all windows before it compresses the block."""
         return self.sqnorm or self.gram or self.full or self.mean or self.gradient or self.windows
 
     def __or__(self, other: "Needs") -> "Needs":
@@ -60,7 +59,7 @@ class Needs:
 class Statistics:
     """Sums over the calibration tokens that reached one group of matrices.
 
-    `tokens` counts them. `sample_NI` keeps the first SAMPLE_TOKENS inputs, to measure output errors on.
+    `tokens` counts them. `sample_NI` keeps the first SAMPLE_TOKENS inputs, for the measurement of output errors.
     """
 
     def __init__(self, needs: Needs) -> None:
@@ -69,14 +68,14 @@ class Statistics:
         self.sample_NI: Tensor | None = None
         self._sqnorm_I: Tensor | None = None
         self._gram_II: Tensor | None = None
-        self._mirrored = False  # else only its strips up to the diagonal are summed
+        self._mirrored = False  # until then only the strips up to the diagonal are valid
         self._full: tuple[Tensor, Tensor] | None = None
         self._sum_I: Tensor | None = None
 
     def add(self, x: Tensor, full: Tensor | None = None) -> None:
-        """Adds inputs of shape [..., I]; sums are float32, products of bf16 inputs are exact in it.
+        """Add inputs of shape [..., I]. Sums are float32, in which products of bf16 inputs are exact.
 
-        `full`: what the same tokens are in the dense model, the same shape.
+        `full`: inputs of the same tokens in the dense model, of the same shape.
         """
         x_NI = x.reshape(-1, x.shape[-1])
         if self.sample_NI is None:
@@ -99,7 +98,7 @@ class Statistics:
             self._full = found if self._full is None else (self._full[0].add_(found[0]), self._full[1].add_(found[1]))
 
     def _add_gram(self, x_NI: Tensor) -> None:
-        """Adds to the strips of XᵀX that hold its lower triangle: little more than half of the operations."""
+        """Add to the strips of XᵀX that hold its lower triangle, at little more than half of the operations."""
         width = x_NI.shape[1]
         if self._gram_II is None:
             self._gram_II = torch.zeros(width, width, device=x_NI.device)
@@ -110,7 +109,7 @@ class Statistics:
 
     @property
     def sqnorm_I(self) -> Tensor:
-        """Squared L2 norm of every input feature over all tokens, [I] float32."""
+        """Return the squared L2 norm of each input feature over all tokens, [I] float32."""
         found = self._gram_II.diagonal() if self._gram_II is not None else self._sqnorm_I
         if found is None:
             raise KeyError("squared norms were not collected: no token reached this group, or they were not needed")
@@ -118,14 +117,14 @@ class Statistics:
 
     @property
     def mean_I(self) -> Tensor:
-        """Mean of every input feature over all tokens, [I] float32."""
+        """Return the mean of each input feature over all tokens, [I] float32."""
         if self._sum_I is None:
             raise KeyError("means were not collected: no token reached this group, or they were not needed")
         return self._sum_I / self.tokens
 
     @property
     def gram_II(self) -> Tensor:
-        """XᵀX over all tokens, [I, I] float32."""
+        """Return XᵀX over all tokens, [I, I] float32."""
         if self._gram_II is None:
             raise KeyError("no Gram matrix: no token reached this group, or it was not needed")
         if not self._mirrored:
@@ -137,14 +136,14 @@ class Statistics:
 
     @property
     def full_II(self) -> tuple[Tensor, Tensor]:
-        """FᵀF and FᵀX, F being the inputs of the same tokens in the dense model, [I, I] float32 each."""
+        """Return FᵀF and FᵀX, each [I, I] float32, where F holds the inputs of the same tokens in the dense model."""
         if self._full is None:
             raise KeyError("no inputs of the dense model: no token reached this group, or they were not needed")
         return self._full
 
 
 def _product(x_NI: Tensor, y_NI: Tensor) -> Tensor:
-    """XᵀY in float32. On CUDA half precision inputs keep float32 accumulation at tensor-core speed."""
+    """Return XᵀY in float32. On CUDA, half-precision inputs keep float32 accumulation at tensor-core speed."""
     if x_NI.is_cuda and x_NI.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(x_NI.T, y_NI, out_dtype=torch.float32)
     return x_NI.float().T @ y_NI.float()

@@ -1,4 +1,4 @@
-"""The hidden states of all windows on their way through the blocks, and what was seen of one block.
+"""Hidden states of all windows on their way through the blocks, and the calibration data of one block.
 
 Legend: S windows, B windows in a batch, T tokens, D hidden size.
 """
@@ -20,14 +20,14 @@ from niwaki.model.decoder import Block, Decoder
 
 
 class _AllMet(Exception):  # noqa: N818 (ends a forward, and is no error)
-    """Every matrix of a block has met its input."""
+    """Signal that every matrix of a block has met its input."""
 
 
 class Stream:
-    """The hidden states of all windows, and the arguments that blocks are called with.
+    """Hidden states of all windows, and the call arguments of all blocks.
 
-    With `learn_batches`, that many windows at a time (and single ones) can be drawn for learning, and the
-    outputs of the dense block are kept beside its inputs.
+    `learn_batches`: batch sizes that a learning method draws, besides single windows. With them the outputs of the
+    dense block are kept beside its inputs.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class Stream:
         return len(self.ids_ST)
 
     def slices(self) -> Iterator[slice]:
-        """The batches of windows, in order; the last may be smaller."""
+        """Yield the batches of windows in order. The last one may be smaller."""
         for first in range(0, len(self.ids_ST), self.batch):
             yield slice(first, min(first + self.batch, len(self.ids_ST)))
 
     def call(self, count: int, index: int) -> Call:
-        """The arguments of block `index` for `count` windows."""
+        """Return the call arguments of block `index` for `count` windows."""
         return self._calls[count][index]
 
     def observe(
@@ -83,10 +83,10 @@ class Stream:
         outputs: Activations | None = None,
         before: Callable[[slice], None] | None = None,
     ) -> Tensor:
-        """Runs the block without moving on; returns its output [B, T, D] for the first batch.
+        """Run the block and keep the hidden states. Return its output [B, T, D] for the first batch.
 
-        `before(rows)` is called ahead of every batch. If nobody keeps the outputs, later batches end where `seen` has
-        met every matrix: the last product of a block is more than a fifth of its operations.
+        `before(rows)` runs before each batch. Without `outputs`, later batches end after `seen` has met every
+        matrix: the last product of a block is more than a fifth of its operations.
         """
         first: Tensor | None = None
         met: list[str] = []
@@ -110,7 +110,7 @@ class Stream:
                 continue
             if first is None:
                 first = out_BTD
-                # A block that uses a matrix twice, or experts by the tokens, runs to its end.
+                # A block that uses a matrix twice, or routes tokens to experts, runs to its end.
                 stops = outputs is None and len(met) == len(block.linears) == len(set(met))
             if outputs is not None:
                 outputs.write(rows, out_BTD)
@@ -122,9 +122,9 @@ class Stream:
     def advance(
         self, block: Block, rows: slice | None = None, seen: Callable[[str, Tensor], None] | None = None
     ) -> Tensor:
-        """Replaces the hidden states, or those of some windows, by the block's output; returns that of the first batch.
+        """Replace the hidden states of all windows, or of `rows`, by the output of the block.
 
-        What is returned is a tensor of its own: hidden states that move on leave it as it is.
+        Return the output of the first batch, as a tensor that later steps do not change.
         """
         first: Tensor | None = None
         for part in self.slices() if rows is None else [rows]:
@@ -138,12 +138,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """What the walk saw of one block, as far as a method's `needs` asked for it.
+    """Calibration data of one block, as far as the `needs` of a method ask for it.
 
-    `statistics` of every matrix, taken with the dense block on its inputs in the compressed model. `stream`
-    holds those inputs and the dense block's outputs; `dense` the outputs of the same block in the dense
-    model. `start` holds the records of the step before in a chain of methods, else nothing. `gradients`: squares [O, I]
-    of the gradient of every matrix in the dense model, summed over the windows.
+    `statistics` of each matrix come from the dense block on its inputs in the compressed model. `stream` holds these
+    inputs and the outputs of the dense block. `dense` holds the outputs of the same block in the dense model.
+    `start` holds the records of the step before in a chain of methods, else nothing. `gradients`: squared gradients
+    [O, I] of each matrix in the dense model, summed over the windows.
     """
 
     statistics: Mapping[str, Statistics]
@@ -154,12 +154,12 @@ class CalibrationData:
 
 
 def default_batch_tokens(device: torch.device) -> int:
-    """Tokens a forward takes at once: enough to fill the device, few enough to bound its temporaries."""
+    """Return the tokens per forward: enough to fill the device, few enough to bound its temporary tensors."""
     return 16384 if device.type == "cuda" else 2048
 
 
 def _require_equal(first: Sequence[Call], other: Sequence[Call]) -> None:
-    """Arguments are recorded once per batch shape, so they must not depend on the tokens."""
+    """Raise ArchitectureError if call arguments depend on the tokens: they are recorded once per batch shape."""
     for index, (a, b) in enumerate(zip(first, other, strict=True)):
         for left, right in zip(_tensors(a), _tensors(b), strict=True):
             if left is not right and not torch.equal(left, right):

@@ -1,10 +1,10 @@
 """Texts → token windows.
 
-One rule for calibration and evaluation (benchmarks use the same): every document is followed by the end
-token, the stream is concatenated and cut into windows of equal length without overlap. Calibration first
-shuffles the documents by the seed; evaluation keeps file order.
+Calibration, evaluation and benchmarks share one rule. The end token follows each document. The concatenated stream is
+cut into windows of equal length without overlap. Calibration first shuffles the documents by the seed. Evaluation
+keeps the order of the file.
 
-Shapes: S windows, T tokens a window.
+Legend: S windows, T tokens per window.
 
     tokenizer = load_tokenizer("MODEL")
     windows_ST = calibration_windows(read_texts(["mine.jsonl"]), tokenizer, samples=64, seq_len=512, seed=0)
@@ -33,7 +33,7 @@ SAMPLE_STEPS = 32  # tokens a window grows between two reports
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and what kind it is if its row says so."""
+    """A text, and its domain if its row names one."""
 
     text: str
     domain: str | None = None
@@ -49,10 +49,10 @@ def windows_for(
     device: str,
     report: Report,
 ) -> tuple[Tensor, str]:
-    """[S, T] windows as `given` asks for them, and where they come from: its files, or the model in this folder.
+    """Return the calibration windows [S, T] and a description of their source: the files of `given`, or the model.
 
-    Raises CalibrationError for files that cannot be texts, windows longer than `positions`, too little text, or a
-    tokenizer with ids beyond the model's `vocabulary`.
+    Raises CalibrationError for files that cannot be text, too little text, and windows longer than `positions`.
+    It is raised too if the tokenizer has ids beyond the `vocabulary` of the model.
     """
     check_sources(given.files)
     check_seq_len(given.seq_len, Calibration().seq_len, positions, "the model")
@@ -69,16 +69,16 @@ def windows_for(
 
 
 def read_texts(sources: Sequence[str], field: str = "text") -> list[str]:
-    """Documents of all sources in order; blank ones are dropped.
+    """Read the documents of all sources in order, without blank ones.
 
-    A source is a `.txt` file (one document), a `.jsonl` or `.parquet` file (`field` of every row), or a
-    data set that the `datasets` package can load (a hub id or a folder; its `train` split).
+    A source is a `.txt` file (one document) or a `.jsonl` or `.parquet` file (`field` of each row). It may also be
+    the `train` split of a data set that the `datasets` package loads: a hub id or a folder.
     """
     return [document.text for document in read_documents(sources, field)]
 
 
 def read_documents(sources: Sequence[str], field: str = "text") -> list[Document]:
-    """The same with the `domain` of every row of `.jsonl`, `.parquet` and data sets that has one."""
+    """Read documents as `read_texts` does, with the `domain` of each row that has one."""
     check_sources(sources)
     found = [document for source in sources for document in _read_source(source, field)]
     documents = [document for document in found if document.text.strip()]
@@ -88,7 +88,7 @@ def read_documents(sources: Sequence[str], field: str = "text") -> list[Document
 
 
 def check_seq_len(seq_len: int, default: int, positions: int | None, whose: str) -> None:
-    """Refuses windows that are longer than what the model was built for (None: any length)."""
+    """Raise CalibrationError for windows longer than the positions of the model (None: any length)."""
     if positions is not None and seq_len > positions:
         given = "(the default) " if seq_len == default else ""
         raise CalibrationError(
@@ -98,7 +98,7 @@ def check_seq_len(seq_len: int, default: int, positions: int | None, whose: str)
 
 
 def load_tokenizer(model: str | Path) -> Any:
-    """The checkpoint's own tokenizer, with an end token."""
+    """Load the tokenizer of the checkpoint. Raises CalibrationError if it is missing or has no end token."""
     from transformers import AutoTokenizer
 
     try:
@@ -114,7 +114,7 @@ def load_tokenizer(model: str | Path) -> Any:
 
 
 def calibration_windows(texts: Sequence[str], tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> Tensor:
-    """[S, T] int64 windows from documents shuffled by `seed`. Raises when the text is too short."""
+    """Return int64 windows [S, T] of the documents, shuffled by `seed`. Raises CalibrationError for too little text."""
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
     stream, ends = _token_stream((texts[i] for i in order), tokenizer, samples * seq_len)
@@ -127,14 +127,14 @@ def calibration_windows(texts: Sequence[str], tokenizer: Any, *, samples: int, s
 
 
 def evaluation_windows(texts: Sequence[str], tokenizer: Any, *, seq_len: int, max_tokens: int | None = None) -> Tensor:
-    """[S, T] int64 windows in file order from the first `max_tokens` tokens; an incomplete window is dropped."""
+    """Return int64 windows [S, T] of the first `max_tokens` tokens in file order, without an incomplete last window."""
     return owned_windows(texts, tokenizer, seq_len=seq_len, max_tokens=max_tokens)[0]
 
 
 def owned_windows(
     texts: Sequence[str], tokenizer: Any, *, seq_len: int, max_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The windows of `evaluation_windows`, and for every token [S, T] the number of the document it comes from."""
+    """Return the windows of `evaluation_windows`, and the document number of each token [S, T]."""
     stream, ends = _token_stream(texts, tokenizer, max_tokens)
     count = len(stream) // seq_len
     if count == 0:
@@ -142,8 +142,8 @@ def owned_windows(
             f"evaluation text holds {len(stream):,} tokens, one window needs {seq_len}: add text, or lower --seq-len"
         )
     ids_ST = torch.tensor(stream[: count * seq_len], dtype=torch.int64).view(count, seq_len)
-    places = torch.arange(count * seq_len)
-    return ids_ST, torch.searchsorted(torch.tensor(ends), places, right=True).view(count, seq_len)
+    positions = torch.arange(count * seq_len)
+    return ids_ST, torch.searchsorted(torch.tensor(ends), positions, right=True).view(count, seq_len)
 
 
 def sampled_windows(
@@ -155,17 +155,17 @@ def sampled_windows(
     device: str,
     report: Report = silent,
 ) -> Tensor:
-    """[S, T] windows that the model writes itself (temperature 1), for when no text is given.
+    """Sample windows [S, T] from the model itself (temperature 1), for a recipe without calibration text.
 
-    Loads the whole model; costs about `seq_len` decode steps per batch of 16 windows. Reports the tokens `done`
-    in between.
+    Cost: the whole model in memory, and about `seq_len` decode steps per batch of 16 windows. The event `sample`
+    reports the tokens `done`.
     """
     from transformers import AutoModelForCausalLM
 
     report(
         Event.WARNING,
-        message=f"no calibration text given: using text the model writes itself, {samples * seq_len:,} tokens one by "
-        "one, and the time grows with them (give --calibration FILE, or lower --samples and --seq-len)",
+        message=f"no calibration text given: the model samples {samples * seq_len:,} tokens of its own, one at a time, "
+        "which is slow (give --calibration FILE, or lower --samples and --seq-len)",
     )
 
     with plain_loading():
@@ -180,7 +180,7 @@ def sampled_windows(
     rows = []
 
     def written(ids_BT: Tensor, scores: Tensor, **_: object) -> Tensor:
-        """Reports on the way; stops nothing."""
+        """Report progress and stop nothing."""
         steps = ids_BT.shape[1] - 1
         if steps % SAMPLE_STEPS == 0 or steps == seq_len:
             report(Event.SAMPLE, done=first * seq_len + steps * len(ids_BT), of=samples * seq_len)
@@ -204,18 +204,18 @@ def sampled_windows(
 
 
 def digest(windows_ST: Tensor) -> str:
-    """SHA-256 of the token ids: names the calibration in run.json and guards a resume."""
+    """Return the SHA-256 of the token ids, which names the calibration in run.json and guards a resume."""
     return hashlib.sha256(windows_ST.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _token_stream(texts: Iterable[str], tokenizer: Any, limit: int | None) -> tuple[list[int], list[int]]:
-    """The tokens of all texts that fit, and for every text the place behind its end token."""
+    """Return the first `limit` tokens of all texts, and for each text the position after its end token."""
     stream: list[int] = []
     ends: list[int] = []
     for text in texts:
         if limit is not None and len(stream) >= limit:
             break
-        # verbose=False: documents longer than the model are cut into windows here, no warning is due
+        # verbose=False: documents longer than the model are cut into windows here, so no warning is due
         stream.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         stream.append(tokenizer.eos_token_id)
         ends.append(len(stream))
@@ -268,7 +268,7 @@ def _read_dataset(source: str, field: str) -> Iterator[Document]:
         import datasets
     except ImportError as error:
         raise CalibrationError(
-            f"{source} is no {'/'.join(SUFFIXES)} file; loading it as a data set needs: pip install datasets"
+            f"{source} is no {'/'.join(SUFFIXES)} file. To load it as a data set: pip install datasets"
         ) from error
     try:
         rows = datasets.load_dataset(source, split="train", streaming=True)
