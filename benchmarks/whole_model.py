@@ -21,8 +21,7 @@ from rich.console import Console
 
 import niwaki
 from compression_speed import SHAPES
-from niwaki.cli.bench import batch_numbers
-from niwaki.cli.bench_tables import print_bench
+from niwaki.cli.bench import batch_numbers, print_bench
 from niwaki.cli.progress import Display
 from niwaki.measure.bench.plot import draw
 from niwaki.measure.bench.schema import Bench, merged

@@ -4,12 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
 
+from niwaki.cli.app import app
 from niwaki.cli.demo import sapling
-from niwaki.cli.options import given, recipe_values
+from niwaki.cli.options import first_given, given, hidden_alias, recipe_values
 from niwaki.errors import InputError
+from support.models import run
 
 
 def test_flags_win_and_the_rest_stays(tmp_path: Path) -> None:
@@ -79,3 +83,30 @@ def test_slips_are_refused_before_torch_is_loaded(tmp_path: Path) -> None:
     told = found.stderr.splitlines()
     assert len(told) == len(SLIPS) and all(line.startswith("error: ") for line in told), found.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [("compress", "--ends", "--embeddings"), ("plan", "--ends", "--embeddings"), ("bench", "--forms", "--variants")],
+)
+def test_an_old_spelling_works_and_help_does_not_show_it(
+    command: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    _, printed, _ = run(capsys, command, "--help")
+    assert new in printed and old not in printed
+    options = {name for one in typer.main.get_command(app).commands[command].params for name in one.opts}  # type: ignore[attr-defined]
+    assert {old, new} <= options
+
+
+def test_a_hidden_alias_sets_what_the_new_spelling_sets() -> None:
+    command = typer.Typer()
+    values = []
+
+    @command.command()
+    def store(new: str | None = None, old: Annotated[str | None, hidden_alias("--old")] = None) -> None:
+        values.append(first_given(new, old))
+
+    for line in (["--new", "4bit"], ["--old", "4bit"], ["--new", "4bit", "--old", "8bit"], []):
+        command(line, standalone_mode=False)
+    assert values == ["4bit", "4bit", "4bit", None]

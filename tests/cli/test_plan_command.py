@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from niwaki.cli import plan_tables
+from niwaki.cli import plan as plan_command
 from support.models import run, tiny_llama, write_texts
 
 
@@ -54,11 +54,11 @@ def test_plan_prints_a_table_and_the_same_as_json(model: Path, text: Path, capsy
     ],
 )
 def test_a_prediction_is_shown_with_the_digits_it_has(value: float, digits: int, shown: str) -> None:
-    assert plan_tables._figures(value, digits) == shown
+    assert plan_command._figures(value, digits) == shown
 
 
 def test_costs_below_a_cent_are_no_zero() -> None:
-    assert [plan_tables._cost(value) for value in (0, 0.004, 0.00995, 1234.567)] == [
+    assert [plan_command._cost(value) for value in (0, 0.004, 0.00995, 1234.567)] == [
         "0.00", "less than 0.01", "0.01", "1,234.57",
     ]  # fmt: skip
 

@@ -67,7 +67,7 @@ def test_many_token_counts_become_few_lines() -> None:
             display("sample", done=done * 10, of=2000)
     lines = text.getvalue().splitlines()
     assert 2 <= len(lines) <= 40
-    assert lines[-1].startswith("writing calibration text: token 2000/2000")
+    assert lines[-1].startswith("generating calibration text: token 2000/2000")
 
 
 def test_every_shape_on_trial_is_told_and_a_second_stage_counts_anew() -> None:

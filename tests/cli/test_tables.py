@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 from rich.console import Console
 
-from niwaki.cli.tables import print_method, print_table
+from niwaki.cli.methods import print_method
+from niwaki.cli.tables import print_table
 
 HEADERS = ["data", "tokens", "perplexity", "dense", "ratio", "KL", "top-1"]
 NUMBERS = ["1,234,567", "12345.678", "1234.567", "12.345", "1.2345", "50.00%"]

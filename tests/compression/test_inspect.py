@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 import niwaki
-from niwaki.cli.inspect_tables import BARS, print_inspection, print_why
+from niwaki.cli.inspect import BARS, print_inspection, print_why
 from niwaki.compression.inspect import inspect
 from niwaki.compression.why import why
 from niwaki.errors import CheckpointError, InputError
@@ -108,8 +108,8 @@ def test_bits_differ_by_need_and_chains_tell_both_stages(results: dict[str, Path
 def test_error_growth_is_shown_by_depth(results: dict[str, Path]) -> None:
     found = inspect(results["swept"])
     assert all(block["error"] > 0 and block["drift"] > 0 for block in found["blocks"])
-    assert "drift behind each block" in shown(found, print_inspection)
-    assert "drift behind" not in shown(inspect(results["pruned"]), print_inspection)
+    assert "drift after each block" in shown(found, print_inspection)
+    assert "drift after" not in shown(inspect(results["pruned"]), print_inspection)
 
 
 def test_a_predictor_tells_what_runs(results: dict[str, Path]) -> None:

@@ -114,7 +114,7 @@ def test_the_command_line_shows_defaults_and_what_is_required() -> None:
     assert "niwaki evaluate MODEL [OPTIONS]" in evaluate and '{"pairs": [[context, continuation], ...]' in evaluate
     assert "niwaki compare DENSE OUT... [OPTIONS]" in text
     generate = text.partition("## generate")[2].partition("\n## ")[0]
-    assert "| `--seed` | `0` | Seed for sampling. |" in generate
+    assert "| `--seed` | `0` | Seed of the sampling. |" in generate
     assert "| `--to` | required |" in text and "| `--samples` | `128` | Calibration windows. |" in text
 
 

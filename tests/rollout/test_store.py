@@ -76,7 +76,7 @@ def test_a_return_is_kept_over_restarts_and_only_a_new_roll_out_begins_anew(wher
     assert first.state.status == "returned" and first.share == 0
     again = begun(where, now=70.0)
     assert again.state.status == "returned" and again.share == 0
-    anew = begin_or_resume(again.store, settings(), LIMITS, 80.0, anew=True)
+    anew = begin_or_resume(again.store, settings(), LIMITS, 80.0, new=True)
     assert (anew.state.id, anew.state.status, anew.share) == (2, "running", 0.5)
     assert not anew.ledger.open.tallies
 

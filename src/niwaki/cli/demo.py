@@ -1,7 +1,7 @@
-"""The embedded default: compress the sapling to 2:4 and compare it with the dense one, offline.
+"""The command `niwaki demo`: compress the embedded sapling to 2:4 and compare it with the dense model, offline.
 
-The model lies in the package; the texts are Python's own help topics (`pydoc_data.topics`), every second one
-for calibration and the others for evaluation.
+The model is part of the package. The texts are the help topics of Python (`pydoc_data.topics`): each second one is for
+calibration, the others are for evaluation.
 """
 
 import json
@@ -9,14 +9,14 @@ import time
 from importlib.resources import files
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Annotated, Any
 
-from niwaki.compression.compress import compress
-from niwaki.compression.run import check_apart, check_free, partial_of
+import typer
+
+from niwaki.cli.options import console, error_console, print_line
+from niwaki.cli.tables import print_table
 from niwaki.config.events import Report
 from niwaki.errors import OutputError
-from niwaki.measure.evaluate.evaluation import evaluate
-from niwaki.model.files import write_text
 
 PRESET = "fast"  # the best that two cores do in well under two minutes
 TARGET = "2:4"
@@ -25,19 +25,36 @@ SAMPLES = 32
 EVALUATION_TOKENS = 40 * SEQ_LEN
 
 
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("niwaki-demo"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
+) -> None:
+    """Compress the embedded sapling to 2:4 and compare it with the dense one, offline."""
+    from niwaki.cli.progress import Display
+
+    with Display(error_console) as display:
+        numbers = run_demo(out, overwrite=overwrite, report=display)
+    _print_demo(numbers, out)
+
+
 def sapling() -> Path:
-    """Folder of the embedded model."""
+    """Return the folder of the embedded model."""
     return Path(str(files("niwaki") / "data" / "sapling"))
 
 
 def demo_texts() -> tuple[list[str], list[str]]:
-    """(calibration, evaluation): disjoint help texts in alphabetical order."""
+    """Return (calibration, evaluation): two disjoint lists of help texts in alphabetical order."""
     ordered = sorted(set(topics.values()))  # some topics share one text under several names
     return ordered[0::2], ordered[1::2]
 
 
 def run_demo(out: Path, *, overwrite: bool = False, report: Report | None = None) -> dict[str, Any]:
-    """Compresses the sapling into `out` and evaluates both; returns the numbers of the table."""
+    """Compress the sapling into `out`, evaluate both models, and return the numbers of the table."""
+    from niwaki.compression.compress import compress
+    from niwaki.compression.run import check_apart
+    from niwaki.measure.evaluate.evaluation import evaluate
+    from niwaki.model.files import write_text
+
     check_apart(sapling(), out)
     paths = [out.parent / f"{out.name}-{part}.jsonl" for part in ("calibration", "evaluation")]
     contents = ["".join(json.dumps({"text": text}) + "\n" for text in texts) for texts in demo_texts()]
@@ -48,14 +65,9 @@ def run_demo(out: Path, *, overwrite: bool = False, report: Report | None = None
         raise OutputError(f"cannot create {out.parent}: {error.strerror}. Choose another folder with --out") from error
     for path, content in zip(paths, contents, strict=True):
         write_text(path, content)
+    calibration = {"files": (str(paths[0]),), "samples": SAMPLES, "seq_len": SEQ_LEN}
     record = compress(
-        sapling(),
-        out,
-        preset=PRESET,
-        target=TARGET,
-        calibration={"files": (str(paths[0]),), "samples": SAMPLES, "seq_len": SEQ_LEN},
-        overwrite=overwrite,
-        report=report,
+        sapling(), out, preset=PRESET, target=TARGET, calibration=calibration, overwrite=overwrite, report=report
     )
     started = time.perf_counter()
     data = str(paths[1])
@@ -77,8 +89,10 @@ def run_demo(out: Path, *, overwrite: bool = False, report: Report | None = None
 
 
 def _check_free(out: Path, contents: dict[Path, str], overwrite: bool) -> None:
-    """Refuses to touch what an earlier demo, or anyone else, left in the places of this one."""
-    check_free(out, partial_of(out), resume=False, overwrite=True)  # whose folders they are
+    """Raise OutputError if a file or folder of this demo exists, unless `overwrite` is set."""
+    from niwaki.compression.run import check_free, partial_of
+
+    check_free(out, partial_of(out), resume=False, overwrite=True)  # refuses a folder that niwaki did not write
     taken = [folder for folder in (out, partial_of(out)) if folder.is_dir() and any(folder.iterdir())]
     taken += [path for path, content in contents.items() if _differs(path, content)]
     if taken and not overwrite:
@@ -89,3 +103,19 @@ def _check_free(out: Path, contents: dict[Path, str], overwrite: bool) -> None:
 
 def _differs(path: Path, content: str) -> bool:
     return path.exists() and not (path.is_file() and path.read_bytes() == content.encode())
+
+
+def _print_demo(numbers: dict[str, Any], out: Path) -> None:
+    """Print the numbers of `run_demo` as a table."""
+    dense_ppl, pruned_ppl = numbers["perplexity"]
+    rows = [
+        ["bytes on disk", f"{numbers['bytes'][0]:,}", f"{numbers['bytes'][1]:,}"],
+        ["zeros in decoder matrices", "0 %", f"{numbers['zeros_frac']:.2%}"],
+        ["perplexity", f"{dense_ppl:.2f}", f"{pruned_ppl:.2f}"],
+        ["KL to dense (nats/token)", "0", f"{numbers['kl']:.4f}"],
+        ["top-1 agreement", "100 %", f"{numbers['top1_agreement']:.1%}"],
+        ["seconds", "", f"{numbers['seconds_compress']} compress, {numbers['seconds_evaluate']} evaluate"],
+    ]
+    compressed = f"preset {numbers['preset']}, {numbers['target']}"
+    print_table(console, ["", "dense", compressed], rows, "sapling, 7.3M parameters")
+    print_line(f"{numbers['tokens']:,} evaluation tokens. Zeros are stored in place, so the bytes stay. Result: {out}")

@@ -1,77 +1,128 @@
-"""The command `niwaki evaluate`; `cli` puts it under its name."""
+"""The command `niwaki evaluate`, and its tables."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from niwaki.cli.options import check_given
-from niwaki.errors import InputError
+from niwaki.cli.options import (
+    Data,
+    Device,
+    Dtype,
+    Field,
+    MaxQuestions,
+    MaxTokens,
+    Model,
+    SeqLen,
+    Tasks,
+    check_inputs,
+    check_output_file,
+    console,
+    error_console,
+    print_line,
+)
+from niwaki.cli.tables import print_table
 
-TEXT = "Text: .txt, .jsonl, .parquet or a data set name. Repeatable."
-TASKS = 'Multiple choice, JSONL, a line each: {"pairs": [\\[context, continuation], ...], "gold": index}. Repeatable.'
-LM_EVAL = "Tasks of lm-evaluation-harness by name, as arc_easy,hellaswag. Needs niwaki\\[lm-eval]. Repeatable."
-DEVICE = "auto (CUDA if there is one), cpu, cuda or cuda:N."
-DTYPE = "Arithmetic: auto (float32 on the CPU, else as stored), float32, bfloat16 or float16."
-CARD = "Write the numbers into the model card of MODEL, a result of niwaki."
-console, err_console = Console(), Console(stderr=True)
+LM_EVAL_HELP = "Tasks of lm-evaluation-harness: arc_easy,hellaswag. Needs niwaki\\[lm-eval]. Repeatable."
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A local model folder or a hub id.", show_default=False)],
-    data: Annotated[list[str] | None, typer.Option(help=TEXT)] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help=TASKS)] = None,
-    lm_eval: Annotated[list[str] | None, typer.Option("--lm-eval", help=LM_EVAL)] = None,
+    model: Model,
+    data: Data = None,
+    tasks: Tasks = None,
+    lm_eval: Annotated[list[str] | None, typer.Option("--lm-eval", help=LM_EVAL_HELP)] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder of your own task YAML files for --lm-eval.")] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(help="Examples in every prompt of --lm-eval; what the task says if left out.")
+        int | None, typer.Option(help="Examples in each prompt of --lm-eval. Without it: the number of the task.")
     ] = None,
-    reference: Annotated[str | None, typer.Option(help="Dense model: adds KL and top-1 agreement.")] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
-    max_tokens: Annotated[int | None, typer.Option(help="Use the first N tokens of every data file.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use the first N questions of every task.")] = None,
-    field: Annotated[str, typer.Option(help="Text field of .jsonl and .parquet rows.")] = "text",
-    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
-    dtype: Annotated[str, typer.Option(help=DTYPE)] = "auto",
+    reference: Annotated[str | None, typer.Option(help="Dense model. It adds KL and top-1 agreement.")] = None,
+    seq_len: SeqLen = 1024,
+    max_tokens: MaxTokens = None,
+    limit: MaxQuestions = None,
+    field: Field = "text",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     json_: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
-    update_card: Annotated[bool, typer.Option("--update-card", help=CARD)] = False,
+    update_card: Annotated[
+        bool,
+        typer.Option("--update-card", help="Write the numbers into the model card of MODEL, a result of niwaki."),
+    ] = False,
 ) -> None:
     """Measure perplexity, distance to a reference, and tasks."""
     from niwaki.measure.report.measured import check_card, put_on_card
 
-    if json_ is not None and not json_.parent.is_dir():
-        raise InputError(f"--json {json_}: the folder {json_.parent} does not exist")
-    if json_ is not None and json_.is_dir():
-        raise InputError(f"--json {json_} is a folder: expected a file name")
-    check_given(*filter(None, (model, reference)), data=data, tasks=tasks)
+    check_output_file("--json", json_)
+    check_inputs(*filter(None, (model, reference)), data=data, tasks=tasks)
     if update_card:
         check_card(Path(model))
     from niwaki.cli.progress import Display
-    from niwaki.cli.tables import print_scores
     from niwaki.measure.evaluate.evaluation import evaluate as run
     from niwaki.model.files import write_text
 
-    with Display(err_console) as display:
+    harness: dict[str, Any] = {"lm_eval": lm_eval or (), "include_path": include_path, "num_fewshot": num_fewshot}
+    windows: dict[str, Any] = {"seq_len": seq_len, "max_tokens": max_tokens, "limit": limit, "field": field}
+    with Display(error_console) as display:
         result = run(
-            model,
-            data=data or (),
-            tasks=tasks or (),
-            lm_eval=lm_eval or (),
-            include_path=include_path,
-            num_fewshot=num_fewshot,
-            reference=reference,
-            seq_len=seq_len,
-            max_tokens=max_tokens,
-            limit=limit,
-            field=field,
-            device=device,
-            dtype=dtype,
-            report=display,
-        )
+            model, data=data or (), tasks=tasks or (), reference=reference, device=device, dtype=dtype,
+            report=display, **harness, **windows,
+        )  # fmt: skip
     print_scores(console, result)
     if json_ is not None:
         write_text(json_, json.dumps(result, indent=2) + "\n")
     if update_card:
         put_on_card(Path(model), result)
+
+
+def print_scores(to: Console, result: dict[str, Any]) -> None:
+    """Print the result of `niwaki.evaluate`: a table of texts, one of tasks, and one of lm_eval."""
+    compared = result["reference"] is not None
+    rows = []
+    for path, tokens in result["tokens"].items():
+        row = [path, f"{tokens:,}", f"{result['perplexity'][path]:.3f}"]
+        if compared:
+            dense = result["reference_perplexity"][path]
+            ratio = result["perplexity"][path] / dense
+            row += [f"{dense:.3f}", f"{ratio:.3f}", f"{result['kl'][path]:.4f}"]
+            row.append(f"{result['top1_agreement'][path]:.2%}")
+        rows.append(row)
+    if rows:
+        more = ["dense", "ratio", "KL", "top-1"] if compared else []
+        print_table(to, ["data", "tokens", "perplexity", *more], rows)
+    rows = []
+    for path, scores in result["tasks"].items():
+        row = [path, str(scores["items"]), *_accuracies(scores)]
+        rows.append([*row, *(_accuracies(scores["reference"]) if compared else [])])
+    if rows:
+        more = ["dense", "normalised"] if compared else []
+        print_table(to, ["task", "items", "accuracy", "normalised", *more], rows)
+    if "lm_eval" in result:
+        _print_harness(to, result["lm_eval"])
+
+
+def _print_harness(to: Console, scores: dict[str, Any]) -> None:
+    """Print one row per task and metric, with the names of lm_eval."""
+    from niwaki.measure.report.measured import harness_metrics, harness_value
+
+    dense = scores.get("reference", {}).get("results")
+    rows = []
+    for task, metrics in scores["results"].items():
+        for metric in harness_metrics(metrics):
+            values = [metrics] if dense is None else [metrics, dense[task]]
+            rows.append([task, metric.removesuffix(",none"), *(harness_value(one, metric) for one in values)])
+    print_table(to, ["lm_eval task", "metric", "value", *([] if dense is None else ["dense"])], rows)
+    if counted := scores.get("contextual"):
+        print_line(
+            f"{counted['sparse_tokens']:,} tokens were scored with a part of the weights, {counted['dense_tokens']:,} "
+            f"and {counted['context_tokens']:,} of contexts with all of them",
+            to,
+        )
+
+
+def _accuracies(scores: dict[str, Any]) -> list[str]:
+    texts = []
+    for name in ("accuracy", "accuracy_norm"):
+        error = scores[f"{name}_stderr"]
+        texts.append(f"{scores[name]:.3f}" + ("" if error is None else f" ± {error:.3f}"))
+    return texts

@@ -1,13 +1,25 @@
-"""The command that explains a result; `cli` puts it under its name."""
+"""The command `niwaki inspect`: tables, a heatmap over depth, error growth. Colour needs a terminal.
+
+A heatmap has a row per kind of matrix and a character per block. A higher character is a larger value. On a narrow
+terminal several neighbouring blocks share one character, their mean. A pipe gets every block.
+"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-console = Console()
+from niwaki.cli.options import PrintJson, console, print_line
+from niwaki.cli.tables import print_table
+
+BARS = "▁▂▃▄▅▆▇█"
+COLOURS = ("#2c7fb8", "#41b6c4", "#7fcdbb", "#c7e9b4", "#fed976", "#feb24c", "#fc8d59", "#d7301f")
+ERROR = "error: relative loss of an output on the calibration text, ‖changed − dense‖² / ‖dense‖²; 0 is none, 1 is all"
+TITLES = {"zeros_frac": "zeros", "bits": "bits a weight", "removed_frac": "removed", "run_frac": "run"}
 
 
 def inspect(
@@ -15,20 +27,268 @@ def inspect(
     why: Annotated[
         str | None, typer.Option(help="One matrix in full, for example model.layers.3.mlp.down_proj.")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
+    json_: PrintJson = False,
 ) -> None:
-    """Explain OUT: what was cut, where, why, and at what error."""
+    """Explain OUT: what was removed, where, why, and at what error."""
     from niwaki.compression.inspect import inspect as run
     from niwaki.compression.inspect import read_record
 
-    read_record(out)  # a folder that is no result is refused before torch is loaded
-    from niwaki.cli.inspect_tables import print_inspection, print_why
+    read_record(out)  # refuses any other folder before torch is loaded
     from niwaki.compression.why import why as explain
 
-    found = run(out) if why is None else explain(out, why)
+    result = run(out) if why is None else explain(out, why)
     if json_:
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
     elif why is None:
-        print_inspection(console, found)
+        print_inspection(console, result)
     else:
-        print_why(console, found)
+        print_why(console, result)
+
+
+def print_inspection(to: Console, result: dict[str, Any]) -> None:
+    """Print the result of `niwaki.inspect`."""
+    made = result["made"]
+    print_line(f"{result['out']}: {result['kind']}, {made['method']} {made['target']}, {made['date']}", to)
+    for line in result["methods"]:
+        print_line(f"  {line}", to)
+    print_table(to, ["measured", "value"], _facts(result))
+    for stage in result["stages"]:
+        print_line(f"before that: {stage['method']} {stage['target']}, {_shape_text(stage['allocation'])}", to)
+    if text := _shape_text(result["allocation"]):
+        print_line(f"shape: {text}", to)
+    print_line(f"allocation: {result['allocation']['rule']}", to)
+    title = TITLES[result["measure"]]
+    if result["matrices"]:
+        print_line(f"\n{title} by depth, first block to last", to)
+        _print_heatmap(to, {name: (row["values"], row["value"]) for name, row in result["matrices"].items()}, title)
+    if result["blocks"]:
+        _print_depth(to, result["blocks"])
+        _print_cut(to, result, title)
+    if "predictor" in result:
+        _print_predictor(to, result)
+    for text in result["notes"]:
+        print_line(f"note: {text}", to)
+
+
+def print_why(to: Console, result: dict[str, Any]) -> None:
+    """Print the explanation of one matrix."""
+    rows, columns = result["shape"]
+    print_line(f"{result['matrix']}, {rows} × {columns}, target {result['target']}", to)
+    total = max(rows * columns, 1)
+    removed = [["weights removed with heads or neurons", f"{result['removed']:,}"]] if result["removed"] else []
+    facts = [
+        *removed,
+        ["weights kept", f"{result['kept']:,} ({result['kept'] / total:.4%})"],
+        ["weights zero", f"{result['cut']:,} ({result['cut'] / total:.4%})"],
+        ["stored", f"{result['bytes']:,} bytes, {result['bits']:.3f} bits a weight"],
+        ["calibration tokens", f"{result['tokens']:,}"],
+    ]
+    facts += [[_ERRORS[name], f"{value:.6g}"] for name, value in result["errors"].items()]
+    if result["error_elsewhere"] is not None:
+        facts.append(["the same matrix in other blocks, mean error", f"{result['error_elsewhere']:.6g}"])
+    for name, value in result["detail"].items():
+        facts.append([name.replace("_", " "), _detail(name, value)])
+    print_table(to, ["", "value"], facts)
+    print_line(f"chosen by: {result['chosen_by']}", to)
+    for reason in result["reasons"]:
+        print_line(f"reason: {reason}", to)
+    if result["scores"]:
+        _print_scores(to, result["scores"])
+
+
+_ERRORS = {
+    "error_before_update": "error before the other weights were updated",
+    "error": "error as stored",
+    "block_error": "error of the whole block's output",
+    "drift": "drift of the hidden states after the block",
+    "heldout_error_start": "held-out block error before learning",
+    "heldout_error": "held-out block error after learning",
+}
+
+
+def _facts(result: dict[str, Any]) -> list[list[str]]:
+    made, measured = result["made"], result["measured"]
+    share = measured["bytes"] / measured["dense_bytes"]
+    rows = [
+        ["bytes of the weight files", f"{measured['bytes']:,} of {measured['dense_bytes']:,} ({share:.2%})"],
+        ["matrices", f"{measured['matrices']:,}, {measured['weights']:,} weights"],
+        ["bits a weight in them as stored, with scales", f"{measured['bits']:.3f}, {measured['packed']} packed"],
+    ]
+    if result["measure"] != "bits":
+        rows.insert(2, ["zeros in them", f"{measured['zeros_frac']:.4%}"])
+    if "method_bits" in measured:
+        rows.append(["bits a weight as the method counts", f"{measured['method_bits']:.3f}"])
+    if "ends_bits" in measured:
+        rows.append(["bits a weight in embeddings and head", f"{measured['ends_bits']:.3f}"])
+    windows = made["calibration"]
+    calibration = "none" if windows is None else f"{windows['windows']} windows of {windows['tokens']} tokens"
+    rows += [["calibration", calibration], ["seconds", f"{measured['seconds']:,} on {made['device']}"]]
+    rows.append(["peak memory", f"{measured['peak_rss_bytes'] / 1e9:.2f} GB"])
+    if measured["peak_device_bytes"]:
+        rows.append(["peak memory of the device", f"{measured['peak_device_bytes'] / 1e9:.2f} GB"])
+    return rows
+
+
+def _shape_text(allocation: dict[str, Any]) -> str:
+    if "shape" not in allocation:
+        return ""
+    shape = allocation["shape"]
+    counts = [f"{_span(shape[kind])} {what}" for kind, what in (("neurons", "neurons"), ("heads", "groups of heads"))]
+    removed = f", blocks {', '.join(map(str, shape['dropped']))} removed" if shape.get("dropped") else ""
+    where = "" if allocation.get("cut", True) else ", stored as zeros"
+    tried = f"; {len(allocation['trials'])} shapes tried" if allocation.get("trials") else ""
+    return (
+        f"{' and '.join(counts)} a block{removed}{where}, {allocation['removed_frac']:.2%} of the blocks removed{tried}"
+    )
+
+
+def _span(value: int | list[int]) -> str:
+    return f"{min(value)} to {max(value)}" if isinstance(value, list) else str(value)
+
+
+def _print_heatmap(to: Console, rows: dict[str, tuple[list[float | None], float]], title: str) -> None:
+    known = [value for values, _ in rows.values() for value in values if value is not None]
+    low, high = min(known), max(known)
+    wide = max(map(len, rows))
+    room = max(8, to.width - wide - 24) if to.is_terminal else 10**6
+    for name, (values, value) in rows.items():
+        line = Text(f"  {name:<{wide}}  ")
+        line.append(_cells(_fewer(values, room), low, high, to.is_terminal))
+        line.append(f"  {_number(value, title)}")
+        to.print(line, soft_wrap=True, highlight=False)
+    same = ", the same everywhere" if high - low < 1e-9 else ""
+    print_line(f"  {BARS[0]} {_number(low, title)}   {BARS[-1]} {_number(high, title)}{same}", to)
+
+
+def _cells(values: Sequence[float | None], low: float, high: float, colour: bool) -> Text:
+    """Return a character for each value, and · for an unknown one."""
+    text, span = Text(), high - low
+    for value in values:
+        if value is None:
+            text.append("·")
+            continue
+        step = min(int((value - low) / span * len(BARS)), len(BARS) - 1) if span > 1e-12 else len(BARS) // 2
+        text.append(BARS[step], style=COLOURS[step] if colour else "")
+    return text
+
+
+def _fewer(values: Sequence[float | None], room: int) -> list[float | None]:
+    """Return at most `room` values, each the mean of its neighbours."""
+    if len(values) <= room:
+        return list(values)
+    means: list[float | None] = []
+    for place in range(room):
+        part = values[place * len(values) // room : (place + 1) * len(values) // room]
+        known = [value for value in part if value is not None]
+        means.append(sum(known) / len(known) if known else None)
+    return means
+
+
+def _number(value: float, title: str) -> str:
+    return f"{value:.3f}" if title == TITLES["bits"] else f"{value:.2%}"
+
+
+def _print_depth(to: Console, blocks: list[dict[str, Any]]) -> None:
+    """Print the error of each block on its own inputs, and the drift of the hidden states after it."""
+    for name, title in (("error", "error of each block's output"), ("drift", "drift after each block")):
+        values = [block[name] for block in blocks]
+        if known := [value for value in values if value is not None]:
+            line = Text(f"\n{title}, {known[0]:.3g} in the first to {known[-1]:.3g} in the last\n  ")
+            room = max(8, to.width - 4) if to.is_terminal else len(values)
+            line.append(_cells(_fewer(values, room), 0.0, max(known), to.is_terminal))
+            line.append(f"  max {max(known):.3g}")
+            to.print(line, soft_wrap=True, highlight=False)
+
+
+def _print_cut(to: Console, result: dict[str, Any], title: str) -> None:
+    """Print shares and errors by kind of matrix and by block, then the worst. Errors need calibration text."""
+    measure = result["measure"]
+    measured = any(block["error"] is not None or block["worst"] is not None for block in result["blocks"])
+    headers = ["matrix", title, "bytes", *(["mean error", "max error"] if measured else [])]
+    rows = [
+        [name, _number(row["value"], title), f"{row['bytes']:,}", _error(row["error"]), _error(row["max_error"])]
+        for name, row in result["matrices"].items()
+    ]
+    print_table(to, headers, [row[: len(headers)] for row in rows])
+    rows = [
+        [
+            f"{block['block']}{' removed' if block['gone'] else ''}",
+            _number(block[measure], title),
+            f"{block['bytes']:,}",
+            _error(block["error"]),
+            "" if block["worst"] is None else f"{block['worst']} {block['worst_error']:.3g}",
+        ]
+        for block in result["blocks"]
+    ]
+    headers = ["block", title, "bytes", *(["block error", "worst matrix"] if measured else [])]
+    print_table(to, headers, [row[: len(headers)] for row in rows])
+    print_line(ERROR if measured else "no errors: the method saw no text (use --calibration to get them)", to)
+    for line in result["worst"]:
+        before = line["error_before_update"] if measure != "bits" else None
+        was = "" if before in (None, line["error"]) else f", {before:.4g} before the other weights were updated"
+        print_line(f"largest error: block {line['block']} {line['matrix']}, {line['error']:.4g}{was}", to)
+
+
+def _print_predictor(to: Console, result: dict[str, Any]) -> None:
+    """Print the predictor, which decides at run time what to skip."""
+    about = result["predictor"]
+    rows = [
+        ["parameters", f"{about['parameters']:,}, {about['share_of_decoder']:.2%} of the decoder's"],
+        ["reads", ", ".join(about["features"]) or "nothing: a static mask"],
+        ["rank, samples", f"{about.get('rank', 0)}, {about['samples']:,}"],
+        ["skipped on average", f"{about['skipped_frac']:.2%} of the units that can be skipped"],
+        ["rule", ", ".join(f"{name} {value}" for name, value in about["rule"].items())],
+        ["runs", ", ".join(f"{name} {value}" for name, value in about["running"].items())],
+    ]
+    held = about.get("held_out_kept")
+    if held:
+        rows.append(["importance kept, held out", f"{max(held.values()):.4f} by the best half"])
+    print_table(to, ["predictor", "value"], rows)
+    for kind, row in result["matrices"].items():
+        line = Text(f"  importance of the {kind} that run: ")
+        line.append(_cells(row["importance"], 0.0, 1.0, to.is_terminal))
+        to.print(line, soft_wrap=True, highlight=False)
+
+
+def _print_scores(to: Console, scores: dict[str, Any]) -> None:
+    """Print histograms over log₁₀ of the score, of kept and of cut weights, and the threshold."""
+    print_line(f"\nscores of {scores['sampled']:,} weights sampled over the matrix, on a logarithmic scale", to)
+    if "log10" in scores:
+        peak = max(*scores["kept"], *scores["cut"], 1)
+        low, high = (10**power for power in scores["log10"])
+        for name in ("kept", "cut"):
+            line = Text(f"  {name:<5}")
+            line.append("".join(" " if not n else BARS[min(n * len(BARS) // peak, 7)] for n in scores[name]))
+            line.append(f"  {sum(scores[name]):,}")
+            to.print(line, soft_wrap=True, highlight=False)
+        print_line(f"       {low:.3g} … {high:.3g}", to)
+    if scores["zero"]:
+        print_line(f"  {scores['zero']:,} scores are zero", to)
+    from niwaki.methods.mask_scores import QUANTILES
+
+    quantiles = zip(QUANTILES, scores["quantiles"], strict=True)
+    print_line("  quantiles: " + ", ".join(f"{q:.0%} {value:.3g}" for q, value in quantiles), to)
+    if "lost" in scores:
+        low, middle, high = scores["lost"]
+        where = (
+            "one threshold" if scores["thresholds"] == 1 else f"{scores['thresholds']:,} thresholds (rows or panels)"
+        )
+        print_line(f"  highest score that was cut: {low:.4g} to {high:.4g}, median {middle:.4g}; {where}", to)
+    else:
+        print_line("  no threshold: weights were compared within groups of neighbours", to)
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _detail(name: str, value: Any) -> str:
+    if name == "parts":
+        return "; ".join(
+            f"{p['columns']} columns at {p['bits']} bits, {p['grid']}, groups of {p['group']}" for p in value
+        )
+    if name == "sparse":
+        return f"{value['layout']} of {value['values']}, {value['bytes']:,} bytes of values"
+    if isinstance(value, list):
+        return f"{min(value)} to {max(value)}" if name == "row_zeros" and value else f"{len(value)}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,28 +1,123 @@
-"""What commands share: flags beside a recipe file, of which the flags win, and what is refused at once.
+"""Options that several commands share, each declared once, and early checks of their values.
 
-torch takes seconds to load. What is only a slip (a name, a target, a path) is refused before, by the functions that are
-asked again where the work is done.
+torch takes seconds to load. A wrong name, target or path is refused before that, by the same functions that check it
+again where the work is done. An option of a recipe is None unless the user sets it, because the recipe file may set it.
+
+    def plan(model: Model, method: Method = None, seq_len: CalibrationSeqLen = None) -> None: ...
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
 
 from niwaki.config.recipe import calibration_fields, load_recipe, make_recipe, parse_target
 from niwaki.config.sources import check_sources, check_tasks, model_folder
-from niwaki.errors import InputError
+from niwaki.errors import InputError, OutputError
 from niwaki.methods.registry import check_names
+
+console = Console()
+error_console = Console(stderr=True)
+
+TEXT_HELP = "Text: a .txt, .jsonl or .parquet file, or the name of a data set. Repeatable."
+DEVICE_HELP = "auto (CUDA if there is one), cpu, cuda or cuda:N."
+DTYPE_HELP = "Arithmetic: auto (float32 on the CPU, as stored elsewhere), float32, bfloat16 or float16."
+STORED_DTYPE_HELP = "Arithmetic: auto (as stored), float32, bfloat16 or float16."
+FIELD_HELP = "Text field of .jsonl and .parquet rows."
+SEQ_LEN_HELP = "Tokens per window."
+TASKS_HELP = (
+    'Multiple choice, JSONL, one question per line: {"pairs": [\\[context, continuation], ...], "gold": index}. '
+    "Repeatable."
+)
+TARGET_HELP = "Zeros as 0.5, 50% or 2:4; bits as 4bit or 1.75bit; 2:4+4bit for a chain. Required here or in the recipe."
+
+
+def recipe_option(text: str, default: object) -> Any:
+    """Return an option that a recipe may set. Its default is None, and its help shows the final default."""
+    return typer.Option(help=f"{text} [dim]\\[default: {default}][/]")
+
+
+def hidden_alias(spelling: str) -> Any:
+    """Return an option for the old spelling of a renamed one. It works for one more release and `--help` omits it."""
+    return typer.Option(spelling, hidden=True)
+
+
+def first_given(*values: str | None) -> str | None:
+    """Return the first value that is not None: the new spelling of an option, then its hidden alias."""
+    return next((value for value in values if value is not None), None)
+
+
+Model = Annotated[str, typer.Argument(help="A local model folder or a hub id.", show_default=False)]
+DenseModel = Annotated[str, typer.Argument(help="The dense model: a local folder or a hub id.", show_default=False)]
+Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
+Dtype = Annotated[str, typer.Option(help=DTYPE_HELP)]
+StoredDtype = Annotated[str, typer.Option(help=STORED_DTYPE_HELP)]
+Data = Annotated[list[str] | None, typer.Option(help=TEXT_HELP)]
+Tasks = Annotated[list[str] | None, typer.Option(help=TASKS_HELP)]
+Field = Annotated[str, typer.Option(help=FIELD_HELP)]
+SeqLen = Annotated[int, typer.Option(help=SEQ_LEN_HELP)]
+MaxTokens = Annotated[int | None, typer.Option(help="Use only the first N tokens of each data file.")]
+MaxQuestions = Annotated[int | None, typer.Option(help="Use only the first N questions of each task.")]
+PrintJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(help="File of API keys, one per line. NIWAKI_API_KEYS may hold more, separated by commas."),
+]
+
+# The fields of a recipe.
+Method = Annotated[
+    str | None, typer.Option(help="See `niwaki methods`; a chain is besa+wandapp. Required, or a preset.")
+]
+Preset = Annotated[str | None, typer.Option(help="fast, balanced or best, in place of a method.")]
+Target = Annotated[str | None, typer.Option(help=TARGET_HELP)]
+TargetBytes = Annotated[
+    str | None, typer.Option(help="Bytes of all matrices together, in place of a target: 1.7GB or 800MiB (squeeze10).")
+]
+KeepBlocks = Annotated[
+    str | None,
+    recipe_option("Blocks that stay at 4 bits while the others compensate: auto, none or 0,7 (squeeze10).", "none"),
+]
+Allocation = Annotated[
+    str | None, recipe_option("uniform, owl (zeros), searched (structured), sensitivity (bits) or auto.", "auto")
+]
+Calibration = Annotated[
+    list[str] | None, recipe_option(TEXT_HELP, "text that the model generates itself, which is slow")
+]
+CalibrationField = Annotated[str | None, recipe_option(FIELD_HELP, "text")]
+Samples = Annotated[int | None, recipe_option("Calibration windows.", 128)]
+CalibrationSeqLen = Annotated[int | None, recipe_option(SEQ_LEN_HELP, 2048)]
+RecipeFile = Annotated[Path | None, typer.Option(help="YAML file of these options. Options on the command line win.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Option of the method, key=value. Repeatable.")]
+Pack = Annotated[str | None, recipe_option("Store codes as codes: codes, auto (nonzero weights too) or none.", "codes")]
+Embeddings = Annotated[
+    str | None, recipe_option("Store embeddings and LM head as codes too: none, 4bit or 8bit.", "none")
+]
+OldEnds = Annotated[str | None, hidden_alias("--ends")]
+Seed = Annotated[int | None, recipe_option("Seed of the random numbers.", 0)]
+RecipeDevice = Annotated[str | None, recipe_option(DEVICE_HELP, "auto")]
+RecipeDtype = Annotated[str | None, recipe_option(DTYPE_HELP, "auto")]
+BatchTokens = Annotated[int | None, recipe_option("Tokens per forward pass.", "2048 on the CPU, 16384 on CUDA")]
+ActivationBytes = Annotated[
+    int | None,
+    recipe_option("Max bytes of hidden states in memory. Beyond it they go to a mapped file.", "half of free memory"),
+]
+DenseStream = Annotated[
+    bool, typer.Option("--dense-stream", help="Run the dense model alongside, and record the drift at each depth.")
+]
 
 
 def given(**flags: Any) -> dict[str, Any]:
-    """The flags that were set; the others leave the recipe as it is."""
+    """Return the flags that the user set. The others leave the recipe unchanged."""
     return {name: value for name, value in flags.items() if value is not None}
 
 
 def recipe_values(
     recipe: Path | None, text: dict[str, Any], options: Sequence[str] | None, **flags: Any
 ) -> dict[str, Any]:
-    """The fields of a recipe: of the file, then `text` (those of its calibration), `options` key=value, and `flags`."""
+    """Return the fields of a recipe: the file, then `text` of the calibration, `options` (key=value) and `flags`."""
     values: dict[str, Any] = load_recipe(recipe) if recipe else {}
     values |= given(**flags)
     values["calibration"] = {**calibration_fields(values.get("calibration")), **given(**text)}
@@ -31,7 +126,7 @@ def recipe_values(
 
 
 def check_recipe(values: dict[str, Any]) -> None:
-    """Refuses a recipe with a method, a target or a text file that cannot be."""
+    """Raise InputError if the method, the target or a text file of a recipe is wrong."""
     recipe = make_recipe(values)
     chain = check_names(recipe.method)
     target = recipe.target or ""
@@ -41,19 +136,45 @@ def check_recipe(values: dict[str, Any]) -> None:
     check_sources(recipe.calibration.files)
 
 
-def check_given(*models: str, data: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> None:
-    """Refuses models, texts and task files that cannot be where they are said to be."""
+def check_inputs(*models: str, data: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> None:
+    """Raise InputError if a model, a text or a task file does not exist."""
     for model in models:
         model_folder(model)
     check_sources(data or ())
     check_tasks(tasks or ())
 
 
+def check_output_file(option: str, path: Path | None) -> None:
+    """Raise InputError if the file that an option names cannot be written."""
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
+    if path is not None and path.is_dir():
+        raise InputError(f"{option} {path} is a folder: expected a file name")
+
+
+def check_new_file(path: Path, *, overwrite: bool) -> None:
+    """Raise OutputError if a file exists that may not be replaced, or if its folder does not exist."""
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} already exists: choose another file, or replace it with --overwrite")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"cannot write {path}: the folder {path.parent} does not exist")
+
+
+def print_line(text: str, to: Console = console) -> None:
+    """Print a line as it is: no markup, no highlighting, no wrapping."""
+    to.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_note(text: str) -> None:
+    """Print a note on standard error."""
+    error_console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
 def _key_values(pairs: Sequence[str]) -> dict[str, str]:
-    found = {}
+    values = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not sign or not key:
             raise InputError(f"--set {pair!r}: expected key=value")
-        found[key] = value
-    return found
+        values[key] = value
+    return values

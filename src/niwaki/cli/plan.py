@@ -1,82 +1,181 @@
-"""The command that tells what a compression will take and give; `cli` puts it under its name."""
+"""The command `niwaki plan`, and its tables."""
 
 import json
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from niwaki.cli.options import check_given, check_recipe, given, recipe_values
+from niwaki.cli import options
+from niwaki.cli.options import check_inputs, check_recipe, console, first_given, given, print_line, recipe_values
+from niwaki.cli.tables import print_table
 
-console = Console()
-Gpu = Annotated[
-    str | None, typer.Option(help="h100, h200, a100, 4090, or cpu: this machine. Default: what this machine has.")
-]
+PHASES = {
+    "walk": "compressing the blocks",
+    "scans": "first scan of the dense blocks",
+    "trials": "evaluation of candidate shapes",
+    "gradients": "gradients",
+    "ends": "embeddings and LM head",
+    "text": "text",
+    "opening": "opening the model, as measured just now",
+}
+MIN_SHARE = 0.02  # phases below this share of the time have no row
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A local model folder or a hub id.", show_default=False)],
-    method: Annotated[str | None, typer.Option(help="See `niwaki methods`. Required, or a preset.")] = None,
-    preset: Annotated[str | None, typer.Option(help="fast, balanced or best instead of a method.")] = None,
-    target: Annotated[str | None, typer.Option(help="As of `compress`: 0.5, 2:4, 4bit, 2:4+4bit of a chain.")] = None,
-    target_bytes: Annotated[str | None, typer.Option(help="Instead of a target: bytes of all matrices.")] = None,
-    keep_blocks: Annotated[str | None, typer.Option(help="Blocks that stay at 4 bits: auto, none or 0,7.")] = None,
-    allocation: Annotated[str | None, typer.Option(help="uniform, owl, searched, sensitivity or auto.")] = None,
-    calibration: Annotated[
-        list[str] | None, typer.Option(help="Text; without any, the model writes its own, which is slow.")
+    model: options.Model,
+    method: options.Method = None,
+    preset: options.Preset = None,
+    target: options.Target = None,
+    target_bytes: options.TargetBytes = None,
+    keep_blocks: options.KeepBlocks = None,
+    allocation: options.Allocation = None,
+    calibration: options.Calibration = None,
+    samples: options.Samples = None,
+    seq_len: options.CalibrationSeqLen = None,
+    recipe: options.RecipeFile = None,
+    set_: options.SetOption = None,
+    pack: options.Pack = None,
+    embeddings: options.Embeddings = None,
+    ends: options.OldEnds = None,
+    dtype: options.RecipeDtype = None,
+    batch_tokens: options.BatchTokens = None,
+    activation_bytes: options.ActivationBytes = None,
+    dense_stream: options.DenseStream = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="h100, h200, a100, 4090, or cpu: this machine. Default: that of this machine.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration windows. [dim]\\[default: 128][/]")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per window. [dim]\\[default: 2048][/]")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML with any of these; flags win.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Method option key=value. Repeatable.")] = None,
-    pack: Annotated[str | None, typer.Option(help="Store codes as codes: codes, auto (nonzeros too) or none.")] = None,
-    embeddings: Annotated[str | None, typer.Option(help="Embeddings and head as codes: none, 4bit or 8bit.")] = None,
-    ends: Annotated[str | None, typer.Option("--ends", hidden=True)] = None,
-    dtype: Annotated[str | None, typer.Option(help="Arithmetic: auto, float32, bfloat16 or float16.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens per forward.")] = None,
-    activation_bytes: Annotated[int | None, typer.Option(help="Most bytes of hidden states in memory.")] = None,
-    dense_stream: Annotated[bool, typer.Option("--dense-stream", help="Also follow the dense model.")] = False,
-    gpu: Gpu = None,
     price_per_hour: Annotated[
-        float | None, typer.Option(help="Of the machine, in any currency; costs are in the same.")
+        float | None, typer.Option(help="Price of the machine, in any currency. Costs are in the same currency.")
     ] = None,
-    tokens_per_day: Annotated[float | None, typer.Option(help="Tokens the model is to write in a day.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the result would go, to check the room there.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
+    tokens_per_day: Annotated[float | None, typer.Option(help="Tokens that the model generates in a day.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the result, to check the free space there.")] = None,
+    json_: options.PrintJson = False,
 ) -> None:
-    """Predict time, memory, bytes, decode speed and cost of a compression; refuse what cannot work."""
+    """Predict time, memory, bytes, decode speed and cost of a compression. Refuse a recipe that cannot work."""
     values = recipe_values(
-        recipe,
-        given(files=tuple(calibration) if calibration else None, samples=samples, seq_len=seq_len),
-        set_,
-        method=method,
-        preset=preset,
-        target=target,
-        target_bytes=target_bytes,
-        keep_blocks=keep_blocks,
-        allocation=allocation,
-        pack=pack,
-        embeddings=embeddings or ends,
-        dtype=dtype,
-        batch_tokens=batch_tokens,
-        activation_bytes=activation_bytes,
-    )
+        recipe, given(files=tuple(calibration) if calibration else None, samples=samples, seq_len=seq_len), set_,
+        method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks,
+        allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends), dtype=dtype,
+        batch_tokens=batch_tokens, activation_bytes=activation_bytes,
+    )  # fmt: skip
     check_recipe(values)
-    check_given(model)
-    from niwaki.cli.plan_tables import print_plan
+    check_inputs(model)
     from niwaki.compression.plan.planner import plan as run
 
-    found = run(
-        model,
-        gpu=gpu,
-        out=out,
-        price_per_hour=price_per_hour,
-        tokens_per_day=tokens_per_day,
-        dense_stream=dense_stream,
-        **values,
-    )
+    prices: dict[str, Any] = {"price_per_hour": price_per_hour, "tokens_per_day": tokens_per_day}
+    result = run(model, gpu=gpu, out=out, dense_stream=dense_stream, **prices, **values)
     if json_:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(result, indent=2))
     else:
-        print_plan(console, found)
+        print_plan(console, result)
+
+
+def print_plan(to: Console, result: dict[str, Any]) -> None:
+    """Print the result of `niwaki.plan`: model, recipe and machine, then its tables."""
+    model, recipe, machine = result["model"], result["recipe"], result["machine"]
+    target = recipe["target"] or f"{recipe['target_bytes']:,} bytes"
+    about = (
+        "measured now" if machine["measured"] else "published rates times the share that we reached on H100 and H200"
+    )
+    print_line(f"{model['type']}, {model['blocks']} blocks, {_count(model['weights'])} weights", to)
+    print_line(f"{recipe['method']} {target} on {machine['name']} ({about})", to)
+    share, before = result["output_bytes"] / model["bytes"], 8 * model["bytes"] / max(model["weights"], 1)
+    rows = [
+        ["weight files", f"{_bytes(result['output_bytes'])} of {_bytes(model['bytes'])} ({share:.1%})"],
+        ["bits a weight in the matrices of the blocks, with scales", f"{result['matrix_bits']:.2f}"],
+        ["bits a weight in the files, embeddings and head included", f"{result['output_bits']:.2f} of {before:.2f}"],
+        ["time", f"about {_time(result['seconds'])}"],
+        *_phases(result),
+        ["peak memory of the process", _bytes(result["peak_rss_bytes"])],
+    ]
+    if result["peak_device_bytes"]:
+        rows.append(["peak memory of the device", _bytes(result["peak_device_bytes"])])
+    rows.append(["disk while it runs", _bytes(result["disk_bytes"])])
+    print_table(to, ["compression", "predicted"], rows)
+    _print_decode(to, result["decode"])
+    if result["money"] is not None:
+        _print_money(to, result["money"])
+        for name in ("before", "after"):
+            if not result["decode"][name]["fits"]:
+                print_line(f"no cost of a day: the model {name} does not fit one {machine['name']}", to)
+    if not recipe["calibration"]["files"] and "walk" in result["seconds_by_phase"]:
+        print_line("note: without --calibration, methods that need text generate it first; the time includes that", to)
+    for text in result["warnings"]:
+        print_line(f"warning: {text}", to)
+
+
+def _phases(result: dict[str, Any]) -> list[list[str]]:
+    """Return a row for each phase that takes at least MIN_SHARE of the time, the longest first."""
+    by_phase = result["seconds_by_phase"].items()
+    named = sorted((one for one in by_phase if one[1] >= MIN_SHARE * result["seconds"]), key=lambda one: -one[1])
+    return [[f"  of that {PHASES[name]}", _time(seconds)] for name, seconds in named]
+
+
+def _print_decode(to: Console, decode: dict[str, Any]) -> None:
+    rows = []
+    for name in ("before", "after"):
+        own = decode[name]
+        reached = own["reached_tokens_per_s"]
+        reached_text = "" if own["fits"] else f"does not fit {decode['machine']}: "
+        reached_text += (
+            "not measured" if reached is None else f"{_figures(reached)} ({own['reached_share']:.0%} of the ceiling)"
+        )
+        rows.append([name, _bytes(own["bytes_per_token"]), _figures(own["ceiling_tokens_per_s"]), reached_text])
+    headers = ["decode, one sequence", "read per token", "tokens/s, ceiling", "tokens/s, our kernels"]
+    print_table(to, headers, rows)
+    gained = decode["speedup_reached"]
+    rate = f"{_figures(decode['bandwidth_bytes_per_s'] / 1e9)} GB/s"
+    text = f"ceiling: the time to read the bytes of a token at {rate}, and no other work. Small models stay far below. "
+    text += f"Max speedup {decode['speedup_ceiling']:.2f}"
+    source = f", from {decode['source']}" if decode["source"] else ""
+    print_line(text + ("" if gained is None else f"; {gained:.2f} at the speed that our kernels reached{source}"), to)
+
+
+def _print_money(to: Console, money: dict[str, Any]) -> None:
+    """Print the cost of the compression, then the cost of one day of tokens."""
+    rows = [["compressing, once", _cost(money["compress"])]]
+    for name, speed in (("ceiling", "at the ceilings"), ("reached", "at the speed of our kernels")):
+        if own := money.get(name):
+            back = own["days_to_earn_back"]
+            tokens = f"{_figures(money['tokens_per_day'])} tokens a day {speed}"
+            rows += [[f"{tokens}, {when}", _cost(own[f"{when}_per_day"])] for when in ("before", "after", "saved")]
+            rows.append(
+                ["  earned back in", "never: nothing is saved" if back is None else f"{_figures(back, 2)} days"]
+            )
+    price = _figures(money["price_per_hour"])
+    print_table(to, [f"cost, in the currency of {price} an hour", "predicted"], rows)
+    if len(rows) > 1:
+        print_line("one sequence is decoded at a time", to)
+
+
+def _figures(value: float, digits: int = 3) -> str:
+    """Round to significant digits, filled with zeros, without an exponent."""
+    if not value:
+        return "0"
+    places = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{round(value, places):,.{max(places, 0)}f}"
+
+
+def _cost(value: float) -> str:
+    """Return a cost with two decimals. A smaller one is not shown as zero."""
+    return "less than 0.01" if 0 < abs(value) < 0.005 else f"{value:,.2f}"
+
+
+def _count(weights: int) -> str:
+    unit, size = next(((u, s) for u, s in (("billion", 1e9), ("million", 1e6)) if weights >= s), ("", 1.0))
+    return f"{_figures(weights / size)} {unit}".strip()
+
+
+def _bytes(count: float) -> str:
+    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= s), ("bytes", 1.0))
+    return f"{_figures(count / size)} {unit}" if size > 1 else f"{count:,.0f} bytes"
+
+
+def _time(seconds: float) -> str:
+    """Return a time with two digits, because a prediction may be wrong by half."""
+    if seconds < 120:
+        return f"{_figures(seconds, 2)} s"
+    return f"{_figures(seconds / 60, 2)} min" if seconds < 7200 else f"{_figures(seconds / 3600, 2)} h"

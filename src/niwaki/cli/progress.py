@@ -1,7 +1,6 @@
-"""Shows reported events on a terminal: a bar with the time left, or plain lines where there is no terminal.
+"""Progress on a terminal: a bar with the time left, or plain lines without a terminal.
 
-No time left is told after the first block: it holds what is done once (opening, compiling, warming up), and nothing yet
-says how long another one takes.
+The time left is not known after the first block. That block includes work that is done once: open, compile, warm up.
 """
 
 import time
@@ -22,25 +21,25 @@ from rich.progress import (
 from niwaki.config.events import Event
 
 _TITLES: dict[str, tuple[str, str]] = {
-    Event.SAMPLE: ("writing calibration text", "tokens"),
+    Event.SAMPLE: ("generating calibration text", "tokens"),
     Event.SCAN: ("measuring the dense blocks", "blocks"),
-    Event.INPUTS: ("storing what every block reads, first block to last", "blocks"),
+    Event.INPUTS: ("storing the inputs of the blocks, first block to last", "blocks"),
     Event.GRADIENTS: ("gradients of the loss, last block to first", "blocks"),
-    Event.ACTIVATIONS: ("what prompts show, first block to last", "blocks"),
-    Event.TRYING: ("trying options out, first block to last", "blocks"),
+    Event.ACTIVATIONS: ("recording activations of prompts, first block to last", "blocks"),
+    Event.TRYING: ("evaluating candidates, first block to last", "blocks"),
     Event.BLOCK: ("compressing", "blocks"),
     Event.EVALUATE: ("evaluating", "blocks"),
     Event.COMPARE: ("scoring", "windows"),
     Event.MEASURE: ("measuring speed and memory", "rounds"),
     Event.EXPORT: ("exporting", "parts"),
     Event.RECOVER: ("recovering", "steps"),
-    Event.BENCH: ("measuring", "forms"),
+    Event.BENCH: ("measuring", "variants"),
 }
-_FEW_LINES = 20  # plain lines for what is reported every few tokens, or for every tensor
+_MAX_LINES = 20  # plain lines for events of tokens, tensors and windows
 
 
 class Display:
-    """Receives `report(event, **fields)` calls. Use as a context manager."""
+    """Display of events: a context manager that is called as `report(event, **fields)`."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -71,7 +70,7 @@ class Display:
     def __call__(self, event: str, **fields: Any) -> None:
         if event == Event.WARNING:
             self.console.print(f"[yellow]note:[/] {escape(fields['message'])}", highlight=False, soft_wrap=True)
-        if event == Event.START:  # the second stage of a chain begins again
+        if event == Event.START:  # the second stage of a chain counts from 1 again
             for known in (self._began, self._first, self._done, self._bars):
                 known.clear()
         if event == Event.TRIAL:
@@ -88,7 +87,7 @@ class Display:
         name, unit = _TITLES[event]
         title = f"{name} {fields.get('model', '')}".strip()
         done, of = fields.get("done", fields.get("index", -1) + 1), fields["of"]
-        if done <= self._done.get(title, 0):  # the same once more, of the next trial
+        if done <= self._done.get(title, 0):  # the next candidate counts from 1 again
             for known in (self._began, self._first, self._bars):
                 known.pop(title, None)
         self._done[title] = done
@@ -100,11 +99,11 @@ class Display:
         self._progress.update(self._bars[title], completed=done)
 
     def _print_line(self, title: str, unit: str, done: int, of: int) -> None:
-        """One line a block: its number, its seconds, and the time left at the mean pace of those after the first."""
+        """Print the number of a block, its seconds, and the time left at the mean pace after the first block."""
         now = time.perf_counter()
         began = self._began.setdefault(title, self._last)
         first, known = self._first.setdefault(title, (now, done))
-        soon = now - self._last < (now - began) / done * of / _FEW_LINES
+        soon = now - self._last < (now - began) / done * of / _MAX_LINES
         if unit in ("tokens", "parts", "windows") and done < of and soon:
             return
         left = f", {(now - first) / (done - known) * (of - done):.0f} s left" if known < done < of else ""
@@ -114,10 +113,10 @@ class Display:
 
 
 def _described(shape: Mapping[str, Any]) -> str:
-    """A shape on trial, as its event tells it: one number for all blocks, or one for each."""
+    """Describe a candidate shape: one number for all blocks, or one per block."""
     counts = [
         ", ".join(map(str, shape[kind])) if isinstance(shape[kind], list) else f"{shape[kind]}"
         for kind in ("neurons", "heads")
     ]
-    gone = f" without blocks {', '.join(map(str, shape['dropped']))}" if shape.get("dropped") else ""
-    return f"{counts[0]} neurons and {counts[1]} groups of heads{gone}"
+    removed = f" without blocks {', '.join(map(str, shape['dropped']))}" if shape.get("dropped") else ""
+    return f"{counts[0]} neurons and {counts[1]} groups of heads{removed}"

@@ -1,46 +1,47 @@
-"""The command that serves; `cli` puts it under its name."""
+"""The command `niwaki serve`."""
 
 import logging
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-KEYS = "API keys, one a line; also from NIWAKI_API_KEYS, separated by commas."
-DTYPE = "Arithmetic: auto (as stored), float32, bfloat16 or float16."
+from niwaki.cli.options import ApiKeyFile, Device, Model, StoredDtype
+from niwaki.errors import InputError
+
+# Packages of the extra `serve`. Any other missing module is an error of niwaki.
+PACKAGES = ("fastapi", "uvicorn", "starlette", "prometheus_client", "h11")
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A local model folder or a hub id.", show_default=False)],
+    model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0 takes a free one.")] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="What requests call the model. [dim]\\[default: the folder's name][/]")
+        str | None, typer.Option(help="Name of the model in requests. [dim]\\[default: name of the folder][/]")
     ] = None,
-    slots: Annotated[int, typer.Option(help="Sequences that are written at once.")] = 8,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; more are told to come back (429).")] = 64,
+    slots: Annotated[int, typer.Option(help="Sequences that are decoded at once.")] = 8,
+    queue: Annotated[int, typer.Option(help="Max requests that wait. Others get status 429.")] = 64,
     context: Annotated[
         int | None,
-        typer.Option(help="Tokens of prompt and answer together. [dim]\\[default: the model's positions][/]"),
+        typer.Option(help="Max tokens of prompt and answer. [dim]\\[default: positions of the model][/]"),
     ] = None,
-    queue_timeout: Annotated[float, typer.Option(help="Seconds a request may wait for a slot.")] = 30.0,
-    first_token_timeout: Annotated[float, typer.Option(help="Seconds from there to its first token.")] = 60.0,
-    timeout: Annotated[float, typer.Option(help="Seconds a request may take in all.")] = 600.0,
-    drain: Annotated[float, typer.Option(help="Seconds that running requests get after SIGTERM.")] = 30.0,
-    api_key_file: Annotated[Path | None, typer.Option(help=KEYS)] = None,
+    queue_timeout: Annotated[float, typer.Option(help="Max seconds that a request waits for a slot.")] = 30.0,
+    first_token_timeout: Annotated[float, typer.Option(help="Max seconds from the slot to the first token.")] = 60.0,
+    timeout: Annotated[float, typer.Option(help="Max seconds of a request in all.")] = 600.0,
+    drain: Annotated[float, typer.Option(help="Max seconds that requests get to finish after SIGTERM.")] = 30.0,
+    api_key_file: ApiKeyFile = None,
     without_keys: Annotated[
-        bool, typer.Option("--without-keys", help="Listen beyond this machine without keys.")
+        bool, typer.Option("--without-keys", help="Listen on other addresses than loopback without keys.")
     ] = False,
-    dense: Annotated[bool, typer.Option("--dense", help="Contextual models: run all of the weights.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Contextual models: run with all of the weights.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare weights with the SHA-256 in run.json first.")
+        bool, typer.Option("--verify/--no-verify", help="Compare the weights with the SHA-256 in run.json first.")
     ] = True,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
-    device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help=DTYPE)] = "auto",
+    device: Device = "auto",
+    dtype: StoredDtype = "auto",
 ) -> None:
-    """Serve MODEL to OpenAI's clients: /v1/chat/completions, /v1/completions, /v1/models."""
-    from niwaki.errors import InputError
+    """Serve MODEL to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
     from niwaki.model.device import pick_dtype
     from niwaki.serve.http.keys import read_keys
 
@@ -49,26 +50,18 @@ def serve(
         from niwaki.serve.server import Settings
         from niwaki.serve.server import serve as run
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("fastapi", "uvicorn", "starlette", "prometheus_client", "h11"):
+        package = (error.name or "").split(".")[0]
+        if package not in PACKAGES:
             raise
-        package = (error.name or "").split(".")[0].replace("_", "-")
-        raise InputError(f"serving needs the package {package}: pip install {package}") from error
+        raise InputError(
+            f"serving needs the package {package.replace('_', '-')}: pip install {package.replace('_', '-')}"
+        ) from error
+    limits: dict[str, Any] = {"slots": slots, "queue": queue, "context": context, "drain_s": drain}
+    timeouts = Timeouts(queue_timeout, first_token_timeout, timeout)
+    access: dict[str, Any] = {"keys": read_keys(api_key_file), "without_keys": without_keys, "log_prompts": log_prompts}
     settings = Settings(
-        host=host,
-        port=port,
-        name=name,
-        slots=slots,
-        queue=queue,
-        context=context,
-        timeouts=Timeouts(queue_timeout, first_token_timeout, timeout),
-        drain_s=drain,
-        keys=read_keys(api_key_file),
-        without_keys=without_keys,
-        log_prompts=log_prompts,
-        device=device,
-        dtype=pick_dtype(dtype),
-        dense=dense,
-        verify=verify,
-    )
+        host=host, port=port, name=name, timeouts=timeouts, device=device, dtype=pick_dtype(dtype), dense=dense,
+        verify=verify, **limits, **access,
+    )  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     raise typer.Exit(run(model, settings))

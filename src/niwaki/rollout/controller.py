@@ -161,7 +161,7 @@ class Controller:
 
 
 def begin_or_resume(
-    store: Store, settings: Settings, limits: Mapping[str, float], now: float, *, anew: bool = False
+    store: Store, settings: Settings, limits: Mapping[str, float], now: float, *, new: bool = False
 ) -> Controller:
     """The roll-out of this canary. Raises InputError for another plan than it was begun with."""
 
@@ -170,7 +170,7 @@ def begin_or_resume(
 
     plan = plan_of(settings, limits)
     state, identity = store.current(), files_of()
-    if state is None or state.identity != identity or anew:
+    if state is None or state.identity != identity or new:
         before = "" if state is None else f", after roll-out {state.id} ({state.status})"
         state = store.begin(identity, plan, now, f"a new roll-out{before}")
     elif state.plan != plan:

@@ -37,12 +37,12 @@ def run(
     keys: Sequence[str] = (),
     host: str = "127.0.0.1",
     port: int = 8100,
-    anew: bool = False,
+    new: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
     """Runs the gateway until it is stopped. Raises InputError before anything is begun."""
     check_open(host, keys)
-    gateway = assemble(settings, limits, store, keys=keys, now=time.time(), anew=anew)
+    gateway = assemble(settings, limits, store, keys=keys, now=time.time(), new=new)
     state = gateway.controller.state
     say(f"roll-out {state.id}, {state.status}: {gateway.controller.share:.0%} of requests to the canary")
     say(f"gateway: http://{host}:{port}/v1   dashboard: http://{host}:{port}/rollout")
@@ -67,7 +67,7 @@ def assemble(
     *,
     keys: Sequence[str] = (),
     now: float,
-    anew: bool = False,
+    new: bool = False,
     senders: tuple[Sender | None, Sender | None] = (None, None),
     clock: Clock = time.perf_counter,
 ) -> Gateway:
@@ -75,7 +75,7 @@ def assemble(
     stable = Server(settings.stable, settings.bounds, sender=senders[0], clock=clock)
     canary = Server(settings.canary, settings.bounds, sender=senders[1], clock=clock)
     template = None if settings.chat_template is None else read_template(settings.chat_template)
-    controller = begin_or_resume(store, settings, limits, now, anew=anew)
+    controller = begin_or_resume(store, settings, limits, now, new=new)
     return Gateway(
         settings=settings,
         controller=controller,

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from niwaki.cli.bench_tables import print_bench
+from niwaki.cli.bench import print_bench
 from niwaki.errors import InputError
 from niwaki.measure.bench.plot import draw
 from niwaki.measure.bench.schema import Bench, Cell, Row, Settings, cell, merged, with_all_rounds

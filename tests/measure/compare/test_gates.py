@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from niwaki.cli.tables import print_comparison
+from niwaki.cli.compare import print_comparison
 from niwaki.compression.model_card import BEGIN, END
 from niwaki.errors import InputError
 from niwaki.measure.compare.baseline import gate_text, read_comparison

@@ -1,0 +1,96 @@
+"""The command `niwaki compress`, and the line that it prints about a finished result."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from niwaki.cli import options
+from niwaki.cli.options import check_inputs, check_recipe, console, error_console, first_given, given, recipe_values
+from niwaki.compression.run import shaping_of
+from niwaki.config.recipe import asks_for_bits
+
+
+def compress(
+    model: options.Model,
+    out: Annotated[Path, typer.Argument(help="New folder for the result.", show_default=False)],
+    method: options.Method = None,
+    preset: options.Preset = None,
+    target: options.Target = None,
+    target_bytes: options.TargetBytes = None,
+    keep_blocks: options.KeepBlocks = None,
+    allocation: options.Allocation = None,
+    calibration: options.Calibration = None,
+    field: options.CalibrationField = None,
+    samples: options.Samples = None,
+    seq_len: options.CalibrationSeqLen = None,
+    recipe: options.RecipeFile = None,
+    set_: options.SetOption = None,
+    pack: options.Pack = None,
+    embeddings: options.Embeddings = None,
+    ends: options.OldEnds = None,
+    seed: options.Seed = None,
+    device: options.RecipeDevice = None,
+    dtype: options.RecipeDtype = None,
+    batch_tokens: options.BatchTokens = None,
+    activation_bytes: options.ActivationBytes = None,
+    dense_stream: options.DenseStream = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a result of niwaki at OUT after the new one is complete.")
+    ] = False,
+) -> None:
+    """Compress MODEL into OUT, block by block."""
+    from niwaki.compression.run import check_free, partial_of
+
+    text = given(files=tuple(calibration) if calibration else None, field=field, samples=samples, seq_len=seq_len)
+    values = recipe_values(
+        recipe, text, set_,
+        method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks,
+        allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends), seed=seed, device=device,
+        dtype=dtype, batch_tokens=batch_tokens, activation_bytes=activation_bytes,
+    )  # fmt: skip
+    check_recipe(values)
+    check_inputs(model)
+    check_free(out.absolute(), partial_of(out.absolute()), resume=resume, overwrite=overwrite)
+    _run(model, out, values, resume=resume, overwrite=overwrite, dense_stream=dense_stream)
+
+
+def _run(model: str, out: Path, values: dict[str, Any], **flags: bool) -> None:
+    """Compress with progress on standard error, and print a summary. Say after Ctrl-C whether a run can resume."""
+    from niwaki.cli.progress import Display
+    from niwaki.compression.compress import compress as run
+    from niwaki.compression.run import resumable
+
+    try:
+        with Display(error_console) as display:
+            record = run(model, out, report=display, **flags, **values)
+    except KeyboardInterrupt:
+        kept = "finished blocks are kept, repeat the same command with --resume"
+        error_console.print(f"interrupted: {kept if resumable(out) else 'nothing was finished, nothing is kept'}")
+        raise typer.Exit(130) from None
+    _print_record(out, record)
+
+
+def _print_record(out: Path, record: dict[str, Any]) -> None:
+    """Print matrices, bits or zeros, bytes, time and peak memory of a result, then its notes."""
+    result, coded = record["result"], asks_for_bits(record)
+    codes = f", {result['bits']:.3f} true bits a weight in {result['packed']} of them" if result.get("packed") else ""
+    if coded and not codes:
+        counted = result.get("method_bits", result["bits"])
+        codes = f", {counted:.3f} true bits a weight by the method's count, stored as plain weights"
+    codes += f", {result['ends_bits']:.3f} in embeddings and head" if "ends_bits" in result else ""
+    zeros = "" if coded else f", {result['zeros_frac']:.4%} zeros"
+    if removed := shaping_of(record).get("removed_frac"):
+        zeros = f", {removed:.2%} of the blocks removed" + (zeros if result["zeros_frac"] else "")
+    if "predictor" in result:
+        zeros = f", {result['predictor']['skipped_frac']:.0%} of heads and neurons skipped by input"
+    console.print(
+        f"{out}: {result['matrices']} matrices{codes}{zeros}, {result['bytes']:,} bytes "
+        f"(dense {record['model']['bytes']:,}), {record['seconds']} s, "
+        f"peak RSS {record['peak_rss_bytes'] / 1e9:.2f} GB",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for note in result["notes"]:
+        error_console.print(f"[yellow]note:[/] {note} (see {out}/niwaki/blocks.jsonl)", highlight=False)
