@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from niwaki.model.anatomy import build_skeleton, discover
+from niwaki.model.anatomy import discover
+from niwaki.model.hf import build_skeleton, resize
 from niwaki.model.prunable import PrunedShape, ShapeSpace
-from niwaki.model.resizing import resize
 from packed_decode import decode
 from provenance import provenance
 from shape_speed import filled, prompt

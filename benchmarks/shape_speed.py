@@ -20,7 +20,8 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from niwaki.model.anatomy import build_skeleton, discover, materialize_buffers
+from niwaki.model.anatomy import discover
+from niwaki.model.hf import build_skeleton, materialize_buffers
 from niwaki.model.prunable import PrunedShape, ShapeSpace
 from packed_decode import decode, resident_bytes
 from provenance import provenance

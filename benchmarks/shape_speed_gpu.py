@@ -17,7 +17,8 @@ import transformers
 from transformers import AutoConfig
 
 from compression_speed import SHAPES
-from niwaki.model.anatomy import build_skeleton, discover
+from niwaki.model.anatomy import discover
+from niwaki.model.hf import build_skeleton
 from niwaki.model.prunable import PrunedShape, ShapeSpace
 from packed_decode_gpu import make_model, measure, weight_bytes
 from provenance import provenance

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from niwaki.compression.width_search import spread
-from niwaki.model.anatomy import build_skeleton, discover
+from niwaki.model.anatomy import discover
+from niwaki.model.hf import build_skeleton
 from niwaki.model.prunable import PrunedShape, ShapeSpace
 from support.families import GQA
 

@@ -8,7 +8,8 @@ import transformers
 
 from niwaki.config.recipe import KeepUnits, Unit
 from niwaki.methods import flap, shortgpt, two_ssp, wanda_sp
-from niwaki.model.anatomy import build_skeleton, discover
+from niwaki.model.anatomy import discover
+from niwaki.model.hf import build_skeleton
 from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSpace
 from support.families import GQA
 from support.models import calibration_of, correlated_inputs, make_block

@@ -5,8 +5,9 @@ import torch
 import transformers
 
 from niwaki.errors import ArchitectureError
-from niwaki.model.anatomy import build_skeleton, discover
+from niwaki.model.anatomy import discover
 from niwaki.model.device import peak_rss_bytes
+from niwaki.model.hf import build_skeleton
 from support.families import COMMON, families
 
 

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from niwaki.errors import ArchitectureError, InputError
-from niwaki.model.anatomy import build_skeleton, discover
+from niwaki.model.anatomy import discover
+from niwaki.model.hf import build_skeleton
 from niwaki.model.prunable import PrunedShape, ShapeSpace, new_name, places, units_of
 from support.families import COMMON, GQA, families
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.model.anatomy import build_skeleton, discover, find_blocks
+from niwaki.model.anatomy import discover, find_blocks
+from niwaki.model.hf import build_skeleton
 from niwaki.runtime.contextual.predictor import Predictor
 from niwaki.runtime.contextual.record import Running, Shadow
 from niwaki.runtime.contextual.selection import Rule

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from niwaki.config.events import Event, Report
 from niwaki.errors import CheckpointError, InputError
 from niwaki.formats.quantized import QuantizedColumns, read_parts, stored_names
-from niwaki.model.anatomy import build_skeleton
 from niwaki.model.checkpoint import INDEX, Checkpoint, quantized_config
 from niwaki.model.files import copy_file, write_shard, write_text
+from niwaki.model.hf import build_skeleton
 
 LIBRARY = "compressed-tensors"
 FORMAT = "pack-quantized"

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.errors import ArchitectureError, InputError
+from niwaki.model.hf import materialize_buffers
 from niwaki.model.matmul_observer import MatmulObserver
 
 PROBE_TOKENS = 8
@@ -116,25 +117,6 @@ class Call:
         return hidden_BTD
 
 
-def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """The causal language model of `config` on the meta device, in eval mode, experts run one by one."""
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(config)
-    config.use_cache = False
-    config._experts_implementation = "eager"  # the other implementations hide each expert's product
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise ArchitectureError(
-            f"no causal language model for model_type {config.model_type!r} in this transformers ({reason})"
-        ) from error
-    skeleton: Any = model.eval().requires_grad_(False)
-    return skeleton
-
-
 def find_blocks(skeleton: nn.Module) -> tuple[str, nn.ModuleList]:
     """The module list that holds most parameters: the decoder's blocks."""
     lists = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, nn.ModuleList)]
@@ -209,17 +191,6 @@ def stubbed(blocks: nn.ModuleList, stub: Callable[[int, Call, Tensor], Any]) -> 
 
 
 _CACHE_ARGUMENTS = {"past_key_values", "past_key_value", "layer_past", "use_cache", "cache_position"}
-
-
-def materialize_buffers(skeleton: Any, module: nn.Module, device: torch.device | str, *, recurse: bool = True) -> None:
-    """Gives buffers that no checkpoint holds (rotary frequencies, causal masks) their computed values."""
-    for part in module.modules() if recurse else [module]:
-        missing = {name: buffer for name, buffer in part.named_buffers(recurse=False) if buffer.is_meta}
-        for name, buffer in missing.items():
-            part._buffers[name] = torch.zeros_like(buffer, device=device)
-        if missing:
-            with torch.no_grad():
-                skeleton._init_weights(part)  # transformers computes such buffers there
 
 
 def ends_of(skeleton: nn.Module, path: str) -> Iterator[nn.Module]:

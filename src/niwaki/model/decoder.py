@@ -21,25 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from niwaki.errors import ArchitectureError, CheckpointError
+from niwaki.errors import CheckpointError
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.anatomy import (
     BlockAnatomy,
     Call,
     Linear,
-    build_skeleton,
     discover,
     ends_of,
     find_blocks,
-    materialize_buffers,
     stubbed,
     weight_pointers,
 )
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.device import return_free_memory, to_host
-from niwaki.model.hf import plain_loading
+from niwaki.model.hf import build_skeleton, fill, materialize_buffers, resize, split_converted, weight_names
 from niwaki.model.matmul_observer import MatmulObserver
-from niwaki.model.resizing import resize
 
 
 @dataclass
@@ -144,7 +141,7 @@ class Decoder:
         resize(self.model, checkpoint.shapes)
         self.anatomy = discover(self.model)
         self.path, self._blocks = find_blocks(self.model)
-        self._renames, self._mapping, self._converted = _name_map(self.model, checkpoint)
+        self.names = weight_names(self.model, checkpoint.tensors)
         self._ends_loaded = False
 
     def __len__(self) -> int:
@@ -164,15 +161,14 @@ class Decoder:
     def disk_names(self, index: int | None) -> list[str]:
         """Names on disk of the tensors of block `index`, or of everything outside the blocks for None."""
         if index is not None:
-            prefix = self.anatomy.prefix(index)
-            return [name for name, target in self._renames.items() if target.startswith(prefix)]
-        return [name for name, target in self._renames.items() if not target.startswith(f"{self.path}.")]
+            return self.names.below(self.anatomy.prefix(index))
+        return self.names.outside(f"{self.path}.")
 
     def parameter(self, name: str, index: int) -> str:
         """What the tensor `name` on disk, or a bias added beside one, is called inside block `index`."""
-        if name not in self._renames:
+        if name not in self.names.parameters:
             return self.parameter(f"{name.removesuffix('.bias')}{WEIGHT}", index).removesuffix(WEIGHT) + ".bias"
-        return self._renames[name].removeprefix(self.anatomy.prefix(index))
+        return self.names.parameters[name].removeprefix(self.anatomy.prefix(index))
 
     def end_matrices(self) -> dict[str, list[str]]:
         """Names on disk of the weights of embeddings and head, by module; a tied head's count as the embeddings'."""
@@ -182,7 +178,7 @@ class Decoder:
             if module is not None:
                 weight = names[module] + WEIGHT
                 owner = self.model.all_tied_weights_keys.get(weight, weight).removesuffix(WEIGHT)
-                stored = (name for name, target in self._renames.items() if target == weight)
+                stored = (name for name, target in self.names.parameters.items() if target == weight)
                 found.setdefault(owner, []).extend(stored)
         return found
 
@@ -193,7 +189,7 @@ class Decoder:
         """
         if stored is None:
             stored = self.checkpoint.read(self.disk_names(index), pinned=self.device.type == "cuda")
-        added = {name: stored.pop(name) for name in list(stored) if name not in self._renames}
+        added = {name: stored.pop(name) for name in list(stored) if name not in self.names.parameters}
         self._fill(stored)
         module = self._blocks[index]
         missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
@@ -205,7 +201,7 @@ class Decoder:
         materialize_buffers(self.model, module, "cpu")
         module.requires_grad_(False).to(self.device, non_blocking=True)
         prefix = self.anatomy.prefix(index)
-        dtypes = {self._renames[name].removeprefix(prefix): tensor.dtype for name, tensor in stored.items()}
+        dtypes = {self.names.parameters[name].removeprefix(prefix): tensor.dtype for name, tensor in stored.items()}
         block = Block(index, module, self.anatomy.blocks[index], stored, dtypes, packable=self.packable(index))
         for name, bias_O in added.items():
             block.add_bias(self.parameter(name, index).removesuffix(".bias"), bias_O.to(self.device))
@@ -214,7 +210,7 @@ class Decoder:
     def packable(self, index: int) -> frozenset[str]:
         """Matrices that are the whole weight of an nn.Linear and lie on disk under its own name."""
         prefix, anatomy = self.anatomy.prefix(index), self.anatomy.blocks[index]
-        plain = {target for name, target in self._renames.items() if name == target and name not in self._converted}
+        plain = self.names.unchanged
         return frozenset(
             name
             for name, linear in anatomy.linears.items()
@@ -234,7 +230,7 @@ class Decoder:
         tensors = dict(block.stored)
         fused: dict[str, Tensor] = {}
         for name, old in block.stored.items():
-            parameter = self._renames[name].removeprefix(prefix)
+            parameter = self.names.parameters[name].removeprefix(prefix)
             if parameter not in block.changed:
                 continue
             if (linear_name := parameter.removesuffix(WEIGHT)) in block.packed:
@@ -243,21 +239,14 @@ class Decoder:
                     tensors[f"{name.removesuffix(WEIGHT)}.{key}"] = to_host(tensor)
                 continue
             new = to_host(block.module.get_parameter(parameter).detach().to(old.dtype))
-            if name in self._converted:
+            if name in self.names.converted:
                 fused[prefix + parameter] = new
             else:
                 tensors[name] = new
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the copies above may still be under way
         if fused:
-            from transformers.core_model_loading import revert_weight_conversion
-
-            split = revert_weight_conversion(self.model, fused)
-            if not set(split) <= set(tensors):
-                raise ArchitectureError(
-                    f"transformers cannot write {sorted(set(split) - set(tensors))[0]} back as the checkpoint stores it"
-                )
-            tensors.update(split)
+            tensors.update(split_converted(self.model, fused, tensors))
         return tensors
 
     def embed(self, ids_BT: Tensor) -> tuple[Tensor, list[Call]]:
@@ -317,34 +306,6 @@ class Decoder:
         self._ends_loaded = True
 
     def _fill(self, stored: dict[str, Tensor]) -> None:
-        """Sets parameters of the skeleton from tensors as they are on disk, through transformers' conversions."""
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        settings = LoadStateDictConfig(device_map={"": "cpu"}, dtype=self.dtype, weight_mapping=self._mapping)
-        with plain_loading():
-            info, _ = convert_and_load_state_dict_in_model(model=self.model, state_dict=stored, load_config=settings)
-        wrong = [str(key) for key in info.mismatched_keys] + list(info.conversion_errors)
-        if wrong:
-            raise CheckpointError(f"{self.checkpoint.folder}: {wrong[0]} does not fit the model's config")
-
-
-def _name_map(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, str], list[Any], set[str]]:
-    """Disk name → parameter name, transformers' conversions, and which disk names pass through a conversion."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    known = model.state_dict()
-    renames: dict[str, str] = {}
-    converted: set[str] = set()
-    for name in checkpoint.tensors:
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if target not in known and name in known:
-            target, pattern = name, None
-        renames[name] = target
-        if pattern is not None:
-            converted.add(name)
-    return renames, mapping, converted
+        wrong = fill(self.model, stored, self.names.mapping, self.dtype)
+        if wrong is not None:
+            raise CheckpointError(f"{self.checkpoint.folder}: {wrong} does not fit the model's config")

@@ -1,11 +1,157 @@
-"""Using other libraries as a part of our own work: without what they say and do on the side."""
+"""Glue to transformers: skeletons, buffers, weight names, matrices of their own shape, quiet loading.
 
+Blocks of an unevenly pruned model have widths of their own, which no config of transformers can express. Its
+config.json then names, in niwaki's `quantization_config`, the shape of each such matrix. Loading builds the model on
+the meta device as always, and `resize` gives these matrices their shape.
+"""
+
+import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from niwaki.errors import ArchitectureError, CheckpointError
 
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+HEADS = "num_heads"  # attribute of attention in some families (OPT); the others derive it from the width
+
+Shapes = Mapping[str, Sequence[int]]  # name of an nn.Linear → outputs, inputs
+
+
+def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
+    """The causal language model of `config` on the meta device, in eval mode, experts run one by one."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    config._experts_implementation = "eager"  # the other implementations hide each expert's product
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ArchitectureError(
+            f"no causal language model for model_type {config.model_type!r} in this transformers ({reason})"
+        ) from error
+    skeleton: Any = model.eval().requires_grad_(False)
+    return skeleton
+
+
+def materialize_buffers(skeleton: Any, module: nn.Module, device: torch.device | str, *, recurse: bool = True) -> None:
+    """Gives buffers that no checkpoint holds (rotary frequencies, causal masks) their computed values."""
+    for part in module.modules() if recurse else [module]:
+        missing = {name: buffer for name, buffer in part.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in missing.items():
+            part._buffers[name] = torch.zeros_like(buffer, device=device)
+        if missing:
+            with torch.no_grad():
+                skeleton._init_weights(part)  # transformers computes such buffers there
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """Names of the tensors of a checkpoint in the model that transformers builds.
+
+    `parameters`: name on disk → parameter name. `converted`: names on disk that pass a conversion, such as the fusion
+    of experts. `mapping`: the conversions of transformers.
+    """
+
+    parameters: Mapping[str, str]
+    converted: frozenset[str]
+    mapping: list[Any]
+
+    def below(self, prefix: str) -> list[str]:
+        """Return the names on disk of the parameters below `prefix`."""
+        return [name for name, parameter in self.parameters.items() if parameter.startswith(prefix)]
+
+    def outside(self, prefix: str) -> list[str]:
+        """Return the names on disk of the parameters outside `prefix`."""
+        return [name for name, parameter in self.parameters.items() if not parameter.startswith(prefix)]
+
+    @property
+    def unchanged(self) -> set[str]:
+        """Return the parameters that lie on disk under their own name, without a conversion."""
+        return {to for name, to in self.parameters.items() if name == to and name not in self.converted}
+
+
+def weight_names(model: Any, names: Iterable[str]) -> WeightNames:
+    """Map `names` on disk to the parameters of `model`, as transformers does."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = model.state_dict()
+    parameters: dict[str, str] = {}
+    converted: set[str] = set()
+    for name in names:
+        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if parameter not in known and name in known:
+            parameter, pattern = name, None
+        parameters[name] = parameter
+        if pattern is not None:
+            converted.add(name)
+    return WeightNames(parameters, frozenset(converted), mapping)
+
+
+def fill(model: Any, stored: dict[str, Tensor], mapping: list[Any], dtype: torch.dtype) -> str | None:
+    """Set parameters of the skeleton `model` from tensors as they are on disk, through the conversions of transformers.
+
+    Return the first name that does not fit, or None.
+    """
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    settings = LoadStateDictConfig(device_map={"": "cpu"}, dtype=dtype, weight_mapping=mapping)
+    with plain_loading():
+        info, _ = convert_and_load_state_dict_in_model(model=model, state_dict=stored, load_config=settings)
+    wrong = [str(key) for key in info.mismatched_keys] + list(info.conversion_errors)
+    return wrong[0] if wrong else None
+
+
+def split_converted(model: Any, fused: dict[str, Tensor], expected: Container[str]) -> dict[str, Tensor]:
+    """Return fused parameters (experts) as the checkpoint stores them, by the reverse conversion of transformers.
+
+    Raises ArchitectureError if a name is not in `expected`, the names of the checkpoint.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    split: dict[str, Tensor] = revert_weight_conversion(model, fused)
+    for name in sorted(split):
+        if name not in expected:
+            raise ArchitectureError(f"transformers cannot write {name} back as the checkpoint stores it")
+    return split
+
+
+def resize(model: nn.Module, shapes: Shapes) -> None:
+    """Gives matrices of a model on the meta device, and the biases beside them, the rows and columns of `shapes`.
+
+    Raises CheckpointError for a name that is no linear layer of this model.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    narrowed: dict[str, tuple[int, int]] = {}
+    for name, (rows, columns) in shapes.items():
+        if name not in linears:
+            raise CheckpointError(f"config.json gives {name} a shape, and this model has no such linear layer")
+        linear = linears[name]
+        if rows != linear.out_features:
+            narrowed[name.rpartition(".")[0]] = rows, linear.out_features
+        like = linear.weight
+        linear.out_features, linear.in_features = rows, columns
+        linear.weight = nn.Parameter(like.new_empty(rows, columns), requires_grad=False)
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(like.new_empty(rows), requires_grad=False)
+    for name, (rows, before) in narrowed.items():
+        attention: Any = model.get_submodule(name)
+        if HEADS in vars(attention):
+            setattr(attention, HEADS, getattr(attention, HEADS) * rows // before)
 
 
 @contextmanager

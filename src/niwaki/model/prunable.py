@@ -23,7 +23,8 @@ from torch import Tensor
 
 from niwaki.config.recipe import KeepUnits, Kind, Target, Unit
 from niwaki.errors import ArchitectureError, InputError
-from niwaki.model.anatomy import Anatomy, BlockAnatomy, Linear, build_skeleton
+from niwaki.model.anatomy import Anatomy, BlockAnatomy, Linear
+from niwaki.model.hf import build_skeleton
 
 NEURON_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers")

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from niwaki.errors import CheckpointError
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.checkpoint import QUANT_METHOD
-from niwaki.model.resizing import resize
+from niwaki.model.hf import resize
 from niwaki.runtime.embedding import pack_embedding
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear

@@ -11,7 +11,8 @@ from niwaki.errors import ArchitectureError, NiwakiError, TargetError
 from niwaki.formats.sparse import SLACK_BYTES
 from niwaki.measure.bench.models import read_bytes, tensors_of, twin, weight_bytes
 from niwaki.measure.bench.variants import FORMS, Made
-from niwaki.model.anatomy import Anatomy, build_skeleton, discover
+from niwaki.model.anatomy import Anatomy, discover
+from niwaki.model.hf import build_skeleton
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
 from support.families import build, families

@@ -29,9 +29,10 @@ from niwaki.measure.bench.schema import DENSE, Bench, Row, Settings, with_all_ro
 from niwaki.measure.bench.session import Plan, Side, measure, weigh
 from niwaki.measure.bench.variants import FORMS, Made
 from niwaki.measure.compare.describing import environment, names_of, record_of
-from niwaki.model.anatomy import Anatomy, build_skeleton, discover
+from niwaki.model.anatomy import Anatomy, discover
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.device import pick_device, return_free_memory
+from niwaki.model.hf import build_skeleton
 from niwaki.runtime.load import load
 from niwaki.version import __version__
 

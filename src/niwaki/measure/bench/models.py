@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.errors import ArchitectureError, CheckpointError
-from niwaki.model.anatomy import materialize_buffers
 from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.hf import materialize_buffers
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
 

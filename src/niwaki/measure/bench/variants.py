@@ -35,7 +35,8 @@ from niwaki.measure.bench.models import twin
 from niwaki.methods import shadow
 from niwaki.methods.shared.masks import keep_by_row
 from niwaki.methods.shared.rounding import groups_of, nearest
-from niwaki.model.anatomy import Anatomy, build_skeleton, materialize_buffers
+from niwaki.model.anatomy import Anatomy
+from niwaki.model.hf import build_skeleton, materialize_buffers
 from niwaki.model.prunable import PrunedShape, ShapeSpace
 from niwaki.runtime.contextual.predictor import Predictor
 from niwaki.runtime.contextual.record import Running, Shadow

@@ -112,9 +112,9 @@ def serve(model_name: str, device: str, answer: Callable[[dict[str, Any]], None]
     import psutil
     import torch
 
-    from niwaki.model.anatomy import build_skeleton
     from niwaki.model.checkpoint import Checkpoint
     from niwaki.model.device import peak_rss_bytes, pick_device
+    from niwaki.model.hf import build_skeleton
     from niwaki.runtime.load import load
 
     process, on_cuda = psutil.Process(), pick_device(device).type == "cuda"
