@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.formats.quantized import QuantizedColumns, stored_tensors
-from niwaki.kernels.planes import CORE_TOKENS, decode, gpu_product, reaches
+from niwaki.kernels.planes import MAX_CORE_TOKENS, decode, gpu_product, reaches
 from niwaki.kernels.triton import dot as triton_dot
 from niwaki.kernels.triton import planes as triton_planes
 from niwaki.kernels.triton.decode import decode_planes
@@ -226,7 +226,7 @@ def measure(shape: str, names: list[str], counts: list[int], seconds: float, byt
             name: [partial(layer, x_NI) for layer in layers] for name, layers in packed.items()
         }
         works["dense"] = [partial(nn.functional.linear, x_NI, weight_OI) for weight_OI in dense]
-        if tokens > CORE_TOKENS:
+        if tokens > MAX_CORE_TOKENS:
             works |= {f"decode {name}": decoders(layers) for name, layers in packed.items()}
         times = interleaved({name: (graph_of(work), len(work)) for name, work in works.items()}, seconds)
         for name, layers in packed.items():
@@ -240,7 +240,7 @@ def measure(shape: str, names: list[str], counts: list[int], seconds: float, byt
                 "dense_share_of_bandwidth": round(2 * rows * columns / bytes_per_s / times["dense"] * 1e6, 3),
                 "relative_error": float(f"{error:.2e}"),
             })  # fmt: skip
-            if tokens > CORE_TOKENS:
+            if tokens > MAX_CORE_TOKENS:
                 moved_s = (nbytes + 2 * rows * columns) / bytes_per_s
                 found[-1]["decode_us"] = round(times[f"decode {name}"], 2)
                 found[-1]["decode_share_of_bandwidth"] = round(moved_s / times[f"decode {name}"] * 1e6, 3)

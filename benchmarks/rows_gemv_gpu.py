@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from niwaki.kernels.rows import ACTIVATIONS, rows_of
+from niwaki.kernels.rows import rows_of
 from niwaki.kernels.triton import rows as triton_rows
 from niwaki.kernels.triton.rows import Tiles
+from niwaki.kernels.types import ACTIVATIONS
 from packed_linear_gpu import COMPILERS, bandwidth, copies_of, graph_of, interleaved
 from provenance import provenance
 

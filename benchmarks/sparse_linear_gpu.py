@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from niwaki.formats.sparse import SLACK_BYTES, Sparse
 from niwaki.formats.sparse_tiles import Tiled
-from niwaki.kernels.sparse_gpu import GpuRecord, cores_reach, gpu_record
+from niwaki.kernels.sparse_gpu import cores_reach, gpu_record
 from niwaki.kernels.triton import (
     sparse as triton_sparse,
 )
@@ -44,6 +44,7 @@ from niwaki.kernels.triton import (
 from niwaki.kernels.triton import (
     sparse_tiles_dot as triton_sparse_tiles_dot,
 )
+from niwaki.kernels.types import GpuRecord
 from packed_linear_gpu import bandwidth, copies_of, graph_of, interleaved, relative_error
 from provenance import provenance
 

@@ -25,9 +25,8 @@ from kernels.triton.test_triton_sparse import tiled
 from niwaki.config.recipe import NM
 from niwaki.formats.sparse import KINDS, LAYOUTS
 from niwaki.kernels import sparse_gpu
-from niwaki.kernels.codes import Fit
-from niwaki.kernels.select import Parts
 from niwaki.kernels.sparse_gpu import cores_reach
+from niwaki.kernels.types import Fit, PanelParts
 from niwaki.runtime.sparse_linear import for_gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -149,7 +148,7 @@ def test_kernels_of_compressing(compiled: list[str]) -> None:
     for fit in (Fit(15, 8.0, 1e-6), Fit(15, None, 1e-6)):
         code_OP = torch.zeros(33, 64, dtype=torch.uint8)
         sweep_fitted_triton(wanted_OP, feed_PP, fit, keep_OP, code_OP, torch.zeros(33), torch.zeros(33))
-    keep_in_panel_triton(wanted_OP, Parts.of([20, 13], [5, 3], wanted_OP.device), 64, 0)
+    keep_in_panel_triton(wanted_OP, PanelParts.of([20, 13], [5, 3], wanted_OP.device), 64, 0)
     sweep_panel_triton(wanted_OP, feed_PP, keep_OP, None)
     sweep_panel_triton(wanted_OP, feed_PP, None, NM(2, 4))
     gradient_OI, values_OI, order_OI, rank_OI, zeros_O = ranked(5, 130)

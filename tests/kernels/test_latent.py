@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from niwaki.kernels.latent import Levels, Shape, codes_of, gradients_of_reference, weights_of_reference
+from niwaki.kernels.latent import codes_of, gradients_of_reference, weights_of_reference
+from niwaki.kernels.types import ColumnGroups, Levels
 from support.triton_interpreter import interpreted
 
 
@@ -12,7 +13,7 @@ def drawn(rows: int, bounds: tuple[int, ...], tops: list[float]) -> tuple[Tensor
     columns, groups = bounds[-1], len(tops)
     scale = torch.rand(rows, groups, generator=generator) + 0.2
     offset = torch.randn(rows, groups, generator=generator)
-    shape = Shape(
+    shape = ColumnGroups(
         bounds,
         torch.tensor(bounds, dtype=torch.int32),
         torch.tensor(tops),
@@ -35,7 +36,7 @@ def test_every_column_takes_the_nearest_of_its_levels() -> None:
             grid += levels.offset_OG[:, group].double()
             code_sum, one_sum = torch.zeros(rows).double(), torch.zeros(rows).double()
             for column in range(bounds[group], bounds[group + 1]):
-                place = int(levels.shape.order_I[column])
+                place = int(levels.groups.order_I[column])
                 best = (grid - latent[:, column].double()).abs().argmin(0)
                 assert torch.equal(codes_of(latent, levels)[:, column].long(), best)
                 torch.testing.assert_close(weight[:, place].double(), grid[best, torch.arange(rows)])

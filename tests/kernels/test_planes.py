@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from niwaki.formats.quantized import QuantizedColumns, centre
-from niwaki.kernels.codes import cpu_module
-from niwaki.kernels.planes import PlanePart, plane_product, plane_product_op
+from niwaki.kernels.cpu_module import cpu_module
+from niwaki.kernels.planes import plane_product, plane_product_op
+from niwaki.kernels.types import PlanePart
 
 
 def part(rows: int, columns: int, bits: int, grid: str, group: int) -> QuantizedColumns:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from niwaki.kernels.ranks import drop_lowest, sums_below
+from niwaki.kernels.select import drop_lowest, sums_below
 from support.triton_interpreter import interpreted
 
 SHAPES = [(1, 1), (4, 17), (3, 64), (5, 130)]

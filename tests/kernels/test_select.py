@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from niwaki.kernels.select import Parts, keep_in_panel
+from niwaki.kernels.select import keep_in_panel
+from niwaki.kernels.types import PanelParts
 from support.triton_interpreter import interpreted
 
 
@@ -48,7 +49,7 @@ def cases() -> list[tuple[Tensor, list[int], list[int]]]:
 @pytest.mark.parametrize("case", range(9))
 def test_every_part_loses_its_lowest_and_ties_by_index(case: int) -> None:
     scores, rows, zeros = cases()[case]
-    keep, bounds = keep_in_panel(scores, Parts.of(rows, zeros, scores.device), scores.shape[1], 0)
+    keep, bounds = keep_in_panel(scores, PanelParts.of(rows, zeros, scores.device), scores.shape[1], 0)
     expected, expected_bounds = wanted(scores, rows, zeros)
     assert torch.equal(keep, expected) and bounds.tolist() == expected_bounds
 
@@ -74,12 +75,12 @@ def parity() -> None:
     for block in (triton_select.BLOCK, 64):
         triton_select.BLOCK = block
         for scores, rows, zeros in [*cases(), *wide]:
-            parts = Parts.of(rows, zeros, scores.device)
+            parts = PanelParts.of(rows, zeros, scores.device)
             keep, bounds = triton_select.keep_in_panel_triton(scores, parts, scores.shape[1], 0)
             expected, expected_bounds = wanted(scores, rows, zeros)
             assert torch.equal(keep, expected), (block, tuple(scores.shape), rows, zeros)
             assert bounds.tolist() == expected_bounds, (block, bounds, expected_bounds)
-    parts = Parts.of([6, 4], [123, 77], torch.device("cpu"))
+    parts = PanelParts.of([6, 4], [123, 77], torch.device("cpu"))
     scores = torch.rand(10, 30, generator=torch.Generator().manual_seed(3))
     for start in (0, 7, 14, 21, 28):  # panels of a wider matrix: zeros spread over its columns
         panel = scores[:, start : start + 7]

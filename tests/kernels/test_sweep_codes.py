@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 import niwaki.kernels
-from niwaki.kernels.codes import Fit, Grid, cpu_module, sweep_codes, sweep_codes_reference, sweep_fitted
+from niwaki.kernels.codes import sweep_codes, sweep_codes_reference, sweep_fitted
+from niwaki.kernels.cpu_module import cpu_module
 from niwaki.kernels.planes import reaches
+from niwaki.kernels.types import Fit, Grid
 from support.triton_interpreter import interpreted
 
 

@@ -7,7 +7,8 @@ import torch
 
 from niwaki.formats.quantized import QuantizedColumns, assemble, centre, stored_tensors
 from niwaki.kernels import planes
-from niwaki.kernels.planes import PlanePart, decoding_pays, prepared_layer
+from niwaki.kernels.planes import decoding_pays, prepared_layer
+from niwaki.kernels.types import PlanePart
 from niwaki.runtime import chunked_matmul as pieces
 from niwaki.runtime.chunked_matmul import by_pieces, decoded
 from niwaki.runtime.linear import PackedLinear

@@ -1,7 +1,8 @@
-"""Triton's kernels without a GPU: functions of the tests here, run where Triton interprets what it would compile.
+"""Triton kernels without a GPU: functions of the tests, run in a process where Triton interprets its kernels.
 
-Whether it does is decided when Triton is imported, so that needs a process of its own. One for all tests: it imports
-torch and Triton once (some seconds) and forks for every function, whose changes to modules end with it.
+Triton chooses between interpreter and compiler at its import, so that needs a process of its own. One process serves
+all tests. It imports torch and Triton once (some seconds) and forks for every function, whose changes to modules end
+with the fork.
 """
 
 import importlib
@@ -14,12 +15,15 @@ from functools import cache
 from pathlib import Path
 from types import FunctionType
 
-HERE = Path(__file__).parent
+import niwaki
+
+TESTS = Path(__file__).parents[1]
 
 
 @cache
 def _server() -> subprocess.Popen[str]:
-    paths = os.pathsep.join([str(HERE.parents[0]), str(HERE.parents[1])])
+    source = Path(niwaki.__file__).parents[1]
+    paths = os.pathsep.join(str(path) for path in (source, TESTS, TESTS.parent))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     return subprocess.Popen(
         [sys.executable, "-c", "from support.triton_interpreter import serve; serve()"],
@@ -28,7 +32,7 @@ def _server() -> subprocess.Popen[str]:
 
 
 def interpreted(name: str, module: str) -> None:
-    """Runs a function of a test file; fails with its traceback."""
+    """Run a function of a test file, and fail with its traceback."""
     server = _server()
     assert server.stdin is not None and server.stdout is not None
     server.stdin.write(f"{module} {name}\n")
@@ -39,8 +43,8 @@ def interpreted(name: str, module: str) -> None:
 
 
 def serve() -> None:
-    """Answers every line `MODULE FUNCTION` with "done" or a traceback, until there are no more."""
-    import triton  # noqa: F401 (children have it then)
+    """Answer every line `MODULE FUNCTION` with "done" or a traceback until the input ends."""
+    import triton  # noqa: F401 (the forks inherit it)
 
     import niwaki.runtime.linear  # noqa: F401
 
@@ -55,9 +59,9 @@ def serve() -> None:
             os._exit(0)
         os.close(writing)
         with os.fdopen(reading) as answer:
-            found = answer.read()
+            result = answer.read()
         ended = os.waitpid(child, 0)[1]
-        print(json.dumps(found or f"{line.strip()} ended with status {ended}"), flush=True)
+        print(json.dumps(result or f"{line.strip()} ended with status {ended}"), flush=True)
 
 
 def _run(module: str, name: str) -> str:
@@ -69,10 +73,10 @@ def _run(module: str, name: str) -> str:
 
 
 def patch_once() -> None:
-    """Triton's language is made interpretable once a launch, not again in every function that a kernel calls.
+    """Patch Triton's language once per launch, and not again in every function that a kernel calls.
 
-    The interpreter looks through all members of its modules for every such call and finds nothing left to replace:
-    44% of a profiled launch of `triton_rows` (Triton 3.9.0).
+    For every such call the interpreter searches all members of its modules and replaces nothing. That was 44% of a
+    profiled launch of `triton.rows` (Triton 3.9.0).
     """
     from triton import language
     from triton.runtime import interpreter
@@ -80,14 +84,14 @@ def patch_once() -> None:
     real, done = interpreter._patch_lang, set()
 
     def patch(fn: FunctionType) -> interpreter._LangPatchScope:
-        seen = fn.__globals__.values()
-        languages = tuple(any(value is module for value in seen) for module in (language, language.core))
+        values = fn.__globals__.values()
+        languages = tuple(any(value is module for value in values) for module in (language, language.core))
         if languages in done:
             return interpreter._LangPatchScope()  # nothing to undo
         first = not done
         scope = real(fn)
         done.add(languages)
-        if first:  # that of the launch, which ends by restoring it
+        if first:  # the launch, which restores the language at its end
             restore = scope.restore
 
             def ended() -> None:

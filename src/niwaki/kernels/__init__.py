@@ -1,1 +1,1 @@
-"""Fast products and their slow references, on CPU (`cpu/`) and GPU (`triton/`). No model and no file is known here."""
+"""Fast products on CPU (`cpu/`) and GPU (`triton/`), and their torch references. Kernels know no model and no file."""

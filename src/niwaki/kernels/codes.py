@@ -1,48 +1,19 @@
-"""The column sweep of quantization: the torch reference, and the choice between it and the compiled kernels.
+"""Column sweep of quantization: the torch reference, and the dispatch to the compiled kernels.
 
-Legend: O rows, I columns, P columns of a panel, G groups of columns that share a scale.
+Legend: O rows, I columns, P columns of a panel, C columns that share levels, G groups of columns that share a scale.
 """
-
-import warnings
-from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from niwaki.kernels.cpu_module import cpu_module
+from niwaki.kernels.types import Fit, Grid
+
 PANEL_COLUMNS = 128
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Levels code · scale + offset for codes 0 … top of every column; `group_I` names the scale of a column."""
-
-    scale_OG: Tensor
-    offset_OG: Tensor
-    group_I: Tensor
-    top_I: Tensor
-
-    def columns(self, start: int, end: int) -> "Grid":
-        """The grid of some columns."""
-        return Grid(self.scale_OG, self.offset_OG, self.group_I[start:end], self.top_I[start:end])
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How the levels of a row follow from its weights: codes 0 … `top`, scales of at least `smallest`.
-
-    `centre` is the code of zero in the middle of a range as wide on both sides. Or None: from the lowest weight, or
-    zero, to the highest, or zero.
-    """
-
-    top: int
-    centre: float | None
-    smallest: float
-
-
 def span(weight_OC: Tensor, fit: Fit, share: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Scale and offset [O, 1] of levels over `share` of the range of the weights."""
+    """Return scale and offset [O, 1] of levels that cover `share` of the range of the weights."""
     if fit.centre is not None:
         reach_O1 = weight_OC.abs().amax(1, keepdim=True) * share
         scale_O1 = (reach_O1 / (fit.top - fit.centre)).clamp_min(fit.smallest)
@@ -62,10 +33,10 @@ def sweep_fitted(
     scale_O: Tensor,
     offset_O: Tensor,
 ) -> Tensor:
-    """Fits levels to columns that share them, and rounds these from left to right; `sweep_codes` without a base.
+    """Fit levels to columns that share them, then round the columns as `sweep_codes` does without a base.
 
-    Codes (uint8), scales and offsets are written where they belong; returns the changes [O, C]. Levels are those of
-    kept weights, if there is a mask. Float32. `wanted_OC` stays as it is.
+    Write codes (uint8), scales and offsets to the given tensors, and return the changes [O, C]. With a mask, the levels
+    follow from the kept weights alone. Float32. `wanted_OC` is not changed.
     """
     if wanted_OC.is_cuda and wanted_OC.shape[1] <= PANEL_COLUMNS:
         from niwaki.kernels.triton.codes import sweep_fitted_triton
@@ -75,8 +46,8 @@ def sweep_fitted(
     scale_O1, offset_O1 = span(work_OC if keep_OC is None else work_OC * keep_OC, fit)
     same_C = torch.zeros(work_OC.shape[1], dtype=torch.int32, device=work_OC.device)
     grid = Grid(scale_O1, offset_O1, same_C, torch.full_like(same_C, fit.top, dtype=torch.float32))
-    found_OC, change_OC = sweep_codes(work_OC, None, feed_CC, grid, keep_OC)
-    code_OC.copy_(found_OC)
+    new_code_OC, change_OC = sweep_codes(work_OC, None, feed_CC, grid, keep_OC)
+    code_OC.copy_(new_code_OC)
     scale_O.copy_(scale_O1[:, 0])
     offset_O.copy_(offset_O1[:, 0])
     return change_OC
@@ -85,12 +56,12 @@ def sweep_fitted(
 def sweep_codes(
     wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, grid: Grid, keep_OI: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rounds the columns from left to right; each answers to what the ones before it did.
+    """Round the columns from left to right, and move the change of each column to the columns on its right.
 
-    Column k takes the level nearest to `wanted_OI[:, k]`, or to zero where `keep_OI` (boolean) is false. The change,
-    from `base_OI[:, k]` (or from the wanted value where there is no base), moves the wanted values to its right by
-    −change · `feed_II[k]`. Float32; only the part of `feed_II` above its diagonal is read; `wanted_OI` is overwritten.
-    Returns (codes [O, I] uint8, changes [O, I]).
+    Column k takes the level nearest to `wanted_OI[:, k]`. Where `keep_OI` (boolean) is false, it takes the level
+    nearest to zero. The change is measured from `base_OI[:, k]`, or from the wanted value if there is no base. The
+    wanted values on the right change by −change · `feed_II[k]`. Only the upper triangle of `feed_II` is read. Float32;
+    `wanted_OI` is overwritten. Return (codes [O, I] uint8, changes [O, I]).
     """
     if wanted_OI.is_cuda:
         return _sweep_panels(wanted_OI, base_OI, feed_II, grid, keep_OI)
@@ -119,7 +90,7 @@ def sweep_codes(
 def sweep_codes_reference(
     wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, grid: Grid, keep_OI: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain torch, one column at a time, on any device and in any float dtype."""
+    """Sweep in plain torch, one column at a time, on any device and in any float dtype."""
     code_OI = torch.empty(wanted_OI.shape, dtype=torch.uint8, device=wanted_OI.device)
     change_OI = torch.empty_like(wanted_OI)
     for column, group in enumerate(grid.group_I.tolist()):
@@ -136,7 +107,7 @@ def sweep_codes_reference(
 def _sweep_panels(
     wanted_OI: Tensor, base_OI: Tensor | None, feed_II: Tensor, grid: Grid, keep_OI: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Panels of columns in one kernel each; between panels the changes travel by one matrix product."""
+    """Sweep every panel of columns in one launch, and update the columns on its right by one matrix product."""
     from niwaki.kernels.triton.codes import sweep_codes_triton
 
     columns = wanted_OI.shape[1]
@@ -155,14 +126,3 @@ def _sweep_panels(
         if end < columns:
             wanted_OI[:, end:].addmm_(change_OP, feed_II[start:end, end:], alpha=-1)
     return (codes[0], changes[0]) if len(codes) == 1 else (torch.cat(codes, dim=1), torch.cat(changes, dim=1))
-
-
-@cache
-def cpu_module() -> ModuleType | None:
-    """The compiled CPU kernels, or None after a warning if the package was installed without a compiler."""
-    try:
-        from niwaki.kernels import _cpu
-    except ImportError:
-        warnings.warn("niwaki was installed without its CPU kernels: slower torch code runs instead", stacklevel=2)
-        return None
-    return _cpu

@@ -1,12 +1,12 @@
-"""Products of a few tokens with some rows or columns of a matrix: what is left of a layer when units are skipped.
+"""Products of a few tokens with some rows or columns of a matrix, for layers that skip units.
 
-Units are `width` neighbouring rows: 1 for neurons, a head's for heads. `units_K` (int32 or int64) says which are kept,
-in any order. It is read on the device, so that a captured CUDA graph sees what is written into it later; K is fixed.
-Only kept weights are read. Sums are taken in float32; results have the dtype of the inputs. Columns are kept in pieces
-of some width: single ones lie too close together to read some and not others, so they are copied (`runtime.compact`).
+A unit is `width` neighbouring rows: 1 for neurons, the size of a head for heads. `units_K` (int32 or int64) holds the
+kept units in any order. The device reads it, so a captured CUDA graph sees later writes; K is fixed. Only kept weights
+are read. Sums are in float32; results have the dtype of the inputs. Kept columns come in chunks of some width. Single
+columns lie too close together for reads of only some of them, so `runtime.contextual.compact` copies them.
 
-Cost: on a GPU the bytes of the kept weights over the memory bandwidth (`triton_rows`). The torch code here copies them
-first: for CPUs, and to compare with.
+Cost on a GPU: the bytes of the kept weights over the memory bandwidth (`triton.rows`). The torch code here copies the
+kept weights first. It serves CPUs and is the reference of the tests.
 
 Legend: B tokens (1 to 8), O rows, I columns, K kept units, R kept rows or columns: K · width.
 
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-MAX_TOKENS = 8
+from niwaki.kernels.types import ACTIVATIONS
 
 
 def rows_dot(
@@ -31,13 +30,13 @@ def rows_dot(
     width: int = 1,
     out: Tensor | None = None,
 ) -> Tensor:
-    """y[b, r] = W[row r] · x[b] + bias[row r] over the rows of the kept units, in their order: [B, R]."""
+    """Return y[b, r] = W[row r] · x[b] + bias[row r] for the rows of the kept units, in the order of units: [B, R]."""
     if x_BI.is_cuda:
         from niwaki.kernels.triton import rows as triton_rows
 
         return triton_rows.rows_dot(x_BI, weight_OI, units_K, bias_O, width=width, out=out)
     rows_R = rows_of(units_K, width)
-    return _given(_product(x_BI, weight_OI[rows_R], None if bias_O is None else bias_O[rows_R]), x_BI, out)
+    return _into(_product(x_BI, weight_OI[rows_R], None if bias_O is None else bias_O[rows_R]), x_BI, out)
 
 
 def rows_gate(
@@ -50,14 +49,14 @@ def rows_gate(
     width: int = 1,
     out: Tensor | None = None,
 ) -> Tensor:
-    """h[b, r] = act(gate[row r] · x[b]) · (up[row r] · x[b]), [B, R]; `activation` is one of `ACTIVATIONS`."""
+    """Return h[b, r] = act(gate[row r] · x[b]) · (up[row r] · x[b]): [B, R]. `activation` is one of `ACTIVATIONS`."""
     if x_BI.is_cuda:
         from niwaki.kernels.triton import rows as triton_rows
 
         return triton_rows.rows_gate(x_BI, gate_OI, up_OI, units_K, activation, width=width, out=out)
     rows_R = rows_of(units_K, width)
     gated_BR = _activated(_product(x_BI, gate_OI[rows_R]), activation)
-    return _given(gated_BR * _product(x_BI, up_OI[rows_R]), x_BI, out)
+    return _into(gated_BR * _product(x_BI, up_OI[rows_R]), x_BI, out)
 
 
 def columns_dot(
@@ -70,17 +69,17 @@ def columns_dot(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """y[b, o] = Σ_r W[o, column r] · x[b, r] + bias[o] + extra[b, o], [B, O], over the columns of the kept units."""
+    """Return y[b, o] = Σ_r W[o, column r] · x[b, r] + bias[o] + extra[b, o] for the kept columns: [B, O]."""
     if x_BR.is_cuda:
         from niwaki.kernels.triton import rows as triton_rows
 
         return triton_rows.columns_dot(x_BR, weight_OI, units_K, width, bias_O, extra_BO, out=out)
     y_BO = _product(x_BR, weight_OI[:, rows_of(units_K, width)], bias_O)
-    return _given(y_BO if extra_BO is None else y_BO + extra_BO.float(), x_BR, out)
+    return _into(y_BO if extra_BO is None else y_BO + extra_BO.float(), x_BR, out)
 
 
 def rows_of(units_K: Tensor, width: int) -> Tensor:
-    """The rows [R] of units, int64."""
+    """Return the rows [R] of the units, int64."""
     return (units_K.long()[:, None] * width + torch.arange(width, device=units_K.device)).flatten()
 
 
@@ -97,11 +96,11 @@ def _activated(x_BR: Tensor, activation: str) -> Tensor:
     return functional.gelu(x_BR, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _given(y_BO: Tensor, like: Tensor, out: Tensor | None) -> Tensor:
+def _into(y_BO: Tensor, like: Tensor, out: Tensor | None) -> Tensor:
     return y_BO.to(like.dtype) if out is None else out.copy_(y_BO)
 
 
-# As torch operators: opaque to torch.compile, which would otherwise trace into the launches.
+# Operators are opaque to torch.compile, which would otherwise trace into the launches.
 
 
 def _rows_dot(x_BI: Tensor, weight_OI: Tensor, units_K: Tensor, bias_O: Tensor | None, width: int) -> Tensor:

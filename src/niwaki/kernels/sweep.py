@@ -1,47 +1,38 @@
-"""One panel of the column sweep: the torch reference, and the choice between it and the Triton kernel.
+"""Column sweep of pruning, one panel: the torch reference, and the dispatch to the Triton kernel.
 
 Legend: O rows, P columns of the panel, M group size.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
-
-class GroupTarget(Protocol):
-    """Of every `group` neighbours, `keep` stay."""
-
-    @property
-    def keep(self) -> int: ...
-
-    @property
-    def group(self) -> int: ...
+from niwaki.kernels.types import NMTarget
 
 
 def sweep_panel(
-    panel_OP: Tensor, upper_PP: Tensor, keep_OP: Tensor | None, target: GroupTarget | None
+    panel_OP: Tensor, upper_PP: Tensor, keep_OP: Tensor | None, target: NMTarget | None
 ) -> tuple[Tensor, Tensor]:
-    """Prunes `panel_OP` (float32, rows contiguous) in place, left to right; returns (errors [O, P], keep [O, P]).
+    """Prune `panel_OP` (float32, rows contiguous) in place from left to right; return (errors [O, P], keep [O, P]).
 
-    `upper_PP` is the panel's diagonal block of U. Either the mask is given, or `target` says how many of each
-    group to keep: then the lowest W²/U_jj² at the moment the sweep enters the group go, ties to the lower index.
-    Errors are (w − ŵ)/U_jj, which the caller propagates beyond the panel. A mask that was given comes back as it is.
+    `upper_PP` is the diagonal block of U for the panel. The caller gives either the mask `keep_OP` or an N:M `target`.
+    With a target, the sweep removes the lowest W²/U_jj² of a group when it enters the group. Of equal values it removes
+    the lower index first. Errors are (w − ŵ)/U_jj, which the caller propagates beyond the panel. A given mask is
+    returned unchanged.
     """
     if panel_OP.is_cuda:
         from niwaki.kernels.triton.sweep import sweep_panel_triton
 
         return sweep_panel_triton(panel_OP, upper_PP, keep_OP, target)
-    work_OP = panel_OP.contiguous()  # columns are read one by one: far apart in a wide matrix
+    work_OP = panel_OP.contiguous()  # the loop reads columns, which lie far apart in a wide matrix
     errors_OP, keep_OP = sweep_panel_reference(work_OP, upper_PP.contiguous(), keep_OP, target)
     panel_OP.copy_(work_OP)
     return errors_OP, keep_OP
 
 
 def sweep_panel_reference(
-    panel_OP: Tensor, upper_PP: Tensor, keep_OP: Tensor | None, target: GroupTarget | None
+    panel_OP: Tensor, upper_PP: Tensor, keep_OP: Tensor | None, target: NMTarget | None
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain torch, one column at a time, on any device."""
+    """Sweep the panel in plain torch, one column at a time, on any device."""
     columns = panel_OP.shape[1]
     errors_OP = torch.empty_like(panel_OP)
     keep_OP = torch.ones_like(panel_OP, dtype=torch.bool) if keep_OP is None else keep_OP.clone()

@@ -13,7 +13,7 @@ The full text was not at hand; what differs from the released code, and why:
 - Its sparsity is penalised, not met. Here the final counts are exact: all rates shift together, then rounding
   is settled by remainders. `balance=shift` does the former in every forward and takes the component along the
   mean rate out of the gradient, instead of the penalty.
-- ∂L/∂β is summed in rank order (`kernels.ranks`), on a GPU without leaving the row. Unlike a scatter-add that is also
+- ∂L/∂β is summed in rank order (`kernels.select`), on a GPU without leaving the row. Unlike a scatter-add that is also
   the same in every run.
 - Held-out windows choose between the states on the way, the uniform start included.
 
@@ -37,7 +37,7 @@ from niwaki.config.recipe import Sparsity, Target
 from niwaki.data.statistics import UNREACHED, Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed, join_notes
-from niwaki.kernels.ranks import drop_lowest, fused, sums_below
+from niwaki.kernels.select import drop_lowest, fused, sums_below
 from niwaki.methods.cost import Scope, Work, learning
 from niwaki.methods.mask_scores import note
 from niwaki.methods.shared.best_state import BestState, cosine

@@ -30,7 +30,8 @@ from niwaki.config.recipe import Bits, Target
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
-from niwaki.kernels.codes import Grid, sweep_codes
+from niwaki.kernels.codes import sweep_codes
+from niwaki.kernels.types import Grid
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
 from niwaki.methods.shared.column_sweep import check_damping, inverse_factor
 from niwaki.methods.shared.rounding import (

@@ -190,7 +190,7 @@ def compress(
             detail[name] |= errors.detail
     for name, codes in rounded.items():
         unreached = "" if calib.statistics[name].tokens else ROUNDED_UNREACHED
-        packed[name] = Packed.codes(codes.parts(found[name].shape.order_I), join_notes(note, unreached), detail[name])
+        packed[name] = Packed.codes(codes.parts(found[name].groups.order_I), join_notes(note, unreached), detail[name])
     return packed
 
 

@@ -24,9 +24,8 @@ from niwaki.formats.quantized import (
     stored_names,
     unpack_codes,
 )
-from niwaki.kernels.codes import cpu_module
+from niwaki.kernels.cpu_module import cpu_module
 from niwaki.kernels.planes import (
-    PlanePart,
     cpu_product,
     decode,
     decoding_pays,
@@ -35,6 +34,7 @@ from niwaki.kernels.planes import (
     prepared_layer,
     reaches,
 )
+from niwaki.kernels.types import PlanePart
 from niwaki.runtime.chunked_matmul import by_pieces
 
 # Of rows decoded on a GPU: most matrices (8192² in bf16) are one product; the outputs of several are joined by a copy.

@@ -20,8 +20,8 @@ from torch.nn.functional import linear
 from niwaki.formats.record import read_sparse, record_shapes
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import LAYOUT, Tiled
-from niwaki.kernels.codes import cpu_module
-from niwaki.kernels.sparse_gpu import SEMI_TOKENS, GpuRecord, gpu_record, multiply, semi_structured
+from niwaki.kernels.cpu_module import cpu_module
+from niwaki.kernels.sparse_gpu import MIN_SEMI_TOKENS, gpu_record, multiply, semi_structured
 from niwaki.kernels.sparse_product import (
     prepared_layer,
     prepared_tiles,
@@ -30,6 +30,7 @@ from niwaki.kernels.sparse_product import (
     sparse_product_op,
     tile_product_op,
 )
+from niwaki.kernels.types import GpuRecord
 from niwaki.runtime.chunked_matmul import by_pieces
 
 
@@ -77,7 +78,7 @@ class SparseLinear(nn.Module):
 
     def _on_gpu(self, x_NI: Tensor) -> Tensor:
         record = self._layer()
-        if self.fast_prompts and len(x_NI) >= SEMI_TOKENS:
+        if self.fast_prompts and len(x_NI) >= MIN_SEMI_TOKENS:
             if self._semi is None or self._semi[0] != x_NI.dtype:
                 self._semi = (x_NI.dtype, semi_structured(record, x_NI.dtype))
             if self._semi[1] is not None:

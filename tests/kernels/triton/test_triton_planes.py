@@ -5,7 +5,8 @@ import torch
 
 from niwaki.formats.quantized import QuantizedColumns, assemble, centre, stored_tensors
 from niwaki.kernels import planes
-from niwaki.kernels.planes import PlanePart, multiply, reaches
+from niwaki.kernels.planes import multiply, reaches
+from niwaki.kernels.types import PlanePart
 from niwaki.runtime.linear import PackedLinear
 from support.triton_interpreter import interpreted
 

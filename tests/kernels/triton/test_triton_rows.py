@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from kernels.triton.test_triton_planes import error
 from niwaki.kernels import rows
-from niwaki.kernels.rows import ACTIVATIONS, rows_of
+from niwaki.kernels.rows import rows_of
+from niwaki.kernels.types import ACTIVATIONS
 from support.triton_interpreter import interpreted
 
 # Inputs, outputs, units, width, tokens: no multiples of tiles, one of everything, units of several rows, all of them.

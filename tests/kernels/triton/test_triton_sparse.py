@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from formats.test_sparse import coded, pruned
 from kernels.test_sparse_product import record_of
 from kernels.triton.test_triton_planes import OnGpu, error
-from niwaki.formats.sparse import KINDS as STORED_KINDS
 from niwaki.formats.sparse import LAYOUTS, VALUES, Sparse
 from niwaki.formats.sparse_tiles import Tiled
 from niwaki.kernels import sparse_gpu
-from niwaki.kernels.sparse_gpu import BITS, GpuRecord, cores_reach, ranks_of
+from niwaki.kernels.sparse_gpu import cores_reach, ranks_of
+from niwaki.kernels.types import GpuRecord
 from niwaki.runtime.sparse_linear import SparseLinear, for_gpu
 from support.triton_interpreter import interpreted
 
@@ -151,7 +151,7 @@ def ways() -> None:
     """The layer as on a GPU, but for the device: every way gives the same, with a bias, also as an operator."""
     sparse_gpu.DECODED_BYTES = 32 * 64 * 2  # a tile at once
     for record, limits in [(tiled(34, 64, 32), (1, 1)), (record_of(34, 64, "bfloat16", "two_four"), (1, 3))]:
-        sparse_gpu.FEW_TOKENS[for_gpu(record).layout], sparse_gpu.CORE_TOKENS[for_gpu(record).layout] = limits
+        sparse_gpu.MAX_FMA_TOKENS[for_gpu(record).layout], sparse_gpu.MAX_CORE_TOKENS[for_gpu(record).layout] = limits
         rows, columns = record.describe()["shape"]
         layer = SparseLinear(rows, columns, record.describe(), True)
         layer.load_state_dict({**record.tensors(), "bias": torch.randn(rows)})
@@ -175,9 +175,8 @@ def test_a_traced_graph_knows_the_shape_of_the_product() -> None:
     assert found_NO.shape == (7, 6) and found_NO.dtype == torch.bfloat16
 
 
-def test_kinds_and_layouts_are_those_of_the_records() -> None:
-    assert tuple(BITS) == STORED_KINDS
-    assert set(sparse_gpu.FEW_TOKENS) == {*LAYOUTS, "two_four_tiles"} == {*sparse_gpu.CORE_TOKENS, "bitmap"}
+def test_every_layout_has_its_limits() -> None:
+    assert set(sparse_gpu.MAX_FMA_TOKENS) == {*LAYOUTS, "two_four_tiles"} == {*sparse_gpu.MAX_CORE_TOKENS, "bitmap"}
 
 
 def test_the_table_of_a_bitmap_counts_the_values_up_to_every_64_columns() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from niwaki.kernels.codes import cpu_module
+from niwaki.kernels.cpu_module import cpu_module
 from niwaki.measure.bench.kernels import DECODED, DENSE, what_runs
 from niwaki.measure.bench.variants import four_bits, two_four, two_four_codes
 from niwaki.runtime import sparse_linear

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from niwaki.kernels.codes import Fit, Grid
+from niwaki.kernels.types import Fit, Grid
 
 
 def sweep_codes_triton(

@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from niwaki.kernels.planes import PlanePart
 from niwaki.kernels.triton.planes import INPUT_POWER, TILE, isolate, load_fields, load_levels, pointers
+from niwaki.kernels.types import PlanePart
 
 WARP_BYTES = tl.constexpr(16)  # of columns, of 32 rows: what a warp reads at once, four words a thread
 STORE_BYTES = 16  # the widest store of a thread

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from niwaki.kernels.planes import PlanePart
 from niwaki.kernels.triton.planes import TILE, form, interleave, load_scales, pointers
+from niwaki.kernels.types import PlanePart
 
 CHUNK = tl.constexpr(16)  # bytes of columns: the depth of one product of tensor cores
 # The bits of 2^p with a step of 1, and of 2^(p + 4) with a step of 16: p = 7 in bfloat16, 10 in float16.

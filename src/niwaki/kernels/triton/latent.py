@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from niwaki.kernels.latent import Levels
+from niwaki.kernels.types import Levels
 
 BLOCK = 1024  # columns at a time
 
@@ -41,8 +41,8 @@ def gradients_of_triton(latent_OI: Tensor, levels: Levels, gradient_OI: Tensor) 
 
 
 def _arguments(levels: Levels) -> tuple[Tensor, ...]:
-    shape = levels.shape
-    return levels.scale_OG.contiguous(), levels.offset_OG.contiguous(), shape.tops_G, shape.bounds_G1, shape.order_I
+    groups = levels.groups
+    return levels.scale_OG.contiguous(), levels.offset_OG.contiguous(), groups.tops_G, groups.bounds_G1, groups.order_I
 
 
 @triton.jit

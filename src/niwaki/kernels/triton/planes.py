@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from niwaki.kernels.planes import PlanePart
+from niwaki.kernels.types import PlanePart
 
 INPUT_POWER = tl.constexpr(80)  # codes of 2⁻¹⁴⁹ times inputs of 2⁸⁰: the middle of the range of float32
 CODE_POWER = tl.constexpr(149)

@@ -15,7 +15,7 @@ BLOCK = 2048  # columns that a program prunes
 
 
 def drop_lowest_triton(values_OI: Tensor, rank_OI: Tensor, zeros_O: Tensor) -> Tensor:
-    """The contract of `kernels.ranks.drop_lowest`."""
+    """The contract of `kernels.select.drop_lowest`."""
     rows, columns = values_OI.shape
     values_OI, rank_OI = values_OI.contiguous(), rank_OI.contiguous()
     found_OI = torch.empty_like(values_OI)
@@ -25,7 +25,7 @@ def drop_lowest_triton(values_OI: Tensor, rank_OI: Tensor, zeros_O: Tensor) -> T
 
 
 def sums_below_triton(gradient_OI: Tensor, values_OI: Tensor, order_OI: Tensor, cuts_D: Tensor) -> Tensor:
-    """The contract of `kernels.ranks.sums_below`."""
+    """The contract of `kernels.select.sums_below`."""
     rows, columns = values_OI.shape
     found_OD = torch.empty(rows, len(cuts_D), device=values_OI.device)
     block = triton.next_power_of_2(columns)

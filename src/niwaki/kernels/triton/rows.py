@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from niwaki.kernels.rows import ACTIVATIONS, MAX_TOKENS
+from niwaki.kernels.types import ACTIVATIONS, MAX_TOKENS
 
 LOAD_BYTES = 16  # of neighbouring columns, by one thread at once
 

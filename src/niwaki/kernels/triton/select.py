@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from niwaki.kernels.select import Parts
+from niwaki.kernels.types import PanelParts
 
 PASSES = tl.constexpr(4)
 BINS = tl.constexpr(256)
 BLOCK = 4096
 
 
-def keep_in_panel_triton(scores_OP: Tensor, parts: Parts, columns: int, start: int) -> tuple[Tensor, Tensor]:
+def keep_in_panel_triton(scores_OP: Tensor, parts: PanelParts, columns: int, start: int) -> tuple[Tensor, Tensor]:
     """The contract of `kernels.select.keep_in_panel`."""
     device, width, many = scores_OP.device, scores_OP.shape[1], len(parts.rows)
     blocks = triton.cdiv(max(parts.rows) * width, BLOCK)

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from niwaki.kernels.sparse_gpu import CHUNK_BYTES, GpuRecord
+from niwaki.kernels.types import CHUNK_BYTES, GpuRecord
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
 

@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from niwaki.kernels.sparse_gpu import CHUNK_BYTES, TILE, GpuRecord
+from niwaki.formats.quantized import TILE
 from niwaki.kernels.triton.sparse import chunk, locate, set_values, signed_four, stack
+from niwaki.kernels.types import CHUNK_BYTES, GpuRecord
 
 TILED = "two_four_tiles"
 

@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from niwaki.kernels.sparse_gpu import TILE, GpuRecord
+from niwaki.formats.quantized import TILE
 from niwaki.kernels.triton.sparse import stack
+from niwaki.kernels.types import GpuRecord
 
 
 class Tiles(NamedTuple):

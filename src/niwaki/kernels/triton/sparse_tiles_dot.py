@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from niwaki.kernels.sparse_gpu import TILE, GpuRecord
+from niwaki.formats.quantized import TILE
 from niwaki.kernels.triton.sparse import stack
 from niwaki.kernels.triton.sparse_dot import Tiles, block_of, put, whole_steps
 from niwaki.kernels.triton.sparse_tiles import MULTIPROCESSORS
+from niwaki.kernels.types import GpuRecord
 
 # The bits of 2^p + 8 twice, and that number: p = 7 in bfloat16, 10 in float16.
 BASES = {torch.bfloat16: (0x43084308, 136.0), torch.float16: (0x64086408, 1032.0)}

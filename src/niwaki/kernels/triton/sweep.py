@@ -6,16 +6,16 @@ arithmetic in registers: about O·P² fused multiply-adds plus the selection of 
 Legend: O rows, P columns of the panel, M group size.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from niwaki.kernels.types import NMTarget
+
 
 def sweep_panel_triton(
-    panel_OP: Tensor, upper_PP: Tensor, keep_OP: Tensor | None, target: Any | None
+    panel_OP: Tensor, upper_PP: Tensor, keep_OP: Tensor | None, target: NMTarget | None
 ) -> tuple[Tensor, Tensor]:
     """The contract of `kernels.sweep.sweep_panel`, for float32 tensors on one device: panels where they lie.
 

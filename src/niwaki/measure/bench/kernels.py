@@ -14,15 +14,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from niwaki.formats.sparse_tiles import LAYOUT
-from niwaki.kernels.codes import cpu_module
-from niwaki.kernels.rows import MAX_TOKENS
+from niwaki.kernels.cpu_module import AVX2, AVX512, BF16, cpu_module
+from niwaki.kernels.types import MAX_TOKENS
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
 
 DENSE = "torch"
 DECODED = "decoded, then torch"
 _PRODUCTS = ("mm", "linear", "matmul", "bmm")
-_PATHS = {4: "AVX-512 BF16", 3: "AVX-512", 2: "AVX2"}  # of the compiled kernels, the fastest first
+_PATHS = {BF16: "AVX-512 BF16", AVX512: "AVX-512", AVX2: "AVX2"}  # of the compiled kernels, the fastest first
 
 
 @dataclass(frozen=True)

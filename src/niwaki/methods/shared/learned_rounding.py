@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from niwaki.formats.quantized import SCALE_DTYPE
-from niwaki.kernels.latent import Levels, Shape, codes_of, gradients_of, weights_of
+from niwaki.kernels.latent import codes_of, gradients_of, weights_of
+from niwaki.kernels.types import ColumnGroups, Levels
 from niwaki.methods.shared.best_state import BestState
 from niwaki.methods.shared.block_training import Reconstruction, Schedule, follow
 from niwaki.methods.shared.rounding import SMALLEST_SCALE, Rounded
@@ -30,12 +31,12 @@ SCALE_RATE = 0.1  # of the weights' rate, both relative to their size
 class Latent:
     """What is learned of one matrix: V, scales and offsets. The rest stays as `rounded` has it.
 
-    `shape` says which columns share a scale, and which column of the matrix is behind every column here. `free_G`:
+    `groups` says which columns share a scale, and which column of the matrix is behind every column here. `free_G`:
     groups that learn an offset of their own; `fixed_OG`: offset over scale of the others, 0 where free.
     """
 
     rounded: Rounded
-    shape: Shape
+    groups: ColumnGroups
     free_G: Tensor
     fixed_OG: Tensor
     weight_OI: Tensor
@@ -56,14 +57,18 @@ class Latent:
         down_OI = torch.where(rounded.code_OI == 0, 1.0, CELL_FRAC) * scale_OI
         up_OI = torch.where(rounded.code_OI == rounded.grid.top_I, 1.0, CELL_FRAC) * scale_OI
         latent_OI = torch.minimum(torch.maximum(weight_OI, values_OI - down_OI), values_OI + up_OI)
-        shape = Shape(tuple(bounds), torch.tensor(bounds, dtype=torch.int32, device=device), tops_G, order_I)
-        return cls(rounded, shape, free_G, fixed_OG, latent_OI, rounded.scale_OG.clone(), rounded.offset_OG.clone())
+        column_groups = ColumnGroups(
+            tuple(bounds), torch.tensor(bounds, dtype=torch.int32, device=device), tops_G, order_I
+        )
+        return cls(
+            rounded, column_groups, free_G, fixed_OG, latent_OI, rounded.scale_OG.clone(), rounded.offset_OG.clone()
+        )
 
     def levels(self) -> Levels:
         """Scales and offsets as they would be stored now."""
         scale_OG = self.scale_OG.to(SCALE_DTYPE).float().clamp_min(SMALLEST_SCALE)
         offset_OG = torch.where(self.free_G, self.offset_OG.to(SCALE_DTYPE).float(), self.fixed_OG * scale_OG)
-        return Levels(self.shape, scale_OG, offset_OG)
+        return Levels(self.groups, scale_OG, offset_OG)
 
     def current(self) -> Rounded:
         """The codes and scales as they stand."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from niwaki.config.recipe import NM, Sparsity, Target
-from niwaki.kernels.select import Parts, above, keep_highest, keep_in_panel
+from niwaki.kernels.select import above, keep_highest, keep_in_panel
+from niwaki.kernels.types import PanelParts
 from niwaki.methods.mask_scores import note
 
 # (scores [O, P], first column) → keep mask [O, P]
@@ -46,7 +47,7 @@ def by_panel(targets: Sequence[Sparsity], rows: Sequence[int], columns: int, dev
     Every matrix loses its own lowest scores, its zeros spread evenly over panels.
     """
     zeros = [target.zeros_in(count, columns) for target, count in zip(targets, rows, strict=True)]
-    parts = Parts.of(rows, zeros, device)
+    parts = PanelParts.of(rows, zeros, device)
 
     def keep(scores_OP: Tensor, start: int) -> Tensor:
         keep_OP, bound_M = keep_in_panel(scores_OP, parts, columns, start)

@@ -22,7 +22,8 @@ from torch import Tensor
 from niwaki.config.recipe import Bits, Target
 from niwaki.errors import TargetError
 from niwaki.formats.quantized import SCALE_DTYPE, TILE, QuantizedColumns, centre
-from niwaki.kernels.codes import Fit, Grid, span, sweep_codes, sweep_fitted
+from niwaki.kernels.codes import span, sweep_codes, sweep_fitted
+from niwaki.kernels.types import Fit, Grid
 from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, products
 
 ROUNDED_UNREACHED = "no calibration token reached this matrix: rounded to nearest"

@@ -26,7 +26,7 @@ from torch.nn.functional import linear
 
 from niwaki.config.recipe import Unit
 from niwaki.errors import ArchitectureError
-from niwaki.kernels.rows import MAX_TOKENS
+from niwaki.kernels.types import MAX_TOKENS
 from niwaki.runtime.contextual.small_linear import (
     CompactLinear,
     KeptColumns,

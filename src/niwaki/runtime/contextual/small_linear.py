@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from niwaki.kernels.rows import ACTIVATIONS, columns_dot_op, rows_dot_op, rows_gate, rows_gate_op
+from niwaki.kernels.rows import columns_dot_op, rows_dot_op, rows_gate, rows_gate_op
+from niwaki.kernels.types import ACTIVATIONS
 
 
 class CompactLinear(nn.Module):
