@@ -45,20 +45,20 @@ TEXTS = {"reviews": "eval_reviews.jsonl", "wikitext2": "wikitext2_test.txt"}
 # label → options of the method, on top of the criteria that the trial chose unless they name others
 SHADOWS = {
     "shadow": {},
-    "shadow without stand-in": {"stand_in": 0.0},
-    "shadow with whole stand-in": {"stand_in": 1.0},
-    "shadow without trust": {"trust": False},
+    "shadow without stand-in": {"mean_fill": 0.0},
+    "shadow with whole stand-in": {"mean_fill": 1.0},
+    "shadow without trust": {"shrinkage": False},
     "shadow, no learned part": {"features": "none"},
     "shadow, all features": {"features": "last+mean+prompt"},
-    "shadow, last token only": {"features": "last", "trust": False, "stand_in": 0.0},
+    "shadow, last token only": {"features": "last", "shrinkage": False, "mean_fill": 0.0},
     "shadow, plainact and fisher": {"head_criterion": "plainact", "criterion": "fisher"},
-    "shadow, energy": {"criterion": "energy", "head_criterion": "energy", "stand_in": 0.0},
+    "shadow, energy": {"criterion": "energy", "head_criterion": "energy", "mean_fill": 0.0},
     "shadow, fisher": {"head_criterion": "fisher", "criterion": "fisher"},
     "shadow, plainact, last token only": {
-        "head_criterion": "plainact", "criterion": "plainact", "features": "last", "trust": False, "stand_in": 0.0,
+        "head_criterion": "plainact", "criterion": "plainact", "features": "last", "shrinkage": False, "mean_fill": 0.0,
     },
 }  # fmt: skip
-STAND_IN = shadow.Config().stand_in  # for rivals that get one too
+MEAN_FILL = shadow.Config().mean_fill  # for rivals that get one too
 BATCH = 8  # sequences of a forward, and those that share neurons
 UNIONS = (4, 8, 16)
 
@@ -88,14 +88,14 @@ class Watch:
             for handle in handles:
                 handle.remove()
 
-    def masked(self, ids_BT, prompt, kept_BU, stand_in):
+    def masked(self, ids_BT, prompt, kept_BU, mean_fill):
         kept = dict(zip(KINDS, self.layout.split(kept_BU), strict=True))
 
         def change(kind, index, x_BTC):
             size = x_BTC.shape[2] // self.layout.count(kind)
             keep_B1C = kept[kind][:, index].repeat_interleave(size, dim=1)[:, None]
             x_BTC = x_BTC.clone()
-            mean_B1C = stand_in * x_BTC[:, :prompt].mean(1, keepdim=True) if kind == "neurons" else 0.0
+            mean_B1C = mean_fill * x_BTC[:, :prompt].mean(1, keepdim=True) if kind == "neurons" else 0.0
             x_BTC[:, prompt:] = torch.where(keep_B1C, x_BTC[:, prompt:], torch.as_tensor(mean_B1C).to(x_BTC))
             return x_BTC
 
@@ -195,7 +195,7 @@ def learn(decoder, ids_ST, layout, args, watch_time):
         print(f"trial at {target}: {about[f'trial at {target}']}", flush=True)
         for label, options in SHADOWS.items():
             config = replace(settled, **options)
-            key = config.head_criterion, config.criterion, config.features, config.trust
+            key = config.head_criterion, config.criterion, config.features, config.shrinkage
             if key not in fitted:  # the stand-in changes nothing that is learned
                 fitted[key], found = shadow.learn(shadow.samples(traces, layout, config), layout, config, weights)
                 about[", ".join(map(str, key))] = found | {"parameters": fitted[key].parameters}
@@ -209,7 +209,7 @@ def correlate(traces, layout, weights):
     correlations = {}
     for name in CRITERIA:
         cut = len(traces[name]) * 3 // 4
-        config = shadow.Config(criterion=name, head_criterion=name, features="last", trust=False)
+        config = shadow.Config(criterion=name, head_criterion=name, features="last", shrinkage=False)
         samples = shadow.samples(traces, layout, config)
         train, test = samples.take(slice(0, cut)), samples.take(slice(cut, None))
         predictor, _ = shadow.learn(train, layout, config, weights)
@@ -249,19 +249,19 @@ def measure(watch, windows, prompt, targets, rivals, learned, dejavu, sensitivit
         scores = {label: (row.expand(len(ids_BT), -1), 0.0) for label, row in rivals.items()}
         scores["random"] = torch.rand(len(ids_BT), layout.size, generator=generator).to(ids_BT.device), 0.0
         scores["griffin"] = seen["griffin"], 0.0
-        scores["griffin with stand-in"] = seen["griffin"], STAND_IN
+        scores["griffin with stand-in"] = seen["griffin"], MEAN_FILL
         scores["dejavu"] = dejavu_scores(dejavu, seen, layout), 0.0
         scores["oracle"] = seen["continuation"] * sensitivity_U, 0.0
         for label in rivals:
-            scores[f"{label} with stand-in"] = scores[label][0], STAND_IN
+            scores[f"{label} with stand-in"] = scores[label][0], MEAN_FILL
         for target in targets:
             for label, (predictor, config) in learned[target].items():
                 found = predictor.scores(seen["last"][:, 0], seen["mean"], seen["prompt"])
-                scores[label] = found, config.stand_in
-            rule, (own_BU, stand_in) = Rule(target), scores["shadow"]
+                scores[label] = found, config.mean_fill
+            rule, (own_BU, mean_fill) = Rule(target), scores["shadow"]
             masks = {label: (rule.select(row_BU, layout), share) for label, (row_BU, share) in scores.items()}
             if len(ids_BT) == BATCH:
-                masks[f"shadow, batch of {BATCH} shares neurons"] = shared(rule, own_BU, layout), stand_in
+                masks[f"shadow, batch of {BATCH} shares neurons"] = shared(rule, own_BU, layout), mean_fill
             for label, (kept_BU, share) in masks.items():
                 add(sums[label, target], watch.masked(ids_BT, prompt, kept_BU, share), dense, ids_BT, prompt)
             found_BU[target].append(own_BU)

@@ -6,11 +6,9 @@ by hand. tests/test_handbook.py fails when a page is stale.
     python docs/generate.py
 """
 
-import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from rich.text import Text
 
 from niwaki.cli.app import app
 from niwaki.config.presets import PRESETS
-from niwaki.config.recipe import NM, Bits, Sparsity
+from niwaki.config.recipe import NM, Bits, Sparsity, option_fields
 from niwaki.measure.bench.schema import Bench, Cell, Row
 from niwaki.methods.registry import CONTEXTUAL, EVERY, STRUCTURED, get_method
 
@@ -52,13 +50,15 @@ def facts(name: str) -> str:
 
 
 def options(name: str) -> str:
-    """The options of a method, and what its Config says of them."""
-    config = get_method(name).Config
-    if not fields(config):
+    """Return the options of a method: default, type and the explanation beside the field."""
+    declared = option_fields(get_method(name).Config)
+    if not declared:
         return f"`{name}` has no options.\n"
-    rows = [[f"`{field.name}`", f"`{field.default}`", _type(field.type)] for field in fields(config)]
-    explained = " ".join(inspect.cleandoc(config.__doc__ or "").split())
-    return f"Set with `--set name=value`. {explained}\n\n" + _table(["option", "default", "type"], rows)
+    rows = [
+        [f"`{option.name}`", f"`{option.default}`", f"`{option.kind.__name__}`", option.explanation]
+        for option in declared
+    ]
+    return "Set with `--set name=value`.\n\n" + _table(["option", "default", "type", "what it is"], rows)
 
 
 def works(name: str) -> str:
@@ -333,10 +333,6 @@ def _option(option: Any) -> list[str]:
 
 def _plain(text: str | None) -> str:
     return Text.from_markup(" ".join((text or "").split())).plain
-
-
-def _type(annotation: Any) -> str:
-    return f"`{getattr(annotation, '__name__', annotation)}`"
 
 
 def _link(path: Path, up: str = "../..") -> str:

@@ -23,8 +23,8 @@ def test_losses_are_those_of_the_masked_model(family: str, tmp_path: Path) -> No
     layout, ids_ST, lengths_S = layout_of(model), ids_of(5, TOKENS), torch.tensor([4, 8, 4, 8, 4])
     generator = torch.Generator().manual_seed(0)
     variants = [
-        Variant(Rule(skip_frac).select(torch.rand(5, layout.size, generator=generator), layout), stand_in)
-        for skip_frac, stand_in in ((0.5, 0.0), (0.7, 0.5), (0.0, 0.5))
+        Variant(Rule(skip_frac).select(torch.rand(5, layout.size, generator=generator), layout), mean_fill)
+        for skip_frac, mean_fill in ((0.5, 0.0), (0.7, 0.5), (0.0, 0.5))
     ]
     decoder = Decoder(Checkpoint.open(tmp_path), torch.device("cpu"))
     found = losses_behind(
@@ -34,7 +34,7 @@ def test_losses_are_those_of_the_masked_model(family: str, tmp_path: Path) -> No
         tokens = []
         for row, length in enumerate(lengths_S.tolist()):
             ids_1T, kept_1U = ids_ST[row : row + 1], variant.kept_BU[row : row + 1]
-            logits_TV = masked_logits(model, ids_1T, length, kept_1U, layout, variant.stand_in)[0]
+            logits_TV = masked_logits(model, ids_1T, length, kept_1U, layout, variant.mean_fill)[0]
             tokens.append(cross_entropy(logits_TV[length:-1], ids_1T[0, length + 1 :], reduction="none"))
         assert loss == pytest.approx(float(torch.cat(tokens).mean()), rel=1e-5)
     dense = losses_behind(decoder, ids_ST, lengths_S, layout, variants[2:], lambda ids, name: Stream(decoder, ids))

@@ -1,15 +1,22 @@
 """Targets, recipes and options: what parses, and one clear line for what does not."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
+from niwaki.compression.allocation import OwlConfig
 from niwaki.config.recipe import (
     NM,
     Bits,
+    Calibration,
     PrunedBits,
+    Recipe,
     Sparsity,
+    current_name,
+    explanations,
     load_recipe,
     make_options,
     make_recipe,
@@ -17,6 +24,8 @@ from niwaki.config.recipe import (
     parse_target,
 )
 from niwaki.errors import InputError, TargetError
+from niwaki.methods.registry import EVERY, get_method
+from niwaki.runtime.contextual.record import Running, read_running
 
 
 @pytest.mark.parametrize(
@@ -171,6 +180,27 @@ class Options:
     count: int = 1
     share_frac: float = 0.5
     flag: bool = False
+
+
+@pytest.mark.parametrize("owner", [*EVERY, "owl", "recipe", "calibration"])
+def test_every_field_has_an_explanation(owner: str) -> None:
+    models: dict[str, type[BaseModel]] = {"recipe": Recipe, "calibration": Calibration}
+    if owner in models:
+        config: type = models[owner]
+        names = list(models[owner].model_fields)
+    else:
+        config = OwlConfig if owner == "owl" else get_method(owner).Config
+        names = [entry.name for entry in fields(config)]
+    explained = explanations(config)
+    for name in names:
+        assert re.match(r"[A-Zαλ].*\.$", explained.get(name, "")), f"{owner}.{name}"
+
+
+def test_options_of_an_earlier_version_keep_their_spelling() -> None:
+    config = make_options(get_method("shadow").Config, {"stand_in": "0.25", "trust": False}, "shadow")
+    assert (config.mean_fill, config.shrinkage) == (0.25, False)
+    assert current_name("most_rounds") == "max_rounds"
+    assert read_running({"stand_in": 0.7, "least_prompt": 3}) == Running(mean_fill=0.7, min_prompt=3)
 
 
 def test_options_are_coerced_and_checked() -> None:

@@ -30,13 +30,13 @@ def test_the_dense_text_is_that_of_generate(family: str) -> None:
         assert torch.equal(writer.write(ids_BT, max_new_tokens=NEW), greedy(model, ids_BT))
 
 
-@pytest.mark.parametrize("stand_in", [0.0, 0.5])
+@pytest.mark.parametrize("mean_fill", [0.0, 0.5])
 @pytest.mark.parametrize("sequences", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
-def test_the_sparse_text_is_that_of_generate(family: str, sequences: int, stand_in: float) -> None:
+def test_the_sparse_text_is_that_of_generate(family: str, sequences: int, mean_fill: float) -> None:
     model = model_of(family)
     dense = copy.deepcopy(model)
-    running = {"max_kept_frac": 1.0, "stand_in": stand_in, "batch": "shared"}
+    running = {"max_kept_frac": 1.0, "mean_fill": mean_fill, "batch": "shared"}
     model.contextual = attach(model, shadow_of(model, **running))
     writer, steps = Graphed(model, room=PROMPT + NEW + 3), set()
     for seed in (0, 1):

@@ -43,7 +43,7 @@ def shadow_of(
     heads = layout.blocks * layout.count("heads")
     typical_U = torch.ones(layout.size)
     predictor = Predictor((), heads, prior_U, typical_U, trust_K2, none, none, none.view(0, 0), none.view(0, 0))
-    return Shadow(predictor, layout, Rule(skip_frac, scope), Running(**{"stand_in": 0.0, **running}))
+    return Shadow(predictor, layout, Rule(skip_frac, scope), Running(**{"mean_fill": 0.0, **running}))
 
 
 def ids_of(sequences: int, tokens: int, seed: int = 0) -> Tensor:
@@ -51,7 +51,7 @@ def ids_of(sequences: int, tokens: int, seed: int = 0) -> Tensor:
 
 
 def masked_logits(
-    model: Any, ids_BT: Tensor, prompt: int, kept_BU: Tensor, layout: Layout, stand_in: float = 0.0
+    model: Any, ids_BT: Tensor, prompt: int, kept_BU: Tensor, layout: Layout, mean_fill: float = 0.0
 ) -> Tensor:
     """Logits of one parallel forward: from `prompt` on, skipped units put out nothing (or their mean in the prompt)."""
     kept = dict(zip(KINDS, layout.split(kept_BU), strict=True))
@@ -61,7 +61,7 @@ def masked_logits(
         def masked(_module: Any, args: tuple[Any, ...]) -> Any:
             x_BTC = args[0].reshape(*ids_BT.shape, -1).clone()
             keep_BC = kept[kind][:, index].repeat_interleave(x_BTC.shape[2] // layout.count(kind), dim=1)
-            instead_B1C = stand_in * x_BTC[:, :prompt].mean(1, keepdim=True) * (kind == "neurons")
+            instead_B1C = mean_fill * x_BTC[:, :prompt].mean(1, keepdim=True) * (kind == "neurons")
             x_BTC[:, prompt:] = torch.where(keep_BC[:, None], x_BTC[:, prompt:], instead_B1C)
             return (x_BTC.view(args[0].shape),)
 

@@ -2,7 +2,6 @@
 
 import re
 import textwrap
-from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
@@ -40,11 +39,12 @@ def print_methods(to: Console) -> None:
 
 def print_method(to: Console, name: str) -> None:
     """Print the description of a method, with paragraphs that fill the console, and its options."""
+    from niwaki.config.recipe import option_fields
     from niwaki.methods.registry import get_method
 
     method = get_method(name)
     for paragraph in re.split(r"\n\s*\n", method.__doc__.strip("\n")):
-        if paragraph.startswith("    "):
+        if paragraph.startswith(("    ", "| ")):  # an example or a table
             print_line(paragraph.rstrip(), to)
         else:
             for item in re.split(r"\n(?=- |\d+\. )", paragraph):
@@ -52,10 +52,12 @@ def print_method(to: Console, name: str) -> None:
                 indent = " " * len(marker[0]) if marker else ""
                 print_line(textwrap.fill(" ".join(item.split()), to.width, subsequent_indent=indent), to)
         to.print()
-    for option in fields(method.Config):
-        kind = getattr(option.type, "__name__", option.type)
-        print_line(f"    --set {option.name}={option.default}  ({kind})", to)
-    if not fields(method.Config):
+    options = option_fields(method.Config)
+    indent = " " * 8
+    for option in options:
+        print_line(f"    --set {option.name}={option.default}  ({option.kind.__name__})", to)
+        print_line(textwrap.fill(option.explanation, to.width, initial_indent=indent, subsequent_indent=indent), to)
+    if not options:
         to.print(f"{name} has no options.", markup=False, highlight=False)
 
 

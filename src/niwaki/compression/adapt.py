@@ -21,7 +21,7 @@ from torch import Tensor
 from niwaki.compression.run import RECORD
 from niwaki.compression.traces import trace
 from niwaki.config.events import Report, silent
-from niwaki.config.recipe import as_files
+from niwaki.config.recipe import as_files, current_name
 from niwaki.config.sources import check_sources
 from niwaki.data.stream import Stream
 from niwaki.data.texts import calibration_windows, check_seq_len, load_tokenizer, read_texts
@@ -62,7 +62,8 @@ def adapt(
     old = read_shadow(folder)
     record = json.loads((folder / RECORD / "run.json").read_text(encoding="utf-8"))
     settled = {name: record["result"]["predictor"][name] for name in shadow.CANDIDATES}
-    config = shadow.Config(**{**record["options"]["shadow"], **settled})
+    options = {current_name(name): value for name, value in record["options"]["shadow"].items()}
+    config = shadow.Config(**{**options, **settled})
     decoder = Decoder(Checkpoint.open(folder), pick_device(device))
     check_seq_len(seq_len, 512, decoder.positions, str(folder))
     tokenizer = load_tokenizer(folder)

@@ -13,6 +13,7 @@ exactly (the released code uses the plain mean, the same for equal blocks).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -31,10 +32,10 @@ Targets = list[dict[str, Target]]
 
 @dataclass(frozen=True, kw_only=True)
 class OwlConfig:
-    """`outlier_multiple`: M. `spread_frac`: λ, how far a block may move from the target (0.08 in the paper)."""
+    """Options of OWL, an allocation by the share of outliers in each block."""
 
-    outlier_multiple: float = 5.0
-    spread_frac: float = 0.08
+    outlier_multiple: Annotated[float, "M: a score above this many times the mean is an outlier."] = 5.0
+    spread_frac: Annotated[float, "λ: how far a block may move from the target (0.08 in the paper)."] = 0.08
 
     def __post_init__(self) -> None:
         if self.outlier_multiple <= 0 or not 0 <= self.spread_frac < 0.5:

@@ -84,9 +84,9 @@ def _masked(block: Block, layout: Layout, variant: Variant, lengths_B: Tensor, r
     """For one batch, what reads the units of a block gets nothing of those that are skipped."""
     handles = []
     for kind, kept_SLG in zip(KINDS, layout.split(variant.kept_BU), strict=True):
-        stand_in = variant.stand_in if kind == "neurons" else 0.0
+        mean_fill = variant.mean_fill if kind == "neurons" else 0.0
         consumer = block.module.get_submodule(layout.units[kind].consumer)
-        hook = _mask(kept_SLG[rows, block.index], lengths_B, stand_in)
+        hook = _mask(kept_SLG[rows, block.index], lengths_B, mean_fill)
         handles.append(consumer.register_forward_pre_hook(hook))
     try:
         yield
@@ -95,7 +95,7 @@ def _masked(block: Block, layout: Layout, variant: Variant, lengths_B: Tensor, r
             handle.remove()
 
 
-def _mask(kept_BG: Tensor, lengths_B: Tensor, stand_in: float) -> Callable[[Any, tuple[Tensor]], tuple[Tensor]]:
+def _mask(kept_BG: Tensor, lengths_B: Tensor, mean_fill: float) -> Callable[[Any, tuple[Tensor]], tuple[Tensor]]:
     """A hook before the matrix that reads the units; it gets [B, T, C], or [B·T, C] (OPT)."""
 
     def change(_module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -104,10 +104,10 @@ def _mask(kept_BG: Tensor, lengths_B: Tensor, stand_in: float) -> Callable[[Any,
         behind_BT = torch.arange(x_BTC.shape[1], device=x_BTC.device) >= lengths_B1
         keep_BC = kept_BG.to(x_BTC.device).repeat_interleave(x_BTC.shape[2] // kept_BG.shape[1], dim=1)
         skipped_BTC = behind_BT[..., None] & ~keep_BC[:, None]
-        if not stand_in:
+        if not mean_fill:
             return (x_BTC.masked_fill(skipped_BTC, 0).view(args[0].shape),)
         mean_BC = x_BTC.masked_fill(behind_BT[..., None], 0).sum(1, dtype=torch.float32) / lengths_B1
-        instead_B1C = (stand_in * mean_BC).to(x_BTC.dtype)[:, None]
+        instead_B1C = (mean_fill * mean_BC).to(x_BTC.dtype)[:, None]
         return (torch.where(skipped_BTC, instead_B1C, x_BTC).view(args[0].shape),)
 
     return change

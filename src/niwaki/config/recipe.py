@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -128,6 +128,8 @@ class KeepUnits:
 
 
 RENAMED_FIELDS = {"ends": "embeddings"}  # of a recipe, by their names in version 0.1
+RENAMED_OPTIONS = {"stand_in": "mean_fill", "trust": "shrinkage"}  # of methods
+RENAMED_PREFIXES = {"most_": "max_", "least_": "min_"}
 Target = Sparsity | NM | Bits | PrunedBits | KeepUnits
 _BYTE_UNITS = {"": 1, "B": 1} | {
     f"{prefix}{ending}": base**power
@@ -209,34 +211,46 @@ class _Strict(BaseModel):
 class Calibration(_Strict):
     """Calibration text of a method. Without files the model samples its own text."""
 
-    files: tuple[str, ...] = ()
-    field: str = "text"
-    samples: int = Field(default=128, ge=1)
-    seq_len: int = Field(default=2048, ge=2)
+    files: Annotated[
+        tuple[str, ...], "Text or JSON Lines files, or hf:DATASET; without any, the model writes its own text."
+    ] = ()
+    field: Annotated[str, "Field of a JSON Lines record that holds the text."] = "text"
+    samples: Annotated[int, "Number of windows."] = Field(default=128, ge=1)
+    seq_len: Annotated[int, "Tokens per window."] = Field(default=2048, ge=2)
 
 
 class Recipe(_Strict):
-    """Request of a compression: all fields that decide the bytes of a result, and how to compute them.
+    """Request of a compression: all fields that decide the bytes of a result, and how to compute them."""
 
-    `target` or `target_bytes` is the budget: `target_bytes` counts all compressed matrices together. `keep_blocks`
-    stay at 4 bits. `allocation` auto takes the best one known for the method. `embeddings`: codes of the embeddings
-    and the LM head, outside the target.
-    """
-
-    method: str
-    target: str | None = None
-    target_bytes: int | None = None
-    keep_blocks: Literal["auto"] | tuple[int, ...] = ()
-    allocation: str = "auto"
-    calibration: Calibration = Calibration()
-    options: dict[str, Any] = {}
-    pack: Literal["auto", "codes", "none"] = "codes"
-    embeddings: Literal["none", "4bit", "8bit"] = "none"
-    seed: int = 0
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    batch_tokens: int | None = Field(default=None, ge=1)
-    activation_bytes: int | None = Field(default=None, ge=0)
+    method: Annotated[str, "A method, or several joined by +, in the order in which they run."]
+    target: Annotated[str | None, "A share of zeros (0.5), N:M (2:4), bits per weight (4bit), or both (2:4+4bit)."] = (
+        None
+    )
+    target_bytes: Annotated[int | None, "Bytes of all compressed matrices together, instead of a target."] = None
+    keep_blocks: Annotated[
+        Literal["auto"] | tuple[int, ...], "Blocks that stay at 4 bits: their numbers, auto or none."
+    ] = ()
+    allocation: Annotated[
+        str, "How the target is shared out between the blocks; auto takes the best one known for the method."
+    ] = "auto"
+    calibration: Annotated[Calibration, "Text that the method sees."] = Calibration()
+    options: Annotated[dict[str, Any], "Options of the method; in a chain, method.option."] = {}
+    pack: Annotated[
+        Literal["auto", "codes", "none"],
+        "What is stored as codes: quantized weights (codes), nonzeros too where that is smaller (auto), or none.",
+    ] = "codes"
+    embeddings: Annotated[
+        Literal["none", "4bit", "8bit"], "Codes of the embeddings and the LM head; they do not count in the target."
+    ] = "none"
+    seed: Annotated[int, "Seed of every random number."] = 0
+    device: Annotated[str, "Device that computes: auto, cpu, cuda or cuda:N."] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], "Type that blocks compute in; auto takes the checkpoint's."
+    ] = "auto"
+    batch_tokens: Annotated[int | None, "Tokens of one forward of a block."] = Field(default=None, ge=1)
+    activation_bytes: Annotated[int | None, "Bytes of hidden states that stay in memory; the rest goes to disk."] = (
+        Field(default=None, ge=0)
+    )
 
     @field_validator("target", mode="before")
     @classmethod
@@ -312,12 +326,42 @@ def calibration_fields(given: Any) -> dict[str, Any]:
     return {**given, "files": as_files(files)} if isinstance(files, str | Path | list | tuple) else given
 
 
+@dataclass(frozen=True)
+class OptionField:
+    """Option of a method, as its Config declares it: `group: Annotated[int, "Columns that share a scale."] = 128`."""
+
+    name: str
+    kind: type
+    default: Any
+    explanation: str
+
+
+def option_fields(config_class: type) -> list[OptionField]:
+    """Return the options that a dataclass declares, in its order."""
+    kinds, explained = get_type_hints(config_class), explanations(config_class)
+    return [
+        OptionField(entry.name, kinds[entry.name], entry.default, explained.get(entry.name, ""))
+        for entry in fields(config_class)
+    ]
+
+
+def explanations(config_class: type) -> dict[str, str]:
+    """Return the explanation of every field that has one: the text in its `Annotated[type, "text"]`."""
+    return {
+        name: text
+        for name, hint in get_type_hints(config_class, include_extras=True).items()
+        if get_origin(hint) is Annotated
+        for text in hint.__metadata__
+        if isinstance(text, str)
+    }
+
+
 def make_options(config_class: type, options: dict[str, Any], method: str) -> Any:
     """Make the frozen config of a method from `--set` texts or recipe values.
 
     Raises InputError for a wrong name or type.
     """
-    known = {entry.name: entry.type for entry in fields(config_class)}
+    known = {option.name: option for option in option_fields(config_class)}
     values: dict[str, Any] = {}
     for given, value in options.items():
         name = given if given in known else current_name(given)
@@ -325,7 +369,7 @@ def make_options(config_class: type, options: dict[str, Any], method: str) -> An
             raise InputError(f"{method} has no options, got {name!r}")
         if name not in known:
             raise InputError(unknown(f"option of {method}", name, known))
-        values[name] = _coerce(value, known[name], f"{method} option {name}")
+        values[name] = _coerce(value, known[name].kind, f"{method} option {name}")
     try:
         return config_class(**values)
     except ValueError as error:
@@ -333,11 +377,11 @@ def make_options(config_class: type, options: dict[str, Any], method: str) -> An
 
 
 def current_name(name: str) -> str:
-    """Return the name that an option of an earlier version has now; results of that version still hold the old one."""
-    for old, new in ("most_", "max_"), ("least_", "min_"):
+    """Return the present name of an option that an earlier version called `name`; old results hold the old name."""
+    for old, new in RENAMED_PREFIXES.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
-    return name
+    return RENAMED_OPTIONS.get(name, name)
 
 
 def current_fields(values: dict[str, Any]) -> dict[str, Any]:

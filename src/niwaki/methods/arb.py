@@ -28,6 +28,7 @@ Cost: two forwards, one Gram matrix and factor per group of matrices, about 260 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -59,15 +60,12 @@ CONTINUES = False
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`block`: columns that share row scales. `salient`: salient columns of a block at most. `iterations`: refits.
+    """Options of ARB-LLM."""
 
-    `damping_frac`: λ as a share of the Gram's mean diagonal.
-    """
-
-    block: int = 128
-    salient: int = 50
-    iterations: int = 15
-    damping_frac: float = 0.01
+    block: Annotated[int, "Columns that share row scales."] = 128
+    salient: Annotated[int, "Max salient columns per block."] = 50
+    iterations: Annotated[int, "Times that the scales are refitted."] = 15
+    damping_frac: Annotated[float, "A share of the mean diagonal of XᵀX, added to the diagonal (λ)."] = 0.01
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.salient < 0 or self.iterations < 0:

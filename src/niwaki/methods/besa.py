@@ -29,6 +29,7 @@ Cost: `steps` · `batch` forwards and backwards of a window. Memory: the block t
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ from niwaki.kernels.select import drop_lowest, fused, sums_below
 from niwaki.methods.cost import Scope, Work, learning
 from niwaki.methods.mask_scores import note
 from niwaki.methods.shared.best_state import BestState, cosine
-from niwaki.methods.shared.block_training import Matrices, Reconstruction, check_choices, learning_needs
+from niwaki.methods.shared.block_training import LearningTarget, Matrices, Reconstruction, check_choices, learning_needs
 from niwaki.methods.shared.fake_quant import Clipping
 from niwaki.model.decoder import Block
 
@@ -54,25 +55,23 @@ KEPT_START = "learning did not lower the held-out block error: uniform rates wer
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`granularity`: `row` or `layer`. `steps` of `batch` windows, `rate` of AdamW on θ.
+    """Options of BESA."""
 
-    `candidates`: D, rates 0, 1/D, …, 1. `width_frac`: standard deviation of the first β. `target`: `block`,
-    `dense` or `both` (see `_reconstruct`). `balance`: the published `penalty`, or `shift`. `segments`: parts of
-    a row that learn a rate of their own (1 as published; a row they do not divide stays whole). `quant_bits`:
-    0 for none. `quant_group`: columns that share a scale, 0 for the row.
-    """
-
-    granularity: str = "row"
-    steps: int = 128
-    batch: int = 2
-    rate: float = 0.2
-    candidates: int = 100
-    width_frac: float = 0.2
-    target: str = "block"
-    balance: str = "penalty"
-    segments: int = 1
-    quant_bits: int = 0
-    quant_group: int = 0
+    granularity: Annotated[str, "Unit that learns a rate of its own: row or layer."] = "row"
+    steps: Annotated[int, "Steps of AdamW."] = 128
+    batch: Annotated[int, "Windows per step."] = 2
+    rate: Annotated[float, "Learning rate of θ."] = 0.2
+    candidates: Annotated[int, "D: the candidate rates are 0, 1/D, …, 1."] = 100
+    width_frac: Annotated[float, "Standard deviation of the first distribution over the rates."] = 0.2
+    target: LearningTarget = "block"
+    balance: Annotated[str, "How the rates meet the target: the published penalty, or a common shift of all rates."] = (
+        "penalty"
+    )
+    segments: Annotated[
+        int, "Parts of a row with a rate of their own (1 in the paper); a row that they do not divide stays whole."
+    ] = 1
+    quant_bits: Annotated[int, "Bits of the weights, learned with the rates: 2, 3, 4, 8, or 0 for none."] = 0
+    quant_group: Annotated[int, "Columns that share a scale; 0 for the whole row."] = 0
 
     def __post_init__(self) -> None:
         check_choices(self.target)

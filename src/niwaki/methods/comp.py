@@ -27,6 +27,7 @@ forward and a backward of `learn_rounds` · `samples` windows.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -65,27 +66,25 @@ HEAD_STEPS = 8  # from all heads to none, where a model has more groups of them
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`score`, `tune`, `supervise`, `supervise_frac`: above. `at_once`: neurons that go between two looks at the
-    scores (0: a sixty-fourth of them).
+    """Options of COMP."""
 
-    `try_blocks`, `try_heads`: how many blocks, and steps of an eighth of the heads, may go at most. `multiple`: of
-    neurons (0: 8, or 256 for large models). `damping_frac`: λ as a share of the mean diagonal. Learning:
-    `learn_rounds` times `samples` windows, `batch` at a time, steps of `rate_frac` · RMS(W).
-    """
-
-    score: str = "surgeon"
-    tune: str = "full"
-    supervise: str = "prefix"
-    supervise_frac: float = 1.0
-    at_once: int = 0
-    try_blocks: int = 8
-    try_heads: int = 8
-    multiple: int = 0
-    damping_frac: float = 0.01
-    learn_rounds: int = 0
-    samples: int = 32
-    batch: int = 2
-    rate_frac: float = 0.004
+    score: Annotated[str, "Score of a group of columns: surgeon, energy, leverage or random."] = "surgeon"
+    tune: Annotated[str, "How the kept weights are refitted: full, one scale per group (scales), or none."] = "full"
+    supervise: Annotated[
+        str,
+        "Outputs to preserve: those of the dense matrix on the compressed model's inputs (prefix), "
+        "or those in the dense model (outputs).",
+    ] = "prefix"
+    supervise_frac: Annotated[float, "Share of the way from the dense weights to the supervised ones."] = 1.0
+    at_once: Annotated[int, "Neurons that are removed before the scores are computed again; 0 for 1/64 of them."] = 0
+    try_blocks: Annotated[int, "Max blocks that the search removes."] = 8
+    try_heads: Annotated[int, "Max steps, each an eighth of the heads, that the search removes."] = 8
+    multiple: Annotated[int, "Divisor of the number of neurons; 0 for 8, or 256 in large models."] = 0
+    damping_frac: Annotated[float, "A share of the mean diagonal of XᵀX, added to the diagonal (λ)."] = 0.01
+    learn_rounds: Annotated[int, "Rounds of block-wise learning (not in the paper)."] = 0
+    samples: Annotated[int, "Windows per round of learning."] = 32
+    batch: Annotated[int, "Windows per step."] = 2
+    rate_frac: Annotated[float, "Length of a step as a share of the RMS of a matrix."] = 0.004
 
     def __post_init__(self) -> None:
         for name, known in (("score", SCORES), ("tune", TUNES), ("supervise", SUPERVISIONS)):

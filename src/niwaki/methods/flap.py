@@ -15,6 +15,7 @@ Cost: three forwards of the text.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -34,9 +35,9 @@ CONTINUES = False
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`compensate`: whether biases make up for the mean of what is gone."""
+    """Options of FLAP."""
 
-    compensate: bool = True
+    compensate: Annotated[bool, "Add the mean output of the removed inputs to the bias."] = True
 
 
 def needs(config: Config) -> Needs:

@@ -16,6 +16,7 @@ gradients in float32 on disk while it runs. A matrix without tokens is ranked by
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -34,9 +35,9 @@ CONTINUES = False
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`alpha`: the weight of the gradients beside the norms of the inputs; 0 is Wanda."""
+    """Options of GBLM."""
 
-    alpha: float = 100.0
+    alpha: Annotated[float, "α: weight of the gradients relative to the norms of the inputs; 0 is Wanda."] = 100.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha < float("inf"):

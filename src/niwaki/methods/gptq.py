@@ -22,6 +22,7 @@ Cost: two forwards, one Gram matrix, one factor and one sweep per group of matri
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -59,19 +60,15 @@ MASKED = {"symmetric": True}  # of codes, one stands for zero
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`group`: columns that share a scale, 0 for the row. `symmetric`: no zero code. `act_order`, `clip` and `rounds`
-    are explained above.
+    """Options of GPTQ."""
 
-    `joint`: in a chain, sweep the dense weights. `damping_frac`: λ as a share of the Gram's mean diagonal.
-    """
-
-    group: int = 128
-    symmetric: bool = False
-    act_order: bool = False
-    clip: bool = False
-    rounds: int = 0
-    joint: bool = False
-    damping_frac: float = 0.01
+    group: Annotated[int, "Columns that share a scale; 0 for the whole row."] = 128
+    symmetric: Annotated[bool, "Center the levels on zero: no zero codes are stored."] = False
+    act_order: Annotated[bool, "Round the columns with the largest inputs first."] = False
+    clip: Annotated[bool, "Search for the range of a group that loses least (not in the paper)."] = False
+    rounds: Annotated[int, "Rounds of refitted scales and coordinate descent on the codes (not in the paper)."] = 0
+    joint: Annotated[bool, "After a pruning method, begin at the dense weights and not at those that it left."] = False
+    damping_frac: Annotated[float, "A share of the mean diagonal of XᵀX, added to the diagonal (λ)."] = 0.01
 
     def __post_init__(self) -> None:
         if self.group < 0 or self.rounds < 0:

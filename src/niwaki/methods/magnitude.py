@@ -9,6 +9,7 @@ matrix, `scope="row"` those of one output. Needs no calibration; cost: one selec
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -27,9 +28,11 @@ CONTINUES = False
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`scope`: `matrix` (one threshold a matrix) or `row` (the same number of zeros in every row)."""
+    """Options of magnitude pruning."""
 
-    scope: str = "matrix"
+    scope: Annotated[
+        str, "Weights that are compared: those of a matrix, or those of a row (all rows get the same number of zeros)."
+    ] = "matrix"
 
     def __post_init__(self) -> None:
         if self.scope not in ("matrix", "row"):

@@ -26,7 +26,7 @@ Cost: two forwards, and `rounds` · `samples` forwards and backwards of a window
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from niwaki.methods.cost import Scope, Work
 from niwaki.methods.shared.best_state import BestState
 from niwaki.methods.shared.binary import BINARIZED_UNREACHED, check_reach, fit_row, signs, weighed
 from niwaki.methods.shared.block_training import (
+    LearningTarget,
     Reconstruction,
     Schedule,
     check_choices,
@@ -59,16 +60,14 @@ KEPT_START = "learning did not lower the held-out block error: the scales it beg
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`salient_frac`: share of the columns at 4 bits. `rounds` (0: nothing is learned) times `samples` windows, `batch`
-    at a time, in steps of `rate_frac` of each parameter's size, towards `target` (see `_reconstruct`).
-    """
+    """Options of PTQ1.61."""
 
-    salient_frac: float = 0.2
-    rounds: int = 20
-    samples: int = 64
-    batch: int = 2
-    rate_frac: float = 0.01
-    target: str = "both"
+    salient_frac: Annotated[float, "Share of the columns at 4 bits."] = 0.2
+    rounds: Annotated[int, "Rounds of learning; 0 keeps the analytic scales."] = 20
+    samples: Annotated[int, "Windows per round."] = 64
+    batch: Annotated[int, "Windows per step."] = 2
+    rate_frac: Annotated[float, "Length of a step as a share of the RMS of a parameter."] = 0.01
+    target: LearningTarget = "both"
 
     def __post_init__(self) -> None:
         check_choices(self.target)

@@ -11,6 +11,7 @@ Cost: one pass over the weights.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -30,11 +31,11 @@ MASKED = {"symmetric": True}  # of codes, one stands for zero
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`group`: columns that share a scale, 0 for the whole row. `symmetric`: no zero code. `clip`: search the range."""
+    """Options of rounding to nearest."""
 
-    group: int = 128
-    symmetric: bool = False
-    clip: bool = False
+    group: Annotated[int, "Columns that share a scale; 0 for the whole row."] = 128
+    symmetric: Annotated[bool, "Center the levels on zero: no zero codes are stored."] = False
+    clip: Annotated[bool, "Search for the range of a group that loses least."] = False
 
     def __post_init__(self) -> None:
         if self.group < 0:

@@ -23,7 +23,7 @@ weights, then takes one small product and a copy of the weights that stay for ev
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -51,34 +51,34 @@ CANDIDATES = {"head_criterion": ("plainact", "fisher", "energy"), "criterion": (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`head_criterion`, `criterion`: what the importance of heads and of neurons is; auto tries those of CANDIDATES on
-    `trial_windows` of the calibration, see `settle`. `features`: what the predictor reads, joined by + of last (all
-    that the paper's reads), mean, prompt; none for no learned part. `trust`: whether what the prompt showed of a unit
-    corrects what is expected of it.
+    """Options of contextual sparsity."""
 
-    `scope`, `floor_frac`: see `contextual.selection`. `neuron_width`: neighbouring neurons that go together. `cuts`:
-    prompt lengths a window is cut at. `gradient_windows`: those that give the mean gradients of energy. `size_frac`:
-    parameters of the predictor, as a share of the decoder's. The others: see `contextual.record.Running`.
-    """
-
-    head_criterion: str = AUTO
-    criterion: str = AUTO
-    trial_windows: int = 32
-    features: str = "prompt"
-    trust: bool = True
-    scope: str = "local"
-    floor_frac: float = 0.1
-    neuron_width: int = 1
-    cuts: int = 2
-    gradient_windows: int = 64
-    size_frac: float = 0.03
-    refresh_tokens: int = 0
-    min_prompt: int = 16
-    max_kept_frac: float = 0.85
-    batch: str = "union"
-    stand_in: float = 0.5
-    max_deviation: float = 0.0
-    min_margin: float = 0.0
+    head_criterion: Annotated[
+        str, "Importance of heads: plainact, fisher, energy, or auto for the one that loses least on trial windows."
+    ] = AUTO
+    criterion: Annotated[
+        str, "Importance of neurons: fisher, energy, plainact, or auto for the one that loses least on trial windows."
+    ] = AUTO
+    trial_windows: Annotated[int, "Windows kept out of the fit, that auto is decided on."] = 32
+    features: Annotated[
+        str, "Inputs of the predictor, joined by +: last (as in the paper), mean, prompt; none for no learned part."
+    ] = "prompt"
+    shrinkage: Annotated[bool, "Correct the prediction by the activity in the prompt, shrunk by its noise."] = True
+    scope: Annotated[str, "Where units compete: within a block (local) or in the whole model (global)."] = "local"
+    floor_frac: Annotated[float, "Min share of the units of a block that run."] = 0.1
+    neuron_width: Annotated[int, "Neighboring neurons that go together: 1, 32, 64 or 128."] = 1
+    cuts: Annotated[int, "Prompt lengths that each window is cut at."] = 2
+    gradient_windows: Annotated[int, "Windows for the mean gradients of energy."] = 64
+    size_frac: Annotated[float, "Parameters of the predictor as a share of the decoder's."] = 0.03
+    refresh_tokens: Annotated[int, "Tokens between two choices of the units; 0 for one choice, after the prompt."] = 0
+    min_prompt: Annotated[int, "Min tokens of a prompt; shorter ones run dense."] = 16
+    max_kept_frac: Annotated[float, "Share of the weights above which a batch runs dense."] = 0.85
+    batch: Annotated[str, "What the sequences of a batch run: the union of their neurons, or a shared choice."] = (
+        "union"
+    )
+    mean_fill: Annotated[float, "Share of a skipped neuron's mean activation in the prompt that takes its place."] = 0.5
+    max_deviation: Annotated[float, "Deviation of a prompt above which it runs dense; 0 for none."] = 0.0
+    min_margin: Annotated[float, "Margin of the mask below which a prompt runs dense."] = 0.0
 
     def __post_init__(self) -> None:
         choices = {
@@ -175,7 +175,7 @@ def settle(
         train, judge = found.take(slice(0, held.start * config.cuts)), found.take(rows_S)
         predictor, _ = learn(train, layout, choice, decoder_weights)
         scores_SU = predictor.scores(judge.last_ND, judge.mean_ND, judge.prompt_NU)
-        return Variant(rule(choice, skip_frac).select(scores_SU, layout), choice.stand_in)
+        return Variant(rule(choice, skip_frac).select(scores_SU, layout), choice.mean_fill)
 
     for option in CANDIDATES:
         each: dict[str, dict[str, Any]] = {name: {option: name} for name in config.candidates(option)}
@@ -202,7 +202,7 @@ def learn(traces: Traces, layout: Layout, config: Config, decoder_weights: int) 
     widths = {"last": traces.last_ND.shape[1], "mean": traces.mean_ND.shape[1], "prompt": layout.size}
     inputs = sum(widths[name] for name in config.groups)
     rank = _rank(layout, inputs, config, decoder_weights)
-    return fit(traces, layout, config.groups, config.trust, rank)
+    return fit(traces, layout, config.groups, config.shrinkage, rank)
 
 
 def cost(scope: Scope, config: Config) -> Work:

@@ -30,7 +30,7 @@ CONTINUES = False
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """No options."""
+    """ShortGPT has no options."""
 
 
 def needs(config: Config) -> Needs:

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -50,16 +51,15 @@ CONTINUES = True
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`damping_frac`: λ as a share of the Gram's mean diagonal. `panel_columns`: columns per mask choice.
+    """Options of SparseGPT."""
 
-    Beyond the paper, both off: `refit` solves for the kept weights exactly after the sweep, `exchanges` rounds
-    let removed weights return in place of kept ones (refits included).
-    """
-
-    damping_frac: float = 0.01
-    panel_columns: int = 128
-    refit: bool = False
-    exchanges: int = 0
+    damping_frac: Annotated[float, "A share of the mean diagonal of XᵀX, added to the diagonal (λ)."] = 0.01
+    panel_columns: Annotated[int, "Columns that a mask is chosen for at a time."] = 128
+    refit: Annotated[bool, "Solve for the kept weights exactly after the sweep (not in the paper)."] = False
+    exchanges: Annotated[
+        int,
+        "Rounds in which removed weights may return in place of kept ones; each includes a refit (not in the paper).",
+    ] = 0
 
     def __post_init__(self) -> None:
         check_damping(self.damping_frac)

@@ -30,6 +30,7 @@ passes a matrix. With learning also `learn_rounds` · `samples` forwards and bac
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ from niwaki.formats.packed import Packed, join_notes
 from niwaki.formats.quantized import TILE
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
 from niwaki.methods.shared.block_training import (
+    LearningTarget,
     Reconstruction,
     Schedule,
     check_choices,
@@ -77,33 +79,32 @@ STAGE_BITS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`choose`, `staged`, `salient_first`, `supervise`, `rounds`: above. `choose_columns`: neighbours that are chosen
-    together. `granularity`: `column` or `element`. `widths`: bits of the other and of the salient columns.
+    """Options of Squeeze10-LLM."""
 
-    `group`, `salient_group`: columns of either that share a scale, 0 for all of their width. `mean`: one-bit levels
-    around a stored mean instead of zero. `damping_frac`: λ as a share of the Gram's mean diagonal. Learning draws
-    `learn_rounds` times `samples` windows, `batch` at a time, steps of `rate_frac` · RMS(W), towards `target` (see
-    `_reconstruct`).
-    """
-
-    choose: str = "robustness"
-    choose_columns: int = 1
-    staged: bool = True
-    salient_first: bool = True
-    widths: str = "auto"
-    granularity: str = "column"
-    supervise: str = "prefix"
-    supervise_frac: float = 1.0
-    group: int = 0
-    salient_group: int = 0
-    mean: bool = True
-    rounds: int = 8
-    damping_frac: float = 0.01
-    learn_rounds: int = 8
-    samples: int = 32
-    batch: int = 2
-    rate_frac: float = 0.005
-    target: str = "both"
+    choose: Annotated[str, "Score of a column: robustness, surgeon, activation, magnitude or random."] = "robustness"
+    choose_columns: Annotated[int, "Neighboring columns that are chosen together: 1, 2, 4 or 8."] = 1
+    staged: Annotated[bool, "Round everything to 4 bits first."] = True
+    salient_first: Annotated[bool, "Sweep the salient columns first; false sweeps them last."] = True
+    widths: Annotated[
+        str, "Bits of the other and of the salient columns: 1+2, 1+3, 1+4, or auto for neighbors around the target."
+    ] = "auto"
+    granularity: Annotated[str, "What is chosen: columns, or single weights (element, for comparison only)."] = "column"
+    supervise: Annotated[
+        str,
+        "Outputs to preserve: those of the dense matrix on the compressed model's inputs (prefix) or on the dense "
+        "model's (inputs), or those in the dense model (outputs).",
+    ] = "prefix"
+    supervise_frac: Annotated[float, "Share of the way from the dense weights to the supervised ones."] = 1.0
+    group: Annotated[int, "Columns of the lower width that share a scale; 0 for all of them."] = 0
+    salient_group: Annotated[int, "Salient columns that share a scale; 0 for all of them."] = 0
+    mean: Annotated[bool, "Put one-bit levels around a stored mean instead of zero."] = True
+    rounds: Annotated[int, "Rounds of refitted scales and coordinate descent on the codes (not in the paper)."] = 8
+    damping_frac: Annotated[float, "A share of the mean diagonal of XᵀX, added to the diagonal (λ)."] = 0.01
+    learn_rounds: Annotated[int, "Rounds of block-wise learning of codes and scales (not in the paper)."] = 8
+    samples: Annotated[int, "Windows per round of learning."] = 32
+    batch: Annotated[int, "Windows per step."] = 2
+    rate_frac: Annotated[float, "Length of a step as a share of the RMS of a parameter."] = 0.005
+    target: LearningTarget = "both"
 
     def __post_init__(self) -> None:
         check_choices(self.target)

@@ -35,7 +35,7 @@ EXPONENT = 1.5
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """No options."""
+    """2SSP has no options."""
 
 
 def needs(config: Config) -> Needs:

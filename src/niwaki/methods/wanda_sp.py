@@ -11,6 +11,7 @@ Cost: three forwards of the text.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -30,9 +31,9 @@ CONTINUES = False
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`multiple`: of neurons (0: 8, or 256 for large models)."""
+    """Options of Wanda-sp."""
 
-    multiple: int = 0
+    multiple: Annotated[int, "Divisor of the number of neurons; 0 for 8, or 256 in large models."] = 0
 
 
 def needs(config: Config) -> Needs:

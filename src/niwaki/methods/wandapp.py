@@ -29,6 +29,7 @@ in float32, and the block's inputs and outputs for all windows.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed, join_notes
 from niwaki.methods.cost import Scope, Work, masks
 from niwaki.methods.shared.block_training import (
+    LearningTarget,
     Matrices,
     Reconstruction,
     Schedule,
@@ -62,21 +64,18 @@ KEPT_START = "learning did not lower the held-out block error: its start was kep
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`alpha`: α, 0 for Wanda's score. `rounds`: K, 0 for the score alone. `samples`: windows a round.
+    """Options of Wanda++."""
 
-    `batch`: windows a step. `rate_frac`: step length as a share of the matrix's RMS. `optimizer`: `adam` or the
-    published `rmsprop`. `target`: `block`, `dense` or `both` (see `_reconstruct`). `enforce_mask`: pruned
-    weights stay zero while learning.
-    """
-
-    alpha: float = 1.0
-    rounds: int = 10
-    samples: int = 32
-    batch: int = 2
-    rate_frac: float = 0.025
-    optimizer: str = "adam"
-    target: str = "block"
-    enforce_mask: bool = True
+    alpha: Annotated[float, "α: weight of the regional gradients; 0 is Wanda's score."] = 1.0
+    rounds: Annotated[int, "K: rounds of regional optimization; 0 prunes by the score alone."] = 10
+    samples: Annotated[int, "Windows per round."] = 32
+    batch: Annotated[int, "Windows per step."] = 2
+    rate_frac: Annotated[float, "Length of a step as a share of the RMS of a matrix."] = 0.025
+    optimizer: Annotated[str, "Optimizer: adam, or the published rmsprop."] = "adam"
+    target: LearningTarget = "block"
+    enforce_mask: Annotated[
+        bool, "Keep the first mask while weights learn; false lets weights regrow and prunes again after each round."
+    ] = True
 
     def __post_init__(self) -> None:
         check_choices(self.target, self.optimizer)

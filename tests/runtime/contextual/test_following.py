@@ -10,7 +10,7 @@ from niwaki.runtime.contextual.following import follow
 from niwaki.runtime.contextual.sparsity import attach
 from support.contextual import PROMPT, ids_of, model_of, shadow_of, step_by_step
 
-RUNNING = [{}, {"refresh_tokens": 4}, {"min_prompt": PROMPT + 3}, {"max_kept_frac": 0.1}, {"stand_in": 0.7}]
+RUNNING = [{}, {"refresh_tokens": 4}, {"min_prompt": PROMPT + 3}, {"max_kept_frac": 0.1}, {"mean_fill": 0.7}]
 
 
 @pytest.mark.parametrize("running", RUNNING)

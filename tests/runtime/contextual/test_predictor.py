@@ -115,7 +115,7 @@ def test_its_size_stays_within_its_share(layout: Layout, features: str) -> None:
 def test_energy_weighs_by_sensitivity(layout: Layout) -> None:
     traces = samples(layout, 16)
     sensitive = Traces(*list(vars(traces).values())[:4], 1 + torch.arange(layout.size).float())
-    config = shadow.Config(head_criterion="energy", criterion="energy", features="none", trust=False)
+    config = shadow.Config(head_criterion="energy", criterion="energy", features="none", shrinkage=False)
     found = shadow.samples({"energy": sensitive}, layout, config)
     torch.testing.assert_close(found.score_NU, traces.score_NU * sensitive.sensitivity_U)
 
@@ -142,7 +142,7 @@ def test_the_trial_takes_what_loses_least(layout: Layout) -> None:
 
     def measure(variants: Sequence[Variant]) -> list[float]:
         asked.append(len(variants))
-        assert all(variant.kept_BU.shape == (8, layout.size) and variant.stand_in == 0.5 for variant in variants)
+        assert all(variant.kept_BU.shape == (8, layout.size) and variant.mean_fill == 0.5 for variant in variants)
         return [-float((right.score_NU[rows] * variant.kept_BU).sum()) for variant in variants]
 
     settled, tried = shadow.settle(traces, layout, config, 0.5, 1_000_000, measure)

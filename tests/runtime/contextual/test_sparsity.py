@@ -35,18 +35,18 @@ def scored(model: Any, contextual: Contextual, prompt_BT: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("scope", ["local", "global"])
-@pytest.mark.parametrize("stand_in", [0.0, 0.7])
+@pytest.mark.parametrize("mean_fill", [0.0, 0.7])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compact_equals_masked(family: str, stand_in: float, scope: str, in_place: bool) -> None:
+def test_compact_equals_masked(family: str, mean_fill: float, scope: str, in_place: bool) -> None:
     model = model_of(family)
     dense = copy.deepcopy(model)
-    shadow = shadow_of(model, stand_in=stand_in, scope=scope)
+    shadow = shadow_of(model, mean_fill=mean_fill, scope=scope)
     contextual = attach(model, shadow)
     contextual.in_place = in_place
     ids_BT = ids_of(1, PROMPT + 8)
     found, cache = step_by_step(model, ids_BT, PROMPT)
     kept_BU = chosen(model, contextual, ids_BT[:, :PROMPT])
-    wanted = masked_logits(dense, ids_BT, PROMPT, kept_BU, shadow.layout, stand_in)
+    wanted = masked_logits(dense, ids_BT, PROMPT, kept_BU, shadow.layout, mean_fill)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(wanted[:, PROMPT:], dense(ids_BT, use_cache=False).logits[:, PROMPT:], atol=1e-2)
     heads_LG = shadow.layout.split(kept_BU)[0][0]
@@ -261,7 +261,7 @@ def test_fixed_caches_run_dense_and_cropped_ones_are_refused() -> None:
 
 def test_generate_of_transformers_runs_on_the_small_matrices() -> None:
     model = model_of("llama")
-    contextual = attach(model, shadow_of(model, stand_in=0.5))
+    contextual = attach(model, shadow_of(model, mean_fill=0.5))
     prompt_BT = ids_of(1, PROMPT)
     with torch.no_grad():
         found = model.generate(

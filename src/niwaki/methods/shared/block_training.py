@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,11 @@ TARGETS = ("block", "dense", "both")
 CHECKS = 5  # held-out measurements of a descent at most; with a cosine schedule the last is nearly always the best
 OPTIMIZERS = ("adam", "rmsprop")
 Matrices = Mapping[str, Tensor]
+LearningTarget = Annotated[
+    str,
+    "Output to learn: that of the dense block on the same inputs (block), "
+    "that in the dense model (dense), or the mean of both (both).",
+]
 Found = TypeVar("Found")
 
 

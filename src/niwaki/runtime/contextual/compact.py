@@ -154,14 +154,14 @@ def compact(
     heads_BLG: Tensor,
     neurons_LG: Tensor,
     buffers: Buffers,
-    stand_ins: Mapping[int, Tensor] | None = None,
+    mean_fills: Mapping[int, Tensor] | None = None,
     *,
     in_place: bool = False,
 ) -> Compact:
     """Copies the units that are true into `buffers`. All sequences must keep equally many heads of a block. The masks
     lie on the CPU: they are read here, and a GPU would have to be waited for each time.
 
-    `stand_ins`: by block, activations [B, I] that take the place of those of skipped neurons. `in_place`: rows and the
+    `mean_fills`: by block, activations [B, I] that take the place of those of skipped neurons. `in_place`: rows and the
     columns of heads are not copied but read where they are, for batches that the kernels take; only columns of single
     neurons, which lie two bytes apart, are copied.
     """
@@ -175,7 +175,7 @@ def compact(
             own_BK = None if same_L[index] else groups[index]
             swaps += _heads(_Part(index, block, buffers, heads, in_place), layout.units["heads"], own_BK)
         if not bool(neurons.kept_LG[index].all()):
-            mean_BI = None if stand_ins is None else stand_ins[index]
+            mean_BI = None if mean_fills is None else mean_fills[index]
             swaps += _neurons(_Part(index, block, buffers, neurons, in_place), layout.units["neurons"], mean_BI)
     return Compact(swaps)
 

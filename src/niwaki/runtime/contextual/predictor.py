@@ -118,9 +118,9 @@ def gather(features: Sequence[str], last_BD: Tensor, mean_BD: Tensor, seen_BU: T
 
 
 def fit(
-    traces: Traces, layout: Layout, features: Sequence[str], trust: bool, rank: int
+    traces: Traces, layout: Layout, features: Sequence[str], shrinkage: bool, rank: int
 ) -> tuple[Predictor, dict[str, Any]]:
-    """The predictor of these samples, and what its choices found. `trust`: whether b may differ from zero.
+    """The predictor of these samples, and what its choices found. `shrinkage`: whether b may differ from zero.
 
     The last quarter of the samples is held out for the penalty and the trust; then the rest is fitted to all.
     """
@@ -130,7 +130,7 @@ def fit(
     tried: dict[float, Predictor] = {}
     for penalty in PENALTIES if features else (0.0,):
         tried[penalty] = _fit(train, layout, features, rank, penalty)
-        if trust:
+        if shrinkage:
             tried[penalty] = replace(tried[penalty], trust_K2=_trust(tried[penalty], judge, layout))
         kept[penalty] = kept_share(tried[penalty], judge, layout)
     penalty = max(kept, key=lambda p: kept[p])

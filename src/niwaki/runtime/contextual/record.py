@@ -38,7 +38,7 @@ class Running:
     min_prompt: int = 16
     max_kept_frac: float = 0.85
     batch: str = "union"
-    stand_in: float = 0.5
+    mean_fill: float = 0.5
     max_deviation: float = 0.0
     min_margin: float = 0.0
 

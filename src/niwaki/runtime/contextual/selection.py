@@ -51,7 +51,7 @@ class Variant:
     """A way to run some sequences: the units [B, U] that do, and the share of its mean that stands in for a neuron."""
 
     kept_BU: Tensor
-    stand_in: float
+    mean_fill: float
 
 
 def highest(scores: Tensor, count: int) -> Tensor:

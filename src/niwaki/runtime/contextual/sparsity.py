@@ -252,9 +252,9 @@ class Contextual:
         heads_BLG, neurons_LG = heads_BLG.cpu(), neurons_LG.cpu()
         kept = {"heads": heads_BLG[0].sum(1), "neurons": neurons_LG.sum(1)}
         record.kept.append({kind: kept_L.tolist() for kind, kept_L in kept.items()})
-        stand_ins = self._stand_ins(sequence.reading)
+        mean_fills = self._mean_fills(sequence.reading)
         in_place = self.in_place if self.in_place is not None else tokens_B.is_cuda
-        small = compact(self.blocks, layout, heads_BLG, neurons_LG, self._buffers, stand_ins, in_place=in_place)
+        small = compact(self.blocks, layout, heads_BLG, neurons_LG, self._buffers, mean_fills, in_place=in_place)
         return Choice(small, heads_BLG)
 
     def _cut(self, sequence: _Sequence, choice: Choice) -> None:
@@ -282,9 +282,9 @@ class Contextual:
             sequence.alive.crop(-tokens)
             sequence.length -= tokens
 
-    def _stand_ins(self, reading: Reading) -> dict[int, Tensor] | None:
+    def _mean_fills(self, reading: Reading) -> dict[int, Tensor] | None:
         """Mean activations of the neurons of every block in the prompt, for those that are skipped."""
-        share, dtype = self.shadow.running.stand_in, self.model.dtype
+        share, dtype = self.shadow.running.mean_fill, self.model.dtype
         if not share:
             return None
         return {index: (share * reading.mean((index, "neurons"))).to(dtype) for index in range(len(self.blocks))}
