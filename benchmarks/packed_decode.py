@@ -31,8 +31,7 @@ from transformers import AutoModelForCausalLM
 import niwaki  # noqa: F401  (teaches transformers the packed format)
 from compression_speed import Shape, make_checkpoint
 from niwaki.compression.embeddings import round_rows
-from niwaki.formats.packed import Packed
-from niwaki.formats.quantized import stored_tensors
+from niwaki.formats.record import Packed, PackedTensors
 from niwaki.methods.shared.rounding import groups_of, nearest
 from niwaki.model.checkpoint import INDEX, quantization, quantized_config
 from niwaki.runtime.linear import PackedLinear
@@ -69,12 +68,11 @@ def pack_checkpoint(dense: Path, folder: Path, layout: str, ends: bool) -> None:
                     continue
                 part, _ = round_rows(tensors[f"{module}.weight"], ENDS_BITS, ENDS_GROUP, torch.device("cpu"))
                 shape = tensors.pop(f"{module}.weight").shape
-                stored = stored_tensors([part], shape[1])
-                modules[module] = {"shape": list(shape), "parts": [part.describe()]}
+                packed = PackedTensors.of_codes([part], shape)
             else:
-                record = pack_matrix(tensors.pop(f"{module}.weight"), *LAYOUTS[layout], seed=number)
-                stored, modules[module] = record.tensors(), record.describe()
-            tensors |= {f"{module}.{name}": tensor for name, tensor in stored.items()}
+                packed = pack_matrix(tensors.pop(f"{module}.weight"), *LAYOUTS[layout], seed=number).packed_codes()
+            modules[module] = packed.description
+            tensors |= {f"{module}.{name}": tensor for name, tensor in packed.tensors.items()}
         save_file(tensors, folder / path.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, path.name)
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))

@@ -81,9 +81,9 @@ class Layer(NamedTuple):
 def layer_of(stored: Sparse | Tiled) -> Layer:
     if isinstance(stored, Tiled):
         about = (stored.size, stored.columns, stored.group, "two_four_tiles", "int4")
-        return Layer(stored, gpu_record(*about, stored.places_TBR, stored.values_TFR, None, stored.scale_GO))
-    about = (len(stored.places_OB), stored.columns, stored.group, stored.layout, stored.values)
-    tensors = (stored.places_OB, stored.values_N, stored.starts_O, stored.scale_OG)
+        return Layer(stored, gpu_record(*about, stored.metadata_TBR, stored.values_TFR, None, stored.scale_GO))
+    about = (len(stored.metadata_OB), stored.columns, stored.group, stored.layout, stored.values)
+    tensors = (stored.metadata_OB, stored.values_N, stored.starts_O, stored.scale_OG)
     return Layer(stored, gpu_record(*about, *tensors))
 
 

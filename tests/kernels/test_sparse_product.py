@@ -25,7 +25,7 @@ def record_of(rows: int, columns: int, kind: str, layout: str, group: int = 32) 
 
 
 def arguments(record: Sparse) -> tuple[Any, ...]:
-    return record.places_OB, record.values_N, record.starts_O, record.scale_OG
+    return record.metadata_OB, record.values_N, record.starts_O, record.scale_OG
 
 
 def layer_of(record: Sparse) -> Any:
@@ -35,12 +35,12 @@ def layer_of(record: Sparse) -> Any:
 def one_by_one(x: Tensor, record: Sparse) -> Tensor:
     """The product in double precision from a walk over places and values, independent of decode and kernels."""
     at, codes = 0, record.values in ("int8", "int4")
-    rows, columns = len(record.places_OB), record.columns
+    rows, columns = len(record.metadata_OB), record.columns
     found = torch.zeros(len(x), rows, dtype=torch.float64)
     raw = record.values_N.tolist()
     for row in range(rows):
-        for byte in range(record.places_OB.shape[1]):
-            place = int(record.places_OB[row, byte])
+        for byte in range(record.metadata_OB.shape[1]):
+            place = int(record.metadata_OB[row, byte])
             lanes = [i for i in range(8) if place >> i & 1]
             if record.layout == "two_four":
                 lanes = [place & 3, place >> 2 & 3, 4 + (place >> 4 & 3), 4 + (place >> 6 & 3)]

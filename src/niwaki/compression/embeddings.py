@@ -20,7 +20,8 @@ from torch import Tensor
 
 from niwaki.config.recipe import Bits, PrunedBits, Recipe, Target
 from niwaki.errors import CheckpointError, TargetError
-from niwaki.formats.quantized import TILE, WEIGHT, QuantizedColumns, stored_tensors
+from niwaki.formats.quantized import TILE, WEIGHT, QuantizedColumns
+from niwaki.formats.record import PackedTensors
 from niwaki.methods.shared.rounding import groups_of, nearest
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
@@ -75,16 +76,15 @@ def read_packed(
     for module in [owners[name] for name in tensors if name in owners]:
         weight_OI = tensors.pop(modules[module][0])
         part, error = round_rows(weight_OI, WIDTHS[width], _group(module, weight_OI.shape[1]), device)
-        codes = stored_tensors([part], weight_OI.shape[1])
-        tensors |= {f"{module}.{name}": tensor for name, tensor in codes.items()}
-        nbytes = sum(tensor.nbytes for tensor in codes.values())
+        packed = PackedTensors.of_codes([part], weight_OI.shape)
+        tensors |= {f"{module}.{name}": tensor for name, tensor in packed.tensors.items()}
         lines.append({
             "module": module,
             "shape": list(weight_OI.shape),
-            "bytes": nbytes,
-            "bits": 8 * nbytes / weight_OI.numel(),
+            "bytes": packed.nbytes,
+            "bits": 8 * packed.nbytes / weight_OI.numel(),
             "error": error,
-            "stored": {"shape": list(weight_OI.shape), "parts": [part.describe()]},
+            "stored": packed.description,
         })  # fmt: skip
     return tensors, lines
 

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from niwaki.formats.packed import method_bits
 from niwaki.formats.record import decode_stored
 
 Entry = Mapping[str, Any]
@@ -61,6 +60,18 @@ def result_of(entries: Sequence[Entry]) -> dict[str, Any]:
         "bytes": sum(entry["bytes"] for entry in entries if "shard" in entry),
         "sha256": {entry["shard"]: entry["sha256"] for entry in entries if "shard" in entry},
     }
+
+
+def method_bits(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return {"method_bits": mean over the weights of all matrices whose method counts bits itself}, or {}.
+
+    Baselines without a packed format write decoded weights, and count the bytes that a packed file would have.
+    """
+    counted = [line for line in lines if "method_bytes" in line]
+    if not counted:
+        return {}
+    weights = sum(math.prod(line["shape"]) for line in counted)
+    return {"method_bits": round(8 * sum(line["method_bytes"] for line in counted) / weights, 4)}
 
 
 def _sparse(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from niwaki.data.hidden_states import Activations
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData, Stream
 from niwaki.errors import ArchitectureError, NumericalError
-from niwaki.formats.packed import Packed, join_notes
+from niwaki.formats.record import Packed, Packing, join_notes
 from niwaki.kernels.sparse_product import fast_path
 from niwaki.methods.mask_scores import Choice, Sample, agreeing, described, watched
 from niwaki.methods.registry import Step, merged_needs
@@ -121,7 +121,7 @@ class Plan:
     steps: Sequence[Step]
     targets: list[dict[str, Target]]
     seed: int
-    pack: str = "codes"
+    pack: Packing = "codes"
     trial: bool = False
     gradients: Callable[[int], Mapping[str, Tensor]] = lambda index: {}
 
@@ -229,7 +229,9 @@ def _assign(block: Block, name: str, target: Target, record: Packed) -> None:
         block.add_bias(name, record.bias_O)
 
 
-def _line(block: Block, name: str, target: Target, record: Packed, statistics: Statistics, pack: str) -> dict[str, Any]:
+def _line(
+    block: Block, name: str, target: Target, record: Packed, statistics: Statistics, pack: Packing
+) -> dict[str, Any]:
     """Assigns one record and describes it; errors are relative squared output errors on sampled inputs.
 
     `error_before_update` is that of only removing the pruned weights, `error` that of the final matrix.
@@ -252,10 +254,10 @@ def _line(block: Block, name: str, target: Target, record: Packed, statistics: S
     stored: dict[str, Any] = {}
     dtype = block.storage_dtype(name)
     nbytes, note = count * dtype.itemsize, record.note
-    packing = record.pack(dtype, pack) if pack != "none" and name in block.packable else None
+    packing = record.pack(dtype, pack) if name in block.packable else None
     if packing is not None:
         block.packed[name] = dict(packing.tensors)
-        nbytes, stored = packing.nbytes, {"stored": dict(packing.about)}
+        nbytes, stored = packing.nbytes, {"stored": dict(packing.description)}
     elif record.parts:
         note = join_notes(note, STORED_DENSE)
     elif record.kind == "masked" and pack == "auto":

@@ -1,1 +1,1 @@
-"""Stored records of compressed matrices: dense, masked, sparse and quantized. No product is computed here."""
+"""Formats on disk: records of compressed matrices (dense, masked, sparse, quantized). No product is computed here."""

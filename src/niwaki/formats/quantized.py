@@ -1,12 +1,12 @@
 """Quantized columns as they are stored: integer codes, and the scales that turn them into weights.
 
-A matrix is one part, or several parts with columns of different widths (4-bit salient columns beside 1-bit ones).
-Codes lie in bit planes: plane k holds bit k of every code, so that 1, 2, 3, 4 and 8 bits are one format and a kernel
-that multiplies one plane multiplies all. The file has the layout of the kernels: tiles of 32 rows, a
-byte for eight columns of each. What is counted is what is written.
+A matrix is one part, or two parts with columns of different widths (4-bit salient columns beside 1-bit ones).
+Codes lie in bit planes: plane k holds bit k of every code. So 1, 2, 3, 4 and 8 bits are one format, and a kernel that
+multiplies one plane multiplies all. The file has the layout of the kernels: tiles of 32 rows, with a byte for every
+eight columns of a row. All counted bytes are bytes of the file.
 
-Scales and offsets are float16 numbers, stored as the int16 with the same bits: no loader that casts a model to another
-dtype changes them on its way.
+Scales and offsets are float16 numbers, stored as the int16 with the same bits. A loader that casts a model to another
+dtype does not change them.
 
 Legend: O outputs, I inputs, C columns of a part, G groups of columns that share a scale, K bits.
 """
@@ -21,16 +21,20 @@ from torch import Tensor
 
 GRIDS = ("affine", "symmetric", "midrise", "free")
 SCALE_DTYPE = torch.float16
-TILE = 32  # rows that lie side by side
-WEIGHT = ".weight"  # what a quantized module's parameter is called
+TILE = 32  # rows side by side
+WEIGHT = ".weight"  # suffix of the parameter of a module
 
 
 @dataclass(frozen=True)
 class QuantizedColumns:
     """Some columns of a matrix: weight = code · scale + offset, per row and group of `group` columns.
 
-    `grid` says where the offset comes from: `affine` a stored zero code (offset = −zero · scale), `symmetric` the
-    middle code 2^(K−1), `midrise` the point between the two middle codes, `free` a stored value.
+    The source of the offset depends on `grid`:
+
+    - `affine`: a stored zero code, offset = −zero · scale
+    - `symmetric`: the middle code 2^(K−1)
+    - `midrise`: the point between the two middle codes
+    - `free`: a stored value
     """
 
     columns_C: Tensor
@@ -48,7 +52,7 @@ class QuantizedColumns:
         assert (self.grid == "affine") == (self.zero_OG is not None)
 
     def decode(self) -> Tensor:
-        """The weights [O, C] in float32."""
+        """Return the weights [O, C] in float32."""
         scale_OG = self.scale_OG.float()
         if self.offset_OG is not None:
             offset_OG = self.offset_OG.float()
@@ -60,33 +64,33 @@ class QuantizedColumns:
         return self.code_OC * widen(scale_OG, self.group, sizes) + widen(offset_OG, self.group, sizes)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name: planes (see `pack_planes`), scales [G, O], and offsets or zero codes."""
-        found = {"planes": pack_planes(self.code_OC, self.bits), "scale": _as_int16(self.scale_OG)}
+        """Return the stored tensors by name: planes (see `pack_planes`), scales [G, O], and offsets or zero codes."""
+        tensors = {"planes": pack_planes(self.code_OC, self.bits), "scale": _as_int16(self.scale_OG)}
         if self.offset_OG is not None:
-            found["offset"] = _as_int16(self.offset_OG)
+            tensors["offset"] = _as_int16(self.offset_OG)
         if self.zero_OG is not None:
-            found["zero"] = pack_codes(self.zero_OG.T, self.bits)
-        return found
+            tensors["zero"] = pack_codes(self.zero_OG.T, self.bits)
+        return tensors
 
     def describe(self) -> dict[str, Any]:
-        """What a reader needs beside the tensors."""
+        """Return the description that a reader needs beside the tensors."""
         return {"bits": self.bits, "grid": self.grid, "group": self.group, "columns": len(self.columns_C)}
 
 
 def centre(bits: int, grid: str) -> float:
-    """The code that stands for zero on a grid without a stored offset."""
+    """Return the code of weight zero on a grid without a stored offset."""
     return 2.0 ** (bits - 1) - (0.5 if grid == "midrise" else 0.0)
 
 
 def widen(values_OG: Tensor, group: int, columns: int) -> Tensor:
-    """One value per column [O, C]; the last group may be shorter."""
+    """Repeat the value of each group for its columns [O, C]; the last group may be shorter."""
     if values_OG.shape[1] == 1:
         return values_OG.expand(-1, columns)
     return values_OG.repeat_interleave(group, dim=1)[:, :columns]
 
 
 def pack_planes(code_OC: Tensor, bits: int) -> Tensor:
-    """Bit planes [T, K, B, 32] uint8 of codes < 2^K: T tiles of 32 rows, B bytes of eight columns.
+    """Pack codes < 2^K into bit planes [T, K, B, 32] uint8: T tiles of 32 rows, B bytes of eight columns.
 
     Bit c mod 8 of byte c // 8 belongs to column c; missing rows and columns are zero.
     """
@@ -99,7 +103,7 @@ def pack_planes(code_OC: Tensor, bits: int) -> Tensor:
 
 
 def unpack_planes(planes_TKBR: Tensor, rows: int, columns: int) -> Tensor:
-    """The codes [O, C] uint8 of `pack_planes`."""
+    """Return the codes [O, C] uint8 that `pack_planes` packed."""
     tiles, bits, width, _ = planes_TKBR.shape
     lanes_C = torch.arange(8, dtype=torch.uint8, device=planes_TKBR.device)
     code = torch.zeros(tiles * TILE, width * 8, dtype=torch.uint8, device=planes_TKBR.device)
@@ -110,23 +114,23 @@ def unpack_planes(planes_TKBR: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def unpack_rows(planes_TKBR: Tensor, rows_N: Tensor, columns: int) -> Tensor:
-    """The codes [N, C] uint8 of some rows of `pack_planes`: row r lies in tile r // 32, lane r mod 32."""
+    """Return the codes [N, C] uint8 of some rows of `pack_planes`: row r lies in tile r // 32, lane r mod 32."""
     picked_NKB = planes_TKBR[rows_N // TILE, :, :, rows_N % TILE]
-    places_K1 = torch.arange(picked_NKB.shape[1], device=planes_TKBR.device)[:, None]
-    code_NB = (_spread(planes_TKBR.device)[picked_NKB.int()] << places_K1).sum(1)  # eight columns in eight bytes
+    bits_K1 = torch.arange(picked_NKB.shape[1], device=planes_TKBR.device)[:, None]
+    code_NB = (_spread(planes_TKBR.device)[picked_NKB.int()] << bits_K1).sum(1)  # eight columns in eight bytes
     return code_NB.view(torch.uint8)[:, :columns]
 
 
 @cache
 def _spread(device: torch.device) -> Tensor:
-    """[256] int64: every bit of a byte as a byte of its own, the lowest first in memory."""
+    """Return [256] int64: for each byte, its eight bits as eight bytes, the lowest bit first in memory."""
     lanes_8 = torch.arange(8, device=device)
     bits_B8 = ((torch.arange(256, device=device)[:, None] >> lanes_8) & 1).to(torch.uint8)
     return bits_B8.view(torch.int64).view(-1)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes < 2^K of any shape as K planes [K, ⌈n/8⌉] uint8; bit i mod 8 of byte i // 8 belongs to code i."""
+    """Pack codes < 2^K of any shape into K planes [K, ⌈n/8⌉] uint8. Bit i mod 8 of byte i // 8 belongs to code i."""
     flat_N = torch.nn.functional.pad(codes.reshape(-1).to(torch.uint8), (0, -codes.numel() % 8))
     lanes_8 = torch.arange(8, dtype=torch.uint8, device=codes.device)
     planes = [(((flat_N >> k) & 1).view(-1, 8) << lanes_8).sum(-1, dtype=torch.uint8) for k in range(bits)]
@@ -134,7 +138,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(planes_KB: Tensor, count: int) -> Tensor:
-    """The first `count` codes of `pack_codes`, [count] uint8."""
+    """Return the first `count` codes of `pack_codes`, [count] uint8."""
     lanes_8 = torch.arange(8, dtype=torch.uint8, device=planes_KB.device)
     codes_N = torch.zeros(planes_KB.shape[1] * 8, dtype=torch.uint8, device=planes_KB.device)
     for k, plane_B in enumerate(planes_KB):
@@ -143,17 +147,17 @@ def unpack_codes(planes_KB: Tensor, count: int) -> Tensor:
 
 
 def stored_tensors(parts: Sequence[QuantizedColumns], columns: int) -> dict[str, Tensor]:
-    """All tensors of a matrix: those of its parts, and with two parts the mask of the first one's columns."""
-    found = {f"{name}_{number}": t for number, part in enumerate(parts) for name, t in part.tensors().items()}
+    """Return the tensors of all parts of a matrix, and of two parts also the mask of the first part's columns."""
+    tensors = {f"{name}_{number}": t for number, part in enumerate(parts) for name, t in part.tensors().items()}
     if len(parts) > 1:
         first_I = torch.zeros(columns, dtype=torch.uint8)
         first_I[parts[0].columns_C.cpu()] = 1
-        found["columns"] = pack_codes(first_I, 1)[0]
-    return found
+        tensors["columns"] = pack_codes(first_I, 1)[0]
+    return tensors
 
 
-def column_places(tensors: Mapping[str, Tensor], described: Sequence[Mapping[str, Any]], columns: int) -> list[Tensor]:
-    """The columns of every part."""
+def part_columns(tensors: Mapping[str, Tensor], described: Sequence[Mapping[str, Any]], columns: int) -> list[Tensor]:
+    """Return the columns of every part."""
     if len(described) == 1:
         return [torch.arange(columns, device=tensors["planes_0"].device)]
     first_I = unpack_codes(tensors["columns"][None], columns).bool()
@@ -166,11 +170,9 @@ def read_parts(
     columns: int,
     rows_N: Tensor | None = None,
 ) -> list[QuantizedColumns]:
-    """The parts that `stored_tensors` wrote, from their `describe()`; of the rows `rows_N` (int64) alone if given."""
+    """Return the parts that `stored_tensors` wrote, from their `describe()`; only `rows_N` (int64) if given."""
     parts = []
-    for number, (about, columns_C) in enumerate(
-        zip(described, column_places(tensors, described, columns), strict=True)
-    ):
+    for number, (about, columns_C) in enumerate(zip(described, part_columns(tensors, described, columns), strict=True)):
         planes_TKBR = tensors[f"planes_{number}"]
         scale_GO = tensors[f"scale_{number}"].view(SCALE_DTYPE)
         offset_GO = tensors.get(f"offset_{number}")
@@ -198,16 +200,16 @@ def read_parts(
 
 
 def _read_zeros(planes_KB: Tensor, shape: torch.Size, rows_N: Tensor | None) -> Tensor:
-    """Zero codes uint8 [G, O] of the stored ones, or [G, N] of the rows `rows_N`; `shape` is [G, O]."""
+    """Return the zero codes uint8 [G, O], or [G, N] of the rows `rows_N`; `shape` is [G, O]."""
     if rows_N is None:
         return unpack_codes(planes_KB, shape.numel()).view(shape)
-    place_GN = torch.arange(shape[0], device=rows_N.device)[:, None] * shape[1] + rows_N
-    places_K11 = torch.arange(len(planes_KB), device=rows_N.device)[:, None, None]
-    return (((planes_KB[:, place_GN >> 3] >> (place_GN & 7)) & 1) << places_K11).sum(0, dtype=torch.uint8)
+    position_GN = torch.arange(shape[0], device=rows_N.device)[:, None] * shape[1] + rows_N
+    bits_K11 = torch.arange(len(planes_KB), device=rows_N.device)[:, None, None]
+    return (((planes_KB[:, position_GN >> 3] >> (position_GN & 7)) & 1) << bits_K11).sum(0, dtype=torch.uint8)
 
 
 def stored_names(described: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names that `stored_tensors` gives to the tensors of parts with these descriptions."""
+    """Return the names that `stored_tensors` gives to the tensors of parts with these descriptions."""
     extra = {"free": ["offset"], "affine": ["zero"]}
     names = [
         f"{name}_{number}"
@@ -218,9 +220,9 @@ def stored_names(described: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def assemble(parts: Sequence[QuantizedColumns]) -> Tensor:
-    """The matrix [O, I] in float32."""
+    """Return the matrix [O, I] in float32."""
     if len(parts) == 1:
-        return parts[0].decode()  # it holds all columns, in order
+        return parts[0].decode()  # all columns, in order
     rows = len(parts[0].code_OC)
     weight_OI = parts[0].scale_OG.new_empty((rows, sum(len(part.columns_C) for part in parts)), dtype=torch.float32)
     for part in parts:
@@ -229,5 +231,5 @@ def assemble(parts: Sequence[QuantizedColumns]) -> Tensor:
 
 
 def _as_int16(values_OG: Tensor) -> Tensor:
-    """[G, O]: the rows of a tile lie side by side."""
+    """Return float16 values as int16 [G, O]: the rows of a tile lie side by side."""
     return values_OG.to(SCALE_DTYPE).T.contiguous().view(torch.int16)

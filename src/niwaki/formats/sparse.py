@@ -1,14 +1,19 @@
-"""Pruned matrices as they are stored: the weights that are left in row order, and where they belong.
+"""Pruned matrices as they are stored: the remaining weights in row order, and metadata with their columns.
 
-Two layouts, both with a byte of places for eight columns. `bitmap`: bit c mod 8 says whether column c has a value; any
-number of them may be left. `two_four`: two values for every four columns, and a 2-bit index for each, the lower first
-(what sparse tensor cores take); a group with fewer values holds zeros. Values are the weights in the dtype of the
-checkpoint, or signed codes of 8 or 4 bits with a float16 scale for a group of columns of a row.
+There are two layouts, both with a byte of metadata for every eight columns:
 
-A weight costs, at half zeros and for either layout, 9 bits with values of 16 bits and 3.125 bits with 4-bit codes in
-groups of 128; a bitmap adds the number of the first value of every row.
+- `bitmap`: bit c mod 8 is set if column c has a value. A row may have any number of values.
+- `two_four`: two values for every four columns, and a 2-bit index for each, the lower first, as sparse tensor cores
+  take them. A group with fewer values holds zeros.
 
-Everything is stored as integers: no loader that casts a model to another dtype changes them on its way.
+Values are the weights in the dtype of the checkpoint, or signed codes of 8 or 4 bits. Codes have a float16 scale for
+each group of columns of a row.
+
+At half zeros a weight costs, in both layouts, 9 bits with 16-bit values, and 3.125 bits with 4-bit codes in groups
+of 128. A bitmap adds the position of the first value of every row.
+
+All tensors are integers: a loader that casts a model to another dtype does not change them. The tensor of the metadata
+has the name `places` in the file.
 
     record = Sparse.encode(weight_OI)
     assert torch.equal(record.decode(), weight_OI.float())
@@ -28,45 +33,46 @@ from niwaki.formats.quantized import SCALE_DTYPE, QuantizedColumns, centre, wide
 LAYOUTS = ("bitmap", "two_four")
 VALUES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CODES = {"int8": 8, "int4": 4}
-KINDS = (*VALUES, *CODES)  # in the order of the kernels
-SLACK_BYTES = 64  # behind the values, which kernels may read
-FAST_SHARE = 1.25  # of the bytes of a bitmap may two-four take with 4-bit codes: their tiles are far faster
-MAX_VALUES = 2**31 - 1  # what numbers of values in 32 bits can count
+BITS = {name: 8 * dtype.itemsize for name, dtype in VALUES.items()} | CODES
+KINDS = (*VALUES, *CODES)  # in the order of the kernels' arguments
+SLACK_BYTES = 64  # after the values; kernels may read them
+FAST_SHARE = 1.25  # two-four with 4-bit codes may take this share of a bitmap's bytes: its tiles are far faster
+MAX_VALUES = 2**31 - 1  # positions of values are int32
 
 
 @dataclass(frozen=True)
 class Sparse:
-    """A matrix [rows, columns] as the tensors of its file (see the module), and what a reader needs beside them.
+    """Pruned matrix [rows, columns] as the tensors of its file (see the module), with its description.
 
-    `places_OB` uint8, `values` uint8 with `SLACK_BYTES` behind, `starts_O` int32 for a bitmap, `scale_OG` int16 (the
-    bits of float16) for codes.
+    `metadata_OB` uint8, `values_N` uint8 with `SLACK_BYTES` after them, `starts_O` int32 for a bitmap, `scale_OG` int16
+    (the bits of float16) for codes.
     """
 
     columns: int
     layout: str
     values: str
     group: int
-    places_OB: Tensor
+    metadata_OB: Tensor
     values_N: Tensor
     starts_O: Tensor | None = None
     scale_OG: Tensor | None = None
 
     @classmethod
     def encode(cls, weight_OI: Tensor, dtype: torch.dtype | None = None, layout: str | None = None) -> "Sparse":
-        """The nonzeros of a matrix as values of `dtype` (its own); two_four where that holds them, or as asked."""
+        """Store the nonzeros of a matrix as values of `dtype` (default: its own) in `layout` (default: the best)."""
         weight_OI = weight_OI.detach().cpu()
         dtype = dtype or weight_OI.dtype
         name = next(name for name, known in VALUES.items() if known == dtype)
         cast_OI = weight_OI.to(dtype)
-        return cls._place(cast_OI, cast_OI != 0, layout, name, 0, None)
+        return cls._store(cast_OI, cast_OI != 0, layout, name, 0, None)
 
     @classmethod
     def encode_codes(
         cls, part: QuantizedColumns, keep_OI: Tensor | None = None, layout: str | None = None
     ) -> "Sparse | None":
-        """A quantized matrix whose zeros are codes, as codes where `keep_OI`; None if it has no such form.
+        """Store the codes of a quantized matrix where `keep_OI`, by default all that are not zero; None if impossible.
 
-        That takes one symmetric grid of 4 or 8 bits, in groups of whole bytes of columns.
+        Possible for one symmetric grid of 4 or 8 bits, in groups of whole bytes of columns.
         """
         columns = part.code_OC.shape[1]
         name = next((name for name, bits in CODES.items() if bits == part.bits), None)
@@ -75,10 +81,10 @@ class Sparse:
         signed_OI = (part.code_OC.cpu().to(torch.int16) - int(centre(part.bits, part.grid))).to(torch.int8)
         keep_OI = signed_OI != 0 if keep_OI is None else keep_OI.cpu() & (signed_OI != 0)
         scale_OG = part.scale_OG.to(SCALE_DTYPE).cpu().contiguous().view(torch.int16)
-        return cls._place(signed_OI, keep_OI, layout, name, part.group, scale_OG)
+        return cls._store(signed_OI, keep_OI, layout, name, part.group, scale_OG)
 
     @classmethod
-    def _place(
+    def _store(
         cls, stored_OI: Tensor, keep_OI: Tensor, layout: str | None, values: str, group: int, scale_OG: Tensor | None
     ) -> "Sparse":
         columns = stored_OI.shape[1]
@@ -86,29 +92,29 @@ class Sparse:
         layout = layout or best_layout(keep_OI, 8 * stored_OI.element_size() if values != "int4" else 4)
         if layout == "two_four":
             keep_OI = _fill_two(keep_OI)
-            places_OB, starts_O = _indices(keep_OI), None
+            metadata_OB, starts_O = _indices(keep_OI), None
         else:
-            places_OB, counts_O = _bits(keep_OI), keep_OI.sum(1)
+            metadata_OB, counts_O = _bits(keep_OI), keep_OI.sum(1)
             assert int(counts_O.sum()) <= MAX_VALUES, "a matrix of 2³¹ values"
             starts_O = (counts_O.cumsum(0) - counts_O).to(torch.int32)
         values_N = _as_bytes(stored_OI[keep_OI], values)
         values_N = torch.nn.functional.pad(values_N, (0, SLACK_BYTES))
-        return cls(columns, layout, values, group, places_OB, values_N, starts_O, scale_OG)
+        return cls(columns, layout, values, group, metadata_OB, values_N, starts_O, scale_OG)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name."""
-        found = {"places": self.places_OB, "values": self.values_N, "starts": self.starts_O, "scale": self.scale_OG}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        """Return the stored tensors by name."""
+        tensors = {"places": self.metadata_OB, "values": self.values_N, "starts": self.starts_O, "scale": self.scale_OG}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def describe(self) -> dict[str, Any]:
-        """What a reader needs beside the tensors."""
+        """Return the description that a reader needs beside the tensors."""
         about: dict[str, Any] = {"layout": self.layout, "values": self.values, "bytes": len(self.values_N)}
         about |= {"group": self.group} if self.group else {}
-        return {"shape": [len(self.places_OB), self.columns], "sparse": about}
+        return {"shape": [len(self.metadata_OB), self.columns], "sparse": about}
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> "Sparse":
-        """The record that `tensors()` and `describe()` tell of."""
+        """Return the record with these `tensors()` and this `describe()`."""
         kind = about["sparse"]
         return cls(
             about["shape"][1],
@@ -122,24 +128,24 @@ class Sparse:
         )
 
     def rows(self, first: int, last: int) -> "Sparse":
-        """Rows [first, last) as a record of their own, without a copy; its values may go on behind them."""
+        """Return rows [first, last) as a record without a copy; its values may continue after those of the rows."""
         starts_O, scale_OG = self.starts_O, self.scale_OG
-        at = 4 * first * self.places_OB.shape[1] if starts_O is None else int(starts_O[first])
+        at = 4 * first * self.metadata_OB.shape[1] if starts_O is None else int(starts_O[first])
         offset = at % 2 if self.values == "int4" else 0
         return Sparse(
             self.columns,
             self.layout,
             self.values,
             self.group,
-            self.places_OB[first:last],
+            self.metadata_OB[first:last],
             self.values_N[_bytes_of(at - offset, self.values) :],
             None if starts_O is None else starts_O[first:last] - (at - offset),
             None if scale_OG is None else scale_OG[first:last],
         )
 
     def decode(self) -> Tensor:
-        """The matrix [O, I] in float32."""
-        keep_OI = _kept(self.places_OB, self.layout)
+        """Return the matrix [O, I] in float32."""
+        keep_OI = _kept(self.metadata_OB, self.layout)
         first = 0 if self.starts_O is None or not len(self.starts_O) else int(self.starts_O[0])
         count = int(keep_OI.sum())
         weight_OI = keep_OI.new_zeros(keep_OI.shape, dtype=torch.float32)
@@ -151,14 +157,14 @@ class Sparse:
 
 
 def stored_names(about: Mapping[str, Any]) -> list[str]:
-    """The names of the tensors of a record with this description, as `make_room` and `tensors` have them."""
+    """Return the names of the tensors of a record with this description, in the order of `tensors`."""
     kind = about["sparse"]
     extra = (["starts"] if kind["layout"] == "bitmap" else []) + (["scale"] if kind["values"] in CODES else [])
     return ["places", "values", *extra]
 
 
 def stored_shapes(about: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of every tensor of a record with this description."""
+    """Return dtype and shape of every tensor of a record with this description."""
     (rows, columns), kind = about["shape"], about["sparse"]
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "places": (torch.uint8, (rows, -(-columns // 8))),
@@ -171,22 +177,22 @@ def stored_shapes(about: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tupl
 
 
 def sparse_bytes(rows: int, columns: int, count: int, value_bits: int, layout: str) -> int:
-    """What `count` values of a matrix and their places take; two_four stores its own number of values."""
-    places = rows * -(-columns // 8)
-    count, starts = (4 * places, 0) if layout == "two_four" else (count, 4 * rows)
-    return places + starts + -(-count * value_bits // 8) + SLACK_BYTES
+    """Return the bytes of `count` values of a matrix and their metadata; two_four stores two of every four columns."""
+    metadata = rows * -(-columns // 8)
+    count, starts = (4 * metadata, 0) if layout == "two_four" else (count, 4 * rows)
+    return metadata + starts + -(-count * value_bits // 8) + SLACK_BYTES
 
 
 def fits_two_four(keep_OI: Tensor) -> bool:
-    """Whether no four neighbours of a row keep more than two; missing columns count as zeros."""
+    """Return whether each four neighbours of a row keep at most two; missing columns count as zeros."""
     padded_OI = torch.nn.functional.pad(keep_OI, (0, -keep_OI.shape[1] % 4))
     return int(padded_OI.view(len(keep_OI), -1, 4).sum(-1).max()) <= 2
 
 
 def best_layout(keep_OI: Tensor, value_bits: int) -> str:
-    """The layout that takes fewer bytes for these columns with a value, or hardly more and is faster.
+    """Return the layout with fewer bytes, or two_four if it fits, has few bytes more and is faster.
 
-    Of 2:4 matrices some kept weights round to zero, which a bitmap leaves out and two-four does not.
+    In 2:4 matrices some kept weights round to zero. A bitmap leaves these out, two_four does not.
     """
     rows, columns = keep_OI.shape
     bitmap, two_four = (sparse_bytes(rows, columns, int(keep_OI.sum()), value_bits, layout) for layout in LAYOUTS)
@@ -195,7 +201,7 @@ def best_layout(keep_OI: Tensor, value_bits: int) -> str:
 
 
 def _fill_two(keep_OI: Tensor) -> Tensor:
-    """`keep_OI` with exactly two of every four true: the first of the others where there are fewer."""
+    """Return `keep_OI` with exactly two of every four true: the first false ones fill a group with fewer."""
     keep_OGM = keep_OI.view(len(keep_OI), -1, 4)
     # Kept ones first, each in order of its column: a stable rank of eight numbers.
     order = torch.arange(4, device=keep_OI.device) + 4 * (~keep_OGM).to(torch.int16)
@@ -204,25 +210,25 @@ def _fill_two(keep_OI: Tensor) -> Tensor:
 
 
 def _indices(keep_OI: Tensor) -> Tensor:
-    """Two 2-bit indices for every four columns, [O, B] uint8: the lower half byte belongs to the first four."""
+    """Return two 2-bit indices for every four columns, [O, B] uint8: the lower half byte belongs to the first four."""
     pairs = keep_OI.view(len(keep_OI), -1, 4).nonzero()[:, 2].view(len(keep_OI), -1, 4)
-    places = torch.arange(0, 8, 2, device=keep_OI.device)
-    return (pairs << places).sum(-1).to(torch.uint8)
+    shifts_4 = torch.arange(0, 8, 2, device=keep_OI.device)
+    return (pairs << shifts_4).sum(-1).to(torch.uint8)
 
 
 def _bits(keep_OI: Tensor) -> Tensor:
-    places_8 = torch.arange(8, dtype=torch.uint8, device=keep_OI.device)
-    return (keep_OI.to(torch.uint8).view(len(keep_OI), -1, 8) << places_8).sum(-1, dtype=torch.uint8)
+    bits_8 = torch.arange(8, dtype=torch.uint8, device=keep_OI.device)
+    return (keep_OI.to(torch.uint8).view(len(keep_OI), -1, 8) << bits_8).sum(-1, dtype=torch.uint8)
 
 
-def _kept(places_OB: Tensor, layout: str) -> Tensor:
-    """Which columns have a value: boolean [O, 8·B]."""
-    device, rows = places_OB.device, len(places_OB)
+def _kept(metadata_OB: Tensor, layout: str) -> Tensor:
+    """Return a mask of the columns that have a value: boolean [O, 8·B]."""
+    device, rows = metadata_OB.device, len(metadata_OB)
     if layout == "bitmap":
-        places_8 = torch.arange(8, dtype=torch.uint8, device=device)
-        return ((places_OB[..., None] >> places_8) & 1).bool().view(rows, -1)
+        bits_8 = torch.arange(8, dtype=torch.uint8, device=device)
+        return ((metadata_OB[..., None] >> bits_8) & 1).bool().view(rows, -1)
     shifts_4 = torch.arange(0, 8, 2, dtype=torch.uint8, device=device)
-    index = ((places_OB[..., None] >> shifts_4) & 3).view(rows, -1, 2).long()
+    index = ((metadata_OB[..., None] >> shifts_4) & 3).view(rows, -1, 2).long()
     return torch.zeros(*index.shape[:2], 4, dtype=torch.bool, device=device).scatter_(-1, index, True).view(rows, -1)
 
 
@@ -234,7 +240,7 @@ def _as_bytes(values_N: Tensor, kind: str) -> Tensor:
 
 
 def _from_bytes(bytes_N: Tensor, kind: str, count: int) -> Tensor:
-    """The first `count` values."""
+    """Return the first `count` values."""
     if kind == "int8":
         return bytes_N[:count].view(torch.int8)
     if kind == "int4":
@@ -242,7 +248,7 @@ def _from_bytes(bytes_N: Tensor, kind: str, count: int) -> Tensor:
         codes_N = torch.stack([some_N & 15, some_N >> 4], dim=1).view(-1)[:count].to(torch.int8)
         return torch.where(codes_N < 8, codes_N, codes_N - 16)
     dtype = VALUES[kind]
-    return bytes_N[: count * dtype.itemsize].clone().view(dtype)  # a copy: a file may put them anywhere
+    return bytes_N[: count * dtype.itemsize].clone().view(dtype)  # a copy: their offset in a file may be odd
 
 
 def _bytes_of(count: int, kind: str) -> int:

@@ -1,9 +1,10 @@
 """Two-four matrices of 4-bit codes in tiles of 32 rows, as the kernel reads them: the fast form of `sparse`.
 
-Bytes belong to two values of 32 rows side by side: byte 2·r + j to value j of rows r and 16 + r of the tile. For every
-four columns a byte of codes holds both rows' codes (the lower half byte that of row r), for every eight a byte of
-places holds their indices (two bits each, row r first, the first four columns in the lower half byte). Scales are
-float16, stored as int16, rows side by side. Missing rows hold zeros. 3.125 bits a weight in groups of 128 columns.
+A tile has 32 bytes side by side: byte 2·r + j belongs to value j of rows r and 16 + r. For every four columns, a byte
+of codes holds the codes of both rows, that of row r in the lower half byte. For every eight columns, a byte of metadata
+holds their indices, of two bits each. Row r comes first, the first four columns are in the lower half byte. Scales are
+float16, stored as int16, rows side by side. Missing rows hold zeros. A weight costs 3.125 bits in groups of 128
+columns. The tensor of the metadata has the name `places` in the file.
 
 Legend: O outputs, I inputs, T tiles, G groups of columns that share a scale, F groups of four columns.
 """
@@ -19,64 +20,64 @@ from niwaki.formats.quantized import TILE
 from niwaki.formats.sparse import Sparse
 
 LAYOUT = "two_four_tiles"
-BLOCK_COLUMNS = 32  # that share a scale of the inputs: groups hold whole blocks
+BLOCK_COLUMNS = 32  # inputs that share a scale in the kernel; groups hold whole blocks
 NAMES = ("places", "values", "scale")
 
 
 @dataclass(frozen=True)
 class Tiled:
-    """A matrix [rows, columns]: `places` uint8 [T, I/8, 32], `values` uint8 [T, I/4, 32], `scale` int16 [G, 32·T]."""
+    """Matrix [rows, columns]: metadata uint8 [T, I/8, 32], values uint8 [T, I/4, 32], scales int16 [G, 32·T]."""
 
     size: int
     columns: int
     group: int
-    places_TBR: Tensor
+    metadata_TBR: Tensor
     values_TFR: Tensor
     scale_GO: Tensor
 
     @classmethod
     def encode(cls, record: Sparse) -> "Tiled | None":
-        """A record of `sparse` in tiles; None if it is of another kind, or its columns are no whole blocks."""
+        """Return a record of `sparse` in tiles; None for another kind, or for columns that are no whole blocks."""
         whole = fits_tiles(record.columns, record.group)
         if (record.layout, record.values) != ("two_four", "int4") or not whole or record.scale_OG is None:
             return None
-        rows, fours = len(record.places_OB), record.columns // 4
+        rows, fours = len(record.metadata_OB), record.columns // 4
         codes_N = record.values_N[: rows * fours]
         codes_OFJ = torch.stack([codes_N & 15, codes_N >> 4], dim=1).view(rows, fours, 2)
-        halves_OF = torch.stack([record.places_OB & 15, record.places_OB >> 4], dim=2).view(rows, fours)
+        halves_OF = torch.stack([record.metadata_OB & 15, record.metadata_OB >> 4], dim=2).view(rows, fours)
         index_OFJ = torch.stack([halves_OF & 3, halves_OF >> 2], dim=2)
         codes_THFR, index_THFR = _side_by_side(codes_OFJ), _side_by_side(index_OFJ)
         keys_TFR = index_THFR[:, 0] | (index_THFR[:, 1] << 2)
         scale_GO = torch.nn.functional.pad(record.scale_OG.T, (0, -rows % TILE)).contiguous()
-        places_TBR = keys_TFR[:, ::2] | (keys_TFR[:, 1::2] << 4)
+        metadata_TBR = keys_TFR[:, ::2] | (keys_TFR[:, 1::2] << 4)
         values_TFR = codes_THFR[:, 0] | (codes_THFR[:, 1] << 4)
-        return cls(rows, record.columns, record.group, places_TBR, values_TFR, scale_GO)
+        return cls(rows, record.columns, record.group, metadata_TBR, values_TFR, scale_GO)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name."""
-        return {"places": self.places_TBR, "values": self.values_TFR, "scale": self.scale_GO}
+        """Return the stored tensors by name."""
+        return {"places": self.metadata_TBR, "values": self.values_TFR, "scale": self.scale_GO}
 
     def describe(self) -> dict[str, Any]:
-        """What a reader needs beside the tensors."""
+        """Return the description that a reader needs beside the tensors."""
         about = {"layout": LAYOUT, "values": "int4", "bytes": self.values_TFR.numel(), "group": self.group}
         return {"shape": [self.size, self.columns], "sparse": about}
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> "Tiled":
-        """The record that `tensors()` and `describe()` tell of."""
+        """Return the record with these `tensors()` and this `describe()`."""
         rows, columns = about["shape"]
         return cls(rows, columns, about["sparse"]["group"], *(tensors[name] for name in NAMES))
 
     def rows(self, first: int, last: int) -> "Tiled":
-        """Rows [first, last) as a record of their own; `first` begins a tile."""
+        """Return rows [first, last) as a record; `first` begins a tile."""
         assert first % TILE == 0
         tiles = slice(first // TILE, -(-last // TILE))
         scale_GO = self.scale_GO[:, first : -(-last // TILE) * TILE]
-        return Tiled(last - first, self.columns, self.group, self.places_TBR[tiles], self.values_TFR[tiles], scale_GO)
+        return Tiled(last - first, self.columns, self.group, self.metadata_TBR[tiles], self.values_TFR[tiles], scale_GO)
 
     def decode(self) -> Tensor:
-        """The matrix [O, I] in float32."""
-        keys_TFR = torch.stack([self.places_TBR & 15, self.places_TBR >> 4], dim=2).flatten(1, 2)
+        """Return the matrix [O, I] in float32."""
+        keys_TFR = torch.stack([self.metadata_TBR & 15, self.metadata_TBR >> 4], dim=2).flatten(1, 2)
         index_OFJ = _in_rows(torch.stack([keys_TFR & 3, keys_TFR >> 2], dim=1))
         codes_OFJ = _in_rows(torch.stack([self.values_TFR & 15, self.values_TFR >> 4], dim=1)).to(torch.int8)
         signed_OFJ = torch.where(codes_OFJ < 8, codes_OFJ, codes_OFJ - 16).float()
@@ -88,18 +89,18 @@ class Tiled:
 
 
 def fits_tiles(columns: int, group: int) -> bool:
-    """Whether columns and groups are whole blocks."""
+    """Return whether columns and groups are whole blocks."""
     return columns % BLOCK_COLUMNS == 0 and (group >= columns or group % BLOCK_COLUMNS == 0)
 
 
 def tile_bytes(rows: int, columns: int, group: int) -> int:
-    """What a matrix of this shape takes."""
+    """Return the bytes of a matrix of this shape."""
     padded = -(-rows // TILE) * TILE
     return padded * (columns // 8 + columns // 4 + 2 * -(-columns // group))
 
 
 def stored_shapes(about: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of every tensor of a record with this description."""
+    """Return dtype and shape of every tensor of a record with this description."""
     (rows, columns), group = about["shape"], about["sparse"]["group"]
     tiles = -(-rows // TILE)
     return {
@@ -110,13 +111,13 @@ def stored_shapes(about: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tupl
 
 
 def _side_by_side(values_OFJ: Tensor) -> Tensor:
-    """[O, F, 2] → [T, 2, F, 32]: the halves of a tile, and in each the two values of 16 rows."""
+    """Transpose [O, F, 2] to [T, 2, F, 32]: the halves of a tile, and in each the two values of 16 rows."""
     rows, fours, _ = values_OFJ.shape
     padded = torch.nn.functional.pad(values_OFJ, (0, 0, 0, 0, 0, -rows % TILE))
     return padded.view(-1, 2, TILE // 2, fours, 2).transpose(2, 3).reshape(-1, 2, fours, TILE)
 
 
 def _in_rows(values_THFR: Tensor) -> Tensor:
-    """What `_side_by_side` began with, missing rows included."""
+    """Invert `_side_by_side`, missing rows included."""
     tiles, _, fours, _ = values_THFR.shape
     return values_THFR.view(tiles, 2, fours, TILE // 2, 2).transpose(2, 3).reshape(tiles * TILE, fours, 2)

@@ -35,7 +35,7 @@ from torch import Tensor
 from niwaki.config.recipe import KeepUnits, Kind, Sparsity, Target, Unit
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
-from niwaki.formats.packed import Packed
+from niwaki.formats.record import Packed
 from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, gram_factors, products
 from niwaki.methods.shared.block_training import Reconstruction, Schedule, descend, learning_cost, learning_needs
 from niwaki.methods.shared.column_sweep import check_damping, inverse

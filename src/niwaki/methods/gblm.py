@@ -23,7 +23,7 @@ import torch
 from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.data.statistics import UNREACHED, Needs
 from niwaki.data.stream import CalibrationData
-from niwaki.formats.packed import Packed
+from niwaki.formats.record import Packed
 from niwaki.methods.cost import Scope, Work, masks
 from niwaki.methods.shared.masks import keep_by_row
 from niwaki.model.decoder import Block

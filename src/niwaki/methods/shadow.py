@@ -31,7 +31,7 @@ from niwaki.config.recipe import Sparsity, Target
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.errors import InputError
-from niwaki.formats.packed import Packed
+from niwaki.formats.record import Packed
 from niwaki.methods.cost import Scope, Work
 from niwaki.model.decoder import Block
 from niwaki.runtime.contextual.criteria import CRITERIA

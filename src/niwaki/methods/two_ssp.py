@@ -22,7 +22,7 @@ from torch import Tensor
 from niwaki.config.recipe import KeepUnits, Kind, Sparsity, Target, Unit
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
-from niwaki.formats.packed import Packed
+from niwaki.formats.record import Packed
 from niwaki.methods.shared.unit_pruning import Choice, kept_of, unit_by_unit, without
 from niwaki.model.decoder import Block
 from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSearch, ShapeSpace

@@ -18,8 +18,8 @@ from niwaki.formats.quantized import (
     TILE,
     assemble,
     centre,
-    column_places,
     pack_codes,
+    part_columns,
     read_parts,
     stored_names,
     unpack_codes,
@@ -191,13 +191,13 @@ class PackedLinear(nn.Module):
         """The inputs that the columns of all parts are, side by side; None: all, in order."""
         if len(self.described) == 1:
             return None
-        return torch.cat(column_places(self.stored(), self.described, self.in_features))
+        return torch.cat(part_columns(self.stored(), self.described, self.in_features))
 
     def _part(self, number: int, about: Mapping[str, Any]) -> PlanePart:
         buffers = self.stored()
         scale_GO, zero = buffers[f"scale_{number}"], buffers.get(f"zero_{number}")
         mixed = len(self.described) > 1
-        columns_C = column_places(buffers, self.described, self.in_features)[number].int() if mixed else None
+        columns_C = part_columns(buffers, self.described, self.in_features)[number].int() if mixed else None
         part = PlanePart(
             buffers[f"planes_{number}"],
             scale_GO,

@@ -92,7 +92,7 @@ class SparseLinear(nn.Module):
                 tiled: Tensor = tile_product_op(x_NI, *record.tensors().values(), record.size, record.group)
                 return tiled
             found: Tensor = sparse_product_op(
-                x_NI, record.places_OB, record.values_N, record.starts_O, record.scale_OG,
+                x_NI, record.metadata_OB, record.values_N, record.starts_O, record.scale_OG,
                 record.layout, record.values, record.group,
             )  # fmt: skip
             return found
@@ -112,11 +112,11 @@ class SparseLinear(nn.Module):
                 layer = for_gpu(record)
             elif isinstance(record, Tiled):
                 layer = prepared_tiles(
-                    record.places_TBR, record.values_TFR, record.scale_GO, record.size, record.columns, record.group
+                    record.metadata_TBR, record.values_TFR, record.scale_GO, record.size, record.columns, record.group
                 )
             else:
                 layer = prepared_layer(
-                    record.places_OB, record.values_N, record.starts_O, record.scale_OG,
+                    record.metadata_OB, record.values_N, record.starts_O, record.scale_OG,
                     record.columns, record.layout, record.values, record.group,
                 )  # fmt: skip
             assert values is not None
@@ -136,7 +136,7 @@ class SparseLinear(nn.Module):
 def for_gpu(record: Sparse | Tiled) -> GpuRecord:
     """A record as the kernels of a GPU take it."""
     if isinstance(record, Tiled):
-        tiles = record.places_TBR, record.values_TFR, None, record.scale_GO
+        tiles = record.metadata_TBR, record.values_TFR, None, record.scale_GO
         return gpu_record(record.size, record.columns, record.group, LAYOUT, "int4", *tiles)
-    tensors = record.places_OB, record.values_N, record.starts_O, record.scale_OG
-    return gpu_record(len(record.places_OB), record.columns, record.group, record.layout, record.values, *tensors)
+    tensors = record.metadata_OB, record.values_N, record.starts_O, record.scale_OG
+    return gpu_record(len(record.metadata_OB), record.columns, record.group, record.layout, record.values, *tensors)

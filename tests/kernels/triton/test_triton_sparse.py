@@ -183,7 +183,7 @@ def test_the_table_of_a_bitmap_counts_the_values_up_to_every_64_columns() -> Non
     generator = torch.Generator().manual_seed(0)
     keep_OI = torch.rand(5, 1000, generator=generator) < 0.5
     record = Sparse.encode(keep_OI.float(), layout="bitmap")
-    ranks = ranks_of(record.places_OB)
+    ranks = ranks_of(record.metadata_OB)
     assert ranks.shape == (5, 16) and ranks.dtype == torch.int16
     for chunk in range(16):
         assert torch.equal(ranks[:, chunk].int() & 0xFFFF, keep_OI[:, : 64 * (chunk + 1)].sum(1).int())

@@ -25,7 +25,7 @@ class Model(nn.Module):
 
 def layer(encode: Any, kind: Any) -> Any:
     stored = encode(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).bfloat16())
-    found = kind(64, 128, stored.about, bias=False)
+    found = kind(64, 128, stored.description, bias=False)
     found.load_state_dict(dict(stored.tensors))
     return found
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from niwaki.config.recipe import Bits, parse_target
 from niwaki.errors import TargetError
-from niwaki.formats.packed import Packed
+from niwaki.formats.record import Packed
 from niwaki.methods.shared.binary import (
     SPLIT_FRACS,
     check_reach,

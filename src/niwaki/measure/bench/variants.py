@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from niwaki.config.recipe import NM, Sparsity
 from niwaki.errors import ArchitectureError, InputError, TargetError
-from niwaki.formats.packed import Packed, Stored
+from niwaki.formats.record import Packed, PackedTensors
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import Tiled
 from niwaki.measure.bench.models import twin
@@ -67,19 +67,19 @@ class Variant:
     make: Callable[[Any, Anatomy], Made]
 
 
-def bitmap(weight_OI: Tensor) -> Stored:
+def bitmap(weight_OI: Tensor) -> PackedTensors:
     """Half zeros, those of the smallest weights of every row."""
     keep_OI = keep_by_row(weight_OI.float().abs(), Sparsity(0.5))
-    return _stored(Sparse.encode(_masked(weight_OI, keep_OI), layout="bitmap"))
+    return PackedTensors.of_nonzeros(Sparse.encode(_masked(weight_OI, keep_OI), layout="bitmap"))
 
 
-def two_four(weight_OI: Tensor) -> Stored:
+def two_four(weight_OI: Tensor) -> PackedTensors:
     """The two smallest of every four zero."""
     keep_OI = keep_by_row(weight_OI.float().abs(), NM(2, 4))
-    return _stored(Sparse.encode(_masked(weight_OI, keep_OI), layout="two_four"))
+    return PackedTensors.of_nonzeros(Sparse.encode(_masked(weight_OI, keep_OI), layout="two_four"))
 
 
-def two_four_codes(weight_OI: Tensor) -> Stored:
+def two_four_codes(weight_OI: Tensor) -> PackedTensors:
     """The same with codes of 4 bits, in the tiles that the kernels read where the columns allow it."""
     keep_OI = keep_by_row(weight_OI.float().abs(), NM(2, 4))
     columns = weight_OI.shape[1]
@@ -87,17 +87,17 @@ def two_four_codes(weight_OI: Tensor) -> Stored:
     (part,) = nearest(_masked(weight_OI, keep_OI).float(), groups, clip=False).storable().parts(torch.arange(columns))
     record = Sparse.encode_codes(part, keep_OI, layout="two_four")
     assert record is not None, "symmetric codes of 4 bits in groups of whole bytes"
-    return _stored(Tiled.encode(record) or record)
+    return PackedTensors.of_nonzeros(Tiled.encode(record) or record)
 
 
-def four_bits(weight_OI: Tensor) -> Stored:
+def four_bits(weight_OI: Tensor) -> PackedTensors:
     """Affine codes, a scale and a zero code for every group."""
     columns = weight_OI.shape[1]
     groups = groups_of(0, columns, 4, "affine", _group(columns))
     return _codes(weight_OI, torch.arange(columns), groups)
 
 
-def mixed_bits(weight_OI: Tensor) -> Stored:
+def mixed_bits(weight_OI: Tensor) -> PackedTensors:
     """A fifth of the columns, chosen at random, before the others; one scale a row for each kind."""
     columns = weight_OI.shape[1]
     count = round(SALIENT_FRAC * columns / 8) * 8
@@ -116,24 +116,20 @@ def _group(columns: int) -> int:
     return group
 
 
-def _codes(weight_OI: Tensor, order_I: Tensor, groups: Any) -> Stored:
+def _codes(weight_OI: Tensor, order_I: Tensor, groups: Any) -> PackedTensors:
     record = Packed.codes(nearest(weight_OI.float(), groups, clip=False).storable().parts(order_I))
-    return Stored(record.tensors(), record.describe())
-
-
-def _stored(record: Sparse | Tiled) -> Stored:
-    return Stored(record.tensors(), record.describe())
+    return record.packed_codes()
 
 
 def _masked(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
     return torch.where(keep_OI, weight_OI, weight_OI.new_zeros(()))
 
 
-def packed(encode: Callable[[Tensor], Stored]) -> Callable[[Any, Anatomy], Made]:
+def packed(encode: Callable[[Tensor], PackedTensors]) -> Callable[[Any, Anatomy], Made]:
     """A form whose matrices are all stored as `encode` makes them of the first of their shape."""
 
     def make(model: Any, anatomy: Anatomy) -> Made:
-        made, known, left = twin(model), dict[tuple[int, int], Stored](), 0
+        made, known, left = twin(model), dict[tuple[int, int], PackedTensors](), 0
         for index, block in enumerate(anatomy.blocks):
             for matrix in block.linears.values():
                 name = anatomy.prefix(index) + matrix.name
@@ -163,15 +159,15 @@ def _plain_linear(model: nn.Module, name: str) -> nn.Linear | None:
     return module if isinstance(module, nn.Linear) else None
 
 
-def _moved(stored: Stored, device: torch.device) -> Stored:
-    return Stored({name: tensor.to(device) for name, tensor in stored.tensors.items()}, stored.about)
+def _moved(stored: PackedTensors, device: torch.device) -> PackedTensors:
+    return PackedTensors({name: tensor.to(device) for name, tensor in stored.tensors.items()}, stored.description)
 
 
-def _layer(module: nn.Linear, stored: Stored) -> nn.Module:
+def _layer(module: nn.Linear, stored: PackedTensors) -> nn.Module:
     """A packed layer with a copy of these tensors and the bias of a dense one."""
-    kind = SparseLinear if "sparse" in stored.about else PackedLinear
+    kind = SparseLinear if "sparse" in stored.description else PackedLinear
     with torch.device(module.weight.device):
-        layer = kind(module.out_features, module.in_features, stored.about, bias=False)
+        layer = kind(module.out_features, module.in_features, stored.description, bias=False)
     layer.load_state_dict(dict(stored.tensors))
     layer.bias = module.bias
     return layer

@@ -2,7 +2,7 @@
 
 import torch
 
-from niwaki.formats.packed import Packed, method_bits
+from niwaki.formats.record import Packed
 
 
 def test_masked_record() -> None:
@@ -22,9 +22,3 @@ def test_a_record_carries_what_the_step_before_said() -> None:
     assert (second.note, second.detail) == ("a; b", {"row_zeros": [1], "error": 1})
     assert torch.equal(second.weight_OI, 2 * weight)
     assert first.after(first).note == "a"
-
-
-def test_bits_counted_by_methods_are_a_mean_over_weights() -> None:
-    lines = [{"shape": [2, 8], "method_bytes": 4}, {"shape": [4, 8], "method_bytes": 12}, {"shape": [9, 9]}]
-    assert method_bits(lines) == {"method_bits": round(8 * 16 / 48, 4)}
-    assert method_bits(lines[2:]) == {}
