@@ -45,6 +45,7 @@ simulate skip slice slide smooth solve sort spend split spread stack start state
 suggest sum supply swap sweep switch take tell test tie time tokenize total touch trace track train transform translate
 transpose try tune turn undo unpack update upload use validate verify visit wait walk warn watch weigh widen wrap write
 yield zero
+discover
 """.split()  # noqa: SIM905
 )
 

@@ -11,7 +11,7 @@ import transformers
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.model.anatomy import discover
 from niwaki.model.hf import build_skeleton
-from niwaki.model.prunable import PrunedShape, ShapeSpace, new_name, places, units_of
+from niwaki.model.prunable import PrunedShape, ShapeSpace, group_indices, new_name, units_of
 from support.families import COMMON, GQA, families
 
 COVERED = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt")
@@ -111,8 +111,8 @@ def test_shapes_tell_what_is_gone_and_whether_a_config_can_say_it() -> None:
 
 def test_places_and_names() -> None:
     unit = sizes_of(families()["llama"].config).units["heads"]
-    assert places(unit, [1], 32).tolist() == list(range(16, 32))
-    assert places(unit, [1], 16).tolist() == list(range(8, 16))
+    assert group_indices(unit, [1], 32).tolist() == list(range(16, 32))
+    assert group_indices(unit, [1], 16).tolist() == list(range(8, 16))
     assert (
         new_name("model.layers.5.mlp.up_proj.weight", "model.layers", 5, (1, 3)) == "model.layers.3.mlp.up_proj.weight"
     )

@@ -48,7 +48,7 @@ def embeddings_to_pack(recipe: Recipe, target: Target, decoder: Decoder) -> Tens
         )
     if recipe.pack == "none":
         raise TargetError(f"embeddings {width} stores codes, and pack none stores none: leave one of the two out")
-    tensor_names = decoder.end_matrices()
+    tensor_names = decoder.embedding_matrices()
     for module, names in tensor_names.items():
         if not names:
             raise CheckpointError(f"{decoder.checkpoint.folder} has no {module}{WEIGHT}: the checkpoint is incomplete")

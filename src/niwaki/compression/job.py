@@ -138,10 +138,10 @@ class CompressionJob:
             dense = self._stream(run, "dense") if self.dense_stream else None
             if self.embeddings:
                 writer.settle()
-                self.decoder.load_ends(self._stored_embeddings(run))
+                self.decoder.load_outer(self._stored_embeddings(run))
             stream = self._stream(run, "compressed")
             gradients = self._gradients(run, report)
-            self.decoder.release_ends()
+            self.decoder.release_outer()
 
             def finished(index: int) -> dict[str, Tensor] | None:
                 return self._stored_block(run, index) if block_part(index) in run.finished else None

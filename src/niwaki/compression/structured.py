@@ -22,7 +22,7 @@ from niwaki.errors import InputError, NumericalError, TargetError
 from niwaki.model.checkpoint import Checkpoint, quantization
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.files import write_text
-from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSearch, ShapeSpace, lines_of, new_name
+from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSearch, ShapeSpace, new_name, unit_axes
 
 HELD_WINDOWS = 16  # that shapes on trial are judged by
 BIAS_FIELDS = ("attention_bias", "mlp_bias")
@@ -164,7 +164,7 @@ class ShapingJob(CompressionJob):
         anatomy = self.decoder.anatomy.blocks[index]
         found: dict[str, tuple[int, Tensor, int]] = {}
         for unit in self.sizes.units.values():
-            found |= lines_of(unit, anatomy, kept[unit.consumer])
+            found |= unit_axes(unit, anatomy, kept[unit.consumer])
         return found
 
     def _stored_block(self, run: Run, index: int) -> dict[str, Tensor]:

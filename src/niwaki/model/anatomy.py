@@ -1,16 +1,16 @@
-"""Where the blocks, matrices and shared inputs of a Hugging Face decoder are: discovered, not written down.
+"""Anatomy of a Hugging Face decoder: its blocks, matrices and shared inputs, discovered and not listed.
 
-The model is built on the meta device from its config. Its embeddings, norms and head (the *ends*) get real
-but empty memory, and one short forward runs through it. Each block is replaced by a stub that records the
-arguments the model calls it with; the first block of each distinct structure really runs, under a dry tap that
-sees which weights multiply which activations and answers zeros instead of multiplying. From that follow:
+The model is built on the meta device from its config. The modules outside the blocks (embeddings, norms, LM head) get
+empty memory, and one short forward runs through the model. A stub replaces each block and records its call arguments.
+The first block of each distinct structure runs under a dry `MatmulObserver`, which records the weight and the
+activation of each product and returns zeros. The result:
 
-- every matrix, its orientation and, for fused 3-D expert tensors, one matrix per expert;
+- each matrix, its orientation and, for fused 3-D expert tensors, one matrix per expert;
 - the groups of matrices that read the same input (they share statistics);
-- what stays dense on purpose: routers, gates with one output, vectors.
+- the weights that stay dense on purpose: routers, gates with one output, vectors.
 
-A block weight of two or more dimensions that met no activation is an error that names it: nothing is skipped
-silently. Cost: address space, not memory, and the time of one 8-token forward per structure.
+A block weight of two or more dimensions that met no activation is an error that names it. Nothing is skipped silently.
+Cost: address space, not memory, and the time of one 8-token forward per structure.
 
     skeleton = build_skeleton(config, torch.float32)
     anatomy = discover(skeleton)
@@ -35,10 +35,10 @@ PROBE_TOKENS = 8
 
 @dataclass(frozen=True)
 class Linear:
-    """One matrix of a block, [rows, columns] = [outputs, inputs] however it is stored.
+    """One matrix of a block, with [rows, columns] = [outputs, inputs] in any storage order.
 
-    `expert` is the index into a fused [E, ., .] parameter; `group` names the first matrix that reads the
-    same input, itself included.
+    `expert` is the index into a fused [E, ., .] parameter. `group` names the first matrix that reads the same input,
+    which may be this one.
     """
 
     name: str
@@ -50,14 +50,17 @@ class Linear:
     group: str
 
     def view(self, parameter: Tensor) -> Tensor:
-        """The matrix as an [O, I] view of its parameter (or of the parameter's gradient)."""
+        """Return the matrix as an [O, I] view of its parameter, or of the gradient of the parameter."""
         stored = parameter if self.expert is None else parameter[self.expert]
         return stored.T if self.transposed else stored
 
 
 @dataclass(frozen=True)
 class BlockAnatomy:
-    """Structure of one decoder block. `kept_dense` names weights of ≥2 dimensions left alone on purpose."""
+    """Structure of one decoder block.
+
+    `kept_dense` names weights of two or more dimensions that stay dense on purpose.
+    """
 
     linears: dict[str, Linear]
     kept_dense: tuple[str, ...]
@@ -65,60 +68,60 @@ class BlockAnatomy:
 
     @property
     def groups(self) -> dict[str, tuple[Linear, ...]]:
-        """Matrices by shared input, keyed by the first one's name, in the order of the forward pass."""
+        """Return the matrices by shared input, keyed by the name of the first one, in the order of the forward pass."""
         found: dict[str, tuple[Linear, ...]] = {}
         for linear in self.linears.values():
             found[linear.group] = (*found.get(linear.group, ()), linear)
         return found
 
     def sharing(self, names: Container[str]) -> list[list[str]]:
-        """Those of `names` that read the same input, together, in the order of the forward pass."""
+        """Group `names` by shared input, in the order of the forward pass."""
         found = [[linear.name for linear in members if linear.name in names] for members in self.groups.values()]
         return [group for group in found if group]
 
     @property
     def weights(self) -> int:
-        """Number of weights in all matrices."""
+        """Return the number of weights in all matrices."""
         return sum(linear.rows * linear.columns for linear in self.linears.values())
 
     def wrap(self, hidden: Tensor) -> Any:
-        """`hidden` in the form this block returns it (alone, or first of a tuple)."""
+        """Return `hidden` in the form of the block output: alone, or first in a tuple."""
         return hidden if self.tuple_size is None else (hidden, *[None] * (self.tuple_size - 1))
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """`path` names the module list of blocks, `blocks` gives the structure of each."""
+    """Anatomy of a decoder: `path` names the module list of blocks, `blocks` holds the structure of each."""
 
     path: str
     blocks: tuple[BlockAnatomy, ...]
 
     def prefix(self, index: int) -> str:
-        """Name prefix of the parameters of one block, with the final dot."""
+        """Return the name prefix of the parameters of one block, with the final dot."""
         return f"{self.path}.{index}."
 
     @property
     def weights(self) -> int:
-        """Number of weights in all matrices of all blocks."""
+        """Return the number of weights in all matrices of all blocks."""
         return sum(block.weights for block in self.blocks)
 
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of one block besides its hidden state, as the model passed them."""
+    """Call arguments of one block besides its hidden state, as the model passed them."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def __call__(self, module: nn.Module, x_BTD: Tensor) -> Tensor:
-        """Runs the block on `x_BTD` [B, T, D] and returns its hidden state, same shape."""
+        """Run the block on `x_BTD` [B, T, D] and return its hidden state of the same shape."""
         out = module(x_BTD, *self.args, **self.kwargs)
         hidden_BTD: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden_BTD
 
 
 def find_blocks(skeleton: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The module list that holds most parameters: the decoder's blocks."""
+    """Find the module list with the most parameters: the blocks of the decoder."""
     lists = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ArchitectureError(
@@ -128,9 +131,9 @@ def find_blocks(skeleton: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def discover(skeleton: Any) -> Anatomy:
-    """Finds the anatomy of a skeleton on the meta device; leaves it on the meta device.
+    """Discover the anatomy of a skeleton on the meta device and leave the skeleton there.
 
-    Raises ArchitectureError naming the weights that no matrix covers.
+    Raises ArchitectureError with the names of weights that no matrix covers.
     """
     path, blocks = find_blocks(skeleton)
     known: dict[Any, BlockAnatomy] = {}
@@ -144,10 +147,10 @@ def discover(skeleton: Any) -> Anatomy:
         found.append(known[signature])
         return found[-1].wrap(hidden_BTD)
 
-    with _empty_ends(skeleton, path) as ends, stubbed(blocks, probe):
+    with _empty_outer_modules(skeleton, path) as outer, stubbed(blocks, probe):
         ids_BT = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)
         try:
-            with torch.no_grad(), MatmulObserver(weight_pointers(ends), lambda name, x, transposed: None, dry=True):
+            with torch.no_grad(), MatmulObserver(weight_pointers(outer), lambda name, x, transposed: None, dry=True):
                 skeleton(input_ids=ids_BT, use_cache=False)
         except InputError:
             raise
@@ -165,9 +168,9 @@ def discover(skeleton: Any) -> Anatomy:
 
 @contextmanager
 def stubbed(blocks: nn.ModuleList, stub: Callable[[int, Call, Tensor], Any]) -> Iterator[None]:
-    """Replaces the forward of every block: the model calls `stub(index, call, hidden)` instead.
+    """Replace the forward of each block: the model calls `stub(index, call, hidden)`.
 
-    Only `forward` is replaced, so the model still reads attributes such as `attention_type` of its blocks.
+    Only `forward` is replaced, so the model still reads attributes of its blocks such as `attention_type`.
     """
 
     def make(index: int) -> Callable[..., Any]:
@@ -193,19 +196,19 @@ def stubbed(blocks: nn.ModuleList, stub: Callable[[int, Call, Tensor], Any]) -> 
 _CACHE_ARGUMENTS = {"past_key_values", "past_key_value", "layer_past", "use_cache", "cache_position"}
 
 
-def ends_of(skeleton: nn.Module, path: str) -> Iterator[nn.Module]:
-    """Every module that lies outside the blocks."""
+def outer_modules(skeleton: nn.Module, path: str) -> Iterator[nn.Module]:
+    """Yield each module outside the blocks."""
     for name, module in skeleton.named_modules():
         if not name.startswith(f"{path}."):
             yield module
 
 
 @contextmanager
-def _empty_ends(skeleton: Any, path: str) -> Iterator[Mapping[str, Tensor]]:
-    """Yields the ends' parameters, which have memory for the time of the probe."""
-    ends = list(ends_of(skeleton, path))
-    held = [(module, dict(module._parameters), dict(module._buffers)) for module in ends]
-    for module in ends:
+def _empty_outer_modules(skeleton: Any, path: str) -> Iterator[Mapping[str, Tensor]]:
+    """Yield the parameters outside the blocks, which have memory during the probe."""
+    modules = list(outer_modules(skeleton, path))
+    held = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
+    for module in modules:
         for name, parameter in module.named_parameters(recurse=False):
             module._parameters[name] = _untouched(parameter)
         for part_name, buffer in module.named_buffers(recurse=False):
@@ -213,7 +216,7 @@ def _empty_ends(skeleton: Any, path: str) -> Iterator[Mapping[str, Tensor]]:
         if module._buffers:
             skeleton._init_weights(module)
     parameters = {
-        f"{number}.{n}": p for number, m in enumerate(ends) for n, p in m._parameters.items() if p is not None
+        f"{number}.{n}": p for number, m in enumerate(modules) for n, p in m._parameters.items() if p is not None
     }
     try:
         yield parameters
@@ -224,13 +227,13 @@ def _empty_ends(skeleton: Any, path: str) -> Iterator[Mapping[str, Tensor]]:
 
 
 def _untouched(meta: Tensor) -> nn.Parameter:
-    """Memory in the shape of a meta parameter. Matrices stay unwritten: a dry tap never reads them."""
+    """Allocate memory in the shape of a meta parameter. Matrices stay unwritten: a dry observer never reads them."""
     make = torch.zeros if meta.dim() < 2 else torch.empty
     return nn.Parameter(make(meta.shape, dtype=meta.dtype, device="cpu"), requires_grad=False)
 
 
 def _probe_block(skeleton: Any, meta: nn.Module, where: str, call: Call, hidden_BTD: Tensor) -> BlockAnatomy:
-    """Runs a copy of one block under a dry tap and reads its structure."""
+    """Run a copy of one block under a dry observer and read its structure."""
     module = copy.deepcopy(meta)
     vars(module).pop("forward", None)  # the stub was copied along
     for part in module.modules():
@@ -239,14 +242,14 @@ def _probe_block(skeleton: Any, meta: nn.Module, where: str, call: Call, hidden_
     materialize_buffers(skeleton, module, "cpu")
 
     parameters = {name: p for name, p in module.named_parameters() if p.dim() >= 2}
-    sightings: dict[str, tuple[Tensor, int, bool]] = {}
+    observations: dict[str, tuple[Tensor, int, bool]] = {}
 
-    def seen(name: str, x: Tensor, transposed: bool) -> None:
-        sightings.setdefault(name, (x, x._version, transposed))
+    def observe(name: str, x: Tensor, transposed: bool) -> None:
+        observations.setdefault(name, (x, x._version, transposed))
 
-    with torch.no_grad(), MatmulObserver(weight_pointers(parameters), seen, dry=True):
+    with torch.no_grad(), MatmulObserver(weight_pointers(parameters), observe, dry=True):
         out = module(hidden_BTD, *call.args, **call.kwargs)
-    linears, kept_dense = _read_sightings(parameters, sightings)
+    linears, kept_dense = _read_observations(parameters, observations)
     uncovered = [
         f"{name} {list(parameters[name].shape)}"
         for name in parameters
@@ -261,7 +264,7 @@ def _probe_block(skeleton: Any, meta: nn.Module, where: str, call: Call, hidden_
 
 
 def weight_pointers(parameters: Mapping[str, Tensor]) -> dict[int, str]:
-    """Address of the first element of every matrix → its sighting name (`parameter` or `parameter[expert]`)."""
+    """Map the address of the first element of each matrix to its name: `parameter` or `parameter[expert]`."""
     pointers: dict[int, str] = {}
     for name, parameter in parameters.items():
         if parameter.dim() == 2:
@@ -272,16 +275,16 @@ def weight_pointers(parameters: Mapping[str, Tensor]) -> dict[int, str]:
     return pointers
 
 
-def _read_sightings(
-    parameters: Mapping[str, Tensor], sightings: Mapping[str, tuple[Tensor, int, bool]]
+def _read_observations(
+    parameters: Mapping[str, Tensor], observations: Mapping[str, tuple[Tensor, int, bool]]
 ) -> tuple[dict[str, Linear], tuple[str, ...]]:
-    """Matrices in the order they were met, and the names of routers and one-output gates."""
+    """Return the matrices in the order of their products, and the names of routers and gates with one output."""
     stacks = {name: p.shape[0] for name, p in parameters.items() if p.dim() == 3}
     leaders: dict[Any, str] = {}
     linears: dict[str, Linear] = {}
     kept_dense: list[str] = []
-    for sighting, (x, version, transposed) in sightings.items():
-        parameter = sighting.partition("[")[0]
+    for observed, (x, version, transposed) in observations.items():
+        parameter = observed.partition("[")[0]
         shape = parameters[parameter].shape[-2:]
         rows, columns = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
         same_input = (x.data_ptr(), x.numel(), version)
@@ -302,7 +305,7 @@ def _read_sightings(
 
 
 def linear_name(parameter: str, expert: int | None) -> str:
-    """`mlp.up_proj.weight` → `mlp.up_proj`; expert 3 of `mlp.experts.down_proj` → `mlp.experts.3.down_proj`."""
+    """Name a matrix: `mlp.up_proj.weight` → `mlp.up_proj`; expert 3 of `e.down_proj` → `e.3.down_proj`."""
     if expert is None:
         return parameter.removesuffix(".weight")
     module, _, leaf = parameter.rpartition(".")
@@ -310,7 +313,7 @@ def linear_name(parameter: str, expert: int | None) -> str:
 
 
 def _is_router(parameter: str, rows: int, stacks: dict[str, int]) -> bool:
-    """One output per expert, in the module that holds the experts: it routes, and routing is kept exact."""
+    """Return True for a router, which stays exact: one output per expert, in the module that holds the experts."""
     return any(
         rows == experts and parameter.startswith(stack.rpartition(".")[0].rpartition(".")[0] + ".")
         for stack, experts in stacks.items()

@@ -1,7 +1,6 @@
-"""A model folder of safetensors, read lazily by name.
+"""A model folder of safetensors, read lazily by tensor name.
 
-Only safetensors is ever read (a pickle can run code), shard names must be plain file names, and no remote
-code is loaded.
+Only safetensors is read, since a pickle can run code. Shard names must be plain file names. No remote code is loaded.
 
     checkpoint = Checkpoint.open("MODEL")
     weights = checkpoint.read(["model.layers.0.mlp.up_proj.weight"])
@@ -46,7 +45,7 @@ _DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is; `nbytes` counts its stored bytes."""
+    """Header of a tensor: its shard, dtype and shape. `nbytes` counts its stored bytes."""
 
     shard: str
     dtype: str
@@ -66,10 +65,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model: str | Path) -> "Checkpoint":
-        """Opens a local folder or hub id. Raises CheckpointError in one line for anything unusable.
+        """Open a local folder or hub id. Raises CheckpointError with one line for anything unusable.
 
-        Modules that niwaki quantized appear among the tensors as the weights they stand for; `packed` describes them.
-        `shapes` are those of matrices that the config would build otherwise (see `resizing`).
+        Packed modules of niwaki appear among the tensors as their decoded weights, and `packed` describes them.
+        `shapes` holds the matrices whose shape differs from the config (see `niwaki.model.hf`).
         """
         folder = local_folder(str(model))
         config = _read_config(folder)
@@ -79,26 +78,29 @@ class Checkpoint:
         return cls(folder, config, tensors, modules, stored.get("shapes", {}))
 
     def require_plain(self) -> None:
-        """Raises CheckpointError for a checkpoint that is quantized already."""
+        """Raise CheckpointError for a checkpoint that is quantized or packed already."""
         if self.packed:
             what, way = "quantized", "start from the bf16, fp16 or fp32 checkpoint"
             if all("sparse" in about for about in self.packed.values()):
-                what, way = "packed", "make it with --pack none to go on with it, or start from the dense checkpoint"
+                what, way = (
+                    "packed",
+                    "use --pack none to compress it further, or start from the dense checkpoint",
+                )
             raise CheckpointError(f"{self.folder} is already {what}: {way}")
 
     @property
     def shards(self) -> list[str]:
-        """File names of the shards, sorted."""
+        """Return the sorted file names of the shards."""
         return sorted({info.shard for info in self.tensors.values()})
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all shard files, headers included."""
+        """Return the bytes of all shard files, headers included."""
         return sum((self.folder / shard).stat().st_size for shard in self.shards)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point dtype that most bytes are stored in."""
+        """Return the floating-point dtype with the most stored bytes."""
         totals: dict[str, int] = {}
         for info in self.tensors.values():
             totals[info.dtype] = totals.get(info.dtype, 0) + info.nbytes
@@ -108,9 +110,9 @@ class Checkpoint:
         return STORED_DTYPES[name]
 
     def read(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, Tensor]:
-        """Tensors by name, on the CPU, as stored; `pinned` ones move to CUDA without a second copy.
+        """Read tensors by name to the CPU, as stored. `pinned` tensors move to CUDA without another copy.
 
-        Raises CheckpointError naming the first tensor that is not finite.
+        Raises CheckpointError with the name of the first tensor that is not finite.
         """
         wanted: dict[str, list[str]] = {}
         packed: dict[str, dict[str, Any]] = {}
@@ -125,11 +127,11 @@ class Checkpoint:
             with safe_open(self.folder / shard, framework="pt") as file:
                 for name in members:
                     mapped = file.get_tensor(name)
-                    # A copy: the file's mapping is dropped here and its pages with it.
+                    # A copy, so that the mapping of the file and its pages are freed here.
                     found[name] = torch.empty_like(mapped, pin_memory=pinned).copy_(mapped)
         found = decode_stored(found, packed, self.dtype) if packed else found
         for name, tensor in found.items():
-            # min and max of a tensor are NaN or infinite exactly when some element is
+            # Min and max of a tensor are NaN or infinite exactly if an element is.
             if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
                 raise CheckpointError(
                     f"{self.folder / self.tensors[name].shard}: {name} holds NaN or infinite values: "
@@ -138,32 +140,32 @@ class Checkpoint:
         return found
 
     def fingerprint(self) -> dict[str, str]:
-        """Per file, what changes when its content does: size, modification time, header (shards) or content."""
-        marks = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()}
+        """Return a hash per file that changes with its content: size, modification time and header, or content."""
+        hashes = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()}
         for shard in self.shards:
             path = (self.folder / shard).resolve()
             header = json.dumps(sorted((n, i.dtype, i.shape) for n, i in self.tensors.items() if i.shard == shard))
             status = path.stat()
-            mark = f"{status.st_size}:{status.st_mtime_ns}:{header}"
-            marks[shard] = hashlib.sha256(mark.encode()).hexdigest()
-        return marks
+            state = f"{status.st_size}:{status.st_mtime_ns}:{header}"
+            hashes[shard] = hashlib.sha256(state.encode()).hexdigest()
+        return hashes
 
     def file_hashes(self) -> dict[str, dict[str, Any]]:
-        """Per file its bytes and what was hashed of it: the config whole, a shard's header (names, shapes)."""
+        """Return bytes and hash per file: of the whole config, and of the header of a shard (names, shapes)."""
         config = self.folder / "config.json"
-        marks: dict[str, dict[str, Any]] = {"config.json": {"bytes": config.stat().st_size}}
-        marks["config.json"]["sha256"] = file_sha256(config)
+        hashes: dict[str, dict[str, Any]] = {"config.json": {"bytes": config.stat().st_size}}
+        hashes["config.json"]["sha256"] = file_sha256(config)
         for shard in self.shards:
             path = self.folder / shard
             with path.open("rb") as file:
                 prefix = file.read(8)  # the header's length, little-endian
                 header = file.read(int.from_bytes(prefix, "little"))
             digest = hashlib.sha256(prefix + header).hexdigest()
-            marks[shard] = {"bytes": path.stat().st_size, "header_sha256": digest}
-        return marks
+            hashes[shard] = {"bytes": path.stat().st_size, "header_sha256": digest}
+        return hashes
 
     def aux_files(self) -> list[Path]:
-        """Config, tokenizer and licence files that travel with the weights unchanged."""
+        """Return the config, tokenizer and licence files that a result copies unchanged."""
         return sorted(
             path
             for path in self.folder.iterdir()
@@ -174,7 +176,7 @@ class Checkpoint:
 
 
 def cut_to_shards(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> list[list[str]]:
-    """`names` in their order, cut into files of about 1 GiB."""
+    """Cut `names` in their order into shards of about 1 GiB."""
     parts: list[list[str]] = [[]]
     filled = 0
     for name in names:
@@ -187,7 +189,7 @@ def cut_to_shards(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> li
 
 
 def local_folder(model: str) -> Path:
-    """The folder of a model, fetched first if it is a hub id. Raises CheckpointError if there is none."""
+    """Return the folder of a model, which is fetched first for a hub id. Raises CheckpointError if there is none."""
     folder = model_folder(model)
     if folder is not None:
         return folder
@@ -259,7 +261,7 @@ def _stored_as(name: str, packed: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _as_plain(
     tensors: dict[str, TensorInfo], packed: Mapping[str, Mapping[str, Any]], dtype: torch.dtype
 ) -> dict[str, TensorInfo]:
-    """The tensors with quantized modules as one weight each, whose `nbytes` are the stored ones."""
+    """Return the headers with each packed module as one weight, whose `nbytes` are the stored ones."""
     plain = dict(tensors)
     label = next(name for name, known in STORED_DTYPES.items() if known == dtype)
     for module, about in packed.items():
@@ -270,12 +272,12 @@ def _as_plain(
 
 
 def quantization(modules: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """What config.json says of modules that are quantized, and of matrices with shapes of their own."""
+    """Return the `quantization_config` of config.json for packed modules and matrices with their own shape."""
     return {"quant_method": QUANT_METHOD, "format": 1, "modules": dict(modules), "shapes": dict(shapes)}
 
 
 def quantized_config(folder: Path, quantization: Mapping[str, Any]) -> str:
-    """The config.json of `folder` with this `quantization_config`."""
+    """Return the text of config.json of `folder` with this `quantization_config`."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return json.dumps({**config, "quantization_config": quantization}, indent=2) + "\n"
 

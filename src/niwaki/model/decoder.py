@@ -1,7 +1,7 @@
-"""A checkpoint opened as two ends and a chain of blocks, of which only the loaded ones take memory.
+"""A decoder read from a checkpoint block by block. Only loaded blocks take memory.
 
-The ends (embeddings, final norm, head) run through the model's own forward with its blocks replaced by
-stubs, so positions, masks, scaling and soft caps are never written a second time.
+The outer modules (embeddings, final norm, LM head) run through the forward of the model itself, with stubs in place of
+its blocks. So positions, masks, scaling and soft caps are never implemented again.
 
 Legend: B windows in a batch, T tokens, D hidden size, O outputs, I inputs, V vocabulary.
 
@@ -28,8 +28,8 @@ from niwaki.model.anatomy import (
     Call,
     Linear,
     discover,
-    ends_of,
     find_blocks,
+    outer_modules,
     stubbed,
     weight_pointers,
 )
@@ -43,9 +43,9 @@ from niwaki.model.matmul_observer import MatmulObserver
 class Block:
     """One decoder layer on the compute device.
 
-    `stored` holds its tensors as the checkpoint does (disk names); `changed` collects the parameters that
-    were assigned, `added` the biases that the checkpoint does not have. `packable` matrices can be stored as codes
-    under names of their own, `packed` holds the tensors of those that are.
+    `stored` holds its tensors as the checkpoint does, under their names on disk. `changed` collects the assigned
+    parameters, `added` the biases that the checkpoint does not have. `packable` matrices can be stored as packed
+    records. `packed` holds the tensors of these records.
     """
 
     index: int
@@ -60,26 +60,26 @@ class Block:
 
     @property
     def linears(self) -> dict[str, Linear]:
-        """The matrices of the block by name."""
+        """Return the matrices of the block by name."""
         return self.anatomy.linears
 
     def weight(self, name: str) -> Tensor:
-        """The matrix `name` as an [O, I] view in the compute dtype."""
+        """Return the matrix `name` as an [O, I] view in the compute dtype."""
         linear = self.linears[name]
         return linear.view(self.module.get_parameter(linear.parameter))
 
     def storage_dtype(self, name: str) -> torch.dtype:
-        """The dtype that the checkpoint stores the matrix `name` in."""
+        """Return the dtype of the matrix `name` in the checkpoint."""
         return self.storage_dtypes[self.linears[name].parameter]
 
     def assign(self, name: str, weight_OI: Tensor) -> None:
-        """Replaces the matrix `name`, rounded to its storage dtype, so that what runs is what is saved."""
+        """Replace the matrix `name`, rounded to its storage dtype: the block runs with the weights that are saved."""
         with torch.no_grad():
             self.weight(name).copy_(weight_OI.to(self.storage_dtype(name)))
         self.changed.add(self.linears[name].parameter)
 
     def silence(self, name: str) -> None:
-        """Zeroes the bias beside the matrix `name`, if it has one."""
+        """Set the bias beside the matrix `name` to zero, if it has one."""
         bias = self._bias(name)
         if bias in dict(self.module.named_parameters()):
             with torch.no_grad():
@@ -87,7 +87,7 @@ class Block:
             self.changed.add(bias)
 
     def add_bias(self, name: str, bias_O: Tensor) -> None:
-        """Adds to the bias beside the matrix `name`; one that is not there begins at zero and is noted in `added`."""
+        """Add to the bias beside the matrix `name`. A missing bias begins at zero and is noted in `added`."""
         bias, weight = self._bias(name), self.weight(name)
         part: Any = self.module.get_submodule(bias.rpartition(".")[0])
         if part.bias is None:
@@ -101,22 +101,22 @@ class Block:
         return f"{self.linears[name].parameter.removesuffix(WEIGHT)}.bias"
 
     def run(self, call: Call, x_BTD: Tensor, seen: Callable[[str, Tensor], None] | None = None) -> Tensor:
-        """One forward, differentiable if `x_BTD` is; `seen(matrix name, its input)` is called for every matrix met."""
+        """Run one forward, differentiable if `x_BTD` is. `seen(name, input)` is called for each matrix in use."""
         if seen is None:
             with torch.set_grad_enabled(x_BTD.requires_grad):
                 return call(self.module, x_BTD)
-        names = {self._sighting(linear): linear.name for linear in self.linears.values()}
+        names = {self._observed_name(linear): linear.name for linear in self.linears.values()}
 
-        def report(sighting: str, x: Tensor, _transposed: bool) -> None:
-            if sighting in names:
-                seen(names[sighting], x)
+        def observe(observed: str, x: Tensor, _transposed: bool) -> None:
+            if observed in names:
+                seen(names[observed], x)
 
         pointers = weight_pointers(dict(self.module.named_parameters()))
-        with torch.set_grad_enabled(x_BTD.requires_grad), MatmulObserver(pointers, report):
+        with torch.set_grad_enabled(x_BTD.requires_grad), MatmulObserver(pointers, observe):
             return call(self.module, x_BTD)
 
     def release(self) -> None:
-        """Frees the weights; the module goes back to the meta device, without the biases that were added to it."""
+        """Free the weights. The module returns to the meta device, without added biases."""
         for bias in self.added:
             setattr(self.module.get_submodule(bias.rpartition(".")[0]), "bias", None)  # noqa: B010 (typed as a tensor)
         self.module.to("meta")
@@ -124,14 +124,15 @@ class Block:
         return_free_memory()
 
     @staticmethod
-    def _sighting(linear: Linear) -> str:
+    def _observed_name(linear: Linear) -> str:
         return linear.parameter if linear.expert is None else f"{linear.parameter}[{linear.expert}]"
 
 
 class Decoder:
     """A causal language model read from disk one block at a time.
 
-    The compute dtype is float32 on the CPU and the checkpoint's dtype elsewhere."""
+    The compute dtype is float32 on the CPU and the dtype of the checkpoint elsewhere.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.checkpoint = checkpoint
@@ -142,36 +143,39 @@ class Decoder:
         self.anatomy = discover(self.model)
         self.path, self._blocks = find_blocks(self.model)
         self.names = weight_names(self.model, checkpoint.tensors)
-        self._ends_loaded = False
+        self._outer_loaded = False
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     @property
     def hidden_size(self) -> int:
-        """D, the width of the residual stream."""
+        """Return D, the width of the residual stream."""
         return int(self.checkpoint.config.get_text_config().hidden_size)
 
     @property
     def positions(self) -> int | None:
-        """The longest window the model was built for, if it says so."""
+        """Return the longest window of the model in tokens, or None if its config does not say."""
         value = getattr(self.checkpoint.config.get_text_config(), "max_position_embeddings", None)
         return None if value is None else int(value)
 
     def disk_names(self, index: int | None) -> list[str]:
-        """Names on disk of the tensors of block `index`, or of everything outside the blocks for None."""
+        """Return the names on disk of the tensors of block `index`, or outside the blocks for None."""
         if index is not None:
             return self.names.below(self.anatomy.prefix(index))
         return self.names.outside(f"{self.path}.")
 
     def parameter(self, name: str, index: int) -> str:
-        """What the tensor `name` on disk, or a bias added beside one, is called inside block `index`."""
+        """Return the parameter name inside block `index` of the tensor `name` on disk, or of an added bias."""
         if name not in self.names.parameters:
             return self.parameter(f"{name.removesuffix('.bias')}{WEIGHT}", index).removesuffix(WEIGHT) + ".bias"
         return self.names.parameters[name].removeprefix(self.anatomy.prefix(index))
 
-    def end_matrices(self) -> dict[str, list[str]]:
-        """Names on disk of the weights of embeddings and head, by module; a tied head's count as the embeddings'."""
+    def embedding_matrices(self) -> dict[str, list[str]]:
+        """Return the names on disk of the weights of embeddings and LM head, by module.
+
+        A tied head counts as embeddings.
+        """
         names = {module: name for name, module in self.model.named_modules()}
         found: dict[str, list[str]] = {}
         for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
@@ -183,9 +187,9 @@ class Decoder:
         return found
 
     def load(self, index: int, stored: dict[str, Tensor] | None = None) -> Block:
-        """Reads block `index` to the device, from `stored` (disk names) if given, with biases that were added to it.
+        """Read block `index` to the device, from `stored` (names on disk) if given, with its added biases.
 
-        Safe to call for the next block while another one computes.
+        This is safe for the next block while another one computes.
         """
         if stored is None:
             stored = self.checkpoint.read(self.disk_names(index), pinned=self.device.type == "cuda")
@@ -208,7 +212,7 @@ class Decoder:
         return block
 
     def packable(self, index: int) -> frozenset[str]:
-        """Matrices that are the whole weight of an nn.Linear and lie on disk under its own name."""
+        """Return the matrices that are the whole weight of an nn.Linear and lie on disk under its own name."""
         prefix, anatomy = self.anatomy.prefix(index), self.anatomy.blocks[index]
         plain = self.names.unchanged
         return frozenset(
@@ -222,9 +226,9 @@ class Decoder:
         )
 
     def disk_tensors(self, block: Block) -> dict[str, Tensor]:
-        """All tensors of a block under their names on disk: unchanged ones bit for bit, changed ones new.
+        """Return all tensors of a block under their names on disk. Unchanged tensors are bit-identical.
 
-        Matrices that transformers fuses on loading (experts) are split again by its own reverse conversion.
+        The reverse conversion of transformers splits matrices that its loader fuses (experts).
         """
         prefix = self.anatomy.prefix(block.index)
         tensors = dict(block.stored)
@@ -250,7 +254,7 @@ class Decoder:
         return tensors
 
     def embed(self, ids_BT: Tensor) -> tuple[Tensor, list[Call]]:
-        """Hidden state [B, T, D] before the first block, and the arguments of every block for this batch shape."""
+        """Return the hidden state [B, T, D] before the first block, and the call of each block for this batch shape."""
         calls: list[Call] = []
         entered: list[Tensor] = []
 
@@ -261,40 +265,40 @@ class Decoder:
             return self.anatomy.blocks[index].wrap(x_BTD)
 
         with torch.no_grad():
-            self._run_ends(ids_BT, stub, logits_to_keep=1)
+            self._run_outer(ids_BT, stub, logits_to_keep=1)
         return entered[0], calls
 
     def logits(self, ids_BT: Tensor, x_BTD: Tensor) -> Tensor:
-        """Logits [B, T, V] from the hidden state after the last block, differentiable if that is."""
+        """Return the logits [B, T, V] of the hidden state after the last block. They are differentiable if it is."""
         last = len(self) - 1
 
         def stub(index: int, call: Call, hidden_BTD: Tensor) -> Any:
             return self.anatomy.blocks[index].wrap(x_BTD if index == last else hidden_BTD)
 
         with torch.set_grad_enabled(x_BTD.requires_grad):
-            logits: Tensor = self._run_ends(ids_BT, stub).logits
+            logits: Tensor = self._run_outer(ids_BT, stub).logits
         return logits
 
-    def release_ends(self) -> None:
-        """Frees embeddings, final norm and head."""
-        for module in ends_of(self.model, self.path):
+    def release_outer(self) -> None:
+        """Free embeddings, final norm and LM head."""
+        for module in outer_modules(self.model, self.path):
             for name, parameter in module.named_parameters(recurse=False):
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to("meta")
-        self._ends_loaded = False
+        self._outer_loaded = False
 
-    def _run_ends(self, ids_BT: Tensor, stub: Callable[[int, Call, Tensor], Any], **kwargs: Any) -> Any:
-        if not self._ends_loaded:
-            self.load_ends()
+    def _run_outer(self, ids_BT: Tensor, stub: Callable[[int, Call, Tensor], Any], **kwargs: Any) -> Any:
+        if not self._outer_loaded:
+            self.load_outer()
         with stubbed(self._blocks, stub):
             return self.model(input_ids=ids_BT.to(self.device), use_cache=False, **kwargs)
 
-    def load_ends(self, stored: dict[str, Tensor] | None = None) -> None:
-        """Reads embeddings, final norm and head to the device, from `stored` (names on disk) if given."""
+    def load_outer(self, stored: dict[str, Tensor] | None = None) -> None:
+        """Read embeddings, final norm and LM head to the device, from `stored` (names on disk) if given."""
         self._fill(self.checkpoint.read(self.disk_names(None)) if stored is None else stored)
         self.model.tie_weights()
-        for module in ends_of(self.model, self.path):
+        for module in outer_modules(self.model, self.path):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
                     raise CheckpointError(f"{self.checkpoint.folder} has no {type(module).__name__}.{name}")
@@ -303,7 +307,7 @@ class Decoder:
                 if not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
             materialize_buffers(self.model, module, self.device, recurse=False)
-        self._ends_loaded = True
+        self._outer_loaded = True
 
     def _fill(self, stored: dict[str, Tensor]) -> None:
         wrong = fill(self.model, stored, self.names.mapping, self.dtype)

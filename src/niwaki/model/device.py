@@ -1,4 +1,4 @@
-"""Where and in which arithmetic to compute, from what the user wrote."""
+"""Compute device and compute dtype, and the memory that they have."""
 
 import ctypes
 import resource
@@ -12,7 +12,10 @@ from niwaki.errors import InputError, unknown
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA when there is one. Raises InputError for a device this machine lacks."""
+    """Pick the device `name`; `auto` takes CUDA if there is one.
+
+    Raises InputError for a device that this machine lacks.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -29,7 +32,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str) -> torch.dtype | None:
-    """The compute dtype; None leaves the choice to the decoder (float32 on the CPU, else as stored)."""
+    """Pick the compute dtype. None leaves the choice to the decoder: float32 on the CPU, else as stored."""
     known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
         raise InputError(unknown("dtype", name, known))
@@ -37,22 +40,22 @@ def pick_dtype(name: str) -> torch.dtype | None:
 
 
 def usable_device_bytes(device: torch.device) -> int:
-    """Bytes of a GPU that this process may have: all, or the share that torch was told of."""
+    """Return the bytes of a GPU that this process may use: all, or the share that torch is limited to."""
     share = torch.cuda.get_per_process_memory_fraction(device.index)
     return int(share * torch.cuda.get_device_properties(device).total_memory)
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """Bytes of a GPU that are left to this process."""
+    """Return the bytes of a GPU that this process can still allocate."""
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return min(free_bytes, usable_device_bytes(device) - torch.cuda.memory_reserved(device))
 
 
 def return_free_memory() -> None:
-    """Gives freed heap memory back to the system.
+    """Return freed heap memory to the system.
 
-    glibc keeps the tensors of every finished block in the heaps of its threads, so that the resident size
-    would grow with depth (measured: 0.87 GB at 6 blocks, 1.33 GB at 24; docs/log/2026-11-22-foundation.md).
+    glibc keeps the tensors of each finished block in the heaps of its threads. Without this call the resident size
+    grows with depth (measured: 0.87 GB at 6 blocks, 1.33 GB at 24; docs/log/2026-11-22-foundation.md).
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
@@ -61,10 +64,9 @@ def return_free_memory() -> None:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has had resident.
+    """Return the peak resident memory of this process.
 
-    Linux counts it per address space in /proc; getrusage would add what the parent process had before it
-    started this one.
+    Linux counts it per address space in /proc. getrusage would also count the peak of the parent process.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -76,7 +78,7 @@ def peak_rss_bytes() -> int:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """On the CPU; from CUDA into pinned memory without waiting, which is several times faster."""
+    """Copy a tensor to the CPU. From CUDA it goes to pinned memory without a wait, which is several times faster."""
     if not tensor.is_cuda:
         return tensor
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

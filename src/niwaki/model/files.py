@@ -1,6 +1,6 @@
-"""Writing files so that one under its final name is always complete.
+"""Atomic writes: a file under its final name is always complete.
 
-Everything goes to a temporary file in the same folder, is flushed to the disk and then renamed.
+Content goes to a temporary file in the same folder, is flushed to the disk, and is then renamed.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def write_shard(path: Path, tensors: "Mapping[str, Tensor]") -> str:
-    """Writes one safetensors file atomically; returns its SHA-256. Raises OutputError, leaving no partial file."""
-    from safetensors.torch import save_file  # torch: the other files can be written without
+    """Write one safetensors file atomically and return its SHA-256. Raises OutputError and leaves no partial file."""
+    from safetensors.torch import save_file  # needs torch, which other writers here do not
 
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary, ThreadPoolExecutor(1) as hasher:
         temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask wants it; save_file puts a private file in its place
+        mode = temporary.stat().st_mode  # as the umask wants it; save_file replaces the file by a private one
         save_file(contiguous, temporary, metadata={"format": "pt"})
         temporary.chmod(mode)
         digest = hasher.submit(file_sha256, temporary)  # reads back from the page cache
@@ -36,26 +36,26 @@ def write_shard(path: Path, tensors: "Mapping[str, Tensor]") -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes one UTF-8 file atomically."""
+    """Write one UTF-8 file atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copies one file atomically."""
+    """Copy one file atomically."""
     with atomic_file(target) as temporary:
         shutil.copyfile(source, temporary)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Any:
-    """Yields a temporary path beside `path`; on success it is flushed to the disk and renamed to `path`."""
+    """Yield a temporary path beside `path`. On success it is flushed to the disk and renamed to `path`."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
@@ -71,13 +71,13 @@ def atomic_file(path: Path) -> Any:
 
 
 def sync_file(path: Path) -> None:
-    """Waits until the content of a file is on the disk."""
+    """Wait until the content of a file is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` survive a power cut."""
+    """Make renames inside `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -25,12 +25,15 @@ Shapes = Mapping[str, Sequence[int]]  # name of an nn.Linear → outputs, inputs
 
 
 def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """The causal language model of `config` on the meta device, in eval mode, experts run one by one."""
+    """Build the causal language model of `config` on the meta device, in eval mode. Experts run one by one.
+
+    Raises ArchitectureError if transformers has no such model.
+    """
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
     config.use_cache = False
-    config._experts_implementation = "eager"  # the other implementations hide each expert's product
+    config._experts_implementation = "eager"  # the other implementations hide the product of each expert
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -44,7 +47,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
 
 
 def materialize_buffers(skeleton: Any, module: nn.Module, device: torch.device | str, *, recurse: bool = True) -> None:
-    """Gives buffers that no checkpoint holds (rotary frequencies, causal masks) their computed values."""
+    """Compute the buffers that no checkpoint holds, such as rotary frequencies and causal masks."""
     for part in module.modules() if recurse else [module]:
         missing = {name: buffer for name, buffer in part.named_buffers(recurse=False) if buffer.is_meta}
         for name, buffer in missing.items():
@@ -131,7 +134,7 @@ def split_converted(model: Any, fused: dict[str, Tensor], expected: Container[st
 
 
 def resize(model: nn.Module, shapes: Shapes) -> None:
-    """Gives matrices of a model on the meta device, and the biases beside them, the rows and columns of `shapes`.
+    """Give matrices of a model on the meta device, and their biases, the rows and columns of `shapes`.
 
     Raises CheckpointError for a name that is no linear layer of this model.
     """
@@ -156,9 +159,9 @@ def resize(model: nn.Module, shapes: Shapes) -> None:
 
 @contextmanager
 def plain_loading() -> Iterator[None]:
-    """transformers' loader without its progress bar and its threads.
+    """Run the loader of transformers without its progress bar and its threads.
 
-    The tensors are in memory already; its threads would only spread them over more heaps.
+    The tensors are in memory already. Threads would only spread them over more heaps.
     """
     from transformers.utils import logging as shown_by_transformers
 
@@ -178,7 +181,7 @@ def plain_loading() -> Iterator[None]:
 
 @contextmanager
 def only_errors(name: str) -> Iterator[None]:
-    """A library's logger without its warnings, where what it warns of is checked or does not matter."""
+    """Silence the warnings of a logger, where niwaki checks the same itself or the warning does not apply."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

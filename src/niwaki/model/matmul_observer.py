@@ -1,8 +1,8 @@
-"""Sees every activation that meets a weight, whatever module or operation brings them together.
+"""Observer of all products of an activation and a weight, whichever module or operation computes them.
 
-A tap is a torch function mode. It needs no knowledge of layer classes: `nn.Linear`, GPT-2's `Conv1D`,
-Falcon's `x @ weight.T` and the slices of fused 3-D expert tensors all end in one of a few products with
-a weight operand, and that operand is recognised by the memory it points to.
+The observer is a torch function mode and knows no layer class. `nn.Linear`, the `Conv1D` of GPT-2, `x @ weight.T` of
+Falcon and the slices of fused 3-D expert tensors all end in one of a few products. The observer recognizes the weight
+operand by its memory address.
 
 Legend: N tokens, O outputs, I inputs.
 """
@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-Seen = Callable[[str, Tensor, bool], None]
+Observe = Callable[[str, Tensor, bool], None]
 
 
 class MatmulObserver(TorchFunctionMode):
-    """Calls `seen(name, x, transposed)` when `x` [..., I] is multiplied with the weight `name`.
+    """Function mode that calls `observe(name, x, transposed)` when `x` [..., I] is multiplied with the weight `name`.
 
-    `pointers` maps the address of a weight's first element to its name. `transposed` tells that the weight
-    is stored [I, O] (it is used as `x @ W`), not [O, I]. A `dry` tap answers zeros instead of multiplying, so
-    that weights of any size can be probed without touching their memory.
+    `pointers` maps the address of the first element of a weight to its name. `transposed` is True if the weight is
+    stored [I, O] (used as `x @ W`), not [O, I]. A `dry` observer returns zeros and does not multiply, so it probes
+    weights of any size without access to their memory.
     """
 
-    def __init__(self, pointers: Mapping[int, str], seen: Seen, *, dry: bool = False) -> None:
+    def __init__(self, pointers: Mapping[int, str], observe: Observe, *, dry: bool = False) -> None:
         super().__init__()
         self.pointers = pointers
-        self.seen = seen
+        self.observe = observe
         self.dry = dry
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,14 +40,14 @@ class MatmulObserver(TorchFunctionMode):
             if name is not None:
                 # In `x @ W.T` the view has the strides of a transposed [O, I] weight.
                 stored_IO = product and weight.stride(-1) == 1
-                self.seen(name, x, stored_IO)
+                self.observe(name, x, stored_IO)
                 if self.dry:
                     return x.new_zeros(*x.shape[:-1], weight.shape[1 if product else 0])
         return func(*args, **kwargs)
 
 
 def _operands(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, bool] | None:
-    """(activation, weight, whether the product is `x @ weight` rather than `x @ weight.T`)."""
+    """Return activation, weight, and True for `x @ weight` or False for `x @ weight.T`; None for another call."""
     if func is torch.nn.functional.linear:
         found = (args[0], args[1] if len(args) > 1 else kwargs["weight"], False)
     elif func is torch.addmm and len(args) == 3:

@@ -1,13 +1,13 @@
-"""What of a decoder can be made smaller so that any engine still loads it: whole blocks, heads, and neurons.
+"""Prunable parts of a decoder that any engine still loads without: whole blocks, heads and neurons.
 
-In every block a *unit* is a matrix that writes to the residual stream (its consumer) together with the matrices whose
-outputs it reads (its producers): the neurons of a dense layer, or the groups of heads that share a key and a value. A
-removed group takes columns of the consumer, rows and biases of the producers. In the full-size block the same is said
-by zero columns of the consumer, so a block is walked at full size and cut when it is stored.
+A *unit* of a block is a matrix that writes to the residual stream (its consumer) with the matrices whose outputs it
+reads (its producers). Its groups are the neurons of a dense layer, or the heads that share a key and a value. A removed
+group takes columns of the consumer, and rows and biases of the producers. In the full-size block, zero columns of the
+consumer have the same effect. So a block is walked at full size and is cut when it is stored.
 
-Units are discovered from the anatomy: a consumer is alone in reading its input; its producers are the matrices that
-were met before it. Configs hold one number for all blocks, so only a shape with equal widths can be cut. Whether a
-config can hold it is decided by building the model that it describes, not by a list of families.
+Units are discovered from the anatomy. A consumer is the only reader of its input, and its producers are the matrices
+before it. A config holds one number for all blocks, so it expresses only a shape with equal widths. To decide if a
+config can hold a shape, the model that it describes is built. No list of families is consulted.
 """
 
 import copy
@@ -29,34 +29,34 @@ from niwaki.model.hf import build_skeleton
 NEURON_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers")
 HEAD_FIELDS = ("num_attention_heads", "num_key_value_heads")
-WIDE_NEURONS = 8192  # from here on widths are rounded to 256 columns, which large matrices run fastest with
+WIDE_NEURONS = 8192  # from this width on, widths are multiples of 256, with which large matrices run fastest
 
 
 @dataclass(frozen=True)
 class PrunedShape:
-    """How many neurons and groups of heads every block keeps; a block that keeps none of either is gone."""
+    """Numbers of neurons and groups of heads that each block keeps. A block that keeps none of both is dropped."""
 
     neurons: tuple[int, ...]
     heads: tuple[int, ...]
 
     def kept(self, kind: Kind) -> tuple[int, ...]:
-        """What every block keeps of one kind."""
+        """Return the number of groups of one kind that each block keeps."""
         return self.neurons if kind == "neurons" else self.heads
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        """The blocks that are gone."""
+        """Return the dropped blocks."""
         return tuple(i for i, pair in enumerate(zip(self.neurons, self.heads, strict=True)) if not any(pair))
 
     @property
     def even(self) -> bool:
-        """Whether all other blocks are equal, so that a config can hold it."""
+        """Return True if all other blocks are equal, so that a config can hold the shape."""
         left = {pair for pair in zip(self.neurons, self.heads, strict=True) if any(pair)}
         return len(left) == 1 and all(next(iter(left)))
 
     @property
     def whole(self) -> bool:
-        """Whether all other blocks keep some of both."""
+        """Return True if all other blocks keep some neurons and some heads."""
         return all(all(pair) for pair in zip(self.neurons, self.heads, strict=True) if any(pair))
 
     def __str__(self) -> str:
@@ -68,18 +68,18 @@ class PrunedShape:
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """What is known of a dense block: 1 − mean cos(h_in, h_out), and what the method found."""
+    """Facts on a dense block: its influence 1 − mean cos(h_in, h_out), and the result of the method's own scan."""
 
     influence: float
     found: Any = None
 
 
-# Shapes to try, the loss of each sent back, the shape that is taken returned.
+# Yields shapes to evaluate, is sent the loss of each, and returns the chosen shape.
 ShapeSearch = Generator[list[PrunedShape], list[float], PrunedShape | None]
 
 
 def units_of(block: BlockAnatomy, heads: int) -> dict[Kind, Unit]:
-    """The units of a block by kind; its keys and values come in `heads` groups.
+    """Find the units of a block by kind. Its keys and values have `heads` groups.
 
     Raises ArchitectureError for a block that is not one attention and one dense layer of plain matrices.
     """
@@ -103,7 +103,10 @@ def units_of(block: BlockAnatomy, heads: int) -> dict[Kind, Unit]:
 
 
 def _feeds(producers: Sequence[Linear], consumer: Linear) -> bool:
-    """Whether these can be what writes the consumer's input: q, k and v, or one or two matrices of its width."""
+    """Return True if `producers` can write the input of the consumer.
+
+    They are q, k and v, or one or two matrices of its width.
+    """
     rows = [linear.rows for linear in producers]
     if len(rows) == 3:
         return max(rows) == consumer.columns and all(consumer.columns % r == 0 for r in rows)
@@ -111,7 +114,7 @@ def _feeds(producers: Sequence[Linear], consumer: Linear) -> bool:
 
 
 class ShapeSpace:
-    """How many parameters the blocks of a decoder keep at a shape, and which shapes its config can hold.
+    """Shapes that a decoder can take: their parameter counts, and the configs that can hold them.
 
     All widths are multiples of `columns_multiple`.
     """
@@ -139,32 +142,32 @@ class ShapeSpace:
 
     @property
     def neurons(self) -> int:
-        """Neurons of a block."""
+        """Return the number of neurons of a block."""
         return self.units["neurons"].count
 
     @property
     def heads(self) -> int:
-        """Groups of heads of a block."""
+        """Return the number of groups of heads of a block."""
         return self.units["heads"].count
 
     def multiple(self, asked: int) -> int:
-        """What numbers of neurons are a multiple of; `asked` 0 is the default."""
+        """Return the number that divides each number of neurons. `asked` 0 takes the default."""
         return math.lcm(asked or (256 if self.neurons >= WIDE_NEURONS else 8), self.columns_multiple)
 
     @property
     def heads_multiple(self) -> int:
-        """What numbers of groups of heads are a multiple of."""
+        """Return the number that divides each number of groups of heads."""
         unit = self.units["heads"]
         width = self.anatomy.blocks[0].linears[unit.consumer].columns // unit.count
         return self.columns_multiple // math.gcd(self.columns_multiple, width)
 
     def shape(self, neurons: int, heads: int, dropped: Sequence[int] = ()) -> PrunedShape:
-        """The same for every block but the dropped ones."""
+        """Return the shape with these widths in each block except the dropped ones."""
         kept = [index not in dropped for index in range(len(self))]
         return PrunedShape(tuple(neurons * k for k in kept), tuple(heads * k for k in kept))
 
     def removed(self, shape: PrunedShape) -> int:
-        """How many parameters of all blocks a shape removes."""
+        """Count the parameters of all blocks that a shape removes."""
         lost: int = len(shape.dropped) * self.block_parameters
         for index, (neurons, heads) in enumerate(zip(shape.neurons, shape.heads, strict=True)):
             if index not in shape.dropped:
@@ -173,23 +176,26 @@ class ShapeSpace:
         return lost
 
     def removed_frac(self, shape: PrunedShape) -> float:
-        """`removed` as a share of all parameters of the blocks."""
+        """Return `removed` as a fraction of all parameters of the blocks."""
         return self.removed(shape) / (len(self) * self.block_parameters)
 
     def rounded(self, kind: Kind, kept: float, asked: int) -> int:
-        """The nearest legal number of neurons (`asked`: see `multiple`) or groups of heads, not none, not too many."""
+        """Round to the nearest legal number of neurons (`asked`: see `multiple`) or head groups, at least one step."""
         step = self.multiple(asked) if kind == "neurons" else self.heads_multiple
         return max(step, min(round(kept / step) * step, self.units[kind].count))
 
     def fitting(self, removed_frac: float, heads: int, dropped: Sequence[int], multiple: int) -> PrunedShape | None:
-        """The widest such shape, neurons a multiple, that removes at least so much; None if there is none."""
+        """Return the widest shape that removes at least `removed_frac`, or None.
+
+        Its number of neurons is a multiple of `multiple`.
+        """
         multiple = self.multiple(multiple)
         shapes = (self.shape(n, heads, dropped) for n in range(self.neurons // multiple * multiple, 0, -multiple))
         exact = [self.shape(self.neurons, heads, dropped)]
         return next((s for s in (*exact, *shapes) if self.removed_frac(s) >= removed_frac - 1e-9), None)
 
     def legal_heads(self) -> list[int]:
-        """Numbers of groups of heads that a config can hold and that make legal widths, all of them first."""
+        """Return the numbers of groups of heads that a config can hold with legal widths. The full number is first."""
         found = [self.heads]
         for heads in range(self.heads - 1, 0, -1):
             if heads % self.heads_multiple:
@@ -202,7 +208,7 @@ class ShapeSpace:
         return found
 
     def targets(self, shape: PrunedShape, cut: bool) -> list[dict[str, Target]]:
-        """Block → matrix → what its unit keeps, as allocations give targets; `cut`: what goes leaves the file."""
+        """Return the target of each matrix of each block. With `cut`, removed groups leave the file."""
         found: list[dict[str, Target]] = []
         for pair in zip(shape.neurons, shape.heads, strict=True):
             counts = dict(zip(("neurons", "heads"), pair, strict=True))
@@ -211,7 +217,7 @@ class ShapeSpace:
         return found
 
     def matrix_shapes(self, shape: PrunedShape) -> dict[str, list[int]]:
-        """Module → outputs and inputs of every matrix of the blocks that are left, by its name in the result."""
+        """Return outputs and inputs of each matrix in the remaining blocks, by its module name in the result."""
         left = (pair for pair in zip(shape.neurons, shape.heads, strict=True) if any(pair))
         found = {}
         for index, pair in enumerate(left):
@@ -226,10 +232,10 @@ class ShapeSpace:
         return found
 
     def config_for(self, shape: PrunedShape) -> dict[str, Any]:
-        """The content of config.json for an even shape. Raises InputError naming what cannot be said in it.
+        """Return the content of config.json for an even shape. Raises InputError for a shape that it cannot express.
 
-        A Llama whose number of heads does not divide its width is written as a Mistral without a window, the same
-        model.
+        A Llama whose number of heads does not divide its width is written as a Mistral without a window, which is the
+        same model.
         """
         text = self.config.get("text_config", self.config)
         changed = dict(text)
@@ -258,7 +264,7 @@ class ShapeSpace:
         )
 
     def _problem(self, config: Mapping[str, Any], shape: PrunedShape) -> str:
-        """Why the model that `config` describes does not have this shape; empty if it has."""
+        """Return the reason why the model of `config` does not have this shape, empty if it has it."""
         from transformers import AutoConfig
 
         values = copy.deepcopy(dict(config))
@@ -289,31 +295,31 @@ def _field(config: Mapping[str, Any], names: Sequence[str], value: int, what: st
 
 
 def _axis(linear: Linear, unit: Unit) -> tuple[int, int]:
-    """The dimension of a stored matrix along which the groups of its unit lie, and its size."""
+    """Return the dimension of a stored matrix along which the groups of its unit lie, and its size."""
     consumes = linear.name == unit.consumer
     return int(consumes != linear.transposed), linear.columns if consumes else linear.rows
 
 
-def places(unit: Unit, groups: Sequence[int], size: int) -> Tensor:
-    """The rows or columns of `groups` in a matrix that has `size` of them."""
+def group_indices(unit: Unit, groups: Sequence[int], size: int) -> Tensor:
+    """Return the rows or columns of `groups` in a matrix that has `size` of them."""
     width = size // unit.count
     return (torch.tensor(groups, dtype=torch.int64)[:, None] * width + torch.arange(width)).view(-1)
 
 
-def lines_of(unit: Unit, block: BlockAnatomy, groups: Sequence[int]) -> dict[str, tuple[int, Tensor, int]]:
-    """Parameter → dimension, places of the groups along it, and its full size; biases of producers included."""
+def unit_axes(unit: Unit, block: BlockAnatomy, groups: Sequence[int]) -> dict[str, tuple[int, Tensor, int]]:
+    """Return dimension, indices of the groups and full size of each parameter, biases of producers included."""
     found = {}
     for name in (*unit.producers, unit.consumer):
         linear = block.linears[name]
         along, size = _axis(linear, unit)
-        found[linear.parameter] = along, places(unit, groups, size), size
+        found[linear.parameter] = along, group_indices(unit, groups, size), size
         if name != unit.consumer:
-            found[f"{name}.bias"] = 0, places(unit, groups, size), size
+            found[f"{name}.bias"] = 0, group_indices(unit, groups, size), size
     return found
 
 
 def new_name(name: str, path: str, index: int, dropped: Sequence[int]) -> str:
-    """What a tensor of block `index` is called on disk when the blocks `dropped` are gone."""
-    place = re.escape(path.rpartition(".")[2])
+    """Return the name on disk of a tensor of block `index` after the blocks `dropped` are gone."""
+    list_name = re.escape(path.rpartition(".")[2])
     moved = index - sum(gone < index for gone in dropped)
-    return re.sub(rf"(^|\.)({place})\.{index}\.", rf"\g<1>\g<2>.{moved}.", name, count=1)
+    return re.sub(rf"(^|\.)({list_name})\.{index}\.", rf"\g<1>\g<2>.{moved}.", name, count=1)

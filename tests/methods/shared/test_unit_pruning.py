@@ -8,7 +8,7 @@ from torch import Tensor
 
 from niwaki.config.recipe import Unit
 from niwaki.methods.shared.unit_pruning import _costs, by_group, fit, kept_of, remove, scaled
-from niwaki.model.prunable import places
+from niwaki.model.prunable import group_indices
 from support.models import correlated_inputs
 
 
@@ -39,7 +39,7 @@ def test_what_is_left_is_the_least_squares_solution(count: int, at_once: int) ->
     unit = unit_of(count)
     kept, found = remove(weight, torch.linalg.inv(h), unit, count // 2, at_once)
     assert kept == sorted(kept) and len(kept) == count // 2
-    expected, _ = least(weight, h, places(unit, kept, 24))
+    expected, _ = least(weight, h, group_indices(unit, kept, 24))
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(fit(weight, h, kept, unit), expected)
 
@@ -51,7 +51,7 @@ def test_costs_are_the_errors_that_removal_makes(count: int) -> None:
     costs = _costs(weight, torch.linalg.inv(h), unit)
     for group in range(count):
         others = [g for g in range(count) if g != group]
-        assert float(costs[group]) == pytest.approx(least(weight, h, places(unit, others, 24))[1], rel=1e-9)
+        assert float(costs[group]) == pytest.approx(least(weight, h, group_indices(unit, others, 24))[1], rel=1e-9)
 
 
 def test_one_at_a_time_takes_the_cheapest_of_what_is_left_and_nears_the_best_choice() -> None:
@@ -74,12 +74,13 @@ def test_scales_are_the_least_squares_factors() -> None:
     # Outputs and the damping as rows of one system: a column a kept group, a row an output of a token.
     lower = torch.linalg.cholesky(h)
     design = torch.stack(
-        [(weight[:, places(unit, [g], 24)] @ lower[places(unit, [g], 24)]).reshape(-1) for g in kept], dim=1
+        [(weight[:, group_indices(unit, [g], 24)] @ lower[group_indices(unit, [g], 24)]).reshape(-1) for g in kept],
+        dim=1,
     )
     factors = torch.linalg.lstsq(design, (weight @ lower).reshape(-1, 1)).solution.view(-1)
     expected = torch.zeros_like(weight)
     for group, factor in zip(kept, factors, strict=True):
-        columns = places(unit, [group], 24)
+        columns = group_indices(unit, [group], 24)
         expected[:, columns] = weight[:, columns] * factor
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert len(x)

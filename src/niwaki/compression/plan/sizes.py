@@ -130,7 +130,7 @@ def sizes_of(decoder: Decoder) -> ModelSizes:
         total = sum(tensors[name].nbytes for name in names)
         blocks.append(BlockSizes(matrices, total - sum(m.dense_bytes for m in matrices), len(names)))
     ends = [tensors[name] for name in decoder.disk_names(None)]
-    head = sum(tensors[names[0]].nbytes for names in list(decoder.end_matrices().values())[-1:] if names)
+    head = sum(tensors[names[0]].nbytes for names in list(decoder.embedding_matrices().values())[-1:] if names)
     return ModelSizes(
         tuple(blocks), decoder.hidden_size, sum(end.nbytes for end in ends),
         sum(end.nbytes for end in ends) // itemsize, head, decoder.checkpoint.nbytes,

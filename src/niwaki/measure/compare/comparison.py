@@ -156,7 +156,7 @@ class _Job:
             for number, (decoder, model) in enumerate(zip(decoders[1:], models[1:], strict=True)):
                 own = Path(folder) / str(number)
                 scores = score_candidate(decoder, dense, self.material, first_tokens, own, self.report)
-                decoder.release_ends()
+                decoder.release_outer()
                 shutil.rmtree(own, ignore_errors=True)  # hidden states that found no room in memory
                 rng = np.random.default_rng(self.settings.seed)  # the same draws for every candidate
                 found.append(
@@ -176,7 +176,7 @@ class _Job:
                         passed=None,
                     )
                 )
-        decoders[0].release_ends()
+        decoders[0].release_outer()
         return found
 
     def _measured(

@@ -22,7 +22,7 @@ from niwaki.data.statistics import Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
 from niwaki.model.decoder import Block
-from niwaki.model.prunable import places
+from niwaki.model.prunable import group_indices
 
 UNREACHED = "no calibration token reached this matrix: groups chosen by their weights"
 
@@ -124,7 +124,7 @@ def _costs(weight_OI: Tensor, inverse_II: Tensor, unit: Unit) -> Tensor:
 @torch.no_grad()
 def fit(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit) -> Tensor:
     """The matrix [O, I], zeros in removed groups, that comes nearest to the outputs of `weight_OI`."""
-    columns_S = places(unit, kept, weight_OI.shape[1]).to(weight_OI.device)
+    columns_S = group_indices(unit, kept, weight_OI.shape[1]).to(weight_OI.device)
     cross_OS = weight_OI @ damped_II[:, columns_S]
     found_OI = torch.zeros_like(weight_OI)
     found_OI[:, columns_S] = torch.linalg.solve(damped_II[columns_S][:, columns_S], cross_OS.T).T
@@ -134,7 +134,7 @@ def fit(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit) -
 @torch.no_grad()
 def scaled(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit) -> Tensor:
     """As `fit`, but every kept group keeps its columns up to one factor: K unknowns, Gram (VᵀV) ∘ H summed by group."""
-    columns_S = places(unit, kept, weight_OI.shape[1]).to(weight_OI.device)
+    columns_S = group_indices(unit, kept, weight_OI.shape[1]).to(weight_OI.device)
     size = weight_OI.shape[1] // unit.count
     own_OS = weight_OI[:, columns_S]
     normal_SS = (own_OS.T @ own_OS) * damped_II[columns_S][:, columns_S]
@@ -154,7 +154,7 @@ def records(block: Block, keep: KeepUnits, choice: Choice) -> dict[str, Packed]:
     found = {}
     for name in keep.unit.producers:
         own_OI = block.weight(name).float()
-        rows = places(keep.unit, kept, own_OI.shape[0]).to(own_OI.device)
+        rows = group_indices(keep.unit, kept, own_OI.shape[0]).to(own_OI.device)
         left_OI = torch.zeros_like(own_OI)
         left_OI[rows] = own_OI[rows]
         shape = (len(rows), own_OI.shape[1])
