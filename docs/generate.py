@@ -1,7 +1,7 @@
-"""Writes the parts of the handbook that come from code and measurements: facts, options, numbers, command line.
+"""Generator of the parts of the handbook that come from code and measurements: facts, options, numbers, commands.
 
-A page holds them between two comments, <!-- generated: KIND NAME --> and <!-- end -->; everything else on it is written
-by hand. tests/test_handbook.py fails when a page is stale.
+A page holds them between two comments, <!-- generated: KIND NAME --> and <!-- end -->. Everything else on it is written
+by hand. tests/house/test_handbook.py fails when a page is stale.
 
     python docs/generate.py
 """
@@ -30,7 +30,7 @@ Rows = list[list[str]]
 
 
 def facts(name: str) -> str:
-    """What a method is, in a table."""
+    """Return the facts of a method as a table."""
     method = get_method(name)
     needs = method.needs(method.Config())
     data = needs.gram or needs.sqnorm or needs.gradient or needs.windows or name in STRUCTURED + CONTEXTUAL
@@ -62,7 +62,7 @@ def options(name: str) -> str:
 
 
 def works(name: str) -> str:
-    """The docstring of a method without its title, its cost and its example: the formulas and every deviation."""
+    """Return the docstring of a method without title, cost and example: its formulas and every deviation."""
     paragraphs = re.split(r"\n\s*\n", get_method(name).__doc__.strip())
     kept = [
         re.sub(r"(?<=[:;])\n(?=- |\d+\. )", "\n\n", paragraph)  # Markdown wants a line between text and list
@@ -73,7 +73,7 @@ def works(name: str) -> str:
 
 
 def ranking(kind: str) -> str:
-    """Perplexities of all methods of a kind side by side, reviews / wikitext2."""
+    """Return the perplexities of all methods of a kind, reviews / wikitext2."""
     path = RESULTS / {"zeros": "quality-learned", "bits": "quality-quantized", "shape": "quality-structured"}[kind]
     path = path.with_name(f"{path.name}-llama-28m.json")
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -96,7 +96,7 @@ def ranking(kind: str) -> str:
 
 
 def numbers(name: str) -> str:
-    """Perplexities from benchmarks/results/quality-*.json, one table a file."""
+    """Return the perplexities of a method from benchmarks/results/quality-*.json, one table per file."""
     parts = []
     for path in sorted(RESULTS.glob("quality-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -115,7 +115,7 @@ def numbers(name: str) -> str:
 
 
 def speed(name: str) -> str:
-    """Times of compression from benchmarks/results/compression-speed-*.json."""
+    """Return the times of a method from benchmarks/results/compression-speed-*.json."""
     rows = []
     for path in sorted(RESULTS.glob("compression-speed-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -132,14 +132,14 @@ def speed(name: str) -> str:
 
 
 def whole_model(where: str) -> str:
-    """Every form of a whole model from benchmarks/results/whole-model-*.json."""
+    """Return every variant of a whole model from benchmarks/results/whole-model-*.json."""
     path = RESULTS / f"whole-model-{where}.json"
     if not path.is_file():
         return f"The whole model on the {where} is not measured yet.\n"
     found = Bench.model_validate_json(path.read_text(encoding="utf-8"))
     settings = found.settings
     rows = [[row.form, *map(_paced, row.columns(settings)), *_weighed(row)] for row in found.rows if not row.reason]
-    head = ["form", *(f"decode ×{batch}" for batch in settings.batches)]
+    head = ["variant", *(f"decode ×{batch}" for batch in settings.batches)]
     head += [f"prompt {settings.prompt_tokens}"] if settings.prompt_tokens else []
     head += ["weights", "peak", "of bandwidth", "kernel"]
     device = found.environment.accelerator or f"{found.environment.processor}, {settings.threads} threads"
@@ -151,7 +151,7 @@ def whole_model(where: str) -> str:
 
 
 def methods(_: str) -> str:
-    """All methods in one table."""
+    """Return all methods in one table."""
     rows = []
     for name in EVERY:
         method = get_method(name)
@@ -159,11 +159,11 @@ def methods(_: str) -> str:
         kinds = {"shape"} if name in STRUCTURED else {"input"} if name in CONTEXTUAL else set()
         kinds = kinds or {"bits" if kind is Bits else "zeros" for kind in method.ACCEPTS}
         rows.append([f"[`{name}`]({name}.md)", " ".join(sorted(kinds)), what])
-    return _table(["method", "spends", "what it does"], rows)
+    return _table(["method", "spends", "meaning"], rows)
 
 
 def presets(_: str) -> str:
-    """What the presets stand for."""
+    """Return the presets with their methods and options."""
     rows = []
     for name, recipe in PRESETS.items():
         chosen = " ".join(f"--set {option}={value}" for option, value in recipe["options"].items())
@@ -172,7 +172,7 @@ def presets(_: str) -> str:
 
 
 def commands(_: str) -> str:
-    """Every command with its arguments and options."""
+    """Return every command with its arguments and its visible options."""
     parts = []
     for name, command in sorted(_leaves(typer.main.get_command(app))):
         arguments = [p for p in command.params if p.param_type_name == "argument"]
@@ -188,7 +188,7 @@ def commands(_: str) -> str:
 
 
 def rollouts(_: str) -> str:
-    """How simulated roll-outs ended, from benchmarks/results/rollout-simulated.json."""
+    """Return the ends of simulated roll-outs from benchmarks/results/rollout-simulated.json."""
     found = json.loads((RESULTS / "rollout-simulated.json").read_text(encoding="utf-8"))
     rows = [
         [
@@ -198,7 +198,7 @@ def rollouts(_: str) -> str:
         ]
         for row in found["rows"]
     ]
-    return _table(["canary", "how they ended", "returned within two intervals of the change"], rows)
+    return _table(["canary", "ends", "returned within two intervals of the change"], rows)
 
 
 KINDS = {
@@ -217,7 +217,7 @@ KINDS = {
 
 
 def _leaves(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command by its whole name, those of groups below theirs."""
+    """Yield every command with its whole name, those of a group after its name."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from _leaves(command, f"{before}{name} ")
@@ -226,18 +226,18 @@ def _leaves(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def render(text: str) -> str:
-    """A page with its generated parts made anew."""
+    """Return a page with its generated parts written again."""
     return BLOCK.sub(lambda found: f"{found[1]}\n{KINDS[found[2]](found[3])}\n{found[4]}", text)
 
 
 def pages() -> Iterator[Path]:
-    """All pages of the handbook."""
+    """Return all pages of the handbook."""
     return iter(sorted(DOCS.rglob("*.md")))
 
 
 def _cost(doc: str) -> str:
     found = re.search(r"(?:^|\s)[Cc]ost:\s(.*?)(?:\n\s*\n|$)", doc, re.S)
-    assert found is not None, "tests/test_design.py asks every method for its cost"
+    assert found is not None, "tests/house/test_design.py asks every method for its cost"
     text = " ".join(found[1].split())
     return text[0].upper() + text[1:]
 
@@ -280,7 +280,7 @@ def _variant(row: Mapping[str, Any]) -> str:
 
 
 def _name(row: Mapping[str, Any], label: str) -> str:
-    """A link to the method, and what the label says besides."""
+    """Return a link to the method, and the rest of its label."""
     if "preset" in row:
         return f"[preset `{row['preset']}`](methods/presets.md)"
     name = row["method"]
@@ -289,14 +289,14 @@ def _name(row: Mapping[str, Any], label: str) -> str:
 
 
 def _both(row: Mapping[str, Any]) -> str:
-    """Both perplexities; of shapes that missed their target by far, what is really gone."""
+    """Return both perplexities; for a shape that missed its target by far also the share that is gone."""
     removed = row["runs"][0].get("removed_frac")
     missed = removed is not None and abs(removed - float(row["target"])) > 0.02
     return " / ".join(f"{row[text]['mean']:.1f}" for text in TEXTS) + (f" ({removed:.0%} gone)" if missed else "")
 
 
 def _contextual(path: Path) -> str:
-    """Rows of our method, a static choice and rivals, by text and share that is skipped, behind the shorter prompts."""
+    """Return the rows of our method, a static choice and rivals after the shorter prompts."""
     found = json.loads(path.read_text(encoding="utf-8"))
     shown = ("dense", "shadow", "static fisher", "griffin", "dejavu")
     prompt, *_ = found["options"]["prompts"]
@@ -310,7 +310,7 @@ def _contextual(path: Path) -> str:
         for (target, label), values in sorted(table.items(), key=lambda entry: (entry[0][0], shown.index(entry[0][1])))
     ]
     seeds = len(found["options"]["seeds"])
-    title = f"Perplexity of {found['model']} behind prompts of {prompt} tokens, mean ± deviation of {seeds} seeds"
+    title = f"Perplexity of {found['model']} after prompts of {prompt} tokens, mean ± deviation of {seeds} seeds"
     return f"{title} ({_link(path)}, {found['date']}, {found['device']}):\n\n" + _table(
         ["skipped", "choice", *TEXTS], rows
     )
@@ -345,7 +345,7 @@ def _table(head: list[str], rows: Rows) -> str:
 
 
 def main() -> None:
-    """Rewrites what is stale."""
+    """Write every stale page again and print its name."""
     for path in pages():
         text = path.read_text(encoding="utf-8")
         if (fresh := render(text)) != text:

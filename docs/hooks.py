@@ -1,4 +1,4 @@
-"""Puts the measurements beside the pages: links to benchmarks/results work in the repository and on the site."""
+"""Hooks that put the measurements beside the pages, so that links to them work in the repository and on the site."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,15 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Every JSON and SVG of the benchmarks becomes a file of the site."""
-    for path in sorted(RESULTS.iterdir()):
-        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    """Return the files of the site with every JSON and SVG of the benchmarks."""
+    for path in sorted(path for path in RESULTS.rglob("*") if path.is_file()):
+        name = path.relative_to(RESULTS).as_posix()
+        files.append(File.generated(config, f"results/{name}", abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """From docs/ the folder is one step further up than on the site."""
+    """Return a page whose links to the measurements fit the site."""
     return markdown.replace("(../../benchmarks/results/", "(../results/").replace(
         "(../benchmarks/results/", "(results/"
     )

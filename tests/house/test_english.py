@@ -1,5 +1,6 @@
 """Docstrings, comments, messages and pages keep the rules of language that a machine can check."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,23 @@ FILES = [path for path in sorted(SOURCE.rglob("*.py")) if path.relative_to(SOURC
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_the_language_of_a_file(path: Path) -> None:
     assert faults(path) == []
+
+
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+# Their source is the code, whose language is checked there.
+GENERATED = re.compile(r"<!-- generated: .*?<!-- end -->", re.S)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_words_of_a_page(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    if path.name == "glossary.md":
+        text = text.partition("## Words we do not use")[0]
+    text = GENERATED.sub(lambda found: "\n" * found[0].count("\n"), text)
+    assert list(faults_of_words(text)) == []
 
 
 def test_the_rules_find_what_they_are_for() -> None:
