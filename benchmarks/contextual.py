@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from niwaki.compression.candidates import settle_by_trial
+from niwaki.compression.candidates import evaluate_candidates
 from niwaki.compression.traces import trace
 from niwaki.data.stream import Stream
 from niwaki.data.texts import calibration_windows, evaluation_windows, load_tokenizer, read_texts
@@ -187,14 +187,14 @@ def learn(decoder, ids_ST, layout, args, watch_time):
     weights = decoder.anatomy.weights
     fitted, learned, about = {}, {}, {}
     for target in args.targets:
-        settled, tried = settle_by_trial(
+        chosen, tried = evaluate_candidates(
             shadow, shadow.Config(), traces, layout, target, decoder, ids_ST, lambda ids, name: Stream(decoder, ids)
         )
-        criteria = {name: getattr(settled, name) for name in shadow.CANDIDATES}
+        criteria = {name: getattr(chosen, name) for name in shadow.CANDIDATES}
         about[f"trial at {target}"] = criteria | {"tried": tried}
         print(f"trial at {target}: {about[f'trial at {target}']}", flush=True)
         for label, options in SHADOWS.items():
-            config = replace(settled, **options)
+            config = replace(chosen, **options)
             key = config.head_criterion, config.criterion, config.features, config.shrinkage
             if key not in fitted:  # the stand-in changes nothing that is learned
                 fitted[key], found = shadow.learn(shadow.samples(traces, layout, config), layout, config, weights)

@@ -19,7 +19,8 @@ from niwaki.cli.app import app
 from niwaki.config.presets import PRESETS
 from niwaki.config.recipe import NM, Bits, Sparsity, option_fields
 from niwaki.measure.bench.schema import Bench, Cell, Row
-from niwaki.methods.registry import CONTEXTUAL, EVERY, STRUCTURED, get_method
+from niwaki.methods.method import MethodKind
+from niwaki.methods.registry import METHODS, get_method, method_names
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -32,26 +33,26 @@ Rows = list[list[str]]
 def facts(name: str) -> str:
     """Return the facts of a method as a table."""
     method = get_method(name)
-    needs = method.needs(method.Config())
-    data = needs.gram or needs.sqnorm or needs.gradient or needs.windows or name in STRUCTURED + CONTEXTUAL
-    accepted = " or ".join(TARGETS[kind] for kind in method.ACCEPTS)
-    if name in STRUCTURED:
+    needs = method.needs(method.config())
+    data = needs.gram or needs.sqnorm or needs.gradient or needs.windows or method.kind is not MethodKind.WALK
+    accepted = " or ".join(TARGETS[kind] for kind in method.accepts)
+    if method.kind is MethodKind.SHAPE:
         accepted = "share of the decoder's parameters to remove, `0.3`"
-    if name in CONTEXTUAL:
+    if method.kind is MethodKind.CONTEXTUAL:
         accepted = "share of the work to skip, `0.5`"
     rows = [
-        ["Source", method.PAPER],
+        ["Source", method.paper],
         ["Target", accepted],
         ["Calibration text", "needed" if data else "not needed"],
-        ["After another method in a chain", "yes" if method.CONTINUES else "no"],
-        ["Cost", _cost(method.__doc__)],
+        ["After another method in a chain", "yes" if method.continues else "no"],
+        ["Cost", _cost(method.doc)],
     ]
     return _table(rows[0], rows[1:])
 
 
 def options(name: str) -> str:
     """Return the options of a method: default, type and the explanation beside the field."""
-    declared = option_fields(get_method(name).Config)
+    declared = option_fields(get_method(name).config)
     if not declared:
         return f"`{name}` has no options.\n"
     rows = [
@@ -63,7 +64,7 @@ def options(name: str) -> str:
 
 def works(name: str) -> str:
     """Return the docstring of a method without title, cost and example: its formulas and every deviation."""
-    paragraphs = re.split(r"\n\s*\n", get_method(name).__doc__.strip())
+    paragraphs = re.split(r"\n\s*\n", get_method(name).doc.strip())
     kept = [
         re.sub(r"(?<=[:;])\n(?=- |\d+\. )", "\n\n", paragraph)  # Markdown wants a line between text and list
         for paragraph in paragraphs
@@ -109,7 +110,7 @@ def numbers(name: str) -> str:
             )
             title = f"Perplexity of {found['model']}, {of} ({_link(path)}, {found['date']}, {found['device']}):"
             parts.append(title + "\n\n" + _table(["target", "variant", "what is stored", *TEXTS], [dense, *rows]))
-    if name in CONTEXTUAL:
+    if name in method_names(MethodKind.CONTEXTUAL):
         parts += [_contextual(RESULTS / f"contextual-{model}.json") for model in ("llama-28m", "opt-27m")]
     return "\n".join(parts) or "Not measured by us.\n"
 
@@ -153,11 +154,11 @@ def whole_model(where: str) -> str:
 def methods(_: str) -> str:
     """Return all methods in one table."""
     rows = []
-    for name in EVERY:
+    for name in METHODS:
         method = get_method(name)
-        what = method.__doc__.split("\n")[0].partition(": ")[2]
-        kinds = {"shape"} if name in STRUCTURED else {"input"} if name in CONTEXTUAL else set()
-        kinds = kinds or {"bits" if kind is Bits else "zeros" for kind in method.ACCEPTS}
+        what = method.doc.split("\n")[0].partition(": ")[2]
+        kinds = {"bits" if target is Bits else "zeros" for target in method.accepts}
+        kinds = {MethodKind.SHAPE: {"shape"}, MethodKind.CONTEXTUAL: {"input"}}.get(method.kind, kinds)
         rows.append([f"[`{name}`]({name}.md)", " ".join(sorted(kinds)), what])
     return _table(["method", "spends", "meaning"], rows)
 

@@ -12,7 +12,8 @@ import transformers
 
 import niwaki
 from niwaki.cli.app import main
-from niwaki.methods.registry import STRUCTURED
+from niwaki.methods.method import MethodKind
+from niwaki.methods.registry import method_names
 from support.families import GQA, build, families
 from support.models import add_tokenizer, file_bytes, tiny_llama, write_texts
 
@@ -116,7 +117,7 @@ def test_blocks_that_go_leave_no_file_and_others_keep_their_bytes(model: Path, t
             assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("method", STRUCTURED)
+@pytest.mark.parametrize("method", method_names(MethodKind.SHAPE))
 def test_same_seed_same_bytes(method: str, model: Path, text: Path, tmp_path: Path) -> None:
     source = file_bytes(model)
     for name in ("a", "b"):

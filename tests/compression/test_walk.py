@@ -1,5 +1,6 @@
 """The walk: statistics on the compressed prefix, streams in any place, experts, drift, and refusals."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def walk(decoder: Decoder, method: str, *, dense: bool = False, **stream: Any) -
     main = Stream(decoder, IDS, **stream)
     compress_blocks(
         decoder,
-        Plan([Step(method, module, module.Config())], targets, 0),
+        Plan([Step(method, module, module.config())], targets, 0),
         main,
         Stream(decoder, IDS, **stream) if dense else None,
         finished=lambda index: None,
@@ -49,20 +50,16 @@ def test_statistics_see_the_compressed_prefix(tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
     module = get_method("wanda")
 
-    class Spy:
-        needs = staticmethod(module.needs)
-
-        @staticmethod
-        def compress(block: Block, evidence: CalibrationData, *rest: Any) -> Any:
-            seen.append(evidence.statistics["mlp.down_proj"].sqnorm_I.clone())
-            return module.compress(block, evidence, *rest)
+    def spying(block: Block, calib: CalibrationData, *rest: Any) -> Any:
+        seen.append(calib.statistics["mlp.down_proj"].sqnorm_I.clone())
+        return module.compress(block, calib, *rest)
 
     decoder = open_decoder(folder)
     targets = [dict.fromkeys(block.linears, Sparsity(0.5)) for block in decoder.anatomy.blocks]
     kept: dict[str, torch.Tensor] = {}
     compress_blocks(
         decoder,
-        Plan([Step("spy", Spy, module.Config())], targets, 0),  # type: ignore[arg-type]
+        Plan([Step("spy", replace(module, compress=spying), module.config())], targets, 0),
         Stream(decoder, IDS),
         None,
         finished=lambda index: None,
@@ -92,7 +89,7 @@ def test_the_stream_ends_where_the_compressed_model_does(tmp_path: Path, method:
     targets = [dict.fromkeys(block.linears, Sparsity(0.5)) for block in decoder.anatomy.blocks]
     compress_blocks(
         decoder,
-        Plan([Step(method, module, module.Config())], targets, 0),
+        Plan([Step(method, module, module.config())], targets, 0),
         main,
         None,
         finished=lambda index: None,

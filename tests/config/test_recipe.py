@@ -24,7 +24,7 @@ from niwaki.config.recipe import (
     parse_target,
 )
 from niwaki.errors import InputError, TargetError
-from niwaki.methods.registry import EVERY, get_method
+from niwaki.methods.registry import METHODS, get_method
 from niwaki.runtime.contextual.record import Running, read_running
 
 
@@ -182,14 +182,14 @@ class Options:
     flag: bool = False
 
 
-@pytest.mark.parametrize("owner", [*EVERY, "owl", "recipe", "calibration"])
+@pytest.mark.parametrize("owner", [*METHODS, "owl", "recipe", "calibration"])
 def test_every_field_has_an_explanation(owner: str) -> None:
     models: dict[str, type[BaseModel]] = {"recipe": Recipe, "calibration": Calibration}
     if owner in models:
         config: type = models[owner]
         names = list(models[owner].model_fields)
     else:
-        config = OwlConfig if owner == "owl" else get_method(owner).Config
+        config = OwlConfig if owner == "owl" else get_method(owner).config
         names = [entry.name for entry in fields(config)]
     explained = explanations(config)
     for name in names:
@@ -197,7 +197,7 @@ def test_every_field_has_an_explanation(owner: str) -> None:
 
 
 def test_options_of_an_earlier_version_keep_their_spelling() -> None:
-    config = make_options(get_method("shadow").Config, {"stand_in": "0.25", "trust": False}, "shadow")
+    config = make_options(get_method("shadow").config, {"stand_in": "0.25", "trust": False}, "shadow")
     assert (config.mean_fill, config.shrinkage) == (0.25, False)
     assert current_name("most_rounds") == "max_rounds"
     assert read_running({"stand_in": 0.7, "least_prompt": 3}) == Running(mean_fill=0.7, min_prompt=3)

@@ -9,12 +9,14 @@ import torch
 
 import niwaki
 from niwaki.config.recipe import Bits, Target, parse_target
-from niwaki.methods.registry import METHODS, get_method
+from niwaki.methods.method import MethodKind
+from niwaki.methods.registry import get_method, method_names
 from support.families import build, families
 from support.models import add_tokenizer, correlated_inputs, file_bytes, run_method, tiny_llama, weights_of
 from support.models import write_texts as texts
 
-QUANTIZERS = [name for name in METHODS if Bits in get_method(name).ACCEPTS]
+METHODS = method_names(MethodKind.WALK)
+QUANTIZERS = [name for name in METHODS if Bits in get_method(name).accepts]
 PRUNERS = [name for name in METHODS if name not in QUANTIZERS]
 OWN = dict.fromkeys(QUANTIZERS, "4bit") | dict.fromkeys(PRUNERS, "0.5")  # a target that each accepts
 OWN |= dict.fromkeys(("arb", "billm", "ptq161"), "8bit")  # a few rows and columns need as many scales as weights
@@ -62,7 +64,7 @@ def on_matrix(method: str, weight_OI: torch.Tensor, tokens: int, target: Target)
 
 def pairs(targets: list[str]) -> list[tuple[str, str]]:
     """Every method with each of `targets` that it accepts."""
-    return [(m, t) for m in METHODS for t in targets if isinstance(parse_target(t), get_method(m).ACCEPTS)]
+    return [(m, t) for m in METHODS for t in targets if isinstance(parse_target(t), get_method(m).accepts)]
 
 
 @pytest.mark.parametrize(("method", "target"), pairs(TARGETS))
@@ -151,7 +153,7 @@ def test_experts_without_tokens_are_noted(method: str, text: Path, tmp_path: Pat
         tmp_path / "model", tmp_path / "out", method=method, target="0.5", calibration=calibration, device="cpu"
     )
     unreached = "no calibration token reached this matrix: ranked by magnitude"
-    module = get_method(method)
+    declared = get_method(method)
     noted = any(unreached in note for note in record["result"]["notes"])
-    assert noted == module.needs(module.Config()).anything
+    assert noted == declared.needs(declared.config()).anything
     assert record["result"]["zeros_frac"] == pytest.approx(0.5, abs=1e-3)

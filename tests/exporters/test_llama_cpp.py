@@ -4,6 +4,7 @@ Engines run apart (make test-engines): llama-cpp-python is built from source, wh
 """
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -117,7 +118,7 @@ def without_heads(model: Path, out: Path, text: Path, groups: int) -> Path:
         return sizes.fitting(removed_frac, groups, (), 8)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comp, "search", search)
+        patch.setattr(comp, "METHOD", replace(comp.METHOD, search=search))
         niwaki.compress(
             model, out, method="comp", target="0.3", device="cpu",
             calibration={"files": str(text), "samples": 8, "seq_len": 64},

@@ -9,7 +9,7 @@ import pytest
 
 import niwaki
 from niwaki import errors
-from niwaki.methods.registry import EVERY, get_method
+from niwaki.methods.registry import METHODS, get_method
 
 SOURCE = Path(niwaki.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -123,11 +123,11 @@ def test_no_circle_between_files_or_folders() -> None:
 
 
 def test_methods_import_no_other_method_and_the_walk_names_none() -> None:
-    for name in EVERY:
+    for name in METHODS:
         for other in IMPORTS[f"methods.{name}"]:
-            assert other.removeprefix("methods.") not in EVERY, f"{name} imports {other}"
+            assert other.removeprefix("methods.") not in METHODS, f"{name} imports {other}"
     walk = (SOURCE / "compression" / "walk.py").read_text(encoding="utf-8")
-    assert not [name for name in EVERY if re.search(rf"\b{name}\b", walk)]
+    assert not [name for name in METHODS if re.search(rf"\b{name}\b", walk)]
 
 
 def test_general_modules_import_no_private_name() -> None:
@@ -196,12 +196,12 @@ def test_unknown_attribute_is_an_attribute_error() -> None:
         _ = niwaki.compres  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", METHODS)
 def test_method_modules_tell_paper_cost_and_example(name: str) -> None:
     method = get_method(name)
-    assert method.PAPER
+    assert method.paper
     for word in ("Source:", "ost:", "niwaki compress"):
-        assert word in method.__doc__, f"{name}: the docstring misses {word!r}"
+        assert word in method.doc, f"{name}: the docstring misses {word!r}"
 
 
 def test_tests_never_leave_the_repository() -> None:

@@ -20,7 +20,7 @@ def chosen(method: str, target: str, shape: tuple[int, int] = (96, 64), **option
     """What is seen of one matrix, and the matrix that the method makes."""
     module = get_method(method)
     weight_OI = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    block, config = make_block({"m": weight_OI, "n": weight_OI.flip(0)}), module.Config(**options)
+    block, config = make_block({"m": weight_OI, "n": weight_OI.flip(0)}), module.config(**options)
     seen = calibration_of(block, correlated_inputs(64, shape[1]), module.needs(config))
     targets: dict[str, Target] = dict.fromkeys(("m", "n"), parse_target(target))
     with watched(targets) as (own, found):

@@ -82,7 +82,7 @@ def test_flap_takes_the_lowest_standard_scores_of_all_blocks() -> None:
 def test_flap_looks_at_standardised_scores() -> None:
     block = make_block({"m": WEIGHT})
     calib = calibration_of(block, X, flap.needs(flap.Config())).statistics
-    scores = torch.tensor(flap.look(block, calib, {"neurons": NEURONS}, flap.Config())["neurons"])
+    scores = torch.tensor(flap.block_info(block, calib, {"neurons": NEURONS}, flap.Config())["neurons"])
     assert float(scores.mean()) == pytest.approx(0, abs=1e-6) and float(scores.std()) == pytest.approx(1, abs=1e-6)
 
 

@@ -258,7 +258,7 @@ def test_wrong_chains_and_options_are_one_line(
 
 
 def test_every_method_says_what_it_is() -> None:
-    assert get_method("wandapp").PAPER.startswith("Yang")
+    assert get_method("wandapp").paper.startswith("Yang")
 
 
 def test_matrices_in_the_block_s_own_dtype_are_learned_from_without_a_copy(tmp_path: Path) -> None:

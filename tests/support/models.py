@@ -22,6 +22,7 @@ from niwaki.cli.demo import sapling
 from niwaki.data.hidden_states import Activations
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
+from niwaki.methods.method import Method
 from niwaki.model.anatomy import BlockAnatomy, Call, Linear
 from niwaki.model.decoder import Block
 from support.families import build
@@ -104,11 +105,12 @@ def correlated_inputs(tokens: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def run_method(module: Any, weight_OI: Tensor, x_NI: Tensor, target: Any, **options: Any) -> Tensor:
-    """The matrix [O, I] that a method makes of `weight_OI` for inputs `x_NI`."""
+    """Return the matrix [O, I] that a method, or its module, makes of `weight_OI` for inputs `x_NI`."""
+    method = module if isinstance(module, Method) else module.METHOD
     block = make_block({"m": weight_OI})
-    config = module.Config(**options)
-    calib = calibration_of(block, x_NI, module.needs(config))
-    packed = module.compress(block, calib, {"m": target}, config, torch.Generator())
+    config = method.config(**options)
+    calib = calibration_of(block, x_NI, method.needs(config))
+    packed = method.compress(block, calib, {"m": target}, config, torch.Generator())
     assert torch.equal(block.weight("m"), weight_OI), "a method must not change its input"
     result: Tensor = packed["m"].decode(torch.float32)
     return result

@@ -24,13 +24,13 @@ def methods(
 def print_methods(to: Console) -> None:
     """Print one row per method, then the recipe of each preset."""
     from niwaki.config.presets import PRESETS
-    from niwaki.methods.registry import EVERY, get_method
+    from niwaki.methods.registry import METHODS, get_method
 
     table = Table("method", "what", "needs", "paper")
-    for name in EVERY:
+    for name in METHODS:
         method = get_method(name)
-        what = method.__doc__.split("\n")[0].partition(": ")[2]
-        table.add_row(name, what, _needs(method.needs(method.Config())), method.PAPER)
+        what = method.doc.split("\n")[0].partition(": ")[2]
+        table.add_row(name, what, _needs(method.needs(method.config())), method.paper)
     to.print(table)
     for preset, recipe in PRESETS.items():
         options = " ".join(f"{name}={value}" for name, value in recipe["options"].items())
@@ -43,7 +43,7 @@ def print_method(to: Console, name: str) -> None:
     from niwaki.methods.registry import get_method
 
     method = get_method(name)
-    for paragraph in re.split(r"\n\s*\n", method.__doc__.strip("\n")):
+    for paragraph in re.split(r"\n\s*\n", method.doc.strip("\n")):
         if paragraph.startswith(("    ", "| ")):  # an example or a table
             print_line(paragraph.rstrip(), to)
         else:
@@ -52,7 +52,7 @@ def print_method(to: Console, name: str) -> None:
                 indent = " " * len(marker[0]) if marker else ""
                 print_line(textwrap.fill(" ".join(item.split()), to.width, subsequent_indent=indent), to)
         to.print()
-    options = option_fields(method.Config)
+    options = option_fields(method.config)
     indent = " " * 8
     for option in options:
         print_line(f"    --set {option.name}={option.default}  ({option.kind.__name__})", to)

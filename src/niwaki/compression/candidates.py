@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from niwaki.compression.walk import loaded_blocks
 from niwaki.config.events import Event, Report, silent
 from niwaki.data.stream import Stream
-from niwaki.methods.registry import Contextual
+from niwaki.methods.method import ContextualMethod
 from niwaki.model.decoder import Block, Decoder
 from niwaki.runtime.contextual.selection import Variant
 from niwaki.runtime.contextual.traces import Traces, prompt_lengths
@@ -57,8 +57,8 @@ def losses_behind(
     return [_mean_loss(decoder, stream, lengths_S) for stream in streams]
 
 
-def settle_by_trial(
-    method: Contextual,
+def evaluate_candidates(
+    method: ContextualMethod,
     config: Any,
     traces: Mapping[str, Traces],
     layout: Layout,
@@ -68,15 +68,15 @@ def settle_by_trial(
     make_stream: MakeStream,
     report: Report = silent,
 ) -> tuple[Any, dict[str, Any]]:
-    """What `method.settle` decides for a decoder, from the windows `ids_ST` that the traces are of."""
-    held = method.trial_rows(len(ids_ST), config)
+    """What `method.choose_criterion` decides for a decoder, from the windows `ids_ST` that the traces are of."""
+    held = method.candidate_rows(len(ids_ST), config)
     lengths = prompt_lengths(ids_ST.shape[1], config.cuts)
     lengths_S = torch.tensor([lengths[window % config.cuts] for window in held])
 
     def measure(variants: Sequence[Variant]) -> list[float]:
         return losses_behind(decoder, ids_ST[held.start :], lengths_S, layout, variants, make_stream, report)
 
-    return method.settle(traces, layout, config, skip_frac, decoder.anatomy.weights, measure)
+    return method.choose_criterion(traces, layout, config, skip_frac, decoder.anatomy.weights, measure)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from torch import Tensor
 from niwaki.compression.allocation import OwlConfig
 from niwaki.config.recipe import NM, PrunedBits, Recipe, Target, make_options
 from niwaki.errors import InputError, TargetError
-from niwaki.methods.registry import STRUCTURED, Step, make_steps
+from niwaki.methods.method import MethodKind
+from niwaki.methods.registry import METHODS, Step, make_steps
 
 OWL_PREFIX = "owl_"
 
@@ -35,7 +36,7 @@ def stages_of(recipe: Recipe) -> list[Recipe]:
     Raises TargetError unless both have a target.
     """
     first, _, rest = (part.strip() for part in recipe.method.partition("+"))
-    if first not in STRUCTURED or not rest:
+    if first not in METHODS or METHODS[first].kind is not MethodKind.SHAPE or not rest:
         return [recipe]
     targets = (recipe.target or "").split("+", 1)  # the rest may have two parts itself
     if len(targets) != 2:
@@ -64,7 +65,7 @@ def stages_of(recipe: Recipe) -> list[Recipe]:
 
 def columns_multiple(steps: Sequence[Step], target: Target) -> int:
     """What the second stage needs the number of columns of every matrix to be a multiple of."""
-    groups = [vars(step.config).get("group", 0) or 1 for step in steps]
+    groups = [step.group or 1 for step in steps]
     zeros = target.zeros if isinstance(target, PrunedBits) else target
     return math.lcm(zeros.group if isinstance(zeros, NM) else 1, *groups)
 

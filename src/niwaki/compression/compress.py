@@ -17,7 +17,8 @@ from niwaki.compression.structured import ShapingJob
 from niwaki.config.events import Report, silent
 from niwaki.config.recipe import Recipe, make_recipe, parse_target
 from niwaki.errors import InputError, NumericalError
-from niwaki.methods.registry import CONTEXTUAL, STRUCTURED
+from niwaki.methods.method import MethodKind
+from niwaki.methods.registry import METHODS
 
 
 def compress(
@@ -63,5 +64,6 @@ def compress(
 
 
 def _kind(recipe: Recipe) -> type[CompressionJob]:
-    kinds = dict.fromkeys(STRUCTURED, ShapingJob) | dict.fromkeys(CONTEXTUAL, ShadowJob)
-    return kinds.get(recipe.method, CompressionJob)
+    kinds = {MethodKind.SHAPE: ShapingJob, MethodKind.CONTEXTUAL: ShadowJob}
+    info = METHODS.get(recipe.method)
+    return CompressionJob if info is None else kinds.get(info.kind, CompressionJob)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from niwaki.compression.candidates import settle_by_trial
+from niwaki.compression.candidates import evaluate_candidates
 from niwaki.compression.job import CompressionJob
 from niwaki.compression.model_card import model_card
 from niwaki.compression.run import RECORD, Run
@@ -76,9 +76,9 @@ class ShadowJob(CompressionJob):
             cuts=self.config.cuts, gradient_windows=self.config.gradient_windows, make_stream=make,
             activation_bytes=self.recipe.activation_bytes, folder=run.folder / RECORD / "journal", report=report,
         )  # fmt: skip
-        method, weights = self.steps[0].contextual, self.decoder.anatomy.weights
+        method, weights = self.steps[0].contextual_method, self.decoder.anatomy.weights
         skip_frac = self.target.zeros_frac
-        config, tried = settle_by_trial(
+        config, tried = evaluate_candidates(
             method, self.config, traces, self.layout, skip_frac, self.decoder, self.windows_ST, make, report
         )
         samples = method.samples(traces, self.layout, config)

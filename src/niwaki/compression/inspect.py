@@ -102,7 +102,7 @@ def both(line: Line) -> bool:
 
 def methods_line(name: str) -> str:
     """The first sentence of a method's description, by its name."""
-    return f"{name}: {get_method(name).__doc__.partition(chr(10))[0].partition(': ')[2]}"
+    return f"{name}: {get_method(name).doc.partition(chr(10))[0].partition(': ')[2]}"
 
 
 def kind_of(matrix: str) -> str:

@@ -29,6 +29,7 @@ from niwaki.compression.embeddings import embeddings_to_pack, read_packed
 from niwaki.compression.gradients import squared_gradients
 from niwaki.compression.model_card import model_card
 from niwaki.compression.plan.planner import check_possible
+from niwaki.compression.resolve import resolve_allocation
 from niwaki.compression.run import (
     RECORD,
     Run,
@@ -48,7 +49,8 @@ from niwaki.data.stream import Stream, default_batch_tokens
 from niwaki.data.texts import digest, windows_for
 from niwaki.errors import InputError, NumericalError, unknown
 from niwaki.formats.quantized import WEIGHT
-from niwaki.methods.registry import CONTEXTUAL, STRUCTURED, merged_needs, settle_budget
+from niwaki.methods.method import MethodKind
+from niwaki.methods.registry import merged_needs
 from niwaki.model.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, quantization, quantized_config
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.device import peak_rss_bytes, pick_device, pick_dtype
@@ -82,7 +84,7 @@ class CompressionJob:
         self.allocated: dict[str, Any] = {}
         if recipe.allocation not in ALLOCATIONS:
             raise InputError(unknown("allocation", recipe.allocation, ALLOCATIONS))
-        recipe = settle_budget(recipe)
+        recipe = resolve_allocation(recipe)
         self.owl, self.steps = split_options(recipe, self.target)
         self.needs = merged_needs(self.steps)
         self.dense_stream = dense_stream or self.needs.dense
@@ -165,7 +167,7 @@ class CompressionJob:
         if self.before is not None:
             return self.before.windows_ST, self.before.source
         given = self.recipe.calibration
-        own = self.recipe.method in STRUCTURED + CONTEXTUAL
+        own = self.steps[0].kind is not MethodKind.WALK
         scanned = self.recipe.allocation != "uniform" or self.recipe.keep_blocks == "auto" or own
         if not (self.needs.anything or scanned or self.dense_stream or given.files):
             return None, "none"

@@ -43,7 +43,7 @@ class ShapingJob(CompressionJob):
         self.sizes = ShapeSpace(self.decoder.anatomy, self.decoder.model, config, self.columns_multiple)
         looks = [BlockInfo(*found) for found in self._scan(run, "looks", self._look, report, moves=True)]
         step, losses = self.steps[0], dict[PrunedShape, float]()
-        search = step.structured.search(self.sizes, self.target.zeros_frac, looks, step.config)
+        search = step.shape_method.search(self.sizes, self.target.zeros_frac, looks, step.config)
         if self.recipe.allocation == "searched":
             search = self._then_spread(search)
         try:
@@ -79,15 +79,15 @@ class ShapingJob(CompressionJob):
         found = yield from search
         if found is None or not found.even:
             return found
-        multiple = vars(self.steps[0].config).get("multiple", 0)
+        multiple = self.steps[0].shape_method.multiple(self.steps[0].config)
         return (yield from spread(self.sizes, found, self.target.zeros_frac, multiple))
 
     def _look(self, block: Block, stream: Stream) -> tuple[float, Any]:
         """The influence of a dense block, and what the method wants to know of it."""
         step = self.steps[0]
-        needs = step.structured.look_needs(step.config)
+        needs = step.shape_method.info_needs(step.config)
         seen, _ = collect(block, stream, needs)
-        found = step.structured.look(block, seen, self.sizes.units, step.config)
+        found = step.shape_method.info(block, seen, self.sizes.units, step.config)
         return _influence(block, stream), found
 
     def _shard_names(self) -> list[str]:

@@ -39,6 +39,7 @@ from niwaki.data.stream import CalibrationData
 from niwaki.formats.quantized import SCALE_DTYPE, pack_codes, unpack_codes
 from niwaki.formats.record import Packed
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
+from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.binary import (
     check_reach,
     choose_salient,
@@ -52,10 +53,6 @@ from niwaki.methods.shared.binary import (
 )
 from niwaki.methods.shared.column_sweep import check_damping
 from niwaki.model.decoder import Block
-
-PAPER = "Li et al. 2025, ARB-LLM"
-ACCEPTS = (Bits,)
-CONTINUES = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,3 +302,15 @@ def _stored_bytes(rows: int, columns: int, salient: int, config: Config) -> int:
     """Bytes of what `stored` makes of a matrix of this shape with `salient` salient columns in all."""
     planes = 2 * -(-rows * columns // 8) + -(-columns // 8) + -(-rows * salient // 8)
     return planes + 2 * (6 * rows * -(-columns // config.block) + 2 * columns + 2 * salient)
+
+
+METHOD = WalkMethod(
+    doc=__doc__,
+    paper="Li et al. 2025, ARB-LLM",
+    accepts=(Bits,),
+    config=Config,
+    needs=needs,
+    compress=compress,
+    cost=cost,
+    stored_bytes=stored_bytes,
+)

@@ -41,14 +41,12 @@ from niwaki.formats.record import Packed, join_notes
 from niwaki.kernels.select import drop_lowest, fused, sums_below
 from niwaki.methods.cost import Scope, Work, learning
 from niwaki.methods.mask_scores import note
+from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.best_state import BestState, cosine
 from niwaki.methods.shared.block_training import LearningTarget, Matrices, Reconstruction, check_choices, learning_needs
 from niwaki.methods.shared.fake_quant import Clipping
 from niwaki.model.decoder import Block
 
-PAPER = "Xu et al. 2024, BESA: Blockwise Parameter-Efficient Sparsity Allocation"
-ACCEPTS = (Sparsity,)
-CONTINUES = False
 CHECKS = 4  # held-out measurements over the course of learning
 KEPT_START = "learning did not lower the held-out block error: uniform rates were kept"
 
@@ -305,3 +303,14 @@ class Rates:
         counts[(real - counts).argsort(descending=True, stable=True)[:left]] += 1
         split = counts.long().to(self.candidates_D.device).split(rows)
         return dict(zip(self.shapes, split, strict=True))
+
+
+METHOD = WalkMethod(
+    doc=__doc__,
+    paper="Xu et al. 2024, BESA: Blockwise Parameter-Efficient Sparsity Allocation",
+    accepts=(Sparsity,),
+    config=Config,
+    needs=needs,
+    compress=compress,
+    cost=cost,
+)

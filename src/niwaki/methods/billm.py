@@ -38,6 +38,7 @@ from niwaki.data.stream import CalibrationData
 from niwaki.formats.quantized import SCALE_DTYPE, pack_codes, unpack_codes
 from niwaki.formats.record import Packed
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
+from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.binary import (
     check_reach,
     choose_salient,
@@ -52,10 +53,6 @@ from niwaki.methods.shared.binary import (
 )
 from niwaki.methods.shared.column_sweep import check_damping
 from niwaki.model.decoder import Block
-
-PAPER = "Huang et al. 2024, BiLLM"
-ACCEPTS = (Bits,)
-CONTINUES = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,3 +187,15 @@ def _stored_bytes(rows: int, columns: int, config: Config) -> int:
     values = 7 if config.mean else 4
     planes = 2 * -(-rows * columns // 8) + -(-columns // 8)
     return planes + 2 * values * rows * -(-columns // config.block)
+
+
+METHOD = WalkMethod(
+    doc=__doc__,
+    paper="Huang et al. 2024, BiLLM",
+    accepts=(Bits,),
+    config=Config,
+    needs=needs,
+    compress=compress,
+    cost=cost,
+    stored_bytes=stored_bytes,
+)

@@ -32,11 +32,12 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import KeepUnits, Kind, Sparsity, Target, Unit
+from niwaki.config.recipe import KeepUnits, Sparsity, Target
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
 from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, gram_factors, products
+from niwaki.methods.method import ShapeMethod
 from niwaki.methods.shared.block_training import Reconstruction, Schedule, descend, learning_cost, learning_needs
 from niwaki.methods.shared.column_sweep import check_damping, inverse
 from niwaki.methods.shared.rounding import damped
@@ -54,9 +55,6 @@ from niwaki.methods.shared.unit_pruning import (
 from niwaki.model.decoder import Block
 from niwaki.model.prunable import BlockInfo, ShapeSearch, ShapeSpace
 
-PAPER = "COMP (arXiv 2501.15255), a reconstruction"
-ACCEPTS = (Sparsity,)
-CONTINUES = False
 SCORES = ("surgeon", "energy", "leverage", "random")
 TUNES = ("full", "scales", "none")
 SUPERVISIONS = ("prefix", "outputs")
@@ -104,15 +102,6 @@ def needs(config: Config) -> Needs:
     full = config.supervise == "outputs"
     learning = learning_needs(config.batch, "block") if config.learn_rounds else Needs()
     return Needs(gram=True, full=full, dense=full) | learning
-
-
-def look_needs(config: Config) -> Needs:
-    """Nothing of single matrices."""
-    return Needs()
-
-
-def look(block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> None:
-    """The influence of the block, which is measured anyway, is enough."""
 
 
 def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Config) -> ShapeSearch:
@@ -243,3 +232,16 @@ def _scores(weight_OI: Tensor, statistics: Statistics, config: Config, generator
     outer_OO.diagonal().add_(config.damping_frac * outer_OO.diagonal().mean())
     solved_OI: Tensor = torch.linalg.solve(outer_OO, weight_OI)
     return (weight_OI * solved_OI).sum(0)
+
+
+METHOD = ShapeMethod(
+    doc=__doc__,
+    paper="COMP (arXiv 2501.15255), a reconstruction",
+    accepts=(Sparsity,),
+    config=Config,
+    needs=needs,
+    compress=compress,
+    cost=cost,
+    search=search,
+    multiple=lambda config: config.multiple,
+)

@@ -24,13 +24,10 @@ from niwaki.config.recipe import KeepUnits, Kind, Sparsity, Target, Unit
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
+from niwaki.methods.method import ShapeMethod
 from niwaki.methods.shared.unit_pruning import Choice, by_group, kept_of, unit_by_unit, unreached, without
 from niwaki.model.decoder import Block
 from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSearch, ShapeSpace
-
-PAPER = "FLAP (An et al. 2023)"
-ACCEPTS = (Sparsity,)
-CONTINUES = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +42,7 @@ def needs(config: Config) -> Needs:
     return Needs(sqnorm=True, mean=True)
 
 
-def look_needs(config: Config) -> Needs:
-    """The same of the dense model."""
-    return needs(config)
-
-
-def look(
+def block_info(
     block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config
 ) -> dict[Kind, list]:
     """Scores of all groups by kind, standardised."""
@@ -105,3 +97,16 @@ def _fluctuation(weight_OI: Tensor, statistics: Statistics) -> Tensor:
         return torch.zeros_like(weight_OI[0])
     variance_I = (statistics.sqnorm_I / statistics.tokens - statistics.mean_I.square()).clamp_min(0)
     return variance_I * weight_OI.square().sum(0)
+
+
+METHOD = ShapeMethod(
+    doc=__doc__,
+    paper="FLAP (An et al. 2023)",
+    accepts=(Sparsity,),
+    config=Config,
+    needs=needs,
+    compress=compress,
+    search=search,
+    info_needs=needs,
+    info=block_info,
+)

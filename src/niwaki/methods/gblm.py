@@ -25,12 +25,9 @@ from niwaki.data.statistics import UNREACHED, Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
 from niwaki.methods.cost import Scope, Work, masks
+from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.masks import keep_by_row
 from niwaki.model.decoder import Block
-
-PAPER = "Das et al. 2023, Beyond Size: How Gradients Shape Pruning Decisions in LLMs (constants unverified)"
-ACCEPTS = (Sparsity, NM)
-CONTINUES = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +71,14 @@ def compress(
         note = "" if statistics.tokens else UNREACHED
         packed[name] = Packed.masked(weight_OI, keep_by_row(scores_OI, target), note)
     return packed
+
+
+METHOD = WalkMethod(
+    doc=__doc__,
+    paper="Das et al. 2023, Beyond Size: How Gradients Shape Pruning Decisions in LLMs (constants unverified)",
+    accepts=(Sparsity, NM),
+    config=Config,
+    needs=needs,
+    compress=compress,
+    cost=cost,
+)

@@ -34,6 +34,7 @@ from niwaki.formats.record import Packed
 from niwaki.kernels.codes import sweep_codes
 from niwaki.kernels.types import Grid
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
+from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.column_sweep import check_damping, inverse_factor
 from niwaki.methods.shared.rounding import (
     ROUNDED_UNREACHED,
@@ -51,11 +52,6 @@ from niwaki.methods.shared.rounding import (
     uniform_bytes,
 )
 from niwaki.model.decoder import Block
-
-PAPER = "Frantar et al. 2023, GPTQ"
-ACCEPTS = (Bits,)
-CONTINUES = True
-MASKED = {"symmetric": True}  # of codes, one stands for zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,3 +152,18 @@ def _sweep_in_order(
     code_OI = torch.empty_like(swept_OI)
     code_OI[:, order_I] = swept_OI
     return replace(fixed, code_OI=code_OI)
+
+
+METHOD = WalkMethod(
+    doc=__doc__,
+    paper="Frantar et al. 2023, GPTQ",
+    accepts=(Bits,),
+    config=Config,
+    needs=needs,
+    continues=True,
+    compress=compress,
+    cost=cost,
+    stored_bytes=stored_bytes,
+    group=lambda config: config.group,
+    masked_options={"symmetric": True},  # of symmetric codes, one stands for zero
+)

@@ -18,12 +18,9 @@ from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
 from niwaki.methods.cost import Scope, Work, masks
+from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.masks import keep_by_matrix, keep_by_row
 from niwaki.model.decoder import Block
-
-PAPER = "Han et al. 2015, Learning both Weights and Connections"
-ACCEPTS = (Sparsity, NM)
-CONTINUES = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,3 +61,14 @@ def compress(
         weight_OI = block.weight(name).float()
         packed[name] = Packed.masked(weight_OI, choose(weight_OI.abs(), target))
     return packed
+
+
+METHOD = WalkMethod(
+    doc=__doc__,
+    paper="Han et al. 2015, Learning both Weights and Connections",
+    accepts=(Sparsity, NM),
+    config=Config,
+    needs=needs,
+    compress=compress,
+    cost=cost,
+)

@@ -37,6 +37,7 @@ from niwaki.data.stream import CalibrationData
 from niwaki.formats.quantized import SCALE_DTYPE, QuantizedColumns, pack_codes, unpack_codes
 from niwaki.formats.record import Packed, join_notes
 from niwaki.methods.cost import Scope, Work
+from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.best_state import BestState
 from niwaki.methods.shared.binary import BINARIZED_UNREACHED, check_reach, fit_row, signs, weighed
 from niwaki.methods.shared.block_training import (
@@ -51,9 +52,6 @@ from niwaki.methods.shared.block_training import (
 from niwaki.methods.shared.rounding import groups_of, nearest
 from niwaki.model.decoder import Block
 
-PAPER = "PTQ1.61 (ACL 2025), without preprocessing"
-ACCEPTS = (Bits,)
-CONTINUES = False
 SALIENT_BITS = 4
 KEPT_START = "learning did not lower the held-out block error: the scales it began with were kept"
 
@@ -264,3 +262,15 @@ def _stored_bytes(rows: int, columns: int, config: Config) -> int:
     count = _salient_columns(columns, config)
     planes = SALIENT_BITS * -(-rows * count // 8) + -(-rows * (columns - count) // 8)
     return planes + -(-columns // 8) + SALIENT_BITS * -(-rows // 8) + 2 * (3 * rows + columns - count)
+
+
+METHOD = WalkMethod(
+    doc=__doc__,
+    paper="PTQ1.61 (ACL 2025), without preprocessing",
+    accepts=(Bits,),
+    config=Config,
+    needs=needs,
+    compress=compress,
+    cost=cost,
+    stored_bytes=stored_bytes,
+)

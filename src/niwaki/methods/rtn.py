@@ -20,13 +20,9 @@ from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
 from niwaki.methods.cost import Scope, Work
+from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.rounding import check_group, code_width, grids, groups_of, nearest, uniform_bytes
 from niwaki.model.decoder import Block
-
-PAPER = "Frantar et al. 2023, GPTQ (the baseline)"
-ACCEPTS = (Bits,)
-CONTINUES = True
-MASKED = {"symmetric": True}  # of codes, one stands for zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +72,18 @@ def compress(
         rounded = nearest(weight_OI, groups, config.clip).storable()
         packed[name] = Packed.codes(rounded.parts(torch.arange(columns, device=weight_OI.device)))
     return packed
+
+
+METHOD = WalkMethod(
+    doc=__doc__,
+    paper="Frantar et al. 2023, GPTQ (the baseline)",
+    accepts=(Bits,),
+    config=Config,
+    needs=needs,
+    continues=True,
+    compress=compress,
+    cost=cost,
+    stored_bytes=stored_bytes,
+    group=lambda config: config.group,
+    masked_options={"symmetric": True},  # of symmetric codes, one stands for zero
+)

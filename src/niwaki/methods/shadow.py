@@ -27,13 +27,11 @@ from typing import Annotated, Any
 
 import torch
 
-from niwaki.config.recipe import Sparsity, Target
+from niwaki.config.recipe import Sparsity
 from niwaki.data.statistics import Needs
-from niwaki.data.stream import CalibrationData
 from niwaki.errors import InputError
-from niwaki.formats.record import Packed
 from niwaki.methods.cost import Scope, Work
-from niwaki.model.decoder import Block
+from niwaki.methods.method import ContextualMethod
 from niwaki.runtime.contextual.criteria import CRITERIA
 from niwaki.runtime.contextual.predictor import FEATURES, Predictor, fit
 from niwaki.runtime.contextual.record import Running
@@ -41,9 +39,6 @@ from niwaki.runtime.contextual.selection import SCOPES, SHARING, Rule, Variant
 from niwaki.runtime.contextual.traces import Traces
 from niwaki.runtime.contextual.units import Layout
 
-PAPER = "Akhauri et al. 2024, ShadowLLM: Predictor-based Contextual Sparsity (read: the released code)"
-ACCEPTS = (Sparsity,)
-CONTINUES = False
 NEURON_WIDTHS = (1, 32, 64, 128)
 AUTO = "auto"
 CANDIDATES = {"head_criterion": ("plainact", "fisher", "energy"), "criterion": ("fisher", "energy", "plainact")}
@@ -124,17 +119,6 @@ def needs(config: Config) -> Needs:
     return Needs(gradient=True)
 
 
-def compress(
-    block: Block,
-    calib: CalibrationData,
-    targets: Mapping[str, Target],
-    config: Config,
-    generator: torch.Generator,
-) -> dict[str, Packed]:
-    """No matrix changes."""
-    return {}
-
-
 def rule(config: Config, skip_frac: float) -> Rule:
     """How scores become the units that run."""
     return Rule(skip_frac, config.scope, config.floor_frac)
@@ -143,12 +127,12 @@ def rule(config: Config, skip_frac: float) -> Rule:
 Measure = Callable[[Sequence[Variant]], list[float]]
 
 
-def trial_rows(windows: int, config: Config) -> range:
+def candidate_rows(windows: int, config: Config) -> range:
     """The windows, the last ones, that trials are held on: at most a quarter of all."""
     return range(windows - max(1, min(config.trial_windows, windows // 4)), windows)
 
 
-def settle(
+def choose_criterion(
     traces: Mapping[str, Traces],
     layout: Layout,
     config: Config,
@@ -158,13 +142,13 @@ def settle(
 ) -> tuple[Config, dict[str, Any]]:
     """The options with every `auto` replaced by what loses least, and the losses of all that was tried.
 
-    Predictors learn from the other windows; `measure` gives the loss of variants on those of `trial_rows`, each with
-    the prompt of one of its cuts, in turn. Heads are settled first, beside the first candidate of neurons, then these.
+    Predictors learn from the other windows. `measure` gives the loss of variants on those of `candidate_rows`, each
+    with the prompt of one of its cuts, in turn. The criterion of heads is chosen first, with the first one of neurons.
 
     Cost: a fit and a forward of those windows for every candidate.
     """
     windows = len(traces[config.criteria[0]]) // config.cuts
-    held = trial_rows(windows, config)
+    held = candidate_rows(windows, config)
     rows_S = torch.tensor([window * config.cuts + window % config.cuts for window in held])
     firsts: dict[str, Any] = {option: config.candidates(option)[0] for option in CANDIDATES}
     settled = replace(config, **firsts)
@@ -208,7 +192,7 @@ def learn(traces: Traces, layout: Layout, config: Config, decoder_weights: int) 
 def cost(scope: Scope, config: Config) -> Work:
     """The trial: a forward of its windows for every candidate."""
     tried = sum(len(found) for found in map(config.candidates, CANDIDATES) if len(found) > 1)
-    return Work(forward_tokens=tried * len(trial_rows(scope.windows, config)) * scope.tokens)
+    return Work(forward_tokens=tried * len(candidate_rows(scope.windows, config)) * scope.tokens)
 
 
 def beside_bytes(layout: Layout, channels: int, windows: int, config: Config, decoder_weights: int) -> int:
@@ -232,3 +216,19 @@ def _rank(layout: Layout, inputs: int, config: Config, decoder_weights: int) -> 
             "size_frac or neuron_width, or read fewer features"
         )
     return rank
+
+
+METHOD = ContextualMethod(
+    doc=__doc__,
+    paper="Akhauri et al. 2024, ShadowLLM: Predictor-based Contextual Sparsity (read: the released code)",
+    accepts=(Sparsity,),
+    config=Config,
+    needs=needs,
+    cost=cost,
+    candidate_rows=candidate_rows,
+    choose_criterion=choose_criterion,
+    samples=samples,
+    learn=learn,
+    rule=rule,
+    beside_bytes=beside_bytes,
+)

@@ -15,17 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import KeepUnits, Kind, Sparsity, Target, Unit
+from niwaki.config.recipe import KeepUnits, Sparsity, Target
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
+from niwaki.methods.method import ShapeMethod
 from niwaki.methods.shared.unit_pruning import Choice, unit_by_unit
 from niwaki.model.decoder import Block
 from niwaki.model.prunable import BlockInfo, ShapeSearch, ShapeSpace
-
-PAPER = "ShortGPT (Men et al. 2024)"
-ACCEPTS = (Sparsity,)
-CONTINUES = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +33,6 @@ class Config:
 def needs(config: Config) -> Needs:
     """Nothing of single matrices."""
     return Needs()
-
-
-def look_needs(config: Config) -> Needs:
-    """Nothing of single matrices."""
-    return Needs()
-
-
-def look(block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> None:
-    """The influence of the block, which is measured anyway, is enough."""
 
 
 def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Config) -> ShapeSearch:
@@ -68,3 +56,14 @@ def compress(
         return Choice(range(keep.unit.count), weight_OI)
 
     return unit_by_unit(block, calib, targets, choose)
+
+
+METHOD = ShapeMethod(
+    doc=__doc__,
+    paper="ShortGPT (Men et al. 2024)",
+    accepts=(Sparsity,),
+    config=Config,
+    needs=needs,
+    compress=compress,
+    search=search,
+)

@@ -32,6 +32,7 @@ from niwaki.data.statistics import UNREACHED, Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
 from niwaki.methods.cost import Scope, Work, gram_factors, masks, products, sweeps
+from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.column_sweep import (
     REFIT_ITERATIONS,
     WARM_ITERATIONS,
@@ -43,10 +44,6 @@ from niwaki.methods.shared.column_sweep import (
 )
 from niwaki.methods.shared.masks import by_panel, keep_by_matrix
 from niwaki.model.decoder import Block
-
-PAPER = "Frantar & Alistarh 2023, SparseGPT"
-ACCEPTS = (Sparsity, NM)
-CONTINUES = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,3 +153,15 @@ def _swept(
         chosen = by_panel(shares, rows, columns, weight_OI.device)
         keep_OI = sweep(weight_OI, upper_II, None, lambda p, d, start: chosen((p / d).square_(), start), panel_columns)
     return list(zip(names, weight_OI.split(rows), keep_OI.split(rows), strict=True))
+
+
+METHOD = WalkMethod(
+    doc=__doc__,
+    paper="Frantar & Alistarh 2023, SparseGPT",
+    accepts=(Sparsity, NM),
+    config=Config,
+    needs=needs,
+    continues=True,
+    compress=compress,
+    cost=cost,
+)

@@ -42,6 +42,7 @@ from niwaki.errors import TargetError
 from niwaki.formats.quantized import TILE
 from niwaki.formats.record import Packed, join_notes
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
+from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.block_training import (
     LearningTarget,
     Reconstruction,
@@ -66,9 +67,6 @@ from niwaki.methods.shared.rounding import (
 )
 from niwaki.model.decoder import Block
 
-PAPER = "Squeeze10-LLM (arXiv 2507.18073), a reconstruction"
-ACCEPTS = (Bits,)
-CONTINUES = False
 KEPT_START = "learning did not lower the held-out block error: the codes found before it were kept"
 CHOICES = ("robustness", "surgeon", "activation", "magnitude", "random")
 SUPERVISIONS = ("prefix", "inputs", "outputs")
@@ -351,3 +349,17 @@ def _element_scores(weight_OI: Tensor, task: _Task, bits: int, config: Config, g
     if config.choose == "robustness":
         return lost_OI * task.damped_II.diagonal()
     return lost_OI / task.upper_II.square().sum(0)  # the diagonal of H⁻¹ = UᵀU
+
+
+METHOD = WalkMethod(
+    doc=__doc__,
+    paper="Squeeze10-LLM (arXiv 2507.18073), a reconstruction",
+    accepts=(Bits,),
+    config=Config,
+    needs=needs,
+    compress=compress,
+    cost=cost,
+    stored_bytes=stored_bytes,
+    group=lambda config: config.group,
+    min_bits=min_bits,
+)

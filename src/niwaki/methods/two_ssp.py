@@ -19,17 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import KeepUnits, Kind, Sparsity, Target, Unit
+from niwaki.config.recipe import KeepUnits, Sparsity, Target
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
+from niwaki.methods.method import ShapeMethod
 from niwaki.methods.shared.unit_pruning import Choice, kept_of, unit_by_unit, without
 from niwaki.model.decoder import Block
 from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSearch, ShapeSpace
 
-PAPER = "2SSP (Sandri et al. 2025)"
-ACCEPTS = (Sparsity,)
-CONTINUES = False
 EXPONENT = 1.5
 
 
@@ -41,15 +39,6 @@ class Config:
 def needs(config: Config) -> Needs:
     """Squared norms of the inputs."""
     return Needs(sqnorm=True)
-
-
-def look_needs(config: Config) -> Needs:
-    """Nothing of single matrices."""
-    return Needs()
-
-
-def look(block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> None:
-    """Nothing."""
 
 
 def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Config) -> ShapeSearch:
@@ -92,3 +81,14 @@ def compress(
         return Choice(kept, without(weight_OI, keep, kept))
 
     return unit_by_unit(block, calib, targets, choose)
+
+
+METHOD = ShapeMethod(
+    doc=__doc__,
+    paper="2SSP (Sandri et al. 2025)",
+    accepts=(Sparsity,),
+    config=Config,
+    needs=needs,
+    compress=compress,
+    search=search,
+)

@@ -23,12 +23,9 @@ from niwaki.data.statistics import UNREACHED, Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
 from niwaki.methods.cost import Scope, Work, masks
+from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.masks import keep_by_row
 from niwaki.model.decoder import Block
-
-PAPER = "Sun et al. 2024, A Simple and Effective Pruning Approach for Large Language Models"
-ACCEPTS = (Sparsity, NM)
-CONTINUES = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,3 +61,14 @@ def compress(
         note = "" if calib.statistics[name].tokens else UNREACHED
         packed[name] = Packed.masked(weight_OI, keep_by_row(scores_OI, target), note)
     return packed
+
+
+METHOD = WalkMethod(
+    doc=__doc__,
+    paper="Sun et al. 2024, A Simple and Effective Pruning Approach for Large Language Models",
+    accepts=(Sparsity, NM),
+    config=Config,
+    needs=needs,
+    compress=compress,
+    cost=cost,
+)

@@ -16,17 +16,14 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import KeepUnits, Kind, Sparsity, Target, Unit
+from niwaki.config.recipe import KeepUnits, Sparsity, Target
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
+from niwaki.methods.method import ShapeMethod
 from niwaki.methods.shared.unit_pruning import Choice, by_group, kept_of, unit_by_unit, without
 from niwaki.model.decoder import Block
 from niwaki.model.prunable import BlockInfo, ShapeSearch, ShapeSpace
-
-PAPER = "Wanda-sp (An et al. 2023)"
-ACCEPTS = (Sparsity,)
-CONTINUES = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +36,6 @@ class Config:
 def needs(config: Config) -> Needs:
     """Squared norms of the inputs."""
     return Needs(sqnorm=True)
-
-
-def look_needs(config: Config) -> Needs:
-    """Nothing of single matrices."""
-    return Needs()
-
-
-def look(block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config) -> None:
-    """The influence of the block, which is measured anyway, is enough."""
 
 
 def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Config) -> ShapeSearch:
@@ -74,3 +62,15 @@ def compress(
         return Choice(kept, without(weight_OI, keep, kept))
 
     return unit_by_unit(block, calib, targets, choose)
+
+
+METHOD = ShapeMethod(
+    doc=__doc__,
+    paper="Wanda-sp (An et al. 2023)",
+    accepts=(Sparsity,),
+    config=Config,
+    needs=needs,
+    compress=compress,
+    search=search,
+    multiple=lambda config: config.multiple,
+)

@@ -39,6 +39,7 @@ from niwaki.data.statistics import UNREACHED, Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed, join_notes
 from niwaki.methods.cost import Scope, Work, masks
+from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.block_training import (
     LearningTarget,
     Matrices,
@@ -56,9 +57,6 @@ from niwaki.methods.shared.block_training import (
 from niwaki.methods.shared.masks import keep_by_row
 from niwaki.model.decoder import Block
 
-PAPER = "Yang et al. 2025, Wanda++: Pruning Large Language Models via Regional Gradients"
-ACCEPTS = (Sparsity, NM)
-CONTINUES = True
 KEPT_START = "learning did not lower the held-out block error: its start was kept"
 
 
@@ -174,3 +172,15 @@ def regional_gradients(block: Block, calib: CalibrationData, names: Matrices) ->
         for name, gradient_OI in deterministically(functools.partial(gradients, window)).items():
             total[name].addcmul_(gradient_OI, gradient_OI)
     return {name: (sum_OI / len(calib.stream)).sqrt_() for name, sum_OI in total.items()}
+
+
+METHOD = WalkMethod(
+    doc=__doc__,
+    paper="Yang et al. 2025, Wanda++: Pruning Large Language Models via Regional Gradients",
+    accepts=(Sparsity, NM),
+    config=Config,
+    needs=needs,
+    continues=True,
+    compress=compress,
+    cost=cost,
+)

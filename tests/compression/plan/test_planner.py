@@ -1,7 +1,7 @@
 """What a plan says is what a compression then takes; what cannot work is refused before anything is written."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from niwaki.compression.plan.machines import GPUS, gpu_of
 from niwaki.compression.plan.planner import check_possible, make_stages, open_decoder, plan
 from niwaki.config.recipe import Sparsity, make_recipe, parse_target
 from niwaki.errors import InputError, OutputError, TargetError
-from niwaki.methods.registry import CONTEXTUAL, EVERY, METHODS, STRUCTURED, get_method, make_steps
+from niwaki.methods import wanda
+from niwaki.methods.method import Method, MethodKind
+from niwaki.methods.registry import METHODS, get_method, make_steps, method_names
 from support.families import build, families
 from support.models import add_tokenizer, header_only, tiny_llama, write_texts
 
@@ -41,8 +43,8 @@ def target_of(method: str) -> list[str]:
         return ["8bit"]
     if method == "squeeze10":
         return ["1.9bit", "3.3bit"]
-    kinds = ["0.3"] if method in STRUCTURED + CONTEXTUAL else ["0.5", "2:4", "2bit", "4bit"]
-    return [target for target in kinds if isinstance(parse_target(target), get_method(method).ACCEPTS)]
+    kinds = ["0.3"] if METHODS[method].kind is not MethodKind.WALK else ["0.5", "2:4", "2bit", "4bit"]
+    return [target for target in kinds if isinstance(parse_target(target), get_method(method).accepts)]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def recipe_of(method: str, target: str, text: str, **more: Any) -> dict[str, Any
     return given | more
 
 
-@pytest.mark.parametrize(("method", "target"), [(m, t) for m in EVERY for t in target_of(m)])
+@pytest.mark.parametrize(("method", "target"), [(m, t) for m in METHODS for t in target_of(m)])
 def test_bytes_are_within_a_percent(method: str, target: str, model: Path, text: str, tmp_path: Path) -> None:
     recipe = recipe_of(method, target, text)
     planned = plan(model, gpu="h100", **recipe)
@@ -340,9 +342,9 @@ def test_more_text_and_more_learning_take_longer(large: dict[str, Path]) -> None
 
 
 def test_methods_that_state_no_cost_are_planned_too(model: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    method = get_method("wanda")
     with_cost = plan(model, gpu="h100", **recipe_of("wanda", "0.5", text))
-    monkeypatch.delattr(method, "cost")
+    default = next(entry.default for entry in fields(Method) if entry.name == "cost")
+    monkeypatch.setattr(wanda, "METHOD", replace(wanda.METHOD, cost=default))
     without = plan(model, gpu="h100", **recipe_of("wanda", "0.5", text))
     assert without["output_bytes"] == with_cost["output_bytes"] and without["seconds"] > 0
 
@@ -352,9 +354,10 @@ def test_an_unknown_gpu_gets_a_suggestion(model: Path, text: str) -> None:
         plan(model, gpu="h10", **recipe_of("wanda", "0.5", text))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", method_names(MethodKind.WALK))
 def test_every_method_states_its_cost(name: str) -> None:
-    assert callable(vars(get_method(name))["cost"])
+    default = next(entry.default for entry in fields(Method) if entry.name == "cost")
+    assert get_method(name).cost is not default
 
 
 def test_the_check_costs_nothing_that_is_measured(model: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:

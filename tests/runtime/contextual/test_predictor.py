@@ -130,12 +130,12 @@ def test_heads_and_neurons_have_criteria_of_their_own(layout: Layout) -> None:
 
 
 def test_the_trial_takes_what_loses_least(layout: Layout) -> None:
-    """Heads are settled first, each choice by the loss of the masks it would make on windows held out of the fit."""
+    """Heads come first; each criterion is chosen by the loss of its masks on windows held out of the fit."""
     right, wrong = samples(layout, 64), samples(layout, 64)
     wrong = replace(wrong, score_NU=wrong.score_NU.flip(1))
     traces = {"plainact": wrong, "fisher": wrong, "energy": right}
     config = shadow.Config(features="last", size_frac=0.5)
-    held = shadow.trial_rows(32, config)
+    held = shadow.candidate_rows(32, config)
     assert held == range(24, 32)
     rows = torch.tensor([window * 2 + window % 2 for window in held])
     asked: list[int] = []
@@ -145,13 +145,13 @@ def test_the_trial_takes_what_loses_least(layout: Layout) -> None:
         assert all(variant.kept_BU.shape == (8, layout.size) and variant.mean_fill == 0.5 for variant in variants)
         return [-float((right.score_NU[rows] * variant.kept_BU).sum()) for variant in variants]
 
-    settled, tried = shadow.settle(traces, layout, config, 0.5, 1_000_000, measure)
-    assert (settled.head_criterion, settled.criterion) == ("energy", "energy")
+    chosen, tried = shadow.choose_criterion(traces, layout, config, 0.5, 1_000_000, measure)
+    assert (chosen.head_criterion, chosen.criterion) == ("energy", "energy")
     assert asked == [3, 3] and set(tried) == {"head_criterion", "criterion"}
     assert tried["criterion"]["energy"] == min(tried["criterion"].values()) < min(tried["head_criterion"].values())
     fixed = replace(config, head_criterion="fisher", criterion="plainact")
-    assert shadow.settle(traces, layout, fixed, 0.5, 1_000_000, measure) == (fixed, {}) and len(asked) == 2
-    assert shadow.trial_rows(8, config) == range(6, 8) and shadow.trial_rows(1000, config) == range(968, 1000)
+    assert shadow.choose_criterion(traces, layout, fixed, 0.5, 1_000_000, measure) == (fixed, {}) and len(asked) == 2
+    assert shadow.candidate_rows(8, config) == range(6, 8) and shadow.candidate_rows(1000, config) == range(968, 1000)
 
 
 def test_the_files_bring_everything_back(layout: Layout, tmp_path: Path) -> None:

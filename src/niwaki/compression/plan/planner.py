@@ -24,11 +24,13 @@ from niwaki.compression.plan.decoding import decoding
 from niwaki.compression.plan.estimate import Job, Memory, memory, seconds
 from niwaki.compression.plan.machines import Machine, machine_named
 from niwaki.compression.plan.sizes import ModelSizes, Stored, beside_bytes, shape_of, shaped, sizes_of, stored
+from niwaki.compression.resolve import resolve_allocation
 from niwaki.compression.run import check_space, partial_of
 from niwaki.config.events import Event, Report
 from niwaki.config.recipe import Bits, Recipe, Sparsity, Target, make_recipe, parse_target
 from niwaki.errors import InputError, OutputError, TargetError, unknown
-from niwaki.methods.registry import CONTEXTUAL, STRUCTURED, Step, merged_needs, settle_budget
+from niwaki.methods.method import MethodKind
+from niwaki.methods.registry import Step, merged_needs
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.model.device import pick_dtype
@@ -145,9 +147,9 @@ def check_possible(
     total = torch.cuda.get_device_properties(device).total_memory if cuda else psutil.virtual_memory().total
     base = psutil.Process().memory_info().rss
     peak = memory(model, job, device.type, total, recipe.activation_bytes, base)
-    if recipe.method in CONTEXTUAL:
+    if steps[0].kind is MethodKind.CONTEXTUAL:
         written = 0.0
-    elif recipe.method in STRUCTURED:
+    elif steps[0].kind is MethodKind.SHAPE:
         assert isinstance(target, Sparsity)
         written = (1 - min(1.0, 1.3 * target.zeros_frac)) * (model.file_bytes - model.ends_bytes) + model.ends_bytes
     else:
@@ -165,12 +167,12 @@ def _stage(
     target: Target = Bits(KEPT_BITS) if recipe.target is None else parse_target(recipe.target)
     if recipe.allocation not in ALLOCATIONS:
         raise InputError(unknown("allocation", recipe.allocation, ALLOCATIONS))
-    recipe = settle_budget(recipe)
+    recipe = resolve_allocation(recipe)
     _, steps = split_options(recipe, target)
     if recipe.target_bytes is not None:
         target = bits_within(recipe.target_bytes, decoder)
     itemsize = 4 if device == "cpu" and recipe.dtype == "auto" else _itemsize(decoder, recipe)
-    if recipe.method in CONTEXTUAL:
+    if steps[0].kind is MethodKind.CONTEXTUAL:
         job = _job(model, recipe, steps, device, itemsize, dense_stream, 0)
         nbytes = model.file_bytes + beside_bytes(decoder, steps[0], job.windows)
         read = sum(block.dense_bytes * block.reach for block in model.blocks) + model.head_bytes
@@ -178,7 +180,7 @@ def _stage(
         skipped = target.zeros_frac * sum(m.dense_bytes for block in model.blocks for m in block.matrices)
         own = Stored(nbytes, model.matrix_bits, read - skipped, 0)
         return Stage(recipe, steps, target, model, job, own, linked=True)
-    if recipe.method in STRUCTURED:
+    if steps[0].kind is MethodKind.SHAPE:
         sizes, shape, tried = shape_of(decoder, steps[0], target, multiple, _config(decoder))
         trials = float(tried)
         if recipe.allocation == "searched":
@@ -205,7 +207,7 @@ def _job(
 ) -> Job:
     """How often what happens to every block."""
     needs, given = merged_needs(steps), recipe.calibration
-    own = recipe.method in STRUCTURED + CONTEXTUAL
+    own = steps[0].kind is not MethodKind.WALK
     scanned = recipe.allocation != "uniform" or recipe.keep_blocks == "auto" or own
     dense = dense_stream or needs.dense
     wanted = needs.anything or scanned or dense or bool(given.files)
@@ -228,7 +230,7 @@ def _job(
         scans=scans,
         scan_tokens=min(SCAN_TOKENS, windows * tokens) * matrices if recipe.allocation == "sensitivity" else 0,
         trials=trials,
-        squares=needs.gradient and recipe.method not in CONTEXTUAL,
+        squares=needs.gradient and steps[0].kind is not MethodKind.CONTEXTUAL,
         writes_text=wanted and not given.files,
     )
 

@@ -178,7 +178,7 @@ def _matrix_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe:
         asked = Bits(max(target.bits, step.min_bits(matrix.rows, matrix.columns)))
     nbytes = step.stored_bytes(name, matrix.rows, matrix.columns, asked)
     if recipe.pack == "auto" and isinstance(target, PrunedBits) and nbytes is not None:
-        nbytes = min(nbytes, _coded_bytes(matrix, target, vars(step.config)["group"] or matrix.columns) or nbytes)
+        nbytes = min(nbytes, _coded_bytes(matrix, target, step.group or matrix.columns) or nbytes)
     if nbytes is None and recipe.pack == "auto":
         nbytes = _nonzero_bytes(matrix, target)
     return matrix.dense_bytes if nbytes is None or recipe.pack == "none" or not matrix.packable else nbytes
@@ -242,7 +242,7 @@ def shape_of(
     sizes = ShapeSpace(decoder.anatomy, decoder.model, config, multiple)
     units = {kind: unit.count for kind, unit in sizes.units.items()}
     looks = [BlockInfo(1 - index / 1e3, {kind: [0.0] * n for kind, n in units.items()}) for index in range(len(sizes))]
-    search = step.structured.search(sizes, target.zeros_frac, looks, step.config)
+    search = step.shape_method.search(sizes, target.zeros_frac, looks, step.config)
     tried: set[PrunedShape] = set()
     try:
         shapes = next(search)
@@ -281,4 +281,4 @@ def beside_bytes(decoder: Decoder, step: Step, windows: int) -> int:
     """Bytes of the predictor of a contextual method."""
     layout = find_layout(decoder.anatomy, decoder.model, step.config.neuron_width)
     channels = decoder.anatomy.blocks[0].linears[layout.units["heads"].consumer].columns
-    return step.contextual.beside_bytes(layout, channels, windows, step.config, decoder.anatomy.weights)
+    return step.contextual_method.beside_bytes(layout, channels, windows, step.config, decoder.anatomy.weights)
