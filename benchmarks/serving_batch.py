@@ -18,7 +18,7 @@ import torch
 import niwaki
 from niwaki.cli.demo import sapling
 from niwaki.data.texts import load_tokenizer
-from niwaki.serve.engine import Engine, Limits
+from niwaki.serve.engine import Engine, EngineLimits
 from niwaki.serve.jobs import Event, Finished, Job
 from niwaki.serve.metrics import Metrics
 from niwaki.serve.sampling import Sampling
@@ -50,8 +50,8 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.model or sapling()
     model = niwaki.load(folder, device=args.device, dtype=getattr(torch, args.dtype))
-    engine = Engine(model, load_tokenizer(folder), Limits(8, 64, 1024), Metrics())
-    engine.ends = frozenset()  # answers of equal length
+    engine = Engine(model, load_tokenizer(folder), EngineLimits(8, 64, 1024), Metrics())
+    engine.decoding.end_tokens = frozenset()  # answers of equal length
     engine.start()
     found: dict[int, list[float]] = {count: [] for count in (1, 2, 4, 8)}
     for number in range(args.rounds + 1):

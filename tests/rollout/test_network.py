@@ -19,7 +19,7 @@ from niwaki.rollout.app import build
 from niwaki.rollout.running import assemble
 from niwaki.rollout.store import Store
 from niwaki.serve.http.limits import HEADER_BYTES
-from niwaki.serve.http.protocol import Protocol
+from niwaki.serve.http.protocol import HttpProtocol
 from support.rollouts import settings
 
 STEP = {"steps": [1.0], "interval_s": 60, "min_requests": 40}
@@ -60,7 +60,7 @@ async def served(app: Starlette) -> AsyncIterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = uvicorn.Config(app, port=port, log_level="critical", http=Protocol)
+    config = uvicorn.Config(app, port=port, log_level="critical", http=HttpProtocol)
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     running = asyncio.create_task(server.serve())

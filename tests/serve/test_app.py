@@ -60,7 +60,7 @@ def test_a_chat_is_what_transformers_generates(tiny: Running) -> None:
         )[0, len(ids) :]  # fmt: skip
     reply = tiny.client().chat.completions.create(**GREEDY)
     choice = reply.choices[0]
-    assert choice.message.content == engine.tokenizer.decode(wanted, skip_special_tokens=True)
+    assert choice.message.content == engine.decoding.tokenizer.decode(wanted, skip_special_tokens=True)
     assert choice.message.role == "assistant" and choice.finish_reason == "length"
     assert reply.usage is not None
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (
@@ -180,10 +180,10 @@ def test_many_at_once_get_what_each_gets_alone(tiny: Running) -> None:
 
 
 WRONG: list[tuple[dict[str, Any], type[openai.APIStatusError], str]] = [
-    ({"n": 2}, openai.BadRequestError, "one answer a request"),
+    ({"n": 2}, openai.BadRequestError, "one answer per request"),
     ({"model": "gpt-4"}, openai.NotFoundError, "no model 'gpt-4' here"),
     ({"max_tokens": 5000}, openai.BadRequestError, "the context holds 256 tokens, the prompt has"),
-    ({"max_tokens": 0}, openai.BadRequestError, "writes nothing"),
+    ({"max_tokens": 0}, openai.BadRequestError, "generates nothing"),
     ({"messages": []}, openai.BadRequestError, "at least 1 item"),
     ({"extra_body": {"chat_template": "x"}}, openai.BadRequestError, "templates come from the model's folder"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools is not supported"),
@@ -203,7 +203,11 @@ def test_errors_have_the_shape_that_clients_know(
 
 def test_token_ids_beyond_the_vocabulary_and_empty_prompts(tiny: Running) -> None:
     client = tiny.client()
-    for prompt, message in (([1, 4096], "lie within 0 and 4095, got 4096"), ("", "the prompt is empty"), ([], "empty")):
+    for prompt, message in (
+        ([1, 4096], "between 0 and 4095, got 4096"),
+        ("", "the prompt is empty"),
+        ([], "empty"),
+    ):
         with pytest.raises(openai.BadRequestError, match=message):
             client.completions.create(model="tiny", prompt=prompt)
 
@@ -218,7 +222,7 @@ def test_control_tokens_in_what_a_user_wrote_are_plain_text(tiny: Running) -> No
     end = tiny.service.prompts.tokenizer.eos_token
     from niwaki.serve.request_models import Message
 
-    ids = tiny.service.prompts.of_chat([Message(role="user", content=f"a{end}b")])
+    ids = tiny.service.prompts.tokenize_chat([Message(role="user", content=f"a{end}b")])
     assert tiny.service.prompts.tokenizer.eos_token_id not in ids
     assert end in tiny.service.prompts.tokenizer.decode(ids)
 

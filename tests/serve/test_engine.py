@@ -11,9 +11,9 @@ import torch
 from niwaki.cli.demo import sapling
 from niwaki.data.texts import load_tokenizer
 from niwaki.runtime.contextual.sparsity import attach
-from niwaki.serve.engine import MAX_FAILURES, Engine, Limits
+from niwaki.serve.engine import MAX_FAILURES, Engine, EngineLimits
 from niwaki.serve.http.api_errors import RefusalError
-from niwaki.serve.jobs import Event, Failed, Finished, Job, Read, Started, Wrote
+from niwaki.serve.jobs import Decoded, Event, Failed, Finished, Job, Prefilled, Started
 from niwaki.serve.metrics import Metrics
 from niwaki.serve.sampling import Sampling
 from support.contextual import PROMPT, model_of, shadow_of
@@ -40,12 +40,12 @@ class Asked:
 
     def tokens(self) -> list[int]:
         """The tokens that were written."""
-        return [event.scored.token for event in self.wait() if isinstance(event, Wrote) and event.scored]
+        return [event.scored.token for event in self.wait() if isinstance(event, Decoded) and event.scored]
 
 
 def make(model: Any, **limits: int) -> Engine:
     model.generation_config.eos_token_id = 95
-    given = Limits(**{"slots": 3, "queue": 2, "context": 64, "piece": 4, **limits})
+    given = EngineLimits(**{"slots": 3, "queue": 2, "context": 64, "chunk": 4, **limits})
     return Engine(model, load_tokenizer(sapling()), given, Metrics())
 
 
@@ -77,7 +77,7 @@ def test_events_of_a_job_come_in_order(engine: Engine) -> None:
     asked = Asked(most=3)
     engine.submit(asked.job)
     kinds = [type(event) for event in asked.wait()]
-    assert kinds == [Started, Read, Wrote, Wrote, Wrote, Finished]
+    assert kinds == [Started, Prefilled, Decoded, Decoded, Decoded, Finished]
     until(lambda: engine.idle)
     assert asked.events.empty()
 
@@ -87,8 +87,8 @@ def test_scores_are_those_of_a_plain_forward(engine: Engine) -> None:
     asked = Asked(list(range(1, 12)), most=4, logprobs=3, score_prompt=True)  # in pieces of 4
     engine.submit(asked.job)
     events = asked.wait()
-    scored = [one for event in events if isinstance(event, Read) for one in event.scored]
-    scored += [event.scored for event in events if isinstance(event, Wrote) and event.scored]
+    scored = [one for event in events if isinstance(event, Prefilled) for one in event.scored]
+    scored += [event.scored for event in events if isinstance(event, Decoded) and event.scored]
     tokens = [one.token for one in scored]
     assert tokens[:11] == list(range(1, 12)) and scored[0].logprob is None and scored[0].top == ()
     with torch.no_grad():
@@ -121,16 +121,16 @@ def test_the_end_token_and_a_stop_string_end_an_answer(engine: Engine) -> None:
     plain = Asked(most=8)
     engine.submit(plain.job)
     events = plain.wait()
-    tokens = [event.scored.token for event in events if isinstance(event, Wrote) and event.scored]
-    text = "".join(event.text for event in events if isinstance(event, Wrote))
+    tokens = [event.scored.token for event in events if isinstance(event, Decoded) and event.scored]
+    text = "".join(event.text for event in events if isinstance(event, Decoded))
     assert events[-1] == Finished("length", 8)
     stop = text[3:5]
     stopped = Asked(most=8, stops=[stop])
     engine.submit(stopped.job)
     events = stopped.wait()
-    assert "".join(event.text for event in events if isinstance(event, Wrote)) == text[: text.index(stop)]
+    assert "".join(event.text for event in events if isinstance(event, Decoded)) == text[: text.index(stop)]
     assert isinstance(events[-1], Finished) and events[-1].reason == "stop"
-    engine.ends = frozenset({tokens[4]})
+    engine.decoding.end_tokens = frozenset({tokens[4]})
     ended = Asked(most=8)
     engine.submit(ended.job)
     assert ended.wait()[-1] == Finished("stop", tokens.index(tokens[4]))
@@ -162,7 +162,7 @@ def test_a_cancelled_job_frees_its_slot_and_leaves_the_others_alone(engine: Engi
         engine.submit(one.job)
     held.let(2 + 1 + 4)
     until(lambda: engine.running == 2 and gone.events.qsize() > 3)
-    engine.limits = Limits(slots=2, queue=2, context=64)
+    engine.limits = EngineLimits(slots=2, queue=2, context=64)
     engine.submit(queued.job)
     engine.cancel(queued.job)
     assert engine.queued == 0
@@ -185,7 +185,7 @@ def test_a_job_cancelled_while_its_prompt_is_read_takes_no_slot(engine: Engine) 
     engine.cancel(asked.job)
     held.let(2)
     until(lambda: engine.idle)
-    assert not [event for event in list(asked.events.queue) if isinstance(event, Read | Wrote)]
+    assert not [event for event in list(asked.events.queue) if isinstance(event, Prefilled | Decoded)]
     held.free()
 
 
@@ -310,6 +310,6 @@ def test_files_beside_the_model_say_where_answers_end(tmp_path: Path) -> None:
     model = build(families()["llama"].config)
     tokenizer = load_tokenizer(sapling())
     model.generation_config.eos_token_id = [3, 4]
-    assert Engine(model, tokenizer, Limits(1, 1, 8), Metrics()).ends == {3, 4}
+    assert Engine(model, tokenizer, EngineLimits(1, 1, 8), Metrics()).decoding.end_tokens == {3, 4}
     model.generation_config.eos_token_id = None
-    assert Engine(model, tokenizer, Limits(1, 1, 8), Metrics()).ends == {tokenizer.eos_token_id}
+    assert Engine(model, tokenizer, EngineLimits(1, 1, 8), Metrics()).decoding.end_tokens == {tokenizer.eos_token_id}

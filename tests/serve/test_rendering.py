@@ -43,10 +43,10 @@ def test_a_dialogue_becomes_a_prompt(bombs: Renderer) -> None:
 @pytest.mark.parametrize(
     ("told", "message"),
     [
-        ("one long step", "more than it may"),
+        ("one long step", "exceeded its limits"),
         ("memory", "too much memory"),
-        ("output", f"at most {MAX_BYTES:,} are read"),
-        ("wide", "1,200,000 bytes come of it"),
+        ("output", f"the max is {MAX_BYTES:,}"),
+        ("wide", "it becomes 1,200,000 bytes"),
         ("escape", "unsafe"),
         ("write", "'append' of 'list' object is unsafe"),
         ("refuse", "no such role"),

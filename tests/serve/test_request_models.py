@@ -25,8 +25,8 @@ def test_what_clients_send_by_default_is_understood() -> None:
         temperature=1, top_p=1, n=1, stream=None, stop="\n", seed=3, max_completion_tokens=5, frequency_penalty=0,
         presence_penalty=0.0, logit_bias={}, tools=None, response_format={"type": "text"}, user="someone", store=False,
     )  # fmt: skip
-    assert asked.stops == ["\n"] and asked.max_tokens == 5 and asked.temperature == 1.0
-    assert chat(max_tokens=7).max_tokens == 7 and chat().max_tokens is None and chat().stops == []
+    assert asked.stops == ["\n"] and asked.token_limit == 5 and asked.temperature == 1.0
+    assert chat(max_tokens=7).token_limit == 7 and chat().token_limit is None and chat().stops == []
     assert chat(stream=True, stream_options={"include_usage": True}).usage_in_stream
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert chat(messages=[{"role": "user", "content": parts}]).messages[0].plain == {"role": "user", "content": "ab"}
@@ -38,7 +38,7 @@ def test_one_prompt_in_any_of_four_forms(prompt: Any) -> None:
 
 
 WRONG_CHATS = [
-    ({"n": 2}, "one answer a request"),
+    ({"n": 2}, "one answer per request"),
     ({"tools": [{"type": "function"}]}, "tools is not supported"),
     ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
     ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
@@ -71,8 +71,8 @@ def test_what_is_not_answered_is_refused(changes: dict[str, Any], message: str) 
 
 
 WRONG_TEXTS = [
-    ({"prompt": ["a", "b"]}, "one prompt a request, got 2"),
-    ({"prompt": [[1], [2]]}, "one prompt a request, got 2"),
+    ({"prompt": ["a", "b"]}, "one prompt per request, got 2"),
+    ({"prompt": [[1], [2]]}, "one prompt per request, got 2"),
     ({"prompt": [1.5]}, "valid"),
     ({"prompt": [["a"]]}, "valid"),
     ({"prompt": [[[1]]]}, "valid"),

@@ -10,9 +10,9 @@ import pytest
 import niwaki
 from niwaki.runtime.contextual.record import write_shadow
 from niwaki.serve.batch import PaddedBatch, PerSequence
-from niwaki.serve.jobs import Event, Failed, Finished, Job, Wrote
+from niwaki.serve.jobs import Decoded, Event, Failed, Finished, Job
 from niwaki.serve.sampling import Sampling
-from niwaki.serve.server import Settings, make_service
+from niwaki.serve.server import ServerSettings, make_service
 from support.contextual import shadow_of
 from support.models import tiny_llama, write_texts
 
@@ -44,9 +44,9 @@ def make(model: Path, out: Path, name: str) -> None:
 def test_results_write_what_they_write_elsewhere(model: Path, tmp_path: Path, name: str) -> None:
     make(model, tmp_path / "out", name)
     wanted = niwaki.generate(tmp_path / "out", PROMPT, max_new_tokens=8, device="cpu").removeprefix(PROMPT)
-    service = make_service(tmp_path / "out", Settings(device="cpu", slots=2))
-    assert isinstance(service.engine._batch, PerSequence if name == "contextual" else PaddedBatch)
-    ids = service.prompts.of_completion(PROMPT)
+    service = make_service(tmp_path / "out", ServerSettings(device="cpu", slots=2))
+    assert isinstance(service.engine.decoding.batch, PerSequence if name == "contextual" else PaddedBatch)
+    ids = service.prompts.tokenize_text(PROMPT)
     found: list[queue.Queue[Event]] = [queue.Queue() for _ in range(2)]
     for events in found:
         service.engine.submit(Job(ids, Sampling(temperature=0.0), 8, events.put))
@@ -54,6 +54,6 @@ def test_results_write_what_they_write_elsewhere(model: Path, tmp_path: Path, na
         written = ""
         while not isinstance(event := events.get(timeout=20), Finished):
             assert not isinstance(event, Failed)
-            written += event.text if isinstance(event, Wrote) else ""
+            written += event.text if isinstance(event, Decoded) else ""
         assert written == wanted
     service.close()

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from niwaki.serve.sampling import Sampling, pick, score, score_all
+from niwaki.serve.sampling import Sampling, sample, score, score_all
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, float("-inf")])
 
 
 def drawn(count: int, logits: torch.Tensor = LOGITS, **settings: float) -> list[int]:
     sampling = Sampling(seed=0, **settings)  # type: ignore[arg-type]
-    return [pick(logits, sampling) for _ in range(count)]
+    return [sample(logits, sampling) for _ in range(count)]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -35,13 +35,13 @@ def test_top_p_keeps_the_fewest_that_reach_it() -> None:
 def test_temperature_zero_is_greedy_and_seeds_repeat() -> None:
     assert set(drawn(5, temperature=0.0)) == {0}
     assert drawn(50) == drawn(50)
-    unseeded = [[pick(LOGITS, sampling) for _ in range(50)] for sampling in (Sampling(), Sampling())]
+    unseeded = [[sample(LOGITS, sampling) for _ in range(50)] for sampling in (Sampling(), Sampling())]
     assert unseeded[0] != unseeded[1]
 
 
 def test_negative_seeds_are_seeds() -> None:
     first, second = (Sampling(seed=-5) for _ in range(2))
-    assert [pick(LOGITS, first) for _ in range(20)] == [pick(LOGITS, second) for _ in range(20)]
+    assert [sample(LOGITS, first) for _ in range(20)] == [sample(LOGITS, second) for _ in range(20)]
 
 
 def test_scores_are_log_probabilities_of_the_model() -> None:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx2
+import httpx
 import openai
 import pytest
 from openai import OpenAI
@@ -18,17 +18,17 @@ import niwaki
 from niwaki.errors import InputError
 from niwaki.serve.engine import MAX_FAILURES
 from niwaki.serve.event_queue import Timeouts
-from niwaki.serve.server import Settings, check
+from niwaki.serve.server import ServerSettings, check
 from support.models import run, tiny_llama
 from support.servers import chat_model, running, until
 
 STARTER = """
 import logging, sys, time
 from niwaki.serve import engine
-from niwaki.serve.server import Server, Settings, make_service
+from niwaki.serve.server import Server, ServerSettings, make_service
 logging.basicConfig(level=logging.INFO)
 engine.STALLED_S = float(sys.argv[3])
-settings = Settings(port=0, name="tiny", device="cpu", drain_s=float(sys.argv[2]))
+settings = ServerSettings(port=0, name="tiny", device="cpu", drain_s=float(sys.argv[2]))
 service = make_service(sys.argv[1], settings)
 service.engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
 server = Server(service, settings)
@@ -66,7 +66,7 @@ def test_sigterm_answers_what_runs_and_takes_nothing_new(tmp_path: Path) -> None
     process, url = started(tmp_path)
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     given: dict[str, Any] = {"model": "tiny", "prompt": "Hello", "max_tokens": 40, "temperature": 0}
-    with httpx2.Client(base_url=url) as http:
+    with httpx.Client(base_url=url) as http:
         assert http.get("/ready").status_code == 200
         stream = client.completions.create(**given, stream=True)
         pieces = [next(stream)]
@@ -129,13 +129,13 @@ def test_a_killed_engine_tells_its_clients_and_ends_the_process(tmp_path: Path) 
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        check(Settings(**settings))
+        check(ServerSettings(**settings))
 
 
 def test_beyond_this_machine_with_keys_or_on_request() -> None:
-    check(Settings(host="0.0.0.0", keys=("key",)))
-    check(Settings(host="0.0.0.0", without_keys=True))
-    assert Settings().host == "127.0.0.1"
+    check(ServerSettings(host="0.0.0.0", keys=("key",)))
+    check(ServerSettings(host="0.0.0.0", without_keys=True))
+    assert ServerSettings().host == "127.0.0.1"
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +192,7 @@ def test_the_commands_settings_reach_the_server(
     code, _, _ = run(capsys, "serve", *arguments, "--drain", 7, "--dense", "--queue-timeout", 2, "--log-prompts")
     assert code == 1, "the exit code of the server"
     model, settings = found[0]
-    wanted = Settings(
+    wanted = ServerSettings(
         port=9, name="n", slots=3, queue=4, context=5, timeouts=Timeouts(2.0, 60.0, 6.0), drain_s=7.0, dense=True,
         keys=("one",), log_prompts=True,
     )  # fmt: skip

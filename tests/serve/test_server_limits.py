@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from niwaki.serve.app import create_app
-from niwaki.serve.http import limits as guard_module
+from niwaki.serve.http import limits as middleware_module
 from niwaki.serve.http import protocol
-from niwaki.serve.http.limits import HEADER_BYTES, OPEN, Bounds
+from niwaki.serve.http.limits import HEADER_BYTES, KEYLESS_PATHS, BodyLimits, LimitsMiddleware
 from support.servers import Running, chat_model, running, until
 
 KEY = "sk-a-key-for-tests"
@@ -83,8 +83,8 @@ def test_every_route_but_health_needs_a_key(slow: Running, caplog: pytest.LogCap
     before = outcomes(slow)
     with slow.http() as http:
         routes = [(method, str(route.path)) for route in create_app(slow.service).routes for method in route.methods]  # type: ignore[attr-defined]
-        assert len(routes) >= 7 and {("GET", path) for path in OPEN} < set(routes)
-        closed = [(method, path) for method, path in routes if path not in OPEN]
+        assert len(routes) >= 7 and {("GET", path) for path in KEYLESS_PATHS} < set(routes)
+        closed = [(method, path) for method, path in routes if path not in KEYLESS_PATHS]
         for method, path in [*closed, ("GET", "/v1/completions"), ("GET", "/nowhere"), ("DELETE", "/v1/models")]:
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
                 refused = http.request(method, path, headers=headers)
@@ -111,7 +111,7 @@ def test_prompts_are_not_logged(slow: Running, caplog: pytest.LogCaptureFixture)
 
 
 def test_sizes_and_kinds_of_bodies(slow: Running) -> None:
-    said = json.dumps({"model": "tiny", "prompt": "x" * Bounds().body_bytes}).encode()
+    said = json.dumps({"model": "tiny", "prompt": "x" * BodyLimits().body_bytes}).encode()
     usual = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     cases: list[tuple[int, dict[str, str], Any]] = [
         (413, usual, said),
@@ -148,10 +148,10 @@ def test_headers_that_never_end_and_bodies_that_never_come(slow: Running, monkey
     assert raw(slow, b"GET /health HTTP/1.1\r\nX-Slow: ").startswith(b"HTTP/1.1 408 ")
     assert raw(slow, b"GET /health HTTP/1.1\r\nX-Big: " + b"x" * 40_000).startswith(b"HTTP/1.1 431 ")
     assert raw(slow, b"\x16\x03\x01 nonsense\r\n\r\n").startswith(b"HTTP/1.1 400 ")
-    guard = slow.server.config.loaded_app
-    while not hasattr(guard, "bounds"):
-        guard = guard.app
-    monkeypatch.setattr(guard, "bounds", Bounds(body_s=0.3))
+    middleware = slow.server.config.loaded_app
+    while not isinstance(middleware, LimitsMiddleware):
+        middleware = middleware.app
+    monkeypatch.setattr(middleware, "limits", BodyLimits(body_s=0.3))
     half = (
         f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
     )
@@ -159,21 +159,21 @@ def test_headers_that_never_end_and_bodies_that_never_come(slow: Running, monkey
 
 
 def test_bodies_that_arrive_at_once_have_a_limit_together(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard_module, "ARRIVING_BYTES", 100_000)
+    monkeypatch.setattr(middleware_module, "MAX_PENDING_BYTES", 100_000)
     before = outcomes(slow)
     usual = f"Host: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\nContent-Length: 90000\r\n\r\n"
     head = f"POST /v1/completions HTTP/1.1\r\n{usual}".encode()
     with socket.create_connection(("127.0.0.1", slow.port), timeout=20) as first:
         first.sendall(head + b"x" * 80_000)
-        guard = slow.server.config.loaded_app
-        while not hasattr(guard, "arriving"):
-            guard = guard.app
-        until(lambda: guard.arriving.total == 80_000)
+        middleware = slow.server.config.loaded_app
+        while not isinstance(middleware, LimitsMiddleware):
+            middleware = middleware.app
+        until(lambda: middleware.pending.total == 80_000)
         refused = raw(slow, head + b"x" * 80_000)
         assert refused.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1" in refused.lower()
         first.sendall(b"x" * 10_000)
         assert first.recv(65536).startswith(b"HTTP/1.1 400 "), "the one that was there first is read"
-    until(lambda: guard.arriving.total == 0)
+    until(lambda: middleware.pending.total == 0)
     counted(slow, before, unavailable=1)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from niwaki.cli.demo import sapling
 from niwaki.data.texts import load_tokenizer
-from niwaki.serve.text import MAX_PENDING, Detokenizer, IncrementalDetokenizer, Names, Stops
+from niwaki.serve.text import MAX_PENDING, Detokenizer, IncrementalDetokenizer, StopStrings, TokenNames
 from support.models import write_sentencepiece
 
 TEXT = "Die Gärtnerin sah 庭木 und 🌳🌳, naïve façade — そして終わり. \n\n  x"
@@ -62,7 +62,7 @@ def test_spaces_of_sentencepiece_stay_between_prompt_and_answer(tmp_path: Path) 
     ids = tokenizer.encode("the class the name 庭", add_special_tokens=False)
     words = Detokenizer(tokenizer, ids[:1])
     assert tokenizer.decode(ids[:1]) + "".join(words.feed(token) for token in ids[1:]) == "the class the name 庭"
-    names = Names(tokenizer)
+    names = TokenNames(tokenizer)
     byte = tokenizer.convert_tokens_to_ids("<0xE5>")
     assert names.of(byte) == ("bytes:\\xe5", (0xE5,))
     assert names.of(tokenizer.encode("the name", add_special_tokens=False)[-1])[0].strip() != ""
@@ -70,7 +70,7 @@ def test_spaces_of_sentencepiece_stay_between_prompt_and_answer(tmp_path: Path) 
 
 
 def test_names_are_text_or_bytes(tokenizer: Any) -> None:
-    names = Names(tokenizer)
+    names = TokenNames(tokenizer)
     ids = tokenizer.encode("a 庭", add_special_tokens=False)
     assert b"".join(bytes(names.of(token)[1] or ()) for token in ids).decode() == "a 庭"
     assert names.of(ids[0]) == ("a", (97,))
@@ -81,7 +81,7 @@ def test_names_are_text_or_bytes(tokenizer: Any) -> None:
 def test_stop_strings_across_any_border(size: int) -> None:
     text = "one\n\nUser: two"
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
-    stops = Stops(["\n\nUser", "never"])
+    stops = StopStrings(["\n\nUser", "never"])
     shown, met = "", False
     for piece in pieces:
         part, met = stops.feed(piece)
@@ -93,13 +93,13 @@ def test_stop_strings_across_any_border(size: int) -> None:
 
 
 def test_what_only_looked_like_a_stop_string_is_shown() -> None:
-    stops = Stops(["aab"])
+    stops = StopStrings(["aab"])
     assert stops.feed("xaa") == ("x", False)
     assert stops.feed("a") == ("a", False), "the first a cannot begin it any more"
     assert stops.feed("b") == ("", True)
-    stops = Stops(["aab"])
+    stops = StopStrings(["aab"])
     assert stops.feed("xaa") == ("x", False) and stops.flush() == "aa"
-    assert Stops(["b", "ab"]).feed("ab") == ("", True), "the earliest counts"
+    assert StopStrings(["b", "ab"]).feed("ab") == ("", True), "the earliest counts"
 
 
 def test_a_stop_string_in_what_the_end_lets_go(tokenizer: Any) -> None:

@@ -5,7 +5,7 @@ import os
 import pickle
 from pathlib import Path
 
-from niwaki.serve.server import Settings, make_service
+from niwaki.serve.server import ServerSettings, make_service
 from support.servers import chat_model
 
 
@@ -36,8 +36,8 @@ def test_code_and_pickles_beside_the_weights_stay_unread(tmp_path: Path) -> None
     }.items():
         given = json.loads((model / name).read_text())
         (model / name).write_text(json.dumps({**given, "auto_map": own}))
-    service = make_service(model, Settings(device="cpu"))
-    assert service.prompts.of_completion("Hello")
+    service = make_service(model, ServerSettings(device="cpu"))
+    assert service.prompts.tokenize_text("Hello")
     service.close()
     assert not sung.exists()
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
+import httpx
 from openai import OpenAI
 
-from niwaki.serve.server import Server, Settings, make_service
+from niwaki.serve.server import Server, ServerSettings, make_service
 from support.models import tiny_llama
 
 TEMPLATE = (
@@ -39,9 +39,9 @@ class Running:
         """The official one, which here does not try again."""
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": 60, **settings})
 
-    def http(self, **settings: Any) -> httpx2.Client:
+    def http(self, **settings: Any) -> httpx.Client:
         """A plain one."""
-        return httpx2.Client(base_url=self.url, timeout=60, **settings)
+        return httpx.Client(base_url=self.url, timeout=60, **settings)
 
     def metric(self, line: str) -> float:
         """The value of a series; 0 before anything was counted."""
@@ -52,7 +52,7 @@ class Running:
 @contextmanager
 def running(model: Path, **settings: Any) -> Iterator[Running]:
     """Serves `model` on a free port until the block ends."""
-    given = Settings(**{"port": 0, "device": "cpu", "name": "tiny", **settings})
+    given = ServerSettings(**{"port": 0, "device": "cpu", "name": "tiny", **settings})
     server = Server(make_service(model, given), given)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

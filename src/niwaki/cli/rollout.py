@@ -52,7 +52,7 @@ def run(
     from niwaki.rollout.settings import settings_from
     from niwaki.rollout.store import Store
     from niwaki.serve.http.keys import read_keys
-    from niwaki.serve.http.limits import check_open
+    from niwaki.serve.http.limits import check_host
 
     values: dict[str, Any] = {
         "stable": given(url=stable),
@@ -66,7 +66,7 @@ def run(
             "no limit of quality: give --limits report/compare.json, --limits gate.yaml or --limit top1_agreement=0.9"
         )
     own_keys = read_keys(api_key_file)
-    check_open(host, own_keys)
+    check_host(host, own_keys)
     serve(
         settings, own_limits, Store.open(state), keys=own_keys, host=host, port=port, new=new,
         say=print_line,

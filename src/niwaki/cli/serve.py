@@ -47,7 +47,7 @@ def serve(
 
     try:
         from niwaki.serve.event_queue import Timeouts
-        from niwaki.serve.server import Settings
+        from niwaki.serve.server import ServerSettings
         from niwaki.serve.server import serve as run
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
@@ -59,7 +59,7 @@ def serve(
     limits: dict[str, Any] = {"slots": slots, "queue": queue, "context": context, "drain_s": drain}
     timeouts = Timeouts(queue_timeout, first_token_timeout, timeout)
     access: dict[str, Any] = {"keys": read_keys(api_key_file), "without_keys": without_keys, "log_prompts": log_prompts}
-    settings = Settings(
+    settings = ServerSettings(
         host=host, port=port, name=name, timeouts=timeouts, device=device, dtype=pick_dtype(dtype), dense=dense,
         verify=verify, **limits, **access,
     )  # fmt: skip

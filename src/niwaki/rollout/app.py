@@ -26,7 +26,7 @@ from niwaki.rollout.gateway import Gateway, no_answer
 from niwaki.rollout.http_client import UpstreamError
 from niwaki.rollout.metrics import exposition
 from niwaki.serve.http.api_errors import RefusalError
-from niwaki.serve.http.limits import Bounds, LimitsMiddleware
+from niwaki.serve.http.limits import BodyLimits, LimitsMiddleware
 
 log = logging.getLogger("niwaki.rollout")
 TICK_S = 1.0
@@ -60,7 +60,7 @@ def build(gateway: Gateway, *, tick_s: float | None = TICK_S, now: Clock = time.
         Route("/health", own.health),
         Route("/ready", own.ready),
     ]
-    bounds = Bounds(gateway.settings.bounds.body_bytes, gateway.settings.bounds.body_s)
+    bounds = BodyLimits(gateway.settings.bounds.body_bytes, gateway.settings.bounds.body_s)
     guard = Middleware(LimitsMiddleware, gateway.keys, bounds, challenge=CHALLENGE)
     app = Starlette(
         routes=routes, lifespan=living, middleware=[guard], exception_handlers={404: _nowhere, 405: _nowhere}

@@ -27,9 +27,10 @@ from niwaki.rollout.counters import Times
 from niwaki.rollout.http_client import Headers, UpstreamError
 from niwaki.rollout.routing import Ask, Route, choose, sticky_key
 from niwaki.rollout.settings import Settings
-from niwaki.rollout.streaming import GONE, Passing, Taken, unless_gone
+from niwaki.rollout.streaming import Passing, Taken
 from niwaki.rollout.upstream import Reply, Server
 from niwaki.serve.http.api_errors import RefusalError
+from niwaki.serve.http.disconnect import CLIENT_CLOSED, DisconnectedError, run_until_disconnect
 from niwaki.serve.http.keys import Keys
 
 
@@ -64,11 +65,13 @@ class Gateway:
         try:
             body = await request.body()
         except ClientDisconnect:
-            return Response(status_code=GONE)
+            return Response(status_code=CLIENT_CLOSED)
         payload = payload_of(body)
         question = self._question(request, path, body, payload)
         try:
-            return await unless_gone(request.receive, self._answered(question))
+            return await run_until_disconnect(request.receive, self._answered(question))
+        except DisconnectedError:
+            return Response(status_code=CLIENT_CLOSED)
         except UpstreamError as failure:
             raise no_answer() from failure
 

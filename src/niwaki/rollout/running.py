@@ -23,8 +23,8 @@ from niwaki.rollout.settings import Settings
 from niwaki.rollout.store import Store
 from niwaki.rollout.upstream import Clock, Server
 from niwaki.serve.http.keys import Keys
-from niwaki.serve.http.limits import check_open
-from niwaki.serve.http.protocol import Protocol
+from niwaki.serve.http.limits import check_host
+from niwaki.serve.http.protocol import HttpProtocol
 
 TEMPLATE_CHARACTERS = 100_000
 
@@ -41,7 +41,7 @@ def run(
     say: Callable[[str], None] = print,
 ) -> None:
     """Runs the gateway until it is stopped. Raises InputError before anything is begun."""
-    check_open(host, keys)
+    check_host(host, keys)
     gateway = assemble(settings, limits, store, keys=keys, now=time.time(), new=new)
     state = gateway.controller.state
     say(f"roll-out {state.id}, {state.status}: {gateway.controller.share:.0%} of requests to the canary")
@@ -51,7 +51,7 @@ def run(
         build(gateway),
         host=host,
         port=port,
-        http=Protocol,
+        http=HttpProtocol,
         ws="none",
         access_log=False,
         log_level="warning",

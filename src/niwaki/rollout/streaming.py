@@ -3,19 +3,16 @@
 taken = Taken(keep=True); taken.add(chunk); taken.times(reply, now)
 """
 
-import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
 
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from niwaki.rollout.answers import tokens_of
 from niwaki.rollout.counters import Times
 from niwaki.rollout.upstream import Reply
 
-GONE = 499  # the client left: nobody reads it
 MAX_COPIED = 1_000_000  # bytes of an answer that are kept to be audited
 
 
@@ -71,24 +68,3 @@ class Passing(StreamingResponse):
                 await self.stream_response(send)
         finally:
             self.reply.close()
-
-
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Response]) -> Response:
-    """The result of `work`, which is ended when the client leaves before."""
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_gone(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            return Response(status_code=GONE)
-        return await task
-    finally:
-        gone.cancel()
-        task.cancel()
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -1,4 +1,4 @@
-"""From the events of a job to an answer, whole or as a stream, for chats and for texts.
+"""Answers from the events of a job, whole or as a stream, for chats and for texts.
 
 answer = ChatAnswer(names, "small", logprobs=2)
 reply = answer.whole("Hello", scored, "stop", Usage.of(5, 1))
@@ -13,138 +13,138 @@ from niwaki.serve.response_models import (
     ChatChoice,
     ChatDelta,
     ChatLogprobs,
-    ChatToken,
-    Reply,
-    Rival,
+    ChatTokenLogprob,
+    GenerationResponse,
     TextChoice,
     TextLogprobs,
+    TopLogprob,
     Usage,
 )
-from niwaki.serve.sampling import Scored
-from niwaki.serve.text import Detokenizer, Names
+from niwaki.serve.sampling import TokenScore
+from niwaki.serve.text import Detokenizer, TokenNames
 
 
 class Answer(Protocol):
-    """What a route needs of both kinds."""
+    """Interface of both kinds of answers."""
 
-    def opening(self, prompt: Sequence[Scored]) -> Reply | None:
-        """The first piece of a stream, if one comes before the first token."""
+    def opening(self, prompt: Sequence[TokenScore]) -> GenerationResponse | None:
+        """Return the first chunk of a stream, if there is one before the first token."""
         ...
 
-    def piece(self, text: str, scored: Sequence[Scored]) -> Reply:
-        """What a token adds."""
+    def chunk(self, text: str, scored: Sequence[TokenScore]) -> GenerationResponse:
+        """Return the chunk of one token."""
         ...
 
-    def closing(self, reason: str) -> Reply:
-        """Why it ends."""
+    def closing(self, reason: str) -> GenerationResponse:
+        """Return the chunk with the reason of the end."""
         ...
 
-    def counts(self, usage: Usage) -> Reply:
-        """The last piece, for those who asked for counts."""
+    def counts(self, usage: Usage) -> GenerationResponse:
+        """Return the last chunk, with the token counts."""
         ...
 
-    def whole(self, text: str, scored: Sequence[Scored], reason: str, usage: Usage) -> Reply:
-        """All at once; `scored` begins with the prompt where that is shown."""
+    def whole(self, text: str, scored: Sequence[TokenScore], reason: str, usage: Usage) -> GenerationResponse:
+        """Return the complete answer. `scored` starts with the prompt if the answer shows it."""
         ...
 
 
 class ChatAnswer:
-    """An answer in a dialogue."""
+    """Answer in a dialogue."""
 
-    def __init__(self, names: Names, model: str, *, logprobs: bool) -> None:
+    def __init__(self, names: TokenNames, model: str, *, logprobs: bool) -> None:
         self.names, self.logprobs = names, logprobs
         self._about: dict[str, Any] = _about("chatcmpl", model)
 
-    def opening(self, prompt: Sequence[Scored]) -> Reply:
-        """Who speaks."""
-        return self._chunk([ChatDelta(delta={"role": "assistant", "content": ""})])
+    def opening(self, prompt: Sequence[TokenScore]) -> GenerationResponse:
+        """Return a chunk with the role."""
+        return self._reply([ChatDelta(delta={"role": "assistant", "content": ""})])
 
-    def piece(self, text: str, scored: Sequence[Scored]) -> Reply:
-        """What a token adds."""
-        return self._chunk([ChatDelta(delta={"content": text}, logprobs=self._scores(scored))])
+    def chunk(self, text: str, scored: Sequence[TokenScore]) -> GenerationResponse:
+        """Return the chunk of one token."""
+        return self._reply([ChatDelta(delta={"content": text}, logprobs=self._scores(scored))])
 
-    def closing(self, reason: str) -> Reply:
-        """Why it ends."""
-        return self._chunk([ChatDelta(delta={}, finish_reason=reason)])
+    def closing(self, reason: str) -> GenerationResponse:
+        """Return the chunk with the reason of the end."""
+        return self._reply([ChatDelta(delta={}, finish_reason=reason)])
 
-    def counts(self, usage: Usage) -> Reply:
-        """No choice, only counts."""
-        return Reply(**self._about, object="chat.completion.chunk", choices=[], usage=usage)
+    def counts(self, usage: Usage) -> GenerationResponse:
+        """Return a chunk without a choice, with the token counts."""
+        return GenerationResponse(**self._about, object="chat.completion.chunk", choices=[], usage=usage)
 
-    def whole(self, text: str, scored: Sequence[Scored], reason: str, usage: Usage) -> Reply:
-        """One message."""
+    def whole(self, text: str, scored: Sequence[TokenScore], reason: str, usage: Usage) -> GenerationResponse:
+        """Return the answer as one message."""
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = ChatChoice(message=message, logprobs=self._scores(scored), finish_reason=reason)
-        return Reply(**self._about, object="chat.completion", choices=[choice], usage=usage)
+        return GenerationResponse(**self._about, object="chat.completion", choices=[choice], usage=usage)
 
-    def _chunk(self, choices: list[ChatDelta]) -> Reply:
-        return Reply(**self._about, object="chat.completion.chunk", choices=choices)
+    def _reply(self, choices: list[ChatDelta]) -> GenerationResponse:
+        return GenerationResponse(**self._about, object="chat.completion.chunk", choices=choices)
 
-    def _scores(self, scored: Sequence[Scored]) -> ChatLogprobs | None:
+    def _scores(self, scored: Sequence[TokenScore]) -> ChatLogprobs | None:
         if not self.logprobs:
             return None
         content = []
         for one in scored:
-            chosen = self._rival(one.token, one.logprob or 0.0)
-            rivals = [self._rival(*rival) for rival in one.top]
-            content.append(ChatToken(**chosen.model_dump(), top_logprobs=rivals))
+            chosen = self._top_logprob(one.token, one.logprob or 0.0)
+            likeliest = [self._top_logprob(*entry) for entry in one.top]
+            content.append(ChatTokenLogprob(**chosen.model_dump(), top_logprobs=likeliest))
         return ChatLogprobs(content=content)
 
-    def _rival(self, token: int, logprob: float) -> Rival:
-        name, found = self.names.of(token)
-        return Rival(token=name, logprob=_finite(logprob), bytes=None if found is None else list(found))
+    def _top_logprob(self, token: int, logprob: float) -> TopLogprob:
+        name, raw = self.names.of(token)
+        return TopLogprob(token=name, logprob=_finite(logprob), bytes=None if raw is None else list(raw))
 
 
 class TextAnswer:
-    """A text that goes on; with `echo` it begins with the prompt."""
+    """Continuation of a text. With `echo` it starts with the prompt."""
 
-    def __init__(self, names: Names, model: str, *, logprobs: bool, echo: str) -> None:
+    def __init__(self, names: TokenNames, model: str, *, logprobs: bool, echo: str) -> None:
         self.names, self.logprobs, self.echo = names, logprobs, echo
         self._about: dict[str, Any] = _about("cmpl", model)
-        self._words, self._offset = Detokenizer(names.tokenizer), 0
+        self._detokenizer, self._offset = Detokenizer(names.tokenizer), 0
 
-    def opening(self, prompt: Sequence[Scored]) -> Reply | None:
-        """The prompt, if it is to be shown."""
-        return self.piece(self.echo, prompt) if self.echo else None
+    def opening(self, prompt: Sequence[TokenScore]) -> GenerationResponse | None:
+        """Return the prompt, if the answer shows it."""
+        return self.chunk(self.echo, prompt) if self.echo else None
 
-    def piece(self, text: str, scored: Sequence[Scored]) -> Reply:
-        """What a token adds."""
+    def chunk(self, text: str, scored: Sequence[TokenScore]) -> GenerationResponse:
+        """Return the chunk of one token."""
         return self._reply(TextChoice(text=text, logprobs=self._scores(scored)))
 
-    def closing(self, reason: str) -> Reply:
-        """Why it ends."""
+    def closing(self, reason: str) -> GenerationResponse:
+        """Return the chunk with the reason of the end."""
         return self._reply(TextChoice(text="", finish_reason=reason))
 
-    def counts(self, usage: Usage) -> Reply:
-        """No choice, only counts."""
-        return Reply(**self._about, object="text_completion", choices=[], usage=usage)
+    def counts(self, usage: Usage) -> GenerationResponse:
+        """Return a chunk without a choice, with the token counts."""
+        return GenerationResponse(**self._about, object="text_completion", choices=[], usage=usage)
 
-    def whole(self, text: str, scored: Sequence[Scored], reason: str, usage: Usage) -> Reply:
-        """One text."""
+    def whole(self, text: str, scored: Sequence[TokenScore], reason: str, usage: Usage) -> GenerationResponse:
+        """Return the answer as one text."""
         reply = self._reply(TextChoice(text=self.echo + text, logprobs=self._scores(scored), finish_reason=reason))
         reply.usage = usage
         return reply
 
-    def _reply(self, choice: TextChoice) -> Reply:
-        return Reply(**self._about, object="text_completion", choices=[choice])
+    def _reply(self, choice: TextChoice) -> GenerationResponse:
+        return GenerationResponse(**self._about, object="text_completion", choices=[choice])
 
-    def _scores(self, scored: Sequence[Scored]) -> TextLogprobs | None:
-        """Tokens without a score (the first of a prompt) have none here either."""
+    def _scores(self, scored: Sequence[TokenScore]) -> TextLogprobs | None:
+        """Return the scores. The first token of a prompt has no score."""
         if not self.logprobs:
             return None
-        found = TextLogprobs()
+        scores = TextLogprobs()
         for one in scored:
-            found.tokens.append(self.names.of(one.token)[0])
-            found.token_logprobs.append(None if one.logprob is None else _finite(one.logprob))
+            scores.tokens.append(self.names.of(one.token)[0])
+            scores.token_logprobs.append(None if one.logprob is None else _finite(one.logprob))
             top = {self.names.of(token)[0]: _finite(logprob) for token, logprob in one.top}
-            found.top_logprobs.append(None if one.logprob is None else top)
-            found.text_offset.append(self._offset)
-            self._offset += len(self._words.feed(one.token))
-        return found
+            scores.top_logprobs.append(None if one.logprob is None else top)
+            scores.text_offset.append(self._offset)
+            self._offset += len(self._detokenizer.feed(one.token))
+        return scores
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity."""
+    """Return a finite number, because JSON has no infinity."""
     return max(logprob, -9999.0)
 
 

@@ -1,22 +1,22 @@
-"""Sequences that write one token each per step, joining and leaving whenever they like.
+"""Batch of sequences that generate one token each per step. A sequence can join or leave before any step.
 
-`PaddedBatch`: one cache for all, padded on the left where a sequence is shorter than the longest, with a mask and
-positions that say so; a step is one forward, so the weights are read once for all. `PerSequence`: a cache each, one
-after another, for models whose sequences cannot share a forward: contextual ones, where each runs the units that its
-own prompt chose, and caches that are more than keys and values. Both read a
-prompt in chunks into a cache of its own first.
+`PaddedBatch` has one cache for all sequences. A sequence that is shorter than the longest has padding on the left, and
+a mask and positions exclude it. A step is one forward pass, so it reads the weights once.
+`PerSequence` has one cache per sequence and runs them one after another. Two kinds of models need it. In a contextual
+model each sequence runs the units of its own prompt. Other models have caches that hold more than keys and values.
+Both prefill a prompt in chunks, into its own cache.
 
-In float32 a sequence gets the same logits in a batch as alone but for rounding.
+In float32 a sequence gets the same logits in a batch as alone, except for rounding.
 
-Cost: `PaddedBatch` copies keys and values when a sequence joins or leaves; `PerSequence` keeps one copy of the chosen
-units for each sequence of a contextual model.
+Cost: `PaddedBatch` copies keys and values when a sequence joins or leaves. `PerSequence` keeps one copy of the chosen
+units per sequence of a contextual model.
 
 Legend: B sequences, T tokens, V vocabulary.
 
     batch = batch_for(model)
-    place = batch.begin()
-    logits_TV = batch.read(place, ids, every=False)
-    batch.join(place)
+    state = batch.begin()
+    logits_TV = batch.read(state, ids, every=False)
+    batch.join(state)
     logits_BV = batch.step([token])
 """
 
@@ -35,7 +35,7 @@ from niwaki.runtime.contextual.sparsity import Turn
 
 @dataclass(eq=False)
 class SequenceState:
-    """Where one sequence stands: its cache, and what a contextual model knows of it."""
+    """State of one sequence: its cache, and its turn and record in a contextual model."""
 
     cache: Any
     turn: Turn | None = None
@@ -43,35 +43,35 @@ class SequenceState:
 
 
 class Batch(Protocol):
-    """What the engine asks of both."""
+    """Interface of both kinds of batches."""
 
     def begin(self) -> SequenceState:
-        """A new, empty sequence."""
+        """Return the state of a new, empty sequence."""
         ...
 
-    def read(self, place: SequenceState, ids: Sequence[int], *, every: bool) -> Tensor:
-        """Reads the next tokens of a prompt: logits [T, V] behind each of them, or [1, V] behind the last."""
+    def read(self, state: SequenceState, ids: Sequence[int], *, every: bool) -> Tensor:
+        """Prefill the next tokens of a prompt. Return the logits [T, V] of all of them, or [1, V] of the last."""
         ...
 
-    def join(self, place: SequenceState) -> None:
-        """This sequence, read to its end, is the last row of every step from here on."""
+    def join(self, state: SequenceState) -> None:
+        """Add a sequence after its prefill, as the last row of each following step."""
         ...
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Logits [B, V] behind the next token of every row."""
+        """Return the logits [B, V] after the next token of every row."""
         ...
 
     def leave(self, rows: Collection[int]) -> None:
-        """These rows end; the others keep their order."""
+        """Remove rows. The others keep their order."""
         ...
 
-    def drop(self, place: SequenceState) -> None:
-        """A sequence that ends before it joined."""
+    def drop(self, state: SequenceState) -> None:
+        """Release a sequence that did not join."""
         ...
 
 
 def batch_for(model: Any) -> Batch:
-    """The one that this model can be run by."""
+    """Return the kind of batch that this model supports."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     plain = {type(layer) for layer in DynamicCache(config=model.config).layers} <= {
@@ -85,11 +85,11 @@ def _read(model: Any, cache: Any, ids: Sequence[int], every: bool) -> Tensor:
     ids_1T = torch.tensor([list(ids)], device=model.device)
     output = model(input_ids=ids_1T, past_key_values=cache, use_cache=True, logits_to_keep=0 if every else 1)
     logits_TV: Tensor = output.logits[0]
-    return logits_TV if every else logits_TV[-1:]  # not every model keeps the last only
+    return logits_TV if every else logits_TV[-1:]  # some models return the logits of all tokens
 
 
 class PaddedBatch:
-    """All rows in one cache."""
+    """Batch with all rows in one cache."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -97,33 +97,33 @@ class PaddedBatch:
         self._real_BT = torch.zeros(0, 0, dtype=torch.int64, device=model.device)
 
     def begin(self) -> SequenceState:
-        """An empty cache."""
+        """Return the state of an empty cache."""
         from transformers.cache_utils import DynamicCache
 
         return SequenceState(DynamicCache(config=self.model.config))
 
-    def read(self, place: SequenceState, ids: Sequence[int], *, every: bool) -> Tensor:
-        """One forward of the whole model."""
-        return _read(self.model, place.cache, ids, every)
+    def read(self, state: SequenceState, ids: Sequence[int], *, every: bool) -> Tensor:
+        """Run one forward pass of the whole model."""
+        return _read(self.model, state.cache, ids, every)
 
-    def join(self, place: SequenceState) -> None:
-        """Both caches get as long as the longer one, then the new row follows the others."""
-        own = place.cache.get_seq_length()
+    def join(self, state: SequenceState) -> None:
+        """Pad both caches to the longer one, then append the new row."""
+        own = state.cache.get_seq_length()
         real_1T = torch.ones(1, own, dtype=torch.int64, device=self._real_BT.device)
         if self._cache is None:
-            self._cache, self._real_BT = place.cache, real_1T
+            self._cache, self._real_BT = state.cache, real_1T
             return
         length = max(own, self._real_BT.shape[1])
-        for mine, new in zip(self._cache.layers, place.cache.layers, strict=True):
-            kept = _kept(mine, length)
-            mine.keys = torch.cat([_lengthened(mine.keys, kept), _lengthened(new.keys, kept)])
-            mine.values = torch.cat([_lengthened(mine.values, kept), _lengthened(new.values, kept)])
-            _tell_length(mine, length)
+        for mine, new in zip(self._cache.layers, state.cache.layers, strict=True):
+            held = _held_tokens(mine, length)
+            mine.keys = torch.cat([_padded(mine.keys, held), _padded(new.keys, held)])
+            mine.values = torch.cat([_padded(mine.values, held), _padded(new.values, held)])
+            _set_length(mine, length)
         real = (self._real_BT, real_1T)
         self._real_BT = torch.cat([pad(real_BT, (length - real_BT.shape[1], 0)) for real_BT in real])
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """One forward for all rows."""
+        """Run one forward pass for all rows."""
         ids_B1 = torch.tensor(tokens, device=self._real_BT.device)[:, None]
         self._real_BT = pad(self._real_BT, (0, 1), value=1)
         positions_B1 = self._real_BT.sum(1, keepdim=True) - 1
@@ -135,7 +135,7 @@ class PaddedBatch:
         return logits_BV
 
     def leave(self, rows: Collection[int]) -> None:
-        """Their rows go, and the padding that only they needed."""
+        """Remove rows, and the padding that only these rows needed."""
         staying = [row for row in range(len(self._real_BT)) if row not in rows]
         if not staying:
             self._cache, self._real_BT = None, self._real_BT[:0, :0]
@@ -145,72 +145,72 @@ class PaddedBatch:
         length = int(real_BT.sum(1).max())
         self._real_BT = real_BT[:, real_BT.shape[1] - length :]
         for layer in self._cache.layers:
-            start = layer.keys.shape[2] - _kept(layer, length)
+            start = layer.keys.shape[2] - _held_tokens(layer, length)
             layer.keys, layer.values = layer.keys[keep_B, :, start:], layer.values[keep_B, :, start:]
-            _tell_length(layer, length)
+            _set_length(layer, length)
 
-    def drop(self, place: SequenceState) -> None:
-        """Nothing is shared yet."""
+    def drop(self, state: SequenceState) -> None:
+        """Ignore the sequence, which has no row in the shared cache yet."""
 
 
-def _kept(layer: Any, length: int) -> int:
-    """How many of `length` tokens a layer holds: all of them, or those within its window."""
+def _held_tokens(layer: Any, length: int) -> int:
+    """Return how many of `length` tokens a layer holds: all, or those within its window."""
     return min(length, layer.sliding_window - 1) if layer.is_sliding else length
 
 
-def _lengthened(states_BGTC: Tensor, length: int) -> Tensor:
-    """Zeros before the first token."""
+def _padded(states_BGTC: Tensor, length: int) -> Tensor:
+    """Pad states with zeros before the first token."""
     return pad(states_BGTC, (0, 0, length - states_BGTC.shape[2], 0))
 
 
-def _tell_length(layer: Any, length: int) -> None:
+def _set_length(layer: Any, length: int) -> None:
     if layer.is_sliding:
         layer.cumulative_length = length
 
 
 class PerSequence:
-    """A cache for every row, one forward after another."""
+    """Batch with one cache and one forward pass per row."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.contextual = model, getattr(model, "contextual", None)
         self._rows: list[SequenceState] = []
-        self._free: list[Buffers] = []  # to map fresh memory takes longer than to fill it again
+        self._free: list[Buffers] = []  # new memory is slower than used memory
 
     def begin(self) -> SequenceState:
-        """An empty cache, and with a contextual model memory for what will be chosen."""
+        """Return the state of an empty cache. A contextual model adds memory for the chosen units."""
         from transformers.cache_utils import DynamicCache
 
-        place = SequenceState(DynamicCache(config=self.model.config))
+        state = SequenceState(DynamicCache(config=self.model.config))
         if self.contextual is not None:
-            place.turn = Turn(self._free.pop() if self._free else Buffers())
-        return place
+            state.turn = Turn(self._free.pop() if self._free else Buffers())
+        return state
 
-    def read(self, place: SequenceState, ids: Sequence[int], *, every: bool) -> Tensor:
-        """One forward of the whole model."""
-        if self.contextual is None or place.turn is None:
-            return _read(self.model, place.cache, ids, every)
-        with self.contextual.turn(place.turn):
-            logits_TV = _read(self.model, place.cache, ids, every)
-        place.record = place.record or self.contextual.records[-1]
+    def read(self, state: SequenceState, ids: Sequence[int], *, every: bool) -> Tensor:
+        """Run one forward pass of the whole model."""
+        if self.contextual is None or state.turn is None:
+            return _read(self.model, state.cache, ids, every)
+        with self.contextual.turn(state.turn):
+            logits_TV = _read(self.model, state.cache, ids, every)
+        state.record = state.record or self.contextual.records[-1]
         return logits_TV
 
-    def join(self, place: SequenceState) -> None:
-        """The last in turn."""
-        self._rows.append(place)
+    def join(self, state: SequenceState) -> None:
+        """Append the sequence as the last row."""
+        self._rows.append(state)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """One forward for each row."""
-        logits = [self.read(place, [token], every=False) for place, token in zip(self._rows, tokens, strict=True)]
+        """Run one forward pass per row."""
+        logits = [self.read(state, [token], every=False) for state, token in zip(self._rows, tokens, strict=True)]
         return torch.cat(logits)
 
     def leave(self, rows: Collection[int]) -> None:
-        """Their memory serves those that come."""
+        """Remove rows, and keep their memory for the next sequences."""
         for row in rows:
             self.drop(self._rows[row])
-        self._rows = [place for row, place in enumerate(self._rows) if row not in rows]
+        self._rows = [state for row, state in enumerate(self._rows) if row not in rows]
 
-    def drop(self, place: SequenceState) -> None:
-        """Its memory serves the next."""
-        if place.turn is not None:
-            self._free.append(place.turn.buffers)
-            place.turn = None
+    def drop(self, state: SequenceState) -> None:
+        """Keep the memory of the sequence for the next one."""
+        if state.turn is not None:
+            self._free.append(state.turn.buffers)
+            state.turn = None

@@ -1,8 +1,8 @@
-"""The events of one job on the side of the network, each within its time.
+"""Queue of the events of one job, from the thread of the engine to the loop of the network, with timeouts.
 
-inbox = Inbox(Timeouts())
-engine.submit(Job(..., emit=inbox.put))
-async for event in inbox.events():
+events = EventQueue(Timeouts())
+engine.submit(Job(..., emit=events.put))
+async for event in events.receive():
     ...
 """
 
@@ -11,21 +11,21 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from niwaki.serve.http.api_errors import INTERNAL, OVERLOADED, RefusalError, too_late
+from niwaki.serve.http.api_errors import INTERNAL, OVERLOADED, RefusalError, timed_out
 from niwaki.serve.jobs import Event, Failed, Finished, Started
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds from a request's arrival to its slot, from there to the first token, and to the end of the answer."""
+    """Max seconds from the arrival of a request to its slot, from there to the first token, and to the last one."""
 
     queue_s: float = 30.0
     first_token_s: float = 60.0
     total_s: float = 600.0
 
 
-class Inbox:
-    """Filled from the engine's thread, emptied by the loop it was made in."""
+class EventQueue:
+    """Events of one job: any thread puts them, the loop that made the queue receives them."""
 
     def __init__(self, timeouts: Timeouts) -> None:
         self.timeouts = timeouts
@@ -34,28 +34,28 @@ class Inbox:
         self._began = self._loop.time()
 
     def put(self, event: Event) -> None:
-        """From any thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it those who would have read
+        """Add an event, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop ended, and with it the receiver
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    async def events(self) -> AsyncIterator[Event]:
-        """All events up to the last. Raises RefusalError when one comes too late, or for a job that failed."""
-        given, end = self.timeouts, self._began + self.timeouts.total_s
-        until = min(self._began + given.queue_s, end)
-        late = RefusalError(503, f"no slot was free within {given.queue_s:g} s", kind=OVERLOADED, retry_s=5)
+    async def receive(self) -> AsyncIterator[Event]:
+        """Yield the events up to the last. Raise RefusalError if one is too late or the job failed."""
+        timeouts, end = self.timeouts, self._began + self.timeouts.total_s
+        until = min(self._began + timeouts.queue_s, end)
+        late = RefusalError(503, f"no slot was free within {timeouts.queue_s:g} s", kind=OVERLOADED, retry_s=5)
         while True:
             try:
                 async with asyncio.timeout_at(until):
                     event = await self._events.get()
             except TimeoutError:
-                raise (late if until < end else too_late("the answer", given.total_s)) from None
+                raise (late if until < end else timed_out("the answer", timeouts.total_s)) from None
             if isinstance(event, Failed):
                 raise RefusalError(500, event.message, kind=INTERNAL)
             yield event
             if isinstance(event, Finished):
                 return
             if isinstance(event, Started):
-                until = min(self._loop.time() + given.first_token_s, end)
-                late = too_late("the first token", given.first_token_s)
+                until = min(self._loop.time() + timeouts.first_token_s, end)
+                late = timed_out("the first token", timeouts.first_token_s)
             else:
                 until = end

@@ -1,4 +1,4 @@
-"""What the engine is given, and what it tells on the way.
+"""Jobs of the engine, and the events of a job.
 
 job = Job(ids, Sampling(seed=1), max_tokens=64, emit=events.put)
 engine.submit(job)
@@ -8,32 +8,32 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from niwaki.serve.sampling import Sampling, Scored
+from niwaki.serve.sampling import Sampling, TokenScore
 
 
 @dataclass(frozen=True)
 class Started:
-    """The job left the queue."""
+    """Event: the job got a slot."""
 
 
 @dataclass(frozen=True)
-class Read:
-    """The prompt was read; its tokens are scored if the job asked for it."""
+class Prefilled:
+    """Event: the prefill of the prompt is complete. `scored` holds its tokens if the job asked for scores."""
 
-    scored: Sequence[Scored] = ()
+    scored: Sequence[TokenScore] = ()
 
 
 @dataclass(frozen=True)
-class Wrote:
-    """A token, what can be shown with it, and its score if the job asked for it."""
+class Decoded:
+    """Event: a token was generated. `text` is complete with it, `scored` is there if the job asked for scores."""
 
     text: str
-    scored: Scored | None = None
+    scored: TokenScore | None = None
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of a job that was answered: why it ended, tokens written."""
+    """Last event of an answered job: the reason of the end and the number of generated tokens."""
 
     reason: str
     tokens: int
@@ -41,20 +41,20 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The last event of a job that could not be answered."""
+    """Last event of a job without an answer."""
 
     message: str
 
 
-Event = Started | Read | Wrote | Finished | Failed
+Event = Started | Prefilled | Decoded | Finished | Failed
 
 
 @dataclass(eq=False)
 class Job:
-    """One answer that is wanted. `emit` is called from the engine's thread and must not wait.
+    """Request for one answer. The thread of the engine calls `emit`, which must not block.
 
-    `logprobs`: how many of the likeliest tokens are told beside each (None: no scores); `score_prompt`: for the tokens
-    of the prompt too.
+    `logprobs`: number of most likely tokens that each token reports (None: no scores).
+    `score_prompt`: report scores of the tokens of the prompt too.
     """
 
     ids: Sequence[int]

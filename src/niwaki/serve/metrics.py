@@ -1,7 +1,7 @@
-"""What Prometheus is told. Labels come from fixed sets, so that no client can make more series.
+"""Metrics of a server for Prometheus. Labels come from fixed sets, so no client can add series.
 
 metrics = Metrics()
-metrics.answered("chat", "answered", 1.2)
+metrics.count_request("chat", "answered", 1.2)
 body = metrics.text()
 """
 
@@ -20,53 +20,56 @@ SHARES = tuple(tenth / 10 for tenth in range(1, 11))
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own."""
+    """Counters of one server, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "niwaki_requests_total",
-            "Requests to the two routes that write, by outcome.",
+            "Requests for chats and completions, by outcome.",
             ["route", "outcome"],
             registry=self.registry,
         )
         self._seconds = Histogram(
-            "niwaki_request_seconds", "From the first byte of a request to the last of its answer.", ["route"],
+            "niwaki_request_seconds", "Seconds from the first byte of a request to the last of its answer.", ["route"],
             buckets=SECONDS, registry=self.registry,
         )  # fmt: skip
         self.prompt_tokens = Counter(
-            "niwaki_prompt_tokens_total", "Tokens of prompts that were read.", registry=self.registry
+            "niwaki_prompt_tokens_total", "Tokens of prompts after prefill.", registry=self.registry
         )
         self.written_tokens = Counter("niwaki_written_tokens_total", "Tokens of answers.", registry=self.registry)
         self.steps = Counter(
-            "niwaki_steps_total", "Steps that wrote a token for every running sequence.", registry=self.registry
+            "niwaki_steps_total", "Steps that generated a token of every running sequence.", registry=self.registry
         )
         self.first_token = Histogram(
-            "niwaki_first_token_seconds", "From a request's place in the queue to its first token.", buckets=SECONDS,
+            "niwaki_first_token_seconds", "Seconds from the start in the queue to the first token.", buckets=SECONDS,
             registry=self.registry,
         )  # fmt: skip
         self.token = Histogram(
-            "niwaki_token_seconds", "Between two tokens of one answer.", buckets=TOKEN_SECONDS, registry=self.registry
+            "niwaki_token_seconds",
+            "Seconds between two tokens of one answer.",
+            buckets=TOKEN_SECONDS,
+            registry=self.registry,
         )
         self.queue_seconds = Histogram(
-            "niwaki_queue_seconds", "Time in the queue.", buckets=SECONDS, registry=self.registry
+            "niwaki_queue_seconds", "Seconds in the queue.", buckets=SECONDS, registry=self.registry
         )
         self._skipped = Histogram(
-            "niwaki_skipped_frac", "Share of the weights that was skipped, by answer of a contextual model.",
+            "niwaki_skipped_frac", "Share of the weights that each answer of a contextual model skipped.",
             buckets=SHARES, registry=self.registry,
         )  # fmt: skip
         self._contextual_tokens = Counter(
-            "niwaki_contextual_tokens_total", "Tokens of answers of a contextual model, by what wrote them.",
+            "niwaki_contextual_tokens_total", "Tokens of answers of a contextual model, by the weights that ran.",
             ["weights"], registry=self.registry,
         )  # fmt: skip
         self._decisions = Counter(
-            "niwaki_gate_decisions_total", "How a contextual model answered: with a part of its weights, or why not.",
+            "niwaki_gate_decisions_total", "Decisions of a contextual model: sparse, or the reason for dense.",
             ["decision"], registry=self.registry,
         )  # fmt: skip
-        self._fill()
+        self._create_series()
 
-    def _fill(self) -> None:
-        """Every series is there from the start, at 0."""
+    def _create_series(self) -> None:
+        """Create every series at 0."""
         for route in ROUTES:
             for outcome in OUTCOMES:
                 self._requests.labels(route, outcome)
@@ -77,21 +80,21 @@ class Metrics:
             self._contextual_tokens.labels(weights)
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A number that is looked up when it is asked for."""
+        """Add a gauge whose value is read at each scrape."""
         Gauge(name, text, registry=self.registry).set_function(value)
 
-    def answered(self, route: str, outcome: str, seconds: float) -> None:
-        """A request came to its end, whichever."""
+    def count_request(self, route: str, outcome: str, seconds: float) -> None:
+        """Count a request that ended."""
         self._requests.labels(route, outcome).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def contextual(self, record: Record) -> None:
-        """A sequence of a contextual model came to its end."""
+    def count_contextual(self, record: Record) -> None:
+        """Count a finished sequence of a contextual model."""
         self._decisions.labels(record.decision).inc()
         self._skipped.observe(record.skipped_frac[-1] if record.sparse_tokens else 0.0)
         self._contextual_tokens.labels("part").inc(record.sparse_tokens)
         self._contextual_tokens.labels("all").inc(record.dense_tokens)
 
     def text(self) -> bytes:
-        """All of it in the exposition format."""
+        """Return all metrics in the exposition format."""
         return generate_latest(self.registry)

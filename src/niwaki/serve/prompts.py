@@ -1,7 +1,7 @@
-"""From a request to the tokens that the model reads, or to a refusal that says what is wrong.
+"""Tokens of the prompt of a request, or a refusal that says what is wrong.
 
-prompts = Prompts(tokenizer, vocabulary=32000, context=2048)
-ids = prompts.of_chat(messages)
+prompts = PromptTokenizer(tokenizer, vocabulary=32000, context=2048)
+ids = prompts.tokenize_chat(messages)
 """
 
 import re
@@ -13,8 +13,8 @@ from niwaki.serve.rendering import Renderer
 from niwaki.serve.request_models import Message
 
 
-class Prompts:
-    """The tokenizer and the chat template of one model."""
+class PromptTokenizer:
+    """Tokenizer and chat template of one model."""
 
     def __init__(self, tokenizer: Any, *, vocabulary: int, context: int) -> None:
         self.tokenizer, self.vocabulary, self.context = tokenizer, vocabulary, context
@@ -22,21 +22,21 @@ class Prompts:
         if tokenizer.chat_template:
             self.renderer = Renderer(tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map))
 
-    def of_completion(self, prompt: str | Sequence[int]) -> list[int]:
-        """The tokens of a text, with those that the tokenizer puts before it; or the ids as they are."""
+    def tokenize_text(self, prompt: str | Sequence[int]) -> list[int]:
+        """Return the tokens of a text, with the start tokens of the tokenizer. Return ids unchanged."""
         if isinstance(prompt, str):
             return [int(token) for token in self.tokenizer(prompt)["input_ids"]]
         wrong = next((token for token in prompt if not 0 <= token < self.vocabulary), None)
         if wrong is not None:
-            raise RefusalError(400, f"token ids lie within 0 and {self.vocabulary - 1}, got {wrong}", param="prompt")
+            raise RefusalError(400, f"token ids lie between 0 and {self.vocabulary - 1}, got {wrong}", param="prompt")
         return list(prompt)
 
-    def text_of(self, ids: Sequence[int]) -> str:
-        """Ids as text."""
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return ids as text."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def of_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a dialogue. Names of control tokens in what a user wrote are read as plain text."""
+    def tokenize_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of a dialogue. Names of control tokens in a message are plain text."""
         from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
         if self.renderer is None:
@@ -46,25 +46,25 @@ class Prompts:
         return [int(token) for token in encode_marked_chat(self.tokenizer, text)]
 
     def close(self) -> None:
-        """Ends the process that renders."""
+        """End the process that renders."""
         if self.renderer is not None:
             self.renderer.close()
 
-    def checked(self, ids: list[int], wanted: int | None) -> int:
-        """How many tokens may be written behind a prompt. Raises RefusalError if it and what is wanted are too long."""
+    def token_limit(self, ids: list[int], wanted: int | None) -> int:
+        """Return the max tokens of the answer to a prompt. Raise RefusalError if both exceed the context."""
         if not ids:
             raise RefusalError(400, "the prompt is empty: give at least one token", param="prompt")
         room = self.context - len(ids)
         if room < (1 if wanted is None else wanted):
-            asked = "" if wanted is None else f" and max_tokens {wanted}"
+            request = "" if wanted is None else f" and max_tokens {wanted}"
             raise RefusalError(
-                400, f"the context holds {self.context} tokens, the prompt has {len(ids)}{asked}",
+                400, f"the context holds {self.context} tokens, the prompt has {len(ids)}{request}",
                 code="context_length_exceeded",
             )  # fmt: skip
         return room if wanted is None else wanted
 
 
 def _control_tokens(tokenizer: Any) -> Any:
-    """A pattern of the special tokens."""
+    """Return a pattern of the special tokens."""
     names = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
     return re.compile("|".join(map(re.escape, names[::-1])) or "(?!)")

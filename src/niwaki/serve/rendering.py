@@ -1,9 +1,9 @@
-"""A dialogue as the text that the model's own template makes of it, in a process that can be ended.
+"""Rendering of a dialogue with the chat template of the model, in a process that can be killed.
 
-Templates come with models, from whoever made them: programs in a small language. transformers renders them in Jinja's
-immutable sandbox, which keeps them from files and from Python, but not from running forever or from filling the memory.
-So they run in a process of their own, with limits that the system enforces: `CPU_S` of computing, `MEMORY_BYTES`, and
-`MAX_BYTES` of text. A request cannot bring a template.
+A template is a program that comes with a model, so it is not trusted. transformers renders it in the immutable sandbox
+of Jinja. The sandbox has no access to files or to Python, but a template can still loop forever or fill the memory.
+Therefore it runs in its own process. The system enforces the limits: `CPU_S`, `MEMORY_BYTES`, and `MAX_BYTES` of text.
+A request cannot bring a template.
 
     renderer = Renderer(template, {"bos_token": "<s>"})
     text = renderer.render([{"role": "user", "content": "Hello"}])
@@ -22,19 +22,19 @@ from typing import IO, Any
 from niwaki.errors import InputError
 from niwaki.serve.http.api_errors import INTERNAL, RefusalError
 
-CPU_S = 0.08  # so that a refusal is there within 0.1 s
+CPU_S = 0.08  # a refusal comes within 0.1 s
 COMPILE_S = 1.0  # once, before the first dialogue
-WALL_S = 10.0  # a busy machine may take that long for it
+WALL_S = 10.0  # for CPU_S on a busy machine
 START_S = 60.0
 MEMORY_BYTES = 2**30
 MAX_BYTES = 1_000_000  # in UTF-8
 
 
 class Renderer:
-    """The process, started anew when a template had to be stopped."""
+    """Process that renders. It starts again after a template was killed."""
 
     def __init__(self, template: str, names: dict[str, str]) -> None:
-        self._given = {"template": template, "names": names}
+        self._setup = {"template": template, "names": names}
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         try:
@@ -43,7 +43,7 @@ class Renderer:
             raise InputError(f"{error.message}: is the model's chat template sound?") from error
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt. Raises RefusalError for dialogues that the template refuses, and when a limit is met."""
+        """Return the prompt. Raise RefusalError if the template refuses the dialogue or exceeds a limit."""
         with self._lock:
             process = self._process if self._process is not None else self._start()
             assert process.stdin is not None and process.stdout is not None
@@ -53,7 +53,7 @@ class Renderer:
             except (OSError, TimeoutError, EOFError) as error:
                 self._stop()
                 limits = f"{CPU_S:g} s, {MEMORY_BYTES / 2**20:.0f} MiB"
-                raise RefusalError(400, f"the chat template took more than it may ({limits}): send less") from error
+                raise RefusalError(400, f"the chat template exceeded its limits ({limits}): send less") from error
         if "refused" in answer:
             raise RefusalError(
                 400, f"the chat template cannot render this dialogue: {answer['refused']}", param="messages"
@@ -61,7 +61,7 @@ class Renderer:
         return str(answer["text"])
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         with self._lock:
             self._stop()
 
@@ -75,7 +75,7 @@ class Renderer:
         )
         assert process.stdin is not None and process.stdout is not None
         try:
-            _send(process.stdin, self._given)
+            _send(process.stdin, self._setup)
             _line(process.stdout, START_S)
         except (OSError, TimeoutError, EOFError) as error:
             process.kill()
@@ -97,20 +97,20 @@ def _send(stream: IO[bytes], value: Any) -> None:
 
 
 def _line(stream: IO[bytes], limit_s: float) -> bytes:
-    """One line, within a time. Raises TimeoutError, or EOFError when the process ended."""
-    until, found = time.monotonic() + limit_s, bytearray()
-    while not found.endswith(b"\n"):
+    """Read one line. Raise TimeoutError after `limit_s`, or EOFError if the process ended."""
+    until, line = time.monotonic() + limit_s, bytearray()
+    while not line.endswith(b"\n"):
         ready, _, _ = select.select([stream], [], [], max(until - time.monotonic(), 0))
         if not ready:
             raise TimeoutError
         if not (part := os.read(stream.fileno(), 2**16)):
             raise EOFError
-        found += part
-    return bytes(found)
+        line += part
+    return bytes(line)
 
 
 def _serve() -> None:
-    """The program of the process: first what all requests share, then a dialogue a line, an answer a line."""
+    """Run the program of the process: read the setup, then one dialogue per line, and print one answer per line."""
     import resource
     import signal
 
@@ -118,14 +118,14 @@ def _serve() -> None:
 
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's business
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, whatever it does
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server handles Ctrl-C
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process in any state
     shared: dict[str, Any] | None = None
     for line in sys.stdin.buffer:
-        given = json.loads(line)
-        first, shared = shared is None, shared or given
+        value = json.loads(line)
+        first, shared = shared is None, shared or value
         signal.setitimer(signal.ITIMER_PROF, COMPILE_S if first else CPU_S)
-        answer = _render(render_jinja_template, shared, [] if first else given)
+        answer = _render(render_jinja_template, shared, [] if first else value)
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(answer), flush=True)
 
@@ -137,11 +137,11 @@ def _render(render_jinja_template: Any, shared: dict[str, Any], messages: list[d
         )
     except MemoryError:
         return {"refused": "it takes too much memory"}
-    except Exception as error:  # whatever a template raises is its answer
+    except Exception as error:  # an error of the template is its answer
         return {"refused": str(error)[:200] or type(error).__name__}
     size = len(texts[0].encode("utf-8", "surrogatepass"))
     if size > MAX_BYTES:
-        return {"refused": f"{size:,} bytes come of it, at most {MAX_BYTES:,} are read"}
+        return {"refused": f"it becomes {size:,} bytes, the max is {MAX_BYTES:,}"}
     return {"text": texts[0]}
 
 

@@ -1,7 +1,7 @@
-"""Requests of OpenAI's API, as far as they are answered; whatever else is asked for is refused by name.
+"""Models of the requests of the OpenAI API that the server answers. Any other field is refused by name.
 
-Fields that change an answer and that are not supported (tools, penalties, several answers) are accepted only with the
-value that changes nothing, so that no request is answered as if it had been another one.
+Some fields change an answer and are not supported: tools, penalties, several answers. Their only accepted value is the
+one that changes nothing. Thus no request gets the answer of another request.
 
     request = ChatRequest.model_validate_json(body)
 """
@@ -25,19 +25,19 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class Strict(BaseModel):
-    """Unknown fields and loose types are errors."""
+    """Base model: unknown fields and loose types are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
 
 class StreamOptions(Strict):
-    """What comes with a stream."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
-class Common(Strict):
-    """What both kinds of requests say."""
+class GenerationRequest(Strict):
+    """Fields of both kinds of requests."""
 
     model: str = Field(max_length=512)
     stream: bool | None = False
@@ -51,8 +51,8 @@ class Common(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _only_what_is_answered(cls, given: Any) -> Any:
-        """Drops what does not change an answer; the rest that is unknown stays, and is refused by its name."""
+    def _drop_neutral(cls, given: Any) -> Any:
+        """Drop the fields that do not change an answer. Other unknown fields stay, and are refused by name."""
         if not isinstance(given, dict):
             return given
         for name in ("chat_template", "chat_template_kwargs"):
@@ -70,36 +70,36 @@ class Common(Strict):
     @classmethod
     def _one_answer(cls, given: Any) -> Any:
         if isinstance(given, int) and given != 1:
-            raise ValueError(f"one answer a request, got n={given}: send the request several times")
+            raise ValueError(f"one answer per request, got n={given}: send the request several times")
         return given
 
     @field_validator("stop")
     @classmethod
-    def _few_stops(cls, given: str | list[str] | None) -> list[str]:
+    def _stop_list(cls, given: str | list[str] | None) -> list[str]:
         stops = [given] if isinstance(given, str) else given or []
         if len(stops) > MAX_STOPS:
             raise ValueError(f"at most {MAX_STOPS} stop strings, got {len(stops)}")
         return stops
 
     @model_validator(mode="after")
-    def _options_of_streams(self) -> "Common":
+    def _stream_options(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options belong to stream=true")
         return self
 
     @property
     def stops(self) -> list[str]:
-        """Strings that end an answer."""
+        """Return the strings that end an answer."""
         return list(self.stop or [])
 
     @property
     def usage_in_stream(self) -> bool:
-        """Whether a stream ends with its counts."""
+        """Check that a stream ends with its token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class CompletionRequest(Common):
-    """POST /v1/completions: one prompt, as text or as token ids."""
+class CompletionRequest(GenerationRequest):
+    """Request of POST /v1/completions: one prompt, as text or as token ids."""
 
     prompt: str | list[int]
     echo: bool | None = False
@@ -109,15 +109,15 @@ class CompletionRequest(Common):
     @field_validator("prompt", mode="before")
     @classmethod
     def _one_prompt(cls, given: Any) -> Any:
-        """A list with a single prompt is that prompt."""
+        """Replace a list of one prompt by that prompt."""
         several = isinstance(given, list) and bool(given) and isinstance(given[0], str | list)
         if several and len(given) != 1:
-            raise ValueError(f"one prompt a request, got {len(given)}: send one request each")
+            raise ValueError(f"one prompt per request, got {len(given)}: send one request for each")
         return given[0] if several else given
 
 
 class TextPart(Strict):
-    """A piece of a message; only text is read, and nothing is fetched."""
+    """Part of a message. Only text is accepted, and no URL is fetched."""
 
     type: Literal["text"]
     text: str
@@ -131,7 +131,7 @@ class TextPart(Strict):
 
 
 class Message(Strict):
-    """A turn of a dialogue."""
+    """Turn of a dialogue."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
@@ -139,13 +139,13 @@ class Message(Strict):
 
     @property
     def plain(self) -> dict[str, str]:
-        """What a template is given."""
+        """Return the message as a template reads it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": text} | ({} if self.name is None else {"name": self.name})
 
 
-class ChatRequest(Common):
-    """POST /v1/chat/completions."""
+class ChatRequest(GenerationRequest):
+    """Request of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
     max_completion_tokens: int | None = Field(default=None, ge=0, le=2**31)

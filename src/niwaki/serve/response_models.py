@@ -1,48 +1,46 @@
-"""Answers in the shapes of OpenAI's API."""
+"""Models of the responses, in the format of the OpenAI API."""
 
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-Reason = str | None
-
 
 class Usage(BaseModel):
-    """Tokens of a prompt and its answer."""
+    """Token counts of a prompt and its answer."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
     @classmethod
-    def of(cls, prompt: int, written: int) -> "Usage":
-        """Both and their sum."""
-        return cls(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)
+    def of(cls, prompt: int, generated: int) -> "Usage":
+        """Return both counts with their sum."""
+        return cls(prompt_tokens=prompt, completion_tokens=generated, total_tokens=prompt + generated)
 
 
-class Rival(BaseModel):
-    """A token, its log-probability and its bytes."""
+class TopLogprob(BaseModel):
+    """Token with its log-probability and its bytes."""
 
     token: str
     logprob: float
     bytes: list[int] | None
 
 
-class ChatToken(Rival):
-    """A token of an answer, with the likeliest at its place."""
+class ChatTokenLogprob(TopLogprob):
+    """Token of an answer, with the most likely tokens at its position."""
 
-    top_logprobs: list[Rival]
+    top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """The tokens of an answer or of a piece of it."""
+    """Tokens of an answer or of a chunk of it."""
 
-    content: list[ChatToken]
+    content: list[ChatTokenLogprob]
     refusal: None = None
 
 
 class TextLogprobs(BaseModel):
-    """The tokens of a text as four lists of equal length."""
+    """Tokens of a text as four lists of equal length."""
 
     tokens: list[str] = []
     token_logprobs: list[float | None] = []
@@ -50,36 +48,36 @@ class TextLogprobs(BaseModel):
     text_offset: list[int] = []
 
 
-class Choice(BaseModel):
-    """The only answer."""
+class BaseChoice(BaseModel):
+    """Fields of every choice. There is one choice per response."""
 
     index: int = 0
-    finish_reason: Reason = None
+    finish_reason: str | None = None
 
 
-class ChatChoice(Choice):
-    """A whole answer."""
+class ChatChoice(BaseChoice):
+    """Complete answer of a dialogue."""
 
     message: dict[str, Any]
     logprobs: ChatLogprobs | None = None
 
 
-class ChatDelta(Choice):
-    """What a piece adds."""
+class ChatDelta(BaseChoice):
+    """Text that a chunk of a stream adds."""
 
     delta: dict[str, Any]
     logprobs: ChatLogprobs | None = None
 
 
-class TextChoice(Choice):
-    """A text or a piece of one."""
+class TextChoice(BaseChoice):
+    """Text, or a chunk of it."""
 
     text: str
     logprobs: TextLogprobs | None = None
 
 
-class Reply(BaseModel):
-    """What goes around choices."""
+class GenerationResponse(BaseModel):
+    """Response of /v1/chat/completions or /v1/completions, or one chunk of its stream."""
 
     id: str
     object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]

@@ -1,10 +1,10 @@
-"""The process: a model, its engine, the routes and a listening socket, from the first byte to an orderly end.
+"""Process of the server: a model, its engine, the routes and a listening socket, from start to orderly shutdown.
 
-On SIGTERM (or Ctrl-C) `/ready` turns to 503 and new requests are refused, while those that wait or run are answered,
-for at most `drain_s`; then the socket closes. A second signal ends it at once. If the engine dies the process ends with
-exit code 1, for its supervisor to start another.
+On SIGTERM or Ctrl-C `/ready` returns 503 and new requests are refused. Requests that wait or run get at most `drain_s`
+to finish, then the socket closes. A second signal ends the process at once. If the engine stops, the process ends with
+exit code 1, so that its supervisor can start another one.
 
-    serve("OUT", Settings(port=8000))
+    serve("OUT", ServerSettings(port=8000))
 """
 
 import asyncio
@@ -24,23 +24,24 @@ from niwaki.errors import InputError
 from niwaki.model.checkpoint import local_folder
 from niwaki.runtime.load import load
 from niwaki.serve.app import Service, create_app
-from niwaki.serve.engine import Engine, Limits
+from niwaki.serve.engine import Engine, EngineLimits
 from niwaki.serve.event_queue import Timeouts
 from niwaki.serve.http.keys import Keys
-from niwaki.serve.http.limits import Bounds, LimitsMiddleware, check_open, is_local
-from niwaki.serve.http.protocol import Protocol
+from niwaki.serve.http.limits import BodyLimits, LimitsMiddleware, check_host, is_loopback
+from niwaki.serve.http.protocol import HttpProtocol
 from niwaki.serve.metrics import Metrics
-from niwaki.serve.prompts import Prompts
-from niwaki.serve.request_metrics import Outcomes
-from niwaki.serve.text import Names
+from niwaki.serve.prompts import PromptTokenizer
+from niwaki.serve.request_metrics import RequestMetricsMiddleware
+from niwaki.serve.text import TokenNames
 
-UNKNOWN_CONTEXT = 2048  # tokens, for models whose config names no number of positions
+DEFAULT_CONTEXT = 2048  # tokens, for a model whose config has no number of positions
+SUSPENDED_S = 1.0  # between two ticks, of which there are ten per second: the process was stopped
 log = logging.getLogger("niwaki.serve")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a model is served."""
+class ServerSettings:
+    """Settings of a server."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -59,97 +60,93 @@ class Settings:
     verify: bool = True
 
 
-def serve(model: str | Path, settings: Settings) -> int:
-    """Serves until a signal; returns the exit code. Raises InputError for settings that cannot be."""
+def serve(model: str | Path, settings: ServerSettings) -> int:
+    """Serve until a signal, and return the exit code. Raise InputError for wrong settings."""
     check(settings)
     server = Server(make_service(model, settings), settings)
     server.run()
     return server.exit_code
 
 
-def check(settings: Settings) -> None:
-    """Raises InputError for settings that cannot be."""
-    least = {"slots": settings.slots, "queue": settings.queue, "context": settings.context or 2}
-    for name, value in least.items():
-        if value < (2 if name == "context" else 1):
-            raise InputError(f"{name} must be at least {2 if name == 'context' else 1}, got {value}")
+def check(settings: ServerSettings) -> None:
+    """Raise InputError for wrong settings."""
+    counts = {"slots": (settings.slots, 1), "queue": (settings.queue, 1), "context": (settings.context or 2, 2)}
+    for name, (value, minimum) in counts.items():
+        if value < minimum:
+            raise InputError(f"{name} must be at least {minimum}, got {value}")
     seconds = (*vars(settings.timeouts).values(), settings.drain_s)
     if min(seconds) <= 0:
         raise InputError(f"expected times above 0 s, got {min(seconds):g}")
-    otherwise = ", or --without-keys if something before the server asks for keys"
-    check_open(settings.host, settings.keys or settings.without_keys, otherwise)
+    alternative = ", or --without-keys if a proxy before the server asks for keys"
+    check_host(settings.host, settings.keys or settings.without_keys, alternative)
 
 
-def make_service(model: str | Path, settings: Settings) -> Service:
-    """Loads the model, whose weights are compared with run.json first, and starts its engine."""
+def make_service(model: str | Path, settings: ServerSettings) -> Service:
+    """Load the model and start its engine. Compare its weights with run.json first."""
     folder = local_folder(str(model))
     if settings.verify:
         checked = check_weights(folder)
-        told = "not compressed by niwaki" if checked is None else f"{checked:,} bytes are as they were written"
-        log.info("weights of %s: %s", model, told)
+        state = "not a result of niwaki" if checked is None else f"{checked:,} bytes match run.json"
+        log.info("weights of %s: %s", model, state)
     tokenizer = load_tokenizer(folder)
     decoder = load(folder, device=settings.device, dense=settings.dense, dtype=settings.dtype)
     config = decoder.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    context = settings.context or positions or UNKNOWN_CONTEXT
+    context = settings.context or positions or DEFAULT_CONTEXT
     if positions is not None and context > positions:
         raise InputError(f"context {context} is more than the {positions} positions of the model")
     metrics = Metrics()
-    engine = Engine(decoder, tokenizer, Limits(settings.slots, settings.queue, context), metrics)
-    prompts = Prompts(tokenizer, vocabulary=config.vocab_size, context=context)
+    engine = Engine(decoder, tokenizer, EngineLimits(settings.slots, settings.queue, context), metrics)
+    prompts = PromptTokenizer(tokenizer, vocabulary=config.vocab_size, context=context)
     engine.start()
     name = settings.name or Path(str(model).rstrip("/")).name
-    return Service(engine, prompts, Names(tokenizer), metrics, name, settings.timeouts, settings.log_prompts)
-
-
-ASLEEP_S = 1.0  # without a tick, of which there are ten a second: the process was stopped
+    return Service(engine, prompts, TokenNames(tokenizer), metrics, name, settings.timeouts, settings.log_prompts)
 
 
 class Server(uvicorn.Server):
-    """uvicorn with an end in two steps."""
+    """Server of uvicorn that drains before it ends."""
 
-    def __init__(self, service: Service, settings: Settings) -> None:
+    def __init__(self, service: Service, settings: ServerSettings) -> None:
         keys = Keys(settings.keys)
-        app = Outcomes(
-            LimitsMiddleware(create_app(service), keys, Bounds(), here=is_local(settings.host)), service.metrics
-        )
+        limited = LimitsMiddleware(create_app(service), keys, BodyLimits(), loopback_only=is_loopback(settings.host))
+        app = RequestMetricsMiddleware(limited, service.metrics)
         super().__init__(
             uvicorn.Config(
-                app, host=settings.host, port=settings.port, http=Protocol, ws="none", lifespan="off",
+                app, host=settings.host, port=settings.port, http=HttpProtocol, ws="none", lifespan="off",
                 access_log=False, log_config=None, server_header=False, timeout_graceful_shutdown=5, backlog=1024,
             )
         )  # fmt: skip
         self.service, self.drain_s = service, settings.drain_s
         self.exit_code = 0
-        self._drained_by: float | None = None
-        self._ticked = time.monotonic()
+        self._drain_until: float | None = None
+        self._last_tick = time.monotonic()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal: drain; another one: end."""
-        if self._drained_by is not None:
+        """Drain at the first signal, end at the second one."""
+        if self._drain_until is not None:
             self.should_exit = True
             return
         self.drain()
 
     def drain(self) -> None:
-        """Takes nothing new; the end follows when all is answered, or it is time."""
+        """Refuse new requests. The end follows when all are answered, or after `drain_s`."""
         self.service.engine.drain()
-        self._drained_by = time.monotonic() + self.drain_s
+        self._drain_until = time.monotonic() + self.drain_s
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to end, asked ten times a second."""
+        """Check ten times per second whether the server must end."""
         engine, now = self.service.engine, time.monotonic()
-        if now - self._ticked > ASLEEP_S:
-            engine.woke()
-        self._ticked = now
+        if now - self._last_tick > SUSPENDED_S:
+            engine.restart_step_clock()
+        self._last_tick = now
         if not engine.healthy and not self.should_exit:
-            log.error("the engine is dead")
+            log.error("the engine stopped")
             self.exit_code, self.should_exit = 1, True
-        if self._drained_by is not None and (engine.idle or now >= self._drained_by):
+        if self._drain_until is not None and (engine.idle or now >= self._drain_until):
             self.should_exit = True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """What is unfinished fails now, so that its clients are told."""
+        """Fail the unfinished requests, so that their clients get an error, then shut down."""
         await asyncio.get_running_loop().run_in_executor(None, self.service.close)
         await super().shutdown(sockets)

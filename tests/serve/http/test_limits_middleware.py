@@ -1,6 +1,6 @@
 """Who and what gets through to the gateway: keys, sizes, forms, and that nothing of it is logged.
 
-The same guard before `niwaki serve` is tested in tests/serving/test_limits.py.
+The same middleware of `niwaki serve` is tested in tests/serve/test_server_limits.py.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from niwaki.errors import InputError
-from niwaki.serve.http.limits import check_open
+from niwaki.serve.http.limits import check_host
 from support.rollouts import Answer, Setup, make, settings
 
 HEADERS = [(b"host", b"localhost"), (b"content-type", b"application/json")]
@@ -145,8 +145,8 @@ def test_only_what_a_web_page_cannot_send(tmp_path: Path) -> None:
 
 def test_open_to_others_only_with_keys() -> None:
     for host in ("127.0.0.1", "::1", "localhost"):
-        check_open(host, ())
+        check_host(host, ())
     for host in ("0.0.0.0", "192.168.1.2", "example.org", "::"):
         with pytest.raises(InputError, match="can be reached from other machines"):
-            check_open(host, ())
-        check_open(host, ("key",))
+            check_host(host, ())
+        check_host(host, ("key",))

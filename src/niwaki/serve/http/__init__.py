@@ -1,1 +1,1 @@
-"""Limits, keys and errors that stand before both HTTP servers: `niwaki serve` and the gateway of `niwaki rollout`."""
+"""HTTP of both servers, `niwaki serve` and the gateway of `niwaki rollout`: limits, keys, errors. No routes."""

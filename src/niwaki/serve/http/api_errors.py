@@ -1,4 +1,4 @@
-"""What a client is told when it does not get an answer, in the shape that OpenAI's clients expect.
+"""Errors of the API, in the format that OpenAI clients expect.
 
 raise RefusalError(429, "the queue is full", kind="rate_limit_error", retry_s=3)
 """
@@ -9,7 +9,7 @@ INVALID, OVERLOADED, INTERNAL = "invalid_request_error", "overloaded_error", "se
 
 
 class RefusalError(Exception):
-    """A request that ends without an answer: HTTP status, one clear line, and what it was about."""
+    """Refusal of a request: HTTP status, one clear line, and the parameter that it is about."""
 
     def __init__(
         self,
@@ -25,27 +25,27 @@ class RefusalError(Exception):
         super().__init__(message)
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
         self.retry_s = retry_s
-        self.closes = closes or status in (408, 413)  # the rest of the body is not waited for
+        self.closes = closes or status in (408, 413)  # the rest of the body is not read
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON that goes out."""
+        """Return the body of the response."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
-        """What goes with it: when to try again."""
-        found = {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
+        """Return the headers of the response."""
+        headers = {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
         if self.closes:
-            found["Connection"] = "close"
-        return found
+            headers["Connection"] = "close"
+        return headers
 
 
-def too_late(what: str, limit_s: float) -> RefusalError:
-    """A time limit that passed."""
-    return RefusalError(504, f"{what} took longer than {limit_s:g} s", kind="timeout_error", code="timeout")
+def timed_out(part: str, limit_s: float) -> RefusalError:
+    """Return the refusal of a request whose part took longer than its limit."""
+    return RefusalError(504, f"{part} took longer than {limit_s:g} s", kind="timeout_error", code="timeout")
 
 
 def draining() -> RefusalError:
-    """The server is on its way out."""
+    """Return the refusal of a server that shuts down."""
     return RefusalError(503, "the server is shutting down: send this to another one", kind=OVERLOADED, retry_s=1)

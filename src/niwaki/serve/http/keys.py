@@ -1,6 +1,6 @@
-"""The API keys that a server of ours accepts, and where they come from.
+"""API keys that a server accepts, from a file and from the environment.
 
-Keys are kept and compared as digests, all of them, in constant time: how long an answer takes tells nothing of a key.
+Keys are kept as digests. Each request is compared with all of them in constant time, so its time reveals no key.
 
     keys = Keys(read_keys(Path("keys.txt")))
     keys.accept("Bearer secret")
@@ -19,7 +19,7 @@ ENVIRONMENT = "NIWAKI_API_KEYS"
 
 
 class Keys:
-    """Digests of the keys that are accepted; without any every request is."""
+    """Digests of the accepted keys. Without keys every request is accepted."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key) for key in keys]
@@ -28,17 +28,17 @@ class Keys:
         return bool(self._digests)
 
     def accept(self, authorization: str) -> bool:
-        """Whether a header holds one of them: `Bearer KEY`, or as the password that a browser asks for."""
+        """Check that a header holds an accepted key, as `Bearer KEY` or as the password of a browser."""
         if not self:
             return True
-        given = _digest(_key_in(authorization))
-        found = [hmac.compare_digest(given, known) for known in self._digests]  # all, whichever it is
-        return any(found)
+        given = _digest(_key_of(authorization))
+        matches = [hmac.compare_digest(given, known) for known in self._digests]  # all of them, for constant time
+        return any(matches)
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:
-    """Keys from a file, one a line, and from the environment, separated by commas. Raises InputError for none in it."""
-    found = [key.strip() for key in os.environ.get(ENVIRONMENT, "").split(",")]
+    """Return the keys of a file, one per line, and of the environment. Raise InputError for a file without keys."""
+    all_keys = [key.strip() for key in os.environ.get(ENVIRONMENT, "").split(",")]
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
@@ -47,12 +47,12 @@ def read_keys(file: Path | None) -> tuple[str, ...]:
             raise InputError(f"cannot read the keys in {file}: {reason}") from error
         keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not keys:
-            raise InputError(f"{file} holds no key: expected one a line")
-        found += keys
-    return tuple(key for key in found if key)
+            raise InputError(f"{file} holds no key: expected one per line")
+        all_keys += keys
+    return tuple(key for key in all_keys if key)
 
 
-def _key_in(header: str) -> str:
+def _key_of(header: str) -> str:
     scheme, _, rest = header.partition(" ")
     if scheme.lower() == "bearer":
         return rest.strip()

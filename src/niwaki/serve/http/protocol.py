@@ -1,6 +1,6 @@
-"""HTTP/1.1 as both servers speak it: uvicorn's, with clients that have to send their headers in time.
+"""HTTP/1.1 of uvicorn with a time limit for the headers of a request.
 
-uvicorn.Config(application, http=Protocol)
+uvicorn.Config(application, http=HttpProtocol)
 """
 
 import asyncio
@@ -12,29 +12,29 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 HEADERS_S = 10.0  # to send the headers of a request
 
 
-class Protocol(H11Protocol):
-    """HTTP/1.1 of clients that send their headers in time, and statuses that say what is wrong with them."""
+class HttpProtocol(H11Protocol):
+    """HTTP/1.1 connection that refuses late headers (408) and large headers (431)."""
 
     late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """From here on the clock runs."""
+        """Start the clock of the first headers."""
         super().connection_made(transport)
         self._wait_for_headers()
 
     def data_received(self, data: bytes) -> None:
-        """It runs anew with every request."""
+        """Restart the clock with each request."""
         super().data_received(data)
         self._wait_for_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It stops."""
+        """Stop the clock."""
         super().connection_lost(exc)
         if self.late is not None:
             self.late.cancel()
 
     def send_400_response(self, msg: str) -> None:
-        """431 where the headers are too large; uvicorn says 400 to everything."""
+        """Send 431 for large headers. uvicorn sends 400 for every error."""
         error = sys.exception()
         too_large = isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431
         self._refuse(431 if too_large else 400, msg)
