@@ -1,11 +1,11 @@
-# Everything installs itself into .venv; PYTHON chooses the interpreter it is made from.
+# Everything installs into .venv; PYTHON is the interpreter that makes it.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
 .PHONY: demo test test-engines test-browser docs lint format clean
 
-# What niwaki runs with, and no more: sizes measured with a CPU build of torch.
+# Runtime packages only; sizes measured with a CPU build of torch.
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): torch, transformers and niwaki, whose kernels are compiled. With a CPU build of torch"
 	@echo "0.26 GB to download, 1.2 GB on disk, about 5 minutes on two cores; a CUDA build is several times larger."
@@ -14,16 +14,16 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-# And what tests, linters and the handbook need.
+# Packages of tests, linters and the handbook too.
 $(VENV)/.installed: $(VENV)/.runtime
-	@echo "Adding what tests, linters and the handbook need: with the above about 2.5 GB on disk."
+	@echo "Adding the packages of tests, linters and the handbook: about 2.5 GB on disk with the above."
 	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 demo: $(VENV)/.runtime
 	$(RUN)/niwaki demo --overwrite
 
-# Two processes of one thread each, by file, so that no fixture is made twice.
+# Two processes of one thread each, split by file, so that each fixture is made once.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m "not engines and not browser"
 
@@ -35,7 +35,7 @@ $(VENV)/.engines: $(VENV)/.installed
 test-engines: $(VENV)/.engines
 	$(RUN)/python -m pytest -m engines
 
-# The handbook: parts made from code and measurements, then the site in ./site, which opens without a server.
+# Generated parts of the handbook, then the site in ./site, which opens without a server.
 docs: $(VENV)/.installed
 	$(RUN)/python docs/generate.py
 	$(RUN)/python -m mkdocs build --strict
@@ -46,7 +46,7 @@ $(VENV)/.browser: $(VENV)/.installed
 	touch $@
 
 test-browser: $(VENV)/.browser
-	$(RUN)/python -m pytest -m browser tests/reporting tests/rollout
+	$(RUN)/python -m pytest -m browser tests/measure/report tests/rollout
 
 lint: $(VENV)/.installed
 	$(RUN)/ruff check src tests benchmarks docs
