@@ -37,7 +37,6 @@ SIZE_EXCEPTIONS: dict[str, str] = {
     "measure.evaluate.divergence": "before the house was rebuilt",
     "measure.evaluate.evaluation:evaluate": "before the house was rebuilt",
     "measure.report.write": "before the house was rebuilt",
-    "methods.shared.fake_quant": "before the house was rebuilt",
     "rollout.background": "before the house was rebuilt",
     "rollout.exporting": "before the house was rebuilt",
     "rollout.metrics": "before the house was rebuilt",

@@ -6,24 +6,34 @@ import pytest
 import torch
 
 from niwaki.config.recipe import Target, parse_target
-from niwaki.methods.mask_scores import BINS, Choice, Seen, agreeing, described, note, watched
+from niwaki.methods.mask_scores import (
+    BINS,
+    MaskChoice,
+    MaskChoices,
+    last_agreeing_choice,
+    record_choice,
+    record_mask_choices,
+    summarize_scores,
+)
 from niwaki.methods.registry import get_method
 from niwaki.methods.shared.masks import keep_by_row
 from support.models import calibration_of, correlated_inputs, make_block
 
 
-def summary(choices: list[Choice], stored_OI: torch.Tensor) -> dict[str, Any]:
-    return described(agreeing(choices, stored_OI))
+def summary(choices: list[MaskChoice], stored_OI: torch.Tensor) -> dict[str, Any]:
+    return summarize_scores(last_agreeing_choice(choices, stored_OI))
 
 
-def chosen(method: str, target: str, shape: tuple[int, int] = (96, 64), **options: object) -> tuple[Seen, torch.Tensor]:
+def chosen(
+    method: str, target: str, shape: tuple[int, int] = (96, 64), **options: object
+) -> tuple[MaskChoices, torch.Tensor]:
     """What is seen of one matrix, and the matrix that the method makes."""
     module = get_method(method)
     weight_OI = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     block, config = make_block({"m": weight_OI, "n": weight_OI.flip(0)}), module.config(**options)
     seen = calibration_of(block, correlated_inputs(64, shape[1]), module.needs(config))
     targets: dict[str, Target] = dict.fromkeys(("m", "n"), parse_target(target))
-    with watched(targets) as (own, found):
+    with record_mask_choices(targets) as (own, found):
         packed = module.compress(block, seen, own, config, torch.Generator().manual_seed(0))
     return found, packed["m"].decode(torch.float32)
 
@@ -71,12 +81,12 @@ def test_scores_of_another_mask_are_not_told() -> None:
 def test_nothing_is_seen_where_nobody_watches_or_the_target_is_another_s() -> None:
     target = parse_target("0.5")
     scores_OI = torch.rand(8, 8)
-    with watched({"m": target}) as (own, found):
+    with record_mask_choices({"m": target}) as (own, found):
         keep_by_row(scores_OI, target)
         assert found == {}
         keep_by_row(scores_OI, own["m"])
     assert list(found) == ["m"]
-    note(own["m"], scores_OI, scores_OI > 0, None)
+    record_choice(own["m"], scores_OI, scores_OI > 0, None)
     assert len(found["m"]) == 1
 
 
@@ -84,7 +94,7 @@ def test_the_sample_is_bounded_and_silent_features_are_counted() -> None:
     target = parse_target("0.5")
     scores_OI = torch.rand(700, 900)
     scores_OI[:, :450] = 0
-    with watched({"m": target}) as (own, found):
+    with record_mask_choices({"m": target}) as (own, found):
         keep_OI = keep_by_row(scores_OI, own["m"])
     scores = summary(found["m"], keep_OI.float())["scores"]
     assert 9_000 < scores["sampled"] < 30_000

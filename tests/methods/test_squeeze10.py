@@ -16,7 +16,7 @@ from niwaki.formats.record import Packed
 from niwaki.methods import squeeze10
 from niwaki.methods.shared.learned_rounding import Latent
 from niwaki.methods.shared.rounding import damped, error, groups_of, nearest
-from niwaki.methods.squeeze10 import Config, Split, _Task, split_columns
+from niwaki.methods.squeeze10 import Config, RoundingProblem, Split, split_columns
 from support.models import calibration_of, correlated_inputs, make_block, run_method, tiny_llama, write_texts
 
 
@@ -132,7 +132,7 @@ def test_a_part_of_the_way_to_the_full_outputs_lies_between() -> None:
     weight, calib = drifted()
     found = []
     for frac in (0.5, 1.0):
-        task = _Task.of(calib.statistics["m"], Config(supervise="outputs", supervise_frac=frac))
+        task = RoundingProblem.of(calib.statistics["m"], Config(supervise="outputs", supervise_frac=frac))
         assert task is not None
         found.append(task.wanted(weight))
     torch.testing.assert_close(found[0], (weight + found[1]) / 2)

@@ -15,7 +15,7 @@ from niwaki.data.stream import CalibrationData, Stream
 from niwaki.errors import InputError
 from niwaki.methods import wandapp
 from niwaki.methods.registry import get_method
-from niwaki.methods.shared.block_training import Reconstruction, Schedule, assemble, descend
+from niwaki.methods.shared.block_training import Reconstruction, Schedule, assemble, train_block
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Block, Decoder
 from support.families import build
@@ -216,8 +216,8 @@ def test_descend_reaches_a_reachable_optimum() -> None:
     task = Reconstruction(block, calib, "block", generator)
     start: dict[str, Tensor] = {"m": weight * keep + 0.3 * torch.randn(6, 16, generator=generator)}
     schedule = Schedule(rounds=40, samples=7, batch=1, rate_frac=0.03, optimizer="adam")
-    found, errors = descend(task, start, {"m": keep}, schedule, generator)
-    assert errors.error < 0.01 * errors.began
+    found, errors = train_block(task, start, {"m": keep}, schedule, generator)
+    assert errors.error < 0.01 * errors.start_error
     assert (found["m"][~keep] == 0).all()
 
 

@@ -31,7 +31,7 @@ from niwaki.config.events import Event, Report, silent
 from niwaki.data.hidden_states import Activations, choose_place
 from niwaki.data.stream import Stream
 from niwaki.errors import NumericalError
-from niwaki.methods.shared.block_training import deterministically
+from niwaki.methods.shared.block_training import run_deterministically
 from niwaki.model.anatomy import Call
 from niwaki.model.decoder import Block, Decoder
 
@@ -148,7 +148,7 @@ def block_gradients(
     for parameter in sought.values():
         parameter.requires_grad_(True)
     try:
-        first_BTD, *others = deterministically(work)
+        first_BTD, *others = run_deterministically(work)
     finally:
         for parameter in sought.values():
             parameter.requires_grad_(False)

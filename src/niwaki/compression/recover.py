@@ -73,7 +73,7 @@ def recover(
     loss = _train(adapted, windows_ST, steps, batch, rate, seed, say)
     if not loss.improved:
         raise InputError(
-            f"recovery did not lower the held-out loss ({loss.began:.4f} before): "
+            f"recovery did not lower the held-out loss ({loss.start_error:.4f} before): "
             "lower the rate, or give more text; nothing was written"
         )
     merged = {name: _merged(layer) for name, layer in layers.items()}
@@ -86,7 +86,7 @@ def recover(
             raise
         record = _record(checkpoint, windows_ST, settings) | {
             "result": {
-                "heldout_loss_before": loss.began,
+                "heldout_loss_before": loss.start_error,
                 "heldout_loss": loss.error,
                 "matrices": len(merged),
                 "zeros": zeros,

@@ -26,7 +26,13 @@ from niwaki.data.stream import CalibrationData, Stream
 from niwaki.errors import ArchitectureError, NumericalError
 from niwaki.formats.record import Packed, Packing, join_notes
 from niwaki.kernels.sparse_product import fast_path
-from niwaki.methods.mask_scores import Choice, Sample, agreeing, described, watched
+from niwaki.methods.mask_scores import (
+    MaskChoice,
+    ScoreSample,
+    last_agreeing_choice,
+    record_mask_choices,
+    summarize_scores,
+)
 from niwaki.methods.registry import Step, merged_needs
 from niwaki.model.decoder import Block, Decoder
 
@@ -175,13 +181,13 @@ class _Compressed:
     """
 
     lines: list[dict[str, Any]]
-    samples: list[Sample | None]
+    samples: list[ScoreSample | None]
     before_BTD: Tensor | None
 
 
 def _finished(found: _Compressed, after_BTD: Tensor | None) -> list[dict[str, Any]]:
     """The lines with everything that was left for later; `after_BTD`: the output of the compressed block."""
-    lines = [line | described(sample) for line, sample in zip(found.lines, found.samples, strict=True)]
+    lines = [line | summarize_scores(sample) for line, sample in zip(found.lines, found.samples, strict=True)]
     if found.before_BTD is None or after_BTD is None:
         return lines
     block_error = _energy_ratio(after_BTD - found.before_BTD, found.before_BTD)
@@ -196,16 +202,16 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
     if stream is not None:
         statistics, before_BTD = collect(block, stream, plan.needs, dense)
     packed: dict[str, Packed] = {}
-    chosen: dict[str, list[Choice]] = {}
+    chosen: dict[str, list[MaskChoice]] = {}
     masks: dict[str, Tensor] = {}  # a quantizer behind rounds some of what they keep to zero
     gradients = plan.gradients(block.index)
     for number, step in enumerate(plan.steps):
         generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + block.index) * 101 + number)
         evidence = CalibrationData(statistics, stream, dense, packed, gradients)
         parts = {name: step.part(target) for name, target in targets.items()}
-        with watched({} if plan.trial else parts) as (own, seen):
+        with record_mask_choices({} if plan.trial else parts) as (own, choices):
             found = step.compress(block, evidence, own or parts, generator)
-        chosen = {name: chosen.get(name, []) + seen.get(name, []) for name in targets}
+        chosen = {name: chosen.get(name, []) + choices.get(name, []) for name in targets}
         masks |= {name: record.weight_OI for name, record in found.items() if record.kind == "masked"}
         packed = {name: record.after(packed[name]) if packed else record for name, record in found.items()}
     if plan.trial:
@@ -216,7 +222,9 @@ def _compress_block(block: Block, plan: Plan, stream: Stream | None, dense: Stre
         lines = [
             _line(block, name, targets[name], record, statistics[name], plan.pack) for name, record in packed.items()
         ]
-        samples = [agreeing(chosen[name], masks.get(name, record.weight_OI)) for name, record in packed.items()]
+        samples = [
+            last_agreeing_choice(chosen[name], masks.get(name, record.weight_OI)) for name, record in packed.items()
+        ]
     return _Compressed(lines, samples, before_BTD)
 
 

@@ -1,27 +1,27 @@
 """BESA: learn how much of each row to remove so that the block's output survives.
 
 Source: Xu et al., "BESA: Pruning Large Language Models with Blockwise Parameter-Efficient Sparsity Allocation"
-(ICLR 2024). Weights are ranked once inside each output row by Wanda's score. Every row (or matrix) learns
-logits θ over candidate rates p_d; β = softmax(θ) and the rate is α = Σ_d β_d·p_d. The forward prunes the
-⌊α·C⌋ lowest-ranked of C weights exactly; the backward passes straight through to the soft keep value
-1 − Σ_d β_d·[rank < ⌊C·p_d⌋], hence ∂L/∂β_d = −Σ_{rank < ⌊C·p_d⌋} ∂L/∂mask. Weights do not change.
+(ICLR 2024). Weights are ranked once inside each output row by Wanda's score. Every row (or matrix) learns logits θ over
+candidate rates p_d; β = softmax(θ), and the rate is α = Σ_d β_d·p_d. The forward prunes the ⌊α·C⌋ lowest-ranked of C
+weights exactly. The backward passes straight through to the soft keep value 1 − Σ_d β_d·[rank < ⌊C·p_d⌋]. Hence
+∂L/∂β_d = −Σ_{rank < ⌊C·p_d⌋} ∂L/∂mask. Weights do not change.
 
-The full text was not at hand; what differs from the released code, and why:
+The full text was not at hand. Differences from the released code, and their reasons:
 
-- Its softmax∘sigmoid confines α to [0.38, 0.62]. Here θ starts as a Gaussian around the target (`width_frac`)
-  and reaches any rate between 0 and 1.
-- Its sparsity is penalised, not met. Here the final counts are exact: all rates shift together, then rounding
-  is settled by remainders. `balance=shift` does the former in every forward and takes the component along the
-  mean rate out of the gradient, instead of the penalty.
-- ∂L/∂β is summed in rank order (`kernels.select`), on a GPU without leaving the row. Unlike a scatter-add that is also
+- Its softmax∘sigmoid confines α to [0.38, 0.62]. Here θ starts as a Gaussian around the target (`width_frac`) and
+  reaches any rate between 0 and 1.
+- Its sparsity is penalized, not met. Here the final counts are exact: all rates shift together, then the largest
+  remainders decide the rounding. `balance=shift` replaces the penalty: it shifts the rates in every forward, and takes
+  the component along the mean rate out of the gradient.
+- ∂L/∂β is summed in rank order (`kernels.select`), on a GPU without leaving the row. Unlike a scatter-add, this sum is
   the same in every run.
 - Held-out windows choose between the states on the way, the uniform start included.
 
-`quant_bits` learns 4-bit weight-only clipping (γ of `_quantize`) together with the rates; the result is stored
-dequantized. N:M is not in the paper and is refused: every row keeps the same share there.
+`quant_bits` learns the clipping of quantized weights together with the rates (γ of `Clipping`). The result is stored
+dequantized. N:M is not in the paper and is refused: there every row keeps the same share.
 
-Cost: `steps` · `batch` forwards and backwards of a window. Memory: the block twice in float32, ranks and order
-(10 bytes a weight; on a GPU 4, in rows of up to 16384), and the block's inputs and outputs for all windows.
+Cost: `steps` · `batch` forwards and backwards of a window. Memory: the block twice in float32, ranks and order (10
+bytes per weight; on a GPU 4, in rows of up to 16384), and the block's inputs and outputs for all windows.
 
     niwaki compress MODEL OUT --method besa --target 0.5 --calibration mine.txt --seq-len 512
 """
@@ -40,14 +40,21 @@ from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed, join_notes
 from niwaki.kernels.select import drop_lowest, fused, sums_below
 from niwaki.methods.cost import Scope, Work, learning
-from niwaki.methods.mask_scores import note
+from niwaki.methods.mask_scores import record_choice
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.best_state import BestState, cosine
-from niwaki.methods.shared.block_training import LearningTarget, Matrices, Reconstruction, check_choices, learning_needs
-from niwaki.methods.shared.fake_quant import Clipping
+from niwaki.methods.shared.block_training import (
+    LearningTarget,
+    Matrices,
+    Reconstruction,
+    check_learning_options,
+    learning_needs,
+)
+from niwaki.methods.shared.masks import wanda_scores
 from niwaki.model.decoder import Block
 
-CHECKS = 4  # held-out measurements over the course of learning
+MAX_CHECKS = 4  # held-out measurements over the course of learning
+FIRST_GAMMA = 4.0  # σ(4) = 0.98: nearly no clipping at first
 KEPT_START = "learning did not lower the held-out block error: uniform rates were kept"
 
 
@@ -72,7 +79,7 @@ class Config:
     quant_group: Annotated[int, "Columns that share a scale; 0 for the whole row."] = 0
 
     def __post_init__(self) -> None:
-        check_choices(self.target)
+        check_learning_options(self.target)
         if self.granularity not in ("row", "layer"):
             raise ValueError(f"granularity must be row or layer, got {self.granularity!r}")
         if self.balance not in ("shift", "penalty"):
@@ -86,18 +93,18 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    """Norms for the ranking, windows to learn from."""
+    """Ask for norms for the ranking, and windows to learn from."""
     return learning_needs(config.batch, config.target)
 
 
 def cost(scope: Scope, config: Config) -> Work:
-    """One sort; then every step ranks gradients and multiplies them with what each of the candidate rates drops."""
+    """Count one sort, and in every step a ranking of the gradients and a product with each candidate's mask."""
     rates = Work(
         selected=4 * scope.weights,
         product_flops=2 * config.steps * scope.weights * (config.candidates + 1),
         passed=12 * config.steps * scope.weights,
     )
-    return rates + learning(scope, config.steps, config.batch, checks=CHECKS, copies=2.5)
+    return rates + learning(scope, config.steps, config.batch, checks=MAX_CHECKS, copies=2.5)
 
 
 def compress(
@@ -107,7 +114,7 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """Ranks every matrix, learns the rates of the block, and prunes to exact counts."""
+    """Rank every matrix, learn the rates of the block, and prune to exact counts."""
     weights = {name: block.weight(name) for name in targets}
     zeros = sum(target.zeros_in(*weights[name].shape) for name, target in targets.items())
     rates = Rates(weights, calib.statistics, zeros, config)
@@ -119,9 +126,9 @@ def compress(
     learned = ""
     if any(calib.statistics[name].tokens for name in targets):
         task = Reconstruction(block, calib, config.target, generator)
-        errors = _learn(task, weights, rates, clipping, config, generator)
-        detail = errors.detail
-        learned = "" if errors.improved else KEPT_START
+        best = _learn(task, weights, rates, clipping, config, generator)
+        detail = best.detail
+        learned = "" if best.improved else KEPT_START
     with torch.no_grad():
         counts = rates.exact_counts()
         values = clipping.quantized(weights) if clipping else weights
@@ -129,8 +136,8 @@ def compress(
     for name, weight_OI in values.items():
         unreached = "" if calib.statistics[name].tokens else UNREACHED
         keep_OI = rates.keep(name, counts[name])
-        scores_OI = _scores(weights[name], calib.statistics[name])
-        note(targets[name], scores_OI, keep_OI, torch.where(keep_OI, -torch.inf, scores_OI).amax(1))
+        scores_OI = wanda_scores(weights[name], calib.statistics[name])
+        record_choice(targets[name], scores_OI, keep_OI, torch.where(keep_OI, -torch.inf, scores_OI).amax(1))
         packed[name] = Packed.masked(
             weight_OI.float(),
             keep_OI,
@@ -140,21 +147,15 @@ def compress(
     return packed
 
 
-def _scores(weight_OI: Tensor, statistics: Statistics) -> Tensor:
-    """Wanda's score [O, I]; |W| where no token came."""
-    scores_OI = weight_OI.float().abs()
-    return scores_OI * statistics.sqnorm_I.sqrt() if statistics.tokens else scores_OI
-
-
 def _learn(
     task: Reconstruction,
     weights: Matrices,
     rates: "Rates",
-    clipping: Clipping | None,
+    clipping: "Clipping | None",
     config: Config,
     generator: torch.Generator,
 ) -> BestState:
-    """AdamW on θ (and γ); leaves the state with the lowest held-out error of all checks."""
+    """Train θ (and γ) with AdamW, and leave them at the lowest held-out error of all checks."""
     learned = [rates.logits_GD, *(clipping.parameters if clipping else [])]
     optimizer = torch.optim.AdamW(learned, lr=config.rate, betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -164,10 +165,10 @@ def _learn(
             values = clipping.quantized(weights) if clipping else weights
             return task.error({name: values[name] * rates.keep(name, counts[name]) for name in weights})
 
-    lowest = BestState(learned, heldout())
+    best = BestState(learned, heldout())
     batch = min(config.batch, len(task.train))
     drawn = task.draw(config.steps * batch, generator)
-    check_every = math.ceil(config.steps / CHECKS)
+    check_every = math.ceil(config.steps / MAX_CHECKS)
     for step in range(config.steps):
         windows = drawn[step * batch : (step + 1) * batch]
         optimizer.param_groups[0]["lr"] = config.rate * cosine(step, config.steps)
@@ -184,19 +185,19 @@ def _learn(
         rates.backward(gradients, {name: value_OI.detach() for name, value_OI in values.items()}, tokens)
         optimizer.step()
         if (step + 1) % check_every == 0 or step + 1 == config.steps:
-            lowest.offer(heldout())
-    lowest.restore()
-    return lowest
+            best.offer(heldout())
+    best.restore()
+    return best
 
 
 class Rates:
-    """The learnable sparsity of every row of a block: logits θ, masks by rank, and the straight-through gradient.
+    """Learnable sparsity of every row of a block: logits θ, masks by rank, and the straight-through gradient.
 
-    The θ of all matrices are one tensor: a step on small blocks is bound by the number of operations it starts.
-    With segments, a "row" of O and its C columns below is one segment of a row of the matrix.
+    The θ of all matrices are one tensor, because the number of started operations bounds a step on small blocks. With
+    segments, a "row" of O and its C columns is one segment of a row of the matrix.
 
-    Legend: O rows, I (or C) columns, D + 1 candidates p_d = d / D, G learned rates of all matrices (one a row, or
-    one a matrix).
+    Legend: O rows, I (or C) columns, D + 1 candidates p_d = d / D, G learned rates of all matrices (one per row, or one
+    per matrix).
     """
 
     def __init__(self, weights: Matrices, statistics: Mapping[str, Statistics], zeros: int, config: Config) -> None:
@@ -215,14 +216,14 @@ class Rates:
         self.order: dict[str, Tensor] = {}
         self.rank: dict[str, Tensor] = {}
         for name, weight_OI in weights.items():
-            scores_OI = _scores(weight_OI, statistics[name]).reshape(self.shapes[name])
+            scores_OI = wanda_scores(weight_OI, statistics[name]).reshape(self.shapes[name])
             columns = scores_OI.shape[1]
             order_OI = scores_OI.argsort(dim=1, stable=True)
             small = torch.int16 if columns < 2**15 else torch.int32
             rank_OI = torch.empty_like(order_OI, dtype=small)
-            places_1I = torch.arange(columns, device=device, dtype=small)[None]
-            self.rank[name] = rank_OI.scatter_(1, order_OI, places_1I.expand_as(rank_OI))
-            self.order[name] = order_OI.to(small) if fused(scores_OI) else order_OI  # torch gathers by int64 alone
+            positions_1I = torch.arange(columns, device=device, dtype=small)[None]
+            self.rank[name] = rank_OI.scatter_(1, order_OI, positions_1I.expand_as(rank_OI))
+            self.order[name] = order_OI.to(small) if fused(scores_OI) else order_OI  # torch gathers by int64 only
 
         def by_group(values: list[float]) -> Tensor:
             return torch.tensor(values, device=device).repeat_interleave(torch.tensor(self.groups, device=device))
@@ -237,20 +238,20 @@ class Rates:
         self.logits_GD = first_D.repeat(sum(self.groups), 1).requires_grad_(True)
 
     def rates(self) -> tuple[Tensor, Tensor]:
-        """α [G] and its mean over all weights, differentiable in θ."""
+        """Return α [G] and its mean over all weights, differentiable in θ."""
         rate_G = torch.softmax(self.logits_GD, dim=1) @ self.candidates_D
         return rate_G, rate_G @ self.weight_G
 
     def keep(self, name: str, zeros_O: Tensor) -> Tensor:
-        """Boolean, shaped as the matrix, without the `zeros_O` lowest-ranked of each row."""
+        """Return the keep mask, shaped as the matrix, without the `zeros_O` lowest-ranked weights of each row."""
         return (self.rank[name] >= zeros_O[:, None]).view(self.matrix_shapes[name])
 
     def pruned(self, name: str, weight_OI: Tensor, zeros_O: Tensor) -> Tensor:
-        """The matrix without the `zeros_O` lowest-ranked of each row."""
+        """Return the matrix without the `zeros_O` lowest-ranked weights of each row."""
         return drop_lowest(weight_OI.reshape(self.shapes[name]), self.rank[name], zeros_O).view(weight_OI.shape)
 
     def current_zeros(self) -> dict[str, Tensor]:
-        """The zeros of every row [O] in this step: ⌊α·C⌋, α shifted to the budget unless it is penalised."""
+        """Return the zeros of every row [O] in this step: ⌊α·C⌋, with α shifted to the budget unless penalized."""
         rate_G, mean = self.rates()
         shift = 0.0 if self.penalized else self.share - mean
         zeros_G = ((rate_G + shift).clamp(0, 1) * self.columns_G + 1e-4).floor()
@@ -258,18 +259,18 @@ class Rates:
         return {name: zeros_G.expand(self.shapes[name][0]) for name, zeros_G in split.items()}
 
     def backward(self, gradients: Matrices, values: Matrices, tokens: int) -> None:
-        """Accumulates ∂L/∂θ from ∂L/∂W [O, I] of every matrix and the weights that masks multiply.
+        """Accumulate ∂L/∂θ from ∂L/∂W [O, I] of every matrix and the weights that the masks multiply.
 
-        ∂L/∂mask is their product. L is the sum over `tokens`.
+        ∂L/∂mask is the product of the two. L is the sum over `tokens`.
         """
-        found = []
+        by_matrix = []
         for name, shape in self.shapes.items():
             cuts_D = (self.candidates_D * shape[1] + 1e-4).floor()
             factors = gradients[name].reshape(shape), values[name].reshape(shape)
             gradient_OD = sums_below(*factors, self.order[name], cuts_D).neg_()
-            found.append(gradient_OD if self.by_row else gradient_OD.sum(0, keepdim=True))
+            by_matrix.append(gradient_OD if self.by_row else gradient_OD.sum(0, keepdim=True))
         beta_GD = torch.softmax(self.logits_GD, dim=1)
-        (beta_GD * torch.cat(found).div_(tokens)).sum().backward()
+        (beta_GD * torch.cat(by_matrix).div_(tokens)).sum().backward()
         if self.penalized:
             _, mean = self.rates()
             (5 * ((mean - self.share) / max(self.share, 0.01)).square()).backward()
@@ -281,10 +282,9 @@ class Rates:
         gradient_GD.sub_(along * direction_GD)
 
     def exact_counts(self) -> dict[str, Tensor]:
-        """Zeros of every row [O] int64 that follow the rates and add up to the budget exactly.
+        """Return zeros of every row [O] int64 that follow the rates and add up to the budget exactly.
 
-        A common shift of all rates meets the budget but for rounding; the rows with the largest remainders
-        take what is left.
+        A common shift of all rates meets the budget up to rounding. The rows with the largest remainders take the rest.
         """
         rows = [rows for rows, _ in self.shapes.values()]
         rate = self.rates()[0].detach().split(self.groups)
@@ -303,6 +303,54 @@ class Rates:
         counts[(real - counts).argsort(descending=True, stable=True)[:left]] += 1
         split = counts.long().to(self.candidates_D.device).split(rows)
         return dict(zip(self.shapes, split, strict=True))
+
+
+class Clipping:
+    """Learnable clipping γ of quantized weights (OmniQuant, Shao et al. 2024, equation 2), for every matrix.
+
+    Each group of columns of a row is rounded to 2^b levels between σ(γ₀)·min and σ(γ₁)·max. Gradients pass straight
+    through the rounding. `group` columns share a scale (0, or a width that does not divide: the whole row).
+
+    Legend: O rows, I columns, G groups, M columns of a group.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], bits: int, group: int) -> None:
+        self.levels = 2**bits - 1
+        self.gamma: dict[str, Tensor] = {}
+        self.width: dict[str, int] = {}
+        for name, weight_OI in weights.items():
+            rows, columns = weight_OI.shape
+            self.width[name] = group if group and columns % group == 0 else columns
+            shape = (2, rows, columns // self.width[name], 1)
+            self.gamma[name] = weight_OI.new_full(shape, FIRST_GAMMA).requires_grad_(True)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Return the tensors that are learned."""
+        return list(self.gamma.values())
+
+    def quantized(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the matrices [O, I] rounded to their levels, differentiable in γ."""
+        return {name: self._quantize(weights[name], self.gamma[name], self.width[name]) for name in weights}
+
+    def backward(self, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        """Accumulate ∂L/∂γ from ∂L/∂(quantized matrix) [O, I]."""
+        torch.autograd.backward([values[name] for name in gradients], list(gradients.values()))
+
+    def _quantize(self, weight_OI: Tensor, gamma: Tensor, width: int) -> Tensor:
+        weight_OGM = weight_OI.view(len(weight_OI), -1, width)
+        low_OG1 = weight_OGM.amin(-1, keepdim=True).clamp_max(0) * gamma[0].sigmoid()
+        high_OG1 = weight_OGM.amax(-1, keepdim=True).clamp_min(0) * gamma[1].sigmoid()
+        step_OG1 = ((high_OG1 - low_OG1) / self.levels).clamp_min(1e-12)
+        zero_OG1 = _round(-low_OG1 / step_OG1)
+        code_OGM = (_round(weight_OGM / step_OG1) + zero_OG1).clamp(0, self.levels)
+        rounded_OGM: Tensor = (code_OGM - zero_OG1) * step_OG1
+        return rounded_OGM.view_as(weight_OI)
+
+
+def _round(x: Tensor) -> Tensor:
+    """Round to the nearest integer; the gradient is that of the identity."""
+    return x + (x.round() - x).detach()
 
 
 METHOD = WalkMethod(

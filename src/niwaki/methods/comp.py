@@ -2,24 +2,25 @@
 
 Source: "COMP" (arXiv 2501.15255). Only its abstract could be read: a reconstruction, every choice an option.
 
-1. Whole blocks go by importance, here 1 − cos(h_in, h_out), as in ShortGPT. How many go, how many groups of heads
-   go from the other blocks, and so how many neurons, is not fixed: from all of both, one less of either is tried on a
-   part of the calibration text, and taken if that lowers the loss on another part (`try_blocks`, `try_heads`). One
-   cosine alone has let models collapse (3419 instead of 5.8 on Llama-3.1-8B at 25 %, by the authors of Týr).
-2. Neurons, and groups of heads that share a key and a value, go by a score of the conditioning of what remains
-   (`score`); the paper's formula is not verified. Candidates for a group of columns g of the matrix W that writes to
-   the residual stream: `surgeon` tr(W_g [H⁻¹]_gg⁻¹ W_gᵀ), taken anew after every `at_once` removals; `leverage`
-   w_jᵀ(WWᵀ + λI)⁻¹w_j, which needs no data; `energy` ‖W_g‖² · E[x_g²]; `random` to compare.
-3. Mask tuning by least squares (`tune`): `full` W' = W C_:S (C_SS + λI)⁻¹, C from the inputs in the compressed
-   model; `scales` one factor a group, as FPT; `none`. `supervise`: `prefix` wants the outputs of the dense matrix on
-   those inputs, `outputs` the outputs it has in the dense model, so that drift is corrected: W C_fx (C_xx + λI)⁻¹ in
-   the place of W, by `supervise_frac` of the way.
-4. Beyond the paper, and off unless asked for (`learn_rounds`): gradients through one block pull its output back to the
-   dense one's on the same inputs, all its weights learning together.
+1. Whole blocks go by importance, here 1 − cos(h_in, h_out), as in ShortGPT. The numbers of blocks and of groups of
+   heads that go are not fixed; neurons make up for the rest of the budget. `search` starts with all blocks and heads.
+   It tries to remove one more of either on a part of the calibration text, and does so if that lowers the loss on
+   another part (`try_blocks`, `try_heads`). One cosine alone has let models collapse (perplexity 3419 instead of 5.8 on
+   Llama-3.1-8B at 25 %, by the authors of Týr).
+2. Neurons, and groups of heads that share a key and a value, go by a score of the conditioning of the rest (`score`).
+   The paper's formula is not verified. Candidates for a group of columns g of the matrix W that writes to the residual
+   stream: `surgeon` tr(W_g [H⁻¹]_gg⁻¹ W_gᵀ), computed again after every `at_once` removals; `leverage`
+   w_jᵀ(WWᵀ + λI)⁻¹w_j, which needs no data; `energy` ‖W_g‖² · E[x_g²]; and, for comparison, `random`.
+3. Least squares tune the mask (`tune`): `full` W' = W C_:S (C_SS + λI)⁻¹, with C from the inputs in the compressed
+   model; `scales`, one factor per group, as in FPT; `none`. `supervise=prefix` preserves the outputs of the dense
+   matrix on those inputs. `supervise=outputs` preserves its outputs in the dense model, so that drift is corrected:
+   W C_fx (C_xx + λI)⁻¹ takes the place of W, by `supervise_frac` of the way.
+4. Not in the paper, and off by default (`learn_rounds`): gradients through one block pull its output back to the dense
+   one's on the same inputs. All its weights learn together.
 
-Cost: four forwards of the text, and for every split on trial three of a part of it; two Gram matrices, a factor and
-2·R·I² operations a block for R removed columns. Memory: one block, and the hidden states of the text. Learning takes a
-forward and a backward of `learn_rounds` · `samples` windows.
+Cost: four forwards of the text, and three of a part of it for every split on trial; two Gram matrices, a factor and
+2·R·I² operations per block for R removed columns. Memory: one block, and the hidden states of the text. Learning takes
+a forward and a backward of `learn_rounds` · `samples` windows.
 
     niwaki compress MODEL OUT --method comp --target 0.3 --calibration mine.txt --seq-len 512
 """
@@ -38,19 +39,19 @@ from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
 from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, gram_factors, products
 from niwaki.methods.method import ShapeMethod
-from niwaki.methods.shared.block_training import Reconstruction, Schedule, descend, learning_cost, learning_needs
+from niwaki.methods.shared.block_training import Reconstruction, Schedule, learning_cost, learning_needs, train_block
 from niwaki.methods.shared.column_sweep import check_damping, inverse
 from niwaki.methods.shared.rounding import damped
 from niwaki.methods.shared.unit_pruning import (
-    Choice,
-    by_group,
-    fit,
-    kept_of,
-    remove,
-    scaled,
-    unit_by_unit,
-    unreached,
-    without,
+    PrunedUnit,
+    compress_units,
+    fit_kept,
+    fit_scales,
+    highest_groups,
+    prune_by_weights,
+    remove_groups,
+    sum_by_group,
+    zero_other_groups,
 )
 from niwaki.model.decoder import Block
 from niwaki.model.prunable import BlockInfo, ShapeSearch, ShapeSpace
@@ -98,40 +99,54 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    """Gram matrices of the inputs, with those of the dense model if it supervises; windows to learn from."""
+    """Ask for Gram matrices of the inputs, also of the dense model if it supervises, and windows to learn from."""
     full = config.supervise == "outputs"
     learning = learning_needs(config.batch, "block") if config.learn_rounds else Needs()
     return Needs(gram=True, full=full, dense=full) | learning
 
 
 def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Config) -> ShapeSearch:
-    """Descent from all blocks and heads: one block or one step of heads less, as long as that lowers the loss."""
+    """Search the grid of removed blocks and steps of heads: go to the neighbor with the lower loss until none is lower.
+
+        heads removed      A  the corner with the least removed that meets the budget
+        2 │ .   .   .      B  one block more    ─ both are tried; the lower loss wins
+        1 │ C   .   .      C  one step of heads more
+        0 │ A ─ B   .      The budget fixes the neurons of every point.
+          └─────────── blocks removed
+
+    Yield the shapes to try and receive their losses. Return None if no shape meets the budget.
+    """
     order = sorted(range(len(sizes)), key=lambda index: looks[index].influence)
-    legal = sizes.legal_heads()
-    legal = legal[:: math.ceil(len(legal) / HEAD_STEPS)][: config.try_heads + 1]
-    most = min(config.try_blocks, len(sizes) - 1)
-    corners = {
+    legal_heads = sizes.legal_heads()
+    steps = legal_heads[:: math.ceil(len(legal_heads) / HEAD_STEPS)][: config.try_heads + 1]
+    max_blocks = min(config.try_blocks, len(sizes) - 1)
+    shapes = {
         (blocks, step): shape
-        for blocks in range(most + 1)
-        for step, heads in enumerate(legal)
+        for blocks in range(max_blocks + 1)
+        for step, heads in enumerate(steps)
         if (shape := sizes.fitting(removed_frac, heads, sorted(order[:blocks]), config.multiple))
     }
-    if not corners:
+
+    def neighbors(place: tuple[int, int]) -> list[tuple[int, int]]:
+        return [near for near in ((place[0] + 1, place[1]), (place[0], place[1] + 1)) if near in shapes]
+
+    if not shapes:
         return None
-    here, least = min(corners, key=sum), math.nan
-    while near := [at for at in ((here[0] + 1, here[1]), (here[0], here[1] + 1)) if at in corners]:
-        if math.isnan(least):
-            (least,) = yield [corners[here]]
-        losses = yield [corners[at] for at in near]
-        if min(losses) >= least:
+    place = min(shapes, key=sum)
+    if not neighbors(place):
+        return shapes[place]
+    (lowest,) = yield [shapes[place]]
+    while near := neighbors(place):
+        losses = yield [shapes[other] for other in near]
+        if min(losses) >= lowest:
             break
-        least = min(losses)
-        here = near[losses.index(least)]
-    return corners[here]
+        lowest = min(losses)
+        place = near[losses.index(lowest)]
+    return shapes[place]
 
 
 def cost(scope: Scope, config: Config) -> Work:
-    """For the matrices that alone read their input: H⁻¹, and the removal of what goes, or a fit of what stays."""
+    """Count H⁻¹ and the removal or the fit, for the matrices that alone read their input, and the learning."""
     alone = Scope(tuple(group for group in scope.groups if len(group) == 1), scope.windows, scope.tokens)
     learned = learning_cost(scope, config.learn_rounds, config.samples, config.batch)
     inverses = replace(gram_factors(alone), held_bytes=2 * FLOAT_BYTES * max(alone.inputs, default=0) ** 2)
@@ -145,47 +160,41 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """Chooses groups and refits the matrix that reads them, unit by unit."""
+    """Choose groups and refit the matrix that reads them, unit by unit; then learn, if the options say so."""
 
-    def choose(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> Choice:
+    def prune(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> PrunedUnit:
         if not statistics.tokens:
-            return unreached(keep, weight_OI)
-        wanted_OI = _wanted(weight_OI, statistics, config)
-        return Choice(*_choose(wanted_OI, weight_OI, statistics, keep, config, generator))
+            return prune_by_weights(keep, weight_OI)
+        wanted_OI = _supervised(weight_OI, statistics, config)
+        return PrunedUnit(*_prune(wanted_OI, weight_OI, statistics, keep, config, generator))
 
     with torch.no_grad():
-        found = unit_by_unit(block, calib, targets, choose)
+        packed = compress_units(block, calib, targets, prune)
     # A shape on trial is judged without learning: its stream keeps no outputs to learn from.
     if not config.learn_rounds or calib.stream is None or calib.stream.outputs is None:
-        return found
-    return _learned(block, calib, found, config, generator)
+        return packed
+    return _learn(block, calib, packed, config, generator)
 
 
-def _learned(
-    block: Block, calib: CalibrationData, found: Mapping[str, Packed], config: Config, generator: torch.Generator
+def _learn(
+    block: Block, calib: CalibrationData, packed: Mapping[str, Packed], config: Config, generator: torch.Generator
 ) -> dict[str, Packed]:
-    """The records after block-wise learning; what is gone stays gone."""
-    start = {name: record.weight_OI for name, record in found.items()}
+    """Return the records after block-wise learning; removed rows and columns stay zero."""
+    start = {name: record.weight_OI for name, record in packed.items()}
     keep = {name: w_OI.any(1, keepdim=True) & w_OI.any(0, keepdim=True) for name, w_OI in start.items()}
-    reached = any(calib.statistics[name].tokens for name in found)
+    reached = any(calib.statistics[name].tokens for name in packed)
     if not reached or not any(bool(kept_OI.any()) for kept_OI in keep.values()):
-        return dict(found)
-    schedule = Schedule(
-        rounds=config.learn_rounds,
-        samples=config.samples,
-        batch=config.batch,
-        rate_frac=config.rate_frac,
-        optimizer="adam",
-    )
-    weights, errors = descend(Reconstruction(block, calib, "block", generator), start, keep, schedule, generator)
+        return dict(packed)
+    schedule = Schedule.of(config, config.learn_rounds)
+    weights, best = train_block(Reconstruction(block, calib, "block", generator), start, keep, schedule, generator)
     return {
-        name: replace(record, weight_OI=weights[name], detail={**record.detail, **errors.detail})
-        for name, record in found.items()
+        name: replace(record, weight_OI=weights[name], detail={**record.detail, **best.detail})
+        for name, record in packed.items()
     }
 
 
-def _wanted(weight_OI: Tensor, statistics: Statistics, config: Config) -> Tensor:
-    """The matrix whose outputs are to survive."""
+def _supervised(weight_OI: Tensor, statistics: Statistics, config: Config) -> Tensor:
+    """Return the matrix whose outputs the pruned one must preserve."""
     if config.supervise == "prefix":
         return weight_OI
     damped_II = damped(statistics.gram_II, config.damping_frac)
@@ -195,7 +204,7 @@ def _wanted(weight_OI: Tensor, statistics: Statistics, config: Config) -> Tensor
     return weight_OI + config.supervise_frac * (pulled_OI - weight_OI)
 
 
-def _choose(
+def _prune(
     wanted_OI: Tensor,
     weight_OI: Tensor,
     statistics: Statistics,
@@ -203,27 +212,27 @@ def _choose(
     config: Config,
     generator: torch.Generator,
 ) -> tuple[list[int], Tensor]:
-    """The groups that stay, and the matrix for them."""
+    """Return the groups that stay, and the matrix for them."""
     inverse_II, damping_frac = inverse(statistics.gram_II, config.damping_frac)
     if config.score == "surgeon":
-        asked = config.at_once if keep.unit.kind == "neurons" else 1
-        at_once = asked or max(1, keep.unit.count // AT_ONCE_SHARE)
-        kept, found_OI = remove(wanted_OI, inverse_II, keep.unit, keep.count, at_once)
+        at_once = config.at_once if keep.unit.kind == "neurons" else 1
+        at_once = at_once or max(1, keep.unit.count // AT_ONCE_SHARE)
+        kept, pruned_OI = remove_groups(wanted_OI, inverse_II, keep.unit, keep.count, at_once)
         if config.tune == "full":
-            return kept, found_OI
+            return kept, pruned_OI
     else:
         scores_I = _scores(weight_OI, statistics, config, generator)
-        kept = kept_of(by_group(scores_I, keep.unit), keep.count)
+        kept = highest_groups(sum_by_group(scores_I, keep.unit), keep.count)
     damped_II = damped(statistics.gram_II, damping_frac)
     if config.tune == "full":
-        return kept, fit(wanted_OI, damped_II, kept, keep.unit)
+        return kept, fit_kept(wanted_OI, damped_II, kept, keep.unit)
     if config.tune == "scales":
-        return kept, scaled(wanted_OI, damped_II, kept, keep.unit)
-    return kept, without(wanted_OI, keep, kept)
+        return kept, fit_scales(wanted_OI, damped_II, kept, keep.unit)
+    return kept, zero_other_groups(wanted_OI, keep, kept)
 
 
 def _scores(weight_OI: Tensor, statistics: Statistics, config: Config, generator: torch.Generator) -> Tensor:
-    """How much every column [I] is worth."""
+    """Return the score of every column [I]."""
     if config.score == "random":
         return torch.rand(weight_OI.shape[1], generator=generator).to(weight_OI.device)
     if config.score == "energy":

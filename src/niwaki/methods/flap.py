@@ -1,12 +1,12 @@
 """FLAP: inputs that fluctuate least go, wherever they are, and a bias makes up for their mean.
 
-Source: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language Models". Score of an input j
-of a matrix that writes to the residual stream: Var(x_j) · ‖W_:j‖², summed over a group; standardised within every block
-and kind; then one threshold for all (a group of heads counts as many parameters as it has). Compensation: the bias
-gains W_:gone · mean(x_gone). Numbers of groups come from the dense model, as published; which groups of a block go,
-and the means, from its inputs in the pruned model.
+Source: An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language Models". The score of an input
+j of a matrix that writes to the residual stream is Var(x_j) · ‖W_:j‖². It is summed over a group, and standardized
+within every block and kind. Then one threshold holds for all; a group of heads counts with the parameters that it has.
+Compensation: the bias gains W_:gone · mean(x_gone). The numbers of groups come from the dense model, as published. The
+choice of groups in a block, and the means, come from its inputs in the pruned model.
 
-Widths differ between blocks, which no config can say: the result is stored at full size, with zeros and biases.
+Widths differ between blocks, and no config can state that. The result is stored at full size, with zeros and biases.
 
 Cost: three forwards of the text.
 
@@ -25,7 +25,14 @@ from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
 from niwaki.methods.method import ShapeMethod
-from niwaki.methods.shared.unit_pruning import Choice, by_group, kept_of, unit_by_unit, unreached, without
+from niwaki.methods.shared.unit_pruning import (
+    PrunedUnit,
+    compress_units,
+    highest_groups,
+    prune_by_weights,
+    sum_by_group,
+    zero_other_groups,
+)
 from niwaki.model.decoder import Block
 from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSearch, ShapeSpace
 
@@ -38,24 +45,26 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    """Means and squared norms of the inputs."""
+    """Ask for means and squared norms of the inputs."""
     return Needs(sqnorm=True, mean=True)
 
 
 def block_info(
     block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config
 ) -> dict[Kind, list]:
-    """Scores of all groups by kind, standardised."""
-    found = {}
+    """Return the standardized scores of all groups by kind."""
+    scores: dict[Kind, list] = {}
     for kind, unit in units.items():
-        scores_G = by_group(_fluctuation(block.weight(unit.consumer).float(), statistics[unit.consumer]), unit).double()
+        scores_G = sum_by_group(
+            _fluctuation(block.weight(unit.consumer).float(), statistics[unit.consumer]), unit
+        ).double()
         spread = float(scores_G.std()) or 1.0
-        found[kind] = ((scores_G - scores_G.mean()) / spread).tolist()
-    return found
+        scores[kind] = ((scores_G - scores_G.mean()) / spread).tolist()
+    return scores
 
 
 def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Config) -> ShapeSearch:
-    """The lowest scores of all out, until enough parameters are gone; one group of each kind stays in every block."""
+    """Return one shape: the lowest scores go until the budget is met; every block keeps one group of each kind."""
     counts: dict[Kind, list[int]] = {"neurons": [sizes.neurons] * len(sizes), "heads": [sizes.heads] * len(sizes)}
     order = sorted(
         (score, kind, index) for index, info in enumerate(looks) for kind in counts for score in info.found[kind]
@@ -78,21 +87,21 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """Chooses groups unit by unit."""
+    """Remove the groups that fluctuate least, unit by unit, and compensate their mean."""
 
-    def choose(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> Choice:
+    def prune(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> PrunedUnit:
         if not statistics.tokens:
-            return unreached(keep, weight_OI)
-        kept = kept_of(by_group(_fluctuation(weight_OI, statistics), keep.unit), keep.count)
-        left_OI = without(weight_OI, keep, kept)
-        bias_O = (weight_OI - left_OI) @ statistics.mean_I if config.compensate else None
-        return Choice(kept, left_OI, bias_O=bias_O)
+            return prune_by_weights(keep, weight_OI)
+        kept = highest_groups(sum_by_group(_fluctuation(weight_OI, statistics), keep.unit), keep.count)
+        pruned_OI = zero_other_groups(weight_OI, keep, kept)
+        bias_O = (weight_OI - pruned_OI) @ statistics.mean_I if config.compensate else None
+        return PrunedUnit(kept, pruned_OI, bias_O=bias_O)
 
-    return unit_by_unit(block, calib, targets, choose)
+    return compress_units(block, calib, targets, prune)
 
 
 def _fluctuation(weight_OI: Tensor, statistics: Statistics) -> Tensor:
-    """Var(x_j) · ‖W_:j‖² of every input [I]; zero if no token came."""
+    """Return Var(x_j) · ‖W_:j‖² of every input [I]; zero if no token reached the matrix."""
     if not statistics.tokens:
         return torch.zeros_like(weight_OI[0])
     variance_I = (statistics.sqnorm_I / statistics.tokens - statistics.mean_I.square()).clamp_min(0)

@@ -1,15 +1,15 @@
 """Gradient-blended Wanda: the norm of a weight's gradient over the calibration windows joins that of its input.
 
 Source: Das et al., "Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models" (GBLM-Pruner, 2023).
-Score S_ij = |W_ij| · (α·‖G_ij‖₂ + ‖X_j‖₂): G_ij holds the gradients of the loss of each window with respect to this
-weight of the dense model, and ‖X_j‖₂ is Wanda's norm of the input feature j. Within each output row the lowest go.
+The score is S_ij = |W_ij| · (α·‖G_ij‖₂ + ‖X_j‖₂). G_ij holds the gradients of the loss of each window with respect to
+this weight of the dense model. ‖X_j‖₂ is Wanda's norm of the input feature j. Within each output row the lowest go.
 
 The paper could not be read here. Unverified: α = 100, L2 over windows without a mean, ‖X_j‖² divided by the number of
-windows (as Wanda's released code does), and that the loss is the mean over the tokens of a window. Deviation: inputs
-are those behind the compressed prefix, gradients those of the dense model, exact through all blocks.
+windows (as in Wanda's released code), and a loss that is the mean over the tokens of a window. Deviation: inputs are
+those after the compressed prefix; gradients are those of the dense model, exact through all blocks.
 
-Cost: beside Wanda's, the walk backwards (two forwards, a backward, windows one at a time) and the squares of all
-gradients in float32 on disk while it runs. A matrix without tokens is ranked by |W| alone, and noted.
+Cost: that of Wanda; the walk backwards (two forwards, a backward, windows one at a time); and on disk, while it runs,
+the squares of all gradients in float32. A matrix without tokens is ranked by |W| alone, and noted.
 
     niwaki compress MODEL OUT --method gblm --target 2:4 --calibration mine.txt --seq-len 512
 """
@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from torch import Tensor
 
 from niwaki.config.recipe import NM, Sparsity, Target
-from niwaki.data.statistics import UNREACHED, Needs
+from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
-from niwaki.methods.cost import Scope, Work, masks
 from niwaki.methods.method import WalkMethod
-from niwaki.methods.shared.masks import keep_by_row
+from niwaki.methods.shared.masks import compress_by_score, keep_by_row
 from niwaki.model.decoder import Block
 
 
@@ -42,16 +42,10 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    """Squared norms of the inputs, and squares of the gradients."""
+    """Ask for squared norms of the inputs, and squares of the gradients."""
     return Needs(sqnorm=True, gradient=True)
 
 
-def cost(scope: Scope, config: Config) -> Work:
-    """One score and one selection a matrix."""
-    return masks(scope)
-
-
-@torch.no_grad()
 def compress(
     block: Block,
     calib: CalibrationData,
@@ -59,18 +53,14 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """Score |W|·(α‖G‖ + ‖X‖) per output row."""
-    packed = {}
-    for name, target in targets.items():
-        weight_OI = block.weight(name).float()
-        scores_OI, statistics = weight_OI.abs(), calib.statistics[name]
-        if statistics.tokens:
-            assert calib.stream is not None
-            input_I = (statistics.sqnorm_I / len(calib.stream)).sqrt()
-            scores_OI = scores_OI * (config.alpha * calib.gradients[name].sqrt() + input_I)
-        note = "" if statistics.tokens else UNREACHED
-        packed[name] = Packed.masked(weight_OI, keep_by_row(scores_OI, target), note)
-    return packed
+    """Prune every output row by the score |W|·(α‖G‖ + ‖X‖)."""
+
+    def score(name: str, weight_OI: Tensor) -> Tensor:
+        assert calib.stream is not None
+        norm_I = (calib.statistics[name].sqnorm_I / len(calib.stream)).sqrt()
+        return weight_OI.abs() * (config.alpha * calib.gradients[name].sqrt() + norm_I)
+
+    return compress_by_score(block, targets, score, keep_by_row, calib.statistics)
 
 
 METHOD = WalkMethod(
@@ -80,5 +70,4 @@ METHOD = WalkMethod(
     config=Config,
     needs=needs,
     compress=compress,
-    cost=cost,
 )

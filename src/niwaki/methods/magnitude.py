@@ -1,8 +1,8 @@
 """Magnitude pruning: the smallest weights go. The floor that every other method must beat.
 
-Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (NeurIPS 2015),
-without retraining. `scope="matrix"` (default, as in the literature's tables) compares all weights of a
-matrix, `scope="row"` those of one output. Needs no calibration; cost: one selection per matrix.
+Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (NeurIPS 2015), without
+retraining. `scope="matrix"` (default, as in the tables of the literature) compares all weights of a matrix;
+`scope="row"` compares those of one output. Needs no calibration text. Cost: one selection per matrix.
 
     niwaki compress MODEL OUT --method magnitude --target 0.5 --set scope=row
 """
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from torch import Tensor
 
 from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
-from niwaki.methods.cost import Scope, Work, masks
 from niwaki.methods.method import WalkMethod
-from niwaki.methods.shared.masks import keep_by_matrix, keep_by_row
+from niwaki.methods.shared.masks import compress_by_score, keep_by_matrix, keep_by_row
 from niwaki.model.decoder import Block
 
 
@@ -37,16 +37,10 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    """Nothing but the weights."""
+    """Ask for no data."""
     return Needs()
 
 
-def cost(scope: Scope, config: Config) -> Work:
-    """One score and one selection a matrix."""
-    return masks(scope)
-
-
-@torch.no_grad()
 def compress(
     block: Block,
     calib: CalibrationData,
@@ -54,13 +48,13 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """Score |W|."""
+    """Prune by the score |W|."""
+
+    def score(name: str, weight_OI: Tensor) -> Tensor:
+        return weight_OI.abs()
+
     choose = keep_by_matrix if config.scope == "matrix" else keep_by_row
-    packed = {}
-    for name, target in targets.items():
-        weight_OI = block.weight(name).float()
-        packed[name] = Packed.masked(weight_OI, choose(weight_OI.abs(), target))
-    return packed
+    return compress_by_score(block, targets, score, choose, statistics=None)
 
 
 METHOD = WalkMethod(
@@ -70,5 +64,4 @@ METHOD = WalkMethod(
     config=Config,
     needs=needs,
     compress=compress,
-    cost=cost,
 )

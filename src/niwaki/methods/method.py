@@ -63,7 +63,7 @@ def _no_info(block: Block, statistics: Mapping[str, Statistics], units: Mapping[
 
 
 def _no_records(
-    block: Block, seen: CalibrationData, targets: Mapping[str, Target], config: Any, generator: torch.Generator
+    block: Block, calib: CalibrationData, targets: Mapping[str, Target], config: Any, generator: torch.Generator
 ) -> dict[str, Packed]:
     return {}
 

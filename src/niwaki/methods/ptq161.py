@@ -1,23 +1,25 @@
-"""PTQ1.61: a fifth of the input columns at four bits, one sign a weight for the others, their scales learned.
+"""PTQ1.61: a fifth of the input columns at four bits, one sign per weight for the others, their scales learned.
 
 Source: "PTQ1.61: Push the Real Limit of Extremely Low-Bit Post-Training Quantization Methods for Large Language Models"
 (ACL 2025), without its preprocessing (20,000 steps of LoRA on other text, merged before quantizing).
 
-1. The `salient_frac` of the columns with the largest inputs are rounded to nearest, 4 bits, one range a row.
-2. The others become (r₁·r₂ᵀ) ∘ (α·sign(W − μ) + μ): per row the mean μ, the scale α = mean |W − μ| and r₁ = 1, per
-   column r₂ = 1.
-3. α, r₁ and r₂ of all matrices of a block are learned together, so that its outputs survive; signs and μ stay.
+1. The `salient_frac` of the columns with the largest inputs are rounded to nearest, 4 bits, one range per row.
+2. The others become (r₁·r₂ᵀ) ∘ (α·sign(W − μ) + μ). Each row has the mean μ, the scale α = mean |W − μ| and r₁ = 1;
+   each column has r₂ = 1.
+3. α, r₁ and r₂ of all matrices of a block are learned together, so that its outputs survive. Signs and μ stay.
 
-Deviations. The paper ranks columns by their largest |activation|; the statistics here hold sums only, so it is the L2
-norm over the calibration tokens. Its loss is MSE − log-cosine, towards the dense model's output and towards the dense
-block's output on the same inputs; here it is `_reconstruct`'s error relative to the token's energy (which also counts
-every token's direction alike), towards the mean of the two, which has the same minimiser as their sum. The held-out
-state with the lowest error is kept. `rounds` and `samples` are its 20 epochs, over 64 windows where it had 128 of 2048
-tokens; `rate_frac` is relative to each parameter's size and falls as a cosine (it: 5e-4 and 1e-3, AdamW).
+| | Paper | Here |
+| --- | --- | --- |
+| Rank of a column | largest activation | L2 norm over the calibration tokens: the statistics hold sums only |
+| Loss | MSE − log-cosine | error relative to the token's energy (`block_training`); it weighs all directions alike |
+| Output to learn | the dense model's, plus the dense block's on the same inputs | their mean, with the same minimizer |
+| Result | last state | state with the lowest held-out error |
+| Text | 20 epochs over 128 windows of 2048 tokens | 20 rounds over 64 windows |
+| Rate | 5e-4 and 1e-3, AdamW | `rate_frac` of each parameter's size, Adam, a cosine to zero |
 
-True bits follow from the shape alone: 4 or 1 bits a weight; a bit a column; r₂ for each of the others; r₁·α, r₁·μ, the
-4-bit range and its zero code a row: 1.6 plus about 52/I + 14/O. The target must allow for them. The file holds decoded
-weights.
+True bits follow from the shape alone: 4 bits or 1 bit per weight; 1 bit per column; r₂ for each of the others. To these
+each row adds r₁·α, r₁·μ, the 4-bit range and its zero code. Together that is 1.6 plus about 52/I + 14/O bits. The
+target must allow for them. The file holds decoded weights.
 
 Cost: two forwards, and `rounds` · `samples` forwards and backwards of a window through the block.
 
@@ -44,10 +46,11 @@ from niwaki.methods.shared.block_training import (
     LearningTarget,
     Reconstruction,
     Schedule,
-    check_choices,
-    follow,
+    check_learning_options,
     learning_cost,
     learning_needs,
+    take_step,
+    training_batches,
 )
 from niwaki.methods.shared.rounding import groups_of, nearest
 from niwaki.model.decoder import Block
@@ -68,7 +71,7 @@ class Config:
     target: LearningTarget = "both"
 
     def __post_init__(self) -> None:
-        check_choices(self.target)
+        check_learning_options(self.target)
         if not 0 < self.salient_frac < 1:
             raise ValueError(f"salient_frac must lie between 0 and 1, got {self.salient_frac}")
         if self.rounds < 0 or self.samples < 1 or self.batch < 1 or self.rate_frac <= 0:
@@ -77,7 +80,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Scales:
-    """A matrix: 4-bit columns as they are, α [O], r₁ [O] and r₂ [N] of the N others, whose signs and μ are fixed."""
+    """Scales of a matrix: fixed 4-bit columns; of the N others α [O], r₁ [O] and r₂ [N], with fixed signs and μ."""
 
     salient: QuantizedColumns
     binary_N: Tensor
@@ -89,7 +92,7 @@ class Scales:
 
     @classmethod
     def start(cls, weight_OI: Tensor, salient_C: Tensor) -> "Scales":
-        """The analytic scales; `salient_C` holds the columns of four bits, ascending."""
+        """Return the analytic scales; `salient_C` holds the columns of four bits, ascending."""
         picked_I = torch.zeros(weight_OI.shape[1], dtype=torch.bool, device=weight_OI.device)
         picked_I[salient_C] = True
         rounded = nearest(weight_OI[:, salient_C], groups_of(0, len(salient_C), SALIENT_BITS, "affine", 0), clip=False)
@@ -106,15 +109,15 @@ class Scales:
         )
 
     def levels(self) -> tuple[Tensor, Tensor, Tensor]:
-        """r₁·α, r₁·μ and r₂ as stored; gradients pass the rounding."""
+        """Return r₁·α, r₁·μ and r₂ as stored; gradients pass through the rounding."""
         return _stored(self.row_O * self.alpha_O), _stored(self.row_O * self.mean_O), _stored(self.column_N)
 
     def dense(self) -> Tensor:
-        """The matrix [O, I], differentiable in α, r₁ and r₂."""
+        """Return the matrix [O, I], differentiable in α, r₁ and r₂."""
         return _assemble(self.salient, self.binary_N, self.positive_ON, *self.levels())
 
     def stored(self) -> dict[str, Tensor]:
-        """What a file has to hold."""
+        """Return the tensors that a file has to hold."""
         assert self.salient.zero_OG is not None
         columns = len(self.salient.columns_C) + len(self.binary_N)
         picked_I = torch.zeros(columns, dtype=torch.uint8, device=self.binary_N.device)
@@ -132,17 +135,17 @@ class Scales:
 
 
 def needs(config: Config) -> Needs:
-    """Norms of the inputs; windows and outputs to learn from."""
+    """Ask for norms of the inputs, and for windows and outputs to learn from."""
     return Needs(sqnorm=True) | (learning_needs(config.batch, config.target) if config.rounds else Needs())
 
 
 def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> None:
-    """The file holds decoded weights; raises TargetError if the target has no room for what is counted."""
+    """Return None: the file holds decoded weights. Raise TargetError if the target has no room for the true bits."""
     check_reach(name, rows, columns, _stored_bytes(rows, columns, config), target)
 
 
 def cost(scope: Scope, config: Config) -> Work:
-    """Learning is nearly all of it: scales alone are learned, but every step assembles the block anew."""
+    """Count the learning, which is nearly all: every step assembles the whole block, though only scales learn."""
     return learning_cost(scope, config.rounds, config.samples, config.batch, copies=6, passes=24)
 
 
@@ -153,67 +156,63 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """Chooses columns and analytic scales, then learns the scales of the whole block."""
+    """Choose columns and analytic scales, then learn the scales of the whole block."""
     for name, target in targets.items():
         rows, columns = block.weight(name).shape
         check_reach(name, rows, columns, _stored_bytes(rows, columns, config), target)
     with torch.no_grad():
-        found = {name: _start(block.weight(name).float(), calib.statistics[name], config) for name in targets}
+        scales = {name: _start(block.weight(name).float(), calib.statistics[name], config) for name in targets}
     note, errors = "", {}
     if config.rounds and any(calib.statistics[name].tokens for name in targets):
-        lowest = _learn(Reconstruction(block, calib, config.target, generator), found, config, generator)
-        note = "" if lowest.improved else KEPT_START
-        errors = lowest.detail
+        best = _learn(Reconstruction(block, calib, config.target, generator), scales, config, generator)
+        note = "" if best.improved else KEPT_START
+        errors = best.detail
     packed = {}
-    for name, scales in found.items():
-        tensors = scales.stored()
+    for name, own in scales.items():
+        tensors = own.stored()
         unreached = "" if calib.statistics[name].tokens else BINARIZED_UNREACHED
-        detail = {"salient_columns": len(scales.salient.columns_C), **errors}
+        detail = {"salient_columns": len(own.salient.columns_C), **errors}
         weight_OI = decode(tensors, *block.weight(name).shape)
         packed[name] = weighed(weight_OI, tensors, join_notes(note, unreached), detail)
     return packed
 
 
 def _start(weight_OI: Tensor, statistics: Statistics, config: Config) -> Scales:
-    """Columns ranked by their inputs; by their weights if there are none."""
+    """Choose the salient columns by their inputs, or by their weights if no token came, and fit the analytic scales."""
     size_I = statistics.sqnorm_I if statistics.tokens else weight_OI.square().sum(0)
     count = _salient_columns(weight_OI.shape[1], config)
     return Scales.start(weight_OI, size_I.argsort(descending=True, stable=True)[:count].sort().values)
 
 
-def _learn(task: Reconstruction, found: Mapping[str, Scales], config: Config, generator: torch.Generator) -> BestState:
-    """Descends on α, r₁ and r₂ in place, and leaves them at their lowest held-out error."""
-    parameters = [each for scales in found.values() for each in (scales.alpha_O, scales.row_O, scales.column_N)]
+def _learn(task: Reconstruction, scales: Mapping[str, Scales], config: Config, generator: torch.Generator) -> BestState:
+    """Train α, r₁ and r₂ in place, and leave them at their lowest held-out error."""
+    parameters = [each for own in scales.values() for each in (own.alpha_O, own.row_O, own.column_N)]
     groups: list[dict[str, Any]] = [
         {"params": [each], "size": float(each.square().mean().sqrt())} for each in parameters
     ]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    schedule = Schedule(
-        rounds=config.rounds,
-        samples=config.samples,
-        batch=config.batch,
-        rate_frac=config.rate_frac,
-        optimizer="adam",
-    )
+    schedule = Schedule.of(config, config.rounds)
     optimizer = schedule.make_optimizer(groups)
 
     def heldout() -> float:
         with torch.no_grad():
-            return task.error({name: scales.dense() for name, scales in found.items()})
+            return task.error({name: own.dense() for name, own in scales.items()})
 
-    lowest = BestState(parameters, heldout())
-    for windows in follow(task, schedule, optimizer, generator, lambda: None, lambda: lowest.offer(heldout())):
-        optimizer.zero_grad()
-        matrices = {name: scales.dense() for name, scales in found.items()}
-        gradients = task.gradients({name: matrix_OI.detach() for name, matrix_OI in matrices.items()}, windows)
+    best = BestState(parameters, heldout())
+    for batch in training_batches(task, schedule, generator):
+        matrices = {name: own.dense() for name, own in scales.items()}
+        gradients = task.gradients({name: matrix_OI.detach() for name, matrix_OI in matrices.items()}, batch.windows)
         torch.autograd.backward(list(matrices.values()), [gradients[name].float() for name in matrices])
-    lowest.restore()
-    return lowest
+        take_step(optimizer, batch.rate)
+        if batch.measure:
+            best.offer(heldout())
+    best.restore()
+    return best
 
 
 def decode(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
-    """The matrix [rows, columns] from what `Scales.stored` holds."""
+    """Decode the matrix [rows, columns] from the tensors of `Scales.stored`."""
     picked_I = unpack_codes(tensors["columns"], columns).bool()
     count = int(picked_I.sum())
     salient = QuantizedColumns(
@@ -239,7 +238,7 @@ def _assemble(
     middle_O: Tensor,
     column_N: Tensor,
 ) -> Tensor:
-    """Both kinds of columns in their places."""
+    """Return the matrix [O, I] with both kinds of columns in their places."""
     binary_ON = (signs(positive_ON) * spread_O[:, None] + middle_O[:, None]) * column_N
     weight_OI = binary_ON.new_empty(len(positive_ON), len(binary_N) + len(salient.columns_C))
     weight_OI[:, salient.columns_C] = salient.decode()
@@ -248,17 +247,17 @@ def _assemble(
 
 
 def _stored(values: Tensor) -> Tensor:
-    """Rounded to float16; the gradient is that of the identity."""
+    """Round to float16; the gradient is that of the identity."""
     return values + (values.to(SCALE_DTYPE).float() - values).detach()
 
 
 def _salient_columns(columns: int, config: Config) -> int:
-    """How many columns take four bits: at least one, and never all."""
+    """Return the number of columns with four bits: at least one, and never all."""
     return min(max(round(config.salient_frac * columns), 1), columns - 1)
 
 
 def _stored_bytes(rows: int, columns: int, config: Config) -> int:
-    """Bytes of what `Scales.stored` makes of a matrix of this shape."""
+    """Return the bytes of `Scales.stored` for a matrix of this shape."""
     count = _salient_columns(columns, config)
     planes = SALIENT_BITS * -(-rows * count // 8) + -(-rows * (columns - count) // 8)
     return planes + -(-columns // 8) + SALIENT_BITS * -(-rows // 8) + 2 * (3 * rows + columns - count)

@@ -1,8 +1,8 @@
-"""ShortGPT: whole blocks go, those that change the direction of the residual stream least; the others stay as they are.
+"""ShortGPT: whole blocks go, those that change the direction of the residual stream least; the others do not change.
 
-Source: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect". Block influence
-1 − mean cos(h_in, h_out), measured once in the dense model, over all tokens. A budget that is no whole number of blocks
-is rounded to the nearest.
+Source: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect". The influence
+of a block is 1 − mean cos(h_in, h_out) over all tokens, measured once in the dense model. A budget that is not a whole
+number of blocks is rounded to the nearest one.
 
 Cost: two forwards of the text.
 
@@ -20,7 +20,7 @@ from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
 from niwaki.methods.method import ShapeMethod
-from niwaki.methods.shared.unit_pruning import Choice, unit_by_unit
+from niwaki.methods.shared.unit_pruning import PrunedUnit, compress_units
 from niwaki.model.decoder import Block
 from niwaki.model.prunable import BlockInfo, ShapeSearch, ShapeSpace
 
@@ -31,12 +31,12 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    """Nothing of single matrices."""
+    """Ask for no data of single matrices."""
     return Needs()
 
 
 def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Config) -> ShapeSearch:
-    """The least influential blocks out."""
+    """Return one shape: that without the least influential blocks."""
     count = min(max(round(removed_frac * len(sizes)), 1), len(sizes) - 1)
     dropped = sorted(range(len(sizes)), key=lambda index: looks[index].influence)[:count]
     yield from ()
@@ -50,12 +50,12 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """All or nothing."""
+    """Keep or remove the units of a block as a whole."""
 
-    def choose(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> Choice:
-        return Choice(range(keep.unit.count), weight_OI)
+    def keep_all(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> PrunedUnit:
+        return PrunedUnit(range(keep.unit.count), weight_OI)
 
-    return unit_by_unit(block, calib, targets, choose)
+    return compress_units(block, calib, targets, keep_all)
 
 
 METHOD = ShapeMethod(

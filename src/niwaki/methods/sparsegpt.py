@@ -42,7 +42,7 @@ from niwaki.methods.shared.column_sweep import (
     refit,
     sweep,
 )
-from niwaki.methods.shared.masks import by_panel, keep_by_matrix
+from niwaki.methods.shared.masks import choose_by_panel, keep_by_matrix
 from niwaki.model.decoder import Block
 
 
@@ -150,7 +150,7 @@ def _swept(
         keep_OI = sweep(weight_OI, upper_II, target, None, whole_groups)
     else:
         shares = [target for name in names if isinstance(target := targets[name], Sparsity)]
-        chosen = by_panel(shares, rows, columns, weight_OI.device)
+        chosen = choose_by_panel(shares, rows, columns, weight_OI.device)
         keep_OI = sweep(weight_OI, upper_II, None, lambda p, d, start: chosen((p / d).square_(), start), panel_columns)
     return list(zip(names, weight_OI.split(rows), keep_OI.split(rows), strict=True))
 

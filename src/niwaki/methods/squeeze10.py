@@ -1,29 +1,30 @@
-"""Squeeze10-LLM: most columns at one bit, the ones that must not be at four, staged through four bits.
+"""Squeeze10-LLM: most columns at one bit, the salient ones at four, staged through four bits.
 
 Source: "Squeeze10-LLM: Squeezing LLMs' Weights by 10 Times via a Staged Mixed-Precision Quantization Method"
 (arXiv 2507.18073). Only its abstract and introduction could be read: a reconstruction, every choice an option.
 
-1. Stage 1 rounds everything to 4 bits (`staged`): the buffer before the loss of going to one bit at once.
-2. Post-binarization activation robustness (PBAR) says what would suffer from one bit. Its formula is not verified;
-   candidates for a column j, with W₄ from stage 1 and B its one-bit form (`choose`): `robustness` Σ(W₄ − B)²·H_jj,
-   `surgeon` Σ(W₄ − B)²/[H⁻¹]_jj; and to compare `activation` H_jj, `magnitude` ΣW², `random`.
+1. Stage 1 rounds everything to 4 bits (`staged`), so that the loss does not come from one step to one bit.
+2. Post-binarization activation robustness (PBAR) estimates what would suffer from one bit. Its formula is not verified.
+   Candidates for a column j, with W₄ from stage 1 and B its one-bit form (`choose`): `robustness` Σ(W₄ − B)²·H_jj and
+   `surgeon` Σ(W₄ − B)²/[H⁻¹]_jj; and, for comparison, `activation` H_jj, `magnitude` ΣW² and `random`.
 3. One error-compensated sweep rounds the columns at their widths, the salient ones first or last (`salient_first`).
-4. Full-information activations as supervision (FIAS), not verified either; candidates (`supervise`), F and X being
-   the inputs in the full and in the compressed model: `prefix` ‖(W − Q)X‖ (each block makes up for those before it
-   as far as its own columns can), `inputs` ‖(W − Q)F‖, `outputs` ‖WF − QX‖, which is `prefix` for the weights
-   W·FXᵀ(XXᵀ)⁻¹. `supervise_frac` goes a part of the way from W to those weights. Learning has a `target` besides.
+4. Full-information activations supervise (FIAS); this formula is not verified either. F and X are the inputs in the
+   full and in the compressed model. Candidates (`supervise`): `prefix` ‖(W − Q)X‖, so that each block makes up for
+   those before it as far as its own columns can; `inputs` ‖(W − Q)F‖; `outputs` ‖WF − QX‖, which is `prefix` for the
+   weights W·FXᵀ(XXᵀ)⁻¹. `supervise_frac` goes a part of the way from W to those weights. Learning has a `target` of
+   its own.
 
-Beyond the paper: `rounds` of refitted scales and coordinate descent on all codes, `learn_rounds` of block-wise
-learning of codes and scales (`_learned_rounding`), and other `widths` than the paper's 1 and 4 bits: of normal
-weights' energy one bit loses 36 %, two bits 12 % and four 1 %, so that a second bit for three columns gains twice what
-three more bits for one do. `auto` takes the two neighbouring widths around the target.
+Not in the paper: `rounds` of refitted scales and coordinate descent on all codes; `learn_rounds` of block-wise learning
+of codes and scales (`learned_rounding`); and other `widths` than 1 and 4 bits. Of the energy of normal weights one bit
+loses 36 %, two bits 12 % and four 1 %. So a second bit for three columns gains twice as much as three more bits for one
+column. `auto` takes the two neighboring widths around the target.
 
-Whole columns are chosen, so that the choice costs one bit a column. The target counts everything that is stored (codes,
-scales, offsets, the mask of columns) and decides how many columns are salient. With `granularity=element` the weights
-are chosen one by one, which costs one bit a weight for the mask: it exists to be compared (see `_element`).
+Whole columns are chosen, so that the choice costs one bit per column. The target counts everything that is stored
+(codes, scales, offsets, the mask of columns) and decides how many columns are salient. With `granularity=element` the
+weights are chosen one by one, and the mask costs one bit per weight. It exists for comparison (see `element_bits`).
 
 Cost: two forwards, one Gram matrix and factor per group of matrices, another factor, two sweeps and `rounds` + 1
-passes a matrix. With learning also `learn_rounds` · `samples` forwards and backwards of a window.
+passes per matrix. With learning also `learn_rounds` · `samples` forwards and backwards of a window.
 
     niwaki compress MODEL OUT --method squeeze10 --target 1.75bit --calibration mine.txt --seq-len 512
 """
@@ -47,7 +48,7 @@ from niwaki.methods.shared.block_training import (
     LearningTarget,
     Reconstruction,
     Schedule,
-    check_choices,
+    check_learning_options,
     learning_cost,
     learning_needs,
 )
@@ -105,7 +106,7 @@ class Config:
     target: LearningTarget = "both"
 
     def __post_init__(self) -> None:
-        check_choices(self.target)
+        check_learning_options(self.target)
         for name, known in (
             ("choose", CHOICES),
             ("supervise", SUPERVISIONS),
@@ -118,7 +119,7 @@ class Config:
             raise ValueError(
                 "granularity=element is the paper's claim alone: it needs widths=1+4, rounds=0 and learn_rounds=0"
             )
-        if self.choose_columns not in (1, 2, 4, 8):  # the budget counts columns by the byte
+        if self.choose_columns not in (1, 2, 4, 8):  # the budget counts columns in bytes
             raise ValueError(f"choose_columns must be 1, 2, 4 or 8, got {self.choose_columns}")
         if min(self.group, self.salient_group, self.rounds, self.learn_rounds) < 0:
             raise ValueError("expected group, salient_group, rounds and learn_rounds ≥ 0")
@@ -130,14 +131,14 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    """Gram matrices of the inputs, with those of the dense model if it supervises; windows to learn from."""
+    """Ask for Gram matrices of the inputs, also of the dense model if it supervises, and windows to learn from."""
     full = config.supervise != "prefix"
     learning = learning_needs(config.batch, config.target) if config.learn_rounds else Needs()
     return Needs(gram=True, full=full, dense=full) | learning
 
 
 def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> int | None:
-    """Codes of two widths, scales and the mask of columns; a choice by element is stored as weights."""
+    """Return the bytes of codes, scales and the mask of columns; None for a choice by element, stored as weights."""
     if config.granularity == "element":
         salient_elements(rows, columns, target)
         return None
@@ -145,7 +146,7 @@ def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Con
 
 
 def cost(scope: Scope, config: Config) -> Work:
-    """A factor a group and another a matrix, two sweeps, rounds on the codes, and learning."""
+    """Count a factor per group and per matrix, two sweeps, rounds on the codes, and learning."""
     own = gram_factors(Scope(tuple((matrix,) for matrix in scope.matrices), scope.windows, scope.tokens))
     sweeping = (sweeps(scope) + grids(scope, clip=True)) * 2
     learned = learning_cost(scope, config.learn_rounds, config.samples, config.batch, copies=7, passes=36)
@@ -159,43 +160,39 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """Chooses, sweeps and improves matrix by matrix, then learns the block as a whole."""
-    found: dict[str, Latent] = {}
+    """Choose, sweep and improve matrix by matrix, then learn the block as a whole."""
+    latents: dict[str, Latent] = {}
     packed: dict[str, Packed] = {}
     detail: dict[str, dict[str, float]] = {}
     for names in block.anatomy.sharing(targets):
-        task = _Task.of(calib.statistics[names[0]], config)
+        problem = RoundingProblem.of(calib.statistics[names[0]], config)
         for name in names:
             weight_OI = block.weight(name).float()
             if config.granularity == "element":
-                packed[name] = _by_element(weight_OI, task, targets[name], config, generator)
+                packed[name] = _by_element(weight_OI, problem, targets[name], config, generator)
                 continue
             split = split_columns(weight_OI.shape[0], weight_OI.shape[1], targets[name], config)
-            found[name] = _squeeze(weight_OI, task, split, config, generator)
+            latents[name] = _squeeze(weight_OI, problem, split, config, generator)
             detail[name] = {"salient_columns": split.count}
-    rounded = {name: latent.rounded for name, latent in found.items()}
+    rounded = {name: latent.rounded for name, latent in latents.items()}
     note = ""
     if config.learn_rounds and any(calib.statistics[name].tokens for name in targets):
-        schedule = Schedule(
-            rounds=config.learn_rounds,
-            samples=config.samples,
-            batch=config.batch,
-            rate_frac=config.rate_frac,
-            optimizer="adam",
-        )
-        rounded, errors = learn(Reconstruction(block, calib, config.target, generator), found, schedule, generator)
-        note = "" if errors.improved else KEPT_START
+        task = Reconstruction(block, calib, config.target, generator)
+        rounded, best = learn(task, latents, Schedule.of(config, config.learn_rounds), generator)
+        note = "" if best.improved else KEPT_START
         for name in targets:
-            detail[name] |= errors.detail
+            detail[name] |= best.detail
     for name, codes in rounded.items():
         unreached = "" if calib.statistics[name].tokens else ROUNDED_UNREACHED
-        packed[name] = Packed.codes(codes.parts(found[name].groups.order_I), join_notes(note, unreached), detail[name])
+        packed[name] = Packed.codes(
+            codes.parts(latents[name].groups.order_I), join_notes(note, unreached), detail[name]
+        )
     return packed
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What a group of matrices is rounded for: ‖(W·pull − Q)X‖² with H = XᵀX + λI (`damped_II`), H⁻¹ = UᵀU."""
+class RoundingProblem:
+    """Objective of a group of matrices with the same input: ‖(W·pull − Q)X‖², H = XᵀX + λI (`damped_II`), H⁻¹ = UᵀU."""
 
     gram_II: Tensor
     damping_frac: float
@@ -205,8 +202,8 @@ class _Task:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, statistics: Statistics, config: Config) -> "_Task | None":
-        """None if no token reached the group."""
+    def of(cls, statistics: Statistics, config: Config) -> "RoundingProblem | None":
+        """Return the problem of a group, None if no token reached it."""
         if not statistics.tokens:
             return None
         gram_II = statistics.full_II[0] if config.supervise == "inputs" else statistics.gram_II
@@ -220,20 +217,20 @@ class _Task:
         return cls(gram_II, damping_frac, damped_II, upper_II, pull_II)
 
     def wanted(self, weight_OI: Tensor) -> Tensor:
-        """The weights to come close to."""
+        """Return the weights to approximate."""
         return weight_OI if self.pull_II is None else weight_OI @ self.pull_II
 
 
 @dataclass(frozen=True)
 class Split:
-    """`count` columns have `salient_bits`, all others `base_bits`."""
+    """Widths of the columns of a matrix: `count` have `salient_bits`, all others `base_bits`."""
 
     base_bits: int
     salient_bits: int
     count: int
 
     def groups(self, columns: int, config: Config) -> list[Group]:
-        """The groups that share scales, in the order of the sweep."""
+        """Return the groups that share scales, in the order of the sweep."""
         grid = "free" if config.mean and self.base_bits == 1 else "midrise"
         if config.salient_first:
             salient = groups_of(0, self.count, self.salient_bits, "midrise", config.salient_group)
@@ -242,7 +239,7 @@ class Split:
         return base + groups_of(columns - self.count, columns, self.salient_bits, "midrise", config.salient_group)
 
     def nbytes(self, rows: int, columns: int, config: Config) -> int:
-        """Bytes of a matrix, as `Packed.nbytes` counts them."""
+        """Return the bytes of a matrix, as `Packed.nbytes` counts them."""
         base = columns - self.count
         widths = self.salient_bits * -(-self.count // 8) + self.base_bits * -(-base // 8)
         groups = -(-base // (config.group or columns)) * (2 if config.mean and self.base_bits == 1 else 1)
@@ -252,9 +249,10 @@ class Split:
 
 
 def split_columns(rows: int, columns: int, target: Target, config: Config) -> Split:
-    """The most columns that can be salient within the target, everything counted (a multiple of 8).
+    """Return the split with the most salient columns within the target, everything counted (a multiple of 8).
 
-    Of several widths the widest that fit. Raises TargetError if the narrowest for all columns is already too much.
+    Of several widths the widest that fit are taken. Raises TargetError if the narrowest width for all columns does not
+    fit.
     """
     assert isinstance(target, Bits)
     budget_bytes = target.bits * rows * columns / 8
@@ -270,7 +268,7 @@ def split_columns(rows: int, columns: int, target: Target, config: Config) -> Sp
 
 
 def min_bits(rows: int, columns: int, config: Config) -> float:
-    """Bits a weight that a matrix takes without any salient column, or weight."""
+    """Return the bits per weight of a matrix without any salient column, or weight."""
     if config.granularity == "element":
         return min_element_bits(rows, columns)
     base_bits, salient_bits = WIDTHS[config.widths][0]
@@ -278,68 +276,74 @@ def min_bits(rows: int, columns: int, config: Config) -> float:
 
 
 @torch.no_grad()
-def _squeeze(weight_OI: Tensor, task: _Task | None, split: Split, config: Config, generator: torch.Generator) -> Latent:
-    """The codes of one matrix."""
+def _squeeze(
+    weight_OI: Tensor, problem: RoundingProblem | None, split: Split, config: Config, generator: torch.Generator
+) -> Latent:
+    """Choose the salient columns of one matrix and round it."""
     columns = weight_OI.shape[1]
     groups = split.groups(columns, config)
-    if task is None:
+    if problem is None:
         order_I = torch.arange(columns, device=weight_OI.device)
         return Latent.start(nearest(weight_OI, groups, clip=True).storable(), weight_OI, order_I)
-    weight_OI = task.wanted(weight_OI)
-    start_OI = _stage(weight_OI, task, config)
-    scores_I = _scores(start_OI, task, split.base_bits, config, generator)
-    best_I = _together(scores_I, config.choose_columns).argsort(descending=True, stable=True)
+    weight_OI = problem.wanted(weight_OI)
+    start_OI = _four_bit_stage(weight_OI, problem, config)
+    scores_I = _scores(start_OI, problem, split.base_bits, config, generator)
+    best_I = _sum_neighbors(scores_I, config.choose_columns).argsort(descending=True, stable=True)
     parts = [best_I[: split.count].sort().values, best_I[split.count :].sort().values]
     order_I = torch.cat(parts if config.salient_first else parts[::-1])
-    upper_II, _ = inverse_factor(task.gram_II[order_I][:, order_I], task.damping_frac)
+    upper_II, _ = inverse_factor(problem.gram_II[order_I][:, order_I], problem.damping_frac)
     swept_OI = start_OI if config.staged else weight_OI
     rounded = sweep(swept_OI[:, order_I].contiguous(), upper_II, groups, clip=True)
-    ordered_OI, ordered_II = weight_OI[:, order_I].contiguous(), task.damped_II[order_I][:, order_I].contiguous()
+    ordered_OI, ordered_II = weight_OI[:, order_I].contiguous(), problem.damped_II[order_I][:, order_I].contiguous()
     return Latent.start(improve(rounded, ordered_OI, ordered_II, config.rounds), ordered_OI, order_I)
 
 
-def _stage(weight_OI: Tensor, task: _Task, config: Config) -> Tensor:
-    """W₄ of stage 1, or the weights themselves if nothing asks for it."""
+def _four_bit_stage(weight_OI: Tensor, problem: RoundingProblem, config: Config) -> Tensor:
+    """Return W₄ of stage 1, or the weights themselves if no option uses it."""
     if not config.staged and config.choose not in ("robustness", "surgeon"):
         return weight_OI
     whole = groups_of(0, weight_OI.shape[1], STAGE_BITS, "midrise", config.salient_group)
-    return sweep(weight_OI, task.upper_II, whole, clip=True).values_OI
+    return sweep(weight_OI, problem.upper_II, whole, clip=True).values_OI
 
 
 @torch.no_grad()
 def _by_element(
-    weight_OI: Tensor, task: _Task | None, target: Target, config: Config, generator: torch.Generator
+    weight_OI: Tensor, problem: RoundingProblem | None, target: Target, config: Config, generator: torch.Generator
 ) -> Packed:
-    """The comparison with a choice of single weights: one sweep, stored as the weights it stands for."""
+    """Round with a choice of single weights, for comparison: one sweep, stored as decoded weights."""
     count = salient_elements(weight_OI.shape[0], weight_OI.shape[1], target)
-    if task is None:
+    if problem is None:
         return pack_elements(weight_OI, None, weight_OI.square(), count)
-    weight_OI = task.wanted(weight_OI)
-    start_OI = _stage(weight_OI, task, config)
-    scores_OI = _element_scores(start_OI, task, 1, config, generator)
-    return pack_elements(start_OI if config.staged else weight_OI, task.upper_II, scores_OI, count)
+    weight_OI = problem.wanted(weight_OI)
+    start_OI = _four_bit_stage(weight_OI, problem, config)
+    scores_OI = _element_scores(start_OI, problem, 1, config, generator)
+    return pack_elements(start_OI if config.staged else weight_OI, problem.upper_II, scores_OI, count)
 
 
-def _together(scores_I: Tensor, width: int) -> Tensor:
-    """Every `width` neighbours with the sum of their scores (the last ones with what there is of them)."""
+def _sum_neighbors(scores_I: Tensor, width: int) -> Tensor:
+    """Return the sum of the scores of every `width` neighbors, for each of them; the last group may be shorter."""
     numbers_I = torch.arange(len(scores_I), device=scores_I.device) // width
     sums = scores_I.new_zeros(int(numbers_I[-1]) + 1).index_add_(0, numbers_I, scores_I)
     return sums[numbers_I]
 
 
-def _scores(weight_OI: Tensor, task: _Task, bits: int, config: Config, generator: torch.Generator) -> Tensor:
-    """How much each column [I] would suffer from `bits`."""
+def _scores(
+    weight_OI: Tensor, problem: RoundingProblem, bits: int, config: Config, generator: torch.Generator
+) -> Tensor:
+    """Return the score of each column [I]: how much it would suffer from `bits`."""
     if config.choose == "activation":
-        return task.damped_II.diagonal()
+        return problem.damped_II.diagonal()
     if config.choose == "random":
         return torch.rand(weight_OI.shape[1], generator=generator).to(weight_OI.device)
-    return _element_scores(weight_OI, task, bits, config, generator).sum(0)
+    return _element_scores(weight_OI, problem, bits, config, generator).sum(0)
 
 
-def _element_scores(weight_OI: Tensor, task: _Task, bits: int, config: Config, generator: torch.Generator) -> Tensor:
-    """How much each weight [O, I] would suffer from `bits`."""
+def _element_scores(
+    weight_OI: Tensor, problem: RoundingProblem, bits: int, config: Config, generator: torch.Generator
+) -> Tensor:
+    """Return the score of each weight [O, I]: how much it would suffer from `bits`."""
     if config.choose == "activation":
-        return task.damped_II.diagonal() * weight_OI.abs()
+        return problem.damped_II.diagonal() * weight_OI.abs()
     if config.choose == "random":
         return torch.rand(weight_OI.shape, generator=generator).to(weight_OI.device)
     if config.choose == "magnitude":
@@ -347,8 +351,8 @@ def _element_scores(weight_OI: Tensor, task: _Task, bits: int, config: Config, g
     grid = Group(0, weight_OI.shape[1], bits, "free" if config.mean and bits == 1 else "midrise")
     lost_OI = (weight_OI - nearest(weight_OI, [grid], clip=True).values_OI).square()
     if config.choose == "robustness":
-        return lost_OI * task.damped_II.diagonal()
-    return lost_OI / task.upper_II.square().sum(0)  # the diagonal of H⁻¹ = UᵀU
+        return lost_OI * problem.damped_II.diagonal()
+    return lost_OI / problem.upper_II.square().sum(0)  # the diagonal of H⁻¹ = UᵀU
 
 
 METHOD = WalkMethod(

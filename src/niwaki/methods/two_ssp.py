@@ -1,10 +1,13 @@
 """2SSP: neurons by the norm of their activations, then whole attentions by the loss without them; nothing refitted.
 
-Source: Sandri et al. 2025, "2SSP: A Two-Stage Framework for Structured Pruning of LLMs", as its released code does it.
-Stage 1: the same number of neurons in every block, those with the highest token norm of the input of the matrix that
-writes to the stream. Stage 2: round(N · s^((P_mlp / P_attention) / 1.5)) of N attentions go, the one whose removal
-lowers the quality least first, each judged with all neurons gone that will go. Neurons make up for the rest of the
-budget.
+Source: Sandri et al. 2025, "2SSP: A Two-Stage Framework for Structured Pruning of LLMs", as in its released code.
+
+1. Every block keeps the same number of neurons: those with the highest norm over tokens at the input of the matrix that
+   writes to the residual stream.
+2. round(N · s^((P_mlp / P_attention) / 1.5)) of N attentions go. The one whose removal lowers the quality least goes
+   first. Each is judged in the model without the neurons that go.
+
+Neurons make up for the rest of the budget.
 
 No config can say that a block has no attention: the result is stored at full size, with zeros.
 
@@ -24,7 +27,7 @@ from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
 from niwaki.methods.method import ShapeMethod
-from niwaki.methods.shared.unit_pruning import Choice, kept_of, unit_by_unit, without
+from niwaki.methods.shared.unit_pruning import compress_units_by_score
 from niwaki.model.decoder import Block
 from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSearch, ShapeSpace
 
@@ -37,12 +40,12 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    """Squared norms of the inputs."""
+    """Ask for squared norms of the inputs."""
     return Needs(sqnorm=True)
 
 
 def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Config) -> ShapeSearch:
-    """Greedily, one attention after another."""
+    """Remove greedily, one attention after another."""
     blocks = len(sizes)
     dense = sizes.group_parameters["neurons"] * sizes.neurons
     attention = sizes.group_parameters["heads"] * sizes.heads
@@ -72,15 +75,12 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """Attention all or nothing, neurons by their norm."""
+    """Keep the neurons with the highest norms; an attention stays or goes as a whole."""
 
-    def choose(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> Choice:
-        kept = list(range(keep.unit.count))
-        if keep.unit.kind == "neurons":
-            kept = kept_of(statistics.sqnorm_I if statistics.tokens else weight_OI.square().sum(0), keep.count)
-        return Choice(kept, without(weight_OI, keep, kept))
+    def score(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> Tensor:
+        return statistics.sqnorm_I if statistics.tokens else weight_OI.square().sum(0)
 
-    return unit_by_unit(block, calib, targets, choose)
+    return compress_units_by_score(block, calib, targets, score)
 
 
 METHOD = ShapeMethod(

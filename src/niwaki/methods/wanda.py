@@ -1,12 +1,12 @@
 """Wanda: prune by weight times activation, row by row, without changing what stays.
 
 Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (ICLR 2024).
-Score S_ij = |W_ij|·‖X_j‖₂, where ‖X_j‖₂ is the L2 norm of input feature j over all calibration tokens
-(section 3); within each output row the lowest scores go, for N:M the lowest of every group along the inputs.
+The score is S_ij = |W_ij|·‖X_j‖₂. ‖X_j‖₂ is the L2 norm of input feature j over all calibration tokens (section 3).
+Within each output row the lowest scores go; for N:M the lowest of every group along the inputs.
 
-Deviations: the number of zeros of a matrix is exact (rows differ by at most one zero when the row width does
-not divide). A matrix that no calibration token reached (a rarely chosen expert) has no norms: its weights are
-ranked by |W| alone and its line in blocks.jsonl notes it.
+Deviations: the number of zeros of a matrix is exact. Rows differ by at most one zero when the width does not divide.
+A matrix that no calibration token reached (a rarely chosen expert) has no norms. Its weights are ranked by |W| alone,
+and its line in blocks.jsonl notes it.
 
 Cost: one forward for the norms, one to propagate, one selection per matrix. Memory: the block.
 
@@ -17,14 +17,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from niwaki.config.recipe import NM, Sparsity, Target
-from niwaki.data.statistics import UNREACHED, Needs
+from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
-from niwaki.methods.cost import Scope, Work, masks
 from niwaki.methods.method import WalkMethod
-from niwaki.methods.shared.masks import keep_by_row
+from niwaki.methods.shared.masks import compress_by_score, keep_by_row, wanda_scores
 from niwaki.model.decoder import Block
 
 
@@ -34,16 +34,10 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    """Squared norms of the inputs."""
+    """Ask for squared norms of the inputs."""
     return Needs(sqnorm=True)
 
 
-def cost(scope: Scope, config: Config) -> Work:
-    """One score and one selection a matrix."""
-    return masks(scope)
-
-
-@torch.no_grad()
 def compress(
     block: Block,
     calib: CalibrationData,
@@ -51,16 +45,12 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """Score |W|·‖X‖ per output row."""
-    packed = {}
-    for name, target in targets.items():
-        weight_OI = block.weight(name).float()
-        scores_OI = weight_OI.abs()
-        if calib.statistics[name].tokens:
-            scores_OI = scores_OI * calib.statistics[name].sqnorm_I.sqrt()
-        note = "" if calib.statistics[name].tokens else UNREACHED
-        packed[name] = Packed.masked(weight_OI, keep_by_row(scores_OI, target), note)
-    return packed
+    """Prune every output row by the score |W|·‖X‖."""
+
+    def score(name: str, weight_OI: Tensor) -> Tensor:
+        return wanda_scores(weight_OI, calib.statistics[name])
+
+    return compress_by_score(block, targets, score, keep_by_row, calib.statistics)
 
 
 METHOD = WalkMethod(
@@ -70,5 +60,4 @@ METHOD = WalkMethod(
     config=Config,
     needs=needs,
     compress=compress,
-    cost=cost,
 )

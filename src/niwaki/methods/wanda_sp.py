@@ -1,8 +1,9 @@
 """Wanda-sp: Wanda's score summed over neurons and heads, the same ratio in every block, nothing refitted.
 
-Source: the structured variant of Wanda (Sun et al. 2023) that An et al. 2023 (FLAP) compare with: mean over outputs of
-|W|·‖x‖ for every input of the matrices that write to the residual stream, summed over a head (here: over the heads that
-share a key and a value). Heads are rounded to what a config can hold, neurons make up for it.
+Source: the structured variant of Wanda (Sun et al. 2023) that An et al. 2023 (FLAP) compare with. The score of an input
+of a matrix that writes to the residual stream is the mean over outputs of |W|·‖x‖. It is summed over a head (here: over
+the heads that share a key and a value). The number of heads is rounded to one that a config can hold; neurons make up
+for the difference.
 
 Cost: three forwards of the text.
 
@@ -21,7 +22,7 @@ from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
 from niwaki.methods.method import ShapeMethod
-from niwaki.methods.shared.unit_pruning import Choice, by_group, kept_of, unit_by_unit, without
+from niwaki.methods.shared.unit_pruning import compress_units_by_score
 from niwaki.model.decoder import Block
 from niwaki.model.prunable import BlockInfo, ShapeSearch, ShapeSpace
 
@@ -34,12 +35,12 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    """Squared norms of the inputs."""
+    """Ask for squared norms of the inputs."""
     return Needs(sqnorm=True)
 
 
 def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Config) -> ShapeSearch:
-    """One ratio: heads as near to it as a config can hold, neurons make up for the rest."""
+    """Return one shape: the number of heads nearest to the ratio, and neurons for the rest of the budget."""
     heads = min(sizes.legal_heads(), key=lambda count: abs(count - sizes.heads * (1 - removed_frac)))
     yield from ()
     return sizes.fitting(removed_frac, heads, (), config.multiple)
@@ -52,16 +53,13 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """Chooses groups unit by unit."""
+    """Remove the groups with the lowest scores, unit by unit."""
 
-    def choose(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> Choice:
+    def score(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> Tensor:
         scores_I = weight_OI.abs().mean(0)
-        if statistics.tokens:
-            scores_I = scores_I * statistics.sqnorm_I.sqrt()
-        kept = kept_of(by_group(scores_I, keep.unit), keep.count)
-        return Choice(kept, without(weight_OI, keep, kept))
+        return scores_I * statistics.sqnorm_I.sqrt() if statistics.tokens else scores_I
 
-    return unit_by_unit(block, calib, targets, choose)
+    return compress_units_by_score(block, calib, targets, score)
 
 
 METHOD = ShapeMethod(

@@ -1,22 +1,26 @@
 """Wanda++: prune by regional gradients, then let the block repair itself.
 
 Source: Yang et al., "Wanda++: Pruning Large Language Models via Regional Gradients" (Findings of ACL 2025).
-Regional gradient score S_ij = (α·G_ij + ‖X_j‖)·|W_ij|, where G_ij is the root mean square over the calibration
-windows n of ∂‖f(X_n)‖₂/∂W_ij and f is the whole dense block. Regional optimisation: K rounds over windows drawn
-anew, RMSprop on the squared error between the pruned and the dense block on the same inputs (those of the
-already pruned prefix). G is computed once. Masks per output row, or N:M along the inputs.
 
-The full text was not at hand; where the sources are silent or our ablation disagrees
+1. The importance of a weight is α·G_ij + ‖X_j‖. G_ij is the root mean square over the calibration windows n of
+   ∂‖f(X_n)‖₂/∂W_ij; f is the whole dense block. G is computed once.
+2. The mask drops the lowest scores S_ij = (α·G_ij + ‖X_j‖)·|W_ij| of each output row, or of each group for N:M.
+3. Regional optimization: in K rounds over newly drawn windows, gradients lower the squared error between the pruned and
+   the dense block on the same inputs (those of the already pruned prefix).
+
+The full text was not at hand. Where the sources are silent, or our ablation disagrees
 (`benchmarks/results/ablation-wandapp-*.json`), this is a reconstruction:
 
-- ‖X_j‖ is the root mean square over tokens of feature j times the square root of a window's tokens, that is
-  ‖X_j‖₂/√N for N windows, Wanda's own convention. The sum over windows, which others use, only rescales α.
-- α = 1; the published 100 loses to plain Wanda on the models measured.
-- The mask is chosen once and enforced while learning (`enforce_mask=false`: weights may regrow, and every round
-  prunes again with the same G and norms).
-- K = 10 rounds of Adam, steps of `rate_frac` times the matrix's RMS under a cosine schedule, instead of 5 rounds
-  of RMSprop with 3e-7 for all (`optimizer=rmsprop`, `rounds=5`).
-- The error is relative to each token's energy, and held-out windows choose the round that is kept.
+| | Paper | Here |
+| --- | --- | --- |
+| ‖X_j‖ | not stated; others sum over windows, which only rescales α | ‖X_j‖₂/√N for N windows, as in Wanda's code |
+| α | 100, which loses to plain Wanda on the models measured | 1 |
+| Mask | chosen again in each round (`enforce_mask=false`: weights may regrow) | chosen once, enforced while learning |
+| Optimizer | RMSprop (`optimizer=rmsprop`) | Adam |
+| Rounds K | 5 (`rounds=5`) | 10 |
+| Step | 3e-7 for all matrices | `rate_frac` times the matrix's RMS, under a cosine schedule |
+| Error | squared | squared, relative to each token's energy |
+| Result | weights after K rounds | the round with the lowest error on held-out windows |
 
 In a chain it starts from the masks and weights of the method before (`besa+wandapp`).
 
@@ -43,16 +47,17 @@ from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.block_training import (
     LearningTarget,
     Matrices,
+    Prune,
     Reconstruction,
     Schedule,
     assemble,
-    check_choices,
-    descend,
-    deterministically,
+    check_learning_options,
     gradients_of,
     learning_cost,
     learning_needs,
+    run_deterministically,
     run_with,
+    train_block,
 )
 from niwaki.methods.shared.masks import keep_by_row
 from niwaki.model.decoder import Block
@@ -76,25 +81,25 @@ class Config:
     ] = True
 
     def __post_init__(self) -> None:
-        check_choices(self.target, self.optimizer)
+        check_learning_options(self.target, self.optimizer)
         if self.alpha < 0 or self.rounds < 0 or self.samples < 1 or self.batch < 1 or not 0 < self.rate_frac < 1:
             raise ValueError("expected alpha ≥ 0, rounds ≥ 0, samples ≥ 1, batch ≥ 1 and 0 < rate_frac < 1")
 
 
 def needs(config: Config) -> Needs:
-    """Norms for the score, windows to learn from."""
+    """Ask for norms for the score, and windows to learn from."""
     return learning_needs(config.batch, config.target)
 
 
 def cost(scope: Scope, config: Config) -> Work:
-    """Gradients of every window once, if the score asks for them, and the descent."""
+    """Count the gradients of every window once, if the score needs them, and the learning."""
     regional = Work(
         learned_tokens=scope.windows * scope.tokens,
         passed=3 * scope.windows * scope.weights,
         started=100 * scope.windows,
     )
-    descent = learning_cost(scope, config.rounds, config.samples, config.batch)
-    return masks(scope) + descent + (regional if config.alpha else Work())
+    optimization = learning_cost(scope, config.rounds, config.samples, config.batch)
+    return masks(scope) + optimization + (regional if config.alpha else Work())
 
 
 def compress(
@@ -104,59 +109,63 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """Score, mask, and regional optimisation of one block."""
+    """Choose the start mask by importance, then optimize the block under it."""
+    weights, keep, prune = _start(block, calib, targets, config)
     notes = {name: "" if calib.statistics[name].tokens else UNREACHED for name in targets}
-    if calib.start:
-        weights = {name: record.weight_OI.float() for name, record in calib.start.items()}
-        keep = {name: weight_OI != 0 for name, weight_OI in weights.items()}
-    else:
-        weights = {name: block.weight(name).float() for name in targets}
-    if not calib.start or not config.enforce_mask:
-        importance = _importance(block, calib, config.alpha, weights)
-
-        def prune(masters: Matrices) -> dict[str, Tensor]:
-            return {name: keep_by_row(importance[name] * masters[name].abs(), targets[name]) for name in targets}
-
-        keep = keep if calib.start else prune(weights)
-        if config.enforce_mask:
-            importance.clear()  # float32 for every weight, and nobody asks again
-    detail = {}
+    detail: dict[str, float] = {}
     if config.rounds and any(record.tokens for record in calib.statistics.values()):
         task = Reconstruction(block, calib, config.target, generator)
-        schedule = Schedule(
-            rounds=config.rounds,
-            samples=config.samples,
-            batch=config.batch,
-            rate_frac=config.rate_frac,
-            optimizer=config.optimizer,
-        )
-        again = None if config.enforce_mask else prune
-        weights, errors = descend(task, weights, keep, schedule, generator, again)
+        schedule = Schedule.of(config, config.rounds, config.optimizer)
+        weights, best = train_block(task, weights, keep, schedule, generator, prune)
         keep = {name: weight_OI != 0 for name, weight_OI in weights.items()}
-        detail = errors.detail
-        if not errors.improved:
+        detail = best.detail
+        if not best.improved:
             notes = {name: join_notes(note, KEPT_START) for name, note in notes.items()}
     return {name: Packed.masked(weights[name], keep[name], notes[name], detail) for name in targets}
 
 
+def _start(
+    block: Block, calib: CalibrationData, targets: Mapping[str, Target], config: Config
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Prune | None]:
+    """Return the start weights and their mask, and the function that chooses a mask again, if masks may change.
+
+    In a chain, weights and mask are those of the method before.
+    """
+    if calib.start:
+        weights = {name: record.weight_OI.float() for name, record in calib.start.items()}
+        keep = {name: weight_OI != 0 for name, weight_OI in weights.items()}
+        if config.enforce_mask:
+            return weights, keep, None
+    else:
+        weights = {name: block.weight(name).float() for name in targets}
+    importance = _importance(block, calib, config.alpha, weights)
+
+    def prune(masters: Matrices) -> dict[str, Tensor]:
+        return {name: keep_by_row(importance[name] * masters[name].abs(), targets[name]) for name in targets}
+
+    if not calib.start:
+        keep = prune(weights)
+    return weights, keep, None if config.enforce_mask else prune
+
+
 def _importance(block: Block, calib: CalibrationData, alpha: float, weights: Matrices) -> dict[str, Tensor]:
-    """α·G + ‖X‖/√N per weight, [O, I] or [1, I]; ones for a matrix that no token reached."""
+    """Return α·G + ‖X‖/√N per weight, [O, I] or [1, I]; ones for a matrix that no token reached."""
     reached = any(calib.statistics[name].tokens for name in weights)
     gradients = regional_gradients(block, calib, weights) if alpha and reached else {}
-    found = {}
+    importance = {}
     for name, weight_OI in weights.items():
         statistics = calib.statistics[name]
         if not statistics.tokens:
-            found[name] = weight_OI.new_ones(1, weight_OI.shape[1])
+            importance[name] = weight_OI.new_ones(1, weight_OI.shape[1])
             continue
         windows = 1 if calib.stream is None else len(calib.stream)
         norm_1I = (statistics.sqnorm_I / windows).sqrt()[None]
-        found[name] = alpha * gradients[name] + norm_1I if alpha else norm_1I
-    return found
+        importance[name] = alpha * gradients[name] + norm_1I if alpha else norm_1I
+    return importance
 
 
 def regional_gradients(block: Block, calib: CalibrationData, names: Matrices) -> dict[str, Tensor]:
-    """G [O, I] float32 of every matrix: RMS over windows of the gradient of ‖f(X_n)‖₂, f the dense block."""
+    """Return G [O, I] float32 of every matrix: the RMS over windows of the gradient of ‖f(X_n)‖₂, f the dense block."""
     assert calib.stream is not None
     total = {name: torch.zeros_like(weight_OI, dtype=torch.float32) for name, weight_OI in names.items()}
     parameters = assemble(block, {name: block.weight(name) for name in names})
@@ -169,7 +178,7 @@ def regional_gradients(block: Block, calib: CalibrationData, names: Matrices) ->
         return gradients_of(block, torch.linalg.vector_norm(y_BTD, dtype=torch.float32), parameters, names)
 
     for window in range(len(calib.stream)):
-        for name, gradient_OI in deterministically(functools.partial(gradients, window)).items():
+        for name, gradient_OI in run_deterministically(functools.partial(gradients, window)).items():
             total[name].addcmul_(gradient_OI, gradient_OI)
     return {name: (sum_OI / len(calib.stream)).sqrt_() for name, sum_OI in total.items()}
 

@@ -16,7 +16,7 @@ def test_the_lowest_state_comes_back() -> None:
         lowest.offer(error)
     lowest.restore()
     assert a.tolist() == [2, 2] and b.tolist() == [2, 2, 2]
-    assert (lowest.began, lowest.error, lowest.improved) == (5.0, 3.0, True)
+    assert (lowest.start_error, lowest.error, lowest.improved) == (5.0, 3.0, True)
 
 
 def test_without_improvement_the_start_comes_back() -> None:

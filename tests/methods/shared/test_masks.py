@@ -5,7 +5,7 @@ import torch
 
 from niwaki.config.recipe import NM, Sparsity
 from niwaki.errors import TargetError
-from niwaki.methods.shared.masks import by_panel, keep_by_group, keep_by_matrix, keep_by_row
+from niwaki.methods.shared.masks import choose_by_panel, keep_by_group, keep_by_matrix, keep_by_row
 
 
 @pytest.mark.parametrize("zeros_frac", [0.05, 0.333, 0.5, 0.95])
@@ -53,7 +53,7 @@ def test_groups_that_do_not_fit_are_refused() -> None:
 def test_zeros_spread_over_columns_end_exactly() -> None:
     target = Sparsity(0.37)
     scores = torch.rand(7, 100, generator=torch.Generator().manual_seed(0))
-    keep = by_panel([target], [7], 100, torch.device("cpu"))
+    keep = choose_by_panel([target], [7], 100, torch.device("cpu"))
     panels = [keep(scores[:, start : start + 32], start) for start in range(0, 100, 32)]
     zeros = [int((~panel).sum()) for panel in panels]
     assert sum(zeros) == target.zeros_in(7, 100) and max(zeros[:3]) - min(zeros[:3]) <= 1
@@ -63,7 +63,7 @@ def test_matrices_one_below_the_other_lose_their_own_lowest() -> None:
     """Scores of the second are a thousand times as high: it loses as many as its own target says."""
     scores = torch.rand(9, 16, generator=torch.Generator().manual_seed(2))
     scores[4:] *= 1000
-    keep = by_panel([Sparsity(0.5), Sparsity(0.25)], [4, 5], 16, torch.device("cpu"))(scores, 0)
+    keep = choose_by_panel([Sparsity(0.5), Sparsity(0.25)], [4, 5], 16, torch.device("cpu"))(scores, 0)
     for own, kept, zeros in ((scores[:4], keep[:4], 32), (scores[4:], keep[4:], 20)):
         assert torch.equal(kept, own > own.flatten().sort().values[zeros - 1])
 

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from niwaki.config.recipe import Unit
-from niwaki.methods.shared.unit_pruning import _costs, by_group, fit, kept_of, remove, scaled
+from niwaki.methods.shared.unit_pruning import (
+    fit_kept,
+    fit_scales,
+    highest_groups,
+    removal_costs,
+    remove_groups,
+    sum_by_group,
+)
 from niwaki.model.prunable import group_indices
 from support.models import correlated_inputs
 
@@ -37,18 +44,18 @@ def least(weight: Tensor, h: Tensor, columns: Tensor) -> tuple[Tensor, float]:
 def test_what_is_left_is_the_least_squares_solution(count: int, at_once: int) -> None:
     weight, _, h = problem()
     unit = unit_of(count)
-    kept, found = remove(weight, torch.linalg.inv(h), unit, count // 2, at_once)
+    kept, found = remove_groups(weight, torch.linalg.inv(h), unit, count // 2, at_once)
     assert kept == sorted(kept) and len(kept) == count // 2
     expected, _ = least(weight, h, group_indices(unit, kept, 24))
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(fit(weight, h, kept, unit), expected)
+    torch.testing.assert_close(fit_kept(weight, h, kept, unit), expected)
 
 
 @pytest.mark.parametrize("count", [6, 24])
 def test_costs_are_the_errors_that_removal_makes(count: int) -> None:
     weight, _, h = problem()
     unit = unit_of(count)
-    costs = _costs(weight, torch.linalg.inv(h), unit)
+    costs = removal_costs(weight, torch.linalg.inv(h), unit)
     for group in range(count):
         others = [g for g in range(count) if g != group]
         assert float(costs[group]) == pytest.approx(least(weight, h, group_indices(unit, others, 24))[1], rel=1e-9)
@@ -57,7 +64,7 @@ def test_costs_are_the_errors_that_removal_makes(count: int) -> None:
 def test_one_at_a_time_takes_the_cheapest_of_what_is_left_and_nears_the_best_choice() -> None:
     weight, _, h = problem(8)
     unit = unit_of(8)
-    kept, _ = remove(weight, torch.linalg.inv(h), unit, 4, 1)
+    kept, _ = remove_groups(weight, torch.linalg.inv(h), unit, 4, 1)
     left = list(range(8))
     for _ in range(4):
         left.remove(min(left, key=lambda g: least(weight, h, torch.tensor([o for o in left if o != g]))[1]))
@@ -70,7 +77,7 @@ def test_scales_are_the_least_squares_factors() -> None:
     weight, x, h = problem()
     unit = unit_of(6)
     kept = [0, 2, 3, 5]
-    found = scaled(weight, h, kept, unit)
+    found = fit_scales(weight, h, kept, unit)
     # Outputs and the damping as rows of one system: a column a kept group, a row an output of a token.
     lower = torch.linalg.cholesky(h)
     design = torch.stack(
@@ -87,5 +94,5 @@ def test_scales_are_the_least_squares_factors() -> None:
 
 
 def test_ties_keep_the_higher_number_and_sums_go_by_group() -> None:
-    assert kept_of(torch.tensor([1.0, 1.0, 1.0, 2.0]), 2) == [2, 3]
-    assert by_group(torch.arange(6.0), unit_of(3)).tolist() == [1.0, 5.0, 9.0]
+    assert highest_groups(torch.tensor([1.0, 1.0, 1.0, 2.0]), 2) == [2, 3]
+    assert sum_by_group(torch.arange(6.0), unit_of(3)).tolist() == [1.0, 5.0, 9.0]

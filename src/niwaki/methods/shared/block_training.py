@@ -1,10 +1,16 @@
 """Learning inside one block: gradients through this block alone pull its output back to the dense one.
 
-Shared by every method that learns (Wanda++'s regional optimisation, BESA's sparsity rates). The model around
-the block never takes part, so the memory is that of one block whatever the depth.
+Every method that learns uses it (Wanda++'s regional optimization, COMP, PTQ1.61, learned rounding; BESA for its
+gradients). The model around the block never takes part, so the memory is that of one block whatever the depth.
 
-The error of a token is ‖y − t‖² / ‖t‖², averaged over tokens: a few tokens with massive activations would
-otherwise be all that is learned from. An eighth of the windows is held out and decides which state is kept.
+The error of a token is ‖y − t‖² / ‖t‖², averaged over tokens. Without the division, a few tokens with massive
+activations would dominate the loss. An eighth of the windows is held out and decides which state is kept.
+
+    for batch in training_batches(task, schedule, generator):
+        ...                                       # set the gradients for batch.windows
+        take_step(optimizer, batch.rate)
+        if batch.measure:
+            best.offer(...)                       # the held-out error
 
 Legend: O outputs, I inputs, B windows, T tokens, D hidden size.
 """
@@ -14,7 +20,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +34,7 @@ from niwaki.model.anatomy import Call
 from niwaki.model.decoder import Block
 
 TARGETS = ("block", "dense", "both")
-CHECKS = 5  # held-out measurements of a descent at most; with a cosine schedule the last is nearly always the best
+MAX_CHECKS = 5  # held-out measurements; with a cosine schedule the last is nearly always the best
 OPTIMIZERS = ("adam", "rmsprop")
 Matrices = Mapping[str, Tensor]
 LearningTarget = Annotated[
@@ -36,14 +42,14 @@ LearningTarget = Annotated[
     "Output to learn: that of the dense block on the same inputs (block), "
     "that in the dense model (dense), or the mean of both (both).",
 ]
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 class Reconstruction:
-    """The task of one block: inputs, wanted outputs, and gradients of the error between.
+    """Task of one block: inputs, target outputs, and gradients of the error between output and target.
 
-    `target` is what the output is pulled to: `block` (the dense block on the same inputs), `dense` (the block's
-    output in the dense model) or `both` (their mean).
+    `target` says what the output is pulled to: the output of the dense block on the same inputs (`block`), the block's
+    output in the dense model (`dense`), or their mean (`both`).
     """
 
     def __init__(self, block: Block, calib: CalibrationData, target: str, generator: torch.Generator) -> None:
@@ -58,51 +64,67 @@ class Reconstruction:
         self.held, self.train = order[:count] or order, order[count:]
 
     def draw(self, count: int, generator: torch.Generator) -> list[int]:
-        """`count` training windows in random order, none a second time before all had their turn."""
+        """Draw `count` training windows at random; each comes once before any comes again."""
         drawn: list[int] = []
         while len(drawn) < count:
             drawn += [self.train[i] for i in torch.randperm(len(self.train), generator=generator).tolist()]
         return drawn[:count]
 
     def error(self, matrices: Matrices) -> float:
-        """Mean relative error of the held-out tokens with `matrices` {name: [O, I]} in place."""
+        """Return the mean relative error of the held-out tokens with `matrices` {name: [O, I]} in place."""
         parameters = assemble(self.block, matrices)
         total = torch.zeros((), dtype=torch.float64, device=next(iter(matrices.values())).device)
         with torch.no_grad():
             for window in self.held:
-                total += self._error(parameters, [window]).double().mean()
+                total += self._token_errors(parameters, [window]).double().mean()
         return float(total) / len(self.held)
 
     def gradients(self, matrices: Matrices, windows: list[int]) -> dict[str, Tensor]:
-        """Gradient [O, I] of the summed token errors of `windows`, by matrix, in the block's dtype.
+        """Return the gradient [O, I] of the summed token errors of `windows`, by matrix, in the block's dtype.
 
-        Summed, not averaged: float16 would lose the gradients of a mean.
+        The errors are summed, not averaged: float16 would lose the gradients of a mean.
         """
         parameters = assemble(self.block, matrices)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        return deterministically(
-            lambda: gradients_of(self.block, self._error(parameters, windows).sum(), parameters, matrices)
+        return run_deterministically(
+            lambda: gradients_of(self.block, self._token_errors(parameters, windows).sum(), parameters, matrices)
         )
 
-    def _error(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
-        y_BTD = run_with(self.block, parameters, self._call(len(windows)), self.stream.hidden.take(windows))
-        t_BTD = self._wanted(windows)
+    def _token_errors(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
+        """Return ‖y − t‖² / ‖t‖² of every token [B, T]."""
+        call = self.stream.call(len(windows), self.block.index)
+        y_BTD = run_with(self.block, parameters, call, self.stream.hidden.take(windows))
+        t_BTD = self._target_outputs(windows)
         return (y_BTD.float() - t_BTD).square().sum(-1) / t_BTD.square().sum(-1).clamp_min(1e-12)
 
-    def _call(self, count: int) -> Call:
-        return self.stream.call(count, self.block.index)
-
-    def _wanted(self, windows: list[int]) -> Tensor:
+    def _target_outputs(self, windows: list[int]) -> Tensor:
+        """Return the outputs [B, T, D] to learn."""
         if self.dense is None:
             return self.outputs.take(windows).float()
         dense_BTD = self.dense.hidden.take(windows).float()
         return dense_BTD if self.target == "dense" else (dense_BTD + self.outputs.take(windows).float()) / 2
 
 
+class LearningConfig(Protocol):
+    """Options that the Configs of all learning methods have."""
+
+    @property
+    def samples(self) -> int:
+        """Return the windows per round."""
+
+    @property
+    def batch(self) -> int:
+        """Return the windows per step."""
+
+    @property
+    def rate_frac(self) -> float:
+        """Return the length of a step as a share of the RMS of a parameter."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How far to descend: `rounds` of `samples` windows, `batch` at a time, steps of `rate_frac` · RMS(W).
+    """Length of the training: `rounds` of `samples` windows, `batch` at a time, steps of `rate_frac` · RMS(W).
 
     `optimizer`: `rmsprop`, or `adam`, whose momentum averages the noise of small batches.
     """
@@ -113,24 +135,77 @@ class Schedule:
     rate_frac: float
     optimizer: str = "rmsprop"
 
+    @classmethod
+    def of(cls, config: LearningConfig, rounds: int, optimizer: str = "adam") -> "Schedule":
+        """Make the schedule for the options of a method."""
+        return cls(
+            rounds=rounds,
+            samples=config.samples,
+            batch=config.batch,
+            rate_frac=config.rate_frac,
+            optimizer=optimizer,
+        )
+
     def rate(self, step: int, steps: int) -> float:
-        """Cosine to zero after a warm-up, which RMSprop needs: its first steps are up to ten times too long."""
+        """Return the rate of a step: a cosine to zero after a warm-up.
+
+        RMSprop needs the warm-up, because its first steps are up to ten times too long.
+        """
         warm_up = min(1.0, (step + 1) / (0.1 * steps + 1))
         return self.rate_frac * warm_up * cosine(step, steps)
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """With the rate of every group still to be set."""
+        """Make the optimizer of these parameter groups; `take_step` sets their rates."""
         if self.optimizer == "adam":
             on_gpu = groups[0]["params"][0].is_cuda
             return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=on_gpu)
         return torch.optim.RMSprop(groups)
 
 
-# Masters {matrix: [O, I]} in, keep masks out: how the pruned weights are chosen again before each round.
+class TrainingBatch(NamedTuple):
+    """Windows of one step, its rate, and what is due after it: the end of a round, a held-out measurement."""
+
+    windows: list[int]
+    rate: float
+    ends_round: bool
+    measure: bool
+
+
+def training_batches(task: Reconstruction, schedule: Schedule, generator: torch.Generator) -> Iterator[TrainingBatch]:
+    """Yield the batches of every round of `schedule`; every round draws its windows when it begins.
+
+    A measurement is due after the last round, and at most MAX_CHECKS times in all.
+    """
+    batch = min(schedule.batch, len(task.train))
+    steps_per_round = math.ceil(schedule.samples / batch)
+    steps = schedule.rounds * steps_per_round
+    measure_every = math.ceil(schedule.rounds / MAX_CHECKS)
+    for number in range(1, schedule.rounds + 1):
+        drawn = task.draw(steps_per_round * batch, generator)
+        for place in range(steps_per_round):
+            step = (number - 1) * steps_per_round + place
+            ends_round = place == steps_per_round - 1
+            yield TrainingBatch(
+                drawn[place * batch : (place + 1) * batch],
+                schedule.rate(step, steps),
+                ends_round,
+                ends_round and (number % measure_every == 0 or number == schedule.rounds),
+            )
+
+
+def take_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Step every parameter group in proportion to its `size`, then free the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["size"]
+    optimizer.step()
+    optimizer.zero_grad()  # the gradients of the next windows need this memory
+
+
+# Master weights {matrix: [O, I]} in, keep masks out: a new choice of the pruned weights after each round.
 Prune = Callable[[Matrices], Matrices]
 
 
-def descend(
+def train_block(
     task: Reconstruction,
     start: dict[str, Tensor],
     keep: Matrices,
@@ -138,76 +213,42 @@ def descend(
     generator: torch.Generator,
     prune: Prune | None = None,
 ) -> tuple[dict[str, Tensor], BestState]:
-    """Gradient descent on float32 masters; returns the weights and their held-out errors.
+    """Train the kept weights of a block on float32 masters. Return the weights and their held-out errors.
 
-    `start` is emptied: a master takes the place of every weight. Masked weights stay zero; with `prune` they may move
-    instead and every round chooses again. The state with the lowest held-out error of all checks is returned: the
-    start itself, if learning never lowered it.
+    `start` is emptied: a master takes the place of every weight. Masked weights stay zero. With `prune` they may move,
+    and every round chooses a mask again. The result is the state with the lowest held-out error, or the start if
+    learning never lowered it.
     """
     masters = {name: (start.pop(name) * keep[name]).requires_grad_(False) for name in list(start)}
     sizes = {name: float(weight_OI.square().mean().sqrt()) for name, weight_OI in masters.items()}
     optimizer = schedule.make_optimizer([{"params": [masters[name]], "size": sizes[name]} for name in masters])
-    lowest = BestState(list(masters.values()), task.error(masters))
-
-    def choose_again() -> None:
-        if prune is not None:
+    best = BestState(list(masters.values()), task.error(masters))
+    for batch in training_batches(task, schedule, generator):
+        gradients = task.gradients(masters, batch.windows)
+        for name, master_OI in masters.items():
+            master_OI.grad = _masked(gradients.pop(name), None if prune else keep[name])
+        take_step(optimizer, batch.rate)
+        if prune is not None and batch.ends_round:
             chosen = prune(masters)
             for name, master_OI in masters.items():
                 master_OI.mul_(chosen[name])
-
-    def check() -> None:
-        lowest.offer(task.error(masters))
-
-    for windows in follow(task, schedule, optimizer, generator, choose_again, check):
-        gradients = task.gradients(masters, windows)
-        for name, master_OI in masters.items():
-            master_OI.grad = _masked(gradients.pop(name), None if prune else keep[name])
-    lowest.restore()
-    return masters, lowest
-
-
-def follow(
-    task: Reconstruction,
-    schedule: Schedule,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    end_round: Callable[[], None],
-    check: Callable[[], None],
-) -> Iterator[list[int]]:
-    """The windows of every step of `schedule`; the caller sets their gradients, then the optimizer takes the step.
-
-    Each parameter group steps in proportion to its `size`. `end_round` runs after every round, `check` after the last
-    one and at most CHECKS times.
-    """
-    batch = min(schedule.batch, len(task.train))
-    per_round = math.ceil(schedule.samples / batch)
-    step, steps = 0, schedule.rounds * per_round
-    check_every = math.ceil(schedule.rounds / CHECKS)
-    for number in range(1, schedule.rounds + 1):
-        drawn = task.draw(per_round * batch, generator)
-        for first in range(0, len(drawn), batch):
-            yield drawn[first : first + batch]
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.rate(step, steps) * group["size"]
-            optimizer.step()
-            optimizer.zero_grad()  # the memory, which the next window's gradients need
-            step += 1
-        end_round()
-        if number % check_every == 0 or number == schedule.rounds:
-            check()
+        if batch.measure:
+            best.offer(task.error(masters))
+    best.restore()
+    return masters, best
 
 
 def _masked(gradient_OI: Tensor, keep_OI: Tensor | None) -> Tensor:
-    """A float32 gradient that is zero where nothing is kept, in one pass."""
+    """Return the float32 gradient, zero outside the mask, in one pass."""
     if keep_OI is None:
         return gradient_OI.float()
     return torch.mul(gradient_OI, keep_OI, out=torch.empty_like(gradient_OI, dtype=torch.float32))
 
 
 def assemble(block: Block, matrices: Matrices) -> dict[str, Tensor]:
-    """Parameters of the block's module that hold `matrices`, in its dtype and layout (fused experts stacked).
+    """Return parameters of the block's module that hold `matrices`, in its dtype and layout (fused experts stacked).
 
-    A matrix that is such a parameter already is not copied: the two share their memory.
+    A matrix that has this dtype and layout already is not copied: it shares its memory with the parameter.
     """
     parameters: dict[str, Tensor] = {}
     for name, weight_OI in matrices.items():
@@ -224,21 +265,21 @@ def assemble(block: Block, matrices: Matrices) -> dict[str, Tensor]:
 
 
 def gradients_of(block: Block, loss: Tensor, parameters: dict[str, Tensor], names: Matrices) -> dict[str, Tensor]:
-    """Gradients of `loss` as [O, I] by matrix; zero for one that took no part (an unreached expert)."""
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-    by_parameter = dict(zip(parameters, found, strict=True))
+    """Return the gradients of `loss` as [O, I] by matrix; zero for one that took no part (an unreached expert)."""
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    by_parameter = dict(zip(parameters, gradients, strict=True))
     return {name: block.linears[name].view(by_parameter[block.linears[name].parameter]) for name in names}
 
 
 def run_with(block: Block, parameters: dict[str, Tensor], call: Call, x_BTD: Tensor) -> Tensor:
-    """The block's output with `parameters` in place of its own, differentiable in them."""
+    """Return the block's output with `parameters` in place of its own, differentiable in them."""
     replaced = {f"module.{name}": parameter for name, parameter in parameters.items()}
-    out: Tensor = functional_call(_Called(block.module, call), replaced, (x_BTD,))
+    out: Tensor = functional_call(_BlockCall(block.module, call), replaced, (x_BTD,))
     return out
 
 
-class _Called(nn.Module):
-    """A block with the arguments of its call, so that functional_call can reach its parameters."""
+class _BlockCall(nn.Module):
+    """Module that calls a block with fixed arguments, so that functional_call can replace the block's parameters."""
 
     def __init__(self, module: nn.Module, call: Call) -> None:
         super().__init__()
@@ -249,10 +290,11 @@ class _Called(nn.Module):
         return self.call(self.module, x_BTD)
 
 
-def deterministically(work: Callable[[], Found]) -> Found:
-    """Same seed, same bytes: attention's backward adds in any order on CUDA unless told not to.
+def run_deterministically(work: Callable[[], Result]) -> Result:
+    """Run `work` so that the same seed gives the same bytes.
 
-    An operation that has no deterministic form runs as it is, after a warning by torch that names it.
+    By default, attention's backward on CUDA adds in any order. An operation without a deterministic form runs as it
+    is; torch warns and names it.
     """
     try:
         with _deterministic(warn_only=False):
@@ -266,8 +308,11 @@ def deterministically(work: Callable[[], Found]) -> Found:
 
 @contextlib.contextmanager
 def _deterministic(*, warn_only: bool) -> Iterator[None]:
-    """Merely warned, torch keeps attention that adds in any order; cuDNN's cannot be told, so it is left out."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for, else it refuses
+    """Set torch's deterministic algorithms, without cuDNN's attention, which has no such setting.
+
+    With `warn_only`, torch keeps attention that adds in any order.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
     before = torch.are_deterministic_algorithms_enabled()
     before_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -284,24 +329,24 @@ def _deterministic(*, warn_only: bool) -> Iterator[None]:
 
 
 def learning_needs(batch: int, target: str) -> Needs:
-    """Norms to rank by, windows to learn from, and the dense stream if the target asks for it."""
+    """Ask for norms to rank by, windows to learn from, and the dense stream if the target uses it."""
     return Needs(sqnorm=True, learn_batches=frozenset({1, batch}), dense=target != "block")
 
 
 def learning_cost(
     scope: Scope, rounds: int, samples: int, batch: int, *, copies: float = 3.5, passes: float = 14
 ) -> Work:
-    """What `follow` and its checks do to one block (see `costs.learning`); nothing without rounds."""
+    """Count the work of the training of one block with its measurements (see `cost.learning`); none without rounds."""
     if not rounds:
         return Work()
     held = scope.windows // 8 or scope.windows
     batch = min(batch, max(1, scope.windows - held))
-    checks = min(CHECKS, rounds)
+    checks = min(MAX_CHECKS, rounds)
     return learning(scope, rounds * math.ceil(samples / batch), batch, checks=checks, copies=copies, passes=passes)
 
 
-def check_choices(target: str, optimizer: str = "adam") -> None:
-    """Raises ValueError unless these name something to learn towards, and a way to do it."""
+def check_learning_options(target: str, optimizer: str = "adam") -> None:
+    """Raise ValueError unless the target and the optimizer are known ones."""
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     if target not in TARGETS:

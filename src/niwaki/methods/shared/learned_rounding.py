@@ -1,10 +1,10 @@
-"""Learning codes and scales inside one block, so that its output survives (see `_reconstruct`).
+"""Learning of codes and scales inside one block, so that its output survives (see `block_training`).
 
-Every matrix keeps latent weights V, its scales and its free offsets. The forward uses what would be stored,
-code = round((V − offset) / scale) clamped to the levels; the backward passes the gradient of the weight straight to
-V, and to scale and offset as Σ g · code and Σ g over a group (Bengio et al. 2013, straight-through; block-wise
-training of all parameters as in EfficientQAT, Chen et al. 2025). V starts at the point of its code's cell nearest to
-the dense weight, so that codes that were found by descent are kept, and doubtful ones turn first.
+Every matrix keeps latent weights V, its scales and its free offsets. The forward uses what would be stored: code =
+round((V − offset) / scale), clamped to the levels. The backward passes the gradient g of the weight straight to V. To
+scale and offset it passes Σ g · code and Σ g over a group (straight-through, Bengio et al. 2013; block-wise training of
+all parameters as in EfficientQAT, Chen et al. 2025). V starts at the point of its code's cell that is nearest to the
+dense weight. So codes from coordinate descent are kept, and doubtful ones change first.
 
 Legend: O rows, I columns in the order of the sweep, G groups.
 """
@@ -20,7 +20,7 @@ from niwaki.formats.quantized import SCALE_DTYPE
 from niwaki.kernels.latent import codes_of, gradients_of, weights_of
 from niwaki.kernels.types import ColumnGroups, Levels
 from niwaki.methods.shared.best_state import BestState
-from niwaki.methods.shared.block_training import Reconstruction, Schedule, follow
+from niwaki.methods.shared.block_training import Reconstruction, Schedule, take_step, training_batches
 from niwaki.methods.shared.rounding import SMALLEST_SCALE, Rounded
 
 CELL_FRAC = 0.45  # how far from its level a latent weight may start, in steps
@@ -29,10 +29,10 @@ SCALE_RATE = 0.1  # of the weights' rate, both relative to their size
 
 @dataclass
 class Latent:
-    """What is learned of one matrix: V, scales and offsets. The rest stays as `rounded` has it.
+    """Learned tensors of one matrix: V, scales and offsets. The rest stays as `rounded` has it.
 
-    `groups` says which columns share a scale, and which column of the matrix is behind every column here. `free_G`:
-    groups that learn an offset of their own; `fixed_OG`: offset over scale of the others, 0 where free.
+    `groups` says which columns share a scale, and which column of the matrix each column here is. `free_G`: groups that
+    learn an offset of their own; `fixed_OG`: offset over scale of the others, 0 for free ones.
     """
 
     rounded: Rounded
@@ -45,7 +45,7 @@ class Latent:
 
     @classmethod
     def start(cls, rounded: Rounded, weight_OI: Tensor, order_I: Tensor) -> "Latent":
-        """From codes already found, and the dense weights (columns in their order)."""
+        """Start from the codes of `rounded` and the dense weights, columns in the order `order_I`."""
         groups, device = rounded.groups, weight_OI.device
         bounds = [group.start for group in groups] + [groups[-1].end]
         tops_G = torch.tensor([2.0**group.bits - 1 for group in groups], device=device)
@@ -65,19 +65,19 @@ class Latent:
         )
 
     def levels(self) -> Levels:
-        """Scales and offsets as they would be stored now."""
+        """Return scales and offsets as they would be stored now."""
         scale_OG = self.scale_OG.to(SCALE_DTYPE).float().clamp_min(SMALLEST_SCALE)
         offset_OG = torch.where(self.free_G, self.offset_OG.to(SCALE_DTYPE).float(), self.fixed_OG * scale_OG)
         return Levels(self.groups, scale_OG, offset_OG)
 
     def current(self) -> Rounded:
-        """The codes and scales as they stand."""
+        """Return the present codes and scales."""
         levels = self.levels()
         code_OI = codes_of(self.weight_OI, levels).to(torch.uint8)
         return replace(self.rounded, code_OI=code_OI, scale_OG=levels.scale_OG, offset_OG=levels.offset_OG)
 
     def set_gradients(self, gradient_OI: Tensor, levels: Levels) -> None:
-        """Of V, scales and offsets, from that of the matrix."""
+        """Set the gradients of V, scales and offsets from that of the matrix."""
         by_latent_OI, by_code_OG, by_one_OG = gradients_of(self.weight_OI, levels, gradient_OI)
         self.weight_OI.grad = by_latent_OI
         self.scale_OG.grad = by_code_OG + self.fixed_OG * by_one_OG
@@ -90,7 +90,7 @@ def learn(
     schedule: Schedule,
     generator: torch.Generator,
 ) -> tuple[dict[str, Rounded], BestState]:
-    """Descends and returns the codes of the lowest held-out error; the start itself, if learning never lowered it."""
+    """Learn, and return the codes with the lowest held-out error; the start, if learning never lowered it."""
     groups: list[dict[str, Any]] = []
     for latent in start.values():
         size = float(latent.weight_OI.square().mean().sqrt())
@@ -112,11 +112,14 @@ def learn(
         return task.error(matrices(levels()))
 
     tensors = [tensor for group in groups for tensor in group["params"]]
-    lowest = BestState(tensors, heldout())
-    for windows in follow(task, schedule, optimizer, generator, lambda: None, lambda: lowest.offer(heldout())):
+    best = BestState(tensors, heldout())
+    for batch in training_batches(task, schedule, generator):
         now = levels()
-        found = task.gradients(matrices(now), windows)
+        gradients = task.gradients(matrices(now), batch.windows)
         for name, latent in start.items():
-            latent.set_gradients(found.pop(name), now[name])
-    lowest.restore()
-    return {name: latent.current() for name, latent in start.items()}, lowest
+            latent.set_gradients(gradients.pop(name), now[name])
+        take_step(optimizer, batch.rate)
+        if batch.measure:
+            best.offer(heldout())
+    best.restore()
+    return {name: latent.current() for name, latent in start.items()}, best

@@ -1,12 +1,13 @@
-"""Removing groups of inputs of a matrix so that its outputs survive: neurons one by one, heads by their columns.
+"""Removal of groups of inputs of a matrix so that its outputs survive: neurons one by one, heads by their columns.
 
-Everything minimises ‖WX − VX‖² + λ‖W − V‖² over V that is zero in the columns of removed groups, H = XᵀX + λI:
+Everything minimizes ‖WX − VX‖² + λ‖W − V‖² over V that is zero in the columns of removed groups, H = XᵀX + λI:
 
-- `remove` is the optimal brain surgeon for groups: removing group g costs tr(W_g [H⁻¹]_gg⁻¹ W_gᵀ) and changes all other
-  columns by −W_g [H⁻¹]_gg⁻¹ [H⁻¹]_g: . The cheapest go first, some at a time, and costs are taken anew after each.
-- `fit` solves for all kept columns at once: V = W H_:S H_SS⁻¹, which is where `remove` ends too.
+- `remove_groups` is the optimal brain surgeon for groups. The removal of group g costs tr(W_g [H⁻¹]_gg⁻¹ W_gᵀ) and
+  changes all other columns by −W_g [H⁻¹]_gg⁻¹ [H⁻¹]_g: . The cheapest groups go first, some at a time; after each step
+  the costs are computed again.
+- `fit_kept` solves for all kept columns at once: V = W H_:S H_SS⁻¹. `remove_groups` ends at the same V.
 
-Cost of removing R of I columns: I³·2/3 for the factor, 2·R·I² for the updates.
+Cost of the removal of R of I columns: I³·2/3 for the factor, 2·R·I² for the updates.
 
 Legend: O outputs, I inputs, G groups, R columns removed.
 """
@@ -27,17 +28,17 @@ from niwaki.model.prunable import group_indices
 UNREACHED = "no calibration token reached this matrix: groups chosen by their weights"
 
 
-def keeps_of(targets: Mapping[str, Target]) -> list[KeepUnits]:
-    """Every unit of a block with what it keeps, in the order of the forward pass."""
-    found: dict[str, KeepUnits] = {}
+def units_to_keep(targets: Mapping[str, Target]) -> list[KeepUnits]:
+    """Return every unit of a block with the number of groups it keeps, in the order of the forward pass."""
+    units: dict[str, KeepUnits] = {}
     for target in targets.values():
         assert isinstance(target, KeepUnits)
-        found[target.unit.consumer] = target
-    return list(found.values())
+        units[target.unit.consumer] = target
+    return list(units.values())
 
 
-class Choice(NamedTuple):
-    """The groups of a unit that stay, the new matrix of its consumer, and what is added to the bias there."""
+class PrunedUnit(NamedTuple):
+    """Groups of a unit that stay, the new matrix of its consumer, and what is added to the bias of that matrix."""
 
     kept: Sequence[int]
     weight_OI: Tensor
@@ -45,58 +46,81 @@ class Choice(NamedTuple):
     bias_O: Tensor | None = None
 
 
-Choose = Callable[[KeepUnits, Tensor, Statistics], Choice]
+# (unit, consumer [O, I] float32, its statistics) → the pruned unit
+PruneUnit = Callable[[KeepUnits, Tensor, Statistics], PrunedUnit]
 
 
-def unit_by_unit(
-    block: Block, calib: CalibrationData, targets: Mapping[str, Target], choose: Choose
+def compress_units(
+    block: Block, calib: CalibrationData, targets: Mapping[str, Target], prune: PruneUnit
 ) -> dict[str, Packed]:
-    """Records of all matrices of a block; `choose` decides for every unit that is not gone as a whole."""
-    found: dict[str, Packed] = {}
-    for keep in keeps_of(targets):
+    """Return the records of all matrices of a block; `prune` decides for every unit that keeps at least one group."""
+    packed: dict[str, Packed] = {}
+    for keep in units_to_keep(targets):
         weight_OI = block.weight(keep.unit.consumer).float()
         if keep.count:
-            choice = choose(keep, weight_OI, calib.statistics[keep.unit.consumer])
+            pruned = prune(keep, weight_OI, calib.statistics[keep.unit.consumer])
         else:
-            choice = Choice([], torch.zeros_like(weight_OI))  # not even a bias is left, see `walk`
-        found |= records(block, keep, choice)
-    return found
+            pruned = PrunedUnit([], torch.zeros_like(weight_OI))  # the walk removes the bias too
+        packed |= unit_records(block, keep, pruned)
+    return packed
 
 
-def unreached(keep: KeepUnits, weight_OI: Tensor) -> Choice:
-    """By the weights alone, where no token came."""
-    kept = kept_of(by_group(weight_OI.square().sum(0), keep.unit), keep.count)
-    return Choice(kept, without(weight_OI, keep, kept), UNREACHED)
+# (unit, consumer [O, I] float32, its statistics) → score of every input [I]
+ScoreInputs = Callable[[KeepUnits, Tensor, Statistics], Tensor]
 
 
-def lowest(scores_G: Tensor, count: int) -> Tensor:
-    """The `count` groups with the lowest scores, ties to the lower number."""
+def compress_units_by_score(
+    block: Block, calib: CalibrationData, targets: Mapping[str, Target], score: ScoreInputs
+) -> dict[str, Packed]:
+    """Return the records of a block without the groups whose inputs have the lowest scores; nothing is refitted."""
+
+    def prune(keep: KeepUnits, weight_OI: Tensor, statistics: Statistics) -> PrunedUnit:
+        scores_G = sum_by_group(score(keep, weight_OI, statistics), keep.unit)
+        kept = highest_groups(scores_G, keep.count)
+        return PrunedUnit(kept, zero_other_groups(weight_OI, keep, kept))
+
+    return compress_units(block, calib, targets, prune)
+
+
+def prune_by_weights(keep: KeepUnits, weight_OI: Tensor) -> PrunedUnit:
+    """Prune a unit that no token reached: its groups are ranked by their weights alone."""
+    kept = highest_groups(sum_by_group(weight_OI.square().sum(0), keep.unit), keep.count)
+    return PrunedUnit(kept, zero_other_groups(weight_OI, keep, kept), UNREACHED)
+
+
+def lowest_groups(scores_G: Tensor, count: int) -> Tensor:
+    """Return the `count` groups with the lowest scores; ties fall to the lower number."""
     return scores_G.argsort(stable=True)[:count]
 
 
-def kept_of(scores_G: Tensor, count: int) -> list[int]:
-    """The `count` groups with the highest scores, ascending."""
-    removed = lowest(scores_G, len(scores_G) - count)
+def highest_groups(scores_G: Tensor, count: int) -> list[int]:
+    """Return the `count` groups with the highest scores, ascending."""
+    removed = lowest_groups(scores_G, len(scores_G) - count)
     kept_G = torch.ones(len(scores_G), dtype=torch.bool, device=scores_G.device)
     kept_G[removed] = False
     return [int(g) for g in kept_G.nonzero().view(-1)]
 
 
-def by_group(scores_I: Tensor, unit: Unit) -> Tensor:
-    """Sums [G] of the scores of every group's columns."""
+def sum_by_group(scores_I: Tensor, unit: Unit) -> Tensor:
+    """Return the sums [G] of the scores of every group's columns."""
     return scores_I.view(unit.count, -1).sum(1)
 
 
 @torch.no_grad()
-def remove(weight_OI: Tensor, inverse_II: Tensor, unit: Unit, count: int, at_once: int) -> tuple[list[int], Tensor]:
-    """Keeps `count` groups; `inverse_II` = H⁻¹, changed in place. Returns them and the matrix, zeros elsewhere."""
+def remove_groups(
+    weight_OI: Tensor, inverse_II: Tensor, unit: Unit, count: int, at_once: int
+) -> tuple[list[int], Tensor]:
+    """Remove groups until `count` are left. Return those and the matrix, zero in the others.
+
+    `inverse_II` = H⁻¹ is changed in place. `at_once` groups go between two computations of the costs.
+    """
     weight_OI = weight_OI.clone()
     alive_G = torch.ones(unit.count, dtype=torch.bool, device=weight_OI.device)
     left = unit.count - count
     within_S = torch.arange(weight_OI.shape[1] // unit.count, device=weight_OI.device)
-    while left > 0:  # nothing in here waits for the device
-        scores_G = torch.where(alive_G, _costs(weight_OI, inverse_II, unit), torch.inf)
-        gone = lowest(scores_G, min(at_once, left))
+    while left > 0:  # nothing in this loop waits for the device
+        scores_G = torch.where(alive_G, removal_costs(weight_OI, inverse_II, unit), torch.inf)
+        gone = lowest_groups(scores_G, min(at_once, left))
         columns_R = (gone[:, None] * len(within_S) + within_S).view(-1)
         rows_RI = inverse_II[columns_R]
         spread_RI = torch.linalg.solve_ex(rows_RI[:, columns_R], rows_RI)[0]
@@ -110,8 +134,8 @@ def remove(weight_OI: Tensor, inverse_II: Tensor, unit: Unit, count: int, at_onc
     return [int(g) for g in alive_G.nonzero().view(-1)], weight_OI
 
 
-def _costs(weight_OI: Tensor, inverse_II: Tensor, unit: Unit) -> Tensor:
-    """What removing each group alone costs [G]."""
+def removal_costs(weight_OI: Tensor, inverse_II: Tensor, unit: Unit) -> Tensor:
+    """Return the cost of the removal of each group alone [G]."""
     size = weight_OI.shape[1] // unit.count
     if size == 1:
         return weight_OI.square().sum(0) / inverse_II.diagonal()
@@ -122,8 +146,8 @@ def _costs(weight_OI: Tensor, inverse_II: Tensor, unit: Unit) -> Tensor:
 
 
 @torch.no_grad()
-def fit(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit) -> Tensor:
-    """The matrix [O, I], zeros in removed groups, that comes nearest to the outputs of `weight_OI`."""
+def fit_kept(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit) -> Tensor:
+    """Return the matrix [O, I], zero in removed groups, whose outputs are nearest to those of `weight_OI`."""
     columns_S = group_indices(unit, kept, weight_OI.shape[1]).to(weight_OI.device)
     cross_OS = weight_OI @ damped_II[:, columns_S]
     found_OI = torch.zeros_like(weight_OI)
@@ -132,8 +156,11 @@ def fit(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit) -
 
 
 @torch.no_grad()
-def scaled(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit) -> Tensor:
-    """As `fit`, but every kept group keeps its columns up to one factor: K unknowns, Gram (VᵀV) ∘ H summed by group."""
+def fit_scales(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit) -> Tensor:
+    """Return the matrix as `fit_kept` does, with one factor per kept group as the only unknowns.
+
+    The K unknowns have the Gram matrix (VᵀV) ∘ H, summed by group.
+    """
     columns_S = group_indices(unit, kept, weight_OI.shape[1]).to(weight_OI.device)
     size = weight_OI.shape[1] // unit.count
     own_OS = weight_OI[:, columns_S]
@@ -148,26 +175,26 @@ def scaled(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit
     return found_OI
 
 
-def records(block: Block, keep: KeepUnits, choice: Choice) -> dict[str, Packed]:
-    """Records of all matrices of a unit: the consumer's new matrix, and producers without the removed rows."""
-    kept, weight_OI, note, bias_O = choice
-    found = {}
+def unit_records(block: Block, keep: KeepUnits, pruned: PrunedUnit) -> dict[str, Packed]:
+    """Return the records of all matrices of a unit: the new consumer, and producers without the removed rows."""
+    kept, weight_OI, note, bias_O = pruned
+    packed = {}
     for name in keep.unit.producers:
         own_OI = block.weight(name).float()
         rows = group_indices(keep.unit, kept, own_OI.shape[0]).to(own_OI.device)
         left_OI = torch.zeros_like(own_OI)
         left_OI[rows] = own_OI[rows]
         shape = (len(rows), own_OI.shape[1])
-        found[name] = Packed("sliced", left_OI, note, cut=shape if keep.cut else None)
+        packed[name] = Packed("sliced", left_OI, note, cut=shape if keep.cut else None)
     shape = (weight_OI.shape[0], weight_OI.shape[1] // keep.unit.count * len(kept))
     detail = {"kept_groups": list(kept)}
     cut = shape if keep.cut else None
-    found[keep.unit.consumer] = Packed("sliced", weight_OI, note, detail, cut=cut, bias_O=bias_O)
-    return found
+    packed[keep.unit.consumer] = Packed("sliced", weight_OI, note, detail, cut=cut, bias_O=bias_O)
+    return packed
 
 
-def without(weight_OI: Tensor, keep: KeepUnits, kept: Sequence[int]) -> Tensor:
-    """The matrix with zeros in the columns of all other groups."""
+def zero_other_groups(weight_OI: Tensor, keep: KeepUnits, kept: Sequence[int]) -> Tensor:
+    """Return the matrix with zeros in the columns of all groups but `kept`."""
     alive_G = torch.zeros(keep.unit.count, dtype=torch.bool, device=weight_OI.device)
     alive_G[list(kept)] = True
     return weight_OI * alive_G.repeat_interleave(weight_OI.shape[1] // keep.unit.count)
