@@ -330,7 +330,7 @@ def test_codes_are_decoded_and_the_record_says_so(tmp_path: Path) -> None:
     config, stored = transformers.AutoConfig.from_pretrained(model), tensors(tmp_path / "dest")
     for source, tensor in weights_of(out).items():
         assert torch.equal(plain(source, stored[place(source)], config), tensor.float()), source
-    assert record["export"]["notes"] == ["21 matrices were stored as codes and are decoded: GGUF has other codes"]
+    assert record["export"]["notes"] == ["21 matrices of codes are decoded, since GGUF has other codes"]
     assert "as codes, in the format" not in (tmp_path / "dest/README.md").read_text()
 
 
@@ -367,7 +367,7 @@ def refused(kind: str, folder: Path) -> tuple[Path, list[str], str]:
     if kind == "architecture":
         config = transformers.OPTConfig(vocab_size=4096, hidden_size=32, ffn_dim=48, num_hidden_layers=1)
         config.num_attention_heads, config.word_embed_proj_dim = 4, 32
-        return save(config, folder), [], "is of type opt: GGUF is written for llama, mistral, qwen2, qwen3"
+        return save(config, folder), [], "is of type opt: niwaki writes GGUF for llama, mistral, qwen2, qwen3"
     if kind == "activation":
         return (
             save(transformers.LlamaConfig(**SHAPE, hidden_act="gelu"), folder),

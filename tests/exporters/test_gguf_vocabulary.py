@@ -110,7 +110,7 @@ def with_a_token_around(tokenizer: Tokenizer) -> None:
     [
         (with_split, "cuts text into words in none of the ways niwaki has a llama.cpp name for (gpt-2, llama-bpe"),
         (with_lower_case, "cuts text into words in none of the ways"),
-        (with_a_token_around, "GGUF can say a begin and an end token, nothing else"),
+        (with_a_token_around, "GGUF can express a begin and an end token only"),
     ],
 )
 def test_what_llama_cpp_would_read_otherwise_is_refused(
@@ -132,5 +132,5 @@ def test_other_kinds_of_vocabularies_are_refused(tmp_path: Path) -> None:
     described = json.loads((model / "tokenizer.json").read_text())
     described["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0]]}
     (model / "tokenizer.json").write_text(json.dumps(described))
-    with pytest.raises(InputError, match="is of type Unigram: GGUF vocabularies are written from plain BPE alone"):
+    with pytest.raises(InputError, match="is of type Unigram: niwaki writes GGUF vocabularies from plain BPE only"):
         niwaki.export(model, tmp_path / "dest", to="gguf")

@@ -1,14 +1,14 @@
 """compressed-tensors, format `pack-quantized`: weight-only codes for transformers and the engines of the vLLM project.
 
-For results whose matrices are all 4- or 8-bit codes of one kind (`rtn`, `gptq`): symmetric, or affine with zero
-codes; a scale for every `group` columns, or for a row. The library packs (`pack_to_int32`) and describes
-(`QuantizationConfig`); codes are handed over as they are. Tested by loading with transformers.
+It holds results whose matrices are all 4- or 8-bit codes of one kind (`rtn`, `gptq`): symmetric, or affine with zero
+codes. A scale covers `group` columns or a whole row. The library packs (`pack_to_int32`) and describes
+(`QuantizationConfig`) the codes, which do not change. Tests load the result with transformers.
 
-Scales are written as the float16 numbers they are; what becomes of them is the loader's choice. transformers 5.23 with
-compressed-tensors 0.20 casts those of symmetric codes to the dtype of the model: in float32 and float16 the weights are
-niwaki's, in bfloat16 a scale keeps 8 of its 11 bits. It cannot keep zero codes packed, so config.json of an affine
-result says `dequantize`, a key of transformers alone: the weights are decoded on loading, in float16 (relative error up
-to 2⁻¹¹). Fused experts beside codes it cannot load at all, so such results are refused.
+Scales are written as float16, and the loader decides their use. For symmetric codes, transformers 5.23 with
+compressed-tensors 0.20 casts the scales to the dtype of the model. In float32 and float16 the weights equal those of
+niwaki. In bfloat16 a scale keeps 8 of its 11 bits. This loader cannot keep zero codes packed, so config.json of an
+affine result says `dequantize`, a key of transformers alone. Loading then decodes the weights in float16 (relative
+error up to 2⁻¹¹). The loader cannot load fused experts beside codes, so such results are refused.
 
 Cost: one shard in memory, one pass over the files.
 
@@ -41,8 +41,11 @@ GRIDS = ("symmetric", "affine")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The one kind of codes in a result; `group` is 0 for a scale a row. `dense` names the linears without codes."""
+class CodesPlan:
+    """The one kind of codes in a result.
+
+    `group` is 0 for one scale per row. `dense` names the linears without codes.
+    """
 
     bits: int
     symmetric: bool
@@ -51,8 +54,11 @@ class Plan:
     nbytes: int
 
 
-def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> Plan:
-    """The kind of codes in `checkpoint`. Raises InputError for what the format cannot hold, or a missing library."""
+def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> CodesPlan:
+    """Find the kind of codes in `checkpoint`.
+
+    Raises InputError if the format cannot hold it or the library is missing.
+    """
     try:
         import compressed_tensors  # noqa: F401
     except ImportError as error:
@@ -70,13 +76,13 @@ def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | 
         )
     if "ends" in record["result"]:
         raise InputError(
-            f"{checkpoint.folder} stores embeddings and head as codes, which {LIBRARY} has no place for: "
+            f"{checkpoint.folder} stores embeddings and LM head as codes, which {LIBRARY} cannot hold: "
             "compress with --embeddings none"
         )
     if stored_dense := record["result"]["matrices"] - len(checkpoint.packed):
         raise InputError(
             f"{checkpoint.folder} stores {stored_dense} of its {record['result']['matrices']} matrices dense (see "
-            f"niwaki/blocks.jsonl): {LIBRARY} is written for results that are all codes, loaders fail on others"
+            f"niwaki/blocks.jsonl): {LIBRARY} needs results that are all codes, because loaders fail on others"
         )
     kinds = {_kind(module, about): module for module, about in checkpoint.packed.items()}
     widths = {about["parts"][0]["group"] for about in checkpoint.packed.values()}
@@ -84,19 +90,19 @@ def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | 
     if len(kinds) > 1 or (len(widths) > 1 and not whole):
         raise InputError(
             f"{checkpoint.folder} mixes kinds of codes ({', '.join(sorted(kinds.values()))} differ, or their groups): "
-            f"{LIBRARY} is written for one kind, as one run of rtn or gptq makes them"
+            f"{LIBRARY} needs one kind, as one run of rtn or gptq makes it"
         )
     bits, grid = next(iter(kinds))
     skeleton = build_skeleton(checkpoint.config, checkpoint.dtype)
     linears = (name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear))
     dense = tuple(name for name in linears if name not in checkpoint.packed)
-    return Plan(bits, grid == "symmetric", 0 if whole else widths.pop(), dense, checkpoint.nbytes)
+    return CodesPlan(bits, grid == "symmetric", 0 if whole else widths.pop(), dense, checkpoint.nbytes)
 
 
-def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Report) -> dict[str, Any]:
-    """Every shard of `checkpoint` again, its codes packed anew, with index and config.
+def write(checkpoint: Checkpoint, plan: CodesPlan, folder: Path, report: Report) -> dict[str, Any]:
+    """Write each shard of `checkpoint` with its codes packed by the library, and index and config.
 
-    Returns the format, the library's version and the bits a weight in the packed matrices, everything counted.
+    Return the format, the version of the library and the bits per weight in the packed matrices, all bytes counted.
     """
     weight_map: dict[str, str] = {}
     total_bytes = code_bytes = 0
@@ -124,7 +130,7 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Report) -> d
 
 
 def _kind(module: str, about: Mapping[str, Any]) -> tuple[int, str]:
-    """Bits and grid of a matrix. Raises InputError naming it if the format has no such codes."""
+    """Return bits and grid of a matrix. Raises InputError with its name if the format has no such codes."""
     if "parts" not in about:
         raise InputError(
             f"{module} is stored as nonzeros, which {LIBRARY} has no format for in this version: compress with "
@@ -142,7 +148,10 @@ def _kind(module: str, about: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def _packed(part: QuantizedColumns, shape: list[int]) -> dict[str, Tensor]:
-    """The tensors of one matrix [O, I] as the library names them; codes and zero codes are centred, then int32."""
+    """Return the tensors of one matrix [O, I] under the names of the library.
+
+    Codes are centred, then packed in int32.
+    """
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
     def centred(codes: Tensor) -> Tensor:
@@ -158,8 +167,8 @@ def _packed(part: QuantizedColumns, shape: list[int]) -> dict[str, Tensor]:
     return found
 
 
-def _quantization(plan: Plan) -> dict[str, Any]:
-    """The `quantization_config` of config.json."""
+def _quantization(plan: CodesPlan) -> dict[str, Any]:
+    """Return the `quantization_config` of config.json."""
     from compressed_tensors.quantization import (
         QuantizationArgs,
         QuantizationConfig,

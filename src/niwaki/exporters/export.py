@@ -1,8 +1,8 @@
-"""A checkpoint in the format of another engine.
+"""Export of a checkpoint to the format of another engine.
 
 The new folder is built beside its final place and renamed at the end, so it is complete or absent. It keeps the
-record of the compression: `niwaki/run.json` gains a field `export`, `niwaki/blocks.jsonl` is copied. A model that
-niwaki did not make gets a run.json with that field and its source alone.
+record of the compression: `niwaki/run.json` gains a field `export`, and `niwaki/blocks.jsonl` is copied. A model that
+niwaki did not make gets a run.json with this field and its source alone.
 
     niwaki.export("OUT", "DEST", to="gguf", type="q8_0")
 """
@@ -29,24 +29,24 @@ FORMATS = {
 WEIGHT_FILES = (".safetensors", ".gguf", ".onnx", ".data")
 
 
-class Plan(Protocol):
-    """How a checkpoint is written; `nbytes` is about what that takes on the disk."""
+class ExportPlan(Protocol):
+    """Plan of one export. `nbytes` is about its size on the disk."""
 
     @property
     def nbytes(self) -> int: ...
 
 
 class Exporter(Protocol):
-    """What the module of a format offers."""
+    """Interface of the module of a format."""
 
-    def check(self, checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> Plan:
-        """How this checkpoint is written in the format; `record` is its run.json, if niwaki made it.
+    def check(self, checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> ExportPlan:
+        """Plan the export of this checkpoint. `record` is its run.json, or None if niwaki did not make it.
 
-        Raises InputError for one that cannot be, or a `type` of weights that the format does not have.
+        Raises InputError for a checkpoint, or a `type` of weights, that the format cannot hold.
         """
 
     def write(self, checkpoint: Checkpoint, plan: Any, folder: Path, report: Report) -> dict[str, Any]:
-        """Writes what belongs in `folder`; `plan` is from `check`. Returns what the record tells of it."""
+        """Write the files of the export to `folder`. `plan` comes from `check`. Return the fields of its record."""
 
 
 def export(
@@ -58,12 +58,12 @@ def export(
     overwrite: bool = False,
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Writes the model `out` to the new folder `dest` in the format `to` (see FORMATS), its matrices as `type`.
+    """Write the model `out` to the new folder `dest` in the format `to` (see FORMATS), its matrices as `type`.
 
-    Returns the content of DEST/niwaki/run.json. `report(event, **fields)` is called as the work proceeds.
+    Return the content of DEST/niwaki/run.json. `report(event, **fields)` is called during the work.
 
-    Raises InputError for an unknown format, a missing library or a model that the format cannot hold, OutputError
-    for a `dest` that cannot be written; nothing is left behind.
+    Raises InputError for an unknown format, a missing library or a model that the format cannot hold. Raises
+    OutputError for a `dest` that cannot be written. An error leaves no file.
     """
     started = time.perf_counter()
     exporter = _exporter(to)
@@ -108,7 +108,7 @@ def _exporter(to: str) -> Exporter:
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:
-    """The run.json of what niwaki made, None if it did not. Raises CheckpointError for an unreadable one."""
+    """Read the run.json of a result of niwaki, None for another folder. Raises CheckpointError if it is unreadable."""
     path = folder / RECORD / "run.json"
     if not path.is_file():
         return None

@@ -1,17 +1,17 @@
-"""GGUF: one file with weights, shape and vocabulary, for llama.cpp and what is built on it.
+"""GGUF: one file with weights, shape and vocabulary, for llama.cpp and engines built on it.
 
-For Llama, Mistral, Qwen2 and Qwen3 with one dense layer a block: dense, pruned in place, or smaller. What is stored as
-codes is decoded first: GGUF has other codes. Matrices are written in float16 (float32 if they are stored so) or in any
-type that the package `gguf` can write (TYPES); vectors in float32. Where a row does not divide into the blocks of a
-type the matrix is written in float16, and the record says which and how many bytes.
+It holds Llama, Mistral, Qwen2 and Qwen3 with one dense layer per block: dense, pruned in place, or smaller. Codes are
+decoded first, since GGUF has other codes. Matrices are written in float16 (float32 if they are stored so) or in any
+type that the package `gguf` can write (TYPES). Vectors are written in float32. A matrix whose rows do not divide into
+the blocks of a type is written in float16, and the record names it with its bytes.
 
 A Llama in GGUF rotates neighbouring values and transformers rotates halves of a head, so rows of q and k are
-interleaved. Mistral and Qwen2 compute what a Llama with these weights computes and are written as one, since the
-`qwen2` of llama.cpp needs heads that fill the width. Blocks of different widths become `deci`, the same graph with
-widths for every block. Two traps there: a block without a dense layer loses what its attention added, and the width
-of a head is read from the first block; both are refused.
+interleaved. Mistral and Qwen2 are written as a Llama, which computes the same with these weights. The `qwen2` of
+llama.cpp needs heads that fill the width. Blocks of different widths become `deci`, the same graph with widths per
+block. `deci` has two traps, and both are refused. A block without a dense layer loses the output of its attention,
+and the width of a head is read from the first block.
 
-A Mistral with a window gets that window as its context, up to which it is the same model.
+A Mistral with a window gets this window as its context, up to which it is the same model.
 
 Cost: one tensor in memory, one pass over the file.
 
@@ -50,8 +50,8 @@ HEADER_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is written: the layout of the tensors, the type of each, the vocabulary."""
+class GgufPlan:
+    """Content of a file: the layout of the tensors, the type of each, the vocabulary."""
 
     layout: Layout
     type: str
@@ -61,17 +61,17 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, and some for the rest."""
+        """Return the bytes of all tensors, with a margin for the header."""
         return HEADER_BYTES + sum(self.tensor_bytes(name) for name in self.kinds)
 
     def tensor_bytes(self, name: str) -> int:
-        """Bytes of one tensor in the file."""
+        """Return the bytes of one tensor in the file."""
         block, size = gguf.GGML_QUANT_SIZES[self.kinds[name]]
         return math.prod(self.layout.tensors[name].shape) // block * size
 
 
-def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> Plan:
-    """Every tensor under its name in GGUF and its type. Raises InputError for what llama.cpp could not run."""
+def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> GgufPlan:
+    """Plan name and type of each tensor. Raises InputError for a model that llama.cpp cannot run."""
     chosen = DEFAULTS[checkpoint.dtype] if type is None else type
     if chosen not in TYPES:
         raise InputError(unknown("type", chosen, TYPES))
@@ -79,19 +79,19 @@ def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | 
     kinds = {name: kind_of(tensor.shape, chosen) for name, tensor in layout.tensors.items()}
     rows = layout.tensors["token_embd.weight"].shape[0]
     codes = sum("parts" in about for about in checkpoint.packed.values())
-    return Plan(layout, chosen, kinds, read_vocabulary(checkpoint.folder, rows), codes)
+    return GgufPlan(layout, chosen, kinds, read_vocabulary(checkpoint.folder, rows), codes)
 
 
 def kind_of(shape: tuple[int, ...], chosen: str) -> GGMLQuantizationType:
-    """The type a tensor is written in: vectors stay exact, rows that do not divide into blocks are float16."""
+    """Choose the type of a tensor. Vectors stay exact, and rows that do not divide into blocks are float16."""
     wanted = GGMLQuantizationType[chosen.upper()]
     if len(shape) < 2:
         return GGMLQuantizationType.F32
     return FALLBACK if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
 
 
-def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Report) -> dict[str, Any]:
-    """The file, and the licence of the checkpoint beside it; tokenizer and config are inside."""
+def write(checkpoint: Checkpoint, plan: GgufPlan, folder: Path, report: Report) -> dict[str, Any]:
+    """Write the file, and the licence of the checkpoint beside it. Tokenizer and config are inside the file."""
     for source in checkpoint.aux_files():
         if source.name.upper().startswith(("LICENSE", "NOTICE")):
             copy_file(source, folder / source.name)
@@ -111,7 +111,7 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Report) -> d
                 report(Event.EXPORT, index=index, of=len(plan.kinds))
         finally:
             writer.close()
-    return _told(plan)
+    return _record(plan)
 
 
 def _encoded(name: str, values: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
@@ -122,7 +122,7 @@ def _encoded(name: str, values: Tensor, kind: GGMLQuantizationType) -> np.ndarra
     return data
 
 
-def _describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint, plan: Plan) -> None:
+def _describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint, plan: GgufPlan) -> None:
     config, layout = checkpoint.config, plan.layout
     writer.add_type("model")
     writer.add_name(checkpoint.folder.name)
@@ -150,8 +150,8 @@ def _one_or_all(counts: tuple[int, ...]) -> int | tuple[int, ...]:
     return counts[0] if len(set(counts)) == 1 else counts
 
 
-def _told(plan: Plan) -> dict[str, Any]:
-    """What run.json says of the file: tensors and bytes by type, what did not get the type asked for, and notes."""
+def _record(plan: GgufPlan) -> dict[str, Any]:
+    """Return the fields of run.json: tensors and bytes by type, tensors of another type, notes."""
     types: dict[str, dict[str, int]] = {}
     for name, kind in plan.kinds.items():
         counts = types.setdefault(kind.name.lower(), {"tensors": 0, "bytes": 0})
@@ -165,7 +165,7 @@ def _told(plan: Plan) -> dict[str, Any]:
     ]
     notes = [*plan.layout.notes, *plan.vocabulary.notes]
     if plan.packed:
-        notes.append(f"{plan.packed} matrices were stored as codes and are decoded: GGUF has other codes")
+        notes.append(f"{plan.packed} matrices of codes are decoded, since GGUF has other codes")
     if fallbacks:
         size = sum(plan.tensor_bytes(name) for name in other)
         notes.append(

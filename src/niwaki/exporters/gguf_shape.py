@@ -1,6 +1,6 @@
-"""Which tensors a GGUF has, under which names, and the widths of every block.
+"""Layout of a GGUF file: its tensors, their names, and the widths of each block.
 
-Names come from `gguf.get_tensor_name_map`; widths are read from the tensors themselves, so blocks may differ.
+Names come from `gguf.get_tensor_name_map`. Widths are read from the tensors, so blocks may differ.
 """
 
 import re
@@ -25,8 +25,8 @@ FACTORS = "rope_freqs.weight"
 class Family:
     """A model type as llama.cpp knows it.
 
-    `paired`: neighbouring values are rotated together, which transformers does with halves of a head. `biased`: the
-    matrices whose biases the graph adds. `norms`: norms of a block beyond the two of every one.
+    `paired`: the graph rotates neighbouring values together, where transformers rotates halves of a head. `biased`:
+    the matrices whose biases the graph adds. `norms`: norms of a block beyond the two that each block has.
     """
 
     arch: MODEL_ARCH
@@ -46,9 +46,9 @@ FAMILIES: Mapping[str, Family] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the file: what it is called in the checkpoint, or its value if it is not stored there.
+    """One tensor of the file: its name in the checkpoint, or its value if it is not stored there.
 
-    Rows are put in pairs within each of `paired_heads`, if there are any.
+    With `paired_heads`, rows are interleaved within each of these heads.
     """
 
     shape: tuple[int, ...]
@@ -57,14 +57,14 @@ class Entry:
     value: Tensor | None = None
 
     def read(self, checkpoint: Checkpoint) -> Tensor:
-        """The tensor as the file has it."""
+        """Read the tensor in the order of the file."""
         tensor = checkpoint.read([self.source])[self.source] if self.value is None else self.value
         return paired(tensor, self.paired_heads) if self.paired_heads else tensor
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Architecture, widths of every block, positions, and all tensors by their GGUF name."""
+    """Architecture, widths of each block, positions, and all tensors by their GGUF name."""
 
     arch: MODEL_ARCH
     tensors: dict[str, Entry]
@@ -78,12 +78,12 @@ class Layout:
 
 
 def layout_of(checkpoint: Checkpoint) -> Layout:
-    """The layout of a checkpoint. Raises ArchitectureError naming what llama.cpp has no graph for."""
+    """Find the layout of a checkpoint. Raises ArchitectureError for a model without a graph in llama.cpp."""
     config = checkpoint.config
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ArchitectureError(
-            f"{checkpoint.folder} is of type {config.model_type}: GGUF is written for {', '.join(FAMILIES)}"
+            f"{checkpoint.folder} is of type {config.model_type}: niwaki writes GGUF for {', '.join(FAMILIES)}"
         )
     if config.hidden_act != "silu":
         raise ArchitectureError(f"llama.cpp computes these blocks with silu, config.json says {config.hidden_act}")
@@ -111,19 +111,22 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
 
 
 def paired(tensor: Tensor, heads: int) -> Tensor:
-    """Rows [H·W, …] whose rotated partners lie half a head apart, with partners side by side."""
+    """Interleave rows [H·W, …] whose rotated partners lie half a head apart, so that partners are neighbours."""
     halves: Tensor = tensor.unflatten(0, (heads, 2, -1))
     return halves.transpose(1, 2).flatten(0, 2)
 
 
 def _named(checkpoint: Checkpoint, family: Family) -> dict[str, str]:
-    """GGUF name → name in the checkpoint, in the order of the file. Raises for tensors without a place, or missing."""
+    """Map GGUF names to names in the checkpoint, in the order of the file.
+
+    Raises ArchitectureError for a tensor that the graph does not know, CheckpointError for a missing one.
+    """
     config = checkpoint.config
     names = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
     found: dict[str, str] = {}
     for source, info in checkpoint.tensors.items():
         if source.endswith("rotary_emb.inv_freq") or 0 in info.shape:
-            continue  # computed from the config; a part that is gone
+            continue  # computed from the config, or pruned away
         if source == "lm_head.weight" and config.tie_word_embeddings:
             continue
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
@@ -145,7 +148,7 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def _part(name: str) -> tuple[str, int]:
-    """`blk.3.attn_q.weight` → attn_q, 3; what is in no block has the index −1."""
+    """Split `blk.3.attn_q.weight` into attn_q and 3. A tensor outside the blocks has the index −1."""
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.\w+", name)
     return (match[2], int(match[1])) if match else (name.partition(".")[0], -1)
 
@@ -153,8 +156,10 @@ def _part(name: str) -> tuple[str, int]:
 def _widths(
     checkpoint: Checkpoint, sources: Mapping[str, str], index: int, width: int, family: Family
 ) -> tuple[int, int, int]:
-    """Neurons, heads and heads of keys of a block; no heads if its attention is gone. Raises for shapes that clash."""
+    """Return neurons, heads and key heads of a block, without heads if its attention is gone.
 
+    Raises CheckpointError for shapes that contradict each other.
+    """
     hidden = checkpoint.config.hidden_size
     attends = any(f"blk.{index}.{part}.weight" in sources for part in ATTENTION)
     neurons = _rows(checkpoint, sources, f"blk.{index}.ffn_up")
@@ -176,12 +181,12 @@ def _widths(
 
 def _rows(checkpoint: Checkpoint, sources: Mapping[str, str], module: str) -> int:
     if f"{module}.weight" not in sources:
-        raise CheckpointError(f"{checkpoint.folder} has no tensor for {module}.weight: llama.cpp cannot go without it")
+        raise CheckpointError(f"{checkpoint.folder} has no tensor for {module}.weight, which llama.cpp needs")
     return checkpoint.tensors[sources[f"{module}.weight"]].shape[0]
 
 
 def _require(checkpoint: Checkpoint, sources: Mapping[str, str], module: str, expected: tuple[int, ...]) -> None:
-    """Raises CheckpointError unless the weight has this shape, and a bias the length of its first axis."""
+    """Raise CheckpointError unless the weight has this shape, and its bias the length of the first axis."""
     _rows(checkpoint, sources, module)
     for name, wanted in ((f"{module}.weight", expected), (f"{module}.bias", expected[:1])):
         if name in sources and (shape := checkpoint.tensors[sources[name]].shape) != wanted:
@@ -189,7 +194,7 @@ def _require(checkpoint: Checkpoint, sources: Mapping[str, str], module: str, ex
 
 
 def _uneven(checkpoint: Checkpoint, family: Family, heads: tuple[int, ...]) -> MODEL_ARCH:
-    """The architecture for blocks of different widths."""
+    """Return the architecture for blocks of different widths. Raises ArchitectureError if there is none."""
     if family.arch is not MODEL_ARCH.LLAMA:
         raise ArchitectureError(
             f"the blocks of {checkpoint.folder} differ in width, which llama.cpp can run for models that compute as a "
@@ -201,16 +206,16 @@ def _uneven(checkpoint: Checkpoint, family: Family, heads: tuple[int, ...]) -> M
 
 
 def _rotation(config: Any, width: int, family: Family) -> tuple[float, Tensor | None]:
-    """The factor that positions are divided by (0 for none), and those of single frequencies [W/2].
+    """Return the factor that divides positions (0 for none), and the factors of single frequencies [W/2].
 
-    Raises InputError for kinds of scaling that this file format says otherwise, or not at all.
+    Raises InputError for a kind of scaling that the file format cannot express.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError("only a part of every head is rotated, which llama.cpp's graph for it does not do")
+        raise InputError("only a part of each head is rotated, which the graph of llama.cpp does not do")
     if kind == "default":
         return 0.0, None
     if kind == "linear":

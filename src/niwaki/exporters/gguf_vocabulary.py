@@ -1,14 +1,14 @@
-"""The vocabulary of a checkpoint as GGUF holds it.
+"""Vocabulary of a checkpoint in GGUF.
 
-Two kinds, both byte-pair encodings from tokenizer.json: on bytes (`gpt2` in GGUF), where llama.cpp knows how to cut a
-text into words only by the *name* of a pre-tokenizer, and on characters with bytes to fall back on (`llama`, what
-SentencePiece trains). The name is found by behaviour: `PRE_TOKENIZERS` says how llama.cpp cuts under each name, and
-the one that cuts a set of awkward texts as the checkpoint's own tokenizer does is taken. No name, no file. llama.cpp
-composes no characters (NFC) first; a tokenizer that does gets a note.
+Both kinds are byte-pair encodings from tokenizer.json. The first works on bytes (`gpt2` in GGUF), and llama.cpp finds
+its word splitter only by the *name* of a pre-tokenizer. The second works on characters with a byte fallback (`llama`,
+as SentencePiece trains it). The name is found by behaviour: `PRE_TOKENIZERS` holds the splitter of llama.cpp for each
+name. The name whose splitter cuts a set of awkward texts as the tokenizer of the checkpoint does is taken. Without such
+a name no file is written. llama.cpp does not compose characters (NFC) first, so a tokenizer that does gets a note.
 
-`gguf.SpecialVocab` reads merges, special tokens and the chat template. Its `BpeVocab` and `LlamaHfVocab` are not used:
-one marks a special token of the base vocabulary as an ordinary one, the other gives all tokens one score, and
-llama.cpp merges by score.
+`gguf.SpecialVocab` reads merges, special tokens and the chat template. Its `BpeVocab` and `LlamaHfVocab` are not used.
+The one marks a special token of the base vocabulary as ordinary. The other gives all tokens one score, and llama.cpp
+merges by score.
 
     vocabulary = read_vocabulary(Path("MODEL"), rows=32000)
 """
@@ -27,7 +27,7 @@ from niwaki.data.texts import load_tokenizer
 from niwaki.errors import InputError
 from niwaki.model.hf import only_errors
 
-SPACE = "▁"  # what stands for a space in vocabularies of SentencePiece
+SPACE = "▁"  # the space in vocabularies of SentencePiece
 COMPOSES = "the tokenizer composes characters (NFC), which llama.cpp does not: feed it composed text"
 SAMPLES = (
     "It's, I'LL; they'd say we'VE 'tis — l'été d'Été.",
@@ -40,7 +40,7 @@ SAMPLES = (
 
 
 def _cut(pattern: str) -> Any:
-    """Cuts along a pattern; every match and what lies between matches is a word."""
+    """Make a splitter along a pattern. Each match is a word, and so is the text between matches."""
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), "isolated"),
@@ -50,7 +50,7 @@ def _cut(pattern: str) -> Any:
 
 
 def _letters_and_digits(digits: str) -> str:
-    """Contractions in either case, letters with one mark before them, digits, marks, lines, spaces."""
+    """Return the pattern of contractions in either case, letters with one mark, digits, marks, lines and spaces."""
     return "|".join(
         (
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -65,7 +65,7 @@ def _letters_and_digits(digits: str) -> str:
 
 
 _WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-# Name in llama.cpp → whether a word that is a token needs no merges there, and how words are cut.
+# Name in llama.cpp → True if a word that is a token needs no merges there, and the word splitter.
 PRE_TOKENIZERS: Mapping[str, tuple[bool, Any]] = {
     "gpt-2": (False, _WORDS),
     "llama-bpe": (True, _cut(_letters_and_digits(r"\p{N}{1,3}"))),
@@ -77,7 +77,7 @@ PRE_TOKENIZERS: Mapping[str, tuple[bool, Any]] = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens by id, and how text becomes tokens."""
+    """Tokens by id, and the rules that turn text into tokens."""
 
     model: str
     pre: str
@@ -89,7 +89,7 @@ class Vocabulary:
     notes: tuple[str, ...]
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
-        """Puts everything in the header of a file."""
+        """Write the vocabulary to the header of a file."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -101,14 +101,16 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
-    """The vocabulary in `folder` for embeddings of `rows` tokens. Raises InputError for one that GGUF cannot say."""
+    """Read the vocabulary in `folder` for embeddings of `rows` tokens. Raises InputError if GGUF cannot hold it."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise InputError(f"{folder} has no tokenizer.json, which a GGUF's vocabulary is written from: put it there")
+        raise InputError(
+            f"{folder} has no tokenizer.json, from which the vocabulary of a GGUF is written: copy it there"
+        )
     described = json.loads(path.read_text(encoding="utf-8"))
     model = described["model"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise InputError(f"{path} is of type {model['type']}: GGUF vocabularies are written from plain BPE alone")
+        raise InputError(f"{path} is of type {model['type']}: niwaki writes GGUF vocabularies from plain BPE only")
     tokenizer = load_tokenizer(folder)
     characters = bool(model.get("byte_fallback"))
     added = {token["id"]: token for token in described["added_tokens"]}
@@ -116,9 +118,9 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     texts |= {index: token["content"] for index, token in added.items()}
     if max(texts) >= rows:
         raise InputError(f"{path} has {max(texts) + 1} tokens and the model embeds {rows}: they do not belong together")
-    with only_errors("gguf.vocab"):  # it guesses what stands before and after a text; below that is observed
+    with only_errors("gguf.vocab"):  # it guesses begin and end tokens, which are observed below
         special = gguf.SpecialVocab(folder, load_merges=not characters, n_vocab=rows)
-    special.add_special_token = _ends(tokenizer)
+    special.add_special_token = _added_ends(tokenizer)
     return Vocabulary(
         model="llama" if characters else "gpt2",
         pre="default" if characters else _pre_tokenizer(path, tokenizer, bool(model.get("ignore_merges"))),
@@ -145,29 +147,29 @@ def _type(index: int, texts: Mapping[int, str], added: Mapping[int, Any], model:
 
 
 def _scores(model: Mapping[str, Any], rows: int) -> list[float]:
-    """Minus the place of the first merge that makes a token: llama.cpp merges the pair of the highest score."""
+    """Score each token by minus the rank of its first merge, since llama.cpp merges the pair of the highest score."""
     scores = [0.0] * rows
     made = set()
-    for place, merge in enumerate(model["merges"]):
+    for rank, merge in enumerate(model["merges"]):
         token = model["vocab"]["".join(merge.split(" ") if isinstance(merge, str) else merge)]
         if token not in made:
             made.add(token)
-            scores[token] = -float(place)
+            scores[token] = -float(rank)
     return scores
 
 
-def _ends(tokenizer: Any) -> dict[str, bool]:
-    """Whether text gets a token before and after it. Raises InputError for other tokens than begin and end."""
+def _added_ends(tokenizer: Any) -> dict[str, bool]:
+    """Return if a text gets a begin token and an end token. Raises InputError for any other added token."""
     bare, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     for bos in (False, True):
         for eos in (False, True):
             if [tokenizer.bos_token_id] * bos + bare + [tokenizer.eos_token_id] * eos == full:
                 return {"bos": bos, "eos": eos}
-    raise InputError(f"the tokenizer makes {full} of {bare}: GGUF can say a begin and an end token, nothing else")
+    raise InputError(f"the tokenizer makes {full} of {bare}: GGUF can express a begin and an end token only")
 
 
 def _pre_tokenizer(path: Path, tokenizer: Any, ignore_merges: bool) -> str:
-    """The name under which llama.cpp cuts the samples as this tokenizer does."""
+    """Find the name under which llama.cpp splits the samples as this tokenizer does. Raises InputError without one."""
     backend = tokenizer.backend_tokenizer
     for name, (merged_first, reference) in PRE_TOKENIZERS.items():
         same = backend.pre_tokenizer is not None and ignore_merges == merged_first
@@ -184,12 +186,12 @@ def _normal(backend: Any, text: str) -> str:
 
 
 def _cuts(backend: Any, text: str) -> Any:
-    """The words of a text and where they lie."""
+    """Return the words of a text and their positions."""
     return backend.pre_tokenizer.pre_tokenize_str(_normal(backend, text))
 
 
 def _space_first(path: Path, tokenizer: Any) -> bool:
-    """Whether a space is put before a text. Raises InputError if anything else is done to it."""
+    """Return True if the tokenizer adds a space before a text. Raises InputError if it changes the text otherwise."""
     backend = tokenizer.backend_tokenizer
     before = set()
     for text in (text for text in SAMPLES if not text.startswith(" ")):
@@ -201,4 +203,4 @@ def _space_first(path: Path, tokenizer: Any) -> bool:
         return True
     if before == {""}:
         return False
-    raise InputError(f"{path} changes text before it looks for tokens, which a GGUF of this kind cannot say")
+    raise InputError(f"{path} changes text before it finds tokens, which a GGUF of this kind cannot express")

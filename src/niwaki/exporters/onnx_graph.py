@@ -1,10 +1,10 @@
-"""ONNX: one graph from tokens to logits, for onnxruntime and what is built on it.
+"""ONNX: one graph from tokens to logits, for onnxruntime and engines built on it.
 
-`torch.onnx.export` (the exporter on `torch.export`, with onnxscript) traces the model that transformers builds, so any
-decoder that it can trace is covered: dense, pruned in place, or smaller. Inputs `input_ids` and `attention_mask`
-[B, T], output `logits` [B, T, V]; B and T are free. In float32, whatever the checkpoint is stored in: not every
-operator of onnxruntime has a half-precision kernel on the CPU. No cache of keys and values, which transformers does
-not let `torch.export` see into: every new token costs a pass over all of them.
+`torch.onnx.export` (on `torch.export`, with onnxscript) traces the model that transformers builds. It covers each
+decoder that it can trace: dense, pruned in place, or smaller. Inputs are `input_ids` and `attention_mask` [B, T], the
+output is `logits` [B, T, V], with free B and T. The graph is in float32 for each checkpoint, because some operators of
+onnxruntime have no half-precision kernel on the CPU. It has no cache of keys and values, which `torch.export` cannot
+trace in transformers. So each new token costs a pass over all tokens.
 
 Cost: the whole model in memory in float32, and again while it is written.
 
@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import onnxscript  # noqa: F401 (what torch.onnx needs; missing, it would fail late)
+import onnxscript  # noqa: F401 (torch.onnx needs it and would fail late without it)
 import torch
 
 from niwaki.config.events import Event, Report
@@ -30,18 +30,18 @@ from niwaki.runtime.load import load
 
 NAME = "model.onnx"
 LIBRARIES = ("onnx", "onnxscript", "torch", "transformers")
-SEEN = (2, 7)  # batch and tokens of the traced call: any but 0 and 1, which would be taken for constants
+TRACED = (2, 7)  # batch and tokens of the traced call; 0 and 1 would become constants
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Bytes of the weights in float32."""
+class OnnxPlan:
+    """Plan of a graph: the bytes of the weights in float32."""
 
     nbytes: int
 
 
-def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> Plan:
-    """Raises InputError for codes, or a `type` of weights."""
+def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> OnnxPlan:
+    """Plan the graph. Raises InputError for codes, or for a `type` of weights."""
     if type is not None:
         raise InputError("an ONNX graph is written in float32: leave --type out")
     if checkpoint.packed:
@@ -50,14 +50,14 @@ def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | 
             "compress with --pack none, or export to gguf"
         )
     weights = sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
-    return Plan(4 * weights)
+    return OnnxPlan(4 * weights)
 
 
-def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Report) -> dict[str, Any]:
-    """The graph, its weights in a file of their own, config and tokenizer."""
+def write(checkpoint: Checkpoint, plan: OnnxPlan, folder: Path, report: Report) -> dict[str, Any]:
+    """Write the graph, a separate file of its weights, config and tokenizer."""
     for source in checkpoint.aux_files():
         copy_file(source, folder / source.name)
-    # transformers' own float() refuses whatever has a quantization_config, also if that only tells shapes
+    # float() of transformers refuses each quantization_config, even one that only holds shapes
     model: Any = torch.nn.Module.float(load(checkpoint.folder, device="cpu"))
     model.config.use_cache = False
     program = _traced(model, checkpoint)
@@ -77,12 +77,12 @@ def write(checkpoint: Checkpoint, plan: Plan, folder: Path, report: Report) -> d
 
 
 def _traced(model: Any, checkpoint: Checkpoint) -> Any:
-    """The exported program. Raises ArchitectureError in one line for what the exporter cannot trace."""
-    ids_BT = torch.arange(1, 1 + SEEN[0] * SEEN[1]).view(SEEN) % model.config.get_text_config().vocab_size
+    """Trace the model. Raises ArchitectureError with one line for a model that the exporter cannot trace."""
+    ids_BT = torch.arange(1, 1 + TRACED[0] * TRACED[1]).view(TRACED) % model.config.get_text_config().vocab_size
     given = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     try:
-        # It warns of operators of packages that are not installed.
+        # The exporter warns about operators of packages that are not installed.
         with only_errors("torch.onnx"), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             return torch.onnx.export(
