@@ -59,7 +59,7 @@ def options(name: str) -> str:
         [f"`{option.name}`", f"`{option.default}`", f"`{option.kind.__name__}`", option.explanation]
         for option in declared
     ]
-    return "Set with `--set name=value`.\n\n" + _table(["option", "default", "type", "what it is"], rows)
+    return "Set with `--set name=value`.\n\n" + _table(["option", "default", "type", "meaning"], rows)
 
 
 def works(name: str) -> str:
@@ -146,7 +146,7 @@ def whole_model(where: str) -> str:
     device = found.environment.accelerator or f"{found.environment.processor}, {settings.threads} threads"
     title = (
         f"{found.blocks} blocks, {found.parameters / 1e9:.2f} billion random weights in {settings.dtype}, {device}: "
-        f"tokens a second and × dense ({_link(path, '..')}, {found.date[:10]}):"
+        f"tokens per second and × dense ({_link(path, '..')}, {found.date[:10]}):"
     )
     return f"{title}\n\n{_table(head, rows)}"
 
@@ -184,7 +184,7 @@ def commands(_: str) -> str:
         rows += [
             _option(p) for p in command.params if p.param_type_name == "option" and p.name != "help" and not p.hidden
         ]
-        parts.append(_table(["", "default", "what it is"], rows))
+        parts.append(_table(["", "default", "meaning"], rows))
     return "\n".join(parts)
 
 
