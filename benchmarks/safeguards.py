@@ -25,7 +25,7 @@ import torch
 
 import niwaki
 from niwaki.data.texts import evaluation_windows, load_tokenizer, read_texts
-from niwaki.measure.prompt_gate import calibrate_gate, compare
+from niwaki.measure.prompt_gate import calibrate_gate, compare_prompt
 from niwaki.runtime.contextual.verified import write
 from provenance import provenance
 
@@ -87,7 +87,7 @@ def gates(folder, windows, prompt, args):
         )  # fmt: skip
         model = niwaki.load(folder, device="cpu")
         with torch.no_grad():
-            held = [compare(model.contextual, ids_T[None], prompt) for ids_T in windows]
+            held = [compare_prompt(model.contextual, ids_T[None], prompt) for ids_T in windows]
         sparse = sum(deviation < float("inf") for deviation, *_ in held) / len(held)
         kept = sum(agreed for *_, agreed in held) / len(held)
         rows.append({"asked": asked, "calibrated": found, "held_out": {"sparse_frac": sparse, "agreement": kept}})

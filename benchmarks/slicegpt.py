@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from niwaki.compression.walk import loaded_blocks
 from niwaki.data.stream import Stream
 from niwaki.data.texts import calibration_windows, evaluation_windows, load_tokenizer, read_texts
-from niwaki.measure.evaluate.divergence import compare_windows
+from niwaki.measure.evaluate.evaluation import compare_windows
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.device import pick_device

@@ -1,11 +1,11 @@
-"""Speed of a whole model in every form: BENCH's 1B shape on the CPU, the Llama-2-7B shape on a GPU, random weights.
+"""Speed of a whole model in every variant: BENCH's 1B shape on the CPU, the Llama-2-7B shape on a GPU, random weights.
 
     python benchmarks/whole_model.py --shape 1b --threads 2 --out benchmarks/results/whole-model-cpu.json
     python benchmarks/whole_model.py --shape 7b --out benchmarks/results/whole-model-h100.json
 
-What `niwaki bench` measures (see `niwaki.measure.bench.benchmark`), in bf16. The file is written after every form, and
-what is in it already is kept, so that a long table can be made in pieces
-(`--forms`; `--batch none` or `--prompt 0` for the rest).
+What `niwaki bench` measures (see `niwaki.measure.bench.benchmark`), in bf16. The file is written after every variant,
+and what is in it already is kept, so that a long table can be made in pieces
+(`--variants`; `--batch none` or `--prompt 0` for the rest).
 `--plot` draws what the file holds.
 """
 
@@ -24,9 +24,8 @@ from compression_speed import SHAPES
 from niwaki.cli.bench import batch_numbers, print_bench
 from niwaki.cli.progress import Display
 from niwaki.measure.bench.plot import draw
-from niwaki.measure.bench.schema import Bench, merged
-from niwaki.measure.bench.variants import FORMS
-from niwaki.model.files import write_text
+from niwaki.measure.bench.schema import merge_benches, read_bench, write_bench
+from niwaki.measure.bench.variants import VARIANTS
 from shape_speed import dense_config
 
 
@@ -48,7 +47,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["1b", "7b"], required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--batch", default="1,4,16")
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--new", type=int, default=64)
@@ -64,23 +63,23 @@ def main() -> None:
         folder = Path(place) / (f"{args.shape}-shape" + (f"-{args.blocks}-blocks" if args.blocks else ""))
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config_of(args.shape, args.blocks), default=str))
-        for form in args.forms:
+        for variant in args.variants:
             try:
                 new = niwaki.bench(
-                    folder, forms=[form], batches=batch_numbers(args.batch), prompt_tokens=args.prompt,
+                    folder, variants=[variant], batches=batch_numbers(args.batch), prompt_tokens=args.prompt,
                     new_tokens=args.new, context=args.context, rounds=args.rounds, seconds=args.seconds,
                     threads=args.threads, device=args.device, dtype="bfloat16", report=display,
                 )  # fmt: skip
             except RuntimeError:  # a kernel that fails is no reason to lose the others
                 traceback.print_exc()
-                failed.append(form)
+                failed.append(variant)
                 continue
             finally:
                 gc.collect()
                 torch.cuda.empty_cache()
-            whole = merged(Bench.model_validate_json(args.out.read_text()), new) if args.out.is_file() else new
-            write_text(args.out, whole.model_dump_json(indent=1) + "\n")
-    found = Bench.model_validate_json(args.out.read_text())
+            whole = merge_benches(read_bench(args.out), new) if args.out.is_file() else new
+            write_bench(args.out, whole)
+    found = read_bench(args.out)
     print_bench(Console(width=200), found)
     if torch.cuda.is_available():
         print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")

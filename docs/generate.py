@@ -18,7 +18,7 @@ from rich.text import Text
 from niwaki.cli.app import app
 from niwaki.config.presets import PRESETS
 from niwaki.config.recipe import NM, Bits, Sparsity, option_fields
-from niwaki.measure.bench.schema import Bench, Cell, Row
+from niwaki.measure.bench.schema import Cell, Row, read_bench
 from niwaki.methods.method import MethodKind
 from niwaki.methods.registry import METHODS, get_method, method_names
 
@@ -137,9 +137,9 @@ def whole_model(where: str) -> str:
     path = RESULTS / f"whole-model-{where}.json"
     if not path.is_file():
         return f"The whole model on the {where} is not measured yet.\n"
-    found = Bench.model_validate_json(path.read_text(encoding="utf-8"))
+    found = read_bench(path)
     settings = found.settings
-    rows = [[row.form, *map(_paced, row.columns(settings)), *_weighed(row)] for row in found.rows if not row.reason]
+    rows = [[row.variant, *map(_paced, row.columns(settings)), *_weighed(row)] for row in found.rows if not row.reason]
     head = ["variant", *(f"decode ×{batch}" for batch in settings.batches)]
     head += [f"prompt {settings.prompt_tokens}"] if settings.prompt_tokens else []
     head += ["weights", "peak", "of bandwidth", "kernel"]

@@ -77,7 +77,7 @@ def test_a_comparison_is_put_on_the_model_card(
     values = f"{whole['dense_perplexity']:.3f} | {whole['perplexity']:.3f}"
     text = (out / "README.md").read_text()
     assert f"| data.jsonl, {tokens:,} tokens | perplexity | {values} | {ends} |" in text
-    assert "Gates: failed, 1 of 2 kept." in text and "- max_kl: measured" in text
+    assert "Gates: failed, 1 of 2 pass." in text and "- max_kl: measured" in text
     again = next(line for line in text.splitlines() if line.startswith("    niwaki compare "))
     assert again.startswith("    niwaki compare dense out ") and "--lang ja" in again and "--rounds 0" in again
     assert str(tmp_path) not in text and str(folder) not in text and words in text and UNMEASURED not in text

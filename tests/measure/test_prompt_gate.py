@@ -7,7 +7,7 @@ import torch
 
 import niwaki
 from niwaki.errors import InputError
-from niwaki.measure.prompt_gate import LEAST, break_even, calibrate_gate, choose
+from niwaki.measure.prompt_gate import CLOSED, calibrate_gate, choose_limits, measure_break_even
 from niwaki.runtime.contextual.record import read_shadow
 from niwaki.runtime.contextual.selection import Rule, margin
 from niwaki.runtime.contextual.sparsity import attach
@@ -20,16 +20,16 @@ def test_the_gate_lets_most_prompts_through_that_agree_enough() -> None:
     gates = {2.0: (0.9, 2, (1.0 + 0.6 + 2) / 4), 3.0: (0.7, 3, (1.0 + 0.6 + 0.2 + 1) / 4), 4.0: (0.6, 4, 2.7 / 4)}
     for deviation, (agreement, sparse, reached) in gates.items():
         limits = {"max_deviation": deviation, "min_margin": 0.0}
-        assert choose(found, agreement) == (limits, sparse, pytest.approx(reached))
-    closed = {"max_deviation": LEAST, "min_margin": 0.0}
-    assert choose([(1.0, 0.5, 0.5)], 0.9) == (closed, 0, 1.0)
+        assert choose_limits(found, agreement) == (limits, sparse, pytest.approx(reached))
+    closed = {"max_deviation": CLOSED, "min_margin": 0.0}
+    assert choose_limits([(1.0, 0.5, 0.5)], 0.9) == (closed, 0, 1.0)
     with_dense = [(float("inf"), 0.0, 1.0), (1.0, 0.5, 0.9)]
-    assert choose(with_dense, 0.9) == ({"max_deviation": 1.0, "min_margin": 0.0}, 1, pytest.approx(0.95))
+    assert choose_limits(with_dense, 0.9) == ({"max_deviation": 1.0, "min_margin": 0.0}, 1, pytest.approx(0.95))
 
 
 def test_a_margin_is_asked_for_where_it_tells_more_than_the_deviation() -> None:
     found = [(1.0, 0.2, 0.1), (2.0, 0.8, 1.0), (3.0, 0.9, 1.0)]
-    assert choose(found, 0.95) == ({"max_deviation": 3.0, "min_margin": 0.8}, 2, 1.0)
+    assert choose_limits(found, 0.95) == ({"max_deviation": 3.0, "min_margin": 0.8}, 2, 1.0)
 
 
 def test_margins_are_what_a_mask_holds() -> None:
@@ -72,7 +72,7 @@ def test_break_even_is_where_dense_and_part_meet(monkeypatch: pytest.MonkeyPatch
 
     model.register_forward_hook(forward, with_kwargs=True)
     monkeypatch.setattr("niwaki.measure.prompt_gate.time.perf_counter", lambda: now)
-    found = break_even(contextual, ids_of(1, PROMPT + 32), PROMPT)
+    found = measure_break_even(contextual, ids_of(1, PROMPT + 32), PROMPT)
     assert found["dense"] == pytest.approx(0.010) and found["part"] == pytest.approx(0.004)
     assert found["choice"] == pytest.approx(0.048)
     skipped = contextual.records[-1].skipped_frac[0]

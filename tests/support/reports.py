@@ -5,6 +5,7 @@ from typing import Any
 from niwaki.measure.schema import (
     Candidate,
     Comparison,
+    ComparisonSettings,
     DataQuality,
     Environment,
     Estimate,
@@ -13,10 +14,9 @@ from niwaki.measure.schema import (
     Generation,
     Memory,
     Model,
-    Paired,
+    PairedAccuracy,
     Quality,
     Scoring,
-    Settings,
     Speed,
     TaskQuality,
     Throughput,
@@ -60,7 +60,7 @@ def pace(ratio: Estimate) -> Throughput:
 
 
 def task(loss: float) -> TaskQuality:
-    answers = Paired(
+    answers = PairedAccuracy(
         dense_accuracy=0.5, accuracy=0.5 - loss, loss=estimate(loss, loss - 0.05, loss + 0.05), mcnemar_p=0.25,
         right_to_wrong=(3, 7), wrong_to_right=(9,),
     )  # fmt: skip
@@ -119,7 +119,7 @@ def candidate(name: str, ratio: float, **changes: Any) -> Candidate:
 
 def comparison(*candidates: Candidate, **changes: Any) -> Comparison:
     candidates = candidates or (candidate("four", 1.05), candidate(f"evil{EVIL}", 1.4))
-    settings = Settings(
+    settings = ComparisonSettings(
         data=(DATA,), tasks=(TASK,), prompts=None, field="text", seq_len=512, max_tokens=None, limit=None, rounds=9,
         prompt_tokens=128, new_tokens=32, seed=0, device="cpu", dtype="float32",
     )  # fmt: skip

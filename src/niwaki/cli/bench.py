@@ -51,7 +51,7 @@ def bench(
     from niwaki.cli.progress import Display
     from niwaki.measure.bench.benchmark import bench as run
     from niwaki.measure.bench.plot import check_plot, draw
-    from niwaki.model.files import write_text
+    from niwaki.measure.bench.schema import write_bench
 
     check_output_file("--json", json_)
     check_output_file("--plot", plot)
@@ -64,7 +64,7 @@ def bench(
         result = run(
             model,
             out or (),
-            forms=None if names is None else [name.strip() for name in names.split(",") if name.strip()],
+            variants=None if names is None else [name.strip() for name in names.split(",") if name.strip()],
             batches=batch_numbers(batch),
             report=display,
             **settings,
@@ -72,7 +72,7 @@ def bench(
         )
     print_bench(console, result)
     if json_ is not None:
-        write_text(json_, result.model_dump_json(indent=1) + "\n")
+        write_bench(json_, result)
     if plot is not None:
         draw(result, plot)
 
@@ -103,7 +103,7 @@ def print_bench(to: Console, result: "Bench") -> None:
     print_table(to, headers, rows)
     for row in result.rows:
         if row.reason:
-            print_line(f"{row.form}: {row.reason}", to)
+            print_line(f"{row.variant}: {row.reason}", to)
     for line in _notes(result):
         print_line(line, to)
 
@@ -117,7 +117,7 @@ def _cells(row: "Row", result: "Bench") -> list[str]:
 
 
 def _name(row: "Row") -> str:
-    return f"{row.form} ({row.about})"
+    return f"{row.variant} ({row.about})"
 
 
 def _speed(cell: "Cell") -> str:
@@ -139,12 +139,12 @@ def _notes(result: "Bench") -> list[str]:
             f"of bandwidth: the weights that a step reads at batch {settings.batches[0]}, of {min(rates):,.0f} to "
             f"{max(rates):,.0f} GB/s measured beside it"
         )
-    lines += [f"{row.form}: {row.detail}" for row in result.rows if row.detail]
+    lines += [f"{row.variant}: {row.detail}" for row in result.rows if row.detail]
     for row in result.rows:
-        lines += [f"{row.form}, {_what(cell)}: {cell.note}" for cell in row.cells if cell.note]
+        lines += [f"{row.variant}, {_what(cell)}: {cell.note}" for cell in row.cells if cell.note]
         slow = [_what(cell) for cell in row.cells if _is_slower(cell)]
-        if slow and row.form != "dense":
-            lines.append(f"{row.form} is slower than dense: {', '.join(slow)}")
+        if slow and row.variant != "dense":
+            lines.append(f"{row.variant} is slower than dense: {', '.join(slow)}")
     return [*lines, f"quality {result.quality}"]
 
 

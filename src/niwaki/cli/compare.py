@@ -107,15 +107,17 @@ def gate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ) -> None:
     """Write the gates of FILE from a measured baseline, or judge a comparison by them without a new measurement."""
-    from niwaki.measure.compare.baseline import gate_text, only, read_comparison
-    from niwaki.measure.compare.gates import judged, load_gates
+    from niwaki.measure.compare.baseline import gate_text, select_candidate
+    from niwaki.measure.compare.gates import judge_comparison, load_gates
+    from niwaki.measure.schema import read_comparison
     from niwaki.model.files import write_text
 
     if baseline is None:
         raise InputError("no baseline: give --baseline REPORT/compare.json, which `niwaki compare --report` writes")
     comparison = read_comparison(baseline)
     if not init:
-        comparison = judged(comparison if candidate is None else only(comparison, candidate), load_gates(file))
+        comparison = comparison if candidate is None else select_candidate(comparison, candidate)
+        comparison = judge_comparison(comparison, load_gates(file))
         print_verdicts(console, comparison)
         if not comparison.passed:
             raise typer.Exit(1)
@@ -145,13 +147,13 @@ def print_comparison(to: Console, comparison: "Comparison") -> None:
 
 def _print_unrest(to: Console, comparison: "Comparison") -> None:
     """Print a note if the machine was too busy for reliable speeds."""
-    from niwaki.measure.schema import BUSY
+    from niwaki.measure.schema import BUSY_SPREAD
 
     speeds = [candidate.speed for candidate in comparison.candidates if candidate.speed]
-    swing = max((pace.dense_swing for speed in speeds for pace in speed.paces.values()), default=1.0)
-    if swing > BUSY:
+    spread = max((one.dense_spread for speed in speeds for one in speed.throughputs.values()), default=1.0)
+    if spread > BUSY_SPREAD:
         to.print(
-            f"[yellow]note:[/] rounds of the dense model alone differed by a factor of {swing:.0f}: the machine was "
+            f"[yellow]note:[/] rounds of the dense model alone differed by a factor of {spread:.0f}: the machine was "
             "busy, and the speeds are not reliable",
             highlight=False,
             soft_wrap=True,

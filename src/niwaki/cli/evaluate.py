@@ -51,7 +51,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Measure perplexity, distance to a reference, and tasks."""
-    from niwaki.measure.report.measured import check_card, put_on_card
+    from niwaki.measure.report.evaluation_card import check_card, put_evaluation
 
     check_output_file("--json", json_)
     check_inputs(*filter(None, (model, reference)), data=data, tasks=tasks)
@@ -72,7 +72,7 @@ def evaluate(
     if json_ is not None:
         write_text(json_, json.dumps(result, indent=2) + "\n")
     if update_card:
-        put_on_card(Path(model), result)
+        put_evaluation(Path(model), result)
 
 
 def print_scores(to: Console, result: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ def print_scores(to: Console, result: dict[str, Any]) -> None:
 
 def _print_harness(to: Console, scores: dict[str, Any]) -> None:
     """Print one row per task and metric, with the names of lm_eval."""
-    from niwaki.measure.report.measured import harness_metrics, harness_value
+    from niwaki.measure.report.evaluation_card import harness_metrics, harness_value
 
     dense = scores.get("reference", {}).get("results")
     rows = []

@@ -31,7 +31,7 @@ class Event(StrEnum):
     MEASURE = "measure"  # done, of: rounds of a measurement of speed
     EXPORT = "export"  # index, of: parts that were exported
     RECOVER = "recover"  # done, of, heldout_loss: training steps
-    BENCH = "bench"  # done, of, form: variants that were benchmarked
+    BENCH = "bench"  # done, of, variant: variants that were benchmarked
 
 
 class Report(Protocol):

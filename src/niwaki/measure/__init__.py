@@ -1,1 +1,1 @@
-"""The cost of a result: quality, speed, comparison, report. Nothing here changes a result."""
+"""Measurement of results: quality, speed, comparison, gates, benchmark, report. No module here changes a result."""

@@ -1,15 +1,17 @@
-"""How sure a paired comparison is: intervals and tests for what two models do on the same data.
+"""Confidence intervals and tests for a paired comparison of two models on the same data.
 
-Tokens of one text are not independent, so whole units (documents, windows) are resampled, never tokens: a cluster
-bootstrap of the ratio of sums Σx/Σn. Its quantiles are corrected for bias and skewness (BCa; Efron 1987) and, for few
-units, widened as Student's t is to the normal (Hesterberg 2015, "What teachers should know about the bootstrap", §5).
+Tokens of one text are not independent, so whole units (documents, windows) are resampled, never tokens. This is a
+cluster bootstrap of the ratio of sums Σx/Σn. Its quantiles are corrected for bias and skewness (BCa; Efron 1987). For
+few units they are widened by the ratio of Student's t to the normal (Hesterberg 2015, "What teachers should know about
+the bootstrap", §5).
 
-Answers are right or wrong, so flips may be rare or none: questions are resampled from (b+1, c+1) flips in n+2, after
-Bonett and Price (2012), whose normal limit it has; the test is McNemar's, exact. The median over rounds has the exact
-interval of order statistics.
+Flips of answers may be rare or absent. So questions are resampled from (b+1, c+1) flips in n+2, after Bonett and Price
+(2012), with the same normal limit. The test is the exact McNemar test. The median over rounds has the exact interval of
+order statistics.
 
-All of it is checked by simulation: 5 % false alarms at 95 % where nothing differs. In a hard case (skewed, documents of
-20 to 600 tokens, 1500 simulations) it is 7.3 % for 20 documents, 6.7 % for 40, 5.5 % for 100.
+Simulations check all of it: 5 % false alarms at 95 % if there is no difference. A hard case has skewed documents of 20
+to 600 tokens (1500 simulations). Its rate is 7.3 % for 20 documents, 6.7 % for 40, 5.5 % for 100.
+
 Cost: RESAMPLES passes over the units, none over tokens.
 
 Legend: U units, R resamples.
@@ -25,19 +27,22 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 RESAMPLES = 4000
-CHUNK = 2**23  # counts drawn at once
+MAX_COUNTS = 2**23  # drawn at once
 _NORMAL = NormalDist()
 
 
 def min_units(confidence: float) -> int:
-    """Independent units below which an interval is no evidence: fewer than 1 in 1 − confidence would be a tail."""
+    """Return the min number of independent units for an interval: 1/(1 − confidence), rounded up.
+
+    With fewer units, the tails of the interval hold less than one unit.
+    """
     return math.ceil(round(1 / (1 - confidence), 6))
 
 
 def mean_interval(
     total_U: Floats, count_U: Floats, confidence: float, rng: np.random.Generator
 ) -> tuple[float, float, float]:
-    """Σtotal/Σcount and its interval over units. Needs two units at least; units alike give an interval of no width."""
+    """Return Σtotal/Σcount and its interval over two or more units. Equal units give an interval of zero width."""
     units, mean = len(total_U), float(total_U.sum() / count_U.sum())
     influence_U = total_U - mean * count_U
     energy = float(np.square(influence_U).sum())
@@ -58,23 +63,24 @@ def mean_interval(
 def share_interval(
     total_U: Floats, count_U: Floats, confidence: float, rng: np.random.Generator
 ) -> tuple[float, float, float]:
-    """The same for a share of tokens. Where every unit has all or none, others may not: the rule of three, over units.
+    """Return a share of tokens and its interval over units.
 
-    If a share p of units had any exception, none would show in U units with probability (1 − p)^U.
+    A share of exactly 0 or 1 gets the rule of three over units. If a share p of units had exceptions, U units would
+    show none with probability (1 − p)^U.
     """
     mean, low, high = mean_interval(total_U, count_U, confidence, rng)
-    clear = ((1 - confidence) / 2) ** (1 / len(total_U))
+    without_exceptions = ((1 - confidence) / 2) ** (1 / len(total_U))
     if mean == 1:
-        low = clear
+        low = without_exceptions
     if mean == 0:
-        high = 1 - clear
+        high = 1 - without_exceptions
     return mean, max(low, 0.0), min(high, 1.0)
 
 
 def loss_interval(
     right_to_wrong: int, wrong_to_right: int, questions: int, confidence: float, rng: np.random.Generator
 ) -> tuple[float, float, float]:
-    """Accuracy lost, (right→wrong − wrong→right) / questions, and its interval over questions."""
+    """Return the lost accuracy, (right→wrong − wrong→right) / questions, and its interval over questions."""
     trials = questions + 2
     shares = np.array([right_to_wrong + 1, wrong_to_right + 1, questions - right_to_wrong - wrong_to_right]) / trials
     flips_R3 = rng.multinomial(trials, shares, size=RESAMPLES)
@@ -83,21 +89,24 @@ def loss_interval(
 
 
 def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
-    """Exact two-sided p of flips being as likely one way as the other."""
+    """Return the exact two-sided p of the hypothesis that flips are equally likely in both directions."""
     flips, fewer = right_to_wrong + wrong_to_right, min(right_to_wrong, wrong_to_right)
-    return min(1.0, 2 * _halves(flips, fewer))
+    return min(1.0, 2 * _coin_tail(flips, fewer))
 
 
 def median_interval(values: list[float], confidence: float) -> tuple[float, float | None, float | None]:
-    """Median and its distribution-free interval: the k-th value from either end; None where there are too few."""
+    """Return the median and its distribution-free interval, from the k-th value to the k-th last.
+
+    Too few values give None for both ends.
+    """
     ordered, count = sorted(values), len(values)
-    inside = [k for k in range(1, (count + 1) // 2 + 1) if 2 * _halves(count, k - 1) <= 1 - confidence + 1e-12]
+    inside = [k for k in range(1, (count + 1) // 2 + 1) if 2 * _coin_tail(count, k - 1) <= 1 - confidence + 1e-12]
     median = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
     return (median, ordered[inside[-1] - 1], ordered[-inside[-1]]) if inside else (median, None, None)
 
 
 def student_quantile(level: float, freedom: int) -> float:
-    """Quantile of Student's t by the Cornish–Fisher series; within 0.001 for 10 degrees of freedom and more."""
+    """Return a quantile of Student's t by the Cornish–Fisher series, within 0.001 from 10 degrees of freedom on."""
     z = _NORMAL.inv_cdf(level)
     return (
         z
@@ -111,7 +120,7 @@ def student_quantile(level: float, freedom: int) -> float:
 def _resampled_means(total_U: Floats, count_U: Floats, rng: np.random.Generator) -> Floats:
     units, means = len(total_U), []
     sums_U2 = np.stack([total_U, count_U], axis=1)
-    rows = max(1, CHUNK // units)
+    rows = max(1, MAX_COUNTS // units)
     for first in range(0, RESAMPLES, rows):
         size = min(rows, RESAMPLES - first)
         times_RU = rng.multinomial(units, np.full(units, 1 / units), size=size)
@@ -120,6 +129,6 @@ def _resampled_means(total_U: Floats, count_U: Floats, rng: np.random.Generator)
     return np.concatenate(means)
 
 
-def _halves(count: int, most: int) -> float:
-    """P(X ≤ most) of `count` fair coins."""
-    return float(sum(math.comb(count, k) for k in range(most + 1)) / 2**count)
+def _coin_tail(count: int, max_heads: int) -> float:
+    """Return P(X ≤ max_heads) of `count` fair coins."""
+    return float(sum(math.comb(count, k) for k in range(max_heads + 1)) / 2**count)

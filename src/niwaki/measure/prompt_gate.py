@@ -1,17 +1,22 @@
-"""Which prompts a contextual model should not be trusted with: chosen on the user's own text.
+"""Calibration of the prompt gate of a contextual model on the user's text: limits beyond which a prompt runs dense.
 
-Every prompt has a deviation, how far what it shows lies from what the predictor expects, and a margin, how much of what
-is predicted to matter its mask holds. Prompts like those of the calibration have a small one and a large one. Here
-texts are continued token by token along their own words, by the full model and by the part that the runtime would
-choose, and their top-1 tokens are compared. The gate is the pair of limits that lets most prompts run sparse while the
-agreement of all, those beyond it running dense and so agreeing, reaches what was asked for.
+Every prompt has a deviation and a margin. The deviation is the distance of its activations from those that the
+predictor expects. The margin is the share of the predicted importance that its mask holds. Prompts like those of the
+calibration have a small deviation and a large margin.
 
-On request the machine is measured too: a step with all weights, one with a part, and what the choice costs give the
-share of the weights from which a batch had better run dense.
+The full model and the selected part of it read the same texts token by token, and their top-1 tokens are compared.
+Prompts beyond the limits run dense, so they agree. The gate is the pair of limits with the most sparse prompts at which
+the overall agreement reaches the wanted one.
 
-Cost: one forward of the text with the full model, and one token at a time with a part of it. The whole model in memory.
+On request this machine is timed too: a dense step, a sparse step and the selection. They give the share of kept weights
+above which a batch runs faster dense.
+
+Cost: one forward of the text with the full model, then one token at a time with a part of it. The whole model is in
+memory.
 
     niwaki.measure.prompt_gate.calibrate_gate("OUT", data=["mine.txt"], agreement=0.95)
+
+Legend: B sequences, S windows, T tokens.
 """
 
 import statistics
@@ -31,8 +36,8 @@ from niwaki.runtime.contextual.record import has_shadow, read_shadow, write_abou
 from niwaki.runtime.contextual.sparsity import Contextual, attach
 from niwaki.runtime.load import load
 
-LEAST = 1e-9  # a gate that lets nothing through; 0 would be none
-STEPS = 12  # timed tokens, of which the first makes the choice
+CLOSED = 1e-9  # a max_deviation that lets no prompt run sparse; 0 means no limit
+TIMED_STEPS = 12  # the first of them includes the selection
 
 
 def calibrate_gate(
@@ -47,9 +52,9 @@ def calibrate_gate(
     batch: int = 0,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Writes the limits beside the predictor in `out`; returns them, and the agreement they give on this text.
+    """Write the limits into the record of the predictor in `out`; return them with their agreement on this text.
 
-    With `batch` the break-even `max_kept_frac` is measured on this machine with so many sequences, and written too.
+    With `batch` sequences, the break-even `max_kept_frac` is measured on this machine and written too.
 
     Raises InputError for a folder without a predictor, no data, or an agreement outside (0, 1].
     """
@@ -70,28 +75,28 @@ def calibrate_gate(
     )  # fmt: skip
     open_gate = replace(shadow.running, max_deviation=0.0, min_margin=0.0)
     contextual = attach(model, replace(shadow, running=open_gate))
-    found = [compare(contextual, ids_T[None].to(model.device), prompt_tokens) for ids_T in windows_ST]
-    gate, sparse, reached = choose(found, agreement)
+    prompts = [compare_prompt(contextual, ids_T[None].to(model.device), prompt_tokens) for ids_T in windows_ST]
+    gate, sparse, reached = choose_limits(prompts, agreement)
     limits: dict[str, Any] = {**gate}
     if batch:
-        timed = break_even(contextual, windows_ST[:1].expand(batch, -1).to(model.device), prompt_tokens)
-        limits["max_kept_frac"] = timed["max_kept_frac"]
+        seconds = measure_break_even(contextual, windows_ST[:1].expand(batch, -1).to(model.device), prompt_tokens)
+        limits["max_kept_frac"] = seconds["max_kept_frac"]
     write_about(folder, replace(shadow, running=replace(shadow.running, **limits)))
     return {
         **limits,
-        **({"seconds": timed} if batch else {}),
-        "prompts": len(found),
-        "sparse_frac": sparse / len(found),
+        **({"seconds": seconds} if batch else {}),
+        "prompts": len(prompts),
+        "sparse_frac": sparse / len(prompts),
         "agreement": reached,
-        "agreement_all_sparse": sum(agreed for *_, agreed in found) / len(found),
+        "agreement_all_sparse": sum(agreed for *_, agreed in prompts) / len(prompts),
     }
 
 
 @torch.no_grad()
-def compare(contextual: Contextual, ids_1T: Tensor, prompt: int) -> tuple[float, float, float]:
-    """Deviation and margin of a prompt, and on what share of the tokens behind it full and partial model agree.
+def compare_prompt(contextual: Contextual, ids_1T: Tensor, prompt: int) -> tuple[float, float, float]:
+    """Return deviation and margin of a prompt, and the share of later tokens on which dense and sparse agree.
 
-    A prompt that the runtime answers with the full model agrees wholly, with the highest deviation.
+    A prompt that the runtime runs dense has infinite deviation, margin 0 and agreement 1.
     """
     from transformers import DynamicCache
 
@@ -109,51 +114,55 @@ def compare(contextual: Contextual, ids_1T: Tensor, prompt: int) -> tuple[float,
     return record.deviation[0], record.margin[0], float((torch.stack(steps).argmax(-1) == wanted_T).float().mean())
 
 
-def choose(found: Sequence[tuple[float, float, float]], agreement: float) -> tuple[dict[str, float], int, float]:
-    """Limits for (deviation, margin, agreement) of prompts, how many run sparse within them, and how much all agree.
+def choose_limits(
+    prompts: Sequence[tuple[float, float, float]], agreement: float
+) -> tuple[dict[str, float], int, float]:
+    """Return the limits for prompts of (deviation, margin, agreement), the number of sparse ones, and the agreement.
 
-    A limit on the margin is set only where more prompts run sparse than without one.
+    A limit on the margin is set only if more prompts run sparse than without it.
     """
-    best, most, reached = {"max_deviation": LEAST, "min_margin": 0.0}, 0, 1.0
-    for min_margin in (0.0, *sorted({margin for _, margin, _ in found})):
+    best, max_sparse, reached = {"max_deviation": CLOSED, "min_margin": 0.0}, 0, 1.0
+    for min_margin in (0.0, *sorted({margin for _, margin, _ in prompts})):
         total = 0.0
-        passing = sorted((deviation, agreed) for deviation, margin, agreed in found if margin >= min_margin)
+        passing = sorted((deviation, agreed) for deviation, margin, agreed in prompts if margin >= min_margin)
         for count, (deviation, agreed) in enumerate(passing, start=1):
             total += agreed
-            overall = (total + len(found) - count) / len(found)
-            if overall >= agreement - 1e-9 and deviation < float("inf") and count > most:
-                best, most, reached = {"max_deviation": deviation, "min_margin": min_margin}, count, overall
-    return best, most, reached
+            overall = (total + len(prompts) - count) / len(prompts)
+            if overall >= agreement - 1e-9 and deviation < float("inf") and count > max_sparse:
+                best, max_sparse, reached = {"max_deviation": deviation, "min_margin": min_margin}, count, overall
+    return best, max_sparse, reached
 
 
 @torch.no_grad()
-def break_even(contextual: Contextual, ids_BT: Tensor, prompt: int) -> dict[str, float]:
-    """Seconds of a step with all weights and with a part, of the choice, and the share of the weights where they meet.
+def measure_break_even(contextual: Contextual, ids_BT: Tensor, prompt: int) -> dict[str, float]:
+    """Return the seconds of a dense step, of a sparse step and of the selection, and the break-even `max_kept_frac`.
 
-    A step with a share f of the weights takes dense − slope·(1 − f). Over the tokens behind the prompt that has to make
-    up for the choice, which is made once.
+    A step with a share f of the weights takes dense − slope·(1 − f). At break-even, the tokens after the prompt save
+    the seconds of the one selection. Raises InputError if the model skips no weights on this text.
     """
     from transformers import DynamicCache
 
     shadow, tokens = contextual.shadow, ids_BT.shape[1] - prompt
     running = replace(shadow.running, max_kept_frac=1.0, batch="shared", max_deviation=0.0, min_margin=0.0)
     contextual.shadow = replace(shadow, running=running)
-    found: dict[str, float] = {}
-    for enabled in (False, True, False, True):  # the first of each warms up
+    times: dict[str, float] = {}
+    for enabled in (False, True, False, True):  # the first of each is a warm-up
         contextual.enabled = enabled
         cache, seconds = DynamicCache(config=contextual.model.config), []
-        for place in range(prompt - 1, min(prompt + STEPS, ids_BT.shape[1])):
-            piece_BT = ids_BT[:, :prompt] if place < prompt else ids_BT[:, place : place + 1]
+        for place in range(prompt - 1, min(prompt + TIMED_STEPS, ids_BT.shape[1])):
+            chunk_BT = ids_BT[:, :prompt] if place < prompt else ids_BT[:, place : place + 1]
             started = time.perf_counter()
-            contextual.model(input_ids=piece_BT, past_key_values=cache, use_cache=True)
+            contextual.model(input_ids=chunk_BT, past_key_values=cache, use_cache=True)
             if ids_BT.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
-        found["part" if enabled else "dense"] = statistics.median(seconds[2:])
-    found["choice"] = max(seconds[1] - found["part"], 0.0)  # made before the first token
+        times["part" if enabled else "dense"] = statistics.median(seconds[2:])
+    times["choice"] = max(seconds[1] - times["part"], 0.0)  # the selection is part of the first step
     contextual.shadow, record = shadow, contextual.records[-1]
     if record.dense_because:
-        raise InputError(f"nothing is skipped on this text ({record.dense_because}), so there is nothing to time")
-    slope = (found["dense"] - found["part"]) / record.skipped_frac[0]
-    found["max_kept_frac"] = max(1 - found["choice"] / (slope * tokens), 0.0) if slope > 0 else 0.0
-    return found
+        raise InputError(
+            f"the model skips no weights on this text ({record.dense_because}), so there is nothing to time"
+        )
+    slope = (times["dense"] - times["part"]) / record.skipped_frac[0]
+    times["max_kept_frac"] = max(1 - times["choice"] / (slope * tokens), 0.0) if slope > 0 else 0.0
+    return times

@@ -1,30 +1,33 @@
-"""What a comparison found: everything that a report shows and a gate judges, as it stands in compare.json.
+"""Record of a comparison: the content of compare.json, which reports show and gates judge.
 
-Nothing in here is computed again: a report only reads it. Every interval has the confidence of the whole comparison
-(`Comparison.confidence`, two-sided). Fields that were not measured are None or empty, never a guess.
+A report computes no value again. Every interval has the confidence of the whole comparison (`Comparison.confidence`,
+two-sided). A field that was not measured is None or empty, never a guess.
 
-    Comparison.model_validate_json(Path("report/compare.json").read_text())
+    comparison = read_comparison("report/compare.json")
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-FORMAT = 1
+from niwaki.errors import InputError
+from niwaki.model.files import write_text
+
 Kind = Literal["plain", "packed", "structured", "contextual"]
 Unit = Literal["document", "window", "question", "round", "file"]
 
-BUSY = 3.0  # times that rounds of one model differ when a machine does other things as well
+BUSY_SPREAD = 3.0  # the fastest round of one model over its slowest, above which the machine was busy
 
 
 class Frozen(BaseModel):
-    """What was found does not change, and holds nothing else."""
+    """Base of the records: immutable, without unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Estimate(Frozen):
-    """A measured value and its interval, from `units` independent pieces; no interval from a single one."""
+    """A measured value and its interval over `units` independent units. One unit gives no interval."""
 
     value: float
     low: float | None
@@ -33,7 +36,7 @@ class Estimate(Frozen):
 
 
 class Memory(Frozen):
-    """Resident bytes of a fresh process before and after loading and at its highest; on CUDA also of the device."""
+    """Resident bytes of a fresh process: before loading, after it, and the peak. On CUDA also those of the device."""
 
     before_bytes: int
     loaded_bytes: int
@@ -45,7 +48,7 @@ class Memory(Frozen):
 class Model(Frozen):
     """A model and its files. `source` is as given; method, target and recipe are those of niwaki's record, if any.
 
-    `file_bytes`: weight files and what niwaki runs beside them; `decoder_bytes`: what the tensors of the blocks store.
+    `file_bytes`: weight files, the predictor of a contextual model included. `decoder_bytes`: tensors of the blocks.
     """
 
     name: str
@@ -63,9 +66,9 @@ class Model(Frozen):
 
 
 class Throughput(Frozen):
-    """Tokens a second of every round, dense and candidate in turns, and the ratio of their times (candidate / dense).
+    """Tokens per second of every round, dense and candidate in turns, and the ratio of times (candidate / dense).
 
-    The ratio is the median over rounds; its interval holds for any distribution of times.
+    The ratio is the median over rounds. Its interval holds for any distribution of times.
     """
 
     tokens: int
@@ -76,26 +79,26 @@ class Throughput(Frozen):
     latency_ratio: Estimate
 
     @property
-    def dense_swing(self) -> float:
-        """How many times as fast the fastest round of the dense model was as its slowest: what the machine did."""
+    def dense_spread(self) -> float:
+        """Return the fastest round of the dense model over its slowest. A large value shows a busy machine."""
         return max(self.dense_tokens_per_s) / min(self.dense_tokens_per_s)
 
 
 class Speed(Frozen):
-    """One sequence at a time: reading a prompt, then writing behind it."""
+    """Prefill of a prompt and decoding after it, one sequence at a time."""
 
     threads: int
     prefill: Throughput
     decode: Throughput
 
     @property
-    def paces(self) -> dict[str, Throughput]:
-        """Both by the names of their metrics."""
+    def throughputs(self) -> dict[str, Throughput]:
+        """Return both by the names of their metrics."""
         return {"prefill_latency_ratio": self.prefill, "decode_latency_ratio": self.decode}
 
 
 class Quality(Frozen):
-    """Both models on the same predicted tokens. `units`: what was resampled for the intervals."""
+    """Both models on the same predicted tokens. The intervals resample `units`."""
 
     tokens: int
     units: int
@@ -108,15 +111,15 @@ class Quality(Frozen):
 
 
 class DataQuality(Frozen):
-    """One data file, whole and by the `domain` of its documents (empty if none has one)."""
+    """One data file, whole and by the `domain` of its documents (empty if no document has one)."""
 
     data: str
     whole: Quality
     domains: dict[str, Quality]
 
 
-class Paired(Frozen):
-    """Answers of both models to the same questions. `loss`: dense accuracy − candidate's accuracy.
+class PairedAccuracy(Frozen):
+    """Answers of both models to the same questions. `loss`: dense accuracy − candidate accuracy.
 
     `mcnemar_p`: exact two-sided McNemar test of no difference. The lists hold positions of questions in the file.
     """
@@ -130,7 +133,7 @@ class Paired(Frozen):
 
 
 class Flip(Frozen):
-    """A question that one model answers rightly and the other wrongly, by accuracy."""
+    """A question that only one of the models answers correctly, by likelihood."""
 
     question: int
     context: str
@@ -140,17 +143,17 @@ class Flip(Frozen):
 
 
 class TaskQuality(Frozen):
-    """One task file, by likelihood and by likelihood per character; the first `flips` with their texts."""
+    """One task file, scored by likelihood and by likelihood per character. `flips`: the first ones, with texts."""
 
     task: str
     questions: int
-    accuracy: Paired
-    accuracy_norm: Paired
+    accuracy: PairedAccuracy
+    accuracy_norm: PairedAccuracy
     flips: tuple[Flip, ...]
 
 
 class Generation(Frozen):
-    """A prompt continued greedily by both; token strings. `diverges_at`: first place where they differ, if any."""
+    """A prompt that both models continue greedily, as token strings. `diverges_at`: the first different token."""
 
     prompt: str
     dense: tuple[str, ...]
@@ -161,7 +164,7 @@ class Generation(Frozen):
 
 
 class TokenDivergence(Frozen):
-    """One predicted token: what stands there, how far the distributions lie apart and what each found most likely."""
+    """One predicted token: its text, the KL divergence there, and the most likely token of each model."""
 
     token: str
     kl: float
@@ -172,7 +175,7 @@ class TokenDivergence(Frozen):
 
 
 class Example(Frozen):
-    """A passage of the data with the tokens before it; `kl` is the mean over its tokens."""
+    """A passage of the data and the text before it. `kl` is the mean over its tokens."""
 
     data: str
     domain: str | None
@@ -182,7 +185,7 @@ class Example(Frozen):
 
 
 class Verdict(Frozen):
-    """One gate on one file. `bound` is the end of the interval that was judged; None if it could not be."""
+    """One gate on one file. `bound`: the judged end of the interval, None if the gate could not be judged."""
 
     gate: str
     about: str
@@ -195,11 +198,11 @@ class Verdict(Frozen):
 
 
 class Scoring(Frozen):
-    """How text went through the candidate.
+    """The path of text through the candidate.
 
-    `streamed`: block by block, every token. `runtime` (contextual): the first `first_tokens` of every window are read
-    with all weights and not compared, the others run as if they were written, on what the prompt needs; `dense_windows`
-    of `windows` were answered with all weights anyway, the others skipped `skipped_frac` of them on average.
+    `streamed`: block by block, every token. `runtime` (contextual): the first `first_tokens` of every window are a
+    prompt. It runs with all weights and is not compared. The other tokens run with the weights that the prompt selects.
+    `dense_windows` of `windows` ran with all weights; the others skipped `skipped_frac` of the weights on average.
     """
 
     how: Literal["streamed", "runtime"]
@@ -210,7 +213,7 @@ class Scoring(Frozen):
 
 
 class Candidate(Frozen):
-    """Everything about one candidate against the dense model. `passed` is None without gates."""
+    """All results of one candidate against the dense model. `passed` is None without gates."""
 
     model: Model
     scoring: Scoring
@@ -224,8 +227,8 @@ class Candidate(Frozen):
     passed: bool | None
 
 
-class Settings(Frozen):
-    """What was asked for, resolved. `dtype` is the arithmetic of quality; speed and texts use the stored one."""
+class ComparisonSettings(Frozen):
+    """Resolved settings of a comparison. `dtype` is for quality; speed and texts use the stored dtype."""
 
     data: tuple[str, ...]
     tasks: tuple[str, ...]
@@ -243,7 +246,7 @@ class Settings(Frozen):
 
 
 class Environment(Frozen):
-    """Where the numbers come from."""
+    """The machine and the package versions of a measurement."""
 
     machine: str
     processor: str
@@ -256,7 +259,7 @@ class Environment(Frozen):
 
 
 class Comparison(Frozen):
-    """One dense model and its candidates. `passed`: all gates of all candidates, None without gates."""
+    """One dense model and its candidates. `passed`: all gates of all candidates pass, None without gates."""
 
     format: Literal[1] = 1
     kind: Literal["niwaki comparison"] = "niwaki comparison"
@@ -264,9 +267,26 @@ class Comparison(Frozen):
     command: str
     seconds: float
     confidence: float
-    settings: Settings
+    settings: ComparisonSettings
     environment: Environment
     dense: Model
     candidates: tuple[Candidate, ...]
-    gate: dict[str, float] | None
-    passed: bool | None
+    gate: dict[str, float] | None = None
+    passed: bool | None = None
+
+
+def read_comparison(path: str | Path) -> Comparison:
+    """Read a compare.json. Raises InputError for any other file."""
+    try:
+        return Comparison.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}. Expected the compare.json of a report") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its content"
+        raise InputError(f"{path} is no comparison of this niwaki ({where}: {first['msg']})") from error
+
+
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    """Write a comparison as JSON."""
+    write_text(path, comparison.model_dump_json(indent=1) + "\n")

@@ -2,7 +2,7 @@
 
 The page and its parts come from the gateway alone, and its content security policy allows nothing else. It asks for
 `/rollout/data` every two seconds; texts of requests are in there only where they are kept, and the page writes them as
-text, never as markup. Its style is that of `niwaki.measure.report.write`; plotly.js is one file that the browser keeps.
+text, never as markup. Its style is that of `niwaki.measure.report.page`; plotly.js is one file that the browser keeps.
 
 Bands are those of the last verdict, so that looking costs no arithmetic. Cost: some milliseconds in another thread;
 plotly.js is 4.8 MB, once.

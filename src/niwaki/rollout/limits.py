@@ -42,8 +42,9 @@ def quality_of(limits: Mapping[str, float]) -> list[str]:
 
 def _read(path: Path, candidate: str | None) -> dict[str, float]:
     # Only here: comparing needs torch, and a gateway without a file does not.
-    from niwaki.measure.compare.baseline import gate_text, read_comparison
+    from niwaki.measure.compare.baseline import gate_text
     from niwaki.measure.compare.gates import Gates, load_gates
+    from niwaki.measure.schema import read_comparison
 
     if path.suffix == ".json":
         gates = Gates(**yaml.safe_load(gate_text(read_comparison(path), candidate, MARGIN)))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from niwaki.kernels.cpu_module import cpu_module
-from niwaki.measure.bench.kernels import DECODED, DENSE, what_runs
+from niwaki.measure.bench.kernels import DECODED, DENSE, detect_kernels
 from niwaki.measure.bench.variants import four_bits, two_four, two_four_codes
 from niwaki.runtime import sparse_linear
 from niwaki.runtime.linear import PackedLinear
@@ -38,22 +38,23 @@ def expected(*paths: tuple[int, str]) -> str:
 
 def test_few_tokens_run_the_compiled_kernels() -> None:
     codes, nonzeros = layer(four_bits, PackedLinear), layer(two_four, SparseLinear)
-    assert what_runs(Model(codes), 1).kernel == expected((3, "AVX-512"), (2, "AVX2"))
-    assert what_runs(Model(nonzeros), 1).kernel == expected((4, "AVX-512 BF16"), (2, "AVX2"))
-    assert what_runs(Model(layer(two_four_codes, SparseLinear)), 16).kernel == expected((3, "AVX-512"), (2, "AVX2"))
+    assert detect_kernels(Model(codes), 1).kernel == expected((3, "AVX-512"), (2, "AVX2"))
+    assert detect_kernels(Model(nonzeros), 1).kernel == expected((4, "AVX-512 BF16"), (2, "AVX2"))
+    coded = Model(layer(two_four_codes, SparseLinear))
+    assert detect_kernels(coded, 16).kernel == expected((3, "AVX-512"), (2, "AVX2"))
 
 
 def test_many_tokens_are_seen_to_decode() -> None:
     codes = layer(four_bits, PackedLinear)
-    assert what_runs(Model(codes), 64).kernel == DECODED
+    assert detect_kernels(Model(codes), 64).kernel == DECODED
 
 
 def test_without_kernels_nonzeros_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse_linear, "reaches", lambda *_: False)
-    assert what_runs(Model(layer(two_four, SparseLinear)), 1).kernel == DECODED
+    assert detect_kernels(Model(layer(two_four, SparseLinear)), 1).kernel == DECODED
 
 
 def test_a_model_without_packed_layers_is_torch_and_two_kinds_are_both_told() -> None:
-    assert what_runs(Model(nn.Linear(8, 8)), 1).kernel == DENSE
+    assert detect_kernels(Model(nn.Linear(8, 8)), 1).kernel == DENSE
     both = Model(layer(four_bits, PackedLinear), layer(two_four_codes, SparseLinear))
-    assert what_runs(both, 64).kernel == f"{DECODED} + {expected((3, 'AVX-512'), (2, 'AVX2'))}"
+    assert detect_kernels(both, 64).kernel == f"{DECODED} + {expected((3, 'AVX-512'), (2, 'AVX2'))}"

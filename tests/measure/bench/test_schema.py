@@ -12,10 +12,10 @@ from rich.console import Console
 from niwaki.cli.bench import print_bench
 from niwaki.errors import InputError
 from niwaki.measure.bench.plot import draw
-from niwaki.measure.bench.schema import Bench, Cell, Row, Settings, cell, merged, with_all_rounds
+from niwaki.measure.bench.schema import Bench, BenchSettings, Cell, Row, make_cell, merge_benches, with_all_rounds
 from niwaki.measure.schema import Environment
 
-SETTINGS = Settings(
+SETTINGS = BenchSettings(
     device="cpu", dtype="bfloat16", threads=2, batches=(1, 4), context=16, new_tokens=8, prompt_tokens=64,
     rounds=3, seconds=60.0, steps="one call after another",
 )  # fmt: skip
@@ -26,7 +26,7 @@ ENVIRONMENT = Environment(
 
 
 def timed(batch: int, dense: list[float], own: list[float], kernel: str = "AVX2") -> Cell:
-    return cell(batch, 8 * batch, dense, own, kernel, steps=8, read_bytes=1000, bandwidth=16000.0)
+    return make_cell(batch, 8 * batch, dense, own, kernel, steps=8, read_bytes=1000, bandwidth=16000.0)
 
 
 def table(*rows: Row, **changes: Any) -> Bench:
@@ -47,16 +47,16 @@ def test_a_cell_is_medians_of_rounds_and_of_their_ratios() -> None:
 
 
 def test_a_share_needs_bytes_and_a_rate() -> None:
-    assert cell(1, 8, [1.0], [1.0], "torch", steps=8, read_bytes=None, bandwidth=1.0).bandwidth_share is None
-    assert cell(1, 8, [1.0], [1.0], "torch", steps=8, read_bytes=5).bandwidth_share is None
+    assert make_cell(1, 8, [1.0], [1.0], "torch", steps=8, read_bytes=None, bandwidth=1.0).bandwidth_share is None
+    assert make_cell(1, 8, [1.0], [1.0], "torch", steps=8, read_bytes=5).bandwidth_share is None
 
 
 def test_the_dense_row_has_the_rounds_of_all_turns() -> None:
-    dense = Row(form="dense", about="as it is", decode=(timed(1, [1.0], [1.0], "torch"),))
+    dense = Row(variant="dense", about="as it is", decode=(timed(1, [1.0], [1.0], "torch"),))
     others = [
-        Row(form="bitmap", about="", decode=(timed(1, [1.0], [0.5]),)),
-        Row(form="2:4", about="", decode=(timed(1, [2.0, 4.0], [0.5, 0.5]),)),
-        Row(form="contextual", about="", reason="it cannot be"),
+        Row(variant="bitmap", about="", decode=(timed(1, [1.0], [0.5]),)),
+        Row(variant="2:4", about="", decode=(timed(1, [2.0, 4.0], [0.5, 0.5]),)),
+        Row(variant="contextual", about="", reason="it cannot be"),
     ]
     found = with_all_rounds(dense, others).decode[0]
     assert found.tokens_per_s == (8.0, 4.0, 2.0) and found.median_tokens_per_s == 4
@@ -65,18 +65,20 @@ def test_the_dense_row_has_the_rounds_of_all_turns() -> None:
 
 
 def test_pieces_of_a_table_become_one() -> None:
-    dense = Row(form="dense", about="as it is", peak_bytes=5, decode=(timed(1, [1.0], [1.0], "torch"),))
-    old = table(dense, Row(form="2:4", about="", peak_bytes=7, decode=(timed(1, [1.0], [0.5]),)), prompt_tokens=0)
-    read = cell(1, 64, [4.0], [2.0], "decoded, then torch")
-    dense_read = dense.model_copy(update={"decode": (), "peak_bytes": 9, "prefill": cell(1, 64, [4.0], [4.0], "torch")})
-    new = table(dense_read, Row(form="2:4", about="", peak_bytes=6, prefill=read), batches=(), new_tokens=64)
-    found = merged(old, new)
-    assert [row.form for row in found.rows] == ["dense", "2:4"]
+    dense = Row(variant="dense", about="as it is", peak_bytes=5, decode=(timed(1, [1.0], [1.0], "torch"),))
+    old = table(dense, Row(variant="2:4", about="", peak_bytes=7, decode=(timed(1, [1.0], [0.5]),)), prompt_tokens=0)
+    read = make_cell(1, 64, [4.0], [2.0], "decoded, then torch")
+    dense_read = dense.model_copy(
+        update={"decode": (), "peak_bytes": 9, "prefill": make_cell(1, 64, [4.0], [4.0], "torch")}
+    )
+    new = table(dense_read, Row(variant="2:4", about="", peak_bytes=6, prefill=read), batches=(), new_tokens=64)
+    found = merge_benches(old, new)
+    assert [row.variant for row in found.rows] == ["dense", "2:4"]
     assert found.rows[1].prefill == read and found.rows[1].decode == old.rows[1].decode
     assert [row.peak_bytes for row in found.rows] == [9, 7]
     assert found.rows[1].columns(found.settings) == [old.rows[1].decode[0], None, read]
     assert found.settings.new_tokens == 8 and found.settings.batches == (1, 4) and found.settings.prompt_tokens == 64
-    again = merged(found, table(dense, Row(form="2:4", about="", decode=(timed(1, [3.0], [1.0]),))))
+    again = merge_benches(found, table(dense, Row(variant="2:4", about="", decode=(timed(1, [3.0], [1.0]),))))
     assert again.rows[1].decode[0].speedup.value == 3 and again.rows[0].decode[0].tokens_per_s == (8 / 3,)
 
 
@@ -89,13 +91,13 @@ def test_pieces_of_a_table_become_one() -> None:
     ],
 )
 def test_other_settings_are_another_table(changes: dict[str, Any], message: str) -> None:
-    dense = Row(form="dense", about="as it is")
+    dense = Row(variant="dense", about="as it is")
     with pytest.raises(InputError, match=message):
-        merged(table(dense), table(dense, **changes))
+        merge_benches(table(dense), table(dense, **changes))
 
 
 def test_json_comes_back_whole_and_nothing_else_is_read() -> None:
-    found = table(Row(form="dense", about="as it is", decode=(timed(1, [1.0], [1.0]),)))
+    found = table(Row(variant="dense", about="as it is", decode=(timed(1, [1.0], [1.0]),)))
     text = found.model_dump_json()
     assert Bench.model_validate_json(text) == found
     with pytest.raises(ValidationError):
@@ -103,9 +105,9 @@ def test_json_comes_back_whole_and_nothing_else_is_read() -> None:
 
 
 def test_a_plot_is_drawn_of_what_there_is_and_is_the_same_every_time(tmp_path: Path) -> None:
-    row = Row(form="2:4", about="", weight_bytes=10, peak_bytes=20, decode=(timed(4, [1.0], [0.5]),))
+    row = Row(variant="2:4", about="", weight_bytes=10, peak_bytes=20, decode=(timed(4, [1.0], [0.5]),))
     found = table(
-        Row(form="dense", about="", decode=(timed(1, [1.0], [1.0]),)), row, Row(form="x", about="", reason="no")
+        Row(variant="dense", about="", decode=(timed(1, [1.0], [1.0]),)), row, Row(variant="x", about="", reason="no")
     )
     drawn = []
     for name in ("one.svg", "other.svg"):
@@ -117,9 +119,9 @@ def test_a_plot_is_drawn_of_what_there_is_and_is_the_same_every_time(tmp_path: P
 
 
 def test_slower_is_said_of_what_is_slower_in_every_round() -> None:
-    dense = Row(form="dense", about="as it is", decode=(timed(1, [1.0], [1.0], "torch"),))
-    sure = Row(form="2:4", about="", decode=(timed(1, [1.0, 1.0, 1.0], [1.5, 1.1, 2.0]),))
-    noise = Row(form="bitmap", about="", decode=(timed(1, [1.0, 2.0, 1.0], [1.5, 1.1, 2.0]),))
+    dense = Row(variant="dense", about="as it is", decode=(timed(1, [1.0], [1.0], "torch"),))
+    sure = Row(variant="2:4", about="", decode=(timed(1, [1.0, 1.0, 1.0], [1.5, 1.1, 2.0]),))
+    noise = Row(variant="bitmap", about="", decode=(timed(1, [1.0, 2.0, 1.0], [1.5, 1.1, 2.0]),))
     console = Console(width=200, record=True, file=io.StringIO())
     print_bench(console, table(dense, sure, noise))
     text = console.export_text()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from niwaki.measure.bench import timing
-from niwaki.measure.bench.timing import Meter, bandwidth, in_turns
+from niwaki.measure.bench.timing import MemoryMeter, measure_bandwidth, time_in_turns
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def works(order: list[str], clock: list[float]) -> list[Callable[[], float]]:
 
 def test_turns_alternate_and_every_round_is_kept() -> None:
     order, clock = list[str](), [0.0]
-    found = in_turns(works(order, clock), rounds=3, seconds=100, clock=lambda: clock[0])
+    found = time_in_turns(works(order, clock), rounds=3, seconds=100, clock=lambda: clock[0])
     assert order == ["dense", "form"] * 3
     assert found == [[1.0] * 3, [2.0] * 3]
 
@@ -35,7 +35,7 @@ def test_turns_alternate_and_every_round_is_kept() -> None:
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.5, 1), (3.0, 1), (3.5, 2), (9.0, 3)])
 def test_no_round_begins_when_the_time_is_over_and_one_always_does(seconds: float, rounds: int) -> None:
     order, clock = list[str](), [0.0]
-    found = in_turns(works(order, clock), rounds=5, seconds=seconds, clock=lambda: clock[0])
+    found = time_in_turns(works(order, clock), rounds=5, seconds=seconds, clock=lambda: clock[0])
     assert [len(times) for times in found] == [rounds, rounds]
 
 
@@ -47,11 +47,11 @@ def test_bandwidth_is_bytes_over_the_median_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(timing, "CPU_BYTES", 4000)
     monkeypatch.setattr(timing, "RUNS", 3)
     monkeypatch.setattr(timing, "now", lambda device: next(clock))
-    assert bandwidth(CPU) == 2000
+    assert measure_bandwidth(CPU) == 2000
 
 
 def test_a_meter_sees_what_was_taken_and_given_back() -> None:
-    meter = Meter(CPU)
+    meter = MemoryMeter(CPU)
     meter.begin()
     held = torch.ones(2**25)  # 128 MiB
     del held

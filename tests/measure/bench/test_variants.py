@@ -9,8 +9,8 @@ from torch import Tensor
 
 from niwaki.errors import ArchitectureError, NiwakiError, TargetError
 from niwaki.formats.sparse import SLACK_BYTES
-from niwaki.measure.bench.models import read_bytes, tensors_of, twin, weight_bytes
-from niwaki.measure.bench.variants import FORMS, Made
+from niwaki.measure.bench.models import copy_sharing_tensors, read_bytes, tensors_of, weight_bytes
+from niwaki.measure.bench.variants import VARIANTS, VariantModel
 from niwaki.model.anatomy import Anatomy, discover
 from niwaki.model.hf import build_skeleton
 from niwaki.runtime.linear import PackedLinear
@@ -65,7 +65,7 @@ def test_a_packed_form_takes_the_bytes_of_its_format_and_shares_the_ends(
     name: str, dense: Any, anatomy: Anatomy
 ) -> None:
     before = {key: tensor.clone() for key, tensor in dense.state_dict().items()}
-    made = FORMS[name].make(dense, anatomy).model
+    made = VARIANTS[name].make(dense, anatomy).model
     expected = 2 * sum(stored_bytes(name, *shape) for shape in MATRICES)
     assert weight_bytes(made) == expected + ENDS + ROTARY
     assert read_bytes(made) == weight_bytes(made) - 96 * 64 * 2
@@ -79,7 +79,7 @@ def test_a_packed_form_takes_the_bytes_of_its_format_and_shares_the_ends(
 
 @pytest.mark.parametrize(("name", "most"), [("bitmap", 0.5), ("2:4", 0.5), ("2:4+4bit", 0.5)])
 def test_masks_keep_the_largest_half(name: str, most: float, dense: Any, anatomy: Anatomy) -> None:
-    made = FORMS[name].make(dense, anatomy).model
+    made = VARIANTS[name].make(dense, anatomy).model
     weight_OI = dense.model.layers[0].mlp.up_proj.weight.float()
     found_OI = made.model.layers[0].mlp.gate_proj.weight_OI(torch.float32)  # the first of this shape
     first_OI = dense.model.layers[0].mlp.gate_proj.weight.float()
@@ -96,7 +96,7 @@ def test_masks_keep_the_largest_half(name: str, most: float, dense: Any, anatomy
 
 
 def test_a_packed_form_multiplies_what_it_stores(dense: Any, anatomy: Anatomy) -> None:
-    made = FORMS["bitmap"].make(dense, anatomy).model
+    made = VARIANTS["bitmap"].make(dense, anatomy).model
     x_NI = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     layer = made.model.layers[1].self_attn.o_proj
     expected_NO = x_NI.double() @ layer.weight_OI(torch.float64).T
@@ -105,14 +105,14 @@ def test_a_packed_form_multiplies_what_it_stores(dense: Any, anatomy: Anatomy) -
 
 def test_biases_stay() -> None:
     model = build(families()["opt"].config)
-    made = FORMS["2:4"].make(model, anatomy_of(model)).model
+    made = VARIANTS["2:4"].make(model, anatomy_of(model)).model
     layer = made.model.decoder.layers[0].fc1
     assert isinstance(layer, SparseLinear)
     assert layer.bias is model.model.decoder.layers[0].fc1.bias
 
 
 def test_structured_has_a_quarter_less_in_its_blocks(dense: Any, anatomy: Anatomy) -> None:
-    made = FORMS["structured"].make(dense, anatomy)
+    made = VARIANTS["structured"].make(dense, anatomy)
     small, full = made.model.model.layers[0], dense.model.layers[0]
     count = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in full.parameters())
     assert 0.65 < count <= 0.75
@@ -120,22 +120,22 @@ def test_structured_has_a_quarter_less_in_its_blocks(dense: Any, anatomy: Anatom
     rows = small.mlp.up_proj.out_features
     assert torch.equal(small.mlp.up_proj.weight, full.mlp.up_proj.weight[:rows])
     assert made.model.lm_head.weight is dense.lm_head.weight
-    assert "of the blocks gone" in made.detail
+    assert "of the blocks removed" in made.detail
     assert torch.isfinite(_logits(made)).all()
 
 
 def test_contextual_skips_half_by_the_runtime_path(dense: Any, anatomy: Anatomy) -> None:
-    made = FORMS["contextual"].make(dense, anatomy)
+    made = VARIANTS["contextual"].make(dense, anatomy)
     ids_BT = torch.arange(1, 18)[None]
     made.model.generate(ids_BT, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
     record = made.model.contextual.records[-1]
     assert record.sparse_tokens == 2 and abs(record.skipped_frac[-1] - 0.5) < 0.05
-    assert sum(tensor.numel() for tensor in made.beside) == made.model.contextual.shadow.predictor.parameters
+    assert sum(tensor.numel() for tensor in made.extra_tensors) == made.model.contextual.shadow.predictor.parameters
     assert not hasattr(dense, "contextual")
 
 
 def test_a_twin_shares_every_tensor_and_no_module(dense: Any) -> None:
-    other = twin(dense)
+    other = copy_sharing_tensors(dense)
     assert tensors_of(other).keys() == tensors_of(dense).keys()
     assert not set(map(id, other.modules())) & set(map(id, dense.modules()))
 
@@ -158,16 +158,16 @@ REASONS = [
 def test_what_cannot_be_made_says_why(family: str, form: str, kind: type[NiwakiError], message: str) -> None:
     model = build(families()[family].config)
     with pytest.raises(kind, match=message):
-        FORMS[form].make(model, anatomy_of(model))
+        VARIANTS[form].make(model, anatomy_of(model))
 
 
 def test_fused_experts_stay_dense_and_are_told() -> None:
     model = build(families()["mixtral"].config)
-    made = FORMS["2:4"].make(model, anatomy_of(model))
+    made = VARIANTS["2:4"].make(model, anatomy_of(model))
     experts = sum(linear.expert is not None for linear in anatomy_of(model).blocks[0].linears.values())
     assert made.detail == f"{3 * experts} matrices that are no nn.Linear stay dense"
 
 
-def _logits(made: Made) -> Tensor:
+def _logits(made: VariantModel) -> Tensor:
     logits: Tensor = made.model(torch.arange(1, 5)[None]).logits
     return logits

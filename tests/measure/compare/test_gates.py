@@ -13,26 +13,35 @@ from rich.console import Console
 from niwaki.cli.compare import print_comparison
 from niwaki.compression.model_card import BEGIN, END
 from niwaki.errors import InputError
-from niwaki.measure.compare.baseline import gate_text, read_comparison
-from niwaki.measure.compare.files import junit
-from niwaki.measure.compare.gates import LIMITS, Gates, each_confidence, judge, judged, load_gates, measurements
+from niwaki.measure.compare.baseline import gate_text
+from niwaki.measure.compare.gates import (
+    LIMITS,
+    Gates,
+    each_confidence,
+    judge,
+    judge_comparison,
+    load_gates,
+    measurements,
+)
+from niwaki.measure.compare.report_folder import junit
 from niwaki.measure.intervals import loss_interval
 from niwaki.measure.metrics import METRICS
-from niwaki.measure.report.card import put_comparison
+from niwaki.measure.report.comparison_card import put_comparison
 from niwaki.measure.schema import (
     Candidate,
     Comparison,
+    ComparisonSettings,
     DataQuality,
     Environment,
     Estimate,
     Model,
-    Paired,
+    PairedAccuracy,
     Quality,
     Scoring,
-    Settings,
     Speed,
     TaskQuality,
     Throughput,
+    read_comparison,
 )
 
 
@@ -63,7 +72,7 @@ def pace(ratio: Estimate) -> Throughput:
 
 def candidate(**changes: Any) -> Candidate:
     whole = quality(estimate(1.03, 1.01, 1.05), estimate(0.02, 0.015, 0.025), estimate(0.96, 0.95, 0.97))
-    answers = Paired(
+    answers = PairedAccuracy(
         dense_accuracy=0.5, accuracy=0.49, loss=estimate(0.01, -0.01, 0.03, 400), mcnemar_p=0.5,
         right_to_wrong=(1,), wrong_to_right=(),
     )  # fmt: skip
@@ -85,7 +94,7 @@ def candidate(**changes: Any) -> Candidate:
 def comparison(*candidates: Candidate) -> Comparison:
     return Comparison(
         date="2026-01-01T00:00:00+00:00", command="niwaki compare", seconds=1.0, confidence=0.95,
-        settings=Settings(
+        settings=ComparisonSettings(
             data=("d.jsonl",), tasks=("t.jsonl",), prompts=None, field="text", seq_len=8, max_tokens=None, limit=None,
             rounds=9, prompt_tokens=4, new_tokens=4, seed=0, device="cpu", dtype="float32",
         ),
@@ -105,10 +114,10 @@ def verdict(gate: str, limit: float, confidence: float = 0.95, **changes: Any) -
 JUDGED = [
     # measured 1.03 up to 1.05: beyond the interval, inside it, below it
     ("max_perplexity_ratio", 1.06, True, "at most 1.05"),
-    ("max_perplexity_ratio", 1.04, False, "evidence is too small"),
+    ("max_perplexity_ratio", 1.04, False, "too little evidence"),
     ("max_perplexity_ratio", 1.02, False, "measured 1.03, limit 1.02"),
     ("max_kl", 0.026, True, "at most 0.025"),
-    ("max_kl", 0.021, False, "evidence is too small"),
+    ("max_kl", 0.021, False, "too little evidence"),
     ("min_top1_agreement", 0.94, True, "at least 0.95"),
     ("min_top1_agreement", 0.955, False, "may be down to 0.95"),
     ("min_top1_agreement", 0.97, False, "measured 0.96, limit 0.97"),
@@ -142,7 +151,7 @@ def test_too_few_pieces_of_evidence_fail_however_good_they_look() -> None:
         few = (DataQuality(data="d", whole=whole, domains={}),)
         passed, reason = verdict("max_perplexity_ratio", 1.5, confidence, data=few)
         assert passed is wanted
-        assert wanted or f"only {units} independent pieces of evidence" in reason
+        assert wanted or f"only {units} independent units" in reason
     none = quality(estimate(1.0, None, None, 1), estimate(0, None, None, 1), estimate(1, None, None, 1))
     assert not verdict("max_kl", 1, data=(DataQuality(data="d", whole=none, domains={}),))[0]
     rounds = Speed(threads=1, prefill=pace(estimate(0.1, None, None, 3)), decode=pace(estimate(0.1, None, None, 3)))
@@ -161,7 +170,7 @@ def test_every_file_must_pass() -> None:
     found = judge(both, Gates(max_perplexity_ratio=1.1), 0.95)
     assert [(one.about, one.passed) for one in found.gates] == [("d.jsonl", True), ("e.jsonl", False)]
     assert found.passed is False
-    one_bad = judged(comparison(candidate(), both), Gates(max_perplexity_ratio=1.1))
+    one_bad = judge_comparison(comparison(candidate(), both), Gates(max_perplexity_ratio=1.1))
     assert [one.passed for one in one_bad.candidates] == [True, False] and one_bad.passed is False
 
 
@@ -210,13 +219,13 @@ def test_a_baseline_passes_the_gates_written_from_it(tmp_path: Path, margin: flo
     path.write_text(gate_text(baseline, margin=margin))
     gates = load_gates(path)
     assert set(gates.limits) == set(LIMITS)
-    assert judged(baseline, gates).passed is True
+    assert judge_comparison(baseline, gates).passed is True
     if margin == 0.1:
         assert gates.max_perplexity_ratio == 1.055  # 1.05, and a tenth of its distance from 1
         assert gates.max_kl == 0.0275 and gates.max_bytes == 440 and gates.min_top1_agreement == 0.945
     worse = quality(estimate(1.2, 1.15, 1.25), estimate(0.2, 0.1, 0.3), estimate(0.8, 0.7, 0.9))
     later = comparison(candidate(data=(DataQuality(data="d.jsonl", whole=worse, domains={}),)))
-    assert judged(later, gates).passed is False
+    assert judge_comparison(later, gates).passed is False
 
 
 def test_a_baseline_without_evidence_writes_comments(tmp_path: Path) -> None:
@@ -252,8 +261,8 @@ def test_a_busy_machine_gives_no_limits_of_speed_and_is_told_of(tmp_path: Path) 
     (tmp_path / "README.md").write_text(f"---\nlicense: mit\n---\n{BEGIN}\n{END}\n")
     put_comparison(tmp_path, found, found.candidates[0])
     rows = {line.split(" | ")[1]: line for line in (tmp_path / "README.md").read_text().splitlines() if "| " in line}
-    assert "a busy machine: the dense model alone differed by a factor of 4" in rows["reading a prompt, tokens/s"]
-    assert "busy" not in rows["writing, tokens/s"]
+    assert "a busy machine: rounds of the dense model differed by a factor of 4" in rows["prefill, tokens/s"]
+    assert "busy" not in rows["decode, tokens/s"]
 
 
 def test_a_tiny_limit_stays_a_number(tmp_path: Path) -> None:
@@ -281,7 +290,7 @@ def test_wrong_baselines(tmp_path: Path) -> None:
 
 def test_junit_has_a_suite_for_a_candidate_and_a_case_for_a_gate() -> None:
     gates = Gates(max_perplexity_ratio=1.1, max_kl=0.01)
-    root = Xml.fromstring(junit(judged(comparison(candidate(), candidate(model=model("a<&b", 1))), gates)))
+    root = Xml.fromstring(junit(judge_comparison(comparison(candidate(), candidate(model=model("a<&b", 1))), gates)))
     suites = root.findall("testsuite")
     assert [suite.get("name") for suite in suites] == ["small", "a<&b"]
     for suite in suites:
@@ -300,7 +309,7 @@ def test_junit_without_gates_skips_and_says_so() -> None:
 
 
 def test_a_comparison_survives_json() -> None:
-    found = judged(comparison(candidate()), Gates(max_kl=1))
+    found = judge_comparison(comparison(candidate()), Gates(max_kl=1))
     assert Comparison.model_validate_json(found.model_dump_json()) == found
     assert json.loads(found.model_dump_json())["gate"] == {"confidence": 0.95, "max_kl": 1.0}
 
@@ -317,12 +326,12 @@ def test_a_correction_divides_what_is_left_to_chance_by_the_verdicts_from_interv
 def test_a_correction_needs_intervals_that_were_made_for_it() -> None:
     """Those of a comparison without it are too narrow: a failure that says so, never a pass."""
     gates = Gates(correction="bonferroni", max_kl=0.1, max_perplexity_ratio=1.1)
-    found = judged(comparison(candidate()), gates)
+    found = judge_comparison(comparison(candidate()), gates)
     assert not found.passed
     assert found.gate is not None and found.gate["each_confidence"] == pytest.approx(0.975)
     assert all("compare again with this gate" in verdict.reason for verdict in found.candidates[0].gates)
     wide = comparison(candidate()).model_copy(update={"confidence": 0.975})
-    assert judged(wide, gates).passed
+    assert judge_comparison(wide, gates).passed
 
 
 @pytest.mark.parametrize(("correction", "least", "most"), [("none", 0.08, 0.25), ("bonferroni", 0.0, 0.045)])
@@ -336,7 +345,7 @@ def test_of_six_limits_that_are_just_broken_none_passes_by_chance(correction: An
         found = []
         for lost, won, _ in rng.multinomial(questions, (0.06, 0.04, 0.9), size=tasks):
             loss = estimate(*loss_interval(int(lost), int(won), questions, each, rng), questions)
-            answers = Paired(
+            answers = PairedAccuracy(
                 dense_accuracy=0.5, accuracy=0.5, loss=loss, mcnemar_p=1.0, right_to_wrong=(), wrong_to_right=()
             )
             found.append(TaskQuality(task="t", questions=questions, accuracy=answers, accuracy_norm=answers, flips=()))

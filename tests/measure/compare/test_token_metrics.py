@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from niwaki.errors import NumericalError
-from niwaki.measure.compare.token_metrics import Scored, Text, data_quality, score_text, worst_examples
+from niwaki.measure.compare.token_metrics import Text, TokenScores, data_quality, score_text, worst_examples
 
 SIMULATIONS = 400
 PLAUSIBLE = range(9, 35)  # of 400 at 5 %: P(outside) = 0.3 % for a binomial
@@ -27,7 +27,7 @@ def text_of(windows: int, tokens: int, documents: int) -> Text:
     return Text("t", ids_ST, owners_ST, [None] * documents)
 
 
-def equal_models(text: Text, rng: np.random.Generator) -> Scored:
+def equal_models(text: Text, rng: np.random.Generator) -> TokenScores:
     """Two models that are equally good on average, each with its own luck with every document and every token."""
     shape = (len(text.ids_ST), text.ids_ST.shape[1] - 1)
     owners_SP = text.owners_ST[:, 1:].numpy()
@@ -35,7 +35,7 @@ def equal_models(text: Text, rng: np.random.Generator) -> Scored:
         3 + rng.normal(0, 0.3, len(text.domains))[owners_SP] + rng.exponential(1.0, shape) for _ in ("dense", "other")
     ]
     tops = [rng.integers(0, 26, shape) for _ in nlls]
-    return Scored(text, 0, *nlls, rng.exponential(0.1, shape), *tops)
+    return TokenScores(text, 0, *nlls, rng.exponential(0.1, shape), *tops)
 
 
 def test_equal_models_raise_5_percent_false_alarms_at_95() -> None:

@@ -75,11 +75,11 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 def record_likelihoods(monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[float]]:
     """Log-likelihoods of all continuations, ours and lm_eval's, filled while both score."""
     from niwaki.measure.evaluate import tasks
-    from niwaki.measure.evaluate.harness_model import Harnessed
+    from niwaki.measure.evaluate.harness_model import HarnessModel
 
     ours: list[float] = []
     theirs: list[float] = []
-    best, loglikelihood = tasks._best, Harnessed.loglikelihood
+    best, loglikelihood = tasks._best, HarnessModel.loglikelihood
 
     def recorded_best(values: list[float]) -> int:
         ours.extend(values)
@@ -91,7 +91,7 @@ def record_likelihoods(monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], li
         return found
 
     monkeypatch.setattr(tasks, "_best", recorded_best)
-    monkeypatch.setattr(Harnessed, "loglikelihood", recorded)
+    monkeypatch.setattr(HarnessModel, "loglikelihood", recorded)
     return ours, theirs
 
 
@@ -174,7 +174,7 @@ def test_contextual_models_are_scored_as_they_write(tmp_path: Path) -> None:
     rows = questions(6, words=20)
     write_task(tmp_path / "tasks", rows)
     result = niwaki.evaluate(model, lm_eval="mine", include_path=tmp_path / "tasks", device="cpu")
-    with pytest.raises(InputError, match="skips by input, and here all of its weights would be scored"):
+    with pytest.raises(InputError, match="skips weights by input"):
         niwaki.evaluate(model, data=text, device="cpu")
     found = result["lm_eval"]
     tokenizer, decoder = load_tokenizer(model), niwaki.load(model, device="cpu", dtype=torch.float32)

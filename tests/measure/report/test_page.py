@@ -13,8 +13,7 @@ import pytest
 import niwaki
 from niwaki.errors import InputError
 from niwaki.measure.report.layers import Layers, layers_of
-from niwaki.measure.report.page import LINES, render
-from niwaki.measure.report.write import PAGE, write_page
+from niwaki.measure.report.page import MAX_LINES, PAGE, render, write_page
 from niwaki.measure.schema import Comparison
 from support.models import tiny_llama, write_texts
 from support.reports import EVIL, candidate, comparison, lines, without_evidence
@@ -159,7 +158,7 @@ def test_what_was_not_measured_is_left_out_and_said() -> None:
         "summary", "tradeoff", "measured", "tasks", "layers", "reproduce", "environment",
     ]  # fmt: skip
     assert "nothing was judged" in page.text and "were not measured (--rounds 0)" in page.text
-    assert "has no record of what was cut" in page.text
+    assert "there is no record of its matrices" in page.text
     empty = page_of(found, layers={"bare": layers_of([])})
     assert "No matrix was changed" in empty.text
 
@@ -169,7 +168,7 @@ def test_a_large_model_shows_the_worst_matrices_and_says_how_many_there_are() ->
     many[77]["error"] = 7.5
     found = comparison(candidate("four", 1.05))
     page = page_of(found, layers={"four": layers_of(many)})
-    assert f"{LINES} of 300 shown; all are in niwaki/blocks.jsonl." in page.text
+    assert f"{MAX_LINES} of 300 shown; all are in niwaki/blocks.jsonl." in page.text
     first = page.text.index("Every matrix of four")
     assert "7.5" in page.text[first : first + 900]
 

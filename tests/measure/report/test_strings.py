@@ -6,12 +6,12 @@ from string import Formatter
 
 import pytest
 
-import niwaki.measure.report.write
+import niwaki.measure.report.page
 from niwaki.errors import InputError
 from niwaki.measure.report.strings import LANGUAGES, check_language, date, strings
 
-FOLDER = Path(niwaki.measure.report.write.__file__).parent
-PARTS = ("metric_", "pieces_of_", "kind_", "measure_", "set_", "axis_")  # completed by a name of the evidence
+FOLDER = Path(niwaki.measure.report.page.__file__).parent
+PARTS = ("metric_", "units_of_", "kind_", "measure_", "set_", "axis_")  # completed by a name of the evidence
 
 
 def fields(text: str) -> set[str]:
@@ -44,10 +44,10 @@ def test_no_key_is_the_name_of_a_method_of_dictionaries() -> None:
 
 def test_names_of_the_evidence_have_texts() -> None:
     from niwaki.measure.metrics import METRICS
-    from niwaki.measure.schema import Kind, Settings, Unit
+    from niwaki.measure.schema import ComparisonSettings, Kind, Unit
 
-    wanted = {f"metric_{name}" for name in METRICS} | {f"set_{name}" for name in Settings.model_fields}
-    wanted |= {f"pieces_of_{name}" for name in Unit.__args__} | {f"kind_{name}" for name in Kind.__args__}
+    wanted = {f"metric_{name}" for name in METRICS} | {f"set_{name}" for name in ComparisonSettings.model_fields}
+    wanted |= {f"units_of_{name}" for name in Unit.__args__} | {f"kind_{name}" for name in Kind.__args__}
     for texts in LANGUAGES.values():
         assert wanted <= set(texts)
 

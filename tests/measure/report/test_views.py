@@ -12,9 +12,9 @@ EN, JA = strings("en"), strings("ja")
 
 def test_the_headline_counts_those_that_pass() -> None:
     good, bad = candidate("good", 1.05), candidate("bad", 1.4)
-    assert views.headline(EN, comparison(good, bad)) == "1 of 2 candidates keep all gates: good."
-    assert views.headline(EN, comparison(good)) == "Every candidate keeps all gates (1 of 1)."
-    assert views.headline(EN, comparison(bad)) == "No candidate keeps all gates (0 of 1)."
+    assert views.headline(EN, comparison(good, bad)) == "1 of 2 candidates pass all gates: good."
+    assert views.headline(EN, comparison(good)) == "Every candidate passes all gates (1 of 1)."
+    assert views.headline(EN, comparison(bad)) == "No candidate passes all gates (0 of 1)."
     assert "nothing was judged" in views.headline(EN, without_evidence())
 
 
@@ -44,7 +44,7 @@ def test_speed_without_an_interval_is_no_difference_that_is_told_apart() -> None
     first = candidate("four", 1.05)
     alone = first.speed.model_copy(update={"decode": pace(estimate(0.5, None, None, 3))})
     speed = views.cards(EN, comparison(first.model_copy(update={"speed": alone})))[0]["metrics"][1]
-    assert speed["lines"][1] == "no interval: only 3 independent pieces" and not speed["unclear"]
+    assert speed["lines"][1] == "no interval: only 3 independent units" and not speed["unclear"]
 
 
 def test_failed_gates_are_on_the_card_the_first_three_of_them() -> None:
@@ -65,7 +65,7 @@ REASONS = [
     (verdict("max_kl", 0.1, 0.05, None, False), "too little evidence for 95% confidence"),
     (verdict("max_kl", 0.1, None, None, False), "not measured"),
     (verdict("max_bytes", 5e6, 4e6, 4e6, True), "4.00 MB keeps the limit 5.00 MB"),
-    (verdict("max_bytes", 5e6, 6e6, 6e6, False), "6.00 MB breaks the limit 5.00 MB"),
+    (verdict("max_bytes", 5e6, 6e6, 6e6, False), "6.00 MB exceeds the limit 5.00 MB"),
 ]
 
 
@@ -116,8 +116,8 @@ def test_tokens_of_examples_have_a_level_and_what_was_expected() -> None:
     first = found["examples"][0]
     assert [token["level"] for token in first["tokens"]] == [0, 2, 4]
     assert [token["differs"] for token in first["tokens"]] == [False, True, True]
-    assert [token["shown"] for token in first["most"]][:2] == ["↵", "␣b"]
-    assert first["most"][0]["probability"] == "90.5% → 5.0%"
+    assert [token["shown"] for token in first["details"]][:2] == ["↵", "␣b"]
+    assert first["details"][0]["probability"] == "90.5% → 5.0%"
     assert len(passages.legend()) == 5
 
 

@@ -1,14 +1,13 @@
-"""How fast a model is in every form that niwaki can give it, on this machine: decoding, prompts, memory, bandwidth.
+"""Speed of every variant of a model on this machine: decoding, prefill, memory, bandwidth.
 
-    found = niwaki.bench("MODEL", ["OUT"], forms=["bitmap", "2:4", "4bit"])
-    found.rows[1].decode[0].speedup.value
+    bench = niwaki.bench("MODEL", ["OUT"], variants=["bitmap", "2:4", "4bit"])
+    bench.rows[1].decode[0].speedup.value
 
-Each form takes turns with the dense model; the two are in memory, and no third. Forms are made for speed alone (see
-`forms`); results of `compress` are measured as they are. A folder that holds a config.json and no weights is measured
-with random ones. Quality is no part of it: that is what `compare` is for.
+Each variant takes turns with the dense model, so two models are in memory. Variants are made for speed alone (see
+`variants`); results of `compress` are measured as they are. A folder with a config.json and no weights gets random
+weights. Quality is not measured here, but by `compare`.
 
-Cost: for every form its making (seconds) and, for every batch and the prompt, `rounds` turns or `seconds`, whichever
-comes first.
+Cost: every variant is made in seconds. Then every batch and the prompt take `rounds` turns or `seconds`, the smaller.
 """
 
 import gc
@@ -23,12 +22,12 @@ import torch
 
 from niwaki.config.events import Event, Report, silent
 from niwaki.errors import InputError, NiwakiError, unknown
-from niwaki.measure.bench.decoding import has_window
-from niwaki.measure.bench.models import dtype_of, only_config, random_model, read_config
-from niwaki.measure.bench.schema import DENSE, Bench, Row, Settings, with_all_rounds
-from niwaki.measure.bench.session import Plan, Side, measure, weigh
-from niwaki.measure.bench.variants import FORMS, Made
-from niwaki.measure.compare.describing import environment, names_of, record_of
+from niwaki.measure.bench.models import config_only_folder, random_model, read_config, resolve_dtype
+from niwaki.measure.bench.prefill_decode import has_window
+from niwaki.measure.bench.schema import DENSE, Bench, BenchSettings, Row, Workload, with_all_rounds
+from niwaki.measure.bench.session import TimedModel, measure, variant_bytes
+from niwaki.measure.bench.variants import VARIANTS, VariantModel
+from niwaki.measure.description import describe_environment, read_recipe, short_names
 from niwaki.model.anatomy import Anatomy, discover
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.device import pick_device, return_free_memory
@@ -39,12 +38,12 @@ from niwaki.version import __version__
 BATCHES, CONTEXT, NEW_TOKENS, PROMPT_TOKENS = (1, 4, 16), 128, 64, 2048
 ROUNDS, SECONDS = 5, 60.0
 NO_QUALITY = "not measured"
-QUALITY = f"{NO_QUALITY}: forms are made for speed alone, by magnitude and rounding"
+QUALITY = f"{NO_QUALITY}: variants are made for speed alone, by magnitude and rounding"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A form to be measured: one that is made here, or the folder of a result."""
+class BenchItem:
+    """A variant to measure: one that is made here, or the folder `source` of a result."""
 
     name: str
     about: str
@@ -55,7 +54,7 @@ def bench(
     model: str | Path,
     outs: str | Path | Sequence[str | Path] = (),
     *,
-    forms: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
     batches: Sequence[int] = BATCHES,
     context: int = CONTEXT,
     new_tokens: int = NEW_TOKENS,
@@ -66,157 +65,172 @@ def bench(
     device: str = "auto",
     dtype: str = "auto",
     report: Report = silent,
-    keep: Callable[[Bench], None] = lambda found: None,
+    keep: Callable[[Bench], None] = lambda bench: None,
+    forms: Sequence[str] | None = None,
 ) -> Bench:
-    """Measures the dense `model`, its `forms` (all of them if not given and there are no `outs`) and results.
+    """Measure the dense `model`, its `variants` (default without `outs`: all of them) and results `outs`.
 
-    `batches`: sequences that write `new_tokens` each behind `context` tokens; `prompt_tokens` are read, 0: none. `keep`
-    is called with what there is after every form. Raises InputError before anything is measured.
+    `batches`: numbers of sequences that decode `new_tokens` each after `context` tokens. `prompt_tokens`: length of the
+    prefill, 0 for none. `keep` gets the benchmark after every variant. `forms` is the old name of `variants`.
+    Raises InputError before the first measurement.
     """
     outs = [outs] if isinstance(outs, str | Path) else list(outs)
-    asked = _asked(forms, outs)
-    plan = Plan(tuple(batches), context, new_tokens, prompt_tokens, rounds, seconds)
-    _check_numbers(plan, threads)
+    items = _items(variants if forms is None else forms, outs)
+    workload = Workload(
+        batches=tuple(batches), context=context, new_tokens=new_tokens, prompt_tokens=prompt_tokens, rounds=rounds,
+        seconds=seconds,
+    )  # fmt: skip
+    _check_numbers(workload, threads)
     place = pick_device(device)
-    folder = only_config(model)
-    checkpoint = None if folder else Checkpoint.open(model)
-    if checkpoint is not None:
-        checkpoint.require_plain()
-    config: Any = read_config(folder) if folder else checkpoint and checkpoint.config
-    arithmetic = dtype_of(dtype, checkpoint, config)
-    _check_lengths(config, plan)
-    _check_outs(asked, config)
-    anatomy = discover(build_skeleton(config, arithmetic))
+    checkpoint, config = _open(model)
+    torch_dtype = resolve_dtype(dtype, checkpoint, config)
+    _check_lengths(config, workload)
+    items = _check_outs(items, config)
+    anatomy = discover(build_skeleton(config, torch_dtype))
     with _threads(threads):
-        if folder:
-            dense = random_model(config, arithmetic, place)
-        else:
-            dense = load(model, device=str(place), dense=True, dtype=arithmetic)
+        dense = _load_dense(model, None if checkpoint else config, torch_dtype, place)
         graphs = place.type == "cuda" and not has_window(dense)
-        found = Bench(
+        result = Bench(
             version=__version__,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             model=Path(model).name or str(model),
             architecture=(config.architectures or [type(dense).__name__])[0],
             blocks=len(anatomy.blocks),
             parameters=sum(parameter.numel() for parameter in dense.parameters()),
-            random_weights=folder is not None,
-            quality=NO_QUALITY if all(one.source for one in asked) else QUALITY,
-            environment=environment(place),
-            settings=_settings(plan, place, arithmetic, graphs),
-            rows=(),
+            random_weights=checkpoint is None,
+            quality=NO_QUALITY if all(item.source for item in items) else QUALITY,
+            environment=describe_environment(place),
+            settings=_settings(workload, place, torch_dtype, graphs),
         )
-        for rows in _measured(dense, anatomy, asked, plan, graphs, report):
-            found = found.model_copy(update={"rows": rows})
-            keep(found)
-    return found
+        for rows in _measure_all(dense, anatomy, items, workload, graphs, report):
+            result = result.model_copy(update={"rows": rows})
+            keep(result)
+    return result
 
 
-def _measured(
-    dense: Any, anatomy: Anatomy, asked: Sequence[Asked], plan: Plan, graphs: bool, report: Report
+def _open(model: str | Path) -> tuple[Checkpoint | None, Any]:
+    """Return the checkpoint and the config of a model. A folder with a config alone has no checkpoint."""
+    folder = config_only_folder(model)
+    if folder is not None:
+        return None, read_config(folder)
+    checkpoint = Checkpoint.open(model)
+    checkpoint.require_plain()
+    return checkpoint, checkpoint.config
+
+
+def _load_dense(model: str | Path, config: Any, dtype: torch.dtype, place: torch.device) -> Any:
+    """Load the dense model, or create one of random weights if `config` is given."""
+    if config is not None:
+        return random_model(config, dtype, place)
+    return load(model, device=str(place), dense=True, dtype=dtype)
+
+
+def _measure_all(
+    dense: Any, anatomy: Anatomy, items: Sequence[BenchItem], workload: Workload, graphs: bool, report: Report
 ) -> Iterator[tuple[Row, ...]]:
-    """All rows so far, the dense one first, after every form."""
-    counted = all(linear.expert is None for block in anatomy.blocks for linear in block.linears.values())
-    base, rows = Row(form=DENSE, about="as it is"), list[Row]()
-    side = Side(dense, weigh(Made(dense, "")), counted, graphs)
-    for number, form in enumerate(asked, 1):
-        row = Row(form=form.name, about=form.about, source=form.source)
+    """Yield all rows so far, the dense one first, after every variant."""
+    reads_all = all(linear.expert is None for block in anatomy.blocks for linear in block.linears.values())
+    dense_row, rows = Row(variant=DENSE, about="as it is"), list[Row]()
+    side = TimedModel(dense, variant_bytes(VariantModel(dense, "")), reads_all, graphs)
+    for number, item in enumerate(items, 1):
+        row = Row(variant=item.name, about=item.about, source=item.source)
         try:
-            made = _make(form, dense, anatomy)
-            mine = Side(made.model, weigh(made), counted, graphs and not has_window(made.model))
-            timed, own = measure(side, mine, plan)
-            row = row.model_copy(update={"detail": made.detail, **own})
-            base = base if base.cells else base.model_copy(update=timed)
-            del made, mine
+            variant = _make(item, dense, anatomy)
+            own_graphs = graphs and not has_window(variant.model)
+            own_side = TimedModel(variant.model, variant_bytes(variant), reads_all, own_graphs)
+            dense_fields, own_fields = measure(side, own_side, workload)
+            row = row.model_copy(update={"detail": variant.detail, **own_fields})
+            dense_row = dense_row if dense_row.cells else dense_row.model_copy(update=dense_fields)
+            del variant, own_side
         except (NiwakiError, torch.OutOfMemoryError) as error:
             row = row.model_copy(update={"reason": str(error).strip().split("\n")[0]})
         rows.append(row)
         _free()
-        report(Event.BENCH, done=number, of=len(asked), form=form.name)
-        yield (with_all_rounds(base, rows), *rows)
-    if not base.cells:
-        timed, _ = measure(side, None, plan)
-        yield (base.model_copy(update=timed), *rows)
+        report(Event.BENCH, done=number, of=len(items), variant=item.name)
+        yield (with_all_rounds(dense_row, rows), *rows)
+    if not dense_row.cells:
+        dense_fields, _ = measure(side, None, workload)
+        yield (dense_row.model_copy(update=dense_fields), *rows)
 
 
-def _make(form: Asked, dense: Any, anatomy: Anatomy) -> Made:
-    if form.source is None:
-        return FORMS[form.name].make(dense, anatomy)
-    loaded = load(form.source, device=str(dense.device), dtype=dense.dtype)
-    running = getattr(loaded, "contextual", None)
-    beside = () if running is None else tuple(running.shadow.predictor.tensors().values())
-    return Made(loaded, "", beside)
+def _make(item: BenchItem, dense: Any, anatomy: Anatomy) -> VariantModel:
+    if item.source is None:
+        return VARIANTS[item.name].make(dense, anatomy)
+    loaded = load(item.source, device=str(dense.device), dtype=dense.dtype)
+    contextual = getattr(loaded, "contextual", None)
+    predictor = () if contextual is None else tuple(contextual.shadow.predictor.tensors().values())
+    return VariantModel(loaded, "", predictor)
 
 
-def _asked(forms: Sequence[str] | None, outs: Sequence[str | Path]) -> list[Asked]:
-    """What is to be measured beside the dense model, which always is."""
-    wanted = list(forms) if forms is not None else [] if outs else list(FORMS)
+def _items(variants: Sequence[str] | None, outs: Sequence[str | Path]) -> list[BenchItem]:
+    """Return the variants and results to measure, without the dense model, which is always measured."""
+    wanted = list(variants) if variants is not None else [] if outs else list(VARIANTS)
     for name in wanted:
-        if name != DENSE and name not in FORMS:
-            raise InputError(unknown("form", name, [DENSE, *FORMS]))
-    found = [Asked(name, FORMS[name].about) for name in dict.fromkeys(wanted) if name != DENSE]
+        if name != DENSE and name not in VARIANTS:
+            raise InputError(unknown("variant", name, [DENSE, *VARIANTS]))
+    items = [BenchItem(name, VARIANTS[name].about) for name in dict.fromkeys(wanted) if name != DENSE]
     sources = [str(out) for out in outs]
-    for name, source in zip(names_of(sources), sources, strict=True):
+    for name, source in zip(short_names(sources), sources, strict=True):
         if name == DENSE or name in wanted:
             name = source
-        found.append(Asked(name, "", source))
-    return found
+        items.append(BenchItem(name, "", source))
+    return items
 
 
-def _check_numbers(plan: Plan, threads: int | None) -> None:
-    least = {
-        "context": (plan.context, 1),
-        "new": (plan.new_tokens, 1),
-        "prompt": (plan.prompt_tokens, 0),
-        "rounds": (plan.rounds, 1),
+def _check_numbers(workload: Workload, threads: int | None) -> None:
+    bounds = {
+        "context": (workload.context, 1),
+        "new": (workload.new_tokens, 1),
+        "prompt": (workload.prompt_tokens, 0),
+        "rounds": (workload.rounds, 1),
         "threads": (1 if threads is None else threads, 1),
     }
-    for name, (value, lowest) in least.items():
-        if value < lowest:
-            raise InputError(f"{name} must be {lowest} or more, got {value}")
-    if any(batch < 1 for batch in plan.batches) or len(set(plan.batches)) < len(plan.batches):
-        raise InputError(f"batches must be different numbers from 1 on, got {', '.join(map(str, plan.batches))}")
-    if not plan.seconds > 0:
-        raise InputError(f"seconds must be more than 0, got {plan.seconds}")
-    if not plan.batches and not plan.prompt_tokens:
+    for name, (value, min_value) in bounds.items():
+        if value < min_value:
+            raise InputError(f"{name} must be {min_value} or more, got {value}")
+    batches = workload.batches
+    if any(batch < 1 for batch in batches) or len(set(batches)) < len(batches):
+        raise InputError(f"batches must be different numbers from 1 on, got {', '.join(map(str, batches))}")
+    if not workload.seconds > 0:
+        raise InputError(f"seconds must be more than 0, got {workload.seconds}")
+    if not batches and not workload.prompt_tokens:
         raise InputError("nothing to measure: give a batch, or tokens of a prompt")
 
 
-def _check_lengths(config: Any, plan: Plan) -> None:
+def _check_lengths(config: Any, workload: Workload) -> None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = max(plan.prompt_tokens, plan.context + plan.new_tokens if plan.batches else 0)
+    decoded = workload.context + workload.new_tokens
+    longest = max(workload.prompt_tokens, decoded if workload.batches else 0)
     if positions is not None and longest > positions:
         raise InputError(
-            f"prompt {plan.prompt_tokens} and context + new {plan.context + plan.new_tokens} tokens: the model has "
-            f"{positions} positions: give --prompt, --context and --new within them"
+            f"prompt {workload.prompt_tokens} and context + new {decoded} tokens exceed the {positions} positions of "
+            "the model: lower --prompt, --context or --new"
         )
 
 
-def _check_outs(asked: list[Asked], config: Any) -> None:
-    """Opens every result, so that what cannot be read is said before anything is measured; completes `about`."""
-    for number, form in enumerate(asked):
-        if form.source is None:
+def _check_outs(items: list[BenchItem], config: Any) -> list[BenchItem]:
+    """Open every result before the first measurement, and return the items with `about` from their recipes."""
+    checked = []
+    for item in items:
+        if item.source is None:
+            checked.append(item)
             continue
-        checkpoint = Checkpoint.open(form.source)
-        theirs, ours = (c.get_text_config().vocab_size for c in (checkpoint.config, config))
-        if theirs != ours:
-            raise InputError(f"{form.source} has {theirs} tokens in its vocabulary, the model {ours}: not its result")
-        recipe = record_of(checkpoint.folder).get("recipe") or {}
+        checkpoint = Checkpoint.open(item.source)
+        own, dense = (c.get_text_config().vocab_size for c in (checkpoint.config, config))
+        if own != dense:
+            raise InputError(f"{item.source} has {own} tokens in its vocabulary, the model {dense}: not its result")
+        recipe = read_recipe(checkpoint.folder)
         about = " ".join(str(recipe[key]) for key in ("method", "target") if recipe.get(key)) or "as it is"
-        asked[number] = Asked(form.name, about, form.source)
+        checked.append(BenchItem(item.name, about, item.source))
+    return checked
 
 
-def _settings(plan: Plan, place: torch.device, dtype: torch.dtype, graphs: bool) -> Settings:
-    return Settings(
+def _settings(workload: Workload, place: torch.device, dtype: torch.dtype, graphs: bool) -> BenchSettings:
+    return BenchSettings(
+        **workload.model_dump(),
         device=str(place),
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        batches=plan.batches,
-        context=plan.context,
-        new_tokens=plan.new_tokens,
-        prompt_tokens=plan.prompt_tokens,
-        rounds=plan.rounds,
-        seconds=plan.seconds,
         steps="CUDA graphs" if graphs else "one call after another",
     )
 

@@ -1,7 +1,7 @@
-"""Which code multiplies a form's matrices at so many tokens: seen by running one layer, not read from a table.
+"""Detection of the kernels that multiply the matrices of a variant, for a number of tokens, by a run of one layer.
 
-A packed layer that calls a dense product of torch has decoded its matrix; one that does not ran a kernel of its own,
-of which the compiled module says what it uses on this processor.
+A packed layer that calls a dense product of torch has decoded its matrix. Any other ran its own kernel, and the
+compiled module reports the instruction set of this processor.
 
 Legend: N tokens, I inputs.
 """
@@ -26,15 +26,15 @@ _PATHS = {BF16: "AVX-512 BF16", AVX512: "AVX-512", AVX2: "AVX2"}  # of the compi
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What multiplied, and whether the host had to wait for the device on the way (then no CUDA graph holds it)."""
+class KernelRun:
+    """The kernel of a run. `waits`: the host waited for the device, so a CUDA graph cannot record it."""
 
     kernel: str
     waits: bool = False
 
 
-class _Products(TorchDispatchMode):
-    """The products of torch that run inside: of dense matrices, and of those for sparse tensor cores."""
+class _ProductObserver(TorchDispatchMode):
+    """Observer of the products of torch: of dense matrices, and of sparse tensor cores."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,41 +50,41 @@ class _Products(TorchDispatchMode):
 
 
 @torch.no_grad()
-def what_runs(model: Any, tokens: int) -> Ran:
-    """Of the packed layers of a model, the kinds that there are; `torch` where there are none."""
+def detect_kernels(model: Any, tokens: int) -> KernelRun:
+    """Return the kernels of every kind of packed layer of a model, `torch` if there are none."""
     layers: dict[type, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, PackedLinear | SparseLinear):
             known = layers.get(type(module))
-            # A CPU decides by the number of tokens alone, and the smallest layer tells; a GPU may go by size.
+            # A CPU selects by tokens alone, so the smallest layer is enough; a GPU may select by size.
             if known is None or _better(module, known, model.device.type == "cuda"):
                 layers[type(module)] = module
-    found = [_probed(layer, tokens, model) for layer in layers.values()]
-    kernels = dict.fromkeys(ran.kernel for ran in found)
-    return Ran(" + ".join(kernels) or DENSE, any(ran.waits for ran in found))
+    runs = [_probe(layer, tokens, model) for layer in layers.values()]
+    kernels = dict.fromkeys(run.kernel for run in runs)
+    return KernelRun(" + ".join(kernels) or DENSE, any(run.waits for run in runs))
 
 
 def contextual_kernel(model: Any, tokens: int) -> str:
-    """What multiplies the kept rows and columns of a contextual model."""
+    """Return the kernel that multiplies the kept rows and columns of a contextual model."""
     return "Triton rows" if model.device.type == "cuda" and tokens <= MAX_TOKENS else "torch on copies"
 
 
 def _better(one: Any, other: Any, large: bool) -> bool:
-    mine, theirs = (int(layer.out_features * layer.in_features) for layer in (one, other))
-    return mine > theirs if large else mine < theirs
+    size, other_size = (int(layer.out_features * layer.in_features) for layer in (one, other))
+    return size > other_size if large else size < other_size
 
 
-def _probed(layer: Any, tokens: int, model: Any) -> Ran:
+def _probe(layer: Any, tokens: int, model: Any) -> KernelRun:
     x_NI = torch.zeros(tokens, layer.in_features, dtype=model.dtype, device=model.device)
-    layer(x_NI)  # what is prepared once is no part of it
-    with _Products() as seen:
+    layer(x_NI)  # without this run, one-time preparations would be observed
+    with _ProductObserver() as products:
         layer(x_NI)
     waits = x_NI.is_cuda and _waits(layer, x_NI)
-    if seen.semi_structured:
-        return Ran("cuSPARSELt", waits)
-    if seen.dense:
-        return Ran(DECODED, waits)
-    return Ran("Triton" if x_NI.is_cuda else _cpu_path(layer, model.dtype), waits)
+    if products.semi_structured:
+        return KernelRun("cuSPARSELt", waits)
+    if products.dense:
+        return KernelRun(DECODED, waits)
+    return KernelRun("Triton" if x_NI.is_cuda else _cpu_path(layer, model.dtype), waits)
 
 
 def _cpu_path(layer: Any, dtype: torch.dtype) -> str:
@@ -95,7 +95,7 @@ def _cpu_path(layer: Any, dtype: torch.dtype) -> str:
 
 
 def _widest(layer: Any, dtype: torch.dtype) -> int:
-    """The widest path that there is for a layer."""
+    """Return the widest compiled path for a layer."""
     if isinstance(layer, PackedLinear):
         return 3
     stored = layer.described["sparse"]

@@ -1,8 +1,8 @@
-"""Models in memory: with random weights, as another one of the same tensors, and how many bytes they are.
+"""Models in memory: random weights, copies that share tensors, byte counts.
 
-A second model costs nothing but its modules: it holds the tensors of the first one until a form puts others there.
+A copy costs only its modules: it holds the tensors of the original until a variant replaces them.
 
-Cost: random weights take one pass; counting looks at no weight.
+Cost: random weights take one pass. Counting reads no weight.
 """
 
 import copy
@@ -19,11 +19,11 @@ from niwaki.model.hf import materialize_buffers
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
 
-SPREAD = 0.02  # of random weights
+RANDOM_STD = 0.02
 
 
-def only_config(model: str | Path) -> Path | None:
-    """The folder `model` if it holds a config.json and no weights of any kind."""
+def config_only_folder(model: str | Path) -> Path | None:
+    """Return the folder `model` if it holds a config.json and no weights, else None."""
     folder = Path(model).expanduser()
     kinds = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".gguf", ".onnx"}
     if not (folder / "config.json").is_file() or any(path.suffix in kinds for path in folder.iterdir()):
@@ -32,7 +32,7 @@ def only_config(model: str | Path) -> Path | None:
 
 
 def read_config(folder: Path) -> Any:
-    """config.json alone. Raises CheckpointError in one line."""
+    """Read a config.json without weights. Raises CheckpointError if transformers cannot use it."""
     from transformers import AutoConfig
 
     try:
@@ -43,7 +43,10 @@ def read_config(folder: Path) -> Any:
 
 
 def random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """The causal language model of a config with normal weights, made on the device."""
+    """Create the causal language model of a config with normal random weights on the device.
+
+    Raises ArchitectureError if transformers has no such model.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -62,52 +65,52 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
             if meta.dim() < 2:
                 tensor.fill_(1.0 if name == "weight" else 0.0)
             else:
-                tensor.normal_(0.0, SPREAD, generator=generator)
+                tensor.normal_(0.0, RANDOM_STD, generator=generator)
             module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     model.tie_weights()
     return model.eval()
 
 
-def twin(model: Any) -> Any:
-    """Another model of the same tensors."""
+def copy_sharing_tensors(model: Any) -> Any:
+    """Copy the modules of a model, and share its tensors."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, tensors)
 
 
 def tensors_of(model: nn.Module) -> dict[int, Tensor]:
-    """Every tensor that a model holds, once, by address."""
-    found = (*model.parameters(), *model.buffers())
-    return {tensor.data_ptr(): tensor for tensor in found if tensor.numel()}
+    """Return every tensor of a model once, by address."""
+    tensors = (*model.parameters(), *model.buffers())
+    return {tensor.data_ptr(): tensor for tensor in tensors if tensor.numel()}
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights; what the head shares with the embeddings once."""
+    """Count the bytes of all weights. Tensors that LM head and embeddings share count once."""
     return sum(tensor.nbytes for tensor in tensors_of(model).values())
 
 
 def read_bytes(model: nn.Module) -> int:
-    """Bytes of the weights that a step reads: all but embeddings that no head multiplies."""
-    found: dict[int, int] = {}
+    """Count the bytes of the weights that a step reads: all but embeddings that no LM head multiplies."""
+    sizes: dict[int, int] = {}
     for module in model.modules():
         if not isinstance(module, nn.Embedding):
-            found |= {tensor.data_ptr(): tensor.nbytes for tensor in _own(module)}
-    return sum(found.values())
+            sizes |= {tensor.data_ptr(): tensor.nbytes for tensor in _own_tensors(module)}
+    return sum(sizes.values())
 
 
-def _own(module: nn.Module) -> Iterator[Tensor]:
+def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters(recurse=False)
     yield from module.buffers(recurse=False)
     if isinstance(module, PackedLinear | SparseLinear):
-        yield from module.stored().values()  # also of a head that has the tensors of the embeddings
+        yield from module.stored().values()  # includes those of an LM head tied to the embeddings
 
 
-def dtype_of(name: str, checkpoint: Checkpoint | None, config: Any) -> torch.dtype:
-    """The arithmetic of a model: as asked, or as its weights are stored."""
+def resolve_dtype(name: str, checkpoint: Checkpoint | None, config: Any) -> torch.dtype:
+    """Return the named dtype. `auto` is that of the stored weights."""
     from niwaki.model.device import pick_dtype
 
-    asked = pick_dtype(name)
-    if asked is not None:
-        return asked
+    named = pick_dtype(name)
+    if named is not None:
+        return named
     if checkpoint is not None:
         return checkpoint.dtype
     stored = getattr(config, "dtype", None)

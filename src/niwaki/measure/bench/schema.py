@@ -1,29 +1,34 @@
-"""What a benchmark found, as it stands in its JSON file: rounds, bytes and what ran, nothing that is computed again.
+"""Record of a benchmark: the content of its JSON file, with every round.
 
-Every form was timed in turns with the dense model, so a cell holds the rounds of both. The dense row is made of the
-rounds of all others. Fields that were not measured are None or empty, never a guess.
+Every variant was timed in turns with the dense model, so a cell holds the rounds of both. The dense row holds its
+rounds in the turns of all variants. A field that was not measured is None or empty, never a guess.
 
-    Bench.model_validate_json(Path("bench.json").read_text())
+    bench = read_bench("bench.json")
 """
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import median
+from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from niwaki.errors import InputError
 from niwaki.measure.intervals import median_interval
 from niwaki.measure.schema import Environment, Estimate, Frozen
+from niwaki.model.files import write_text
 
-FORMAT = 1
 CONFIDENCE = 0.95
 DENSE = "dense"
 
 
 class Cell(Frozen):
-    """One kind of work: `sequences` that write, or read a prompt, `tokens` in all, at every round.
+    """One kind of work, decode or prefill: `sequences` with `tokens` in total per round.
 
-    `speedup` is the median over rounds of dense seconds over those of the form. `read_bytes`: weights that a step
-    reads; `bandwidth_share`: what they are of the measured rate of the memory. `kernel`: what multiplied. `note`: what
-    else a reader should know.
+    `speedup` is the median over rounds of dense seconds / seconds of the variant. `read_bytes`: weights that a step
+    reads. `bandwidth_share`: their rate as a share of the measured memory bandwidth. `kernel`: the code that
+    multiplied. `note`: a remark for readers.
     """
 
     sequences: int
@@ -40,14 +45,14 @@ class Cell(Frozen):
 
 
 class Row(Frozen):
-    """One form of the model, or why there is none (`reason`). `detail`: what of it follows from this model. `source` is
-    the folder of a result, None for a form made here.
+    """One variant of the model, or the `reason` why it was not measured. `detail`: a remark about this model.
 
-    `weight_bytes`: all weights in memory, embeddings and head too; `peak_bytes`: these and the most that the process
-    (CPU) or the device grew by while it read and wrote. `bandwidth_bytes_per_s` was measured before and after it.
+    `source`: the folder of a result, None for a variant made here. `weight_bytes`: all weights in memory, embeddings
+    and LM head included. `peak_bytes`: the same plus the max growth of the process (CPU) or of the device during the
+    work. `bandwidth_bytes_per_s`: the mean of one measurement before the work and one after it.
     """
 
-    form: str
+    variant: str
     about: str
     detail: str = ""
     source: str | None = None
@@ -60,34 +65,42 @@ class Row(Frozen):
 
     @property
     def cells(self) -> tuple[Cell, ...]:
-        """All that was timed."""
+        """Return all cells."""
         return (*self.decode, *([] if self.prefill is None else [self.prefill]))
 
-    def columns(self, settings: "Settings") -> list[Cell | None]:
-        """What was timed by the columns of a table: every batch, then the prompt; None where a piece is missing yet."""
+    def columns(self, settings: "Workload") -> list[Cell | None]:
+        """Return the cells in the columns of a table: every batch, then the prompt; None for a missing one."""
         by_batch = {cell.sequences: cell for cell in self.decode}
         return [*map(by_batch.get, settings.batches), *([self.prefill] if settings.prompt_tokens else [])]
 
 
-class Settings(Frozen):
-    """What was asked. `steps`: how tokens were written, as CUDA graphs or one call after another."""
+class Workload(Frozen):
+    """Work of every variant: `new_tokens` after `context` tokens per batch, and one prefill of `prompt_tokens`.
 
-    device: str
-    dtype: str
-    threads: int
+    Each kind of work has `rounds` turns, or fewer: no turn begins after `seconds`.
+    """
+
     batches: tuple[int, ...]
     context: int
     new_tokens: int
     prompt_tokens: int
     rounds: int
     seconds: float
+
+
+class BenchSettings(Workload):
+    """Resolved settings of a benchmark. `steps`: the kind of decode steps, CUDA graphs or one call after another."""
+
+    device: str
+    dtype: str
+    threads: int
     steps: str
 
 
 class Bench(Frozen):
-    """A whole benchmark; quality is no part of it."""
+    """A whole benchmark. Quality is not part of it."""
 
-    format: int = FORMAT
+    format: Literal[2] = 2
     version: str
     date: str
     model: str
@@ -97,11 +110,32 @@ class Bench(Frozen):
     random_weights: bool
     quality: str
     environment: Environment
-    settings: Settings
-    rows: tuple[Row, ...]
+    settings: BenchSettings
+    rows: tuple[Row, ...] = ()
 
 
-def cell(
+def read_bench(path: str | Path) -> Bench:
+    """Read a bench.json of format 2 or 1, which called a variant a form. Raises InputError for any other file."""
+    try:
+        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["format"] == 1:
+            rows = [
+                {"variant" if key == "form" else key: value for key, value in row.items()} for row in content["rows"]
+            ]
+            content |= {"format": 2, "rows": rows}
+        return Bench.model_validate_json(json.dumps(content))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}. Expected the JSON file of a benchmark") from error
+    except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no benchmark of this niwaki ({str(error).splitlines()[0]})") from error
+
+
+def write_bench(path: Path, bench: Bench) -> None:
+    """Write a benchmark as JSON."""
+    write_text(path, bench.model_dump_json(indent=1) + "\n")
+
+
+def make_cell(
     sequences: int,
     tokens: int,
     dense_seconds: Sequence[float],
@@ -112,9 +146,9 @@ def cell(
     bandwidth: float | None = None,
     note: str = "",
 ) -> Cell:
-    """A cell from the seconds of every round; a round is `steps` forwards, each of which reads `read_bytes`."""
+    """Return a cell from the seconds of every round of `steps` forwards, each of which reads `read_bytes`."""
     speeds = [tokens / each for each in seconds]
-    ratios = [theirs / ours for theirs, ours in zip(dense_seconds, seconds, strict=True)]
+    ratios = [dense / own for dense, own in zip(dense_seconds, seconds, strict=True)]
     value, low, high = median_interval(ratios, CONFIDENCE)
     share = None
     if read_bytes is not None and bandwidth is not None:
@@ -135,8 +169,8 @@ def cell(
 
 
 def with_all_rounds(dense: Row, others: Iterable[Row]) -> Row:
-    """The dense row with its rounds in the turns of all other rows."""
-    rows = [row for row in others if row.form != DENSE]
+    """Return the dense row with its rounds in the turns of all other rows."""
+    rows = [row for row in others if row.variant != DENSE]
     cells = [cell for row in rows for cell in row.decode]
     decode = [_pooled(own, [cell for cell in cells if cell.sequences == own.sequences]) for own in dense.decode]
     prefill = dense.prefill
@@ -163,28 +197,28 @@ def _pooled(own: Cell, others: Sequence[Cell]) -> Cell:
     )
 
 
-def merged(old: Bench, new: Bench) -> Bench:
-    """Two benchmarks of one model in one setting as one: what the new one timed takes the place of the old.
+def merge_benches(old: Bench, new: Bench) -> Bench:
+    """Merge two benchmarks of one model with equal settings. New cells replace old ones.
 
-    Raises InputError if they cannot stand in one table.
+    Raises InputError if the two do not belong in one table.
     """
-    for what in ("model", "parameters", "random_weights"):
-        if getattr(old, what) != getattr(new, what):
-            raise InputError(f"{what} was {getattr(old, what)}, now it is {getattr(new, what)}: not the same table")
+    for name in ("model", "parameters", "random_weights"):
+        if getattr(old, name) != getattr(new, name):
+            raise InputError(f"{name} was {getattr(old, name)}, now it is {getattr(new, name)}: not the same table")
     same = ["device", "dtype", "threads", "steps"]
     same += ["context", "new_tokens"] if old.settings.batches and new.settings.batches else []
     same += ["prompt_tokens"] if old.settings.prompt_tokens and new.settings.prompt_tokens else []
-    for what in same:
-        before, after = getattr(old.settings, what), getattr(new.settings, what)
+    for name in same:
+        before, after = getattr(old.settings, name), getattr(new.settings, name)
         if before != after:
-            raise InputError(f"{what} was {before}, now it is {after}: not the same table")
+            raise InputError(f"{name} was {before}, now it is {after}: not the same table")
     if old.environment.accelerator != new.environment.accelerator:
         raise InputError(f"the device was {old.environment.accelerator}, now it is {new.environment.accelerator}")
-    rows = {row.form: row for row in old.rows}
+    rows = {row.variant: row for row in old.rows}
     for row in new.rows:
-        rows[row.form] = _joined(rows[row.form], row) if row.form in rows else row
-    wrote = new.settings if new.settings.batches else old.settings
-    kept = {name: getattr(wrote, name) for name in ("batches", "context", "new_tokens")}
+        rows[row.variant] = _joined(rows[row.variant], row) if row.variant in rows else row
+    decoded = new.settings if new.settings.batches else old.settings
+    kept = {name: getattr(decoded, name) for name in ("batches", "context", "new_tokens")}
     kept["prompt_tokens"] = new.settings.prompt_tokens or old.settings.prompt_tokens
     settings = new.settings.model_copy(update=kept)
     dense = with_all_rounds(rows.pop(DENSE), rows.values())

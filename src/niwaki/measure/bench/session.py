@@ -1,4 +1,4 @@
-"""One form against the dense model: every batch, then the prompt, in turns; then what the seconds mean.
+"""One variant against the dense model, in turns: decoding at every batch, then the prefill.
 
 Legend: B sequences, T tokens.
 """
@@ -12,47 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.measure.bench.decoding import Work, reading, writing
-from niwaki.measure.bench.kernels import Ran, contextual_kernel, what_runs
+from niwaki.measure.bench.kernels import KernelRun, contextual_kernel, detect_kernels
 from niwaki.measure.bench.models import read_bytes, weight_bytes
-from niwaki.measure.bench.schema import Cell, cell
-from niwaki.measure.bench.timing import Meter, bandwidth, in_turns
-from niwaki.measure.bench.variants import Made
+from niwaki.measure.bench.prefill_decode import TimedWork, decode_work, prefill_work
+from niwaki.measure.bench.schema import Cell, Workload, make_cell
+from niwaki.measure.bench.timing import MemoryMeter, measure_bandwidth, time_in_turns
+from niwaki.measure.bench.variants import VariantModel
 
-WINDOW = "step by step: attention sees a window, which a fixed cache does not follow"
-WAITS = "step by step: a layer waits for the host, which no CUDA graph holds"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is timed. `rounds` turns of each kind of work, fewer once `seconds` have passed."""
-
-    batches: tuple[int, ...]
-    context: int
-    new_tokens: int
-    prompt_tokens: int
-    rounds: int
-    seconds: float
+WINDOW = "step by step: attention sees a window, which a fixed cache cannot follow"
+WAITS = "step by step: a layer waits for the host, which a CUDA graph cannot record"
 
 
 @dataclass
-class Side:
-    """A model that takes turns. `counted`: whether a step reads all of its weights; `peak_bytes` grows on the way."""
+class TimedModel:
+    """A model that takes turns. `reads_all`: a step reads all weights. `peak_bytes`: memory beyond the weights."""
 
     model: Any
     weight_bytes: int
-    counted: bool
+    reads_all: bool
     graphs: bool
     peak_bytes: int | None = 0
 
     def note_peak(self, rise: int | None) -> None:
-        """What some work took beyond the weights."""
+        """Update the peak with the memory that some work took beyond the weights."""
         known = None if self.peak_bytes is None or rise is None else max(self.peak_bytes, rise)
         self.peak_bytes = known
 
     def read_bytes(self) -> int | None:
-        """What a step reads of the weights, after the last prompt that a contextual model answered."""
-        if not self.counted:
+        """Return the bytes of weights that a step reads; for a contextual model after its last prompt."""
+        if not self.reads_all:
             return None
         whole, running = read_bytes(self.model), getattr(self.model, "contextual", None)
         if running is None:
@@ -62,7 +50,7 @@ class Side:
         return whole - round(self.skipped_frac() * units)
 
     def skipped_frac(self) -> float:
-        """The share of the weights of all units that a contextual model skipped behind its last prompt."""
+        """Return the share of the weights of all units that a contextual model skipped after its last prompt."""
         running = getattr(self.model, "contextual", None)
         if running is None or not running.records or self.refusal():
             return 0.0
@@ -70,48 +58,48 @@ class Side:
         return float(skipped[-1]) if skipped else 0.0
 
     def refusal(self) -> str:
-        """Why a contextual model ran with all of its weights; empty if it did not, or is none."""
+        """Return the reason why a contextual model ran with all of its weights, empty for any other run."""
         running = getattr(self.model, "contextual", None)
         return "" if running is None or not running.records else str(running.records[-1].dense_because)
 
 
 @dataclass
-class _Timed:
-    """Seconds of one kind of work of a side at every round."""
+class _Timing:
+    """Seconds of one model for one kind of work at every round."""
 
     sequences: int
     tokens: int
     steps: int
-    ran: Ran
+    run: KernelRun
     note: str
     seconds: list[float] = field(default_factory=list)
     read_bytes: int | None = None
 
 
-def weigh(made: Made) -> int:
-    """Bytes of all that a form holds."""
-    return weight_bytes(made.model) + sum(tensor.nbytes for tensor in made.beside)
+def variant_bytes(variant: VariantModel) -> int:
+    """Return the bytes of all tensors of a variant."""
+    return weight_bytes(variant.model) + sum(tensor.nbytes for tensor in variant.extra_tensors)
 
 
-def measure(dense: Side, form: Side | None, plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of the rows of both sides (of the dense one for this session alone)."""
+def measure(dense: TimedModel, variant: TimedModel | None, workload: Workload) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Time the dense model and a variant in turns, and return the fields of their rows."""
     device = dense.model.device
-    sides = [dense] if form is None else [dense, form]
+    sides = [dense] if variant is None else [dense, variant]
     vocabulary = dense.model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
 
     def tokens(batch: int, count: int) -> Tensor:
         return torch.randint(0, vocabulary, (batch, count), generator=generator).to(device)
 
-    rates = [bandwidth(device)]
+    rates = [measure_bandwidth(device)]
     decode, prefill = [], None
-    for batch in plan.batches:
-        ids_BT = tokens(batch, plan.context)
-        decode.append(_timed(sides, plan, _writing(ids_BT, plan), batch, plan.new_tokens))
-    if plan.prompt_tokens:
-        ids_1T = tokens(1, plan.prompt_tokens)
-        prefill = _timed(sides, plan, lambda side, _: reading(side.model, ids_1T), 1, 0)
-    rates.append(bandwidth(device))
+    for batch in workload.batches:
+        ids_BT = tokens(batch, workload.context)
+        decode.append(_time(sides, workload, _decoding(ids_BT, workload), batch, workload.new_tokens))
+    if workload.prompt_tokens:
+        ids_1T = tokens(1, workload.prompt_tokens)
+        prefill = _time(sides, workload, lambda side, _: prefill_work(side.model, ids_1T), 1, 0)
+    rates.append(measure_bandwidth(device))
     rows = []
     for number, side in enumerate(sides):
         peak = None if side.peak_bytes is None else side.weight_bytes + side.peak_bytes
@@ -120,52 +108,57 @@ def measure(dense: Side, form: Side | None, plan: Plan) -> tuple[dict[str, Any],
                 "weight_bytes": side.weight_bytes,
                 "peak_bytes": peak,
                 "bandwidth_bytes_per_s": mean(rates),
-                "decode": tuple(_cell(timed, number, mean(rates)) for timed in decode),
+                "decode": tuple(_cell(timings, number, mean(rates)) for timings in decode),
                 "prefill": None if prefill is None else _cell(prefill, number, None),
             }
         )
     return rows[0], rows[-1]
 
 
-def _writing(ids_BT: Tensor, plan: Plan) -> Callable[[Side, Ran], Work]:
-    def make(side: Side, ran: Ran) -> Work:
-        return writing(side.model, ids_BT, plan.new_tokens, graphs=side.graphs and not ran.waits)
+def _decoding(ids_BT: Tensor, workload: Workload) -> Callable[[TimedModel, KernelRun], TimedWork]:
+    def make(side: TimedModel, run: KernelRun) -> TimedWork:
+        return decode_work(side.model, ids_BT, workload.new_tokens, graphs=side.graphs and not run.waits)
 
     return make
 
 
-def _timed(
-    sides: list[Side], plan: Plan, make: Callable[[Side, Ran], Work], sequences: int, steps: int
-) -> list[_Timed]:
-    """All sides do the same work in turns; `steps` 0: they read a prompt."""
-    found, works = [], []
-    rows = sequences if steps else plan.prompt_tokens
+def _time(
+    sides: list[TimedModel],
+    workload: Workload,
+    make: Callable[[TimedModel, KernelRun], TimedWork],
+    sequences: int,
+    steps: int,
+) -> list[_Timing]:
+    """Time the same work of all models in turns. `steps` 0: a prefill."""
+    timings, works = [], []
+    rows = sequences if steps else workload.prompt_tokens
     for side in sides:
-        ran = what_runs(side.model, rows)
-        work, meter = make(side, ran), Meter(side.model.device)
+        run = detect_kernels(side.model, rows)
+        work, meter = make(side, run), MemoryMeter(side.model.device)
         before = meter.level()
-        work.warm()
+        work.warm_up()
         held = max(meter.level() - before, 0)
         works.append(_metered(side, work, held))
         contextual = steps and getattr(side.model, "contextual", None) is not None
-        note = WAITS if ran.waits and side.graphs and steps else ""
+        note = WAITS if run.waits and side.graphs and steps else ""
         note = WINDOW if sides[0].graphs and not side.graphs and steps else note
         if contextual:
             refusal = side.refusal()
             note = f"all weights: {refusal}" if refusal else f"skips {side.skipped_frac():.0%} of heads and neurons"
-            ran = ran if refusal else Ran(contextual_kernel(side.model, rows))
-        tokens = sequences * steps or plan.prompt_tokens
-        found.append(_Timed(sequences, tokens, steps, ran, note))
-    for timed, side, seconds in zip(found, sides, in_turns(works, plan.rounds, plan.seconds), strict=True):
-        timed.seconds = seconds
-        timed.read_bytes = side.read_bytes() if steps else None
+            run = run if refusal else KernelRun(contextual_kernel(side.model, rows))
+        tokens = sequences * steps or workload.prompt_tokens
+        timings.append(_Timing(sequences, tokens, steps, run, note))
+    seconds_of_all = time_in_turns(works, workload.rounds, workload.seconds)
+    for timing, side, seconds in zip(timings, sides, seconds_of_all, strict=True):
+        timing.seconds = seconds
+        timing.read_bytes = side.read_bytes() if steps else None
     works.clear()
-    gc.collect()  # recorded steps and caches go before the next kind of work
-    return found
+    gc.collect()  # free recorded steps and caches before the next kind of work
+    return timings
 
 
-def _metered(side: Side, work: Work, held_bytes: int) -> Callable[[], float]:
-    meter = Meter(side.model.device)
+def _metered(side: TimedModel, work: TimedWork, held_bytes: int) -> Callable[[], float]:
+    meter = MemoryMeter(side.model.device)
 
     def run() -> float:
         meter.begin()
@@ -177,14 +170,14 @@ def _metered(side: Side, work: Work, held_bytes: int) -> Callable[[], float]:
     return run
 
 
-def _cell(timed: list[_Timed], number: int, rate: float | None) -> Cell:
-    own = timed[number]
-    return cell(
+def _cell(timings: list[_Timing], number: int, rate: float | None) -> Cell:
+    own = timings[number]
+    return make_cell(
         own.sequences,
         own.tokens,
-        timed[0].seconds,
+        timings[0].seconds,
         own.seconds,
-        own.ran.kernel,
+        own.run.kernel,
         steps=max(own.steps, 1),
         read_bytes=own.read_bytes,
         bandwidth=rate,

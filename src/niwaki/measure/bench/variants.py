@@ -1,20 +1,20 @@
-"""Forms of a dense model for speed alone: pruned and packed, quantized, narrower, or run by a part for every input.
+"""Variants of a dense model for speed alone: pruned and packed, quantized, narrower, or contextually sparse.
 
-What a form reads does not depend on the method that chose its weights, so the cheapest choice stands for all: masks by
-magnitude, codes by rounding to nearest, the first neurons and heads, a predictor that learned nothing. And one matrix
-of every shape is encoded and copied to the others, so that a 7B model is made in seconds. What these models write is
-worthless; how fast they write it is what a compressed model would do.
+The speed does not depend on the method that selects the weights, so the cheapest method represents all. Masks are by
+magnitude, codes by rounding to nearest. The first neurons and heads stay, and the predictor is untrained. One matrix of
+every shape is encoded and copied to the others, so that a 7B model is made in seconds. The texts of these models are
+worthless; their speed is that of a compressed model.
 
     bitmap       half of the weights of every matrix zero, values and a bitmap
     2:4          two of four zero, values and 2-bit indices;  2:4+4bit  with codes of 4 bits as values
     4bit         codes in groups of 128, as `gptq` and `rtn` store them
     1.6bit       a fifth of the columns at 4 bits, the others at 1, as `squeeze10` stores them
-    structured   a quarter of the parameters of the blocks gone: heads and neurons, or neurons alone
+    structured   a quarter of the parameters of the blocks removed: heads and neurons, or neurons alone
     contextual   half of the heads and neurons skipped for every input, by the runtime of `shadow`
 
-Cost: the memory of the form beside the dense model; one encoding for every shape of matrix.
+Cost: memory for the variant in addition to the dense model, and one encoding for every shape of matrix.
 
-    FORMS["2:4"].make(model, anatomy)
+    VARIANTS["2:4"].make(model, anatomy)
 
 Legend: O outputs, I inputs, U units, F features, R rank.
 """
@@ -31,7 +31,7 @@ from niwaki.errors import ArchitectureError, InputError, TargetError
 from niwaki.formats.record import Packed, PackedTensors
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import Tiled
-from niwaki.measure.bench.models import twin
+from niwaki.measure.bench.models import copy_sharing_tensors
 from niwaki.methods import shadow
 from niwaki.methods.shared.masks import keep_by_row
 from niwaki.methods.shared.rounding import groups_of, nearest
@@ -45,42 +45,42 @@ from niwaki.runtime.contextual.units import find_layout
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
 
-GROUPS = (128, 64, 32)  # columns that share a scale: the widest that divides a matrix
-SALIENT_BITS, SALIENT_FRAC = 4, 0.2  # of 1.6bit; all other columns have one bit
+GROUPS = (128, 64, 32)  # columns that share a scale; the widest group that divides a matrix is used
+SALIENT_BITS, SALIENT_FRAC = 4, 0.2  # of 1.6bit; the other columns have one bit
 REMOVED_FRAC, SKIPPED_FRAC = 0.25, 0.5
 
 
 @dataclass(frozen=True)
-class Made:
-    """A form in memory, and what is to be said of it. `beside`: tensors that it holds and no module does."""
+class VariantModel:
+    """A variant in memory, with a remark for readers. `extra_tensors`: tensors that it holds outside its modules."""
 
     model: Any
     detail: str
-    beside: tuple[Tensor, ...] = ()
+    extra_tensors: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How a form is made of a dense model, of which it may hold the tensors. Raises NiwakiError where it cannot be."""
+    """A kind of variant. `make` may share tensors with the dense model; it raises NiwakiError if it is impossible."""
 
     about: str
-    make: Callable[[Any, Anatomy], Made]
+    make: Callable[[Any, Anatomy], VariantModel]
 
 
 def bitmap(weight_OI: Tensor) -> PackedTensors:
-    """Half zeros, those of the smallest weights of every row."""
+    """Zero the smaller half of the weights of every row."""
     keep_OI = keep_by_row(weight_OI.float().abs(), Sparsity(0.5))
     return PackedTensors.of_nonzeros(Sparse.encode(_masked(weight_OI, keep_OI), layout="bitmap"))
 
 
 def two_four(weight_OI: Tensor) -> PackedTensors:
-    """The two smallest of every four zero."""
+    """Zero the two smallest of every four weights."""
     keep_OI = keep_by_row(weight_OI.float().abs(), NM(2, 4))
     return PackedTensors.of_nonzeros(Sparse.encode(_masked(weight_OI, keep_OI), layout="two_four"))
 
 
 def two_four_codes(weight_OI: Tensor) -> PackedTensors:
-    """The same with codes of 4 bits, in the tiles that the kernels read where the columns allow it."""
+    """Zero two of four and store 4-bit codes, in the tiles of the kernels if the columns allow it."""
     keep_OI = keep_by_row(weight_OI.float().abs(), NM(2, 4))
     columns = weight_OI.shape[1]
     groups = groups_of(0, columns, 4, "symmetric", _group(columns))
@@ -91,18 +91,18 @@ def two_four_codes(weight_OI: Tensor) -> PackedTensors:
 
 
 def four_bits(weight_OI: Tensor) -> PackedTensors:
-    """Affine codes, a scale and a zero code for every group."""
+    """Round to affine 4-bit codes, with a scale and a zero code for every group."""
     columns = weight_OI.shape[1]
     groups = groups_of(0, columns, 4, "affine", _group(columns))
     return _codes(weight_OI, torch.arange(columns), groups)
 
 
 def mixed_bits(weight_OI: Tensor) -> PackedTensors:
-    """A fifth of the columns, chosen at random, before the others; one scale a row for each kind."""
+    """Round a random fifth of the columns to 4 bits, the others to 1 bit; one scale per row for each kind."""
     columns = weight_OI.shape[1]
     count = round(SALIENT_FRAC * columns / 8) * 8
     if not 0 < count < columns:
-        raise TargetError(f"1.6bit needs matrices of 20 columns and more, got {columns}")
+        raise TargetError(f"1.6bit needs matrices with 20 columns or more, got {columns}")
     order_I = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
     order_I = torch.cat([order_I[:count].sort().values, order_I[count:].sort().values])
     groups = groups_of(0, count, SALIENT_BITS, "midrise", 0) + groups_of(count, columns, 1, "free", 0)
@@ -112,7 +112,7 @@ def mixed_bits(weight_OI: Tensor) -> PackedTensors:
 def _group(columns: int) -> int:
     group = next((group for group in GROUPS if columns % group == 0), None)
     if group is None:
-        raise TargetError(f"4-bit codes go in groups of {GROUPS[-1]} to {GROUPS[0]} columns, got {columns} columns")
+        raise TargetError(f"4-bit codes need groups of {GROUPS[-1]} to {GROUPS[0]} columns, got {columns} columns")
     return group
 
 
@@ -125,28 +125,28 @@ def _masked(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
     return torch.where(keep_OI, weight_OI, weight_OI.new_zeros(()))
 
 
-def packed(encode: Callable[[Tensor], PackedTensors]) -> Callable[[Any, Anatomy], Made]:
-    """A form whose matrices are all stored as `encode` makes them of the first of their shape."""
+def packed(encode: Callable[[Tensor], PackedTensors]) -> Callable[[Any, Anatomy], VariantModel]:
+    """Return a maker of variants that encodes the first matrix of every shape and copies it to the others."""
 
-    def make(model: Any, anatomy: Anatomy) -> Made:
-        made, known, left = twin(model), dict[tuple[int, int], PackedTensors](), 0
+    def make(model: Any, anatomy: Anatomy) -> VariantModel:
+        copied, encoded, dense_count = copy_sharing_tensors(model), dict[tuple[int, int], PackedTensors](), 0
         for index, block in enumerate(anatomy.blocks):
             for matrix in block.linears.values():
                 name = anatomy.prefix(index) + matrix.name
-                module = _plain_linear(made, name) if matrix.expert is None and not matrix.transposed else None
+                module = _plain_linear(copied, name) if matrix.expert is None and not matrix.transposed else None
                 if module is None:
-                    left += 1
+                    dense_count += 1
                     continue
                 shape = matrix.rows, matrix.columns
-                if shape not in known:
-                    known[shape] = _moved(encode(module.weight.detach().cpu()), module.weight.device)
-                _put(made, name, _layer(module, known[shape]))
-        if not known:
+                if shape not in encoded:
+                    encoded[shape] = _moved(encode(module.weight.detach().cpu()), module.weight.device)
+                _put(copied, name, _layer(module, encoded[shape]))
+        if not encoded:
             raise ArchitectureError(
                 f"none of the matrices of {type(model).__name__} is the weight of an nn.Linear: its compressed files "
                 "hold dense weights, so its speed is that of the dense model"
             )
-        return Made(made, f"{left} matrices that are no nn.Linear stay dense" if left else "")
+        return VariantModel(copied, f"{dense_count} matrices that are no nn.Linear stay dense" if dense_count else "")
 
     return make
 
@@ -164,7 +164,7 @@ def _moved(stored: PackedTensors, device: torch.device) -> PackedTensors:
 
 
 def _layer(module: nn.Linear, stored: PackedTensors) -> nn.Module:
-    """A packed layer with a copy of these tensors and the bias of a dense one."""
+    """Return a packed layer with a copy of the stored tensors, and with the bias of the dense layer."""
     kind = SparseLinear if "sparse" in stored.description else PackedLinear
     with torch.device(module.weight.device):
         layer = kind(module.out_features, module.in_features, stored.description, bias=False)
@@ -178,28 +178,31 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def structured(model: Any, anatomy: Anatomy) -> Made:
-    """The first heads and neurons of every block, so many that a quarter of its parameters is gone."""
+def structured(model: Any, anatomy: Anatomy) -> VariantModel:
+    """Keep the first heads and neurons of every block, and drop a quarter of its parameters."""
     sizes, shape = find_shape(model, anatomy)
     values = dict(sizes.config_for(shape))
     from transformers import AutoConfig
 
-    made = build_skeleton(AutoConfig.for_model(values.pop("model_type"), **values), model.dtype)
+    narrow = build_skeleton(AutoConfig.for_model(values.pop("model_type"), **values), model.dtype)
     full = dict(model.named_parameters(remove_duplicate=False))
     device = next(model.parameters()).device
-    materialize_buffers(made, made, device)
-    for name, meta in list(made.named_parameters(remove_duplicate=False)):
+    materialize_buffers(narrow, narrow, device)
+    for name, meta in list(narrow.named_parameters(remove_duplicate=False)):
         own = full[name]
         if own.shape != meta.shape:
             own = nn.Parameter(own[tuple(slice(size) for size in meta.shape)].clone(), requires_grad=False)
         owner, _, leaf = name.rpartition(".")
-        made.get_submodule(owner)._parameters[leaf] = own
-    made.config.use_cache = True
-    return Made(made, f"{sizes.removed_frac(shape):.1%} of the blocks gone: {shape} left")
+        narrow.get_submodule(owner)._parameters[leaf] = own
+    narrow.config.use_cache = True
+    return VariantModel(narrow, f"{sizes.removed_frac(shape):.1%} of the blocks removed: {shape} left")
 
 
 def find_shape(model: Any, anatomy: Anatomy) -> tuple[ShapeSpace, PrunedShape]:
-    """A quarter fewer heads and neurons where the config can say so, else fewer neurons alone."""
+    """Return the shape with a quarter fewer heads and neurons, or with fewer neurons alone.
+
+    The second is for configs that cannot hold fewer heads. Raises TargetError if neither fits the config.
+    """
     sizes = ShapeSpace(anatomy, build_skeleton(model.config, model.dtype), model.config.to_dict())
     for heads in (max(1, sizes.heads * 3 // 4), sizes.heads):
         shape = sizes.fitting(REMOVED_FRAC, heads, (), 0)
@@ -210,18 +213,18 @@ def find_shape(model: Any, anatomy: Anatomy) -> tuple[ShapeSpace, PrunedShape]:
         except InputError:
             continue
         return sizes, shape
-    raise TargetError(f"no width of {type(model).__name__} that its config can say leaves {1 - REMOVED_FRAC:.0%}")
+    raise TargetError(f"no width that the config of {type(model).__name__} can hold leaves {1 - REMOVED_FRAC:.0%}")
 
 
-def contextual(model: Any, anatomy: Anatomy) -> Made:
-    """All weights, and a predictor that says of every prompt which half of the units runs."""
-    made = twin(model)
-    made.contextual = attach(made, untrained(made, anatomy, SKIPPED_FRAC))
-    return Made(made, "", tuple(made.contextual.shadow.predictor.tensors().values()))
+def contextual(model: Any, anatomy: Anatomy) -> VariantModel:
+    """Keep all weights, and attach a predictor that selects half of the units for every prompt."""
+    copied = copy_sharing_tensors(model)
+    copied.contextual = attach(copied, untrained(copied, anatomy, SKIPPED_FRAC))
+    return VariantModel(copied, "", tuple(copied.contextual.shadow.predictor.tensors().values()))
 
 
 def untrained(model: Any, anatomy: Anatomy, skip_frac: float) -> Shadow:
-    """A predictor of the size and with the features that `shadow` gives one by itself, of random numbers."""
+    """Return a predictor of random numbers with the default size and features of `shadow`."""
     layout = find_layout(anatomy, build_skeleton(model.config, torch.float32), 1)
     channels = anatomy.blocks[0].linears[layout.units["heads"].consumer].columns
     config, size = shadow.Config(), layout.size
@@ -243,7 +246,7 @@ def untrained(model: Any, anatomy: Anatomy, skip_frac: float) -> Shadow:
     return Shadow(predictor.to(place), layout, shadow.rule(config, skip_frac), Running(**config.running))
 
 
-FORMS = {
+VARIANTS = {
     "bitmap": Variant("50 % zeros, bitmap", packed(bitmap)),
     "2:4": Variant("2:4, indices", packed(two_four)),
     "2:4+4bit": Variant("2:4, 4-bit codes", packed(two_four_codes)),

@@ -1,1 +1,1 @@
-"""Candidates beside a dense model on the same tokens: measurement, intervals, gates. No page is drawn here."""
+"""Comparison of candidates with a dense model: paired quality, speed, gates. The report page is in `report`."""

@@ -1,56 +1,43 @@
-"""Gates written from a measured baseline: every limit a little beyond what the baseline certainly keeps.
+"""Gate files from a measured baseline: every limit lies a margin beyond the end of the measured interval.
 
-A later build that is as good as the baseline passes, and one that is clearly worse does not. What the baseline has too
-little evidence for is written as a comment, so that nobody relies on it.
+A later build that is as good as the baseline passes, and one that is clearly worse fails. A gate for which the baseline
+has too little evidence becomes a comment.
 
     write_text(Path("gate.yaml"), gate_text(read_comparison("report/compare.json"), "four", margin=0.1))
 """
 
 import math
-from pathlib import Path
 
 from pydantic import ValidationError
 
 from niwaki.errors import InputError, unknown
 from niwaki.measure.compare.gates import LIMITS, Gates, judge, measurements, shown
 from niwaki.measure.metrics import METRICS
-from niwaki.measure.schema import BUSY, Candidate, Comparison
+from niwaki.measure.schema import BUSY_SPREAD, Candidate, Comparison
 
 MARGIN = 0.1
-# What a metric is for a model that does not differ; 1 for the others. Of bytes the margin is a share.
-_SAME = {"kl": 0.0, "accuracy_loss": 0.0, "accuracy_norm_loss": 0.0, "bytes": 0.0, "bytes_ratio": 0.0}
+# Values of the metrics without a difference; 1 for the others. For bytes the margin is a share of the value.
+_NO_DIFFERENCE = {"kl": 0.0, "accuracy_loss": 0.0, "accuracy_norm_loss": 0.0, "bytes": 0.0, "bytes_ratio": 0.0}
 
 
-def read_comparison(path: str | Path) -> Comparison:
-    """A compare.json. Raises InputError for anything else."""
-    try:
-        return Comparison.model_validate_json(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}. Expected the compare.json of a report") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its content"
-        raise InputError(f"{path} is no comparison of this niwaki ({where}: {first['msg']})") from error
-
-
-def only(comparison: Comparison, name: str) -> Comparison:
-    """The comparison with one of its candidates. Raises InputError for one it does not have."""
-    return comparison.model_copy(update={"candidates": (_chosen(comparison, name),)})
+def select_candidate(comparison: Comparison, name: str) -> Comparison:
+    """Return the comparison with one of its candidates. Raises InputError for an unknown name."""
+    return comparison.model_copy(update={"candidates": (_named(comparison, name),)})
 
 
 def gate_text(comparison: Comparison, name: str | None = None, margin: float = MARGIN) -> str:
-    """A gate file with a comment a line, from the candidate `name` (needed where there are several).
+    """Return a commented gate file from the candidate `name` (required if there are several).
 
-    `margin`: share of the distance from "no different" (ratio 1, KL 0, agreement 1, loss 0; for bytes, of the value)
-    that is added. Raises InputError for an unknown candidate or a margin below 0.
+    `margin`: added share of the distance from no difference (ratio 1, KL 0, agreement 1, loss 0; for bytes, of the
+    value). Raises InputError for an unknown candidate or a margin below 0.
     """
     if margin < 0:
         raise InputError(f"margin must be 0 or more, got {margin:g}")
-    candidate = _chosen(comparison, name)
+    candidate = _named(comparison, name)
     lines = [
         f"# Gates from the baseline {candidate.model.name} against {comparison.dense.name} ({comparison.date}).",
-        f"# Limits lie beyond the ends of its intervals, by {margin:.0%} of their distance from no difference",
-        "# (of bytes: of the value). Missing or too little evidence fails a gate.",
+        f"# A limit is the end of the interval plus {margin:.0%} of its distance from no difference (for bytes: of the",
+        "# value). Missing or too little evidence fails a gate.",
         f"confidence: {comparison.confidence:g}  # of every interval, two-sided",
     ]
     for gate in LIMITS:
@@ -62,10 +49,10 @@ def gate_text(comparison: Comparison, name: str | None = None, margin: float = M
 
 def _lines(gate: str, candidate: Candidate, confidence: float, margin: float) -> list[str]:
     name = gate.partition("_")[2]
-    pace = None if candidate.speed is None else candidate.speed.paces.get(name)
-    if pace is not None and pace.dense_swing > BUSY:
-        swing = f"rounds of the dense model differed by a factor of {pace.dense_swing:.0f}"
-        return [f"# {gate}:  ({swing}: a busy machine)"]
+    throughput = None if candidate.speed is None else candidate.speed.throughputs.get(name)
+    if throughput is not None and throughput.dense_spread > BUSY_SPREAD:
+        spread = f"rounds of the dense model differed by a factor of {throughput.dense_spread:.0f}"
+        return [f"# {gate}:  ({spread}: a busy machine)"]
     own = [one for one in measurements(candidate) if one.metric == name]
     if not own:
         return [f"# {gate}:  (not measured in the baseline)"]
@@ -89,12 +76,12 @@ def _lines(gate: str, candidate: Candidate, confidence: float, margin: float) ->
 
 
 def _beyond(metric: str, end: float, margin: float) -> float:
-    room = abs(end - _SAME.get(metric, 1.0)) * margin
-    return end - room if metric == "top1_agreement" else end + room
+    distance = abs(end - _NO_DIFFERENCE.get(metric, 1.0)) * margin
+    return end - distance if metric == "top1_agreement" else end + distance
 
 
 def _rounded(value: float, upwards: bool, whole: bool) -> str:
-    """Four significant digits (bytes: whole), away from the baseline, as YAML reads a number (no 1e-05)."""
+    """Round to four significant digits (bytes: whole), away from the baseline, without an exponent (no 1e-05)."""
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
     digits = 0 if whole else max(0, 3 - math.floor(math.log10(abs(value))))
@@ -102,7 +89,7 @@ def _rounded(value: float, upwards: bool, whole: bool) -> str:
     return f"{rounded:.{digits}f}"
 
 
-def _chosen(comparison: Comparison, name: str | None) -> Candidate:
+def _named(comparison: Comparison, name: str | None) -> Candidate:
     names = [candidate.model.name for candidate in comparison.candidates]
     if name is None and len(names) > 1:
         raise InputError(f"{len(names)} candidates in the baseline: choose one with --candidate ({', '.join(names)})")

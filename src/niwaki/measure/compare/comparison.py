@@ -1,13 +1,13 @@
-"""Any number of candidates against one dense model: the same tokens, the same questions, turns on one machine.
+"""Comparison of any number of candidates with one dense model: same tokens, same questions, turns on one machine.
 
-    found = niwaki.compare("MODEL", ["OUT"], data="mine.jsonl", tasks="questions.jsonl", gate="gate.yaml")
-    found.passed, found.candidates[0].data[0].whole.perplexity_ratio
+    comparison = niwaki.compare("MODEL", ["OUT"], data="mine.jsonl", tasks="questions.jsonl", gate="gate.yaml")
+    comparison.passed, comparison.candidates[0].data[0].whole.perplexity_ratio
 
-Quality is paired (`texts`, `answers`) with intervals over documents and questions (`intervals`); speed, memory and
-loading are measured in processes of their own (`worker`, `measuring`); `gates` judge. All of it is in one record
-(`evidence`), and every metric has one stable name (`metrics`).
+Quality is paired (`token_metrics`, `task_metrics`), with intervals over documents and questions (`intervals`). Speed,
+memory and loading are measured in separate processes (`worker`, `speed`). `gates` judge. One record holds all results
+(`schema`), and every metric has one stable name (`metrics`).
 
-Cost: the dense model and every candidate pass the data once, block by block; then two whole models in memory.
+Cost: the dense model and every candidate read the data once, block by block. Then two whole models are in memory.
 """
 
 import shutil
@@ -26,31 +26,32 @@ from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import as_files
 from niwaki.data.texts import check_seq_len
 from niwaki.errors import InputError
-from niwaki.measure.compare.answers import task_quality
-from niwaki.measure.compare.describing import describe, environment, measured, names_of
-from niwaki.measure.compare.files import check_report, read_records, write_report
-from niwaki.measure.compare.gates import CONFIDENCE, each_confidence, judged, load_gates
+from niwaki.measure.compare.gates import CONFIDENCE, each_confidence, judge_comparison, load_gates
 from niwaki.measure.compare.inputs import (
-    check_sources_of,
-    command_of,
+    check_inputs,
+    command_line,
     first_prompts,
     read_prompts,
-    same_tokenizer,
+    shared_tokenizer,
     speed_prompt,
 )
-from niwaki.measure.compare.measuring import measure_speed, memory_of, write_both
-from niwaki.measure.compare.scoring import Material, answers_of, passed, score_candidate
+from niwaki.measure.compare.report_folder import check_report, read_records, write_report
+from niwaki.measure.compare.scoring import EvaluationInputs, answer_likelihoods, run_blocks, score_candidate
+from niwaki.measure.compare.speed import continue_prompts, measure_speed, read_memory
+from niwaki.measure.compare.task_metrics import task_quality
 from niwaki.measure.compare.token_metrics import data_quality, read_text, worst_examples
 from niwaki.measure.compare.worker import Worker
+from niwaki.measure.description import describe_environment, describe_model, short_names
 from niwaki.measure.evaluate.tasks import buckets, read_items
-from niwaki.measure.report.card import checked_cards, put_comparison
-from niwaki.measure.schema import Candidate, Comparison, Model, Settings
+from niwaki.measure.report.comparison_card import put_comparison
+from niwaki.measure.report.evaluation_card import check_card
+from niwaki.measure.schema import Candidate, Comparison, ComparisonSettings, Model
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.model.device import pick_device, pick_dtype
 
 SEQ_LEN = 1024
-ROUNDS = 9  # the interval of the median at 95 % then leaves out the fastest and the slowest; 99 % needs 8
+ROUNDS = 9  # at 95 % the interval of the median then excludes the fastest and the slowest round; 99 % needs 8
 PROMPT_TOKENS, NEW_TOKENS = 128, 32
 
 
@@ -78,47 +79,37 @@ def compare(
     update_card: bool = False,
     progress: Report | None = None,
 ) -> Comparison:
-    """Compares every candidate with `dense` on text files and task files, and judges it by the gates of a file.
+    """Compare every candidate with `dense` on text files and task files, and judge it by the gates of a file.
 
     `report`: folder for report.html (in `lang`), compare.json and junit.xml; `overwrite` replaces an earlier one.
-    `prompts`: .txt with one a line, or .jsonl with `prompt`; without it the first tokens of the data are continued.
-    `max_tokens` cuts every data file, `limit` every task file. Speed: `rounds` of reading `prompt_tokens` and writing
-    `new_tokens` (0 rounds: no model runs as a whole, and nothing of speed, memory, loading and texts is measured). The
-    seed decides what the bootstrap draws.
-    `update_card` writes what was measured of every candidate on its model card.
-
-    Raises InputError for anything that cannot be read or compared; nothing is written then.
+    `prompts`: .txt with one per line, or .jsonl with `prompt`. The default prompts are the first tokens of the data.
+    `max_tokens` cuts every data file, `limit` every task file. `rounds`: prefills of `prompt_tokens`, each with
+    `new_tokens` decoded after it. With 0 rounds no whole model runs: no speed, memory, loading time or texts.
+    `seed`: of the bootstrap. `update_card` writes the results of every candidate on its model card.
+    Raises InputError, and writes nothing, if an input cannot be read or the models cannot be compared.
     """
-    begin, begun = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    begin, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     gates = None if gate is None else load_gates(gate)
     if report is not None:
         check_report(Path(report), lang, overwrite=overwrite)
     sources = [str(dense), *as_files(candidates)]
-    data, tasks = as_files(data), as_files(tasks)
-    check_sources_of(sources[1:], data, tasks, seq_len=seq_len, max_tokens=max_tokens, limit=limit, rounds=rounds)
-    where = pick_device(device)
-    decoders = [Decoder(Checkpoint.open(source), where, pick_dtype(dtype)) for source in sources]
+    settings, tokenizer, decoders = _open_models(
+        sources, device, dtype, data=as_files(data), tasks=as_files(tasks), prompts=prompts, field=field,
+        seq_len=seq_len, max_tokens=max_tokens, limit=limit, rounds=rounds, prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens, seed=seed,
+    )  # fmt: skip
     folders = [decoder.checkpoint.folder for decoder in decoders[1:]]
-    cards = checked_cards(folders if update_card else [])
+    cards = _check_cards(folders if update_card else [])
     records = [] if report is None else read_records(folders)
-    tokenizer = same_tokenizer([decoder.checkpoint.folder for decoder in decoders])
-    settings = _settings(
-        decoders, data=data, tasks=tasks, prompts=prompts, field=field, seq_len=seq_len, max_tokens=max_tokens,
-        limit=limit, rounds=rounds, prompt_tokens=prompt_tokens, new_tokens=new_tokens, seed=seed, device=str(where),
-        dtype=str(decoders[0].dtype).removeprefix("torch."),
-    )  # fmt: skip
-    material = _material(settings, tokenizer, decoders)
-    prompt_ids = read_prompts(settings, tokenizer, decoders) or first_prompts(material, tokenizer, settings)
-    models = [describe(*about, decoders[0]) for about in zip(sources, names_of(sources), decoders, strict=True)]
     confidence = CONFIDENCE if gates is None else each_confidence(gates, settings, len(folders))
-    job = _Job(settings, material, tokenizer, confidence, progress or silent)
-    against, found = job.run(decoders, models, prompt_ids)
+    job = _Job(settings, _read_inputs(settings, tokenizer, decoders), tokenizer, confidence, progress or silent)
+    dense_model, measured = job.run(sources, decoders)
     comparison = Comparison(
-        date=begun, command=command_of(sources, settings, gate=gate, report=report, lang=lang),
+        date=date, command=command_line(sources, settings, gate=gate, report=report, lang=lang),
         seconds=round(time.perf_counter() - begin, 2), confidence=confidence, settings=settings,
-        environment=environment(where), dense=against, candidates=tuple(found), gate=None, passed=None,
+        environment=describe_environment(decoders[0].device), dense=dense_model, candidates=measured,
     )  # fmt: skip
-    comparison = comparison if gates is None else judged(comparison, gates)
+    comparison = comparison if gates is None else judge_comparison(comparison, gates)
     if report is not None:
         write_report(Path(report), comparison, records, lang)
     for folder, candidate in zip(cards, comparison.candidates, strict=False):  # no cards, or one for each
@@ -126,40 +117,98 @@ def compare(
     return comparison
 
 
-@dataclass
-class _Job:
-    """What all steps of a comparison share."""
+def _open_models(
+    sources: list[str], device: str, dtype: str, **given: Any
+) -> tuple[ComparisonSettings, Any, list[Decoder]]:
+    """Return the settings that fit all models, their tokenizer, and the decoders, the dense one first."""
+    counts = {name: given[name] for name in ("seq_len", "max_tokens", "limit", "rounds")}
+    check_inputs(sources[1:], given["data"], given["tasks"], **counts)
+    place = pick_device(device)
+    decoders = [Decoder(Checkpoint.open(source), place, pick_dtype(dtype)) for source in sources]
+    tokenizer = shared_tokenizer([decoder.checkpoint.folder for decoder in decoders])
+    return _resolve_settings(decoders, given), tokenizer, decoders
 
-    settings: Settings
-    material: Material
+
+def _resolve_settings(decoders: list[Decoder], given: dict[str, Any]) -> ComparisonSettings:
+    """Return the settings with sizes that fit all models. Raises InputError for a size that does not fit."""
+    positions = _min_positions(decoders)
+    for decoder in decoders:
+        if given["data"]:
+            check_seq_len(given["seq_len"], SEQ_LEN, decoder.positions, str(decoder.checkpoint.folder))
+    sizes = {}
+    for name, default, share in (("prompt_tokens", PROMPT_TOKENS, 2), ("new_tokens", NEW_TOKENS, 4)):
+        fitting = default if positions is None else min(default, positions // share)
+        sizes[name] = fitting if given[name] is None else given[name]
+        if sizes[name] < 1:
+            raise InputError(f"{name} must be at least 1, got {sizes[name]}")
+    total = sizes["prompt_tokens"] + sizes["new_tokens"]
+    if positions is not None and total > positions:
+        raise InputError(
+            f"prompt_tokens {sizes['prompt_tokens']} and new_tokens {sizes['new_tokens']} are {total} tokens, "
+            f"the models have {positions} positions: lower --prompt-tokens or --new-tokens"
+        )
+    prompts, dtype = given["prompts"], str(decoders[0].dtype).removeprefix("torch.")
+    paths = {"prompts": None if prompts is None else str(prompts)}
+    return ComparisonSettings(**{**given, **sizes, **paths}, device=str(decoders[0].device), dtype=dtype)
+
+
+def _check_cards(folders: Sequence[Path]) -> Sequence[Path]:
+    """Return the folders. Raises InputError for one without a model card of niwaki."""
+    for folder in folders:
+        check_card(folder)
+    return folders
+
+
+def _read_inputs(settings: ComparisonSettings, tokenizer: Any, decoders: list[Decoder]) -> EvaluationInputs:
+    positions = _min_positions(decoders)
+    texts = [
+        read_text(path, tokenizer, field=settings.field, seq_len=settings.seq_len, max_tokens=settings.max_tokens)
+        for path in settings.data
+    ]
+    items = {path: read_items(path, settings.limit) for path in settings.tasks}
+    return EvaluationInputs(texts, items, {path: buckets(own, tokenizer, positions) for path, own in items.items()})
+
+
+def _min_positions(decoders: list[Decoder]) -> int | None:
+    return min((d.positions for d in decoders if d.positions is not None), default=None)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Data that all steps of a comparison share."""
+
+    settings: ComparisonSettings
+    inputs: EvaluationInputs
     tokenizer: Any
     confidence: float
     report: Report
 
-    def run(
-        self, decoders: list[Decoder], models: list[Model], prompts: list[list[int]]
-    ) -> tuple[Model, list[Candidate]]:
-        """Quality of all candidates, then everything that needs whole models. The dense model comes first."""
-        found = self._qualities(decoders, models)
+    def run(self, sources: list[str], decoders: list[Decoder]) -> tuple[Model, tuple[Candidate, ...]]:
+        """Return the dense model and the candidates. Quality is measured first, then what needs whole models."""
+        prompts = read_prompts(self.settings, self.tokenizer, decoders)
+        prompts = prompts or first_prompts(self.inputs, self.tokenizer, self.settings)
+        named = zip(sources, short_names(sources), decoders, strict=True)
+        models = [describe_model(*one, decoders[0]) for one in named]
+        candidates = self._measure_quality(decoders, models)
         if not self.settings.rounds:
-            return models[0], found
+            return models[0], tuple(candidates)
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # other processes need it from here on
-        return self._measured([decoder.checkpoint.folder for decoder in decoders], models[0], found, prompts)
+            torch.cuda.empty_cache()  # the worker processes need it now
+        return self._measure_whole([decoder.checkpoint.folder for decoder in decoders], models[0], candidates, prompts)
 
-    def _qualities(self, decoders: list[Decoder], models: list[Model]) -> list[Candidate]:
+    def _measure_quality(self, decoders: list[Decoder], models: list[Model]) -> list[Candidate]:
         first_tokens = min(self.settings.prompt_tokens, self.settings.seq_len // 2)
-        found = []
+        candidates = []
         with tempfile.TemporaryDirectory(prefix="niwaki-") as folder:
-            dense = passed(decoders[0], self.material, Path(folder) / "dense", self.report)
-            dense_answers = answers_of(dense, self.material)
+            dense = run_blocks(decoders[0], self.inputs, Path(folder) / "dense", self.report)
+            dense_answers = answer_likelihoods(dense, self.inputs)
             for number, (decoder, model) in enumerate(zip(decoders[1:], models[1:], strict=True)):
                 own = Path(folder) / str(number)
-                scores = score_candidate(decoder, dense, self.material, first_tokens, own, self.report)
+                scores = score_candidate(decoder, dense, self.inputs, first_tokens, own, self.report)
                 decoder.release_outer()
-                shutil.rmtree(own, ignore_errors=True)  # hidden states that found no room in memory
+                shutil.rmtree(own, ignore_errors=True)  # hidden states that did not fit in memory
                 rng = np.random.default_rng(self.settings.seed)  # the same draws for every candidate
-                found.append(
+                candidates.append(
                     Candidate(
                         model=model,
                         scoring=scores.scoring,
@@ -167,7 +216,7 @@ class _Job:
                         data=tuple(data_quality(scored, self.confidence, rng) for scored in scores.texts),
                         tasks=tuple(
                             task_quality(path, items, dense_answers[path], scores.answers[path], self.confidence, rng)
-                            for path, items in self.material.items.items()
+                            for path, items in self.inputs.items.items()
                         ),
                         speed=None,
                         generations=(),
@@ -177,13 +226,14 @@ class _Job:
                     )
                 )
         decoders[0].release_outer()
-        return found
+        return candidates
 
-    def _measured(
+    def _measure_whole(
         self, folders: list[Path], model: Model, candidates: list[Candidate], prompts: list[list[int]]
-    ) -> tuple[Model, list[Candidate]]:
-        settings, ids = self.settings, speed_prompt(self.material, self.tokenizer, self.settings.prompt_tokens)
-        found, done, rounds = [], 0, len(candidates) * (settings.rounds + 1)
+    ) -> tuple[Model, tuple[Candidate, ...]]:
+        """Add speed, texts, memory and loading time, which need the whole model in a process."""
+        settings, ids = self.settings, speed_prompt(self.inputs, self.tokenizer, self.settings.prompt_tokens)
+        measured, done, rounds = [], 0, len(candidates) * (settings.rounds + 1)
 
         def after_round() -> None:
             nonlocal done
@@ -196,42 +246,15 @@ class _Job:
                     speed = measure_speed(
                         dense, own, ids, settings.new_tokens, settings.rounds, self.confidence, after_round
                     )
-                    texts = write_both(dense, own, prompts, settings.new_tokens, self.tokenizer)
-                    weighed = measured(candidate.model, own.loaded["load_seconds"], memory_of(own))
-                changes = {"model": weighed, "speed": speed, "generations": texts}
-                found.append(candidate.model_copy(update=changes))
-            return measured(model, dense.loaded["load_seconds"], memory_of(dense)), found
+                    texts = continue_prompts(dense, own, prompts, settings.new_tokens, self.tokenizer)
+                    changes = {"model": _with_loading(candidate.model, own), "speed": speed, "generations": texts}
+                measured.append(candidate.model_copy(update=changes))
+            return _with_loading(model, dense), tuple(measured)
 
 
-def _settings(decoders: list[Decoder], **given: Any) -> Settings:
-    """What was asked for with the sizes that fit all models. Raises where what was asked for does not fit."""
-    positions = min((d.positions for d in decoders if d.positions is not None), default=None)
-    for decoder in decoders:
-        if given["data"]:
-            check_seq_len(given["seq_len"], SEQ_LEN, decoder.positions, str(decoder.checkpoint.folder))
-    for name, default, share in (("prompt_tokens", PROMPT_TOKENS, 2), ("new_tokens", NEW_TOKENS, 4)):
-        if given[name] is None:
-            given[name] = default if positions is None else min(default, positions // share)
-        if given[name] < 1:
-            raise InputError(f"{name} must be at least 1, got {given[name]}")
-    total = given["prompt_tokens"] + given["new_tokens"]
-    if positions is not None and total > positions:
-        raise InputError(
-            f"prompt_tokens {given['prompt_tokens']} and new_tokens {given['new_tokens']} are {total} tokens, "
-            f"the models have {positions} positions: lower --prompt-tokens or --new-tokens"
-        )
-    prompts = given["prompts"]
-    return Settings(**{**given, "prompts": None if prompts is None else str(prompts)})
-
-
-def _material(settings: Settings, tokenizer: Any, decoders: list[Decoder]) -> Material:
-    positions = min((d.positions for d in decoders if d.positions is not None), default=None)
-    texts = [
-        read_text(path, tokenizer, field=settings.field, seq_len=settings.seq_len, max_tokens=settings.max_tokens)
-        for path in settings.data
-    ]
-    items = {path: read_items(path, settings.limit) for path in settings.tasks}
-    return Material(texts, items, {path: buckets(own, tokenizer, positions) for path, own in items.items()})
+def _with_loading(model: Model, worker: Worker) -> Model:
+    loading = {"load_seconds": worker.loaded["load_seconds"], "memory": read_memory(worker)}
+    return model.model_copy(update=loading)
 
 
 __all__ = ["compare"]

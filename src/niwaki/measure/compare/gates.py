@@ -1,18 +1,19 @@
-"""Gates: limits that a candidate must keep, judged by what is certain and not by what was measured.
+"""Gates: limits that a candidate must keep, judge_comparison by the end of an interval and not by the measured value.
 
-A gate is `max_` or `min_` before a metric (`comparing.metrics`). It passes only if the far end of the interval keeps
-the limit; an interval that crosses it, too few independent units for the confidence asked, or nothing measured at all
-fail and say so. Gates read a finished comparison and measure nothing.
+The name of a gate is `max_` or `min_` and a metric (`measure.metrics`). It passes only if the far end of the interval
+keeps the limit. It fails, with a reason, if the interval crosses the limit or nothing was measured. Too few independent
+units for the confidence also fail. Gates read a finished comparison and measure nothing.
 
     confidence: 0.95
     correction: bonferroni
     max_perplexity_ratio: 1.05
     max_decode_latency_ratio: 0.8
 
-Without a correction every verdict has this confidence by itself. One candidate needs none: it must pass all its gates,
-and a bad one passes all by chance no more often than one of them. Of many candidates or lines, though, some pass by
-chance more often. `bonferroni` divides what is left to chance by the number of verdicts that come from intervals.
-(Holm's steps would need the same evidence at every level, and a comparison holds its intervals at one.)
+Without a correction every single verdict has this confidence. One candidate needs no correction. It must pass all its
+gates, and a bad one passes all of them by chance no more often than one of them. Of many candidates or lines, some pass
+by chance more often. `bonferroni` divides the error rate by the number of verdicts that come from intervals.
+
+(Holm's steps would need intervals at every level, and a comparison has them at one.)
 """
 
 import math
@@ -28,10 +29,10 @@ from niwaki.config.recipe import parse_bytes
 from niwaki.errors import InputError, unknown
 from niwaki.measure.intervals import min_units
 from niwaki.measure.metrics import METRICS
-from niwaki.measure.schema import Candidate, Comparison, Estimate, Settings, Verdict
+from niwaki.measure.schema import Candidate, Comparison, ComparisonSettings, Estimate, Verdict
 
 CONFIDENCE = 0.95
-_NEXT = {
+_REMEDY = {
     "data": "give --data FILE",
     "tasks": "give --tasks FILE",
     "speed": "leave --rounds above 0",
@@ -41,7 +42,7 @@ _MORE = {"data": "more text", "tasks": "more questions", "speed": "more --rounds
 
 
 class Gates(BaseModel):
-    """The limits of a gate file. `confidence` is that of an interval, two-sided, or with a correction that of all."""
+    """Limits of a gate file. `confidence` is two-sided: of each interval, or with a correction of all together."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -64,7 +65,7 @@ class Gates(BaseModel):
 
     @property
     def limits(self) -> dict[str, float]:
-        """The gates that are set, by name."""
+        """Return the gates that are set, by name."""
         values = {name: getattr(self, name) for name in LIMITS}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -72,8 +73,8 @@ class Gates(BaseModel):
 LIMITS = tuple(name for name in Gates.model_fields if name.startswith(("max_", "min_")))
 
 
-def each_confidence(gates: Gates, settings: Settings, candidates: int) -> float:
-    """The confidence of every single interval that these gates will judge, of so many candidates."""
+def each_confidence(gates: Gates, settings: ComparisonSettings, candidates: int) -> float:
+    """Return the confidence of each single interval that these gates judge."""
     if gates.correction == "none":
         return gates.confidence
     files = {"data": len(settings.data), "tasks": len(settings.tasks), "speed": int(settings.rounds > 0)}
@@ -83,7 +84,7 @@ def each_confidence(gates: Gates, settings: Settings, candidates: int) -> float:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One value of a metric: of which file, with its interval, or without one where it is exact."""
+    """One value of a metric on the file `about`, with its interval. Bytes are `exact` and have none."""
 
     metric: str
     about: str
@@ -92,7 +93,7 @@ class Measurement:
 
 
 def load_gates(path: str | Path) -> Gates:
-    """The gates of a YAML file. Raises InputError for anything else, with a suggestion for a misspelt name."""
+    """Read the gates of a YAML file. Raises InputError for any other content; it suggests a name for a misspelt one."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -102,7 +103,7 @@ def load_gates(path: str | Path) -> Gates:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected gates, lines such as max_perplexity_ratio: 1.05")
+        raise InputError(f"{path}: expected gates such as max_perplexity_ratio: 1.05, one per line")
     for name, value in content.items():
         if name not in Gates.model_fields:
             raise InputError(f"{path}: {unknown('gate', str(name), Gates.model_fields)}")
@@ -119,7 +120,7 @@ def load_gates(path: str | Path) -> Gates:
 
 
 def measurements(candidate: Candidate) -> Iterator[Measurement]:
-    """Everything measured of a candidate under its stable name."""
+    """Yield every measured value of a candidate under the stable name of its metric."""
     for data in candidate.data:
         for metric in ("perplexity_ratio", "kl", "top1_agreement"):
             yield Measurement(metric, data.data, getattr(data.whole, metric))
@@ -127,33 +128,33 @@ def measurements(candidate: Candidate) -> Iterator[Measurement]:
         yield Measurement("accuracy_loss", task.task, task.accuracy.loss)
         yield Measurement("accuracy_norm_loss", task.task, task.accuracy_norm.loss)
     if candidate.speed is not None:
-        for metric, pace in candidate.speed.paces.items():
-            yield Measurement(metric, "", pace.latency_ratio)
+        for metric, throughput in candidate.speed.throughputs.items():
+            yield Measurement(metric, "", throughput.latency_ratio)
     for metric, value in (("bytes", float(candidate.model.file_bytes)), ("bytes_ratio", candidate.bytes_ratio)):
         yield Measurement(metric, "", Estimate(value=value, low=value, high=value, units=1), exact=True)
 
 
 def judge(candidate: Candidate, gates: Gates, confidence: float, each: float | None = None) -> Candidate:
-    """The candidate with a verdict per gate and file; `confidence` is that of its intervals, `each` what is asked.
+    """Return the candidate with a verdict per gate and file.
 
-    `each` is by default what the gates ask of a single verdict.
+    `confidence` is that of its intervals, `each` the one required of a verdict (default: that of the gates).
     """
     each = gates.confidence if each is None else each
-    found = list(measurements(candidate))
+    measured = list(measurements(candidate))
     verdicts: list[Verdict] = []
     for gate, limit in gates.limits.items():
         metric = gate.partition("_")[2]
-        own = [one for one in found if one.metric == metric]
+        own = [one for one in measured if one.metric == metric]
         verdicts += [_verdict(gate, limit, one, each, confidence) for one in own]
         if not own:
-            reason = f"no evidence: {METRICS[metric].meaning} was not measured, {_NEXT[METRICS[metric].needs]}"
+            reason = f"no evidence: {METRICS[metric].meaning} was not measured, {_REMEDY[METRICS[metric].needs]}"
             verdicts.append(_failure(gate, "", limit, None, each, reason))
     passed = all(verdict.passed for verdict in verdicts)
     return candidate.model_copy(update={"gates": tuple(verdicts), "passed": passed})
 
 
-def judged(comparison: Comparison, gates: Gates) -> Comparison:
-    """The comparison with the verdicts of these gates instead of any before."""
+def judge_comparison(comparison: Comparison, gates: Gates) -> Comparison:
+    """Return the comparison with the verdicts of these gates; earlier verdicts are dropped."""
     each = each_confidence(gates, comparison.settings, len(comparison.candidates))
     candidates = tuple(judge(candidate, gates, comparison.confidence, each) for candidate in comparison.candidates)
     stated = {"confidence": gates.confidence} | ({} if gates.correction == "none" else {"each_confidence": each})
@@ -177,7 +178,7 @@ def _verdict(gate: str, limit: float, one: Measurement, wanted: float, confidenc
             gate=gate, about=one.about, limit=limit, measured=value, bound=value, confidence=wanted, passed=passed,
             reason=reason,
         )  # fmt: skip
-    problem = _too_little(one, wanted, confidence)
+    problem = _missing_evidence(one, wanted, confidence)
     if problem or bound is None or not math.isfinite(bound):
         return _failure(gate, one.about, limit, value, wanted, problem or "its interval has no end")
     passed = bound <= limit if upper else bound >= limit
@@ -188,7 +189,7 @@ def _verdict(gate: str, limit: float, one: Measurement, wanted: float, confidenc
         more = _MORE[metric.needs]
         reason = (
             f"measured {shown(value)}, but at {wanted:.4g} confidence it may be {at} {shown(bound)}, limit "
-            f"{shown(limit)}: the evidence is too small to pass, {more} may be enough"
+            f"{shown(limit)}: too little evidence to pass, {more} may be enough"
         )
     else:
         reason = f"measured {shown(value)}, limit {shown(limit)}"
@@ -198,20 +199,17 @@ def _verdict(gate: str, limit: float, one: Measurement, wanted: float, confidenc
     )  # fmt: skip
 
 
-def _too_little(one: Measurement, wanted: float, confidence: float) -> str:
-    """Why an interval is no evidence at the confidence asked for; empty if it is."""
+def _missing_evidence(one: Measurement, wanted: float, confidence: float) -> str:
+    """Return the reason why an interval is too little evidence at the wanted confidence, empty if it is enough."""
     estimate, needs = one.estimate, METRICS[one.metric].needs
     if wanted > confidence + 1e-12:
         return f"measured at {confidence:.4g} confidence, the gate asks for {wanted:.4g}: compare again with this gate"
     if needs == "speed":
         return "" if estimate.low is not None else f"only {estimate.units} rounds for {wanted:.4g} confidence"
-    least = min_units(wanted)
-    if estimate.units >= least and estimate.low is not None:
+    needed = min_units(wanted)
+    if estimate.units >= needed and estimate.low is not None:
         return ""
-    return (
-        f"only {estimate.units} independent pieces of evidence, {wanted:.4g} confidence needs at least {least}: "
-        f"{_MORE[needs]}"
-    )
+    return f"only {estimate.units} independent units, {wanted:.4g} confidence needs at least {needed}: {_MORE[needs]}"
 
 
 def _failure(gate: str, about: str, limit: float, measured: float | None, confidence: float, reason: str) -> Verdict:
@@ -222,5 +220,5 @@ def _failure(gate: str, about: str, limit: float, measured: float | None, confid
 
 
 def shown(value: float) -> str:
-    """A number as people read it: whole ones with separators, others with four significant digits."""
+    """Format a number: from 10,000 on whole with separators, below with four significant digits."""
     return f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.4g}"

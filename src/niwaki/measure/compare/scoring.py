@@ -1,13 +1,13 @@
-"""What a candidate makes of all texts and questions, beside the dense model's own numbers.
+"""Scores of a candidate and of the dense model on all texts and questions.
 
-The dense model passes everything once and leaves one hidden state a token (`evaluation.passed`), from which its logits
-are made again for every candidate: log-probabilities of the whole vocabulary would be V numbers a token instead of D.
-A candidate passes like it, block by block, and both heads run window by window: one block, the two heads and the
-hidden states of two models are all that is in memory, whatever the number of candidates.
+The dense model runs once and keeps one hidden state per token (`FinalHiddenStates`). Its logits are computed again for
+every candidate: the log-probabilities would need V numbers per token, the hidden states need D. A candidate also runs
+block by block, and both LM heads run window by window. So one block, two heads and the hidden states of two models are
+in memory, for any number of candidates.
 
-A contextual result is scored by its own runtime, the whole model in memory: what it skips depends on the prompt.
+A contextual result runs in its own runtime, with the whole model in memory: its skipped weights depend on the prompt.
 
-Legend: T tokens, V vocabulary.
+Legend: T tokens, V vocabulary, D hidden size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +17,10 @@ from pathlib import Path
 from torch import Tensor
 
 from niwaki.config.events import Event, Report
-from niwaki.measure.compare.answers import Likelihoods
-from niwaki.measure.compare.token_metrics import Scored, Text, score_text
+from niwaki.measure.compare.task_metrics import Likelihoods
+from niwaki.measure.compare.token_metrics import Text, TokenScores, score_text
 from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
-from niwaki.measure.evaluate.tasks import Bucket, Item, continued, likelihoods
+from niwaki.measure.evaluate.tasks import Bucket, Item, continuation_likelihood, likelihoods
 from niwaki.measure.schema import Scoring
 from niwaki.model.decoder import Decoder
 from niwaki.runtime.contextual.following import follow
@@ -30,8 +30,8 @@ from niwaki.runtime.load import load
 
 
 @dataclass(frozen=True)
-class Material:
-    """What all models are given: windows of every text, questions of every task and their padded sequences."""
+class EvaluationInputs:
+    """Inputs of all models: windows of every text, questions of every task and their padded sequences."""
 
     texts: Sequence[Text]
     items: Mapping[str, list[Item]]
@@ -39,66 +39,71 @@ class Material:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Every predicted token under both models, log-likelihoods of every answer, and how they came about."""
+class CandidateScores:
+    """Every predicted token under both models, log-likelihoods of every answer, and the path of the text."""
 
-    texts: list[Scored]
+    texts: list[TokenScores]
     answers: dict[str, Likelihoods]
     scoring: Scoring
 
 
-def passed(decoder: Decoder, material: Material, folder: Path, report: Report) -> FinalHiddenStates:
-    """Everything through all blocks of a model."""
-    windows = {text.path: text.ids_ST for text in material.texts}
-    return FinalHiddenStates(decoder, windows, dict(material.buckets), folder, report)
+def run_blocks(decoder: Decoder, inputs: EvaluationInputs, folder: Path, report: Report) -> FinalHiddenStates:
+    """Run all inputs through the blocks of a model."""
+    windows = {text.path: text.ids_ST for text in inputs.texts}
+    return FinalHiddenStates(decoder, windows, dict(inputs.buckets), folder, report)
 
 
-def answers_of(one: FinalHiddenStates, material: Material) -> dict[str, Likelihoods]:
-    """Log-likelihoods of all answers under a model that has passed."""
-    return {path: likelihoods(items, one.buckets[path], one.logits) for path, items in material.items.items()}
+def answer_likelihoods(states: FinalHiddenStates, inputs: EvaluationInputs) -> dict[str, Likelihoods]:
+    """Return the log-likelihoods of all answers."""
+    return {path: likelihoods(items, states.buckets[path], states.logits) for path, items in inputs.items.items()}
 
 
 def score_candidate(
-    decoder: Decoder, dense: FinalHiddenStates, material: Material, first_tokens: int, folder: Path, report: Report
-) -> Scores:
-    """One candidate on everything, by its runtime if it has one of its own."""
+    decoder: Decoder,
+    dense: FinalHiddenStates,
+    inputs: EvaluationInputs,
+    first_tokens: int,
+    folder: Path,
+    report: Report,
+) -> CandidateScores:
+    """Score one candidate on all inputs. A contextual result runs in its own runtime."""
     if has_shadow(decoder.checkpoint.folder):
-        return _by_runtime(decoder, dense, material, first_tokens, report)
-    one = passed(decoder, material, folder, report)
-    texts = [score_text(text, _window(dense, text), _window(one, text)) for text in material.texts]
-    windows = sum(len(text.ids_ST) for text in material.texts)
+        return _score_contextual(decoder, dense, inputs, first_tokens, report)
+    own = run_blocks(decoder, inputs, folder, report)
+    texts = [score_text(text, _window_logits(dense, text), _window_logits(own, text)) for text in inputs.texts]
+    windows = sum(len(text.ids_ST) for text in inputs.texts)
     scoring = Scoring(how="streamed", first_tokens=0, windows=windows, dense_windows=0, skipped_frac=0.0)
-    return Scores(texts, answers_of(one, material), scoring)
+    return CandidateScores(texts, answer_likelihoods(own, inputs), scoring)
 
 
-def _by_runtime(
-    decoder: Decoder, dense: FinalHiddenStates, material: Material, first_tokens: int, report: Report
-) -> Scores:
-    """Windows are prompts of `first_tokens` that go on as given, questions are prompts that go on with each answer."""
+def _score_contextual(
+    decoder: Decoder, dense: FinalHiddenStates, inputs: EvaluationInputs, first_tokens: int, report: Report
+) -> CandidateScores:
+    """Score windows after a prompt of `first_tokens`, and every answer after its question."""
     folder = decoder.checkpoint.folder
     model = load(folder, device=str(decoder.device), dense=True).to(decoder.dtype)
     contextual = attach(model, read_shadow(folder))
     skipped: list[float] = []
-    windows = sum(len(text.ids_ST) for text in material.texts)
+    windows = sum(len(text.ids_ST) for text in inputs.texts)
 
     def window(text: Text) -> Callable[[int], Tensor]:
         def logits(row: int) -> Tensor:
             report(Event.COMPARE, done=len(skipped) + 1, of=windows, model=folder.name)
-            found_TV = _follow(contextual, text.ids_ST[row], first_tokens)
+            logits_TV = _follow(contextual, text.ids_ST[row], first_tokens)
             record = contextual.records[-1]
             skipped.append(record.skipped_frac[-1] if record.sparse_tokens else 0.0)
-            return found_TV
+            return logits_TV
 
         return logits
 
-    texts = [score_text(text, _window(dense, text), window(text), first_tokens) for text in material.texts]
+    texts = [score_text(text, _window_logits(dense, text), window(text), first_tokens) for text in inputs.texts]
     answers = {}
-    for path, items in material.items.items():
+    for path, items in inputs.items.items():
         answers[path] = [[0.0] * len(item.pairs) for item in items]
-        for bucket in material.buckets[path]:
+        for bucket in inputs.buckets[path]:
             for row, ((item, choice), (split, end)) in enumerate(zip(bucket.places, bucket.spans, strict=True)):
                 logits_TV = _follow(contextual, bucket.ids_ST[row, : end - 1], split)  # the last predicts nothing
-                answers[path][item][choice] = continued(logits_TV.log_softmax(-1), bucket, row)
+                answers[path][item][choice] = continuation_likelihood(logits_TV.log_softmax(-1), bucket, row)
     sparse = [share for share in skipped if share]
     scoring = Scoring(
         how="runtime",
@@ -107,13 +112,13 @@ def _by_runtime(
         dense_windows=windows - len(sparse),
         skipped_frac=sum(sparse) / len(sparse) if sparse else 0.0,
     )
-    return Scores(texts, answers, scoring)
+    return CandidateScores(texts, answers, scoring)
 
 
 def _follow(contextual: Contextual, ids_T: Tensor, prompt: int) -> Tensor:
     return follow(contextual, ids_T.to(contextual.model.device), prompt).float()
 
 
-def _window(one: FinalHiddenStates, text: Text) -> Callable[[int], Tensor]:
-    stream = one.windows[text.path]
-    return lambda row: one.logits(stream, slice(row, row + 1))[0]
+def _window_logits(states: FinalHiddenStates, text: Text) -> Callable[[int], Tensor]:
+    stream = states.windows[text.path]
+    return lambda row: states.logits(stream, slice(row, row + 1))[0]

@@ -1,13 +1,13 @@
-"""Both models on the same tokens of a text: what every token says, summed over documents.
+"""Metrics of both models on the same tokens of a text: perplexity ratio, KL divergence, top-1 agreement.
 
-Of every predicted token five numbers stay: its negative log-likelihood and the most likely token under either model,
-and the divergence between them. Perplexity, KL and agreement of a file, of a domain and of the worst passages all
-come from them; distributions over the vocabulary are never kept.
+Five numbers per predicted token are kept: its negative log-likelihood and the most likely token under either model,
+and the KL divergence between them. All metrics of a file, of a domain and of the worst passages come from these
+numbers. Distributions over the vocabulary are never kept.
 
-A unit for the intervals is a document, or a window where a file has fewer than MIN_DOCUMENTS (a book is one
-document). Windows of one long text are taken as independent, which neighbours are not quite.
+The intervals resample documents, or windows if a file has fewer than MIN_DOCUMENTS (a book is one document). They take
+windows of one long text as independent, although neighbours are weakly dependent.
 
-Legend: S windows, T tokens, V vocabulary, P predicted tokens of a window, U units.
+Legend: S windows, T tokens, V vocabulary, P predicted tokens of a window, U units, D documents.
 """
 
 import math
@@ -26,8 +26,8 @@ from niwaki.measure.intervals import Floats, mean_interval, share_interval
 from niwaki.measure.schema import DataQuality, Estimate, Example, Quality, TokenDivergence, Unit
 
 MIN_DOCUMENTS = 20
-PASSAGE = 32  # tokens of an example
-EXAMPLES = 20
+PASSAGE_TOKENS = 32
+MAX_EXAMPLES = 20
 Bools = NDArray[np.bool_]
 Logits = Callable[[int], Tensor]  # of one window, [T, V]
 
@@ -43,8 +43,8 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What both models say of every predicted token, those behind the first `first` of a window."""
+class TokenScores:
+    """Scores of both models for every predicted token, without the first `first` tokens of a window."""
 
     text: Text
     first: int
@@ -56,31 +56,34 @@ class Scored:
 
 
 def read_text(path: str, tokenizer: Any, *, field: str, seq_len: int, max_tokens: int | None) -> Text:
-    """The windows of a data file. Raises CalibrationError where it cannot be read or fills none."""
+    """Return the windows of a data file. Raises CalibrationError if it cannot be read or is shorter than a window."""
     documents = read_documents([path], field)
     texts = [document.text for document in documents]
     windows_ST, owners_ST = owned_windows(texts, tokenizer, seq_len=seq_len, max_tokens=max_tokens)
     return Text(path, windows_ST, owners_ST, [document.domain for document in documents])
 
 
-def score_text(text: Text, dense: Logits, candidate: Logits, first: int = 0) -> Scored:
-    """Window by window, both distributions in memory for one window only."""
+def score_text(text: Text, dense: Logits, candidate: Logits, first: int = 0) -> TokenScores:
+    """Score a text window by window. Only the distributions of one window are in memory.
+
+    Raises NumericalError if logits are NaN or infinite.
+    """
     rows: list[tuple[Tensor, ...]] = []
     for row, ids_T in enumerate(text.ids_ST):
         dense_PV = dense(row)[first:-1].float().log_softmax(-1)
         model_PV = candidate(row)[first:-1].float().log_softmax(-1)
         wanted_P1 = ids_T[first + 1 :, None].to(dense_PV.device)
-        kl_P = (dense_PV.exp() * (dense_PV - model_PV)).sum(-1, dtype=torch.float64).clamp_min(0)  # rounding only
+        kl_P = (dense_PV.exp() * (dense_PV - model_PV)).sum(-1, dtype=torch.float64).clamp_min(0)  # of rounding errors
         nlls = (-logprobs_PV.gather(1, wanted_P1)[:, 0].double() for logprobs_PV in (dense_PV, model_PV))
         rows.append(tuple(part.cpu() for part in (*nlls, kl_P, dense_PV.argmax(-1), model_PV.argmax(-1))))
-    found = [torch.stack(part).numpy() for part in zip(*rows, strict=True)]
-    if not np.isfinite(found[2]).all():
-        raise NumericalError(f"{text.path}: a model puts out NaN or infinite logits, nothing can be compared")
-    return Scored(text, first, *found)
+    columns = [torch.stack(part).numpy() for part in zip(*rows, strict=True)]
+    if not np.isfinite(columns[2]).all():
+        raise NumericalError(f"{text.path}: a model returns NaN or infinite logits, so nothing can be compared")
+    return TokenScores(text, first, *columns)
 
 
-def data_quality(scored: Scored, confidence: float, rng: np.random.Generator) -> DataQuality:
-    """The whole file, and every domain that its documents name."""
+def data_quality(scored: TokenScores, confidence: float, rng: np.random.Generator) -> DataQuality:
+    """Return the quality on the whole file and on every domain of its documents."""
     text = scored.text
     owners_SP = text.owners_ST[:, scored.first + 1 :].numpy()
     every = np.ones_like(owners_SP, dtype=bool)
@@ -96,24 +99,25 @@ def data_quality(scored: Scored, confidence: float, rng: np.random.Generator) ->
     return DataQuality(data=text.path, whole=whole, domains=domains)
 
 
-def worst_examples(scored: Sequence[Scored], tokenizer: Any) -> tuple[Example, ...]:
-    """The passages of PASSAGE tokens where the two models differ most, over all files."""
+def worst_examples(scored: Sequence[TokenScores], tokenizer: Any) -> tuple[Example, ...]:
+    """Return the passages of PASSAGE_TOKENS tokens with the highest mean KL divergence, over all files."""
     places: list[tuple[float, int, int, int]] = []
     for number, one in enumerate(scored):
-        for first in range(0, max(1, one.kl_SP.shape[1] - PASSAGE // 2), PASSAGE):  # no short rest: means of few vary
-            means_S = one.kl_SP[:, first : first + PASSAGE].mean(1)
+        last = max(1, one.kl_SP.shape[1] - PASSAGE_TOKENS // 2)  # no short rest: means of few tokens vary
+        for first in range(0, last, PASSAGE_TOKENS):
+            means_S = one.kl_SP[:, first : first + PASSAGE_TOKENS].mean(1)
             places += [(float(mean), number, row, first) for row, mean in enumerate(means_S)]
     places.sort(key=lambda place: (-place[0], *place[1:]))
-    return tuple(_example(scored[number], row, first, tokenizer) for _, number, row, first in places[:EXAMPLES])
+    return tuple(_example(scored[number], row, first, tokenizer) for _, number, row, first in places[:MAX_EXAMPLES])
 
 
-def estimate(found: tuple[float, float | None, float | None], units: int) -> Estimate:
-    """An interval with what it comes from."""
-    return Estimate(value=found[0], low=found[1], high=found[2], units=units)
+def make_estimate(interval: tuple[float, float | None, float | None], units: int) -> Estimate:
+    """Return (value, low, high) over `units` units as an estimate."""
+    return Estimate(value=interval[0], low=interval[1], high=interval[2], units=units)
 
 
 def _quality(
-    scored: Scored, mask_SP: Bools, units_SP: NDArray[Any], unit: Unit, confidence: float, rng: np.random.Generator
+    scored: TokenScores, mask_SP: Bools, units_SP: NDArray[Any], unit: Unit, confidence: float, rng: np.random.Generator
 ) -> Quality:
     owners, places = np.unique(units_SP[mask_SP], return_inverse=True)
     units = len(owners)
@@ -138,18 +142,18 @@ def _quality(
         unit=unit,
         dense_perplexity=_exp(float(scored.dense_nll_SP[mask_SP].mean())),
         perplexity=_exp(float(scored.nll_SP[mask_SP].mean())),
-        perplexity_ratio=estimate((mean, low, high), units),
-        kl=estimate(interval(scored.kl_SP, mean_interval), units),
-        top1_agreement=estimate(interval(agree_SP, share_interval), units),
+        perplexity_ratio=make_estimate((mean, low, high), units),
+        kl=make_estimate(interval(scored.kl_SP, mean_interval), units),
+        top1_agreement=make_estimate(interval(agree_SP, share_interval), units),
     )
 
 
 def _exp(value: float) -> float:
-    return math.exp(min(value, 700.0))  # a broken model may have none that a float holds
+    return math.exp(min(value, 700.0))  # the perplexity of a broken model may overflow
 
 
-def _example(scored: Scored, row: int, first: int, tokenizer: Any) -> Example:
-    text, end = scored.text, min(first + PASSAGE, scored.kl_SP.shape[1])
+def _example(scored: TokenScores, row: int, first: int, tokenizer: Any) -> Example:
+    text, end = scored.text, min(first + PASSAGE_TOKENS, scored.kl_SP.shape[1])
     place = first + scored.first + 1  # of the first predicted token in the window
     ids_T = text.ids_ST[row]
     tokens = tuple(
@@ -166,12 +170,12 @@ def _example(scored: Scored, row: int, first: int, tokenizer: Any) -> Example:
     return Example(
         data=text.path,
         domain=text.domains[int(text.owners_ST[row, place])],
-        before=tokenizer.decode(ids_T[max(0, place - PASSAGE) : place].tolist()),
+        before=tokenizer.decode(ids_T[max(0, place - PASSAGE_TOKENS) : place].tolist()),
         kl=float(scored.kl_SP[row, first:end].mean()),
         tokens=tokens,
     )
 
 
 def decode_one(tokenizer: Any, token: int) -> str:
-    """The text of one token; a part of a character shows as a replacement character."""
+    """Return the text of one token. Part of a character becomes a replacement character."""
     return str(tokenizer.decode([token]))

@@ -1,1 +1,1 @@
-"""Perplexity, divergence and tasks of one model, streamed block by block."""
+"""Perplexity, divergence and tasks of one model, streamed block by block. Comparisons with intervals: `compare`."""

@@ -1,16 +1,23 @@
-"""What a model is worth: perplexity, distance to a reference, multiple-choice tasks.
+"""Quality of one model: perplexity, divergence from a reference, multiple-choice tasks.
 
-Both models are streamed block by block like a compression, so evaluating needs the memory of one block plus
-the hidden states, and the numbers equal those of the whole model's own forward.
+Both models are streamed block by block, as in a compression. So an evaluation needs the memory of one block plus the
+hidden states, and its numbers equal those of a forward of the whole model.
+
+Every window of T tokens predicts its last T−1. Perplexity is exp of the mean negative log-likelihood over all
+predicted positions. KL(reference‖model) and top-1 agreement are means over the same positions.
 
     niwaki.evaluate("OUT", data="mine.txt", reference="MODEL", seq_len=512)
+
+Legend: S windows, T tokens, V vocabulary.
 """
 
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from niwaki.config.events import Report, silent
@@ -19,7 +26,6 @@ from niwaki.config.sources import check_sources
 from niwaki.data.stream import Stream
 from niwaki.data.texts import check_seq_len, evaluation_windows, load_tokenizer, read_texts
 from niwaki.errors import InputError
-from niwaki.measure.evaluate.divergence import compare_windows
 from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
 from niwaki.measure.evaluate.harness import find_tasks, run_tasks
 from niwaki.measure.evaluate.tasks import buckets, read_items, score
@@ -48,14 +54,14 @@ def evaluate(
     dtype: str = "auto",
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Measures `model` on text files, task files and tasks that lm_eval knows, and against `reference` if given.
+    """Measure `model` on text files, task files and tasks of lm_eval, and against `reference` if given.
 
-    Returns a JSON-ready mapping: `perplexity`, `tokens`, and with a reference `reference_perplexity`, `kl`
-    (mean KL(reference‖model) in nats per predicted token) and `top1_agreement`, each per data file; `tasks`
-    per task file; `lm_eval` as that package reports it; `bytes` of the weight files. `max_tokens` cuts every data file,
-    `limit` every task. `include_path` is a folder of task files for lm_eval, `num_fewshot` its number of examples.
+    Returns a JSON-ready mapping. Per data file: `perplexity`, `tokens`, and with a reference `reference_perplexity`,
+    `kl` (mean KL(reference‖model) in nats per predicted token) and `top1_agreement`. Per task file: `tasks`. `lm_eval`
+    is as that package reports it, `bytes` are those of the weight files. `max_tokens` cuts every data file, `limit`
+    every task. `include_path` is a folder of task files for lm_eval, `num_fewshot` its number of examples.
 
-    Raises InputError for anything that cannot be read or does not fit the model.
+    Raises InputError for an input that cannot be read or does not fit the model.
     """
     data, tasks = as_files(data), as_files(tasks)
     names = (lm_eval,) if isinstance(lm_eval, str) else lm_eval
@@ -64,61 +70,110 @@ def evaluate(
     _check_counts(seq_len=(seq_len, 2), max_tokens=(max_tokens, 2), limit=(limit, 1))
     check_sources(data)
     harness = find_tasks(names, include_path, num_fewshot, limit)
-    report = report or silent
     decoders = [
         Decoder(Checkpoint.open(path), pick_device(device), pick_dtype(dtype))
         for path in (model, reference)
         if path is not None
     ]
     if data or tasks:
-        _check_whole(str(model), decoders[0])
-    tokenizer = load_tokenizer(decoders[0].checkpoint.folder)
+        _check_not_contextual(str(model), decoders[0])
     _check_pair(decoders, seq_len if data else 0)
+    result: dict[str, Any] = {
+        "model": str(model),
+        "reference": None if reference is None else str(reference),
+        "bytes": decoders[0].checkpoint.nbytes,
+        "reference_bytes": decoders[1].checkpoint.nbytes if reference is not None else None,
+        "seq_len": seq_len,
+        "dtype": str(decoders[0].dtype).removeprefix("torch."),
+        **_stream_all(decoders, data, tasks, seq_len, max_tokens, limit, field, report or silent),
+    }
+    if harness is not None:
+        rows = [run_tasks(harness, d.checkpoint.folder, device=device, dtype=d.dtype) for d in decoders]
+        result["lm_eval"] = rows[0] if reference is None else {**rows[0], "reference": rows[1]}
+    return result
+
+
+def _stream_all(
+    decoders: list[Decoder],
+    data: Sequence[str],
+    tasks: Sequence[str],
+    seq_len: int,
+    max_tokens: int | None,
+    limit: int | None,
+    field: str,
+    report: Report,
+) -> dict[str, Any]:
+    """Run all texts and questions through the blocks of one or two models, and return what is measured on them."""
+    tokenizer = load_tokenizer(decoders[0].checkpoint.folder)
     windows = {
         path: evaluation_windows(read_texts([path], field), tokenizer, seq_len=seq_len, max_tokens=max_tokens)
         for path in data
     }
     positions = min((d.positions for d in decoders if d.positions is not None), default=None)
     questions = {path: read_items(path, limit) for path in tasks}
-    packed = {path: buckets(items, tokenizer, positions) for path, items in questions.items()}
+    sequences = {path: buckets(items, tokenizer, positions) for path, items in questions.items()}
     with tempfile.TemporaryDirectory(prefix="niwaki-") as folder:
-        passed = [
-            FinalHiddenStates(decoder, windows, packed, Path(folder) / str(number), report)
+        states = [
+            FinalHiddenStates(decoder, windows, sequences, Path(folder) / str(number), report)
             for number, decoder in enumerate(decoders)
         ]
-        result: dict[str, Any] = {
-            "model": str(model),
-            "reference": None if reference is None else str(reference),
-            "bytes": decoders[0].checkpoint.nbytes,
-            "reference_bytes": decoders[1].checkpoint.nbytes if reference is not None else None,
-            "seq_len": seq_len,
-            "dtype": str(decoders[0].dtype).removeprefix("torch."),
+        return {
             "tokens": {path: ids_ST.numel() for path, ids_ST in windows.items()},
-            **_compare_all(passed, list(windows)),
+            **_compare_all(states, list(windows)),
+            "tasks": {path: _score_all(states, path, questions[path]) for path in tasks},
         }
-        result["tasks"] = {path: _score_all(passed, path, questions[path]) for path in tasks}
-    if harness is not None:
-        found = [run_tasks(harness, d.checkpoint.folder, device=device, dtype=d.dtype) for d in decoders]
-        result["lm_eval"] = found[0] if reference is None else {**found[0], "reference": found[1]}
+
+
+def compare_windows(ids_ST: Tensor, logits: Callable[[int], list[Tensor]]) -> dict[str, float]:
+    """Return perplexity, and with a reference KL and top-1 agreement, over all windows.
+
+    `logits(row)` returns those of one window, [T, V]: of the model and, optionally, of the reference.
+    """
+    nll = reference_nll = kl = agree = 0.0
+    count = 0
+    compared = False
+    for row, ids_T in enumerate(ids_ST):
+        logprobs = [logits_TV[:-1].log_softmax(-1) for logits_TV in logits(row)]
+        model_TV = logprobs[0]
+        wanted_T1 = ids_T[1:, None].to(model_TV.device)
+        count += len(model_TV)
+        nll -= _total(model_TV.gather(1, wanted_T1))
+        if len(logprobs) == 2:
+            compared = True
+            reference_TV = logprobs[1]
+            reference_nll -= _total(reference_TV.gather(1, wanted_T1))
+            kl += _total(reference_TV.exp() * (reference_TV - model_TV))
+            agree += _total(reference_TV.argmax(-1) == model_TV.argmax(-1))
+    result = {"perplexity": math.exp(nll / count)}
+    if compared:
+        result |= {
+            "reference_perplexity": math.exp(reference_nll / count),
+            "kl": kl / count,
+            "top1_agreement": agree / count,
+        }
     return result
 
 
-def _compare_all(passed: list[FinalHiddenStates], paths: list[str]) -> dict[str, Any]:
-    found: dict[str, dict[str, float]] = {}
+def _total(values: Tensor) -> float:
+    return float(values.sum(dtype=torch.float64))
+
+
+def _compare_all(states: list[FinalHiddenStates], paths: list[str]) -> dict[str, Any]:
+    values: dict[str, dict[str, float]] = {}
     for path in paths:
-        streams = [(one, one.windows[path]) for one in passed]
+        streams = [(one, one.windows[path]) for one in states]
 
         def logits(row: int, streams: list[tuple[FinalHiddenStates, Stream]] = streams) -> list[Tensor]:
             return [one.logits(stream, slice(row, row + 1))[0] for one, stream in streams]
 
         for name, value in compare_windows(streams[0][1].ids_ST, logits).items():
-            found.setdefault(name, {})[path] = value
-    return found
+            values.setdefault(name, {})[path] = value
+    return values
 
 
-def _score_all(passed: list[FinalHiddenStates], path: str, questions: list[Any]) -> dict[str, Any]:
+def _score_all(states: list[FinalHiddenStates], path: str, questions: list[Any]) -> dict[str, Any]:
     scores = []
-    for one in passed:
+    for one in states:
 
         def logits(stream: Stream, rows: slice, one: FinalHiddenStates = one) -> Tensor:
             return one.logits(stream, rows)
@@ -127,17 +182,17 @@ def _score_all(passed: list[FinalHiddenStates], path: str, questions: list[Any])
     return scores[0] if len(scores) == 1 else {**scores[0], "reference": scores[1]}
 
 
-def _check_whole(model: str, decoder: Decoder) -> None:
-    """Raises InputError for a model that runs in parts: whole, it would be scored as what it is not."""
+def _check_not_contextual(model: str, decoder: Decoder) -> None:
+    """Raise InputError for a contextual model: streamed, it would run with all of its weights."""
     if has_shadow(decoder.checkpoint.folder):
         raise InputError(
-            f"{model} skips by input, and here all of its weights would be scored: `niwaki compare DENSE {model} "
-            "--data FILE` scores it as it writes, and so does --lm-eval alone"
+            f"{model} skips weights by input, and this evaluation would run all of them: `niwaki compare DENSE {model} "
+            "--data FILE` scores it as it runs, and so does --lm-eval alone"
         )
 
 
 def _check_pair(decoders: list[Decoder], seq_len: int) -> None:
-    """Refuses models that cannot be compared, and windows longer than either was built for."""
+    """Raise InputError if the models cannot be compared, or if the windows are too long for one of them."""
     vocabularies = {d.checkpoint.config.get_text_config().vocab_size for d in decoders}
     if len(vocabularies) > 1:
         raise InputError(f"model and reference have different vocabularies ({vocabularies}): they cannot be compared")
@@ -146,9 +201,9 @@ def _check_pair(decoders: list[Decoder], seq_len: int) -> None:
 
 
 def _check_counts(**counts: tuple[int | None, int]) -> None:
-    for name, (value, least) in counts.items():
-        if value is not None and value < least:
-            raise InputError(f"{name} must be at least {least}, got {value}")
+    for name, (value, min_value) in counts.items():
+        if value is not None and value < min_value:
+            raise InputError(f"{name} must be at least {min_value}, got {value}")
 
 
 __all__ = ["evaluate"]

@@ -1,7 +1,7 @@
-"""A model whose blocks everything has passed: what is left in memory is one hidden state a token, ready for logits.
+"""Hidden states after the last block, one per token, from which logits are computed on demand.
 
-The hidden state after the last block is what a token's logits come from, and far smaller than they are (D, not V
-numbers): so models are read one after another, and compared afterwards at the price of their heads.
+They are far smaller than logits (D, not V numbers). So models are read one after another, and a later comparison only
+costs their LM heads.
 
 Legend: B sequences, T tokens, V vocabulary, D hidden size.
 """
@@ -19,13 +19,13 @@ from niwaki.model.decoder import Decoder
 
 
 class FinalHiddenStates:
-    """A decoder whose streams have all gone through its blocks, ready for logits."""
+    """Hidden states of texts and task sequences after the last block of a decoder."""
 
     def __init__(
         self,
         decoder: Decoder,
         windows: dict[str, Tensor],
-        packed: dict[str, list[Bucket]],
+        sequences: dict[str, list[Bucket]],
         folder: Path,
         report: Report,
     ) -> None:
@@ -39,8 +39,8 @@ class FinalHiddenStates:
             return Stream(decoder, ids_ST, folder=folder, name=f"stream-{number}")
 
         self.windows = {path: stream(ids_ST) for path, ids_ST in windows.items()}
-        self.buckets = {path: [(bucket, stream(bucket.ids_ST)) for bucket in found] for path, found in packed.items()}
-        streams = [*self.windows.values(), *(s for found in self.buckets.values() for _, s in found)]
+        self.buckets = {path: [(bucket, stream(bucket.ids_ST)) for bucket in own] for path, own in sequences.items()}
+        streams = [*self.windows.values(), *(s for own in self.buckets.values() for _, s in own)]
 
         def visit(block: Any) -> None:
             report(Event.EVALUATE, index=block.index, of=len(decoder), model=decoder.checkpoint.folder.name)
@@ -48,5 +48,5 @@ class FinalHiddenStates:
         forward(decoder, streams, visit)
 
     def logits(self, stream: Stream, rows: slice) -> Tensor:
-        """Logits [B, T, V] float32 of the windows `rows`."""
+        """Return the logits [B, T, V], float32, of the windows `rows`."""
         return self.decoder.logits(stream.ids_ST[rows], stream.hidden.read(rows)).float()

@@ -1,8 +1,8 @@
 """Tasks of the installed lm-evaluation-harness, on any model that `niwaki.load` reads.
 
-The package `lm_eval` brings tasks, prompts and metrics; nothing of it is copied. A model goes to it as it is used:
-packed layers stay packed, shapes stay small, and a contextual model reads each context with all of its weights and
-scores the continuation with those that it chose (`harness_model`). Unlike perplexity here, the whole model is loaded.
+The package `lm_eval` provides tasks, prompts and metrics. The model runs as in use: packed layers stay packed, shapes
+stay small. A contextual model reads each context with all of its weights and scores the continuation with the selected
+ones (`harness_model`). The whole model is loaded, unlike in `evaluation`.
 
     niwaki.evaluate("OUT", lm_eval=["arc_easy"], reference="MODEL")
     niwaki.evaluate("OUT", lm_eval=["mine"], include_path="folder of task YAML files")
@@ -27,8 +27,8 @@ BATCH = 8
 
 
 @dataclass(frozen=True)
-class Tasks:
-    """Tasks that lm_eval knows by these names; `num_fewshot` examples each, or as many as the task itself says."""
+class HarnessTasks:
+    """Tasks of lm_eval by name. `num_fewshot`: examples of each, None for the number of the task."""
 
     names: tuple[str, ...]
     manager: Any
@@ -38,11 +38,11 @@ class Tasks:
 
 def find_tasks(
     names: Sequence[str], include_path: str | Path | None, num_fewshot: int | None, limit: int | None
-) -> Tasks | None:
-    """What `names` stand for (tasks, groups, tags, with * and ?), None for no names.
+) -> HarnessTasks | None:
+    """Resolve `names` (tasks, groups, tags, with * and ?); return None for no names.
 
-    A folder of one's own is looked at first: reading the thousands of tasks of the package takes several seconds.
-    Raises InputError if lm_eval is missing, or for a name that it does not know.
+    The user's folder is searched first, because reading the thousands of tasks of the package takes several seconds.
+    Raises InputError if lm_eval is missing, or for an unknown name.
     """
     wanted = [name.strip() for given in names for name in given.split(",") if name.strip()]
     if include_path is not None and not Path(include_path).is_dir():
@@ -60,27 +60,27 @@ def find_tasks(
     folder = None if include_path is None else str(include_path)
     with _quiet(f"lm_eval cannot read the tasks in {folder}"):
         manager = None if folder is None else TaskManager(include_path=folder, include_defaults=False)
-        if manager is None or not all(name in manager.all_subtasks for name in wanted):  # groups may hold others' tasks
+        if manager is None or not all(name in manager.all_subtasks for name in wanted):  # groups may hold other tasks
             manager = TaskManager(include_path=folder)
     for name in wanted:
         if not manager.match_tasks([name]):
             near = unknown("lm_eval task", name, manager.all_tasks).partition("choose from")[0].rstrip()
             raise InputError(f"{near} `lm_eval ls tasks` lists them; --include-path adds a folder of your own")
-    found = tuple(dict.fromkeys(manager.match_tasks(wanted)))
-    with _quiet(f"lm_eval cannot load {', '.join(found)}"):
-        manager.load(list(found))  # before hours are spent on the rest: data sets that cannot be had fail here
-    return Tasks(found, manager, num_fewshot, limit)
+    tasks = tuple(dict.fromkeys(manager.match_tasks(wanted)))
+    with _quiet(f"lm_eval cannot load {', '.join(tasks)}"):
+        manager.load(list(tasks))  # a missing data set fails here, before hours of other work
+    return HarnessTasks(tasks, manager, num_fewshot, limit)
 
 
 def installed() -> bool:
-    """Whether the package is there, without the seconds that importing it takes."""
+    """Check that the package exists, without the seconds that its import takes."""
     return importlib.util.find_spec("lm_eval") is not None
 
 
-def run_tasks(tasks: Tasks, folder: Path, *, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """`results` and `groups` as lm_eval reports them, `n-shot`, `n-samples` and `versions` of the tasks.
+def run_tasks(tasks: HarnessTasks, folder: Path, *, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return `results`, `groups`, `n-shot`, `n-samples` and `versions` as lm_eval reports them.
 
-    For a contextual model `contextual` counts the tokens that were scored sparsely and densely.
+    For a contextual model, `contextual` counts the sparse and the dense tokens.
     """
     import lm_eval
 
@@ -90,7 +90,7 @@ def run_tasks(tasks: Tasks, folder: Path, *, device: str, dtype: torch.dtype) ->
     decoder = load(folder, device=device, dtype=dtype)
     with _quiet(f"lm_eval could not run {', '.join(tasks.names)}"):
         model = wrap(decoder, load_tokenizer(folder), BATCH)
-        found = lm_eval.simple_evaluate(
+        output = lm_eval.simple_evaluate(
             model=model,
             tasks=list(tasks.names),
             num_fewshot=tasks.num_fewshot,
@@ -98,16 +98,16 @@ def run_tasks(tasks: Tasks, folder: Path, *, device: str, dtype: torch.dtype) ->
             task_manager=tasks.manager,
             log_samples=False,
         )
-    kept = {name: found[name] for name in ("results", "groups", "n-shot", "n-samples", "versions") if name in found}
+    kept = {name: output[name] for name in ("results", "groups", "n-shot", "n-samples", "versions") if name in output}
     result: dict[str, Any] = {"lm_eval": version("lm-eval"), **_plain(kept)}
-    if (counted := model.counted()) is not None:
-        result["contextual"] = counted
+    if (counts := model.token_counts) is not None:
+        result["contextual"] = counts
     return result
 
 
 @contextmanager
 def _quiet(what: str) -> Iterator[None]:
-    """lm_eval without its log; whatever it raises is one line of ours, for its errors have no common base."""
+    """Silence the log of lm_eval and turn any of its errors, which have no common base, into one InputError."""
     with only_errors("lm_eval"):
         try:
             yield
@@ -119,7 +119,7 @@ def _quiet(what: str) -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """Ready for JSON: lm_eval mixes in numbers of NumPy."""
+    """Convert a value for JSON: lm_eval returns some NumPy numbers."""
     if isinstance(value, Mapping):
         return {str(name): _plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -1,15 +1,21 @@
-"""Multiple-choice tasks: the choice whose continuation the model finds most likely.
+"""Multiple-choice tasks: the model chooses the continuation with the highest likelihood.
 
 A task file is JSONL; every line is `{"task": name, "pairs": [[context, continuation], ...], "gold": index}`.
-`accuracy` compares summed log-likelihoods, `accuracy_norm` divides them by the continuation's characters, each with
+`accuracy` compares summed log-likelihoods, `accuracy_norm` divides them by the characters of the continuation. Each has
 the standard error of a mean of n independent items. Both equal acc and acc_norm of lm-evaluation-harness on the same
-items: special tokens are the tokenizer's own, spaces that end a context belong to the continuation, an empty context is
-the first token of texts, contexts too long lose their start, and the last token is predicted but not read. (A task
-there whose choices lack the space before them, and which adds one, divides by a character less.)
+items:
 
-Sequences are padded on the right: a causal model's earlier positions cannot see it, so no mask is needed.
+- Special tokens are those of the tokenizer.
+- Spaces at the end of a context belong to the continuation.
+- An empty context is the first token of texts.
+- A context that is too long loses its start.
+- The last token is predicted but not read.
 
-Legend: S sequences, T tokens, V vocabulary.
+(If choices of a harness task have no leading space and the task adds one, it divides by one character less.)
+
+Sequences are padded on the right. Earlier positions of a causal model cannot see the padding, so no mask is needed.
+
+Legend: B sequences of a batch, S sequences, T tokens, V vocabulary.
 """
 
 import json
@@ -26,13 +32,13 @@ from niwaki.config.sources import check_tasks
 from niwaki.data.stream import Stream
 from niwaki.errors import CalibrationError
 
-BUCKETS = 4
+MAX_BUCKETS = 4
 Logits = Callable[[Stream, slice], Tensor]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question: its (context, continuation) pairs and the index of the right one."""
+    """One question: its (context, continuation) pairs and the index of the correct one."""
 
     pairs: tuple[tuple[str, str], ...]
     gold: int
@@ -50,7 +56,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Tokens of a context and a continuation, which begins at `split`; the (item, choice) they belong to."""
+    """Tokens of a context and of a continuation, which begins at `split`. `place`: its (item, choice)."""
 
     ids: list[int]
     split: int
@@ -58,11 +64,11 @@ class _Sequence:
 
 
 class _GoldError(Exception):
-    """The index of the right pair points outside the pairs."""
+    """The index of the correct pair is outside the pairs."""
 
 
 def read_items(path: str, limit: int | None) -> list[Item]:
-    """The questions of a task file. Raises CalibrationError naming the first line that is not one."""
+    """Read the questions of a task file. Raises CalibrationError with the number of the first invalid line."""
     check_tasks([path])
     items: list[Item] = []
     try:
@@ -86,7 +92,10 @@ def read_items(path: str, limit: int | None) -> list[Item]:
 
 
 def buckets(items: list[Item], tokenizer: Any, positions: int | None) -> list[Bucket]:
-    """All sequences of all items, in up to BUCKETS groups of similar length. Long contexts lose their start."""
+    """Group all sequences of all items into up to MAX_BUCKETS of similar length. Long contexts lose their start.
+
+    Raises CalibrationError for a sequence without a predicted token, or a continuation longer than `positions`.
+    """
     encoded: list[_Sequence] = []
     for index, item in enumerate(items):
         for choice, (context, continuation) in enumerate(item.pairs):
@@ -100,46 +109,46 @@ def buckets(items: list[Item], tokenizer: Any, positions: int | None) -> list[Bu
                 raise CalibrationError(f"question {index}: the continuation alone exceeds the {positions} positions")
             encoded.append(_Sequence(ids[excess:], split - excess, (index, choice)))
     encoded.sort(key=lambda entry: (len(entry.ids), entry.place))
-    size = math.ceil(len(encoded) / BUCKETS)
+    size = math.ceil(len(encoded) / MAX_BUCKETS)
     return [_bucket(encoded[first : first + size], tokenizer) for first in range(0, len(encoded), size)]
 
 
-def score(items: list[Item], found: list[tuple[Bucket, Stream]], logits: Logits) -> dict[str, Any]:
-    """Accuracy, length-normalised accuracy and their standard errors."""
-    right, right_norm = (
+def score(items: list[Item], streams: list[tuple[Bucket, Stream]], logits: Logits) -> dict[str, Any]:
+    """Return accuracy, length-normalised accuracy and their standard errors."""
+    correct, correct_norm = (
         [choice == item.gold for choice, item in zip(chosen, items, strict=True)]
-        for chosen in choices(items, likelihoods(items, found, logits))
+        for chosen in choices(items, likelihoods(items, streams, logits))
     )
     return {
         "items": len(items),
-        "accuracy": sum(right) / len(items),
-        "accuracy_stderr": _stderr(right),
-        "accuracy_norm": sum(right_norm) / len(items),
-        "accuracy_norm_stderr": _stderr(right_norm),
+        "accuracy": sum(correct) / len(items),
+        "accuracy_stderr": _stderr(correct),
+        "accuracy_norm": sum(correct_norm) / len(items),
+        "accuracy_norm_stderr": _stderr(correct_norm),
     }
 
 
-def likelihoods(items: list[Item], found: list[tuple[Bucket, Stream]], logits: Logits) -> list[list[float]]:
-    """Summed log-likelihood of every continuation of every item."""
+def likelihoods(items: list[Item], streams: list[tuple[Bucket, Stream]], logits: Logits) -> list[list[float]]:
+    """Return the summed log-likelihood of every continuation of every item."""
     values = [[0.0] * len(item.pairs) for item in items]
-    for bucket, stream in found:
+    for bucket, stream in streams:
         for rows in stream.slices():
             logprobs_BTV = logits(stream, rows).log_softmax(-1)
             for position, row in enumerate(range(rows.start, rows.stop)):
                 item, choice = bucket.places[row]
-                values[item][choice] = continued(logprobs_BTV[position], bucket, row)
+                values[item][choice] = continuation_likelihood(logprobs_BTV[position], bucket, row)
     return values
 
 
-def continued(logprobs_TV: Tensor, bucket: Bucket, row: int) -> float:
-    """Log-likelihood of the continuation in one sequence of a bucket."""
+def continuation_likelihood(logprobs_TV: Tensor, bucket: Bucket, row: int) -> float:
+    """Return the log-likelihood of the continuation in one sequence of a bucket."""
     first, end = bucket.spans[row]
     wanted_T1 = torch.tensor(bucket.wanted[row], device=logprobs_TV.device)[:, None]
     return float(logprobs_TV[first - 1 : end - 1].gather(1, wanted_T1).sum(dtype=torch.float64))
 
 
 def choices(items: list[Item], values: list[list[float]]) -> tuple[list[int], list[int]]:
-    """The pair chosen for every item: by log-likelihood, and by log-likelihood a character."""
+    """Return the chosen pair of every item: by log-likelihood, and by log-likelihood per character."""
     normed = [
         [value / max(len(text), 1) for value, (_, text) in zip(own, item.pairs, strict=True)]
         for own, item in zip(values, items, strict=True)
@@ -158,14 +167,14 @@ def _item(row: Any) -> Item:
 
 
 def _encode(context: str, continuation: str, tokenizer: Any) -> tuple[list[int], int]:
-    """The tokens of both together, and at which of them the continuation begins."""
+    """Return the tokens of both together, and the index of the first token of the continuation."""
 
     def tokens(text: str) -> list[int]:
-        found: list[int] = tokenizer(text, add_special_tokens=not marked, verbose=False)["input_ids"]
-        return found
+        ids: list[int] = tokenizer(text, add_special_tokens=not has_start, verbose=False)["input_ids"]
+        return ids
 
     start = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
-    marked = (context or continuation).startswith(start)
+    has_start = (context or continuation).startswith(start)
     if not context:
         first = tokenizer.convert_tokens_to_ids(start)
         ids = tokenizer(continuation, add_special_tokens=False, verbose=False)["input_ids"]
@@ -191,8 +200,8 @@ def _best(values: list[float]) -> int:
     return max(range(len(values)), key=lambda i: values[i])
 
 
-def _stderr(right: list[bool]) -> float | None:
-    if len(right) < 2:
+def _stderr(correct: list[bool]) -> float | None:
+    if len(correct) < 2:
         return None
-    mean = sum(right) / len(right)
-    return math.sqrt(mean * (1 - mean) / (len(right) - 1))
+    mean = sum(correct) / len(correct)
+    return math.sqrt(mean * (1 - mean) / (len(correct) - 1))

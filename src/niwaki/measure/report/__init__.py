@@ -1,1 +1,1 @@
-"""A comparison as one HTML file, and as part of a model card. No number is measured here."""
+"""Presentation of measurements: one HTML file, and the numbers on a model card. No value is measured here."""

@@ -1,4 +1,4 @@
-"""The plots of a comparison with their titles, sentences and tables in a language."""
+"""Plots of a comparison with titles, summaries and tables in a language."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,35 +11,41 @@ from niwaki.measure.report.plots import Axis, Plot, Point
 from niwaki.measure.report.views import Cell, Grid, Texts, estimate, short
 from niwaki.measure.schema import Candidate, Comparison, DataQuality, Estimate, Quality, TaskQuality
 
-FORMS = {"kept": ".0%", "zeros": ".1%", "bits": ".2f", "error": ".2g"}
+FORMATS = {"kept": ".0%", "zeros": ".1%", "bits": ".2f", "error": ".2g"}
 TOPS = {"kept": 1.0, "zeros": 1.0, "error": None}
 
 
-def tradeoffs(t: Texts, found: Comparison) -> list[Plot]:
-    """Bytes and speed against the quality of every data file, or of every task where there is no text."""
-    made = []
-    for place, (file, key) in enumerate(_qualities(found)):
-        about = {"file": short(file, [one for one, _ in _qualities(found)])}
-        y = Axis(t[f"axis_{key}"].format(**about), ".3~f", reference=1, limit=_limit(found, "max_perplexity_ratio"))
+def tradeoffs(t: Texts, comparison: Comparison) -> list[Plot]:
+    """Plot bytes and speed against the quality on every data file, or on every task if there is no text."""
+    trade_offs = []
+    for place, (file, key) in enumerate(_qualities(comparison)):
+        about = {"file": short(file, [one for one, _ in _qualities(comparison)])}
+        y = Axis(
+            t[f"axis_{key}"].format(**about), ".3~f", reference=1, limit=_limit(comparison, "max_perplexity_ratio")
+        )
         if key == "loss":
-            y = Axis(t["axis_loss"].format(**about), ".2~%", reference=0, limit=_limit(found, "max_accuracy_loss"))
-        x = Axis(t["axis_bytes"], ".2~%", reference=1, limit=_byte_limit(found))
-        points = [Point(one.model.name, _exact(one.bytes_ratio), _quality(one, file, key)) for one in found.candidates]
-        made.append(_tradeoff(t, found, f"bytes-{place}", "tradeoff_bytes", "better_left", points, x, y))
-        latency = _limit(found, "max_decode_latency_ratio")
+            y = Axis(t["axis_loss"].format(**about), ".2~%", reference=0, limit=_limit(comparison, "max_accuracy_loss"))
+        x = Axis(t["axis_bytes"], ".2~%", reference=1, limit=_byte_limit(comparison))
+        points = [
+            Point(one.model.name, _exact(one.bytes_ratio), _quality(one, file, key)) for one in comparison.candidates
+        ]
+        trade_offs.append(_tradeoff(t, comparison, f"bytes-{place}", "tradeoff_bytes", "better_left", points, x, y))
+        latency = _limit(comparison, "max_decode_latency_ratio")
         x = Axis(t["axis_speed"], ".3~f", "×", reference=1, limit=None if latency is None else 1 / latency)
         points = [
             Point(one.model.name, show.speedup(one.speed.decode.latency_ratio), _quality(one, file, key))
-            for one in found.candidates
+            for one in comparison.candidates
             if one.speed is not None
         ]
         if points:
-            made.append(_tradeoff(t, found, f"speed-{place}", "tradeoff_speed", "better_right", points, x, y))
-    return made
+            trade_offs.append(
+                _tradeoff(t, comparison, f"speed-{place}", "tradeoff_speed", "better_right", points, x, y)
+            )
+    return trade_offs
 
 
 def _tradeoff(
-    t: Texts, found: Comparison, name: str, title: str, better: str, points: list[Point], x: Axis, y: Axis
+    t: Texts, comparison: Comparison, name: str, title: str, better: str, points: list[Point], x: Axis, y: Axis
 ) -> Plot:
     def x_text(value: float) -> str:
         return show.percent(value) if x.form.endswith("%") else show.factor(value)
@@ -56,30 +62,30 @@ def _tradeoff(
         note=t[better],
         summary=f"{t['plot_of'].format(x=x.title, y=y.title)} {'; '.join(lines)}.",
         height=350,
-        json=_json(plots.tradeoff(points, found.dense.name, x, y, t["limit_line"])),
+        json=_json(plots.tradeoff(points, comparison.dense.name, x, y, t["limit_line"])),
         columns=(t["candidate"], x.title, y.title),
         rows=tuple((point.name, *side) for point, side in zip(points, sides, strict=True)),
-        legend=(plots.dense_mark(found.dense.name), *_marks(found)),
+        legend=(plots.dense_mark(comparison.dense.name), *_marks(comparison)),
     )
 
 
-def quality(t: Texts, found: Comparison) -> Grid:
-    """Every data file, whole and by domain, for every candidate; a plot where there is more than one line."""
-    groups = list(dict.fromkeys(group for one in found.candidates for group, _ in _parts(t, one)))
+def quality(t: Texts, comparison: Comparison) -> Grid:
+    """Return the table of every data file, whole and by domain, for every candidate; with a plot if it has rows."""
+    groups = list(dict.fromkeys(group for one in comparison.candidates for group, _ in _parts(t, one)))
     rows = []
     for group in groups:
-        for candidate in found.candidates:
+        for candidate in comparison.candidates:
             one = dict(_parts(t, candidate)).get(group)
             if one is not None:
                 rows.append((group, candidate.model.name, *_quality_cells(t, one)))
     names = ["data", "candidate", "tokens", "perplexity", "metric_perplexity_ratio"]
     columns = tuple(t[name] for name in [*names, "kl", "agreement"])
-    return Grid(columns, tuple(rows), more={"plots": [_forest(t, found, groups)] if len(groups) > 1 else []})
+    return Grid(columns, tuple(rows), more={"plots": [_forest(t, comparison, groups)] if len(groups) > 1 else []})
 
 
 def _quality_cells(t: Texts, one: Quality) -> tuple[str, ...]:
     return (
-        Cell(f"{one.tokens:,}", one.tokens, t[f"pieces_of_{one.unit}"].format(count=f"{one.units:,}")),
+        Cell(f"{one.tokens:,}", one.tokens, t[f"units_of_{one.unit}"].format(count=f"{one.units:,}")),
         Cell(f"{one.perplexity:.3f}", one.perplexity, t["dense_value"].format(value=f"{one.dense_perplexity:.3f}")),
         estimate(t, one.perplexity_ratio, show.ratio),
         estimate(t, one.kl, lambda value: f"{value:.4f}"),
@@ -87,9 +93,9 @@ def _quality_cells(t: Texts, one: Quality) -> tuple[str, ...]:
     )
 
 
-def _forest(t: Texts, found: Comparison, groups: list[str]) -> Plot:
+def _forest(t: Texts, comparison: Comparison, groups: list[str]) -> Plot:
     series = []
-    for candidate in found.candidates:
+    for candidate in comparison.candidates:
         own = dict(_parts(t, candidate))
         series.append((candidate.model.name, [own[g].perplexity_ratio if g in own else None for g in groups]))
     lines = [
@@ -107,7 +113,7 @@ def _forest(t: Texts, found: Comparison, groups: list[str]) -> Plot:
         (group, *("" if one is None else estimate(t, one, show.ratio) for one in (own[place] for _, own in series)))
         for place, group in enumerate(groups)
     )
-    x = Axis(t["metric_perplexity_ratio"], ".3~f", reference=1, limit=_limit(found, "max_perplexity_ratio"))
+    x = Axis(t["metric_perplexity_ratio"], ".3~f", reference=1, limit=_limit(comparison, "max_perplexity_ratio"))
     return Plot(
         id="plot-quality",
         title=t["quality_plot"],
@@ -117,24 +123,24 @@ def _forest(t: Texts, found: Comparison, groups: list[str]) -> Plot:
         json=_json(plots.forest(groups, series, x, t["limit_line"])),
         columns=(t["data"], *(name for name, _ in series)),
         rows=rows,
-        legend=_marks(found),
+        legend=_marks(comparison),
     )
 
 
-def growths(t: Texts, found: Comparison, layers: Mapping[str, Layers | None]) -> Grid:
-    """The error of every block and, where it was recorded, the drift from the dense model."""
-    made, notes = [], []
+def growths(t: Texts, comparison: Comparison, layers: Mapping[str, Layers | None]) -> Grid:
+    """Plot the error of every block, and the drift from the dense model if it was recorded."""
+    growth_plots, notes = [], []
     for name, note in (("growth", "growth_note"), ("drift", "drift_note")):
         series = [
             (candidate.model.name, number, getattr(own, name))
-            for number, candidate in enumerate(found.candidates)
+            for number, candidate in enumerate(comparison.candidates)
             if (own := layers[candidate.model.name]) is not None and getattr(own, name)
         ]
         if not series:
             continue
         lines = [_growth_line(t, model, errors) for model, _, errors in series]
         blocks = sorted({block for _, _, errors in series for block in errors})
-        made.append(
+        growth_plots.append(
             Plot(
                 id=f"plot-{name}",
                 title=t[name],
@@ -152,7 +158,7 @@ def growths(t: Texts, found: Comparison, layers: Mapping[str, Layers | None]) ->
         )
     if not any(own is not None and own.drift for own in layers.values()):
         notes.append(t["drift_missing"])
-    return Grid((), (), tuple(notes), {"plots": made})
+    return Grid((), (), tuple(notes), {"plots": growth_plots})
 
 
 def _growth_line(t: Texts, name: str, errors: dict[int, float]) -> str:
@@ -162,12 +168,12 @@ def _growth_line(t: Texts, name: str, errors: dict[int, float]) -> str:
 
 
 def heatmaps(t: Texts, number: int, layers: Layers) -> list[Plot]:
-    """Everything that was measured of every matrix, by block and projection."""
+    """Plot every measure of the matrices, by block and projection."""
     return [_heatmap(t, f"plot-layers-{number}-{name}", measure) for name, measure in layers.measures.items()]
 
 
 def _heatmap(t: Texts, name: str, measure: Measure) -> Plot:
-    form = FORMS[measure.name]
+    form = FORMATS[measure.name]
     cells = [
         (value, t["map_where"].format(block=block, projection=projection))
         for projection, row in zip(measure.projections, measure.values, strict=True)
@@ -198,23 +204,23 @@ def _heatmap(t: Texts, name: str, measure: Measure) -> Plot:
 
 
 def _parts(t: Texts, candidate: Candidate) -> list[tuple[str, Quality]]:
-    found, files = [], [data.data for data in candidate.data]
+    parts, files = [], [data.data for data in candidate.data]
     for data in candidate.data:
         name = short(data.data, files)
-        found.append((t["whole_file"].format(file=name), data.whole))
+        parts.append((t["whole_file"].format(file=name), data.whole))
         for domain, one in data.domains.items():
-            found.append((t["domain_of"].format(file=name, domain=domain), one))
-    return found
+            parts.append((t["domain_of"].format(file=name, domain=domain), one))
+    return parts
 
 
-def _qualities(found: Comparison) -> list[tuple[str, str]]:
-    first = found.candidates[0]
+def _qualities(comparison: Comparison) -> list[tuple[str, str]]:
+    first = comparison.candidates[0]
     return [(one.data, "perplexity") for one in first.data] or [(one.task, "loss") for one in first.tasks]
 
 
 def _quality(candidate: Candidate, file: str, key: str) -> Estimate:
-    pieces: Sequence[DataQuality | TaskQuality] = candidate.data if key == "perplexity" else candidate.tasks
-    for one in pieces:
+    results: Sequence[DataQuality | TaskQuality] = candidate.data if key == "perplexity" else candidate.tasks
+    for one in results:
         if isinstance(one, DataQuality) and one.data == file:
             return one.whole.perplexity_ratio
         if isinstance(one, TaskQuality) and one.task == file:
@@ -222,18 +228,18 @@ def _quality(candidate: Candidate, file: str, key: str) -> Estimate:
     raise KeyError(file)  # every candidate was measured on the same files
 
 
-def _marks(found: Comparison) -> tuple[plots.Mark, ...]:
-    return tuple(plots.mark(one.model.name, number) for number, one in enumerate(found.candidates))
+def _marks(comparison: Comparison) -> tuple[plots.Mark, ...]:
+    return tuple(plots.mark(one.model.name, number) for number, one in enumerate(comparison.candidates))
 
 
-def _limit(found: Comparison, gate: str) -> float | None:
-    return None if found.gate is None else found.gate.get(gate)
+def _limit(comparison: Comparison, gate: str) -> float | None:
+    return None if comparison.gate is None else comparison.gate.get(gate)
 
 
-def _byte_limit(found: Comparison) -> float | None:
-    """The stricter of the gates on bytes, as a share of the dense model."""
-    count, share = _limit(found, "max_bytes"), _limit(found, "max_bytes_ratio")
-    limits = [share, None if count is None else count / found.dense.file_bytes]
+def _byte_limit(comparison: Comparison) -> float | None:
+    """Return the stricter of the gates on bytes, as a share of the dense model."""
+    count, share = _limit(comparison, "max_bytes"), _limit(comparison, "max_bytes_ratio")
+    limits = [share, None if count is None else count / comparison.dense.file_bytes]
     return min((limit for limit in limits if limit is not None), default=None)
 
 

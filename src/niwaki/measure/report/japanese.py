@@ -32,7 +32,7 @@ TEXT = {
     "kind_contextual": "文脈依存スパース",
     "file_size": "ファイルサイズ",
     "size_of": "{size}（密モデル {dense}）",
-    "writing_speed": "生成速度",
+    "decode_speed": "生成速度",
     "speed_of": "{speed} トークン/秒（密モデル {dense}）",
     "perplexity": "パープレキシティ",
     "value_of": "{value}（密モデル {dense}）",
@@ -99,13 +99,14 @@ TEXT = {
     "load_time": "読み込み時間",
     "peak_memory": "最大メモリ",
     "device_memory": "最大GPUメモリ",
-    "reading": "プロンプト処理",
-    "writing": "生成",
+    "prefill": "プロンプト処理",
+    "decode": "生成",
     "tokens_per_s": "{value} トークン/秒",
     "times_as_fast": "{factor}（{low} ～ {high}）",
     "times_alone": "{factor}",
-    "speed_note": "{prompt}トークンの読み込みと、続く{new}トークンの生成を、バッチサイズ1・CPU {threads}スレッドで"
-    "{rounds}回ずつ測定しました。倍率は回ごとの比の中央値とその{confidence}信頼区間です。"
+    "speed_note": "{prompt}トークンのプロンプト処理と、続く{new}トークンの生成を、"
+    "バッチサイズ1・CPU {threads}スレッドで{rounds}回ずつ測定しました。"
+    "倍率は回ごとの比の中央値とその{confidence}信頼区間です。"
     "測定が揺らぐ環境では、表示した速度同士の商とは一致しないことがあります。",
     "speed_missing": "速度・メモリ・読み込み時間は測定していません（--rounds 0）。",
     # quality
@@ -117,11 +118,11 @@ TEXT = {
     "whole_file": "{file}（全体）",
     "domain_of": "{file}：{domain}",
     "tokens": "トークン数",
-    "pieces_of_document": "{count} 文書",
-    "pieces_of_window": "{count} ウィンドウ",
-    "pieces_of_question": "{count} 問",
-    "pieces_of_round": "{count} 回",
-    "pieces_of_file": "{count} ファイル",
+    "units_of_document": "{count} 文書",
+    "units_of_window": "{count} ウィンドウ",
+    "units_of_question": "{count} 問",
+    "units_of_round": "{count} 回",
+    "units_of_file": "{count} ファイル",
     "dense_value": "密モデル {value}",
     "kl": "KL（nat/トークン）",
     "agreement": "Top-1一致率",
@@ -184,7 +185,7 @@ TEXT = {
     "bits": "ビット",
     "zeros": "ゼロ",
     "bytes": "バイト",
-    "error_before": "誤差（削減のみ）",
+    "error_before": "誤差（重み更新前）",
     "error_after": "誤差（最終）",
     "remark": "備考",
     # texts

@@ -1,8 +1,13 @@
-"""What blocks.jsonl of a result says, as tables: how much was cut where, and at what error.
+"""Tables of blocks.jsonl of a result: the compression of every matrix, and its error.
 
-A measure is a matrix of blocks × projections: `bits` (true bits a weight, scales and all), `zeros` (share of zeros),
-`kept` (share of heads or neurons that stay) and `error` (relative squared error of the output). Experts of one
-projection are averaged. Cost: one pass over the lines.
+A measure is a matrix of blocks × projections, averaged over the experts of a projection:
+
+- `bits`: true bits per weight, scales included
+- `zeros`: share of zeros
+- `kept`: share of heads or neurons that stay
+- `error`: relative squared error of the output
+
+Cost: one pass over the lines.
 
     layers = read_layers(Path("OUT"));  layers.measures["bits"]
 """
@@ -24,7 +29,7 @@ _READ = {"block", "matrix", "shape", "target", "kind", "zeros_frac", "bytes", "b
 
 @dataclass(frozen=True)
 class Measure:
-    """Values of every projection (rows) in every block (columns); None where there is no such matrix."""
+    """Values of every projection (rows) in every block (columns), None for a missing matrix."""
 
     name: str
     blocks: tuple[int, ...]
@@ -33,13 +38,13 @@ class Measure:
 
     @property
     def known(self) -> list[float]:
-        """All values that are there."""
+        """Return all values that are not None."""
         return [value for row in self.values for value in row if value is not None]
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The lines of one result; `growth` and `drift` are by block: its own error, and that of all blocks up to it."""
+    """Lines of one result. By block: `growth` is its own error, `drift` the error of all blocks up to it."""
 
     lines: tuple[dict[str, Any], ...]
     measures: dict[str, Measure]
@@ -48,7 +53,10 @@ class Layers:
 
 
 def read_layers(folder: Path) -> Layers | None:
-    """The record of a result, None for a model that niwaki did not compress. Raises CheckpointError if it is broken."""
+    """Read the record of a result, None for a model that niwaki did not compress.
+
+    Raises CheckpointError for a broken record.
+    """
     path = folder / LINES
     if not path.is_file():
         return None
@@ -63,20 +71,20 @@ def read_layers(folder: Path) -> Layers | None:
 
 
 def layers_of(lines: list[dict[str, Any]]) -> Layers:
-    """Measures that say something about these lines: what was not done to a model has none."""
-    found = {}
-    for name, value_of, tells in (
+    """Return the measures of these lines. A measure that is trivial everywhere (no zeros, all kept) is omitted."""
+    measures = {}
+    for name, value_of, is_informative in (
         ("kept", _kept, lambda values: min(values) < 1),
         ("zeros", _zeros, lambda values: max(values) > 0),
         ("bits", _bits, lambda values: True),
         ("error", lambda line: line["error"], lambda values: max(values) > 0),
     ):
         measure = _measure(name, lines, value_of)
-        if measure.known and tells(measure.known):
-            found[name] = measure
+        if measure.known and is_informative(measure.known):
+            measures[name] = measure
     by_block = {name: {line["block"]: line[name] for line in lines if line.get(name) is not None}
                 for name in ("block_error", "drift")}  # fmt: skip
-    return Layers(tuple(lines), found, by_block["block_error"], by_block["drift"])
+    return Layers(tuple(lines), measures, by_block["block_error"], by_block["drift"])
 
 
 def _measure(name: str, lines: list[dict[str, Any]], value_of: Any) -> Measure:
@@ -99,12 +107,12 @@ def _measure(name: str, lines: list[dict[str, Any]], value_of: Any) -> Measure:
 
 
 def _kept(line: dict[str, Any]) -> float | None:
-    found = _KEPT.match(line["target"])
-    return int(found[1]) / int(found[2]) if found else None
+    match = _KEPT.match(line["target"])
+    return int(match[1]) / int(match[2]) if match else None
 
 
 def _zeros(line: dict[str, Any]) -> float | None:
-    """Zeros that were chosen: a code that happens to be zero is none."""
+    """Return the share of pruned weights. A quantization code that happens to be zero does not count."""
     return None if line["kind"] == "codes" and "bit" in line["target"] else line["zeros_frac"]
 
 

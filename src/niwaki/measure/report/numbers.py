@@ -1,4 +1,4 @@
-"""Numbers as people read them: sizes, ratios, changes and intervals, the same in every language.
+"""Formats of numbers for readers: sizes, ratios, changes and intervals, the same in every language.
 
 change(0.375)  ->  "−62.5%"        speedup(Estimate(value=0.94, ...))  ->  the inverse, with its interval
 """
@@ -10,7 +10,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def size(count: float) -> str:
-    """Bytes in the decimal unit that leaves one to three digits before the point."""
+    """Format bytes in the decimal unit with one to three digits before the point."""
     power = 0
     while abs(count) >= 999.5 and power < len(_UNITS) - 1:
         count, power = count / 1000, power + 1
@@ -18,22 +18,22 @@ def size(count: float) -> str:
 
 
 def number(value: float) -> str:
-    """Four significant digits, separators from ten thousand on."""
+    """Format with four significant digits; from 10,000 on whole, with separators."""
     return signed(f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.4g}")
 
 
 def ratio(value: float) -> str:
-    """A ratio with the digits that still tell something."""
+    """Format a ratio with its significant digits."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """A share in percent."""
+    """Format a share in percent."""
     return signed(f"{100 * value:.{digits}f}%")
 
 
 def change(value: float, digits: int = 1) -> str:
-    """How far a ratio lies from one, in percent and with its sign; as a factor where percents become unreadable."""
+    """Format a ratio as its difference from 1 in percent, with a sign; from 10 on as a factor."""
     if value >= 10:
         return f"×{value:,.0f}" if value >= 100 else f"×{value:.1f}"
     text = f"{100 * (value - 1):+.{digits}f}"
@@ -41,39 +41,39 @@ def change(value: float, digits: int = 1) -> str:
 
 
 def factor(value: float) -> str:
-    """×1.06."""
+    """Format a factor, as ×1.06."""
     return f"×{value:.2f}" if value < 100 else f"×{value:,.0f}"
 
 
 def points(value: float) -> str:
-    """A difference of shares in percentage points, with its sign and without the unit."""
+    """Format a difference of shares in percentage points, with a sign and without the unit."""
     text = f"{100 * value:+.1f}"
     return signed(text.lstrip("+-") if float(text) == 0 else text)
 
 
 def signed(text: str) -> str:
-    """The minus sign of typography for the hyphen."""
+    """Replace the hyphen by the typographic minus sign."""
     return text.replace("-", MINUS) if text.startswith("-") or "e-" not in text else text.replace("e-", f"e{MINUS}")
 
 
 def speedup(latency: Estimate) -> Estimate:
-    """Times as fast, from a ratio of times: the inverse, whose interval turns over."""
+    """Return the speedup, the inverse of a ratio of times. The ends of its interval swap."""
     low, high = None, None
     if latency.low is not None and latency.high is not None and latency.low > 0:
         low, high = 1 / latency.high, 1 / latency.low
     return Estimate(value=1 / latency.value, low=low, high=high, units=latency.units)
 
 
-def opposite(found: Estimate) -> Estimate:
-    """A loss as a change: the sign turns over, and with it the interval."""
+def opposite(one: Estimate) -> Estimate:
+    """Return a loss as a change, with the opposite sign. The ends of its interval swap."""
     return Estimate(
-        value=-found.value,
-        low=None if found.high is None else -found.high,
-        high=None if found.low is None else -found.low,
-        units=found.units,
+        value=-one.value,
+        low=None if one.high is None else -one.high,
+        high=None if one.low is None else -one.low,
+        units=one.units,
     )
 
 
-def unclear(found: Estimate, nothing: float) -> bool:
-    """Whether the interval holds `nothing`, the value of no difference; also without an interval."""
-    return found.low is None or found.high is None or found.low <= nothing <= found.high
+def unclear(one: Estimate, no_difference: float) -> bool:
+    """Check that the interval contains the value of no difference, or that there is no interval."""
+    return one.low is None or one.high is None or one.low <= no_difference <= one.high

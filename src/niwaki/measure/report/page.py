@@ -1,14 +1,21 @@
-"""One HTML file from a comparison: templates, texts and plots put together, with everything inside.
+"""The report of a comparison: one HTML file that opens without a network, in English or Japanese.
 
-The file asks the network for nothing, and its content security policy forbids it: no address is allowed, and only the
-two scripts written here, named by their hashes, may run. Texts of models and data are escaped by jinja2.
+    write_page(Path("report/report.html"), comparison, [read_layers(Path("four"))], "ja")
+
+The templates are in templates/, the texts in `english` and `japanese`, the plots in `plots` and `charts`. `views` and
+`passages` turn values into texts. This module combines them.
+
+The file loads nothing: its content security policy forbids all addresses. It allows only the two scripts written here,
+by their hashes. jinja2 escapes texts of models and data. The size is about 5 MB, 4.8 of them plotly.js, because the
+Python package ships no smaller bundle. Cost: about a second.
 """
 
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -21,9 +28,11 @@ from niwaki.measure.report.layers import Layers
 from niwaki.measure.report.strings import date, strings
 from niwaki.measure.report.views import Cell, Texts
 from niwaki.measure.schema import Comparison
+from niwaki.model.files import write_text
 from niwaki.version import __version__
 
-LINES = 200  # of the table of matrices; larger models have thousands
+PAGE = "report.html"
+MAX_LINES = 200  # of the table of matrices; larger models have thousands
 TEMPLATES = "templates"
 _SECTIONS = (
     "tradeoff", "gates", "measured", "quality", "tasks", "layers", "generations", "worst", "reproduce", "environment",
@@ -34,8 +43,14 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def render(found: Comparison, layers: Mapping[str, Layers | None], language: str) -> str:
-    """The page in a language. `layers`: what is recorded of every candidate, by name."""
+def write_page(path: Path, comparison: Comparison, records: Sequence[Layers | None], language: str = "en") -> None:
+    """Write the page, complete or not at all. `records`: the layers of every candidate, None if unknown."""
+    layers = {one.model.name: record for one, record in zip(comparison.candidates, records, strict=True)}
+    write_text(path, render(comparison, layers, language))
+
+
+def render(comparison: Comparison, layers: Mapping[str, Layers | None], language: str) -> str:
+    """Return the page in a language. `layers`: the record of every candidate, by name."""
     t = strings(language)
     environment = Environment(
         loader=PackageLoader("niwaki.measure.report", TEMPLATES),
@@ -45,14 +60,14 @@ def render(found: Comparison, layers: Mapping[str, Layers | None], language: str
         lstrip_blocks=True,
     )
     script, library = _read("report.js"), plots.library()
-    content = _content(t, found, layers)
-    there = {key for key, value in content["present"].items() if value}
+    content = _content(t, comparison, layers)
+    present = {key for key, value in content["present"].items() if value}
     return environment.get_template("page.html.j2").render(
         **content,
         t=t,
         lang=language,
         version=__version__,
-        sections=[(name, t[name]) for name in _SECTIONS if name in there],
+        sections=[(name, t[name]) for name in _SECTIONS if name in present],
         policy=_policy(library, script),
         css=Markup(_read("report.css")),
         script=Markup(script),
@@ -60,46 +75,49 @@ def render(found: Comparison, layers: Mapping[str, Layers | None], language: str
     )
 
 
-def _content(t: Texts, found: Comparison, layers: Mapping[str, Layers | None]) -> dict[str, Any]:
-    quality, tasks = charts.quality(t, found), passages.tasks(t, found)
-    texts, worst, gated = passages.generations(t, found), passages.worst(t, found), views.gates(t, found)
+def _content(t: Texts, comparison: Comparison, layers: Mapping[str, Layers | None]) -> dict[str, Any]:
+    quality, tasks = charts.quality(t, comparison), passages.tasks(t, comparison)
+    texts, worst, gated = passages.generations(t, comparison), passages.worst(t, comparison), views.gates(t, comparison)
     own = {"gates": gated, "quality": quality.rows, "tasks": tasks.rows, "generations": texts, "worst": worst}
-    cards = views.cards(t, found)
+    cards = views.cards(t, comparison)
     always = dict.fromkeys(("tradeoff", "measured", "layers", "reproduce", "environment"), True)
     return {
-        "found": found,
-        "dense": found.dense,
-        "about": _about(t, found),
-        "headline": views.headline(t, found),
+        "comparison": comparison,
+        "dense": comparison.dense,
+        "about": _about(t, comparison),
+        "headline": views.headline(t, comparison),
         "cards": cards,
         "rows": 4 + max(len(card["metrics"]) for card in cards),
-        "confidence": f"{100 * found.confidence:.4g}%",
-        "tradeoff": [_inline(plot) for plot in charts.tradeoffs(t, found)],
+        "confidence": f"{100 * comparison.confidence:.4g}%",
+        "tradeoff": [_inline(plot) for plot in charts.tradeoffs(t, comparison)],
         "gated": gated,
-        "gate_confidence": f"{100 * _judged_at(found):.4g}%",
-        "measured": views.measured(t, found),
+        "gate_confidence": f"{100 * _judged_at(comparison):.4g}%",
+        "measured": views.measured(t, comparison),
         "quality": {"columns": quality.columns, "rows": quality.rows, "plots": _inlined(quality.more["plots"])},
         "tasks": {"columns": tasks.columns, "rows": tasks.rows, "flips": tasks.more["flips"]},
-        "growth": _growth(t, found, layers),
+        "growth": _growth(t, comparison, layers),
         "layers": [_layers(t, number, *one) for number, one in enumerate(layers.items())],
         "generations": texts,
         "worst": worst,
         "legend": passages.legend(),
-        "recipes": _recipes(found),
+        "recipes": _recipes(comparison),
         "pairs_columns": (t["setting"], t["setting_value"]),
-        "settings": _settings(t, found),
-        "environment": _environment(t, found),
+        "settings": _settings(t, comparison),
+        "environment": _environment(t, comparison),
         "present": always | own,
     }
 
 
-def _about(t: Texts, found: Comparison) -> str:
-    machine = found.environment.accelerator or f"{found.environment.processor} × {found.environment.cores}"
-    return t["about"].format(date=date(t, found.date), accelerator=machine, command_seconds=f"{found.seconds:.0f}")
+def _about(t: Texts, comparison: Comparison) -> str:
+    environment = comparison.environment
+    machine = environment.accelerator or f"{environment.processor} × {environment.cores}"
+    return t["about"].format(
+        date=date(t, comparison.date), accelerator=machine, command_seconds=f"{comparison.seconds:.0f}"
+    )
 
 
-def _growth(t: Texts, found: Comparison, layers: Mapping[str, Layers | None]) -> dict[str, Any]:
-    growth = charts.growths(t, found, layers)
+def _growth(t: Texts, comparison: Comparison, layers: Mapping[str, Layers | None]) -> dict[str, Any]:
+    growth = charts.growths(t, comparison, layers)
     return {"plots": _inlined(growth.more["plots"]), "notes": growth.notes}
 
 
@@ -107,14 +125,16 @@ def _layers(t: Texts, number: int, name: str, layers: Layers | None) -> dict[str
     if layers is None or not layers.lines:
         return {"name": name, "note": t["no_record" if layers is None else "no_lines"], "plots": [], "rows": []}
     lines = sorted(layers.lines, key=lambda line: -(line["error"] or 0))
-    more = t["and_more"].format(shown=LINES, total=len(lines), file="niwaki/blocks.jsonl") if len(lines) > LINES else ""
+    more = ""
+    if len(lines) > MAX_LINES:
+        more = t["and_more"].format(shown=MAX_LINES, total=len(lines), file="niwaki/blocks.jsonl")
     return {
         "name": name,
         "note": "",
         "plots": _inlined(charts.heatmaps(t, number, layers)),
         "title": t["cut_table"].format(name=name),
         "columns": tuple(t[key] for key in _COLUMNS),
-        "rows": [_matrix(t, line) for line in lines[:LINES]],
+        "rows": [_matrix(t, line) for line in lines[:MAX_LINES]],
         "more": more,
     }
 
@@ -135,20 +155,20 @@ def _matrix(t: Texts, line: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _recipes(found: Comparison) -> list[dict[str, str]]:
+def _recipes(comparison: Comparison) -> list[dict[str, str]]:
     return [
         {
             "name": candidate.model.name,
             "text": yaml.safe_dump(candidate.model.recipe, sort_keys=False, allow_unicode=True),
         }
-        for candidate in found.candidates
+        for candidate in comparison.candidates
         if candidate.model.recipe
     ]
 
 
-def _settings(t: Texts, found: Comparison) -> list[tuple[str, str]]:
+def _settings(t: Texts, comparison: Comparison) -> list[tuple[str, str]]:
     rows = []
-    for name, value in found.settings.model_dump().items():
+    for name, value in comparison.settings.model_dump().items():
         shown = t["comma"].join(value) if isinstance(value, tuple) else value
         if shown in (None, ""):
             shown = t["all"] if name in ("max_tokens", "limit") else t["none"]
@@ -156,26 +176,26 @@ def _settings(t: Texts, found: Comparison) -> list[tuple[str, str]]:
     return rows
 
 
-def _environment(t: Texts, found: Comparison) -> list[tuple[str, str]]:
-    about = found.environment
+def _environment(t: Texts, comparison: Comparison) -> list[tuple[str, str]]:
+    about = comparison.environment
     rows = [
         (t["env_processor"], f"{about.processor} ({about.machine})"),
         (t["env_cores"], str(about.cores)),
         (t["env_memory"], show.size(about.memory_bytes)),
         (t["env_accelerator"], about.accelerator or t["none"]),
         (t["env_system"], about.system),
-        (t["env_architecture"], found.dense.architecture),
+        (t["env_architecture"], comparison.dense.architecture),
         ("Python", about.python),
     ]
     return [*rows, *about.versions.items()]
 
 
-def _inlined(found: list[plots.Plot]) -> list[dict[str, Any]]:
-    return [_inline(plot) for plot in found]
+def _inlined(own_plots: list[plots.Plot]) -> list[dict[str, Any]]:
+    return [_inline(plot) for plot in own_plots]
 
 
 def _inline(plot: plots.Plot) -> dict[str, Any]:
-    """A plot for the template: its JSON may stand in a script, where nothing is escaped but nothing may end it."""
+    """Return a plot for the template. Its JSON is put into a script unescaped, so no text in it may end the script."""
     safe = json.dumps(json.loads(plot.json), ensure_ascii=False).replace("<", "\\u003c")
     return {**vars(plot), "json": Markup(safe)}
 
@@ -190,7 +210,7 @@ def _read(name: str) -> str:
     return (files("niwaki.measure.report") / TEMPLATES / name).read_text(encoding="utf-8")
 
 
-def _judged_at(found: Comparison) -> float:
-    """The confidence of the intervals that gates went by."""
-    stated = found.gate or {}
-    return stated.get("each_confidence", stated.get("confidence", found.confidence))
+def _judged_at(comparison: Comparison) -> float:
+    """Return the confidence of the intervals that were judged."""
+    stated = comparison.gate or {}
+    return stated.get("each_confidence", stated.get("confidence", comparison.confidence))

@@ -1,4 +1,4 @@
-"""Texts of a comparison piece by piece: generations side by side, worst examples, tasks with what flipped."""
+"""Texts of a comparison for the page: generations side by side, worst examples, tasks with their flips."""
 
 import math
 from itertools import pairwise
@@ -6,16 +6,16 @@ from typing import Any
 
 from niwaki.measure.report import numbers as show
 from niwaki.measure.report.views import Grid, Texts, estimate
-from niwaki.measure.schema import Comparison, Example, Generation, Paired, TaskQuality, TokenDivergence
+from niwaki.measure.schema import Comparison, Example, Generation, PairedAccuracy, TaskQuality, TokenDivergence
 
-STEPS = (0.1, 0.3, 1.0, 2.0)  # nats: where the next colour begins
-MOST = 4  # tokens of an example that are told in full
+STEPS = (0.1, 0.3, 1.0, 2.0)  # nats at which the next colour begins
+MAX_DETAILS = 4  # tokens of an example with a row in its table
 
 
-def generations(t: Texts, found: Comparison) -> list[dict[str, Any]]:
-    """For every prompt the text of the dense model, then that of every candidate with what differs."""
+def generations(t: Texts, comparison: Comparison) -> list[dict[str, Any]]:
+    """Return for every prompt the text of the dense model, then those of the candidates with their differences."""
     texts: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
-    for candidate in found.candidates:
+    for candidate in comparison.candidates:
         for one in candidate.generations:
             group = texts.setdefault(one.prompt, {})
             dense = {"name": t["dense_model"], "same": one.dense_text, "rest": (), "note": ""}
@@ -33,7 +33,7 @@ def _compared(t: Texts, one: Generation) -> dict[str, Any]:
     if one.diverges_at is None:
         return {"same": one.candidate_text, "rest": (), "note": t["same_text"].format(count=count)}
     tokens = one.candidate
-    if "".join(tokens) != one.candidate_text:  # tokens that are parts of characters say nothing alone
+    if "".join(tokens) != one.candidate_text:  # tokens that are parts of characters cannot be shown alone
         same = _common(one.dense_text, one.candidate_text)
         tokens, place = (one.candidate_text[:same], one.candidate_text[same:]), 1
     else:
@@ -48,32 +48,32 @@ def _common(one: str, other: str) -> int:
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def worst(t: Texts, found: Comparison) -> list[dict[str, Any]]:
-    """The worst passages of every candidate, token by token."""
+def worst(t: Texts, comparison: Comparison) -> list[dict[str, Any]]:
+    """Return the worst passages of every candidate, token by token."""
     return [
         {
             "name": candidate.model.name,
             "examples": [_example(t, number, one) for number, one in enumerate(candidate.worst, start=1)],
         }
-        for candidate in found.candidates
+        for candidate in comparison.candidates
         if candidate.worst
     ]
 
 
 def legend() -> list[str]:
-    """The steps of the colours."""
+    """Return the steps of the colours as text."""
     ends = [f"{step:g}" for step in STEPS]
     return [f"< {ends[0]}", *(f"{low}–{high}" for low, high in pairwise(ends)), f"≥ {ends[-1]}"]
 
 
 def _example(t: Texts, number: int, one: Example) -> dict[str, Any]:
     domain = f" ({one.domain})" if one.domain else ""
-    most = sorted(one.tokens, key=lambda token: -token.kl)[:MOST]
+    details = sorted(one.tokens, key=lambda token: -token.kl)[:MAX_DETAILS]
     return {
         "title": t["example"].format(number=number, data=one.data, domain=domain, kl=f"{one.kl:.3f}"),
         "before": one.before,
         "tokens": [_token(t, token) for token in one.tokens],
-        "most": [
+        "details": [
             {
                 "shown": visible(token.token),
                 "kl": f"{token.kl:.2f}",
@@ -81,7 +81,7 @@ def _example(t: Texts, number: int, one: Example) -> dict[str, Any]:
                 "candidate": visible(token.candidate_top1),
                 "probability": f"{_probability(token.dense_nll)} → {_probability(token.candidate_nll)}",
             }
-            for token in most
+            for token in details
         ],
     }
 
@@ -97,7 +97,7 @@ def _token(t: Texts, token: TokenDivergence) -> dict[str, Any]:
 
 
 def visible(token: str) -> str:
-    """A token alone, with its white space to be seen."""
+    """Return the text of a token with visible white space."""
     return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") or "∅"
 
 
@@ -106,10 +106,10 @@ def _probability(nll: float) -> str:
     return show.percent(share) if share >= 0.001 else "< 0.1%"
 
 
-def tasks(t: Texts, found: Comparison) -> Grid:
-    """Accuracy of both on every task, by both ways to score, and the flips."""
+def tasks(t: Texts, comparison: Comparison) -> Grid:
+    """Return the accuracy of both models on every task, by both scores, and the flips."""
     rows, flips = [], []
-    for candidate in found.candidates:
+    for candidate in comparison.candidates:
         for task in candidate.tasks:
             for key, own in (("by_likelihood", task.accuracy), ("by_characters", task.accuracy_norm)):
                 rows.append((task.task, candidate.model.name, t[key], f"{task.questions:,}", *_answers(t, own)))
@@ -120,7 +120,7 @@ def tasks(t: Texts, found: Comparison) -> Grid:
     return Grid(columns, tuple(rows), more={"flips": flips})
 
 
-def _answers(t: Texts, own: Paired) -> tuple[str, ...]:
+def _answers(t: Texts, own: PairedAccuracy) -> tuple[str, ...]:
     p = own.mcnemar_p
     return (
         show.percent(own.dense_accuracy),

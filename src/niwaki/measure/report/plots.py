@@ -1,8 +1,8 @@
-"""The plots of a report: plotly figures without the colours of the page, each with a sentence and a table that say it.
+"""Plots of a report: plotly figures without the colours of the page. Each has a text summary and a table.
 
-Candidates are told apart by colour and by marker; the colours are those of Okabe and Ito, which stay apart for people
-who do not see all colours, as does cividis for amounts. Colours of text and grid are set in the browser, because the
-page can be light or dark.
+Candidates have different colours and markers. The colours of Okabe and Ito, and cividis for amounts, are
+distinguishable with colour blindness. The browser sets the colours of text and grid, because the page can be light or
+dark.
 """
 
 import math
@@ -25,7 +25,7 @@ _MARGIN = {"l": 64, "r": 18, "t": 14, "b": 54}
 
 @dataclass(frozen=True)
 class Mark:
-    """How a model looks in every plot: a colour and a sign of its own."""
+    """Colour and marker of a model in every plot."""
 
     name: str
     color: str
@@ -34,9 +34,9 @@ class Mark:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure for the page; `json` holds it, `columns` and `rows` show it without drawing.
+    """A figure for the page. `json` is the plotly figure, `columns` and `rows` are its table.
 
-    `note` stands below it; `summary` says what it shows to those who do not see it.
+    `note` is the text below it, `summary` the description for screen readers.
     """
 
     id: str
@@ -61,7 +61,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Axis:
-    """How values of an axis are called and written; `reference` is the dense model, `limit` a gate."""
+    """Title and number format of an axis. `reference`: the value of the dense model, `limit`: that of a gate."""
 
     title: str
     form: str = ".2f"
@@ -71,27 +71,27 @@ class Axis:
 
 
 def library() -> str:
-    """plotly.js, whole: the package ships no smaller bundle."""
+    """Return plotly.js. The package ships no smaller bundle."""
     return str(get_plotlyjs())
 
 
 def color(number: int) -> str:
-    """The colour of a candidate by its place."""
+    """Return the colour of a candidate by its number."""
     return COLORS[number % len(COLORS)]
 
 
 def mark(name: str, number: int) -> Mark:
-    """How a candidate looks, by its place."""
+    """Return the mark of a candidate by its number."""
     return Mark(name, color(number), GLYPHS[MARKERS[number % len(MARKERS)]])
 
 
 def dense_mark(name: str) -> Mark:
-    """How the dense model looks."""
+    """Return the mark of the dense model."""
     return Mark(name, GREY, GLYPHS["x"])
 
 
 def tradeoff(points: Sequence[Point], dense: str, x: Axis, y: Axis, limit: str) -> go.Figure:
-    """Every candidate and the dense model, with intervals and the limits of the gates."""
+    """Plot every candidate and the dense model, with intervals and the limits of the gates."""
     figure = go.Figure()
     marker = {"color": GREY, "size": 12, "symbol": "x", "line": {"width": 0}}
     figure.add_scatter(x=[x.reference], y=[y.reference], name=_plain(dense), mode="markers", marker=marker)
@@ -122,19 +122,19 @@ def tradeoff(points: Sequence[Point], dense: str, x: Axis, y: Axis, limit: str) 
 def forest(
     groups: Sequence[str], series: Sequence[tuple[str, Sequence[Estimate | None]]], x: Axis, limit: str
 ) -> go.Figure:
-    """One estimate with its interval for every group and candidate, candidates of a group below each other."""
+    """Plot an estimate with its interval for every group and candidate, the candidates of a group in rows."""
     figure = go.Figure()
     step = 0.6 / max(len(series), 1)
     for number, (name, estimates) in enumerate(series):
-        there = [(place, one) for place, one in enumerate(estimates) if one is not None]
+        known = [(place, one) for place, one in enumerate(estimates) if one is not None]
         figure.add_scatter(
-            x=[one.value for _, one in there],
-            y=[place + (number - (len(series) - 1) / 2) * step for place, _ in there],
-            error_x=_bars([one for _, one in there]),
+            x=[one.value for _, one in known],
+            y=[place + (number - (len(series) - 1) / 2) * step for place, _ in known],
+            error_x=_bars([one for _, one in known]),
             name=_plain(name),
             mode="markers",
             marker={"color": color(number), "size": 9, "symbol": MARKERS[number % len(MARKERS)]},
-            customdata=[groups[place] for place, _ in there],
+            customdata=[groups[place] for place, _ in known],
             hovertemplate="%{customdata}: %{x:.3f}<extra>%{fullData.name}</extra>",
         )
     wide = _wide([one.value for _, estimates in series for one in estimates if one is not None])
@@ -152,7 +152,7 @@ def forest(
 
 
 def heatmap(measure: Measure, block: str, form: str, top: float | None) -> go.Figure:
-    """A cell for every projection and block; numbers in the cells where they fit."""
+    """Plot a cell for every projection and block, with numbers in the cells if they fit."""
     small = len(measure.blocks) <= 12
     shown = [[None if value is None else format(value, form) for value in row] for row in measure.values]
     figure = go.Figure(
@@ -182,19 +182,19 @@ def heatmap(measure: Measure, block: str, form: str, top: float | None) -> go.Fi
 
 
 def growth(series: Sequence[tuple[str, int, dict[int, float]]], block: str, title: str) -> go.Figure:
-    """Lines over depth, one for every candidate: (name, place among the candidates, error by block)."""
+    """Plot a line over depth for every candidate, (name, number of the candidate, error by block)."""
     figure = go.Figure()
-    for name, number, found in series:
+    for name, number, errors in series:
         figure.add_scatter(
-            x=list(found),
-            y=list(found.values()),
+            x=list(errors),
+            y=list(errors.values()),
             name=_plain(name),
             mode="lines+markers",
             line={"color": color(number), "width": 2},
             marker={"symbol": MARKERS[number % len(MARKERS)], "size": 8},
         )
-    wide = _wide([value for _, _, found in series for value in found.values() if value > 0])
-    deepest = max((place for _, _, found in series for place in found), default=0)
+    wide = _wide([value for _, _, errors in series for value in errors.values() if value > 0])
+    deepest = max((place for _, _, errors in series for place in errors), default=0)
     figure.update_xaxes(title=block, tickformat="d", tick0=0, dtick=max(1, math.ceil(deepest / 10)))
     figure.update_yaxes(title=title, type="log" if wide else "linear", rangemode="tozero", tickformat="~g")
     return _laid_out(figure)
@@ -209,7 +209,7 @@ def _laid_out(figure: go.Figure) -> go.Figure:
         font={"size": 13},
         margin=margin,
         autosize=True,
-        showlegend=False,  # it stands above, where it can wrap
+        showlegend=False,  # the page has a legend above the plot, which can wrap
         dragmode=False,
         hovermode="closest",
     )
@@ -219,7 +219,7 @@ def _laid_out(figure: go.Figure) -> go.Figure:
 
 
 def _bars(estimates: Sequence[Estimate]) -> dict[str, object]:
-    """Error bars, nothing where there is no interval."""
+    """Return error bars, of length 0 for an estimate without an interval."""
     return {
         "type": "data",
         "symmetric": False,
@@ -231,7 +231,7 @@ def _bars(estimates: Sequence[Estimate]) -> dict[str, object]:
 
 
 def _limits(figure: go.Figure, x: Axis, y: Axis, name: str, *, log_x: bool = False, log_y: bool = False) -> None:
-    """Dotted lines at the dense model, dashed ones with a name at the limits."""
+    """Draw dotted lines at the dense model, and dashed ones with a name at the limits."""
     for add, axis in ((figure.add_vline, x), (figure.add_hline, y)):
         if axis.reference is not None:
             add(axis.reference, line={"width": 1, "dash": "dot"})
@@ -247,11 +247,11 @@ def _limits(figure: go.Figure, x: Axis, y: Axis, name: str, *, log_x: bool = Fal
 
 
 def _wide(values: Sequence[float]) -> bool:
-    """Whether only a logarithmic axis shows all values."""
+    """Check whether only a logarithmic axis can show all values."""
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     return len(positive) == len(values) > 0 and max(positive) / min(positive) > 20
 
 
 def _plain(text: str) -> str:
-    """Text that plotly shows as it is: it reads a few HTML tags otherwise."""
+    """Escape a text, because plotly interprets some HTML tags."""
     return text.replace("&", "&amp;").replace("<", "&lt;")

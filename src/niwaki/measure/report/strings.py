@@ -1,4 +1,4 @@
-"""The languages of a report: one table of texts each, with the same keys.
+"""Languages of a report: each is one table of texts, and all have the same keys.
 
 t = strings("ja");  t["gates"]  ->  "ゲート判定"
 """
@@ -14,17 +14,17 @@ LANGUAGES: Mapping[str, Mapping[str, str]] = MappingProxyType({"en": english.TEX
 
 
 def check_language(language: str) -> None:
-    """Raises InputError for a language that reports are not written in."""
+    """Raise InputError for an unsupported language."""
     if language not in LANGUAGES:
         raise InputError(unknown("language", language, LANGUAGES))
 
 
 def strings(language: str) -> Mapping[str, str]:
-    """All texts of a language."""
+    """Return all texts of a language."""
     check_language(language)
     return LANGUAGES[language]
 
 
 def date(t: Mapping[str, str], text: str) -> str:
-    """A date of ISO 8601 as the language writes it, in UTC."""
+    """Format an ISO 8601 date in the style of the language, in UTC."""
     return datetime.fromisoformat(text).astimezone(UTC).strftime(t["date"])

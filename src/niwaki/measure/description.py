@@ -1,4 +1,4 @@
-"""What is known of a model and of the machine before anything runs: files, niwaki's own record, processor, versions."""
+"""Descriptions of a model (its files and niwaki's record) and of the machine (processor, package versions)."""
 
 import json
 import os
@@ -11,19 +11,18 @@ import psutil
 import torch
 
 from niwaki.errors import CheckpointError
-from niwaki.measure.schema import Environment, Kind, Memory, Model
+from niwaki.measure.schema import Environment, Kind, Model
 from niwaki.model.decoder import Decoder
 from niwaki.runtime.contextual.record import TENSORS, has_shadow
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 
-def describe(source: str, name: str, decoder: Decoder, dense: Decoder) -> Model:
-    """A model without what running it would tell."""
-    checkpoint, record = decoder.checkpoint, record_of(decoder.checkpoint.folder)
-    recipe = record.get("recipe") or {}
-    ends = set(decoder.disk_names(None))
-    beside = (checkpoint.folder / TENSORS).stat().st_size if has_shadow(checkpoint.folder) else 0
+def describe_model(source: str, name: str, decoder: Decoder, dense: Decoder) -> Model:
+    """Describe a model that has not run: no loading time, no memory."""
+    checkpoint, recipe = decoder.checkpoint, read_recipe(decoder.checkpoint.folder)
+    outside_blocks = set(decoder.disk_names(None))
+    predictor_bytes = (checkpoint.folder / TENSORS).stat().st_size if has_shadow(checkpoint.folder) else 0
     return Model(
         name=name,
         source=source,
@@ -33,26 +32,21 @@ def describe(source: str, name: str, decoder: Decoder, dense: Decoder) -> Model:
         recipe=recipe or None,
         architecture=(checkpoint.config.architectures or [checkpoint.config.model_type])[0],
         blocks=len(decoder),
-        file_bytes=checkpoint.nbytes + beside,
-        decoder_bytes=sum(info.nbytes for tensor, info in checkpoint.tensors.items() if tensor not in ends),
+        file_bytes=checkpoint.nbytes + predictor_bytes,
+        decoder_bytes=sum(info.nbytes for tensor, info in checkpoint.tensors.items() if tensor not in outside_blocks),
         load_seconds=None,
         memory=None,
     )
 
 
-def measured(model: Model, load_seconds: float, memory: Memory) -> Model:
-    """The same model after it ran."""
-    return model.model_copy(update={"load_seconds": load_seconds, "memory": memory})
-
-
-def names_of(sources: list[str]) -> list[str]:
-    """The last part of every path, or all of it where two would be called the same."""
+def short_names(sources: list[str]) -> list[str]:
+    """Return the last part of every path, or the whole path where two last parts are equal."""
     short = [Path(source).name or source for source in sources]
     return [name if short.count(name) == 1 else source for name, source in zip(short, sources, strict=True)]
 
 
-def environment(device: torch.device) -> Environment:
-    """The machine and the versions that the numbers come from."""
+def describe_environment(device: torch.device) -> Environment:
+    """Describe this machine and the versions of the packages."""
     return Environment(
         machine=platform.machine(),
         processor=_processor(),
@@ -76,14 +70,17 @@ def _kind(decoder: Decoder, dense: Decoder) -> Kind:
     return "plain" if same else "structured"
 
 
-def record_of(folder: Path) -> dict[str, Any]:
-    """run.json of a result; nothing for a model that niwaki did not make."""
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """Return the recipe in run.json of a result, {} for a model that niwaki did not compress.
+
+    Raises CheckpointError for a broken record.
+    """
     path = folder / "niwaki" / "run.json"
     if not path.is_file():
         return {}
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {"recipe": dict(found["recipe"])}
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return dict(record["recipe"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a record of niwaki ({error}): compress again, or remove it") from error
 

@@ -1,7 +1,7 @@
 """Measured quality on the model card of a result: a table between two marks, and `model-index` in its metadata.
 
-What people wrote around the marks stays. The numbers themselves lie in OUT/niwaki/evaluation.json. A comparison writes
-its own in the same place (`comparing.card`): the last measurement stands.
+The text around the marks stays. OUT/niwaki/evaluation.json has all numbers. A comparison replaces this table with its
+own (`comparison_card`), so the card shows the last measurement.
 
     niwaki evaluate OUT --reference MODEL --data held-out.txt --update-card
 """
@@ -21,24 +21,24 @@ RECORD = "niwaki"
 
 
 def check_card(folder: Path) -> None:
-    """Raises InputError for a folder without a card that niwaki wrote."""
+    """Raise InputError for a folder without a model card of niwaki."""
     if not (folder / RECORD / "run.json").is_file():
         raise InputError(f"--update-card: {folder} is no result of niwaki (it has no niwaki/run.json)")
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     if not -1 < text.find(BEGIN) < text.find(END):
-        raise InputError(f"--update-card: {card} lacks the lines {BEGIN} and {END}, between which the numbers belong")
+        raise InputError(f"--update-card: {card} lacks the lines {BEGIN} and {END} around the numbers")
 
 
-def put_on_card(folder: Path, result: dict[str, Any]) -> None:
-    """Writes what `niwaki.evaluate` returned into README.md and niwaki/evaluation.json of `folder`."""
+def put_evaluation(folder: Path, result: dict[str, Any]) -> None:
+    """Write the result of `niwaki.evaluate` into README.md and niwaki/evaluation.json of `folder`."""
     check_card(folder)
     write_text(folder / RECORD / "evaluation.json", json.dumps(result, indent=2) + "\n")
-    write_measured(folder, _table(result), list(_entries(result)))
+    write_card_section(folder, _table(result), list(_entries(result)))
 
 
-def write_measured(folder: Path, text: str, entries: list[EvalResult]) -> None:
-    """Puts `text` between the marks of a card in the place of what stood there, and `entries` into its metadata."""
+def write_card_section(folder: Path, text: str, entries: list[EvalResult]) -> None:
+    """Replace the text between the marks of a card, and the evaluation results in its metadata."""
     path = folder / "README.md"
     card = ModelCard.load(path)
     card.data.model_name = card.data.model_name or folder.name
@@ -49,17 +49,17 @@ def write_measured(folder: Path, text: str, entries: list[EvalResult]) -> None:
 
 
 def entry(data: str, metric: str, value: float) -> EvalResult:
-    """One number as the hub reads it."""
+    """Return one number in the format of the Hugging Face hub."""
     return EvalResult("text-generation", data, data, metric, value)
 
 
 def harness_metrics(metrics: dict[str, Any]) -> list[str]:
-    """Names of the metrics that lm_eval reports for a task, without their errors."""
+    """Return the names of the metrics that lm_eval reports for a task, without their standard errors."""
     return [name for name, value in metrics.items() if isinstance(value, int | float) and "_stderr" not in name]
 
 
 def harness_value(metrics: dict[str, Any], metric: str) -> str:
-    """A metric with its standard error, if it has one."""
+    """Format a metric with its standard error, if it has one."""
     name, comma, kind = metric.partition(",")
     error = metrics.get(f"{name}_stderr{comma}{kind}")
     return f"{metrics[metric]:.4g}" + (f" ± {error:.2g}" if isinstance(error, int | float) else "")
@@ -68,16 +68,16 @@ def harness_value(metrics: dict[str, Any], metric: str) -> str:
 def _entries(result: dict[str, Any]) -> Iterator[EvalResult]:
     for file, value in result.get("perplexity", {}).items():
         yield entry(Path(file).name, "perplexity", round(value, 4))
-    for file, found in result["tasks"].items():
+    for file, scores in result["tasks"].items():
         for name in ("accuracy", "accuracy_norm"):
-            yield entry(Path(file).name, name, round(found[name], 4))
+            yield entry(Path(file).name, name, round(scores[name], 4))
     for task, metrics in result.get("lm_eval", {}).get("results", {}).items():
         for metric in harness_metrics(metrics):
             yield entry(task, metric.removesuffix(",none"), round(metrics[metric], 4))
 
 
 def _table(result: dict[str, Any]) -> str:
-    """Markdown: one row a number, with that of the reference beside it if there was one."""
+    """Return a Markdown table with one row per number, and a column for the reference if there is one."""
     rows = [*_text_rows(result), *_task_rows(result), *_harness_rows(result)]
     compared = result["reference"] is not None
     lines = [
@@ -96,22 +96,22 @@ def _text_rows(result: dict[str, Any]) -> Iterator[list[str]]:
         dense = result.get("reference_perplexity", {}).get(file)
         yield [name, "perplexity", f"{result['perplexity'][file]:.3f}", "" if dense is None else f"{dense:.3f}"]
         if dense is not None:
-            yield [name, "KL to dense, nats a token", f"{result['kl'][file]:.4f}", "0"]
-            yield [name, "same most likely token", f"{result['top1_agreement'][file]:.2%}", "100%"]
+            yield [name, "KL to dense, nats/token", f"{result['kl'][file]:.4f}", "0"]
+            yield [name, "top-1 agreement", f"{result['top1_agreement'][file]:.2%}", "100%"]
 
 
 def _task_rows(result: dict[str, Any]) -> Iterator[list[str]]:
-    for file, found in result["tasks"].items():
-        name = f"{Path(file).name}, {found['items']} questions"
+    for file, scores in result["tasks"].items():
+        name = f"{Path(file).name}, {scores['items']} questions"
         for measure in ("accuracy", "accuracy_norm"):
-            dense = found.get("reference", {}).get(measure)
-            yield [name, measure, f"{found[measure]:.4f}", "" if dense is None else f"{dense:.4f}"]
+            dense = scores.get("reference", {}).get(measure)
+            yield [name, measure, f"{scores[measure]:.4f}", "" if dense is None else f"{dense:.4f}"]
 
 
 def _harness_rows(result: dict[str, Any]) -> Iterator[list[str]]:
-    found = result.get("lm_eval", {})
-    dense = found.get("reference", {}).get("results", {})
-    for task, metrics in found.get("results", {}).items():
+    harness = result.get("lm_eval", {})
+    dense = harness.get("reference", {}).get("results", {})
+    for task, metrics in harness.get("results", {}).items():
         for metric in harness_metrics(metrics):
             other = harness_value(dense[task], metric) if task in dense else ""
-            yield [f"{task} (lm_eval {found['lm_eval']})", metric, harness_value(metrics, metric), other]
+            yield [f"{task} (lm_eval {harness['lm_eval']})", metric, harness_value(metrics, metric), other]

@@ -1,7 +1,7 @@
-"""Both models on the same questions: what each answers, and which answers flip.
+"""PairedAccuracy accuracy of both models on the same questions, and the answers that flip.
 
-Equal accuracies can hide many flips, as many for the better as for the worse (Dutta et al. 2024, "Accuracy is not all
-you need"); so both directions are counted, and McNemar's test asks whether they are equally likely.
+Equal accuracies can hide many flips in both directions (Dutta et al. 2024, "Accuracy is not all you need"). So both
+directions are counted, and McNemar's test gives the probability of this result if they were equally likely.
 
     task_quality("arc.jsonl", items, dense_likelihoods, likelihoods, 0.95, rng)
 """
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from niwaki.measure.compare.token_metrics import estimate
+from niwaki.measure.compare.token_metrics import make_estimate
 from niwaki.measure.evaluate.tasks import Item, choices
 from niwaki.measure.intervals import loss_interval, mcnemar
-from niwaki.measure.schema import Flip, Paired, TaskQuality
+from niwaki.measure.schema import Flip, PairedAccuracy, TaskQuality
 
-FLIPS = 20  # shown with their texts
-CONTEXT = 400  # characters of a context that are shown, its end
+MAX_FLIPS = 20  # kept with their texts
+CONTEXT_CHARACTERS = 400  # kept from the end of a context
 Likelihoods = list[list[float]]
 
 
@@ -28,42 +28,42 @@ def task_quality(
     confidence: float,
     rng: np.random.Generator,
 ) -> TaskQuality:
-    """Accuracy of both, flips, and the interval of the difference, by likelihood and by likelihood per character."""
+    """Return accuracies, flips and the interval of the loss, by likelihood and by likelihood per character."""
     questions = list(items)
-    theirs, ours = choices(questions, dense), choices(questions, candidate)
-    plain = _paired(questions, theirs[0], ours[0], confidence, rng)
+    dense_choices, own_choices = choices(questions, dense), choices(questions, candidate)
+    plain = _paired(questions, dense_choices[0], own_choices[0], confidence, rng)
     flips = []
-    for number in sorted([*plain.right_to_wrong, *plain.wrong_to_right])[:FLIPS]:
+    for number in sorted([*plain.right_to_wrong, *plain.wrong_to_right])[:MAX_FLIPS]:
         pairs, gold = questions[number].pairs, questions[number].gold
         flips.append(
             Flip(
                 question=number,
-                context=pairs[gold][0][-CONTEXT:],
+                context=pairs[gold][0][-CONTEXT_CHARACTERS:],
                 right=pairs[gold][1],
-                dense=pairs[theirs[0][number]][1],
-                candidate=pairs[ours[0][number]][1],
+                dense=pairs[dense_choices[0][number]][1],
+                candidate=pairs[own_choices[0][number]][1],
             )
         )
     return TaskQuality(
         task=path,
         questions=len(questions),
         accuracy=plain,
-        accuracy_norm=_paired(questions, theirs[1], ours[1], confidence, rng),
+        accuracy_norm=_paired(questions, dense_choices[1], own_choices[1], confidence, rng),
         flips=tuple(flips),
     )
 
 
 def _paired(
     items: Sequence[Item], dense: list[int], candidate: list[int], confidence: float, rng: np.random.Generator
-) -> Paired:
+) -> PairedAccuracy:
     dense_right = [choice == item.gold for choice, item in zip(dense, items, strict=True)]
     right = [choice == item.gold for choice, item in zip(candidate, items, strict=True)]
     lost = tuple(number for number in range(len(items)) if dense_right[number] and not right[number])
     won = tuple(number for number in range(len(items)) if right[number] and not dense_right[number])
-    return Paired(
+    return PairedAccuracy(
         dense_accuracy=sum(dense_right) / len(items),
         accuracy=sum(right) / len(items),
-        loss=estimate(loss_interval(len(lost), len(won), len(items), confidence, rng), len(items)),
+        loss=make_estimate(loss_interval(len(lost), len(won), len(items), confidence, rng), len(items)),
         mcnemar_p=mcnemar(len(lost), len(won)),
         right_to_wrong=lost,
         wrong_to_right=won,

@@ -1,32 +1,30 @@
 """The folder of a report: report.html for people, compare.json for programs, junit.xml for continuous integration.
 
-In JUnit a candidate is a test suite and a gate on a file a test case. Without gates there is nothing to pass, and the
-one case of a suite is skipped and says so.
+In JUnit a candidate is a test suite, and a gate on a file is a test case. Without gates a suite has one skipped case.
 """
 
 import json
 import xml.etree.ElementTree as Xml
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from niwaki.errors import OutputError
-from niwaki.measure.schema import Candidate, Comparison
+from niwaki.measure.report.layers import Layers, read_layers
+from niwaki.measure.report.strings import check_language
+from niwaki.measure.schema import Candidate, Comparison, write_comparison
 from niwaki.model.files import write_text
-
-if TYPE_CHECKING:
-    from niwaki.measure.report.write import Layers
 
 COMPARISON, JUNIT = "compare.json", "junit.xml"
 
 
 def check_report(folder: Path, language: str, *, overwrite: bool) -> None:
-    """Refuses, before anything is measured, an unknown language and a folder of someone else or that cannot be made."""
-    from niwaki.measure.report.write import check_language
+    """Check language and folder before the measurement.
 
+    Raises InputError for an unknown language, OutputError if the folder cannot be created or holds other files.
+    """
     check_language(language)
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"--report {folder} is a file: expected a folder, new or of an earlier report")
+        raise OutputError(f"--report {folder} is a file: expected a new folder, or that of an earlier report")
     if not folder.parent.is_dir():
         raise OutputError(f"--report {folder}: the folder {folder.parent} does not exist")
     path = folder / COMPARISON
@@ -36,28 +34,26 @@ def check_report(folder: Path, language: str, *, overwrite: bool) -> None:
         raise OutputError(f"--report {folder} holds a report: choose another folder, or replace it with --overwrite")
 
 
-def read_records(outs: Sequence[Path]) -> list["Layers | None"]:
-    """What niwaki wrote of every matrix of every candidate. Raises CheckpointError for a broken record."""
-    from niwaki.measure.report.write import read_layers
-
+def read_records(outs: Sequence[Path]) -> list[Layers | None]:
+    """Return niwaki's record of every matrix of every candidate. Raises CheckpointError for a broken record."""
     return [read_layers(out) for out in outs]
 
 
-def write_report(folder: Path, comparison: Comparison, records: Sequence["Layers | None"], language: str) -> None:
-    """Writes all files, each whole or not at all. `records`: see `read_records`."""
-    from niwaki.measure.report.write import PAGE, write_page
+def write_report(folder: Path, comparison: Comparison, records: Sequence[Layers | None], language: str) -> None:
+    """Write all files, each one complete or not at all. `records`: see `read_records`."""
+    from niwaki.measure.report.page import PAGE, write_page  # plotly takes a second to import
 
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot create {folder}: {error.strerror}. Choose another folder with --report") from error
     write_text(folder / JUNIT, junit(comparison))
-    write_text(folder / COMPARISON, comparison.model_dump_json(indent=1) + "\n")
+    write_comparison(folder / COMPARISON, comparison)
     write_page(folder / PAGE, comparison, records, language)
 
 
 def junit(comparison: Comparison) -> str:
-    """JUnit XML, a suite for every candidate."""
+    """Return the verdicts as JUnit XML, with a suite for every candidate."""
     root = Xml.Element("testsuites", name="niwaki compare")
     for candidate in comparison.candidates:
         _suite(root, candidate, comparison)

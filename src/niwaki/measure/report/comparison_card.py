@@ -1,39 +1,31 @@
-"""What a comparison measured, on the model card of a candidate: a table with intervals, gates, and the command again.
+"""Results of a comparison on the model card of a candidate: a table with intervals, the gates, and the command.
 
-It takes the place of earlier numbers (see `niwaki.measure.report.measured`). The comparison of this candidate alone
-lies beside, in OUT/niwaki/comparison.json.
+They replace earlier numbers (see `evaluation_card`). The comparison with this candidate alone is written to
+OUT/niwaki/comparison.json.
 
     niwaki compare MODEL OUT --data held-out.jsonl --update-card
 """
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import EvalResult
 
 from niwaki.compression.model_card import without_folders
-from niwaki.measure.report.measured import RECORD, check_card, entry, write_measured
-from niwaki.measure.schema import BUSY, Candidate, Comparison, Estimate, Throughput
-from niwaki.model.files import write_text
+from niwaki.measure.report.evaluation_card import RECORD, check_card, entry, write_card_section
+from niwaki.measure.schema import BUSY_SPREAD, Candidate, Comparison, Estimate, Throughput, write_comparison
 
-RECORDED = "comparison.json"
+COMPARISON = "comparison.json"
 Row = tuple[str, str, str, str, str]
 
 
-def checked_cards(folders: Sequence[Path]) -> Sequence[Path]:
-    """The same folders. Raises InputError for one without a card that niwaki wrote."""
-    for folder in folders:
-        check_card(folder)
-    return folders
-
-
 def put_comparison(folder: Path, comparison: Comparison, candidate: Candidate) -> None:
-    """Writes what was measured of `candidate` into README.md and niwaki/comparison.json of `folder`."""
+    """Write the results of `candidate` into README.md and niwaki/comparison.json of `folder`."""
     check_card(folder)
     alone = comparison.model_copy(update={"candidates": (candidate,), "passed": candidate.passed})
-    write_text(folder / RECORD / RECORDED, alone.model_dump_json(indent=1) + "\n")
-    write_measured(folder, _text(comparison, candidate), list(_entries(candidate)))
+    write_comparison(folder / RECORD / COMPARISON, alone)
+    write_card_section(folder, _text(comparison, candidate), list(_entries(candidate)))
 
 
 def _entries(candidate: Candidate) -> Iterator[EvalResult]:
@@ -45,7 +37,7 @@ def _entries(candidate: Candidate) -> Iterator[EvalResult]:
 
 
 def _text(comparison: Comparison, candidate: Candidate) -> str:
-    """The table, where the numbers come from, the verdict if there is one, and the command that measures again."""
+    """Return the table, the machine, the verdict if there are gates, and the command of the comparison."""
     rows = [*_quality(candidate), *_speed(comparison, candidate)]
     where = comparison.environment
     processor = where.accelerator or where.processor
@@ -60,7 +52,7 @@ def _text(comparison: Comparison, candidate: Candidate) -> str:
     if candidate.passed is not None:
         kept = sum(verdict.passed for verdict in candidate.gates)
         word = "passed" if candidate.passed else "failed"
-        lines += ["", f"Gates: {word}, {kept} of {len(candidate.gates)} kept."]
+        lines += ["", f"Gates: {word}, {kept} of {len(candidate.gates)} pass."]
         lines += [f"- {verdict.gate}: {verdict.reason}" for verdict in candidate.gates if not verdict.passed]
     again = shlex.join(map(without_folders, shlex.split(comparison.command)))
     return "\n".join([*lines, "", f"    {again}"])
@@ -72,8 +64,8 @@ def _quality(candidate: Candidate) -> Iterator[Row]:
         name = f"{Path(data.data).name}, {one.tokens:,} tokens"
         dense, own = f"{one.dense_perplexity:.3f}", f"{one.perplexity:.3f}"
         yield name, "perplexity", dense, own, f"ratio {_with_ends(one.perplexity_ratio, '.3f')}"
-        yield name, "KL to dense, nats a token", "0", "", _with_ends(one.kl, ".4f")
-        yield name, "same most likely token", "100%", "", _with_ends(one.top1_agreement, ".2%")
+        yield name, "KL to dense, nats/token", "0", "", _with_ends(one.kl, ".4f")
+        yield name, "top-1 agreement", "100%", "", _with_ends(one.top1_agreement, ".2%")
     for task in candidate.tasks:
         name = f"{Path(task.task).name}, {task.questions} questions"
         for measure, paired in (("accuracy", task.accuracy), ("accuracy_norm", task.accuracy_norm)):
@@ -86,17 +78,17 @@ def _speed(comparison: Comparison, candidate: Candidate) -> Iterator[Row]:
         return
     threads = f"{candidate.speed.threads} threads" if comparison.environment.accelerator is None else "one device"
 
-    def row(measure: str, pace: Throughput) -> Row:
-        values = f"{pace.dense_median:.1f}", f"{pace.candidate_median:.1f}"
-        time = f"time {_with_ends(pace.latency_ratio, '.3f')}"
-        if pace.dense_swing > BUSY:
-            time += f"; a busy machine: the dense model alone differed by a factor of {pace.dense_swing:.0f}"
-        return f"{pace.tokens} tokens, {threads}", measure, *values, time
+    def row(measure: str, speed: Throughput) -> Row:
+        values = f"{speed.dense_median:.1f}", f"{speed.candidate_median:.1f}"
+        time = f"time {_with_ends(speed.latency_ratio, '.3f')}"
+        if speed.dense_spread > BUSY_SPREAD:
+            time += f"; a busy machine: rounds of the dense model differed by a factor of {speed.dense_spread:.0f}"
+        return f"{speed.tokens} tokens, {threads}", measure, *values, time
 
-    yield row("reading a prompt, tokens/s", candidate.speed.prefill)
-    yield row("writing, tokens/s", candidate.speed.decode)
+    yield row("prefill, tokens/s", candidate.speed.prefill)
+    yield row("decode, tokens/s", candidate.speed.decode)
 
 
-def _with_ends(found: Estimate, form: str) -> str:
-    ends = "" if found.low is None or found.high is None else f" ({found.low:{form}} to {found.high:{form}})"
-    return f"{found.value:{form}}{ends}"
+def _with_ends(one: Estimate, form: str) -> str:
+    ends = "" if one.low is None or one.high is None else f" ({one.low:{form}} to {one.high:{form}})"
+    return f"{one.value:{form}}{ends}"

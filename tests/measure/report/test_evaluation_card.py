@@ -11,7 +11,7 @@ import niwaki
 from niwaki.cli.app import main
 from niwaki.compression.model_card import UNMEASURED, model_card
 from niwaki.errors import InputError
-from niwaki.measure.report.measured import check_card, put_on_card
+from niwaki.measure.report.evaluation_card import check_card, put_evaluation
 from support.models import tiny_llama, write_texts
 
 
@@ -57,7 +57,7 @@ def test_numbers_are_replaced_and_words_stay(result: Path, tmp_path: Path) -> No
     path, text = result / "README.md", write_texts(tmp_path / "text.jsonl")
     path.write_text(path.read_text().replace("# model, ", "# Our model, ") + "\nAsk the garden team.\n")
     for tokens in (128, 64):
-        put_on_card(result, niwaki.evaluate(result, data=text, seq_len=32, max_tokens=tokens, device="cpu"))
+        put_evaluation(result, niwaki.evaluate(result, data=text, seq_len=32, max_tokens=tokens, device="cpu"))
     card = path.read_text()
     assert "64 tokens" in card and "128 tokens" not in card
     assert "# Our model, " in card and card.endswith("Ask the garden team.\n")
