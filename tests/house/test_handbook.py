@@ -1,5 +1,6 @@
 """The handbook says what the code does: generated parts are fresh, links lead somewhere, commands exist."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -170,6 +171,33 @@ def test_links_between_files_of_the_repository_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_names_and_paths_on_the_pages_exist() -> None:
+    named = 0
+    for page in [*WRITTEN, ROOT / "CONTRIBUTING.md"]:
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(r"\b(?:src|tests|benchmarks|docs|examples)/[\w./-]+\.(?:py|cpp|ya?ml|json|md)\b", text):
+            if "NAME" not in path and "randomly" not in path:
+                assert (ROOT / path).exists(), f"{page.name}: {path}"
+        for name in re.findall(r"(?<![\w/.-])niwaki(?:\.[A-Za-z_]\w*)+", text):
+            assert resolved(name), f"{page.name}: {name}"
+            named += 1
+    assert named > 20
+
+
+def resolved(name: str) -> bool:
+    """Return whether a dotted name is a module of niwaki or an attribute of one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            holder: Any = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[count:]:
+            holder = getattr(holder, attribute, None)
+        return holder is not None
+    return False
+
+
 def commands_of(page: Path) -> list[str]:
     """Every niwaki command line on a page."""
     found = []
@@ -233,3 +261,10 @@ def test_entries_of_the_log_are_short_and_the_index_has_a_verdict_for_each() -> 
     for row in rows:
         assert len(row) == 3 and re.split(r"[ ,]", row[1])[0] in VERDICTS, row
     assert sorted(re.findall(r"^## (.*)$", index, re.M), reverse=True) == re.findall(r"^## (.*)$", index, re.M)
+
+
+def test_the_glossary_is_one_sorted_page_with_one_meaning_per_word() -> None:
+    text = (DOCS / "glossary.md").read_text(encoding="utf-8").partition("## Words we do not use")[0]
+    words = re.findall(r"^\| (.+?) \| (?!Meaning)", text, re.M)
+    assert len(words) > 50
+    assert words == sorted(words, key=str.lower) and len({word.lower() for word in words}) == len(words)
