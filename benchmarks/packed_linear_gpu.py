@@ -30,13 +30,14 @@ from niwaki.kernels.planes import MAX_CORE_TOKENS, decode, gpu_product, reaches
 from niwaki.kernels.triton import dot as triton_dot
 from niwaki.kernels.triton import planes as triton_planes
 from niwaki.kernels.triton.decode import decode_planes
+from niwaki.kernels.types import TileLaunch
 from niwaki.runtime.linear import PackedLinear
 from provenance import provenance
 
 SHAPES = ["4096x4096", "11008x4096", "4096x11008", "8192x8192", "28672x8192", "8192x28672"]
 LAYERS = ["1.6 bit", "4 bit"]
-FEW = [triton_planes.Config(*sizes) for sizes in [(2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4), (16, 1)]]
-SOME = [triton_dot.Config(warps, stages) for warps in (1, 2, 4) for stages in (1, 2, 3)]
+FEW = [TileLaunch(*sizes) for sizes in [(2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4), (16, 1)]]
+SOME = [triton_dot.PlaneDotLaunch(warps, stages) for warps in (1, 2, 4) for stages in (1, 2, 3)]
 COMPILERS = 12  # processes
 COPIES_BYTES = 160 * 2**20  # weights of all copies of a layer: three times the second-level cache of an H100
 COPY_BYTES = 2 * 2**30
@@ -256,7 +257,7 @@ def decoders(layers: list[PackedLinear]) -> list[Callable[[], object]]:
 
 def swept(tokens: int) -> tuple[Callable[..., None], list]:
     """The kernel for so many tokens, and its configs."""
-    return (triton_planes.few_tokens, FEW) if tokens <= 4 else (triton_dot.some_tokens, SOME)
+    return (triton_planes.fma_product, FEW) if tokens <= 4 else (triton_dot.core_product, SOME)
 
 
 def sweep(shape: str, names: list[str], counts: list[int], seconds: float) -> list[dict]:

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from niwaki.kernels.rows import rows_of
 from niwaki.kernels.triton import rows as triton_rows
-from niwaki.kernels.triton.rows import Tiles
+from niwaki.kernels.triton.rows import GemvLaunch
 from niwaki.kernels.types import ACTIVATIONS
 from packed_linear_gpu import COMPILERS, bandwidth, copies_of, graph_of, interleaved
 from provenance import provenance
@@ -87,16 +87,16 @@ def multiply(
     units_K: Tensor,
     x_BI: Tensor,
     out: Tensor | None = None,
-    tiles: Tiles | None = None,
+    launch: GemvLaunch | None = None,
     activation: str = "silu",
 ) -> Tensor:
     """The kernel."""
     width = product.width
     if product.kernel == "rows_dot":
-        return triton_rows.rows_dot(x_BI, *weights, units_K, width=width, out=out, tiles=tiles)
+        return triton_rows.rows_dot(x_BI, *weights, units_K, width=width, out=out, launch=launch)
     if product.kernel == "rows_gate":
-        return triton_rows.rows_gate(x_BI, *weights, units_K, activation, width=width, out=out, tiles=tiles)
-    return triton_rows.columns_dot(x_BI, *weights, units_K, width, out=out, tiles=tiles)
+        return triton_rows.rows_gate(x_BI, *weights, units_K, activation, width=width, out=out, launch=launch)
+    return triton_rows.columns_dot(x_BI, *weights, units_K, width, out=out, launch=launch)
 
 
 def linear(product: Product, weights: list[Tensor], x_BI: Tensor, activation: str = "silu") -> Tensor:
@@ -207,12 +207,12 @@ def kept_bytes(product: Product, keep: float) -> int:
 
 
 def works_of(
-    product: Product, sets: list[list[Tensor]], units: list[Tensor], x_BI: Tensor, tiles: Tiles | None = None
+    product: Product, sets: list[list[Tensor]], units: list[Tensor], x_BI: Tensor, tiles: GemvLaunch | None = None
 ) -> list[Callable[[], object]]:
     """The kernel on every set of weights, with buffers given."""
     buffers = poisoned(product, len(x_BI), len(units[0]), x_BI.dtype)
     return [
-        partial(multiply, product, weights, units_K, x_BI, **buffers, tiles=tiles)
+        partial(multiply, product, weights, units_K, x_BI, **buffers, launch=tiles)
         for weights, units_K in zip(sets, units, strict=True)
     ]
 
@@ -248,8 +248,8 @@ def measure(name: str, keeps: list[float], counts: list[int], seconds: float, by
             }  # fmt: skip
 
 
-def candidates(name: str) -> list[Tiles]:
-    return [Tiles(*sizes) for sizes in CANDIDATES[PRODUCTS[name].kernel]]
+def candidates(name: str) -> list[GemvLaunch]:
+    return [GemvLaunch(*sizes) for sizes in CANDIDATES[PRODUCTS[name].kernel]]
 
 
 def sweep(name: str, keep: float, counts: list[int], seconds: float, bytes_per_s: float) -> Iterable[dict]:
@@ -273,12 +273,12 @@ def sweep(name: str, keep: float, counts: list[int], seconds: float, bytes_per_s
         }  # fmt: skip
 
 
-def compile_one(given: tuple[str, int, Tiles | None]) -> None:
+def compile_one(given: tuple[str, int, GemvLaunch | None]) -> None:
     """Leaves a kernel in Triton's cache on the disk."""
     name, tokens, tiles = given
     product = PRODUCTS[name]._replace(units=16)
     units_K = product.kept(0.5)
-    multiply(product, product.weights(), units_K, product.inputs(tokens, len(units_K)), tiles=tiles)
+    multiply(product, product.weights(), units_K, product.inputs(tokens, len(units_K)), launch=tiles)
 
 
 def compile_all(args: argparse.Namespace) -> None:

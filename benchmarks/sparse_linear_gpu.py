@@ -44,7 +44,7 @@ from niwaki.kernels.triton import (
 from niwaki.kernels.triton import (
     sparse_tiles_dot as triton_sparse_tiles_dot,
 )
-from niwaki.kernels.types import GpuRecord
+from niwaki.kernels.types import GpuRecord, TileLaunch
 from packed_linear_gpu import bandwidth, copies_of, graph_of, interleaved, relative_error
 from provenance import provenance
 
@@ -54,14 +54,14 @@ TOKENS = [1, 2, 4, 8, 16, 64, 512, 2048]
 FEW, DOT, DECODED, SEMI = "few", "dot", "decoded", "cusparselt"
 MOST = {FEW: 16, DOT: 512}  # tokens that a way is timed for
 LEAST = {DECODED: 16, SEMI: 8}
-FEW_TILES = [triton_sparse.Tiles(*t) for t in itertools.product((1, 2, 4, 8), (2, 4, 8)) if t != (8, 2)]
+FEW_TILES = [triton_sparse.SparseLaunch(*t) for t in itertools.product((1, 2, 4, 8), (2, 4, 8)) if t != (8, 2)]
 DOT_TILES = [
-    triton_sparse_dot.Tiles(*t)
+    triton_sparse_dot.SparseDotLaunch(*t)
     for t in itertools.product((16, 32, 64), (16, 32, 64, 128), (2, 4, 8), (2, 3, 4))
     if 8 <= t[0] * t[1] / t[2] / 16 <= 32
 ]
-TILES_FEW = [triton_sparse_tiles.Tiles(*t) for t in itertools.product((2, 4, 8, 16), (1, 2, 4))]
-TILES_DOT = [triton_sparse_dot.Tiles(32, *t, 1) for t in itertools.product((8, 16), (2, 4, 8, 16))]
+TILES_FEW = [TileLaunch(*t) for t in itertools.product((2, 4, 8, 16), (1, 2, 4))]
+TILES_DOT = [triton_sparse_dot.SparseDotLaunch(32, *t, 1) for t in itertools.product((8, 16), (2, 4, 8, 16))]
 Works = dict[tuple[str, str], list[Callable[[], object]]]
 COMPILERS = 14  # processes
 LIMIT = 1e-2  # of relative errors in bf16
@@ -129,7 +129,7 @@ def multiply(way: str, layer: Layer, x_NI: Tensor, out_NO: Tensor, tiles: Any = 
     tiled = layer.record.layout == "two_four_tiles"
     few = triton_sparse_tiles if tiled else triton_sparse
     some = triton_sparse_tiles_dot if tiled else triton_sparse_dot
-    kernel: Any = few.few_tokens if way == FEW else some.some_tokens
+    kernel: Any = few.fma_product if way == FEW else some.core_product
     kernel(x_NI, layer.record, None, out_NO, tiles)
     return out_NO
 

@@ -31,7 +31,8 @@ connect consume continue convert copy correct count cover create cut decide decl
 delete deliver derive describe descend detach detect determine discard distribute divide download draw drain drive drop
 dump embed emit empty encode end enforce enter escape estimate evaluate exclude execute exit expand explain export
 express extend extract fail fake feed fetch fill filter find finish fit fix flatten flush fold follow force format
-forward free freeze fuse gather generate get give go group guard guess handle hash hold identify ignore import include
+forward free freeze fuse gather generate get give go group guard guess handle hash hold identify ignore implement import
+include
 increase infer initialize insert inspect install interleave intersect invert iterate join judge keep label launch lay
 learn leave limit link list load locate lock log look lower make map mark mask match measure merge minimize mix move
 multiply name narrow negotiate normalize note number observe offer open order pack pad pair parse partition pass pause

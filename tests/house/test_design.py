@@ -31,8 +31,6 @@ SIZE_EXCEPTIONS: dict[str, str] = {
     "compression.gradients": "before the house was rebuilt",
     "compression.recover:recover": "before the house was rebuilt",
     "compression.verify": "before the house was rebuilt",
-    "kernels.triton.codes:_sweep": "before the house was rebuilt",
-    "kernels.triton.sparse:_few": "before the house was rebuilt",
     "rollout.background": "before the house was rebuilt",
     "rollout.exporting": "before the house was rebuilt",
     "rollout.metrics": "before the house was rebuilt",

@@ -73,18 +73,18 @@ def inputs(tokens: int, columns: int, dtype: torch.dtype, rows: int) -> tuple[to
 @pytest.mark.parametrize("kind", KINDS)
 def test_sparse_kernels(compiled: list[str], layout: str, kind: str) -> None:
     """Every kind of value in every layout: a few tokens, some, decoded; odd columns and whole chunks of them."""
-    from niwaki.kernels.triton.sparse import few_tokens
-    from niwaki.kernels.triton.sparse_dot import decode, some_tokens
+    from niwaki.kernels.triton.sparse import fma_product
+    from niwaki.kernels.triton.sparse_dot import core_product, decode
 
     for columns, group, dtype, tokens in [(7, 8, FP32, 1), (256, 128, BF16, 2)]:
         record = for_gpu(record_of(5, columns, kind, layout, group))
         x_NI, out_NO = inputs(tokens, columns, dtype, 5)
-        few_tokens(x_NI, record, None, out_NO)
+        fma_product(x_NI, record, None, out_NO)
         decode(record, 0, torch.zeros(5, columns, dtype=dtype))
         if cores_reach(x_NI, record):
-            some_tokens(x_NI, record, torch.zeros(5), out_NO)
-    assert compiled.count("_few") == compiled.count("_decode") == 2
-    assert compiled.count("_some") == (layout == "two_four")
+            core_product(x_NI, record, torch.zeros(5), out_NO)
+    assert compiled.count("_fma") == compiled.count("_decode") == 2
+    assert compiled.count("_cores") == (layout == "two_four")
 
 
 def test_kernels_of_tiles(compiled: list[str]) -> None:
@@ -101,10 +101,10 @@ def test_kernels_of_tiles(compiled: list[str]) -> None:
     record = for_gpu(tiled(33, 256, 128))
     for dtype, tokens in [(BF16, 1), (FP16, 17)]:
         x_NI, out_NO = inputs(tokens, 256, dtype, 33)
-        triton_sparse_tiles.few_tokens(x_NI, record, None, out_NO)
-        triton_sparse_tiles_dot.some_tokens(x_NI, record, torch.zeros(33), out_NO)
+        triton_sparse_tiles.fma_product(x_NI, record, None, out_NO)
+        triton_sparse_tiles_dot.core_product(x_NI, record, torch.zeros(33), out_NO)
     triton_sparse_dot.decode(record, 0, torch.zeros(33, 256, dtype=BF16))
-    assert compiled == ["_few", "_some"] * 2 + ["_decode"]
+    assert compiled == ["_fma", "_cores"] * 2 + ["_decode"]
 
 
 @pytest.mark.parametrize(("bits", "grid", "mixed"), [(1, "free", False), (2, "affine", False), (3, "symmetric", False),
@@ -116,10 +116,10 @@ def test_kernels_of_bit_planes(compiled: list[str], bits: int, grid: str, mixed:
 
     parts = planes_of(matrix(33, 384, bits, grid, 128, mixed))
     x_NI, out_NO = inputs(2, 384, BF16, 33)
-    triton_planes.few_tokens(x_NI, parts, None, out_NO)
-    triton_dot.some_tokens(x_NI, parts, torch.zeros(33), out_NO)
+    triton_planes.fma_product(x_NI, parts, None, out_NO)
+    triton_dot.core_product(x_NI, parts, torch.zeros(33), out_NO)
     triton_decode.decode_planes(parts, 33, 0, torch.zeros(33, 384, dtype=BF16))
-    assert compiled == ["_few", "_spread", "_some", "_decode"]
+    assert compiled == ["_fma", "_spread", "_cores", "_decode"]
 
 
 def test_kernels_of_kept_rows(compiled: list[str]) -> None:

@@ -130,13 +130,13 @@ def gpu_product(x_NI: Tensor, parts: Sequence[PlanePart], bias_O: Tensor | None,
     small = x_NI.shape[1] * out_NO.shape[1] <= MAX_SMALL_WEIGHTS
     reach = all(cores_reach(x_NI, part.group, part.columns) for part in parts)
     if reach and len(x_NI) > (4 if small else 2):
-        from niwaki.kernels.triton.dot import some_tokens
+        from niwaki.kernels.triton.dot import core_product
 
-        some_tokens(x_NI, parts, bias_O, out_NO)
+        core_product(x_NI, parts, bias_O, out_NO)
     else:
-        from niwaki.kernels.triton.planes import few_tokens
+        from niwaki.kernels.triton.planes import fma_product
 
-        few_tokens(x_NI, parts, bias_O, out_NO)
+        fma_product(x_NI, parts, bias_O, out_NO)
 
 
 def layer_decoded(

@@ -87,13 +87,13 @@ def product(x_NI: Tensor, record: GpuRecord, bias_O: Tensor | None) -> Tensor:
         from niwaki.kernels.triton import sparse_tiles as triton_sparse_tiles
 
         kernels: Any = triton_sparse_tiles if record.layout == "two_four_tiles" else triton_sparse
-        kernels.few_tokens(x_NI, record, bias_O, out_NO)
+        kernels.fma_product(x_NI, record, bias_O, out_NO)
     elif cores and tokens <= MAX_CORE_TOKENS[record.layout]:
         from niwaki.kernels.triton import sparse_dot as triton_sparse_dot
         from niwaki.kernels.triton import sparse_tiles_dot as triton_sparse_tiles_dot
 
         kernels = triton_sparse_tiles_dot if record.layout == "two_four_tiles" else triton_sparse_dot
-        kernels.some_tokens(x_NI, record, bias_O, out_NO)
+        kernels.core_product(x_NI, record, bias_O, out_NO)
     else:
         return _decoded_product(x_NI, record, bias_O)
     return out_NO

@@ -24,19 +24,23 @@ def test_product_equals_the_decoded_matrix() -> None:
 
 
 def parity() -> None:
-    from niwaki.kernels.triton.dot import Config, some_tokens
+    from niwaki.kernels.triton.dot import PlaneDotLaunch, core_product
 
-    configs = [None, Config(warps=1, stages=1), Config(warps=2, stages=2)]  # two for every case, in turns
+    launches = [
+        None,
+        PlaneDotLaunch(warps=1, stages=1),
+        PlaneDotLaunch(warps=2, stages=2),
+    ]  # two for every case, in turns
     for number, (rows, columns, bits, grid, group, mixed, tokens) in enumerate(CASES):
         parts = matrix(rows, columns, bits, grid, group, mixed)
         generator = torch.Generator().manual_seed(tokens)
         x_NI = torch.randn(tokens, columns, generator=generator).half()
         bias_O = torch.randn(rows, generator=generator)
         expected_NO = x_NI.double() @ assemble(parts).double().T + bias_O.double()
-        for config in (configs[number % 3], configs[(number + 1) % 3]):
+        for launch in (launches[number % 3], launches[(number + 1) % 3]):
             out_NO = torch.full((tokens, rows), float("nan"), dtype=torch.float16)
-            some_tokens(x_NI, for_gpu(parts), bias_O, out_NO, config)
-            assert error(out_NO, expected_NO) < 1e-3, (rows, columns, config)
+            core_product(x_NI, for_gpu(parts), bias_O, out_NO, launch)
+            assert error(out_NO, expected_NO) < 1e-3, (rows, columns, launch)
 
 
 def test_bits_of_codes_make_floats_with_steps_of_one_and_sixteen() -> None:
@@ -57,8 +61,8 @@ def choice() -> None:
     from niwaki.kernels.triton import planes as triton_planes
 
     called = []
-    triton_planes.few_tokens = lambda *given: called.append("few")
-    triton_dot.some_tokens = lambda *given: called.append("some")
+    triton_planes.fma_product = lambda *given: called.append("few")
+    triton_dot.core_product = lambda *given: called.append("some")
     fine, coarse = for_gpu(matrix(32, 256, 4, "affine", 64, False)), for_gpu(matrix(32, 256, 4, "affine", 128, False))
     for parts, tokens, dtype, rows in [
         (coarse, 4, torch.float16, 32), (coarse, 5, torch.float16, 32), (coarse, 5, torch.float32, 32),

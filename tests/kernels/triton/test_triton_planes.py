@@ -6,7 +6,7 @@ import torch
 from niwaki.formats.quantized import QuantizedColumns, assemble, centre, stored_tensors
 from niwaki.kernels import planes
 from niwaki.kernels.planes import multiply, reaches
-from niwaki.kernels.types import PlanePart
+from niwaki.kernels.types import PlanePart, TileLaunch
 from niwaki.runtime.linear import PackedLinear
 from support.triton_interpreter import interpreted
 
@@ -59,22 +59,22 @@ def test_product_equals_the_decoded_matrix() -> None:
 
 def parity() -> None:
     """Every case without and with a bias, in two dtypes: these take turns."""
-    from niwaki.kernels.triton.planes import Config, few_tokens
+    from niwaki.kernels.triton.planes import fma_product
 
     cases = [
-        (1, 1, 1, "free", 1, False, 1, Config(1, 1)),
-        (5, 7, 4, "midrise", 7, False, 2, Config(1, 2)),
-        (33, 40, 2, "affine", 32, False, 3, Config(1, 1)),
-        (64, 200, 3, "symmetric", 64, False, 4, Config(2, 2)),
-        (34, 328, 4, "affine", 128, False, 1, Config(1, 4)),
-        (40, 264, 4, "midrise", 88, True, 5, Config(1, 2)),
-        (31, 130, 8, "affine", 8, True, 1, Config(1, 2)),
-        (32, 96, 8, "affine", 96, False, 16, Config(2, 1)),
-        (70, 700, 1, "midrise", 700, False, 1, Config(1, 2)),
-        (36, 90, 4, "free", 24, False, 2, Config(1, 2)),
+        (1, 1, 1, "free", 1, False, 1, TileLaunch(1, 1)),
+        (5, 7, 4, "midrise", 7, False, 2, TileLaunch(1, 2)),
+        (33, 40, 2, "affine", 32, False, 3, TileLaunch(1, 1)),
+        (64, 200, 3, "symmetric", 64, False, 4, TileLaunch(2, 2)),
+        (34, 328, 4, "affine", 128, False, 1, TileLaunch(1, 4)),
+        (40, 264, 4, "midrise", 88, True, 5, TileLaunch(1, 2)),
+        (31, 130, 8, "affine", 8, True, 1, TileLaunch(1, 2)),
+        (32, 96, 8, "affine", 96, False, 16, TileLaunch(2, 1)),
+        (70, 700, 1, "midrise", 700, False, 1, TileLaunch(1, 2)),
+        (36, 90, 4, "free", 24, False, 2, TileLaunch(1, 2)),
     ]
     limits = [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)]
-    for number, (rows, columns, bits, grid, group, mixed, tokens, config) in enumerate(cases):
+    for number, (rows, columns, bits, grid, group, mixed, tokens, launch) in enumerate(cases):
         parts = matrix(rows, columns, bits, grid, group, mixed)
         weight_OI = assemble(parts).double()
         for turn in (0, 1):
@@ -83,7 +83,7 @@ def parity() -> None:
             bias_O = torch.randn(rows, generator=torch.Generator().manual_seed(2)).to(dtype)
             bias = bias_O if turn else None
             out_NO = torch.full((tokens, rows), float("nan"), dtype=dtype)
-            few_tokens(x_NI, for_gpu(parts), bias, out_NO, config)
+            fma_product(x_NI, for_gpu(parts), bias, out_NO, launch)
             expected = x_NI.double() @ weight_OI.T + (0 if bias is None else bias.double())
             assert error(out_NO, expected) < limit, (rows, columns, bits, grid, group, mixed, tokens, dtype)
 
@@ -93,12 +93,12 @@ def test_inputs_of_very_different_sizes() -> None:
 
 
 def sizes() -> None:
-    from niwaki.kernels.triton.planes import few_tokens
+    from niwaki.kernels.triton.planes import fma_product
 
     parts = matrix(32, 64, 1, "free", 64, False)
     for size in (0.0, 1e-9, 1e9):
         x_NI, out_NO = torch.full((1, 64), size), torch.full((1, 32), float("nan"))
-        few_tokens(x_NI, for_gpu(parts), None, out_NO)
+        fma_product(x_NI, for_gpu(parts), None, out_NO)
         torch.testing.assert_close(out_NO, x_NI @ assemble(parts).T, rtol=1e-4, atol=0.0)
 
 

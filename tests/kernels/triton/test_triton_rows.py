@@ -72,16 +72,16 @@ def test_the_triton_kernels_do_the_same() -> None:
     interpreted("parity", __name__)
 
 
-def found(t: dict[str, Tensor], width: int, activation: str = "silu", tiles: object = None) -> dict[str, Tensor]:
+def found(t: dict[str, Tensor], width: int, activation: str = "silu", launch: object = None) -> dict[str, Tensor]:
     """Every product by the kernels, in outputs that were filled with NaN."""
     from niwaki.kernels.triton import rows as kernels
 
     x_BI, h_BR, units_K, extra_BO = t["x_BI"], t["h_BR"], t["units_K"], t["extra_BO"]
     dots, gates, columns = (torch.full_like(like, float("nan")) for like in (h_BR, h_BR, extra_BO))
     bias_O = t["bias_O"]
-    kernels.rows_dot(x_BI, t["a_OI"], units_K, t["wide_O"], width=width, out=dots, tiles=tiles)
-    kernels.rows_gate(x_BI, t["a_OI"], t["b_OI"], units_K, activation, width=width, out=gates, tiles=tiles)
-    kernels.columns_dot(h_BR, t["w_ON"], units_K, width, bias_O, extra_BO, out=columns, tiles=tiles)
+    kernels.rows_dot(x_BI, t["a_OI"], units_K, t["wide_O"], width=width, out=dots, launch=launch)
+    kernels.rows_gate(x_BI, t["a_OI"], t["b_OI"], units_K, activation, width=width, out=gates, launch=launch)
+    kernels.columns_dot(h_BR, t["w_ON"], units_K, width, bias_O, extra_BO, out=columns, launch=launch)
     return {"dot": dots, "gate": gates, "columns": columns}
 
 
@@ -111,8 +111,8 @@ def tiles() -> None:
     t, width = drawn(CASES[2], torch.float32), CASES[2][3]
     wanted = expected(t, width)
     for sizes in [(1, 64, 1), (2, 256, 2), (8, 32, 2), (16, 512, 1)]:
-        chosen = kernels.Tiles(*sizes)
-        for name, result in found(t, width, tiles=chosen).items():
+        chosen = kernels.GemvLaunch(*sizes)
+        for name, result in found(t, width, launch=chosen).items():
             assert error(result, wanted[name]) < 1e-5, (name, sizes)
     bare = kernels.rows_dot(t["x_BI"], t["a_OI"], t["units_K"], width=width)
     assert error(bare, wanted["dot"] - t["wide_O"].double()[rows_of(t["units_K"], width)]) < 1e-5

@@ -83,16 +83,16 @@ def test_a_few_tokens_are_the_product_with_the_decoded_matrix() -> None:
 
 def few() -> None:
     """All layouts, kinds and shapes; every number of tokens of a block, more than one block, bias."""
-    from niwaki.kernels.triton.sparse import Tiles, few_tokens
+    from niwaki.kernels.triton.sparse import SparseLaunch, fma_product
 
     for number in range(len(SHAPES)):
         for record in records(number):
-            check(few_tokens, record, 1 + number, torch.float32, bias=number == 1)
+            check(fma_product, record, 1 + number, torch.float32, bias=number == 1)
     wide_OI = torch.randn(2, 2**16 + 64)  # more columns than 16 bits count
     wide_OI[:, ::5] = 0
-    check(few_tokens, Sparse.encode(wide_OI, layout="bitmap"), 1, torch.float32)
+    check(fma_product, Sparse.encode(wide_OI, layout="bitmap"), 1, torch.float32)
     for number, tokens in [(0, 5), (2, 2), (2, 4), (2, 17)]:
-        check(few_tokens, records(0)[number], tokens, torch.bfloat16, Tiles(4, 1))
+        check(fma_product, records(0)[number], tokens, torch.bfloat16, SparseLaunch(4, 1))
 
 
 def test_a_few_tokens_with_tiles() -> None:
@@ -101,13 +101,14 @@ def test_a_few_tokens_with_tiles() -> None:
 
 def few_tiles() -> None:
     """Rows that fill no tile, groups and none, all dtypes."""
-    from niwaki.kernels.triton.sparse_tiles import Tiles, few_tokens
+    from niwaki.kernels.triton.sparse_tiles import fma_product
+    from niwaki.kernels.types import TileLaunch
 
     for rows, columns, group, tokens, dtype in [
         (5, 96, 1000, 1, torch.float32), (33, 64, 32, 2, torch.float16), (5, 160, 64, 5, torch.bfloat16),
     ]:  # fmt: skip
-        check(few_tokens, tiled(rows, columns, group), tokens, dtype, Tiles(2, 2), bias=tokens == 2)
-    check(few_tokens, tiled(33, 64, 32), 1, torch.float32)
+        check(fma_product, tiled(rows, columns, group), tokens, dtype, TileLaunch(2, 2), bias=tokens == 2)
+    check(fma_product, tiled(33, 64, 32), 1, torch.float32)
 
 
 def test_tensor_cores_and_decoding() -> None:
@@ -116,9 +117,8 @@ def test_tensor_cores_and_decoding() -> None:
 
 def cores() -> None:
     """Products of some tokens where groups allow it; every matrix decoded exactly, whole and from a tile on."""
-    from niwaki.kernels.triton import sparse_dot as triton_sparse_dot
     from niwaki.kernels.triton import sparse_tiles_dot as triton_sparse_tiles_dot
-    from niwaki.kernels.triton.sparse_dot import decode, some_tokens
+    from niwaki.kernels.triton.sparse_dot import SparseDotLaunch, core_product, decode
 
     every: list[Sparse | Tiled] = [record for number in range(len(SHAPES)) for record in records(number)]
     every += [tiled(33, 64, 64)]
@@ -126,18 +126,18 @@ def cores() -> None:
         given = for_gpu(record)
         if cores_reach(torch.zeros(1, dtype=torch.float16), given):
             if isinstance(record, Tiled):
-                tiles = triton_sparse_dot.Tiles(32, 8, 2, 1)
-                check(triton_sparse_tiles_dot.some_tokens, record, 3, torch.float16, tiles, bias=True)
+                launch = SparseDotLaunch(32, 8, 2, 1)
+                check(triton_sparse_tiles_dot.core_product, record, 3, torch.float16, launch, bias=True)
             else:
-                tiles = triton_sparse_dot.Tiles(16, 8, 4, 2)
-                check(some_tokens, record, 3, torch.float16, tiles, bias=True)
+                launch = SparseDotLaunch(16, 8, 4, 2)
+                check(core_product, record, 3, torch.float16, launch, bias=True)
         for first in (0, 32) if given.rows > 32 else (0,):
             out_RI = torch.full((given.rows - first, given.columns), float("nan"))
             decode(given, first, out_RI)
             assert torch.equal(out_RI, record.decode()[first:]), record.describe()
-    check(triton_sparse_tiles_dot.some_tokens, tiled(5, 384, 128), 33, torch.float16)
-    check(triton_sparse_tiles_dot.some_tokens, tiled(33, 96, 1000), 17, torch.float16)
-    check(some_tokens, records(2)[4], 17, torch.float16)
+    check(triton_sparse_tiles_dot.core_product, tiled(5, 384, 128), 33, torch.float16)
+    check(triton_sparse_tiles_dot.core_product, tiled(33, 96, 1000), 17, torch.float16)
+    check(core_product, records(2)[4], 17, torch.float16)
     half_RI = torch.full((4, 272), float("nan"), dtype=torch.bfloat16)
     decode(for_gpu(records(2)[1]), 0, half_RI)
     assert torch.equal(half_RI, records(2)[1].decode().bfloat16())

@@ -1,1 +1,1 @@
-"""GPU kernels in Triton. The modules of `niwaki.kernels` choose and launch them; nothing else imports them."""
+"""GPU kernels in Triton. The modules of `niwaki.kernels` choose and launch them; no other module imports them."""

@@ -1,7 +1,7 @@
-"""One panel of the quantizing column sweep as a Triton kernel: a program owns some rows and walks the columns.
+"""Column sweep of quantization, one panel, as a Triton kernel: a program owns some rows and walks the columns.
 
-Rows are independent, so a panel is one launch, with the fit of its levels where all columns share them. Bound by
-arithmetic in registers: O·P² fused multiply-adds.
+Rows are independent, so a panel is one launch. The launch also fits the levels if all columns share them. Arithmetic in
+registers bounds the time: O·P² fused multiply-adds.
 
 Legend: O rows, P columns of the panel.
 """
@@ -17,9 +17,9 @@ from niwaki.kernels.types import Fit, Grid
 def sweep_codes_triton(
     wanted_OP: Tensor, base_OP: Tensor | None, feed_PP: Tensor, grid: Grid, keep_OP: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The contract of `kernels.codes.sweep_codes` for one panel, where it lies: rows of every tensor are contiguous.
+    """Implement `kernels.codes.sweep_codes` for one panel in place. The rows of every tensor are contiguous.
 
-    But for the wanted values themselves, which stay as they were.
+    Unlike there, the wanted values are not changed.
     """
     code_OP = torch.empty(wanted_OP.shape, dtype=torch.uint8, device=wanted_OP.device)
     levels = grid.scale_OG, grid.offset_OG, grid.group_I, grid.top_I
@@ -35,7 +35,7 @@ def sweep_fitted_triton(
     scale_O: Tensor,
     offset_O: Tensor,
 ) -> Tensor:
-    """The contract of `kernels.codes.sweep_fitted` for one panel, where it lies."""
+    """Implement `kernels.codes.sweep_fitted` for one panel in place."""
     return _launch(wanted_OP, None, feed_PP, (scale_O, offset_O, code_OP, feed_PP), keep_OP, code_OP, fit)
 
 
@@ -48,7 +48,7 @@ def _launch(
     code_OP: Tensor,
     fit: Fit | None,
 ) -> Tensor:
-    """One launch; with `fit` the last two of `levels` (group and top of the columns) are not read."""
+    """Launch the kernel. With `fit`, the last two of `levels` (group and top of the columns) are not read."""
     rows, columns = wanted_OP.shape
     change_OP = torch.empty(wanted_OP.shape, device=wanted_OP.device)
     base = wanted_OP if base_OP is None else base_OP
@@ -87,13 +87,16 @@ def _launch(
 
 @triton.jit
 def _rounded(value):
-    """Half to even, as torch rounds: adding 1.5·2²³ leaves no bits below one."""
+    """Round half to even, as torch does: adding 1.5·2²³ leaves no bits below one."""
     return (value + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def _levels(shown, centred: tl.constexpr, steps: tl.constexpr, centre: tl.constexpr, smallest: tl.constexpr):
-    """Scale and offset of every row, as `kernels.codes.span`; what lies outside is zero, and every range holds zero."""
+def _fit_levels(shown, centred: tl.constexpr, steps: tl.constexpr, centre: tl.constexpr, smallest: tl.constexpr):
+    """Return scale and offset of every row as `kernels.codes.span` does.
+
+    Weights outside the panel are zero, which every range includes.
+    """
     if centred:
         scale = tl.maximum(tl.div_rn(tl.max(tl.abs(shown), 1), steps - centre), smallest)
         offset = scale * (0.0 - centre)
@@ -104,6 +107,25 @@ def _levels(shown, centred: tl.constexpr, steps: tl.constexpr, centre: tl.conste
         zero = _rounded(tl.div_rn(0.0 - low, scale))
         offset = (0.0 - tl.minimum(tl.maximum(zero, 0.0), steps)) * scale
     return scale, offset
+
+
+@triton.jit
+def _load_levels(scale, offset, group, top, here):
+    """Load scale, offset and highest code of a column. The pointers are those of its rows, its group and its top."""
+    number = tl.load(group)
+    return (
+        tl.load(scale + number, mask=here, other=1.0),
+        tl.load(offset + number, mask=here, other=0.0),
+        tl.load(top),
+    )
+
+
+@triton.jit
+def _kept(value, keep, inside, has_keep: tl.constexpr):
+    """Return the values, with zero for pruned weights if there is a mask."""
+    if has_keep:
+        value = tl.where(tl.load(keep, mask=inside, other=0) != 0, value, 0.0)
+    return value
 
 
 @triton.jit
@@ -137,6 +159,7 @@ def _sweep(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
+    """Sweep the columns of some rows."""
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     column = tl.arange(0, block_columns)
     here = row < rows
@@ -144,34 +167,25 @@ def _sweep(
     far = row.to(tl.int64)
     value = tl.load(wanted + far[:, None] * wanted_stride + column[None, :], mask=inside, other=0.0)
     if fitted:
-        shown = value
-        if has_keep:
-            kept = tl.load(keep + far[:, None] * keep_stride + column[None, :], mask=inside, other=0)
-            shown = tl.where(kept != 0, value, 0.0)
-        scale_k, offset_k = _levels(shown, centred, steps, centre, smallest)
+        shown = _kept(value, keep + far[:, None] * keep_stride + column[None, :], inside, has_keep)
+        scale_k, offset_k = _fit_levels(shown, centred, steps, centre, smallest)
         tl.store(scale + far * scale_stride, scale_k, mask=here)
         tl.store(offset + far * offset_stride, offset_k, mask=here)
     for k in range(columns):
-        # The column's present value, gathered from the registers of the panel.
+        # The current value of the column, from the registers of the panel.
         value_k = tl.sum(tl.where(column[None, :] == k, value, 0.0), axis=1)
         top_k = steps
         if not fitted:
-            group_k = tl.load(group + k)
-            scale_k = tl.load(scale + far * scale_stride + group_k, mask=here, other=1.0)
-            offset_k = tl.load(offset + far * offset_stride + group_k, mask=here, other=0.0)
-            top_k = tl.load(top + k)
-        near_k = value_k
-        if has_keep:
-            near_k = tl.where(tl.load(keep + far * keep_stride + k, mask=here, other=0) != 0, value_k, 0.0)
-        exact = (near_k - offset_k) / scale_k
-        exact = tl.minimum(tl.maximum(exact, 0.0), top_k)
-        code_k = _rounded(exact)
+            scale_k, offset_k, top_k = _load_levels(
+                scale + far * scale_stride, offset + far * offset_stride, group + k, top + k, here
+            )
+        near_k = _kept(value_k, keep + far * keep_stride + k, here, has_keep)
+        code_k = _rounded(tl.minimum(tl.maximum((near_k - offset_k) / scale_k, 0.0), top_k))
         start_k = value_k
         if has_base:
             start_k = tl.load(base + far * base_stride + k, mask=here, other=0.0)
         change_k = code_k * scale_k + offset_k - start_k
         tl.store(code + far * code_stride + k, code_k.to(tl.uint8), mask=here)
         tl.store(change + far * columns + k, change_k, mask=here)
-        later = (column > k) & (column < columns)
-        feed_k = tl.load(feed + k * feed_stride + column, mask=later, other=0.0)
+        feed_k = tl.load(feed + k * feed_stride + column, mask=(column > k) & (column < columns), other=0.0)
         value -= change_k[:, None] * feed_k[None, :]

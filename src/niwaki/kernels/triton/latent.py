@@ -1,9 +1,7 @@
-"""Latent weights and their levels on a GPU (see `latent`): a program owns one row of one group of columns.
+"""Latent weights and their levels on a GPU (see `kernels.latent`): a program owns one row of one group of columns.
 
-Floor: forward reads four bytes a weight and writes two (bfloat16), backward reads six and writes four. Columns of a row
-are scattered and gathered within one program, so that the caches put them together.
-
-Sums over a group are taken in the same order every time.
+Floor: forward reads four bytes per weight and writes two (bfloat16), backward reads six and writes four. One program
+scatters and gathers the columns of a row, so that the caches combine them. The order of the sums never changes.
 """
 
 import torch
@@ -13,11 +11,11 @@ from torch import Tensor
 
 from niwaki.kernels.types import Levels
 
-BLOCK = 1024  # columns at a time
+BLOCK = 1024  # columns per step
 
 
 def weights_of_triton(latent_OI: Tensor, levels: Levels, dtype: torch.dtype) -> Tensor:
-    """The contract of `latent.weights_of`."""
+    """Implement `kernels.latent.weights_of`."""
     rows, columns = latent_OI.shape
     weight_OI = torch.empty_like(latent_OI, dtype=dtype)
     groups = levels.scale_OG.shape[1]
@@ -28,7 +26,7 @@ def weights_of_triton(latent_OI: Tensor, levels: Levels, dtype: torch.dtype) -> 
 
 
 def gradients_of_triton(latent_OI: Tensor, levels: Levels, gradient_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The contract of `latent.gradients_of`."""
+    """Implement `kernels.latent.gradients_of`."""
     rows, columns = latent_OI.shape
     by_latent_OI = torch.empty_like(latent_OI)
     by_code_OG, by_one_OG = torch.empty_like(levels.scale_OG), torch.empty_like(levels.scale_OG)
@@ -41,12 +39,14 @@ def gradients_of_triton(latent_OI: Tensor, levels: Levels, gradient_OI: Tensor) 
 
 
 def _arguments(levels: Levels) -> tuple[Tensor, ...]:
+    """Return the arguments of both kernels for the levels."""
     groups = levels.groups
     return levels.scale_OG.contiguous(), levels.offset_OG.contiguous(), groups.tops_G, groups.bounds_G1, groups.order_I
 
 
 @triton.jit
 def _codes(latent, scale, offset, top, column, inside):
+    """Return the codes of some columns of a row."""
     value = tl.load(latent + column, mask=inside, other=0.0)
     exact = tl.div_rn(value - offset, scale)
     exact = tl.minimum(tl.maximum(exact, 0.0), top)
@@ -67,6 +67,7 @@ def _weights(
     groups: tl.constexpr,
     block: tl.constexpr,
 ):
+    """Write the weights of one row and group."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     own_scale = tl.load(scale + row * groups + group)
@@ -98,6 +99,7 @@ def _gradients(
     groups: tl.constexpr,
     block: tl.constexpr,
 ):
+    """Write the gradients of one row and group."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     own_scale = tl.load(scale + row * groups + group)

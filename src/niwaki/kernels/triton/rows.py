@@ -1,18 +1,18 @@
-"""Products of a few tokens with the kept rows or columns of a matrix on a GPU (see `rows`).
+"""Products of a few tokens with the kept rows or columns of a matrix on a GPU (see `kernels.rows`).
 
 Floor: the bytes of the kept weights over the memory bandwidth. Half of the 11008 neurons of a 7B model, 4096 wide in
-bf16, are 45 MB: 15 µs a matrix at 3 TB/s. Everything else is there to keep enough loads in flight. Memory answers after
-about 0.7 µs, so 3 TB/s need 2 MB on their way, 16 KB for each of 132 SMs. A thread loads 16 bytes of each of some rows
-before it multiplies any; four warps with four rows have 8 KB in flight, and several programs lie on every SM, so that
-others load while one waits for its indices, sums up or ends.
+bf16, are 45 MB: 15 µs per matrix at 3 TB/s. All else serves to keep enough loads in flight. Memory answers after about
+0.7 µs, so 3 TB/s need 2 MB in flight, 16 KB for each of 132 SMs. A thread loads 16 bytes of each of some rows before it
+multiplies any. Four warps with four rows have 8 KB in flight, and several programs share an SM. While one waits for its
+indices, sums up or ends, the others load.
 
 Dot products (`_dot`): a program owns some rows and walks all columns. All threads lie along the columns, rows lie in
-registers; a thread adds up the products of its 16 bytes at once, so that eight tokens need few registers. Kept columns
-are the same kernel: columns that a thread loads lie in one unit. Tiles are loaded with two axes and folded afterwards:
-of three, Triton 3.6 and 3.9 spread different ones over the warps.
+registers. A thread adds up the products of its 16 bytes at once, so that eight tokens need few registers. Kept columns
+use the same kernel: the columns that a thread loads lie in one unit. Tiles are loaded with two axes and folded later,
+because Triton 3.6 and 3.9 spread different axes of three over the warps.
 
-A call reads nothing back, and allocates nothing if it is given `out`: it can be captured in a CUDA graph. Numbers of
-tokens are filled up to a power of two, which repeats the last one and does not store it.
+A call copies nothing to the host. With `out` it allocates nothing, so a CUDA graph can capture it. The number of tokens
+is padded to a power of two by repeats of the last token, which are not stored.
 
 Legend: B tokens, O rows, I columns, K kept units, R kept rows or columns: K · width.
 """
@@ -29,31 +29,46 @@ from torch import Tensor
 
 from niwaki.kernels.types import ACTIVATIONS, MAX_TOKENS
 
-LOAD_BYTES = 16  # of neighbouring columns, by one thread at once
+LOAD_BYTES = 16  # of neighbouring columns: one load of a thread
 
 
-class Tiles(NamedTuple):
-    """How a product is spread over the chip."""
+class GemvLaunch(NamedTuple):
+    """Launch of a product with kept rows or columns."""
 
-    rows: int  # of a program
-    columns: int  # at a time; 256 a warp fill 16 bytes a thread
+    rows: int  # per program
+    columns: int  # per step; 256 per warp fill 16 bytes per thread
     warps: int
 
 
-# By kernel, for up to so many tokens. Those of rows for one token are the best of seven measured on an H100.
-TILES = {
-    "rows_dot": {1: Tiles(2, 2048, 8), 2: Tiles(4, 1024, 4), 4: Tiles(4, 1024, 4), 8: Tiles(4, 1024, 4)},
-    "rows_gate": {1: Tiles(1, 1024, 4), 2: Tiles(2, 1024, 4), 4: Tiles(2, 1024, 4), 8: Tiles(2, 1024, 4)},
-    "columns_dot": {1: Tiles(4, 1024, 4), 2: Tiles(4, 1024, 4), 4: Tiles(4, 1024, 4), 8: Tiles(4, 1024, 4)},
+# By kernel and max tokens. Those of rows for one token are the best of seven measured on an H100.
+LAUNCHES = {
+    "rows_dot": {
+        1: GemvLaunch(2, 2048, 8),
+        2: GemvLaunch(4, 1024, 4),
+        4: GemvLaunch(4, 1024, 4),
+        8: GemvLaunch(4, 1024, 4),
+    },
+    "rows_gate": {
+        1: GemvLaunch(1, 1024, 4),
+        2: GemvLaunch(2, 1024, 4),
+        4: GemvLaunch(2, 1024, 4),
+        8: GemvLaunch(2, 1024, 4),
+    },
+    "columns_dot": {
+        1: GemvLaunch(4, 1024, 4),
+        2: GemvLaunch(4, 1024, 4),
+        4: GemvLaunch(4, 1024, 4),
+        8: GemvLaunch(4, 1024, 4),
+    },
 }
 
 
-def default_tiles(kernel: str, tokens: int, columns: int) -> Tiles:
-    """A choice by shape: narrow matrices take fewer threads."""
-    tiles = TILES[kernel][triton.next_power_of_2(tokens)]
-    while tiles.columns > max(columns, 256) and tiles.warps > 1:
-        tiles = tiles._replace(columns=tiles.columns // 2, warps=tiles.warps // 2)
-    return tiles
+def default_launch(kernel: str, tokens: int, columns: int) -> GemvLaunch:
+    """Return the launch for a shape. Narrow matrices take fewer threads."""
+    launch = LAUNCHES[kernel][triton.next_power_of_2(tokens)]
+    while launch.columns > max(columns, 256) and launch.warps > 1:
+        launch = launch._replace(columns=launch.columns // 2, warps=launch.warps // 2)
+    return launch
 
 
 def rows_dot(
@@ -64,11 +79,11 @@ def rows_dot(
     *,
     width: int = 1,
     out: Tensor | None = None,
-    tiles: Tiles | None = None,
+    launch: GemvLaunch | None = None,
 ) -> Tensor:
-    """The contract of `rows.rows_dot`."""
-    tiles = tiles or default_tiles("rows_dot", len(x_BI), x_BI.shape[1])
-    return _launch_dot(x_BI, weight_OI, None, "", units_K, width, None, 1, bias_O, None, out, tiles)
+    """Implement `kernels.rows.rows_dot`."""
+    launch = launch or default_launch("rows_dot", len(x_BI), x_BI.shape[1])
+    return _launch_dot(x_BI, weight_OI, None, "", units_K, width, None, 1, bias_O, None, out, launch)
 
 
 def rows_gate(
@@ -80,13 +95,13 @@ def rows_gate(
     *,
     width: int = 1,
     out: Tensor | None = None,
-    tiles: Tiles | None = None,
+    launch: GemvLaunch | None = None,
 ) -> Tensor:
-    """The contract of `rows.rows_gate`."""
+    """Implement `kernels.rows.rows_gate`."""
     assert activation in ACTIVATIONS, f"expected one of {ACTIVATIONS}, got {activation!r}"
-    assert gate_OI.shape == up_OI.shape and gate_OI.stride() == up_OI.stride(), "gate and up lie differently"
-    tiles = tiles or default_tiles("rows_gate", len(x_BI), x_BI.shape[1])
-    return _launch_dot(x_BI, gate_OI, up_OI, activation, units_K, width, None, 1, None, None, out, tiles)
+    assert gate_OI.shape == up_OI.shape and gate_OI.stride() == up_OI.stride(), "expected gate and up alike"
+    launch = launch or default_launch("rows_gate", len(x_BI), x_BI.shape[1])
+    return _launch_dot(x_BI, gate_OI, up_OI, activation, units_K, width, None, 1, None, None, out, launch)
 
 
 def columns_dot(
@@ -98,17 +113,17 @@ def columns_dot(
     extra_BO: Tensor | None = None,
     *,
     out: Tensor | None = None,
-    tiles: Tiles | None = None,
+    launch: GemvLaunch | None = None,
 ) -> Tensor:
-    """The contract of `rows.columns_dot`. Widths that eight divides are loaded 16 bytes at a time."""
-    tiles = tiles or default_tiles("columns_dot", len(x_BR), x_BR.shape[1])
-    return _launch_dot(x_BR, weight_OI, None, "", None, 1, units_K, width, bias_O, extra_BO, out, tiles)
+    """Implement `kernels.rows.columns_dot`. If eight divides the width, loads take 16 bytes at a time."""
+    launch = launch or default_launch("columns_dot", len(x_BR), x_BR.shape[1])
+    return _launch_dot(x_BR, weight_OI, None, "", None, 1, units_K, width, bias_O, extra_BO, out, launch)
 
 
 def _output(
     x_BI: Tensor, weight: Tensor, units_K: Tensor, outputs: int, extra_BO: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    """Where the result goes, once the inputs are as the kernels take them."""
+    """Check the inputs and return the tensor of the result."""
     tokens = len(x_BI)
     assert 1 <= tokens <= MAX_TOKENS, f"expected 1 to {MAX_TOKENS} tokens, got {tokens}"
     assert x_BI.is_contiguous() and units_K.is_contiguous() and weight.stride(1) == 1, "rows must be contiguous"
@@ -127,28 +142,28 @@ def _launch_dot(
     activation: str,
     units_K: Tensor | None,
     width: int,
-    pieces_K: Tensor | None,
-    piece: int,
+    chunks_K: Tensor | None,
+    chunk: int,
     bias_O: Tensor | None,
     extra_BO: Tensor | None,
     out: Tensor | None,
-    tiles: Tiles,
+    launch: GemvLaunch,
 ) -> Tensor:
-    """All products of rows: of kept rows (`units_K`), or of all rows with kept columns (`pieces_K`)."""
+    """Launch the products of kept rows (`units_K`), or of all rows with kept columns (`chunks_K`)."""
     tokens, inputs = x_BI.shape
     outputs = len(weight_OI) if units_K is None else len(units_K) * width
-    indices_K = pieces_K if units_K is None else units_K
+    indices_K = chunks_K if units_K is None else units_K
     assert indices_K is not None
-    columns = weight_OI.shape[1] if pieces_K is None else len(pieces_K) * piece
+    columns = weight_OI.shape[1] if chunks_K is None else len(chunks_K) * chunk
     assert inputs == columns, f"expected {columns} inputs, got {inputs}"
     out = _output(x_BI, weight_OI, indices_K, outputs, extra_BO, out)
     fold = LOAD_BYTES // weight_OI.element_size()
-    _dot[(triton.cdiv(outputs, tiles.rows),)](
+    _dot[(triton.cdiv(outputs, launch.rows),)](
         x_BI,
         weight_OI,
         second_OI,
         units_K,
-        pieces_K,
+        chunks_K,
         bias_O,
         extra_BO,
         out,
@@ -157,20 +172,20 @@ def _launch_dot(
         inputs,
         weight_OI.stride(0),
         width=width,
-        piece=piece,
+        chunk=chunk,
         activation=activation,
         padded=triton.next_power_of_2(tokens),
-        rows=tiles.rows,
-        columns=tiles.columns,
-        fold=fold if pieces_K is None else gcd(fold, piece),
-        num_warps=tiles.warps,
+        rows=launch.rows,
+        columns=launch.columns,
+        fold=fold if chunks_K is None else gcd(fold, chunk),
+        num_warps=launch.warps,
     )
     return out
 
 
 @triton.jit
 def _rows_of(units, place, inside, width: tl.constexpr):
-    """The rows that stand at these places of the kept ones."""
+    """Return the rows at these places among the kept rows."""
     unit = tl.load(units + place // width, mask=inside, other=0).to(tl.int64)
     return unit * width + place % width
 
@@ -181,7 +196,7 @@ def _dot(
     weight,
     second,
     units,
-    pieces,
+    chunks,
     bias,
     extra,
     out,
@@ -190,14 +205,14 @@ def _dot(
     inputs,
     stride,
     width: tl.constexpr,
-    piece: tl.constexpr,
+    chunk: tl.constexpr,
     activation: tl.constexpr,
     padded: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
     fold: tl.constexpr,
 ):
-    """A program: some rows, all columns. Sums are [rows, columns / fold]."""
+    """Multiply some rows with all columns. Sums are [rows, columns / fold]."""
     place = tl.program_id(0) * rows + tl.arange(0, rows)
     here = place < outputs
     row = place.to(tl.int64)
@@ -208,8 +223,8 @@ def _dot(
     for start in tl.range(0, inputs, columns):
         taken = start + tl.arange(0, columns)
         column = taken.to(tl.int64)
-        if pieces is not None:
-            column = _rows_of(pieces, taken, taken < inputs, piece)
+        if chunks is not None:
+            column = _rows_of(chunks, taken, taken < inputs, chunk)
         at = row[:, None] * stride + column[None, :]
         inside = here[:, None] & (taken < inputs)[None, :]
         weights = tl.load(weight + at, mask=inside, other=0.0)
@@ -234,7 +249,7 @@ def _dot(
 
 @triton.jit
 def _zeros(padded: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Sums of every token."""
+    """Return zero sums for every token."""
     total = ()
     for _ in tl.static_range(padded):
         total = total + (tl.zeros((rows, columns), tl.float32),)
@@ -243,7 +258,7 @@ def _zeros(padded: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
 
 @triton.jit
 def _tokens(x, place, inside, tokens, inputs, padded: tl.constexpr):
-    """The same places of every token, float32."""
+    """Load the same places of every token in float32."""
     values = ()
     for b in tl.static_range(padded):
         own = x + tl.minimum(b, tokens - 1) * inputs
@@ -253,7 +268,7 @@ def _tokens(x, place, inside, tokens, inputs, padded: tl.constexpr):
 
 @triton.jit
 def _add_dots(total, weights, values, padded: tl.constexpr, fold: tl.constexpr):
-    """total + Σ over `fold` neighbouring columns of weights · values, for every token. They lie in one thread."""
+    """Add Σ weights · values over `fold` neighbouring columns for every token. They lie in one thread."""
     rows: tl.constexpr = weights.shape[0]
     columns: tl.constexpr = weights.shape[1]
     new = ()
@@ -265,6 +280,7 @@ def _add_dots(total, weights, values, padded: tl.constexpr, fold: tl.constexpr):
 
 @triton.jit
 def _activate(y, activation: tl.constexpr):
+    """Apply the activation."""
     if activation == "relu":
         z = tl.maximum(y, 0.0)
     elif activation == "gelu":

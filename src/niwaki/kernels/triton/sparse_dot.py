@@ -1,13 +1,12 @@
-"""Pruned matrices (`sparse`, `sparse_tiles`) made dense in registers, tile by tile: for products of some tokens on
-tensor cores, and to decode them.
+"""Products of some tokens with pruned matrices (`sparse`, `sparse_tiles`) on tensor cores, and their decoding.
 
-A program of `_some` owns some rows and walks the columns: it loads values and places, puts every value into its column
-by shifts that its index tells, and multiplies the tile. Per weight about three instructions whatever the number of
-tokens. Codes are multiplied as they are, in steps within a group of columns; their scales come after the product.
-Weights take the dtype of the inputs; sums are in float32. A bitmap is only decoded: on tensor cores it took 82 µs
-(H100, 4096², 1 to 16 tokens), and decoding and multiplying it 46.
+Both make tiles of the matrix dense in registers. A program of `_cores` owns some rows and walks the columns. It loads
+values and places, shifts every value to its column by its index, and multiplies the tile. A weight takes about three
+instructions for any number of tokens. Codes are multiplied without their scales, in steps within a group of columns,
+and the products are scaled. Weights take the dtype of the inputs; sums are in float32. A bitmap is only decoded: on
+tensor cores it took 82 µs (H100, 4096², 1 to 16 tokens), decoded and multiplied 46.
 
-Floor: the bytes of places and values over the memory bandwidth; for `decode`, of the matrix that is written too.
+Floor: the bytes of places and values over the memory bandwidth; for `decode` also the bytes of the written matrix.
 
 Legend: N tokens, M tokens of a program, O outputs, R rows of a program, I inputs, B bytes of eight columns, T tiles of
 32 rows, F groups of four columns, G groups of columns that share a scale.
@@ -23,50 +22,49 @@ import triton.language as tl
 from torch import Tensor
 
 from niwaki.formats.quantized import TILE
-from niwaki.kernels.triton.sparse import chunk, locate, set_values, signed_four, stack
+from niwaki.formats.sparse_tiles import LAYOUT
+from niwaki.kernels.triton.bits import load_chunk, locate, set_values, signed_four, stack
 from niwaki.kernels.types import CHUNK_BYTES, GpuRecord
 
-TILED = "two_four_tiles"
 
+class SparseDotLaunch(NamedTuple):
+    """Launch of the tensor-core product with a pruned matrix."""
 
-class Tiles(NamedTuple):
-    """How a product is spread over the chip."""
-
-    rows: int  # of a program
+    rows: int  # per program
     width: int  # bytes of eight columns at a time
     warps: int
     stages: int  # of loads in flight
 
 
-# For up to so many tokens: for 16 the best of 34 measured on an H100 at 4096², 4096 × 11008 and 8192², for 32 of 39 at
-# 4096².
-TILES = {16: Tiles(16, 64, 2, 3), 32: Tiles(32, 32, 4, 3)}
-DECODED = {"bitmap": (16, 32, 4), "two_four": (16, 32, 4), TILED: (32, 16, 4)}  # rows, bytes, warps
+# By max tokens of a program: for 16 the best of 34 measured on an H100 at 4096², 4096 × 11008 and 8192², for 32 the
+# best of 39 at 4096².
+LAUNCHES = {16: SparseDotLaunch(16, 64, 2, 3), 32: SparseDotLaunch(32, 32, 4, 3)}
+DECODE_BLOCKS = {"bitmap": (16, 32, 4), "two_four": (16, 32, 4), LAYOUT: (32, 16, 4)}  # rows, bytes, warps
 MAX_BLOCK_TOKENS = 32
 
 
 def block_of(tokens: int) -> int:
-    """Tokens of a program."""
+    """Return the tokens per program."""
     return min(max(int(triton.next_power_of_2(tokens)), 16), MAX_BLOCK_TOKENS)
 
 
-def whole_steps(record: GpuRecord, tiles: Tiles) -> Tiles:
-    """Narrowed until groups of columns hold whole steps."""
-    while record.group and record.group % (8 * tiles.width):
-        tiles = tiles._replace(width=tiles.width // 2)
-    return tiles
+def whole_steps(record: GpuRecord, launch: SparseDotLaunch) -> SparseDotLaunch:
+    """Narrow a launch until groups of columns hold whole steps."""
+    while record.group and record.group % (8 * launch.width):
+        launch = launch._replace(width=launch.width // 2)
+    return launch
 
 
-def some_tokens(
-    x_NI: Tensor, record: GpuRecord, bias_O: Tensor | None, out_NO: Tensor, tiles: Tiles | None = None
+def core_product(
+    x_NI: Tensor, record: GpuRecord, bias_O: Tensor | None, out_NO: Tensor, launch: SparseDotLaunch | None = None
 ) -> None:
-    """out = x Wᵀ + bias in bfloat16 or float16, `x_NI` contiguous; two_four only; groups hold whole steps."""
+    """Write x Wᵀ + bias to `out_NO` in bfloat16 or float16, contiguous; two_four only, groups of whole steps."""
     tokens, rows = out_NO.shape
     block_tokens = block_of(tokens)
-    tiles = tiles or whole_steps(record, TILES[block_tokens])
+    launch = launch or whole_steps(record, LAUNCHES[block_tokens])
     assert x_NI.is_contiguous() and out_NO.is_contiguous() and x_NI.shape[1] == record.columns
-    assert record.layout == "two_four" and record.group % (8 * tiles.width) == 0
-    _some[triton.cdiv(rows, tiles.rows), triton.cdiv(tokens, block_tokens)](
+    assert record.layout == "two_four" and record.group % (8 * launch.width) == 0
+    _cores[triton.cdiv(rows, launch.rows), triton.cdiv(tokens, block_tokens)](
         x_NI,
         out_NO,
         bias_O,
@@ -81,19 +79,22 @@ def some_tokens(
         bits=record.bits,
         group=record.group,
         block_tokens=block_tokens,
-        block_rows=tiles.rows,
-        block=tiles.width,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        block_rows=launch.rows,
+        block=launch.width,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
     )
 
 
 def decode(record: GpuRecord, first: int, out_RI: Tensor) -> None:
-    """Writes rows [first, first + R) of the matrix, contiguous, in any float dtype; of tiles, `first` begins one."""
+    """Write rows [first, first + R) of the matrix, contiguous, in any float dtype.
+
+    With tiles, `first` is the first row of a tile.
+    """
     assert out_RI.is_contiguous() and out_RI.shape[1] == record.columns
-    assert record.layout != TILED or first % TILE == 0
-    block_rows, block, warps = DECODED[record.layout]
-    _decode[triton.cdiv(record.places.shape[1] if record.layout != TILED else record.columns // 8, block),
+    assert record.layout != LAYOUT or first % TILE == 0
+    block_rows, block, warps = DECODE_BLOCKS[record.layout]
+    _decode[triton.cdiv(record.places.shape[1] if record.layout != LAYOUT else record.columns // 8, block),
             triton.cdiv(len(out_RI), block_rows)](
         out_RI,
         *_views(record),
@@ -114,7 +115,7 @@ def decode(record: GpuRecord, first: int, out_RI: Tensor) -> None:
 
 
 def _views(record: GpuRecord) -> tuple[Tensor, Tensor]:
-    """Places and values as the kernels load them."""
+    """Return places and values as the kernels load them."""
     places, values = record.places, record.values
     if record.layout == "bitmap" and places.shape[1] % CHUNK_BYTES == 0:
         return places.view(torch.int64), values
@@ -124,7 +125,7 @@ def _views(record: GpuRecord) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _some(
+def _cores(
     x,
     out,
     bias,
@@ -143,7 +144,7 @@ def _some(
     block_rows: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A program: some rows for some tokens."""
+    """Multiply some rows with some tokens."""
     width: tl.constexpr = (columns + 7) // 8
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     token = tl.program_id(1) * block_tokens + tl.arange(0, block_tokens)
@@ -152,7 +153,7 @@ def _some(
         column = step * (8 * block) + tl.arange(0, 8 * block)
         inside = (token < tokens)[:, None] & (column < columns)[None, :]
         inputs = tl.load(x + token[:, None].to(tl.int64) * columns + column[None, :], mask=inside, other=0.0)
-        tile = _tile(places, values, starts, ranks, row, rows, step * block, width, layout, bits, block, x.dtype)
+        tile = _dense(places, values, starts, ranks, row, rows, step * block, width, layout, bits, block, x.dtype)
         if group > 0:
             share = _scales(scale, row, step * (8 * block) // group, rows, columns, layout, group)
             total += tl.dot(inputs, tl.trans(tile)) * share[None, :]
@@ -165,7 +166,7 @@ def _some(
 
 @triton.jit
 def put(out, total, bias, token, row, tokens, rows):
-    """Sums [M, R] and the bias, to where rows of tokens lie."""
+    """Store the sums [M, R] plus bias at the rows of their tokens."""
     if bias is not None:
         total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
     stored = (token < tokens)[:, None] & (row < rows)[None, :]
@@ -191,11 +192,11 @@ def _decode(
     block_rows: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A program: some rows, some columns."""
+    """Decode some rows and columns."""
     width: tl.constexpr = (columns + 7) // 8
     byte = tl.program_id(0) * block
     row = first + tl.program_id(1) * block_rows + tl.arange(0, block_rows)
-    tile = _tile(
+    tile = _dense(
         places, values, starts, ranks, row, rows, byte, width, layout, bits, block, tl.pointer_type(tl.float32)
     )
     column = byte * 8 + tl.arange(0, 8 * block)
@@ -209,7 +210,7 @@ def _decode(
 
 @triton.jit
 def _scales(scale, row, number, rows, columns: tl.constexpr, layout: tl.constexpr, group: tl.constexpr):
-    """Scales of rows for a group of columns, float32; those of tiles lie side by side for all rows."""
+    """Load the scales of rows for a group of columns in float32. With tiles, the scales of all rows are neighbours."""
     groups: tl.constexpr = (columns + group - 1) // group
     if layout == "two_four_tiles":
         place = number * ((rows + 31) // 32 * 32) + row
@@ -219,7 +220,7 @@ def _scales(scale, row, number, rows, columns: tl.constexpr, layout: tl.constexp
 
 
 @triton.jit
-def _tile(
+def _dense(
     places,
     values,
     starts,
@@ -233,22 +234,23 @@ def _tile(
     block: tl.constexpr,
     like: tl.constexpr,
 ):
-    """Some rows, `block` bytes of columns from `byte` on, dense, without scales: [R, 8 · block] as `like` points to."""
+    """Return some rows and `block` bytes of columns from `byte` on, dense, without scales: [R, 8 · block].
+
+    The dtype is the one that `like` points to.
+    """
     dtype: tl.constexpr = like.element_ty
     if layout == "two_four_tiles":
-        tile = _tile_of_tiles(places, values, row, rows, byte, width, block, dtype)
+        tile = _dense_tiles(places, values, row, rows, byte, width, block, dtype)
     elif layout == "two_four":
-        tile = _tile_of_pairs(places, values, row, rows, byte, width, bits, block, dtype)
+        tile = _dense_pairs(places, values, row, rows, byte, width, bits, block, dtype)
     else:
-        tile = _tile_of_bits(places, values, starts, ranks, row, rows, byte, width, bits, block, dtype)
+        tile = _dense_bitmap(places, values, starts, ranks, row, rows, byte, width, bits, block, dtype)
     return tile
 
 
 @triton.jit
-def _tile_of_pairs(
-    places, values, row, rows, byte, width: tl.constexpr, bits: tl.constexpr, block: tl.constexpr, dtype
-):
-    """Of two values for four columns."""
+def _dense_pairs(places, values, row, rows, byte, width: tl.constexpr, bits: tl.constexpr, block: tl.constexpr, dtype):
+    """Return the dense tile of two values for four columns."""
     block_rows: tl.constexpr = row.shape[0]
     start = row.to(tl.int64)[:, None] * width
     near = byte + tl.arange(0, block)[None, :]
@@ -262,13 +264,13 @@ def _tile_of_pairs(
     else:
         place = byte * 4 + tl.arange(0, 4 * block)[None, :]
         some = (row < rows)[:, None] & (place < 4 * width)
-        found = tl.load(values + start * 4 + place, mask=some, other=0)
+        loaded = tl.load(values + start * 4 + place, mask=some, other=0)
         if bits == 16:
-            raw = found.to(tl.int16, bitcast=True)
+            raw = loaded.to(tl.int16, bitcast=True)
         elif bits == 8:
-            raw = found.to(tl.int16)
+            raw = loaded.to(tl.int16)
         else:
-            raw = found.to(tl.int32, bitcast=True)
+            raw = loaded.to(tl.int32, bitcast=True)
         even, odd = tl.split(tl.reshape(raw, (block_rows, block, 2, 2)))
         v_0, v_2 = tl.split(even)
         v_1, v_3 = tl.split(odd)
@@ -279,7 +281,7 @@ def _tile_of_pairs(
 
 @triton.jit
 def _spread(index, lower, upper, bits: tl.constexpr, kind: tl.constexpr, dtype: tl.constexpr):
-    """The four columns of two values; those of 16 bits are shifted to their places in a word of 64 bits."""
+    """Return the four columns of two values. Values of 16 bits are shifted to their columns in a 64-bit word."""
     if bits == 32:
         none = tl.zeros_like(lower)
         i = index & 3
@@ -305,30 +307,30 @@ def _spread(index, lower, upper, bits: tl.constexpr, kind: tl.constexpr, dtype: 
 
 @triton.jit
 def _as_float(raw, bits: tl.constexpr, kind: tl.constexpr, dtype: tl.constexpr):
-    """The number that integers of 16 bits (32 for float32) stand for."""
+    """Return the number that integers of 16 bits (32 for float32) stand for."""
     return raw.to(tl.float32).to(dtype) if bits == 8 else raw.to(kind, bitcast=True).to(dtype)
 
 
 @triton.jit
-def _tile_of_bits(
+def _dense_bitmap(
     places, values, starts, ranks, row, rows, byte, width: tl.constexpr, bits: tl.constexpr, block: tl.constexpr, dtype
 ):
-    """Of a bitmap."""
+    """Return the dense tile of a bitmap."""
     block_rows: tl.constexpr = row.shape[0]
     near = byte + tl.arange(0, block)[None, :] + tl.zeros((block_rows, 1), tl.int32)
     kept = tl.minimum(row, rows - 1).to(tl.int64)[:, None]
     inside = (row < rows)[:, None] & (near < width)
-    index, bitmap = locate(chunk(places, ranks, kept, near, inside, width), tl.load(starts + kept), near)
-    found = set_values(values, index, bitmap, bits)
+    index, bitmap = locate(load_chunk(places, ranks, kept, near, inside, width), tl.load(starts + kept), near)
+    column_values = set_values(values, index, bitmap, bits)
     columns = ()
     for j in tl.static_range(8):
-        columns = columns + (found[j].to(dtype),)
+        columns = columns + (column_values[j].to(dtype),)
     return tl.reshape(stack(columns, (block_rows, block), 8), (block_rows, 8 * block))
 
 
 @triton.jit
-def _tile_of_tiles(places, values, row, rows, byte, width: tl.constexpr, block: tl.constexpr, dtype):
-    """Of two 4-bit codes for four columns in tiles of 32 rows; `row` is one of them. All is loaded as it lies."""
+def _dense_tiles(places, values, row, rows, byte, width: tl.constexpr, block: tl.constexpr, dtype):
+    """Return the dense tile of a stored tile: two 4-bit codes for four columns of 32 rows. Loads keep its order."""
     tile = tl.min(row, axis=0) // 32
     lane = tl.arange(0, 32)[None, :]
     near = byte + tl.arange(0, block)[:, None]
@@ -349,7 +351,7 @@ def _tile_of_tiles(places, values, row, rows, byte, width: tl.constexpr, block: 
 
 @triton.jit
 def _codes_of(i_0, i_1, c_0, c_1, dtype):
-    """The four columns of two codes: they are shifted to their places in a word of four codes first."""
+    """Return the four columns of two codes, which are first shifted to their columns in a word of four codes."""
     word = ((c_0 & 15) << ((i_0 & 3) * 4)) | ((c_1 & 15) << ((i_1 & 3) * 4))
     return (
         signed_four(word).to(dtype),

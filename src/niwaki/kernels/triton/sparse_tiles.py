@@ -1,21 +1,20 @@
-"""Products of a few tokens with two-four matrices of 4-bit codes in tiles of 32 rows (`sparse_tiles`) on a GPU.
+"""Products of a few tokens with two-four matrices of 4-bit codes in tiles (`sparse_tiles`) on a GPU, by multiply-adds.
 
-A program owns a tile and walks all columns. A thread takes a byte of columns of four rows at a time: a word of places,
-two words of codes, side by side in memory with those of its neighbours, and eight inputs, which eight threads share.
-Every code picks its input by two selections on bits of its index. A code becomes a float where it lies, by one logical
-operation that puts it into the mantissa of 2²³ and one subtraction; the codes of half of the rows are then 16 times too
-large, which is undone with their scales.
+A program owns a tile of 32 rows and walks all columns. A thread takes a byte of columns of four rows at a time.
+That is a word of places, two words of codes (next to those of its neighbours), and eight inputs. Eight threads share
+the inputs. Every code
+selects its input by two selections on the bits of its index. A code becomes a float in place: one logical operation
+puts it into the mantissa of 2²³, and one subtraction follows. The codes of half of the rows are then 16 times too
+large, and their scales undo that.
 
-Floor: the bytes of the tiles over the memory bandwidth, 3.125 bits a weight in groups of 128. About nine instructions a
-code and token: on an H100 a little longer than that.
+Floor: the bytes of the tiles over the memory bandwidth, 3.125 bits per weight in groups of 128. A code takes about nine
+instructions per token. On an H100 that is a little longer than the floor.
 
 Legend: N tokens, O outputs, I inputs, B bytes of eight columns, T tiles, G groups of columns that share a scale. Word q
-of the 8 of a tile's byte of columns holds rows 2q, 2q + 1, 16 + 2q and 17 + 2q.
+of the 8 in a byte of columns of a tile holds rows 2q, 2q + 1, 16 + 2q and 17 + 2q.
 """
 
 # ruff: noqa: RUF005 (Triton knows no starred tuples)
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -23,35 +22,27 @@ import triton.language as tl
 from torch import Tensor
 
 from niwaki.formats.quantized import TILE
-from niwaki.kernels.triton.sparse import stack
-from niwaki.kernels.types import GpuRecord
+from niwaki.kernels.triton.bits import stack
+from niwaki.kernels.types import GpuRecord, TileLaunch
 
-
-class Tiles(NamedTuple):
-    """How a product is spread over the chip."""
-
-    warps: int  # of a program; each takes four bytes of columns at a time
-    unroll: int  # bytes of one thread in flight
-
-
-# For up to so many tokens: the best of 12 measured on an H100 at 4096², a program for every multiprocessor, and with
-# more programs at 11008 × 4096.
-TILES = {1: Tiles(16, 4), 2: Tiles(16, 4), 4: Tiles(16, 1)}
-MANY_TILES = {1: Tiles(16, 4), 2: Tiles(8, 2), 4: Tiles(8, 2)}
+# By max tokens of a program: the best of 12 measured on an H100 at 4096², with one program per multiprocessor. The
+# others are for more programs, measured at 11008 × 4096.
+LAUNCHES = {1: TileLaunch(16, 4), 2: TileLaunch(16, 4), 4: TileLaunch(16, 1)}
+MANY_LAUNCHES = {1: TileLaunch(16, 4), 2: TileLaunch(8, 2), 4: TileLaunch(8, 2)}
 MULTIPROCESSORS = 132
-BLOCK_TOKENS = 4  # of a program
+MAX_BLOCK_TOKENS = 4  # per program
 
 
-def few_tokens(
-    x_NI: Tensor, record: GpuRecord, bias_O: Tensor | None, out_NO: Tensor, tiles: Tiles | None = None
+def fma_product(
+    x_NI: Tensor, record: GpuRecord, bias_O: Tensor | None, out_NO: Tensor, launch: TileLaunch | None = None
 ) -> None:
-    """out = x Wᵀ + bias. `x_NI` contiguous, of any float dtype, as `out_NO`; sums in float32."""
+    """Write x Wᵀ + bias to `out_NO`. Inputs and outputs are contiguous, in any float dtype; sums are in float32."""
     tokens, rows = out_NO.shape
     assert x_NI.is_contiguous() and out_NO.is_contiguous() and x_NI.shape[1] == record.columns
     assert record.scale is not None
-    block_tokens = min(triton.next_power_of_2(tokens), BLOCK_TOKENS)
-    tiles = tiles or (TILES if rows <= TILE * MULTIPROCESSORS else MANY_TILES)[block_tokens]
-    _few[triton.cdiv(rows, TILE), triton.cdiv(tokens, block_tokens)](
+    block_tokens = min(triton.next_power_of_2(tokens), MAX_BLOCK_TOKENS)
+    launch = launch or (LAUNCHES if rows <= TILE * MULTIPROCESSORS else MANY_LAUNCHES)[block_tokens]
+    _fma[triton.cdiv(rows, TILE), triton.cdiv(tokens, block_tokens)](
         x_NI.view(torch.int64) if x_NI.element_size() == 2 else x_NI,
         out_NO,
         bias_O,
@@ -63,14 +54,14 @@ def few_tokens(
         columns=record.columns,
         group=record.group or record.columns,
         block_tokens=block_tokens,
-        block=4 * tiles.warps,
-        unroll=tiles.unroll,
-        num_warps=tiles.warps,
+        block=4 * launch.warps,
+        unroll=launch.unroll,
+        num_warps=launch.warps,
     )
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _few(
+def _fma(
     x,
     out,
     bias,
@@ -85,9 +76,9 @@ def _few(
     block: tl.constexpr,
     unroll: tl.constexpr,
 ):
-    """A program: a tile for some tokens. Sums are [block · 8 words], for every token four: the rows of a word."""
+    """Multiply a tile with some tokens. Every token has four sums [block · 8 words]: the rows of a word."""
     width: tl.constexpr = columns // 8
-    packed: tl.constexpr = x.dtype.element_ty == tl.int64  # four inputs of the output's dtype
+    packed: tl.constexpr = x.dtype.element_ty == tl.int64  # four inputs in the dtype of the output
     tile = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * block_tokens
     x += token.to(tl.int64) * (columns // 4 if packed else columns)
@@ -96,7 +87,7 @@ def _few(
     values += tile * (width * 16)
     scale += tile * 32
     stride = (rows + 31) // 32 * 32
-    lane = tl.arange(0, 8 * block)  # one axis, so that all loads lie alike
+    lane = tl.arange(0, 8 * block)  # one axis gives all loads the same layout
     word = lane % 8
     total = ()
     for _ in tl.static_range(4 * block_tokens):
@@ -112,7 +103,7 @@ def _few(
             share = scale + byte * 8 // group * stride + 2 * word
             new = ()
             for m in tl.static_range(block_tokens):
-                # Tokens beyond the last one repeat it; they are not stored.
+                # Tokens after the last one repeat it and are not stored.
                 own = x + tl.minimum(m, here - 1) * (columns // 4 if packed else columns)
                 inputs = _load_inputs(own, byte, inside, packed, out.dtype.element_ty)
                 for k in tl.static_range(4):
@@ -133,37 +124,37 @@ def _few(
 
 @triton.jit
 def _load_inputs(x, byte, inside, packed: tl.constexpr, dtype: tl.constexpr):
-    """The eight inputs of a byte in float32."""
-    found = ()
+    """Load the eight inputs of a byte in float32."""
+    inputs = ()
     if packed:
         for i in tl.static_range(2):
             words = tl.load(x + byte * 2 + i, mask=inside, other=0)
             for j in tl.static_range(4):
-                found = found + ((words >> (16 * j)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32),)
+                inputs = inputs + ((words >> (16 * j)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32),)
     else:
         for j in tl.static_range(8):
-            found = found + (tl.load(x + byte * 8 + j, mask=inside, other=0.0).to(tl.float32),)
-    return found
+            inputs = inputs + (tl.load(x + byte * 8 + j, mask=inside, other=0.0).to(tl.float32),)
+    return inputs
 
 
 @triton.jit
 def _floats(words):
-    """The codes of a group of four columns as floats, [2 · k + j] for value j of row k (k: 2 · (rows apart) + half).
+    """Return the codes of a group of four columns as floats: [2 · k + j] for value j of row k of a word.
 
-    Words hold codes with their sign bit turned over. Those of the upper half of a byte are 16 times too large.
+    Words hold codes with inverted sign bits. The codes in the upper half of a byte come out 16 times too large.
     """
-    found = ()
+    codes = ()
     for k in tl.static_range(4):
         for j in tl.static_range(2):
             here = words >> (16 * (k // 2) + 8 * j)
             number = ((here & (15 << (4 * (k % 2)))) | 0x4B000000).to(tl.float32, bitcast=True)
-            found = found + (number - (8388616.0 + 120.0 * (k % 2)),)
-    return found
+            codes = codes + (number - (8388616.0 + 120.0 * (k % 2)),)
+    return codes
 
 
 @triton.jit
 def _sum_pair(codes, index, inputs, k: tl.constexpr, part: tl.constexpr):
-    """The two products of row k of a word with the first or second four columns, in units of codes."""
+    """Return the sum of the two products of row k of a word with the first or second four columns, unscaled."""
     x_0 = inputs[4 * part]
     x_1 = inputs[4 * part + 1]
     x_2 = inputs[4 * part + 2]

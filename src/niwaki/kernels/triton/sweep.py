@@ -1,7 +1,7 @@
-"""One panel of the column sweep as a Triton kernel: a program owns some rows and walks the columns in registers.
+"""Column sweep of pruning, one panel, as a Triton kernel: a program owns some rows and walks the columns in registers.
 
-Rows are independent inside a panel, so a panel is one launch instead of several for every column. Bound by
-arithmetic in registers: about O·P² fused multiply-adds plus the selection of one column at a time.
+Rows are independent inside a panel, so a panel is one launch instead of several per column. Arithmetic in registers
+bounds the time: about O·P² fused multiply-adds, and the selection of one column at a time.
 
 Legend: O rows, P columns of the panel, M group size.
 """
@@ -17,9 +17,9 @@ from niwaki.kernels.types import NMTarget
 def sweep_panel_triton(
     panel_OP: Tensor, upper_PP: Tensor, keep_OP: Tensor | None, target: NMTarget | None
 ) -> tuple[Tensor, Tensor]:
-    """The contract of `kernels.sweep.sweep_panel`, for float32 tensors on one device: panels where they lie.
+    """Implement `kernels.sweep.sweep_panel` in place, for float32 tensors on one device.
 
-    One launch and nothing else: a sweep takes as long as the host needs to start what it consists of.
+    It is one launch and nothing else, because the launches of the host bound the time of a sweep.
     """
     rows, columns = panel_OP.shape
     errors_OP = torch.empty(rows, columns, device=panel_OP.device)
@@ -63,6 +63,7 @@ def _sweep(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
+    """Sweep the columns of some rows."""
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     column = tl.arange(0, block_columns)
     inside = (row[:, None] < rows) & (column[None, :] < columns)
