@@ -91,17 +91,18 @@ def compare_case(names: tuple[str, ...], rounds: int) -> Values:
 
 
 def bench_case() -> Values:
-    """Measure two forms and two results; keep bytes, counts and kernels, no times."""
+    """Measure variants and two results; keep bytes, counts and kernels, no times."""
     outs = [result(name) for name in ("sparsegpt 2:4 pack", "gptq 4bit ends")]
     work = "--batch 1,2 --prompt 16 --new 3 --context 8 --rounds 1 --seconds 1 --threads 1 --device cpu"
     passed("bench", model("short"), *outs, *work.split(), "--json", "bench.json")
     passed("bench", model("short"), "--forms", "bitmap,2:4,2:4+4bit,4bit", *work.split(), "--json", "forms.json")
     found: Values = {}
     for name in ("bench", "forms"):
-        record = read(Path(f"{name}.json"))
+        record = read(Path(f"{name}.json")) | {"format": 1}  # format 2 calls a form a variant
         found |= under(name, numbers(record))
         for number, row in enumerate(record["rows"]):
-            found[f"{name}/rows/{number}/form"] = f"{row['form']}; {row['reason']}; {row['detail']}"
+            variant = row.get("variant") or row["form"]
+            found[f"{name}/rows/{number}/form"] = f"{variant}; {row['reason']}; {row['detail']}"
             kernels = [cell["kernel"] for cell in row["decode"]] + [(row["prefill"] or {}).get("kernel")]
             found[f"{name}/rows/{number}/kernels"] = json.dumps(kernels)
     return found

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,11 @@ def describe_model(source: str, name: str, decoder: Decoder, dense: Decoder) -> 
     )
 
 
-def short_names(sources: list[str]) -> list[str]:
-    """Return the last part of every path, or the whole path where two last parts are equal."""
-    short = [Path(source).name or source for source in sources]
-    return [name if short.count(name) == 1 else source for name, source in zip(short, sources, strict=True)]
+def short_name(source: str, sources: Sequence[str]) -> str:
+    """Return the last part of a path, or the whole path if another one ends in the same part."""
+    short = [Path(one).name or one for one in sources]
+    name = Path(source).name or source
+    return name if short.count(name) == 1 else source
 
 
 def describe_environment(device: torch.device) -> Environment:

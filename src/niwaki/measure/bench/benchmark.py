@@ -27,7 +27,7 @@ from niwaki.measure.bench.prefill_decode import has_window
 from niwaki.measure.bench.schema import DENSE, Bench, BenchSettings, Row, Workload, with_all_rounds
 from niwaki.measure.bench.session import TimedModel, measure, variant_bytes
 from niwaki.measure.bench.variants import VARIANTS, VariantModel
-from niwaki.measure.description import describe_environment, read_recipe, short_names
+from niwaki.measure.description import describe_environment, read_recipe, short_name
 from niwaki.model.anatomy import Anatomy, discover
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.device import pick_device, return_free_memory
@@ -170,7 +170,8 @@ def _items(variants: Sequence[str] | None, outs: Sequence[str | Path]) -> list[B
             raise InputError(unknown("variant", name, [DENSE, *VARIANTS]))
     items = [BenchItem(name, VARIANTS[name].about) for name in dict.fromkeys(wanted) if name != DENSE]
     sources = [str(out) for out in outs]
-    for name, source in zip(short_names(sources), sources, strict=True):
+    for source in sources:
+        name = short_name(source, sources)
         if name == DENSE or name in wanted:
             name = source
         items.append(BenchItem(name, "", source))

@@ -41,7 +41,7 @@ from niwaki.measure.compare.speed import continue_prompts, measure_speed, read_m
 from niwaki.measure.compare.task_metrics import task_quality
 from niwaki.measure.compare.token_metrics import data_quality, read_text, worst_examples
 from niwaki.measure.compare.worker import Worker
-from niwaki.measure.description import describe_environment, describe_model, short_names
+from niwaki.measure.description import describe_environment, describe_model, short_name
 from niwaki.measure.evaluate.tasks import buckets, read_items
 from niwaki.measure.report.comparison_card import put_comparison
 from niwaki.measure.report.evaluation_card import check_card
@@ -187,8 +187,10 @@ class _Job:
         """Return the dense model and the candidates. Quality is measured first, then what needs whole models."""
         prompts = read_prompts(self.settings, self.tokenizer, decoders)
         prompts = prompts or first_prompts(self.inputs, self.tokenizer, self.settings)
-        named = zip(sources, short_names(sources), decoders, strict=True)
-        models = [describe_model(*one, decoders[0]) for one in named]
+        models = [
+            describe_model(source, short_name(source, sources), decoder, decoders[0])
+            for source, decoder in zip(sources, decoders, strict=True)
+        ]
         candidates = self._measure_quality(decoders, models)
         if not self.settings.rounds:
             return models[0], tuple(candidates)

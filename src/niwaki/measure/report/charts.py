@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
+from niwaki.measure.description import short_name
 from niwaki.measure.report import numbers as show
 from niwaki.measure.report import plots
 from niwaki.measure.report.layers import Layers, Measure
 from niwaki.measure.report.plots import Axis, Plot, Point
-from niwaki.measure.report.views import Cell, Grid, Texts, estimate, short
+from niwaki.measure.report.views import Cell, Grid, Texts, estimate
 from niwaki.measure.schema import Candidate, Comparison, DataQuality, Estimate, Quality, TaskQuality
 
 FORMATS = {"kept": ".0%", "zeros": ".1%", "bits": ".2f", "error": ".2g"}
@@ -19,7 +20,7 @@ def tradeoffs(t: Texts, comparison: Comparison) -> list[Plot]:
     """Plot bytes and speed against the quality on every data file, or on every task if there is no text."""
     trade_offs = []
     for place, (file, key) in enumerate(_qualities(comparison)):
-        about = {"file": short(file, [one for one, _ in _qualities(comparison)])}
+        about = {"file": short_name(file, [one for one, _ in _qualities(comparison)])}
         y = Axis(
             t[f"axis_{key}"].format(**about), ".3~f", reference=1, limit=_limit(comparison, "max_perplexity_ratio")
         )
@@ -206,7 +207,7 @@ def _heatmap(t: Texts, name: str, measure: Measure) -> Plot:
 def _parts(t: Texts, candidate: Candidate) -> list[tuple[str, Quality]]:
     parts, files = [], [data.data for data in candidate.data]
     for data in candidate.data:
-        name = short(data.data, files)
+        name = short_name(data.data, files)
         parts.append((t["whole_file"].format(file=name), data.whole))
         for domain, one in data.domains.items():
             parts.append((t["domain_of"].format(file=name, domain=domain), one))

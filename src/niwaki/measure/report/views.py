@@ -5,9 +5,9 @@ Templates only arrange the results of these functions. `t` is the table of texts
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from niwaki.measure.description import short_name
 from niwaki.measure.metrics import METRICS
 from niwaki.measure.report import numbers as show
 from niwaki.measure.report.plots import mark
@@ -49,12 +49,6 @@ def headline(t: Texts, comparison: Comparison) -> str:
         return t["headline_none"]
     key = "headline_all" if len(names) == total else "headline_some" if names else "headline_no"
     return t[key].format(total=total, passed=len(names), names=t["comma"].join(names))
-
-
-def short(file: str, files: Sequence[str]) -> str:
-    """Return the name of a file if it is unique, else its path."""
-    names = [Path(one).name for one in files]
-    return Path(file).name if names.count(Path(file).name) == 1 else file
 
 
 def about_model(t: Texts, model: Model) -> str:
@@ -146,7 +140,7 @@ def _metric_card(
 
 def _metric_label(t: Texts, metric: str, file: str, files: Sequence[str]) -> str:
     key = "metric_on_worst" if len(files) > 1 else "metric_on"
-    return t[key].format(metric=t[metric], file=short(file, files), count=len(files))
+    return t[key].format(metric=t[metric], file=short_name(file, files), count=len(files))
 
 
 def _scoring(t: Texts, candidate: Candidate) -> str:
