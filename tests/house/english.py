@@ -45,7 +45,7 @@ say scale scan score search seed select send separate serialize serve set share 
 simulate skip slice slide smooth solve sort spend split spread stack start state step stop store stream strip subtract
 suggest sum supply swap sweep switch take tell test tie time tokenize total touch trace track train transform translate
 transpose try tune turn undo unpack update upload use validate verify visit wait walk warn watch weigh widen wrap write
-yield zero
+yield zero do exchange
 discover
 submit
 """.split()  # noqa: SIM905

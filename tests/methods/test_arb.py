@@ -21,7 +21,7 @@ from methods.shared.test_binary import (
 )
 from niwaki.errors import TargetError
 from niwaki.methods import arb, billm
-from niwaki.methods.arb import Term, nearest_signs, refine, refine_twice
+from niwaki.methods.arb import RegionScales, nearest_signs, refine, refine_twice
 from niwaki.methods.shared.binary import signs
 from support.models import correlated_inputs, tiny_llama, write_texts
 
@@ -77,8 +77,8 @@ def test_refits_never_raise_the_error() -> None:
 
 def test_signs_are_those_of_the_nearest_level() -> None:
     weight = random(6, 30)
-    first = Term(random(1, 6, seed=1)[0], random(1, 30, seed=2)[0] * 50)
-    second = Term(random(1, 6, seed=3)[0], random(1, 30, seed=4)[0] * 50)
+    first = RegionScales(random(1, 6, seed=1)[0], random(1, 30, seed=2)[0] * 50)
+    second = RegionScales(random(1, 6, seed=3)[0], random(1, 30, seed=4)[0] * 50)
     one, two = nearest_signs(weight, first, second)
     found = (weight - signs(one) * first.size_OC - signs(two) * second.size_OC).abs()
     choices = [(weight - a * first.size_OC - b * second.size_OC).abs() for a in (-1, 1) for b in (-1, 1)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import niwaki
+from methods.shared.test_rounding import error
 from methods.test_wandapp import loaded
 from niwaki.compression.walk import collect
 from niwaki.config.recipe import Bits, parse_target
@@ -15,7 +16,7 @@ from niwaki.errors import TargetError
 from niwaki.formats.record import Packed
 from niwaki.methods import squeeze10
 from niwaki.methods.shared.learned_rounding import Latent
-from niwaki.methods.shared.rounding import damped, error, groups_of, nearest
+from niwaki.methods.shared.rounding import damped, groups_of, nearest
 from niwaki.methods.squeeze10 import Config, RoundingProblem, Split, split_columns
 from support.models import calibration_of, correlated_inputs, make_block, run_method, tiny_llama, write_texts
 

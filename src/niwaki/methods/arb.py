@@ -1,27 +1,32 @@
 """ARB-LLM, form RC: signs with a scale for every row and one for every column, fitted in turn.
 
 Source: Li et al., "ARB-LLM: Alternating Refined Binarizations for Large Language Models" (ICLR 2025), ARB-RC with the
-column-group bitmap (CGB). Blocks of columns, salient columns and the compensation between blocks are BiLLM's
-(see `_binary`); there is no mean. Inside a block:
+column-group bitmap (CGB). Blocks of columns, salient columns and the compensation between blocks are those of BiLLM
+(see `shared.binary`); there is no mean. Inside a block:
 
-1. The salient columns and the others are each parted by magnitude (CGB), so that there are four regions, and every
-   region has scales of its own.
+1. The salient columns and the others are each split by magnitude (CGB). So there are four regions, and every region has
+   its own scales.
 2. A region of other columns is ŵ_ij = r_i·c_j·s_ij, s = sign(w). With the signs fixed, `iterations` times
-   r_i = Σ_j |w_ij|·c_j / Σ_j c_j², then c_j = Σ_i |w_ij|·r_i / Σ_i r_i²: least squares over the region, one after
-   the other, so that the error never rises.
-3. A region of salient columns has a second term of the same form for what the first leaves over. Either term is
-   refitted to what the other one leaves, and both signs become those of the nearest of the four levels.
+   r_i = Σ_j |w_ij|·c_j / Σ_j c_j², then c_j = Σ_i |w_ij|·r_i / Σ_i r_i². Both are least squares over the region, so the
+   error never rises.
+3. A region of salient columns has a second term of the same form for the error of the first. Each term is refitted to
+   the error of the other one, and both signs become those of the nearest of the four levels.
 
-Not verified against released code: how the second order refits in the RC form (3, by the paper's rules for its second
-order without column scales), and by which error the split is searched (here that of plain row scales).
+Two choices are not verified against released code. The refit of the second order in the RC form (step 3) follows the
+paper's rules for the second order without column scales. The search for the split measures the error of plain row
+scales.
 
-True bits: a sign and a group a weight; 2 scales for every row of a block and region of others, 4 of salient ones, 2
-for every column; a second sign a weight and 2 more scales a column for salient columns. The paper's 1.1 bits leave out
-groups and scales; wide matrices take 2.75 bits and up to 0.4 for their salient columns. The target is a ceiling: the
-most salient columns of a block are `salient`, or fewer if the target has no room for so many. The file holds decoded
-weights.
+True bits:
 
-Cost: two forwards, one Gram matrix and factor per group of matrices, about 260 trial binarisations of every weight.
+- A weight takes a sign and a group; in salient columns also a second sign.
+- A row of a block takes 2 scales for the regions of others, and 4 for the salient ones.
+- A column takes 2 scales; a salient one 2 more.
+
+Wide matrices take 2.75 bits, and up to 0.4 for their salient columns. The paper's 1.1 bits leave out groups and scales.
+The target is a ceiling: a block has at most `salient` salient columns, or fewer if the target has no room for them.
+The file holds decoded weights.
+
+Cost: two forwards, one Gram matrix and factor per group of matrices, about 260 trial binarizations of every weight.
 
     niwaki compress MODEL OUT --method arb --target 3bit --calibration mine.txt --seq-len 512
 """
@@ -49,7 +54,7 @@ from niwaki.methods.shared.binary import (
     split_by_size,
     sweep_blocks,
     trials,
-    weighed,
+    with_true_size,
 )
 from niwaki.methods.shared.column_sweep import check_damping
 from niwaki.model.decoder import Block
@@ -71,26 +76,26 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Term:
-    """Scales of a region: row [O] and column [C], zero where the region has no weight."""
+class RegionScales:
+    """Scales of one term of a region: row [O] and column [C], zero where the region has no weight."""
 
     row_O: Tensor
     column_C: Tensor
 
     @property
     def size_OC(self) -> Tensor:
-        """What a positive sign stands for."""
+        """Return the value [O, C] of a positive sign."""
         return self.row_O[:, None] * self.column_C
 
     @property
-    def halved(self) -> "Term":
-        """With the scales as they are stored."""
-        return Term(half(self.row_O), half(self.column_C))
+    def halved(self) -> "RegionScales":
+        """Return the scales as they are stored, in float16."""
+        return RegionScales(half(self.row_O), half(self.column_C))
 
 
 @dataclass(frozen=True)
-class Columns:
-    """A coded block. `group_OC`: the region of a weight among those of its kind of column (set: large weights).
+class CodedBlock:
+    """Coded block of columns. `group_OC`: the region of a weight in its kind of column (set: large weights).
 
     `row_6O`: scales of the others' two regions, then of the salient ones' first and second terms. `column_2C`: scales
     of the (first) term by group; `second_OK` and `column_2K`: signs and column scales of the salient columns' second.
@@ -105,7 +110,7 @@ class Columns:
     column_2K: Tensor
 
     def values(self) -> Tensor:
-        """The weights [O, C]."""
+        """Return the weights [O, C]."""
         rows = self.row_6O[:, :, None]
         row_OC = torch.where(
             self.salient_C,
@@ -122,17 +127,17 @@ class Columns:
 
 
 def needs(config: Config) -> Needs:
-    """Gram matrices of the inputs."""
+    """Ask for Gram matrices of the inputs."""
     return Needs(gram=True)
 
 
 def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> None:
-    """The file holds decoded weights; raises TargetError if the target has no room for what is counted."""
-    _most_salient(name, rows, columns, target, config)
+    """Return None: the file holds decoded weights. Raise TargetError if the target has no room for the true bits."""
+    _max_salient(name, rows, columns, target, config)
 
 
 def cost(scope: Scope, config: Config) -> Work:
-    """As BiLLM, with refits of every region."""
+    """Count the work of BiLLM, and the refits of every region."""
     refits = Work(passed=16 * config.iterations * scope.weights)
     return gram_factors(scope) + sweeps(scope, config.block) + trials(scope, config.block, config.salient) + refits
 
@@ -145,29 +150,31 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """Block of columns after block of columns, matrix by matrix."""
-    most = {}
+    """Code one block of columns after another, matrix by matrix."""
+    max_salient = {}
     for name, target in targets.items():
         rows, columns = block.weight(name).shape
-        most[name] = _most_salient(name, rows, columns, target, config)
+        max_salient[name] = _max_salient(name, rows, columns, target, config)
     packed = {}
     for name, upper_II, note in factors(block, calib.statistics, list(targets), config.damping_frac):
-        weight_OI, count = block.weight(name).float(), most[name]
+        weight_OI, count = block.weight(name).float(), max_salient[name]
 
-        def encode(weight_OC: Tensor, upper_C: Tensor, count: int = count) -> tuple[Columns, Tensor]:
+        def encode(weight_OC: Tensor, upper_C: Tensor, count: int = count) -> tuple[CodedBlock, Tensor]:
             coded = _encode(weight_OC, weight_OC.square().sum(0) / upper_C.square(), count, config.iterations)
             return coded, coded.values()
 
         coded = sweep_blocks(weight_OI, upper_II, config.block, encode)
         tensors = stored(coded)
         detail = {"salient_columns": sum(int(columns.salient_C.sum()) for columns in coded)}
-        packed[name] = weighed(decode(tensors, len(weight_OI), weight_OI.shape[1], config.block), tensors, note, detail)
+        packed[name] = with_true_size(
+            decode(tensors, len(weight_OI), weight_OI.shape[1], config.block), tensors, note, detail
+        )
     return packed
 
 
-def _encode(weight_OC: Tensor, score_C: Tensor, most: int, iterations: int) -> Columns:
-    """The codes of one block."""
-    salient_C = choose_salient(weight_OC, score_C, most, mean=False)
+def _encode(weight_OC: Tensor, score_C: Tensor, max_salient: int, iterations: int) -> CodedBlock:
+    """Return the codes of one block."""
+    salient_C = choose_salient(weight_OC, score_C, max_salient, mean=False)
     salient_OC = salient_C.expand_as(weight_OC)
     large_OC = split_by_size(weight_OC, ~salient_OC, mean=False)
     large_salient_OC = split_by_size(weight_OC, salient_OC, mean=False, orders=2)
@@ -183,7 +190,7 @@ def _encode(weight_OC: Tensor, score_C: Tensor, most: int, iterations: int) -> C
         one_OC, two_OC = nearest_signs(weight_OC, *twice[-1])
         sign_OC, second_OC = torch.where(keep_OC, one_OC, sign_OC), torch.where(keep_OC, two_OC, second_OC)
     firsts, seconds = zip(*twice, strict=True)
-    return Columns(
+    return CodedBlock(
         salient_C,
         sign_OC,
         large_OC | large_salient_OC,
@@ -194,13 +201,13 @@ def _encode(weight_OC: Tensor, score_C: Tensor, most: int, iterations: int) -> C
     )
 
 
-def refine(weight_OC: Tensor, keep_OC: Tensor, iterations: int) -> Term:
-    """Scales of one region for the signs of its weights."""
+def refine(weight_OC: Tensor, keep_OC: Tensor, iterations: int) -> RegionScales:
+    """Fit the scales of one region for the signs of its weights."""
     return _refit_from_start(weight_OC.abs() * keep_OC, keep_OC.float(), iterations)
 
 
-def refine_twice(weight_OC: Tensor, keep_OC: Tensor, iterations: int) -> tuple[Term, Term]:
-    """Scales of both terms of a region, each refitted in turn to what the other leaves, then both signs anew."""
+def refine_twice(weight_OC: Tensor, keep_OC: Tensor, iterations: int) -> tuple[RegionScales, RegionScales]:
+    """Fit both terms of a region in turn, each to the error of the other; each round chooses both signs again."""
     kept_OC = keep_OC.float()
     first = _refit_from_start(weight_OC.abs() * kept_OC, kept_OC, iterations)
     left_OC = weight_OC - signs(weight_OC >= 0) * first.size_OC
@@ -212,8 +219,8 @@ def refine_twice(weight_OC: Tensor, keep_OC: Tensor, iterations: int) -> tuple[T
     return first, second
 
 
-def nearest_signs(weight_OC: Tensor, first: Term, second: Term) -> tuple[Tensor, Tensor]:
-    """Both signs (set: positive) of the nearest of the four levels ±first ± second."""
+def nearest_signs(weight_OC: Tensor, first: RegionScales, second: RegionScales) -> tuple[Tensor, Tensor]:
+    """Return both signs (set: positive) of the nearest of the four levels ±first ± second."""
     up_OC, down_OC = weight_OC - first.size_OC, weight_OC + first.size_OC
     reach_OC = second.size_OC.abs()
     positive_OC = (up_OC.abs() - reach_OC).abs() <= (down_OC.abs() - reach_OC).abs()
@@ -221,31 +228,31 @@ def nearest_signs(weight_OC: Tensor, first: Term, second: Term) -> tuple[Tensor,
     return positive_OC, (left_OC >= 0) == (second.size_OC >= 0)
 
 
-def _refit_from_start(size_OC: Tensor, kept_OC: Tensor, iterations: int) -> Term:
-    """Row means, then means of what the rows leave to the columns, then `iterations` of refits."""
+def _refit_from_start(size_OC: Tensor, kept_OC: Tensor, iterations: int) -> RegionScales:
+    """Fit row means, then column means of the quotient, then do `iterations` of refits."""
     row_O = size_OC.sum(1) / kept_OC.sum(1).clamp_min(1)
     relative_OC = torch.where(row_O[:, None] > 0, size_OC / row_O[:, None], 0.0)
-    term = Term(row_O, relative_OC.sum(0) / kept_OC.sum(0).clamp_min(1))
+    term = RegionScales(row_O, relative_OC.sum(0) / kept_OC.sum(0).clamp_min(1))
     for _ in range(iterations):
         term = _refit(size_OC, kept_OC, term)
     return term
 
 
-def _refit(signed_OC: Tensor, kept_OC: Tensor, term: Term) -> Term:
-    """Rows, then columns by least squares; `signed_OC` = w·s, zero outside the region."""
+def _refit(signed_OC: Tensor, kept_OC: Tensor, term: RegionScales) -> RegionScales:
+    """Fit rows, then columns by least squares; `signed_OC` = w·s, zero outside the region."""
     row_O = _quotient(signed_OC @ term.column_C, kept_OC @ term.column_C.square())
-    return Term(row_O, _quotient(row_O @ signed_OC, row_O.square() @ kept_OC))
+    return RegionScales(row_O, _quotient(row_O @ signed_OC, row_O.square() @ kept_OC))
 
 
 def _quotient(above: Tensor, below: Tensor) -> Tensor:
-    """above / below, zero where a row or column holds nothing."""
+    """Return above / below; zero for a row or column without weights."""
     return torch.where(below > 0, above / below, 0.0)
 
 
-def stored(coded: Sequence[Columns]) -> dict[str, Tensor]:
-    """What a file has to hold: bits of weights and columns, row scales [6, B, O] of B blocks, column scales [2, I].
+def stored(coded: Sequence[CodedBlock]) -> dict[str, Tensor]:
+    """Return the tensors of a file: bits of weights and columns, row scales [6, B, O], column scales [2, I].
 
-    Second terms only for the K salient columns: signs [O, K], column scales [2, K].
+    B is the number of blocks. Only the K salient columns have second terms: signs [O, K], column scales [2, K].
     """
 
     def joined(parts: Sequence[Tensor]) -> Tensor:
@@ -263,7 +270,7 @@ def stored(coded: Sequence[Columns]) -> dict[str, Tensor]:
 
 
 def decode(tensors: Mapping[str, Tensor], rows: int, columns: int, block: int) -> Tensor:
-    """The matrix [rows, columns] from what `stored` holds."""
+    """Decode the matrix [rows, columns] from the tensors of `stored`."""
 
     def bits(name: str, width: int) -> Tensor:
         return unpack_codes(tensors[name], rows * width).view(rows, width).bool()
@@ -273,7 +280,7 @@ def decode(tensors: Mapping[str, Tensor], rows: int, columns: int, block: int) -
     salients = salient_I.split(block)
     counts = [int(salient_C.sum()) for salient_C in salients]
     coded = map(
-        Columns,
+        CodedBlock,
         salients,
         bits("sign", columns).split(block, 1),
         bits("group", columns).split(block, 1),
@@ -285,21 +292,21 @@ def decode(tensors: Mapping[str, Tensor], rows: int, columns: int, block: int) -
     return torch.cat([c.values() for c in coded], 1)
 
 
-def _most_salient(name: str, rows: int, columns: int, target: Target, config: Config) -> int:
-    """The most salient columns of any block that the target has room for. Raises TargetError if not even none fit."""
+def _max_salient(name: str, rows: int, columns: int, target: Target, config: Config) -> int:
+    """Return the max salient columns per block within the target. Raise TargetError if it has no room even for none."""
     assert isinstance(target, Bits)
     check_reach(name, rows, columns, _stored_bytes(rows, columns, 0, config), target)
     blocks = -(-columns // config.block)
     fitting = [
-        most
-        for most in range(min(config.salient, columns, config.block) + 1)
-        if 8 * _stored_bytes(rows, columns, min(columns, most * blocks), config) <= target.bits * rows * columns
+        count
+        for count in range(min(config.salient, columns, config.block) + 1)
+        if 8 * _stored_bytes(rows, columns, min(columns, count * blocks), config) <= target.bits * rows * columns
     ]
     return fitting[-1]
 
 
 def _stored_bytes(rows: int, columns: int, salient: int, config: Config) -> int:
-    """Bytes of what `stored` makes of a matrix of this shape with `salient` salient columns in all."""
+    """Return the bytes of `stored` for a matrix of this shape with `salient` salient columns in all."""
     planes = 2 * -(-rows * columns // 8) + -(-columns // 8) + -(-rows * salient // 8)
     return planes + 2 * (6 * rows * -(-columns // config.block) + 2 * columns + 2 * salient)
 

@@ -20,8 +20,8 @@ The full text was not at hand. Differences from the released code, and their rea
 `quant_bits` learns the clipping of quantized weights together with the rates (γ of `Clipping`). The result is stored
 dequantized. N:M is not in the paper and is refused: there every row keeps the same share.
 
-Cost: `steps` · `batch` forwards and backwards of a window. Memory: the block twice in float32, ranks and order (10
-bytes per weight; on a GPU 4, in rows of up to 16384), and the block's inputs and outputs for all windows.
+Cost: `steps` · `batch` forwards and backwards of a window. Memory: the block twice in float32, ranks and order, and the
+block's inputs and outputs for all windows. Ranks and order take 10 bytes per weight, on a GPU 4 in rows of up to 16384.
 
     niwaki compress MODEL OUT --method besa --target 0.5 --calibration mine.txt --seq-len 512
 """

@@ -1,26 +1,32 @@
-"""BiLLM: one sign a weight, a second one for the few salient columns, two scales for all others.
+"""BiLLM: one sign per weight, a second one for the few salient columns, two scales for all others.
 
 Source: Huang et al., "BiLLM: Pushing the Limit of Post-Training Quantization for LLMs" (ICML 2024), Algorithms 1 and 2.
 For every block of `block` columns, from left to right:
 
-1. A column is as salient as Σ_i w_ij² / U_jj², U the upper factor of H⁻¹. The 1 to `salient` most salient columns are
-   set apart, as many as leave the least error.
-2. Salient columns are binarised twice: ŵ = α₁·s₁ + α₂·s₂, the second time what the first has left over.
-3. The others fall into a concentrated group |w| ≤ p* and a sparse one |w| > p*, each ŵ = α·s with a scale of its own
-   per row; p* is searched.
-4. The columns after the block make up for its error (`_binary.sweep_blocks`).
+1. The saliency of a column is Σ_i w_ij² / U_jj², U the upper factor of H⁻¹. The 1 to `salient` most salient columns are
+   treated apart; the number that leaves the least error is taken.
+2. Salient columns are binarized twice: ŵ = α₁·s₁ + α₂·s₂; the second time binarizes the error of the first.
+3. The others fall into a concentrated group |w| ≤ p* and a sparse one |w| > p*. Each has ŵ = α·s with its own scale per
+   row; p* is searched.
+4. The columns after the block make up for its error (`binary.sweep_blocks`).
 
-Where the released code and the paper differ, this follows the paper: signs are taken around zero (`mean`: around the
-mean of the row's group, as the code does, which costs bits and moves both levels of a sparse group whose signs are not
-even; one seed of a small model: perplexity 47.3 with, 45.1 without); the search for columns and p* measures the error
-of weights (the code: of saliencies); the error of a block is divided by the factor U_bb (the code: by its diagonal
-alone, which left 11 % more error in the outputs of that model's matrices). The 81 candidates for p* are the code's.
+Where the released code and the paper differ, this follows the paper:
 
-True bits follow from the shape alone: a sign; a second sign (salient) or a group (others) a weight; a bit a column;
-4 scales of 16 bits (and 3 means) for every row of a block. That is 2.5 bits for wide matrices (2.88), where the paper's
-count of 1.1 leaves out groups and scales. The target must allow for them. The file holds decoded weights.
+- Signs are taken around zero. `mean` takes them around the mean of the row's group, as the code does. That costs bits,
+  and moves both levels of a sparse group whose signs are not even. One seed of a small model has perplexity 47.3 with
+  it and 45.1 without.
+- The search for columns and p* measures the error of weights. The code measures that of saliencies.
+- The error of a block is divided by the factor U_bb. The code divides by its diagonal alone, which left 11 % more error
+  in the outputs of that model's matrices.
 
-Cost: two forwards, one Gram matrix and factor per group of matrices, about 130 trial binarisations of every weight.
+The 81 candidates for p* are those of the code.
+
+True bits follow from the shape alone. A weight takes a sign and a second bit: a second sign in salient columns, a group
+in others. A column takes a bit; a row of a block takes 4 scales of 16 bits (and 3 means). That is 2.5 bits for wide
+matrices (2.88 with means). The paper's count of 1.1 leaves out groups and scales. The target must allow for them. The
+file holds decoded weights.
+
+Cost: two forwards, one Gram matrix and factor per group of matrices, about 130 trial binarizations of every weight.
 
     niwaki compress MODEL OUT --method billm --target 3bit --calibration mine.txt --seq-len 512
 """
@@ -49,7 +55,7 @@ from niwaki.methods.shared.binary import (
     split_by_size,
     sweep_blocks,
     trials,
-    weighed,
+    with_true_size,
 )
 from niwaki.methods.shared.column_sweep import check_damping
 from niwaki.model.decoder import Block
@@ -71,8 +77,8 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """A coded block. `second_OC`: the second sign of salient columns, the group of others (set: sparse).
+class CodedBlock:
+    """Coded block of columns. `second_OC`: the second sign of salient columns, the group of others (set: sparse).
 
     `scale_4O`: α₁ and α₂ of the salient columns, α of the concentrated, of the sparse group; `mean_3O`: their μ.
     """
@@ -84,7 +90,7 @@ class Columns:
     mean_3O: Tensor
 
     def values(self) -> Tensor:
-        """The weights [O, C]."""
+        """Return the weights [O, C]."""
         first_OC, second_OC = signs(self.sign_OC), signs(self.second_OC)
         scales, means = self.scale_4O[:, :, None], self.mean_3O[:, :, None]
         salient_OC = means[0] + scales[0] * first_OC + scales[1] * second_OC
@@ -93,17 +99,17 @@ class Columns:
 
 
 def needs(config: Config) -> Needs:
-    """Gram matrices of the inputs."""
+    """Ask for Gram matrices of the inputs."""
     return Needs(gram=True)
 
 
 def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> None:
-    """The file holds decoded weights; raises TargetError if the target has no room for what is counted."""
+    """Return None: the file holds decoded weights. Raise TargetError if the target has no room for the true bits."""
     check_reach(name, rows, columns, _stored_bytes(rows, columns, config), target)
 
 
 def cost(scope: Scope, config: Config) -> Work:
-    """A factor a group, a sweep a matrix, and a trial binarisation for each count of salient columns and each split."""
+    """Count a factor per group, a sweep per matrix, and trials for each number of salient columns and each split."""
     return gram_factors(scope) + sweeps(scope, config.block) + trials(scope, config.block, config.salient)
 
 
@@ -115,7 +121,7 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """Block of columns after block of columns, matrix by matrix."""
+    """Code one block of columns after another, matrix by matrix."""
     for name, target in targets.items():
         rows, columns = block.weight(name).shape
         check_reach(name, rows, columns, _stored_bytes(rows, columns, config), target)
@@ -125,12 +131,14 @@ def compress(
         coded = sweep_blocks(weight_OI, upper_II, config.block, lambda w_OC, d_C: _encode(w_OC, d_C, config))
         tensors = stored(coded, config)
         detail = {"salient_columns": sum(int(columns.salient_C.sum()) for columns in coded)}
-        packed[name] = weighed(decode(tensors, len(weight_OI), weight_OI.shape[1], config), tensors, note, detail)
+        packed[name] = with_true_size(
+            decode(tensors, len(weight_OI), weight_OI.shape[1], config), tensors, note, detail
+        )
     return packed
 
 
-def _encode(weight_OC: Tensor, upper_C: Tensor, config: Config) -> tuple[Columns, Tensor]:
-    """The codes of one block and the weights they stand for."""
+def _encode(weight_OC: Tensor, upper_C: Tensor, config: Config) -> tuple[CodedBlock, Tensor]:
+    """Return the codes of one block and the weights they stand for."""
     mean = config.mean
     salient_C = choose_salient(weight_OC, weight_OC.square().sum(0) / upper_C.square(), config.salient, mean)
     salient_OC = salient_C.expand_as(weight_OC)
@@ -142,7 +150,7 @@ def _encode(weight_OC: Tensor, upper_C: Tensor, config: Config) -> tuple[Columns
     concentrated = fit_row(weight_OC, ~salient_OC & ~sparse_OC, mean)
     sparse = fit_row(weight_OC, sparse_OC, mean)
     group_mean_OC = torch.where(sparse_OC, sparse[0][:, None], concentrated[0][:, None])
-    coded = Columns(
+    coded = CodedBlock(
         salient_C,
         torch.where(salient_C, centred_OC >= 0, weight_OC >= group_mean_OC),
         torch.where(salient_C, left_OC >= left_mean_O[:, None], sparse_OC),
@@ -152,8 +160,8 @@ def _encode(weight_OC: Tensor, upper_C: Tensor, config: Config) -> tuple[Columns
     return coded, coded.values()
 
 
-def stored(coded: Sequence[Columns], config: Config) -> dict[str, Tensor]:
-    """What a file has to hold: bits of all weights and columns, scales [4, B, O] and means [3, B, O] of B blocks."""
+def stored(coded: Sequence[CodedBlock], config: Config) -> dict[str, Tensor]:
+    """Return the tensors of a file: bits of weights and columns, scales [4, B, O] and means [3, B, O] of B blocks."""
     tensors = {
         "sign": pack_codes(torch.cat([columns.sign_OC for columns in coded], 1), 1),
         "second": pack_codes(torch.cat([columns.second_OC for columns in coded], 1), 1),
@@ -166,7 +174,7 @@ def stored(coded: Sequence[Columns], config: Config) -> dict[str, Tensor]:
 
 
 def decode(tensors: Mapping[str, Tensor], rows: int, columns: int, config: Config) -> Tensor:
-    """The matrix [rows, columns] from what `stored` holds."""
+    """Decode the matrix [rows, columns] from the tensors of `stored`."""
     sign_OI = unpack_codes(tensors["sign"], rows * columns).view(rows, columns).bool()
     second_OI = unpack_codes(tensors["second"], rows * columns).view(rows, columns).bool()
     salient_I = unpack_codes(tensors["salient"], columns).bool()
@@ -174,7 +182,7 @@ def decode(tensors: Mapping[str, Tensor], rows: int, columns: int, config: Confi
     mean_3BO = tensors["mean"].float() if config.mean else torch.zeros_like(scale_4BO[:3])
     blocks = zip(sign_OI.split(config.block, 1), second_OI.split(config.block, 1), strict=True)
     coded = [
-        Columns(salient_C, sign_OC, second_OC, scale_4BO[:, number], mean_3BO[:, number])
+        CodedBlock(salient_C, sign_OC, second_OC, scale_4BO[:, number], mean_3BO[:, number])
         for number, (salient_C, (sign_OC, second_OC)) in enumerate(
             zip(salient_I.split(config.block), blocks, strict=True)
         )
@@ -183,7 +191,7 @@ def decode(tensors: Mapping[str, Tensor], rows: int, columns: int, config: Confi
 
 
 def _stored_bytes(rows: int, columns: int, config: Config) -> int:
-    """Bytes of what `stored` makes of a matrix of this shape."""
+    """Return the bytes of `stored` for a matrix of this shape."""
     values = 7 if config.mean else 4
     planes = 2 * -(-rows * columns // 8) + -(-columns // 8)
     return planes + 2 * values * rows * -(-columns // config.block)

@@ -1,9 +1,8 @@
-"""What a method does to one block, counted: the words in which a method states its cost, next to its code.
+"""Counts of the work of a method on one block: the terms in which a method states its cost.
 
-A method module may offer `cost(scope, config) -> Work`, what its `compress` does to one block beyond what the walk does
-for its `needs`; and, if it stores codes, `stored_bytes(name, rows, columns, target, config)`, what a file holds of one
-matrix (TargetError if the target cannot be met). Who offers neither is taken to pass over the weights a few times and
-to leave the file as large as it was. `niwaki.compression.plan.planner` turns counts into seconds and bytes.
+A method may state `cost(scope, config) -> Work`: the work of its `compress` on one block, without the work of the walk
+for its `needs`. The default is a few passes over the weights. A method that stores codes also states `stored_bytes`
+(see `methods.method`). `niwaki.compression.plan.planner` turns counts into seconds and bytes.
 
     Work(selected=scope.weights) + gram_factors(scope) + sweeps(scope)
 """
@@ -11,14 +10,14 @@ to leave the file as large as it was. `niwaki.compression.plan.planner` turns co
 from dataclasses import dataclass, fields
 
 FLOAT_BYTES = 4
-HELD = ("held_bytes", "held_values")  # of two works the larger counts, not the sum
+HELD = ("held_bytes", "held_values")  # a sum of works has the larger one of the two
 
 
 @dataclass(frozen=True)
 class Scope:
-    """One block as far as costs depend on it: [rows, columns] of the matrices, those with the same input together.
+    """Sizes of one block: [rows, columns] of the matrices, grouped by input.
 
-    `windows` of `tokens` each are what the method sees; `reach` is the share of the tokens that a matrix meets.
+    The method sees `windows` windows of `tokens` tokens each; `reach` is the share of the tokens that reach a matrix.
     """
 
     groups: tuple[tuple[tuple[int, int], ...], ...]
@@ -28,29 +27,31 @@ class Scope:
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
-        """All of them."""
+        """Return [rows, columns] of all matrices."""
         return [matrix for group in self.groups for matrix in group]
 
     @property
     def weights(self) -> int:
-        """In all matrices."""
+        """Return the number of weights in all matrices."""
         return sum(rows * columns for rows, columns in self.matrices)
 
     @property
     def inputs(self) -> list[int]:
-        """The widths of the inputs, one a group."""
+        """Return the widths of the inputs, one per group."""
         return [group[0][1] for group in self.groups]
 
 
 @dataclass(frozen=True)
 class Work:
-    """Counts that take time in different ways, and memory that is held at the worst moment.
+    """Counts of work, one field per kind of time, and the peak of memory.
 
-    `forward_tokens` pass the block, `learned_tokens` pass it forwards and backwards. `gram_flops` are products of
-    inputs in their own dtype, `product_flops` float32 products of matrices, `solve_flops` factors and triangular
-    solves, `sweep_flops` column after column. `selected` weights are ranked, `passed` ones read or written one by
-    one as float32. `started` counts small operations one after another. `held_bytes`, and `held_values` in the compute
-    dtype: beyond the block, its statistics, and its new weights in float32.
+    - `forward_tokens` pass the block, `learned_tokens` pass it forwards and backwards.
+    - `gram_flops` are products of inputs in their own dtype, `product_flops` float32 products of matrices.
+    - `solve_flops` are factors and triangular solves, `sweep_flops` columns in sequence.
+    - `selected` weights are ranked; `passed` ones are read or written one by one as float32.
+    - `started` counts small operations in sequence.
+    - `held_bytes`, and `held_values` in the compute dtype, are memory beyond the block, its statistics, and its new
+      weights in float32.
     """
 
     forward_tokens: float = 0
@@ -70,12 +71,12 @@ class Work:
         return Work(**sums | {name: max(getattr(self, name), getattr(other, name)) for name in HELD})
 
     def __mul__(self, times: float) -> "Work":
-        found = {entry.name: getattr(self, entry.name) * times for entry in fields(self)}
-        return Work(**found | {name: getattr(self, name) for name in HELD})
+        scaled = {entry.name: getattr(self, entry.name) * times for entry in fields(self)}
+        return Work(**scaled | {name: getattr(self, name) for name in HELD})
 
 
 def masks(scope: Scope) -> Work:
-    """Scores, their ranking, and the masks of all matrices, one matrix at a time."""
+    """Count scores, their ranking, and the masks of all matrices, one matrix at a time."""
     largest = max((rows * columns for rows, columns in scope.matrices), default=0)
     return Work(
         selected=scope.weights, passed=6 * scope.weights, started=20 * len(scope.matrices), held_bytes=20 * largest
@@ -83,14 +84,14 @@ def masks(scope: Scope) -> Work:
 
 
 def gram_factors(scope: Scope) -> Work:
-    """One Cholesky and one triangular inverse of the Gram matrix of every group."""
+    """Count one Cholesky and one triangular inverse of the Gram matrix of every group."""
     widest = max(scope.inputs, default=0)
     cubes = sum(width**3 for width in scope.inputs)
     return Work(solve_flops=4 / 3 * cubes, held_bytes=2.5 * widest**2 * FLOAT_BYTES)
 
 
 def sweeps(scope: Scope, panel: int = 128) -> Work:
-    """One pass of every matrix from left to right: inside panels in sequence, between them as products."""
+    """Count one pass of every matrix from left to right: inside panels in sequence, between them as products."""
     flops = sum(rows * columns**2 for rows, columns in scope.matrices)
     inside = sum(rows * columns * min(panel, columns) for rows, columns in scope.matrices)
     panels = sum(-(-columns // panel) for _, columns in scope.matrices)
@@ -105,7 +106,7 @@ def sweeps(scope: Scope, panel: int = 128) -> Work:
 
 
 def products(scope: Scope, times: float) -> Work:
-    """`times` products of every matrix with the Gram matrix of its input, and what is done with each elementwise."""
+    """Count `times` products of every matrix with the Gram matrix of its input, with elementwise work on each."""
     flops = sum(2 * rows * columns**2 for rows, columns in scope.matrices)
     largest = max((rows * columns for rows, columns in scope.matrices), default=0)
     return Work(
@@ -117,9 +118,9 @@ def products(scope: Scope, times: float) -> Work:
 
 
 def learning(scope: Scope, steps: int, batch: int, *, checks: int, copies: float, passes: float = 14) -> Work:
-    """`steps` of `batch` windows with gradients, and `checks` looks at the eighth that is held out.
+    """Count `steps` of `batch` windows with gradients, and `checks` measurements of the eighth that is held out.
 
-    `copies`: float32 copies of the block that are held meanwhile; `passes` over its weights a step.
+    `copies`: float32 copies of the block in memory; `passes` over its weights per step.
     """
     held = scope.windows // 8 or scope.windows
     batch = min(batch, max(1, scope.windows - scope.windows // 8))
@@ -134,6 +135,6 @@ def learning(scope: Scope, steps: int, batch: int, *, checks: int, copies: float
 
 
 def graph(scope: Scope, batch: int) -> float:
-    """Numbers that autograd keeps of a block for `batch` windows: inputs and outputs of all matrices, twice."""
+    """Return the number of values that autograd keeps for `batch` windows: twice the inputs and outputs of matrices."""
     widths = sum(scope.inputs) + sum(rows for rows, _ in scope.matrices)
     return 2 * batch * scope.tokens * widths * min(1.0, scope.reach * 2)

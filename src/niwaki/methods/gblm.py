@@ -4,12 +4,13 @@ Source: Das et al., "Beyond Size: How Gradients Shape Pruning Decisions in Large
 The score is S_ij = |W_ij| · (α·‖G_ij‖₂ + ‖X_j‖₂). G_ij holds the gradients of the loss of each window with respect to
 this weight of the dense model. ‖X_j‖₂ is Wanda's norm of the input feature j. Within each output row the lowest go.
 
-The paper could not be read here. Unverified: α = 100, L2 over windows without a mean, ‖X_j‖² divided by the number of
-windows (as in Wanda's released code), and a loss that is the mean over the tokens of a window. Deviation: inputs are
-those after the compressed prefix; gradients are those of the dense model, exact through all blocks.
+The paper could not be read here. Unverified: α = 100, and L2 over windows without a mean. ‖X_j‖² is divided by the
+number of windows, as in Wanda's released code. The loss is the mean over the tokens of a window. Deviation: inputs are
+those after the compressed prefix; gradients are those of the dense model, exact through all blocks. A matrix without
+tokens is ranked by |W| alone, and noted.
 
-Cost: that of Wanda; the walk backwards (two forwards, a backward, windows one at a time); and on disk, while it runs,
-the squares of all gradients in float32. A matrix without tokens is ranked by |W| alone, and noted.
+Cost: that of Wanda, and the walk backwards: two forwards and a backward, windows one at a time. While it runs, the
+squares of all gradients lie on disk in float32.
 
     niwaki compress MODEL OUT --method gblm --target 2:4 --calibration mine.txt --seq-len 512
 """

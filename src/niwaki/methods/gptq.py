@@ -1,18 +1,20 @@
 """GPTQ: round column by column and let the remaining columns make up for each error.
 
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (ICLR 2023),
-Algorithm 1, with `_rounding.sweep`. `act_order` takes the columns with the largest inputs first; groups then keep
-the grids of the unswept weights, so that a group's columns stay neighbours in the file.
+Algorithm 1, with `rounding.round_by_sweep`. `act_order` takes the columns with the largest inputs first. Groups then
+keep the grids of the unswept weights, so that the columns of a group stay neighbors in the file.
 
-Beyond the paper, off by default: `rounds` of refitted scales and coordinate descent on the codes (`_rounding.improve`),
-and `clip`, the range search of `rtn`. A matrix that no token reached is rounded to nearest; its line notes it.
+Not in the paper, and off by default: `rounds` of refitted scales and coordinate descent on the codes
+(`rounding.improve`), and `clip`, the range search of `rtn`. A matrix that no token reached is rounded to nearest; its
+line in blocks.jsonl notes it.
 
-Behind a pruning method (`sparsegpt+gptq`, target `2:4+4bit`) its zeros stay: the sweep gives a pruned weight no code
-but zero, what came to it from the left moves on to the right, and grids are fitted to kept weights alone. It begins at
-the weights that the method before left; `joint` begins at the dense ones, so that one sweep makes up for pruning and
-rounding (SparseGPT, "Joint Sparsification & Quantization"; there the mask is chosen in that pass, here it is given).
+After a pruning method (`sparsegpt+gptq`, target `2:4+4bit`) its zeros stay. The sweep gives a pruned weight the code of
+zero only; the error that reached it from the left moves on to the right. Grids are fitted to kept weights alone. The
+sweep begins at the weights that the method before left. With `joint` it begins at the dense ones, so that one sweep
+makes up for pruning and rounding. That is "Joint Sparsification & Quantization" of SparseGPT; there the mask is chosen
+in that pass, here it is given.
 
-Matrices that read the same input are swept together, their rows one below the other.
+Matrices that read the same input are swept together, their rows stacked.
 
 Cost: two forwards, one Gram matrix, one factor and one sweep per group of matrices: O·I² operations for all their rows.
 
@@ -43,12 +45,13 @@ from niwaki.methods.shared.rounding import (
     check_group,
     code_width,
     damped,
+    error_propagation,
     grids,
     groups_of,
     improve,
     nearest,
+    round_by_sweep,
     rounds_of,
-    sweep,
     uniform_bytes,
 )
 from niwaki.model.decoder import Block
@@ -73,17 +76,17 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    """Gram matrices of the inputs."""
+    """Ask for Gram matrices of the inputs."""
     return Needs(gram=True)
 
 
 def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> int:
-    """Planes, scales and zero codes of one matrix."""
+    """Return the bytes of the planes, scales and zero codes of one matrix."""
     return uniform_bytes(name, rows, columns, code_width(target), config.group, config.symmetric)
 
 
 def cost(scope: Scope, config: Config) -> Work:
-    """A factor a group, a sweep a matrix, and rounds on the codes."""
+    """Count a factor per group, a sweep per matrix, and rounds on the codes."""
     return gram_factors(scope) + sweeps(scope) + grids(scope, config.clip) + rounds_of(scope, config.rounds)
 
 
@@ -95,7 +98,7 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """One factor and one sweep per group of matrices that read the same input."""
+    """Round every group of matrices that read the same input with one factor and one sweep."""
     packed: dict[str, Packed] = {}
     for names in block.anatomy.sharing(targets):
         group = calib.statistics[names[0]]
@@ -114,26 +117,26 @@ def compress(
                 rounded = nearest(weight_OI, groups, config.clip).storable()
             else:
                 if order_I is None:
-                    rounded = sweep(weight_OI, upper_II, groups, config.clip, keep_OI)
+                    rounded = round_by_sweep(weight_OI, upper_II, groups, config.clip, keep_OI)
                 else:
                     rounded = _sweep_in_order(weight_OI, upper_II, groups, order_I, config.clip, keep_OI)
                 gram_II = damped(group.gram_II, damping_frac) if config.rounds else group.gram_II  # else it is not read
                 rounded = improve(rounded, weight_OI, gram_II, config.rounds, keep_OI)
-            places_I = torch.arange(columns, device=weight_OI.device)
+            columns_I = torch.arange(columns, device=weight_OI.device)
             for name, own in zip(together, rounded.split([len(source) for source in sources]), strict=True):
-                packed[name] = Packed.codes(own.parts(places_I), note)
+                packed[name] = Packed.codes(own.parts(columns_I), note)
     return packed
 
 
 def _source(block: Block, calib: CalibrationData, name: str, joint: bool) -> Tensor:
-    """The weights that are rounded: those of the step before, unless its errors are made up for together with ours."""
+    """Return the weights to round: those of the step before, or the dense ones for a joint sweep."""
     if calib.start and not joint:
         return calib.start[name].weight_OI.float()
     return block.weight(name).float()
 
 
 def _factor(gram_II: Tensor, config: Config) -> tuple[Tensor | None, Tensor, float]:
-    """Order of the columns (None: as they are), U in that order, and the damping it took."""
+    """Return the order of the columns (None: unchanged), U in that order, and the damping that was needed."""
     order_I = gram_II.diagonal().argsort(descending=True, stable=True) if config.act_order else None
     ordered_II = gram_II if order_I is None else gram_II[order_I][:, order_I]
     return order_I, *inverse_factor(ordered_II, config.damping_frac)
@@ -142,13 +145,12 @@ def _factor(gram_II: Tensor, config: Config) -> tuple[Tensor | None, Tensor, flo
 def _sweep_in_order(
     weight_OI: Tensor, upper_II: Tensor, groups: list[Group], order_I: Tensor, clip: bool, keep_OI: Tensor | None
 ) -> Rounded:
-    """The sweep over permuted columns with grids fixed beforehand."""
+    """Round in one pass over permuted columns, with grids that are fixed before."""
     fixed = nearest(weight_OI if keep_OI is None else weight_OI * keep_OI, groups, clip)
     grid = fixed.grid
-    feed_II = upper_II / -upper_II.diagonal()[:, None]
     ordered = Grid(grid.scale_OG, grid.offset_OG, grid.group_I[order_I], grid.top_I[order_I])
     keep_OI = None if keep_OI is None else keep_OI[:, order_I]
-    swept_OI, _ = sweep_codes(weight_OI[:, order_I].contiguous(), None, feed_II, ordered, keep_OI)
+    swept_OI, _ = sweep_codes(weight_OI[:, order_I].contiguous(), None, error_propagation(upper_II), ordered, keep_OI)
     code_OI = torch.empty_like(swept_OI)
     code_OI[:, order_I] = swept_OI
     return replace(fixed, code_OI=code_OI)

@@ -79,8 +79,8 @@ class Method:
     `compress(block, calibration, targets, config, generator)` returns new records of every matrix in `targets`. It does
     not change the block. `cost(scope, config)` counts its work on one block (see `niwaki.methods.cost`).
 
-    `stored_bytes(name, rows, columns, target, config)` is the size of one matrix as codes, None if it is stored as
-    weights; it raises TargetError for a target that the matrix cannot meet.
+    `stored_bytes(name, rows, columns, target, config)` is the size of one matrix as codes, None for one stored as
+    weights. It raises TargetError for a target that the matrix cannot meet.
     """
 
     kind: ClassVar[MethodKind]
@@ -103,8 +103,8 @@ class WalkMethod(Method):
     """Method that replaces the matrices of one block after another.
 
     `group(config)`: columns that share a scale, 0 for the whole row. `masked_options` are the options that a mask of an
-    earlier step requires. `min_bits(rows, columns, config)` is stated by a method that spends any number of bits: the
-    bits a weight below which it cannot store a matrix of this shape.
+    earlier step requires. A method that spends any number of bits states `min_bits(rows, columns, config)`, the min
+    bits per weight for a matrix of this shape.
     """
 
     kind = MethodKind.WALK

@@ -1,7 +1,7 @@
 """PTQ1.61: a fifth of the input columns at four bits, one sign per weight for the others, their scales learned.
 
 Source: "PTQ1.61: Push the Real Limit of Extremely Low-Bit Post-Training Quantization Methods for Large Language Models"
-(ACL 2025), without its preprocessing (20,000 steps of LoRA on other text, merged before quantizing).
+(ACL 2025). Its preprocessing is left out (20,000 steps of LoRA on other text, merged before the quantization).
 
 1. The `salient_frac` of the columns with the largest inputs are rounded to nearest, 4 bits, one range per row.
 2. The others become (r₁·r₂ᵀ) ∘ (α·sign(W − μ) + μ). Each row has the mean μ, the scale α = mean |W − μ| and r₁ = 1;
@@ -41,7 +41,7 @@ from niwaki.formats.record import Packed, join_notes
 from niwaki.methods.cost import Scope, Work
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.best_state import BestState
-from niwaki.methods.shared.binary import BINARIZED_UNREACHED, check_reach, fit_row, signs, weighed
+from niwaki.methods.shared.binary import BINARIZED_UNREACHED, check_reach, fit_row, signs, with_true_size
 from niwaki.methods.shared.block_training import (
     LearningTarget,
     Reconstruction,
@@ -173,7 +173,7 @@ def compress(
         unreached = "" if calib.statistics[name].tokens else BINARIZED_UNREACHED
         detail = {"salient_columns": len(own.salient.columns_C), **errors}
         weight_OI = decode(tensors, *block.weight(name).shape)
-        packed[name] = weighed(weight_OI, tensors, join_notes(note, unreached), detail)
+        packed[name] = with_true_size(weight_OI, tensors, join_notes(note, unreached), detail)
     return packed
 
 

@@ -1,8 +1,8 @@
 """Rounding to nearest: every weight takes the closest of 2^b levels of its group.
 
 Source: the baseline that every quantizer must beat (Frantar et al. 2023, GPTQ, section 4). Needs no data.
-Scales are float16, zero codes of asymmetric grids take b bits; both are counted and stored. Behind a pruning method
-(`wanda+rtn`, target `2:4+4bit`) it rounds what that left on symmetric grids, on which zeros stay zero.
+Scales are float16, and zero codes of asymmetric grids take b bits; both are counted and stored. After a pruning method
+(`wanda+rtn`, target `2:4+4bit`) it rounds the kept weights on symmetric grids, where zeros stay zero.
 
 Cost: one pass over the weights.
 
@@ -39,17 +39,17 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    """Nothing: it looks at weights only."""
+    """Ask for no data."""
     return Needs()
 
 
 def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> int:
-    """Planes, scales and zero codes of one matrix."""
+    """Return the bytes of the planes, scales and zero codes of one matrix."""
     return uniform_bytes(name, rows, columns, code_width(target), config.group, config.symmetric)
 
 
 def cost(scope: Scope, config: Config) -> Work:
-    """One grid a group."""
+    """Count one grid per group."""
     return grids(scope, config.clip)
 
 
@@ -61,7 +61,7 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """Fits the grid of every group and rounds."""
+    """Fit the grid of every group and round."""
     packed = {}
     for name, target in targets.items():
         weight_OI = (calib.start[name].weight_OI if calib.start else block.weight(name)).float()

@@ -1,22 +1,22 @@
-"""Contextual sparsity: every input runs only the heads and neurons that it needs; the weights stay as they are.
+"""Contextual sparsity: every input runs only the heads and neurons that it needs; the weights do not change.
 
-Source: Akhauri et al., "ShadowLLM: Predictor-based Contextual Sparsity for Large Language Models" (2024): one predictor
-for the whole model looks at the output of the first attention layer at the last prompt token and says how important
-every head and neuron will be. The paper's text could not be read; its released code could, and is not followed where it
-cannot be deployed: there the mask of a text is chosen from its last token, and masks of neurons change nothing.
+Source: Akhauri et al., "ShadowLLM: Predictor-based Contextual Sparsity for Large Language Models" (2024). One predictor
+for the whole model reads the output of the first attention layer at the last prompt token. It predicts the importance
+of every head and neuron. The paper's text could not be read; its released code could. Two parts of the code cannot be
+deployed and are not followed. There the mask of a text comes from its last token, and masks of neurons change nothing.
 
-What importance is best depends on the model, so it is tried: the criteria of heads and of neurons are those whose
-masks, chosen from prompts as they will be, cost the least loss on calibration windows kept out of the fit.
+The best measure of importance depends on the model, so candidates are evaluated. Their masks are chosen from prompts,
+as in use. The criteria that lose least on calibration windows kept out of the fit are taken, for heads and for neurons.
 
-What is ours: the prompt runs dense, and only tokens already seen choose what runs (`contextual.predictor` has the map,
-`contextual.criteria` the importance). Instead of the paper's feature, one token, the predictor reads how active every
-unit was in the prompt, and it is a factored linear map, fitted in closed form; GRIFFIN (Dong et al. 2024) and
-static masks are its special cases. Deviation: gated neurons are scored at h = act(gate)·up, heads in groups that share
-keys.
+Differences from the paper: the prompt runs dense, and only earlier tokens choose the units that run
+(`contextual.predictor` has the map, `contextual.criteria` the importance). The paper's predictor reads one token. This
+one reads the activity of every unit in the prompt. It is a factored linear map, fitted in closed form; GRIFFIN (Dong et
+al. 2024) and static masks are its special cases. Gated neurons are scored at h = act(gate)·up, and heads in groups that
+share keys.
 
-Cost: learning takes `tracing`, N²·(F + U) operations for N samples, and for the trial the same and a forward of at most
-`trial_windows` windows for each of six candidates, one block in memory (`trial`); running reads the prompt with all
-weights, then takes one small product and a copy of the weights that stay for every sequence.
+Cost: learning takes the traces (a walk backwards) and N²·(F + U) operations for N samples. Each of six candidates takes
+the same, and a forward of at most `trial_windows` windows with one block in memory. Running reads the prompt with all
+weights; then every sequence takes one small product and a copy of the weights that stay.
 
     niwaki compress MODEL OUT --method shadow --target 0.5 --calibration mine.txt --samples 256 --seq-len 512
 """
@@ -54,7 +54,7 @@ class Config:
     criterion: Annotated[
         str, "Importance of neurons: fisher, energy, plainact, or auto for the one that loses least on trial windows."
     ] = AUTO
-    trial_windows: Annotated[int, "Windows kept out of the fit, that auto is decided on."] = 32
+    trial_windows: Annotated[int, "Windows kept out of the fit; auto compares the criteria on them."] = 32
     features: Annotated[
         str, "Inputs of the predictor, joined by +: last (as in the paper), mean, prompt; none for no learned part."
     ] = "prompt"
@@ -95,32 +95,32 @@ class Config:
             raise ValueError("expected floor_frac in [0, 1) and size_frac in (0, 1)")
 
     def candidates(self, option: str) -> tuple[str, ...]:
-        """The criteria that `head_criterion` or `criterion` leaves open."""
+        """Return the criteria that `head_criterion` or `criterion` leaves open."""
         return CANDIDATES[option] if getattr(self, option) == AUTO else (getattr(self, option),)
 
     @property
     def criteria(self) -> tuple[str, ...]:
-        """All that may be used, of heads and of neurons, each once."""
+        """Return all criteria that may be used for heads or neurons, each once."""
         return tuple(dict.fromkeys(name for option in CANDIDATES for name in self.candidates(option)))
 
     @property
     def running(self) -> dict[str, Any]:
-        """The fields of `contextual.record.Running`."""
+        """Return the fields of `contextual.record.Running`."""
         return {entry.name: getattr(self, entry.name) for entry in fields(Running)}
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The features by name."""
+        """Return the features by name."""
         return () if self.features == "none" else tuple(self.features.split("+"))
 
 
 def needs(config: Config) -> Needs:
-    """Gradients, which the job collects with all else that predictors learn from."""
+    """Ask for gradients; the job collects them with everything that predictors learn from."""
     return Needs(gradient=True)
 
 
 def rule(config: Config, skip_frac: float) -> Rule:
-    """How scores become the units that run."""
+    """Return the rule that turns scores into the units that run."""
     return Rule(skip_frac, config.scope, config.floor_frac)
 
 
@@ -128,7 +128,7 @@ Measure = Callable[[Sequence[Variant]], list[float]]
 
 
 def candidate_rows(windows: int, config: Config) -> range:
-    """The windows, the last ones, that trials are held on: at most a quarter of all."""
+    """Return the windows for the evaluation of candidates: the last ones, at most a quarter of all."""
     return range(windows - max(1, min(config.trial_windows, windows // 4)), windows)
 
 
@@ -140,7 +140,7 @@ def choose_criterion(
     decoder_weights: int,
     measure: Measure,
 ) -> tuple[Config, dict[str, Any]]:
-    """The options with every `auto` replaced by what loses least, and the losses of all that was tried.
+    """Replace every `auto` by the criterion that loses least. Return the options, and the losses of all candidates.
 
     Predictors learn from the other windows. `measure` gives the loss of variants on those of `candidate_rows`, each
     with the prompt of one of its cuts, in turn. The criterion of heads is chosen first, with the first one of neurons.
@@ -151,38 +151,38 @@ def choose_criterion(
     held = candidate_rows(windows, config)
     rows_S = torch.tensor([window * config.cuts + window % config.cuts for window in held])
     firsts: dict[str, Any] = {option: config.candidates(option)[0] for option in CANDIDATES}
-    settled = replace(config, **firsts)
-    tried: dict[str, dict[str, float]] = {}
+    best = replace(config, **firsts)
+    losses_by_option: dict[str, dict[str, float]] = {}
 
-    def variant(choice: Config) -> Variant:
-        found = samples(traces, layout, choice)
-        train, judge = found.take(slice(0, held.start * config.cuts)), found.take(rows_S)
-        predictor, _ = learn(train, layout, choice, decoder_weights)
+    def variant(candidate: Config) -> Variant:
+        joined = samples(traces, layout, candidate)
+        train, judge = joined.take(slice(0, held.start * config.cuts)), joined.take(rows_S)
+        predictor, _ = learn(train, layout, candidate, decoder_weights)
         scores_SU = predictor.scores(judge.last_ND, judge.mean_ND, judge.prompt_NU)
-        return Variant(rule(choice, skip_frac).select(scores_SU, layout), choice.mean_fill)
+        return Variant(rule(candidate, skip_frac).select(scores_SU, layout), candidate.mean_fill)
 
     for option in CANDIDATES:
-        each: dict[str, dict[str, Any]] = {name: {option: name} for name in config.candidates(option)}
-        choices = {name: replace(settled, **chosen) for name, chosen in each.items()}
-        if len(choices) > 1:
-            losses = measure([variant(choice) for choice in choices.values()])
-            tried[option] = dict(zip(choices, losses, strict=True))
-            settled = choices[min(tried[option], key=lambda name: tried[option][name])]
-    return settled, tried
+        changes: dict[str, dict[str, Any]] = {name: {option: name} for name in config.candidates(option)}
+        candidates = {name: replace(best, **change) for name, change in changes.items()}
+        if len(candidates) > 1:
+            losses = dict(zip(candidates, measure([variant(one) for one in candidates.values()]), strict=True))
+            losses_by_option[option] = losses
+            best = candidates[min(losses, key=lambda name: losses[name])]
+    return best, losses_by_option
 
 
 def samples(traces: Mapping[str, Traces], layout: Layout, config: Config) -> Traces:
-    """One set of samples from those of every criterion: heads are never compared with neurons, so each has its own."""
+    """Join the samples of the criterion of heads and of that of neurons; the two kinds are never compared."""
     parts = []
-    for place, criterion in enumerate((config.head_criterion, config.criterion)):
-        found = traces[criterion]
+    for kind, criterion in enumerate((config.head_criterion, config.criterion)):
+        own = traces[criterion]
         weigh = criterion == "energy"
-        parts.append(layout.split(found.score_NU * found.sensitivity_U if weigh else found.score_NU)[place])
+        parts.append(layout.split(own.score_NU * own.sensitivity_U if weigh else own.score_NU)[kind])
     return replace(traces[config.criterion], score_NU=layout.join(*parts))
 
 
 def learn(traces: Traces, layout: Layout, config: Config, decoder_weights: int) -> tuple[Predictor, dict[str, Any]]:
-    """Fits the map at the largest rank that its share of parameters allows."""
+    """Fit the map at the largest rank that its share of parameters allows."""
     widths = {"last": traces.last_ND.shape[1], "mean": traces.mean_ND.shape[1], "prompt": layout.size}
     inputs = sum(widths[name] for name in config.groups)
     rank = _rank(layout, inputs, config, decoder_weights)
@@ -190,15 +190,15 @@ def learn(traces: Traces, layout: Layout, config: Config, decoder_weights: int) 
 
 
 def cost(scope: Scope, config: Config) -> Work:
-    """The trial: a forward of its windows for every candidate."""
-    tried = sum(len(found) for found in map(config.candidates, CANDIDATES) if len(found) > 1)
-    return Work(forward_tokens=tried * len(candidate_rows(scope.windows, config)) * scope.tokens)
+    """Count a forward of the held-out windows for every candidate."""
+    count = sum(len(candidates) for candidates in map(config.candidates, CANDIDATES) if len(candidates) > 1)
+    return Work(forward_tokens=count * len(candidate_rows(scope.windows, config)) * scope.tokens)
 
 
 def beside_bytes(layout: Layout, channels: int, windows: int, config: Config, decoder_weights: int) -> int:
-    """Bytes of the predictor, float32; `channels`: of the input of the matrix that heads write through.
+    """Return the bytes of the predictor in float32; `channels`: width of the input of the heads' output matrix.
 
-    The rank may turn out lower, where the samples have fewer directions than that.
+    The rank is lower if the samples have fewer directions.
     """
     widths = {"last": channels, "mean": channels, "prompt": layout.size}
     inputs = sum(widths[name] for name in config.groups)
@@ -207,7 +207,7 @@ def beside_bytes(layout: Layout, channels: int, windows: int, config: Config, de
 
 
 def _rank(layout: Layout, inputs: int, config: Config, decoder_weights: int) -> int:
-    """The largest that the share of parameters allows."""
+    """Return the largest rank that the share of parameters allows. Raise InputError if that is below 1."""
     vectors = 2 * layout.size + 2 * inputs + 4
     rank = int((config.size_frac * decoder_weights - vectors) // max(inputs + layout.size, 1))
     if config.groups and rank < 1:

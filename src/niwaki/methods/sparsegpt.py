@@ -1,16 +1,15 @@
 """SparseGPT: prune column by column and let the remaining weights make up for each loss.
 
 Source: Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot" (ICML
-2023), Algorithm 1. Saliency W²/diag(U)² with U from `_solver.inverse_factor`; unstructured masks are chosen
+2023), Algorithm 1. The saliency is W²/diag(U)² with U from `column_sweep.inverse_factor`. Unstructured masks are chosen
 for 128 columns at a time across all rows, N:M masks when the sweep reaches a group.
 
-Deviations: the number of zeros is exact, spread evenly over the panels. Features that never fired are the
-cheapest to prune but not zeroed beyond the target (the released code zeroes them all, which overshoots the
-budget). Two named options go beyond the paper (`Config`); in a chain the masks of the method before are kept
-and only the weights are solved for. A matrix that no token reached is pruned by magnitude; its line in
-blocks.jsonl notes it.
+Deviations: the number of zeros is exact, spread evenly over the panels. Features that never fired are the cheapest to
+prune, but are not zeroed beyond the target. The released code zeroes them all, which exceeds the budget. Two options
+are not in the paper (`refit`, `exchanges`). In a chain the masks of the method before stay, and only the weights are
+solved for. A matrix that no token reached is pruned by magnitude; its line in blocks.jsonl notes it.
 
-Matrices that read the same input are swept together, their rows one below the other: a third fewer steps.
+Matrices that read the same input are swept together, their rows stacked: a third fewer steps.
 
 Cost: two forwards, one Gram matrix, one factor and one sweep per group of matrices. Memory: the block plus I²
 float32 for each group (and its factor while it is used).
@@ -39,8 +38,8 @@ from niwaki.methods.shared.column_sweep import (
     check_damping,
     exchange,
     inverse_factor,
-    refit,
-    sweep,
+    prune_by_sweep,
+    refit_kept,
 )
 from niwaki.methods.shared.masks import choose_by_panel, keep_by_matrix
 from niwaki.model.decoder import Block
@@ -67,12 +66,12 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    """Gram matrices of the inputs."""
+    """Ask for Gram matrices of the inputs."""
     return Needs(gram=True)
 
 
 def cost(scope: Scope, config: Config) -> Work:
-    """A factor a group, a sweep a matrix; refits are rounds of conjugate gradients, every exchange a shorter one."""
+    """Count a factor per group, a sweep per matrix, and conjugate gradients: for a refit, fewer for each exchange."""
     work = gram_factors(scope) + sweeps(scope, config.panel_columns) + masks(scope)
     if config.refit or config.exchanges:
         work += products(scope, REFIT_ITERATIONS + 1)
@@ -89,7 +88,7 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """One factor and one sweep per group of matrices that read the same input."""
+    """Prune every group of matrices that read the same input with one factor and one sweep."""
     packed: dict[str, Packed] = {}
     for names in block.anatomy.sharing(targets):
         group = calib.statistics[names[0]]
@@ -97,17 +96,19 @@ def compress(
             packed |= {name: calib.start[name] for name in names}
             continue
         if not group.tokens:
-            packed |= {name: _by_magnitude(block.weight(name).float(), targets[name]) for name in names}
+            packed |= {name: _prune_by_magnitude(block.weight(name).float(), targets[name]) for name in names}
             continue
         upper_II, damping_frac = inverse_factor(group.gram_II, config.damping_frac)
         raised = damping_frac != config.damping_frac
         note = f"XᵀX was singular in float32: damping_frac raised to {damping_frac:g}" if raised else ""
         for _, alike in groupby(names, key=lambda name: _pattern(targets[name])):
             together = list(alike)
-            for name, weight_OI, keep_OI in _swept(block, calib, together, targets, upper_II, config.panel_columns):
+            for name, weight_OI, keep_OI in _sweep_together(
+                block, calib, together, targets, upper_II, config.panel_columns
+            ):
                 if config.refit or config.exchanges:
                     dense_OI = block.weight(name).float()
-                    weight_OI = refit(dense_OI, weight_OI, keep_OI, group.gram_II, damping_frac)
+                    weight_OI = refit_kept(dense_OI, weight_OI, keep_OI, group.gram_II, damping_frac)
                 if config.exchanges and not calib.start:
                     choose = partial(keep_by_matrix, target=targets[name])
                     weight_OI, keep_OI = exchange(
@@ -117,16 +118,17 @@ def compress(
     return packed
 
 
-def _by_magnitude(weight_OI: Tensor, target: Target) -> Packed:
+def _prune_by_magnitude(weight_OI: Tensor, target: Target) -> Packed:
+    """Prune a matrix that no token reached."""
     return Packed.masked(weight_OI, keep_by_matrix(weight_OI.abs(), target), UNREACHED)
 
 
 def _pattern(target: Target) -> Target | None:
-    """What the sweep has to know of a target before it begins: N of M, or nothing."""
+    """Return the N:M target that the sweep must know from the start, None for an unstructured one."""
     return target if isinstance(target, NM) else None
 
 
-def _swept(
+def _sweep_together(
     block: Block,
     calib: CalibrationData,
     names: Sequence[str],
@@ -134,24 +136,26 @@ def _swept(
     upper_II: Tensor,
     panel_columns: int,
 ) -> list[tuple[str, Tensor, Tensor]]:
-    """Every matrix after one sweep over the rows of all, and its mask: the one of the step before if there is one."""
+    """Sweep the stacked rows of all matrices. Return every matrix and its mask; a mask of the step before stays."""
     weights = [block.weight(name).float() for name in names]
     rows, columns = [len(weight_OI) for weight_OI in weights], weights[0].shape[1]
     weight_OI = torch.cat(weights)
 
     if calib.start:
         given_OI = torch.cat([calib.start[name].weight_OI != 0 for name in names])
-        keep_OI = sweep(
+        keep_OI = prune_by_sweep(
             weight_OI, upper_II, None, lambda p, _, start: given_OI[:, start : start + p.shape[1]], panel_columns
         )
     elif isinstance(target := targets[names[0]], NM):
         target.zeros_in(*weight_OI.shape)
         whole_groups = max(panel_columns // target.group, 1) * target.group
-        keep_OI = sweep(weight_OI, upper_II, target, None, whole_groups)
+        keep_OI = prune_by_sweep(weight_OI, upper_II, target, None, whole_groups)
     else:
         shares = [target for name in names if isinstance(target := targets[name], Sparsity)]
         chosen = choose_by_panel(shares, rows, columns, weight_OI.device)
-        keep_OI = sweep(weight_OI, upper_II, None, lambda p, d, start: chosen((p / d).square_(), start), panel_columns)
+        keep_OI = prune_by_sweep(
+            weight_OI, upper_II, None, lambda p, d, start: chosen((p / d).square_(), start), panel_columns
+        )
     return list(zip(names, weight_OI.split(rows), keep_OI.split(rows), strict=True))
 
 

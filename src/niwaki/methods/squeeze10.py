@@ -10,14 +10,14 @@ Source: "Squeeze10-LLM: Squeezing LLMs' Weights by 10 Times via a Staged Mixed-P
 3. One error-compensated sweep rounds the columns at their widths, the salient ones first or last (`salient_first`).
 4. Full-information activations supervise (FIAS); this formula is not verified either. F and X are the inputs in the
    full and in the compressed model. Candidates (`supervise`): `prefix` ‖(W − Q)X‖, so that each block makes up for
-   those before it as far as its own columns can; `inputs` ‖(W − Q)F‖; `outputs` ‖WF − QX‖, which is `prefix` for the
+   those before it as far as its own columns can. `inputs` ‖(W − Q)F‖. `outputs` ‖WF − QX‖, which is `prefix` for the
    weights W·FXᵀ(XXᵀ)⁻¹. `supervise_frac` goes a part of the way from W to those weights. Learning has a `target` of
    its own.
 
-Not in the paper: `rounds` of refitted scales and coordinate descent on all codes; `learn_rounds` of block-wise learning
-of codes and scales (`learned_rounding`); and other `widths` than 1 and 4 bits. Of the energy of normal weights one bit
-loses 36 %, two bits 12 % and four 1 %. So a second bit for three columns gains twice as much as three more bits for one
-column. `auto` takes the two neighboring widths around the target.
+Three things are not in the paper. `rounds` refit the scales, with coordinate descent on all codes. `learn_rounds` learn
+codes and scales block by block (`learned_rounding`). `widths` may be other than 1 and 4 bits. Of the energy of normal
+weights one bit loses 36 %, two bits 12 % and four 1 %. So a second bit for three columns gains twice as much as three
+more bits for one column. `auto` takes the two neighboring widths around the target.
 
 Whole columns are chosen, so that the choice costs one bit per column. The target counts everything that is stored
 (codes, scales, offsets, the mask of columns) and decides how many columns are salient. With `granularity=element` the
@@ -63,8 +63,8 @@ from niwaki.methods.shared.rounding import (
     groups_of,
     improve,
     nearest,
+    round_by_sweep,
     rounds_of,
-    sweep,
 )
 from niwaki.model.decoder import Block
 
@@ -293,7 +293,7 @@ def _squeeze(
     order_I = torch.cat(parts if config.salient_first else parts[::-1])
     upper_II, _ = inverse_factor(problem.gram_II[order_I][:, order_I], problem.damping_frac)
     swept_OI = start_OI if config.staged else weight_OI
-    rounded = sweep(swept_OI[:, order_I].contiguous(), upper_II, groups, clip=True)
+    rounded = round_by_sweep(swept_OI[:, order_I].contiguous(), upper_II, groups, clip=True)
     ordered_OI, ordered_II = weight_OI[:, order_I].contiguous(), problem.damped_II[order_I][:, order_I].contiguous()
     return Latent.start(improve(rounded, ordered_OI, ordered_II, config.rounds), ordered_OI, order_I)
 
@@ -303,7 +303,7 @@ def _four_bit_stage(weight_OI: Tensor, problem: RoundingProblem, config: Config)
     if not config.staged and config.choose not in ("robustness", "surgeon"):
         return weight_OI
     whole = groups_of(0, weight_OI.shape[1], STAGE_BITS, "midrise", config.salient_group)
-    return sweep(weight_OI, problem.upper_II, whole, clip=True).values_OI
+    return round_by_sweep(weight_OI, problem.upper_II, whole, clip=True).values_OI
 
 
 @torch.no_grad()

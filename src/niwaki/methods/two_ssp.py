@@ -2,8 +2,8 @@
 
 Source: Sandri et al. 2025, "2SSP: A Two-Stage Framework for Structured Pruning of LLMs", as in its released code.
 
-1. Every block keeps the same number of neurons: those with the highest norm over tokens at the input of the matrix that
-   writes to the residual stream.
+1. Every block keeps the same number of neurons: those with the highest norm over tokens. The norm is that of the input
+   of the matrix that writes to the residual stream.
 2. round(N · s^((P_mlp / P_attention) / 1.5)) of N attentions go. The one whose removal lowers the quality least goes
    first. Each is judged in the model without the neurons that go.
 

@@ -5,8 +5,8 @@ Source: Yang et al., "Wanda++: Pruning Large Language Models via Regional Gradie
 1. The importance of a weight is α·G_ij + ‖X_j‖. G_ij is the root mean square over the calibration windows n of
    ∂‖f(X_n)‖₂/∂W_ij; f is the whole dense block. G is computed once.
 2. The mask drops the lowest scores S_ij = (α·G_ij + ‖X_j‖)·|W_ij| of each output row, or of each group for N:M.
-3. Regional optimization: in K rounds over newly drawn windows, gradients lower the squared error between the pruned and
-   the dense block on the same inputs (those of the already pruned prefix).
+3. Regional optimization lowers the squared error between the pruned and the dense block on the same inputs (those of
+   the already pruned prefix). It takes K rounds; each draws its windows again.
 
 The full text was not at hand. Where the sources are silent, or our ablation disagrees
 (`benchmarks/results/ablation-wandapp-*.json`), this is a reconstruction:

@@ -13,16 +13,16 @@ from niwaki.errors import TargetError
 from niwaki.formats.record import Packed
 from niwaki.methods.shared.binary import (
     SPLIT_FRACS,
+    binarization_error,
     check_reach,
     choose_salient,
     fit_row,
     half,
-    lost,
     split_by_size,
     sweep_blocks,
 )
 from niwaki.methods.shared.column_sweep import inverse_factor
-from niwaki.methods.shared.rounding import groups_of, sweep
+from niwaki.methods.shared.rounding import groups_of, round_by_sweep
 from support.models import calibration_of, correlated_inputs, make_block
 
 Array = NDArray[np.float64]
@@ -47,7 +47,9 @@ def output_error(found: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> 
 def one_bit_error(weight: torch.Tensor, x: torch.Tensor) -> float:
     """Of the plain error-compensated sweep with one bit and a mean for 128 columns."""
     upper, _ = inverse_factor(x.T @ x, 0.01)
-    return output_error(sweep(weight, upper, groups_of(0, weight.shape[1], 1, "free", 128), False).values_OI, weight, x)
+    return output_error(
+        round_by_sweep(weight, upper, groups_of(0, weight.shape[1], 1, "free", 128), False).values_OI, weight, x
+    )
 
 
 def record(module: Any, weight: torch.Tensor, x: torch.Tensor, bits: float = 8, **options: Any) -> Packed:
@@ -63,14 +65,14 @@ def record_and_tensors(
 ) -> tuple[Packed, dict[str, Array]]:
     """A record, and the tensors it was decoded from."""
     caught: dict[str, torch.Tensor] = {}
-    weighed = module.weighed
+    with_true_size = module.with_true_size
 
     def catch(weight_OI: torch.Tensor, tensors: dict[str, torch.Tensor], *rest: Any) -> Packed:
         caught.update(tensors)
-        found: Packed = weighed(weight_OI, tensors, *rest)
+        found: Packed = with_true_size(weight_OI, tensors, *rest)
         return found
 
-    monkeypatch.setattr(module, "weighed", catch)
+    monkeypatch.setattr(module, "with_true_size", catch)
     packed = record(module, weight, x, **options)
     assert packed.detail["method_bytes"] == sum(tensor.nbytes for tensor in caught.values())
     assert packed.detail["method_bits"] == 8 * packed.detail["method_bytes"] / weight.numel()
@@ -114,7 +116,7 @@ def test_scales_and_residuals_equal_the_formulas(mean: bool, orders: int) -> Non
         assert float(scale_O[row]) == pytest.approx(alpha, rel=1e-3, abs=1e-6)
     assert torch.equal(half(scale_O), scale_O)
     expected = reference_error(weight.double().numpy(), keep.numpy(), mean, orders)
-    assert float(lost(weight, keep, mean, orders)) == pytest.approx(expected, rel=1e-3)
+    assert float(binarization_error(weight, keep, mean, orders)) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("mean", [False, True])

@@ -10,7 +10,7 @@ from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.record import Packed
 from niwaki.methods import sparsegpt
-from niwaki.methods.shared.column_sweep import exchange, invert_lower, refit
+from niwaki.methods.shared.column_sweep import exchange, invert_lower, refit_kept
 from niwaki.methods.shared.masks import keep_by_matrix
 from support.models import calibration_of, correlated_inputs, make_block, run_method
 
@@ -32,7 +32,7 @@ def test_refit_solves_the_normal_equations_of_every_row(tokens: int, damping: fl
     keep = torch.rand(7, 24, generator=generator) > 0.5
     keep[3] = False  # an empty row stays empty
     x = correlated_inputs(tokens, 24)
-    found = refit(weight, weight, keep, x.T @ x, damping, iterations=80)
+    found = refit_kept(weight, weight, keep, x.T @ x, damping, iterations=80)
     wanted = normal_equations(weight.numpy(), keep.numpy(), (x.T @ x).numpy(), damping)
     np.testing.assert_allclose(found.numpy(), wanted, rtol=2e-3, atol=2e-4)
     assert (found[~keep] == 0).all()
@@ -41,7 +41,7 @@ def test_refit_solves_the_normal_equations_of_every_row(tokens: int, damping: fl
 def test_refit_of_silent_inputs_returns_the_dense_weights() -> None:
     weight = torch.randn(3, 8)
     keep = torch.tensor([True, False] * 4).expand(3, 8)
-    found = refit(weight, weight, keep, torch.zeros(8, 8), 0.01)
+    found = refit_kept(weight, weight, keep, torch.zeros(8, 8), 0.01)
     torch.testing.assert_close(found, weight * keep)
 
 
@@ -51,7 +51,7 @@ def test_exchange_lowers_the_fitted_error_and_keeps_the_budget(target: Target) -
     x = correlated_inputs(300, 32)
     gram = x.T @ x
     keep = keep_by_matrix(torch.rand(16, 32, generator=torch.Generator().manual_seed(2)), target)  # a poor mask
-    fitted = refit(weight, weight, keep, gram, 0.01)
+    fitted = refit_kept(weight, weight, keep, gram, 0.01)
     other, other_keep = exchange(weight, fitted, keep, gram, 0.01, partial(keep_by_matrix, target=target), 4)
 
     def error(v: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Grids, sweep, descent and refit against float64 written from the formulas."""
+"""Grids, sweep, coordinate descent and refit against float64 written from the formulas."""
 
 import pytest
 import torch
@@ -8,15 +8,14 @@ from niwaki.methods.shared.column_sweep import inverse_factor
 from niwaki.methods.shared.rounding import (
     Group,
     Rounded,
+    coordinate_descent,
     damped,
-    descend,
-    error,
     fit_grid,
     groups_of,
     improve,
     nearest,
-    refit,
-    sweep,
+    refit_scales,
+    round_by_sweep,
 )
 from support.models import correlated_inputs
 
@@ -25,6 +24,12 @@ def problem(rows: int = 6, columns: int = 32) -> tuple[Tensor, Tensor]:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
     x = correlated_inputs(200, columns)
     return weight, x.T @ x
+
+
+def error(values_OI: Tensor, weight_OI: Tensor, gram_II: Tensor) -> float:
+    """Return tr((W − Q)H(W − Q)ᵀ)."""
+    missing_OI = weight_OI - values_OI
+    return float(((missing_OI @ gram_II) * missing_OI).sum(dtype=torch.float64))
 
 
 LAYOUTS = {
@@ -56,7 +61,7 @@ def gptq_reference(weight: Tensor, gram: Tensor, groups: list[Group], damping_fr
 def test_the_sweep_is_gptq_as_published(groups: list[Group]) -> None:
     weight, gram = problem()
     upper, damping = inverse_factor(gram, 0.01)
-    found = sweep(weight, upper, groups, clip=False)
+    found = round_by_sweep(weight, upper, groups, clip=False)
     expected = gptq_reference(weight, gram, groups, damping)
     close = torch.isclose(found.values_OI.double(), expected, atol=1e-4).all(1)
     assert close.float().mean() >= 5 / 6, "at most one row may differ by a tie that float32 settles otherwise"
@@ -68,7 +73,7 @@ def test_sweep_beats_rounding_and_descent_beats_the_sweep(groups: list[Group]) -
     upper, _ = inverse_factor(gram, 0.01)
     h = damped(gram, 0.01)
     plain = nearest(weight, groups, clip=False)
-    swept = sweep(weight, upper, groups, clip=False)
+    swept = round_by_sweep(weight, upper, groups, clip=False)
     better = improve(swept, weight, h, rounds=4)
     errors = [error(r.values_OI, weight, h) for r in (plain, swept, better)]
     assert errors[0] > errors[1] > errors[2]
@@ -81,7 +86,7 @@ def test_descent_and_refit_never_raise_the_error(groups: list[Group]) -> None:
     rounded = nearest(weight, groups, clip=False)
     before = error(rounded.values_OI, weight, h)
     for _ in range(4):
-        for step in (refit, descend):
+        for step in (refit_scales, coordinate_descent):
             rounded = step(rounded, weight, h)
             after = error(rounded.values_OI, weight, h)
             assert after <= before * (1 + 1e-4)
@@ -94,7 +99,7 @@ def test_descent_ends_where_no_single_code_helps() -> None:
     groups = groups_of(0, 16, 2, "affine", 0)
     rounded = nearest(weight, groups, clip=False)
     for _ in range(30):
-        rounded = descend(rounded, weight, h)
+        rounded = coordinate_descent(rounded, weight, h)
     least = error(rounded.values_OI, weight, h)
     for row in range(3):
         for column in range(16):
@@ -112,7 +117,7 @@ def test_refit_solves_the_least_squares_of_every_row(name: str) -> None:
     weight, gram = problem()
     h = damped(gram, 0.01)
     rounded = nearest(weight, groups, clip=False)
-    found = refit(rounded, weight, h)
+    found = refit_scales(rounded, weight, h)
     root = torch.linalg.cholesky(h.double())  # ‖(w − q)X‖ = ‖(w − q)L‖
     for row in range(len(weight)):
         design = []

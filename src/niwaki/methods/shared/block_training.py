@@ -1,7 +1,7 @@
 """Learning inside one block: gradients through this block alone pull its output back to the dense one.
 
-Every method that learns uses it (Wanda++'s regional optimization, COMP, PTQ1.61, learned rounding; BESA for its
-gradients). The model around the block never takes part, so the memory is that of one block whatever the depth.
+All learning methods use it: Wanda++'s regional optimization, COMP, PTQ1.61, learned rounding, and BESA for its
+gradients. The model around the block never takes part, so the memory is that of one block at any depth.
 
 The error of a token is ‖y − t‖² / ‖t‖², averaged over tokens. Without the division, a few tokens with massive
 activations would dominate the loss. An eighth of the windows is held out and decides which state is kept.
@@ -48,8 +48,8 @@ Result = TypeVar("Result")
 class Reconstruction:
     """Task of one block: inputs, target outputs, and gradients of the error between output and target.
 
-    `target` says what the output is pulled to: the output of the dense block on the same inputs (`block`), the block's
-    output in the dense model (`dense`), or their mean (`both`).
+    `target` is the output to learn: `block`, that of the dense block on the same inputs; `dense`, that of the block in
+    the dense model; or `both`, their mean.
     """
 
     def __init__(self, block: Block, calib: CalibrationData, target: str, generator: torch.Generator) -> None:

@@ -1,12 +1,12 @@
-"""Column-sweep least squares: fix one column after another and let the later ones absorb its error.
+"""Least squares by a sweep over columns: fix one column after another, and the later ones absorb its error.
 
-Minimises ‖(W − Ŵ)X‖² row by row, the optimal brain surgeon step in the fixed column order of SparseGPT
-(Frantar & Alistarh 2023, Algorithm 1) and GPTQ (Frantar et al. 2023). With H = XᵀX + λI and the upper factor
-U of H⁻¹ = UᵀU, fixing column j with error e_j = (w_j − ŵ_j)/U_jj changes the columns after it by −e_j·U_j.
+The sweep minimizes ‖(W − Ŵ)X‖² row by row. It is the optimal brain surgeon step in a fixed order of the columns:
+SparseGPT (Frantar & Alistarh 2023, Algorithm 1) and GPTQ (Frantar et al. 2023). H = XᵀX + λI, and U is the upper factor
+of H⁻¹ = UᵀU. A column j that is fixed with error e_j = (w_j − ŵ_j)/U_jj changes the columns after it by −e_j·U_j.
 
-U is not formed through the inverse: for the index-reversed H = LLᵀ, reversing L gives an upper R with
-H = RRᵀ, so U = R⁻¹. One Cholesky and one triangular inverse, half the work and better conditioned than
-Cholesky → inverse → Cholesky.
+U is not formed through the inverse. The index-reversed H has the factor L, H = LLᵀ. L reversed is an upper R with H =
+RRᵀ, so U = R⁻¹. This takes one Cholesky and one triangular inverse. It is half the work of Cholesky → inverse →
+Cholesky, and better conditioned.
 
 Cost for [O, I]: I³·2/3 for the factor (once for all matrices that share inputs), O·I² for the sweep.
 
@@ -22,30 +22,30 @@ from niwaki.config.recipe import NM
 from niwaki.errors import NumericalError
 from niwaki.kernels.sweep import sweep_panel
 
-SOLVED_COLUMNS = 1024  # of a triangle, at once
+SOLVED_COLUMNS = 1024  # of a triangle, in one call of the solver
 REFIT_ITERATIONS = 20
-WARM_ITERATIONS = 6  # of a refit that begins at the one before, in an exchange
+WARM_ITERATIONS = 6  # of a refit in an exchange, which begins at the refit before it
 
 # (weights [O, P], diagonal of U for the panel [P], first column) → keep mask [O, P]
-Choose = Callable[[Tensor, Tensor, int], Tensor]
+ChoosePanelMask = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def check_damping(damping_frac: float) -> None:
-    """Raises ValueError unless this is a share that `inverse_factor` can begin with."""
+    """Raise ValueError unless `damping_frac` is a share that `inverse_factor` can begin with."""
     if not 0 < damping_frac <= 1:
         raise ValueError(f"damping_frac must lie in (0, 1], got {damping_frac}")
 
 
 def inverse_factor(gram_II: Tensor, damping_frac: float) -> tuple[Tensor, float]:
-    """Upper U [I, I] float32 with (XᵀX + λI)⁻¹ = UᵀU, and the damping that was needed.
+    """Return the upper U [I, I] float32 with (XᵀX + λI)⁻¹ = UᵀU, and the damping that was needed.
 
-    λ = damping_frac · mean diagonal (1 if every feature is silent). It alone stands on the diagonal of a
-    feature that never fired, whose weights are therefore the cheapest. A matrix that is not positive definite
-    in float32 (fewer tokens than columns) is damped ten times more, up to 1; then NumericalError.
+    λ = damping_frac · mean diagonal (1 if every feature is silent). The diagonal of a feature that never fired holds λ
+    alone, so that its weights are the cheapest. A matrix that is not positive definite in float32 (fewer tokens than
+    columns) is damped ten times more, up to 1. Raises NumericalError if that is not enough.
     """
 
     def upper(damping: float) -> Tensor | None:
-        work_II = gram_II.flip(0, 1)  # of a 70B model 3.3 GB: everything up to the inverse happens in this copy
+        work_II = gram_II.flip(0, 1)  # 3.3 GB for a 70B model: this copy serves up to the inverse
         work_II.diagonal().add_(damping)
         info = torch.empty((), dtype=torch.int32, device=work_II.device)
         torch.linalg.cholesky_ex(work_II, out=(work_II, info))
@@ -58,9 +58,9 @@ def inverse_factor(gram_II: Tensor, damping_frac: float) -> tuple[Tensor, float]
 
 
 def invert_lower(lower_II: Tensor) -> Tensor:
-    """Turns a lower triangle [I, I] into its inverse, in place, halved down to blocks that a solver takes.
+    """Invert a lower triangle [I, I] in place, halved down to blocks that a solver takes.
 
-    I³/3 multiplications, mostly products of matrices, where solving for every column of the identity takes I³.
+    This takes I³/3 multiplications, mostly products of matrices; a solution for every column of the identity takes I³.
     """
     width = len(lower_II)
     if width <= SOLVED_COLUMNS:
@@ -75,7 +75,7 @@ def invert_lower(lower_II: Tensor) -> Tensor:
 
 
 def inverse(gram_II: Tensor, damping_frac: float) -> tuple[Tensor, float]:
-    """(XᵀX + λI)⁻¹ [I, I] float32 and the damping that was needed, as `inverse_factor`, in half its memory."""
+    """Return (XᵀX + λI)⁻¹ [I, I] float32 and the damping that was needed; half the memory of `inverse_factor`."""
 
     def inverted(damping: float) -> Tensor | None:
         damped_II = gram_II.clone()
@@ -92,23 +92,25 @@ def inverse(gram_II: Tensor, damping_frac: float) -> tuple[Tensor, float]:
 def _damped_until(
     gram_II: Tensor, damping_frac: float, solve: Callable[[float], Tensor | None]
 ) -> tuple[Tensor, float]:
-    """What `solve(λ)` makes of XᵀX + λI, ten times more λ whenever it makes nothing of it."""
+    """Return the first result of `solve(λ)` that is not None, and its damping; each attempt has ten times more λ."""
     diagonal_I = gram_II.diagonal()
     if not torch.isfinite(diagonal_I).all():
         raise NumericalError("activations hold NaN or infinite values: check the checkpoint and the calibration text")
     scale = float(diagonal_I.mean()) or 1.0
     while damping_frac <= 1:
-        if (found := solve(damping_frac * scale)) is not None:
-            return found, damping_frac
+        if (solution := solve(damping_frac * scale)) is not None:
+            return solution, damping_frac
         damping_frac *= 10
     raise NumericalError("XᵀX stays singular even with damping 1: give more or different calibration text")
 
 
-def sweep(weight_OI: Tensor, upper_II: Tensor, target: NM | None, choose: Choose | None, panel_columns: int) -> Tensor:
-    """Prunes `weight_OI` (float32, changed in place) and returns the keep mask [O, I].
+def prune_by_sweep(
+    weight_OI: Tensor, upper_II: Tensor, target: NM | None, choose: ChoosePanelMask | None, panel_columns: int
+) -> Tensor:
+    """Prune `weight_OI` (float32, changed in place) and return the keep mask [O, I].
 
-    For unstructured targets `choose` picks the mask of each panel from its weights at that moment; for N:M
-    (`target`) the kernel picks inside the panel, group by group.
+    For an unstructured target `choose` chooses the mask of each panel from its present weights. For N:M (`target`) the
+    kernel chooses inside the panel, group by group.
     """
     columns = weight_OI.shape[1]
     keep_OI = torch.empty_like(weight_OI, dtype=torch.bool)
@@ -122,7 +124,7 @@ def sweep(weight_OI: Tensor, upper_II: Tensor, target: NM | None, choose: Choose
     return keep_OI
 
 
-def refit(
+def refit_kept(
     dense_OI: Tensor,
     start_OI: Tensor,
     keep_OI: Tensor,
@@ -130,12 +132,12 @@ def refit(
     damping_frac: float,
     iterations: int = REFIT_ITERATIONS,
 ) -> Tensor:
-    """The kept weights that minimise ‖(V − W)X‖² + λ‖V − W‖² exactly, instead of the sweep's one pass.
+    """Return the kept weights that minimize ‖(V − W)X‖² + λ‖V − W‖² exactly; the sweep does so in one pass only.
 
-    W is `dense_OI`, V is zero where `keep_OI` is false, λ as in `inverse_factor`. The sweep moves weights to
-    the right only and never back; here every kept weight of a row answers to every removed one. Conjugate
-    gradients with a diagonal preconditioner, all rows at once, each with a mask of its own; `start_OI` is where
-    they begin. Twenty iterations are within 0.1 % of the least error (docs/log). Cost: 2·O·I² operations each.
+    W is `dense_OI`, V is zero where `keep_OI` is false, λ as in `inverse_factor`. The sweep moves errors to the right
+    only. Here every kept weight of a row compensates every removed one. Conjugate gradients with a diagonal
+    preconditioner solve all rows at once, each with its own mask; they begin at `start_OI`. Twenty iterations reach the
+    least error within 0.1 % (docs/log). Cost: 2·O·I² operations each.
     """
     scale = float(gram_II.diagonal().mean()) or 1.0
     damping = damping_frac * scale
@@ -149,7 +151,7 @@ def refit(
     residual_OI = curvature(dense_OI - fitted_OI)
     step_OI = residual_OI / diagonal_I
     energy_O1 = (residual_OI * step_OI).sum(1, keepdim=True)
-    floor_O1 = energy_O1 * 1e-10 + torch.finfo(torch.float32).tiny  # below it, float32 has nothing left to gain
+    floor_O1 = energy_O1 * 1e-10 + torch.finfo(torch.float32).tiny  # float32 gains nothing below it
     for _ in range(iterations):
         curved_OI = curvature(step_OI)
         bend_O1 = (step_OI * curved_OI).sum(1, keepdim=True)
@@ -171,11 +173,11 @@ def exchange(
     choose: Callable[[Tensor], Tensor],
     rounds: int,
 ) -> tuple[Tensor, Tensor]:
-    """Lets removed weights take the place of kept ones while that lowers the fitted error.
+    """Exchange kept weights for removed ones while that lowers the fitted error. Return (weights, keep mask).
 
-    After a refit, reviving a weight gains about g²/d (g: its gradient, d: its curvature) and removing one costs
-    about v²·d. `choose` makes a mask of these scores, the refit follows, and the first round that does not lower
-    ‖(V − W)X‖² + λ‖V − W‖² ends it. Returns (weights, keep mask).
+    After a refit, a revived weight gains about g²/d (g: its gradient, d: its curvature), and a removed one costs about
+    v²·d. `choose` makes a mask of these scores, and a refit follows. The first round that does not lower
+    ‖(V − W)X‖² + λ‖V − W‖² is the last.
     """
     scale = float(gram_II.diagonal().mean()) or 1.0
     damping = damping_frac * scale
@@ -193,10 +195,10 @@ def exchange(
     for _ in range(rounds):
         scores_OI = torch.where(keep_OI, fitted_OI.square() * diagonal_I, pull_OI.square() / diagonal_I)
         other_keep_OI = choose(scores_OI)
-        other_OI = refit(dense_OI, fitted_OI, other_keep_OI, gram_II, damping_frac, WARM_ITERATIONS)
+        other_OI = refit_kept(dense_OI, fitted_OI, other_keep_OI, gram_II, damping_frac, WARM_ITERATIONS)
         pull_OI = pull(other_OI)
-        found = error(other_OI, pull_OI)
-        if not found < best:
+        other_error = error(other_OI, pull_OI)
+        if not other_error < best:
             break
-        best, fitted_OI, keep_OI = found, other_OI, other_keep_OI
+        best, fitted_OI, keep_OI = other_error, other_OI, other_keep_OI
     return fitted_OI, keep_OI

@@ -1,10 +1,10 @@
-"""Squeeze10's choice weight by weight: 4 bits for some, one bit for the others, and one bit to tell which is which.
+"""Squeeze10's choice weight by weight: 4 bits for some, one bit for the others, and a mask of one bit per weight.
 
-"0.8 · 1 + 0.2 · 4 = 1.6 bits" leaves the mask out. With it a weight costs two bits before the first one is salient,
-and 2.6 with every fifth. This exists to compare the claim with a choice of columns; no kernel reads it, so what is
-written are the decoded weights, and `method_bits` counts the tensors a file would have to hold.
+"0.8 · 1 + 0.2 · 4 = 1.6 bits" leaves the mask out. With it a weight costs two bits without any salient weight, and 2.6
+with every fifth. This exists to compare the claim with a choice of columns. No kernel reads it: the file holds the
+decoded weights, and `method_bits` counts the tensors that a file would have to hold.
 
-One sweep from left to right, all scales fixed beforehand: per row α and μ of the one-bit weights, and a four-bit step.
+One sweep from left to right, with all scales fixed before: per row α and μ of the one-bit weights, and a four-bit step.
 
 Legend: O rows, I columns.
 """
@@ -16,16 +16,16 @@ from niwaki.config.recipe import Bits, Target
 from niwaki.errors import TargetError
 from niwaki.formats.quantized import SCALE_DTYPE, pack_codes
 from niwaki.formats.record import Packed
-from niwaki.methods.shared.binary import weighed
+from niwaki.methods.shared.binary import with_true_size
 from niwaki.methods.shared.rounding import CLIPS, ROUNDED_UNREACHED, SMALLEST_SCALE
 
 SALIENT_BITS = 4
-SCALES = 3  # a row: one-bit scale and mean, four-bit scale
+SCALES = 3  # per row: one-bit scale and mean, four-bit scale
 MIDDLE = 7.5  # of the four-bit codes
 
 
 def salient_elements(rows: int, columns: int, target: Target) -> int:
-    """How many weights can have four bits. Raises TargetError if the mask and one bit are already too much."""
+    """Return the number of weights with four bits. Raise TargetError if the mask and one bit do not fit."""
     assert isinstance(target, Bits)
     size, min_bits = rows * columns, min_element_bits(rows, columns)
     left_bytes = int((target.bits - min_bits) * size / 8 + 1e-6)
@@ -38,12 +38,12 @@ def salient_elements(rows: int, columns: int, target: Target) -> int:
 
 
 def min_element_bits(rows: int, columns: int) -> float:
-    """Bits a weight of one bit, the mask and the scales."""
+    """Return the bits per weight of one bit, the mask and the scales."""
     return 8 * (2 * -(-rows * columns // 8) + 2 * SCALES * rows) / (rows * columns)
 
 
 def pack_elements(weight_OI: Tensor, upper_II: Tensor | None, scores_OI: Tensor, count: int) -> Packed:
-    """Rounds with four bits for the `count` highest scores; U as in `inverse_factor`, None without any token."""
+    """Round with four bits for the `count` highest scores; U as in `inverse_factor`, None without any token."""
     salient_OI = torch.zeros_like(weight_OI, dtype=torch.bool)
     salient_OI.view(-1)[scores_OI.flatten().argsort(descending=True, stable=True)[:count]] = True
     scale_O3 = _scales(weight_OI, salient_OI)
@@ -62,18 +62,18 @@ def pack_elements(weight_OI: Tensor, upper_II: Tensor | None, scores_OI: Tensor,
     tensors = _tensors(code_OI.to(torch.uint8), salient_OI, scale_O3)
     decoded_OI = decode_elements(code_OI, salient_OI, scale_O3)
     note = "" if upper_II is not None else ROUNDED_UNREACHED
-    return weighed(decoded_OI, tensors, note, {"salient_weights": count})
+    return with_true_size(decoded_OI, tensors, note, {"salient_weights": count})
 
 
 def decode_elements(code_OI: Tensor, salient_OI: Tensor, scale_O3: Tensor) -> Tensor:
-    """The weights [O, I] of codes, mask and scales."""
+    """Decode the weights [O, I] from codes, mask and scales."""
     mean_O1, spread_O1, step_O1 = scale_O3.split(1, dim=1)
     binary_OI = mean_O1 + (2.0 * code_OI - 1) * spread_O1
     return torch.where(salient_OI, (code_OI - MIDDLE) * step_O1, binary_OI)
 
 
 def _scales(weight_OI: Tensor, salient_OI: Tensor) -> Tensor:
-    """μ, α and the four-bit step of every row [O, 3], each over its own weights, as float16 holds them."""
+    """Fit μ, α and the four-bit step of every row [O, 3], each over its own weights, as float16 holds them."""
     binary_OI = (~salient_OI).float()
     count_O1 = binary_OI.sum(1, keepdim=True).clamp_min(1)
     mean_O1 = ((weight_OI * binary_OI).sum(1, keepdim=True) / count_O1).to(SCALE_DTYPE).float()
@@ -92,7 +92,7 @@ def _scales(weight_OI: Tensor, salient_OI: Tensor) -> Tensor:
 
 
 def _tensors(code_OI: Tensor, salient_OI: Tensor, scale_O3: Tensor) -> dict[str, Tensor]:
-    """What a file would hold: the low bit of every code, the mask, the high bits of the salient ones, the scales."""
+    """Return the tensors of a file: the low bit of every code, the mask, high bits of salient codes, the scales."""
     return {
         "low": pack_codes(code_OI & 1, 1),
         "mask": pack_codes(salient_OI, 1),

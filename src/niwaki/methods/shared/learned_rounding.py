@@ -1,9 +1,9 @@
 """Learning of codes and scales inside one block, so that its output survives (see `block_training`).
 
 Every matrix keeps latent weights V, its scales and its free offsets. The forward uses what would be stored: code =
-round((V − offset) / scale), clamped to the levels. The backward passes the gradient g of the weight straight to V. To
-scale and offset it passes Σ g · code and Σ g over a group (straight-through, Bengio et al. 2013; block-wise training of
-all parameters as in EfficientQAT, Chen et al. 2025). V starts at the point of its code's cell that is nearest to the
+round((V − offset) / scale), clamped to the levels. The backward passes the gradient g of the weight straight to V
+(Bengio et al. 2013). To scale and offset it passes Σ g · code and Σ g over a group. All parameters of a block train
+together, as in EfficientQAT (Chen et al. 2025). V starts at the point of its code's cell that is nearest to the
 dense weight. So codes from coordinate descent are kept, and doubtful ones change first.
 
 Legend: O rows, I columns in the order of the sweep, G groups.

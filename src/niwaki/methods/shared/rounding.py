@@ -1,14 +1,15 @@
-"""Rounding a matrix to codes so that its outputs survive: grids, the error-feeding sweep, and descent from there.
+"""Rounding of a matrix to codes so that its outputs survive: grids, the sweep of GPTQ, and coordinate descent.
 
-Everything minimises ‖(W − Q)X‖² + λ‖W − Q‖² row by row, with H = XᵀX + λI:
+Everything minimizes ‖(W − Q)X‖² + λ‖W − Q‖² row by row, with H = XᵀX + λI:
 
-- `sweep` is GPTQ's pass (Frantar et al. 2023): column k is rounded, and its error moves to the columns after it
-  along U, H⁻¹ = UᵀU. A group's grid is fitted when the pass reaches it, to the weights as they are by then.
-- `descend` rounds again with all codes in place: column k takes the level nearest to its minimiser given all others,
-  q_k + (R_k / H_kk) with R = (W − Q)H. The error never rises. Few codes change, so a pass costs less than the sweep.
-- `refit` solves for all scales and free offsets of a row at once, the codes fixed. The error never rises.
+- `round_by_sweep` is GPTQ's pass (Frantar et al. 2023). It rounds column k, and the error moves to the columns after it
+  along U, H⁻¹ = UᵀU. A group's grid is fitted when the pass reaches it, to the present weights.
+- `coordinate_descent` rounds again with all codes in place. Column k takes the level nearest to its minimizer given all
+  others, q_k + (R_k / H_kk) with R = (W − Q)H. The error never rises. Few codes change, so that a pass costs less than
+  the sweep.
+- `refit_scales` solves for all scales and free offsets of a row at once, for fixed codes. The error never rises.
 
-With a mask (`keep_OI`) pruned weights have the code of zero and no other: on a symmetric grid they stay exactly zero.
+With a mask (`keep_OI`) a pruned weight has the code of zero and no other. On a symmetric grid it stays exactly zero.
 
 Legend: O rows, I columns, C columns of a group, G groups, K unknowns of a row.
 """
@@ -30,12 +31,12 @@ ROUNDED_UNREACHED = "no calibration token reached this matrix: rounded to neares
 WIDTHS = (2, 3, 4, 8)
 SMALLEST_SCALE = 2.0**-24  # of float16: no stored scale may become zero
 CLIPS = torch.linspace(0.4, 1.0, 25).tolist()
-CHANGED = 0.1  # of the codes, in a round: what does not change feeds nothing on
+CHANGED_FRAC = 0.1  # of the codes, in a round: a code that does not change has no error to pass on
 
 
 @dataclass(frozen=True)
 class Group:
-    """Columns `start` to `end` share a scale per row: `bits` wide codes on a `grid` (see `codes.GRIDS`)."""
+    """Columns `start` to `end` with one scale per row: codes of `bits` bits on a `grid` (`formats.quantized.GRIDS`)."""
 
     start: int
     end: int
@@ -44,18 +45,18 @@ class Group:
 
     @property
     def slice(self) -> slice:
-        """As an index of columns."""
+        """Return the index of the columns."""
         return slice(self.start, self.end)
 
 
 def groups_of(start: int, end: int, bits: int, grid: str, width: int) -> list[Group]:
-    """Columns `start` to `end` cut into groups of `width` columns (0: one group), the last one may be shorter."""
+    """Cut columns `start` to `end` into groups of `width` columns (0: one group); the last one may be shorter."""
     width = width or max(end - start, 1)
     return [Group(first, min(first + width, end), bits, grid) for first in range(start, end, width)]
 
 
 def check_group(columns: int, width: int, name: str) -> None:
-    """Raises TargetError unless groups of `width` columns divide the matrix."""
+    """Raise TargetError unless groups of `width` columns divide the matrix."""
     if width and columns % width:
         fitting = [g for g in (256, 128, 64, 32, 16, 8) if columns % g == 0]
         hint = f"for example {fitting[0]}, or 0 for one scale a row" if fitting else "use 0 for one scale a row"
@@ -63,7 +64,7 @@ def check_group(columns: int, width: int, name: str) -> None:
 
 
 def code_width(target: Target) -> int:
-    """The bits of a target as one width for all codes. Raises TargetError for anything but 2, 3, 4 and 8."""
+    """Return the bits of a target as one width for all codes. Raise TargetError for widths other than 2, 3, 4 and 8."""
     assert isinstance(target, Bits)
     if target.bits not in WIDTHS:
         raise TargetError(f"target {target}: this method rounds to 2, 3, 4 or 8 bits (squeeze10 mixes widths)")
@@ -71,7 +72,7 @@ def code_width(target: Target) -> int:
 
 
 def uniform_bytes(name: str, rows: int, columns: int, bits: int, group: int, symmetric: bool) -> int:
-    """Bytes of a matrix with codes of one width (see `codes`). Raises TargetError for groups that do not divide it."""
+    """Return the bytes of a matrix with codes of one width. Raise TargetError for groups that do not divide it."""
     check_group(columns, group, name)
     count = -(-columns // (group or columns))
     planes = -(-rows // TILE) * TILE * bits * -(-columns // 8)
@@ -79,15 +80,15 @@ def uniform_bytes(name: str, rows: int, columns: int, bits: int, group: int, sym
 
 
 def grids(scope: Scope, clip: bool) -> Work:
-    """Fitting a grid to every group, at `CLIPS` ranges if it is searched, rounding to it, and packing the codes."""
+    """Count the fit of a grid to every group (at all `CLIPS` ranges with `clip`), the rounding and the packing."""
     largest = max((rows * columns for rows, columns in scope.matrices), default=0)
     passed = (10 + 7 * (len(CLIPS) if clip else 1)) * scope.weights
     return Work(passed=passed, started=60 * len(scope.matrices), held_bytes=6 * largest * FLOAT_BYTES)
 
 
 def rounds_of(scope: Scope, rounds: int) -> Work:
-    """`improve`: products for the scales and for the codes, and a sweep over all columns, once more than `rounds`."""
-    sweep_flops = sum(CHANGED * 2 * rows * columns**2 for rows, columns in scope.matrices)
+    """Count the work of `improve`: products for scales and codes, and a sweep over all columns, `rounds` + 1 times."""
+    sweep_flops = sum(CHANGED_FRAC * 2 * rows * columns**2 for rows, columns in scope.matrices)
     largest = max((rows * columns for rows, columns in scope.matrices), default=0)
     once = products(scope, 3) + Work(sweep_flops=sweep_flops, held_bytes=16 * largest * FLOAT_BYTES)
     return once * (rounds + 1) if rounds else Work()
@@ -104,7 +105,7 @@ class Rounded:
 
     @property
     def grid(self) -> Grid:
-        """Levels of every column, as the kernels want them."""
+        """Return the levels of every column, as the kernels take them."""
         device = self.scale_OG.device
         sizes = torch.tensor([group.end - group.start for group in self.groups])
         group_I = torch.arange(len(self.groups)).repeat_interleave(sizes).to(torch.int32)
@@ -113,22 +114,22 @@ class Rounded:
 
     @property
     def values_OI(self) -> Tensor:
-        """The weights [O, I] that the codes stand for."""
+        """Return the weights [O, I] that the codes stand for."""
         group_I = self.grid.group_I.long()
         return self.code_OI * self.scale_OG[:, group_I] + self.offset_OG[:, group_I]
 
     def parts(self, order_I: Tensor) -> list[QuantizedColumns]:
-        """As stored: one part per run of equal groups, column j of this matrix being `order_I[j]` of the original.
+        """Return the stored form: one part per run of equal groups. Column j is column `order_I[j]` of the original.
 
         The columns of a part must ascend. Scales must be exact in float16 (see `storable`).
         """
-        found = []
+        parts = []
         for numbers in _runs(self.groups):
             first = self.groups[numbers[0]]
             columns = slice(first.start, self.groups[numbers[-1]].end)
             picked = slice(numbers[0], numbers[-1] + 1)
             scale_OG, offset_OG = self.scale_OG[:, picked], self.offset_OG[:, picked]
-            found.append(
+            parts.append(
                 QuantizedColumns(
                     columns_C=order_I[columns],
                     bits=first.bits,
@@ -140,15 +141,15 @@ class Rounded:
                     zero_OG=(-offset_OG / scale_OG).round().to(torch.uint8) if first.grid == "affine" else None,
                 )
             )
-        return found
+        return parts
 
     def split(self, rows: Sequence[int]) -> list["Rounded"]:
-        """As so many matrices of so many rows, one below the other."""
+        """Split into matrices with these numbers of rows, from top to bottom."""
         tensors = (self.code_OI.split(rows), self.scale_OG.split(rows), self.offset_OG.split(rows))
         return [Rounded(self.groups, *own) for own in zip(*tensors, strict=True)]
 
     def storable(self) -> "Rounded":
-        """With scales and offsets rounded as they are stored."""
+        """Return the codes with scales and offsets rounded as they are stored."""
         scale_OG = self.scale_OG.to(SCALE_DTYPE).float().clamp_min(SMALLEST_SCALE)
         free_G = torch.tensor([group.grid == "free" for group in self.groups], device=scale_OG.device)
         zero_OG = self.offset_OG / self.scale_OG
@@ -157,21 +158,21 @@ class Rounded:
 
 
 def fit_grid(weight_OC: Tensor, group: Group, clip: bool) -> tuple[Tensor, Tensor]:
-    """Scale and offset [O, 1] for the columns of one group.
+    """Fit scale and offset [O, 1] for the columns of one group.
 
-    Min-max; with `clip` the shrunk range with the least squared error of the weights, of 25 between 0.4 and 1. One
-    bit has its levels at mean ± mean deviation, the least squares choice for the signs.
+    The range is min to max. With `clip` it is the one of 25 shrunk ranges (0.4 to 1) that has the least squared error
+    of the weights. One bit has its levels at mean ± mean deviation, the least squares choice for the signs.
     """
     if group.bits == 1:
         middle_O1 = weight_OC.mean(1, keepdim=True) if group.grid == "free" else torch.zeros_like(weight_OC[:, :1])
         spread_O1 = (weight_OC - middle_O1).abs().mean(1, keepdim=True).clamp_min(SMALLEST_SCALE)
         return 2 * spread_O1, middle_O1 - spread_O1
     if not clip:
-        return span(weight_OC, _fit(group))
+        return span(weight_OC, _levels_fit(group))
     best: tuple[Tensor, Tensor] | None = None
     min_O1 = torch.full_like(weight_OC[:, :1], torch.inf)
     for share in CLIPS:
-        scale_O1, offset_O1 = span(weight_OC, _fit(group), share)
+        scale_O1, offset_O1 = span(weight_OC, _levels_fit(group), share)
         code_OC = ((weight_OC - offset_O1) / scale_O1).round_().clamp_(0, 2**group.bits - 1)
         error_O1 = (code_OC * scale_O1 + offset_O1 - weight_OC).square().sum(1, keepdim=True)
         better_O1 = error_O1 < min_O1
@@ -182,14 +183,14 @@ def fit_grid(weight_OC: Tensor, group: Group, clip: bool) -> tuple[Tensor, Tenso
     return best
 
 
-def _fit(group: Group) -> Fit:
-    """How the levels of a group of several bits follow from its weights."""
+def _levels_fit(group: Group) -> Fit:
+    """Return the rule that makes the levels of a group of several bits from its weights."""
     grid = "midrise" if group.grid == "free" else group.grid
     return Fit(2**group.bits - 1, None if grid == "affine" else centre(group.bits, grid), SMALLEST_SCALE)
 
 
 def nearest(weight_OI: Tensor, groups: Sequence[Group], clip: bool) -> Rounded:
-    """Every weight at its nearest level."""
+    """Round every weight to its nearest level."""
     rounded = _empty(weight_OI, groups)
     for number, group in enumerate(groups):
         weight_OC = weight_OI[:, group.slice]
@@ -199,36 +200,42 @@ def nearest(weight_OI: Tensor, groups: Sequence[Group], clip: bool) -> Rounded:
     return rounded
 
 
-def sweep(
+def error_propagation(upper_II: Tensor) -> Tensor:
+    """Return the share of the rounding error of column k that moves to column j [k, j]: −U_kj / U_kk."""
+    return upper_II / -upper_II.diagonal()[:, None]
+
+
+def round_by_sweep(
     weight_OI: Tensor, upper_II: Tensor, groups: Sequence[Group], clip: bool, keep_OI: Tensor | None = None
 ) -> Rounded:
-    """One pass from left to right, each group's grid fitted when the pass reaches it; U as in `inverse_factor`.
+    """Round in one pass from left to right; a group's grid is fitted when the pass reaches it.
 
-    Given a mask, the grid is that of kept weights; what a pruned one held by then is an error like any other.
+    U as in `inverse_factor`. With a mask, the grid is fitted to kept weights. The value that a pruned weight has by
+    then counts as its error.
     """
-    feed_II = upper_II / -upper_II.diagonal()[:, None]
+    propagation_II = error_propagation(upper_II)
     wanted_OI = weight_OI.clone()
     rounded = _empty(weight_OI, groups)
     for number, group in enumerate(groups):
-        wanted_OC, feed_CC = wanted_OI[:, group.slice], feed_II[group.slice, group.slice]
+        wanted_OC, propagation_CC = wanted_OI[:, group.slice], propagation_II[group.slice, group.slice]
         keep_OC = None if keep_OI is None else keep_OI[:, group.slice]
         if clip or group.bits == 1:
             wanted_OC = wanted_OC.contiguous()
             scale_O1, offset_O1 = fit_grid(wanted_OC if keep_OC is None else wanted_OC * keep_OC, group, clip)
             same_C = torch.zeros(group.end - group.start, dtype=torch.int32, device=weight_OI.device)
             grid = Grid(scale_O1, offset_O1, same_C, torch.full_like(same_C, 2**group.bits - 1, dtype=torch.float32))
-            code_OC, change_OC = sweep_codes(wanted_OC, None, feed_CC, grid, keep_OC)
+            code_OC, change_OC = sweep_codes(wanted_OC, None, propagation_CC, grid, keep_OC)
             _put(rounded, number, code_OC, scale_O1, offset_O1)
         else:
             scale_O, offset_O = rounded.scale_OG[:, number], rounded.offset_OG[:, number]
             code_OC = rounded.code_OI[:, group.slice]
-            change_OC = sweep_fitted(wanted_OC, feed_CC, _fit(group), keep_OC, code_OC, scale_O, offset_O)
-        wanted_OI[:, group.end :].addmm_(change_OC, feed_II[group.slice, group.end :], alpha=-1)
+            change_OC = sweep_fitted(wanted_OC, propagation_CC, _levels_fit(group), keep_OC, code_OC, scale_O, offset_O)
+        wanted_OI[:, group.end :].addmm_(change_OC, propagation_II[group.slice, group.end :], alpha=-1)
     return rounded
 
 
-def descend(rounded: Rounded, weight_OI: Tensor, gram_II: Tensor, keep_OI: Tensor | None = None) -> Rounded:
-    """One pass of coordinate descent on the codes; H = `gram_II`, damping included."""
+def coordinate_descent(rounded: Rounded, weight_OI: Tensor, gram_II: Tensor, keep_OI: Tensor | None = None) -> Rounded:
+    """Do one pass of coordinate descent on the codes; H = `gram_II`, damping included."""
     values_OI = rounded.values_OI
     diagonal_I = gram_II.diagonal()
     wanted_OI = values_OI + ((weight_OI - values_OI) @ gram_II) / diagonal_I
@@ -236,14 +243,14 @@ def descend(rounded: Rounded, weight_OI: Tensor, gram_II: Tensor, keep_OI: Tenso
     return replace(rounded, code_OI=code_OI)
 
 
-def refit(rounded: Rounded, weight_OI: Tensor, gram_II: Tensor) -> Rounded:
-    """The scales, and the offsets of free grids, that minimise the error of every row for its codes.
+def refit_scales(rounded: Rounded, weight_OI: Tensor, gram_II: Tensor) -> Rounded:
+    """Fit the scales, and the offsets of free grids, so that the error of every row is least for its codes.
 
-    K unknowns a row: its normal equations [K, K] cost O·I² operations to form and K³ to solve. A row whose solution
-    has a scale that is not positive keeps the scales it has.
+    A row has K unknowns: its normal equations [K, K] cost O·I² operations to form and K³ to solve. A row keeps its
+    scales if the solution has a scale that is not positive.
     """
     pull_OI = weight_OI @ gram_II
-    columns: list[tuple[int, Tensor]] = []  # of every unknown: first column, its column of the design [O or 1, C]
+    columns: list[tuple[int, Tensor]] = []  # per unknown: first column, column of the design [O or 1, C]
     for number, group in enumerate(rounded.groups):
         code_OC = rounded.code_OI[:, group.slice].float()
         if group.grid == "free":
@@ -259,17 +266,17 @@ def refit(rounded: Rounded, weight_OI: Tensor, gram_II: Tensor) -> Rounded:
             normal_OKK[:, j, k] = (spread_OI[:, at_k : at_k + design_k.shape[1]] * design_k).sum(1)
             normal_OKK[:, k, j] = normal_OKK[:, j, k]
     ridge_O1 = normal_OKK.diagonal(dim1=1, dim2=2).mean(1)[:, None] * 1e-6 + 1e-30
-    found_OK, _ = torch.linalg.solve_ex(normal_OKK + torch.diag_embed(ridge_O1.expand_as(right_OK)), right_OK)
+    solution_OK, _ = torch.linalg.solve_ex(normal_OKK + torch.diag_embed(ridge_O1.expand_as(right_OK)), right_OK)
     scale_OG, offset_OG = rounded.scale_OG.clone(), rounded.offset_OG.clone()
-    place = 0
+    unknown = 0
     for number, group in enumerate(rounded.groups):
-        scale_OG[:, number] = found_OK[:, place]
+        scale_OG[:, number] = solution_OK[:, unknown]
         if group.grid == "free":
-            offset_OG[:, number] = found_OK[:, place + 1]
+            offset_OG[:, number] = solution_OK[:, unknown + 1]
         else:
-            offset_OG[:, number] *= found_OK[:, place] / rounded.scale_OG[:, number]
-        place += 2 if group.grid == "free" else 1
-    fits_O1 = (torch.isfinite(found_OK).all(1) & (scale_OG > SMALLEST_SCALE).all(1))[:, None]
+            offset_OG[:, number] *= solution_OK[:, unknown] / rounded.scale_OG[:, number]
+        unknown += 2 if group.grid == "free" else 1
+    fits_O1 = (torch.isfinite(solution_OK).all(1) & (scale_OG > SMALLEST_SCALE).all(1))[:, None]
     return replace(
         rounded,
         scale_OG=torch.where(fits_O1, scale_OG, rounded.scale_OG),
@@ -280,42 +287,38 @@ def refit(rounded: Rounded, weight_OI: Tensor, gram_II: Tensor) -> Rounded:
 def improve(
     rounded: Rounded, weight_OI: Tensor, gram_II: Tensor, rounds: int, keep_OI: Tensor | None = None
 ) -> Rounded:
-    """`rounds` of refit and descent, then scales as they are stored and a last pass of codes for them.
+    """Do `rounds` of refits and coordinate descent, then round the scales as stored and fit the codes once more.
 
-    Without rounds only the scales are rounded to their storage.
+    Without rounds, only the scales are rounded.
     """
     if not rounds:
         return rounded.storable()
     for _ in range(rounds):
-        rounded = descend(refit(rounded, weight_OI, gram_II), weight_OI, gram_II, keep_OI)
-    return descend(refit(rounded, weight_OI, gram_II).storable(), weight_OI, gram_II, keep_OI)
+        rounded = coordinate_descent(refit_scales(rounded, weight_OI, gram_II), weight_OI, gram_II, keep_OI)
+    return coordinate_descent(refit_scales(rounded, weight_OI, gram_II).storable(), weight_OI, gram_II, keep_OI)
 
 
 def damped(gram_II: Tensor, damping_frac: float) -> Tensor:
-    """XᵀX + λI, λ as in `_solver.inverse_factor`."""
-    found_II = gram_II.clone()
-    found_II.diagonal().add_(damping_frac * (float(gram_II.diagonal().mean()) or 1.0))
-    return found_II
-
-
-def error(values_OI: Tensor, weight_OI: Tensor, gram_II: Tensor) -> float:
-    """tr((W − Q)H(W − Q)ᵀ)."""
-    missing_OI = weight_OI - values_OI
-    return float(((missing_OI @ gram_II) * missing_OI).sum(dtype=torch.float64))
+    """Return XᵀX + λI, λ as in `column_sweep.inverse_factor`."""
+    damped_II = gram_II.clone()
+    damped_II.diagonal().add_(damping_frac * (float(gram_II.diagonal().mean()) or 1.0))
+    return damped_II
 
 
 def _empty(weight_OI: Tensor, groups: Sequence[Group]) -> Rounded:
+    """Return zero codes with unit scales, to be filled group by group."""
     scale_OG = weight_OI.new_ones(len(weight_OI), len(groups))
     return Rounded(groups, torch.zeros_like(weight_OI, dtype=torch.uint8), scale_OG, torch.zeros_like(scale_OG))
 
 
 def _put(rounded: Rounded, number: int, code_OC: Tensor, scale_O1: Tensor, offset_O1: Tensor) -> None:
+    """Write codes, scale and offset of one group in place."""
     rounded.code_OI[:, rounded.groups[number].slice] = code_OC.to(torch.uint8)
     rounded.scale_OG[:, number], rounded.offset_OG[:, number] = scale_O1[:, 0], offset_O1[:, 0]
 
 
 def _runs(groups: Sequence[Group]) -> list[list[int]]:
-    """Numbers of neighbouring groups with the same bits and grid."""
+    """Return the numbers of neighboring groups with the same bits and grid, run by run."""
     runs: list[list[int]] = []
     for number, group in enumerate(groups):
         before = groups[number - 1]
