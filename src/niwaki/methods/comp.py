@@ -8,15 +8,27 @@ Source: "COMP" (arXiv 2501.15255). Only its abstract could be read: a reconstruc
    calibration text, and taken if that lowers the loss on another part. One cosine alone has let models collapse
    (perplexity 3419 instead of 5.8 on Llama-3.1-8B at 25 %, by the authors of Týr).
 2. Neurons, and groups of heads that share a key and a value, go by a score of the conditioning of the rest (`score`).
-   The paper's formula is not verified. Candidates for a group of columns g of the matrix W that writes to the residual
-   stream: `surgeon` tr(W_g [H⁻¹]_gg⁻¹ W_gᵀ), computed again after every `at_once` removals. `leverage`
-   w_jᵀ(WWᵀ + λI)⁻¹w_j, which needs no data. `energy` ‖W_g‖² · E[x_g²]. `random`, for comparison.
-3. Least squares tune the kept weights (`tune`): `full` W' = W C_:S (C_SS + λI)⁻¹, with C from the inputs in the
-   compressed model. `scales`, one factor per group, as in FPT. `none`. `supervise=prefix` preserves the outputs of the
-   dense matrix on those inputs. `supervise=outputs` preserves its outputs in the dense model, so that drift is
-   corrected: W C_fx (C_xx + λI)⁻¹ takes the place of W, by `supervise_frac` of the way.
+   The paper's formula is not verified.
+3. Least squares tune the kept weights (`tune`). C are the second moments of the inputs x in the compressed model, C_fx
+   those with the inputs f in the dense model.
 4. Not in the paper, and off by default (`learn_rounds`): gradients through one block pull its output back to the dense
    one's on the same inputs. All its weights learn together.
+
+| `score` | of the columns g of the matrix W that writes to the residual stream |
+| --- | --- |
+| `surgeon` | tr(W_g [H⁻¹]_gg⁻¹ W_gᵀ), computed again after every `at_once` removals |
+| `leverage` | w_jᵀ(WWᵀ + λI)⁻¹w_j, which needs no data |
+| `energy` | ‖W_g‖² · E[x_g²] |
+| `random` | for comparison |
+
+| `tune` | kept weights, kept columns S |
+| --- | --- |
+| `full` | W C_:S (C_SS + λI)⁻¹ |
+| `scales` | one factor per group, as in FPT |
+| `none` | unchanged |
+
+`supervise=prefix` preserves the outputs of the dense matrix on x. `supervise=outputs` preserves its outputs on f, so
+that drift is corrected: W C_fx (C_xx + λI)⁻¹ takes the place of W, by `supervise_frac` of the way.
 
 Cost: four forwards of the text, and three of a part of it for every candidate. Per block two Gram matrices, a factor
 and 2·R·I² operations for R removed columns. Learning takes a forward and a backward of `learn_rounds` · `samples`

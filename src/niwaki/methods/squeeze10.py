@@ -3,16 +3,27 @@
 Source: "Squeeze10-LLM: Squeezing LLMs' Weights by 10 Times via a Staged Mixed-Precision Quantization Method"
 (arXiv 2507.18073). Only its abstract and introduction could be read: a reconstruction, every choice an option.
 
-1. Stage 1 rounds everything to 4 bits (`staged`), so that the loss does not come from one step to one bit.
-2. Post-binarization activation robustness (PBAR) estimates what would suffer from one bit. Its formula is not verified.
-   Candidates for a column j, with W₄ from stage 1 and B its one-bit form (`choose`): `robustness` Σ(W₄ − B)²·H_jj and
-   `surgeon` Σ(W₄ − B)²/[H⁻¹]_jj; and, for comparison, `activation` H_jj, `magnitude` ΣW² and `random`.
+1. Stage 1 rounds everything to 4 bits (`staged`), a buffer before the loss of one bit.
+2. Post-binarization activation robustness (PBAR) estimates the columns that would suffer from one bit (`choose`). Its
+   formula is not verified.
 3. One error-compensated sweep rounds the columns at their widths, the salient ones first or last (`salient_first`).
-4. Full-information activations supervise (FIAS); this formula is not verified either. F and X are the inputs in the
-   full and in the compressed model. Candidates (`supervise`): `prefix` ‖(W − Q)X‖, so that each block makes up for
-   those before it as far as its own columns can. `inputs` ‖(W − Q)F‖. `outputs` ‖WF − QX‖, which is `prefix` for the
-   weights W·FXᵀ(XXᵀ)⁻¹. `supervise_frac` goes a part of the way from W to those weights. Learning has a `target` of
-   its own.
+4. Full-information activations supervise (FIAS, `supervise`); this formula is not verified either.
+
+| `choose` | score of a column j; W₄ is from stage 1, B its one-bit form |
+| --- | --- |
+| `robustness` | Σ(W₄ − B)²·H_jj |
+| `surgeon` | Σ(W₄ − B)²/[H⁻¹]_jj |
+| `activation` | H_jj, for comparison |
+| `magnitude` | ΣW², for comparison |
+| `random` | for comparison |
+
+| `supervise` | error to minimize; F and X are the inputs in the full and in the compressed model |
+| --- | --- |
+| `prefix` | ‖(W − Q)X‖: each block makes up for those before it, as far as its own columns can |
+| `inputs` | ‖(W − Q)F‖ |
+| `outputs` | ‖WF − QX‖, which is `prefix` for the weights W·FXᵀ(XXᵀ)⁻¹ |
+
+`supervise_frac` goes a part of the way from W to those weights. Learning has a `target` of its own.
 
 Three things are not in the paper. `rounds` refit the scales, with coordinate descent on all codes. `learn_rounds` learn
 codes and scales block by block (`learned_rounding`). `widths` may be other than 1 and 4 bits. Of the energy of normal
