@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from niwaki.compression.candidates import evaluate_candidates
+from niwaki.compression.contextual import evaluate_candidates
 from niwaki.compression.traces import trace
 from niwaki.data.stream import Stream
 from niwaki.data.texts import calibration_windows, evaluation_windows, load_tokenizer, read_texts

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from niwaki.compression.backward import Gradients, descend
+from niwaki.compression.backward import Gradients, backprop_blocks
 from niwaki.data.stream import Stream
 from niwaki.errors import NumericalError
 from niwaki.model.checkpoint import Checkpoint
@@ -50,7 +50,7 @@ def collected(model: Path, batch_tokens: int = 24, **asked: Any) -> tuple[Tensor
     def visit(block: Block, gradients: Gradients) -> None:
         found.append((block.index, gradients))
 
-    return descend(decoder, stream, visit, **asked), found
+    return backprop_blocks(decoder, stream, visit, **asked), found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -112,7 +112,7 @@ def test_only_one_block_has_weights_at_a_time(tmp_path: Path, monkeypatch: pytes
             assert not here or index in (block.index, block.index - 1)
         assert all(p.grad is None and not p.requires_grad for p in block.module.parameters())
 
-    descend(decoder, Stream(decoder, IDS), visit, weights=True)
+    backprop_blocks(decoder, Stream(decoder, IDS), visit, weights=True)
 
 
 def test_infinite_gradients_are_refused(tmp_path: Path) -> None:
@@ -122,4 +122,4 @@ def test_infinite_gradients_are_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(NumericalError, match="gradient of the loss is not finite at the input of block 2"):
         decoder = Decoder(Checkpoint.open(tmp_path), CPU)
-        descend(decoder, Stream(decoder, IDS), lambda block, gradients: None)
+        backprop_blocks(decoder, Stream(decoder, IDS), lambda block, gradients: None)

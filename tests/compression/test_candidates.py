@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from niwaki.compression.candidates import losses_behind
+from niwaki.compression.contextual import losses_after_prompt
 from niwaki.data.stream import Stream
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
@@ -27,7 +27,7 @@ def test_losses_are_those_of_the_masked_model(family: str, tmp_path: Path) -> No
         for skip_frac, mean_fill in ((0.5, 0.0), (0.7, 0.5), (0.0, 0.5))
     ]
     decoder = Decoder(Checkpoint.open(tmp_path), torch.device("cpu"))
-    found = losses_behind(
+    found = losses_after_prompt(
         decoder, ids_ST, lengths_S, layout, variants, lambda ids, name: Stream(decoder, ids, batch_tokens=2 * TOKENS)
     )
     for loss, variant in zip(found, variants, strict=True):
@@ -37,5 +37,7 @@ def test_losses_are_those_of_the_masked_model(family: str, tmp_path: Path) -> No
             logits_TV = masked_logits(model, ids_1T, length, kept_1U, layout, variant.mean_fill)[0]
             tokens.append(cross_entropy(logits_TV[length:-1], ids_1T[0, length + 1 :], reduction="none"))
         assert loss == pytest.approx(float(torch.cat(tokens).mean()), rel=1e-5)
-    dense = losses_behind(decoder, ids_ST, lengths_S, layout, variants[2:], lambda ids, name: Stream(decoder, ids))
+    dense = losses_after_prompt(
+        decoder, ids_ST, lengths_S, layout, variants[2:], lambda ids, name: Stream(decoder, ids)
+    )
     assert dense[0] == pytest.approx(found[2], rel=1e-5) and abs(found[0] - found[2]) > 1e-4

@@ -28,7 +28,6 @@ SIZE_EXCEPTIONS: dict[str, str] = {
     "cli.export": "each command has a file of its own",
     "cli.generate": "each command has a file of its own",
     "cli.recover": "each command has a file of its own",
-    "compression.gradients": "before the house was rebuilt",
     "compression.recover:recover": "before the house was rebuilt",
     "compression.verify": "before the house was rebuilt",
     "rollout.background": "before the house was rebuilt",

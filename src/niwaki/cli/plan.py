@@ -17,7 +17,7 @@ PHASES = {
     "scans": "first scan of the dense blocks",
     "trials": "evaluation of candidate shapes",
     "gradients": "gradients",
-    "ends": "embeddings and LM head",
+    "embeddings": "embeddings and LM head",
     "text": "text",
     "opening": "opening the model, as measured just now",
 }

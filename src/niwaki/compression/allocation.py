@@ -25,6 +25,7 @@ from niwaki.model.decoder import Block
 
 ALLOCATIONS = ("auto", "owl", "searched", "sensitivity", "uniform")
 OWL_NEEDS = Needs(sqnorm=True)
+SCAN_FORWARDS = {"owl": 2.0, "sensitivity": 1.0}  # forwards of all blocks that an allocation takes
 
 # block index → matrix name → target
 Targets = list[dict[str, Target]]

@@ -15,7 +15,7 @@ of all windows once a block and once more, in memory or in mapped files by the s
 Legend: S windows, B windows in a batch, T tokens, D hidden size, I inputs of a matrix, V vocabulary.
 
     stream = Stream(decoder, ids_ST)
-    losses_S = descend(decoder, stream, visit, inputs=["mlp.down_proj"], folder=folder)
+    losses_S = backprop_blocks(decoder, stream, visit, inputs=["mlp.down_proj"], folder=folder)
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from niwaki.compression.run import RECORD, Run
 from niwaki.compression.walk import forward, loaded_blocks
 from niwaki.config.events import Event, Report, silent
 from niwaki.data.hidden_states import Activations, choose_place
@@ -34,6 +36,7 @@ from niwaki.errors import NumericalError
 from niwaki.methods.shared.block_training import run_deterministically
 from niwaki.model.anatomy import Call
 from niwaki.model.decoder import Block, Decoder
+from niwaki.model.files import write_shard
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Gradients:
 Visit = Callable[[Block, Gradients], None]
 
 
-def descend(
+def backprop_blocks(
     decoder: Decoder,
     stream: Stream,
     visit: Visit,
@@ -88,6 +91,44 @@ def descend(
             stream.hidden.write(rows, grad_BTD)
         block.release()
     return losses_S
+
+
+def squared_gradients(
+    run: Run, decoder: Decoder, ids_ST: Tensor, activation_bytes: int | None, report: Report
+) -> Callable[[int], Mapping[str, Tensor]]:
+    """Return a reader of block → matrix → Σ over windows of the squared gradient [O, I], float32.
+
+    The backward pass runs once over the dense model, before the first block is compressed. Each block is a file in the
+    journal, so that a resume does not repeat it and memory holds one block. Cost: the backward pass, one window at a
+    time; four bytes a weight on disk while the run lasts.
+    """
+    device, folder = decoder.device, run.folder / RECORD / "journal"
+    sums: dict[str, Tensor] = {}
+
+    def visit(block: Block, gradients: Gradients) -> None:
+        for name, grad_OI in gradients.weights.items():
+            square_OI = grad_OI.float().square()
+            sums[name] = sums[name].add_(square_OI) if name in sums else square_OI
+        if gradients.rows.stop == len(ids_ST):
+            shard = f"{_gradients_part(block.index)}.safetensors"
+            sha256 = write_shard(folder / shard, sums)
+            run.finish_part(_gradients_part(block.index), {"shard": f"{RECORD}/journal/{shard}", "sha256": sha256})
+            report(Event.GRADIENTS, index=len(decoder) - 1 - block.index, of=len(decoder))
+            sums.clear()
+
+    if not all(_gradients_part(index) in run.finished for index in range(len(decoder))):
+        stream = Stream(
+            decoder, ids_ST, batch_tokens=1, activation_bytes=activation_bytes, folder=folder, name="gradients"
+        )
+        backprop_blocks(
+            decoder, stream, visit, weights=True, activation_bytes=activation_bytes, folder=folder, report=report
+        )
+
+    def read(index: int) -> dict[str, Tensor]:
+        stored = load_file(run.folder / run.finished[_gradients_part(index)]["shard"])
+        return {name: square_OI.to(device, torch.float32) for name, square_OI in stored.items()}
+
+    return read
 
 
 def stored_inputs(
@@ -155,3 +196,8 @@ def block_gradients(
     found = {name: (x.detach(), grad) for (name, x), grad in zip(met.items(), others[: len(met)], strict=True)}
     by_parameter = dict(zip(sought, others[len(met) :], strict=True))
     return first_BTD, (found, {name: linear.view(by_parameter[linear.parameter]) for name, linear in linears.items()})
+
+
+def _gradients_part(index: int) -> str:
+    """Return the name of a block's squared gradients in the journal."""
+    return f"gradients-{index:05d}"

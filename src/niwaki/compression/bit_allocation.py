@@ -38,7 +38,8 @@ from niwaki.model.anatomy import Anatomy
 from niwaki.model.decoder import Block, Decoder
 
 KEPT_BITS = 4
-SCAN_TOKENS = 4096  # that every matrix alone is judged by
+SCAN_TOKENS = 4096  # tokens that the sensitivity of a single matrix is measured on
+KEEP_SCAN_FORWARDS = 3.0  # forwards of all blocks that `keep_blocks` auto takes
 NORMAL_STEP = 0.9957  # standard deviations between four even levels with the least squared error (Max 1960)
 
 

@@ -1,28 +1,23 @@
-"""What a recipe asks of whom: two stages where a structured method comes first, and options by their owner.
+"""Chains of two stages: a structured method first, then the methods that compress what it leaves.
 
-`comp+gptq` with target `0.25+4bit` shapes the model and quantizes what is left. The second stage reads a model that
-already has its shape, on the same calibration windows, and the record tells of both.
+`comp+gptq` with target `0.25+4bit` removes a quarter of the parameters and quantizes the rest. The second stage reads
+the smaller model, on the same calibration windows. Its record contains that of the first stage.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from niwaki.compression.allocation import OwlConfig
-from niwaki.config.recipe import NM, PrunedBits, Recipe, Target, make_options
-from niwaki.errors import InputError, TargetError
+from niwaki.config.recipe import Recipe
+from niwaki.errors import TargetError
 from niwaki.methods.method import MethodKind
-from niwaki.methods.registry import METHODS, Step, make_steps
-
-OWL_PREFIX = "owl_"
+from niwaki.methods.registry import METHODS
 
 
 @dataclass(frozen=True)
 class FirstStage:
-    """The first stage, as the second knows it: its run.json, the whole recipe, the windows that both use."""
+    """Finished first stage, as the second one uses it: its run.json, the recipe of both, the windows of both."""
 
     record: dict[str, Any]
     recipe: Recipe
@@ -30,10 +25,10 @@ class FirstStage:
     source: str
 
 
-def stages_of(recipe: Recipe) -> list[Recipe]:
-    """A recipe whose chain begins with a structured method, as one of that and one of the rest; else as it is.
+def split_chain(recipe: Recipe) -> list[Recipe]:
+    """Return one recipe per stage: two if the chain begins with a structured method, else the recipe itself.
 
-    Raises TargetError unless both have a target.
+    Raises TargetError unless both stages have a target.
     """
     first, _, rest = (part.strip() for part in recipe.method.partition("+"))
     if first not in METHODS or METHODS[first].kind is not MethodKind.SHAPE or not rest:
@@ -63,29 +58,13 @@ def stages_of(recipe: Recipe) -> list[Recipe]:
     return [recipe.model_copy(update=shaping), recipe.model_copy(update=after)]
 
 
-def columns_multiple(steps: Sequence[Step], target: Target) -> int:
-    """What the second stage needs the number of columns of every matrix to be a multiple of."""
-    groups = [step.group or 1 for step in steps]
-    zeros = target.zeros if isinstance(target, PrunedBits) else target
-    return math.lcm(zeros.group if isinstance(zeros, NM) else 1, *groups)
-
-
-def told_of_both(record: dict[str, Any], before: FirstStage) -> dict[str, Any]:
-    """run.json of the last stage, telling of the whole: the model that it began with, all options, all seconds."""
-    settled = {name: record["recipe"][name] for name in ("device", "batch_tokens")}
+def merged_record(record: dict[str, Any], first: FirstStage) -> dict[str, Any]:
+    """Return run.json of the last stage for the whole chain: the first model, all options, the seconds of both."""
+    resolved = {name: record["recipe"][name] for name in ("device", "batch_tokens")}
     return record | {
-        "model": before.record["model"],
-        "recipe": before.recipe.model_dump(mode="json") | settled,
-        "options": {**before.record["options"], **record["options"]},
-        "seconds": round(before.record["seconds"] + record["seconds"], 2),
-        "stages": [before.record],
+        "model": first.record["model"],
+        "recipe": first.recipe.model_dump(mode="json") | resolved,
+        "options": {**first.record["options"], **record["options"]},
+        "seconds": round(first.record["seconds"] + record["seconds"], 2),
+        "stages": [first.record],
     }
-
-
-def split_options(recipe: Recipe, target: Target) -> tuple[OwlConfig, list[Step]]:
-    """Options that start with `owl_` belong to the allocation, all others to the methods."""
-    of_owl = {k.removeprefix(OWL_PREFIX): v for k, v in recipe.options.items() if k.startswith(OWL_PREFIX)}
-    of_methods = {k: v for k, v in recipe.options.items() if not k.startswith(OWL_PREFIX)}
-    if of_owl and recipe.allocation != "owl":
-        raise InputError(f"option {OWL_PREFIX}{next(iter(of_owl))} needs the allocation owl")
-    return make_options(OwlConfig, of_owl, "owl"), make_steps(recipe.method, of_methods, target)

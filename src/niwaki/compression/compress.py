@@ -1,24 +1,34 @@
-"""The main function: a checkpoint in, a smaller checkpoint and the record of what it cost out.
+"""The main function: a checkpoint in, a smaller checkpoint and the record of its cost out.
 
-niwaki.compress("MODEL", "OUT", method="sparsegpt", target="2:4", calibration=["mine.txt"])
+    niwaki.compress("MODEL", "OUT", method="sparsegpt", target="2:4", calibration=["mine.txt"])
 
-A structured method may stand before others (`comp+gptq`, target `0.25+4bit`). It runs first and alone, into a folder
-beside OUT that is gone in the end: what comes after needs a model that already has its shape.
+A structured method may come before others (`comp+gptq`, target `0.25+4bit`). It runs first and alone, into a folder
+beside OUT that is removed in the end: the methods after it need a model that already has its shape.
 """
 
 import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from niwaki.compression.chain import FirstStage, columns_multiple, split_options, stages_of
-from niwaki.compression.contextual import ShadowJob
-from niwaki.compression.job import CompressionJob
-from niwaki.compression.structured import ShapingJob
+from niwaki.compression.chain import FirstStage
+from niwaki.compression.contextual import contextual_job
+from niwaki.compression.job import Job, Request, check, open_decoder, prepare, run, walk_job
+from niwaki.compression.resolve import RecipeStage, recipe_stages, resolve, resolve_stage
+from niwaki.compression.run import Run, check_free, partial_of
+from niwaki.compression.structured import shape_job
 from niwaki.config.events import Report, silent
-from niwaki.config.recipe import Recipe, make_recipe, parse_target
+from niwaki.config.recipe import Recipe, make_recipe
 from niwaki.errors import InputError, NumericalError
 from niwaki.methods.method import MethodKind
-from niwaki.methods.registry import METHODS
+
+JOBS: Mapping[MethodKind, Callable[[Job, Run, Report], dict[str, Any]]] = {
+    MethodKind.WALK: walk_job,
+    MethodKind.SHAPE: shape_job,
+    MethodKind.CONTEXTUAL: contextual_job,
+}
 
 
 def compress(
@@ -31,31 +41,43 @@ def compress(
     report: Report | None = None,
     **recipe: Any,
 ) -> dict[str, Any]:
-    """Compresses `model` into the new folder `out` and returns the content of its run.json.
+    """Compress `model` into the new folder `out` and return the content of its run.json.
 
-    `recipe` holds the fields of `niwaki.config.recipe.Recipe` (method, target, calibration, options, seed, ...);
+    `recipe` holds the fields of `niwaki.config.recipe.Recipe` (method, target, calibration, options, seed, ...).
     `calibration` may be a file or a list of files. `report(event, **fields)` is called as the work proceeds.
 
-    Raises InputError (nothing was written), OutputError (finished blocks are kept for `resume`) or
-    NumericalError.
+    Raises InputError (nothing was written), OutputError (finished blocks are kept for `resume`) or NumericalError.
     """
-    out, tell = Path(out), report or silent
-    first, *rest = stages_of(make_recipe(recipe))
-    if not rest:
-        return _kind(first)(str(model), out, first, dense_stream, resume, overwrite, tell).run()
-    target = parse_target(rest[0].target or "")
-    fitting = columns_multiple(split_options(rest[0], target)[1], target)
-    shaped = out.absolute().with_name(f"{out.name}.shaped")
-    shaping = ShapingJob(str(model), shaped, first, False, resume, overwrite, tell, None, fitting)
-    before = FirstStage({}, make_recipe(recipe), shaping.windows_ST, shaping.calibration_source)
+    request = Request(Path(out).absolute(), resume, overwrite, report or silent, time.perf_counter())
+    whole = make_recipe(recipe)
+    stages = recipe_stages(whole)  # raises for a wrong recipe before the model is opened, or downloaded
+    if len(stages) > 1:
+        return _compress_chain(model, whole, stages[-1], request, dense_stream)
+    _check_free(request)
+    decoder = open_decoder(model, whole, request.out)
+    (stage,) = resolve(whole, decoder, dense_stream=dense_stream).stages
+    return _run(prepare(decoder, stage, request))
 
-    def after(source: Path | str) -> CompressionJob:
-        return _kind(rest[0])(str(source), out, rest[0], dense_stream, resume, overwrite, tell, before)
 
-    after(model)  # what is wrong with the second stage is said now, not after the first
+def _compress_chain(
+    model: str | Path, whole: Recipe, last: RecipeStage, request: Request, dense_stream: bool
+) -> dict[str, Any]:
+    """Run both stages of a chain. Everything is checked before the first one begins."""
+    shaped = request.out.with_name(f"{request.out.name}.shaped")
+    shaping = replace(request, out=shaped)
+    _check_free(shaping)
+    _check_free(request)
+    decoder = open_decoder(model, whole, shaped)
+    first, second = resolve(whole, decoder, dense_stream=dense_stream).stages
+    check(decoder, second, request)
+    job = prepare(decoder, first, shaping)
     try:
-        before.record.update(shaping.run())
-        record = after(shaped).run()
+        record = _run(job)
+        request = replace(request, began=time.perf_counter())
+        smaller = open_decoder(shaped, whole, request.out)
+        stage = resolve_stage(last, smaller, dense_stream=dense_stream)
+        before = FirstStage(record, whole, job.windows_ST, job.calibration_source)
+        record = _run(prepare(smaller, stage, request, before))
     except (InputError, NumericalError):
         shutil.rmtree(shaped, ignore_errors=True)
         raise
@@ -63,7 +85,9 @@ def compress(
     return record
 
 
-def _kind(recipe: Recipe) -> type[CompressionJob]:
-    kinds = {MethodKind.SHAPE: ShapingJob, MethodKind.CONTEXTUAL: ShadowJob}
-    info = METHODS.get(recipe.method)
-    return CompressionJob if info is None else kinds.get(info.kind, CompressionJob)
+def _run(job: Job) -> dict[str, Any]:
+    return run(job, JOBS[job.stage.kind])
+
+
+def _check_free(request: Request) -> None:
+    check_free(request.out, partial_of(request.out), resume=request.resume, overwrite=request.overwrite)

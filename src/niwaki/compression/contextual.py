@@ -1,132 +1,219 @@
-"""The job of a contextual method: traces of the dense model, a predictor beside its weights, nothing else changed."""
+"""The job of a contextual method: trace the dense model, fit a predictor beside its weights, change nothing else.
 
-import json
+A mask that holds more of the importance need not be the better one, since importance is itself an estimate. So
+candidates are compared by the loss of their masks. All variants pass the blocks side by side, each block read once.
+After the prompt of every window, the units that its mask skips put out zero, or their mean in the prompt, as in the
+runtime.
+
+Cost of the evaluation: a forward of the windows for every variant. Memory: one block, and the hidden states of the
+windows for every variant.
+
+Legend: S windows, B windows in a batch, T tokens, C channels, U units, G units of one kind in a block.
+"""
+
 import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from niwaki.compression.candidates import evaluate_candidates
-from niwaki.compression.job import CompressionJob
-from niwaki.compression.model_card import model_card
+from niwaki.compression.job import Job, finish, record_of, windows_stream
 from niwaki.compression.run import RECORD, Run
 from niwaki.compression.traces import trace
-from niwaki.config.events import Event, Report
+from niwaki.compression.walk import loaded_blocks
+from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import Sparsity
 from niwaki.data.stream import Stream
-from niwaki.errors import CalibrationError, InputError
+from niwaki.methods.method import ContextualMethod
 from niwaki.model.checkpoint import INDEX
+from niwaki.model.decoder import Block, Decoder
 from niwaki.model.files import copy_file, file_sha256, write_text
 from niwaki.runtime.contextual.record import TENSORS, Running, Shadow, write_shadow
-from niwaki.runtime.contextual.traces import prompt_lengths
-from niwaki.runtime.contextual.units import find_layout
+from niwaki.runtime.contextual.selection import Variant
+from niwaki.runtime.contextual.traces import Traces, prompt_lengths
+from niwaki.runtime.contextual.units import KINDS, Layout, find_layout
 
 PART = "predictor"
+MakeStream = Callable[[Tensor, str], Stream]
 
 
-class ShadowJob(CompressionJob):
-    """A run that learns what inputs need; the weights of OUT are those of MODEL."""
+def contextual_job(job: Job, run: Run, report: Report) -> dict[str, Any]:
+    """Learn what inputs need; the weights of OUT are those of the model. Return run.json."""
+    if PART not in run.finished:
+        _learn(job, run, report)
+    checkpoint = job.checkpoint
+    index = [INDEX] if (checkpoint.folder / INDEX).is_file() else []
+    for name in (*checkpoint.shards, *index):
+        _link(checkpoint.folder / name, run.folder / name)
+    for source in checkpoint.aux_files():
+        copy_file(source, run.folder / source.name)
+    write_text(run.folder / RECORD / "blocks.jsonl", "")
+    record = record_of(job, run, _result(job, run.finished[PART]), {})
+    finish(job, run, report, record)
+    return record
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.config = self.steps[0].config
-        self.layout = find_layout(self.decoder.anatomy, self.decoder.model, self.config.neuron_width)
-        assert self.windows_ST is not None, "contextual methods ask for windows"
-        count, tokens = self.windows_ST.shape
-        if prompt_lengths(tokens, self.config.cuts)[0] < 2:
-            raise CalibrationError(
-                f"windows of {tokens} tokens cannot be cut into {self.config.cuts} prompts and what follows: "
-                "raise --seq-len, or lower cuts"
-            )
-        if count < 8:
-            raise InputError(f"a predictor cannot be learned from {count} windows: give --samples 8 or more")
 
-    def _run(self, run: Run) -> dict[str, Any]:
-        def report(event: str, **fields: Any) -> None:
-            run.event(event, **fields)
-            self.report(event, **fields)
+def _learn(job: Job, run: Run, report: Report) -> None:
+    """Trace the model, fit the predictor, and write it."""
+    target, step, decoder = job.stage.target, job.stage.steps[0], job.decoder
+    assert isinstance(target, Sparsity) and job.windows_ST is not None
+    method, config, skip_frac = step.contextual_method, step.config, target.zeros_frac
+    layout = find_layout(decoder.anatomy, decoder.model, config.neuron_width)
 
-        report(Event.START, blocks=len(self.decoder), method=self.recipe.method, target=str(self.target))
-        if PART not in run.finished:
-            self._learn(run, report)
-        for name in self._files():
-            _link(self.checkpoint.folder / name, run.folder / name)
-        for source in self.checkpoint.aux_files():
-            copy_file(source, run.folder / source.name)
-        record = self._record(run, [run.finished[PART]])
-        write_text(run.folder / "README.md", model_card(record))
-        write_text(run.folder / RECORD / "blocks.jsonl", "")
-        write_text(run.folder / RECORD / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        report(Event.DONE, seconds=record["seconds"], out=str(self.out))
-        run.complete()
-        return record
+    def make(ids_ST: Tensor, name: str) -> Stream:
+        stream = windows_stream(job, run, name, ids_ST)
+        assert stream is not None
+        return stream
 
-    def _learn(self, run: Run, report: Report) -> None:
-        """Traces the model, fits the predictor, and writes it."""
-        assert isinstance(self.target, Sparsity) and self.windows_ST is not None
+    traces = trace(
+        decoder, job.windows_ST, layout, config.criteria,
+        cuts=config.cuts, gradient_windows=config.gradient_windows, make_stream=make,
+        activation_bytes=job.recipe.activation_bytes, folder=run.folder / RECORD / "journal", report=report,
+    )  # fmt: skip
+    weights = decoder.anatomy.weights
+    config, losses = evaluate_candidates(
+        method, config, traces, layout, skip_frac, decoder, job.windows_ST, make, report
+    )
+    predictor, facts = method.learn(method.samples(traces, layout, config), layout, config, weights)
+    rule = method.rule(config, skip_frac)
+    kept_BU = rule.select(predictor.prior_U[None], layout)
+    facts |= {
+        "head_criterion": config.head_criterion,
+        "criterion": config.criterion,
+        "tried": losses,
+        "parameters": predictor.parameters,
+        "share_of_decoder": predictor.parameters / weights,
+        "skipped_frac": float(layout.skipped_frac(kept_BU)),
+    }
+    sha256 = write_shadow(run.folder, Shadow(predictor, layout, rule, Running(**config.running)))
+    nbytes = (run.folder / TENSORS).stat().st_size
+    run.finish_part(PART, {"shard": TENSORS, "sha256": sha256, "bytes": nbytes, "found": facts})
+    report(Event.SAVED, part=PART)
 
-        def make(ids_ST: Tensor, name: str) -> Stream:
-            stream = self._stream(run, name, ids_ST)
-            assert stream is not None
-            return stream
 
-        traces = trace(
-            self.decoder, self.windows_ST, self.layout, self.config.criteria,
-            cuts=self.config.cuts, gradient_windows=self.config.gradient_windows, make_stream=make,
-            activation_bytes=self.recipe.activation_bytes, folder=run.folder / RECORD / "journal", report=report,
-        )  # fmt: skip
-        method, weights = self.steps[0].contextual_method, self.decoder.anatomy.weights
-        skip_frac = self.target.zeros_frac
-        config, tried = evaluate_candidates(
-            method, self.config, traces, self.layout, skip_frac, self.decoder, self.windows_ST, make, report
-        )
-        samples = method.samples(traces, self.layout, config)
-        predictor, found = method.learn(samples, self.layout, config, weights)
-        rule = method.rule(config, skip_frac)
-        kept_BU = rule.select(predictor.prior_U[None], self.layout)
-        found |= {
-            "head_criterion": config.head_criterion,
-            "criterion": config.criterion,
-            "tried": tried,
-            "parameters": predictor.parameters,
-            "share_of_decoder": predictor.parameters / weights,
-            "skipped_frac": float(self.layout.skipped_frac(kept_BU)),
-        }
-        shadow = Shadow(predictor, self.layout, rule, Running(**config.running))
-        sha256 = write_shadow(run.folder, shadow)
-        nbytes = (run.folder / TENSORS).stat().st_size
-        run.finish_part(PART, {"shard": TENSORS, "sha256": sha256, "bytes": nbytes, "found": found})
-        report(Event.SAVED, part=PART)
-
-    def _files(self) -> list[str]:
-        """The shards of the model, and their index if there is one."""
-        index = [INDEX] if (self.checkpoint.folder / INDEX).is_file() else []
-        return [*self.checkpoint.shards, *index]
-
-    def _result(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
-        entry, decoder = parts[0], self.decoder
-        matrices = [linear for block in decoder.anatomy.blocks for linear in block.linears.values()]
-        return {
-            "weights": decoder.anatomy.weights,
-            "matrices": len(matrices),
-            "zeros_frac": 0.0,
-            "bits": 8.0 * self.checkpoint.dtype.itemsize,
-            "packed": 0,
-            "notes": [],
-            "bytes": self.checkpoint.nbytes + entry["bytes"],
-            "sha256": {
-                **{shard: file_sha256(self.checkpoint.folder / shard) for shard in self.checkpoint.shards},
-                entry["shard"]: entry["sha256"],
-            },
-            "predictor": entry["found"],
-        }
+def _result(job: Job, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the field `result` of run.json."""
+    checkpoint, anatomy = job.checkpoint, job.decoder.anatomy
+    return {
+        "weights": anatomy.weights,
+        "matrices": sum(len(block.linears) for block in anatomy.blocks),
+        "zeros_frac": 0.0,
+        "bits": 8.0 * checkpoint.dtype.itemsize,
+        "packed": 0,
+        "notes": [],
+        "bytes": checkpoint.nbytes + entry["bytes"],
+        "sha256": {
+            **{shard: file_sha256(checkpoint.folder / shard) for shard in checkpoint.shards},
+            entry["shard"]: entry["sha256"],
+        },
+        "predictor": entry["found"],
+    }
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under another name where the file system can, else a copy; niwaki never writes into one."""
+    """Link a file under another name where the file system can, else copy it; niwaki never writes into one."""
     target.unlink(missing_ok=True)
     try:
         os.link(source.resolve(), target)
     except OSError:
         copy_file(source, target)
+
+
+def losses_after_prompt(
+    decoder: Decoder,
+    ids_ST: Tensor,
+    lengths_S: Tensor,
+    layout: Layout,
+    variants: Sequence[Variant],
+    make_stream: MakeStream,
+    report: Report = silent,
+) -> list[float]:
+    """Return the mean negative log-likelihood of all tokens after the prompts, of every variant.
+
+    `lengths_S`: tokens of the prompt of each window. The first token after it is read with the mask, so the token after
+    that one is the first that counts.
+    """
+    streams = [make_stream(ids_ST, f"trial-{place}") for place in range(len(variants))]
+    for block in loaded_blocks(decoder):
+        for stream, variant in zip(streams, variants, strict=True):
+            for rows in stream.slices():
+                with _masked(block, layout, variant, lengths_S[rows], rows):
+                    stream.advance(block, rows)
+        block.release()
+        report(Event.TRYING, index=block.index, of=len(decoder))
+    return [_mean_loss(decoder, stream, lengths_S) for stream in streams]
+
+
+def evaluate_candidates(
+    method: ContextualMethod,
+    config: Any,
+    traces: Mapping[str, Traces],
+    layout: Layout,
+    skip_frac: float,
+    decoder: Decoder,
+    ids_ST: Tensor,
+    make_stream: MakeStream,
+    report: Report = silent,
+) -> tuple[Any, dict[str, Any]]:
+    """Return what `method.choose_criterion` decides on the windows `ids_ST` of the traces, and the losses."""
+    held = method.candidate_rows(len(ids_ST), config)
+    lengths = prompt_lengths(ids_ST.shape[1], config.cuts)
+    lengths_S = torch.tensor([lengths[window % config.cuts] for window in held])
+
+    def measure(variants: Sequence[Variant]) -> list[float]:
+        return losses_after_prompt(decoder, ids_ST[held.start :], lengths_S, layout, variants, make_stream, report)
+
+    return method.choose_criterion(traces, layout, config, skip_frac, decoder.anatomy.weights, measure)
+
+
+@contextmanager
+def _masked(block: Block, layout: Layout, variant: Variant, lengths_B: Tensor, rows: slice) -> Iterator[None]:
+    """Mask, for one batch, the skipped units of a block before the matrices that read them."""
+    handles = []
+    for kind, kept_SLG in zip(KINDS, layout.split(variant.kept_BU), strict=True):
+        mean_fill = variant.mean_fill if kind == "neurons" else 0.0
+        consumer = block.module.get_submodule(layout.units[kind].consumer)
+        hook = _mask(kept_SLG[rows, block.index], lengths_B, mean_fill)
+        handles.append(consumer.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mask(kept_BG: Tensor, lengths_B: Tensor, mean_fill: float) -> Callable[[Any, tuple[Tensor]], tuple[Tensor]]:
+    """Return a hook before the matrix that reads the units; it gets [B, T, C], or [B·T, C] (OPT)."""
+
+    def change(_module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        x_BTC = args[0].reshape(len(kept_BG), -1, args[0].shape[-1])
+        lengths_B1 = lengths_B.to(x_BTC.device)[:, None]
+        after_BT = torch.arange(x_BTC.shape[1], device=x_BTC.device) >= lengths_B1
+        keep_BC = kept_BG.to(x_BTC.device).repeat_interleave(x_BTC.shape[2] // kept_BG.shape[1], dim=1)
+        skipped_BTC = after_BT[..., None] & ~keep_BC[:, None]
+        if not mean_fill:
+            return (x_BTC.masked_fill(skipped_BTC, 0).view(args[0].shape),)
+        mean_BC = x_BTC.masked_fill(after_BT[..., None], 0).sum(1, dtype=torch.float32) / lengths_B1
+        instead_B1C = (mean_fill * mean_BC).to(x_BTC.dtype)[:, None]
+        return (torch.where(skipped_BTC, instead_B1C, x_BTC).view(args[0].shape),)
+
+    return change
+
+
+def _mean_loss(decoder: Decoder, stream: Stream, lengths_S: Tensor) -> float:
+    """Return the mean loss of the tokens after the prompts."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for rows in stream.slices():
+            ids_BT = stream.ids_ST[rows]
+            logits_BTV = decoder.logits(ids_BT, stream.hidden.read(rows))[:, :-1]
+            wanted_BT = ids_BT[:, 1:].to(logits_BTV.device)
+            loss_BT = cross_entropy(logits_BTV.flatten(0, 1).float(), wanted_BT.flatten(), reduction="none")
+            after_BT = torch.arange(ids_BT.shape[1] - 1) >= lengths_S[rows, None]
+            total += float(loss_BT.view(wanted_BT.shape)[after_BT.to(loss_BT.device)].double().sum())
+            count += int(after_BT.sum())
+    return total / count

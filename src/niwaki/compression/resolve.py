@@ -1,9 +1,134 @@
-"""Resolution of a recipe."""
+"""Resolution of a recipe: what every stage does to a model, before anything is opened for work or written.
 
-from niwaki.config.recipe import Recipe
-from niwaki.errors import InputError, TargetError
+`niwaki.plan`, `niwaki.compress` and its early check share it. It reads the recipe and the shapes of the decoder. It
+opens nothing and prints nothing, and raises an error for everything that can be known to be wrong.
+
+    plan = resolve(recipe, decoder)
+    plan.stages[-1].target
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from niwaki.compression.allocation import ALLOCATIONS, OwlConfig, Targets, owl, uniform
+from niwaki.compression.bit_allocation import bits_within, kept_targets
+from niwaki.compression.chain import split_chain
+from niwaki.config.recipe import NM, PrunedBits, Recipe, Target, make_options, parse_target
+from niwaki.data.statistics import Needs
+from niwaki.errors import CalibrationError, InputError, TargetError, unknown
 from niwaki.methods.method import MethodKind
-from niwaki.methods.registry import METHODS, MethodInfo, chain_infos, method_names
+from niwaki.methods.registry import METHODS, MethodInfo, Step, chain_infos, make_steps, merged_needs, method_names
+from niwaki.model.decoder import Decoder
+from niwaki.runtime.contextual.traces import prompt_lengths
+from niwaki.runtime.contextual.units import find_layout
+
+OWL_PREFIX = "owl_"
+MIN_CONTEXTUAL_WINDOWS = 8  # fewer cannot be split into windows to fit and windows to evaluate
+
+
+@dataclass(frozen=True)
+class RecipeStage:
+    """One stage of a recipe, as far as it is known without a model.
+
+    `recipe` has its allocation chosen. `target` is None where bits follow from `target_bytes` and the model.
+    """
+
+    recipe: Recipe
+    target: Target | None
+    steps: tuple[Step, ...]
+    owl: OwlConfig
+
+    @property
+    def columns_multiple(self) -> int:
+        """Return the number that must divide the columns of every matrix for this stage."""
+        groups = [step.group or 1 for step in self.steps]
+        zeros = self.target.zeros if isinstance(self.target, PrunedBits) else self.target
+        return math.lcm(zeros.group if isinstance(zeros, NM) else 1, *groups)
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """One stage of a recipe for a model.
+
+    `targets` are those of every matrix, as far as no calibration text is needed for them. `dense_stream`: the dense
+    model runs beside the compressed one. `columns_multiple`: the next stage needs columns in multiples of it.
+    `windows` of `tokens` are the calibration, both 0 if nothing needs any.
+    """
+
+    recipe: Recipe
+    target: Target
+    steps: tuple[Step, ...]
+    owl: OwlConfig
+    targets: Targets
+    needs: Needs
+    dense_stream: bool
+    columns_multiple: int
+    windows: int
+    tokens: int
+
+    @property
+    def kind(self) -> MethodKind:
+        """Return the kind of the methods: all of a stage have the same."""
+        return self.steps[0].kind
+
+
+@dataclass(frozen=True)
+class ResolvedPlan:
+    """A recipe with its stages: one, or two if a structured method comes first."""
+
+    recipe: Recipe
+    stages: tuple[ResolvedStage, ...]
+
+
+def recipe_stages(recipe: Recipe) -> list[RecipeStage]:
+    """Return the stages of a recipe. Raises InputError or TargetError for what is wrong without a model."""
+    stages = []
+    for part in split_chain(recipe):
+        target = None if part.target is None else parse_target(part.target)
+        if part.allocation not in ALLOCATIONS:
+            raise InputError(unknown("allocation", part.allocation, ALLOCATIONS))
+        part = resolve_allocation(part)
+        owl_config, steps = _split_options(part, target)
+        stages.append(RecipeStage(part, target, tuple(steps), owl_config))
+    return stages
+
+
+def resolve(recipe: Recipe, decoder: Decoder, *, dense_stream: bool = False) -> ResolvedPlan:
+    """Return what a recipe does to a model. Raises InputError or TargetError for what is wrong.
+
+    A second stage is resolved against the dense decoder: the shape that the first one leaves depends on the text.
+    """
+    *before, last = recipe_stages(recipe)
+    stages = [resolve_stage(stage, decoder, columns_multiple=last.columns_multiple) for stage in before]
+    return ResolvedPlan(recipe, (*stages, resolve_stage(last, decoder, dense_stream=dense_stream)))
+
+
+def resolve_stage(
+    stage: RecipeStage, decoder: Decoder, *, dense_stream: bool = False, columns_multiple: int = 1
+) -> ResolvedStage:
+    """Return one stage for a model. Raises TargetError for a matrix that the target does not fit."""
+    recipe, anatomy = stage.recipe, decoder.anatomy
+    needs = merged_needs(stage.steps)
+    target = stage.target
+    if target is None:
+        assert recipe.target_bytes is not None, "a recipe has a target or target_bytes"
+        target = bits_within(recipe.target_bytes, decoder)
+    targets = uniform(anatomy, target)
+    if recipe.allocation == "owl":
+        owl(anatomy, target, [0.0] * len(decoder), stage.owl)  # raises for targets that it cannot spread
+    if recipe.keep_blocks:
+        targets = kept_targets(anatomy, target, () if recipe.keep_blocks == "auto" else recipe.keep_blocks)
+    kind, given = stage.steps[0].kind, recipe.calibration
+    measured = recipe.allocation != "uniform" or recipe.keep_blocks == "auto" or kind is not MethodKind.WALK
+    dense_stream = dense_stream or needs.dense
+    wanted = needs.anything or measured or dense_stream or bool(given.files)
+    windows, tokens = (given.samples, given.seq_len) if wanted else (0, 0)
+    if kind is MethodKind.CONTEXTUAL:
+        _check_contextual(stage.steps[0], decoder, windows, tokens)
+    return ResolvedStage(
+        recipe, target, stage.steps, stage.owl, targets, needs, dense_stream, columns_multiple, windows, tokens
+    )
 
 
 def resolve_allocation(recipe: Recipe) -> Recipe:
@@ -23,7 +148,7 @@ def resolve_allocation(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _check_alone(recipe: Recipe, infos: list[MethodInfo]) -> None:
+def _check_alone(recipe: Recipe, infos: Sequence[MethodInfo]) -> None:
     """Raise InputError or TargetError for a shape or contextual method that shares a chain or gets an allocation."""
     alone = next((info for info in infos if info.kind is not MethodKind.WALK), None)
     if alone is None:
@@ -41,7 +166,7 @@ def _check_alone(recipe: Recipe, infos: list[MethodInfo]) -> None:
         raise TargetError(f"{alone.name} chooses {chosen} itself: drop allocation {recipe.allocation}")
 
 
-def _check_bit_budget(recipe: Recipe, infos: list[MethodInfo]) -> None:
+def _check_bit_budget(recipe: Recipe, infos: Sequence[MethodInfo]) -> None:
     """Raise TargetError for a budget of bits that a method cannot spend, and for two budgets that contradict."""
     by_need = recipe.allocation == "sensitivity"
     budgets = {
@@ -62,3 +187,26 @@ def _check_bit_budget(recipe: Recipe, infos: list[MethodInfo]) -> None:
             raise TargetError(f"target_bytes counts stored codes, and {what} stores none: give --target in bits")
     if by_need and recipe.keep_blocks:
         raise TargetError("keep_blocks and allocation sensitivity both say where the bits go: drop one of them")
+
+
+def _check_contextual(step: Step, decoder: Decoder, windows: int, tokens: int) -> None:
+    """Raise an error for a decoder without heads and neurons to skip, and for windows that are too short or too few."""
+    find_layout(decoder.anatomy, decoder.model, step.config.neuron_width)
+    if prompt_lengths(tokens, step.config.cuts)[0] < 2:
+        raise CalibrationError(
+            f"windows of {tokens} tokens cannot be cut into {step.config.cuts} prompts and what follows: "
+            "raise --seq-len, or lower cuts"
+        )
+    if windows < MIN_CONTEXTUAL_WINDOWS:
+        raise InputError(
+            f"a predictor cannot be learned from {windows} windows: give --samples {MIN_CONTEXTUAL_WINDOWS} or more"
+        )
+
+
+def _split_options(recipe: Recipe, target: Target | None) -> tuple[OwlConfig, list[Step]]:
+    """Return the options that start with `owl_` for the allocation, and the steps with all others."""
+    of_owl = {k.removeprefix(OWL_PREFIX): v for k, v in recipe.options.items() if k.startswith(OWL_PREFIX)}
+    of_methods = {k: v for k, v in recipe.options.items() if not k.startswith(OWL_PREFIX)}
+    if of_owl and recipe.allocation != "owl":
+        raise InputError(f"option {OWL_PREFIX}{next(iter(of_owl))} needs the allocation owl")
+    return make_options(OwlConfig, of_owl, "owl"), make_steps(recipe.method, of_methods, target)

@@ -169,7 +169,7 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             # After a failure elsewhere, what is already being written may still be finished and journalled.
-            self.settle()
+            self.flush()
         except OutputError:
             if kind is None:
                 raise
@@ -191,10 +191,10 @@ class Writer:
                 "lines": lines,
             }
 
-        self.settle(AT_ONCE - 1)
+        self.flush(AT_ONCE - 1)
         self._pending.append((part, self._pool.submit(save)))
 
-    def settle(self, left: int = 0) -> None:
+    def flush(self, left: int = 0) -> None:
         """Waits until all that is being written, but for the last `left` parts, is on the disk and in the journal."""
         while len(self._pending) > left:
             part, future = self._pending.popleft()

@@ -1,17 +1,19 @@
-"""The job of a structured method: the shape first, by trial, then the walk, then smaller tensors and their config.
+"""The job of a structured method: choose the shape first, then walk, then store smaller tensors and their config.
 
-Blocks are walked at full size with zeros in what is gone; what is stored is cut. At the end the result is read back
-through its own config, and has to compute what the walk computed.
+The search of the method proposes shapes, and each is evaluated on held-out windows. Blocks are walked at full size,
+with zeros in what is gone; the stored tensors are cut. The finished result is read through its own config, and must
+compute what the walk computed.
 """
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from niwaki.compression.job import CompressionJob, block_part
+from niwaki.compression.job import Allocation, FullBlocks, Job, block_part, scan, walk_model, windows_stream
 from niwaki.compression.run import Run
 from niwaki.compression.walk import Plan, collect, compress_blocks, forward
 from niwaki.compression.width_search import spread
@@ -24,202 +26,225 @@ from niwaki.model.decoder import Block, Decoder
 from niwaki.model.files import write_text
 from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSearch, ShapeSpace, new_name, unit_axes
 
-HELD_WINDOWS = 16  # that shapes on trial are judged by
+HELD_WINDOWS = 16  # windows that shapes are evaluated on
 BIAS_FIELDS = ("attention_bias", "mlp_bias")
 # Relative squared error between the walk at full size and the stored result: other kernels, other orders of sums.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
-class ShapingJob(CompressionJob):
-    """A compression whose blocks become smaller."""
+def shape_job(job: Job, run: Run, report: Report) -> dict[str, Any]:
+    """Choose a shape, compress the model to it, and return run.json."""
+    return walk_model(job, run, report, _choose_shape)
 
-    shape = PrunedShape((1,), (1,))  # until it is found
-    cut = False  # whether what goes leaves the file
 
-    def _allocate(self, run: Run, report: Report) -> None:
-        """Looks at the dense model, then lets the method search: what it wants to try is measured."""
-        assert isinstance(self.target, Sparsity)
-        config = json.loads((self.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-        self.sizes = ShapeSpace(self.decoder.anatomy, self.decoder.model, config, self.columns_multiple)
-        looks = [BlockInfo(*found) for found in self._scan(run, "looks", self._look, report, moves=True)]
-        step, losses = self.steps[0], dict[PrunedShape, float]()
-        search = step.shape_method.search(self.sizes, self.target.zeros_frac, looks, step.config)
-        if self.recipe.allocation == "searched":
-            search = self._then_spread(search)
-        try:
-            shapes = next(search)
-            while True:
-                for shape in shapes:
-                    if shape not in losses:
-                        losses[shape] = self._trial(run, len(losses), shape, report)
-                shapes = search.send([losses[shape] for shape in shapes])
-        except StopIteration as stop:
-            found: PrunedShape | None = stop.value
-        if found is None:
-            raise TargetError(
-                f"target {self.target}: {self.recipe.method} finds no shape that removes so much and leaves a block, a "
-                "head and a neuron: lower the target, or let more blocks and heads go"
-            )
-        self.shape = found
-        self.cut = found.even or (found.whole and self.recipe.pack != "none")
-        self.targets = self.sizes.targets(found, self.cut)
-        self.allocated = {
-            "shape": _described(found),
-            "removed_frac": self.sizes.removed_frac(found),
-            "cut": self.cut,
-            "influence": [look.influence for look in looks],
-            "trials": [_described(shape) | {"loss": loss} for shape, loss in losses.items()],
-        }
-        self.shard_names = self._shard_names()
-        report(Event.ALLOCATION, **self.allocated)
+def _choose_shape(job: Job, run: Run, report: Report) -> Allocation:
+    """Measure the dense blocks, then let the method search; every shape that it proposes is evaluated."""
+    target, step = job.stage.target, job.stage.steps[0]
+    assert isinstance(target, Sparsity)
+    config = json.loads((job.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    space = ShapeSpace(job.decoder.anatomy, job.decoder.model, config, job.stage.columns_multiple)
 
-    def _then_spread(self, search: ShapeSearch) -> ShapeSearch:
-        """Widths of their own for every block, from the even shape that the method found."""
-        assert isinstance(self.target, Sparsity)
-        found = yield from search
-        if found is None or not found.even:
-            return found
-        multiple = self.steps[0].shape_method.multiple(self.steps[0].config)
-        return (yield from spread(self.sizes, found, self.target.zeros_frac, multiple))
+    def measure(block: Block, stream: Stream) -> tuple[float, Any]:
+        method = step.shape_method
+        statistics, _ = collect(block, stream, method.info_needs(step.config))
+        info = method.info(block, statistics, space.units, step.config)
+        return _influence(block, stream), info
 
-    def _look(self, block: Block, stream: Stream) -> tuple[float, Any]:
-        """The influence of a dense block, and what the method wants to know of it."""
-        step = self.steps[0]
-        needs = step.shape_method.info_needs(step.config)
-        seen, _ = collect(block, stream, needs)
-        found = step.shape_method.info(block, seen, self.sizes.units, step.config)
-        return _influence(block, stream), found
+    infos = [BlockInfo(*values) for values in scan(job, run, "looks", measure, report, advances=True)]
+    search = step.shape_method.search(space, target.zeros_frac, infos, step.config)
+    if job.recipe.allocation == "searched":
+        search = _then_spread(search, space, target, step.shape_method.multiple(step.config))
+    shape, losses = _search(search, job, run, report, space)
+    if shape is None:
+        raise TargetError(
+            f"target {target}: {job.recipe.method} finds no shape that removes so much and leaves a block, a "
+            "head and a neuron: lower the target, or let more blocks and heads go"
+        )
+    cut = shape.even or (shape.whole and job.recipe.pack != "none")
+    numbers = {
+        "shape": _shape_record(shape),
+        "removed_frac": space.removed_frac(shape),
+        "cut": cut,
+        "influence": [info.influence for info in infos],
+        "trials": [_shape_record(tried) | {"loss": loss} for tried, loss in losses.items()],
+    }
+    report(Event.ALLOCATION, **numbers)
+    return Allocation(space.targets(shape, cut), numbers, PrunedBlocks(job, space, shape, cut))
 
-    def _shard_names(self) -> list[str]:
-        """A block that is gone has no file, and its name is not counted."""
-        names = super()._shard_names()
+
+def _search(
+    search: ShapeSearch, job: Job, run: Run, report: Report, space: ShapeSpace
+) -> tuple[PrunedShape | None, dict[PrunedShape, float]]:
+    """Return the shape that a search ends with, and the losses of all that it proposed, each evaluated once."""
+    losses: dict[PrunedShape, float] = {}
+    try:
+        shapes = next(search)
+        while True:
+            for shape in shapes:
+                if shape not in losses:
+                    losses[shape] = _evaluate(job, run, len(losses), space, shape, report)
+            shapes = search.send([losses[shape] for shape in shapes])
+    except StopIteration as stop:
+        return stop.value, losses
+
+
+def _then_spread(search: ShapeSearch, space: ShapeSpace, target: Sparsity, multiple: int) -> ShapeSearch:
+    """Give every block widths of its own, from the even shape that the method found."""
+    shape = yield from search
+    if shape is None or not shape.even:
+        return shape
+    return (yield from spread(space, shape, target.zeros_frac, multiple))
+
+
+def _evaluate(job: Job, run: Run, number: int, space: ShapeSpace, shape: PrunedShape, report: Report) -> float:
+    """Return the loss on held-out windows of a model of this shape, made with all others; it is kept in the journal.
+
+    Fewer windows do not suffice: least squares gains with every one, and shapes that rely on it would look worse.
+    """
+    part = f"trial-{number:05d}"
+    if part not in run.finished:
+        assert job.windows_ST is not None, "structured methods ask for windows"
+        held = max(1, min(HELD_WINDOWS, len(job.windows_ST) // 4))
+        fitted_ST = job.windows_ST[:-held] if len(job.windows_ST) > held else job.windows_ST
+        stream = windows_stream(job, run, "trial", fitted_ST)
+        judge = windows_stream(job, run, "held", job.windows_ST[-held:])
+        dense = windows_stream(job, run, "trial-dense", fitted_ST) if job.stage.dense_stream else None
+        assert judge is not None
+        plan = Plan(job.stage.steps, space.targets(shape, False), job.recipe.seed, trial=True)
+        compress_blocks(
+            job.decoder, plan, stream, dense, riders=[judge], finished=lambda index: None,
+            save=lambda block, lines: None, report=silent,
+        )  # fmt: skip
+        run.finish_part(part, {"loss": _loss(job.decoder, judge)})
+        report(Event.TRIAL, shape=_shape_record(shape), **run.finished[part])
+    loss: float = run.finished[part]["loss"]
+    return loss
+
+
+@dataclass(frozen=True)
+class PrunedBlocks:
+    """Storage of blocks without what a shape removes. If not `cut`, zeros stand in its place."""
+
+    job: Job
+    space: ShapeSpace
+    shape: PrunedShape
+    cut: bool
+
+    @property
+    def shard_names(self) -> list[str]:
+        """Return one file per block and those of the embeddings; the number of a removed block is not counted."""
+        names = FullBlocks(self.job).shard_names
         gone = self.shape.dropped if self.cut else ()
-        count, number, found = len(names) - len(gone), 0, []
+        count, number, numbered = len(names) - len(gone), 0, []
         for index in range(len(names)):
             number += index not in gone
-            found.append(f"model-{number:05d}-of-{count:05d}.safetensors")
-        return found
+            numbered.append(f"model-{number:05d}-of-{count:05d}.safetensors")
+        return numbered
 
-    def _trial(self, run: Run, number: int, shape: PrunedShape, report: Report) -> float:
-        """Loss on the held windows of a model of this shape, made with all others; kept in the journal.
-
-        Fewer windows would not do: least squares gains with every one, and shapes that lean on it would look worse.
-        """
-        part = f"trial-{number:05d}"
-        if part not in run.finished:
-            assert self.windows_ST is not None, "structured methods ask for windows"
-            held = max(1, min(HELD_WINDOWS, len(self.windows_ST) // 4))
-            seen_ST = self.windows_ST[:-held] if len(self.windows_ST) > held else self.windows_ST
-            stream, judge = self._stream(run, "trial", seen_ST), self._stream(run, "held", self.windows_ST[-held:])
-            dense = self._stream(run, "trial-dense", seen_ST) if self.dense_stream else None
-            assert judge is not None
-            plan = Plan(self.steps, self.sizes.targets(shape, False), self.recipe.seed, trial=True)
-            compress_blocks(
-                self.decoder, plan, stream, dense, riders=[judge], finished=lambda index: None,
-                save=lambda block, lines: None, report=silent,
-            )  # fmt: skip
-            run.finish_part(part, {"loss": _loss(self.decoder, judge)})
-            report(Event.TRIAL, shape=_described(shape), **run.finished[part])
-        loss: float = run.finished[part]["loss"]
-        return loss
-
-    def _tensors(self, block: Block, lines: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The block without what is gone, under its new name; nothing of a block that is gone itself."""
-        tensors = super()._tensors(block, lines)
+    def tensors(self, block: Block, lines: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the block without what is gone, under its new name; {} for a removed block."""
+        decoder, tensors = self.job.decoder, FullBlocks(self.job).tensors(block, lines)
         if block.added:
             tensors |= self._biases(block, tensors)
         if not self.cut:
             return tensors
         if block.index in self.shape.dropped:
             return {}
-        cut = self._lines(block.index, lines)
-        found = {}
+        axes = self._axes(block.index, lines)
+        smaller = {}
         for name, tensor in tensors.items():
-            along, places, _ = cut.get(self.decoder.parameter(name, block.index), (0, None, 0))
-            smaller = tensor if places is None else tensor.index_select(along, places).contiguous()
-            found[new_name(name, self.decoder.path, block.index, self.shape.dropped)] = smaller
-        return found
+            along, places, _ = axes.get(decoder.parameter(name, block.index), (0, None, 0))
+            kept = tensor if places is None else tensor.index_select(along, places).contiguous()
+            smaller[self._new_name(name, block.index)] = kept
+        return smaller
 
-    def _biases(self, block: Block, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Biases of all matrices of a block whose checkpoint has none: those that were added, zeros for the rest."""
-        if any(field not in self.sizes.config for field in BIAS_FIELDS):
-            raise InputError(
-                f"a config of type {self.sizes.config.get('model_type')} has no {' and '.join(BIAS_FIELDS)}, and "
-                f"{self.recipe.method} adds biases: use --set compensate=false"
-            )
-        names = {self.decoder.parameter(name, block.index): name for name in tensors}
-        found = {}
-        for linear in block.linears.values():
-            bias = f"{linear.name}.bias"
-            if bias not in names:
-                like = tensors[names[linear.parameter]]
-                given = block.module.get_parameter(bias).detach().to("cpu", like.dtype) if bias in block.added else None
-                found[names[linear.parameter].removesuffix("weight") + "bias"] = (
-                    like.new_zeros(linear.rows) if given is None else given
-                )
-        return found
-
-    def _lines(self, index: int, lines: list[dict[str, Any]]) -> dict[str, tuple[int, Tensor, int]]:
-        kept = {line["matrix"]: line["kept_groups"] for line in lines if "kept_groups" in line}
-        anatomy = self.decoder.anatomy.blocks[index]
-        found: dict[str, tuple[int, Tensor, int]] = {}
-        for unit in self.sizes.units.values():
-            found |= unit_axes(unit, anatomy, kept[unit.consumer])
-        return found
-
-    def _stored_block(self, run: Run, index: int) -> dict[str, Tensor]:
-        """A finished block at full size: what was cut is zero."""
+    def read(self, run: Run, index: int) -> dict[str, Tensor]:
+        """Return a finished block at full size: what was cut is zero."""
         if not self.cut:
-            return super()._stored_block(run, index)
-        entry = run.finished[block_part(index)]
-        found = self.checkpoint.read(self.decoder.disk_names(index))
+            return FullBlocks(self.job).read(run, index)
+        entry, decoder = run.finished[block_part(index)], self.job.decoder
+        tensors = self.job.checkpoint.read(decoder.disk_names(index))
         stored = load_file(run.folder / entry["shard"]) if "shard" in entry else {}
-        cut, writes = self._lines(index, entry["lines"]), {unit.consumer for unit in self.sizes.units.values()}
-        for name, dense in list(found.items()):
-            parameter = self.decoder.parameter(name, index)
-            along, places, _ = cut.get(parameter, (0, None, 0))
-            kept = stored.get(new_name(name, self.decoder.path, index, self.shape.dropped))
-            if kept is None:  # of a block that is gone nothing writes to the stream
-                found[name] = torch.zeros_like(dense) if parameter.rpartition(".")[0] in writes else dense
+        axes, consumers = self._axes(index, entry["lines"]), {unit.consumer for unit in self.space.units.values()}
+        for name, dense in list(tensors.items()):
+            parameter = decoder.parameter(name, index)
+            along, places, _ = axes.get(parameter, (0, None, 0))
+            kept = stored.get(self._new_name(name, index))
+            if kept is None:  # a removed block writes nothing to the residual stream
+                tensors[name] = torch.zeros_like(dense) if parameter.rpartition(".")[0] in consumers else dense
             elif places is None:
-                found[name] = kept
+                tensors[name] = kept
             else:
-                found[name] = torch.zeros_like(dense).index_copy_(along, places, kept)
-            bias = new_name(f"{name.removesuffix('weight')}bias", self.decoder.path, index, self.shape.dropped)
-            if parameter.rpartition(".")[0] in writes and bias in stored:
-                found[f"{name.removesuffix('weight')}bias"] = stored[bias]
-        return found
+                tensors[name] = torch.zeros_like(dense).index_copy_(along, places, kept)
+            bias = f"{name.removesuffix('weight')}bias"
+            if parameter.rpartition(".")[0] in consumers and self._new_name(bias, index) in stored:
+                tensors[bias] = stored[self._new_name(bias, index)]
+        return tensors
 
-    def _settle_config(self, run: Run) -> None:
-        config = dict(self.sizes.config)
-        if self.shape.even:
-            config = self.sizes.config_for(self.shape)
+    def write_config(self, run: Run) -> None:
+        """Write the config of the new shape, as far as it can express it."""
+        space, shape = self.space, self.shape
+        config = dict(space.config)
+        if shape.even:
+            config = space.config_for(shape)
         elif self.cut:
-            full = self.sizes.config_for(self.sizes.shape(self.sizes.neurons, self.sizes.heads, self.shape.dropped))
-            config = full | {"quantization_config": quantization({}, self.sizes.matrix_shapes(self.shape))}
+            full = space.config_for(space.shape(space.neurons, space.heads, shape.dropped))
+            config = full | {"quantization_config": quantization({}, space.matrix_shapes(shape))}
         stored = [name for entry in run.finished.values() for name in entry.get("tensors", ())]
-        if not self.sizes.config.get("mlp_bias") and any(name.endswith("down_proj.bias") for name in stored):
+        if not space.config.get("mlp_bias") and any(name.endswith("down_proj.bias") for name in stored):
             config |= dict.fromkeys(BIAS_FIELDS, True)
         write_text(run.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
-    def _check(self, run: Run, stream: Stream | None) -> None:
-        """Reads the result as any reader would, and compares what it computes for the first window."""
-        assert stream is not None and self.windows_ST is not None
-        decoder = Decoder(Checkpoint.open(str(run.folder)), self.device, self.decoder.dtype)
-        ids_ST = self.windows_ST[:1]
-        again = Stream(decoder, ids_ST, name="check")
-        forward(decoder, [again])
-        wanted_TD, found_TD = stream.hidden.read(slice(0, 1)).float(), again.hidden.read(slice(0, 1)).float()
-        error = float((found_TD - wanted_TD).square().sum() / wanted_TD.square().sum())
-        if not error <= TOLERANCE[self.decoder.dtype]:
+    def check(self, run: Run, stream: Stream | None) -> None:
+        """Read the result as any reader would. Raises NumericalError if it computes something else than the walk."""
+        windows_ST, walked = self.job.windows_ST, self.job.decoder
+        assert stream is not None and windows_ST is not None
+        decoder = Decoder(Checkpoint.open(str(run.folder)), walked.device, walked.dtype)
+        result = Stream(decoder, windows_ST[:1], name="check")
+        forward(decoder, [result])
+        wanted_TD = stream.hidden.read(slice(0, 1)).float()
+        error_TD = result.hidden.read(slice(0, 1)).float() - wanted_TD
+        error = float(error_TD.square().sum() / wanted_TD.square().sum())
+        if not error <= TOLERANCE[walked.dtype]:
             raise NumericalError(
                 f"the smaller model computes something else than the blocks it was cut from (relative squared error "
                 f"{error:.1e}): this architecture ties its parts in a way that niwaki does not see; nothing was written"
             )
 
+    def _biases(self, block: Block, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return biases of all matrices of a block without any: those that were added, zeros for the others."""
+        if any(field not in self.space.config for field in BIAS_FIELDS):
+            raise InputError(
+                f"a config of type {self.space.config.get('model_type')} has no {' and '.join(BIAS_FIELDS)}, and "
+                f"{self.job.recipe.method} adds biases: use --set compensate=false"
+            )
+        names = {self.job.decoder.parameter(name, block.index): name for name in tensors}
+        biases = {}
+        for linear in block.linears.values():
+            bias = f"{linear.name}.bias"
+            if bias not in names:
+                like = tensors[names[linear.parameter]]
+                given = block.module.get_parameter(bias).detach().to("cpu", like.dtype) if bias in block.added else None
+                biases[names[linear.parameter].removesuffix("weight") + "bias"] = (
+                    like.new_zeros(linear.rows) if given is None else given
+                )
+        return biases
+
+    def _axes(self, index: int, lines: list[dict[str, Any]]) -> dict[str, tuple[int, Tensor, int]]:
+        """Return dimension, kept indices and full size of every parameter of a block that is cut."""
+        kept = {line["matrix"]: line["kept_groups"] for line in lines if "kept_groups" in line}
+        anatomy = self.job.decoder.anatomy.blocks[index]
+        axes: dict[str, tuple[int, Tensor, int]] = {}
+        for unit in self.space.units.values():
+            axes |= unit_axes(unit, anatomy, kept[unit.consumer])
+        return axes
+
+    def _new_name(self, name: str, index: int) -> str:
+        return new_name(name, self.job.decoder.path, index, self.shape.dropped)
+
 
 def _influence(block: Block, stream: Stream) -> float:
-    """1 − mean cos(h_in, h_out) over all tokens (ShortGPT, Men et al. 2024), on the way past the block."""
+    """Move the stream past the block; return 1 − mean cos(h_in, h_out) over all tokens (ShortGPT, Men et al. 2024)."""
     total, tokens = 0.0, 0
     for rows in stream.slices():
         x_BTD = stream.hidden.read(rows)
@@ -232,7 +257,7 @@ def _influence(block: Block, stream: Stream) -> float:
 
 
 def _loss(decoder: Decoder, stream: Stream) -> float:
-    """Mean negative log-likelihood of a predicted token."""
+    """Return the mean negative log-likelihood of a predicted token."""
     total = 0.0
     for row, ids_T in enumerate(stream.ids_ST):
         logits_TV = decoder.logits(stream.ids_ST[row : row + 1], stream.hidden.read(slice(row, row + 1)))[
@@ -243,7 +268,8 @@ def _loss(decoder: Decoder, stream: Stream) -> float:
     return total / len(stream.ids_ST)
 
 
-def _described(shape: PrunedShape) -> dict[str, Any]:
+def _shape_record(shape: PrunedShape) -> dict[str, Any]:
+    """Return a shape as run.json has it: one number for all blocks, or one for each."""
     if not shape.even:
         return {"neurons": list(shape.neurons), "heads": list(shape.heads)}
     return {"neurons": max(shape.neurons), "heads": max(shape.heads), "dropped": list(shape.dropped)}

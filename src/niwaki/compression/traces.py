@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from niwaki.compression.backward import Gradients, descend
+from niwaki.compression.backward import Gradients, backprop_blocks
 from niwaki.compression.walk import loaded_blocks
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import Kind
@@ -67,7 +67,9 @@ def trace(
 
     with_gradients_ST = ids_ST if own else ids_ST[:gradient_windows]
     stream = make_stream(with_gradients_ST, "gradients")
-    descend(decoder, stream, behind, inputs=consumers, activation_bytes=activation_bytes, folder=folder, report=report)
+    backprop_blocks(
+        decoder, stream, behind, inputs=consumers, activation_bytes=activation_bytes, folder=folder, report=report
+    )
     forwards = {criterion: rows for criterion, rows in scores.items() if criterion in WITHOUT_GRADIENTS}
     prompts, last_ND, mean_ND = _forward(decoder, make_stream(ids_ST, "traces"), layout, lengths, report, forwards)
     sensitivity_U = (sensitivity.row()[0] / len(with_gradients_ST)).sqrt()

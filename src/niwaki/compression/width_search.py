@@ -16,6 +16,7 @@ from niwaki.config.recipe import Kind
 from niwaki.model.prunable import PrunedShape, ShapeSearch, ShapeSpace
 
 ROUNDS = 3
+EXPECTED_ROUNDS = 2  # of a typical search
 STEP_FRAC = 0.125  # of a unit that a probe takes away
 STRIDES = (0.35, 0.7, 1.0)  # of the way to the best shape
 MAX_GONE = 0.875

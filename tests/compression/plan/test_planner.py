@@ -13,12 +13,14 @@ import transformers
 import niwaki
 from niwaki.compression.plan.estimate import memory, seconds
 from niwaki.compression.plan.machines import GPUS, gpu_of
-from niwaki.compression.plan.planner import check_possible, make_stages, open_decoder, plan
-from niwaki.config.recipe import Sparsity, make_recipe, parse_target
+from niwaki.compression.plan.planner import check_possible, open_decoder, plan, plan_stages
+from niwaki.compression.resolve import resolve
+from niwaki.config.recipe import make_recipe, parse_target
 from niwaki.errors import InputError, OutputError, TargetError
 from niwaki.methods import wanda
+from niwaki.methods.cost import Scope
 from niwaki.methods.method import Method, MethodKind
-from niwaki.methods.registry import METHODS, get_method, make_steps, method_names
+from niwaki.methods.registry import METHODS, get_method
 from support.families import build, families
 from support.models import add_tokenizer, header_only, tiny_llama, write_texts
 
@@ -172,13 +174,13 @@ def test_gpus_are_predicted_as_they_were_measured(
         "calibration": {"files": ("text",), "samples": 128, "seq_len": 2048},
     }
     decoder = open_decoder(large[shape], given)
-    (stage,) = make_stages(decoder, make_recipe(given), "cuda", False)
+    (stage,) = plan_stages(decoder, resolve(make_recipe(given), decoder), "cuda")
     machine = gpu_of(gpu.removeprefix("24 GB of "))
     if gpu.startswith("24 GB"):
         machine = replace(machine, memory_bytes=24 * 10**9)
-    found = sum(seconds(stage.model, stage.job, machine, stage.stored.file_bytes).values())
+    found = sum(seconds(stage.model, stage.work, machine, stage.stored.file_bytes).values())
     assert 0.67 < found / measured.get("extrapolated_s", measured["seconds"]) < 1.5
-    peak = memory(stage.model, stage.job, "cuda", machine.memory_bytes, None, 0).device_bytes
+    peak = memory(stage.model, stage.work, "cuda", machine.memory_bytes, None, 0).device_bytes
     assert peak / 1e9 == pytest.approx(measured["peak_device_gb"], rel=0.15)
 
 
@@ -195,8 +197,8 @@ def test_memory_on_the_cpu_is_predicted_as_it_was_measured(large: dict[str, Path
             "options": {"try_blocks": 0, "try_heads": 0} if method == "comp" else {},
         }
         decoder = open_decoder(folder, given)
-        (stage,) = make_stages(decoder, make_recipe(given), "cpu", False)
-        found = memory(stage.model, stage.job, "cpu", 2**40, None, 460_000_000).rss_bytes
+        (stage,) = plan_stages(decoder, resolve(make_recipe(given), decoder), "cpu")
+        found = memory(stage.model, stage.work, "cpu", 2**40, None, 460_000_000).rss_bytes
         assert found / 1e9 == pytest.approx(measured, rel=0.15), (method, folder)
 
 
@@ -354,10 +356,11 @@ def test_an_unknown_gpu_gets_a_suggestion(model: Path, text: str) -> None:
         plan(model, gpu="h10", **recipe_of("wanda", "0.5", text))
 
 
-@pytest.mark.parametrize("name", method_names(MethodKind.WALK))
-def test_every_method_states_its_cost(name: str) -> None:
-    default = next(entry.default for entry in fields(Method) if entry.name == "cost")
-    assert get_method(name).cost is not default
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_counts_its_work(name: str) -> None:
+    scope = Scope((((64, 32), (16, 32)), ((32, 64),)), windows=8, tokens=16)
+    method = get_method(name)
+    assert any(vars(method.cost(scope, method.config())).values())
 
 
 def test_the_check_costs_nothing_that_is_measured(model: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,6 +373,5 @@ def test_the_check_costs_nothing_that_is_measured(model: Path, text: str, monkey
     monkeypatch.setattr("niwaki.compression.plan.planner.shape_of", never)
     given = recipe_of("comp", "0.3", text)
     decoder = open_decoder(model, given)
-    recipe = make_recipe(given).model_copy(update={"allocation": "uniform"})
-    steps = make_steps("comp", SMALL["comp"], Sparsity(0.3))
-    check_possible(decoder, recipe, steps, Sparsity(0.3), model.parent / "out", never)
+    (stage,) = resolve(make_recipe(given), decoder).stages
+    check_possible(decoder, stage, model.parent / "out", never)

@@ -1,12 +1,12 @@
-"""Seconds and memory of a compression, from what is counted.
+"""Seconds and memory of a compression, from counted work.
 
-The walk does the same for every method: it reads a block, runs all windows through it once for the statistics that
-were asked for and once more to pass on, and writes it. That is counted here from `needs`; what a method does besides it
-states itself (see `costs`). Reading and writing overlap with computing.
+The walk does the same for every method. It reads a block, runs all windows through it once for the statistics and again
+to pass on, and writes it. That is counted here from `needs`; a method states its own work (see `niwaki.methods.cost`).
+Reading and writing overlap with computing.
 
-Memory is that of two blocks (one at work, one being read), the records of a block in float32, its statistics, the
-hidden states of all windows, what a forward of one batch needs, and what the method holds; or that of embeddings and
-head while the windows enter, if that is more. On the CPU everything is in the memory of the process.
+Memory holds two blocks (one in use, one being read), the records of a block in float32, and its statistics. It also
+holds the hidden states of all windows, a forward of one batch, and what the method needs. The embeddings and the head
+count instead, if they take more while the windows are embedded. On the CPU everything is in the memory of the process.
 """
 
 import math
@@ -20,21 +20,22 @@ from niwaki.data.statistics import SAMPLE_TOKENS, STRIP_COLUMNS, Needs
 from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, graph
 
 FORWARD_STARTS = 60  # small operations of a block's forward
-SHARES = {"cpu": 1 / 2, "cuda": 1 / 8}  # of its memory that hidden states may take (`activations.choose_place`)
-CPU_FORWARD = 2  # times what a forward on a GPU holds of its intermediate values
-STARTED_BYTES = 2e7  # of threads, and libraries that are imported only then
-SLACK = 1.03  # what an allocator keeps beyond what it is asked for
-TOKENIZED = 3e5  # tokens a second, and the windows that a model writes at once
-WRITTEN_AT_ONCE = 16
+SHARES = {"cpu": 1 / 2, "cuda": 1 / 8}  # of its memory for hidden states (`hidden_states.choose_place`)
+CPU_FORWARD = 2  # intermediate values of a forward, relative to a GPU
+STARTED_BYTES = 2e7  # threads, and libraries that are imported late
+SLACK = 1.03  # memory that an allocator keeps, relative to what it is asked for
+TOKENIZED = 3e5  # tokens a second
+WRITTEN_AT_ONCE = 16  # windows that a model writes in parallel
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is done to every block: `needs` and `own` work of all methods, over `windows` of `tokens`.
+class Workload:
+    """Work on every block: `needs` and `own` work of all methods, over `windows` of `tokens`.
 
-    `batch` windows run at once; `itemsize` is that of the compute dtype. `dense`: a dense stream beside it. `scans`:
-    further forwards of all blocks, `scan_tokens` tokens more, `trials` walks that try something. `squares`: gradients
-    of all weights are kept on disk. `writes_text`: the model writes its own calibration text first.
+    `batch` windows run together; `itemsize` is that of the compute dtype. `dense`: a dense stream runs beside it.
+    `scans` are further forwards of all blocks, and `scan_tokens` tokens more. `trials` are walks that evaluate a shape.
+    `squares`: gradients of all weights are kept on disk. `writes_text`: the model writes its own calibration text
+    first.
     """
 
     windows: int
@@ -51,41 +52,41 @@ class Job:
     writes_text: bool = False
 
 
-def seconds(model: ModelSizes, job: Job, machine: Machine, written_bytes: int) -> dict[str, float]:
-    """By phase; without opening the checkpoint, which a plan has done itself."""
+def seconds(model: ModelSizes, load: Workload, machine: Machine, written_bytes: int) -> dict[str, float]:
+    """Return the seconds of every phase; a plan adds those of opening the checkpoint."""
     reading = model.file_bytes / machine.disk / 3  # reading is checking for finite numbers; writing also hashes
     walk = trials = scan = 0.0
     for index, block in enumerate(model.blocks):
-        scope = block.scope(job.windows, job.tokens)
-        compute = _spent(_walk(block, scope, job) + job.own[index], scope, model, job, machine)
+        scope = block.scope(load.windows, load.tokens)
+        compute = _spent(_walk(block, scope, load) + load.own[index], scope, model, load, machine)
         share = block.dense_bytes / max(model.file_bytes, 1)
         save = machine.shard_s + written_bytes * share / machine.disk
         walk += max(compute + share * reading, save)
-        trials += job.trials * (compute + share * reading)
-        scanned = Work(forward_tokens=job.scans * job.windows * job.tokens + job.scan_tokens)
-        scan += _spent(scanned, scope, model, job, machine)
+        trials += load.trials * (compute + share * reading)
+        scanned = Work(forward_tokens=load.scans * load.windows * load.tokens + load.scan_tokens)
+        scan += _spent(scanned, scope, model, load, machine)
     found = {"walk": walk, "scans": scan, "trials": trials}
-    found["ends"] = model.ends_bytes * 2 / machine.disk + machine.shard_s
-    found["text"] = job.windows * job.tokens / TOKENIZED
-    if job.writes_text:
-        steps = -(-job.windows // WRITTEN_AT_ONCE) * job.tokens
+    found["embeddings"] = model.embeddings_bytes * 2 / machine.disk + machine.shard_s
+    found["text"] = load.windows * load.tokens / TOKENIZED
+    if load.writes_text:
+        steps = -(-load.windows // WRITTEN_AT_ONCE) * load.tokens
         found["text"] += steps * (
             model.file_bytes / machine.bandwidth + len(model.blocks) * FORWARD_STARTS * machine.start_s
         )
-    if job.needs.gradient:
-        found["gradients"] = _gradients(model, job, machine)
+    if load.needs.gradient:
+        found["gradients"] = _gradients(model, load, machine)
     return found
 
 
-def _walk(block: BlockSizes, scope: Scope, job: Job) -> Work:
-    """What the walk does to a block for these needs, errors and assignments of its records included."""
-    every, needs = job.windows * job.tokens, job.needs
-    first = min(job.batch, job.windows) * job.tokens
-    streams = 1 + job.dense if job.windows else 0
+def _walk(block: BlockSizes, scope: Scope, load: Workload) -> Work:
+    """Count the work of the walk on a block for these needs, with errors and assignments of its records."""
+    every, needs = load.windows * load.tokens, load.needs
+    first = min(load.batch, load.windows) * load.tokens
+    streams = 1 + load.dense if load.windows else 0
     grams = sum(2 * width**2 for width in scope.inputs) * every * block.reach
     learned = 3.0 if needs.full else 1.0
     return Work(
-        forward_tokens=streams * every + (every if needs.anything else first) + first if job.windows else 0,
+        forward_tokens=streams * every + (every if needs.anything else first) + first if load.windows else 0,
         gram_flops=grams * learned if needs.gram else 0,
         passed=16 * block.weights + (sum(scope.inputs) * every * block.reach if needs.sqnorm or needs.mean else 0),
         product_flops=3 * 2 * SAMPLE_TOKENS * block.weights if needs.anything else 0,
@@ -93,14 +94,14 @@ def _walk(block: BlockSizes, scope: Scope, job: Job) -> Work:
     )
 
 
-def _spent(work: Work, scope: Scope, model: ModelSizes, job: Job, machine: Machine) -> float:
-    """Seconds of work on one block."""
+def _spent(work: Work, scope: Scope, model: ModelSizes, load: Workload, machine: Machine) -> float:
+    """Return the seconds of work on one block."""
     through = (
         2 * scope.weights * scope.reach + 4 * scope.tokens * model.hidden
     )  # a token's products, attention with them
     width = (sum(scope.inputs) + sum(rows for rows, _ in scope.matrices)) * min(1.0, scope.reach * 2)
-    between = width * job.itemsize / FLOAT_BYTES
-    batches = work.forward_tokens / max(scope.tokens * job.batch, 1)
+    between = width * load.itemsize / FLOAT_BYTES
+    batches = work.forward_tokens / max(scope.tokens * load.batch, 1)
     return (
         work.forward_tokens * (through / machine.product_flops + 2 * between / machine.passed)
         + batches * FORWARD_STARTS * machine.start_s
@@ -115,30 +116,30 @@ def _spent(work: Work, scope: Scope, model: ModelSizes, job: Job, machine: Machi
     )
 
 
-def _gradients(model: ModelSizes, job: Job, machine: Machine) -> float:
-    """The walk backwards, a window at a time, and the squares of all gradients on disk."""
-    single = replace(job, batch=1)
-    every, total = job.windows * job.tokens, 0.0
+def _gradients(model: ModelSizes, load: Workload, machine: Machine) -> float:
+    """Return the seconds of the backward pass, a window at a time, and of the squared gradients on disk."""
+    single = replace(load, batch=1)
+    every, total = load.windows * load.tokens, 0.0
     for block in model.blocks:
-        scope = block.scope(job.windows, job.tokens)
+        scope = block.scope(load.windows, load.tokens)
         work = Work(
             forward_tokens=every,
             learned_tokens=every,
-            passed=3 * job.windows * block.weights,
-            started=150 * job.windows,
+            passed=3 * load.windows * block.weights,
+            started=150 * load.windows,
         )
-        squares = (2 * FLOAT_BYTES * block.weights / machine.disk + machine.shard_s) * job.squares
+        squares = (2 * FLOAT_BYTES * block.weights / machine.disk + machine.shard_s) * load.squares
         total += _spent(work, scope, model, single, machine) + squares
-    head_weights = model.head_bytes / job.itemsize * (1 if machine.device != "cpu" else job.itemsize / FLOAT_BYTES)
+    head_weights = model.head_bytes / load.itemsize * (1 if machine.device != "cpu" else load.itemsize / FLOAT_BYTES)
     return total + 3 * 2 * every * head_weights / machine.learn_flops
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: of the process, of the device beside it, and of files that live only as long as the run.
+    """Peak bytes of the process, of the device, and of the temporary files of the run.
 
-    `sure_bytes`, of the device, or of the process on a CPU: without a model that writes its own text, which may be
-    mapped from its file instead of held.
+    `sure_bytes` is the peak of the device, or of the process on a CPU, without a model that writes its own text: that
+    model may be mapped from its file.
     """
 
     rss_bytes: int
@@ -148,59 +149,59 @@ class Memory:
 
 
 def memory(
-    model: ModelSizes, job: Job, device: str, device_bytes: int, activation_bytes: int | None, base_bytes: int
+    model: ModelSizes, load: Workload, device: str, device_bytes: int, activation_bytes: int | None, base_bytes: int
 ) -> Memory:
-    """At the worst moment. `base_bytes` is what a process with everything imported takes before it computes."""
-    states = job.windows * job.tokens * model.hidden * job.itemsize
-    kept = [states] * (1 + bool(job.needs.windows) + job.dense)
-    inputs = states * len(model.blocks) if job.needs.gradient else 0
+    """Return the peak memory. `base_bytes` is the size of a process with everything imported, before it computes."""
+    states = load.windows * load.tokens * model.hidden * load.itemsize
+    kept = [states] * (1 + bool(load.needs.windows) + load.dense)
+    inputs = states * len(model.blocks) if load.needs.gradient else 0
     free = psutil.virtual_memory().available if device == "cpu" else device_bytes
     limit = min(SHARES[device] * free, 2**62 if activation_bytes is None else activation_bytes)
-    scratch = FLOAT_BYTES * model.weights if job.squares else 0
+    scratch = FLOAT_BYTES * model.weights if load.squares else 0
     resident = 0
     for asked in (*kept, inputs):
         scratch += asked if asked > limit else 0
         resident += asked if asked <= limit else 0
-    walk = max((_block_bytes(block, model, job, index) for index, block in enumerate(model.blocks)), default=0)
-    ends: float = model.ends_weights * job.itemsize + 2 * model.ends_bytes
-    if job.needs.gradient:  # logits, their softmax and its gradient
-        vocabulary = model.ends_weights * model.head_bytes / max(model.ends_bytes, 1) / model.hidden
-        ends += 3 * FLOAT_BYTES * _at_once(job) * job.tokens * vocabulary
-    sure = (resident + max(walk, ends)) * SLACK
-    worst = max(sure, model.file_bytes if job.writes_text else 0)
+    walk = max((_block_bytes(block, model, load, index) for index, block in enumerate(model.blocks)), default=0)
+    outer: float = model.embeddings_weights * load.itemsize + 2 * model.embeddings_bytes
+    if load.needs.gradient:  # logits, their softmax and its gradient
+        vocabulary = model.embeddings_weights * model.head_bytes / max(model.embeddings_bytes, 1) / model.hidden
+        outer += 3 * FLOAT_BYTES * _at_once(load) * load.tokens * vocabulary
+    sure = (resident + max(walk, outer)) * SLACK
+    worst = max(sure, model.file_bytes if load.writes_text else 0)
     if device == "cpu":
         own = base_bytes + STARTED_BYTES
         return Memory(round(own + worst), 0, scratch, round(own + sure))
     stored = max((block.dense_bytes for block in model.blocks), default=0)
-    host = base_bytes + 3e9 + 3 * stored + model.ends_bytes * 2  # a context, and pinned copies of blocks
+    host = base_bytes + 3e9 + 3 * stored + model.embeddings_bytes * 2  # a context, and pinned copies of blocks
     return Memory(round(host), round(worst), scratch, round(sure))
 
 
-def _at_once(job: Job) -> int:
-    """Windows that the walk backwards takes at once: one, where every window's gradient counts."""
-    return 1 if job.squares else min(job.batch, job.windows)
+def _at_once(load: Workload) -> int:
+    """Return the windows per batch of the backward pass: one, where the gradient of every window counts."""
+    return 1 if load.squares else min(load.batch, load.windows)
 
 
-def _block_bytes(block: BlockSizes, model: ModelSizes, job: Job, index: int) -> int:
-    """The block at work, the one being read, and all that is held of one block."""
-    scope = block.scope(job.windows, job.tokens)
-    on_cpu = job.itemsize == FLOAT_BYTES
-    computed = block.dense_bytes / max(block.matrices[0].itemsize, 1) * job.itemsize if block.matrices else 0
+def _block_bytes(block: BlockSizes, model: ModelSizes, load: Workload, index: int) -> int:
+    """Return the bytes of the block in use, of the one being read, and of all that is held of one block."""
+    scope = block.scope(load.windows, load.tokens)
+    on_cpu = load.itemsize == FLOAT_BYTES
+    computed = block.dense_bytes / max(block.matrices[0].itemsize, 1) * load.itemsize if block.matrices else 0
     copies = 2 * (computed + (block.dense_bytes if on_cpu else 0))
     largest = max((m.rows * m.columns for m in block.matrices), default=0)
     records = FLOAT_BYTES * block.weights
     grams = (
-        FLOAT_BYTES * sum(width**2 for width in scope.inputs) * (3 if job.needs.full else 1) if job.needs.gram else 0
+        FLOAT_BYTES * sum(width**2 for width in scope.inputs) * (3 if load.needs.full else 1) if load.needs.gram else 0
     )
     widest_input = max(scope.inputs, default=0)
-    added = FLOAT_BYTES * widest_input * (widest_input if job.needs.full else STRIP_COLUMNS) if grams else 0
-    gradients = FLOAT_BYTES * block.weights if job.squares else 0
-    batch = min(job.batch, job.windows) * job.tokens
+    added = FLOAT_BYTES * widest_input * (widest_input if load.needs.full else STRIP_COLUMNS) if grams else 0
+    gradients = FLOAT_BYTES * block.weights if load.squares else 0
+    batch = min(load.batch, load.windows) * load.tokens
     widest = max((rows for rows, _ in scope.matrices), default=0)
     between = 6 * model.hidden + 3 * widest * min(1.0, scope.reach * 2)
-    forward = batch * job.itemsize * between * (CPU_FORWARD if on_cpu else 1) + added
-    own = job.own[index]
-    held: float = max(own.held_bytes + own.held_values * job.itemsize, 4.0 * FLOAT_BYTES * largest)
-    if job.needs.gradient:
-        held = max(held, graph(scope, _at_once(job)) * job.itemsize)
+    forward = batch * load.itemsize * between * (CPU_FORWARD if on_cpu else 1) + added
+    own = load.own[index]
+    held: float = max(own.held_bytes + own.held_values * load.itemsize, 4.0 * FLOAT_BYTES * largest)
+    if load.needs.gradient:
+        held = max(held, graph(scope, _at_once(load)) * load.itemsize)
     return math.ceil(copies + records + grams + gradients + max(forward, held))

@@ -1,16 +1,17 @@
-"""What a decoder consists of and what a recipe leaves of it in the file, from headers and configs alone.
+"""Sizes of a decoder and of what a recipe leaves of it in the file, from headers and configs alone.
 
-The bytes of a file follow from the shapes: codes are counted by the method that stores them (`stored_bytes`), weights
-with zeros in place take what they took, packed ones their values and places. The shape that a structured method will
-find depends on the text; here its own search runs with losses that say nothing, and every shape it may take removes
-about as much.
+The bytes of a file follow from the shapes. The method that stores codes counts them (`stored_bytes`). Weights with
+zeros in place keep their size, and packed nonzeros take their values and positions. The shape that a structured method
+finds depends on the text. Here its own search runs with equal losses: every shape that it may take removes about as
+much.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from niwaki.compression.embeddings import GROUPS, WIDTHS, embeddings_to_pack
+from niwaki.compression.resolve import ResolvedStage
 from niwaki.config.recipe import NM, Bits, KeepUnits, PrunedBits, Recipe, Sparsity, Target
 from niwaki.errors import TargetError
 from niwaki.formats.quantized import WEIGHT
@@ -23,14 +24,14 @@ from niwaki.model.decoder import Decoder
 from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSpace
 from niwaki.runtime.contextual.units import find_layout
 
-TENSOR_HEADER = 80  # bytes of a tensor's entry in the header of its file, beside its name
+TENSOR_HEADER = 80  # bytes of the entry of a tensor in the header of its file, without its name
 FILE_HEADER = 48
-CODE_TENSORS = 3  # of a matrix of codes: planes, scales, offsets or zero codes
+CODE_TENSORS = 3  # per matrix of codes: planes, scales, offsets or zero codes
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a block; `packable` into codes, and the share of the tokens that reach it."""
+    """One matrix of a block. `packable`: it can be stored as codes. `reach`: the share of the tokens that it sees."""
 
     name: str
     rows: int
@@ -42,13 +43,13 @@ class Matrix:
 
     @property
     def dense_bytes(self) -> int:
-        """As the checkpoint stores it."""
+        """Return the bytes in the checkpoint."""
         return self.rows * self.columns * self.itemsize
 
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """The matrices of a block, and the bytes and names of everything else in its file."""
+    """Sizes of a block: its matrices, the bytes of everything else in its file, the number of its tensors."""
 
     matrices: tuple[Matrix, ...]
     other_bytes: int
@@ -56,21 +57,21 @@ class BlockSizes:
 
     @property
     def weights(self) -> int:
-        """In all matrices."""
+        """Return the number of weights in all matrices."""
         return sum(matrix.rows * matrix.columns for matrix in self.matrices)
 
     @property
     def dense_bytes(self) -> int:
-        """Of the block in the checkpoint."""
+        """Return the bytes of the block in the checkpoint."""
         return self.other_bytes + sum(matrix.dense_bytes for matrix in self.matrices)
 
     @property
     def reach(self) -> float:
-        """The share of its weights that a token meets."""
+        """Return the share of the weights that a token is multiplied with."""
         return sum(m.rows * m.columns * m.reach for m in self.matrices) / max(self.weights, 1)
 
     def scope(self, windows: int, tokens: int) -> Scope:
-        """As `costs` wants it."""
+        """Return the block as `niwaki.methods.cost` counts it."""
         groups: dict[str, list[tuple[int, int]]] = {}
         for matrix in self.matrices:
             groups.setdefault(matrix.group, []).append((matrix.rows, matrix.columns))
@@ -79,29 +80,29 @@ class BlockSizes:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """A decoder: its blocks, and the bytes and weights of embeddings, head and the rest outside them."""
+    """Sizes of a decoder: its blocks, and the bytes and weights of embeddings, head and the rest outside them."""
 
     blocks: tuple[BlockSizes, ...]
     hidden: int
-    ends_bytes: int
-    ends_weights: int
+    embeddings_bytes: int
+    embeddings_weights: int
     head_bytes: int
     file_bytes: int
 
     @property
     def weights(self) -> int:
-        """In the matrices of all blocks."""
+        """Return the number of weights in the matrices of all blocks."""
         return sum(block.weights for block in self.blocks)
 
     @property
     def matrix_bits(self) -> float:
-        """Bits a weight of these matrices as they are."""
+        """Return the bits a weight of these matrices in the checkpoint."""
         return 8 * sum(m.dense_bytes for block in self.blocks for m in block.matrices) / max(self.weights, 1)
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Bytes of the weight files, bits a weight in the matrices of the blocks, and bytes read for every token."""
+class StoredSizes:
+    """Sizes of a result: bytes of the weight files, bits a weight in the blocks, and bytes read per token."""
 
     file_bytes: int
     matrix_bits: float
@@ -110,7 +111,7 @@ class Stored:
 
 
 def sizes_of(decoder: Decoder) -> ModelSizes:
-    """What `decoder` consists of."""
+    """Return the sizes of a decoder."""
     tensors = decoder.checkpoint.tensors
     text = decoder.checkpoint.config.get_text_config()
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
@@ -137,8 +138,9 @@ def sizes_of(decoder: Decoder) -> ModelSizes:
     )  # fmt: skip
 
 
-def stored(decoder: Decoder, model: ModelSizes, steps: Sequence[Step], target: Target, recipe: Recipe) -> Stored:
-    """What the files of a result hold. Raises TargetError for a matrix that cannot meet the target."""
+def stored_sizes(decoder: Decoder, model: ModelSizes, stage: ResolvedStage) -> StoredSizes:
+    """Return the sizes of the files of a result. Raises TargetError for a matrix that cannot meet the target."""
+    steps, target, recipe = stage.steps, stage.target, stage.recipe
     files, matrices, read, largest = 0, 0, 0.0, 0
     known: dict[tuple[int, int, bool], int] = {}  # experts are many, and alike
     by_need = recipe.allocation == "sensitivity" and _has_room(model, steps[-1], target)
@@ -159,13 +161,13 @@ def stored(decoder: Decoder, model: ModelSizes, steps: Sequence[Step], target: T
         read += met
         largest = max(largest, total)
     packed = _packed_embeddings(decoder, recipe, target)
-    files += model.ends_bytes - packed[0] + packed[1] + _header(decoder, None, 0, 0)
+    files += model.embeddings_bytes - packed[0] + packed[1] + _header(decoder, None, 0, 0)
     head = model.head_bytes if not packed[0] else model.head_bytes * packed[1] / packed[0]
-    return Stored(files, 8 * matrices / max(model.weights, 1), read + head, largest)
+    return StoredSizes(files, 8 * matrices / max(model.weights, 1), read + head, largest)
 
 
 def _has_room(model: ModelSizes, step: Step, target: Target) -> bool:
-    """Whether bits can move between matrices, as in `budget.spread_bits`: the target is more than all need at least."""
+    """Return whether bits can move between matrices, as in `spread_bits`: the target exceeds the minimum of all."""
     assert isinstance(target, Bits), "fractional methods meet nothing else"
     matrices = [matrix for block in model.blocks for matrix in block.matrices]
     least = sum(m.rows * m.columns * step.min_bits(m.rows, m.columns) for m in matrices)
@@ -173,10 +175,10 @@ def _has_room(model: ModelSizes, step: Step, target: Target) -> bool:
 
 
 def _matrix_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe: Recipe, by_need: bool) -> int:
-    asked = target
-    if by_need and isinstance(target, Bits):  # what the smallest ones need more, others give
-        asked = Bits(max(target.bits, step.min_bits(matrix.rows, matrix.columns)))
-    nbytes = step.stored_bytes(name, matrix.rows, matrix.columns, asked)
+    own = target
+    if by_need and isinstance(target, Bits):  # the others compensate for what the smallest need
+        own = Bits(max(target.bits, step.min_bits(matrix.rows, matrix.columns)))
+    nbytes = step.stored_bytes(name, matrix.rows, matrix.columns, own)
     if recipe.pack == "auto" and isinstance(target, PrunedBits) and nbytes is not None:
         nbytes = min(nbytes, _coded_bytes(matrix, target, step.group or matrix.columns) or nbytes)
     if nbytes is None and recipe.pack == "auto":
@@ -185,13 +187,13 @@ def _matrix_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe:
 
 
 def _nonzero_bytes(matrix: Matrix, target: Target) -> int | None:
-    """Of a pruned matrix that is stored packed, if that is smaller."""
+    """Return the bytes of a pruned matrix as packed nonzeros, None if that is not smaller."""
     nbytes = _places_and_values(matrix, target, 8 * matrix.itemsize)
     return nbytes if nbytes < matrix.dense_bytes else None
 
 
 def _coded_bytes(matrix: Matrix, target: PrunedBits, group: int) -> int | None:
-    """Of a pruned matrix of codes, None where it has no such form; no kept weight is taken to round to zero."""
+    """Return the bytes of a pruned matrix of codes, None without such a form; no kept weight rounds to zero."""
     bits = int(target.bits.bits)
     if bits not in CODES.values() or (group < matrix.columns and group % 8):
         return None
@@ -211,7 +213,7 @@ def _fits_two_four(zeros: Target) -> bool:
 
 
 def _header(decoder: Decoder, index: int | None, names: int, own: int) -> int:
-    """Bytes of the header of a shard: an entry for every tensor."""
+    """Return the bytes of the header of a shard: an entry for every tensor."""
     tensors = decoder.disk_names(index)
     long = sum(len(name) for name in tensors) / max(len(tensors), 1)
     count = max(names, len(tensors)) if own else len(tensors)
@@ -219,7 +221,7 @@ def _header(decoder: Decoder, index: int | None, names: int, own: int) -> int:
 
 
 def _packed_embeddings(decoder: Decoder, recipe: Recipe, target: Target) -> tuple[int, int]:
-    """Bytes of embeddings and head before and after they became codes; zeros if they stay."""
+    """Return the bytes of embeddings and head before and after they become codes; zeros if they stay."""
     if recipe.embeddings == "none":
         return 0, 0
     before = after = 0
@@ -231,18 +233,17 @@ def _packed_embeddings(decoder: Decoder, recipe: Recipe, target: Target) -> tupl
     return before, after
 
 
-def shape_of(
-    decoder: Decoder, step: Step, target: Target, multiple: int, config: Mapping[str, Any]
-) -> tuple[ShapeSpace, PrunedShape, int]:
-    """The shape a structured method would take if all losses were equal, and how many it may try.
+def shape_of(decoder: Decoder, stage: ResolvedStage, config: Mapping[str, Any]) -> tuple[ShapeSpace, PrunedShape, int]:
+    """Return the shape that a structured method takes if all losses are equal, and how many shapes it may evaluate.
 
     Raises TargetError if it finds none.
     """
+    target, step = stage.target, stage.steps[0]
     assert isinstance(target, Sparsity)
-    sizes = ShapeSpace(decoder.anatomy, decoder.model, config, multiple)
-    units = {kind: unit.count for kind, unit in sizes.units.items()}
-    looks = [BlockInfo(1 - index / 1e3, {kind: [0.0] * n for kind, n in units.items()}) for index in range(len(sizes))]
-    search = step.shape_method.search(sizes, target.zeros_frac, looks, step.config)
+    space = ShapeSpace(decoder.anatomy, decoder.model, config, stage.columns_multiple)
+    units = {kind: unit.count for kind, unit in space.units.items()}
+    infos = [BlockInfo(1 - index / 1e3, {kind: [0.0] * n for kind, n in units.items()}) for index in range(len(space))]
+    search = step.shape_method.search(space, target.zeros_frac, infos, step.config)
     tried: set[PrunedShape] = set()
     try:
         shapes = next(search)
@@ -250,18 +251,18 @@ def shape_of(
             tried |= set(shapes)
             shapes = search.send([0.0] * len(shapes))
     except StopIteration as stop:
-        found: PrunedShape | None = stop.value
-    if found is None:
+        shape: PrunedShape | None = stop.value
+    if shape is None:
         raise TargetError(
             f"target {target}: {step.name} finds no shape that removes so much and leaves a block, a head and a "
             "neuron: lower the target, or let more blocks and heads go"
         )
-    return sizes, found, len(tried)
+    return space, shape, len(tried)
 
 
-def shaped(model: ModelSizes, sizes: ShapeSpace, shape: PrunedShape) -> ModelSizes:
-    """What is left of the blocks."""
-    blocks, targets = [], sizes.targets(shape, True)
+def shaped_sizes(model: ModelSizes, space: ShapeSpace, shape: PrunedShape) -> ModelSizes:
+    """Return the sizes of what a shape leaves of the blocks."""
+    blocks, targets = [], space.targets(shape, True)
     for index, block in enumerate(model.blocks):
         if index in shape.dropped:
             continue
@@ -277,8 +278,9 @@ def shaped(model: ModelSizes, sizes: ShapeSpace, shape: PrunedShape) -> ModelSiz
     return replace(model, blocks=tuple(blocks), file_bytes=model.file_bytes - gone)
 
 
-def beside_bytes(decoder: Decoder, step: Step, windows: int) -> int:
-    """Bytes of the predictor of a contextual method."""
+def beside_bytes(decoder: Decoder, stage: ResolvedStage) -> int:
+    """Return the bytes of the predictor of a contextual method."""
+    step = stage.steps[0]
     layout = find_layout(decoder.anatomy, decoder.model, step.config.neuron_width)
     channels = decoder.anatomy.blocks[0].linears[layout.units["heads"].consumer].columns
-    return step.contextual_method.beside_bytes(layout, channels, windows, step.config, decoder.anatomy.weights)
+    return step.contextual_method.beside_bytes(layout, channels, stage.windows, step.config, decoder.anatomy.weights)
