@@ -30,7 +30,7 @@ from niwaki.model.anatomy import discover
 from niwaki.model.hf import build_skeleton
 from niwaki.runtime.contextual.selection import Rule
 from niwaki.runtime.contextual.sparsity import attach
-from niwaki.runtime.cuda_graph import Graphed
+from niwaki.runtime.cuda_graph import CudaGraphGenerator
 from provenance import provenance
 
 SHAPES = {
@@ -66,11 +66,11 @@ class Clock:
         return self.first - start, time.perf_counter() - start
 
 
-def graphed(writer, ids, new):
+def graphed(generator, ids, new):
     """Seconds until the first token, the choice and the copies of a part included, and of the whole."""
     torch.cuda.synchronize()
     start = time.perf_counter()
-    logits, step = writer.start(ids)
+    logits, step = generator.prefill(ids)
     token = logits.argmax(-1, keepdim=True)
     torch.cuda.synchronize()
     first = time.perf_counter()
@@ -128,8 +128,8 @@ def main() -> None:
         ids = torch.randint(1, 32000, (batch, args.prompt), generator=torch.Generator().manual_seed(0)).to(args.device)
         contextual.shadow = replace(shadow, rule=Rule(target), running=replace(shadow.running, batch=sharing))
         if ids.is_cuda:
-            writer = Graphed(model, room=args.prompt + args.new, compiled=bool(compiled))
-            write = partial(graphed, writer, ids, args.new)
+            generator = CudaGraphGenerator(model, room=args.prompt + args.new, compiled=bool(compiled))
+            write = partial(graphed, generator, ids, args.new)
         else:
             write = partial(clock.generate, model, ids, args.new)
         row = {"batch": batch, "compiled": compiled, "neurons": sharing, "target": target}

@@ -5,7 +5,7 @@
 DATA holds calibration.jsonl (predictors come from it alone) and eval_reviews.jsonl. For every target a predictor is
 trained as `niwaki compress --method shadow` does. Prompts of the reviews are continued greedily: dense, by the part
 alone, and checked every N tokens by the exact rule or by the one that lets a token stand which the full model gives at
-least a probability (`niwaki.runtime.contextual.verified`). `agreement`: share of written tokens that are the full
+least a probability (`niwaki.runtime.contextual.decoding`). `agreement`: share of written tokens that are the full
 model's own choice behind the same text. `passes`: of the full model, for each written token (one pass reads up to N at
 once). `small_steps`: tokens drafted by the part for each written one. `time_ratio`: seconds over those of dense
 writing, the
@@ -26,7 +26,7 @@ import torch
 import niwaki
 from niwaki.data.texts import evaluation_windows, load_tokenizer, read_texts
 from niwaki.measure.prompt_gate import calibrate_gate, compare_prompt
-from niwaki.runtime.contextual.verified import write
+from niwaki.runtime.contextual.decoding import generate_verified
 from provenance import provenance
 
 RULES = [("exact", 4, None), ("exact", 8, None), ("p ≥ 0.3", 8, 0.3), ("p ≥ 0.1", 8, 0.1), ("p ≥ 0.03", 8, 0.03)]
@@ -57,7 +57,7 @@ def writing(model, windows, prompt, new):
     ways["part alone"] = lambda ids: (plain(model, ids, new, True), None)
     for rule, every, least in RULES:
         def checked(ids, every=every, least=least):
-            found = write(model.contextual, ids, max_new_tokens=new, every=every, min_probability=least)
+            found = generate_verified(model.contextual, ids, max_new_tokens=new, every=every, min_probability=least)
             return found.ids_1T, found
         ways[f"{rule}, every {every}"] = checked
     rows = {name: {"agreement": 0.0, "passes": 0.0, "small_steps": 0.0, "kl": 0.0, "seconds": 0.0} for name in ways}

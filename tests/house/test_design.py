@@ -33,7 +33,6 @@ SIZE_EXCEPTIONS: dict[str, str] = {
     "rollout.background": "before the house was rebuilt",
     "rollout.exporting": "before the house was rebuilt",
     "rollout.metrics": "before the house was rebuilt",
-    "runtime.contextual.following": "before the house was rebuilt",
 }
 
 

@@ -115,15 +115,15 @@ def test_memory_of_a_contextual_sequence_serves_the_next() -> None:
     model.contextual = attach(model, shadow_of(model))
     batch = PerSequence(model)
     first = batch.begin()
-    assert first.turn is not None
-    buffers = first.turn.buffers
+    assert first.contextual is not None
+    buffers = first.contextual.buffers
     with torch.no_grad():
         batch.read(first, prompts((PROMPT,))[0], every=False)
     batch.drop(first)
     second = batch.begin()
-    assert second.turn is not None and second.turn.buffers is buffers
+    assert second.contextual is not None and second.contextual.buffers is buffers
     third = batch.begin()
-    assert third.turn is not None and third.turn.buffers is not buffers
+    assert third.contextual is not None and third.contextual.buffers is not buffers
 
 
 def test_caches_that_are_more_than_keys_and_values_run_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Loading a result and letting it write."""
+"""Loading of results, and text generation with them."""
 
 import math
 from pathlib import Path
@@ -11,9 +11,9 @@ from niwaki.errors import InputError
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.device import pick_device
 from niwaki.model.hf import plain_loading
+from niwaki.runtime.contextual.decoding import generate_verified
 from niwaki.runtime.contextual.record import has_shadow, read_shadow
 from niwaki.runtime.contextual.sparsity import attach
-from niwaki.runtime.contextual.verified import write
 from niwaki.runtime.sparse_linear import SparseLinear
 
 
@@ -25,13 +25,13 @@ def load(
     dtype: torch.dtype | None = None,
     fast_prompts: bool = False,
 ) -> Any:
-    """The whole model as a transformers `PreTrainedModel` in eval mode, in `dtype` or the checkpoint's.
+    """Return the whole model as a transformers `PreTrainedModel` in eval mode, in `dtype` or that of the checkpoint.
 
-    If a predictor lies beside the weights (method shadow), the model skips what its inputs do not need, unless `dense`;
-    `model.contextual` says what it did.
+    If a predictor is beside the weights (method shadow), the model skips what its inputs do not need, unless `dense`.
+    `model.contextual` then holds the records.
 
-    `fast_prompts` (2:4 weights stored packed, on a GPU): long prompts run on sparse tensor cores, which read a second
-    form of those weights, made at the first long prompt: 9 bits a weight more in memory.
+    `fast_prompts` (2:4 weights stored packed, on a GPU): long prompts run on sparse tensor cores. They read another
+    layout of those weights, made at the first long prompt, which takes 9 more bits per weight in memory.
     """
     from transformers import AutoModelForCausalLM
 
@@ -59,10 +59,10 @@ def generate(
     verify: int = 0,
     device: str = "auto",
 ) -> str:
-    """`prompt` and its continuation. Raises InputError for a prompt that leaves no room to continue.
+    """Return `prompt` and its continuation. Raises InputError for a prompt that leaves no room to continue.
 
-    `verify` (contextual models): every so many tokens the full model checks and corrects what the part wrote, so that
-    the greedy text is that of the full model.
+    `verify` (contextual models): after this many tokens the full model checks and corrects what the part wrote. So the
+    greedy text is that of the full model.
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -85,9 +85,11 @@ def generate(
     torch.manual_seed(seed)
     if verify:
         end = decoder.generation_config.eos_token_id
-        ends = end if isinstance(end, list) else [end]
-        found = write(decoder.contextual, inputs["input_ids"], max_new_tokens=max_new_tokens, every=verify, ends=ends)
-        return str(tokenizer.decode(found.ids_1T[0], skip_special_tokens=True))
+        text = generate_verified(
+            decoder.contextual, inputs["input_ids"], max_new_tokens=max_new_tokens, every=verify,
+            stop_tokens=end if isinstance(end, list) else [end],
+        )  # fmt: skip
+        return str(tokenizer.decode(text.ids_1T[0], skip_special_tokens=True))
     with torch.no_grad():
         ids_BT = decoder.generate(
             **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling

@@ -29,16 +29,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from niwaki.runtime.contextual.compact import Buffers
-from niwaki.runtime.contextual.decisions import Record
-from niwaki.runtime.contextual.sparsity import Turn
+from niwaki.runtime.contextual.sequence import Record
+from niwaki.runtime.contextual.sparsity import ContextualState
 
 
 @dataclass(eq=False)
 class SequenceState:
-    """State of one sequence: its cache, and its turn and record in a contextual model."""
+    """State of one sequence: its cache, and its contextual state and record if the model is contextual."""
 
     cache: Any
-    turn: Turn | None = None
+    contextual: ContextualState | None = None
     record: Record | None = None
 
 
@@ -182,14 +182,14 @@ class PerSequence:
 
         state = SequenceState(DynamicCache(config=self.model.config))
         if self.contextual is not None:
-            state.turn = Turn(self._free.pop() if self._free else Buffers())
+            state.contextual = ContextualState(self._free.pop() if self._free else Buffers())
         return state
 
     def read(self, state: SequenceState, ids: Sequence[int], *, every: bool) -> Tensor:
         """Run one forward pass of the whole model."""
-        if self.contextual is None or state.turn is None:
+        if self.contextual is None or state.contextual is None:
             return _read(self.model, state.cache, ids, every)
-        with self.contextual.turn(state.turn):
+        with self.contextual.switched(state.contextual):
             logits_TV = _read(self.model, state.cache, ids, every)
         state.record = state.record or self.contextual.records[-1]
         return logits_TV
@@ -211,6 +211,6 @@ class PerSequence:
 
     def drop(self, state: SequenceState) -> None:
         """Keep the memory of the sequence for the next one."""
-        if state.turn is not None:
-            self._free.append(state.turn.buffers)
-            state.turn = None
+        if state.contextual is not None:
+            self._free.append(state.contextual.buffers)
+            state.contextual = None

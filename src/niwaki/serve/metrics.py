@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from niwaki.runtime.contextual.decisions import DECISIONS, Record
+from niwaki.runtime.contextual.sequence import Decision, Record
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 ROUTES = ("chat", "completions")
@@ -74,7 +74,7 @@ class Metrics:
             for outcome in OUTCOMES:
                 self._requests.labels(route, outcome)
             self._seconds.labels(route)
-        for decision in DECISIONS:
+        for decision in Decision:
             self._decisions.labels(decision)
         for weights in ("part", "all"):
             self._contextual_tokens.labels(weights)

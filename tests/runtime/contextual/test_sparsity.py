@@ -9,8 +9,9 @@ from torch import Tensor
 
 from niwaki.errors import InputError
 from niwaki.model.anatomy import find_blocks
-from niwaki.runtime.contextual.prefill import Reading
+from niwaki.runtime.contextual.prefill import PrefillStatistics
 from niwaki.runtime.contextual.selection import for_batch
+from niwaki.runtime.contextual.sequence import Decision, Phase
 from niwaki.runtime.contextual.small_linear import CompactLinear
 from niwaki.runtime.contextual.sparsity import Contextual, attach
 from niwaki.runtime.contextual.units import KINDS, Layout
@@ -25,12 +26,12 @@ def chosen(model: Any, contextual: Contextual, prompt_BT: Tensor) -> Tensor:
 
 
 def scored(model: Any, contextual: Contextual, prompt_BT: Tensor) -> Tensor:
-    reading = Reading(contextual.shadow.layout)
+    prefill = PrefillStatistics(contextual.shadow.layout)
     contextual.enabled = False
-    with torch.no_grad(), reading.open(contextual.blocks, torch.ones_like(prompt_BT, dtype=torch.bool)):
+    with torch.no_grad(), prefill.observe(contextual.blocks, torch.ones_like(prompt_BT, dtype=torch.bool)):
         model(input_ids=prompt_BT, use_cache=False)
     contextual.enabled = True
-    return contextual.shadow.predictor.scores(*reading.features)
+    return contextual.shadow.predictor.scores(*prefill.features)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -41,8 +42,7 @@ def test_compact_equals_masked(family: str, mean_fill: float, scope: str, in_pla
     model = model_of(family)
     dense = copy.deepcopy(model)
     shadow = shadow_of(model, mean_fill=mean_fill, scope=scope)
-    contextual = attach(model, shadow)
-    contextual.in_place = in_place
+    contextual = attach(model, shadow, in_place=in_place)
     ids_BT = ids_of(1, PROMPT + 8)
     found, cache = step_by_step(model, ids_BT, PROMPT)
     kept_BU = chosen(model, contextual, ids_BT[:, :PROMPT])
@@ -57,11 +57,11 @@ def test_compact_equals_masked(family: str, mean_fill: float, scope: str, in_pla
 
 def activity(model: Any, layout: Layout, ids_BT: Tensor) -> Tensor:
     """Units [U] that put out anything behind the prompt."""
-    reading = Reading(layout)
+    prefill = PrefillStatistics(layout)
     real_BT = torch.arange(ids_BT.shape[1])[None] >= PROMPT
-    with torch.no_grad(), reading.open(find_blocks(model)[1], real_BT):
+    with torch.no_grad(), prefill.observe(find_blocks(model)[1], real_BT):
         model(input_ids=ids_BT, use_cache=False)
-    return reading.features[2][0] > 0
+    return prefill.features[2][0] > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -89,8 +89,8 @@ def test_no_later_token_influences_a_mask() -> None:
     kept = []
     for tokens in (ids_BT, others_BT):
         step_by_step(model, tokens, PROMPT)
-        assert contextual._sequence is not None and contextual._sequence.running is not None
-        swaps = contextual._sequence.running.small.swaps
+        assert contextual.state.sequence is not None and contextual.state.sequence.active is not None
+        swaps = contextual.state.sequence.active.blocks.swaps
         kept.append([swap.value.weight_OI.clone() for swap in swaps if isinstance(swap.value, CompactLinear)])
     assert all(torch.equal(left, right) for left, right in zip(*kept, strict=True))
     elsewhere = chosen(model, contextual, others_BT[:, PROMPT - 12 :])
@@ -107,8 +107,7 @@ def test_a_batch_has_heads_of_its_own_and_its_order_does_not_matter(
     model = model_of(family)
     dense = copy.deepcopy(model)
     shadow = shadow_of(model, scope=scope, max_kept_frac=1.0, batch=sharing, spread=0.2)
-    contextual = attach(model, shadow)
-    contextual.in_place = in_place
+    contextual = attach(model, shadow, in_place=in_place)
     layout, ids_BT, order = shadow.layout, ids_of(3, PROMPT + 4), [2, 0, 1]
     found, cache = step_by_step(model, ids_BT, PROMPT)
     scores_BU = scored(model, contextual, ids_BT[:, :PROMPT])
@@ -177,8 +176,8 @@ def test_padding_on_the_left_does_not_count() -> None:
             given["position_ids"] = (mask_BT.cumsum(1) - 1).clamp_min(0)
         with torch.no_grad():
             model(input_ids=ids_BT, use_cache=True, **given)
-        assert contextual._sequence is not None
-        features.append(contextual._sequence.reading.features)
+        assert contextual.state.sequence is not None
+        features.append(contextual.state.sequence.prefill.features)
     for left, right in zip(*features, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
 
@@ -191,7 +190,7 @@ def test_looking_again_repairs_the_cache(family: str) -> None:
     ids_BT = ids_of(2, PROMPT + 10)
     _, cache = step_by_step(model, ids_BT, PROMPT)
     assert len(contextual.records[0].skipped_frac) == 3  # after the prompt, 4 and 8 tokens
-    sequence = contextual._sequence
+    sequence = contextual.state.sequence
     assert sequence is not None
     contextual.verify()
     _, wanted = step_by_step(dense, ids_BT, PROMPT)
@@ -234,6 +233,42 @@ def test_short_prompts_run_dense_until_there_is_something_to_look_at() -> None:
     assert (record.prompt_tokens, record.sparse_tokens) == (8, 4)
 
 
+@pytest.mark.parametrize(
+    ("running", "decision", "phase"),
+    [
+        ({}, Decision.SPARSE, Phase.SPARSE),
+        ({"min_prompt": PROMPT + 9}, Decision.UNREAD, Phase.PREFILL),
+        ({"max_deviation": 1e-9}, Decision.DEVIATION, Phase.DENSE),
+        ({"min_margin": 1.0}, Decision.MARGIN, Phase.DENSE),
+        ({"max_kept_frac": 0.1}, Decision.BATCH, Phase.DENSE),
+    ],
+)
+def test_every_decision_names_its_reason_and_phase(running: dict[str, Any], decision: Decision, phase: Phase) -> None:
+    model = model_of("llama")
+    contextual = attach(model, shadow_of(model, **running))
+    step_by_step(model, ids_of(1, PROMPT + 2), PROMPT)
+    (record,), sequence = contextual.records, contextual.state.sequence
+    assert record.decision is decision and sequence is not None and sequence.phase is phase
+    assert bool(record.dense_because) == (phase is Phase.DENSE)
+
+
+def test_verification_keeps_the_units_and_a_refresh_drops_them() -> None:
+    model = model_of("llama")
+    contextual = attach(model, shadow_of(model))
+    ids_BT = ids_of(1, PROMPT + 2)
+    _, cache = step_by_step(model, ids_BT, PROMPT)
+    sequence = contextual.state.sequence
+    assert sequence is not None and sequence.phase is Phase.SPARSE
+    active = sequence.active
+    contextual.verify()
+    assert sequence.phase is Phase.PREFILL and sequence.active is active
+    with torch.no_grad():
+        model(input_ids=ids_BT[:, :1], past_key_values=cache, use_cache=True)
+        assert sequence.phase is Phase.SPARSE and sequence.active is active
+        model(input_ids=ids_BT[:, :3], past_key_values=cache, use_cache=True)
+    assert sequence.phase is Phase.PREFILL and sequence.active is None
+
+
 def test_between_forwards_the_model_is_the_full_one() -> None:
     model = model_of("opt")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -253,6 +288,7 @@ def test_fixed_caches_run_dense_and_cropped_ones_are_refused() -> None:
         model(input_ids=ids_of(1, PROMPT), past_key_values=cache, use_cache=True)
         model(input_ids=ids_of(1, 1), past_key_values=cache, use_cache=True)
     assert "fixed size" in contextual.records[0].dense_because
+    assert contextual.records[0].decision is Decision.UNSUPPORTED
     _, grown = step_by_step(model, ids_of(1, PROMPT + 2), PROMPT)
     grown.crop(-1)
     with pytest.raises(InputError, match="contextual sparsity cannot follow"):

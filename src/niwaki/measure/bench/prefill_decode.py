@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from niwaki.measure.bench.timing import now
-from niwaki.runtime.cuda_graph import Graphed
+from niwaki.runtime.cuda_graph import CudaGraphGenerator
 
 WARM_TOKENS = 16  # of a prompt that warms up a CPU, on which a whole prompt may take minutes
 WARM_STEPS = 2
@@ -83,12 +83,12 @@ def _stepwise(model: Any, ids_BT: Tensor) -> Callable[[int], float]:
 
 
 def _graphed(model: Any, ids_BT: Tensor, steps: int) -> Callable[[int], float]:
-    graphed = Graphed(model, room=ids_BT.shape[1] + steps)
+    generator = CudaGraphGenerator(model, room=ids_BT.shape[1] + steps)
 
     @torch.no_grad()
     def decode(steps: int) -> float:
         with _end_of_prompt(model) as end_times:
-            logits_BV, step = graphed.start(ids_BT)
+            logits_BV, step = generator.prefill(ids_BT)
             for _ in range(steps):
                 logits_BV = step.replay(logits_BV.argmax(-1, keepdim=True))
         return now(ids_BT.device) - end_times[0]

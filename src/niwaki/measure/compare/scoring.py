@@ -23,7 +23,7 @@ from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
 from niwaki.measure.evaluate.tasks import Bucket, Item, continuation_likelihood, likelihoods
 from niwaki.measure.schema import Scoring
 from niwaki.model.decoder import Decoder
-from niwaki.runtime.contextual.following import follow
+from niwaki.runtime.contextual.decoding import logits_of_text
 from niwaki.runtime.contextual.record import has_shadow, read_shadow
 from niwaki.runtime.contextual.sparsity import Contextual, attach
 from niwaki.runtime.load import load
@@ -116,7 +116,7 @@ def _score_contextual(
 
 
 def _follow(contextual: Contextual, ids_T: Tensor, prompt: int) -> Tensor:
-    return follow(contextual, ids_T.to(contextual.model.device), prompt).float()
+    return logits_of_text(contextual, ids_T.to(contextual.model.device), prompt).float()
 
 
 def _window_logits(states: FinalHiddenStates, text: Text) -> Callable[[int], Tensor]:

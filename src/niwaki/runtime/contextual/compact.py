@@ -1,11 +1,12 @@
-"""Blocks without the heads and neurons that a sequence does not need: smaller matrices in the place of the full ones.
+"""Blocks without the heads and neurons that a sequence does not need: smaller matrices in place of the full ones.
 
-The matrices are copied once for a sequence, rows of those that make a unit and columns of the one that reads it, all
-in the layout that the model has: torch multiplies bfloat16 on a CPU some hundred times slower in the other one. Nothing
-of a model is written twice: attention modules take the number of heads from the shapes they meet, or from an attribute
-that is scaled along. Keys and values in the cache lose the same heads. In a batch every sequence has heads of its own:
-together they need nearly all, so the full matrices run and each takes its part of what they put out; keys, values and
-attention are only its own.
+The matrices are copied once per sequence: rows of those that produce a unit, columns of the one that consumes it. The
+copies keep the memory layout of the model, because torch multiplies bfloat16 on a CPU about a hundred times slower in
+the other one. No module of a model is written again. Attention modules take the number of heads from the shapes of
+their inputs, or from an attribute that is scaled too. Keys and values in the cache lose the same heads.
+
+In a batch every sequence has heads of its own. Together they need nearly all heads, so the full matrices run and each
+sequence takes its part of the output. Keys, values and attention are its own only.
 
 Between two forwards the model is always the full one: `applied` puts the small matrices in for the time of a call.
 
@@ -43,31 +44,33 @@ HEAD_ATTRIBUTES = ("num_heads", "num_key_value_heads")
 
 
 class Buffers:
-    """Memory for copies, by block and matrix. It lasts from one sequence to the next: to map fresh memory takes longer
-    than to fill it, and what has its place for good can be part of a CUDA graph. A new mask overwrites the one before.
+    """Memory for copies, by block and matrix. It lasts from one sequence to the next.
+
+    To map fresh memory takes longer than to fill it, and a fixed address can be part of a CUDA graph. A new mask
+    overwrites the one before.
     """
 
     def __init__(self) -> None:
         self._flat: dict[tuple[int, str], Tensor] = {}
-        self.gates: dict[type, tuple[int, str] | None] = {}  # what `find_gate` found of a kind of layer
+        self.gates: dict[type, tuple[int, str] | None] = {}  # results of `find_gate` by type of layer
 
     def take(self, key: tuple[int, str], shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Room for a tensor of this shape, of the dtype and on the device of another."""
+        """Return memory for a tensor of this shape, with the dtype and device of another tensor."""
         flat, size = self._flat.get(key), prod(shape)
         if flat is None or len(flat) < size or flat.dtype != like.dtype or flat.device != like.device:
             self._flat[key] = flat = like.new_empty(size)
         return flat[:size].view(shape)
 
     def hold(self, key: tuple[int, str], value: Tensor) -> Tensor:
-        """A copy of `value` in its place."""
+        """Copy `value` to its memory and return the copy."""
         return self.take(key, tuple(value.shape), value).copy_(value)
 
     def rows(self, key: tuple[int, str], W_OI: Tensor, rows: Tensor) -> Tensor:
-        """Some rows of a matrix."""
+        """Copy some rows of a matrix."""
         return torch.index_select(W_OI, 0, rows, out=self.take(key, (len(rows), W_OI.shape[1]), W_OI))
 
     def columns(self, key: tuple[int, str], W_OI: Tensor, columns: Tensor) -> Tensor:
-        """Some columns of a matrix; NumPy gathers them ten times as fast as torch does on a CPU."""
+        """Copy some columns of a matrix; NumPy gathers them ten times as fast as torch does on a CPU."""
         small = self.take(key, (len(W_OI), len(columns)), W_OI)
         if W_OI.is_cuda:
             return torch.index_select(W_OI, 1, columns, out=small)
@@ -78,57 +81,50 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Swap:
-    """A name in the children of a module and what stands there, or a number among its attributes."""
+    """Replacement of a child of a module, or of a number among its attributes."""
 
     owner: nn.Module
     name: str
     value: Any
 
 
-class Compact:
-    """The small matrices of all blocks for one mask."""
+class CompactBlocks:
+    """Small matrices of all blocks for one mask."""
 
     def __init__(self, swaps: list[Swap]) -> None:
         self.swaps = swaps
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model computes with them inside."""
-        before = self.enter()
+        """Compute with the small matrices in the forwards inside."""
+        before = _exchange(self.swaps)
         try:
             yield
         finally:
-            leave(before)
-
-    def enter(self) -> list[Swap]:
-        """Puts them in; returns what `leave` puts back."""
-        return _exchange(self.swaps)
+            _exchange(before)
 
     @property
     def modules(self) -> list[nn.Module]:
-        """All that multiplies."""
+        """Return all modules that multiply."""
         return [part for swap in self.swaps if isinstance(swap.value, nn.Module) for part in swap.value.modules()]
 
     @property
-    def places(self) -> tuple[tuple[int, ...], ...]:
-        """Address and shape of what the mask filled in: equal where a recorded graph reads the right memory."""
-        return tuple(
-            module.place for module in self.modules if isinstance(module, CompactLinear | KeptRows | PickedRows)
-        )
+    def addresses(self) -> tuple[tuple[int, ...], ...]:
+        """Return address and shape of what the mask filled in: a recorded graph reads these addresses."""
+        kinds = CompactLinear | KeptRows | PickedRows
+        return tuple(module.address for module in self.modules if isinstance(module, kinds))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copies."""
+        """Return the bytes of the copies."""
         return sum(module.weight_OI.nbytes for module in self.modules if isinstance(module, CompactLinear))
 
 
-def leave(before: list[Swap]) -> None:
-    """Puts back what `Compact.enter` returned."""
-    _exchange(before)
-
-
 def _exchange(swaps: list[Swap]) -> list[Swap]:
-    """Straight into the tables of modules: setting attributes would cost a millisecond a token."""
+    """Put replacements in and return what they replace.
+
+    It writes to the tables of modules: setting attributes would cost a millisecond per token.
+    """
     before = []
     for swap in swaps:
         table: dict[str, Any] = swap.owner._modules if isinstance(swap.value, nn.Module) else vars(swap.owner)
@@ -138,7 +134,7 @@ def _exchange(swaps: list[Swap]) -> list[Swap]:
 
 
 def check_linears(blocks: nn.ModuleList, layout: Layout) -> None:
-    """Raises ArchitectureError for matrices that are no nn.Linear."""
+    """Raise ArchitectureError for matrices that are no nn.Linear."""
     for block in blocks:
         for unit in layout.units.values():
             for name in (*unit.producers, unit.consumer):
@@ -157,88 +153,90 @@ def compact(
     mean_fills: Mapping[int, Tensor] | None = None,
     *,
     in_place: bool = False,
-) -> Compact:
-    """Copies the units that are true into `buffers`. All sequences must keep equally many heads of a block. The masks
-    lie on the CPU: they are read here, and a GPU would have to be waited for each time.
+) -> CompactBlocks:
+    """Copy the units that are true into `buffers`. All sequences must keep the same number of heads in a block.
 
-    `mean_fills`: by block, activations [B, I] that take the place of those of skipped neurons. `in_place`: rows and the
-    columns of heads are not copied but read where they are, for batches that the kernels take; only columns of single
-    neurons, which lie two bytes apart, are copied.
+    The masks are on the CPU, because this function reads them and would wait for a GPU each time.
+
+    `mean_fills`: by block, activations [B, I] that replace those of skipped neurons. `in_place`: the kernels read rows,
+    and columns of heads, in the full matrices, for batches of at most `MAX_TOKENS`. Only columns of single neurons are
+    copied: they lie two bytes apart.
     """
     swaps: list[Swap] = []
     device = next(blocks.parameters()).device
-    heads, neurons = Places(heads_BLG[0], device), Places(neurons_LG, device)
+    heads, neurons = KeptIndices(heads_BLG[0], device), KeptIndices(neurons_LG, device)
     groups, same_L = own_groups(heads_BLG, device), (heads_BLG == heads_BLG[:1]).all(2).all(0).tolist()
     in_place = in_place and len(heads_BLG) <= MAX_TOKENS
     for index, block in enumerate(blocks):
         if not bool(heads.kept_LG[index].all()):
             own_BK = None if same_L[index] else groups[index]
-            swaps += _heads(_Part(index, block, buffers, heads, in_place), layout.units["heads"], own_BK)
+            swaps += _heads(_BlockCut(index, block, buffers, heads, in_place), layout.units["heads"], own_BK)
         if not bool(neurons.kept_LG[index].all()):
             mean_BI = None if mean_fills is None else mean_fills[index]
-            swaps += _neurons(_Part(index, block, buffers, neurons, in_place), layout.units["neurons"], mean_BI)
-    return Compact(swaps)
+            swaps += _neurons(_BlockCut(index, block, buffers, neurons, in_place), layout.units["neurons"], mean_BI)
+    return CompactBlocks(swaps)
 
 
-class Places:
-    """Where the kept units of a kind lie in the matrices of every block; found for all blocks at once."""
+class KeptIndices:
+    """Rows or columns of the kept units of a kind, in the matrices of every block; computed for all blocks at once."""
 
     def __init__(self, kept_LG: Tensor, device: torch.device) -> None:
         self.kept_LG, self.device = kept_LG, device
-        self._found: dict[int, tuple[Tensor, ...]] = {}
+        self._by_size: dict[int, tuple[Tensor, ...]] = {}
 
-    def of(self, index: int, size: int) -> Tensor:
-        """In the matrices of block `index` that have `size` rows or columns of these units."""
-        if size not in self._found:
+    def of(self, block: int, size: int) -> Tensor:
+        """Return the indices in a matrix of one block that has `size` rows or columns of these units."""
+        if size not in self._by_size:
             wide_LS = self.kept_LG.repeat_interleave(size // self.kept_LG.shape[1], dim=1)
-            self._found[size] = wide_LS.nonzero()[:, 1].to(self.device).split(wide_LS.sum(1).tolist())
-        return self._found[size][index]
+            indices = wide_LS.nonzero()[:, 1].to(self.device)
+            self._by_size[size] = indices.split(wide_LS.sum(1).tolist())
+        return self._by_size[size][block]
 
 
 def own_groups(heads_BLG: Tensor, device: torch.device) -> list[Tensor]:
-    """The heads that each sequence keeps, [B, K] for every block; all sequences keep equally many of a block."""
+    """Return the heads [B, K] that each sequence keeps, for every block; K is the same for all sequences."""
     heads_LBG, sequences = heads_BLG.transpose(0, 1), len(heads_BLG)
     groups = heads_LBG.nonzero()[:, 2].to(device)
     return [part.view(sequences, -1) for part in groups.split(heads_LBG.sum((1, 2)).tolist())]
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One block, and copies of the rows or columns of its matrices that belong to kept units of a kind."""
+class _BlockCut:
+    """One block, with copies of the rows or columns of its matrices that belong to the kept units of a kind."""
 
     index: int
     block: nn.Module
     buffers: Buffers
-    places: Places
+    kept: KeptIndices
     in_place: bool
 
     def linear(self, name: str) -> nn.Linear:
-        part = self.block.get_submodule(name)
-        assert isinstance(part, nn.Linear)
-        return part
+        full = self.block.get_submodule(name)
+        assert isinstance(full, nn.Linear)
+        return full
 
     def rows(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the rows of a producer."""
-        part, key = self.linear(name), (self.index, name)
-        rows = self.places.of(self.index, part.out_features)
-        bias = None if part.bias is None else part.bias.index_select(0, rows)
+        """Return weight and bias of the kept rows of a producer."""
+        full, key = self.linear(name), (self.index, name)
+        rows = self.kept.of(self.index, full.out_features)
+        bias = None if full.bias is None else full.bias.index_select(0, rows)
         bias = None if bias is None else self.buffers.hold((self.index, f"{name}.bias"), bias)
-        return self.buffers.rows(key, part.weight.detach(), rows), bias
+        return self.buffers.rows(key, full.weight.detach(), rows), bias
 
     def columns(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the columns of the consumer."""
-        part = self.linear(name)
-        columns = self.places.of(self.index, part.in_features)
-        return self.buffers.columns((self.index, name), part.weight.detach(), columns), part.bias
+        """Return weight and bias of the kept columns of the consumer."""
+        full = self.linear(name)
+        columns = self.kept.of(self.index, full.in_features)
+        return self.buffers.columns((self.index, name), full.weight.detach(), columns), full.bias
 
     def producer(self, name: str) -> nn.Module:
-        """What makes the kept units."""
+        """Return the module that produces the kept units."""
         return KeptRows(self.linear(name), *self.units(name)) if self.in_place else CompactLinear(*self.rows(name))
 
     def units(self, name: str) -> tuple[Tensor, int]:
-        """The kept units, in their place, and how many rows of this producer make one."""
-        groups = self.places.kept_LG.shape[1]
-        units_K = self.buffers.hold((self.index, f"{name}.units"), self.places.of(self.index, groups))
+        """Return the kept units, at their fixed address, and the rows of this producer per unit."""
+        groups = self.kept.kept_LG.shape[1]
+        units_K = self.buffers.hold((self.index, f"{name}.units"), self.kept.of(self.index, groups))
         return units_K, self.linear(name).out_features // groups
 
     def swap(self, name: str, module: nn.Module) -> Swap:
@@ -246,67 +244,67 @@ class _Part:
         return Swap(self.block.get_submodule(owner), leaf, module)
 
 
-def _neurons(part: _Part, unit: Unit, mean_BI: Tensor | None) -> list[Swap]:
+def _neurons(cut: _BlockCut, unit: Unit, mean_BI: Tensor | None) -> list[Swap]:
     extra_BD = None
     if mean_BI is not None:
-        full = part.linear(unit.consumer)
-        skipped_BI = mean_BI.index_fill(1, part.places.of(part.index, full.in_features), 0.0)
-        extra_BD = part.buffers.hold((part.index, f"{unit.consumer}.extra"), linear(skipped_BI, full.weight))
-    consumer = CompactLinear(*part.columns(unit.consumer), extra_BD)
-    if part.in_place and (gated := _gated(part, unit, consumer)):
+        full = cut.linear(unit.consumer)
+        skipped_BI = mean_BI.index_fill(1, cut.kept.of(cut.index, full.in_features), 0.0)
+        extra_BD = cut.buffers.hold((cut.index, f"{unit.consumer}.extra"), linear(skipped_BI, full.weight))
+    consumer = CompactLinear(*cut.columns(unit.consumer), extra_BD)
+    if cut.in_place and (gated := _gated(cut, unit, consumer)):
         return [gated]
-    swaps = [part.swap(name, part.producer(name)) for name in unit.producers]
-    return [*swaps, part.swap(unit.consumer, consumer)]
+    swaps = [cut.swap(name, cut.producer(name)) for name in unit.producers]
+    return [*swaps, cut.swap(unit.consumer, consumer)]
 
 
-def _gated(part: _Part, unit: Unit, consumer: CompactLinear) -> Swap | None:
-    """The whole layer in one, where it is a gated one by itself."""
+def _gated(cut: _BlockCut, unit: Unit, consumer: CompactLinear) -> Swap | None:
+    """Return one module for the whole layer, if it is a gated layer and nothing else."""
     owners = {name.rpartition(".")[0] for name in (*unit.producers, unit.consumer)}
     layer = owners.pop()
     if owners or not layer:
         return None
-    key = type(part.block.get_submodule(layer))
-    producers = [part.linear(name) for name in unit.producers]
-    if key not in part.buffers.gates:
-        full = part.linear(unit.consumer)
-        part.buffers.gates[key] = find_gate(part.block.get_submodule(layer), producers, full)
-    if (found := part.buffers.gates[key]) is None:
+    key = type(cut.block.get_submodule(layer))
+    producers = [cut.linear(name) for name in unit.producers]
+    if key not in cut.buffers.gates:
+        full = cut.linear(unit.consumer)
+        cut.buffers.gates[key] = find_gate(cut.block.get_submodule(layer), producers, full)
+    if (gate_and_act := cut.buffers.gates[key]) is None:
         return None
-    gate, act = found
-    module = KeptGate(producers[gate], producers[1 - gate], *part.units(unit.producers[gate]), act, consumer)
-    return part.swap(layer, module)
+    gate, act = gate_and_act
+    module = KeptGate(producers[gate], producers[1 - gate], *cut.units(unit.producers[gate]), act, consumer)
+    return cut.swap(layer, module)
 
 
-def _heads(part: _Part, unit: Unit, own_BK: Tensor | None) -> list[Swap]:
-    """`own_BK`: the heads of each sequence; None if all keep the same."""
-    kept_G, full = part.places.kept_LG[part.index], part.linear(unit.consumer)
+def _heads(cut: _BlockCut, unit: Unit, own_BK: Tensor | None) -> list[Swap]:
+    """Return the replacements of an attention module. `own_BK`: heads of each sequence, None if all keep the same."""
+    kept_G, full = cut.kept.kept_LG[cut.index], cut.linear(unit.consumer)
     if own_BK is None:
-        swaps = [part.swap(name, part.producer(name)) for name in unit.producers]
-        units_K, width = part.units(unit.producers[0])[0], full.in_features // len(kept_G)
-        reader = KeptColumns(full, units_K, width) if part.in_place else CompactLinear(*part.columns(unit.consumer))
-        swaps.append(part.swap(unit.consumer, reader))
+        swaps = [cut.swap(name, cut.producer(name)) for name in unit.producers]
+        units_K, width = cut.units(unit.producers[0])[0], full.in_features // len(kept_G)
+        consumer = KeptColumns(full, units_K, width) if cut.in_place else CompactLinear(*cut.columns(unit.consumer))
+        swaps.append(cut.swap(unit.consumer, consumer))
     else:
-        own_BK = part.buffers.hold((part.index, "groups"), own_BK)
-        swaps = [part.swap(name, PickedRows(part.linear(name), own_BK, len(kept_G))) for name in unit.producers]
-        swaps.append(part.swap(unit.consumer, PickedColumns(full, own_BK, len(kept_G))))
-    attention = part.block.get_submodule(unit.consumer.rpartition(".")[0])
+        own_BK = cut.buffers.hold((cut.index, "groups"), own_BK)
+        swaps = [cut.swap(name, PickedRows(cut.linear(name), own_BK, len(kept_G))) for name in unit.producers]
+        swaps.append(cut.swap(unit.consumer, PickedColumns(full, own_BK, len(kept_G))))
+    attention = cut.block.get_submodule(unit.consumer.rpartition(".")[0])
     return swaps + _head_counts(attention, int(kept_G.sum()), len(kept_G))
 
 
 def kept_states(cache: Any, heads_BLG: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [B, K, T, C] of the heads that each sequence runs, of every block."""
+    """Return keys and values [B, K, T, C] of the heads that each sequence runs, for every block."""
     device = cache.layers[0].keys.device
-    found = []
+    states = []
     for layer, groups_BK in zip(cache.layers, own_groups(heads_BLG, device), strict=True):
         keys, values = layer.keys, layer.values
         if groups_BK.shape[1] < heads_BLG.shape[2]:
             keys, values = _take_heads(keys, groups_BK), _take_heads(values, groups_BK)
-        found.append((keys, values))
-    return found
+        states.append((keys, values))
+    return states
 
 
 def cut_cache(cache: Any, heads_BLG: Tensor) -> None:
-    """Leaves the cache what `kept_states` says; the tensors themselves are not changed."""
+    """Leave the cache with `kept_states` only; the tensors themselves do not change."""
     for layer, (keys, values) in zip(cache.layers, kept_states(cache, heads_BLG), strict=True):
         layer.keys, layer.values = keys, values
 
@@ -318,6 +316,6 @@ def _take_heads(states_BGTC: Tensor, groups_BK: Tensor) -> Tensor:
 
 
 def _head_counts(attention: nn.Module, kept: int, groups: int) -> list[Swap]:
-    """Attributes of an attention module that say how many heads there are, for those that stay."""
+    """Return replacements for the attributes of an attention module that count heads."""
     known = {name: vars(attention)[name] for name in HEAD_ATTRIBUTES if name in vars(attention)}
     return [Swap(attention, name, count * kept // groups) for name, count in known.items()]

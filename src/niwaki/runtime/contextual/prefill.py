@@ -1,6 +1,6 @@
-"""What a dense forward shows of a prompt: the activity of every unit, and what the first block's heads put out.
+"""Statistics of a prefill: the activity of every unit, and the output of the heads of the first block.
 
-Sums over the tokens that are not padding, so a prompt may come in pieces, and later tokens may be added.
+They are sums over the tokens that are not padding. So a prompt may come in chunks, and later tokens may be added.
 
 Legend: B sequences, T tokens, C channels, D width of the heads' output, U units.
 """
@@ -16,8 +16,8 @@ from niwaki.config.recipe import Kind
 from niwaki.runtime.contextual.units import KINDS, Layout
 
 
-class Reading:
-    """Sums over the tokens read so far."""
+class PrefillStatistics:
+    """Sums over the tokens that the full model read so far."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -27,8 +27,8 @@ class Reading:
         self._squares: dict[tuple[int, Kind], Tensor] = {}
 
     @contextmanager
-    def open(self, blocks: nn.ModuleList, real_BT: Tensor) -> Iterator[None]:
-        """Dense forwards inside are read; `real_BT` is true for tokens that are no padding."""
+    def observe(self, blocks: nn.ModuleList, real_BT: Tensor) -> Iterator[None]:
+        """Add the dense forwards inside; `real_BT` is true for tokens that are no padding."""
         handles = [
             block.get_submodule(self.layout.units[kind].consumer).register_forward_pre_hook(
                 lambda _, args, key=(index, kind): self._add(key, args[0], real_BT)
@@ -47,9 +47,9 @@ class Reading:
         real_B1T = real_BT.to(x_BTC)[:, None]
         sum_BC, square_BC = (real_B1T @ x_BTC)[:, 0], (real_B1T @ x_BTC.square())[:, 0]
         square_BG = square_BC.view(len(x_BTC), self.layout.count(key[1]), -1).mean(2)
-        known = key in self._sums
-        self._sums[key] = self._sums[key] + sum_BC if known else sum_BC
-        self._squares[key] = self._squares[key] + square_BG if known else square_BG
+        started = key in self._sums
+        self._sums[key] = self._sums[key] + sum_BC if started else sum_BC
+        self._squares[key] = self._squares[key] + square_BG if started else square_BG
         if key == (0, "heads"):
             count_B = real_BT.sum(1)
             at_B = (real_BT.cumsum(1) * real_BT).argmax(1)  # of the last real token
@@ -60,21 +60,21 @@ class Reading:
 
     @property
     def features(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What `Predictor.scores` takes: last [B, D], mean [B, D] and prompt [B, U]."""
-        assert self._last_BD is not None and self.tokens_B is not None, "nothing was read"
+        """Return the arguments of `Predictor.scores`: last [B, D], mean [B, D] and prompt [B, U]."""
+        assert self._last_BD is not None and self.tokens_B is not None, "no forward was observed"
         count_B1 = self.tokens_B[:, None]
         blocks = range(self.layout.blocks)
         rms = [torch.stack([(self._squares[i, kind] / count_B1).sqrt() for i in blocks], dim=1) for kind in KINDS]
         return self._last_BD, self.mean((0, "heads")), self.layout.join(*rms)
 
     def mean(self, key: tuple[int, Kind]) -> Tensor:
-        """Mean input [B, C] of the reader of a kind of unit in a block."""
-        assert self.tokens_B is not None, "nothing was read"
+        """Return the mean input [B, C] of the matrix that consumes a kind of unit in a block."""
+        assert self.tokens_B is not None, "no forward was observed"
         return self._sums[key] / self.tokens_B[:, None]
 
 
 def real_tokens(kwargs: dict[str, Any], ids_BT: Tensor) -> Tensor | None:
-    """Which of these tokens are no padding [B, T]; None if the mask is of a form that does not say."""
+    """Return which of these tokens are no padding [B, T]; None if the mask is not of two dimensions."""
     mask = kwargs.get("attention_mask")
     if mask is None:
         return torch.ones_like(ids_BT, dtype=torch.bool)

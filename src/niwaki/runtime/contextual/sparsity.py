@@ -1,32 +1,34 @@
-"""A transformers model that reads a prompt with all of its weights and writes with those that this prompt needs.
+"""Contextual sparsity in a transformers model: prefill with all weights, decode with those that the prompt needs.
 
-`attach(model, shadow)` adds two hooks to a model; nothing of it is rewritten, and `generate` works as ever:
+`attach(model, shadow)` adds two hooks to a model. It rewrites no module, and `generate` works as before:
 
-1. Reading. A forward on an empty cache is the full model. What it shows is summed on the way (`runtime.reading`), also
-   over further pieces of the prompt.
-2. Writing. At the first single token the predictor scores all units, the lowest are skipped, the matrices of the others
-   are copied together and the heads that are gone leave the cache (`runtime.compact`). From here on every token runs on
-   the small matrices, until another sequence begins.
-3. Looking again. After `refresh_tokens` tokens, or when a longer piece follows (the next turn of a dialogue), the cache
-   is put back to what the full model left, the tokens written since are read by the full model, and 2. follows.
+1. Prefill. A forward on an empty cache runs the full model. Hooks sum the activations (`contextual.prefill`), also over
+   further chunks of the prompt.
+2. Sparse decode. At the first single token the predictor scores all units, and the lowest are skipped. The matrices of
+   the others are copied together, and the skipped heads leave the cache (`contextual.compact`). Every later token runs
+   on the small matrices, until another sequence begins.
+3. Refresh. It comes after `refresh_tokens` tokens, or before a longer input (the next turn of a dialogue). The cache
+   gets back what the full model left, the full model reads the tokens generated since, and step 2 follows.
 
-In a batch every sequence has heads of its own, and all run the same neurons (`contextual.selection.for_batch`); their
-order does not matter. When the batch together needs more than `max_kept_frac` of the weights, skipping would not pay,
-and it runs dense; so do prompts until they are `min_prompt` long, those that deviate by more than `max_deviation`
-from what is expected of them or whose mask holds less than `min_margin` of it (see `gating`), and caches or attention
-masks that cannot be followed.
-`records` says of every sequence what was done and why.
+In a batch every sequence has heads of its own, and all run the same neurons (`contextual.selection.for_batch`). Their
+order does not matter. A batch runs dense in these cases (`sequence.Decision`):
 
-Not followed: caches that are cropped while small (assisted decoding) are refused; where beams changed places there is
-no second look, and what needs the full cache again (checking, a longer piece) is refused.
+- it needs more than `max_kept_frac` of the weights, so skipping would not pay;
+- its prompt is shorter than `min_prompt`;
+- its prompt deviates by more than `max_deviation` from what is expected, or the mask holds less than `min_margin` of it
+  (`measure.prompt_gate` sets both limits);
+- its cache or attention mask is of a form that is not supported.
 
-Legend: B sequences, T tokens, U units, C channels.
+`records` holds the account of every batch.
+
+Limits: a cache that is cropped while heads are missing in it (assisted decoding) is refused. After beam search reorders
+the cache there is no refresh, and what needs the full cache (verification, a longer input) is refused.
+
+Legend: B sequences, T tokens, U units, V vocabulary.
 """
 
-import copy
-import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,211 +37,169 @@ from torch import Tensor, nn
 
 from niwaki.errors import InputError
 from niwaki.model.anatomy import find_blocks
-from niwaki.runtime.contextual.compact import Buffers, Compact, Swap, check_linears, compact, cut_cache, leave
-from niwaki.runtime.contextual.decisions import Record
-from niwaki.runtime.contextual.prefill import Reading, real_tokens
+from niwaki.runtime.contextual.compact import Buffers, check_linears, compact
+from niwaki.runtime.contextual.prefill import PrefillStatistics, real_tokens
 from niwaki.runtime.contextual.record import Shadow
 from niwaki.runtime.contextual.selection import for_batch, margin
+from niwaki.runtime.contextual.sequence import ActiveUnits, ContextualSequence, Decision, Phase, Record
 
-KEPT_RECORDS = 1000
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a batch runs: the small matrices, and the heads [B, L, G] whose keys and values stay."""
-
-    small: Compact
-    heads_BLG: Tensor
+MAX_RECORDS = 1000
 
 
 @dataclass
-class _Sequence:
-    """A batch on its way: the cache it is known by, what was read, and what was written since."""
-
-    cache: Any
-    length: int
-    reading: Reading
-    record: Record
-    running: Choice | None = None
-    parked: Choice | None = None
-    full_cache: list[Any] = field(default_factory=list)
-    written: list[dict[str, Tensor]] = field(default_factory=list)
-    last_keys: Tensor | None = None  # of the first block, as our forward left them
-    reordered: bool = False
-
-    @property
-    def alive(self) -> Any:
-        """The cache, if its owner still has it."""
-        return self.cache()
-
-
-@dataclass
-class Turn:
-    """A batch that waits while others run: where it stands, and memory of its own for what was chosen for it."""
+class ContextualState:
+    """Sequence in progress, and the memory of its compact matrices; a server holds one for each sequence."""
 
     buffers: Buffers = field(default_factory=Buffers)
-    sequence: _Sequence | None = None
+    sequence: ContextualSequence | None = None
 
 
 class Contextual:
-    """The state of one model; made by `attach`."""
+    """Handle of a contextual model, made by `attach`. `records` holds the last batches, the newest at the end.
 
-    def __init__(self, model: Any, shadow: Shadow) -> None:
-        self.model, self.shadow = model, shadow
+    While `enabled` is false the full model runs. `in_place`: kernels read the kept rows in the full matrices. None
+    means on a GPU only.
+    """
+
+    def __init__(self, model: Any, shadow: Shadow, *, in_place: bool | None = None) -> None:
+        self.model, self.shadow, self.in_place = model, shadow, in_place
         self.blocks: nn.ModuleList = find_blocks(model)[1]
         self.records: list[Record] = []
         self.enabled = True
-        self.in_place: bool | None = None  # whether rows are read where they are; None: on a GPU
-        self._buffers = Buffers()
-        self._sequence: _Sequence | None = None
-        self._own_forward = False
-        self._open: list[Any] = []  # what the hook after a forward has to close
-        self._swapped: list[Swap] = []
+        self.state = ContextualState()
+        self._own_forward = False  # the hooks let a forward of this handle pass
+        self._after_forward = ExitStack()  # closed by the hook after a forward
 
     def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Decides how this forward runs."""
+        """Choose how this forward runs."""
         if self._own_forward or not self.enabled:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
-        cache, sequence = kwargs.get("past_key_values"), self._sequence
+        cache, sequence = kwargs.get("past_key_values"), self.state.sequence
         if not isinstance(ids, Tensor):
-            self._sequence = None  # embeddings instead of tokens: nothing can be read again later
-        elif sequence is not None and cache is not None and sequence.alive is cache:
-            self._go_on(sequence, ids, kwargs)
+            self.state.sequence = None  # embeddings instead of tokens: a refresh could not read them again
+        elif sequence is not None and cache is not None and sequence.cache is cache:
+            self._continue(sequence, ids, kwargs)
         else:
             self._begin(ids, cache, kwargs)
 
     def after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        """Leaves the full model behind, and remembers the cache that a prompt filled. Runs after errors too."""
+        """Restore the full model, and remember the cache that a prompt filled. Runs after errors too."""
         if self._own_forward:
             return
-        leave(self._swapped[::-1])
-        self._swapped = []
-        for closing in self._open:
-            closing.__exit__(None, None, None)
-        self._open = []
-        sequence = self._sequence
+        self._after_forward.close()
+        sequence = self.state.sequence
         if sequence is None:
             return
         cache = output.get("past_key_values") if isinstance(output, dict) else None
         if cache is None or cache.get_seq_length() != sequence.length:
-            self._sequence = None  # an error, no cache, or one that held something before
+            self.state.sequence = None  # an error, no cache, or one that was not empty before
             return
-        sequence.cache = weakref.ref(cache)
-        sequence.last_keys = cache.layers[0].keys
+        sequence.bind(cache)
 
     def _begin(self, ids_BT: Tensor, cache: Any, kwargs: dict[str, Any]) -> None:
-        self._sequence = None
+        self.state.sequence = None
         if cache is not None and cache.get_seq_length():
-            return  # filled by others: what it holds was not read
-        reading = Reading(self.shadow.layout)
+            return  # another owner filled it: no forward was observed
         record = Record(len(ids_BT), 0)
-        self.records = [*self.records[1 - KEPT_RECORDS :], record]
-        self._sequence = _Sequence(lambda: None, 0, reading, record)
-        self._read(self._sequence, ids_BT, kwargs)
+        self.records = [*self.records[1 - MAX_RECORDS :], record]
+        self.state.sequence = ContextualSequence(PrefillStatistics(self.shadow.layout), record)
+        self._prefill(self.state.sequence, ids_BT, kwargs)
 
-    def _go_on(self, sequence: _Sequence, ids_BT: Tensor, kwargs: dict[str, Any]) -> None:
-        if (length := sequence.alive.get_seq_length()) != sequence.length:
+    def _continue(self, sequence: ContextualSequence, ids_BT: Tensor, kwargs: dict[str, Any]) -> None:
+        if (length := sequence.cache.get_seq_length()) != sequence.length:
             if not length:
-                return self._begin(ids_BT, sequence.alive, kwargs)
-            if sequence.running is None:
-                self._sequence = None
+                return self._begin(ids_BT, sequence.cache, kwargs)
+            if sequence.phase is not Phase.SPARSE:
+                self.state.sequence = None
                 return None
             raise InputError(
                 "the cache was cropped or grew while heads were missing in it: contextual sparsity cannot follow "
                 "(assisted decoding?). Load the model with dense=True"
             )
-        record = sequence.record
-        refresh, one = self.shadow.running.refresh_tokens, ids_BT.shape[1] == 1
-        if sequence.running is not None and sequence.alive.layers[0].keys is not sequence.last_keys:
-            sequence.reordered = True
-            record.note = "the cache was reordered (beams): there is no second look"
-        due = refresh and len(sequence.written) >= refresh and not sequence.reordered
-        if sequence.running is not None and (due or not one):
-            self._reread(sequence, read=True)
-        if one and sequence.running is None and not record.dense_because:
-            choice = sequence.parked or self._choose(sequence)
-            if choice is not None:
-                self._cut(sequence, choice)
-        if not one or (sequence.running is None and not record.dense_because):
-            return self._read(sequence, ids_BT, kwargs)
+        single = ids_BT.shape[1] == 1
+        if sequence.phase is Phase.SPARSE:
+            sequence.detect_reordering()
+            if not single or self._refresh_is_due(sequence):
+                self._restore(sequence, observe=True)
+        if single and sequence.phase is Phase.PREFILL:
+            active = sequence.active or self._choose(sequence, self.in_place)
+            if active is not None:
+                sequence.run_sparse(active)
+        if not single or sequence.phase is Phase.PREFILL:
+            return self._prefill(sequence, ids_BT, kwargs)
         sequence.length += 1
-        record.count(1, sparse=sequence.running is not None)
-        if sequence.running is None:
-            return None
-        names = ("input_ids", "position_ids", "attention_mask")
-        sequence.written.append({"input_ids": ids_BT} | {n: kwargs[n] for n in names[1:] if kwargs.get(n) is not None})
-        self._swapped = sequence.running.small.enter()
+        sequence.record.count(1, sparse=sequence.phase is Phase.SPARSE)
+        if sequence.phase is Phase.SPARSE:
+            assert sequence.active is not None
+            names = ("position_ids", "attention_mask")
+            given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            sequence.generated.append({"input_ids": ids_BT, **given})
+            self._after_forward.enter_context(sequence.active.blocks.applied())
         return None
 
-    def _read(self, sequence: _Sequence, ids_BT: Tensor, kwargs: dict[str, Any]) -> None:
-        """This forward is dense and read."""
+    def _refresh_is_due(self, sequence: ContextualSequence) -> bool:
+        refresh_tokens = self.shadow.running.refresh_tokens
+        return bool(refresh_tokens) and len(sequence.generated) >= refresh_tokens and not sequence.reordered
+
+    def _prefill(self, sequence: ContextualSequence, ids_BT: Tensor, kwargs: dict[str, Any]) -> None:
+        """Let this forward run with all weights, and observe it unless all later ones are dense anyway."""
         sequence.length += ids_BT.shape[1]
         sequence.record.prompt_tokens += ids_BT.shape[1]
+        if sequence.phase is Phase.DENSE:
+            return
         real_BT = real_tokens(kwargs, ids_BT)
         if real_BT is None:
-            sequence.record.dense_because = "the attention mask does not say which tokens are padding"
+            sequence.run_dense(Decision.UNSUPPORTED, "the attention mask does not say which tokens are padding")
             return
-        opened = sequence.reading.open(self.blocks, real_BT.to(ids_BT.device))
-        opened.__enter__()
-        self._open.append(opened)
+        self._after_forward.enter_context(sequence.prefill.observe(self.blocks, real_BT.to(ids_BT.device)))
 
-    def choose(self) -> Choice | None:
-        """What the prompts just read lead to, for a caller that runs it by itself (`applied`); None: all runs."""
-        sequence, self._sequence = self._sequence, None
-        if sequence is None or sequence.record.dense_because:
+    def choose(self, *, in_place: bool | None = None) -> ActiveUnits | None:
+        """Return the units for the prompts of the last prefill, None for all of them, and forget the sequence.
+
+        The caller runs them with `applied`. `in_place` None: as the handle says.
+        """
+        sequence, self.state.sequence = self.state.sequence, None
+        if sequence is None or sequence.phase is Phase.DENSE:
             return None
-        choice = self._choose(sequence)
-        if choice is None and not sequence.record.dense_because:
-            sequence.record.dense_because = f"the prompt is shorter than {self.shadow.running.min_prompt} tokens"
-        return choice
+        active = self._choose(sequence, self.in_place if in_place is None else in_place)
+        if active is None and sequence.phase is Phase.PREFILL:
+            because = f"the prompt is shorter than {self.shadow.running.min_prompt} tokens"
+            sequence.run_dense(Decision.UNREAD, because)
+        return active
 
     @contextmanager
-    def applied(self, choice: Choice | None) -> Iterator[None]:
-        """Forwards inside run what was chosen, and nothing else is decided about them."""
-        before = [] if choice is None else choice.small.enter()
+    def applied(self, active: ActiveUnits | None) -> Iterator[None]:
+        """Run the forwards inside with these units, None for all, and leave them out of every record."""
+        with nullcontext() if active is None else active.blocks.applied(), self._hooks_off():
+            yield
+
+    @contextmanager
+    def _hooks_off(self) -> Iterator[None]:
         self._own_forward = True
         try:
             yield
         finally:
             self._own_forward = False
-            leave(before[::-1])
 
     @contextmanager
-    def turn(self, turn: Turn) -> Iterator[None]:
-        """Forwards inside go on with the batch of `turn`, whatever ran before."""
-        mine = self._sequence, self._buffers
-        self._sequence, self._buffers = turn.sequence, turn.buffers
+    def switched(self, state: ContextualState) -> Iterator[None]:
+        """Continue the sequence of `state` in the forwards inside; the handle gets its own back after them."""
+        mine, self.state = self.state, state
         try:
             yield
         finally:
-            turn.sequence = self._sequence
-            self._sequence, self._buffers = mine
+            self.state = mine
 
     @torch.no_grad()
-    def _choose(self, sequence: _Sequence) -> Choice | None:
-        """What runs from here on; None if everything does, or if more of the prompt has to be seen first."""
-        from transformers.cache_utils import DynamicLayer
-
+    def _choose(self, sequence: ContextualSequence, in_place: bool | None) -> ActiveUnits | None:
+        """Choose the units of the next tokens. Return None if all run (DENSE), or until more is read (PREFILL)."""
         record, running, layout = sequence.record, self.shadow.running, self.shadow.layout
-        cache, tokens_B = sequence.alive, sequence.reading.tokens_B
+        tokens_B = sequence.prefill.tokens_B
         if tokens_B is None or int(tokens_B.min()) < running.min_prompt:
-            return None  # looked at again at the next token
-        if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-            record.dense_because = "heads can leave caches that grow only, and this one has a fixed size"
-            return None
-        predictor = self.shadow.predictor.to(tokens_B.device)
-        features = sequence.reading.features
-        deviation = float(predictor.deviation(*features).max())
-        record.deviation.append(deviation)
-        if running.max_deviation and deviation > running.max_deviation:
-            record.dense_because = f"the prompt deviates by {deviation:.3g} from what the predictor expects"
-            return None
-        scores_BU = predictor.scores(*features)
-        held = float(margin(scores_BU, self.shadow.rule.select(scores_BU, layout), layout).min())
-        record.margin.append(held)
-        if held < running.min_margin:
-            record.dense_because = f"the mask would hold {held:.1%} of what is expected to matter"
+            return None  # the next token asks again
+        scores_BU = self._scores_within_limits(sequence)
+        if scores_BU is None:
             return None
         heads_BLG, neurons_LG = for_batch(self.shadow.rule, scores_BU, layout, running.batch)
         same_L = (heads_BLG == heads_BLG[:1]).all(2).all(0)  # where heads differ the weights of all run
@@ -247,83 +207,95 @@ class Contextual:
         skipped_frac = float(layout.skipped_frac(layout.join(run_LG[None], neurons_LG[None]))[0])
         record.skipped_frac.append(skipped_frac)
         if 1 - skipped_frac > running.max_kept_frac:
-            record.dense_because = f"the batch together needs {1 - skipped_frac:.0%} of the weights"
+            because = f"the batch together needs {1 - skipped_frac:.0%} of the weights"
+            sequence.run_dense(Decision.BATCH, because)
             return None
         heads_BLG, neurons_LG = heads_BLG.cpu(), neurons_LG.cpu()
         kept = {"heads": heads_BLG[0].sum(1), "neurons": neurons_LG.sum(1)}
         record.kept.append({kind: kept_L.tolist() for kind, kept_L in kept.items()})
-        mean_fills = self._mean_fills(sequence.reading)
-        in_place = self.in_place if self.in_place is not None else tokens_B.is_cuda
-        small = compact(self.blocks, layout, heads_BLG, neurons_LG, self._buffers, mean_fills, in_place=in_place)
-        return Choice(small, heads_BLG)
+        record.decision = Decision.SPARSE
+        mean_fills = self._mean_fills(sequence.prefill)
+        in_place = in_place if in_place is not None else tokens_B.is_cuda
+        blocks = compact(self.blocks, layout, heads_BLG, neurons_LG, self.state.buffers, mean_fills, in_place=in_place)
+        return ActiveUnits(blocks, heads_BLG)
 
-    def _cut(self, sequence: _Sequence, choice: Choice) -> None:
-        """From here on `choice` runs; what the full model left in the cache is remembered."""
-        sequence.full_cache = [copy.copy(layer) for layer in sequence.alive.layers]
-        cut_cache(sequence.alive, choice.heads_BLG)
-        sequence.running, sequence.parked = choice, None
+    def _scores_within_limits(self, sequence: ContextualSequence) -> Tensor | None:
+        """Return the scores [B, U] of all units; None if the gate or the cache makes the sequence dense."""
+        from transformers.cache_utils import DynamicLayer
+
+        record, running, layout = sequence.record, self.shadow.running, self.shadow.layout
+        if not all(isinstance(layer, DynamicLayer) for layer in sequence.cache.layers):
+            because = "heads can leave caches that grow only, and this one has a fixed size"
+            sequence.run_dense(Decision.UNSUPPORTED, because)
+            return None
+        features = sequence.prefill.features
+        predictor = self.shadow.predictor.to(features[0].device)
+        deviation = float(predictor.deviation(*features).max())
+        record.deviation.append(deviation)
+        if running.max_deviation and deviation > running.max_deviation:
+            because = f"the prompt deviates by {deviation:.3g} from what the predictor expects"
+            sequence.run_dense(Decision.DEVIATION, because)
+            return None
+        scores_BU = predictor.scores(*features)
+        held_frac = float(margin(scores_BU, self.shadow.rule.select(scores_BU, layout), layout).min())
+        record.margin.append(held_frac)
+        if held_frac < running.min_margin:
+            because = f"the mask would hold {held_frac:.1%} of what is expected to matter"
+            sequence.run_dense(Decision.MARGIN, because)
+            return None
+        return scores_BU
 
     def verify(self) -> Tensor | None:
-        """Logits [B, T, V] of the full model for the tokens written since the last look or verification.
+        """Return logits [B, T, V] of the full model for the tokens since the last prefill or verification.
 
-        The cache is repaired on the way: it holds what the full model leaves. None if nothing was written by a part.
+        The cache then holds what the full model leaves. None if no token ran on a part of the weights.
         """
-        sequence = self._sequence
-        if sequence is None or sequence.running is None or not sequence.written:
+        sequence = self.state.sequence
+        if sequence is None or sequence.phase is not Phase.SPARSE or not sequence.generated:
             return None
-        logits: Tensor = self._reread(sequence, read=False).logits
+        logits: Tensor = self._restore(sequence, observe=False).logits
         return logits
 
-    def take_back(self, tokens: int) -> None:
-        """Forgets the last tokens of a repaired cache, as if they had not been written."""
-        sequence = self._sequence
-        assert sequence is not None and sequence.running is None, "verify first"
+    def roll_back(self, tokens: int) -> None:
+        """Remove the last tokens from a verified cache."""
+        sequence = self.state.sequence
+        assert sequence is not None and sequence.phase is not Phase.SPARSE, "verify first"
         if tokens:
-            sequence.alive.crop(-tokens)
+            sequence.cache.crop(-tokens)
             sequence.length -= tokens
 
-    def _mean_fills(self, reading: Reading) -> dict[int, Tensor] | None:
-        """Mean activations of the neurons of every block in the prompt, for those that are skipped."""
+    def _mean_fills(self, prefill: PrefillStatistics) -> dict[int, Tensor] | None:
+        """Return what replaces skipped neurons: a share of their mean activations in the prompt, by block."""
         share, dtype = self.shadow.running.mean_fill, self.model.dtype
         if not share:
             return None
-        return {index: (share * reading.mean((index, "neurons"))).to(dtype) for index in range(len(self.blocks))}
+        return {index: (share * prefill.mean((index, "neurons"))).to(dtype) for index in range(len(self.blocks))}
 
     @torch.no_grad()
-    def _reread(self, sequence: _Sequence, *, read: bool) -> Any:
-        """Puts the full cache back, and the full model runs over what was written since; returns its output.
+    def _restore(self, sequence: ContextualSequence, *, observe: bool) -> Any:
+        """Put the full cache back, run the full model over the generated tokens, and return its output.
 
-        With `read` these tokens count for the next look; without, the same units run on.
+        With `observe` these tokens count for the next choice. Without it the same units run again.
         """
-        cache, written = sequence.alive, sequence.written
-        if sequence.reordered:
-            raise InputError(
-                "the cache was reordered (beams) while heads were missing in it, so the full model cannot read again "
-                "what was written: use one beam, or load the model with dense=True"
-            )
-        for layer, full in zip(cache.layers, sequence.full_cache, strict=True):
-            vars(layer).update(vars(full))
-        sequence.parked = None if read else sequence.running
-        sequence.running, sequence.full_cache, sequence.written = None, [], []
-        if not written:
+        missing = sequence.restore(keep_units=not observe)
+        if not missing:
             return None
-        given: dict[str, Any] = {"input_ids": torch.cat([step["input_ids"] for step in written], dim=1)}
-        if "position_ids" in written[0]:
-            given["position_ids"] = torch.cat([step["position_ids"] for step in written], dim=-1)
-        if "attention_mask" in written[-1]:
-            given["attention_mask"] = written[-1]["attention_mask"]
+        given: dict[str, Any] = {"input_ids": torch.cat([step["input_ids"] for step in missing], dim=1)}
+        if "position_ids" in missing[0]:
+            given["position_ids"] = torch.cat([step["position_ids"] for step in missing], dim=-1)
+        if "attention_mask" in missing[-1]:
+            given["attention_mask"] = missing[-1]["attention_mask"]
         real_BT = torch.ones_like(given["input_ids"], dtype=torch.bool)
-        self._own_forward = True
-        try:
-            with sequence.reading.open(self.blocks, real_BT) if read else nullcontext():
-                return self.model(**given, past_key_values=cache, use_cache=True)
-        finally:
-            self._own_forward = False
+        with sequence.prefill.observe(self.blocks, real_BT) if observe else nullcontext(), self._hooks_off():
+            return self.model(**given, past_key_values=sequence.cache, use_cache=True)
 
 
-def attach(model: Any, shadow: Shadow) -> Contextual:
-    """Makes `model` skip what its inputs do not need; returns the handle that keeps `records`."""
-    contextual = Contextual(model, shadow)
+def attach(model: Any, shadow: Shadow, *, in_place: bool | None = None) -> Contextual:
+    """Make `model` skip what its inputs do not need, and return the handle.
+
+    Raises InputError if the predictor is of another model, and ArchitectureError for matrices that cannot be cut.
+    """
+    contextual = Contextual(model, shadow, in_place=in_place)
     if len(contextual.blocks) != shadow.layout.blocks:
         raise InputError(
             f"the predictor is of a model with {shadow.layout.blocks} blocks, this one has {len(contextual.blocks)}"
