@@ -11,7 +11,7 @@ from niwaki.errors import InputError
 from niwaki.measure.report.strings import LANGUAGES, check_language, date, strings
 
 FOLDER = Path(niwaki.measure.report.page.__file__).parent
-PARTS = ("metric_", "units_of_", "kind_", "measure_", "set_", "axis_")  # completed by a name of the evidence
+PARTS = ("metric_", "units_of_", "kind_", "measure_", "set_", "axis_")  # completed by a name of the schema
 
 
 def fields(text: str) -> set[str]:
@@ -42,7 +42,7 @@ def test_no_key_is_the_name_of_a_method_of_dictionaries() -> None:
     assert not [key for key in LANGUAGES["en"] if hasattr({}, key)]
 
 
-def test_names_of_the_evidence_have_texts() -> None:
+def test_names_of_the_schema_have_texts() -> None:
     from niwaki.measure.metrics import METRICS
     from niwaki.measure.schema import ComparisonSettings, Kind, Unit
 

@@ -2,7 +2,7 @@
 
 Needs matplotlib (`pip install matplotlib`): plotly writes files only through a browser.
 
-    draw(found, Path("bench.svg"))
+    draw(bench, Path("bench.svg"))
 """
 
 from pathlib import Path
@@ -64,7 +64,7 @@ def _draw_speed(axis: Any, rows: list[Row], bench: Bench) -> None:
         for place, one in shown:
             axis.text(one.speedup.value, place, f" {_speed_text(one)}", va="center", fontsize=6)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    axis.set_xlabel("speedup over dense (beside the bars: tokens/s)")
+    axis.set_xlabel("speedup over dense (next to the bars: tokens/s)")
     axis.margins(x=0.12)
 
 

@@ -58,12 +58,12 @@ def _lines(gate: str, candidate: Candidate, confidence: float, margin: float) ->
         return [f"# {gate}:  (not measured in the baseline)"]
     upper, lines, limits = METRICS[name].limit == "max", [], []
     for one in own:
-        found = one.estimate
-        ends = "" if one.exact or found.low is None or found.high is None else (
-            f", {shown(found.low)} to {shown(found.high)} from {found.units}"
+        estimate = one.estimate
+        ends = "" if one.exact or estimate.low is None or estimate.high is None else (
+            f", {shown(estimate.low)} to {shown(estimate.high)} from {estimate.units} units"
         )  # fmt: skip
-        lines.append(f"# measured {shown(found.value)}{ends}" + (f" ({one.about})" if one.about else ""))
-        end = found.high if upper else found.low
+        lines.append(f"# measured {shown(estimate.value)}{ends}" + (f" ({one.about})" if one.about else ""))
+        end = estimate.high if upper else estimate.low
         limits.append(math.nan if end is None else _beyond(name, end, margin))
     text = _rounded(max(limits) if upper else min(limits), upper, whole=name == "bytes")
     try:

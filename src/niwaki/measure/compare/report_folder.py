@@ -81,7 +81,7 @@ def _suite(root: Xml.Element, candidate: Candidate, comparison: Comparison) -> N
 
 def _is_ours(path: Path) -> bool:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.get("kind") == Comparison.model_fields["kind"].default
+    return isinstance(content, dict) and content.get("kind") == Comparison.model_fields["kind"].default

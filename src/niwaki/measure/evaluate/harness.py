@@ -5,7 +5,7 @@ stay small. A contextual model reads each context with all of its weights and sc
 ones (`harness_model`). The whole model is loaded, unlike in `evaluation`.
 
     niwaki.evaluate("OUT", lm_eval=["arc_easy"], reference="MODEL")
-    niwaki.evaluate("OUT", lm_eval=["mine"], include_path="folder of task YAML files")
+    niwaki.evaluate("OUT", lm_eval=["my_task"], include_path="folder of task YAML files")
 """
 
 import importlib.util
