@@ -27,7 +27,7 @@ from support.models import correlated_inputs, tiny_llama, write_texts
 
 
 def loops(weight: Array, keep: Any, iterations: int) -> Array:
-    """r_i·c_j of one term in float64, element by element."""
+    """Return r_i·c_j of one term in float64, element by element."""
     size = np.abs(weight)
     rows, columns = weight.shape
     r = [sum(size[i, keep[i]]) / max(keep[i].sum(), 1) for i in range(rows)]
@@ -46,7 +46,7 @@ def loops(weight: Array, keep: Any, iterations: int) -> Array:
 
 
 def masked(rows: int = 8, columns: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and a region that misses one row and one column altogether."""
+    """Return weights and a region without one row and one column."""
     keep = random(rows, columns, seed=2) > -0.01
     keep[3], keep[:, 5] = False, False
     return random(rows, columns), keep

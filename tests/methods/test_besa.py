@@ -39,7 +39,7 @@ def soft_masks(rates: Rates, name: str, columns: int) -> Tensor:
 
 @pytest.mark.parametrize("granularity", ["row", "layer"])
 def test_the_straight_through_gradient_equals_brute_force_autograd(granularity: str) -> None:
-    """Every candidate's dense mask, hard forward, soft backward; then ∂L/∂θ by autograd."""
+    """Build every candidate's dense mask, hard forward, soft backward; then compare ∂L/∂θ by autograd."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5, 24, generator=generator)
     rates = rates_of({"m": weight}, 0.5, granularity=granularity, candidates=12, balance="penalty")
@@ -79,7 +79,7 @@ def test_shift_takes_the_mean_rate_out_of_the_gradient() -> None:
 @pytest.mark.parametrize("granularity", ["row", "layer"])
 @pytest.mark.parametrize("segments", [1, 4])
 def test_any_target_is_met_exactly_across_the_block(share: float, granularity: str, segments: int) -> None:
-    """However far the learned rates lie from the target, and for matrices of different shapes."""
+    """Check rates far from the target, and matrices of different shapes."""
     weights = {"a": torch.randn(7, 24), "b": torch.randn(3, 24)}
     rates = rates_of(weights, share, granularity=granularity, segments=segments)
     randomize(rates, 5.0)
@@ -90,7 +90,7 @@ def test_any_target_is_met_exactly_across_the_block(share: float, granularity: s
 
 
 def test_the_first_rates_are_at_the_target_even_where_the_released_form_cannot_go() -> None:
-    """softmax∘sigmoid is confined to [0.38, 0.62]."""
+    """Reach rates outside [0.38, 0.62], the range of softmax∘sigmoid."""
     for share in (0.2, 0.7, 0.8):
         rates = rates_of({"m": torch.randn(4, 100)}, share)
         _, mean = rates.rates()
@@ -121,7 +121,7 @@ def test_learning_moves_zeros_between_rows_and_lowers_the_heldout_error(tmp_path
 
 
 def test_uniform_rates_are_kept_when_learning_does_not_help() -> None:
-    """A rate of learning that throws the rates about: the held-out error decides."""
+    """Learn with a rate that is far too high: the held-out error decides."""
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
     block = make_block({"m": weight})
     config = Config(steps=8, rate=80.0)
@@ -133,7 +133,7 @@ def test_uniform_rates_are_kept_when_learning_does_not_help() -> None:
 
 
 def test_quantization_stays_on_its_levels_and_learns_its_clipping() -> None:
-    """Outliers make the plain 4-bit grid coarse: learned clipping ends with a lower held-out error."""
+    """Quantize weights with outliers: learned clipping lowers the held-out error."""
     weight = torch.randn(12, 64, generator=torch.Generator().manual_seed(3))
     weight[:, 0] = 12.0
     x = correlated_inputs(256, 64)

@@ -25,7 +25,7 @@ from support.models import correlated_inputs, tiny_llama, write_texts
 
 
 def plain(weight: np.ndarray, salient: np.ndarray, sparse: np.ndarray, mean: bool) -> np.ndarray:
-    """The values of one block in float64, row by row."""
+    """Return the values of one block in float64, row by row."""
     found = np.zeros_like(weight)
     for row, values in enumerate(weight):
         _, _, first = binarised(values[salient].tolist(), mean)

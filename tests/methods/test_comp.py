@@ -1,4 +1,4 @@
-"""COMP's search and choice; least squares itself is tested in test_groups, whole runs in test_shaping."""
+"""COMP's search and choice; test_unit_pruning tests the least squares, test_structured whole runs."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def sizes() -> ShapeSpace:
 def walked(
     losses: dict[tuple[int, int], float], target: float = 0.3, **options: int
 ) -> tuple[PrunedShape | None, list]:
-    """The shape that a search ends with if shapes had these losses by (blocks gone, heads left), and what it tried."""
+    """Return the result of a search with these losses by (blocks gone, heads left), and the shapes that it tried."""
     found = sizes()
     looks = [BlockInfo(influence) for influence in (0.9, 0.2, 0.1, 0.5)]
     search = comp.search(found, target, looks, Config(multiple=1, **options))

@@ -12,7 +12,7 @@ NO_DATA = torch.empty(0, 12)
 
 
 def reference(weight: np.ndarray, zeros: int) -> np.ndarray:
-    """The `zeros` smallest of all entries become zero."""
+    """Set the `zeros` smallest of all entries to zero."""
     result = weight.astype(np.float64).copy()
     for place in sorted(np.ndindex(*weight.shape), key=lambda at: abs(result[at]))[:zeros]:
         result[place] = 0

@@ -1,4 +1,4 @@
-"""What blocks.jsonl says of scores is what the masks were really chosen by."""
+"""Scores in blocks.jsonl: they are those that the masks were chosen by."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def summary(choices: list[MaskChoice], stored_OI: torch.Tensor) -> dict[str, Any
 def chosen(
     method: str, target: str, shape: tuple[int, int] = (96, 64), **options: object
 ) -> tuple[MaskChoices, torch.Tensor]:
-    """What is seen of one matrix, and the matrix that the method makes."""
+    """Return the recorded choices of one matrix, and the matrix that the method makes."""
     module = get_method(method)
     weight_OI = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     block, config = make_block({"m": weight_OI, "n": weight_OI.flip(0)}), module.config(**options)

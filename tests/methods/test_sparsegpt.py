@@ -14,7 +14,7 @@ from support.models import calibration_of, correlated_inputs, make_block, run_me
 
 
 def reference(weight: np.ndarray, x: np.ndarray, target: Target, damping_frac: float, panel: int) -> np.ndarray:
-    """Columns left to right; [H_{j:}]⁻¹ is recomputed from scratch at every column j."""
+    """Prune from left to right; [H_{j:}]⁻¹ is computed from scratch at every column j."""
     w = weight.astype(np.float64).copy()
     h = x.astype(np.float64).T @ x.astype(np.float64)
     h += damping_frac * np.mean(np.diag(h)) * np.eye(len(h))
@@ -120,7 +120,7 @@ def test_compensation_beats_masking() -> None:
 
 
 def test_one_factor_serves_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrices that share inputs share one Gram matrix and one factorisation."""
+    """Share one Gram matrix and one factor among matrices with the same inputs."""
     from dataclasses import replace
 
     calls = []

@@ -29,7 +29,7 @@ def squeeze(weight: torch.Tensor, x: torch.Tensor, bits: float, **options) -> Pa
 
 
 def wide() -> tuple[torch.Tensor, torch.Tensor]:
-    """Some inputs matter much more than others, as in a language model."""
+    """Return weights, and inputs of which some matter much more, as in a language model."""
     weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(0))
     x = correlated_inputs(600, 256)
     x[:, torch.randperm(256, generator=torch.Generator().manual_seed(1))[:20]] *= 8
@@ -77,12 +77,12 @@ def test_choices_by_activation_robustness_and_surgeon_beat_random_and_magnitude(
         choose: output_error(squeeze(weight, x, 1.6, choose=choose, rounds=0, widths="1+4").weight_OI, weight, x)
         for choose in squeeze10.CHOICES
     }
-    for good in ("robustness", "surgeon", "activation"):
-        assert errors[good] < 0.8 * min(errors["random"], errors["magnitude"]), errors
+    for choice in ("robustness", "surgeon", "activation"):
+        assert errors[choice] < 0.8 * min(errors["random"], errors["magnitude"]), errors
 
 
 def test_two_bits_for_many_columns_lose_less_than_four_for_few() -> None:
-    """Where no few columns stand out."""
+    """Compare widths for inputs without a few columns that stand out."""
     weight, x = wide()[0], correlated_inputs(600, 256)
     errors = [output_error(squeeze(weight, x, 1.75, widths=w).weight_OI, weight, x) for w in ("1+2", "1+3", "1+4")]
     assert errors[0] < errors[1] < errors[2]
@@ -102,7 +102,7 @@ def test_columns_are_chosen_in_neighbourhoods() -> None:
 
 
 def drifted() -> tuple[torch.Tensor, CalibrationData]:
-    """Inputs X in the compressed model and F in the full one; evidence of both."""
+    """Return weights, and calibration data of inputs X in the compressed model and F in the full one."""
     weight, full = wide()
     noise = torch.randn(full.shape, generator=torch.Generator().manual_seed(9))
     x = full * 0.9 + 0.3 * noise
@@ -113,7 +113,7 @@ def drifted() -> tuple[torch.Tensor, CalibrationData]:
 
 @pytest.mark.parametrize("supervise", squeeze10.SUPERVISIONS)
 def test_every_supervision_is_best_at_what_it_minimises(supervise: str) -> None:
-    """Against float64 sums over the inputs themselves: ‖(W − Q)X‖, ‖(W − Q)F‖, ‖WF − QX‖."""
+    """Compare with float64 sums over the inputs themselves: ‖(W − Q)X‖, ‖(W − Q)F‖, ‖WF − QX‖."""
     weight, calib = drifted()
     _, full = wide()
     noise = torch.randn(full.shape, generator=torch.Generator().manual_seed(9))
@@ -204,7 +204,7 @@ def test_gradients_of_scales_and_offsets_equal_autograd() -> None:
 
 @pytest.mark.parametrize(("rate_frac", "improves"), [(0.01, True), (50.0, False)])
 def test_learning_never_ends_above_its_start(rate_frac: float, improves: bool, tmp_path: Path) -> None:
-    """With one bit for all columns there is much to gain, unless every step destroys what was there."""
+    """Learn with one bit for all columns, where much can be gained."""
     block, stream = loaded(tmp_path, windows=16)
     config = Config(learn_rounds=10, samples=14, rate_frac=rate_frac, target="block", rounds=2)
     calib = CalibrationData(collect(block, stream, squeeze10.needs(config))[0], stream)

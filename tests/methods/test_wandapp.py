@@ -25,7 +25,7 @@ SCORE_ONLY = {"rounds": 0}
 
 
 def reference(weight: np.ndarray, x_STI: np.ndarray, target: Target, alpha: float) -> np.ndarray:
-    """f(X) = XWᵀ, so ∂‖f(X_n)‖/∂W = (X_nWᵀ)ᵀX_n / ‖X_nWᵀ‖; everything in float64, row by row."""
+    """Prune in float64, row by row: f(X) = XWᵀ, so ∂‖f(X_n)‖/∂W = (X_nWᵀ)ᵀX_n / ‖X_nWᵀ‖."""
     w, x = weight.astype(np.float64), x_STI.astype(np.float64)
     squares = np.zeros_like(w)
     for window in x:
@@ -56,7 +56,7 @@ def test_the_score_equals_the_reference(target: Target, alpha: float) -> None:
 
 
 def loaded(tmp_path: Path, windows: int = 9, **changes: object) -> tuple[Block, Stream]:
-    """The first block of a random Llama and the stream in front of it."""
+    """Return the first block of a random Llama and the stream of its inputs."""
     decoder = Decoder(Checkpoint.open(tiny_llama(tmp_path / "model", **changes)), CPU)
     ids = torch.randint(0, 4096, (windows, 24), generator=torch.Generator().manual_seed(1))
     stream = Stream(decoder, ids, learn_batches=frozenset({1, 2}))
@@ -69,7 +69,7 @@ def calibration(block: Block, stream: Stream) -> CalibrationData:
 
 
 def test_regional_gradients_equal_finite_differences_of_the_whole_block(tmp_path: Path) -> None:
-    """∂‖f(X)‖/∂W of attention and MLP weights, residual included, in float64."""
+    """Compare ∂‖f(X)‖/∂W of attention and MLP weights, residual included, in float64."""
     block, stream = loaded(tmp_path, windows=2)
     calib = calibration(block, stream)
     names = {name: block.weight(name) for name in block.linears}
@@ -116,7 +116,7 @@ def test_learning_lowers_the_heldout_error_and_keeps_the_mask(tmp_path: Path, op
 
 
 def test_a_start_that_learning_cannot_improve_is_kept_and_noted(tmp_path: Path) -> None:
-    """Steps far too long: every round ends worse than it began."""
+    """Take steps that are far too long: every round ends worse than it began."""
     block, stream = loaded(tmp_path)
     calib = calibration(block, stream)
     targets = dict.fromkeys(block.linears, Sparsity(0.5))
@@ -153,7 +153,7 @@ def test_heldout_windows_are_never_learned_from(tmp_path: Path) -> None:
 
 
 def test_the_gradient_of_a_step_is_that_of_the_error(tmp_path: Path) -> None:
-    """Reconstruction.gradients against autograd through a block whose own parameters require gradients."""
+    """Compare with autograd through a block whose own parameters require gradients."""
     block, stream = loaded(tmp_path)
     task = Reconstruction(block, calibration(block, stream), "block", torch.Generator())
     half = {name: block.weight(name) * 0.5 for name in block.linears}
@@ -171,7 +171,7 @@ def test_the_gradient_of_a_step_is_that_of_the_error(tmp_path: Path) -> None:
 
 
 def test_transposed_and_fused_weights_learn_too(tmp_path: Path) -> None:
-    """GPT-2 stores [I, O], Mixtral stacks its experts: the same error falls through either layout."""
+    """Lower the error in other layouts: GPT-2 stores [I, O], Mixtral stacks its experts."""
     from support.families import families
 
     for family in ("gpt2", "mixtral"):
@@ -207,7 +207,7 @@ def test_dense_target_pulls_to_the_dense_stream(tmp_path: Path) -> None:
 
 
 def test_descend_reaches_a_reachable_optimum() -> None:
-    """A teacher with the same mask: the error goes to nearly nothing."""
+    """Learn from a teacher with the same mask: the error falls to nearly zero."""
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(6, 16, generator=generator)
     keep = torch.rand(6, 16, generator=generator) > 0.5

@@ -33,7 +33,7 @@ def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 def wide() -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns of weights differ in size, and some inputs matter much more than others, as in a language model."""
+    """Return weights with columns of different sizes, and a few dominant inputs, as in a language model."""
     weight = random(96, 256) * (1 + random(96, 256, seed=7).abs() * 50) * (25 * random(1, 256, seed=5)).exp()
     x = correlated_inputs(600, 256)
     x[:, torch.randperm(256, generator=torch.Generator().manual_seed(1))[:20]] *= 4
@@ -45,7 +45,7 @@ def output_error(found: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> 
 
 
 def one_bit_error(weight: torch.Tensor, x: torch.Tensor) -> float:
-    """Of the plain error-compensated sweep with one bit and a mean for 128 columns."""
+    """Return the output error of the plain error-compensated sweep with one bit and a mean for 128 columns."""
     upper, _ = inverse_factor(x.T @ x, 0.01)
     return output_error(
         round_by_sweep(weight, upper, groups_of(0, weight.shape[1], 1, "free", 128), False).values_OI, weight, x
@@ -63,7 +63,7 @@ def record(module: Any, weight: torch.Tensor, x: torch.Tensor, bits: float = 8, 
 def record_and_tensors(
     monkeypatch: pytest.MonkeyPatch, module: ModuleType, weight: torch.Tensor, x: torch.Tensor, **options: Any
 ) -> tuple[Packed, dict[str, Array]]:
-    """A record, and the tensors it was decoded from."""
+    """Return a record, and the tensors that it was decoded from."""
     caught: dict[str, torch.Tensor] = {}
     with_true_size = module.with_true_size
 
@@ -80,13 +80,13 @@ def record_and_tensors(
 
 
 def bits_of(planes: NDArray[np.uint8], *shape: int) -> NDArray[np.bool_]:
-    """One bit plane, unpacked by numpy instead of niwaki."""
+    """Unpack one bit plane with numpy instead of niwaki."""
     found: NDArray[np.uint8] = np.unpackbits(planes.reshape(-1), bitorder="little")[: int(np.prod(shape))]
     return found.reshape(shape).astype(bool)
 
 
 def binarised(values: list[float], mean: bool) -> tuple[float, float, list[float]]:
-    """μ, α and the levels of one row, by the formulas."""
+    """Return μ, α and the levels of one row, by the formulas."""
     mu = sum(values) / len(values) if mean and values else 0.0
     alpha = sum(abs(v - mu) for v in values) / len(values) if values else 0.0
     return mu, alpha, [mu + (alpha if v >= mu else -alpha) for v in values]
@@ -157,7 +157,7 @@ def test_the_split_is_the_best_of_all_thresholds(mean: bool, orders: int) -> Non
 
 
 def test_compensation_is_the_exact_least_squares_answer() -> None:
-    """What the later columns become minimises the error of the outputs, given what the block has become."""
+    """Check that the later columns minimize the error of the outputs for the coded block."""
     weight, x = random(5, 12), correlated_inputs(80, 12)
     upper, damping = inverse_factor(x.T @ x, 0.01)
     seen = []

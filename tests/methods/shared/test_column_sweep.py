@@ -16,7 +16,7 @@ from support.models import calibration_of, correlated_inputs, make_block, run_me
 
 
 def normal_equations(dense: np.ndarray, keep: np.ndarray, gram: np.ndarray, damping: float) -> np.ndarray:
-    """Row by row: (H_SS + λI) v_S = (H_S: + λI_S:) w for the kept columns S."""
+    """Solve row by row: (H_SS + λI) v_S = (H_S: + λI_S:) w for the kept columns S."""
     h = gram.astype(np.float64) + damping * np.mean(np.diag(gram)) * np.eye(len(gram))
     result = np.zeros(dense.shape)
     for row in range(len(dense)):

@@ -18,7 +18,7 @@ TARGETS = [NM(2, 4), Sparsity(0.5), Sparsity(0.9)]
 
 
 def problem(target: NM | Sparsity, rows: int = 12, columns: int = 32) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, inputs and a mask by Wanda's score."""
+    """Return weights, inputs and a mask by Wanda's score."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
     x = correlated_inputs(200, columns, seed=5)
     score = weight.abs() * x.norm(dim=0)
@@ -27,7 +27,7 @@ def problem(target: NM | Sparsity, rows: int = 12, columns: int = 32) -> tuple[T
 
 
 def chained(module: Any, weight: Tensor, x: Tensor, start: Tensor, bits: int = 4, **options: Any) -> Packed:
-    """The record of a quantizer behind a step that left `start`."""
+    """Return the record of a quantizer after a step that left `start`."""
     block = make_block({"m": weight})
     config = module.Config(symmetric=True, **options)
     calib = calibration_of(block, x, module.needs(config))
@@ -37,10 +37,10 @@ def chained(module: Any, weight: Tensor, x: Tensor, start: Tensor, bits: int = 4
 
 
 def reference(weight: Tensor, x: Tensor, keep: Tensor, bits: int, group: int, damping_frac: float = 0.01) -> np.ndarray:
-    """Algorithm 1 of GPTQ in float64, one weight after another, with pruned ones rounded to zero.
+    """Round by Algorithm 1 of GPTQ in float64, one weight after another; pruned weights become zero.
 
-    From the formulas: H = XᵀX + λI; of H⁻¹ restricted to the columns that are left, column j of row r moves the columns
-    behind it by −(w_j − q_j) / [H⁻¹]_jj · [H⁻¹]_j:, and is then eliminated.
+    H = XᵀX + λI. Take H⁻¹ restricted to the columns that are left. Column j of a row moves the columns after it by
+    −(w_j − q_j) / [H⁻¹]_jj · [H⁻¹]_j:, and is then eliminated.
     """
     left, kept = weight.double().numpy().copy(), keep.numpy()
     gram = x.double().numpy().T @ x.double().numpy()

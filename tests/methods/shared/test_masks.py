@@ -60,7 +60,7 @@ def test_zeros_spread_over_columns_end_exactly() -> None:
 
 
 def test_matrices_one_below_the_other_lose_their_own_lowest() -> None:
-    """Scores of the second are a thousand times as high: it loses as many as its own target says."""
+    """Give the second matrix scores a thousand times as high: it still loses what its own target says."""
     scores = torch.rand(9, 16, generator=torch.Generator().manual_seed(2))
     scores[4:] *= 1000
     keep = choose_by_panel([Sparsity(0.5), Sparsity(0.25)], [4, 5], 16, torch.device("cpu"))(scores, 0)

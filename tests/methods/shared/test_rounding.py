@@ -43,7 +43,7 @@ layouts = pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS.keys()
 
 
 def gptq_reference(weight: Tensor, gram: Tensor, groups: list[Group], damping_frac: float) -> Tensor:
-    """GPTQ's Algorithm 1 in float64 as published: Cholesky of the inverse, one column after another."""
+    """Round by GPTQ's Algorithm 1 in float64 as published: Cholesky of the inverse, one column after another."""
     h = gram.double()
     h = h + damping_frac * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
@@ -112,7 +112,7 @@ def test_descent_ends_where_no_single_code_helps() -> None:
 
 @pytest.mark.parametrize("name", ["mixed", "mixed groups", "symmetric"])
 def test_refit_solves_the_least_squares_of_every_row(name: str) -> None:
-    """Against float64 normal equations on the design matrix written out."""
+    """Compare with float64 normal equations on the design matrix written out."""
     groups = LAYOUTS[name]
     weight, gram = problem()
     h = damped(gram, 0.01)

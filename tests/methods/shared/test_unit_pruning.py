@@ -20,7 +20,7 @@ from support.models import correlated_inputs
 
 
 def problem(columns: int = 24) -> tuple[Tensor, Tensor, Tensor]:
-    """W, X and H = XᵀX + λI in float64."""
+    """Return W, X and H = XᵀX + λI in float64."""
     weight = torch.randn(7, columns, generator=torch.Generator().manual_seed(0)).double()
     x = correlated_inputs(60, columns).double()
     h = x.T @ x
@@ -32,7 +32,7 @@ def unit_of(count: int) -> Unit:
 
 
 def least(weight: Tensor, h: Tensor, columns: Tensor) -> tuple[Tensor, float]:
-    """The best matrix on `columns` alone and its error, from the normal equations."""
+    """Return the best matrix on `columns` alone and its error, from the normal equations."""
     found = torch.zeros_like(weight)
     found[:, columns] = weight @ h[:, columns] @ torch.linalg.inv(h[columns][:, columns])
     lost = weight - found
