@@ -345,8 +345,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["--target", "2bit", "--keep-blocks", "0", "--allocation", "sensitivity"], "both say where the bits go"),
     (["--target", "4bit", "--method", "gptq", "--allocation", "sensitivity"], "allocation sensitivity needs a method"),
     (["--target-bytes", "1MB", "--target", "2bit"], "target 2bit and target_bytes 1MB are two budgets: give one"),
-    (["--target-bytes", "1MB", "--method", "wanda"], "target_bytes needs a method that spends whatever bits"),
-    (["--target-bytes", "1MB", "--method", "gptq"], "target_bytes needs a method that spends whatever bits"),
+    (["--target-bytes", "1MB", "--method", "wanda"], "target_bytes needs a method that spends any number of bits"),
+    (["--target-bytes", "1MB", "--method", "gptq"], "target_bytes needs a method that spends any number of bits"),
     (["--target-bytes", "1MB", "--method", "gptqq"], "unknown method 'gptqq': did you mean 'gptq'"),
     (
         ["--target-bytes", "10KB"],

@@ -247,7 +247,7 @@ def test_a_second_method_starts_from_the_result(model: Path, text: Path, tmp_pat
 
 
 WRONG = [
-    (["--target", "0.99"], "target 0.99: comp finds no shape that removes so much"),
+    (["--target", "0.99"], "target 0.99: comp finds no shape that removes this share"),
     (["--target", "2:4"], "comp"),
     (["--allocation", "owl"], "comp chooses the shape itself: drop allocation owl"),
     (["--method", "comp+wanda"], "expected a target for comp and one for wanda, such as 0.25+4bit, got 0.3"),

@@ -1,13 +1,13 @@
-"""How one overall target becomes a target for every matrix (bits by `sensitivity`: see `budget`).
+"""Allocation of one overall target to all matrices (bits by `sensitivity`: see `bit_allocation`).
 
-`auto` is `sensitivity` for methods that spend any number of bits, `uniform` for all others. `searched` gives blocks
-widths of their own (see `widths`).
+`auto` is `sensitivity` for methods that spend any number of bits, and `uniform` for all others. `searched` gives blocks
+widths of their own (see `width_search`). `uniform` gives every matrix the same target.
 
-`uniform` gives every matrix the same. `owl` gives blocks with more outlier weights less sparsity: Yin et al.,
-"Outlier Weighed Layerwise Sparsity (OWL)" (ICML 2024), equations 2 and 3. The outlier share of a block is the
-fraction of its Wanda scores |W|·‖X‖ that exceed M times their mean, on the dense model. Densities are the
-shares stretched linearly to a range of 2λ, shifted so that the parameter-weighted mean meets the target
-exactly (the released code uses the plain mean, the same for equal blocks).
+`owl` gives blocks with more outlier weights less sparsity: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL)" (ICML
+2024), equations 2 and 3. The outlier share of a block is the fraction of its Wanda scores |W|·‖X‖ that exceed M times
+their mean, on the dense model. Densities are the shares, stretched linearly to a range of 2λ. They are shifted so that
+the mean, weighted by parameters, meets the target exactly. The released code uses the plain mean, which is the same for
+equal blocks.
 """
 
 import math
@@ -44,7 +44,7 @@ class OwlConfig:
 
 
 def uniform(anatomy: Anatomy, target: Target) -> Targets:
-    """The same target everywhere. Raises TargetError naming a matrix that it does not fit."""
+    """Return the same target for every matrix. Raises TargetError naming a matrix that it does not fit."""
     for index, block in enumerate(anatomy.blocks):
         for linear in block.linears.values():
             try:
@@ -55,7 +55,10 @@ def uniform(anatomy: Anatomy, target: Target) -> Targets:
 
 
 def owl(anatomy: Anatomy, target: Target, outlier_shares: list[float], config: OwlConfig) -> Targets:
-    """Targets per block from the outlier share of each. Raises TargetError for N:M or an impossible spread."""
+    """Return targets per block from the outlier share of each.
+
+    Raises TargetError for a target that is no share of zeros, or an impossible spread.
+    """
     if not isinstance(target, Sparsity):
         raise TargetError(f"owl moves unstructured sparsity between blocks, got {target}: use --allocation uniform")
     low, high = min(outlier_shares), max(outlier_shares)
@@ -74,7 +77,7 @@ def owl(anatomy: Anatomy, target: Target, outlier_shares: list[float], config: O
 
 
 def outlier_share(block: Block, statistics: Mapping[str, Statistics], config: OwlConfig) -> float:
-    """Fraction of all Wanda scores of the block that exceed `outlier_multiple` times their mean."""
+    """Return the fraction of the Wanda scores of the block that exceed `outlier_multiple` times their mean."""
     total, count = 0.0, 0
     scores = {}
     for name in block.linears:

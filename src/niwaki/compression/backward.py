@@ -1,18 +1,18 @@
-"""The walk backwards: exact gradients of the language-model loss at every block, with one block in memory.
+"""The backward walk: exact gradients of the language-model loss at every block, with one block in memory.
 
-First the windows pass all blocks forwards and the input of every block is kept; the head gives the loss and its
-gradient at the output of the last block. Then from the last block to the first: load it, run it again on its stored
-inputs, this time with gradients, hand what the caller asked for to `visit`, and pass the gradient on to the block
-before. What comes out is the gradient of the whole model, not of one region: nothing is approximated.
+The windows first pass all blocks forwards, and the input of every block is kept. The head gives the loss and its
+gradient at the output of the last block. Then each block is loaded, from the last to the first, and runs again on its
+stored inputs with gradients. The caller's `visit` receives the gradients that it asked for, and the gradient of the
+input goes on to the block before. The result is the gradient of the whole model: nothing is approximated.
 
-The loss of a window is the mean negative log-likelihood of its predicted tokens, and that of a batch the sum over its
-windows. Windows do not see each other, so the rows of an activation's gradient are those of each window's own loss;
-gradients of weights are summed over the batch, so whoever needs them for each window asks for batches of one.
+The loss of a window is the mean negative log-likelihood of its predicted tokens. The loss of a batch is the sum over
+its windows. Windows do not see each other, so the rows of the gradient of an activation belong to the loss of each
+window. Gradients of weights are summed over the batch: use batches of one for the gradient of every window.
 
 Cost: two forwards and a backward, twice the reads. Memory: one block with its graph for a batch, and the hidden states
-of all windows once a block and once more, in memory or in mapped files by the same budget as everywhere.
+of all windows for every block, and once more. They are in memory or in mapped files, by the same limit as everywhere.
 
-Legend: S windows, B windows in a batch, T tokens, D hidden size, I inputs of a matrix, V vocabulary.
+Legend: S windows, B windows in a batch, T tokens, D hidden size, O outputs and I inputs of a matrix, V vocabulary.
 
     stream = Stream(decoder, ids_ST)
     losses_S = backprop_blocks(decoder, stream, visit, inputs=["mlp.down_proj"], folder=folder)
@@ -41,10 +41,10 @@ from niwaki.model.files import write_shard
 
 @dataclass(frozen=True)
 class Gradients:
-    """What one block gave for the windows `rows`, by matrix; only what was asked for is filled.
+    """Gradients of one block for the windows `rows`, by matrix; only what was asked for is filled.
 
-    `inputs`: what the matrix multiplies, [B, T, I] (tokens that a router sends there, [N, I]), and the gradient of
-    the loss with respect to it. `weights`: the gradient [O, I], summed over the windows.
+    `inputs` are the inputs [B, T, I] of the matrix ([N, I] for tokens that a router sends there) and their gradients.
+    `weights` are the gradients [O, I], summed over the windows.
     """
 
     rows: slice
@@ -66,12 +66,11 @@ def backprop_blocks(
     folder: Path | None = None,
     report: Report = silent,
 ) -> Tensor:
-    """Calls `visit` for every batch of every block, last block first; returns the loss of every window [S].
+    """Call `visit` for every batch of every block, last block first; return the loss of every window [S].
 
-    `inputs` names the matrices whose inputs are wanted with their gradients, `weights` asks for the gradients of all
-    matrices. `stream` stands before the first block and ends behind the last.
-
-    Raises NumericalError when a gradient is not finite.
+    `inputs` names the matrices whose inputs are wanted with their gradients; `weights` asks for the gradients of all
+    matrices. `stream` is before the first block, and ends after the last. Raises NumericalError if a gradient is not
+    finite.
     """
     kept = stored_inputs(decoder, stream, activation_bytes, folder, report)
     losses_S = torch.empty(len(stream), dtype=torch.float64)
@@ -82,12 +81,12 @@ def backprop_blocks(
         for rows in stream.slices():
             x_BTD, grad_BTD = kept[block.index].read(rows), stream.hidden.read(rows)
             call = stream.call(len(x_BTD), block.index)
-            grad_BTD, found = block_gradients(block, call, x_BTD, grad_BTD, inputs, weights)
+            grad_BTD, fields = block_gradients(block, call, x_BTD, grad_BTD, inputs, weights)
             if not torch.isfinite(grad_BTD).all():
                 raise NumericalError(
                     f"the gradient of the loss is not finite at the input of block {block.index}: use a wider dtype"
                 )
-            visit(block, Gradients(rows, *found))
+            visit(block, Gradients(rows, *fields))
             stream.hidden.write(rows, grad_BTD)
         block.release()
     return losses_S
@@ -138,7 +137,10 @@ def stored_inputs(
     folder: Path | None = None,
     report: Report = silent,
 ) -> list[Activations]:
-    """The input of every block for all windows; the stream passes all blocks. `folder` holds what memory cannot."""
+    """Return the input of every block for all windows; the stream passes all blocks.
+
+    `folder` holds the inputs that exceed the memory limit.
+    """
     count, tokens, width = stream.hidden.store_STD.shape
     needed_bytes = len(decoder) * count * tokens * width * decoder.dtype.itemsize
     place = choose_place(needed_bytes, decoder.device, activation_bytes)
@@ -157,7 +159,7 @@ def stored_inputs(
 
 
 def head_gradient(decoder: Decoder, ids_BT: Tensor, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of every window [B], and the gradient of their sum at the output of the last block [B, T, D]."""
+    """Return the loss of every window [B], and the gradient of their sum at the output of the last block [B, T, D]."""
     leaf_BTD = x_BTD.detach().clone().requires_grad_(True)
     logits_NV = decoder.logits(ids_BT, leaf_BTD)[:, :-1].flatten(0, 1)
     logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
@@ -171,7 +173,7 @@ def head_gradient(decoder: Decoder, ids_BT: Tensor, x_BTD: Tensor) -> tuple[Tens
 def block_gradients(
     block: Block, call: Call, x_BTD: Tensor, grad_BTD: Tensor, inputs: Collection[str], weights: bool
 ) -> tuple[Tensor, tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]]:
-    """The gradient at the input of a block from that at its output, and `Gradients` without its rows."""
+    """Return the gradient at the input of a block from that at its output, and the fields of its `Gradients`."""
     linears = block.linears if weights else {}
     sought = {linear.parameter: block.module.get_parameter(linear.parameter) for linear in linears.values()}
     met: dict[str, Tensor] = {}

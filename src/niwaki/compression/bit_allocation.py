@@ -1,25 +1,27 @@
-"""Which blocks or matrices get more bits than others. This is niwaki's own, no paper's.
+"""Allocation of bits: which blocks or matrices get more than others. This is niwaki's own method, from no paper.
 
-**Blocks that stay at four bits** (`keep_blocks`). A budget of B bits a weight is kept exactly: blocks K at 4 bits leave
-(B·Σw − 4·Σ_K w) / Σ_rest w bits to the rest, w being the weights of a block. Everything stored counts, because methods
-read their target so.
+**Blocks that stay at four bits** (`keep_blocks`). A budget of B bits a weight is kept exactly. With w the weights of a
+block, blocks K at 4 bits leave (B·Σw − 4·Σ_K w) / Σ_rest w bits to the others. Everything stored counts, because
+methods read their target so.
 
-`auto` measures on the dense model what two bits do to each block b: s_b, the mean over tokens of ‖ŷ − y‖² / ‖y‖²,
-y the block's output and ŷ that with all its matrices rounded to nearest at two bits (four even levels a row, the best
-ones for normal weights). Token by token, because the norm at the start of the next block divides each by its own size:
-a mean over all would see little else than the few tokens of huge activations. Two bits, because one without any
-compensation leaves the range where errors are small and alike to those of a method (docs/log).
+`auto` measures the error s_b of each dense block b at two bits: the mean over tokens of ‖ŷ − y‖² / ‖y‖². Here y is the
+output of the block, and ŷ that with all its matrices rounded to nearest. Two bits are four even levels a row, the best
+for normal weights. The mean is over ratios per token, because the norm at the start of the next block
+divides each token by its own size. A mean over all tokens would show little more than the few tokens of huge
+activations. One bit without any compensation leaves the range where errors are small and similar to those of a method
+(the log has the numbers).
 
-Then K minimises Σ_b s_b·4^(2 − bits_b), the squared error falling to a quarter with every bit, bits_b ∈ {4, rest}. The
-function is convex, so with equal sensitivities of equal blocks K is empty. Only prefixes of the blocks in order of
-s_b/w_b are tried: that is exact for equal blocks, and as near as one block for others. The rest never gets less than
-the method needs for any matrix.
+Then K minimises Σ_b s_b·4^(2 − bits_b), bits_b ∈ {4, rest}: the squared error falls to a quarter with every bit. The
+function is convex, so K is empty for equal sensitivities of equal blocks. Only prefixes of the blocks in the order of
+s_b/w_b are tried. That is exact for equal blocks, and within one block for others. The others never get less than the
+method needs for any matrix.
 
-**Every matrix what it needs** (`--allocation sensitivity`). The same measure, one matrix m rounded at a time, on the
-first 4,096 tokens: s_m. Least Σ_m s_m·4^(−bits_m) for Σ_m w_m·bits_m = B·Σw is reached where bits_m = c +
-log₄(s_m / w_m), held between the least that the method can store m with and 4, c found by bisection.
+**Bits for every matrix by its sensitivity** (`--allocation sensitivity`). The same measure s_m, with one matrix m
+rounded at a time, on the first 4,096 tokens. The sum Σ_m s_m·4^(−bits_m) is minimal for Σ_m w_m·bits_m = B·Σw where
+bits_m = c + log₄(s_m / w_m). Bits are held between the minimum that the method can store m with and 4; c comes from
+bisection.
 
-Cost: of `auto` three forwards of the calibration windows; of `sensitivity` one, and one of 4,096 tokens a matrix.
+Cost: three forwards of the calibration windows for `auto`. For `sensitivity` one, and one of 4,096 tokens per matrix.
 
     niwaki compress MODEL OUT --method squeeze10 --target-bytes 1.7GB --allocation sensitivity --calibration mine.txt
 """
@@ -40,13 +42,13 @@ from niwaki.model.decoder import Block, Decoder
 KEPT_BITS = 4
 SCAN_TOKENS = 4096  # tokens that the sensitivity of a single matrix is measured on
 KEEP_SCAN_FORWARDS = 3.0  # forwards of all blocks that `keep_blocks` auto takes
-NORMAL_STEP = 0.9957  # standard deviations between four even levels with the least squared error (Max 1960)
+NORMAL_STEP = 0.9957  # standard deviations between four even levels of minimal squared error (Max 1960)
 
 
 def bits_within(total_bytes: int, decoder: Decoder) -> Bits:
-    """The average bits with which all matrices of `decoder` together take at most `total_bytes`.
+    """Return the average bits with which all matrices of `decoder` together take at most `total_bytes`.
 
-    Raises TargetError for bytes that are no 1 to 8 bits a weight, or matrices that are not stored as codes.
+    Raises TargetError for bytes that are not 1 to 8 bits a weight, or matrices that cannot be stored as codes.
     """
     anatomy = decoder.anatomy
     for index, block in enumerate(anatomy.blocks):
@@ -65,9 +67,9 @@ def bits_within(total_bytes: int, decoder: Decoder) -> Bits:
 
 
 def kept_targets(anatomy: Anatomy, target: Target, kept: Collection[int]) -> Targets:
-    """4 bits for the blocks `kept`, and for all others what meets `target` on average.
+    """Return 4 bits for the blocks `kept`, and for all others the bits that meet `target` on average.
 
-    Raises TargetError for a target that is no bits below 4, for blocks that do not exist, and if too little is left.
+    Raises TargetError for a target that is not bits below 4, for blocks that do not exist, and if too little is left.
     """
     if not isinstance(target, Bits):
         raise TargetError(f"keep_blocks keeps blocks at {KEPT_BITS} bits: it needs bits such as 1.75bit, got {target}")
@@ -89,7 +91,7 @@ def kept_targets(anatomy: Anatomy, target: Target, kept: Collection[int]) -> Tar
 
 
 def rest_bits(anatomy: Anatomy, target: Bits, kept: Collection[int]) -> float:
-    """Bits a weight that `kept` blocks leave to the others: below zero if too many are kept, 0 if all are."""
+    """Return the bits a weight that `kept` blocks leave to the others: below zero for too many, 0 for all."""
     kept_weights = sum(anatomy.blocks[index].weights for index in kept)
     others = anatomy.weights - kept_weights
     return (target.bits * anatomy.weights - KEPT_BITS * kept_weights) / others if others else 0.0
@@ -101,37 +103,37 @@ def spread_bits(
     sensitivities: Sequence[Mapping[str, float]],
     min_bits: Callable[[int, int], float],
 ) -> Targets:
-    """Bits for every matrix by its sensitivity (see above), `target` on average; all alike where nothing can move.
+    """Return bits for every matrix by its sensitivity (see above), `target` on average; all equal if nothing can move.
 
-    `min_bits(rows, columns)`: what the method needs at least.
+    `min_bits(rows, columns)`: the minimum of the method for a matrix.
     """
     assert isinstance(target, Bits), "fractional methods meet nothing else"
     matrices = {
         (index, name): linear for index, block in enumerate(anatomy.blocks) for name, linear in block.linears.items()
     }
     weights = {key: linear.rows * linear.columns for key, linear in matrices.items()}
-    least = {key: min_bits(linear.rows, linear.columns) for key, linear in matrices.items()}
-    floor_bits = sum(least[key] * weights[key] for key in matrices) / anatomy.weights
-    if not floor_bits < target.bits < KEPT_BITS:  # too little for anything but one bit, or enough for four
+    minimum = {key: min_bits(linear.rows, linear.columns) for key, linear in matrices.items()}
+    floor_bits = sum(minimum[key] * weights[key] for key in matrices) / anatomy.weights
+    if not floor_bits < target.bits < KEPT_BITS:  # too little for more than the minimum, or enough for four
         return [dict.fromkeys(block.linears, target) for block in anatomy.blocks]
     needs = {key: math.log(max(sensitivities[key[0]][key[1]], 1e-30) / weights[key], 4) for key in matrices}
 
     def bits(shift: float) -> dict[tuple[int, str], float]:
-        return {key: min(max(needs[key] + shift, least[key]), KEPT_BITS) for key in matrices}
+        return {key: min(max(needs[key] + shift, minimum[key]), KEPT_BITS) for key in matrices}
 
     low, high = KEPT_BITS * -1.0 - max(needs.values()), KEPT_BITS - min(needs.values())
     for _ in range(100):
         middle = (low + high) / 2
         spent = sum(given * weights[key] for key, given in bits(middle).items())
         low, high = (low, middle) if spent > target.bits * anatomy.weights else (middle, high)
-    found = bits(low)
-    return [{name: Bits(found[index, name]) for name in block.linears} for index, block in enumerate(anatomy.blocks)]
+    spread = bits(low)
+    return [{name: Bits(spread[index, name]) for name in block.linears} for index, block in enumerate(anatomy.blocks)]
 
 
 def choose_kept(
     anatomy: Anatomy, target: Bits, sensitivities: Sequence[float], min_bits: Callable[[int, int], float]
 ) -> list[int]:
-    """The blocks to keep at 4 bits, ascending (see above); none if that predicts the least error."""
+    """Return the blocks to keep at 4 bits, ascending (see above); none if that predicts the smallest error."""
     order = sorted(range(len(sensitivities)), key=lambda index: -sensitivities[index] / anatomy.blocks[index].weights)
     floor = max(min_bits(m.rows, m.columns) for block in anatomy.blocks for m in block.linears.values())
     best: list[int] = []
@@ -141,34 +143,34 @@ def choose_kept(
         if rest < floor:
             break
         error = _predicted(sensitivities, order[:count], rest)
-        if error < min_error * (1 - 1e-9):  # no choice by the rounding of equal sums
+        if error < min_error * (1 - 1e-9):  # rounding of equal sums decides nothing
             best, min_error = order[:count], error
     return sorted(best)
 
 
 def _predicted(sensitivities: Sequence[float], kept: Collection[int], rest: float) -> float:
-    """Σ s_b·4^(2 − bits_b)."""
+    """Return Σ s_b·4^(2 − bits_b)."""
     bits = (KEPT_BITS if index in kept else rest for index in range(len(sensitivities)))
     return sum(s * 4.0 ** (2 - b) for s, b in zip(sensitivities, bits, strict=True))
 
 
 def sensitivity(block: Block, stream: Stream) -> float:
-    """s_b of a dense block at the inputs of `stream`, which does not move on; the block is left as it was.
+    """Return s_b of a dense block at the inputs of `stream`, which does not advance; the block does not change.
 
-    Raises NumericalError if the block at two bits leaves the finite numbers.
+    Raises NumericalError if outputs of the block at two bits are not finite.
     """
     return _errors(block, stream, [list(block.linears)], len(stream) * stream.ids_ST.shape[1])[0]
 
 
 def sensitivities(block: Block, stream: Stream) -> dict[str, float]:
-    """s_m of every matrix of the block, as `sensitivity`."""
+    """Return s_m of every matrix of the block, as `sensitivity` does for the block."""
     errors = _errors(block, stream, [[name] for name in block.linears], SCAN_TOKENS)
     return dict(zip(block.linears, errors, strict=True))
 
 
 @torch.no_grad()
 def _errors(block: Block, stream: Stream, sets: Sequence[Sequence[str]], max_tokens: int) -> list[float]:
-    """Mean relative error of the block's output over its first tokens, with each set of matrices at two bits."""
+    """Return the mean relative error of the output over the first tokens, with each set of matrices at two bits."""
     dense = {name: block.weight(name).clone() for name in block.linears}
     coarse = {name: _two_bits(weight_OI) for name, weight_OI in dense.items()}
     totals, tokens = [0.0] * len(sets), 0
@@ -194,7 +196,7 @@ def _errors(block: Block, stream: Stream, sets: Sequence[Sequence[str]], max_tok
 
 
 def _two_bits(weight_OI: Tensor) -> Tensor:
-    """Every weight at the nearest of four levels a row, mean ± ½ and ± 1½ steps."""
+    """Return every weight at the nearest of four levels a row, mean ± ½ and ± 1½ steps."""
     wide_OI = weight_OI.float()
     middle_O1 = wide_OI.mean(1, keepdim=True)
     step_O1 = (NORMAL_STEP * wide_OI.std(1, correction=0, keepdim=True)).clamp_min(1e-30)

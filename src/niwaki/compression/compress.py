@@ -2,8 +2,8 @@
 
     niwaki.compress("MODEL", "OUT", method="sparsegpt", target="2:4", calibration=["mine.txt"])
 
-A structured method may come before others (`comp+gptq`, target `0.25+4bit`). It runs first and alone, into a folder
-beside OUT that is removed in the end: the methods after it need a model that already has its shape.
+A structured method may come before others (`comp+gptq`, target `0.25+4bit`). It runs first and alone, because the
+methods after it need a model that already has its shape. Its result is a folder beside OUT, removed in the end.
 """
 
 import shutil

@@ -179,7 +179,7 @@ def _check_bit_budget(recipe: Recipe, infos: Sequence[MethodInfo]) -> None:
             if not info.fractional_bits:
                 able = ", ".join(info.name for info in METHODS.values() if info.fractional_bits)
                 raise TargetError(
-                    f"{field} needs a method that spends whatever bits it is given ({able}), got {info.name}: "
+                    f"{field} needs a method that spends any number of bits ({able}), got {info.name}: "
                     f"use another method, or drop {field}"
                 )
     for given, what in (recipe.pack, "--pack none"), (recipe.options.get("granularity"), "granularity element"):

@@ -57,7 +57,7 @@ def _choose_shape(job: Job, run: Run, report: Report) -> Allocation:
     shape, losses = _search(search, job, run, report, space)
     if shape is None:
         raise TargetError(
-            f"target {target}: {job.recipe.method} finds no shape that removes so much and leaves a block, a "
+            f"target {target}: {job.recipe.method} finds no shape that removes this share and leaves a block, a "
             "head and a neuron: lower the target, or let more blocks and heads go"
         )
     cut = shape.even or (shape.whole and job.recipe.pack != "none")

@@ -1,8 +1,8 @@
-"""Traces of a dense model: forwards for what prompts show, backwards for what mattered afterwards.
+"""Traces of a dense model: forwards for the activity in prompts, backwards for the importance after them.
 
-The forward walk takes activations of all windows at every block. The walk backwards runs on the first
-`gradient_windows` only, when no criterion needs gradients of its own: then it yields the mean squared gradient of
-every unit, which a few windows are enough for; otherwise on all windows.
+The forward walk takes activations of all windows at every block. The backward walk runs on all windows if a criterion
+needs gradients of its own. Otherwise it runs on the first `gradient_windows` only, for the mean squared gradient of
+every unit.
 
 Cost: a forward of all windows; two forwards and a backward of those with gradients. Memory: one block, the hidden
 states (see `backward`), and the traces, whose size is known beforehand.
@@ -43,7 +43,7 @@ def trace(
     folder: Path | None = None,
     report: Report = silent,
 ) -> dict[str, Traces]:
-    """Samples of all windows, each cut at `cuts` prompt lengths, for every criterion.
+    """Return samples of all windows, each cut at `cuts` prompt lengths, for every criterion.
 
     `make_stream(ids_ST, name)` gives windows before the first block. The traces share all but their scores.
     """
@@ -54,7 +54,7 @@ def trace(
     sensitivity = _Rows(1, 1, layout)
     consumers = {layout.units[kind].consumer: kind for kind in KINDS}
 
-    def behind(block: Block, found: Gradients) -> None:
+    def visit(block: Block, found: Gradients) -> None:
         for name, kind in consumers.items():
             x_BTC, grad_BTC = (_by_window(part, found.rows) for part in found.inputs[name])
             square_BG = mean_square(grad_BTC, layout.count(kind))
@@ -68,7 +68,7 @@ def trace(
     with_gradients_ST = ids_ST if own else ids_ST[:gradient_windows]
     stream = make_stream(with_gradients_ST, "gradients")
     backprop_blocks(
-        decoder, stream, behind, inputs=consumers, activation_bytes=activation_bytes, folder=folder, report=report
+        decoder, stream, visit, inputs=consumers, activation_bytes=activation_bytes, folder=folder, report=report
     )
     forwards = {criterion: rows for criterion, rows in scores.items() if criterion in WITHOUT_GRADIENTS}
     prompts, last_ND, mean_ND = _forward(decoder, make_stream(ids_ST, "traces"), layout, lengths, report, forwards)
@@ -85,7 +85,7 @@ def _forward(
     report: Report,
     scores: "Mapping[str, _Rows]",
 ) -> tuple["_Rows", Tensor, Tensor]:
-    """Statistics of all prompts, and the features of the first block; fills `scores` of criteria without gradients."""
+    """Return statistics of all prompts and features of the first block; fill `scores` of criteria without gradients."""
     consumers = {layout.units[kind].consumer: kind for kind in KINDS}
     prompts = _Rows(len(stream), len(lengths), layout)
     width = decoder.anatomy.blocks[0].linears[layout.units["heads"].consumer].columns
@@ -128,10 +128,10 @@ class _Rows:
         self.parts[kind][rows, cut, block] = value_BG.to(self.parts[kind].dtype).cpu()
 
     def row(self) -> Tensor:
-        """[N, U]."""
+        """Return the values of all samples [N, U]."""
         return self.layout.join(*(self.parts[kind].flatten(0, 1) for kind in KINDS))
 
 
 def _by_window(x: Tensor, rows: slice) -> Tensor:
-    """[B, T, C] of what reaches a matrix as that, or as [B·T, C] (OPT)."""
+    """Return the inputs of a matrix as [B, T, C]; some models give [B·T, C] (OPT)."""
     return x.reshape(rows.stop - rows.start, -1, x.shape[-1])

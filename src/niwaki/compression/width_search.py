@@ -1,12 +1,13 @@
-"""Searched widths: every block keeps as many neurons and groups of heads as the loss says it needs.
+"""Search of widths: every block keeps as many neurons and groups of heads as the loss says that it needs.
 
-Losses are measured on shapes that are tried (see `shaping`). From an even shape, every unit of every block in turn is
-made a step narrower. The rise of the loss, read as a·((r + step)² − r²) for the share r of the unit that is gone, gives
-each unit a stiffness a. Of all shapes that remove as many parameters, Σ a·r² is least at r = μ·P/a for units of P
-parameters, μ the same for all. Some of the way to it is tried, the best is kept, and all is done again from there.
+Losses are measured on proposed shapes (see `structured`). From an even shape, every unit of every block in turn becomes
+a step narrower. With r the share of a unit that is gone, the rise of the loss is read as a·((r + step)² − r²). That
+gives each unit a stiffness a. Among shapes that remove the same number of parameters, Σ a·r² is minimal at r = μ·P/a. P
+is the number of parameters of the unit, and μ is the same for all. Points on the way there are evaluated, the best is
+kept, and the search repeats from it.
 
-Source: our own. Týr-the-Pruner and EvoPress (2025) search by trial as well, with hundreds of shapes; this takes two for
-every block and round, and as many rounds as help, at most ROUNDS.
+Source: our own. Týr-the-Pruner and EvoPress (2025) also search by evaluation, with hundreds of shapes. This search
+takes two for every block and round, and at most ROUNDS rounds, as long as they help.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,16 +18,16 @@ from niwaki.model.prunable import PrunedShape, ShapeSearch, ShapeSpace
 
 ROUNDS = 3
 EXPECTED_ROUNDS = 2  # of a typical search
-STEP_FRAC = 0.125  # of a unit that a probe takes away
-STRIDES = (0.35, 0.7, 1.0)  # of the way to the best shape
+STEP_FRAC = 0.125  # share of a unit that a probe removes
+STRIDES = (0.35, 0.7, 1.0)  # parts of the way to the best shape
 MAX_GONE = 0.875
-MIN_STIFFNESS = 0.05  # as a share of the mean: a rise that is lost in noise promises nothing
+MIN_STIFFNESS = 0.05  # share of the mean; a smaller rise is noise
 
-Place = tuple[int, Kind]  # a unit: its block and what it is made of
+Place = tuple[int, Kind]  # a unit: its block and its kind
 
 
 def spread(sizes: ShapeSpace, start: PrunedShape, removed_frac: float, multiple: int) -> ShapeSearch:
-    """Tries shapes that remove as much as `start`; returns the one with the lowest loss, `start` if none is lower."""
+    """Yield shapes that remove as much as `start`; return the one with the lowest loss, `start` if none is lower."""
     (least,) = yield [start]
     for _ in range(ROUNDS):
         probes = dict(_probes(sizes, start))
@@ -44,7 +45,7 @@ def spread(sizes: ShapeSpace, start: PrunedShape, removed_frac: float, multiple:
 
 
 def _probes(sizes: ShapeSpace, start: PrunedShape) -> Iterator[tuple[Place, PrunedShape]]:
-    """`start` with one unit a step narrower, for every unit that can be."""
+    """Yield `start` with one unit a step narrower, for every unit that can be."""
     kinds: tuple[Kind, ...] = ("neurons", "heads")
     for index in range(len(sizes)):
         for kind in kinds:
@@ -67,7 +68,7 @@ def _balanced(
     rises: Mapping[Place, float],
     removed_frac: float,
 ) -> dict[Place, float]:
-    """The share of every probed unit that is gone where Σ a·r² is least."""
+    """Return the share of every probed unit that is gone where Σ a·r² is minimal."""
     stiff = {
         place: rise / (_gone(sizes, probes[place], place) ** 2 - _gone(sizes, start, place) ** 2)
         for place, rise in rises.items()
@@ -97,7 +98,7 @@ def _toward(
     removed_frac: float,
     multiple: int,
 ) -> PrunedShape:
-    """The shape some of the way from `start`; all neurons give or take the same share to end at the budget."""
+    """Return the shape a part of the way from `start`; all neurons give or take the same share to meet the budget."""
     gone = {place: (1 - stride) * _gone(sizes, start, place) + stride * share for place, share in wanted.items()}
     heads = [
         sizes.rounded("heads", sizes.heads * (1 - gone[index, "heads"]), 0) if (index, "heads") in gone else kept

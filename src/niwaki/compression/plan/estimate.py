@@ -138,8 +138,8 @@ def _gradients(model: ModelSizes, load: Workload, machine: Machine) -> float:
 class Memory:
     """Peak bytes of the process, of the device, and of the temporary files of the run.
 
-    `sure_bytes` is the peak of the device, or of the process on a CPU, without a model that writes its own text: that
-    model may be mapped from its file.
+    `sure_bytes` is the peak of the device, or of the process on a CPU. It leaves out a model that writes its own text:
+    that model may be mapped from its file.
     """
 
     rss_bytes: int

@@ -1,11 +1,12 @@
-"""How fast a machine does what `niwaki.methods.cost` counts, and how much memory it has.
+"""Rates of machines for the work that `niwaki.methods.cost` counts, and their memory.
 
-This machine's CPU is measured, in about a second: a matrix product, a Cholesky, a sweep, a selection, a copy, the start
-of small operations, and a shard written as every result is. GPUs are published rates (NVIDIA's data sheets: dense bf16
-with float32 accumulation, float32, memory) times what we reached of them: `_REACHED` is fitted to the seconds in
-benchmarks/results/compression-speed-7b-*.json and -70b-h100.json (H100 and H200; 17 rows, 0.81 to 1.20 of each; methods
-became faster since, 29 rows are now predicted at 0.7 to 1.4), and taken to hold for the others, on which nothing was
-measured.
+The CPU of this machine is measured, in about a second. That covers a matrix product, a Cholesky, a sweep, a selection,
+a copy, the launch of small operations, and a shard written as every result is.
+
+Rates of GPUs are published (data sheets of NVIDIA: dense bf16 with float32 accumulation, float32, memory), times the
+shares that we reached. `_REACHED` is fitted to benchmarks/results/compression-speed-7b-*.json and -70b-h100.json (H100
+and H200; 17 rows, 0.81 to 1.20 of each). Methods became faster since: 29 rows are now predicted at 0.7 to 1.4. The
+shares are assumed to hold for the other cards, which nothing was measured on.
 """
 
 import tempfile
@@ -24,9 +25,10 @@ from niwaki.model.files import write_shard, write_text
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates in operations, bytes or weights a second; `start_s` of a small operation, `shard_s` of a written file.
+    """Rates of a machine in operations, bytes or weights a second.
 
-    `memory_bytes` is that of the device; `measured` whether the rates were, here and now.
+    `start_s` is the time of a small operation, `shard_s` that of a written file without its bytes. `memory_bytes` is
+    the memory of the device. `measured`: the rates were measured here and now.
     """
 
     name: str
@@ -66,13 +68,13 @@ _REACHED = {
     "pass": 0.253,
     "select": 3.75e-3,
 }
-MIN_S, MAX_S, MIN_RUNS = 0.1, 0.3, 5  # of every measurement of this machine
-_GPU_START_S = 7.0e-6  # of an operation of a block, Python and launch
-_GPU_SHARD_S, _GPU_DISK = 0.05, 1.05e9  # what the same runs took a block beyond all that, and read and wrote
+MIN_S, MAX_S, MIN_RUNS = 0.1, 0.3, 5  # per measurement of this machine
+_GPU_START_S = 7.0e-6  # seconds per operation of a block, Python and launch
+_GPU_SHARD_S, _GPU_DISK = 0.05, 1.05e9  # further seconds per block in the same runs, and bytes a second of the disk
 
 
 def machine_named(gpu: str | None, out: Path) -> Machine:
-    """`cpu` is this machine, measured; None the GPU of this machine if there is one of the table, else its CPU.
+    """Return a machine: `cpu` is this one, measured; None is the GPU of this machine, or its CPU if it has none.
 
     Raises InputError with the nearest name.
     """
@@ -87,7 +89,7 @@ def machine_named(gpu: str | None, out: Path) -> Machine:
 
 
 def gpu_of(name: str) -> Machine:
-    """A card of the table."""
+    """Return a GPU of the table."""
     half, single, bandwidth, memory_bytes = GPUS[name]
     return Machine(
         name=name,
@@ -120,7 +122,7 @@ def _own_gpu() -> str:
 
 
 def measure_cpu(folder: Path) -> Machine:
-    """The rates of this machine as it is now; files are written below `folder`, or where temporary ones go."""
+    """Measure the rates of this machine now; files are written below `folder`, or where temporary files go."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -170,7 +172,7 @@ def measure_cpu(folder: Path) -> Machine:
 
 
 def _measure_disk(folder: Path) -> tuple[float, float]:
-    """Seconds a shard takes beyond its bytes, and bytes a second."""
+    """Return the seconds of a shard without its bytes, and the bytes a second."""
     place = folder if folder.is_dir() else None
     seconds = []
     try:
@@ -186,9 +188,9 @@ def _measure_disk(folder: Path) -> tuple[float, float]:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The mean of some runs without the slowest fifth, after one that does not count.
+    """Return the mean seconds of some runs without the slowest fifth, after one that does not count.
 
-    Not the best of them: waiting for a core that others use as well is part of what a compression takes.
+    The minimum would be too low: a compression also waits for cores that others use.
     """
     work()
     found: list[float] = []

@@ -254,7 +254,7 @@ def shape_of(decoder: Decoder, stage: ResolvedStage, config: Mapping[str, Any]) 
         shape: PrunedShape | None = stop.value
     if shape is None:
         raise TargetError(
-            f"target {target}: {step.name} finds no shape that removes so much and leaves a block, a head and a "
+            f"target {target}: {step.name} finds no shape that removes this share and leaves a block, a head and a "
             "neuron: lower the target, or let more blocks and heads go"
         )
     return space, shape, len(tried)
