@@ -172,7 +172,10 @@ def test_links_between_files_of_the_repository_lead_somewhere() -> None:
 
 
 def test_names_and_paths_on_the_pages_exist() -> None:
-    named = 0
+    moved = re.findall(r"^\| `niwaki.* \| (`niwaki.*) \|$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    for name in re.findall(r"`(niwaki[\w.]+)`", " ".join(moved)):
+        assert resolved(name), f"CHANGELOG.md: {name}"
+    named = len(moved)
     for page in [*WRITTEN, ROOT / "CONTRIBUTING.md"]:
         text = page.read_text(encoding="utf-8")
         for path in re.findall(r"\b(?:src|tests|benchmarks|docs|examples)/[\w./-]+\.(?:py|cpp|ya?ml|json|md)\b", text):
