@@ -2,7 +2,7 @@
 // the tests do not run on. Needs a compiler and nothing else:
 //
 //   g++ -O3 -std=c++17 -ffp-contract=fast -fno-math-errno -Isrc/niwaki/kernels/cpu benchmarks/sparse_paths.cpp
-//       src/niwaki/kernels/cpu/sparse.cpp src/niwaki/kernels/cpu/planes.cpp src/niwaki/kernels/cpu/threads.cpp
+//       src/niwaki/kernels/cpu/[!m]*.cpp
 //       -lpthread -ldl -o sparse_paths && ./sparse_paths
 //
 // Prints the largest error of every supported path over odd shapes, layouts, tokens and threads, then microseconds of

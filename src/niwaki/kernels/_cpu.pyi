@@ -2,18 +2,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 def sweep_codes(
-    wanted_OI: Tensor,
-    base_OI: Tensor,
+    wanted: Tensor,
+    base: Tensor,
     has_base: bool,
-    feed_II: Tensor,
-    scale_OG: Tensor,
-    offset_OG: Tensor,
-    group_I: Tensor,
-    top_I: Tensor,
-    code_OI: Tensor,
-    change_OI: Tensor,
+    feed: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    group: Tensor,
+    top: Tensor,
+    keep: Tensor | None,
+    code: Tensor,
+    change: Tensor,
     threads: int,
-    /,
 ) -> None: ...
 def plane_product(
     planes: NDArray,
@@ -29,6 +29,7 @@ def plane_product(
     threads: int,
     path: int,
 ) -> None: ...
+def supported(path: int, /) -> bool: ...
 
 class Layer:
     def __init__(self, rows: int, inputs: int, /) -> None: ...
@@ -44,3 +45,26 @@ class Layer:
         columns: int,
     ) -> None: ...
     def multiply(self, x: int, out: int, tokens: int, bfloat16: bool, threads: int, /) -> None: ...
+    def decode(self, out: int, first: int, last: int, bfloat16: bool, threads: int, path: int, /) -> None: ...
+
+class SparseLayer:
+    def __init__(
+        self,
+        columns: int,
+        layout: int,
+        kind: int,
+        places: NDArray,
+        values: NDArray,
+        starts: NDArray | None,
+        scale: NDArray | None,
+        group_bytes: int,
+    ) -> None: ...
+    def multiply(self, x: int, out: int, tokens: int, bfloat16: bool, threads: int, path: int, /) -> None: ...
+    def decode(self, out: int, first: int, last: int, bfloat16: bool, threads: int, path: int, /) -> None: ...
+
+class TileLayer:
+    def __init__(
+        self, rows: int, columns: int, group: int, places: NDArray, codes: NDArray, scale: NDArray
+    ) -> None: ...
+    def multiply(self, x: int, out: int, tokens: int, bfloat16: bool, threads: int, path: int, /) -> None: ...
+    def decode(self, out: int, first: int, last: int, bfloat16: bool, threads: int, path: int, /) -> None: ...

@@ -1,4 +1,4 @@
-// Decoded rows on their way to where they are multiplied.
+// Output of decoded rows, as float32 or bfloat16.
 
 #include "kernels.h"
 

@@ -1,4 +1,4 @@
-// Python's view of the CPU kernels: tensors come in through DLPack, nothing is linked to PyTorch.
+// Python bindings of the CPU kernels. Tensors come in through DLPack, and nothing is linked to PyTorch.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -25,7 +25,7 @@ float widened(uint16_t narrow) {
 
 using niwaki::narrowed;
 
-// The parts of a packed matrix, kept alive, and its product with inputs given by address: a call costs a microsecond.
+// The parts of a packed matrix, which the layer keeps alive. Inputs come as addresses, so a call costs a microsecond.
 class Layer {
 public:
     Layer(int64_t rows, int64_t inputs) : rows_(rows), inputs_(inputs) {}
@@ -45,7 +45,7 @@ public:
         if (column) ints_.push_back(*column);
     }
 
-    // out = x Wᵀ; both float32, or both bfloat16, contiguous, [tokens, inputs] and [tokens, rows].
+    // Writes x Wᵀ to `out`. Both are contiguous float32 or bfloat16: [tokens, inputs] and [tokens, rows].
     void multiply(uintptr_t x, uintptr_t out, int64_t tokens, bool bfloat16, int threads) const {
         nb::gil_scoped_release unlocked;
         std::vector<niwaki::PlaneProduct> parts = parts_;
@@ -61,7 +61,7 @@ public:
         for (size_t i = 0; i < sums.size(); ++i) narrow[i] = narrowed(sums[i]);
     }
 
-    // Rows [first, last) of the matrix, float32 or bfloat16, to the address `out`.
+    // Writes rows [first, last) of the matrix, float32 or bfloat16, to the address `out`.
     void decode(uintptr_t out, int64_t first, int64_t last, bool bfloat16, int threads, int path) const {
         nb::gil_scoped_release unlocked;
         const niwaki::Decoded to{first, last, inputs_, bfloat16, reinterpret_cast<void*>(out)};
@@ -76,7 +76,7 @@ private:
     std::vector<Ints> ints_;
 };
 
-// A matrix of nonzeros, kept alive, and its product with inputs given by address.
+// A matrix of nonzeros, which the layer keeps alive. Inputs come as addresses.
 class SparseLayer {
 public:
     SparseLayer(int64_t columns, int layout, int kind, Bytes places, Bytes values, std::optional<Ints> starts,
@@ -92,7 +92,7 @@ public:
         };
     }
 
-    // out = x Wᵀ; both float32, or both bfloat16, contiguous, [tokens, columns] and [tokens, rows].
+    // Writes x Wᵀ to `out`. Both are contiguous float32 or bfloat16: [tokens, columns] and [tokens, rows].
     void multiply(uintptr_t x, uintptr_t out, int64_t tokens, bool bfloat16, int threads, int path) const {
         nb::gil_scoped_release unlocked;
         niwaki::SparseProduct product = product_;
@@ -115,7 +115,7 @@ public:
         for (size_t i = 0; i < sums.size(); ++i) reinterpret_cast<uint16_t*>(out)[i] = narrowed(sums[i]);
     }
 
-    // Rows [first, last) of the matrix, float32 or bfloat16, to the address `out`.
+    // Writes rows [first, last) of the matrix, float32 or bfloat16, to the address `out`.
     void decode(uintptr_t out, int64_t first, int64_t last, bool bfloat16, int threads, int path) const {
         nb::gil_scoped_release unlocked;
         const niwaki::Decoded to{first, last, columns_, bfloat16, reinterpret_cast<void*>(out)};
@@ -132,7 +132,7 @@ private:
     niwaki::SparseProduct product_;
 };
 
-// A two-four matrix of 4-bit codes in tiles, kept alive, and its product with inputs given by address.
+// A two-four matrix of 4-bit codes in tiles, which the layer keeps alive. Inputs come as addresses.
 class TileLayer {
 public:
     TileLayer(int64_t rows, int64_t columns, int64_t group, Bytes places, Bytes codes, Shorts scale)
@@ -141,7 +141,7 @@ public:
                     reinterpret_cast<const uint16_t*>(scale.data()), nullptr, nullptr};
     }
 
-    // As SparseLayer::multiply.
+    // Same contract as SparseLayer::multiply.
     void multiply(uintptr_t x, uintptr_t out, int64_t tokens, bool bfloat16, int threads, int path) const {
         nb::gil_scoped_release unlocked;
         niwaki::TileProduct product = product_;
@@ -153,7 +153,7 @@ public:
         for (size_t i = 0; i < sums.size(); ++i) reinterpret_cast<uint16_t*>(out)[i] = narrowed(sums[i]);
     }
 
-    // As SparseLayer::decode.
+    // Same contract as SparseLayer::decode.
     void decode(uintptr_t out, int64_t first, int64_t last, bool bfloat16, int threads, int) const {
         nb::gil_scoped_release unlocked;
         niwaki::tile_decode(product_, {first, last, product_.columns, bfloat16, reinterpret_cast<void*>(out)}, threads);
@@ -214,7 +214,6 @@ NB_MODULE(_cpu, module) {
              nb::arg("starts").none(), nb::arg("scale").none(), nb::arg("group_bytes"))
         .def("multiply", &SparseLayer::multiply)
         .def("decode", &SparseLayer::decode);
-    // By number: 0 the best there is, 1 portable, 2 AVX2, 3 AVX-512, 4 AVX-512 with VBMI2 and BF16,
-    // 5 with VBMI2 and GFNI.
+    // Numbers of `Path`: 0 best, 1 portable, 2 AVX2, 3 AVX-512, 4 AVX-512 with VBMI2 and BF16, 5 with VBMI2 and GFNI.
     module.def("supported", [](int path) { return niwaki::supported(static_cast<niwaki::Path>(path)); });
 }

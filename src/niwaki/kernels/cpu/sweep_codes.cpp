@@ -1,5 +1,5 @@
-// The column sweep of quantization, a row at a time: rows never meet, and on a second pass most codes stay as they
-// are, so that a row costs only the columns that changed. The contract is kernels/codes.py: sweep_codes.
+// Column sweep of quantization, a row at a time, with the contract of kernels/codes.py: sweep_codes. Rows are independent.
+// On a second pass most codes stay the same, and a row costs only the columns that changed.
 
 #include "kernels.h"
 

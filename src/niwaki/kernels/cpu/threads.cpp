@@ -1,6 +1,6 @@
-// Rows divided over threads. PyTorch's OpenMP threads keep spinning for a while after its own loops; threads of ours would
-// wait for them. So the loop runs on those very threads, found in the process at run time, and on plain threads where
-// there are none, or after a fork, which OpenMP's threads do not survive.
+// Division of rows over threads. PyTorch's OpenMP threads spin for a while after its own loops, and other threads would
+// wait for them. So the loop runs on the OpenMP threads, which it finds in the process at run time. Plain threads serve
+// without OpenMP, and after a fork, which OpenMP threads do not survive.
 
 #include "kernels.h"
 
