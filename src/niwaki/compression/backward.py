@@ -158,14 +158,18 @@ def stored_inputs(
     return kept
 
 
+def next_token_losses(decoder: Decoder, ids_BT: Tensor, x_BTD: Tensor) -> Tensor:
+    """Return the negative log-likelihood [B, T − 1] of every predicted token after the last block, float32 or wider."""
+    logits_NV = decoder.logits(ids_BT, x_BTD)[:, :-1].flatten(0, 1)
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    wanted_N = ids_BT[:, 1:].flatten().to(logits_NV.device)
+    return cross_entropy(logits_NV, wanted_N, reduction="none").view(len(ids_BT), -1)
+
+
 def head_gradient(decoder: Decoder, ids_BT: Tensor, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss of every window [B], and the gradient of their sum at the output of the last block [B, T, D]."""
     leaf_BTD = x_BTD.detach().clone().requires_grad_(True)
-    logits_NV = decoder.logits(ids_BT, leaf_BTD)[:, :-1].flatten(0, 1)
-    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    wanted_N = ids_BT[:, 1:].flatten().to(logits_NV.device)
-    loss_N = cross_entropy(logits_NV, wanted_N, reduction="none")
-    loss_B = loss_N.view(len(ids_BT), -1).mean(1)
+    loss_B = next_token_losses(decoder, ids_BT, leaf_BTD).mean(1)
     (grad_BTD,) = torch.autograd.grad(loss_B.sum(), [leaf_BTD])
     return loss_B.detach().double().cpu(), grad_BTD
 

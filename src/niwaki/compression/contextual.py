@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from niwaki.compression.backward import next_token_losses
 from niwaki.compression.job import Job, finish, record_of, windows_stream
 from niwaki.compression.run import RECORD, Run
 from niwaki.compression.traces import trace
@@ -210,10 +210,8 @@ def _mean_loss(decoder: Decoder, stream: Stream, lengths_S: Tensor) -> float:
     with torch.no_grad():
         for rows in stream.slices():
             ids_BT = stream.ids_ST[rows]
-            logits_BTV = decoder.logits(ids_BT, stream.hidden.read(rows))[:, :-1]
-            wanted_BT = ids_BT[:, 1:].to(logits_BTV.device)
-            loss_BT = cross_entropy(logits_BTV.flatten(0, 1).float(), wanted_BT.flatten(), reduction="none")
+            loss_BT = next_token_losses(decoder, ids_BT, stream.hidden.read(rows))
             after_BT = torch.arange(ids_BT.shape[1] - 1) >= lengths_S[rows, None]
-            total += float(loss_BT.view(wanted_BT.shape)[after_BT.to(loss_BT.device)].double().sum())
+            total += float(loss_BT[after_BT.to(loss_BT.device)].double().sum())
             count += int(after_BT.sum())
     return total / count

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from niwaki.compression.backward import next_token_losses
 from niwaki.compression.job import Allocation, FullBlocks, Job, block_part, scan, walk_model, windows_stream
 from niwaki.compression.run import Run
 from niwaki.compression.walk import Plan, collect, compress_blocks, forward
@@ -259,12 +260,10 @@ def _influence(block: Block, stream: Stream) -> float:
 def _loss(decoder: Decoder, stream: Stream) -> float:
     """Return the mean negative log-likelihood of a predicted token."""
     total = 0.0
-    for row, ids_T in enumerate(stream.ids_ST):
-        logits_TV = decoder.logits(stream.ids_ST[row : row + 1], stream.hidden.read(slice(row, row + 1)))[
-            0, :-1
-        ].float()
-        wanted_T1 = ids_T[1:, None].to(logits_TV.device)
-        total -= float(logits_TV.log_softmax(-1).gather(1, wanted_T1).double().mean())
+    for row in range(len(stream.ids_ST)):
+        rows = slice(row, row + 1)
+        loss_1T = next_token_losses(decoder, stream.ids_ST[rows], stream.hidden.read(rows))
+        total += float(loss_1T.double().mean())
     return total / len(stream.ids_ST)
 
 

@@ -1,7 +1,7 @@
 """Rates of machines for the work that `niwaki.methods.cost` counts, and their memory.
 
-The CPU of this machine is measured, in about a second. That covers a matrix product, a Cholesky, a sweep, a selection,
-a copy, the launch of small operations, and a shard written as every result is.
+The CPU of this machine is measured, in about a second: a matrix product, a Cholesky, a sweep, a selection and a copy.
+The launch of small operations and the writing of a shard are measured too.
 
 Rates of GPUs are published (data sheets of NVIDIA: dense bf16 with float32 accumulation, float32, memory), times the
 shares that we reached. `_REACHED` is fitted to benchmarks/results/compression-speed-7b-*.json and -70b-h100.json (H100
