@@ -39,8 +39,10 @@ RENAMED: dict[str, str] = {
     "max_deviation": "most_deviation",
     "max_error": "most_error",
     "max_kept_frac": "most_kept_frac",
+    "mean_fill": "stand_in",
     "min_margin": "least_margin",
     "min_prompt": "least_prompt",
+    "shrinkage": "trust",
 }
 
 RECORD = Path(__file__).with_suffix(".json")
