@@ -68,16 +68,16 @@ def test_the_file_holds_codes_and_the_record_counts_them(tied: bool, results: di
     out = results[tied]
     tensors, result = tensors_of(out), json.loads((out / "niwaki/run.json").read_text())["result"]
     ends = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
-    assert sorted(end["module"] for end in result["ends"]) == sorted(ends)
+    assert sorted(end["module"] for end in result["embeddings"]) == sorted(ends)
     counted = 0
-    for end in result["ends"]:
+    for end in result["embeddings"]:
         stored = {name: tensor for name, tensor in tensors.items() if name.startswith(end["module"] + ".")}
         assert sorted(name.rsplit(".", 1)[1] for name in stored) == ["planes_0", "scale_0", "zero_0"]
         assert sum(tensor.nbytes for tensor in stored.values()) == end["bytes"]
         assert 0 < end["error"] < 0.02
         counted += end["bytes"]
     weights = len(ends) * 4096 * 64
-    assert result["ends_bits"] == round(8 * counted / weights, 4) == 4.3125  # 4 + (16 + 4) / 64
+    assert result["embeddings_bits"] == round(8 * counted / weights, 4) == 4.3125  # 4 + (16 + 4) / 64
     assert not [name for name in tensors if name.startswith("lm_head")] if tied else True
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert sorted(index["weight_map"]) == sorted(tensors)
@@ -173,7 +173,7 @@ def test_other_families(family: str, tied: bool, text: Path, tmp_path: Path) -> 
     record = compress(
         tmp_path / "model", tmp_path / "out", text, method="rtn", options={"group": 16}, embeddings="8bit"
     )
-    assert record["result"]["ends_bits"] == 8 + 24 / 64 and len(record["result"]["ends"]) == 2 - tied
+    assert record["result"]["embeddings_bits"] == 8 + 24 / 64 and len(record["result"]["embeddings"]) == 2 - tied
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert isinstance(packed.get_output_embeddings(), PackedLinear)
     found = niwaki.evaluate(tmp_path / "out", data=[str(text)], seq_len=32, max_tokens=320, device="cpu")
@@ -205,7 +205,7 @@ def test_the_card_tells_and_an_export_refuses(results: dict[bool, Path], tmp_pat
     card = (results[False] / "README.md").read_text()
     assert "| true bits a weight in embeddings and head | 4.312 |" in card
     with pytest.raises(
-        niwaki.InputError, match=r"stores embeddings and head as codes.*compress with --embeddings none"
+        niwaki.InputError, match=r"stores embeddings and LM head as codes.*compress with --embeddings none"
     ):
         niwaki.export(results[False], tmp_path / "out", to="compressed-tensors")
     assert not list(tmp_path.iterdir())

@@ -194,7 +194,7 @@ def test_folders_that_are_no_results_are_refused(results: dict[str, Path], tmp_p
     (broken / "run.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read"):
         inspect(tmp_path / "broken")
-    (broken / "run.json").write_text(json.dumps({"export": {}}))
+    (broken / "run.json").write_text(json.dumps({"export": {"to": "gguf", "bytes": 1, "sha256": {}}}))
     with pytest.raises(InputError, match="holds no compression"):
         inspect(tmp_path / "broken")
 

@@ -59,7 +59,7 @@ def test_a_shard_that_is_missing_or_of_another_run(out: Path) -> None:
         check_weights(out)
     (out / "away").rename(path)
     (out / "other.safetensors").write_bytes(path.read_bytes())
-    with pytest.raises(CheckpointError, match=r"other\.safetensors: .* holds no SHA-256 of it"):
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: .* has no SHA-256 of it"):
         check_weights(out)
     (out / "other.safetensors").unlink()
 
@@ -69,7 +69,7 @@ def test_a_record_without_hashes(out: Path, text: str) -> None:
     path = out / "niwaki/run.json"
     before = path.read_text()
     path.write_text(text)
-    with pytest.raises(CheckpointError, match="names no SHA-256 of the weights"):
+    with pytest.raises(CheckpointError, match=r"cannot be read|has no SHA-256"):
         check_weights(out)
     path.write_text(before)
     assert check_weights(out)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from niwaki.compression.walk import Plan, collect, compress_blocks, forward, loaded_blocks
+from niwaki.compression.run_record import MatrixRecord
+from niwaki.compression.walk import WalkPlan, collect, compress_blocks, forward, loaded_blocks
 from niwaki.config.events import silent
 from niwaki.config.recipe import Sparsity
 from niwaki.data.statistics import Needs
@@ -26,15 +27,15 @@ def open_decoder(folder: Path) -> Decoder:
     return Decoder(Checkpoint.open(folder), CPU)
 
 
-def walk(decoder: Decoder, method: str, *, dense: bool = False, **stream: Any) -> tuple[Stream, list[dict[str, Any]]]:
+def walk(decoder: Decoder, method: str, *, dense: bool = False, **stream: Any) -> tuple[Stream, list[MatrixRecord]]:
     """Compresses to 50 % in memory; returns the final stream and all report lines."""
-    lines: list[dict[str, Any]] = []
+    lines: list[MatrixRecord] = []
     module = get_method(method)
     targets = [dict.fromkeys(block.linears, Sparsity(0.5)) for block in decoder.anatomy.blocks]
     main = Stream(decoder, IDS, **stream)
     compress_blocks(
         decoder,
-        Plan([Step(method, module, module.config())], targets, 0),
+        WalkPlan([Step(method, module, module.config())], targets, 0),
         main,
         Stream(decoder, IDS, **stream) if dense else None,
         finished=lambda index: None,
@@ -59,7 +60,7 @@ def test_statistics_see_the_compressed_prefix(tmp_path: Path) -> None:
     kept: dict[str, torch.Tensor] = {}
     compress_blocks(
         decoder,
-        Plan([Step("spy", replace(module, compress=spying), module.config())], targets, 0),
+        WalkPlan([Step("spy", replace(module, compress=spying), module.config())], targets, 0),
         Stream(decoder, IDS),
         None,
         finished=lambda index: None,
@@ -89,7 +90,7 @@ def test_the_stream_ends_where_the_compressed_model_does(tmp_path: Path, method:
     targets = [dict.fromkeys(block.linears, Sparsity(0.5)) for block in decoder.anatomy.blocks]
     compress_blocks(
         decoder,
-        Plan([Step(method, module, module.config())], targets, 0),
+        WalkPlan([Step(method, module, module.config())], targets, 0),
         main,
         None,
         finished=lambda index: None,
@@ -125,8 +126,8 @@ def test_dense_stream_reports_drift_that_starts_with_the_first_block(tmp_path: P
     forward(decoder, [dense])
     wanted_STD = dense.hidden.store_STD.double()
     drift = (main.hidden.store_STD.double() - wanted_STD).square().sum() / wanted_STD.square().sum()
-    assert lines[-1]["drift"] == pytest.approx(float(drift), rel=1e-4)
-    assert lines[0]["drift"] > 0
+    assert lines[-1].drift == pytest.approx(float(drift), rel=1e-4)
+    assert lines[0].drift > 0
 
 
 def test_errors_are_relative_output_errors(tmp_path: Path) -> None:
@@ -134,9 +135,9 @@ def test_errors_are_relative_output_errors(tmp_path: Path) -> None:
     _, updated = walk(open_decoder(folder), "sparsegpt")
     _, masked = walk(open_decoder(folder), "magnitude")
     for line in masked:
-        assert line["error"] == line["error_before_update"] > 0
-    assert sum(line["error"] for line in updated) < sum(line["error_before_update"] for line in updated)
-    assert all(line["block_error"] > 0 for line in updated)
+        assert line.error == line.error_before_update > 0
+    assert sum(line.error for line in updated) < sum(line.error_before_update for line in updated)
+    assert all(line.block_error > 0 for line in updated)
 
 
 def test_experts_see_only_the_tokens_routed_to_them(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from niwaki.compression.run_record import MatrixRecord
 from niwaki.measure.schema import (
     Candidate,
     Comparison,
@@ -144,6 +145,11 @@ def without_evidence() -> Comparison:
         model=model("bare", 1, memory=None, load_seconds=None, recipe=None),
     )  # fmt: skip
     return comparison(bare, gate=None, passed=None)
+
+
+def records(made: list[dict[str, Any]]) -> list[MatrixRecord]:
+    """Return lines of blocks.jsonl as records."""
+    return [MatrixRecord.model_validate(line) for line in made]
 
 
 def lines(kind: str = "codes", *, drift: bool = False) -> list[dict[str, Any]]:

@@ -7,8 +7,7 @@ import typer
 
 from niwaki.cli import options
 from niwaki.cli.options import check_inputs, check_recipe, console, error_console, first_given, given, recipe_values
-from niwaki.compression.run import shaping_of
-from niwaki.config.recipe import asks_for_bits
+from niwaki.compression.run_record import RunRecord
 
 
 def compress(
@@ -69,28 +68,28 @@ def _run(model: str, out: Path, values: dict[str, Any], **flags: bool) -> None:
         kept = "finished blocks are kept, repeat the same command with --resume"
         error_console.print(f"interrupted: {kept if resumable(out) else 'nothing was finished, nothing is kept'}")
         raise typer.Exit(130) from None
-    _print_record(out, record)
+    _print_record(out, RunRecord.model_validate(record))
 
 
-def _print_record(out: Path, record: dict[str, Any]) -> None:
+def _print_record(out: Path, record: RunRecord) -> None:
     """Print matrices, bits or zeros, bytes, time and peak memory of a result, then its notes."""
-    result, coded = record["result"], asks_for_bits(record)
-    codes = f", {result['bits']:.3f} true bits a weight in {result['packed']} of them" if result.get("packed") else ""
+    result, coded = record.result, record.asks_for_bits
+    codes = f", {result.bits:.3f} true bits a weight in {result.packed} of them" if result.packed else ""
     if coded and not codes:
-        counted = result.get("method_bits", result["bits"])
+        counted = result.bits if result.method_bits is None else result.method_bits
         codes = f", {counted:.3f} true bits a weight by the method's count, stored as plain weights"
-    codes += f", {result['ends_bits']:.3f} in embeddings and head" if "ends_bits" in result else ""
-    zeros = "" if coded else f", {result['zeros_frac']:.4%} zeros"
-    if removed := shaping_of(record).get("removed_frac"):
-        zeros = f", {removed:.2%} of the blocks removed" + (zeros if result["zeros_frac"] else "")
-    if "predictor" in result:
-        zeros = f", {result['predictor']['skipped_frac']:.0%} of heads and neurons skipped by input"
+    codes += "" if result.embeddings_bits is None else f", {result.embeddings_bits:.3f} in embeddings and head"
+    zeros = "" if coded else f", {result.zeros_frac:.4%} zeros"
+    if record.shaping and (removed := record.shaping.removed_frac):
+        zeros = f", {removed:.2%} of the blocks removed" + (zeros if result.zeros_frac else "")
+    if result.predictor is not None:
+        zeros = f", {result.predictor['skipped_frac']:.0%} of heads and neurons skipped by input"
     console.print(
-        f"{out}: {result['matrices']} matrices{codes}{zeros}, {result['bytes']:,} bytes "
-        f"(dense {record['model']['bytes']:,}), {record['seconds']} s, "
-        f"peak RSS {record['peak_rss_bytes'] / 1e9:.2f} GB",
+        f"{out}: {result.matrices} matrices{codes}{zeros}, {result.bytes:,} bytes "
+        f"(dense {record.model.bytes:,}), {record.seconds} s, "
+        f"peak RSS {record.peak_rss_bytes / 1e9:.2f} GB",
         highlight=False,
         soft_wrap=True,
     )
-    for note in result["notes"]:
+    for note in result.notes:
         error_console.print(f"[yellow]note:[/] {note} (see {out}/niwaki/blocks.jsonl)", highlight=False)

@@ -31,9 +31,9 @@ def inspect(
 ) -> None:
     """Explain OUT: what was removed, where, why, and at what error."""
     from niwaki.compression.inspect import inspect as run
-    from niwaki.compression.inspect import read_record
+    from niwaki.compression.run_record import read_run
 
-    read_record(out)  # refuses any other folder before torch is loaded
+    read_run(out)  # refuses any other folder before torch is loaded
     from niwaki.compression.why import why as explain
 
     result = run(out) if why is None else explain(out, why)
@@ -118,8 +118,8 @@ def _facts(result: dict[str, Any]) -> list[list[str]]:
         rows.insert(2, ["zeros in them", f"{measured['zeros_frac']:.4%}"])
     if "method_bits" in measured:
         rows.append(["bits a weight as the method counts", f"{measured['method_bits']:.3f}"])
-    if "ends_bits" in measured:
-        rows.append(["bits a weight in embeddings and head", f"{measured['ends_bits']:.3f}"])
+    if "embeddings_bits" in measured:
+        rows.append(["bits a weight in embeddings and head", f"{measured['embeddings_bits']:.3f}"])
     windows = made["calibration"]
     calibration = "none" if windows is None else f"{windows['windows']} windows of {windows['tokens']} tokens"
     rows += [["calibration", calibration], ["seconds", f"{measured['seconds']:,} on {made['device']}"]]

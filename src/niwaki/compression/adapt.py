@@ -1,10 +1,10 @@
-"""A predictor that follows the text it meets: learned anew from recent text, taken only if it is better there.
+"""Adaptation of a predictor: a new one is fitted to recent text, and accepted only if it is better there.
 
-The new predictor is fitted as the first one was, on three quarters of the windows of the new text; on the last quarter
-both are judged by the share of true importance that the units they would keep hold (`contextual.predictor.kept_share`).
-The better one stays. The one that is replaced is kept beside it, so that it can be put back.
+The new predictor is fitted like the first one, on three quarters of the windows of the new text. The last quarter
+compares both by the share of true importance in the units that they keep (`contextual.predictor.kept_share`). The
+better one stays. A replaced predictor is kept beside the new one, so that it can be put back.
 
-Cost: `tracing` of the new windows, minutes on a CPU for small models. Memory: one block, the hidden states, the traces.
+Cost: traces of the new windows, minutes on a CPU for small models. Memory: one block, the hidden states, the traces.
 
     niwaki.compression.adapt.adapt("OUT", data=["new.jsonl"])
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from niwaki.compression.run import RECORD
+from niwaki.compression.run_record import FORMAT, RunRecord, read_run, write_record
 from niwaki.compression.traces import trace
 from niwaki.config.events import Report, silent
 from niwaki.config.recipe import as_files, current_name
@@ -49,7 +49,9 @@ def adapt(
     device: str = "auto",
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Fits the predictor in `out` to the text of `data`; returns what both keep on held-out windows, and which stayed.
+    """Fit a predictor to the text of `data`, and put it into `out` if it keeps more on held-out windows.
+
+    Returns the shares that both keep, and whether the new one was accepted.
 
     Raises InputError for a folder without a predictor, or no data; CalibrationError for too little text.
     """
@@ -60,10 +62,8 @@ def adapt(
         raise InputError("expected data to adapt to (--data FILE) and at least 8 samples")
     check_sources(files)
     old = read_shadow(folder)
-    record = json.loads((folder / RECORD / "run.json").read_text(encoding="utf-8"))
-    settled = {name: record["result"]["predictor"][name] for name in shadow.CANDIDATES}
-    options = {current_name(name): value for name, value in record["options"]["shadow"].items()}
-    config = shadow.Config(**{**options, **settled})
+    record = read_run(folder)
+    config = _config(record)
     decoder = Decoder(Checkpoint.open(folder), pick_device(device))
     check_seq_len(seq_len, 512, decoder.positions, str(folder))
     tokenizer = load_tokenizer(folder)
@@ -74,12 +74,12 @@ def adapt(
         def make(ids_ST: Tensor, name: str) -> Stream:
             return Stream(decoder, ids_ST, folder=Path(temporary), name=name)
 
-        found = trace(
+        activity = trace(
             decoder, windows_ST, old.layout, config.criteria, cuts=config.cuts,
             gradient_windows=config.gradient_windows, make_stream=make, folder=Path(temporary),
             report=report or silent,
         )  # fmt: skip
-    traces = shadow.samples(found, old.layout, config)
+    traces = shadow.samples(activity, old.layout, config)
     cut = len(traces) // 4 // config.cuts * config.cuts  # whole windows
     train, judge = traces.take(slice(0, -cut)), traces.take(slice(-cut, None))
     predictor, _ = shadow.learn(train, old.layout, config, decoder.anatomy.weights)
@@ -90,8 +90,16 @@ def adapt(
     accepted = kept["new"] > kept["old"]
     if accepted:
         copy_file(folder / TENSORS, folder / PREVIOUS)
-        record["result"]["sha256"][TENSORS] = write_shadow(folder, replace(old, predictor=predictor))
-        write_text(folder / RECORD / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        sha256 = record.result.sha256 | {TENSORS: write_shadow(folder, replace(old, predictor=predictor))}
+        current = {"format": FORMAT, "result": record.result.model_copy(update={"sha256": sha256})}
+        write_record(folder, record.model_copy(update=current))
     result = {"data": list(files), "samples": len(traces), "held_out": len(judge), "kept": kept, "accepted": accepted}
     write_text(folder / HISTORY, json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _config(record: RunRecord) -> Any:
+    """Return the options that the predictor of a result was fitted with, its criteria as they were chosen."""
+    options = {current_name(name): value for name, value in record.options["shadow"].items()}
+    predictor = record.result.predictor or {}
+    return shadow.Config(**options | {name: predictor[name] for name in shadow.CANDIDATES})

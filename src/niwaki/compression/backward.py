@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from niwaki.compression.run import RECORD, Run
+from niwaki.compression.run import Run
+from niwaki.compression.run_record import RECORD, JournalEntry
 from niwaki.compression.walk import forward, loaded_blocks
 from niwaki.config.events import Event, Report, silent
 from niwaki.data.hidden_states import Activations, choose_place
@@ -111,7 +112,8 @@ def squared_gradients(
         if gradients.rows.stop == len(ids_ST):
             shard = f"{_gradients_part(block.index)}.safetensors"
             sha256 = write_shard(folder / shard, sums)
-            run.finish_part(_gradients_part(block.index), {"shard": f"{RECORD}/journal/{shard}", "sha256": sha256})
+            entry = JournalEntry(shard=f"{RECORD}/journal/{shard}", sha256=sha256)
+            run.finish_part(_gradients_part(block.index), entry)
             report(Event.GRADIENTS, index=len(decoder) - 1 - block.index, of=len(decoder))
             sums.clear()
 
@@ -124,7 +126,7 @@ def squared_gradients(
         )
 
     def read(index: int) -> dict[str, Tensor]:
-        stored = load_file(run.folder / run.finished[_gradients_part(index)]["shard"])
+        stored = load_file(run.folder / str(run.finished[_gradients_part(index)].shard))
         return {name: square_OI.to(device, torch.float32) for name, square_OI in stored.items()}
 
     return read

@@ -5,10 +5,10 @@ the smaller model, on the same calibration windows. Its record contains that of 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from niwaki.compression.run_record import RunRecord
 from niwaki.config.recipe import Recipe
 from niwaki.errors import TargetError
 from niwaki.methods.method import MethodKind
@@ -19,7 +19,7 @@ from niwaki.methods.registry import METHODS
 class FirstStage:
     """Finished first stage, as the second one uses it: its run.json, the recipe of both, the windows of both."""
 
-    record: dict[str, Any]
+    record: RunRecord
     recipe: Recipe
     windows_ST: Tensor | None
     source: str
@@ -58,13 +58,14 @@ def split_chain(recipe: Recipe) -> list[Recipe]:
     return [recipe.model_copy(update=shaping), recipe.model_copy(update=after)]
 
 
-def merged_record(record: dict[str, Any], first: FirstStage) -> dict[str, Any]:
-    """Return run.json of the last stage for the whole chain: the first model, all options, the seconds of both."""
-    resolved = {name: record["recipe"][name] for name in ("device", "batch_tokens")}
-    return record | {
-        "model": first.record["model"],
-        "recipe": first.recipe.model_dump(mode="json") | resolved,
-        "options": {**first.record["options"], **record["options"]},
-        "seconds": round(first.record["seconds"] + record["seconds"], 2),
+def merged_record(record: RunRecord, first: FirstStage) -> RunRecord:
+    """Return the record of the last stage for the whole chain: the first model, all options, the seconds of both."""
+    resolved = {"device": record.recipe.device, "batch_tokens": record.recipe.batch_tokens}
+    whole = {
+        "model": first.record.model,
+        "recipe": first.recipe.model_copy(update=resolved),
+        "options": {**first.record.options, **record.options},
+        "seconds": round(first.record.seconds + record.seconds, 2),
         "stages": [first.record],
     }
+    return record.model_copy(update=whole)

@@ -18,13 +18,14 @@ from niwaki.compression.contextual import contextual_job
 from niwaki.compression.job import Job, Request, check, open_decoder, prepare, run, walk_job
 from niwaki.compression.resolve import RecipeStage, recipe_stages, resolve, resolve_stage
 from niwaki.compression.run import Run, check_free, partial_of
+from niwaki.compression.run_record import RunRecord
 from niwaki.compression.structured import shape_job
 from niwaki.config.events import Report, silent
 from niwaki.config.recipe import Recipe, make_recipe
 from niwaki.errors import InputError, NumericalError
 from niwaki.methods.method import MethodKind
 
-JOBS: Mapping[MethodKind, Callable[[Job, Run, Report], dict[str, Any]]] = {
+JOBS: Mapping[MethodKind, Callable[[Job, Run, Report], RunRecord]] = {
     MethodKind.WALK: walk_job,
     MethodKind.SHAPE: shape_job,
     MethodKind.CONTEXTUAL: contextual_job,
@@ -52,16 +53,16 @@ def compress(
     whole = make_recipe(recipe)
     stages = recipe_stages(whole)  # raises for a wrong recipe before the model is opened, or downloaded
     if len(stages) > 1:
-        return _compress_chain(model, whole, stages[-1], request, dense_stream)
+        return _compress_chain(model, whole, stages[-1], request, dense_stream).dump()
     _check_free(request)
     decoder = open_decoder(model, whole, request.out)
     (stage,) = resolve(whole, decoder, dense_stream=dense_stream).stages
-    return _run(prepare(decoder, stage, request))
+    return _run(prepare(decoder, stage, request)).dump()
 
 
 def _compress_chain(
     model: str | Path, whole: Recipe, last: RecipeStage, request: Request, dense_stream: bool
-) -> dict[str, Any]:
+) -> RunRecord:
     """Run both stages of a chain. Everything is checked before the first one begins."""
     shaped = request.out.with_name(f"{request.out.name}.shaped")
     shaping = replace(request, out=shaped)
@@ -85,7 +86,7 @@ def _compress_chain(
     return record
 
 
-def _run(job: Job) -> dict[str, Any]:
+def _run(job: Job) -> RunRecord:
     return run(job, JOBS[job.stage.kind])
 
 

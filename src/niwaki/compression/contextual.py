@@ -22,7 +22,8 @@ from torch import Tensor
 
 from niwaki.compression.backward import next_token_losses
 from niwaki.compression.job import Job, finish, record_of, windows_stream
-from niwaki.compression.run import RECORD, Run
+from niwaki.compression.run import Run
+from niwaki.compression.run_record import RECORD, JournalEntry, ResultRecord, RunRecord, write_lines
 from niwaki.compression.traces import trace
 from niwaki.compression.walk import loaded_blocks
 from niwaki.config.events import Event, Report, silent
@@ -31,7 +32,7 @@ from niwaki.data.stream import Stream
 from niwaki.methods.method import ContextualMethod
 from niwaki.model.checkpoint import INDEX
 from niwaki.model.decoder import Block, Decoder
-from niwaki.model.files import copy_file, file_sha256, write_text
+from niwaki.model.files import copy_file, file_sha256
 from niwaki.runtime.contextual.record import TENSORS, Running, Shadow, write_shadow
 from niwaki.runtime.contextual.selection import Variant
 from niwaki.runtime.contextual.traces import Traces, prompt_lengths
@@ -41,8 +42,8 @@ PART = "predictor"
 MakeStream = Callable[[Tensor, str], Stream]
 
 
-def contextual_job(job: Job, run: Run, report: Report) -> dict[str, Any]:
-    """Learn what inputs need; the weights of OUT are those of the model. Return run.json."""
+def contextual_job(job: Job, run: Run, report: Report) -> RunRecord:
+    """Learn what inputs need, and return the record of the run; the weights of OUT are those of the model."""
     if PART not in run.finished:
         _learn(job, run, report)
     checkpoint = job.checkpoint
@@ -51,7 +52,7 @@ def contextual_job(job: Job, run: Run, report: Report) -> dict[str, Any]:
         _link(checkpoint.folder / name, run.folder / name)
     for source in checkpoint.aux_files():
         copy_file(source, run.folder / source.name)
-    write_text(run.folder / RECORD / "blocks.jsonl", "")
+    write_lines(run.folder, [])
     record = record_of(job, run, _result(job, run.finished[PART]), {})
     finish(job, run, report, record)
     return record
@@ -91,27 +92,28 @@ def _learn(job: Job, run: Run, report: Report) -> None:
     }
     sha256 = write_shadow(run.folder, Shadow(predictor, layout, rule, Running(**config.running)))
     nbytes = (run.folder / TENSORS).stat().st_size
-    run.finish_part(PART, {"shard": TENSORS, "sha256": sha256, "bytes": nbytes, "found": facts})
+    run.finish_part(PART, JournalEntry(shard=TENSORS, sha256=sha256, bytes=nbytes, found=facts))
     report(Event.SAVED, part=PART)
 
 
-def _result(job: Job, entry: dict[str, Any]) -> dict[str, Any]:
+def _result(job: Job, entry: JournalEntry) -> ResultRecord:
     """Return the field `result` of run.json."""
     checkpoint, anatomy = job.checkpoint, job.decoder.anatomy
-    return {
+    fields = {
         "weights": anatomy.weights,
         "matrices": sum(len(block.linears) for block in anatomy.blocks),
         "zeros_frac": 0.0,
         "bits": 8.0 * checkpoint.dtype.itemsize,
         "packed": 0,
         "notes": [],
-        "bytes": checkpoint.nbytes + entry["bytes"],
+        "bytes": checkpoint.nbytes + entry.bytes,
         "sha256": {
             **{shard: file_sha256(checkpoint.folder / shard) for shard in checkpoint.shards},
-            entry["shard"]: entry["sha256"],
+            TENSORS: entry.sha256,
         },
-        "predictor": entry["found"],
+        "predictor": entry.found,
     }
+    return ResultRecord.model_validate(fields)
 
 
 def _link(source: Path, target: Path) -> None:

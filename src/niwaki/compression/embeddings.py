@@ -13,11 +13,11 @@ Legend: O rows (tokens of the vocabulary), I columns, G groups of columns.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from niwaki.compression.run_record import ModuleRecord
 from niwaki.config.recipe import Bits, PrunedBits, Recipe, Target
 from niwaki.errors import CheckpointError, TargetError
 from niwaki.formats.quantized import TILE, WEIGHT, QuantizedColumns
@@ -64,29 +64,30 @@ def embeddings_to_pack(recipe: Recipe, target: Target, decoder: Decoder) -> Tens
 
 def read_packed(
     checkpoint: Checkpoint, names: Iterable[str], modules: TensorNames, width: str, device: torch.device
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Return the tensors `names` of `checkpoint` as they are stored, and a line for each that became codes.
+) -> tuple[dict[str, Tensor], list[ModuleRecord]]:
+    """Return the tensors `names` of `checkpoint` as they are stored, and a record of each that became codes.
 
     A module in `modules` has one or more tensors. The first is stored as codes of `width`, rounded on `device`; its
     copies are left out.
     """
     owners = {name: module for module, own in modules.items() for name in own}
     tensors = checkpoint.read(name for name in names if name not in owners or name == modules[owners[name]][0])
-    lines = []
+    records = []
     for module in [owners[name] for name in tensors if name in owners]:
         weight_OI = tensors.pop(modules[module][0])
         part, error = round_rows(weight_OI, WIDTHS[width], _group(module, weight_OI.shape[1]), device)
         packed = PackedTensors.of_codes([part], weight_OI.shape)
         tensors |= {f"{module}.{name}": tensor for name, tensor in packed.tensors.items()}
-        lines.append({
+        fields = {
             "module": module,
             "shape": list(weight_OI.shape),
             "bytes": packed.nbytes,
             "bits": 8 * packed.nbytes / weight_OI.numel(),
             "error": error,
-            "stored": packed.description,
-        })  # fmt: skip
-    return tensors, lines
+            "stored": dict(packed.description),
+        }
+        records.append(ModuleRecord.model_validate(fields))
+    return tensors, records
 
 
 def round_rows(weight_OI: Tensor, bits: int, group: int, device: torch.device) -> tuple[QuantizedColumns, float]:

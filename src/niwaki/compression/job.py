@@ -36,23 +36,35 @@ from niwaki.compression.model_card import model_card
 from niwaki.compression.plan.planner import check_possible
 from niwaki.compression.resolve import ResolvedStage
 from niwaki.compression.run import (
-    RECORD,
     Run,
     Writer,
     check_apart,
     fingerprint,
     finished_record,
     partial_of,
-    provenance,
 )
-from niwaki.compression.run_record import block_lines, packed_modules, read_plain, result_of, shard_index
-from niwaki.compression.walk import Plan, collect, compress_blocks, forward
+from niwaki.compression.run_record import (
+    FORMAT,
+    RECORD,
+    JournalEntry,
+    MatrixRecord,
+    ResultRecord,
+    RunRecord,
+    packed_modules,
+    provenance,
+    result_of,
+    shard_index,
+    write_lines,
+    write_record,
+)
+from niwaki.compression.walk import WalkPlan, collect, compress_blocks, forward
 from niwaki.config.events import Event, Report
 from niwaki.config.recipe import Bits, Recipe
 from niwaki.data.stream import Stream, default_batch_tokens
 from niwaki.data.texts import digest, windows_for
 from niwaki.errors import InputError, NumericalError
 from niwaki.formats.quantized import WEIGHT
+from niwaki.formats.record import decode_shard
 from niwaki.model.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, quantization, quantized_config
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.device import peak_rss_bytes, pick_device, pick_dtype
@@ -107,7 +119,7 @@ class BlockStorage(Protocol):
     def shard_names(self) -> list[str]:
         """Return the file of every block, then those of the embeddings."""
 
-    def tensors(self, block: Block, lines: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def tensors(self, block: Block, lines: list[MatrixRecord]) -> dict[str, Tensor]:
         """Return the content of the file of a block by name; {} if it has no file."""
 
     def read(self, run: Run, index: int) -> dict[str, Tensor]:
@@ -157,8 +169,8 @@ def prepare(decoder: Decoder, stage: ResolvedStage, request: Request, first: Fir
     return Job(request, stage, recipe, decoder, windows_ST, source, embeddings, first)
 
 
-def run(job: Job, execute: Callable[[Job, Run, Report], dict[str, Any]]) -> dict[str, Any]:
-    """Run a job, or resume what an earlier run finished; return the content of run.json.
+def run(job: Job, execute: Callable[[Job, Run, Report], RunRecord]) -> RunRecord:
+    """Run a job, or resume what an earlier run finished; return its record.
 
     `execute(job, run, report)` does the work of its kind. Its events also go to events.jsonl.
     """
@@ -181,12 +193,12 @@ def run(job: Job, execute: Callable[[Job, Run, Report], dict[str, Any]]) -> dict
             raise
 
 
-def walk_job(job: Job, run: Run, report: Report) -> dict[str, Any]:
-    """Compress every matrix of every block to its target; return run.json."""
+def walk_job(job: Job, run: Run, report: Report) -> RunRecord:
+    """Compress every matrix of every block to its target; return the record of the run."""
     return walk_model(job, run, report, _allocate)
 
 
-def walk_model(job: Job, run: Run, report: Report, allocate: Allocate) -> dict[str, Any]:
+def walk_model(job: Job, run: Run, report: Report, allocate: Allocate) -> RunRecord:
     """Allocate targets, compress block after block on the calibration windows, and finish the folder."""
     decoder, stage = job.decoder, job.stage
     if decoder.device.type == "cuda":
@@ -206,32 +218,33 @@ def walk_model(job: Job, run: Run, report: Report, allocate: Allocate) -> dict[s
         def finished(index: int) -> dict[str, Tensor] | None:
             return storage.read(run, index) if block_part(index) in run.finished else None
 
-        def save(block: Block, lines: list[dict[str, Any]]) -> None:
+        def save(block: Block, lines: list[MatrixRecord]) -> None:
             if tensors := storage.tensors(block, lines):
                 writer.write(block_part(block.index), shard_names[block.index], tensors, lines)
             else:
-                run.finish_part(block_part(block.index), {"lines": lines})
+                run.finish_part(block_part(block.index), JournalEntry(lines=lines))
 
-        plan = Plan(stage.steps, allocation.targets, job.recipe.seed, job.recipe.pack, gradients=gradients)
+        plan = WalkPlan(stage.steps, allocation.targets, job.recipe.seed, job.recipe.pack, gradients=gradients)
         compress_blocks(decoder, plan, stream, dense, finished=finished, save=save, report=report)
     return _finish_walk(job, run, report, allocation, stream)
 
 
-def finish(job: Job, run: Run, report: Report, record: dict[str, Any], check: Callable[[], None] | None = None) -> None:
+def finish(job: Job, run: Run, report: Report, record: RunRecord, check: Callable[[], None] | None = None) -> None:
     """Write model card and run.json, check the folder, and move it to its place."""
     write_text(run.folder / "README.md", model_card(record))
-    write_text(run.folder / RECORD / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_record(run.folder, record)
     if check is not None:
         check()
-    report(Event.DONE, seconds=record["seconds"], out=str(job.request.out))
+    report(Event.DONE, seconds=record.seconds, out=str(job.request.out))
     run.complete()
 
 
-def record_of(job: Job, run: Run, result: dict[str, Any], allocation: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of run.json: everything that is needed to make the result again."""
+def record_of(job: Job, run: Run, result: ResultRecord, allocation: dict[str, Any]) -> RunRecord:
+    """Return the record of a run: everything that is needed to make the result again."""
     checkpoint, device = job.checkpoint, job.decoder.device
     cuda = device.type == "cuda"
-    record = {
+    fields = {
+        "format": FORMAT,
         **provenance("torch", "transformers", "safetensors"),
         "model": {
             "source": str(checkpoint.folder),
@@ -240,7 +253,7 @@ def record_of(job: Job, run: Run, result: dict[str, Any], allocation: dict[str, 
             "files": checkpoint.file_hashes(),
         },
         "fingerprint": run.fingerprint,
-        "recipe": job.recipe.model_dump(mode="json"),
+        "recipe": job.recipe,
         "options": {step.name: vars(step.config) for step in job.stage.steps},
         "dense_stream": job.stage.dense_stream,
         "allocation": allocation,
@@ -255,6 +268,7 @@ def record_of(job: Job, run: Run, result: dict[str, Any], allocation: dict[str, 
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": torch.cuda.max_memory_allocated(device) if cuda else 0,
     }
+    record = RunRecord.model_validate(fields)
     return record if job.first is None else merged_record(record, job.first)
 
 
@@ -304,9 +318,8 @@ def scan(
             report(Event.SCAN, index=block.index, of=len(job.decoder))
 
         forward(job.decoder, [] if advances else [stream], visit)
-        run.finish_part("allocation", {name: measured})
-    values: list[Value] = run.finished["allocation"][name]
-    return values
+        run.finish_part("allocation", JournalEntry.model_validate({name: measured}))
+    return run.finished["allocation"].scanned(name)
 
 
 def block_part(index: int) -> str:
@@ -326,7 +339,7 @@ class FullBlocks:
         count = len(self.job.decoder) + len(self.job.embedding_parts)
         return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
-    def tensors(self, block: Block, lines: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def tensors(self, block: Block, lines: list[MatrixRecord]) -> dict[str, Tensor]:
         """Return the content of the file of a block by name."""
         return self.job.decoder.disk_tensors(block)
 
@@ -336,7 +349,7 @@ class FullBlocks:
         modules = packed_modules([entry], self.job.decoder.anatomy.prefix)
         dtypes = {STORED_DTYPES[checkpoint.tensors[module + WEIGHT].dtype] for module in modules}
         assert len(dtypes) <= 1, "the matrices of one block share a dtype"
-        return read_plain(run.folder / entry["shard"], modules, dtypes.pop() if dtypes else checkpoint.dtype)
+        return decode_shard(run.folder / str(entry.shard), modules, dtypes.pop() if dtypes else checkpoint.dtype)
 
     def write_config(self, run: Run) -> None:
         """Keep the config of the source."""
@@ -415,13 +428,13 @@ def _stored_embeddings(job: Job, run: Run) -> dict[str, Tensor]:
     for number in range(len(job.embedding_parts)):
         entry = run.finished[_embeddings_part(number)]
         modules = packed_modules([entry], job.decoder.anatomy.prefix)
-        tensors |= read_plain(run.folder / entry["shard"], modules, job.checkpoint.dtype)
+        tensors |= decode_shard(run.folder / str(entry.shard), modules, job.checkpoint.dtype)
     return tensors
 
 
-def _finish_walk(job: Job, run: Run, report: Report, allocation: Allocation, stream: Stream | None) -> dict[str, Any]:
+def _finish_walk(job: Job, run: Run, report: Report, allocation: Allocation, stream: Stream | None) -> RunRecord:
     """Write everything beside the shards and put the folder in its place."""
-    parts = [entry for name, entry in sorted(run.finished.items()) if "lines" in entry]
+    parts = [entry for name, entry in sorted(run.finished.items()) if entry.lines is not None]
     for source in job.checkpoint.aux_files():
         copy_file(source, run.folder / source.name)
     if modules := packed_modules(parts, job.decoder.anatomy.prefix):
@@ -429,7 +442,7 @@ def _finish_walk(job: Job, run: Run, report: Report, allocation: Allocation, str
         write_text(run.folder / "config.json", quantized_config(job.checkpoint.folder, stored))
     allocation.storage.write_config(run)
     write_text(run.folder / INDEX, json.dumps(shard_index(parts), indent=2) + "\n")
-    write_text(run.folder / RECORD / "blocks.jsonl", "".join(json.dumps(line) + "\n" for line in block_lines(parts)))
+    write_lines(run.folder, [line for entry in parts for line in entry.matrices])
     record = record_of(job, run, result_of(parts), allocation.numbers)
     finish(job, run, report, record, lambda: allocation.storage.check(run, stream))
     return record

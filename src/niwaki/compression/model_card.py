@@ -1,16 +1,14 @@
-"""The model card of a result: what it is, what it cost, how to make it again."""
+"""Model card of a result: its content, its cost, and the command that makes it again."""
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
 
-from niwaki.compression.run import shaping_of
-from niwaki.config.recipe import asks_for_bits
+from niwaki.compression.run_record import ExportRecord, Record, ResultRecord, RunRecord
 
-# Between these lines `niwaki evaluate` and `niwaki compare --update-card` write their numbers (see `measured`).
+# `niwaki evaluate` and `niwaki compare` with --update-card write between these (niwaki.measure.report.measured).
 BEGIN, END = "<!-- niwaki: measured -->", "<!-- niwaki: end -->"
 UNMEASURED = "Not measured while compressing: `niwaki compare` does, and with `--update-card` writes into this place."
 _BODY = """---
@@ -26,7 +24,7 @@ _BODY = """---
 | base model | {base} |
 | matrices compressed | {matrices} |
 {zeros}| true bits a weight in them, scales and all | {bits:.3f} |
-| true bits a weight in embeddings and head | {ends} |
+| true bits a weight in embeddings and head | {embeddings} |
 | bytes of the weight files | {bytes:,} (before: {bytes_before:,}) |
 | calibration | {calibration} |
 | seed | {seed} |
@@ -98,50 +96,42 @@ The full record is in `niwaki/run.json`.
 """
 
 
-def export_card(record: dict[str, Any]) -> str:
-    """The card of an export: that of the compression, or a short one for a model that niwaki did not compress."""
-    if "recipe" in record:
+def export_card(record: Record) -> str:
+    """Return the card of an export: that of the compression, or a short one without a compression."""
+    if isinstance(record, RunRecord):
         return model_card(record)
-    found = record["export"]
+    exported = record.export
+    assert exported is not None and record.model is not None, "the record of an export"
     metadata = ModelCardData(
-        library_name=_library(record), pipeline_tag="text-generation", tags=["niwaki", found["to"]]
+        library_name=_library(record), pipeline_tag="text-generation", tags=["niwaki", exported.to]
     )
     return _PLAIN_BODY.format(
         metadata=metadata.to_yaml(),
-        name=Path(record["model"]["source"]).name,
-        to=found["to"],
-        version=found["niwaki"],
-        bytes=found["bytes"],
-        storage=_EXPORTED[found["to"]].format_map(found),
+        name=Path(record.model.source).name,
+        to=exported.to,
+        version=exported.niwaki,
+        bytes=exported.bytes,
+        storage=_EXPORTED[exported.to].format_map(exported.dump()),
     )
 
 
-def _library(record: dict[str, Any]) -> str:
-    to: str = record.get("export", {}).get("to", "")
-    return to if to in ("gguf", "onnx") else "transformers"
-
-
-def model_card(record: dict[str, Any]) -> str:
-    """Markdown with YAML metadata, from the content of run.json."""
-    recipe, calibration = record["recipe"], record["calibration"]
-    exported = record.get("export")
-    result = record["result"] | (exported or {})  # the bytes and bits of an export are its own
-    source = Path(record["model"]["source"]).name
-    hub_id, revision = _hub_source(record["model"]["source"])
+def model_card(record: RunRecord) -> str:
+    """Return Markdown with YAML metadata for the README of a result."""
+    recipe, result, exported = record.recipe, record.result, record.export
+    source = Path(record.model.source).name
+    hub_id, revision = _hub_source(record.model.source)
     # eval_results stays empty on purpose: nothing was evaluated here.
     metadata = ModelCardData(
         base_model=hub_id,
         library_name=_library(record),
         pipeline_tag="text-generation",
-        tags=["niwaki", *_kinds(result), recipe["method"]] + ([exported["to"]] if exported else []),
+        tags=["niwaki", *_kinds(result), recipe.method] + ([exported.to] if exported else []),
     )
-    windows = calibration["windows"]
-    target = recipe["target"] or f"{recipe['target_bytes']:,} bytes"
-    kept = record.get("allocation", {}).get("kept_blocks")
-    shaped = shaping_of(record)
+    windows, kept = record.calibration.windows, record.allocation.kept_blocks
+    target = recipe.target or f"{recipe.target_bytes:,} bytes"
     return _BODY.format(
         metadata=metadata.to_yaml(),
-        name=f"{hub_id or source}, {recipe['method']} {target}",
+        name=f"{hub_id or source}, {recipe.method} {target}",
         source=hub_id or source,
         base=f"`{source}`, a local folder"
         if hub_id is None
@@ -149,88 +139,85 @@ def model_card(record: dict[str, Any]) -> str:
         begin=BEGIN,
         end=END,
         unmeasured=UNMEASURED,
-        version=record["niwaki"],
-        method=recipe["method"],
+        version=record.niwaki,
+        method=recipe.method,
         target=target + (f", blocks {', '.join(map(str, kept))} kept at 4 bits" if kept else ""),
-        matrices=result["matrices"],
-        zeros="" if asks_for_bits(record) else f"| measured zeros in them | {result['zeros_frac']:.4%} |\n",
-        bits=result["bits"],
-        ends=f"{result['ends_bits']:.3f}" if "ends_bits" in result else "as they were",
-        storage=_storage(record).format_map(
-            result
-            | {"removed": shaped.get("removed_frac", 0)}
-            | {"left": "codes of the weights that are left" if _coded(result) else "weights that are left"}
-        ),
-        bytes=result["bytes"],
-        bytes_before=record["model"]["bytes"],
+        matrices=result.matrices,
+        zeros="" if record.asks_for_bits else f"| measured zeros in them | {result.zeros_frac:.4%} |\n",
+        bits=exported.bits if exported else result.bits,
+        embeddings="as they were" if result.embeddings_bits is None else f"{result.embeddings_bits:.3f}",
+        storage=_storage(record),
+        bytes=exported.bytes if exported else result.bytes,
+        bytes_before=record.model.bytes,
         calibration="none" if windows is None else f"{windows[0]} windows of {windows[1]} tokens",
-        seed=recipe["seed"],
-        seconds=record["seconds"],
-        device=record["device"],
+        seed=recipe.seed,
+        seconds=record.seconds,
+        device=record.device,
         command="\n    ".join(_made_with(record)),
     )
 
 
+def _library(record: Record) -> str:
+    to = record.export.to if record.export else ""
+    return to if to in ("gguf", "onnx") else "transformers"
+
+
 def _hub_source(folder: str) -> tuple[str | None, str]:
-    """Hub id and revision of a folder in the hub's cache (models--org--name/snapshots/revision), None of others."""
+    """Return hub id and revision of a folder in the hub's cache (models--org--name/snapshots/revision), or None, ""."""
     *_, cached, snapshots, revision = ("", "", *Path(folder).parts)
     kind, *name = cached.split("--")
     return ("/".join(name), revision) if kind == "models" and name and snapshots == "snapshots" else (None, "")
 
 
-def _sparse(result: dict[str, Any]) -> int:
-    """How many matrices are stored as nonzeros."""
-    return sum(result.get("sparse", {}).values())
-
-
-def _coded(result: dict[str, Any]) -> int:
-    """How many of those hold codes."""
+def _coded(result: ResultRecord) -> int:
+    """Return how many matrices are stored as nonzeros whose values are codes."""
     from niwaki.formats.sparse import CODES  # torch: a card that cannot be written is refused before
 
-    return sum(count for kind, count in result.get("sparse_values", {}).items() if kind in CODES)
+    return sum(count for kind, count in result.sparse_values.items() if kind in CODES)
 
 
-def _kinds(result: dict[str, Any]) -> list[str]:
-    sparse, coded = _sparse(result), _coded(result)
-    quantized = result["packed"] > sparse or coded > 0
+def _kinds(result: ResultRecord) -> list[str]:
+    coded = _coded(result)
+    quantized = result.packed > sum(result.sparse.values()) or coded > 0
     return ["quantized"] * quantized + ["pruned"] * (coded > 0 or not quantized)
 
 
-def _storage(record: dict[str, Any]) -> str:
-    """What a reader has to know of the files."""
-    if exported := record.get("export"):
-        return _EXPORTED[exported["to"]]
-    if "predictor" in record["result"]:
+def _storage(record: RunRecord) -> str:
+    """Return what a reader has to know of the files."""
+    result, shaping = record.result, record.shaping
+    fields = result.dump() | {"removed": shaping.removed_frac if shaping else 0}
+    fields |= {"left": "codes of the weights that are left" if _coded(result) else "weights that are left"}
+    if record.export:
+        return _EXPORTED[record.export.to].format_map(fields | record.export.dump())
+    if result.predictor is not None:
         return _CONTEXTUAL
-    if packed := record["result"]["packed"]:
-        return _PACKED if packed > _sparse(record["result"]) else _SPARSE
-    shaped = shaping_of(record)
-    if not shaped.get("cut"):
+    if result.packed:
+        return (_PACKED if result.packed > sum(result.sparse.values()) else _SPARSE).format_map(fields)
+    if shaping is None or shaping.shape is None or not shaping.cut:
         return _DENSE
-    even = not isinstance(shaped["shape"]["neurons"], list)
-    return _SMALLER if even else _WIDTHS
+    return (_WIDTHS if isinstance(shaping.shape.neurons, list) else _SMALLER).format_map(fields)
 
 
-def _made_with(record: dict[str, Any]) -> list[str]:
-    """The command line, or the recipe of a call from Python, without the folders of the machine it ran on."""
-    if exported := record.get("export"):
-        compressed = {name: value for name, value in record.items() if name != "export"}
-        return [*_made_with(compressed), _export_command(exported)]
-    program, *arguments = record["command"]
+def _made_with(record: RunRecord) -> list[str]:
+    """Return the command line, or the recipe of a call from Python, without the folders of the machine it ran on."""
+    program, *arguments = record.command
     if Path(program).stem in ("niwaki", "cli") and arguments:
-        return [shlex.join(["niwaki", *map(without_folders, arguments)])]
-    recipe = record["recipe"]
-    given = {**recipe["calibration"], "files": [without_folders(file) for file in recipe["calibration"]["files"]]}
-    return yaml.safe_dump({**recipe, "calibration": given}, sort_keys=False).splitlines()
+        command = [shlex.join(["niwaki", *map(without_folders, arguments)])]
+    else:
+        recipe = record.recipe.model_dump(mode="json")
+        files = [without_folders(file) for file in record.recipe.calibration.files]
+        given = {**recipe["calibration"], "files": files}
+        command = yaml.safe_dump({**recipe, "calibration": given}, sort_keys=False).splitlines()
+    return command if record.export is None else [*command, _export_command(record.export)]
 
 
-def _export_command(exported: dict[str, Any]) -> str:
-    chosen = f" --type {exported['type']}" if "type" in exported else ""
-    return f"niwaki export OUT DEST --to {exported['to']}{chosen}"
+def _export_command(exported: ExportRecord) -> str:
+    chosen = "" if exported.type is None else f" --type {exported.type}"
+    return f"niwaki export OUT DEST --to {exported.to}{chosen}"
 
 
 def without_folders(argument: str) -> str:
-    """The last component of a path; hub names (org/name) and everything else stay as they are."""
+    """Return the last component of a path; hub names (org/name) and everything else stay as they are."""
     flag, sign, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
     path = Path(value).expanduser()
     hub_name = value.count("/") == 1 and not value.startswith((".", "/", "~")) and not path.parent.is_dir()

@@ -1,15 +1,14 @@
 """Recovery after pruning: low-rank training on text, merged with every zero kept.
 
-LoRA (Hu et al. 2022) through `peft`, as the papers of Wanda and Wanda++ report it, with one difference: merging a
-plain adapter would fill the zeros, and masking it afterwards would change what was trained. Here the forward of
-every adapted matrix already is W + keep ∘ (B·A·scale), so what is merged is exactly what was trained.
+Training is LoRA (Hu et al. 2022) through `peft`, as in the papers of Wanda and Wanda++, with one difference. To merge a
+plain adapter would fill the zeros, and to mask it afterwards would change the trained function. Here the forward of
+every adapted matrix already is W + keep ∘ (B·A·scale), so the merged model is exactly the trained one.
 
-The whole model is in memory. An eighth of the windows is held out and decides which step is kept.
+The whole model is in memory. An eighth of the windows is held out, and the step with the lowest loss on it is kept.
 
     niwaki recover pruned recovered --data mine.jsonl
 """
 
-import json
 import math
 import time
 from pathlib import Path
@@ -19,7 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from niwaki.compression.run import RECORD, Run, check_apart, check_free, partial_of, provenance
+from niwaki.compression.run import Run, check_apart, check_free, partial_of
+from niwaki.compression.run_record import (
+    FORMAT,
+    RecoveryRecord,
+    RecoveryResult,
+    provenance,
+    read_record,
+    write_record,
+)
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import as_files
 from niwaki.data.texts import calibration_windows, digest, load_tokenizer, read_texts
@@ -28,7 +35,7 @@ from niwaki.methods.shared.best_state import BestState, cosine
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.model.device import peak_rss_bytes, pick_device
-from niwaki.model.files import copy_file, file_sha256, write_text
+from niwaki.model.files import copy_file, file_sha256
 from niwaki.model.hf import plain_loading
 from niwaki.runtime.load import load
 
@@ -52,54 +59,41 @@ def recover(
     overwrite: bool = False,
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Trains adapters of `rank` on the compressed `model` and writes the merged model to the new folder `out`.
+    """Train adapters of `rank` on the compressed `model` and write the merged model to the new folder `out`.
 
-    `steps` of `batch` windows [seq_len] at learning rate `rate` (AdamW, cosine). Returns the content of run.json.
-    Raises InputError for wrong input, and when the held-out loss did not fall: then nothing is written.
+    Training takes `steps` of `batch` windows [seq_len] at learning rate `rate` (AdamW, cosine). Returns the content of
+    run.json. Raises InputError for wrong input, and if the held-out loss did not fall: then nothing is written.
     """
-    started = time.perf_counter()
-    say = report or silent
+    started, report = time.perf_counter(), report or silent
     if min(rank, steps, batch) < 1 or samples < 8 or not 0 < rate < 1:
         raise InputError("expected rank, steps and batch of at least 1, samples of at least 8 and a rate in (0, 1)")
-    out = Path(out).absolute()
+    out, files = Path(out).absolute(), as_files(data)
     check_free(out, partial_of(out), resume=False, overwrite=overwrite)
     checkpoint = Checkpoint.open(model)
     checkpoint.require_plain()
     check_apart(checkpoint.folder, out)
     skeleton = Decoder(checkpoint, torch.device("cpu"))
     names = _module_names(skeleton)
-    windows_ST = _windows(skeleton, as_files(data), field, samples, seq_len, seed)
+    windows_ST = _windows(skeleton, files, field, samples, seq_len, seed)
     adapted, layers = _adapt(load(checkpoint.folder, device=device).float(), names, rank, seed)
-    loss = _train(adapted, windows_ST, steps, batch, rate, seed, say)
+    loss = _train(adapted, windows_ST, steps, batch, rate, seed, report)
     if not loss.improved:
         raise InputError(
             f"recovery did not lower the held-out loss ({loss.start_error:.4f} before): "
             "lower the rate, or give more text; nothing was written"
         )
     merged = {name: _merged(layer) for name, layer in layers.items()}
-    settings = {"data": list(as_files(data)), "rank": rank, "rate": rate, "steps": steps, "batch": batch, "seed": seed}
+    settings = {"data": list(files), "rank": rank, "rate": rate, "steps": steps, "batch": batch, "seed": seed}
     with Run(out, {"recover": digest(windows_ST)}, resume=False, overwrite=overwrite) as run:
         try:
-            zeros, weights = _write(checkpoint, merged, run.folder)
+            result = _write(checkpoint, merged, run.folder, loss)
         except BaseException:
             run.discard()
             raise
-        record = _record(checkpoint, windows_ST, settings) | {
-            "result": {
-                "heldout_loss_before": loss.start_error,
-                "heldout_loss": loss.error,
-                "matrices": len(merged),
-                "zeros": zeros,
-                "zeros_frac": zeros / weights,
-                "sha256": {path.name: file_sha256(path) for path in sorted(run.folder.glob("*.safetensors"))},
-            },
-            "device": str(pick_device(device)),
-            "seconds": round(time.perf_counter() - started, 2),
-            "peak_rss_bytes": peak_rss_bytes(),
-        }
-        write_text(run.folder / RECORD / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        record = _record(checkpoint, windows_ST, settings, result, device, started)
+        write_record(run.folder, record)
         run.complete()
-    return record
+    return record.dump()
 
 
 def _windows(skeleton: Decoder, files: tuple[str, ...], field: str, samples: int, seq_len: int, seed: int) -> Tensor:
@@ -111,19 +105,28 @@ def _windows(skeleton: Decoder, files: tuple[str, ...], field: str, samples: int
     return calibration_windows(texts, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
 
 
-def _record(checkpoint: Checkpoint, windows_ST: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
-    """What of run.json is known before the result."""
-    path = checkpoint.folder / RECORD / "run.json"
-    return {
+def _record(
+    checkpoint: Checkpoint, windows_ST: Tensor, settings: dict[str, Any], result: RecoveryResult, device: str,
+    started: float,
+) -> RecoveryRecord:  # fmt: skip
+    """Return the record of a recovery that began at `started`."""
+    before = read_record(checkpoint.folder)
+    fields = {
+        "format": FORMAT,
         **provenance("torch", "transformers", "safetensors", "peft"),
         "model": {"source": str(checkpoint.folder), "files": checkpoint.file_hashes()},
         "recover": {**settings, "windows": list(windows_ST.shape), "sha256": digest(windows_ST)},
-        "compressed_from": json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None,
+        "compressed_from": None if before is None else before.dump(),
+        "result": result,
+        "device": str(pick_device(device)),
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_rss_bytes": peak_rss_bytes(),
     }
+    return RecoveryRecord.model_validate(fields)
 
 
 def _module_names(skeleton: Decoder) -> list[str]:
-    """Names of the modules that hold the compressed matrices. Raises ArchitectureError for fused experts."""
+    """Return the names of the modules with compressed matrices. Raises ArchitectureError for fused experts."""
     anatomy = skeleton.anatomy
     names = []
     for index, block in enumerate(anatomy.blocks):
@@ -138,7 +141,7 @@ def _module_names(skeleton: Decoder) -> list[str]:
 
 
 def _adapt(decoder: Any, names: list[str], rank: int, seed: int) -> tuple[Any, dict[str, Any]]:
-    """The model with adapters whose forward keeps every zero, and its adapted layers by module name."""
+    """Return the model with adapters whose forward keeps every zero, and its adapted layers by module name."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -156,7 +159,7 @@ def _adapt(decoder: Any, names: list[str], rank: int, seed: int) -> tuple[Any, d
 
 
 def _keep_zeros(layer: Any) -> None:
-    """Replaces the adapter's forward by that of the masked sum."""
+    """Replace the forward of an adapter by that of the masked sum."""
     base: nn.Module = layer.get_base_layer()
     layer.register_buffer("keep", base.get_parameter("weight") != 0, persistent=False)
 
@@ -168,7 +171,7 @@ def _keep_zeros(layer: Any) -> None:
 
 
 def _merged(layer: Any) -> Tensor:
-    """W + keep ∘ Δ in the layout of the module."""
+    """Return W + keep ∘ Δ in the layout of the module."""
     weight: Tensor = layer.get_base_layer().weight
     merged: Tensor = weight + layer.keep * layer.get_delta_weight("default")
     return merged
@@ -183,13 +186,13 @@ def _train(
     seed: int,
     report: Report,
 ) -> BestState:
-    """AdamW on the adapters; leaves those of the lowest held-out loss."""
+    """Train the adapters with AdamW, and restore those of the lowest held-out loss."""
     place = next(adapted.parameters()).device
     held_ST, train_ST = windows_ST[: len(windows_ST) // 8].to(place), windows_ST[len(windows_ST) // 8 :].to(place)
     learned = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
-    adapted.eval()  # no dropout: the block is small and the text is short
+    adapted.eval()  # no dropout: there are few windows
     lowest = BestState(learned, _loss(adapted, held_ST))
     order: list[int] = []
     for step in range(steps):
@@ -206,23 +209,23 @@ def _train(
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         if (step + 1) % math.ceil(steps / CHECKS) == 0 or step + 1 == steps:
-            found = _loss(adapted, held_ST)
-            report(Event.RECOVER, done=step + 1, of=steps, heldout_loss=found)
-            lowest.offer(found)
+            held_loss = _loss(adapted, held_ST)
+            report(Event.RECOVER, done=step + 1, of=steps, heldout_loss=held_loss)
+            lowest.offer(held_loss)
     lowest.restore()
     return lowest
 
 
 @torch.no_grad()
 def _loss(adapted: Any, windows_ST: Tensor) -> float:
-    """Mean negative log-likelihood per predicted token."""
+    """Return the mean negative log-likelihood per predicted token."""
     losses = [adapted(input_ids=row[None], labels=row[None], use_cache=False).loss for row in windows_ST]
     return float(torch.stack(losses).double().mean())
 
 
 @torch.no_grad()
-def _write(checkpoint: Checkpoint, merged: dict[str, Tensor], folder: Path) -> tuple[int, int]:
-    """Saves the model with `merged` weights in its storage dtype; returns zeros and weights of those matrices."""
+def _write(checkpoint: Checkpoint, merged: dict[str, Tensor], folder: Path, loss: BestState) -> RecoveryResult:
+    """Save the model with `merged` weights in its storage dtype, and return the losses, the zeros and the hashes."""
     decoder = load(checkpoint.folder, device="cpu")
     zeros = weights = 0
     for name, weight in merged.items():
@@ -237,4 +240,11 @@ def _write(checkpoint: Checkpoint, merged: dict[str, Tensor], folder: Path) -> t
         decoder.save_pretrained(folder, max_shard_size="1GB")
     for source in checkpoint.aux_files():
         copy_file(source, folder / source.name)
-    return zeros, weights
+    return RecoveryResult(
+        heldout_loss_before=loss.start_error,
+        heldout_loss=loss.error,
+        matrices=len(merged),
+        zeros=zeros,
+        zeros_frac=zeros / weights,
+        sha256={path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))},
+    )

@@ -15,28 +15,33 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
 import shutil
-import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from niwaki.compression.run_record import (
+    RECORD,
+    RUN,
+    JournalEntry,
+    MatrixRecord,
+    ModuleRecord,
+    RunRecord,
+    read_run,
+)
 from niwaki.config.events import Event, Report
 from niwaki.config.recipe import RENAMED_FIELDS
-from niwaki.errors import OutputError, ResumeError
+from niwaki.errors import InputError, OutputError, ResumeError
 from niwaki.model.files import file_sha256, sync_folder, write_shard, write_text
 from niwaki.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-RECORD = "niwaki"
 FINGERPRINT = "fingerprint.json"
 LOCK = "lock"
 AT_ONCE = 2  # parts being written
@@ -50,10 +55,10 @@ class Run:
         self.folder = partial_of(out)
         self.fingerprint = fingerprint
         self.overwrite = overwrite
-        self.finished: dict[str, dict[str, Any]] = {}
+        self.finished: dict[str, JournalEntry] = {}
         check_free(out, self.folder, resume=resume, overwrite=overwrite)
-        continuing = resume and (self._journal / FINGERPRINT).is_file()  # killed before that, nothing was done
-        if continuing:
+        self._continuing = resume and (self._journal / FINGERPRINT).is_file()  # killed before that, nothing was done
+        if self._continuing:
             self._check_fingerprint()
         elif self.folder.exists():
             if (self._journal / LOCK).is_file():
@@ -65,7 +70,7 @@ class Run:
             self._log: TextIO = (self.folder / RECORD / "events.jsonl").open("a", encoding="utf-8")
         except OSError as error:
             raise OutputError(f"cannot write to {self.folder}: {error.strerror}. Choose another place") from error
-        if continuing:
+        if self._continuing:
             self._read_journal()
         else:
             write_text(self._journal / FINGERPRINT, json.dumps(fingerprint, indent=1, sort_keys=True))
@@ -79,7 +84,7 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self._log.close()
-        if not self.finished and not self._lock.closed:  # stopped before anything was worth a resume
+        if not (self.finished or self._continuing or self._lock.closed):  # nothing here is worth a resume
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
@@ -89,9 +94,9 @@ class Run:
         self._log.write(json.dumps(line) + "\n")
         self._log.flush()
 
-    def finish_part(self, name: str, entry: dict[str, Any]) -> None:
+    def finish_part(self, name: str, entry: JournalEntry) -> None:
         """Records that a part (a block, the embeddings, the allocation) is safely on disk, with what belongs to it."""
-        write_text(self._journal / f"{name}.json", json.dumps(entry))
+        write_text(self._journal / f"{name}.json", json.dumps(entry.dump()))
         self.finished[name] = entry
 
     def complete(self) -> None:
@@ -130,9 +135,10 @@ class Run:
 
     def _read_journal(self) -> None:
         for entry_path in self._journal.glob("*.json"):
-            entry = json.loads(entry_path.read_text(encoding="utf-8"))
-            shard = entry.get("shard")
-            if shard is None or _same_content(self.folder / shard, entry["sha256"]):
+            if entry_path.name == FINGERPRINT:
+                continue
+            entry = JournalEntry.model_validate_json(entry_path.read_text(encoding="utf-8"))
+            if entry.shard is None or _same_content(self.folder / entry.shard, entry.sha256):
                 self.finished[entry_path.stem.replace("ends-", "embeddings-")] = entry  # its name in version 0.1
         for pattern in (".*.tmp", ".tmp*"):  # ours, and what safetensors writes before it renames
             for orphan in self.folder.rglob(pattern):
@@ -161,7 +167,7 @@ class Writer:
         self.run = run
         self.report = report
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="save")
-        self._pending: deque[tuple[str, Future[dict[str, Any]]]] = deque()
+        self._pending: deque[tuple[str, Future[JournalEntry]]] = deque()
 
     def __enter__(self) -> "Writer":
         return self
@@ -176,20 +182,22 @@ class Writer:
         finally:
             self._pool.shutdown(cancel_futures=True)
 
-    def write(self, part: str, shard: str, tensors: "dict[str, Tensor]", lines: list[dict[str, Any]]) -> None:
+    def write(
+        self, part: str, shard: str, tensors: "dict[str, Tensor]", lines: Sequence[MatrixRecord | ModuleRecord]
+    ) -> None:
         """Starts writing one shard, once there is a place for it."""
         path = self.run.folder / shard
 
-        def save() -> dict[str, Any]:
+        def save() -> JournalEntry:
             sha256 = write_shard(path, tensors)
-            return {
-                "shard": shard,
-                "sha256": sha256,
-                "bytes": path.stat().st_size,
-                "tensors": sorted(tensors),
-                "tensor_bytes": sum(tensor.nbytes for tensor in tensors.values()),
-                "lines": lines,
-            }
+            return JournalEntry(
+                shard=shard,
+                sha256=sha256,
+                bytes=path.stat().st_size,
+                tensors=sorted(tensors),
+                tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+                lines=lines,
+            )
 
         self.flush(AT_ONCE - 1)
         self._pending.append((part, self._pool.submit(save)))
@@ -202,39 +210,22 @@ class Writer:
             self.report(Event.SAVED, part=part)
 
 
-def shaping_of(record: dict[str, Any]) -> dict[str, Any]:
-    """What the stage of a run.json that changed the shape, if there was one, says of it."""
-    first: dict[str, Any] = record.get("stages", [record])[0].get("allocation", {})
-    return first if "shape" in first else {}
-
-
-def provenance(*packages: str) -> dict[str, Any]:
-    """When, with which versions of `packages` and by which command a result is made: the first fields of run.json."""
-    return {
-        "niwaki": __version__,
-        "versions": {name: version(name) for name in packages},
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-    }
-
-
 def fingerprint(
-    model_marks: Mapping[str, str], tokens: str, recipe: Mapping[str, Any], *, dense_stream: bool, threads: int | None
+    model_hashes: Mapping[str, str], tokens: str, recipe: Mapping[str, Any], *, dense_stream: bool, threads: int | None
 ) -> dict[str, str]:
     """Hashes of what decides the bytes of a result, by the name that a refused resume would give each.
 
-    `model_marks` per file, `tokens` of the calibration, `recipe` as JSON; `threads` if the result depends on them.
+    `model_hashes` per file, `tokens` of the calibration, `recipe` as JSON; `threads` if the result depends on them.
     """
-    marks = {f"model ({name})": mark for name, mark in model_marks.items()}
-    marks["data (calibration tokens)"] = tokens
-    marks |= {f"config ({name})": json.dumps(value) for name, value in recipe.items() if name != "calibration"}
-    marks["seed"] = marks.pop("config (seed)")
-    marks["config (dense_stream)"] = str(dense_stream)
-    marks |= {f"version ({name})": version(name) for name in ("torch", "transformers")}
-    marks["version (niwaki)"] = __version__
-    marks["threads"] = "" if threads is None else str(threads)
-    return {name: hashlib.sha256(mark.encode()).hexdigest() for name, mark in marks.items()}
+    inputs = {f"model ({name})": text for name, text in model_hashes.items()}
+    inputs["data (calibration tokens)"] = tokens
+    inputs |= {f"config ({name})": json.dumps(value) for name, value in recipe.items() if name != "calibration"}
+    inputs["seed"] = inputs.pop("config (seed)")
+    inputs["config (dense_stream)"] = str(dense_stream)
+    inputs |= {f"version ({name})": version(name) for name in ("torch", "transformers")}
+    inputs["version (niwaki)"] = __version__
+    inputs["threads"] = "" if threads is None else str(threads)
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in inputs.items()}
 
 
 def current_hashes(hashes: Mapping[str, str]) -> dict[str, str]:
@@ -297,19 +288,20 @@ def check_space(out: Path, needed_bytes: int) -> None:
         )
 
 
-def finished_record(out: Path, fingerprint: dict[str, str]) -> dict[str, Any] | None:
-    """The run.json of a finished OUT that was made from the same inputs, None if there is no finished OUT.
+def finished_record(out: Path, fingerprint: dict[str, str]) -> RunRecord | None:
+    """Return the record of a finished OUT that was made from the same inputs, None if there is no finished OUT.
 
     Raises ResumeError naming what differs.
     """
     if not _is_result(out):
         return None
     try:
-        record: dict[str, Any] = json.loads((out / RECORD / "run.json").read_text(encoding="utf-8"))
-        before = current_hashes(record["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        record = read_run(out)
+    except InputError as error:
         raise ResumeError(f"{out} is finished, but its run.json cannot be compared: use --overwrite") from error
-    _require_same(before, fingerprint, f"{out} is finished, from other inputs: changed since then")
+    _require_same(
+        current_hashes(record.fingerprint), fingerprint, f"{out} is finished, from other inputs: changed since then"
+    )
     return record
 
 
@@ -328,7 +320,7 @@ def _require_same(before: dict[str, str], now: dict[str, str], message: str) -> 
 
 
 def _is_result(folder: Path) -> bool:
-    return (folder / RECORD / "run.json").is_file()
+    return (folder / RECORD / RUN).is_file()
 
 
 def _is_empty(folder: Path) -> bool:

@@ -1,93 +1,454 @@
-"""What the finished parts of a result add up to.
+"""Records of a result: run.json, the lines of blocks.jsonl, and the entries of the journal.
 
-A part is one shard: a block, or some of the tensors outside the blocks. Its entry in the journal names the shard and
-its tensors (a block that was removed has neither), and holds a line for every matrix in it: those of blocks have a
-`block`, embeddings and head a `module`.
+All are frozen models, with one reader and one writer each. Nothing here needs torch. A field that a result does not
+have is None and is not written. Results of version 0.1 have no `format` and some old names; they are read as well.
+
+    OUT/niwaki/run.json       a `RunRecord`: recipe, versions, hashes, result; or another `Record`
+    OUT/niwaki/blocks.jsonl   a `MatrixRecord` per line
+
+    record = read_run(Path("OUT"))
+    worst = max(read_lines(Path("OUT")), key=lambda line: line.error or 0)
 """
 
+import json
 import math
+import platform
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
-from niwaki.formats.record import decode_stored
+from niwaki.config.recipe import Bits, Recipe, current_fields, parse_target
+from niwaki.errors import CheckpointError, InputError
+from niwaki.model.files import write_text
+from niwaki.version import __version__
 
-Entry = Mapping[str, Any]
-
-
-def block_lines(entries: Iterable[Entry]) -> list[dict[str, Any]]:
-    """The lines of blocks.jsonl."""
-    return [line for entry in entries for line in entry["lines"] if "block" in line]
+FORMAT = 1
+RECORD = "niwaki"  # folder of the records inside a result
+RUN, LINES = "run.json", "blocks.jsonl"
 
 
-def packed_modules(entries: Iterable[Entry], prefix: Callable[[int], str]) -> dict[str, Any]:
-    """How the quantized modules are stored, by name; `prefix(block)` begins the names of a block."""
-    stored = [line for entry in entries for line in entry["lines"] if "stored" in line]
-    return {line.get("module") or prefix(line["block"]) + line["matrix"]: line["stored"] for line in stored}
+class _Frozen(BaseModel):
+    """Frozen record. Unknown fields are kept: methods add their own, and so may a later version."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=(), ser_json_inf_nan="constants")
+
+    def dump(self) -> dict[str, Any]:
+        """Return the fields that are set, as JSON has them."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
 
-def read_plain(shard: Path, modules: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a shard, quantized `modules` as plain weights of `dtype`."""
-    return decode_stored({name: tensor.clone() for name, tensor in load_file(shard).items()}, modules, dtype)
+class MatrixRecord(_Frozen):
+    """Line of blocks.jsonl: one matrix, how it is stored, and its errors.
+
+    Errors are relative squared errors of outputs. `error_before_update` is the error if weights are only removed,
+    `error` that of the final matrix; both are None without calibration text. `stored` is the description of a packed
+    matrix. Some methods add fields, for example `kept_groups`, the heads or neurons that a sliced matrix keeps.
+    """
+
+    block: int
+    matrix: str
+    shape: list[int]
+    target: str
+    kind: str
+    zeros: int = 0
+    zeros_frac: float
+    bytes: int
+    bits: float
+    tokens: int = 0
+    error_before_update: float | None
+    error: float | None
+    note: str = ""
+    stored: dict[str, Any] | None = None
+    scores: dict[str, Any] | None = None
+    block_error: float | None = None
+    drift: float | None = None
+    method_bits: float | None = None
+    method_bytes: float | None = None
+    kept_groups: list[int] | None = None
+    row_zeros: list[int] | None = None
+
+    @property
+    def weights(self) -> int:
+        """Return the number of weights that the file has a place for."""
+        return math.prod(self.shape)
+
+    @property
+    def detail(self) -> dict[str, Any]:
+        """Return the fields that the method added."""
+        own = {name: getattr(self, name) for name in ("method_bits", "method_bytes", "kept_groups", "row_zeros")}
+        return {name: value for name, value in own.items() if value is not None} | (self.model_extra or {})
 
 
-def shard_index(entries: Sequence[Entry]) -> dict[str, Any]:
-    """The content of model.safetensors.index.json."""
-    written = [entry for entry in entries if "shard" in entry]
-    weight_map = {name: entry["shard"] for entry in written for name in entry["tensors"]}
-    total_bytes = sum(entry["tensor_bytes"] for entry in written)
-    return {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+class ModuleRecord(_Frozen):
+    """Embeddings or head that became codes. `error` is the relative squared error of the weights."""
+
+    module: str
+    shape: list[int]
+    bytes: int
+    bits: float
+    error: float
+    stored: dict[str, Any] | None = None
+
+    @property
+    def weights(self) -> int:
+        """Return the number of weights."""
+        return math.prod(self.shape)
 
 
-def result_of(entries: Sequence[Entry]) -> dict[str, Any]:
-    """The field `result` of run.json: what was compressed, to how many bits, and what is on the disk."""
-    lines = block_lines(entries)
-    weights = sum(math.prod(line["shape"]) for line in lines)
+class JournalEntry(_Frozen):
+    """Finished part of a run: a shard with its records, or the numbers of a scan or a trial that a resume needs.
+
+    A block that was removed has lines and no shard. `loss` is that of a trial, `found` what a predictor learned. The
+    values of a scan are a field with its name.
+    """
+
+    shard: str | None = None
+    sha256: str = ""
+    bytes: int = 0
+    tensors: list[str] = []
+    tensor_bytes: int = 0
+    lines: Sequence[MatrixRecord | ModuleRecord] | None = None
+    loss: float | None = None
+    found: dict[str, Any] | None = None
+
+    @property
+    def matrices(self) -> list[MatrixRecord]:
+        """Return the records of the matrices of a block."""
+        return [line for line in self.lines or () if isinstance(line, MatrixRecord)]
+
+    @property
+    def modules(self) -> list[ModuleRecord]:
+        """Return the records of embeddings and head."""
+        return [line for line in self.lines or () if isinstance(line, ModuleRecord)]
+
+    def scanned(self, name: str) -> list[Any]:
+        """Return the values of the scan `name`, one per block."""
+        values: list[Any] = (self.model_extra or {})[name]
+        return values
+
+
+class ShapeRecord(_Frozen):
+    """Shape of a pruned model: neurons and heads per block (a list if blocks differ), and the removed blocks."""
+
+    neurons: int | list[int]
+    heads: int | list[int]
+    dropped: list[int] = []
+
+
+class TrialRecord(ShapeRecord):
+    """Shape that was tried, and its loss."""
+
+    loss: float
+
+
+class AllocationRecord(_Frozen):
+    """Numbers that decided the target of each block."""
+
+    target_bits: float | None = None
+    outlier_shares: list[float] | None = None
+    sensitivities: list[Any] | None = None
+    kept_blocks: list[int] | None = None
+    rest_bits: float | None = None
+    shape: ShapeRecord | None = None
+    removed_frac: float = 0
+    cut: bool = False
+    influence: list[float] | None = None
+    trials: list[TrialRecord] = []
+
+
+class ModelRecord(_Frozen):
+    """Source model."""
+
+    source: str
+    type: str = ""
+    bytes: int = 0
+    files: dict[str, Any] = {}
+
+
+class CalibrationRecord(_Frozen):
+    """Calibration windows [samples, tokens], their source and the hash of their tokens; None without windows."""
+
+    source: str = "none"
+    windows: list[int] | None = None
+    sha256: str | None = None
+
+
+class ResultRecord(_Frozen):
+    """Sums over the matrices of a result, and its files. `bits` and `bytes` count all scales and metadata."""
+
+    weights: int
+    zeros_frac: float
+    bits: float
+    method_bits: float | None = None
+    packed: int = 0
+    sparse: dict[str, int] = {}
+    sparse_values: dict[str, int] = {}
+    matrices: int
+    embeddings_bits: float | None = Field(default=None, validation_alias=AliasChoices("embeddings_bits", "ends_bits"))
+    embeddings: list[ModuleRecord] = Field(default=[], validation_alias=AliasChoices("embeddings", "ends"))
+    notes: list[str] = []
+    bytes: int
+    sha256: dict[str, str] = {}
+    predictor: dict[str, Any] | None = None
+
+
+class ExportRecord(_Frozen):
+    """Files that an export wrote."""
+
+    to: str
+    niwaki: str = ""
+    format: str = ""
+    bits: float = 0
+    bytes: int
+    sha256: dict[str, str]
+    type: str | None = None
+
+
+class Record(_Frozen):
+    """run.json of any folder that niwaki wrote: versions, date and command, and the export if it is one."""
+
+    format: int = 0
+    niwaki: str = ""
+    versions: dict[str, str] = {}
+    python: str = ""
+    date: str = ""
+    command: list[str] = []
+    model: ModelRecord | None = None
+    export: ExportRecord | None = None
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, value: int) -> int:
+        if value > FORMAT:
+            raise ValueError(f"format {value} is of a later version of niwaki, this one reads {FORMAT}")
+        return value
+
+    @property
+    def file_hashes(self) -> Mapping[str, str] | None:
+        """Return the SHA-256 of the weight files by name, None if the record has none."""
+        return None if self.export is None else self.export.sha256
+
+    def with_export(self, export: ExportRecord) -> Self:
+        """Return the record of an export of this model."""
+        return self.model_copy(update={"format": FORMAT, "export": export})
+
+
+class RunRecord(Record):
+    """run.json of a compression: everything that is needed to make it again, and its result.
+
+    `recipe` is resolved. A chain that begins with a structured method has the record of that stage in `stages`.
+    """
+
+    model: ModelRecord
+    fingerprint: dict[str, str] = {}
+    recipe: Recipe
+    options: dict[str, dict[str, Any]] = {}
+    dense_stream: bool = False
+    allocation: AllocationRecord = AllocationRecord()
+    calibration: CalibrationRecord = CalibrationRecord()
+    result: ResultRecord
+    device: str = ""
+    seconds: float = 0
+    peak_rss_bytes: int = 0
+    peak_device_bytes: int = 0
+    stages: list["RunRecord"] = []
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _current(cls, value: Any) -> Any:
+        return current_fields(value) if isinstance(value, dict) else value
+
+    @field_serializer("recipe")
+    def _whole(self, recipe: Recipe) -> dict[str, Any]:
+        return recipe.model_dump(mode="json")
+
+    @property
+    def file_hashes(self) -> Mapping[str, str]:
+        """Return the SHA-256 of the weight files by name."""
+        return super().file_hashes or self.result.sha256
+
+    @property
+    def shaping(self) -> AllocationRecord | None:
+        """Return the allocation of the stage that changed the shape, None if no stage did."""
+        first = (self.stages or [self])[0].allocation
+        return first if first.shape is not None else None
+
+    @property
+    def asks_for_bits(self) -> bool:
+        """Return whether the last stage made codes and no zeros besides. A code that is 0 is no pruned weight."""
+        target = self.recipe.target
+        if target is None:
+            return True
+        return isinstance(parse_target(target.partition("+")[2] if self.stages else target), Bits)
+
+
+class RecoveryResult(_Frozen):
+    """Losses before and after a recovery, and the zeros that it kept."""
+
+    heldout_loss_before: float
+    heldout_loss: float
+    matrices: int
+    zeros: int
+    zeros_frac: float
+    sha256: dict[str, str]
+
+
+class RecoveryRecord(Record):
+    """run.json of a recovery. `compressed_from` is the run.json of the model that it began with."""
+
+    model: ModelRecord
+    recover: dict[str, Any]
+    compressed_from: dict[str, Any] | None = None
+    result: RecoveryResult
+    device: str = ""
+    seconds: float = 0
+    peak_rss_bytes: int = 0
+
+    @property
+    def file_hashes(self) -> Mapping[str, str]:
+        """Return the SHA-256 of the weight files by name."""
+        return super().file_hashes or self.result.sha256
+
+
+def provenance(*packages: str) -> dict[str, Any]:
+    """Return the first fields of a run.json: date, command, and versions of niwaki, Python and `packages`."""
     return {
-        "weights": weights,
-        "zeros_frac": sum(line["zeros"] for line in lines) / weights,
-        "bits": round(8 * sum(line["bytes"] for line in lines) / weights, 4),
-        **method_bits(lines),
-        "packed": sum("stored" in line for line in lines),
-        **_sparse(lines),
-        "matrices": len(lines),
-        **_ends([line for entry in entries for line in entry["lines"] if "module" in line]),
-        "notes": sorted({line["note"] for line in lines if line["note"]}),
-        "bytes": sum(entry["bytes"] for entry in entries if "shard" in entry),
-        "sha256": {entry["shard"]: entry["sha256"] for entry in entries if "shard" in entry},
+        "niwaki": __version__,
+        "versions": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
     }
 
 
-def method_bits(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def read_record(folder: Path) -> Record | None:
+    """Return the run.json of a folder, None if there is none. Raises CheckpointError if it cannot be read."""
+    path = folder / RECORD / RUN
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        kind = RecoveryRecord if "recover" in content else RunRecord if "recipe" in content else Record
+        return kind.model_validate(content)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({_first(error)}): compress again") from error
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Return the run.json of a compression.
+
+    Raises InputError if there is none, or the folder holds something else; CheckpointError if it cannot be read.
+    """
+    record = read_record(folder)
+    if record is None:
+        path = folder / RECORD / RUN
+        raise InputError(f"{folder} is no result of niwaki: expected {path}; give the OUT of `niwaki compress`")
+    if not isinstance(record, RunRecord):
+        raise InputError(f"{folder} holds no compression: give the OUT of `niwaki compress`")
+    return record
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write run.json."""
+    write_text(folder / RECORD / RUN, json.dumps(record.dump(), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_lines(folder: Path) -> list[MatrixRecord]:
+    """Return the lines of blocks.jsonl; none for a result that changed no matrix.
+
+    Raises CheckpointError if the file is missing or no record of niwaki.
+    """
+    path = folder / RECORD / LINES
+    try:
+        text = path.read_text(encoding="utf-8")
+        return [MatrixRecord.model_validate_json(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a record of niwaki ({_first(error)}): compress again, or remove it"
+        ) from error
+
+
+def write_lines(folder: Path, lines: Iterable[MatrixRecord]) -> None:
+    """Write blocks.jsonl."""
+    write_text(folder / RECORD / LINES, "".join(json.dumps(line.dump()) + "\n" for line in lines))
+
+
+def _first(error: Exception) -> str:
+    """Return the first problem of a record in one line."""
+    if isinstance(error, ValidationError):
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        return f"{place}: {problem['msg']}" if place else problem["msg"]
+    return str(error)
+
+
+def packed_modules(entries: Iterable[JournalEntry], prefix: Callable[[int], str]) -> dict[str, Any]:
+    """Return the descriptions of the packed modules by name; `prefix(block)` begins the names of a block."""
+    modules: dict[str, Any] = {}
+    for line in (line for entry in entries for line in entry.lines or () if line.stored is not None):
+        modules[line.module if isinstance(line, ModuleRecord) else prefix(line.block) + line.matrix] = line.stored
+    return modules
+
+
+def shard_index(entries: Sequence[JournalEntry]) -> dict[str, Any]:
+    """Return the content of model.safetensors.index.json."""
+    weight_map = {name: entry.shard for entry in entries if entry.shard for name in entry.tensors}
+    total_bytes = sum(entry.tensor_bytes for entry in entries if entry.shard)
+    return {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def result_of(entries: Sequence[JournalEntry]) -> ResultRecord:
+    """Return the sums over the finished parts: weights, bits, and files."""
+    lines = [line for entry in entries for line in entry.matrices]
+    weights = sum(line.weights for line in lines)
+    fields = {
+        "weights": weights,
+        "zeros_frac": sum(line.zeros for line in lines) / weights,
+        "bits": round(8 * sum(line.bytes for line in lines) / weights, 4),
+        **method_bits(lines),
+        "packed": sum(line.stored is not None for line in lines),
+        **_sparse(lines),
+        "matrices": len(lines),
+        **_embeddings([line for entry in entries for line in entry.modules]),
+        "notes": sorted({line.note for line in lines if line.note}),
+        "bytes": sum(entry.bytes for entry in entries if entry.shard),
+        "sha256": {entry.shard: entry.sha256 for entry in entries if entry.shard},
+    }
+    return ResultRecord.model_validate(fields)
+
+
+def method_bits(lines: Sequence[MatrixRecord]) -> dict[str, float]:
     """Return {"method_bits": mean over the weights of all matrices whose method counts bits itself}, or {}.
 
     Baselines without a packed format write decoded weights, and count the bytes that a packed file would have.
     """
-    counted = [line for line in lines if "method_bytes" in line]
+    counted = [(line.weights, line.method_bytes) for line in lines if line.method_bytes is not None]
     if not counted:
         return {}
-    weights = sum(math.prod(line["shape"]) for line in counted)
-    return {"method_bits": round(8 * sum(line["method_bytes"] for line in counted) / weights, 4)}
+    return {"method_bits": round(8 * sum(own for _, own in counted) / sum(weights for weights, _ in counted), 4)}
 
 
-def _sparse(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many matrices are stored as nonzeros, by layout and by kind of values; {} if none is."""
-    kinds = [line["stored"]["sparse"] for line in lines if "sparse" in line.get("stored", ())]
-    found = {}
+def _sparse(lines: Sequence[MatrixRecord]) -> dict[str, Any]:
+    """Return how many matrices are stored as nonzeros, by layout and by kind of values; {} if none is."""
+    kinds = [line.stored["sparse"] for line in lines if line.stored is not None and "sparse" in line.stored]
+    counts = {}
     for field, name in ("layout", "sparse"), ("values", "sparse_values"):
-        counted = [kind[field] for kind in kinds]
-        found[name] = {value: counted.count(value) for value in sorted(set(counted))}
-    return found if kinds else {}
+        values = [kind[field] for kind in kinds]
+        counts[name] = {value: values.count(value) for value in sorted(set(values))}
+    return counts if kinds else {}
 
 
-def _ends(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Embeddings and head that are stored as codes: their mean bits a weight, and each; {} if there are none."""
+def _embeddings(lines: Sequence[ModuleRecord]) -> dict[str, Any]:
+    """Return the mean bits of embeddings and head that are stored as codes, and their records; {} if none are."""
     if not lines:
         return {}
-    weights = sum(math.prod(line["shape"]) for line in lines)
-    ends_bits = round(8 * sum(line["bytes"] for line in lines) / weights, 4)
-    return {"ends_bits": ends_bits, "ends": [{k: v for k, v in line.items() if k != "stored"} for line in lines]}
+    bits = round(8 * sum(line.bytes for line in lines) / sum(line.weights for line in lines), 4)
+    records = [ModuleRecord.model_validate(line.model_dump(exclude={"stored"}, exclude_unset=True)) for line in lines]
+    return {"embeddings_bits": bits, "embeddings": records}

@@ -16,7 +16,8 @@ from torch import Tensor
 from niwaki.compression.backward import next_token_losses
 from niwaki.compression.job import Allocation, FullBlocks, Job, block_part, scan, walk_model, windows_stream
 from niwaki.compression.run import Run
-from niwaki.compression.walk import Plan, collect, compress_blocks, forward
+from niwaki.compression.run_record import JournalEntry, MatrixRecord, RunRecord
+from niwaki.compression.walk import WalkPlan, collect, compress_blocks, forward
 from niwaki.compression.width_search import spread
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import Sparsity
@@ -33,8 +34,8 @@ BIAS_FIELDS = ("attention_bias", "mlp_bias")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
-def shape_job(job: Job, run: Run, report: Report) -> dict[str, Any]:
-    """Choose a shape, compress the model to it, and return run.json."""
+def shape_job(job: Job, run: Run, report: Report) -> RunRecord:
+    """Choose a shape, compress the model to it, and return the record of the run."""
     return walk_model(job, run, report, _choose_shape)
 
 
@@ -111,14 +112,15 @@ def _evaluate(job: Job, run: Run, number: int, space: ShapeSpace, shape: PrunedS
         judge = windows_stream(job, run, "held", job.windows_ST[-held:])
         dense = windows_stream(job, run, "trial-dense", fitted_ST) if job.stage.dense_stream else None
         assert judge is not None
-        plan = Plan(job.stage.steps, space.targets(shape, False), job.recipe.seed, trial=True)
+        plan = WalkPlan(job.stage.steps, space.targets(shape, False), job.recipe.seed, records=False)
         compress_blocks(
             job.decoder, plan, stream, dense, riders=[judge], finished=lambda index: None,
             save=lambda block, lines: None, report=silent,
         )  # fmt: skip
-        run.finish_part(part, {"loss": _loss(job.decoder, judge)})
-        report(Event.TRIAL, shape=_shape_record(shape), **run.finished[part])
-    loss: float = run.finished[part]["loss"]
+        run.finish_part(part, JournalEntry(loss=_loss(job.decoder, judge)))
+        report(Event.TRIAL, shape=_shape_record(shape), loss=run.finished[part].loss)
+    loss = run.finished[part].loss
+    assert loss is not None, "the entry of a trial"
     return loss
 
 
@@ -142,10 +144,10 @@ class PrunedBlocks:
             numbered.append(f"model-{number:05d}-of-{count:05d}.safetensors")
         return numbered
 
-    def tensors(self, block: Block, lines: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def tensors(self, block: Block, lines: list[MatrixRecord]) -> dict[str, Tensor]:
         """Return the block without what is gone, under its new name; {} for a removed block."""
         decoder, tensors = self.job.decoder, FullBlocks(self.job).tensors(block, lines)
-        if block.added:
+        if block.result.added:
             tensors |= self._biases(block, tensors)
         if not self.cut:
             return tensors
@@ -165,8 +167,8 @@ class PrunedBlocks:
             return FullBlocks(self.job).read(run, index)
         entry, decoder = run.finished[block_part(index)], self.job.decoder
         tensors = self.job.checkpoint.read(decoder.disk_names(index))
-        stored = load_file(run.folder / entry["shard"]) if "shard" in entry else {}
-        axes, consumers = self._axes(index, entry["lines"]), {unit.consumer for unit in self.space.units.values()}
+        stored = load_file(run.folder / entry.shard) if entry.shard else {}
+        axes, consumers = self._axes(index, entry.matrices), {unit.consumer for unit in self.space.units.values()}
         for name, dense in list(tensors.items()):
             parameter = decoder.parameter(name, index)
             along, places, _ = axes.get(parameter, (0, None, 0))
@@ -191,7 +193,7 @@ class PrunedBlocks:
         elif self.cut:
             full = space.config_for(space.shape(space.neurons, space.heads, shape.dropped))
             config = full | {"quantization_config": quantization({}, space.matrix_shapes(shape))}
-        stored = [name for entry in run.finished.values() for name in entry.get("tensors", ())]
+        stored = [name for entry in run.finished.values() for name in entry.tensors]
         if not space.config.get("mlp_bias") and any(name.endswith("down_proj.bias") for name in stored):
             config |= dict.fromkeys(BIAS_FIELDS, True)
         write_text(run.folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -225,15 +227,16 @@ class PrunedBlocks:
             bias = f"{linear.name}.bias"
             if bias not in names:
                 like = tensors[names[linear.parameter]]
-                given = block.module.get_parameter(bias).detach().to("cpu", like.dtype) if bias in block.added else None
+                own = block.result
+                given = own.parameters[bias].to("cpu", like.dtype) if bias in own.added else None
                 biases[names[linear.parameter].removesuffix("weight") + "bias"] = (
                     like.new_zeros(linear.rows) if given is None else given
                 )
         return biases
 
-    def _axes(self, index: int, lines: list[dict[str, Any]]) -> dict[str, tuple[int, Tensor, int]]:
+    def _axes(self, index: int, lines: list[MatrixRecord]) -> dict[str, tuple[int, Tensor, int]]:
         """Return dimension, kept indices and full size of every parameter of a block that is cut."""
-        kept = {line["matrix"]: line["kept_groups"] for line in lines if "kept_groups" in line}
+        kept = {line.matrix: line.kept_groups for line in lines if line.kept_groups is not None}
         anatomy = self.job.decoder.anatomy.blocks[index]
         axes: dict[str, tuple[int, Tensor, int]] = {}
         for unit in self.space.units.values():

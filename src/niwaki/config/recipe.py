@@ -166,14 +166,6 @@ def parse_target(text: str) -> Target:
     return Sparsity(zeros_frac)
 
 
-def asks_for_bits(record: dict[str, Any]) -> bool:
-    """Return True if the last stage of a run.json quantizes and does not prune. A code of 0 is no pruning."""
-    target = record["recipe"]["target"]
-    if target is None:
-        return True
-    return isinstance(parse_target(target.partition("+")[2] if record.get("stages") else target), Bits)
-
-
 def _parse_both(text: str) -> PrunedBits:
     zeros, *rest = map(parse_target, text.split("+")) if all(part.strip() for part in text.split("+")) else (None,)
     if not isinstance(zeros, Sparsity | NM) or len(rest) != 1 or not isinstance(rest[0], Bits):

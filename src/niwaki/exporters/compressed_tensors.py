@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from niwaki.compression.run_record import Record, RunRecord
 from niwaki.config.events import Event, Report
 from niwaki.errors import CheckpointError, InputError
 from niwaki.formats.quantized import QuantizedColumns, read_parts, stored_names
@@ -54,7 +55,7 @@ class CodesPlan:
     nbytes: int
 
 
-def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> CodesPlan:
+def check(checkpoint: Checkpoint, record: Record | None, type: str | None) -> CodesPlan:
     """Find the kind of codes in `checkpoint`.
 
     Raises InputError if the format cannot hold it or the library is missing.
@@ -65,7 +66,7 @@ def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | 
         raise InputError(f"exporting needs the package {LIBRARY}: pip install {LIBRARY}") from error
     if type is not None:
         raise InputError(f"{LIBRARY} takes the codes as they are: leave --type out")
-    if record is None:
+    if not isinstance(record, RunRecord):
         raise CheckpointError(
             f"{checkpoint.folder} has no niwaki/run.json: expected a folder that `niwaki compress` wrote"
         )
@@ -74,14 +75,14 @@ def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | 
             f"{checkpoint.folder} holds no codes, so there is nothing to export to {LIBRARY}: "
             "compress with --method gptq or rtn, --target 4bit or 8bit and --pack auto"
         )
-    if "ends" in record["result"]:
+    if record.result.embeddings:
         raise InputError(
             f"{checkpoint.folder} stores embeddings and LM head as codes, which {LIBRARY} cannot hold: "
             "compress with --embeddings none"
         )
-    if stored_dense := record["result"]["matrices"] - len(checkpoint.packed):
+    if stored_dense := record.result.matrices - len(checkpoint.packed):
         raise InputError(
-            f"{checkpoint.folder} stores {stored_dense} of its {record['result']['matrices']} matrices dense (see "
+            f"{checkpoint.folder} stores {stored_dense} of its {record.result.matrices} matrices dense (see "
             f"niwaki/blocks.jsonl): {LIBRARY} needs results that are all codes, because loaders fail on others"
         )
     kinds = {_kind(module, about): module for module, about in checkpoint.packed.items()}

@@ -8,16 +8,24 @@ niwaki did not make gets a run.json with this field and its source alone.
 """
 
 import importlib
-import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from niwaki.compression.model_card import export_card
-from niwaki.compression.run import RECORD, Run, check_apart, check_free, check_space, partial_of, provenance
+from niwaki.compression.run import Run, check_apart, check_free, check_space, partial_of
+from niwaki.compression.run_record import (
+    LINES,
+    RECORD,
+    ExportRecord,
+    ModelRecord,
+    Record,
+    provenance,
+    read_record,
+    write_record,
+)
 from niwaki.config.events import Report
-from niwaki.errors import CheckpointError, InputError, unknown
+from niwaki.errors import InputError, unknown
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.files import copy_file, file_sha256, write_text
 
@@ -39,7 +47,7 @@ class ExportPlan(Protocol):
 class Exporter(Protocol):
     """Interface of the module of a format."""
 
-    def check(self, checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> ExportPlan:
+    def check(self, checkpoint: Checkpoint, record: Record | None, type: str | None) -> ExportPlan:
         """Plan the export of this checkpoint. `record` is its run.json, or None if niwaki did not make it.
 
         Raises InputError for a checkpoint, or a `type` of weights, that the format cannot hold.
@@ -70,7 +78,7 @@ def export(
     dest = Path(dest).absolute()
     check_free(dest, partial_of(dest), resume=False, overwrite=overwrite)
     checkpoint = Checkpoint.open(out)
-    before = _record_of(checkpoint.folder)
+    before = read_record(checkpoint.folder)
     plan = exporter.check(checkpoint, before, type)
     check_apart(checkpoint.folder, dest)
     check_space(dest, plan.nbytes)
@@ -83,18 +91,19 @@ def export(
 
         try:
             written = exporter.write(checkpoint, plan, run.folder, tell)
-            record = before or {"model": {"source": str(checkpoint.folder), "bytes": checkpoint.nbytes}}
-            record |= {"export": _export_record(to, checkpoint.folder, run.folder, written, started)}
-            lines = checkpoint.folder / RECORD / "blocks.jsonl"
+            plain = ModelRecord(source=str(checkpoint.folder), bytes=checkpoint.nbytes)
+            record = before if before is not None and before.model is not None else Record(model=plain)
+            record = record.with_export(_export_record(to, checkpoint.folder, run.folder, written, started))
+            lines = checkpoint.folder / RECORD / LINES
             if lines.is_file():
-                copy_file(lines, run.folder / RECORD / "blocks.jsonl")
+                copy_file(lines, run.folder / RECORD / LINES)
             write_text(run.folder / "README.md", export_card(record))
-            write_text(run.folder / RECORD / "run.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            write_record(run.folder, record)
         except BaseException:
             run.discard()
             raise
         run.complete()
-    return record
+    return record.dump()
 
 
 def _exporter(to: str) -> Exporter:
@@ -107,21 +116,9 @@ def _exporter(to: str) -> Exporter:
         raise InputError(f"exporting to {to} needs the package {name}") from error
 
 
-def _record_of(folder: Path) -> dict[str, Any] | None:
-    """Read the run.json of a result of niwaki, None for another folder. Raises CheckpointError if it is unreadable."""
-    path = folder / RECORD / "run.json"
-    if not path.is_file():
-        return None
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: expected what `niwaki compress` wrote") from error
-    return record
-
-
-def _export_record(to: str, source: Path, folder: Path, written: dict[str, Any], started: float) -> dict[str, Any]:
+def _export_record(to: str, source: Path, folder: Path, written: dict[str, Any], started: float) -> ExportRecord:
     files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES)
-    return {
+    fields = {
         "to": to,
         "source": str(source),
         **provenance(),
@@ -130,3 +127,4 @@ def _export_record(to: str, source: Path, folder: Path, written: dict[str, Any],
         "sha256": {path.name: file_sha256(path) for path in files},
         "seconds": round(time.perf_counter() - started, 2),
     }
+    return ExportRecord.model_validate(fields)

@@ -19,7 +19,6 @@ Cost: one tensor in memory, one pass over the file.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +30,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 
+from niwaki.compression.run_record import Record
 from niwaki.config.events import Event, Report
 from niwaki.errors import InputError, NumericalError, unknown
 from niwaki.exporters.gguf_shape import Layout, layout_of
@@ -70,7 +70,7 @@ class GgufPlan:
         return math.prod(self.layout.tensors[name].shape) // block * size
 
 
-def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> GgufPlan:
+def check(checkpoint: Checkpoint, record: Record | None, type: str | None) -> GgufPlan:
     """Plan name and type of each tensor. Raises InputError for a model that llama.cpp cannot run."""
     chosen = DEFAULTS[checkpoint.dtype] if type is None else type
     if chosen not in TYPES:

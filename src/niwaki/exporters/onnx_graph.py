@@ -12,7 +12,6 @@ Cost: the whole model in memory in float32, and again while it is written.
 """
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import onnxscript  # noqa: F401 (torch.onnx needs it and would fail late without it)
 import torch
 
+from niwaki.compression.run_record import Record
 from niwaki.config.events import Event, Report
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.model.checkpoint import Checkpoint
@@ -40,7 +40,7 @@ class OnnxPlan:
     nbytes: int
 
 
-def check(checkpoint: Checkpoint, record: Mapping[str, Any] | None, type: str | None) -> OnnxPlan:
+def check(checkpoint: Checkpoint, record: Record | None, type: str | None) -> OnnxPlan:
     """Plan the graph. Raises InputError for codes, or for a `type` of weights."""
     if type is not None:
         raise InputError("an ONNX graph is written in float32: leave --type out")

@@ -18,9 +18,11 @@ Legend: O outputs, I inputs.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from niwaki.formats.quantized import WEIGHT, QuantizedColumns, assemble, read_parts, stored_names, stored_tensors
@@ -182,3 +184,8 @@ def decode_stored(
             own = {name: plain.pop(f"{module}.{name}") for name in names}
             plain[module + WEIGHT] = decode_record(own, description).to(dtype)
     return plain
+
+
+def decode_shard(path: Path, modules: Mapping[str, Mapping[str, Any]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors of a file with packed `modules` as plain weights of `dtype`, without links to the file."""
+    return decode_stored({name: tensor.clone() for name, tensor in load_file(path).items()}, modules, dtype)

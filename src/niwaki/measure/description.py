@@ -1,6 +1,5 @@
 """Descriptions of a model (its files and niwaki's record) and of the machine (processor, package versions)."""
 
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from niwaki.errors import CheckpointError
+from niwaki.compression.run_record import RunRecord, read_record
 from niwaki.measure.schema import Environment, Kind, Model
 from niwaki.model.decoder import Decoder
 from niwaki.runtime.contextual.record import TENSORS, has_shadow
@@ -77,14 +76,8 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 
     Raises CheckpointError for a broken record.
     """
-    path = folder / "niwaki" / "run.json"
-    if not path.is_file():
-        return {}
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return dict(record["recipe"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a record of niwaki ({error}): compress again, or remove it") from error
+    record = read_record(folder)
+    return record.recipe.model_dump(mode="json") if isinstance(record, RunRecord) else {}
 
 
 def _processor() -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from niwaki.errors import CheckpointError
 from niwaki.formats.quantized import WEIGHT
+from niwaki.formats.record import PackedTensors
 from niwaki.model.anatomy import (
     BlockAnatomy,
     Call,
@@ -40,12 +41,24 @@ from niwaki.model.matmul_observer import MatmulObserver
 
 
 @dataclass
+class BlockResult:
+    """Changes of one block, from the method to its shard, by names inside the block.
+
+    New values of weights and biases are `parameters`. The biases that the checkpoint does not have are also in `added`.
+    The stored form of packed matrices is `packed`.
+    """
+
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    added: set[str] = field(default_factory=set)
+    packed: dict[str, PackedTensors] = field(default_factory=dict)
+
+
+@dataclass
 class Block:
     """One decoder layer on the compute device.
 
-    `stored` holds its tensors as the checkpoint does, under their names on disk. `changed` collects the assigned
-    parameters, `added` the biases that the checkpoint does not have. `packable` matrices can be stored as packed
-    records. `packed` holds the tensors of these records.
+    Its tensors as in the checkpoint, by names on disk, are `stored`. Its changes are `result`. Matrices in `packable`
+    can be stored packed.
     """
 
     index: int
@@ -53,10 +66,8 @@ class Block:
     anatomy: BlockAnatomy
     stored: dict[str, Tensor]
     storage_dtypes: dict[str, torch.dtype]
-    changed: set[str] = field(default_factory=set)
-    added: set[str] = field(default_factory=set)
     packable: frozenset[str] = frozenset()
-    packed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    result: BlockResult = field(default_factory=BlockResult)
 
     @property
     def linears(self) -> dict[str, Linear]:
@@ -76,7 +87,7 @@ class Block:
         """Replace the matrix `name`, rounded to its storage dtype: the block runs with the weights that are saved."""
         with torch.no_grad():
             self.weight(name).copy_(weight_OI.to(self.storage_dtype(name)))
-        self.changed.add(self.linears[name].parameter)
+        self._changed(self.linears[name].parameter)
 
     def silence(self, name: str) -> None:
         """Set the bias beside the matrix `name` to zero, if it has one."""
@@ -84,18 +95,21 @@ class Block:
         if bias in dict(self.module.named_parameters()):
             with torch.no_grad():
                 self.module.get_parameter(bias).zero_()
-            self.changed.add(bias)
+            self._changed(bias)
 
     def add_bias(self, name: str, bias_O: Tensor) -> None:
-        """Add to the bias beside the matrix `name`. A missing bias begins at zero and is noted in `added`."""
+        """Add to the bias beside the matrix `name`. A missing bias begins at zero and is noted in `result.added`."""
         bias, weight = self._bias(name), self.weight(name)
         part: Any = self.module.get_submodule(bias.rpartition(".")[0])
         if part.bias is None:
             part.bias = nn.Parameter(weight.new_zeros(len(bias_O)), requires_grad=False)
-            self.added.add(bias)
+            self.result.added.add(bias)
         with torch.no_grad():
             part.bias.copy_((part.bias + bias_O).to(self.storage_dtype(name)))
-        self.changed.add(bias)
+        self._changed(bias)
+
+    def _changed(self, parameter: str) -> None:
+        self.result.parameters[parameter] = self.module.get_parameter(parameter).detach()
 
     def _bias(self, name: str) -> str:
         return f"{self.linears[name].parameter.removesuffix(WEIGHT)}.bias"
@@ -117,10 +131,11 @@ class Block:
 
     def release(self) -> None:
         """Free the weights. The module returns to the meta device, without added biases."""
-        for bias in self.added:
+        for bias in self.result.added:
             setattr(self.module.get_submodule(bias.rpartition(".")[0]), "bias", None)  # noqa: B010 (typed as a tensor)
         self.module.to("meta")
         self.stored.clear()
+        self.result = BlockResult()
         return_free_memory()
 
     @staticmethod
@@ -231,18 +246,18 @@ class Decoder:
         The reverse conversion of transformers splits matrices that its loader fuses (experts).
         """
         prefix = self.anatomy.prefix(block.index)
-        tensors = dict(block.stored)
+        tensors, result = dict(block.stored), block.result
         fused: dict[str, Tensor] = {}
         for name, old in block.stored.items():
             parameter = self.names.parameters[name].removeprefix(prefix)
-            if parameter not in block.changed:
+            if parameter not in result.parameters:
                 continue
-            if (linear_name := parameter.removesuffix(WEIGHT)) in block.packed:
+            if (linear_name := parameter.removesuffix(WEIGHT)) in result.packed:
                 tensors.pop(name)
-                for key, tensor in block.packed[linear_name].items():
+                for key, tensor in result.packed[linear_name].tensors.items():
                     tensors[f"{name.removesuffix(WEIGHT)}.{key}"] = to_host(tensor)
                 continue
-            new = to_host(block.module.get_parameter(parameter).detach().to(old.dtype))
+            new = to_host(result.parameters[parameter].to(old.dtype))
             if name in self.names.converted:
                 fused[prefix + parameter] = new
             else:

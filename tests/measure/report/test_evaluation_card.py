@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 import niwaki
 from niwaki.cli.app import main
 from niwaki.compression.model_card import UNMEASURED, model_card
+from niwaki.compression.run_record import RunRecord
 from niwaki.errors import InputError
 from niwaki.measure.report.evaluation_card import check_card, put_evaluation
 from support.models import tiny_llama, write_texts
@@ -77,10 +78,10 @@ def test_a_card_that_cannot_take_numbers_is_told_before_measuring(result: Path, 
 
 def test_the_base_model_is_named_where_the_hub_knows_it(result: Path) -> None:
     record = json.loads((result / "niwaki/run.json").read_text())
-    card = ModelCard(model_card(record))
+    card = ModelCard(model_card(RunRecord.model_validate(record)))
     assert card.data.base_model is None and "| base model | `model`, a local folder |" in card.text
     assert card.data.library_name == "transformers" and "magnitude" in card.data.tags
     record["model"]["source"] = "/cache/models--org--tree/snapshots/0123abc"
-    card = ModelCard(model_card(record))
+    card = ModelCard(model_card(RunRecord.model_validate(record)))
     assert card.data.base_model == "org/tree"
     assert "[org/tree](https://huggingface.co/org/tree) at `0123abc`" in card.text

@@ -7,37 +7,37 @@ import pytest
 
 from niwaki.errors import CheckpointError
 from niwaki.measure.report.layers import layers_of, read_layers
-from support.reports import lines
+from support.reports import lines, records
 
 
 def test_a_measure_is_there_where_it_says_something() -> None:
-    assert set(layers_of(lines("codes")).measures) == {"bits", "error"}
-    assert set(layers_of(lines("masked")).measures) == {"zeros", "error"}
-    assert set(layers_of(lines("sliced")).measures) == {"kept", "error"}
+    assert set(layers_of(records(lines("codes"))).measures) == {"bits", "error"}
+    assert set(layers_of(records(lines("masked"))).measures) == {"zeros", "error"}
+    assert set(layers_of(records(lines("sliced"))).measures) == {"kept", "error"}
 
 
 def test_values_stand_by_projection_and_block() -> None:
-    found = layers_of(lines("masked"))
+    found = layers_of(records(lines("masked")))
     zeros = found.measures["zeros"]
     assert zeros.projections == ("self_attn.q_proj", "mlp.down_proj") and zeros.blocks == (0, 1, 2)
     assert zeros.values == ((0.25,) * 3, (0.5,) * 3)
-    assert layers_of(lines("sliced")).measures["kept"].values == ((0.5,) * 3, (0.625,) * 3)
+    assert layers_of(records(lines("sliced"))).measures["kept"].values == ((0.5,) * 3, (0.625,) * 3)
     assert found.growth == pytest.approx({0: 0.1, 1: 0.2, 2: 0.3}) and found.drift == {}
-    assert layers_of(lines("masked", drift=True)).drift == pytest.approx({0: 0.2, 1: 0.4, 2: 0.6})
+    assert layers_of(records(lines("masked", drift=True))).drift == pytest.approx({0: 0.2, 1: 0.4, 2: 0.6})
 
 
 def test_a_block_without_a_matrix_and_experts() -> None:
     made = lines("codes")
     made = [line for line in made if (line["block"], line["matrix"]) != (1, "mlp.down_proj")]
     experts = [{**made[0], "matrix": f"mlp.experts.{n}.up_proj", "bits": bits} for n, bits in enumerate((2.0, 4.0))]
-    bits = layers_of([*made, *experts]).measures["bits"]
+    bits = layers_of(records([*made, *experts])).measures["bits"]
     assert bits.values[bits.projections.index("mlp.down_proj")] == (4.25, None, 4.25)
     assert bits.values[bits.projections.index("mlp.experts.*.up_proj")] == (3.0, None, None)
 
 
 def test_codes_that_are_stored_as_plain_weights_count_what_they_take() -> None:
     made = [{k: v for k, v in line.items() if k != "stored"} | {"bits": 16.0} for line in lines("codes")]
-    assert layers_of(made).measures["bits"].known == [16.0] * 6
+    assert layers_of(records(made)).measures["bits"].known == [16.0] * 6
 
 
 def test_reading(tmp_path: Path) -> None:

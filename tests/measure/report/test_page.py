@@ -16,7 +16,7 @@ from niwaki.measure.report.layers import Layers, layers_of
 from niwaki.measure.report.page import MAX_LINES, PAGE, render, write_page
 from niwaki.measure.schema import Comparison
 from support.models import tiny_llama, write_texts
-from support.reports import EVIL, candidate, comparison, lines, without_evidence
+from support.reports import EVIL, candidate, comparison, lines, records, without_evidence
 
 LOADING = {"src", "href", "data", "poster", "srcset", "action", "formaction", "background", "ping", "xlink:href"}
 
@@ -62,7 +62,7 @@ class Page(HTMLParser):
 def layers_for(found: Comparison) -> dict[str, Layers | None]:
     kinds = ("codes", "sliced", "masked")
     return {
-        one.model.name: layers_of(lines(kinds[place % 3], drift=place == 0))
+        one.model.name: layers_of(records(lines(kinds[place % 3], drift=place == 0)))
         for place, one in enumerate(found.candidates)
     }
 
@@ -159,7 +159,7 @@ def test_what_was_not_measured_is_left_out_and_said() -> None:
     ]  # fmt: skip
     assert "nothing was judged" in page.text and "were not measured (--rounds 0)" in page.text
     assert "there is no record of its matrices" in page.text
-    empty = page_of(found, layers={"bare": layers_of([])})
+    empty = page_of(found, layers={"bare": layers_of(records([]))})
     assert "No matrix was changed" in empty.text
 
 
@@ -167,7 +167,7 @@ def test_a_large_model_shows_the_worst_matrices_and_says_how_many_there_are() ->
     many = [{**line, "block": block} for block in range(150) for line in lines()[:2]]
     many[77]["error"] = 7.5
     found = comparison(candidate("four", 1.05))
-    page = page_of(found, layers={"four": layers_of(many)})
+    page = page_of(found, layers={"four": layers_of(records(many))})
     assert f"{MAX_LINES} of 300 shown; all are in niwaki/blocks.jsonl." in page.text
     first = page.text.index("Every matrix of four")
     assert "7.5" in page.text[first : first + 900]
@@ -203,6 +203,6 @@ def test_a_broken_record_is_found_before_anything_is_measured(tmp_path: Path) ->
 
 
 def test_the_page_is_one_file_of_about_five_megabytes(tmp_path: Path) -> None:
-    write_page(tmp_path / PAGE, comparison(candidate("four", 1.05)), [layers_of(lines())])
+    write_page(tmp_path / PAGE, comparison(candidate("four", 1.05)), [layers_of(records(lines()))])
     assert [path.name for path in tmp_path.iterdir()] == [PAGE]
     assert 4e6 < (tmp_path / PAGE).stat().st_size < 6e6

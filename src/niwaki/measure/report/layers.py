@@ -12,19 +12,17 @@ Cost: one pass over the lines.
     layers = read_layers(Path("OUT"));  layers.measures["bits"]
 """
 
-import json
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from niwaki.errors import CheckpointError
+from niwaki.compression.run_record import LINES, RECORD, MatrixRecord, read_lines
 
-LINES = Path("niwaki") / "blocks.jsonl"
 _KEPT = re.compile(r"^(\d+) of (\d+) ")
 _EXPERT = re.compile(r"\.\d+\.")
-_READ = {"block", "matrix", "shape", "target", "kind", "zeros_frac", "bytes", "bits", "error_before_update", "error"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Measure:
 class Layers:
     """Lines of one result. By block: `growth` is its own error, `drift` the error of all blocks up to it."""
 
-    lines: tuple[dict[str, Any], ...]
+    lines: tuple[MatrixRecord, ...]
     measures: dict[str, Measure]
     growth: dict[int, float]
     drift: dict[int, float]
@@ -57,43 +55,33 @@ def read_layers(folder: Path) -> Layers | None:
 
     Raises CheckpointError for a broken record.
     """
-    path = folder / LINES
-    if not path.is_file():
-        return None
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        missing = next(filter(None, (_READ - set(line) for line in lines)), None)
-        if missing:
-            raise ValueError(f"a line has no {', '.join(sorted(missing))}")
-        return layers_of(lines)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a record of niwaki ({error}): compress again, or remove it") from error
+    return layers_of(read_lines(folder)) if (folder / RECORD / LINES).is_file() else None
 
 
-def layers_of(lines: list[dict[str, Any]]) -> Layers:
+def layers_of(lines: Sequence[MatrixRecord]) -> Layers:
     """Return the measures of these lines. A measure that is trivial everywhere (no zeros, all kept) is omitted."""
     measures = {}
     for name, value_of, is_informative in (
         ("kept", _kept, lambda values: min(values) < 1),
         ("zeros", _zeros, lambda values: max(values) > 0),
         ("bits", _bits, lambda values: True),
-        ("error", lambda line: line["error"], lambda values: max(values) > 0),
+        ("error", lambda line: line.error, lambda values: max(values) > 0),
     ):
         measure = _measure(name, lines, value_of)
         if measure.known and is_informative(measure.known):
             measures[name] = measure
-    by_block = {name: {line["block"]: line[name] for line in lines if line.get(name) is not None}
-                for name in ("block_error", "drift")}  # fmt: skip
-    return Layers(tuple(lines), measures, by_block["block_error"], by_block["drift"])
+    growth = {line.block: line.block_error for line in lines if line.block_error is not None}
+    drift = {line.block: line.drift for line in lines if line.drift is not None}
+    return Layers(tuple(lines), measures, growth, drift)
 
 
-def _measure(name: str, lines: list[dict[str, Any]], value_of: Any) -> Measure:
+def _measure(name: str, lines: Sequence[MatrixRecord], value_of: Any) -> Measure:
     cells = defaultdict(list)
     for line in lines:
         value = value_of(line)
         if value is not None:
-            cells[_EXPERT.sub(".*.", line["matrix"]), line["block"]].append(float(value))
-    blocks = tuple(sorted({line["block"] for line in lines}))
+            cells[_EXPERT.sub(".*.", line.matrix), line.block].append(float(value))
+    blocks = tuple(sorted({line.block for line in lines}))
     projections = tuple(dict.fromkeys(projection for projection, _ in cells))
     return Measure(
         name,
@@ -106,15 +94,15 @@ def _measure(name: str, lines: list[dict[str, Any]], value_of: Any) -> Measure:
     )
 
 
-def _kept(line: dict[str, Any]) -> float | None:
-    match = _KEPT.match(line["target"])
+def _kept(line: MatrixRecord) -> float | None:
+    match = _KEPT.match(line.target)
     return int(match[1]) / int(match[2]) if match else None
 
 
-def _zeros(line: dict[str, Any]) -> float | None:
+def _zeros(line: MatrixRecord) -> float | None:
     """Return the share of pruned weights. A quantization code that happens to be zero does not count."""
-    return None if line["kind"] == "codes" and "bit" in line["target"] else line["zeros_frac"]
+    return None if line.kind == "codes" and "bit" in line.target else line.zeros_frac
 
 
-def _bits(line: dict[str, Any]) -> float | None:
-    return line["bits"] if "stored" in line or line["kind"] == "codes" else None
+def _bits(line: MatrixRecord) -> float | None:
+    return line.bits if line.stored is not None or line.kind == "codes" else None

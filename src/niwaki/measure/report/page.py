@@ -22,6 +22,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from niwaki.compression.run_record import MatrixRecord
 from niwaki.measure.report import charts, passages, plots, views
 from niwaki.measure.report import numbers as show
 from niwaki.measure.report.layers import Layers
@@ -124,7 +125,7 @@ def _growth(t: Texts, comparison: Comparison, layers: Mapping[str, Layers | None
 def _layers(t: Texts, number: int, name: str, layers: Layers | None) -> dict[str, Any]:
     if layers is None or not layers.lines:
         return {"name": name, "note": t["no_record" if layers is None else "no_lines"], "plots": [], "rows": []}
-    lines = sorted(layers.lines, key=lambda line: -(line["error"] or 0))
+    lines = sorted(layers.lines, key=lambda line: -(line.error or 0))
     more = ""
     if len(lines) > MAX_LINES:
         more = t["and_more"].format(shown=MAX_LINES, total=len(lines), file="niwaki/blocks.jsonl")
@@ -139,19 +140,19 @@ def _layers(t: Texts, number: int, name: str, layers: Layers | None) -> dict[str
     }
 
 
-def _matrix(t: Texts, line: dict[str, Any]) -> tuple[str, ...]:
-    errors = [line["error_before_update"], line["error"]]
+def _matrix(t: Texts, line: MatrixRecord) -> tuple[str, ...]:
+    errors = [line.error_before_update, line.error]
     return (
-        str(line["block"]),
-        line["matrix"],
-        line["target"],
-        line["kind"],
-        "×".join(map(str, line["shape"])),
-        f"{line['bits']:.2f}",
-        Cell(show.percent(line["zeros_frac"]), line["zeros_frac"]),
-        Cell(f"{line['bytes']:,}", line["bytes"]),
+        str(line.block),
+        line.matrix,
+        line.target,
+        line.kind,
+        "×".join(map(str, line.shape)),
+        f"{line.bits:.2f}",
+        Cell(show.percent(line.zeros_frac), line.zeros_frac),
+        Cell(f"{line.bytes:,}", line.bytes),
         *(t["missing"] if error is None else Cell(f"{error:.2g}", error) for error in errors),
-        str(line.get("note", "")),
+        line.note,
     )
 
 
