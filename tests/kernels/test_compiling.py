@@ -1,7 +1,7 @@
-"""Every Triton kernel compiles for a GPU, with the arguments that its launches give it; none is needed for that.
+"""Compilation of every Triton kernel for an H100, with the arguments of its launches and without a GPU.
 
-Interpreted kernels know no types: what Triton refuses to compile runs there without complaint. Here a launch stops
-after the machine code of an H100 is made.
+Interpreted kernels have no types, so the interpreter runs code that Triton refuses to compile. Here a launch ends after
+the machine code of an H100 is made.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ class Absent:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """The names of the kernels that were compiled, where a launch would have run them."""
+    """Compile kernels instead of launching them, and return the list of their names."""
     names: list[str] = []
 
     def launch(kernel: Any, grid: Any) -> Callable[..., Any]:

@@ -103,7 +103,7 @@ def test_large_and_zero_inputs() -> None:
 
 
 def in_worker(queue: Any) -> None:
-    torch.set_num_threads(1)  # its own loops would wait for threads that the fork left behind
+    torch.set_num_threads(1)  # loops of torch would wait for threads that did not survive the fork
     found = part(64, 256, 4, "midrise", 256)
     x, out = torch.randn(1, 256, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 64)
     plane_product(x, *arguments(found), out)

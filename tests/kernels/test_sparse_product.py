@@ -148,7 +148,7 @@ def test_the_operator_is_the_function(layout: str, kind: str) -> None:
 
 
 def test_wide_vectors_are_the_walk_over_the_values_where_the_processor_has_them() -> None:
-    """Said apart, so that a run tells whether this path was seen."""
+    """Skip visibly where the processor lacks the path, so that a run shows whether it was tested."""
     compiled = cpu_module()
     assert compiled is not None
     if not compiled.supported(4):
@@ -163,7 +163,7 @@ def test_wide_vectors_are_the_walk_over_the_values_where_the_processor_has_them(
 
 
 def in_worker(queue: Any) -> None:
-    torch.set_num_threads(1)  # its own loops would wait for threads that the fork left behind
+    torch.set_num_threads(1)  # loops of torch would wait for threads that did not survive the fork
     record = record_of(64, 256, "bfloat16", "bitmap")
     x = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
     out = torch.full((1, 64), torch.nan)

@@ -87,7 +87,7 @@ def test_the_operator_is_the_function() -> None:
 
 
 def in_worker(queue: Any) -> None:
-    torch.set_num_threads(1)  # its own loops would wait for threads that the fork left behind
+    torch.set_num_threads(1)  # loops of torch would wait for threads that did not survive the fork
     tiled, weight = tiled_of(64, 256, 128)
     x, out = torch.randn(1, 256, generator=torch.Generator().manual_seed(0)), torch.full((1, 64), torch.nan)
     layer_of(tiled).multiply(x.data_ptr(), out.data_ptr(), 1, False, 2, 0)

@@ -27,7 +27,7 @@ def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Ten
 
 
 def masked_problem(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Grid, Tensor]:
-    """The same on grids that have a level at zero, with half of the weights kept."""
+    """Return `problem` on grids with a level at zero, with half of the weights kept."""
     wanted, base, feed, grid = problem(rows, columns)
     keep = torch.rand(rows, columns, generator=torch.Generator().manual_seed(7)) < 0.5
     middle = Grid(grid.scale_OG, -grid.scale_OG * torch.tensor([8.0, 1.0]), grid.group_I, grid.top_I)
@@ -97,7 +97,7 @@ def test_triton_panel_equals_reference() -> None:
 
 
 def triton_parity() -> None:
-    """Runs where Triton interprets its kernels, which is decided when it is imported."""
+    """Run in the interpreting process: Triton chooses at its import."""
     from niwaki.kernels.triton.codes import sweep_codes_triton
 
     problems = [(*problem(*shape), None) for shape in [(1, 1), (3, 7), (20, 33)]]

@@ -31,7 +31,7 @@ KINDS_OF = {0: ("bfloat16", "int4"), 1: ("float16", "int8"), 2: ("float32", "bfl
 
 
 def emptied(record: Sparse | Tiled) -> Sparse | Tiled:
-    """Nothing behind the values counts: what kernels may read there is not a number, or large codes."""
+    """Fill the slack bytes after the values, which must not count, with NaN or large codes."""
     if isinstance(record, Sparse):
         values_N = record.values_N.clone()
         values_N[-31:] = 0x7F
@@ -202,7 +202,7 @@ def test_reach_of_tensor_cores(dtype: torch.dtype, group: int, there: bool) -> N
 
 
 def test_a_layer_on_a_gpu_hands_over_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The branch for GPUs without one: what the layer gives to the product, and when it makes the other form."""
+    """Check without a GPU what the layer passes to the product, and when it builds the semi-structured form."""
     seen: list[Any] = []
 
     def multiply(x_NI: Tensor, record: GpuRecord, bias_O: Tensor | None) -> Tensor:
