@@ -75,8 +75,8 @@ def works(name: str) -> str:
 
 def ranking(kind: str) -> str:
     """Return the perplexities of all methods of a kind, reviews / wikitext2."""
-    path = RESULTS / {"zeros": "quality-learned", "bits": "quality-quantized", "shape": "quality-structured"}[kind]
-    path = path.with_name(f"{path.name}-llama-28m.json")
+    suite = {"zeros": "learned", "bits": "quantized", "shape": "structured"}[kind]
+    path = RESULTS / "quality" / f"quality-{suite}-llama-28m.json"
     found = json.loads(path.read_text(encoding="utf-8"))
     if kind == "bits":
         shown = [row for row in found["rows"] if "not learned" not in row["label"] and "30 rounds" not in row["label"]]
@@ -97,9 +97,9 @@ def ranking(kind: str) -> str:
 
 
 def numbers(name: str) -> str:
-    """Return the perplexities of a method from benchmarks/results/quality-*.json, one table per file."""
+    """Return the perplexities of a method from benchmarks/results/quality/quality-*.json, one table per file."""
     parts = []
-    for path in sorted(RESULTS.glob("quality-*.json")):
+    for path in sorted(RESULTS.glob("quality/quality-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         rows = [_quality_row(row) for row in found["rows"] if name in (row.get("method"), row.get("preset"))]
         if rows:
@@ -111,14 +111,14 @@ def numbers(name: str) -> str:
             title = f"Perplexity of {found['model']}, {of} ({_link(path)}, {found['date']}, {found['device']}):"
             parts.append(title + "\n\n" + _table(["target", "variant", "what is stored", *TEXTS], [dense, *rows]))
     if name in method_names(MethodKind.CONTEXTUAL):
-        parts += [_contextual(RESULTS / f"contextual-{model}.json") for model in ("llama-28m", "opt-27m")]
+        parts += [_contextual(RESULTS / f"quality/contextual-{model}.json") for model in ("llama-28m", "opt-27m")]
     return "\n".join(parts) or "Not measured by us.\n"
 
 
 def speed(name: str) -> str:
-    """Return the times of a method from benchmarks/results/compression-speed-*.json."""
+    """Return the times of a method from benchmarks/results/speed/compression-speed-*.json."""
     rows = []
-    for path in sorted(RESULTS.glob("compression-speed-*.json")):
+    for path in sorted(RESULTS.glob("speed/compression-speed-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         shape = re.search(r"Llama-2-\w+", found["what"])
         assert shape is not None
@@ -133,8 +133,8 @@ def speed(name: str) -> str:
 
 
 def whole_model(where: str) -> str:
-    """Return every variant of a whole model from benchmarks/results/whole-model-*.json."""
-    path = RESULTS / f"whole-model-{where}.json"
+    """Return every variant of a whole model from benchmarks/results/speed/whole-model-*.json."""
+    path = RESULTS / f"speed/whole-model-{where}.json"
     if not path.is_file():
         return f"The whole model on the {where} is not measured yet.\n"
     found = read_bench(path)
@@ -189,8 +189,8 @@ def commands(_: str) -> str:
 
 
 def rollouts(_: str) -> str:
-    """Return the ends of simulated roll-outs from benchmarks/results/rollout-simulated.json."""
-    found = json.loads((RESULTS / "rollout-simulated.json").read_text(encoding="utf-8"))
+    """Return the ends of simulated roll-outs from benchmarks/results/serving/rollout-simulated.json."""
+    found = json.loads((RESULTS / "serving/rollout-simulated.json").read_text(encoding="utf-8"))
     rows = [
         [
             row["canary"],
@@ -337,7 +337,7 @@ def _plain(text: str | None) -> str:
 
 
 def _link(path: Path, up: str = "../..") -> str:
-    return f"[{path.stem}]({up}/benchmarks/results/{path.name})"
+    return f"[{path.stem}]({up}/benchmarks/results/{path.parent.name}/{path.name})"
 
 
 def _table(head: list[str], rows: Rows) -> str:

@@ -50,7 +50,7 @@ def test_every_method_has_a_page_with_all_its_parts() -> None:
 
 
 def test_numbers_are_those_of_the_measurements() -> None:
-    found = json.loads((ROOT / "benchmarks/results/quality-quantized-llama-28m.json").read_text())
+    found = json.loads((ROOT / "benchmarks/results/quality/quality-quantized-llama-28m.json").read_text())
     row = next(row for row in found["rows"] if row["label"] == "squeeze10" and row["target"] == "2.0bit")
     said = f"| 2.0bit |  | {row['runs'][0]['bits']:.2f} true bits | {row['reviews']['mean']:.2f}\u00a0±\u00a0"
     assert said in (DOCS / "methods/squeeze10.md").read_text(encoding="utf-8")
@@ -161,7 +161,7 @@ def test_the_site_builds_strictly_and_asks_nobody(tmp_path: Path) -> None:
         assert not [link for link in links.loaded if re.match(r"(https?:)?//", link)], page
     for style in (tmp_path / "site").rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style
-    assert (tmp_path / "site/results/quality-llama-28m.json").is_file()
+    assert (tmp_path / "site/results/quality/quality-llama-28m.json").is_file()
 
 
 def test_links_between_files_of_the_repository_lead_somewhere() -> None:

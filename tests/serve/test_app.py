@@ -17,7 +17,7 @@ from openai import AsyncOpenAI
 
 from support.servers import Running, chat_model, running, until
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving_fuzz.py"
+SCRIPT = Path(__file__).parents[1] / "system" / "serving" / "serving_fuzz.py"
 HELLO: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello, who is there?"}]
 GREEDY: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "temperature": 0}
 
@@ -269,7 +269,7 @@ def fuzz() -> ModuleType:
 
 
 def test_malformed_requests_are_refused_and_change_nothing(tiny: Running) -> None:
-    """Some hundred of the requests of benchmarks/serving_fuzz.py."""
+    """Some hundred of the requests of tests/system/serving/serving_fuzz.py."""
     script = fuzz()
     statuses: Counter[int] = Counter()
     wrong = []

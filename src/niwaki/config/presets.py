@@ -1,4 +1,4 @@
-"""Named recipes: the best chain for each time budget, chosen from `benchmarks/results/tuning-llama-28m.json`.
+"""Named recipes: the best chain for each time budget, chosen from `benchmarks/results/quality/tuning-llama-28m.json`.
 
 `fast` is one closed-form pass. `balanced` adds regional optimization at about the cost of Wanda++. `best` has three
 times the rounds of `balanced`. No preset trains the whole model.

@@ -9,7 +9,7 @@ Source: Yang et al., "Wanda++: Pruning Large Language Models via Regional Gradie
    the already pruned prefix). It takes K rounds; each draws its windows again.
 
 The full text was not at hand. Where the sources are silent, or our ablation disagrees
-(`benchmarks/results/ablation-wandapp-*.json`), this is a reconstruction:
+(`benchmarks/results/quality/ablation-wandapp-*.json`), this is a reconstruction:
 
 | | Paper | Here |
 | --- | --- | --- |

@@ -24,7 +24,7 @@ from niwaki.methods.registry import METHODS, get_method
 from support.families import build, families
 from support.models import add_tokenizer, header_only, tiny_llama, write_texts
 
-RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "speed"
 SMALL: dict[str, dict[str, Any]] = {
     "gptq": {"group": 16},
     "rtn": {"group": 0, "symmetric": True},

@@ -13,7 +13,7 @@ DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 1}  # and the warp
 
 
 def rounded(weight_OI: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As the interpreter rounds: to bfloat16 it cuts off. GPUs round to nearest (benchmarks/packed_linear_gpu.py)."""
+    """Round as the interpreter does, which truncates to bfloat16. GPUs round to nearest."""
     if dtype != torch.bfloat16:
         return weight_OI.to(dtype)
     return (weight_OI.contiguous().view(torch.int32) >> 16).short().view(torch.bfloat16)

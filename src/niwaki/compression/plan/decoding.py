@@ -2,7 +2,7 @@
 
 Caches of keys and values, activations and kernel launches come on top. Zeros that are stored in place are read like any
 weight. The share of the ceiling that our kernels reached is stated where it was measured. On an H100 that is the shape
-of Llama-2-7B (benchmarks/results/packed-decode-h100.json). On a CPU it is the shape of TinyLlama-1.1B
+of Llama-2-7B (benchmarks/results/speed/packed-decode-h100.json). On a CPU it is the shape of TinyLlama-1.1B
 (packed-decode-cpu.json), as the gain over dense against the gain in bytes. Pruned codes were not measured this way.
 """
 
@@ -13,8 +13,8 @@ from niwaki.compression.plan.machines import Machine
 from niwaki.compression.plan.sizes import ModelSizes, StoredSizes
 from niwaki.config.recipe import Bits, PrunedBits, Target
 
-PACKED_H100 = "benchmarks/results/packed-decode-h100.json"
-PACKED_CPU = "benchmarks/results/packed-decode-cpu.json"
+PACKED_H100 = "benchmarks/results/speed/packed-decode-h100.json"
+PACKED_CPU = "benchmarks/results/speed/packed-decode-cpu.json"
 # On an H100: tokens a second, and bytes read for each.
 _MEASURED = {"dense": (123.9, 13_214_687_744), "4 bit": (203.8, 3_601_867_264), "1.6 bit": (210.4, 1_564_626_432)}
 _H100_BANDWIDTH = 3.35e12

@@ -4,9 +4,9 @@ The CPU of this machine is measured, in about a second: a matrix product, a Chol
 The launch of small operations and the writing of a shard are measured too.
 
 Rates of GPUs are published (data sheets of NVIDIA: dense bf16 with float32 accumulation, float32, memory), times the
-shares that we reached. `_REACHED` is fitted to benchmarks/results/compression-speed-7b-*.json and -70b-h100.json (H100
-and H200; 17 rows, 0.81 to 1.20 of each). Methods became faster since: 29 rows are now predicted at 0.7 to 1.4. The
-shares are assumed to hold for the other cards, which nothing was measured on.
+shares that we reached. `_REACHED` is fitted to benchmarks/results/speed/compression-speed-7b-*.json and -70b-h100.json
+(H100 and H200; 17 rows, 0.81 to 1.20 of each). Methods became faster since: 29 rows are now predicted at 0.7 to 1.4.
+The shares are assumed to hold for the other cards, which nothing was measured on.
 """
 
 import tempfile

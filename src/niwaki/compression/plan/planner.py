@@ -2,7 +2,7 @@
 
 Only headers and configs are read, so a plan for 70B takes seconds. Bytes of the result are counted. Seconds and memory
 are estimated from counted work (see `estimate`) on a machine that is measured or looked up (see `machines`).
-`benchmarks/plan.py` compares the estimates with real runs.
+`benchmarks/speed/plan.py` compares the estimates with real runs.
 
     plan("MODEL", method="gptq", target="4bit", gpu="h100", price_per_hour=2.5, tokens_per_day=50_000_000)
 """

@@ -1,0 +1,344 @@
+"""Packed layers on a GPU against cuBLAS in bf16: speed, share of the bandwidth, parity, kernel configs.
+
+    python -m benchmarks.kernels.packed_linear_gpu --out benchmarks/results/kernels/packed-linear-h100.json
+    python -m benchmarks.kernels.packed_linear_gpu --check
+    python -m benchmarks.kernels.packed_linear_gpu --sweep --shapes 4096x4096 --tokens 1
+
+A time is that of a CUDA graph which runs many copies of a layer one after another; their weights together are larger
+than the caches. Rivals are replayed in turns, in one run. With more tokens than the few-token kernel takes, decoding
+the matrix is also timed alone (`decode_us`); its share of the bandwidth counts codes read and weights written.
+`--sweep` times configs: up to 4 tokens of the kernel for few tokens, beyond of that for tensor cores.
+Random planes, made on the device; nothing is downloaded. Kernels are first compiled by several processes at once.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common.provenance import provenance
+from niwaki.formats.quantized import QuantizedColumns, stored_tensors
+from niwaki.kernels.planes import MAX_CORE_TOKENS, decode, gpu_product, reaches
+from niwaki.kernels.triton import dot as triton_dot
+from niwaki.kernels.triton import planes as triton_planes
+from niwaki.kernels.triton.decode import decode_planes
+from niwaki.kernels.types import TileLaunch
+from niwaki.runtime.linear import PackedLinear
+
+SHAPES = ["4096x4096", "11008x4096", "4096x11008", "8192x8192", "28672x8192", "8192x28672"]
+LAYERS = ["1.6 bit", "4 bit"]
+FEW = [TileLaunch(*sizes) for sizes in [(2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4), (16, 1)]]
+SOME = [triton_dot.PlaneDotLaunch(warps, stages) for warps in (1, 2, 4) for stages in (1, 2, 3)]
+COMPILERS = 12  # processes
+COPIES_BYTES = 160 * 2**20  # weights of all copies of a layer: three times the second-level cache of an H100
+COPY_BYTES = 2 * 2**30
+DTYPES = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-3}  # and the errors they may make
+FREE, MIDRISE, SYMMETRIC = "free", "midrise", "symmetric"
+
+
+def described(layer: str, columns: int) -> list[dict[str, Any]]:
+    """1.6 bit: a fifth of the columns at 4 bits, the rest at 1 bit, one scale a row each. 4 bit: groups of 128."""
+    if layer == "4 bit":
+        return [{"bits": 4, "grid": SYMMETRIC, "group": 128, "columns": columns}]
+    wide = round(0.2 * columns / 8) * 8
+    return [
+        {"bits": 4, "grid": MIDRISE, "group": wide, "columns": wide},
+        {"bits": 1, "grid": FREE, "group": columns - wide, "columns": columns - wide},
+    ]
+
+
+def random_layer(layer: str, rows: int, columns: int, device: str = "cuda") -> PackedLinear:
+    """Random planes, weights of about ±0.02, made on the device; rows and columns are whole tiles and bytes."""
+    with torch.device(device):
+        packed = PackedLinear(rows, columns, {"parts": described(layer, columns)}, bias=False)
+        for name, buffer in packed.named_buffers():
+            if name.startswith("planes"):
+                buffer.copy_(torch.randint(0, 256, buffer.shape, dtype=torch.uint8))
+        for number, about in enumerate(packed.described):
+            spread = 0.04 / (2 ** about["bits"] - 1)
+            scale_GO = packed.get_buffer(f"scale_{number}")
+            scale_GO.copy_((spread * (0.5 + torch.rand(scale_GO.shape))).half().view(torch.int16))
+            if about["grid"] == FREE:
+                offset = (-0.02 * (0.5 + torch.rand(scale_GO.shape))).half().view(torch.int16)
+                packed.get_buffer(f"offset_{number}").copy_(offset)
+        if len(packed.described) > 1:
+            first_I = torch.zeros(columns, dtype=torch.uint8)
+            first_I[torch.randperm(columns)[: packed.described[0]["columns"]]] = 1
+            packed.columns.copy_((first_I.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8))
+    return packed
+
+
+def exact_layer(parts: list[QuantizedColumns], rows: int, columns: int, bias: bool) -> PackedLinear:
+    """A layer of given parts on the device of their codes."""
+    layer = PackedLinear(rows, columns, {"parts": [part.describe() for part in parts]}, bias)
+    layer.load_state_dict(stored_tensors(parts, columns) | ({"bias": torch.randn(rows)} if bias else {}))
+    return layer.cuda()
+
+
+def relative_error(found_NO: Tensor, x_NI: Tensor, weight_OI: Tensor) -> float:
+    """Against a float64 product; not a number counts as infinitely wrong."""
+    expected_NO = x_NI.double() @ weight_OI.double().T
+    error = float((found_NO.double() - expected_NO).norm() / expected_NO.norm())
+    return error if error == error else float("inf")
+
+
+CASES = [
+    (1, 8, 1, "free", 0, False), (5, 7, 4, "midrise", 0, False), (31, 40, 2, "affine", 32, False),
+    (33, 200, 3, "symmetric", 64, True), (70, 1000, 4, "symmetric", 128, False), (1000, 333, 8, "affine", 8, False),
+    (256, 4096, 4, "midrise", 0, True), (4099, 1027, 1, "midrise", 0, True), (64, 2048, 4, "affine", 128, True),
+    (129, 512, 8, "affine", 128, False), (96, 520, 4, "free", 24, True), (2048, 5000, 1, "free", 0, False),
+    (45, 340, 4, "affine", 12, True),
+]  # fmt: skip
+
+
+def check() -> None:
+    """Odd shapes, all widths and grids, all dtypes, poisoned outputs, equal results of equal runs."""
+    with multiprocessing.get_context("spawn").Pool(COMPILERS) as pool:
+        for lines in pool.imap(check_case, [(case, dtype) for case in CASES for dtype in DTYPES]):
+            print(lines, flush=True)
+
+
+def check_case(given: tuple[Any, torch.dtype]) -> str:
+    """The largest error of a layer over numbers of tokens; decoded matrices have none."""
+    (rows, columns, bits, grid, group, mixed), dtype = given
+    generator = torch.Generator().manual_seed(rows)
+    layer, weight_OI = odd_layer(rows, columns, bits, grid, group, mixed, generator)
+    check_decoded(layer, weight_OI.to(dtype))
+    worst = 0.0
+    for tokens in (1, 2, 3, 4, 5, 8, 12, 13, 17, 512):
+        x_NI = torch.randn(tokens, columns, generator=generator).to("cuda", dtype)
+        found_NO = layer(x_NI)
+        assert torch.equal(found_NO, layer(x_NI)), "not deterministic"
+        if all(reaches(x_NI, about["group"], about["columns"]) for about in layer.described):
+            assert torch.equal(found_NO, poisoned(layer, x_NI)), "the layer and its kernel differ"
+        worst = max(worst, relative_error(found_NO, x_NI, weight_OI))
+    verdict = "right" if worst < DTYPES[dtype] else "WRONG"
+    return f"{verdict} {worst:.1e} {rows}x{columns}, {bits} bit, {grid}, groups {group}, mixed {mixed}, {dtype}"
+
+
+def check_decoded(layer: PackedLinear, weight_OI: Tensor) -> None:
+    """Every weight exactly, all rows and all but the first tile, in buffers that were filled with NaN."""
+    prepared = layer._prepare()
+    expected_OI = weight_OI if prepared.order_I is None else weight_OI[:, prepared.order_I]
+    for first in range(0, min(len(weight_OI), 33), 32):
+        out_RI = torch.full_like(expected_OI[first:], float("nan"))
+        decode_planes(prepared.parts, len(weight_OI), first, out_RI)
+        assert torch.equal(out_RI, expected_OI[first:]), "decoded wrongly"
+
+
+def poisoned(layer: PackedLinear, x_NI: Tensor) -> Tensor:
+    """The kernel's result in a buffer that was filled with NaN."""
+    out_NO = x_NI.new_full((len(x_NI), layer.out_features), float("nan"))
+    gpu_product(x_NI, layer._prepare().parts, None, out_NO)
+    return out_NO
+
+
+def odd_layer(
+    rows: int, columns: int, bits: int, grid: str, group: int, mixed: bool, generator: torch.Generator
+) -> tuple[PackedLinear, Tensor]:
+    """One part, or beside it a second one of 1-bit columns; and the matrix."""
+    order_I = torch.randperm(columns, generator=generator) if mixed else torch.arange(columns)
+    own = columns // 3 + 1 if mixed else columns
+    parts = []
+    for columns_C, here, about, width in [(order_I[:own], bits, grid, group), (order_I[own:], 1, "free", 0)]:
+        if not len(columns_C):
+            continue
+        width = min(width or len(columns_C), len(columns_C))
+        groups = -(-len(columns_C) // width)
+        code = torch.randint(0, 2**here, (rows, len(columns_C)), generator=generator, dtype=torch.uint8)
+        scale = (torch.rand(rows, groups, generator=generator) + 0.1).half()
+        offset = torch.randn(rows, groups, generator=generator).half() if about == FREE else None
+        zero = torch.randint(0, 2**here, (rows, groups), generator=generator, dtype=torch.uint8)
+        parts.append(QuantizedColumns(columns_C.sort().values, here, about, width, code, scale, offset,
+                          zero if about == "affine" else None))  # fmt: skip
+    layer = exact_layer(parts, rows, columns, bias=False)
+    return layer, layer.weight_OI(torch.float32)
+
+
+def graph_of(works: list[Callable[[], object]]) -> Callable[[], None]:
+    """All of them in order, as one launch; each has run before, so that nothing is compiled or loaded inside."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for work in works:
+            work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for work in works:
+            work()
+    return graph.replay
+
+
+def interleaved(runs: dict[str, tuple[Callable[[], None], int]], seconds: float) -> dict[str, float]:
+    """Median microseconds of one work of each run (and how many works it holds), in turns for so many seconds."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stop = time.perf_counter() + seconds
+    for turn in range(10_000):
+        for name, (run, count) in runs.items():
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            if turn > 1:
+                times[name].append(begin.elapsed_time(end) * 1e3 / count)
+        if time.perf_counter() > stop and turn > 5:
+            break
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def bandwidth() -> float:
+    """Bytes a second of a copy, read and written."""
+    source = torch.ones(COPY_BYTES // 4, device="cuda")
+    target = torch.empty_like(source)
+    times = interleaved({"copy": (graph_of([partial(target.copy_, source)]), 1)}, 0.3)
+    return 2 * source.nbytes / times["copy"] * 1e6
+
+
+def copies_of(nbytes: int) -> int:
+    return max(2, -(-COPIES_BYTES // nbytes))
+
+
+def layers_of(name: str, rows: int, columns: int) -> list[PackedLinear]:
+    """As many copies, with weights of their own, as fill more than the cache."""
+    first = random_layer(name, rows, columns)
+    more = copies_of(sum(buffer.nbytes for buffer in first.buffers())) - 1
+    return [first, *(random_layer(name, rows, columns) for _ in range(more))]
+
+
+def measure(shape: str, names: list[str], counts: list[int], seconds: float, bytes_per_s: float) -> list[dict]:
+    """Rows of the result for one shape."""
+    rows, columns = (int(size) for size in shape.split("x"))
+    dense = [torch.randn(rows, columns, device="cuda").bfloat16() for _ in range(copies_of(rows * columns * 2))]
+    packed = {name: layers_of(name, rows, columns) for name in names}
+    found = []
+    for tokens in counts:
+        x_NI = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+        works: dict[str, list[Callable[[], object]]] = {
+            name: [partial(layer, x_NI) for layer in layers] for name, layers in packed.items()
+        }
+        works["dense"] = [partial(nn.functional.linear, x_NI, weight_OI) for weight_OI in dense]
+        if tokens > MAX_CORE_TOKENS:
+            works |= {f"decode {name}": decoders(layers) for name, layers in packed.items()}
+        times = interleaved({name: (graph_of(work), len(work)) for name, work in works.items()}, seconds)
+        for name, layers in packed.items():
+            nbytes = sum(buffer.nbytes for buffer in layers[0].buffers())
+            error = relative_error(layers[0](x_NI), x_NI, layers[0].weight_OI(torch.float32))
+            found.append({
+                "layer": name, "shape": [rows, columns], "tokens": tokens, "bytes": nbytes,
+                "us": round(times[name], 2), "dense_us": round(times["dense"], 2),
+                "speedup": round(times["dense"] / times[name], 2),
+                "share_of_bandwidth": round(nbytes / bytes_per_s / times[name] * 1e6, 3),
+                "dense_share_of_bandwidth": round(2 * rows * columns / bytes_per_s / times["dense"] * 1e6, 3),
+                "relative_error": float(f"{error:.2e}"),
+            })  # fmt: skip
+            if tokens > MAX_CORE_TOKENS:
+                moved_s = (nbytes + 2 * rows * columns) / bytes_per_s
+                found[-1]["decode_us"] = round(times[f"decode {name}"], 2)
+                found[-1]["decode_share_of_bandwidth"] = round(moved_s / times[f"decode {name}"] * 1e6, 3)
+            print(found[-1], flush=True)
+    return found
+
+
+def decoders(layers: list[PackedLinear]) -> list[Callable[[], object]]:
+    """Whole matrices in bf16."""
+    sizes = [(layer._prepare().parts, layer.out_features) for layer in layers]
+    return [partial(decode, parts, rows, 0, rows, torch.bfloat16) for parts, rows in sizes]
+
+
+def swept(tokens: int) -> tuple[Callable[..., None], list]:
+    """The kernel for so many tokens, and its configs."""
+    return (triton_planes.fma_product, FEW) if tokens <= 4 else (triton_dot.core_product, SOME)
+
+
+def sweep(shape: str, names: list[str], counts: list[int], seconds: float) -> list[dict]:
+    """Times of every config, best first."""
+    rows, columns = (int(size) for size in shape.split("x"))
+    found = []
+    for name in names:
+        layers = layers_of(name, rows, columns)
+        for tokens in counts:
+            x_NI = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+            out_NO = x_NI.new_empty(tokens, rows)
+            runs = {}
+            kernel, configs = swept(tokens)
+            for config in configs:
+                works = [partial(kernel, x_NI, layer._prepare().parts, None, out_NO, config) for layer in layers]
+                runs[str(tuple(config))] = (graph_of(works), len(works))
+            times = interleaved(runs, seconds)
+            best = sorted(times, key=times.__getitem__)
+            print(f"{shape} {name} n={tokens}:", *(f"{config} {times[config]:.2f}" for config in best), flush=True)
+            found.append({"shape": [rows, columns], "layer": name, "tokens": tokens, "us": times})
+    return found
+
+
+def compile_one(given: tuple[str, int, int, Any]) -> None:
+    """Leaves the kernel for these columns in Triton's cache on the disk: the layer's own, or one of a sweep."""
+    name, columns, tokens, config = given
+    layer = random_layer(name, 32, columns)
+    x_NI = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+    if config is None:
+        layer(x_NI)
+    else:
+        swept(tokens)[0](x_NI, layer._prepare().parts, None, x_NI.new_empty(tokens, 32), config)
+
+
+def compile_all(args: argparse.Namespace) -> None:
+    columns = {int(shape.split("x")[1]) for shape in args.shapes}
+    configs = {tokens: swept(tokens)[1] if args.sweep else [None] for tokens in args.tokens}
+    wanted = [
+        (*case, config) for case in itertools.product(args.layers, columns, args.tokens) for config in configs[case[2]]
+    ]
+    begin = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(min(COMPILERS, len(wanted))) as pool:
+        pool.map(compile_one, wanted, chunksize=1)
+    print(f"compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--layers", nargs="+", default=LAYERS, choices=LAYERS)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 512])
+    parser.add_argument("--seconds", type=float, default=0.5, help="of measuring, for every shape and number of tokens")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--sweep", action="store_true")
+    args = parser.parse_args()
+    if args.check:
+        check()
+        return
+    compile_all(args)
+    bytes_per_s = bandwidth()
+    print(f"copy bandwidth {bytes_per_s / 1e9:.0f} GB/s", flush=True)
+    rows: list[dict] = []
+    with torch.inference_mode():
+        for shape in args.shapes:
+            if args.sweep:
+                rows += sweep(shape, args.layers, args.tokens, args.seconds)
+            else:
+                rows += measure(shape, args.layers, args.tokens, args.seconds, bytes_per_s)
+    if args.out:
+        args.out.write_text(json.dumps(about_run(bytes_per_s) | {"rows": rows}, indent=1) + "\n")
+
+
+def about_run(bytes_per_s: float) -> dict[str, Any]:
+    """What a reader of the numbers needs to know."""
+    return {
+        "what": "packed layers against torch's bf16 linear, interleaved, median microseconds a layer",
+        **provenance("cuda"),
+        "copy_gb_s": round(bytes_per_s / 1e9),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""`niwaki serve` with what tests of it need: a model that takes its time, an engine that can be killed, every log.
+
+    REACH_TOKEN_S=0.05 python -m tests.system.serving.served_slowly serve MODEL --port 8000
+
+`REACH_TOKEN_S`: seconds that every token read or written takes on top. SIGUSR1 ends the engine's thread. `REACH_LOG`:
+everything is logged, not only what the command logs.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+from niwaki.cli.app import main
+from niwaki.serve import server
+
+
+def load_slowly(*args: Any, **settings: Any) -> Any:
+    """The model, slowed down."""
+    model = load(*args, **settings)
+    token_s = float(os.environ.get("REACH_TOKEN_S", "0"))
+
+    def wait(_model: Any, _args: Any, given: Any) -> None:
+        time.sleep(token_s * given["input_ids"].shape[1])
+
+    model.register_forward_pre_hook(wait, with_kwargs=True)
+    return model
+
+
+def kill_engine(*_: Any) -> None:
+    """Raises SystemExit in its thread, wherever it is."""
+    for thread in threading.enumerate():
+        if thread.name == "niwaki-engine" and thread.ident is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+
+
+def log_everything(**settings: Any) -> None:
+    """Whatever level the command asks for."""
+    configure(**{**settings, "level": 1})
+
+
+load, configure = server.load, logging.basicConfig
+if __name__ == "__main__":
+    server.load = load_slowly
+    if "REACH_LOG" in os.environ:
+        logging.basicConfig = log_everything  # type: ignore[assignment]
+    signal.signal(signal.SIGUSR1, kill_engine)
+    main()

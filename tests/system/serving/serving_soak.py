@@ -1,0 +1,157 @@
+"""`niwaki serve` under mixed load for an hour: no failure, no memory that grows, no answer that gets slower.
+
+Clients ask for texts and chats, whole and as streams, hang up in the middle, and send what is wrong. The server is a
+process of its own; its resident memory and that of its children is read every few seconds, and the slope of a line
+through what was read after the first tenth is what counts.
+
+    python -m tests.system.serving.serving_soak --seconds 3600 --out benchmarks/results/serving/serving-soak-cpu.json
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import openai
+import psutil
+
+from benchmarks.common.provenance import provenance
+from tests.system.serving.served import computed, free_port, resident, served_sapling
+
+NAME = "tiny"
+WORDS = ("garden", "tree", "import", "class", "value", "return", "exception", "module", "string", "walk", "water")
+
+
+class Load:
+    """Clients that ask until they are told to stop, and what they saw."""
+
+    def __init__(self, port: int, pause: float) -> None:
+        self.pause = pause
+        self.url, self.ending = f"http://127.0.0.1:{port}/v1", threading.Event()
+        self.outcomes: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.first_tokens: list[tuple[float, float]] = []  # when, seconds
+
+    def run(self, seed: int) -> None:
+        """One client."""
+        chosen = random.Random(seed)
+        client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=120)
+        while not self.ending.is_set():
+            kind = chosen.choice(("text", "chat", "stream", "stream", "left", "wrong"))
+            try:
+                getattr(self, kind)(client, chosen)
+                self.outcomes[kind] += 1
+            except openai.RateLimitError:
+                self.outcomes["429"] += 1
+                time.sleep(0.5)
+            except openai.OpenAIError as error:
+                self.failures.append(f"{kind}: {error}"[:300])
+            if self.pause:
+                self.ending.wait(chosen.expovariate(1 / self.pause))
+
+    def text(self, client: openai.OpenAI, chosen: random.Random) -> None:
+        """A whole text, or the scores of one."""
+        scoring = chosen.random() < 0.5
+        most = 0 if scoring else chosen.randint(1, 40)
+        client.completions.create(model=NAME, prompt=_words(chosen), max_tokens=most, echo=scoring, logprobs=2)
+
+    def chat(self, client: openai.OpenAI, chosen: random.Random) -> None:
+        """A whole answer."""
+        message = {"role": "user", "content": _words(chosen)}
+        client.chat.completions.create(model=NAME, messages=[message], max_tokens=chosen.randint(1, 40))  # type: ignore[list-item]
+
+    def stream(self, client: openai.OpenAI, chosen: random.Random) -> None:
+        """An answer in pieces, timed to the first."""
+        began = time.monotonic()
+        pieces = client.completions.create(
+            model=NAME, prompt=_words(chosen), max_tokens=chosen.randint(2, 60), stream=True
+        )
+        for number, _ in enumerate(pieces):
+            if number == 0:
+                self.first_tokens.append((began, time.monotonic() - began))
+
+    def left(self, client: openai.OpenAI, chosen: random.Random) -> None:
+        """A stream that is closed in the middle."""
+        pieces = client.completions.create(model=NAME, prompt=_words(chosen), max_tokens=200, stream=True)
+        for _ in range(chosen.randint(1, 10)):
+            next(pieces, None)
+        pieces.close()
+
+    def wrong(self, client: openai.OpenAI, chosen: random.Random) -> None:
+        """A request that is refused."""
+        try:
+            client.completions.create(model=NAME, prompt="x", n=chosen.randint(2, 9))
+        except openai.BadRequestError:
+            return
+        self.failures.append("a wrong request was answered")
+
+
+def _words(chosen: random.Random) -> str:
+    return " ".join(chosen.choices(WORDS, k=chosen.randint(1, 120)))
+
+
+def drift(first_tokens: list[tuple[float, float]]) -> dict[str, float]:
+    """P99 of the time to the first token, in the first and the last quarter."""
+    ordered = [seconds for _, seconds in sorted(first_tokens)]
+    quarter = max(len(ordered) // 4, 2)
+    first, last = (statistics.quantiles(part, n=100)[98] for part in (ordered[:quarter], ordered[-quarter:]))
+    return {"first_quarter_s": round(first, 4), "last_quarter_s": round(last, 4), "drift": round(last / first - 1, 3)}
+
+
+def main() -> None:
+    """Runs, and writes what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--pause", type=float, default=1.0, help="mean seconds between requests of a client")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    port = free_port()
+    with served_sapling(port, NAME, "--slots", "4", "--dtype", "float32") as process:
+        load, watched = Load(port, args.pause), psutil.Process(process.pid)
+        threads = [threading.Thread(target=load.run, args=(seed,)) for seed in range(args.clients)]
+        for thread in threads:
+            thread.start()
+        began, seen, used = time.monotonic(), [], computed(watched)
+        between, gaps = min(5.0, args.seconds / 20), []
+        while time.monotonic() - began < args.seconds and process.poll() is None:
+            slept = time.monotonic()
+            time.sleep(between)
+            gaps.append(time.monotonic() - slept - between)
+            seen.append((time.monotonic() - began, resident(watched)))
+        used, elapsed = computed(watched) - used, time.monotonic() - began
+        load.ending.set()
+        for thread in threads:
+            thread.join()
+        alive = process.poll() is None
+    kept = np.array([(when, size) for when, size in seen if when > args.seconds / 10])
+    slope = float(np.polyfit(kept[:, 0] / 3600, kept[:, 1] / 1e6, 1)[0])
+    result = {
+        "what": "mixed load on `niwaki serve` of the sapling; slope of the resident memory after the first tenth",
+        **provenance("cpu"),
+        "seconds": args.seconds,
+        "clients": args.clients,
+        "pause_s": args.pause,
+        "outcomes": dict(load.outcomes),
+        "failures": load.failures[:20],
+        "failed": len(load.failures),
+        "alive": alive,
+        "cpu_share_of_one_core": round(used / elapsed, 3),
+        "longest_stop_of_this_process_s": round(max(gaps), 1),  # by the system: time limits pass meanwhile
+        "rss_mb": {"first": round(kept[0, 1] / 1e6, 1), "last": round(kept[-1, 1] / 1e6, 1)},
+        "rss_slope_mb_per_hour": round(slope, 2),
+        "first_token_p99": drift(load.first_tokens),
+    }
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    sys.exit(bool(load.failures) or not alive)
+
+
+if __name__ == "__main__":
+    main()
