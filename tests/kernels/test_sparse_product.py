@@ -11,7 +11,7 @@ from formats.test_sparse import coded, pruned
 from niwaki.formats.sparse import KINDS, LAYOUTS, VALUES, Sparse
 from niwaki.kernels.cpu_module import cpu_module
 from niwaki.kernels.sparse_product import prepared_layer, product, sparse_product_op
-from niwaki.runtime.chunked_matmul import decoded
+from niwaki.runtime.chunked_matmul import decode_rows
 
 PATHS = [0, 1, 2, 4]  # the best, portable, AVX2, AVX-512 for bfloat16 (the next best where there is none)
 
@@ -89,7 +89,7 @@ def test_every_path_decodes_any_rows_to_the_same_bits(rows: int, columns: int, l
         for path in PATHS:
             for dtype in (torch.float32, torch.bfloat16):
                 guarded = torch.full((last - first + 1, columns), torch.nan, dtype=dtype)
-                decoded(layer, first, guarded[:-1], path)
+                decode_rows(layer, first, guarded[:-1], path)
                 assert torch.equal(guarded[:-1], weight[first:last].to(dtype))
                 assert guarded[-1].isnan().all(), "written beyond the last row"
 

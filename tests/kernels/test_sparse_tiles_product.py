@@ -11,7 +11,7 @@ from formats.test_sparse import coded
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import Tiled
 from niwaki.kernels.sparse_product import prepared_tiles, product, tile_product_op
-from niwaki.runtime.chunked_matmul import decoded
+from niwaki.runtime.chunked_matmul import decode_rows
 
 PATHS = [0, 1, 2, 3]  # the best, portable, AVX2, AVX-512 (the next best where there is none)
 
@@ -61,7 +61,7 @@ def test_any_rows_are_decoded_to_the_same_bits(rows: int, columns: int, group: i
     for first, last in [(0, rows), (rows // 2, rows), (0, rows // 2)]:
         for dtype in (torch.float32, torch.bfloat16):
             guarded = torch.full((last - first + 1, columns), torch.nan, dtype=dtype)
-            assert torch.equal(decoded(layer, first, guarded[:-1]), weight[first:last].to(dtype))
+            assert torch.equal(decode_rows(layer, first, guarded[:-1]), weight[first:last].to(dtype))
             assert guarded[-1].isnan().all(), "written beyond the last row"
 
 

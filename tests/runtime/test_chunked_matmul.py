@@ -9,8 +9,8 @@ from niwaki.formats.quantized import QuantizedColumns, assemble, centre, stored_
 from niwaki.kernels import planes
 from niwaki.kernels.planes import decoding_pays, prepared_layer
 from niwaki.kernels.types import PlanePart
-from niwaki.runtime import chunked_matmul as pieces
-from niwaki.runtime.chunked_matmul import by_pieces, decoded
+from niwaki.runtime import chunked_matmul
+from niwaki.runtime.chunked_matmul import decode_rows, multiply_in_chunks
 from niwaki.runtime.linear import PackedLinear
 
 
@@ -42,7 +42,7 @@ def test_any_rows_of_planes_are_decoded(rows: int, columns: int, group: int, bit
     for first, last in [(0, rows), (rows // 2, rows), (0, rows // 2)]:
         for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
             guarded = torch.full((last - first + 1, columns), torch.nan, dtype=dtype)
-            decoded(compiled, first, guarded[:-1])
+            decode_rows(compiled, first, guarded[:-1])
             torch.testing.assert_close(guarded[:-1].float(), weight[first:last], rtol=limit, atol=limit)
             assert guarded[-1].isnan().all(), "written beyond the last row"
 
@@ -57,7 +57,7 @@ def test_planes_decoded_by_transposing_are_the_same(rows: int, columns: int, gro
         outs = []
         for path in (0, 1):
             guarded = torch.full((rows - first + 1, columns), torch.nan, dtype=torch.bfloat16)
-            decoded(layer._prepare().layer, first, guarded[:-1], path)
+            decode_rows(layer._prepare().layer, first, guarded[:-1], path)
             assert guarded[-1].isnan().all() and guarded[:-1].isfinite().all()
             outs.append(guarded[:-1])
         assert torch.equal(*outs)
@@ -77,7 +77,7 @@ def test_parts_lie_where_their_columns_are(ascending: bool, dtype: torch.dtype) 
         tensors = kept["planes"], kept["scale"], kept.get("offset"), None, own.columns_C.int()
         given.append(PlanePart(*tensors, middle, len(own.columns_C), own.group))
     compiled = prepared_layer(given, 50, 80)
-    found = decoded(compiled, 0, torch.full((50, 80), torch.nan, dtype=dtype))
+    found = decode_rows(compiled, 0, torch.full((50, 80), torch.nan, dtype=dtype))
     torch.testing.assert_close(found.float(), assemble(parts).to(dtype).float(), rtol=1e-6, atol=1e-6)
 
 
@@ -93,8 +93,8 @@ def test_more_tokens_are_decoded_where_that_is_faster(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_pieces_are_the_product_with_and_without_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "DECODED_BYTES", 40 * 96 * 2)
+def test_chunks_are_the_product_with_and_without_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_matmul, "CHUNK_BYTES", 40 * 96 * 2)
     layer, weight = packed(70, [part(70, torch.arange(96), 4, "affine", 32)])
     x = torch.randn(20, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
     seen: list[tuple[int, int]] = []
@@ -103,8 +103,8 @@ def test_pieces_are_the_product_with_and_without_kernels(dtype: torch.dtype, mon
         seen.append((first, last))
         return weight[first:last]
 
-    alone = by_pieces(x, 70, None, rows)
-    by_kernels = by_pieces(x, 70, layer._prepare().layer, rows)
+    alone = multiply_in_chunks(x, 70, None, rows)
+    by_kernels = multiply_in_chunks(x, 70, layer._prepare().layer, rows)
     assert seen == [(0, 32), (32, 64), (64, 70)]
     expected = x.double() @ weight.double().T
     for found in (alone, by_kernels):

@@ -7,7 +7,7 @@ import torch
 
 from niwaki.formats.quantized import QuantizedColumns, assemble, stored_tensors
 from niwaki.kernels.planes import plane_product
-from niwaki.runtime import chunked_matmul as pieces
+from niwaki.runtime import chunked_matmul
 from niwaki.runtime.linear import PackedLinear
 
 
@@ -40,7 +40,7 @@ def layer(rows: int, columns: int, bias: bool, affine: bool = False) -> tuple[Pa
 def test_forward_is_the_linear_layer_of_the_decoded_matrix(
     tokens: int, bias: bool, dtype: torch.dtype, affine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "DECODED_BYTES", 1)  # several tiles
+    monkeypatch.setattr(chunked_matmul, "CHUNK_BYTES", 1)  # several tiles
     found, weight = layer(100, 256, bias, affine)
     found.to(dtype)
     assert torch.equal(found.weight_OI(torch.float32), weight)
@@ -53,11 +53,11 @@ def test_forward_is_the_linear_layer_of_the_decoded_matrix(
 
 
 def test_prefill_never_holds_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "DECODED_BYTES", 1)
+    monkeypatch.setattr(chunked_matmul, "CHUNK_BYTES", 1)
     found, _ = layer(100, 256, False)
     seen = []
-    real = pieces.decoded
-    monkeypatch.setattr(pieces, "decoded", lambda a, b, out: seen.append(len(out)) or real(a, b, out))
+    real = chunked_matmul.decode_rows
+    monkeypatch.setattr(chunked_matmul, "decode_rows", lambda a, b, out: seen.append(len(out)) or real(a, b, out))
     found(torch.randn(40, 256))
     assert seen == [32, 32, 32, 4]
 

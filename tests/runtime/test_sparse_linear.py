@@ -17,7 +17,7 @@ from niwaki.errors import CheckpointError, InputError
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import Tiled
 from niwaki.model.checkpoint import Checkpoint
-from niwaki.runtime import chunked_matmul as pieces
+from niwaki.runtime import chunked_matmul
 from niwaki.runtime.sparse_linear import SparseLinear
 from support.families import build, families
 from support.models import add_tokenizer, tiny_llama, write_texts
@@ -49,12 +49,12 @@ def records() -> dict[str, Sparse | Tiled]:
 
 @pytest.mark.parametrize("kind", ["bitmap", "two_four", "bitmap int4", "two_four int4", "tiles"])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("tokens", [1, 70, 300])  # kernels, in pieces, and decoded rows
+@pytest.mark.parametrize("tokens", [1, 70, 300])  # kernels, in chunks, and decoded rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_is_the_linear_layer_of_the_decoded_matrix(
     tokens: int, bias: bool, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "DECODED_BYTES", 1)
+    monkeypatch.setattr(chunked_matmul, "CHUNK_BYTES", 1)
     record = records()[kind]
     found = layer(record, bias).to(dtype)
     assert torch.equal(found.weight_OI(torch.float32), record.decode())
@@ -73,7 +73,7 @@ def test_kernels_follow_copies_and_what_is_loaded() -> None:
     found, x = layer(first, False), torch.eye(256)[:3]
     assert torch.equal(found(x), first.decode().T[:3])
     again = copy.deepcopy(found)
-    assert torch.equal(again(x), found(x)) and again._layer() is not found._layer()
+    assert torch.equal(again(x), found(x)) and again._prepare() is not found._prepare()
     fresh = SparseLinear(100, 256, second.describe(), False)
     fresh.load_state_dict(second.tensors(), assign=True)
     assert torch.equal(fresh(x), second.decode().T[:3])
@@ -241,7 +241,7 @@ def test_what_cannot_take_nonzeros_says_what_to_do(results: dict, text: Path, tm
         lambda: niwaki.compress(packed, tmp_path / "out", method="rtn", target="4bit", device="cpu"),
         lambda: niwaki.recover(packed, tmp_path / "out", data=str(text), device="cpu"),
     ):
-        with pytest.raises(CheckpointError, match=re.escape("is already packed: make it with --pack none")):
+        with pytest.raises(CheckpointError, match=re.escape("is already packed: use --pack none")):
             work()
     with pytest.raises(InputError, match="stored as nonzeros"):
         niwaki.export(packed, tmp_path / "out", to="compressed-tensors")

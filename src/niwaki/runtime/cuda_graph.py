@@ -5,8 +5,8 @@ and values are in a static cache, and every step advances the mask and the posit
 recorded once and replayed for every token.
 
 A contextual model reads the prompt and chooses the units as in `generate` (`runtime.contextual`). The copies of the
-kept units have a fixed address, so the next sequence fills them again and the same recording runs (`local` masks have
-the same shapes for all inputs). There is one choice, after the prompt: a refresh and a verification need a growing
+kept units have a fixed address. So the next sequence fills them again, and the same recording runs. (`local` masks have
+the same shapes for all inputs.) There is one choice, after the prompt: a refresh and a verification need a growing
 cache, which transformers' `generate` has.
 
 Cost: keys and values for `room` tokens from the start. The first sequence of a shape is recorded (three more steps).

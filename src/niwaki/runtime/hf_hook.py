@@ -1,7 +1,7 @@
-"""Registers niwaki's packed format with transformers without importing it.
+"""Hook that registers niwaki's packed format with transformers without importing transformers.
 
-`import niwaki` must stay instant, and often comes before transformers. A finder waits for transformers' table of
-quantizers, lets it load, and adds to it.
+`import niwaki` must stay instant, and often comes before transformers. A finder waits until transformers' table of
+quantizers is imported, and adds the format after that.
 """
 
 import importlib
@@ -16,7 +16,7 @@ TABLE = "transformers.quantizers.auto"
 
 
 def install() -> None:
-    """Registers now if the table is loaded, else as soon as it is."""
+    """Register now if the table is loaded, otherwise when it loads."""
     if TABLE in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -24,7 +24,7 @@ def install() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the table as usual, with a loader that registers afterwards."""
+    """Finder of the table, with a loader that registers after the import."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != TABLE:
@@ -37,7 +37,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Another loader, and `register` after it."""
+    """Loader that wraps another one and calls `register` after it."""
 
     def __init__(self, inner: importlib.abc.Loader) -> None:
         self.inner = inner

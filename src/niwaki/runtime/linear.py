@@ -1,8 +1,8 @@
-"""A linear layer that keeps its weights as codes.
+"""Linear layer that keeps its weights as codes.
 
-A few tokens at a time (decoding) go through the kernels, which read the codes as they are. Many tokens (a prompt) are
-multiplied with the matrix decoded some rows at a time: on the CPU so that it never exists as a whole, on a GPU, where
-one kernel decodes them, so that no more than `DECODED_BYTES` do.
+Kernels multiply a few tokens (decode) and read the codes directly. Many tokens (prefill) are multiplied with the matrix
+decoded in chunks of rows. On the CPU a chunk fits in the cache (`chunked_matmul`). On a GPU one kernel decodes up to
+`DECODED_BYTES`.
 
 Legend: N tokens, O outputs, I inputs, C columns of a part.
 """
@@ -35,17 +35,17 @@ from niwaki.kernels.planes import (
     reaches,
 )
 from niwaki.kernels.types import PlanePart
-from niwaki.runtime.chunked_matmul import by_pieces
+from niwaki.runtime.chunked_matmul import multiply_in_chunks
 
-# Of rows decoded on a GPU: most matrices (8192² in bf16) are one product; the outputs of several are joined by a copy.
+# Of rows decoded on a GPU. Most matrices (8192² in bf16) are one product; several products need a copy to join.
 DECODED_BYTES = 128 * 2**20
 
 
-def make_room(module: nn.Module, rows: int, columns: int, described: Sequence[Mapping[str, Any]]) -> None:
-    """Gives `module` empty buffers for a matrix [rows, columns] of parts with these descriptions (see `codes`)."""
+def register_buffers(module: nn.Module, rows: int, columns: int, described: Sequence[Mapping[str, Any]]) -> None:
+    """Register empty buffers for a matrix [rows, columns] of described parts (see `formats.quantized`)."""
 
     def store(name: str, dtype: torch.dtype, *shape: int) -> None:
-        # Buffers: integers are no parameters, and no cast of the model touches them.
+        # Buffers: integers are no parameters, and casts of the model leave them as they are.
         module.register_buffer(name, torch.empty(shape, dtype=dtype))
 
     for number, about in enumerate(described):
@@ -62,12 +62,12 @@ def make_room(module: nn.Module, rows: int, columns: int, described: Sequence[Ma
 
 
 def stored_buffers(module: nn.Module, described: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """What `make_room` made room for, by name."""
+    """Return the buffers of `register_buffers` by name."""
     return {name: getattr(module, name) for name in stored_names(described)}
 
 
 class _Prepared(NamedTuple):
-    """The parts of a matrix as the kernels take them, on the CPU also as one `layer`. They are made from `planes_TKBR`.
+    """Parts of a matrix in the form of the kernels, on the CPU also as one `layer`. `planes_TKBR` is their source.
 
     `order_I` is `PackedLinear._order` on a GPU.
     """
@@ -79,9 +79,9 @@ class _Prepared(NamedTuple):
 
 
 class PackedLinear(nn.Module):
-    """y = x Wᵀ + b with W stored as the parts that `described` lists (see `codes`).
+    """Product y = x Wᵀ + b with W stored as the parts that `described` lists (see `formats.quantized`).
 
-    A head that is tied to packed embeddings has them as `owner`: their tensors are its own, and stand in the file once.
+    An LM head that is tied to packed embeddings has them as `owner`. It reads their tensors, which the file holds once.
     """
 
     def __init__(
@@ -90,43 +90,43 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = rows, columns
         self.described = described["parts"]
-        self._owner = () if owner is None else (owner,)  # in a tuple: torch takes it for no part of this module
+        self._owner = () if owner is None else (owner,)  # in a tuple: torch does not register it as a submodule
         if owner is None:
-            make_room(self, rows, columns, self.described)
+            register_buffers(self, rows, columns, self.described)
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
         self._prepared: _Prepared | None = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """What was prepared of the old tensors goes with them: torch copies into the same buffers."""
+        """Drop what was prepared from the old tensors: torch copies the new ones into the same buffers."""
         self._prepared = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def stored(self) -> dict[str, Tensor]:
-        """The tensors of the matrix by their names in the file."""
-        return stored_buffers(self._home(), self.described)
+        """Return the tensors of the matrix by their names in the file."""
+        return stored_buffers(self._source(), self.described)
 
-    def _home(self) -> nn.Module:
+    def _source(self) -> nn.Module:
         return self._owner[0] if self._owner else self
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
-        """The matrix that the codes stand for."""
+        """Return the decoded matrix."""
         return assemble(read_parts(self.stored(), self.described, self.in_features)).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I] → [..., O] in the dtype of `x`."""
+        """Multiply: [..., I] → [..., O] in the dtype of `x`."""
         x_NI = x.reshape(-1, self.in_features)
         few = all(reaches(x_NI, about["group"], about["columns"]) for about in self.described)
         if x_NI.is_cuda:
-            y_NO = self._few(x_NI) if few else self._decoded(x_NI)
+            y_NO = self._kernel_product(x_NI) if few else self._decoded_product(x_NI)
         elif few and (torch.compiler.is_compiling() or not decoding_pays(x_NI, self.described)):
-            y_NO = self._few(x_NI)
+            y_NO = self._kernel_product(x_NI)
         else:
-            y_NO = self._many(x_NI)
+            y_NO = self._chunked_product(x_NI)
             y_NO = y_NO if self.bias is None else y_NO + self.bias
         return y_NO.view(*x.shape[:-1], self.out_features)
 
-    def _few(self, x_NI: Tensor) -> Tensor:
-        """Sums in float32 over the parts: on a GPU one kernel, on the CPU one call."""
+    def _kernel_product(self, x_NI: Tensor) -> Tensor:
+        """Multiply with the codes, with float32 sums over the parts: on a GPU one kernel, on the CPU one call."""
         prepared = self._prepare()
         if x_NI.is_cuda:
             return multiply(x_NI, prepared.parts, self.bias, self.out_features)
@@ -140,29 +140,29 @@ class PackedLinear(nn.Module):
             y_NO = cpu_product(prepared.layer, x_NI, self.out_features)
         return y_NO if self.bias is None else y_NO + self.bias
 
-    def _many(self, x_NI: Tensor) -> Tensor:
-        """The matrix decoded some rows at a time; by the kernels where groups are whole bytes."""
+    def _chunked_product(self, x_NI: Tensor) -> Tensor:
+        """Multiply in chunks of rows on the CPU; the kernels decode them if groups are whole bytes."""
         whole = all(about["group"] >= about["columns"] or about["group"] % 8 == 0 for about in self.described)
         layer = self._prepare().layer if whole and not torch.compiler.is_compiling() else None
-        return by_pieces(x_NI, self.out_features, layer, self._rows)
+        return multiply_in_chunks(x_NI, self.out_features, layer, self._rows)
 
-    def _decoded(self, x_NI: Tensor) -> Tensor:
-        """On a GPU: as many rows as `DECODED_BYTES` hold are decoded by one kernel and multiplied, then the next."""
+    def _decoded_product(self, x_NI: Tensor) -> Tensor:
+        """Multiply on a GPU: one kernel decodes at most `DECODED_BYTES` of rows per product."""
         prepared = self._prepare()
         rows = self.out_features
         x_NI = x_NI if prepared.order_I is None else x_NI[:, prepared.order_I]
         tiles = -(-rows // TILE)
-        most = max(DECODED_BYTES // (TILE * self.in_features * x_NI.element_size()), 1)  # tiles at once
-        step = TILE * -(-tiles // -(-tiles // most))  # rows at once, about the same each time
-        found = []
+        max_tiles = max(DECODED_BYTES // (TILE * self.in_features * x_NI.element_size()), 1)
+        step = TILE * -(-tiles // -(-tiles // max_tiles))  # rows per product, about equal
+        outputs = []
         for first in range(0, rows, step):
             last = min(first + step, rows)
             bias = None if self.bias is None else self.bias[first:last].to(x_NI.dtype)
-            found.append(linear(x_NI, decode(prepared.parts, rows, first, last, x_NI.dtype), bias))
-        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+            outputs.append(linear(x_NI, decode(prepared.parts, rows, first, last, x_NI.dtype), bias))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _rows(self, first: int, last: int) -> Tensor:
-        """Rows [first, last) of the matrix in float32; `first` begins a tile."""
+        """Return rows [first, last) of the matrix in float32; `first` begins a tile."""
         picked: dict[str, Tensor] = {}
         for name, stored in self.stored().items():
             if name.startswith("planes"):
@@ -176,9 +176,9 @@ class PackedLinear(nn.Module):
                 picked[f"zero_{number}"] = pack_codes(part.zero_GO[:, first:last], about["bits"])
         return assemble(read_parts(picked, self.described, self.in_features))
 
-    def _prepare(self) -> "_Prepared":
-        """What the kernels take, made anew when the buffers are others: on another device, or just loaded."""
-        planes_TKBR = self._home()._buffers["planes_0"]
+    def _prepare(self) -> _Prepared:
+        """Return the parts for the kernels. Make them again if the buffers changed: after a load or a move."""
+        planes_TKBR = self._source()._buffers["planes_0"]
         if self._prepared is None or self._prepared.planes_TKBR is not planes_TKBR:
             parts = [self._part(number, about) for number, about in enumerate(self.described)]
             on_gpu = parts[0].planes_TKBR.is_cuda
@@ -188,7 +188,7 @@ class PackedLinear(nn.Module):
         return self._prepared
 
     def _order(self) -> Tensor | None:
-        """The inputs that the columns of all parts are, side by side; None: all, in order."""
+        """Return the inputs of the columns of all parts, side by side; None: all, in order."""
         if len(self.described) == 1:
             return None
         return torch.cat(part_columns(self.stored(), self.described, self.in_features))
@@ -211,10 +211,10 @@ class PackedLinear(nn.Module):
         return part.for_gpu() if scale_GO.is_cuda else part
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies prepare themselves."""
+        """Return the state without what is prepared; copies prepare again."""
         return {**self.__dict__, "_prepared": None}
 
     def extra_repr(self) -> str:
-        """Shape and widths, as print shows them."""
+        """Return shape and widths for print."""
         widths = " + ".join(f"{about['columns']}×{about['bits']} bit" for about in self.described)
         return f"{self.in_features} → {self.out_features}, {widths}"

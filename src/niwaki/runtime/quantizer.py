@@ -1,9 +1,8 @@
-"""niwaki's packed checkpoints as a quantization method of transformers.
+"""Quantization method of transformers for niwaki's packed checkpoints.
 
-`register()` runs when transformers' table of quantizers is first imported, wherever that happens, once niwaki has been
-imported (see niwaki/__init__). `AutoModelForCausalLM.from_pretrained` then builds packed modules (linear layers, and
-embeddings with the head that is tied to them) on the meta device and fills them from the file; the dense matrices never
-exist.
+`register()` runs when transformers' table of quantizers is first imported after niwaki (see `hf_hook`). Then
+`AutoModelForCausalLM.from_pretrained` builds packed modules on the meta device and fills them from the file. They are
+linear layers, and embeddings with the head that is tied to them. The dense matrices never exist.
 """
 
 from typing import Any
@@ -25,7 +24,7 @@ FORMAT = 1
 
 
 class NiwakiConfig(QuantizationConfigMixin):
-    """What config.json says: how every quantized module is stored, and matrices with shapes of their own."""
+    """Quantization section of config.json: the storage of every packed module, and matrices with other shapes."""
 
     def __init__(
         self,
@@ -34,17 +33,17 @@ class NiwakiConfig(QuantizationConfigMixin):
         format: int = FORMAT,
         **_: Any,
     ) -> None:
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a name of ours, not of their list
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # not a name of their list
         self.format = format
         self.modules: dict[str, Any] = modules or {}
         self.shapes: dict[str, list[int]] = shapes or {}
 
 
 class NiwakiQuantizer(HfQuantizer):
-    """Puts packed modules in the place of those that the config names, and of heads that are tied to them."""
+    """Quantizer that replaces the modules that the config names, and heads that are tied to them, by packed ones."""
 
     quantization_config: NiwakiConfig
-    requires_calibration = True  # it loads what `niwaki compress` wrote, and quantizes nothing itself
+    requires_calibration = True  # it loads results of `niwaki compress` and quantizes no weights
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.quantization_config.format != FORMAT:
@@ -56,15 +55,15 @@ class NiwakiQuantizer(HfQuantizer):
         for name, about in packed.items():
             module: Any = model.get_submodule(name)
             rows, columns = about["shape"]
-            if (found := _shape(module)) != (rows, columns):
-                here = f"{found[0]}×{found[1]}"
+            if (shape := _shape(module)) != (rows, columns):
+                here = f"{shape[0]}×{shape[1]}"
                 raise CheckpointError(f"{name} is {here} in the model and {rows}×{columns} in the file")
             if isinstance(module, nn.Embedding):
                 pack_embedding(module, about)
             else:
                 kind = SparseLinear if "sparse" in about else PackedLinear
                 _replace(model, name, kind(rows, columns, about, module.bias is not None))
-        # transformers ties parameters, and codes are none: the modules are tied instead
+        # transformers ties parameters, and codes are buffers: the modules are tied instead
         for target, source in list(model.all_tied_weights_keys.items()):
             owner = source.removesuffix(WEIGHT)
             if owner in packed:
@@ -73,29 +72,29 @@ class NiwakiQuantizer(HfQuantizer):
                 del model.all_tied_weights_keys[target]
 
     def is_serializable(self) -> bool:
-        """save_pretrained writes the codes back as they are."""
+        """Return true: save_pretrained writes the codes unchanged."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Codes have no gradients."""
+        """Return false: codes have no gradients."""
         return False
 
 
 def _shape(module: Any) -> tuple[int, int]:
-    """Rows and columns of the weight of embeddings or a linear layer."""
+    """Return rows and columns of the weight of embeddings or a linear layer."""
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     return module.out_features, module.in_features
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module`, on the meta device, in the place of the one called `name`."""
+    """Replace the module called `name` by `module`, on the meta device."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module.to("meta"))
 
 
 def register() -> None:
-    """Makes transformers know the method; called once."""
+    """Register the method with transformers; called once."""
     register_quantization_config(QUANT_METHOD)(NiwakiConfig)
     register_quantizer(QUANT_METHOD)(NiwakiQuantizer)

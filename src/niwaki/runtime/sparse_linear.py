@@ -1,11 +1,11 @@
-"""A linear layer that keeps a pruned matrix as its nonzeros.
+"""Linear layer that keeps a pruned matrix as its nonzeros.
 
-A few tokens at a time (decoding) go through the kernels, which read the nonzeros as they are. Many tokens (a prompt)
-are multiplied with the matrix decoded some rows at a time: on the CPU so that it never exists as a whole, on a GPU,
-where one kernel decodes them, so that no more than `sparse_gpu.DECODED_BYTES` do.
+Kernels multiply a few tokens (decode) and read the nonzeros directly. Many tokens (prefill) are multiplied with the
+matrix decoded in chunks of rows. On the CPU a chunk fits in the cache (`chunked_matmul`). On a GPU one kernel decodes
+up to `sparse_gpu.DECODED_BYTES`.
 
-On a GPU a bitmap has a table beside it (0.25 bit a weight), and with `fast_prompts` a two-four matrix also the form
-that sparse tensor cores read, made at the first long prompt: as much memory again.
+On a GPU a bitmap needs a table of 0.25 bit per weight. With `fast_prompts` a two-four matrix also gets the layout of
+sparse tensor cores, made at the first long prompt, which takes the same memory again.
 
 Legend: N tokens, O outputs, I inputs.
 """
@@ -31,53 +31,53 @@ from niwaki.kernels.sparse_product import (
     tile_product_op,
 )
 from niwaki.kernels.types import GpuRecord
-from niwaki.runtime.chunked_matmul import by_pieces
+from niwaki.runtime.chunked_matmul import multiply_in_chunks
 
 
 class SparseLinear(nn.Module):
-    """y = x Wᵀ + b with W stored as the record that `described` tells of (see `sparse`)."""
+    """Product y = x Wᵀ + b with W stored as the packed record that `described` describes (see `formats.sparse`)."""
 
     def __init__(self, rows: int, columns: int, described: Mapping[str, Any], bias: bool) -> None:
         super().__init__()
         self.out_features, self.in_features = rows, columns
         self.described = described
         for name, (dtype, shape) in record_shapes(described).items():
-            self.register_buffer(name, torch.empty(shape, dtype=dtype))  # integers: no cast of the model touches them
+            self.register_buffer(name, torch.empty(shape, dtype=dtype))  # integers: casts of the model leave them
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
         self.fast_prompts = False
         self._prepared: tuple[Tensor, Any] | None = None
         self._semi: tuple[torch.dtype, Any] | None = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """What was prepared of the old tensors goes with them."""
+        """Drop what was prepared from the old tensors."""
         self._prepared = self._semi = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def stored(self) -> dict[str, Tensor]:
-        """The tensors of the matrix by their names in the file."""
+        """Return the tensors of the matrix by their names in the file."""
         return {name: self.get_buffer(name) for name in record_shapes(self.described)}
 
     def record(self) -> Sparse | Tiled:
-        """The matrix as it is stored."""
+        """Return the packed record of the matrix."""
         return read_sparse(self.stored(), self.described)
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
-        """The matrix that the record stands for."""
+        """Return the decoded matrix."""
         return self.record().decode().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I] → [..., O] in the dtype of `x`."""
+        """Multiply: [..., I] → [..., O] in the dtype of `x`."""
         x_NI = x.reshape(-1, self.in_features)
         if x_NI.is_cuda:
-            y_NO = self._on_gpu(x_NI)
+            y_NO = self._gpu_product(x_NI)
         else:
             tiles = self.described["sparse"]["layout"] == LAYOUT
-            y_NO = self._few(x_NI) if reaches(x_NI, tiles) else self._many(x_NI)
+            y_NO = self._kernel_product(x_NI) if reaches(x_NI, tiles) else self._chunked_product(x_NI)
             y_NO = y_NO if self.bias is None else y_NO + self.bias
         return y_NO.view(*x.shape[:-1], self.out_features)
 
-    def _on_gpu(self, x_NI: Tensor) -> Tensor:
-        record = self._layer()
+    def _gpu_product(self, x_NI: Tensor) -> Tensor:
+        record = self._prepare()
         if self.fast_prompts and len(x_NI) >= MIN_SEMI_TOKENS:
             if self._semi is None or self._semi[0] != x_NI.dtype:
                 self._semi = (x_NI.dtype, semi_structured(record, x_NI.dtype))
@@ -85,25 +85,27 @@ class SparseLinear(nn.Module):
                 return linear(x_NI, self._semi[1], None if self.bias is None else self.bias.to(x_NI.dtype))
         return multiply(x_NI, record, self.bias)
 
-    def _few(self, x_NI: Tensor) -> Tensor:
+    def _kernel_product(self, x_NI: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             record = self.record()
             if isinstance(record, Tiled):
-                tiled: Tensor = tile_product_op(x_NI, *record.tensors().values(), record.size, record.group)
-                return tiled
-            found: Tensor = sparse_product_op(
+                tiled_NO: Tensor = tile_product_op(x_NI, *record.tensors().values(), record.size, record.group)
+                return tiled_NO
+            sparse_NO: Tensor = sparse_product_op(
                 x_NI, record.metadata_OB, record.values_N, record.starts_O, record.scale_OG,
                 record.layout, record.values, record.group,
             )  # fmt: skip
-            return found
-        return product(self._layer(), x_NI, self.out_features)
+            return sparse_NO
+        return product(self._prepare(), x_NI, self.out_features)
 
-    def _many(self, x_NI: Tensor) -> Tensor:
-        layer = None if torch.compiler.is_compiling() or cpu_module() is None else self._layer()
-        return by_pieces(x_NI, self.out_features, layer, lambda first, last: self.record().rows(first, last).decode())
+    def _chunked_product(self, x_NI: Tensor) -> Tensor:
+        layer = None if torch.compiler.is_compiling() or cpu_module() is None else self._prepare()
+        return multiply_in_chunks(
+            x_NI, self.out_features, layer, lambda first, last: self.record().rows(first, last).decode()
+        )
 
-    def _layer(self) -> Any:
-        """What the kernels take, made anew when the buffers are others: just loaded, or moved."""
+    def _prepare(self) -> Any:
+        """Return the matrix for the kernels. Make it again if the buffers changed: after a load or a move."""
         values = self._buffers["values"]
         if self._prepared is None or self._prepared[0] is not values:
             record, self._semi = self.record(), None
@@ -124,17 +126,17 @@ class SparseLinear(nn.Module):
         return self._prepared[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies prepare themselves."""
+        """Return the state without what is prepared; copies prepare again."""
         return {**self.__dict__, "_prepared": None, "_semi": None}
 
     def extra_repr(self) -> str:
-        """Shape, layout and values, as print shows them."""
+        """Return shape, layout and values for print."""
         kind = self.described["sparse"]
         return f"{self.in_features} → {self.out_features}, {kind['layout']} of {kind['values']}"
 
 
 def for_gpu(record: Sparse | Tiled) -> GpuRecord:
-    """A record as the kernels of a GPU take it."""
+    """Return a record in the form of the GPU kernels."""
     if isinstance(record, Tiled):
         tiles = record.metadata_TBR, record.values_TFR, None, record.scale_GO
         return gpu_record(record.size, record.columns, record.group, LAYOUT, "int4", *tiles)

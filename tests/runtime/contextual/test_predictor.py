@@ -10,7 +10,7 @@ from torch import Tensor
 
 from niwaki.errors import CheckpointError, InputError
 from niwaki.methods import shadow
-from niwaki.runtime.contextual.predictor import LIMIT, fit, kept_share, trusted
+from niwaki.runtime.contextual.predictor import LIMIT, fit, kept_share, shrunk
 from niwaki.runtime.contextual.predictor import _fit as fit_once
 from niwaki.runtime.contextual.record import ABOUT, TENSORS, read_shadow, write_shadow
 from niwaki.runtime.contextual.selection import Variant
@@ -97,7 +97,7 @@ def test_trust_grows_with_what_prompts_tell(layout: Layout) -> None:
     betas = [fit(samples(layout, 80, seen=seen), layout, (), True, 8)[0].trust_K2[1, 0] for seen in (0.0, 0.5, 1.0)]
     assert betas[0] < 0.25 and min(betas[1:]) > 0.8 and max(betas) <= 1
     gap_BU = torch.tensor([[0.1, -0.1], [1.0, -1.0]])
-    found = trusted(gap_BU, torch.tensor(0.5), torch.tensor(0.04))
+    found = shrunk(gap_BU, torch.tensor(0.5), torch.tensor(0.04))
     torch.testing.assert_close(found, torch.tensor([[0.0, 0.0], [0.48, -0.48]]))  # 0.5 · (1 − 0.04) of the second
 
 

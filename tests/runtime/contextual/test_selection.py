@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from niwaki.errors import ArchitectureError, InputError
-from niwaki.runtime.contextual.selection import Rule, filled_up, for_batch, highest
+from niwaki.runtime.contextual.selection import Rule, for_batch, highest, padded
 from niwaki.runtime.contextual.units import read_layout
 from support.contextual import layout_of, model_of
 
@@ -57,12 +57,12 @@ def test_a_batch_shares_neurons_and_keeps_its_heads() -> None:
 
 
 @pytest.mark.parametrize(("units", "step"), [(48, 1), (300, 2), (1408, 8), (11008, 64)])
-def test_kept_neurons_are_filled_up_to_sizes_that_multiply_well(units: int, step: int) -> None:
+def test_kept_neurons_are_padded_to_sizes_that_multiply_well(units: int, step: int) -> None:
     kept_LG = torch.rand(3, units, generator=torch.Generator().manual_seed(0)) < 0.4
-    found_LG = filled_up(kept_LG)
+    found_LG = padded(kept_LG)
     assert bool((found_LG | ~kept_LG).all())  # none is lost
     assert (found_LG.sum(1) % step == 0).all() and (found_LG.sum(1) - kept_LG.sum(1) < step).all()
-    assert torch.equal(filled_up(found_LG), found_LG)
+    assert torch.equal(padded(found_LG), found_LG)
     if step == 1:
         assert torch.equal(found_LG, kept_LG)
 

@@ -1,4 +1,4 @@
-"""The running model against one that is masked, and what it does with batches, caches and pieces of prompts."""
+"""The running model against one that is masked, with batches, caches and prompts in chunks."""
 
 import copy
 from typing import Any
@@ -199,7 +199,7 @@ def test_looking_again_repairs_the_cache(family: str) -> None:
         torch.testing.assert_close(found_layer.values, wanted_layer.values, rtol=1e-4, atol=1e-4)
 
 
-def test_a_prompt_in_pieces_is_one_prompt() -> None:
+def test_a_prompt_in_chunks_is_one_prompt() -> None:
     from transformers import DynamicCache
 
     model = model_of("llama")
@@ -208,8 +208,8 @@ def test_a_prompt_in_pieces_is_one_prompt() -> None:
     wanted, _ = step_by_step(model, ids_BT, PROMPT)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        for piece in (ids_BT[:, :9], ids_BT[:, 9:PROMPT], ids_BT[:, PROMPT:]):
-            found = model(input_ids=piece, past_key_values=cache, use_cache=True).logits
+        for chunk_BT in (ids_BT[:, :9], ids_BT[:, 9:PROMPT], ids_BT[:, PROMPT:]):
+            found = model(input_ids=chunk_BT, past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(found, wanted[:, -1:], rtol=1e-4, atol=1e-4)
     assert contextual.records[0].kept == contextual.records[1].kept
 

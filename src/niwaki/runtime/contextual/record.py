@@ -1,9 +1,9 @@
-"""A learned predictor beside the weights it was learned from.
+"""Files of a learned predictor, beside the weights that it was learned from.
 
     OUT/niwaki/shadow.safetensors     its tensors
-    OUT/niwaki/shadow.json            units, rule, features, how it runs
+    OUT/niwaki/shadow.json            units, rule, features, runtime settings
 
-The weights themselves are not touched: without niwaki the folder is the dense model.
+The weights do not change: without niwaki the folder is the dense model.
 """
 
 import json
@@ -28,10 +28,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Running:
-    """How a predictor is used: tokens between two looks at the input (0: one look, after the prompt), prompts that are
-    too short for one, the share of the weights above which a batch runs dense, whether its sequences run the union of
-    their neurons or a shared choice, the share of a skipped neuron's mean activation in the prompt that stands in for
-    it, the deviation of a prompt above which it runs dense (0: none), and the margin of its mask below which it does.
+    """Runtime settings of a predictor.
+
+    `refresh_tokens`: tokens between two choices of the units; 0 means one choice, after the prompt. `min_prompt`: the
+    tokens that a choice needs. `max_kept_frac`: the share of the weights above which a batch runs dense. `batch`:
+    sequences run the `union` of their neurons, or `shared` ones. `mean_fill`: the share of a skipped neuron's mean
+    activation in the prompt that replaces it. A prompt runs dense above `max_deviation` (0: no limit), or if the margin
+    of its mask is below `min_margin`.
     """
 
     refresh_tokens: int = 0
@@ -45,7 +48,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Shadow:
-    """All that a model needs to skip what an input does not."""
+    """Predictor of a model with its units, selection rule and runtime settings."""
 
     predictor: Predictor
     layout: Layout
@@ -54,13 +57,13 @@ class Shadow:
 
 
 def write_shadow(folder: Path, shadow: Shadow) -> str:
-    """Writes both files below `folder`; returns the SHA-256 of the tensors."""
+    """Write both files below `folder`; return the SHA-256 of the tensors."""
     write_about(folder, shadow)
     return write_shard(folder / TENSORS, shadow.predictor.tensors())
 
 
 def write_about(folder: Path, shadow: Shadow) -> None:
-    """Writes the file that says how the predictor runs."""
+    """Write the file of the settings."""
     about = {
         "format": FORMAT,
         "features": list(shadow.predictor.features),
@@ -77,12 +80,12 @@ def read_running(fields: Mapping[str, Any]) -> Running:
 
 
 def has_shadow(folder: Path) -> bool:
-    """Whether a predictor lies beside the weights."""
+    """Return whether a predictor is beside the weights."""
     return (folder / ABOUT).is_file()
 
 
 def read_shadow(folder: Path) -> Shadow:
-    """What `write_shadow` wrote. Raises CheckpointError if it is not whole, or of a newer format."""
+    """Read what `write_shadow` wrote. Raises CheckpointError if it is incomplete or of a newer format."""
     try:
         about: Mapping[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if about["format"] != FORMAT:

@@ -1,8 +1,8 @@
-"""From scores to the units that run: the lowest are skipped, in every block or over all blocks, with floors.
+"""Selection of the units that run: the lowest scores are skipped, per block or over all blocks, with floors.
 
 `local`: the same share of every block. `global`: the lowest of all blocks together, but every block keeps its best
-`floor_frac` of units (one head at least). Heads and neurons are ranked apart and lose the same share. Counts do not
-depend on the scores under `local`, so shapes are fixed.
+`floor_frac` of units (at least one). Heads and neurons are ranked separately and lose the same share. Under `local` the
+counts do not depend on the scores, so shapes are fixed.
 
 Legend: B sequences, L blocks, U units in all, G units of a kind in one block.
 """
@@ -20,19 +20,19 @@ SHARING = ("union", "shared")
 
 @dataclass(frozen=True)
 class Rule:
-    """How scores become a mask: the share of units that is skipped, and where."""
+    """Rule from scores to a mask: the share of units that is skipped, per block or over all blocks."""
 
     skip_frac: float
     scope: str = "local"
     floor_frac: float = 0.1
 
     def select(self, scores_BU: Tensor, layout: Layout) -> Tensor:
-        """The units [B, U] that run, as booleans."""
+        """Return the units [B, U] that run, as booleans."""
         heads_BLG, neurons_BLG = layout.split(scores_BU)
         return layout.join(self.keep(heads_BLG), self.keep(neurons_BLG))
 
     def keep(self, scores_BLG: Tensor) -> Tensor:
-        """The units of one kind [B, L, G] that run."""
+        """Return the units of one kind [B, L, G] that run."""
         count, blocks, units = scores_BLG.shape
         if self.scope == "local":
             return highest(scores_BLG, self.kept(units))
@@ -42,32 +42,32 @@ class Rule:
         return highest(raised_BN, max(self.kept(blocks * units), blocks * floor)).view(count, blocks, units)
 
     def kept(self, units: int) -> int:
-        """How many of `units` stay."""
+        """Return how many of `units` stay."""
         return max(1, units - round(units * self.skip_frac))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run some sequences: the units [B, U] that do, and the share of its mean that stands in for a neuron."""
+    """Mask [B, U] of some sequences, and the share of its mean activation that replaces a skipped neuron."""
 
     kept_BU: Tensor
     mean_fill: float
 
 
 def highest(scores: Tensor, count: int) -> Tensor:
-    """True at the `count` highest along the last dimension, ties to the lower place."""
+    """Return true at the `count` highest along the last dimension; ties go to the lower index."""
     order = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
 
 
 def margin(scores_BU: Tensor, kept_BU: Tensor, layout: Layout) -> Tensor:
-    """How much of the squared importance that is predicted a mask holds [B], mean over blocks and kinds.
+    """Return the share [B] of the predicted squared importance that a mask holds, mean over blocks and kinds.
 
-    Little where all units seem to matter alike: what is skipped is then as good as what runs.
+    It is small if all units seem to matter alike: the skipped units are then as good as those that run.
     """
     shares = []
-    for found_BLG, kept_BLG in zip(layout.split(scores_BU.clamp_min(0)), layout.split(kept_BU), strict=True):
-        square_BLG = found_BLG.double().square()
+    for scores_BLG, kept_BLG in zip(layout.split(scores_BU.clamp_min(0)), layout.split(kept_BU), strict=True):
+        square_BLG = scores_BLG.double().square()
         total_BL = square_BLG.sum(2).clamp_min(torch.finfo(torch.float64).tiny)
         shares.append(((square_BLG * kept_BLG).sum(2) / total_BL).mean(1))
     mean_B: Tensor = torch.stack(shares).mean(0)
@@ -75,27 +75,29 @@ def margin(scores_BU: Tensor, kept_BU: Tensor, layout: Layout) -> Tensor:
 
 
 def for_batch(rule: Rule, scores_BU: Tensor, layout: Layout, neurons: str = "union") -> tuple[Tensor, Tensor]:
-    """What the sequences of a batch run: heads [B, L, G], each sequence its own, and neurons [L, G], all the same.
+    """Return the units that a batch runs: heads [B, L, G] of each sequence, and neurons [L, G] of all sequences.
 
-    `neurons`: `union`, all that any sequence would keep alone; `shared`, as many as one sequence keeps, by the mean of
-    the scores, of which every sequence has equal shares in a block. Neither depends on the order of the sequences.
-    Where sequences keep different numbers of heads (`global`) all run the union. Neurons are filled up to a number that
-    matrix products take well.
+    `neurons`: `union` keeps all that any sequence would keep alone. `shared` keeps the number that one sequence keeps,
+    by the mean of the scores, in which all sequences have the same weight per block. The order of the sequences has no
+    influence. If sequences keep different numbers of heads (`global`), all run the union. `padded` adds neurons up to a
+    number that matrix products run fast with.
     """
     heads_BLG, neurons_BLG = layout.split(rule.select(scores_BU, layout))
     counts_BL = heads_BLG.sum(2)
     uneven_L = (counts_BL != counts_BL[:1]).any(0)
     heads_BLG = torch.where(uneven_L[None, :, None], heads_BLG.any(0, keepdim=True), heads_BLG)
     if neurons == "shared" and len(scores_BU) > 1:
-        found_BLG = layout.split(scores_BU)[1].double().clamp_min(0)
-        share_BLG = found_BLG / found_BLG.sum(2, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        scores_BLG = layout.split(scores_BU)[1].double().clamp_min(0)
+        share_BLG = scores_BLG / scores_BLG.sum(2, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         neurons_BLG = rule.keep(share_BLG.mean(0, keepdim=True))
-    return heads_BLG, filled_up(neurons_BLG.any(0))
+    return heads_BLG, padded(neurons_BLG.any(0))
 
 
-def filled_up(kept_LG: Tensor) -> Tensor:
-    """Kept units [L, G] and the first skipped ones that it takes for their number in every block to be a multiple of
-    64, or of less where blocks are small (128 steps at least from none to all): libraries multiply odd sizes slowly.
+def padded(kept_LG: Tensor) -> Tensor:
+    """Add the first skipped units to kept ones [L, G], up to a multiple of 64 in every block.
+
+    In small blocks it is a smaller power of two, so that a block has at least 128 such steps. Libraries multiply odd
+    sizes slowly.
     """
     units = kept_LG.shape[1]
     step = min(64, 1 << max((units // 128).bit_length() - 1, 0))

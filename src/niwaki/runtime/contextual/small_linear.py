@@ -2,7 +2,7 @@
 
 `CompactLinear` multiplies a copy of some rows or columns. `PickedRows` and `PickedColumns` multiply the full matrix and
 take the heads of each sequence. `KeptRows`, `KeptColumns` and `KeptGate` read the kept rows or columns in the full
-matrix (`kernels.rows`): for a few tokens on a GPU, where a gather costs no extra time.
+matrix (`kernels.rows`). They serve a few tokens on a GPU, where a gather costs no extra time.
 
 Legend: B sequences, T tokens, O outputs, I inputs, D hidden size, G units, K those that stay, W width of a unit.
 """

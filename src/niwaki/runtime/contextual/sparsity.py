@@ -143,7 +143,7 @@ class Contextual:
         return bool(refresh_tokens) and len(sequence.generated) >= refresh_tokens and not sequence.reordered
 
     def _prefill(self, sequence: ContextualSequence, ids_BT: Tensor, kwargs: dict[str, Any]) -> None:
-        """Let this forward run with all weights, and observe it unless all later ones are dense anyway."""
+        """Run this forward with all weights, and observe it unless all later ones are dense."""
         sequence.length += ids_BT.shape[1]
         sequence.record.prompt_tokens += ids_BT.shape[1]
         if sequence.phase is Phase.DENSE:

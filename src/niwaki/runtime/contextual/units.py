@@ -1,7 +1,7 @@
-"""What can be skipped for one input: in every block, groups of heads that share a key and a value, and neurons.
+"""Units that one input can skip: in every block, groups of heads that share a key and a value, and neurons.
 
-All units of a decoder stand in one row: the heads of all blocks, then the neurons (or neighbours of `width` of them) of
-all blocks. Scores, statistics and masks use that row, and `split` cuts it into blocks again.
+All units of a decoder form one row: the heads of all blocks, then the neurons of all blocks, `width` neighbours to a
+unit. Scores, statistics and masks use that row, and `split` cuts it into blocks again.
 
 Legend: B sequences, L blocks, U units in all, G units of a kind in one block, T tokens, C channels of a matrix.
 
@@ -26,7 +26,7 @@ KINDS: tuple[Kind, ...] = ("heads", "neurons")
 
 @dataclass(frozen=True)
 class Layout:
-    """The units of a decoder of `blocks` equal blocks; `width` neurons make one unit."""
+    """Units of a decoder of `blocks` equal blocks; `width` neurons make one unit."""
 
     blocks: int
     units: Mapping[Kind, Unit]
@@ -34,39 +34,39 @@ class Layout:
     weights: Mapping[Kind, int]
 
     def count(self, kind: Kind) -> int:
-        """Units of a kind in one block."""
+        """Return the number of units of a kind in one block."""
         return self.units[kind].count // (self.width if kind == "neurons" else 1)
 
     @property
     def size(self) -> int:
-        """Units of all kinds in all blocks."""
+        """Return the number of units of all kinds in all blocks."""
         return self.blocks * sum(self.count(kind) for kind in KINDS)
 
     def split(self, row_BU: Tensor) -> list[Tensor]:
-        """[B, L, G] of the heads and of the neurons."""
+        """Split a row into [B, L, G] of the heads and of the neurons."""
         heads = self.blocks * self.count("heads")
         parts = row_BU[:, :heads], row_BU[:, heads:]
         return [part.reshape(len(row_BU), self.blocks, -1) for part in parts]
 
     def join(self, heads_BLG: Tensor, neurons_BLG: Tensor) -> Tensor:
-        """The row [B, U] that `split` cuts."""
+        """Join heads and neurons to the row [B, U]; the inverse of `split`."""
         return torch.cat([heads_BLG.flatten(1), neurons_BLG.flatten(1)], dim=1)
 
     def skipped_frac(self, kept_BU: Tensor) -> Tensor:
-        """The share [B] of the weights of all units that a mask skips."""
+        """Return the share [B] of the weights of all units that a mask skips."""
         heads_BLG, neurons_BLG = self.split(kept_BU)
         per_head, per_neuron = (self.weights[kind] / self.count(kind) for kind in KINDS)
         left_B = heads_BLG.sum((1, 2)) * per_head + neurons_BLG.sum((1, 2)) * per_neuron
         return 1 - left_B / (self.blocks * sum(self.weights.values()))
 
     def describe(self) -> dict[str, Any]:
-        """Ready for JSON; `read_layout` takes it back."""
+        """Return the layout for JSON; `read_layout` reads it."""
         units = {kind: vars(unit) | {"producers": list(unit.producers)} for kind, unit in self.units.items()}
         return {"blocks": self.blocks, "width": self.width, "weights": dict(self.weights), "units": units}
 
 
 def read_layout(described: Mapping[str, Any]) -> Layout:
-    """What `Layout.describe` wrote."""
+    """Read what `Layout.describe` returned."""
     units = {
         kind: Unit(about["kind"], about["consumer"], tuple(about["producers"]), about["count"])
         for kind, about in described["units"].items()
@@ -75,7 +75,10 @@ def read_layout(described: Mapping[str, Any]) -> Layout:
 
 
 def find_layout(anatomy: Anatomy, skeleton: Any, width: int) -> Layout:
-    """The units of a decoder. Raises ArchitectureError for blocks of other parts, InputError for a width."""
+    """Return the units of a decoder.
+
+    Raises ArchitectureError for blocks that differ or lack a unit, InputError for a width that does not divide.
+    """
     if len(set(map(id, anatomy.blocks))) > 1:
         raise ArchitectureError("the blocks of this decoder differ: contextual sparsity needs blocks of one shape")
     text, block = skeleton.config.get_text_config(), anatomy.blocks[0]
@@ -90,7 +93,7 @@ def find_layout(anatomy: Anatomy, skeleton: Any, width: int) -> Layout:
 
 
 def mean_square(x_BTC: Tensor, count: int, real_BT: Tensor | None = None) -> Tensor:
-    """Mean squared activation [B, G] of `count` units over the tokens that are `real` (not padding), float32."""
+    """Return the mean squared activation [B, G] of `count` units over `real` tokens (no padding), float32."""
     square_BTC = x_BTC.float().square()
     if real_BT is not None:
         weight_BT1 = (real_BT / real_BT.sum(1, keepdim=True)).to(square_BTC)[..., None]
