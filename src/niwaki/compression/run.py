@@ -1,8 +1,8 @@
-"""The output folder of one compression: built beside its final place, complete or absent.
+"""Output folder of one run: built beside its final place, complete or absent.
 
-Work happens in `OUT.partial`, which is renamed to OUT at the very end, so OUT never holds half a model. After
-a kill, `--resume` continues there: the journal names every finished shard with its hash and the report lines
-of its block. A resume is refused when anything that decides the bytes has changed.
+Work happens in `OUT.partial`, which is renamed to OUT at the end, so OUT never holds half a model. After a kill,
+`--resume` continues there: the journal has every finished shard with its hash and the records of its matrices. A resume
+is refused if anything that decides the bytes has changed.
 
     OUT/                        a normal Hugging Face folder
     OUT/niwaki/run.json         resolved recipe, seeds, versions, hashes, device, seconds, peak memory
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 
 FINGERPRINT = "fingerprint.json"
 LOCK = "lock"
-AT_ONCE = 2  # parts being written
+MAX_WRITES = 2  # parts that are written at the same time
 
 
 class Run:
-    """A working folder with its journal and event log. Use as a context manager."""
+    """Working folder with its journal and event log. Use it as a context manager."""
 
     def __init__(self, out: Path, fingerprint: dict[str, str], *, resume: bool, overwrite: bool) -> None:
         self.out = out
@@ -57,12 +57,12 @@ class Run:
         self.overwrite = overwrite
         self.finished: dict[str, JournalEntry] = {}
         check_free(out, self.folder, resume=resume, overwrite=overwrite)
-        self._continuing = resume and (self._journal / FINGERPRINT).is_file()  # killed before that, nothing was done
+        self._continuing = resume and (self._journal / FINGERPRINT).is_file()  # without it, nothing was done
         if self._continuing:
             self._check_fingerprint()
         elif self.folder.exists():
             if (self._journal / LOCK).is_file():
-                self._take_lock().close()  # refuses to delete what another process is writing
+                self._take_lock().close()  # raises if another process writes there
             shutil.rmtree(self.folder)
         try:
             self._journal.mkdir(parents=True, exist_ok=True)
@@ -89,20 +89,20 @@ class Run:
         self._lock.close()
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Appends one line to events.jsonl."""
+        """Append one line to events.jsonl."""
         line = {"time": round(time.time(), 3), "event": kind, **fields}
         self._log.write(json.dumps(line) + "\n")
         self._log.flush()
 
     def finish_part(self, name: str, entry: JournalEntry) -> None:
-        """Records that a part (a block, the embeddings, the allocation) is safely on disk, with what belongs to it."""
+        """Write the journal entry of a part (a block, the embeddings, the allocation) that is complete on disk."""
         write_text(self._journal / f"{name}.json", json.dumps(entry.dump()))
         self.finished[name] = entry
 
     def complete(self) -> None:
-        """Moves the folder to its final place, replacing an old OUT only now, and drops the journal.
+        """Move the folder to its final place, in exchange for an old OUT, and delete the journal.
 
-        Killed at any point in here, either the old OUT, the new one, or a working folder to resume is there.
+        After a kill at any point, the old OUT, the new one, or a working folder to resume exists.
         """
         self._log.flush()
         os.fsync(self._log.fileno())
@@ -121,7 +121,7 @@ class Run:
         shutil.rmtree(retired, ignore_errors=True)
 
     def discard(self) -> None:
-        """Removes the working folder: nothing in it can be of use."""
+        """Remove the working folder; no later run can use it."""
         self.__exit__()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -140,7 +140,7 @@ class Run:
             entry = JournalEntry.model_validate_json(entry_path.read_text(encoding="utf-8"))
             if entry.shard is None or _same_content(self.folder / entry.shard, entry.sha256):
                 self.finished[entry_path.stem.replace("ends-", "embeddings-")] = entry  # its name in version 0.1
-        for pattern in (".*.tmp", ".tmp*"):  # ours, and what safetensors writes before it renames
+        for pattern in (".*.tmp", ".tmp*"):  # temporary files of niwaki and of safetensors
             for orphan in self.folder.rglob(pattern):
                 orphan.unlink()
 
@@ -157,16 +157,16 @@ class Run:
 
 
 class Writer:
-    """Writes finished parts in the background and journals each, in order, when it is on the disk.
+    """Background writer of finished parts. Each enters the journal, in order, when it is on the disk.
 
-    At most two at a time, the second being written while the first is hashed: each takes about as long, and together
-    longer than a GPU needs for a block. A kill loses those two at most.
+    At most two parts are written at the same time: one is written while the other is hashed. Each step takes about as
+    long, and both take longer than a GPU needs for a block. A kill loses two parts at most.
     """
 
     def __init__(self, run: Run, report: Report) -> None:
         self.run = run
         self.report = report
-        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="save")
+        self._pool = ThreadPoolExecutor(MAX_WRITES, thread_name_prefix="save")
         self._pending: deque[tuple[str, Future[JournalEntry]]] = deque()
 
     def __enter__(self) -> "Writer":
@@ -174,7 +174,7 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            # After a failure elsewhere, what is already being written may still be finished and journalled.
+            # After a failure elsewhere, parts in progress are still completed and enter the journal.
             self.flush()
         except OutputError:
             if kind is None:
@@ -185,7 +185,7 @@ class Writer:
     def write(
         self, part: str, shard: str, tensors: "dict[str, Tensor]", lines: Sequence[MatrixRecord | ModuleRecord]
     ) -> None:
-        """Starts writing one shard, once there is a place for it."""
+        """Start to write one shard, after one of two earlier writes is complete."""
         path = self.run.folder / shard
 
         def save() -> JournalEntry:
@@ -199,11 +199,11 @@ class Writer:
                 lines=lines,
             )
 
-        self.flush(AT_ONCE - 1)
+        self.flush(MAX_WRITES - 1)
         self._pending.append((part, self._pool.submit(save)))
 
     def flush(self, left: int = 0) -> None:
-        """Waits until all that is being written, but for the last `left` parts, is on the disk and in the journal."""
+        """Wait until at most `left` parts are still being written; the others are on the disk and in the journal."""
         while len(self._pending) > left:
             part, future = self._pending.popleft()
             self.run.finish_part(part, future.result())
@@ -213,9 +213,10 @@ class Writer:
 def fingerprint(
     model_hashes: Mapping[str, str], tokens: str, recipe: Mapping[str, Any], *, dense_stream: bool, threads: int | None
 ) -> dict[str, str]:
-    """Hashes of what decides the bytes of a result, by the name that a refused resume would give each.
+    """Return hashes of everything that decides the bytes of a result, by the names that a refused resume shows.
 
-    `model_hashes` per file, `tokens` of the calibration, `recipe` as JSON; `threads` if the result depends on them.
+    Takes the hashes of the model files, the hash of the calibration `tokens`, and the recipe as JSON. `threads` is None
+    if the result does not depend on them.
     """
     inputs = {f"model ({name})": text for name, text in model_hashes.items()}
     inputs["data (calibration tokens)"] = tokens
@@ -235,15 +236,15 @@ def current_hashes(hashes: Mapping[str, str]) -> dict[str, str]:
 
 
 def partial_of(out: Path) -> Path:
-    """Where the work for `out` happens."""
+    """Return the working folder of `out`."""
     return out.with_name(out.name + ".partial")
 
 
 def check_free(out: Path, partial: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuses an OUT that exists, or an unfinished run, unless told what to do with it.
+    """Refuse an OUT that exists, or an unfinished run, unless `resume` or `overwrite` allows it.
 
-    Only folders that niwaki wrote are ever replaced. With `resume`, a finished OUT without an unfinished run
-    beside it passes: `finished_record` settles what it is.
+    Only folders that niwaki wrote are replaced. With `resume`, a finished OUT without an unfinished run beside it
+    passes: `finished_record` compares its inputs. Raises OutputError or ResumeError.
     """
     retired = out.with_name(out.name + ".replaced")
     if out.is_file():
@@ -264,7 +265,7 @@ def check_free(out: Path, partial: Path, *, resume: bool, overwrite: bool) -> No
 
 
 def check_apart(model: Path, out: Path) -> None:
-    """Refuses an OUT, or a working folder beside it, that is the model, lies in it or contains it."""
+    """Refuse an OUT, or a working folder beside it, that is the model, lies in it or contains it."""
     source = model.resolve()
     for folder in (out, partial_of(out), out.with_name(out.name + ".replaced")):
         place = folder.resolve()
@@ -276,7 +277,7 @@ def check_apart(model: Path, out: Path) -> None:
 
 
 def check_space(out: Path, needed_bytes: int) -> None:
-    """Refuses an OUT whose folder does not exist or has no room for the result."""
+    """Refuse an OUT whose parent folder does not exist or has no room for the result."""
     parent = out.parent
     if not parent.is_dir():
         raise OutputError(f"{parent} does not exist: create it, or choose another OUT")
@@ -306,7 +307,7 @@ def finished_record(out: Path, fingerprint: dict[str, str]) -> RunRecord | None:
 
 
 def resumable(out: Path) -> bool:
-    """Whether an unfinished run of `out` has finished parts that a resume would keep."""
+    """Return whether an unfinished run of `out` has finished parts that a resume keeps."""
     journal = partial_of(out) / RECORD / "journal"
     return any(path.name != FINGERPRINT for path in journal.glob("*.json"))
 
@@ -324,10 +325,10 @@ def _is_result(folder: Path) -> bool:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Nothing is there, or only an empty folder."""
+    """Return whether nothing is there, or only an empty folder."""
     try:
         return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    except OSError:  # what cannot be looked into is not known to be empty
+    except OSError:  # an unreadable folder may not be empty
         return False
 
 
