@@ -51,12 +51,13 @@ class RecipeStage:
 class ResolvedStage:
     """One stage of a recipe for a model.
 
-    `targets` are those of every matrix, as far as no calibration text is needed for them. `dense_stream`: the dense
-    model runs beside the compressed one. `columns_multiple`: the next stage needs columns in multiples of it.
-    `windows` of `tokens` are the calibration, both 0 if nothing needs any.
+    All `steps` have the same `kind`. `targets` are those of every matrix, as far as no calibration text is needed for
+    them. `dense_stream`: the dense model runs beside the compressed one. `columns_multiple`: the next stage needs
+    columns in multiples of it. `windows` of `tokens` are the calibration, both 0 if nothing needs any.
     """
 
     recipe: Recipe
+    kind: MethodKind
     target: Target
     steps: tuple[Step, ...]
     owl: OwlConfig
@@ -66,11 +67,6 @@ class ResolvedStage:
     columns_multiple: int
     windows: int
     tokens: int
-
-    @property
-    def kind(self) -> MethodKind:
-        """Return the kind of the methods: all of a stage have the same."""
-        return self.steps[0].kind
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ def resolve_stage(
     if kind is MethodKind.CONTEXTUAL:
         _check_contextual(stage.steps[0], decoder, windows, tokens)
     return ResolvedStage(
-        recipe, target, stage.steps, stage.owl, targets, needs, dense_stream, columns_multiple, windows, tokens
+        recipe, kind, target, stage.steps, stage.owl, targets, needs, dense_stream, columns_multiple, windows, tokens
     )
 
 
