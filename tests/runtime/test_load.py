@@ -1,4 +1,4 @@
-"""What cannot be generated is refused before the model is loaded."""
+"""Impossible requests to generate, which are refused before the model is loaded."""
 
 import pytest
 

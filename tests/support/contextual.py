@@ -1,4 +1,4 @@
-"""Tiny models with made-up predictors, and a slow reference that masks activations instead of cutting matrices."""
+"""Tiny models with made-up predictors, and a slow reference that masks activations and cuts no matrix."""
 
 from collections.abc import Callable
 from typing import Any

@@ -107,7 +107,7 @@ def test_its_size_stays_within_its_share(layout: Layout, features: str) -> None:
     config = shadow.Config(features=features)
     predictor, _ = shadow.learn(samples(layout, 80), layout, config, weights)
     assert predictor.parameters <= 0.03 * weights
-    assert predictor.into_FR.shape[1] >= 3  # as many as there are causes
+    assert predictor.into_FR.shape[1] >= 3  # the causes of the samples
     with pytest.raises(InputError, match="has no room for rank 1"):
         shadow.learn(samples(layout, 80), layout, config, 8_000)
 

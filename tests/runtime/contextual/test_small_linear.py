@@ -1,4 +1,4 @@
-"""What reads kept rows where they are, against copies; and finding out what a gated layer does."""
+"""Layers that read kept rows in the full matrix, against copies; and the detection of gated layers."""
 
 import pytest
 import torch

@@ -56,7 +56,7 @@ def test_compact_equals_masked(family: str, mean_fill: float, scope: str, in_pla
 
 
 def activity(model: Any, layout: Layout, ids_BT: Tensor) -> Tensor:
-    """Units [U] that put out anything behind the prompt."""
+    """Return the units [U] that are active after the prompt."""
     prefill = PrefillStatistics(layout)
     real_BT = torch.arange(ids_BT.shape[1])[None] >= PROMPT
     with torch.no_grad(), prefill.observe(find_blocks(model)[1], real_BT):
@@ -140,7 +140,7 @@ def test_a_longer_batch_than_the_one_before_finds_room() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_beams_change_places_and_then_there_is_no_second_look() -> None:
+def test_after_beams_reorder_the_cache_no_refresh_follows() -> None:
     model = model_of("llama")
     contextual = attach(model, shadow_of(model, refresh_tokens=2))
     ids_BT = ids_of(1, PROMPT)
@@ -183,7 +183,7 @@ def test_padding_on_the_left_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
-def test_looking_again_repairs_the_cache(family: str) -> None:
+def test_a_refresh_repairs_the_cache(family: str) -> None:
     """What the full model reads again leaves the keys and values that it would have left at once."""
     model = model_of(family)
     dense, contextual = copy.deepcopy(model), attach(model, shadow_of(model, refresh_tokens=4))
