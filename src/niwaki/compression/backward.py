@@ -201,9 +201,10 @@ def block_gradients(
     finally:
         for parameter in sought.values():
             parameter.requires_grad_(False)
-    found = {name: (x.detach(), grad) for (name, x), grad in zip(met.items(), others[: len(met)], strict=True)}
+    of_inputs = {name: (x.detach(), grad) for (name, x), grad in zip(met.items(), others[: len(met)], strict=True)}
     by_parameter = dict(zip(sought, others[len(met) :], strict=True))
-    return first_BTD, (found, {name: linear.view(by_parameter[linear.parameter]) for name, linear in linears.items()})
+    of_weights = {name: linear.view(by_parameter[linear.parameter]) for name, linear in linears.items()}
+    return first_BTD, (of_inputs, of_weights)
 
 
 def _gradients_part(index: int) -> str:

@@ -54,15 +54,15 @@ def trace(
     sensitivity = _Rows(1, 1, layout)
     consumers = {layout.units[kind].consumer: kind for kind in KINDS}
 
-    def visit(block: Block, found: Gradients) -> None:
+    def visit(block: Block, gradients: Gradients) -> None:
         for name, kind in consumers.items():
-            x_BTC, grad_BTC = (_by_window(part, found.rows) for part in found.inputs[name])
+            x_BTC, grad_BTC = (_by_window(part, gradients.rows) for part in gradients.inputs[name])
             square_BG = mean_square(grad_BTC, layout.count(kind))
             sensitivity.parts[kind][0, 0, block.index] += square_BG.sum(0).cpu()
             for (cut, length), criterion in product(enumerate(lengths), own):
                 value_BG = score(criterion, kind, x_BTC[:, length:], grad_BTC[:, length:], layout.count(kind))
-                scores[criterion].put(kind, found.rows, cut, block.index, value_BG)
-        if found.rows.stop == len(with_gradients_ST):
+                scores[criterion].put(kind, gradients.rows, cut, block.index, value_BG)
+        if gradients.rows.stop == len(with_gradients_ST):
             report(Event.GRADIENTS, index=len(decoder) - 1 - block.index, of=len(decoder))
 
     with_gradients_ST = ids_ST if own else ids_ST[:gradient_windows]
@@ -104,9 +104,9 @@ def _forward(
                 for cut, length in enumerate(lengths):
                     x_BTC = met[name]
                     prompts.put(kind, rows, cut, block.index, mean_square(x_BTC[:, :length], count).sqrt())
-                    for criterion, found in scores.items():
+                    for criterion, trace_rows in scores.items():
                         value_BG = score(criterion, kind, x_BTC[:, length:], None, count)
-                        found.put(kind, rows, cut, block.index, value_BG)
+                        trace_rows.put(kind, rows, cut, block.index, value_BG)
                     if block.index == 0 and kind == "heads":
                         last_SPD[rows, cut] = x_BTC[:, length - 1].float().cpu()
                         mean_SPD[rows, cut] = x_BTC[:, :length].float().mean(1).cpu()

@@ -65,17 +65,17 @@ def seconds(model: ModelSizes, load: Workload, machine: Machine, written_bytes: 
         trials += load.trials * (compute + share * reading)
         scanned = Work(forward_tokens=load.scans * load.windows * load.tokens + load.scan_tokens)
         scan += _spent(scanned, scope, model, load, machine)
-    found = {"walk": walk, "scans": scan, "trials": trials}
-    found["embeddings"] = model.embeddings_bytes * 2 / machine.disk + machine.shard_s
-    found["text"] = load.windows * load.tokens / TOKENIZED
+    phases = {"walk": walk, "scans": scan, "trials": trials}
+    phases["embeddings"] = model.embeddings_bytes * 2 / machine.disk + machine.shard_s
+    phases["text"] = load.windows * load.tokens / TOKENIZED
     if load.writes_text:
         steps = -(-load.windows // WRITTEN_AT_ONCE) * load.tokens
-        found["text"] += steps * (
+        phases["text"] += steps * (
             model.file_bytes / machine.bandwidth + len(model.blocks) * FORWARD_STARTS * machine.start_s
         )
     if load.needs.gradient:
-        found["gradients"] = _gradients(model, load, machine)
-    return found
+        phases["gradients"] = _gradients(model, load, machine)
+    return phases
 
 
 def _walk(block: BlockSizes, scope: Scope, load: Workload) -> Work:
@@ -159,9 +159,9 @@ def memory(
     limit = min(SHARES[device] * free, 2**62 if activation_bytes is None else activation_bytes)
     scratch = FLOAT_BYTES * model.weights if load.squares else 0
     resident = 0
-    for asked in (*kept, inputs):
-        scratch += asked if asked > limit else 0
-        resident += asked if asked <= limit else 0
+    for nbytes in (*kept, inputs):
+        scratch += nbytes if nbytes > limit else 0
+        resident += nbytes if nbytes <= limit else 0
     walk = max((_block_bytes(block, model, load, index) for index, block in enumerate(model.blocks)), default=0)
     outer: float = model.embeddings_weights * load.itemsize + 2 * model.embeddings_bytes
     if load.needs.gradient:  # logits, their softmax and its gradient

@@ -115,10 +115,10 @@ def _own_gpu() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     title = torch.cuda.get_device_name().lower()
-    found = next((name for name in GPUS if name in title), None)
-    if found is None:
+    name = next((name for name in GPUS if name in title), None)
+    if name is None:
         raise InputError(f"{title} is not in the table of GPUs: give --gpu {', '.join(GPUS)} or cpu")
-    return found
+    return name
 
 
 def measure_cpu(folder: Path) -> Machine:
@@ -193,10 +193,10 @@ def _seconds(work: Callable[[], object]) -> float:
     The minimum would be too low: a compression also waits for cores that others use.
     """
     work()
-    found: list[float] = []
-    while sum(found) < MIN_S or (len(found) < MIN_RUNS and sum(found) < MAX_S):
+    times: list[float] = []
+    while sum(times) < MIN_S or (len(times) < MIN_RUNS and sum(times) < MAX_S):
         begin = time.perf_counter()
         work()
-        found.append(time.perf_counter() - begin)
-    kept = sorted(found)[: max(1, len(found) * 4 // 5)]
+        times.append(time.perf_counter() - begin)
+    kept = sorted(times)[: max(1, len(times) * 4 // 5)]
     return sum(kept) / len(kept)

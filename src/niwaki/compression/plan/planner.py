@@ -289,23 +289,23 @@ def _money(
     """
     if price_per_hour is None:
         return None
-    found: dict[str, Any] = {
+    money: dict[str, Any] = {
         "price_per_hour": price_per_hour,
         "tokens_per_day": tokens_per_day,
         "compress": _short(compress_seconds / 3600 * price_per_hour),
     }
     if tokens_per_day is None or not (decode["before"]["fits"] and decode["after"]["fits"]):
-        return found
+        return money
     for name in ("ceiling", "reached"):
         speeds = [decode[when][f"{name}_tokens_per_s"] for when in ("before", "after")]
         if None in speeds:
             continue
         before, after = (tokens_per_day / speed / 3600 * price_per_hour for speed in speeds)
         saved = before - after
-        found[name] = {
+        money[name] = {
             "before_per_day": _short(before),
             "after_per_day": _short(after),
             "saved_per_day": _short(saved),
-            "days_to_earn_back": _short(found["compress"] / saved) if saved > 0 else None,
+            "days_to_earn_back": _short(money["compress"] / saved) if saved > 0 else None,
         }
-    return found
+    return money
