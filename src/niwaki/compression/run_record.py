@@ -68,7 +68,7 @@ class MatrixRecord(_Frozen):
     block_error: float | None = None
     drift: float | None = None
     method_bits: float | None = None
-    method_bytes: float | None = None
+    method_bytes: int | None = None
     kept_groups: list[int] | None = None
     row_zeros: list[int] | None = None
 
