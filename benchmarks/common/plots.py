@@ -1,4 +1,4 @@
-"""The plots of benchmarks/results, from its JSON files: perplexity by true bits, by what is gone, and drift by depth.
+"""Plots of benchmarks/results from its JSON files: perplexity by true bits, by removed share, and drift by depth.
 
     python -m benchmarks.common.plots quality RESULT.json OUT.svg
     python -m benchmarks.common.plots drift RESULT.json OUT.svg
@@ -24,7 +24,7 @@ STYLES = ["o-", "s-", "^-", "D-", "v-", "P", "X", "*", "h", "p", "<", ">"]
 
 
 def quality(result: dict) -> plt.Figure:
-    """Perplexity by true bits on both texts; a method with several targets is a line."""
+    """Plot perplexity by true bits on both texts. A method with several targets is a line."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     by_label: dict[str, list[dict]] = defaultdict(list)
     for row in result["rows"]:
@@ -50,7 +50,7 @@ def quality(result: dict) -> plt.Figure:
 
 
 def drift(result: dict) -> plt.Figure:
-    """Relative squared error of the hidden states behind every block, on seen and on unseen text."""
+    """Plot the relative squared error of the hidden states after every block, on seen and on unseen text."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     by_label: dict[str, list[dict]] = defaultdict(list)
     for row in result["rows"]:
@@ -68,7 +68,7 @@ def drift(result: dict) -> plt.Figure:
 
 
 def structured(result: dict, latency: dict) -> plt.Figure:
-    """Perplexity by the parameters that are gone, and by the time a prompt takes, on both texts."""
+    """Plot perplexity by the removed parameters, and by the time of a prompt, on both texts."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), sharey="row", layout="constrained")
     share = {(row["target"], row["label"]): row["prompt_share"] for row in latency["rows"]}
     by_label: dict[str, list[dict]] = defaultdict(list)
@@ -98,6 +98,7 @@ def structured(result: dict, latency: dict) -> plt.Figure:
 
 
 def main() -> None:
+    """Draw one plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=["quality", "drift", "structured"])
     parser.add_argument("result", type=Path)

@@ -1,4 +1,4 @@
-"""Provenance of a result file: date, machine, versions and command, which stand beside its measurements."""
+"""Provenance of a result: date, machine, versions and command."""
 
 import datetime
 import platform

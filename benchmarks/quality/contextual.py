@@ -3,16 +3,19 @@
     python -m benchmarks.quality.contextual MODEL DATA --out benchmarks/results/quality/contextual-NAME.json
 
 DATA holds calibration.jsonl (predictors and static masks come from it alone), eval_reviews.jsonl, wikitext2_test.txt.
-Windows of P + `--continuation` tokens; the prompt runs dense, from P on skipped units put out nothing (or, where the
-label says so, their mean in the prompt). Every method skips the same number of head groups and neurons in every block.
-`shadow` is what `niwaki compress --method shadow` does by default, its trial for every target included. With `batch of
-8 shares neurons` every sequence runs the same neurons and its own heads (`selection.for_batch`, whole batches alone);
-`unions` says what share of the neurons batches run when no sequence loses any of its own.
+Windows have P + `--continuation` tokens. The prompt runs dense. From P on, skipped units put out zero, or their mean in
+the prompt if the label says so. Every method skips the same number of head groups and neurons in every block. `shadow`
+is the default of `niwaki compress --method shadow`, with its choice of criteria per target. With `batch of 8 shares
+neurons` every sequence runs the same neurons and its own heads (`selection.for_batch`, whole batches only). `unions` is
+the share of the neurons that batches run when no sequence loses any of its own.
 
-Rivals: `static X` (mean criterion X over the calibration text; `static plainact heads, fisher neurons`: each its own),
-`griffin` (activations in the prompt, normalised by token; heads by the norm of what they put out), `dejavu` (a
-predictor for every block from its own heads' output at the last prompt token, of ‖h‖), `random`, and `oracle`, which
-looks at the continuation itself and is a ceiling, no method.
+Rivals:
+
+- `static X`: mean criterion X over the calibration text (`static plainact heads, fisher neurons`: each its own)
+- `griffin`: activations in the prompt, normalised by token; heads by the norm of their output
+- `dejavu`: a predictor of ‖h‖ for every block, from the output of its own heads at the last prompt token
+- `random`
+- `oracle`: reads the continuation itself; a ceiling, no method
 """
 
 import argparse
@@ -42,7 +45,7 @@ from niwaki.runtime.contextual.traces import Traces, prompt_lengths
 from niwaki.runtime.contextual.units import KINDS, Layout, find_layout
 
 TEXTS = {"reviews": "eval_reviews.jsonl", "wikitext2": "wikitext2_test.txt"}
-# label → options of the method, on top of the criteria that the trial chose unless they name others
+# Label → options of the method. Criteria are those that the evaluation of candidates chose, unless given here.
 SHADOWS = {
     "shadow": {},
     "shadow without stand-in": {"mean_fill": 0.0},
@@ -64,18 +67,20 @@ UNIONS = (4, 8, 16)
 
 
 class Watch:
-    """Hooks on a whole model: sees what its units put out, and masks it behind the prompt."""
+    """Hooks on a whole model, which observe the output of its units and mask it after the prompt."""
 
     def __init__(self, model, layout: Layout) -> None:
         self.model, self.layout, self.blocks = model, layout, find_blocks(model)[1]
 
     def run(self, ids_BT, change, **kwargs):
+        """Run the model with `change` applied to the output of all units, and return the logits."""
         handles = []
         for index, block in enumerate(self.blocks):
             for kind in KINDS:
                 part = block.get_submodule(self.layout.units[kind].consumer)
 
                 def hook(_, args, kind=kind, index=index):
+                    """Change the input of the consumer of the units."""
                     x_BTC = args[0].reshape(*ids_BT.shape, -1)
                     changed = change(kind, index, x_BTC)
                     return None if changed is None else (changed.view(args[0].shape),)
@@ -89,6 +94,7 @@ class Watch:
                 handle.remove()
 
     def masked(self, ids_BT, prompt, kept_BU, mean_fill):
+        """Return the logits with only the kept units after the prompt."""
         kept = dict(zip(KINDS, self.layout.split(kept_BU), strict=True))
 
         def change(kind, index, x_BTC):
@@ -102,7 +108,7 @@ class Watch:
         return self.run(ids_BT, change)
 
     def observe(self, ids_BT, prompt):
-        """Dense logits; `last` of every block, GRIFFIN's statistic, and RMS of the prompt and of the continuation."""
+        """Return dense logits, `last` of every block, GRIFFIN's statistic, RMS of prompt and continuation."""
         found = defaultdict(dict)
 
         def change(kind, index, x_BTC):
@@ -129,7 +135,7 @@ class Watch:
 
 
 def spearman(found_NU, true_NU, layout):
-    """Mean rank correlation over samples, of all heads and of all neurons (ties by place)."""
+    """Return the mean rank correlation over samples, of all heads and of all neurons (ties by place)."""
     result = {}
     pairs = zip(KINDS, layout.split(found_NU), layout.split(true_NU), strict=True)
     for kind, left, right in pairs:
@@ -141,7 +147,7 @@ def spearman(found_NU, true_NU, layout):
 
 
 def fit_dejavu(watch, ids_ST, lengths, l2: Traces, device):
-    """One predictor for every block, of ‖h‖ from the block's own heads at the last prompt token."""
+    """Fit one predictor of ‖h‖ for every block, from the block's own heads at the last prompt token."""
     layout, fitted = watch.layout, []
     last = [[] for _ in lengths]
     for ids_BT in ids_ST.split(16):
@@ -159,6 +165,7 @@ def fit_dejavu(watch, ids_ST, lengths, l2: Traces, device):
 
 
 def dejavu_scores(fitted, seen, layout):
+    """Return the scores of all units by the predictors of the blocks."""
     one = Layout(1, layout.units, layout.width, layout.weights)
     parts = []
     for index, predictor in enumerate(fitted):
@@ -168,7 +175,7 @@ def dejavu_scores(fitted, seen, layout):
 
 
 def traces_of(decoder, ids_ST, layout, args):
-    """Traces of all criteria, from the file `--traces` if it is there."""
+    """Return the traces of all criteria, from the file `--traces` if it is there."""
     if args.traces and args.traces.is_file():
         return {name: Traces(**parts) for name, parts in torch.load(args.traces, weights_only=True).items()}
     traces = trace(
@@ -181,7 +188,7 @@ def traces_of(decoder, ids_ST, layout, args):
 
 
 def learn(decoder, ids_ST, layout, args, watch_time):
-    """Traces of all criteria on the device, and by target the predictors of SHADOWS."""
+    """Return the traces of all criteria on the device, and by target the predictors of SHADOWS."""
     traces = {name: found.to(decoder.device) for name, found in traces_of(decoder, ids_ST, layout, args).items()}
     watch_time("traces")
     weights = decoder.anatomy.weights
@@ -196,7 +203,7 @@ def learn(decoder, ids_ST, layout, args, watch_time):
         for label, options in SHADOWS.items():
             config = replace(chosen, **options)
             key = config.head_criterion, config.criterion, config.features, config.shrinkage
-            if key not in fitted:  # the stand-in changes nothing that is learned
+            if key not in fitted:  # the fill changes nothing that is learned
                 fitted[key], found = shadow.learn(shadow.samples(traces, layout, config), layout, config, weights)
                 about[", ".join(map(str, key))] = found | {"parameters": fitted[key].parameters}
             learned.setdefault(target, {})[label] = fitted[key], config
@@ -205,7 +212,7 @@ def learn(decoder, ids_ST, layout, args, watch_time):
 
 
 def correlate(traces, layout, weights):
-    """How well the ranks of units are predicted on a quarter of the samples, held out from what is fitted here."""
+    """Return the rank correlations of predictions on a quarter of the samples, which the fit here does not use."""
     correlations = {}
     for name in CRITERIA:
         cut = len(traces[name]) * 3 // 4
@@ -222,13 +229,13 @@ def correlate(traces, layout, weights):
 
 
 def shared(rule, scores_BU, layout):
-    """The mask of every sequence [B, U] where the batch shares one choice of neurons."""
+    """Return the mask of every sequence [B, U] when the batch shares one choice of neurons."""
     heads_BLG, neurons_LG = for_batch(rule, scores_BU, layout, "shared")
     return layout.join(heads_BLG, neurons_LG.expand(len(scores_BU), -1, -1))
 
 
 def unions(rule, scores_NU, layout):
-    """The share of all neurons that batches run by the union of their sequences, by size."""
+    """Return the share of all neurons that the union of the sequences of a batch runs, by size of the batch."""
     return {
         size: sum(float(for_batch(rule, part, layout)[1].float().mean()) for part in parts) / len(parts)
         for size in UNIONS
@@ -237,7 +244,7 @@ def unions(rule, scores_NU, layout):
 
 
 def measure(watch, windows, prompt, targets, rivals, learned, dejavu, sensitivity_U, seed):
-    """Sums over all scored tokens by label and target."""
+    """Return sums over all scored tokens by label and target."""
     sums = defaultdict(lambda: [0.0, 0.0, 0.0, 0])
     generator = torch.Generator().manual_seed(seed)
     layout = watch.layout
@@ -269,6 +276,7 @@ def measure(watch, windows, prompt, targets, rivals, learned, dejavu, sensitivit
 
 
 def add(total, logits, dense, ids_BT, prompt):
+    """Add loss, agreement, divergence and number of tokens of a batch to a total."""
     found, wanted = logits[:, prompt:-1].flatten(0, 1), dense[:, prompt:-1].flatten(0, 1)
     total[0] += float(cross_entropy(found, ids_BT[:, prompt + 1 :].flatten(), reduction="sum"))
     total[1] += float((found.argmax(1) == wanted.argmax(1)).sum())
@@ -277,6 +285,7 @@ def add(total, logits, dense, ids_BT, prompt):
 
 
 def main() -> None:
+    """Measure every prompt length and text, and write the result after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
@@ -299,6 +308,7 @@ def main() -> None:
     stage = [started]
 
     def watch_time(name):
+        """Print the seconds since the last stage."""
         now = time.time()
         print(f"{name}: {now - stage[0]:.1f} s", flush=True)
         stage[0] = now

@@ -1,10 +1,10 @@
-"""How far the hidden states of a compressed model drift from the dense ones, block after block.
+"""Drift of the hidden states of a compressed model from the dense ones, block after block.
 
     python -m benchmarks.quality.drift MODEL DATA --out benchmarks/results/quality/drift-NAME.json
 
-For each supervision of squeeze10 (FIAS) and without, the same bits everywhere: ‖x − y‖² / ‖y‖² behind every block, on
-the calibration windows the codes were found with and on windows of the evaluation text that no method has seen. DATA as
-for quality.py.
+For each supervision of squeeze10 (FIAS) and without, the same bits everywhere: ‖x − y‖² / ‖y‖² after every block. The
+windows are those of the calibration, and those of the evaluation text, which no method has read. DATA as for
+quality.py.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CASES = {
 
 
 def drift(dense: Path, compressed: Path, ids_ST: Tensor, device: torch.device) -> list[float]:
-    """Relative squared distance behind every block, sums over all windows."""
+    """Return the relative squared distance after every block, from sums over all windows."""
     decoders = [Decoder(Checkpoint.open(str(folder)), device, torch.float32) for folder in (dense, compressed)]
     streams = [Stream(decoder, ids_ST) for decoder in decoders]
     found = []
@@ -48,6 +48,7 @@ def drift(dense: Path, compressed: Path, ids_ST: Tensor, device: torch.device) -
 
 
 def main() -> None:
+    """Measure every case and seed, and write the result after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
@@ -63,7 +64,7 @@ def main() -> None:
     )
     rows: list[dict] = []
     result = {
-        "what": "relative squared distance of the hidden states from the dense model's behind every block",
+        "what": "relative squared distance of the hidden states from the dense model's after every block",
         "model": args.model.name,
         "target": args.target,
         **provenance(args.device),

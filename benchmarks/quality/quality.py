@@ -10,7 +10,6 @@ The model and the texts are not part of this repository.
 import argparse
 import json
 import multiprocessing
-import statistics
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -18,25 +17,13 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import niwaki
+from benchmarks.common.perplexity import TEXTS, perplexities, spread
 from benchmarks.common.provenance import provenance
 from benchmarks.quality.suites import SUITES, Case
 
-TEXTS = {"reviews": "eval_reviews.jsonl", "wikitext2": "wikitext2_test.txt"}
-
-
-def perplexities(model: str | Path, data: Path, device: str, reference: str | None = None) -> dict:
-    files = {name: str(data / file) for name, file in TEXTS.items()}
-    scores = niwaki.evaluate(
-        model, reference=reference, data=list(files.values()), max_tokens=50_000, device=device, dtype="float32"
-    )
-    found = {"perplexity": {name: scores["perplexity"][path] for name, path in files.items()}}
-    if reference is not None:
-        found["kl_reviews"] = scores["kl"][files["reviews"]]
-        found["top1_agreement_reviews"] = scores["top1_agreement"][files["reviews"]]
-    return found
-
 
 def measure(model: str, data: Path, case: Case, seed: int, device: str, reference: str | None) -> dict:
+    """Compress with a case and a seed, and return sizes, seconds and scores."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         record = niwaki.compress(
@@ -57,12 +44,8 @@ def measure(model: str, data: Path, case: Case, seed: int, device: str, referenc
     return {"seed": seed, **size, "compress_s": record["seconds"], **scores}
 
 
-def spread(values: list[float]) -> dict:
-    return {"mean": statistics.mean(values), "stdev": statistics.stdev(values) if len(values) > 1 else None}
-
-
 def add_gaps(rows: list[dict], dense: dict) -> None:
-    """Gap closed of every run that has a plain wanda run of its target and seed."""
+    """Add the gap closed to every run that has a plain wanda run of its target and seed."""
     wanda = {(row["target"], run["seed"]): run for row in rows if row["label"] == "wanda" for run in row["runs"]}
     for row in rows:
         for run in row["runs"]:
@@ -77,13 +60,14 @@ def add_gaps(rows: list[dict], dense: dict) -> None:
 
 
 def summary(case: Case, runs: list[dict]) -> dict:
+    """Return the row of a case: its recipe, its runs and their spread."""
     runs = sorted(runs, key=lambda run: run["seed"])
     row = {"label": case.label, **case.recipe, "runs": runs}
     return row | {name: spread([run["perplexity"][name] for run in runs]) for name in TEXTS}
 
 
 def line(row: dict) -> str:
-    """A row as it is printed: bits, perplexities, gaps closed in per cent, seconds."""
+    """Return a row as printed: bits, perplexities, gaps closed in percent, seconds."""
     means = [round(row[name]["mean"], 2) for name in TEXTS]
     gaps = [round(100 * row["gap_closed"][name]["mean"], 1) for name in TEXTS] if "gap_closed" in row else ""
     took = round(sum(run["compress_s"] for run in row["runs"]), 1)
@@ -92,6 +76,7 @@ def line(row: dict) -> str:
 
 
 def main() -> None:
+    """Measure every case and seed, and write the result after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
@@ -119,7 +104,7 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         owners: dict[Future, int] = {}
         for number, case in enumerate(cases):
-            for seed in range(1 if case.label == "magnitude" else args.seeds):  # magnitude sees no data
+            for seed in range(1 if case.label == "magnitude" else args.seeds):  # magnitude reads no data
                 work = pool.submit(measure, args.model, args.data, case, seed, args.device, reference)
                 owners[work] = number
         waiting = Counter(owners.values())

@@ -1,9 +1,9 @@
-"""What low-rank recovery regains on pruned models, every zero kept: perplexity before and after, three seeds.
+"""Gain of low-rank recovery on pruned models, every zero kept: perplexity before and after, three seeds.
 
     python -m benchmarks.quality.recovery MODEL DATA --out benchmarks/results/quality/recovery-NAME.json [--device cuda]
 
-DATA as for quality.py. Recovery trains on other windows of calibration.jsonl than the masks were chosen on only as
-far as the shuffle differs; the evaluation texts are disjoint from both.
+DATA as for quality.py. Recovery and the choice of masks use windows of the same calibration.jsonl, in different orders.
+The evaluation texts are disjoint from both.
 """
 
 import argparse
@@ -12,13 +12,14 @@ import tempfile
 from pathlib import Path
 
 import niwaki
+from benchmarks.common.perplexity import TEXTS, perplexities, spread
 from benchmarks.common.provenance import provenance
-from benchmarks.quality.quality import TEXTS, perplexities, spread
 
 CASES = [({"method": "wanda"}, "wanda"), ({"method": "wandapp"}, "wandapp")]
 
 
 def measure(model: str, data: Path, recipe: dict, target: str, seed: int, device: str, settings: dict) -> dict:
+    """Prune and recover with a seed, and return the perplexities before and after."""
     text = str(data / "calibration.jsonl")
     with tempfile.TemporaryDirectory() as folder:
         pruned, recovered = Path(folder) / "pruned", Path(folder) / "recovered"
@@ -37,6 +38,7 @@ def measure(model: str, data: Path, recipe: dict, target: str, seed: int, device
 
 
 def main() -> None:
+    """Measure every case, and write the result after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)

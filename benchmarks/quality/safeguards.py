@@ -1,19 +1,22 @@
-"""What keeping a contextual model close to the dense one costs: checked writing, and the gate.
+"""Cost of a contextual model that stays close to the dense one: checked generation, and the gate.
 
     python -m benchmarks.quality.safeguards MODEL DATA --work WORK --out benchmarks/results/quality/safeguards-NAME.json
 
 DATA holds calibration.jsonl (predictors come from it alone) and eval_reviews.jsonl. For every target a predictor is
 trained as `niwaki compress --method shadow` does. Prompts of the reviews are continued greedily: dense, by the part
-alone, and checked every N tokens by the exact rule or by the one that lets a token stand which the full model gives at
-least a probability (`niwaki.runtime.contextual.decoding`). `agreement`: share of written tokens that are the full
-model's own choice behind the same text. `passes`: of the full model, for each written token (one pass reads up to N at
-once). `small_steps`: tokens drafted by the part for each written one. `time_ratio`: seconds over those of dense
-writing, the
-ways of writing in turns; models of this size are bound by Python, so it is no measure of larger ones. In float32: in
-bfloat16 a pass over several tokens rounds otherwise than one token after another, and the full model does not quite
-agree with itself.
+alone, and checked every N tokens. The exact rule accepts the choice of the full model. The other rule accepts a token
+that has at least some probability in the full model (`niwaki.runtime.contextual.decoding`).
 
-The gate: `calibrate-gate` on the first half of the reviews' windows, what it does measured on the second half.
+- `agreement`: share of written tokens that are the full model's own choice after the same text
+- `passes`: passes of the full model per written token (one pass reads up to N at once)
+- `small_steps`: tokens that the part drafts per written token
+- `time_ratio`: seconds over those of dense generation, all ways in turns; Python bounds models of this size, so it is
+  no measure of larger ones
+
+Arithmetic is float32. In bfloat16 a pass over several tokens rounds differently from one token after another, and the
+full model does not quite agree with itself.
+
+The gate: `calibrate-gate` on the first half of the windows of the reviews, its effect measured on the second half.
 """
 
 import argparse
@@ -33,7 +36,7 @@ RULES = [("exact", 4, None), ("exact", 8, None), ("p ≥ 0.3", 8, 0.3), ("p ≥ 
 
 
 def agreement(model, ids, prompt):
-    """The share of tokens behind the prompt that the full model would have written there."""
+    """Return the share of tokens after the prompt that are the full model's own choice."""
     model.contextual.enabled = False
     with torch.no_grad():
         wanted = model(input_ids=ids, use_cache=False).logits[0, prompt - 1 : -1].argmax(-1)
@@ -42,6 +45,7 @@ def agreement(model, ids, prompt):
 
 
 def plain(model, ids, new, enabled):
+    """Generate without checks, dense or by the part."""
     model.contextual.enabled = enabled
     mask = torch.ones_like(ids)  # or generate takes the ends of documents for padding
     found = model.generate(
@@ -52,11 +56,12 @@ def plain(model, ids, new, enabled):
 
 
 def writing(model, windows, prompt, new):
-    """One row for every way of writing, means over prompts."""
+    """Return one row per way of generation, means over prompts."""
     ways = {"dense": lambda ids: (plain(model, ids, new, False), None)}
     ways["part alone"] = lambda ids: (plain(model, ids, new, True), None)
     for rule, every, least in RULES:
         def checked(ids, every=every, least=least):
+            """Generate with checks."""
             found = generate_verified(model.contextual, ids, max_new_tokens=new, every=every, min_probability=least)
             return found.ids_1T, found
         ways[f"{rule}, every {every}"] = checked
@@ -77,7 +82,7 @@ def writing(model, windows, prompt, new):
 
 
 def gates(folder, windows, prompt, args):
-    """For every agreement asked for: what share of other prompts runs sparse, and how much all agree."""
+    """Return for every requested agreement the share of other prompts that run sparse, and the agreement of all."""
     rows = []
     data = [str(args.data / "eval_reviews.jsonl")]
     for asked in args.agreements:
@@ -96,6 +101,7 @@ def gates(folder, windows, prompt, args):
 
 
 def main() -> None:
+    """Measure every target, and write the result after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)

@@ -2,16 +2,17 @@
 
     python -m benchmarks.quality.slicegpt MODEL DATA --out benchmarks/results/quality/quality-slicegpt-NAME.json
 
-Source: Ashkboos et al. 2024, "SliceGPT: Compress Large Language Models by Deleting Rows and Columns". Before each of a
-block's two norms the residual stream is turned to its principal directions, the last ones are deleted, and a square
-matrix on the shortcut turns from one basis to the next. Deleting in another basis is a projection in this one, so its
-quality is computed here without turning anything: ahead of every norm the stream is projected on the K principal
-directions of what comes there (float64, 1 % damping), block after block on inputs that are sliced already. LayerNorm
-takes its mean out first, as the paper folds it into the matrices before.
+Source: Ashkboos et al. 2024, "SliceGPT: Compress Large Language Models by Deleting Rows and Columns". Before each
+norm of a block, the residual stream is turned to its principal directions and the last ones are deleted. A square
+matrix on the shortcut turns from one basis to the next.
 
-Not a method of niwaki: the result needs a model class of its own, and gains less than it loses (see the results). What
-its file would hold is counted: every matrix with K for the width, and two K × K shortcuts a block. The head reads the
-whole stream, which favours it.
+To delete in another basis is to project in this one, so this script computes the quality without a turn. Before every
+norm it projects the stream on the K principal directions of its input (float64, 1 % damping). Blocks follow one another
+on inputs that are sliced already. LayerNorm takes its mean out first, as the paper folds it into the matrices before.
+
+Not a method of niwaki: the result needs a model class of its own, and gains less than it loses (see the results). The
+size counts every matrix with K for the width, and two K × K shortcuts per block. The head reads the whole stream, which
+favours SliceGPT.
 """
 
 import argparse
@@ -22,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common.perplexity import TEXTS, spread
 from benchmarks.common.provenance import provenance
-from benchmarks.quality.quality import TEXTS, spread
 from niwaki.compression.walk import loaded_blocks
 from niwaki.data.stream import Stream
 from niwaki.data.texts import calibration_windows, evaluation_windows, load_tokenizer, read_texts
@@ -36,7 +37,7 @@ MULTIPLE = 8  # of directions that stay, as in the released code
 
 
 def norms_of(block: Block, stream: Stream) -> list[nn.Module]:
-    """The modules that read the stream ahead of attention and of the dense layer, in the order they run."""
+    """Return the modules that read the stream before attention and before the dense layer, in the order they run."""
     width, seen = stream.hidden.read(slice(0, 1)).shape[-1], []
     candidates = [m for m in block.module.modules() if all(p.shape == (width,) for p in m.parameters())]
     hooks = [
@@ -52,14 +53,14 @@ def norms_of(block: Block, stream: Stream) -> list[nn.Module]:
 
 
 def principal(gram_DD: Tensor, count: int) -> Tensor:
-    """The `count` directions [D, K] with most energy."""
+    """Return the `count` directions [D, K] with most energy."""
     damped_DD = gram_DD.clone()
     damped_DD.diagonal().add_(0.01 * damped_DD.diagonal().mean())
     return torch.linalg.eigh(damped_DD)[1][:, -count:]
 
 
 class Projection:
-    """A hook ahead of a norm: while it learns it sums what comes, afterwards it projects the stream in place."""
+    """Hook before a norm. First it sums the Gram matrix of its input, after `fix` it projects the stream in place."""
 
     def __init__(self, norm: nn.Module) -> None:
         self.centred = isinstance(norm, nn.LayerNorm)
@@ -77,20 +78,21 @@ class Projection:
         gram_DD = rows_ND.T @ rows_ND
         self.gram_DD = gram_DD if self.gram_DD is None else self.gram_DD + gram_DD
 
-    def settle(self, count: int) -> None:
+    def fix(self, count: int) -> None:
+        """Fix the projection on the `count` principal directions."""
         assert self.gram_DD is not None
         self.span_DK = principal(self.gram_DD, count).float()
 
 
 def counted(decoder: Decoder, count: int) -> float:
-    """The share of the blocks' parameters that is gone with `count` directions; norms are folded into matrices."""
+    """Return the share of parameters of the blocks that `count` directions remove. Norms are folded into matrices."""
     width, block = decoder.hidden_size, decoder.anatomy.blocks[0]
     left = block.weights * count / width + 2 * count**2
     return 1 - left / block.weights
 
 
 def measure(decoder: Decoder, ids_ST: Tensor, texts: dict[str, Tensor], count: int) -> dict[str, float]:
-    """Perplexities of the sliced model; all streams pass the blocks together."""
+    """Return the perplexities of the sliced model. All streams pass the blocks together."""
     stream = Stream(decoder, ids_ST)
     riders = {name: Stream(decoder, windows_ST) for name, windows_ST in texts.items()}
     for block in loaded_blocks(decoder):
@@ -98,7 +100,7 @@ def measure(decoder: Decoder, ids_ST: Tensor, texts: dict[str, Tensor], count: i
         for norm in norms_of(block, stream):
             projections.append(Projection(norm))
             stream.observe(block, None)
-            projections[-1].settle(count)
+            projections[-1].fix(count)
         for passing in (stream, *riders.values()):
             passing.advance(block)
         for projection in projections:
@@ -106,7 +108,10 @@ def measure(decoder: Decoder, ids_ST: Tensor, texts: dict[str, Tensor], count: i
         block.release()
 
     def perplexity(rider: Stream) -> float:
+        """Return the perplexity of one text."""
+
         def logits(row: int) -> list[Tensor]:
+            """Return the logits of one window."""
             at = slice(row, row + 1)
             return [decoder.logits(rider.ids_ST[at], rider.hidden.read(at))[0].float()]
 
@@ -116,6 +121,7 @@ def measure(decoder: Decoder, ids_ST: Tensor, texts: dict[str, Tensor], count: i
 
 
 def main() -> None:
+    """Measure every target and seed, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)

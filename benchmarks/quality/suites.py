@@ -12,15 +12,18 @@ class Case:
 
 
 def case(label: str, target: str, method: str = "", **more: object) -> Case:
+    """Return a case whose method has the name of its label, unless `method` or a preset says otherwise."""
     by = {} if "preset" in more else {"method": method or label}
     return Case(label, {"target": target, **by, **more})
 
 
 def wandas(*targets: str) -> list[Case]:
+    """Return wanda at every target."""
     return [case("wanda", target) for target in targets]
 
 
 def classic() -> list[Case]:
+    """Return the methods that learn nothing."""
     found = []
     for target in ("0.5", "0.7", "2:4"):
         found += [case(method, target) for method in ("magnitude", "wanda", "sparsegpt")]
@@ -29,11 +32,13 @@ def classic() -> list[Case]:
 
 
 def chain(label: str, target: str, method: str, **steps: dict) -> Case:
+    """Return a case of several methods with options per method."""
     options = {f"{name}.{key}": value for name, given in steps.items() for key, value in given.items()}
     return case(label, target, method, options=options)
 
 
 def learned() -> list[Case]:
+    """Return the methods that learn, the presets, and their baselines."""
     found = wandas("2:4", "0.5", "0.7") + [case("sparsegpt", target) for target in ("2:4", "0.5", "0.7")]
     found += [case("wandapp", target) for target in ("2:4", "0.5")]
     found += [case("besa", target) for target in ("0.5", "0.7")]
@@ -44,11 +49,12 @@ def learned() -> list[Case]:
 
 
 def varied(method: str, target: str, variants: dict[str, dict]) -> list[Case]:
+    """Return one case per variant of the options of a method."""
     return [case(f"{method} {label}".strip(), target, method, options=options) for label, options in variants.items()]
 
 
 def ablation_wandapp() -> list[Case]:
-    """Score, mask, rate, rounds, target; `as published` keeps every published choice that is known."""
+    """Return variants of score, mask, rate, rounds and target. `as published` keeps the published choices."""
     published = {"alpha": 100.0, "rounds": 5, "batch": 1, "optimizer": "rmsprop", "rate_frac": 1e-5}
     found = wandas("2:4", "0.5")
     for target in ("2:4", "0.5"):
@@ -66,6 +72,7 @@ def ablation_wandapp() -> list[Case]:
 
 
 def ablation_besa() -> list[Case]:
+    """Return variants of granularity, target, balance, steps, rates, budgets, and chains after besa."""
     found = wandas("0.5", "0.7")
     for target in ("0.5", "0.7"):
         found += varied("besa", target, {
@@ -87,7 +94,7 @@ def ablation_besa() -> list[Case]:
 
 
 def quantized() -> list[Case]:
-    """Everything at its true bits, from 1.2 to 4.2."""
+    """Return all methods at their true bits, from 1.2 to 4.2."""
     bits, plain = (1.2, 1.4, 1.75, 2.0, 2.28, 2.95, 3.5), {"learn_rounds": 0}
     found = [case("squeeze10", f"{b}bit") for b in bits]
     found.append(case("squeeze10 learned longer", "1.75bit", "squeeze10", options={"learn_rounds": 16, "samples": 56}))
@@ -102,7 +109,7 @@ def quantized() -> list[Case]:
 
 
 def ablation_squeeze10() -> list[Case]:
-    """Choice, staging, order, groups, widths, supervision, rounds and learning at 1.75 true bits."""
+    """Return variants of choice, staging, order, groups, widths, supervision, rounds and learning at 1.75 true bits."""
     four = {"widths": "1+4"}
     learn = {"learn_rounds": 30, "samples": 64, "batch": 8}
     choices = {f"choose {name}": four | {"choose": name} for name in ("activation", "surgeon", "magnitude", "random")}
@@ -147,7 +154,7 @@ LEARN_ROUNDS = 16  # of comp, when it learns
 
 
 def structured() -> list[Case]:
-    """comp as it is, with its two options that cost more, and its peers (SliceGPT: slicegpt.py)."""
+    """Return comp by default, with its two options that cost more, and its peers (SliceGPT: slicegpt.py)."""
     methods = ("comp", "flap", "two_ssp", "wanda_sp", "shortgpt")
     more: dict[str, dict] = {
         "comp learned": {"options": {"learn_rounds": LEARN_ROUNDS}},
@@ -162,7 +169,7 @@ def structured() -> list[Case]:
 
 
 def ablation_comp() -> list[Case]:
-    """Score, tuning, target, split, damping at 30 % and 50 %; all but the last ones without trials of the split."""
+    """Return variants of score, tuning, target, split and damping at 30 % and 50 %. Only the last cases try splits."""
     fixed = {"try_blocks": 0, "try_heads": 0}
     variants = {
         "neurons alone": {}, "energy": {"score": "energy"}, "leverage": {"score": "leverage"},

@@ -1,9 +1,9 @@
-"""How soon the drift alarm of a roll-out notices other prompts: reviews, then Python's own documentation.
+"""Delay of the drift alarm of a roll-out until it notices other prompts: reviews, then Python's documentation.
 
     python -m benchmarks.serving.rollout_drift REVIEWS.jsonl benchmarks/results/serving/rollout-drift.json
 
-Prompts are pieces of 300 to 500 characters in random order, agreement stays the same. Twenty seeds; also how often the
-alarm is raised where reviews are followed by reviews. Cost: a minute.
+Prompts are pieces of 300 to 500 characters in random order. Agreement stays the same. There are twenty seeds. Reviews
+followed by reviews give the rate of false alarms. Cost: a minute.
 """
 
 import json
@@ -20,7 +20,7 @@ BEFORE, AFTER, SEEDS = 500, 300, 20
 
 
 def pieces(texts: Sequence[str], rng: random.Random) -> list[str]:
-    """Texts cut into prompts."""
+    """Cut texts into prompts."""
     found = []
     for text in texts:
         at = 0
@@ -32,7 +32,7 @@ def pieces(texts: Sequence[str], rng: random.Random) -> list[str]:
 
 
 def alarm_after(before: list[str], after: list[str], seed: int) -> tuple[int, int | None]:
-    """(alarms before the change, audits after it until the alarm)."""
+    """Return the alarms before the change, and the audits after it until the alarm."""
     rng = random.Random(seed)
     watch = Watch(rng=rng)
     for prompt in rng.choices(before, k=BEFORE):
@@ -46,8 +46,8 @@ def alarm_after(before: list[str], after: list[str], seed: int) -> tuple[int, in
 
 
 def main() -> None:
-    """Both directions, and no change."""
-    lines = Path(sys.argv[1]).read_text(encoding="utf-8").strip().split("\n")  # a text may hold other line ends
+    """Measure both directions and no change, and write the result."""
+    lines = Path(sys.argv[1]).read_text(encoding="utf-8").strip().split("\n")  # a text may have other line ends
     reviews = pieces([json.loads(line)["text"] for line in lines], random.Random(0))
     python = pieces(list(topics.values()), random.Random(0))
     rows = []

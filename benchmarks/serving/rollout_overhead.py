@@ -1,10 +1,10 @@
-"""What the gateway adds to a request, and whether copies change what users wait: real sockets on loopback.
+"""Overhead of the gateway per request, and the effect of copies on the wait of users: real sockets on loopback.
 
     python -m benchmarks.serving.rollout_overhead OUT.json --requests 2000
 
-Direct, through the gateway, and through the gateway with every request copied, in turns; milliseconds at P50 and P99.
-The upstream answers after `--upstream-ms` from a process of its own, the gateway runs in another: what is timed is the
-client's wait. Needs a quiet machine with two cores; cost: a minute.
+Direct, through the gateway, and through the gateway with every request copied, in turns: milliseconds at P50 and P99.
+The upstream answers after `--upstream-ms` from a process of its own. The gateway runs in another one. The time is the
+wait of the client. This needs a quiet machine with two cores. Cost: a minute.
 """
 
 import argparse
@@ -37,14 +37,14 @@ GATEWAY = ["-m", "niwaki.cli", "rollout", "run", "--limit", "top1_agreement=0.5"
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """Return a free port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
 
 
 async def up(url: str) -> None:
-    """Waits until something answers."""
+    """Wait until the URL answers."""
     async with httpx.AsyncClient() as client:
         for _ in range(600):
             try:
@@ -57,7 +57,7 @@ async def up(url: str) -> None:
 
 
 async def timed(url: str, requests: int, first: int) -> list[float]:
-    """Milliseconds of every request, one after the other."""
+    """Return the milliseconds of every request, one after the other."""
     found = []
     async with httpx.AsyncClient(base_url=url) as client:
         for number in range(first, first + requests):
@@ -70,7 +70,7 @@ async def timed(url: str, requests: int, first: int) -> list[float]:
 
 
 async def measured(urls: dict[str, str], requests: int) -> dict[str, list[float]]:
-    """All ways in turns of a tenth each, so that a busy moment meets all of them; the first turn warms up."""
+    """Time all ways in turns of a tenth each, so that a busy moment meets all. The first turn warms up."""
     found: dict[str, list[float]] = {name: [] for name in urls}
     for turn in range(11):
         for name, url in urls.items():
@@ -80,7 +80,7 @@ async def measured(urls: dict[str, str], requests: int) -> dict[str, list[float]
 
 
 def main() -> None:
-    """Starts everything, measures, writes JSON."""
+    """Start the servers, measure, and write the result."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--requests", type=int, default=2000)

@@ -1,11 +1,11 @@
-"""Simulated roll-outs through the real decision: how often an equal canary is returned, how soon a bad one is.
+"""Simulated roll-outs through the real decision: the rate of returned equal canaries, the delay for bad ones.
 
     python -m benchmarks.serving.rollout_simulated benchmarks/results/serving/rollout-simulated.json
 
-Requests, latencies and audits are drawn, not served: 500 requests of the canary an interval, 100 pairs of latencies
-(lognormal, sigma 0.3 on each side), 40 audits (beta with mean 0.97 and the spread of 20 tokens, log-ratios of
-perplexity with mean 0.02 and deviation 0.1). `borderline` lies exactly on the limit of agreement. Cost: minutes on
-one core.
+Requests, latencies and audits are drawn, not served. An interval has 500 requests of the canary, 100 pairs of latencies
+and 40 audits. Latencies are lognormal with sigma 0.3 on each side. Agreements are beta with mean 0.97 and the spread of
+20 tokens. Log-ratios of perplexity have mean 0.02 and deviation 0.1. `borderline` lies exactly on the limit of
+agreement. Cost: minutes on one core.
 """
 
 import json
@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def roll_out(
     seed: int, errors: float = 0.0, slow: float = 1.0, agreement: float = 0.97, begins: int = 1
 ) -> tuple[str, int]:
-    """(how it ended, after how many intervals)."""
+    """Return the end of a roll-out and its number of intervals."""
     rng, step, seen = np.random.default_rng(seed), 0, []
     for number in range(1, MOST + 1):
         bad = number >= begins
@@ -68,7 +68,7 @@ def roll_out(
 
 
 def main() -> None:
-    """Writes one row a kind of canary."""
+    """Write one row per kind of canary."""
     out, count = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 200
     rows = []
     for name, how in KINDS.items():

@@ -1,7 +1,7 @@
-"""Tokens per second of the engine with 1, 2, 4 and 8 sequences at once: what one loop for all is worth.
+"""Tokens per second of the engine with 1, 2, 4 and 8 sequences at once: the gain of one loop for all.
 
-The engine alone, without the network: greedy answers of equal length to prompts of different lengths, in turns of all
-numbers of sequences, median of the rounds.
+The engine runs alone, without the network. Greedy answers have equal length, prompts do not. The numbers of sequences
+take turns. Results are medians of the rounds.
 
     python -m benchmarks.serving.serving_batch --out benchmarks/results/serving/serving-batch-cpu.json [--model MODEL]
 """
@@ -26,7 +26,7 @@ from niwaki.serve.sampling import Sampling
 
 
 def timed(engine: Engine, sequences: int, tokens: int) -> float:
-    """Tokens per second, prompts included in the time."""
+    """Return the tokens per second, prompts included in the time."""
     events: queue.Queue[Event] = queue.Queue()
     began = time.perf_counter()
     for number in range(sequences):
@@ -39,9 +39,9 @@ def timed(engine: Engine, sequences: int, tokens: int) -> float:
 
 
 def main() -> None:
-    """Measures, and writes what came of it."""
+    """Measure, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=None, help="the sapling if left out")
+    parser.add_argument("--model", type=Path, default=None, help="default: the sapling")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)

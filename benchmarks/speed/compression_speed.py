@@ -2,107 +2,30 @@
 
     python -m benchmarks.speed.compression_speed --out benchmarks/results/speed/compression-speed.json --work /tmp/work
 
-Random bf16 weights (normal, std 0.02) are made on the machine; calibration is 128 windows of 2048 tokens. The
-floor is computed from the operations of each method and the matrix rate measured in the same run. With fewer
-`--blocks` than the shape has, that many are timed and the result says so; the seconds a block allow extrapolation.
+Random bf16 weights (normal, std 0.02) are made on the machine. Calibration is 128 windows of 2048 tokens. The floor is
+computed from the operations of each method and the matrix rate measured in the same run. With fewer `--blocks` than
+the shape has, only these are timed and the result says so. The seconds per block allow extrapolation.
 """
 
 import argparse
 import json
-import shutil
 import statistics
 import time
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
-import transformers
-from safetensors.torch import save_file
 
 import niwaki
+from benchmarks.common.checkpoints import SHAPES, Shape, make_checkpoint, write_topics
 from benchmarks.common.provenance import provenance
-from niwaki.cli.demo import sapling
 from niwaki.config.presets import PRESETS
 from niwaki.config.recipe import make_recipe, parse_target
 from niwaki.methods.registry import make_steps, merged_needs
 
-VOCABULARY = 32000
-
-
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    hidden: int
-    middle: int
-    heads: int
-    key_value_heads: int
-    blocks: int
-
-    @property
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        narrow = self.hidden // self.heads * self.key_value_heads
-        return {
-            "self_attn.q_proj": (self.hidden, self.hidden), "self_attn.k_proj": (narrow, self.hidden),
-            "self_attn.v_proj": (narrow, self.hidden), "self_attn.o_proj": (self.hidden, self.hidden),
-            "mlp.gate_proj": (self.middle, self.hidden), "mlp.up_proj": (self.middle, self.hidden),
-            "mlp.down_proj": (self.hidden, self.middle),
-        }
-
-    @property
-    def block_weights(self) -> int:
-        return sum(rows * columns for rows, columns in self.matrices.values())
-
-
-SHAPES = {
-    "7b": Shape("Llama-2-7B", 4096, 11008, 32, 32, 32),
-    "70b": Shape("Llama-2-70B", 8192, 28672, 64, 8, 80),
-}
-
-
-def make_checkpoint(folder: Path, blocks: int, device: str, shape: Shape = SHAPES["7b"]) -> None:
-    """A sharded random checkpoint with the sapling's tokenizer (its ids all lie inside the vocabulary)."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    config = transformers.LlamaConfig(
-        hidden_size=shape.hidden, intermediate_size=shape.middle, num_hidden_layers=blocks,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.key_value_heads, vocab_size=VOCABULARY,
-        max_position_embeddings=4096, dtype="bfloat16", bos_token_id=0, eos_token_id=0,
-        architectures=["LlamaForCausalLM"],
-    )
-    config.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(sapling() / name, folder / name)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator, device=device) * 0.02).to(torch.bfloat16).cpu()
-
-    weight_map = {}
-
-    def save(number: int, tensors: dict[str, torch.Tensor]) -> None:
-        shard = f"model-{number:05d}-of-{blocks + 1:05d}.safetensors"
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, shard))
-
-    ones = torch.ones(shape.hidden, dtype=torch.bfloat16)
-    for index in range(blocks):
-        prefix = f"model.layers.{index}."
-        tensors = {f"{prefix}{name}.weight": normal(*size) for name, size in shape.matrices.items()}
-        norms = ("input_layernorm", "post_attention_layernorm")
-        save(index + 1, tensors | {f"{prefix}{n}.weight": ones.clone() for n in norms})
-    save(blocks + 1, {
-        "model.embed_tokens.weight": normal(VOCABULARY, shape.hidden),
-        "lm_head.weight": normal(VOCABULARY, shape.hidden),
-        "model.norm.weight": ones.clone(),
-    })
-    index_file = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
-
 
 def matrix_rate(device: str) -> float:
-    """FLOP/s of a large bf16 (CUDA) or float32 (CPU) product on random data."""
+    """Return the FLOP/s of a large bf16 (CUDA) or float32 (CPU) product on random data."""
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = []
@@ -116,11 +39,11 @@ def matrix_rate(device: str) -> float:
 
 
 def floor_seconds(case: dict, shape: Shape, blocks: int, rate: float) -> float:
-    """Operations that cannot be avoided over the measured matrix rate.
+    """Return the seconds of the operations that cannot be avoided, at the measured matrix rate.
 
-    Two forwards (statistics, propagation), one more for a dense stream, three for every window learned from and
-    for every regional gradient; where Gram matrices are needed also those (lower triangles), their factors and
-    the sweeps, the last two in float32 at an assumed eighth of the matrix rate.
+    Every case has two forwards (statistics, propagation), and one more for a dense stream. Every window of learning
+    and every regional gradient costs three. Methods that need Gram matrices add these (lower triangles), their
+    factors and the sweeps. The last two are in float32, at an assumed eighth of the matrix rate.
     """
     samples, seq_len = case["calibration"]["samples"], case["calibration"]["seq_len"]
     tokens = samples * seq_len
@@ -143,6 +66,7 @@ def floor_seconds(case: dict, shape: Shape, blocks: int, rate: float) -> float:
 
 
 def profile(model: Path, out: Path, case: dict) -> None:
+    """Print the kernels of one compression by their time."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
@@ -152,7 +76,7 @@ def profile(model: Path, out: Path, case: dict) -> None:
 
 
 def _block_seconds(out: Path) -> tuple[float, float]:
-    """Medians over the blocks, from the event log: of compressing one, and of scanning one beforehand (or 0)."""
+    """Return medians over the blocks, from the event log: compressing one, and scanning one before (or 0)."""
     events = [json.loads(line) for line in (out / "niwaki/events.jsonl").read_text().splitlines()]
     scans = [event["time"] for event in events if event["event"] == "scan"]
     scanned = [late - early for early, late in pairwise(scans)]
@@ -161,6 +85,7 @@ def _block_seconds(out: Path) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Measure every case, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -184,7 +109,7 @@ def main() -> None:
     make_checkpoint(args.work / "model", blocks, args.device, shape)
     made_s = time.perf_counter() - begin
     text = args.work / "calibration.jsonl"
-    text.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for _ in range(4) for name in sorted(topics)))
+    write_topics(text, times=4)
     rate = matrix_rate(args.device)
     print(f"checkpoint made in {made_s:.0f} s; matrix rate {rate / 1e12:.1f} TFLOP/s", flush=True)
     rows = []

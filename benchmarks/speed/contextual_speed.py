@@ -2,14 +2,14 @@
 
     python -m benchmarks.speed.contextual_speed --shape 1B --out benchmarks/results/speed/contextual-speed-NAME.json
 
-The real runtime path: a prompt of `--prompt` tokens, `--new` tokens, the predictor (of the size that `--method shadow`
-would train, with random numbers in it), the choice and the copies included in the time. `speedup` is that of the whole,
-the prompt included; `decode_speedup` of all that follows the prompt: dense steps over sparse steps and the choice.
+The real runtime path: a prompt of `--prompt` tokens, then `--new` tokens. The time includes the predictor, the choice
+and the copies. The predictor has the size that `--method shadow` trains, and random numbers. `speedup` is that of the
+whole with the prompt. `decode_speedup` is that of all after the prompt: dense steps over sparse steps and the choice.
 Ratios are medians over repetitions, dense and sparse in turns.
 
-On a CPU transformers' `generate` writes. On a GPU both sides run as CUDA graphs (`niwaki.runtime.cuda_graph`), once as
-they are and once with the small operations fused by torch.compile (`--compiled`), each against a dense side that is
-run the same way. `--batch-neurons`: what the sequences of a batch share (see `niwaki.runtime.contextual.selection`).
+On a CPU transformers' `generate` writes. On a GPU both sides run as CUDA graphs (`niwaki.runtime.cuda_graph`). With
+`--compiled 1` torch.compile fuses the small operations of both sides. `--batch-neurons` is what the sequences of a
+batch share (see `niwaki.runtime.contextual.selection`).
 """
 
 import argparse
@@ -41,6 +41,7 @@ SHAPES = {
 
 
 def build(shape, device, dtype):
+    """Build a random model of a shape."""
     blocks, hidden, ffn, heads, groups = SHAPES[shape]
     config = transformers.LlamaConfig(
         vocab_size=32000, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=blocks,
@@ -50,24 +51,26 @@ def build(shape, device, dtype):
 
 
 class Clock:
-    """Seconds of the first forward of a text, which reads the prompt, and of the whole."""
+    """Stop-watch of a text: seconds of its first forward, which reads the prompt, and of the whole."""
 
     def __init__(self, model):
         self.first = None
         model.register_forward_hook(self.tick)
 
     def tick(self, *_):
+        """Note the end of the first forward."""
         if self.first is None:
             self.first = time.perf_counter()
 
     def generate(self, model, ids, new):
+        """Generate, and return the seconds until the first token and of the whole."""
         self.first, start = None, time.perf_counter()
         model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
         return self.first - start, time.perf_counter() - start
 
 
 def graphed(generator, ids, new):
-    """Seconds until the first token, the choice and the copies of a part included, and of the whole."""
+    """Return seconds until the first token, with the choice and the copies of a part, and of the whole."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     logits, step = generator.prefill(ids)
@@ -81,7 +84,7 @@ def graphed(generator, ids, new):
 
 
 def measure(write, contextual, repetitions):
-    """Medians and all of the seconds of dense and sparse texts, in turns; the first of each warms up."""
+    """Return medians and all seconds of dense and sparse texts, in turns. The first of each warms up."""
     times = {name: [] for name in ("dense", "sparse", "dense prompt", "sparse prompt")}
     for repetition in range(repetitions + 1):
         for name in ("dense", "sparse"):
@@ -91,17 +94,18 @@ def measure(write, contextual, repetitions):
                 times[name].append(whole)
                 times[f"{name} prompt"].append(prompt)
     middle = {name: statistics.median(values) for name, values in times.items()}
-    # with generate the choice falls behind the prompt, with graphs before the first token: either way it counts here
-    behind = {name: middle[name] - middle["dense prompt"] for name in ("dense", "sparse")}
+    # With generate the choice comes after the prompt, with graphs before the first token. It counts here in both.
+    decoding = {name: middle[name] - middle["dense prompt"] for name in ("dense", "sparse")}
     return {
         "seconds": middle,
         "all": times,
         "speedup": middle["dense"] / middle["sparse"],
-        "decode_speedup": behind["dense"] / behind["sparse"],
+        "decode_speedup": decoding["dense"] / decoding["sparse"],
     }
 
 
 def main() -> None:
+    """Measure every batch, target and way of running, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1B")
     parser.add_argument("--out", type=Path, required=True)

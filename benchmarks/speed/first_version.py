@@ -3,9 +3,9 @@
     python -m benchmarks.speed.first_version --out benchmarks/results/speed/first-version-cpu.json \\
         --work WORK [--model MODEL ...]
 
-Both are installed from the repository, their kernels compiled, into folders of their own, and run in processes of their
-own with the same libraries, text and options: the defaults of each, which learning methods have changed since. Seconds
-are those of the record, from the open checkpoint to the closed result; ratios are medians over the rounds.
+Both are installed from the repository into folders of their own, with compiled kernels. Both run in processes of their
+own with the same libraries and text. Options are the defaults of each version: those of learning methods have changed.
+Seconds are those of the record, from the open checkpoint to the closed result. Ratios are medians over the rounds.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 
+from benchmarks.common.checkpoints import write_topics
 from benchmarks.common.provenance import provenance
 from niwaki.cli.demo import sapling
 
@@ -35,7 +35,7 @@ app()
 
 
 def installed(commit: str, work: Path) -> Path:
-    """The package of a commit, built once."""
+    """Return the package of a commit, built once."""
     folder, source = work / f"niwaki-{commit}", work / f"source-{commit}"
     if not folder.exists():
         subprocess.run(["git", "worktree", "add", "--detach", "--force", str(source), commit], check=True)
@@ -46,7 +46,7 @@ def installed(commit: str, work: Path) -> Path:
 
 
 def compress(package: Path, model: Path, case: str, text: Path, out: Path) -> tuple[float, int]:
-    """Seconds and peak bytes."""
+    """Compress a model with a package, and return seconds and peak bytes."""
     method, target = case.split("/")
     command = [
         sys.executable, "-c", CHILD, str(package), "compress", str(model), str(out), "--method", method, "--target",
@@ -61,6 +61,7 @@ def compress(package: Path, model: Path, case: str, text: Path, out: Path) -> tu
 
 
 def main() -> None:
+    """Measure every case in turns, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -70,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     text = args.work / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)))
+    write_topics(text)
     today = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     now = installed(today.stdout.strip(), args.work)
     rows = []

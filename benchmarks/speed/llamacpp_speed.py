@@ -3,10 +3,10 @@
     python -m benchmarks.speed.llamacpp_speed --work /tmp/work --out benchmarks/results/speed/llamacpp-speed-cpu.json
     python -m benchmarks.speed.llamacpp_speed --work /tmp/work --tiny --rounds 1                  (to try the script)
 
-Random weights; checkpoints are built, saved and exported by `niwaki export --to gguf` as a user's are, once for every
-shape and type in WORK (kept there; 2.2 GB a bf16 file). Models of a type take turns in one process; medians over the
+Checkpoints of random weights are built, saved and exported by `niwaki export --to gguf` as a user's are. WORK keeps one
+file per shape and type (2.2 GB a bf16 file). Models of a type take turns in one process. Times are medians over the
 rounds. A prompt is one batch, decoding follows a prompt of 8 tokens. Memory is VmRSS minus that before loading, each
-model alone in a fresh process, after a prompt and some tokens: weights are mapped, and by then all have been read.
+model alone in a fresh process, after a prompt and some tokens. Weights are mapped, and by then all have been read.
 """
 
 import argparse
@@ -26,9 +26,9 @@ import torch
 import transformers
 
 import niwaki
+from benchmarks.common.cpu_timing import resident_bytes
+from benchmarks.common.decoders import FIELDS, build, dense_config, shapes
 from benchmarks.common.provenance import provenance
-from benchmarks.speed.packed_decode import resident_bytes
-from benchmarks.speed.shape_speed import FIELDS, build, dense_config, shapes
 from niwaki.cli.demo import sapling
 
 TYPES = ("bf16", "f16", "q8_0")
@@ -36,6 +36,7 @@ PROMPT_BEFORE_DECODING = 8
 
 
 def tiny_config() -> transformers.LlamaConfig:
+    """Return a small config, to try the script."""
     return transformers.LlamaConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
         vocab_size=4096, max_position_embeddings=4096, dtype="bfloat16", architectures=["LlamaForCausalLM"],
@@ -43,7 +44,7 @@ def tiny_config() -> transformers.LlamaConfig:
 
 
 def files(work: Path, configs: dict[str, dict[str, Any]], types: list[str]) -> dict[tuple[str, str], Path]:
-    """The GGUF of every shape and type, made unless it is there."""
+    """Return the GGUF of every shape and type, made unless it is there."""
     found = {}
     for name, config in configs.items():
         key = "-".join([*name.split(), str(config["hidden_size"])])
@@ -77,24 +78,29 @@ class Engine:
         self.context = llama_cpp.llama_init_from_model(self.model, params)
 
     def threads(self, count: int) -> None:
+        """Set the number of threads."""
         llama_cpp.llama_set_n_threads(self.context, count, count)
 
     def forget(self) -> None:
+        """Clear the key-value cache."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
 
     def feed(self, ids: list[int]) -> None:
+        """Run one batch of tokens."""
         held = (llama_cpp.llama_token * len(ids))(*ids)  # the batch points into it
         if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(held, len(ids))):
             raise RuntimeError("llama.cpp could not run the batch")
         llama_cpp.llama_synchronize(self.context)
 
     def prompt_s(self, tokens: int) -> float:
+        """Return the seconds of a prompt."""
         self.forget()
         begin = time.perf_counter()
         self.feed(list(range(1, tokens + 1)))
         return time.perf_counter() - begin
 
     def decode_s(self, tokens: int) -> float:
+        """Return the seconds of decoding after a short prompt."""
         self.prompt_s(PROMPT_BEFORE_DECODING)
         begin = time.perf_counter()
         for token in range(1, tokens + 1):
@@ -103,6 +109,7 @@ class Engine:
 
 
 def measure(engines: dict[str, Engine], kind: str, threads: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows of all models of a type. The models take turns."""
     decoded: dict[str, list[float]] = {name: [] for name in engines}
     prompted: dict[str, list[float]] = {name: [] for name in engines}
     for engine in engines.values():
@@ -128,7 +135,7 @@ def measure(engines: dict[str, Engine], kind: str, threads: int, args: argparse.
 
 
 def weigh(path: Path, prompt_tokens: int) -> None:
-    """Prints what loading the file and running it adds to this process."""
+    """Print what loading the file and running it adds to the memory of this process."""
     before = resident_bytes()
     engine = Engine(path, prompt_tokens + 16)
     engine.prompt_s(prompt_tokens)
@@ -137,12 +144,13 @@ def weigh(path: Path, prompt_tokens: int) -> None:
 
 
 def main() -> None:
+    """Measure all types and shapes, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="a small shape, to try the script")
     parser.add_argument("--types", nargs="+", default=list(TYPES))
-    parser.add_argument("--shapes", nargs="+", help="of those in shape_speed.py; dense is always there")
+    parser.add_argument("--shapes", nargs="+", help="names of benchmarks.common.decoders.shapes; dense is always there")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=512)

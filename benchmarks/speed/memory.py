@@ -4,7 +4,7 @@
         --work /tmp/work [--seven-b-blocks 32]
     python -m benchmarks.speed.memory --out … --work … --depth-methods comp --method comp --seven-b-blocks 3
 
-Every compression is a process of its own; its peak RSS is read from its run.json. Weights are random.
+Every compression is a process of its own. Its run.json has the peak RSS. Weights are random.
 """
 
 import argparse
@@ -13,18 +13,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
 import transformers
 
+from benchmarks.common.checkpoints import make_checkpoint, write_topics
 from benchmarks.common.provenance import provenance
-from benchmarks.speed.compression_speed import make_checkpoint
 from niwaki.cli.demo import sapling
 
 
 def compress(model: Path, out: Path, text: Path, samples: int, seq_len: int, method: str, target: str) -> dict:
-    """Runs the command line and returns run.json."""
+    """Run the command line and return run.json."""
     command = [
         sys.executable, "-m", "niwaki.cli", "compress", str(model), str(out), "--method", method, "--target", target,
         "--calibration", str(text), "--samples", str(samples), "--seq-len", str(seq_len), "--device", "cpu",
@@ -37,7 +36,7 @@ def compress(model: Path, out: Path, text: Path, samples: int, seq_len: int, met
 
 
 def deep_model(folder: Path, blocks: int) -> None:
-    """A bf16 Llama of 1024 × `blocks` with the sapling's tokenizer."""
+    """Write a bf16 Llama of 1024 × `blocks` with the sapling's tokenizer."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=1024, intermediate_size=2816, num_hidden_layers=blocks, num_attention_heads=16, vocab_size=4096,
@@ -49,6 +48,7 @@ def deep_model(folder: Path, blocks: int) -> None:
 
 
 def main() -> None:
+    """Measure depths and the 7B shape, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -59,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     text = args.work / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)))
+    write_topics(text)
     depths = []
     for method in args.depth_methods:
         for blocks in (6, 24):

@@ -1,17 +1,25 @@
-"""A whole 1B-shaped Llama on the CPU, dense bf16 against packed: speed of decoding, memory, bytes of the file.
+"""A whole decoder, dense bf16 against packed: speed of decoding, and on a CPU also memory and bytes of the file.
 
     python -m benchmarks.speed.packed_decode --out benchmarks/results/speed/packed-decode-cpu.json \\
         --work /tmp/work [--threads 1 2]
+    python -m benchmarks.speed.packed_decode --device cuda --out benchmarks/results/speed/packed-decode-h100.json
 
-TinyLlama-1.1B's shape with random weights, rounded to nearest in the layouts of `squeeze10`: `1.6 bit` has 20 % of the
-columns at 4 bits and the rest at 1, `auto` 60 % at 2 bits and the rest at 1. Checkpoints are written to WORK and loaded
-as a user loads them. Greedy decoding of 64 tokens with a key-value cache, all models in turns in one process, prompts
-not timed; medians over the rounds. Memory is VmRSS minus that before loading, each model alone in a fresh process;
-files are mapped, so it is taken after a few tokens (`decoding`) and once every weight has been read (`weights`).
+CPU: TinyLlama-1.1B's shape with random weights, rounded to nearest in the layouts of `squeeze10`. `1.6 bit` has 20 % of
+the columns at 4 bits and the rest at 1. `auto` has 60 % at 2 bits and the rest at 1. Checkpoints are written to WORK
+and loaded as a user loads them. All models decode 64 tokens greedily with a key-value cache, in turns in one process.
+Prompts are not timed. Times are medians over the rounds. Memory is VmRSS minus that before loading, each model alone in
+a fresh process. Files are mapped, so it is taken after a few tokens (`decoding`) and after a read of every weight
+(`weights`).
+
+GPU: Llama-2-7B's shape with random weights, made on the device. Blocks, norms and rotary embeddings are those of
+transformers. A step (embeddings, blocks, head in bf16, the largest logit as the next token) is one CUDA graph. The
+models take turns in one run.
+
 With fewer `--blocks` than the shape has, the result says so.
 """
 
 import argparse
+import copy
 import gc
 import importlib
 import json
@@ -27,11 +35,17 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import niwaki  # noqa: F401  (teaches transformers the packed format)
+from benchmarks.common.checkpoints import Shape, make_checkpoint
+from benchmarks.common.cpu_timing import resident_bytes
+from benchmarks.common.decoders import decode
+from benchmarks.common.devices import add_device, parse_for_device
+from benchmarks.common.gpu_decoding import decode_in_turns, make_model, weight_bytes
 from benchmarks.common.provenance import provenance
-from benchmarks.speed.compression_speed import Shape, make_checkpoint
+from benchmarks.common.random_layers import LAYERS, random_layer
 from niwaki.compression.embeddings import round_rows
 from niwaki.formats.record import Packed, PackedTensors
 from niwaki.methods.shared.rounding import groups_of, nearest
@@ -39,14 +53,18 @@ from niwaki.model.checkpoint import INDEX, quantization, quantized_config
 from niwaki.runtime.linear import PackedLinear
 
 SHAPE = Shape("TinyLlama-1.1B", 2048, 5632, 32, 4, 22)
+GPU_SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
+DEFAULTS = {
+    "cpu": {"blocks": SHAPE.blocks, "tokens": 64, "rounds": 5},
+    "cuda": {"blocks": 32, "tokens": 128, "rounds": 6},
+}
 LAYOUTS = {"1.6 bit": (4, 0.2), "auto": (2, 0.6)}  # bits and share of the salient columns; the others have one bit
 ENDS = ("model.embed_tokens", "lm_head")
 ENDS_BITS, ENDS_GROUP = 4, 128
-PROMPT_TOKENS = 8
 
 
 def pack_matrix(weight_OI: torch.Tensor, salient_bits: int, salient_frac: float, seed: int) -> Packed:
-    """Salient columns, chosen at random, before the others; one scale a row each."""
+    """Round a matrix: salient columns, chosen at random, before the others, one scale per row each."""
     columns = weight_OI.shape[1]
     count = round(salient_frac * columns / 8) * 8
     order_I = torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
@@ -56,7 +74,7 @@ def pack_matrix(weight_OI: torch.Tensor, salient_bits: int, salient_frac: float,
 
 
 def pack_checkpoint(dense: Path, folder: Path, layout: str, ends: bool) -> None:
-    """The checkpoint `dense` with its matrices as codes, shard by shard."""
+    """Write the checkpoint `dense` with its matrices as codes, shard by shard."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     weight_map: dict[str, str] = {}
@@ -81,30 +99,12 @@ def pack_checkpoint(dense: Path, folder: Path, layout: str, ends: bool) -> None:
 
 
 def load(folder: Path) -> Any:
-    """As a user loads it."""
+    """Load a model as a user does."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
 
-@torch.inference_mode()
-def decode(model: Any, tokens: int, begun: Callable[[], None] = lambda: None) -> float:
-    """Seconds of decoding `tokens` greedily after a short prompt; `begun` is called between the two."""
-    out = model(torch.arange(1, PROMPT_TOKENS + 1)[None], use_cache=True)
-    begun()
-    begin = time.perf_counter()
-    for _ in range(tokens):
-        token = out.logits[:, -1:].argmax(-1)
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
-    return time.perf_counter() - begin
-
-
-def resident_bytes() -> int:
-    """VmRSS of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
-
-
 def weigh(folder: Path) -> None:
-    """Prints the resident bytes that loading and a few tokens add, and those once every weight has been read."""
+    """Print the resident bytes that loading and a few tokens add, and those after a read of every weight."""
     AutoModelForCausalLM.from_config(transformers.LlamaConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=64,
     ))
@@ -121,7 +121,7 @@ def weigh(folder: Path) -> None:
 
 
 def prepare(work: Path, blocks: int) -> dict[str, Path]:
-    """The checkpoints by name, the dense one first; those of an earlier run are kept."""
+    """Return the checkpoints by name, the dense one first. Those of an earlier run are kept."""
     folders = {"dense bf16": work / f"dense-{blocks}"}
     for layout in LAYOUTS:
         for ends in (False, True):
@@ -137,7 +137,7 @@ def prepare(work: Path, blocks: int) -> dict[str, Path]:
 
 
 def profile(model: Any, tokens: int) -> dict[str, float]:
-    """Milliseconds a token of the matrices (packed or dense), the look-up and all else, timed in the modules."""
+    """Return the milliseconds per token of the matrices, the look-up and the rest, timed in the modules."""
     spent = dict.fromkeys(("matrices", "embeddings"), 0.0)
     for module in model.modules():
         kind = "embeddings" if isinstance(module, torch.nn.Embedding) else "matrices"
@@ -161,7 +161,7 @@ def _timed(forward: Callable[[torch.Tensor], torch.Tensor], kind: str, spent: di
 
 
 def measure(folders: dict[str, Path], threads: list[int], tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Speed of every model with each number of threads, the models taking turns."""
+    """Return the speed of every model per number of threads. The models take turns."""
     models = {name: load(folder) for name, folder in folders.items()}
     rows = []
     for count in threads:
@@ -184,7 +184,7 @@ def measure(folders: dict[str, Path], threads: list[int], tokens: int, rounds: i
 
 
 def sizes(folders: dict[str, Path]) -> list[dict[str, Any]]:
-    """Bytes of the weight files, and resident bytes of each model alone in a process."""
+    """Return bytes of the weight files, and resident bytes of each model alone in a process."""
     rows: list[dict[str, Any]] = []
     for name, folder in folders.items():
         command = [sys.executable, "-m", "benchmarks.speed.packed_decode", "--weigh", str(folder)]
@@ -197,16 +197,41 @@ def sizes(folders: dict[str, Path]) -> list[dict[str, Any]]:
     return rows
 
 
+def with_packed_blocks(model: LlamaForCausalLM, layer: str, device: str) -> LlamaForCausalLM:
+    """Return the model with random packed layers in its blocks. Embeddings, norms and head are shared."""
+    packed = copy.copy(model)
+    packed._modules = dict(model._modules)
+    packed.model = copy.copy(model.model)
+    packed.model._modules = dict(model.model._modules)
+    with torch.device("meta"):
+        packed.model.layers = type(model)(model.config).model.layers
+    for old, new in zip(model.model.layers, packed.model.layers, strict=True):
+        for name, module in list(new.named_modules()):
+            parent, _, last = name.rpartition(".")
+            if isinstance(module, nn.Linear):
+                own = random_layer(layer, module.out_features, module.in_features, device)
+                setattr(new.get_submodule(parent), last, own)
+            elif not list(module.children()):
+                setattr(new.get_submodule(parent), last, old.get_submodule(name))
+    return packed.eval()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--blocks", type=int, default=SHAPE.blocks)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    """Measure on the chosen device, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_device(parser)
+    parser.add_argument("--out", type=Path, help="required on a CPU")
+    parser.add_argument("--work", type=Path, help="folder of checkpoints, required on a CPU")
+    parser.add_argument("--blocks", type=int, help="default: 22, on a GPU 32")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU only")
+    parser.add_argument("--tokens", type=int, help="default: 64, on a GPU 128")
+    parser.add_argument("--rounds", type=int, help="default: 5, on a GPU 6 with the one that warms up")
+    parser.add_argument("--layers", nargs="+", default=LAYERS, choices=LAYERS, help="GPU only")
     parser.add_argument("--weigh", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse_for_device(parser, DEFAULTS)
+    if args.device == "cuda":
+        run_gpu(args)
+        return
     transformers.logging.disable_progress_bar()
     if args.weigh is not None:
         weigh(args.weigh)
@@ -224,6 +249,32 @@ def main() -> None:
         "speed": measure(folders, args.threads, args.tokens, args.rounds),
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+def run_gpu(args: argparse.Namespace) -> None:
+    """Measure decoding on a GPU, and write the result."""
+    config = LlamaConfig(num_hidden_layers=args.blocks, attn_implementation="sdpa", dtype="bfloat16", **GPU_SHAPE)
+    with torch.inference_mode():
+        models = {"dense": make_model(config, "cuda")}
+        models |= {layer: with_packed_blocks(models["dense"], layer, "cuda") for layer in args.layers}
+        seconds = decode_in_turns(models, args.tokens, args.rounds)
+    rows = [
+        {
+            "weights": name, "tokens_per_s": round(args.tokens / seconds[name], 1),
+            "ms_per_token": round(seconds[name] / args.tokens * 1e3, 3),
+            "speedup": round(seconds["dense"] / seconds[name], 2), "bytes_read": weight_bytes(model),
+            "packed_layers": sum(isinstance(module, PackedLinear) for module in model.modules()),
+        }
+        for name, model in models.items()
+    ]  # fmt: skip
+    for row in rows:
+        print(row)
+    result = {
+        "what": f"decoding {args.tokens} tokens one at a time, {args.blocks} blocks of Llama-2-7B's shape",
+        **provenance("cuda"),
+        "rows": rows,
+    }  # fmt: skip
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What `niwaki plan` predicts and what `niwaki compress` then takes: seconds, peak memory, bytes, in fresh processes.
+"""Predictions of `niwaki plan` against `niwaki compress`: seconds, peak memory, bytes, in fresh processes.
 
     python -m benchmarks.speed.plan --out benchmarks/results/speed/plan-cpu.json --work WORK \\
         --models sapling NAME=FOLDER
 
-Every case is planned by the command line and compressed right after, on the CPU, so that both see the same load. Files
-say the name of a model, never its folder.
+The command line plans every case and compresses it right after, on the CPU, so that both see the same load. A result
+has the name of a model, never its folder.
 """
 
 import argparse
@@ -15,10 +15,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
 
+from benchmarks.common.checkpoints import write_topics
 from benchmarks.common.provenance import provenance
 from niwaki.cli.demo import sapling
 
@@ -45,13 +45,13 @@ CASES = {
 
 
 def niwaki(*arguments: str) -> str:
-    """Runs the command line and returns what it prints."""
+    """Run the command line and return its output."""
     command = [sys.executable, "-m", "niwaki.cli", *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def case(name: str, model: Path, text: Path, out: Path) -> dict:
-    """One row: predictions, measurements, and their ratios."""
+    """Return one row: predictions, measurements, and their ratios."""
     method, target, *more = CASES[name].split()
     chosen = ["--preset", method] if method == "fast" else ["--method", method]
     arguments = [*chosen, "--target", target, *more, "--calibration", str(text)]
@@ -80,6 +80,7 @@ def case(name: str, model: Path, text: Path, out: Path) -> dict:
 
 
 def main() -> None:
+    """Plan and compress every case of every model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -89,7 +90,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     text = args.work / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)))
+    write_topics(text)
     rows = json.loads(args.out.read_text())["rows"] if args.add and args.out.exists() else []
     for given in args.models:
         label, _, folder = given.partition("=")
@@ -102,7 +103,7 @@ def main() -> None:
 
 
 def write(args: argparse.Namespace, rows: list[dict]) -> None:
-    """What is known so far."""
+    """Write the rows so far."""
     worst = {
         key: [min(row["ratio"][key] for row in rows), max(row["ratio"][key] for row in rows)]
         for key in rows[0]["ratio"]

@@ -1,16 +1,16 @@
-"""How time and memory of compressing grow with blocks, width and tokens: slopes in log-log, 1 is linear.
+"""Growth of time and memory of compressing with blocks, width and tokens: slopes in log-log, 1 is linear.
 
     python -m benchmarks.speed.scaling --out benchmarks/results/speed/scaling-cpu.json --work WORK \\
         --plot scaling-cpu.svg
     python -m benchmarks.speed.scaling --device cuda --scale 4 --out benchmarks/results/speed/scaling-h100.json \\
         --work WORK
 
-Random bf16 Llamas; one of the three changes, the others stay at the middle. Every point is a process of its own, in
-rounds over all points so that a busy minute meets all alike; seconds are those of the walk (all blocks, without
-start-up and reading of text), the least of the rounds. Memory is the peak RSS, or the peak of the device. `--scale`
-makes widths and windows so many times as large.
+Random bf16 Llamas: one of the three changes, the others stay at the middle. Every point is a process of its own. Rounds
+go over all points, so that a busy minute meets all alike. Seconds are those of the walk: all blocks, without start-up
+and reading of text. The least of the rounds counts. Memory is the peak RSS, or the peak of the device. `--scale`
+multiplies widths and windows.
 
-The slope of a whole row hides what begins late, so the slope between the last two points stands beside it.
+The slope of a whole row hides a growth that begins late, so the slope between the last two points stands beside it.
 """
 
 import argparse
@@ -22,10 +22,9 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 
+from benchmarks.common.checkpoints import Shape, make_checkpoint, write_topics
 from benchmarks.common.provenance import provenance
-from benchmarks.speed.compression_speed import Shape, make_checkpoint
 
 # Groups of 64 columns divide every width.
 METHODS = {"wanda": ["0.5"], "sparsegpt": ["0.5"], "gptq": ["4bit", "--set", "group=64"]}
@@ -35,13 +34,13 @@ SEQ_LEN = 256
 
 
 def points() -> list[tuple[str, dict[str, int]]]:
-    """(what changes, all three) for every point."""
+    """Return the name of the size that changes and all three sizes, for every point."""
     rows = {"blocks": BLOCKS, "width": WIDTHS, "windows": WINDOWS}
     return [(name, MIDDLE | {name: value}) for name, values in rows.items() for value in values]
 
 
 def model_of(point: dict[str, int], args: argparse.Namespace) -> Path:
-    """The checkpoint of a point, made once."""
+    """Return the checkpoint of a point, made once."""
     width = point["width"] * args.scale
     folder = args.work / f"model-{point['blocks']}-{width}"
     if not folder.exists():
@@ -51,7 +50,7 @@ def model_of(point: dict[str, int], args: argparse.Namespace) -> Path:
 
 
 def compress(method: str, point: dict[str, int], args: argparse.Namespace) -> tuple[float, int]:
-    """Seconds of the walk and the peak in bytes."""
+    """Compress, and return the seconds of the walk and the peak in bytes."""
     out, windows, seq_len = args.work / "out", point["windows"] * args.scale, SEQ_LEN * args.scale
     command = [
         sys.executable, "-m", "niwaki.cli", "compress", str(model_of(point, args)), str(out), "--method", method,
@@ -69,12 +68,12 @@ def compress(method: str, point: dict[str, int], args: argparse.Namespace) -> tu
 
 
 def slope(xs: list[float], ys: list[float]) -> float:
-    """Of the least-squares line through the logarithms."""
+    """Return the slope of the least-squares line through the logarithms."""
     return statistics.linear_regression([math.log(x) for x in xs], [math.log(y) for y in ys]).slope
 
 
 def summary(rows: list[dict]) -> list[dict]:
-    """Slopes of every method and what changed."""
+    """Return the slopes of every method and size."""
     found = []
     for (method, changed), group in itertools.groupby(rows, lambda row: (row["method"], row["changed"])):
         own = list(group)
@@ -87,7 +86,7 @@ def summary(rows: list[dict]) -> list[dict]:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Seconds and peaks over each of the three, one line a method."""
+    """Plot seconds and peaks over each of the three sizes, one line per method."""
     import matplotlib
 
     matplotlib.use("svg" if path.suffix == ".svg" else "agg")
@@ -117,6 +116,7 @@ def plot(result: dict, path: Path) -> None:
 
 
 def main() -> None:
+    """Measure all points in rounds, and print the slopes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -126,8 +126,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
-    (args.work / "text.jsonl").write_text(text * 4)
+    write_topics(args.work / "text.jsonl", times=4)
     cases = [(method, changed, point) for method in METHODS for changed, point in points()]
     measured: list[list[tuple[float, int]]] = [[] for _ in cases]
     for number in range(args.rounds):
@@ -141,7 +140,7 @@ def main() -> None:
 def save(
     cases: list[tuple[str, str, dict[str, int]]], measured: list[list[tuple[float, int]]], args: argparse.Namespace
 ) -> None:
-    """The result of the rounds so far, and its plot."""
+    """Write the result of the rounds so far, and its plot."""
     rows = []
     for (method, changed, point), own in zip(cases, measured, strict=True):
         scales = {"blocks": 1, "width": args.scale, "windows": args.scale}

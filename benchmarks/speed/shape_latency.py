@@ -1,9 +1,9 @@
-"""How long the shapes of quality-structured-*.json take: a prompt and some tokens, in turns with the dense model.
+"""Times of the shapes of quality-structured-*.json: a prompt and some tokens, in turns with the dense model.
 
     python -m benchmarks.speed.shape_latency MODEL benchmarks/results/quality/quality-structured-NAME.json \\
         --out benchmarks/results/speed/latency-structured-NAME.json
 
-Shapes are those of seed 0, built from MODEL's config with random weights, in plain transformers; blocks with widths of
+Shapes are those of seed 0, built from MODEL's config with random weights, in plain transformers. Blocks with widths of
 their own are resized as niwaki's loader does it. A shape that is stored in place with zeros is the dense one.
 """
 
@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from benchmarks.common.decoders import decode, filled, prompt
 from benchmarks.common.provenance import provenance
-from benchmarks.speed.packed_decode import decode
-from benchmarks.speed.shape_speed import filled, prompt
 from niwaki.model.anatomy import discover
 from niwaki.model.hf import build_skeleton, resize
 from niwaki.model.prunable import PrunedShape, ShapeSpace
 
 
 def shape_of(row: dict[str, Any], sizes: ShapeSpace) -> PrunedShape:
+    """Return the shape that a row of a quality result records."""
     found = row["runs"][0]["shape"]
     if isinstance(found["neurons"], list):
         return PrunedShape(tuple(found["neurons"]), tuple(found["heads"]))
@@ -32,7 +32,7 @@ def shape_of(row: dict[str, Any], sizes: ShapeSpace) -> PrunedShape:
 
 
 def build(sizes: ShapeSpace, shape: PrunedShape) -> Any:
-    """A model of this shape in float32; the dense one where the shape cannot be cut."""
+    """Build a model of this shape in float32, the dense one if the shape cannot be cut."""
     full = sizes.shape(sizes.neurons, sizes.heads, shape.dropped if shape.whole else ())
     values = sizes.config_for(shape if shape.even else full)
     model: Any = build_skeleton(AutoConfig.for_model(values.pop("model_type"), **values), torch.float32)
@@ -42,6 +42,7 @@ def build(sizes: ShapeSpace, shape: PrunedShape) -> Any:
 
 
 def main() -> None:
+    """Measure all shapes in turns, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("quality", type=Path)

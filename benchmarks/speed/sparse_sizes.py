@@ -1,9 +1,9 @@
-"""What pruned and packed models take, in the file and in memory, as a share of the bf16 weights of the decoder.
+"""Sizes of pruned and packed models, in the file and in memory, as a share of the bf16 weights of the decoder.
 
-Every model is compressed once for each line of RESULTS with `--pack auto`. Counted are the bytes of the tensors of the
-blocks: those of the file by their headers, those in memory by the state dict after transformers loaded it in bfloat16.
-Embeddings and head are outside; norms stay as they are and count. Shares hardly depend on the text: a few
-windows of DATA/calibration.jsonl are enough.
+MODEL is compressed once per line of RESULTS with `--pack auto`. Bytes are those of the tensors of the blocks. Headers
+give those of the file. The state dict gives those in memory, after transformers loaded the model in bfloat16.
+Embeddings and head do not count, norms do. Shares hardly depend on the text: a few windows of DATA/calibration.jsonl
+are enough.
 
     python -m benchmarks.speed.sparse_sizes MODEL DATA --out benchmarks/results/speed/sparse-sizes.json
 """
@@ -21,7 +21,7 @@ import niwaki
 from benchmarks.common.provenance import provenance
 from niwaki.model.checkpoint import Checkpoint
 
-# What is promised of every line: at most this share of the bf16 bytes, in the file and in memory.
+# The promise of every line: at most this share of the bf16 bytes, in the file and in memory.
 RESULTS: dict[str, tuple[str, str, dict[str, Any], float]] = {
     "50 % bitmap": ("magnitude", "0.5", {}, 0.57),
     "2:4": ("magnitude", "2:4", {}, 0.57),
@@ -32,7 +32,7 @@ RESULTS: dict[str, tuple[str, str, dict[str, Any], float]] = {
 
 
 def block_bytes(folder: Path) -> int:
-    """Bytes of all tensors of blocks in the files of `folder`, as their headers say."""
+    """Return the bytes of all tensors of blocks in the files of `folder`, from their headers."""
     total = 0
     for shard in sorted(folder.glob("*.safetensors")):
         with shard.open("rb") as file:
@@ -45,13 +45,13 @@ def block_bytes(folder: Path) -> int:
 
 
 def memory_bytes(folder: Path) -> int:
-    """Bytes of all tensors of blocks in the state dict of the loaded model."""
+    """Return the bytes of all tensors of blocks in the state dict of the loaded model."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     return sum(tensor.nbytes for name, tensor in model.state_dict().items() if ".layers." in name)
 
 
 def sizes(model: Path, calibration: dict[str, Any], out: Path) -> dict[str, dict[str, Any]]:
-    """By line of RESULTS: bytes in file and memory, their shares of bf16, true bits, and what was promised."""
+    """Return by line of RESULTS: bytes in file and memory, shares of bf16, true bits, and the promised share."""
     tensors = Checkpoint.open(model).tensors
     dense = 2 * sum(torch.Size(tensor.shape).numel() for name, tensor in tensors.items() if ".layers." in name)
     found: dict[str, dict[str, Any]] = {"dense, bf16": {"file_bytes": dense}}
@@ -79,7 +79,7 @@ def sizes(model: Path, calibration: dict[str, Any], out: Path) -> dict[str, dict
 
 
 def main() -> None:
-    """Measures and writes the JSON."""
+    """Measure, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path, help="a folder with calibration.jsonl")

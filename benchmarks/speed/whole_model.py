@@ -3,10 +3,9 @@
     python -m benchmarks.speed.whole_model --shape 1b --threads 2 --out benchmarks/results/speed/whole-model-cpu.json
     python -m benchmarks.speed.whole_model --shape 7b --out benchmarks/results/speed/whole-model-h100.json
 
-What `niwaki bench` measures (see `niwaki.measure.bench.benchmark`), in bf16. The file is written after every variant,
-and what is in it already is kept, so that a long table can be made in pieces
-(`--variants`; `--batch none` or `--prompt 0` for the rest).
-`--plot` draws what the file holds.
+`niwaki.measure.bench.benchmark` measures as `niwaki bench` does, in bf16. The file is written after every variant, and
+its other rows are kept. A long table can thus be made in pieces (`--variants`, `--batch none`, `--prompt 0`). `--plot`
+draws the rows of the file.
 """
 
 import argparse
@@ -20,8 +19,8 @@ import torch
 from rich.console import Console
 
 import niwaki
-from benchmarks.speed.compression_speed import SHAPES
-from benchmarks.speed.shape_speed import dense_config
+from benchmarks.common.checkpoints import SHAPES
+from benchmarks.common.decoders import dense_config
 from niwaki.cli.bench import batch_numbers, print_bench
 from niwaki.cli.progress import Display
 from niwaki.measure.bench.plot import draw
@@ -30,6 +29,7 @@ from niwaki.measure.bench.variants import VARIANTS
 
 
 def config_of(shape: str, blocks: int | None) -> dict:
+    """Return the config of a shape, with fewer blocks if `blocks` says so."""
     if shape == "1b":
         values = dense_config().to_dict()
     else:
@@ -43,6 +43,7 @@ def config_of(shape: str, blocks: int | None) -> dict:
 
 
 def main() -> None:
+    """Measure every variant, and print and plot the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["1b", "7b"], required=True)
     parser.add_argument("--out", type=Path, required=True)

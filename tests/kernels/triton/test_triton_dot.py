@@ -1,7 +1,7 @@
 """The product on tensor cores against the decoded matrix, interpreted by Triton: widths, grids, parts, odd shapes.
 
 In float16 only: Triton's interpreter multiplies the bits of bfloat16 as integers. How codes become bfloat16 is tested
-here without it; the whole is checked on a GPU by `benchmarks/kernels/packed_linear_gpu.py --check`.
+here without it; the whole is checked on a GPU by `benchmarks/kernels/packed_linear.py --device cuda --check`.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The GPU products with nonzeros against the decoded matrix in float64, interpreted by Triton: layouts, values, shapes.
 
 Tensor cores in float16 only: Triton's interpreter multiplies the bits of bfloat16 as integers. The whole is checked on
-a GPU by `benchmarks/kernels/sparse_linear_gpu.py --check`.
+a GPU by `benchmarks/kernels/sparse_linear.py --check`.
 """
 
 import dataclasses

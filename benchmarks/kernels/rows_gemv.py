@@ -1,15 +1,15 @@
 """Products with kept rows and columns on a GPU against cuBLAS: full matrices, and copies of what is kept. 7B shapes.
 
-    python -m benchmarks.kernels.rows_gemv_gpu --out benchmarks/results/kernels/rows-gemv-h100.json
-    python -m benchmarks.kernels.rows_gemv_gpu --check
-    python -m benchmarks.kernels.rows_gemv_gpu --tiles --kernels rows_dot rows_gate
+    python -m benchmarks.kernels.rows_gemv --out benchmarks/results/kernels/rows-gemv-h100.json
+    python -m benchmarks.kernels.rows_gemv --check
+    python -m benchmarks.kernels.rows_gemv --tiles --kernels rows_dot rows_gate
 
-A time is that of a CUDA graph which runs many products one after another, each with weights and kept units of its own;
-what they read together is larger than the caches. Rivals are replayed in turns, in one run. `dense_us`: torch's linear
-with the full matrices (of `rows_gate` two, the activation and the product, as transformers runs them). `compact_us`:
-the same with copies of the kept weights, made beforehand. `share_of_bandwidth` counts kept weights, against a copy.
-`--tiles` times some tiles of every kernel at half of the units. `--check` compares odd and full shapes with float64.
-Random weights, made on the device. Kernels are first compiled by several processes at once.
+A CUDA graph runs many products one after another, each with weights and kept units of its own. Together these are
+larger than the caches. All graphs are replayed in turns, in one run. `dense_us`: torch's linear with the full matrices
+(of `rows_gate` two, the activation and the product, as transformers runs them). `compact_us`: the same with copies of
+the kept weights, made before. `share_of_bandwidth` counts kept weights, against a copy. `--tiles` times some tiles of
+every kernel at half of the units. `--check` compares odd and full shapes with float64. Weights are random and made on
+the device. Kernels are first compiled by several processes at once.
 """
 
 import argparse
@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.common.devices import require_gpu
+from benchmarks.common.gpu_timing import bandwidth, copies_of, graph_of, interleaved
 from benchmarks.common.provenance import provenance
-from benchmarks.kernels.packed_linear_gpu import COMPILERS, bandwidth, copies_of, graph_of, interleaved
 from niwaki.kernels.rows import rows_of
 from niwaki.kernels.triton import rows as triton_rows
 from niwaki.kernels.triton.rows import GemvLaunch
@@ -35,11 +36,12 @@ from niwaki.kernels.types import ACTIVATIONS
 HIDDEN, NEURONS, HEADS, HEAD = 4096, 11008, 32, 128
 KEEP = [0.3, 0.5, 0.7, 1.0]
 TOKENS = [1, 4, 8]
+COMPILERS = 12  # processes
 DTYPES = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # and the errors they may make
 
 
 class Product(NamedTuple):
-    """One kernel at one shape: `units` of `width` rows or columns, `matrices` of them, the other side `others` wide."""
+    """A kernel at one shape: `units` of `width` rows or columns, `matrices` of them, the other side `others` wide."""
 
     kernel: str
     units: int = NEURONS
@@ -49,22 +51,22 @@ class Product(NamedTuple):
 
     @property
     def sums(self) -> bool:
-        """Whether kept units are inputs."""
+        """Return whether kept units are inputs."""
         return self.kernel == "columns_dot"
 
     def weights(self, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-        """Matrices as the kernel takes them."""
+        """Return matrices as the kernel takes them."""
         shape = [self.units * self.width, self.others]
         shape = shape[::-1] if self.kernel == "columns_dot" else shape
         return [(torch.randn(shape, device="cuda") / 50).to(dtype) for _ in range(self.matrices)]
 
     def kept(self, keep: float, dtype: torch.dtype = torch.int64) -> Tensor:
-        """Random units in random order."""
+        """Return random units in random order."""
         count = max(1, round(keep * self.units))
         return torch.randperm(self.units, device="cuda")[:count].to(dtype)
 
     def inputs(self, tokens: int, kept: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Random inputs of a product with so many kept units."""
+        """Return random inputs of a product with `kept` units."""
         return torch.randn(tokens, kept * self.width if self.sums else self.others, device="cuda").to(dtype)
 
 
@@ -90,7 +92,7 @@ def multiply(
     launch: GemvLaunch | None = None,
     activation: str = "silu",
 ) -> Tensor:
-    """The kernel."""
+    """Run the kernel."""
     width = product.width
     if product.kernel == "rows_dot":
         return triton_rows.rows_dot(x_BI, *weights, units_K, width=width, out=out, launch=launch)
@@ -100,7 +102,7 @@ def multiply(
 
 
 def linear(product: Product, weights: list[Tensor], x_BI: Tensor, activation: str = "silu") -> Tensor:
-    """The same by torch with all of the given weights, which are laid out [outputs, inputs]."""
+    """Compute the product by torch with all given weights, which are laid out [outputs, inputs]."""
     if product.kernel == "rows_gate":
         gate_BO, up_BO = (functional.linear(x_BI, weight_OI) for weight_OI in weights)
         return activated(gate_BO, activation) * up_BO
@@ -108,13 +110,14 @@ def linear(product: Product, weights: list[Tensor], x_BI: Tensor, activation: st
 
 
 def activated(x_BO: Tensor, activation: str) -> Tensor:
+    """Apply an activation by its name."""
     if activation == "gelu_tanh":
         return functional.gelu(x_BO, approximate="tanh")
     return getattr(functional, activation)(x_BO)
 
 
 def compacted(product: Product, weights: list[Tensor], units_K: Tensor) -> list[Tensor]:
-    """Copies of what is kept, as torch's linear takes them."""
+    """Copy the kept weights, as torch's linear takes them."""
     rows_R = rows_of(units_K, product.width)
     if product.kernel == "columns_dot":
         return [weight_OI[:, rows_R].contiguous() for weight_OI in weights]
@@ -124,7 +127,7 @@ def compacted(product: Product, weights: list[Tensor], units_K: Tensor) -> list[
 def relative_error(
     found: Tensor, product: Product, weights: list[Tensor], units_K: Tensor, x_BI: Tensor, activation: str = "silu"
 ) -> float:
-    """Against a float64 product, in which nothing counts less than a normal number; NaN is infinitely wrong."""
+    """Return the error against a float64 product of at least the smallest normal number. NaN is infinitely wrong."""
     small = [weight.double() for weight in compacted(product, weights, units_K)]
     expected = linear(product, small, x_BI.double(), activation)
     size = expected.norm().clamp(min=torch.finfo(found.dtype).smallest_normal)
@@ -133,7 +136,7 @@ def relative_error(
 
 
 def poisoned(product: Product, tokens: int, kept: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """An output full of NaN."""
+    """Return an output full of NaN."""
     outputs = product.others if product.sums else kept * product.width
     return {"out": torch.full((tokens, outputs), float("nan"), device="cuda", dtype=dtype)}
 
@@ -143,7 +146,7 @@ ODD = [(17, 1, 40, 1), (1, 1, 1, 1), (9, 6, 300, 3), (333, 1, 1030, 8), (40, 8, 
 
 
 def check() -> None:
-    """All kernels, dtypes and dtypes of indices, in buffers of NaN; equal results of equal runs; captured graphs."""
+    """Check all kernels, dtypes and dtypes of indices in buffers of NaN, equal results of equal runs, and graphs."""
     cases = [
         (kernel, sizes, dtype) for kernel in ("rows_dot", "rows_gate", "columns_dot")
         for sizes in ODD for dtype in DTYPES
@@ -162,7 +165,7 @@ def check() -> None:
 
 
 def check_case(given: tuple[str, tuple[int, int, int, int], torch.dtype]) -> str:
-    """The largest error over activations and dtypes of indices."""
+    """Return the largest error over activations and dtypes of indices."""
     kernel, (units, width, others, tokens), dtype = given
     product = Product(kernel, units, width, 2 if kernel == "rows_gate" else 1, others)
     torch.manual_seed(units)
@@ -182,7 +185,7 @@ def check_case(given: tuple[str, tuple[int, int, int, int], torch.dtype]) -> str
 
 
 def check_graph(product: Product, tokens: int) -> str:
-    """A captured product sees the units and inputs that are written later, and allocates nothing."""
+    """Check that a captured product reads units and inputs that are written later, and allocates nothing."""
     weights, units_K = product.weights(), product.kept(0.5)
     x_BI = product.inputs(tokens, len(units_K))
     buffers = poisoned(product, tokens, len(units_K), torch.bfloat16)
@@ -203,13 +206,14 @@ def check_graph(product: Product, tokens: int) -> str:
 
 
 def kept_bytes(product: Product, keep: float) -> int:
+    """Return the bytes of the kept weights."""
     return 2 * product.matrices * max(1, round(keep * product.units)) * product.width * product.others
 
 
 def works_of(
     product: Product, sets: list[list[Tensor]], units: list[Tensor], x_BI: Tensor, tiles: GemvLaunch | None = None
 ) -> list[Callable[[], object]]:
-    """The kernel on every set of weights, with buffers given."""
+    """Return runs of the kernel on every set of weights, with given buffers."""
     buffers = poisoned(product, len(x_BI), len(units[0]), x_BI.dtype)
     return [
         partial(multiply, product, weights, units_K, x_BI, **buffers, launch=tiles)
@@ -218,7 +222,7 @@ def works_of(
 
 
 def measure(name: str, keeps: list[float], counts: list[int], seconds: float, bytes_per_s: float) -> Iterable[dict]:
-    """Rows of the result for one kernel."""
+    """Yield the rows of the result for one kernel."""
     product = PRODUCTS[name]
     every = [product.weights() for _ in range(copies_of(kept_bytes(product, min(keeps))))]
     for keep in keeps:
@@ -249,11 +253,12 @@ def measure(name: str, keeps: list[float], counts: list[int], seconds: float, by
 
 
 def candidates(name: str) -> list[GemvLaunch]:
+    """Return the tiles that a sweep tries."""
     return [GemvLaunch(*sizes) for sizes in CANDIDATES[PRODUCTS[name].kernel]]
 
 
 def sweep(name: str, keep: float, counts: list[int], seconds: float, bytes_per_s: float) -> Iterable[dict]:
-    """Times of all tiles, best first."""
+    """Yield the times of all tiles, best first."""
     product = PRODUCTS[name]
     nbytes = kept_bytes(product, keep)
     sets = [product.weights() for _ in range(copies_of(nbytes))]
@@ -274,7 +279,7 @@ def sweep(name: str, keep: float, counts: list[int], seconds: float, bytes_per_s
 
 
 def compile_one(given: tuple[str, int, GemvLaunch | None]) -> None:
-    """Leaves a kernel in Triton's cache on the disk."""
+    """Compile a kernel into Triton's cache on the disk."""
     name, tokens, tiles = given
     product = PRODUCTS[name]._replace(units=16)
     units_K = product.kept(0.5)
@@ -282,6 +287,7 @@ def compile_one(given: tuple[str, int, GemvLaunch | None]) -> None:
 
 
 def compile_all(args: argparse.Namespace) -> None:
+    """Compile all kernels of a run in several processes."""
     wanted = [
         (name, tokens, tiles) for name in args.kernels for tokens in args.tokens
         for tiles in (candidates(name) if args.tiles else [None])
@@ -293,15 +299,17 @@ def compile_all(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Measure, check or sweep, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--kernels", nargs="+", default=list(PRODUCTS), choices=list(PRODUCTS))
     parser.add_argument("--keep", type=float, nargs="+", default=KEEP)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--seconds", type=float, default=0.2, help="of measuring, for every row of the result")
+    parser.add_argument("--seconds", type=float, default=0.2, help="of measuring per row of the result")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--tiles", action="store_true")
     args = parser.parse_args()
+    require_gpu(parser)
     if args.check:
         check()
         return
@@ -323,7 +331,7 @@ def main() -> None:
 
 
 def about_run(bytes_per_s: float) -> dict[str, Any]:
-    """What a reader of the numbers needs to know."""
+    """Return the head of a result: its title, provenance and bandwidth."""
     return {
         "what": "products with kept rows and columns against torch's bf16 linear, interleaved, median microseconds",
         **provenance("cuda"),

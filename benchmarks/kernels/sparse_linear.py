@@ -1,17 +1,17 @@
 """Pruned layers on a GPU against cuBLAS in bf16: speed, share of the bandwidth, parity, kernel tiles.
 
-    python -m benchmarks.kernels.sparse_linear_gpu --out benchmarks/results/kernels/sparse-linear-h100.json
-    python -m benchmarks.kernels.sparse_linear_gpu --check
-    python -m benchmarks.kernels.sparse_linear_gpu --sweep few --shapes 4096x4096 --tokens 1 2 4
+    python -m benchmarks.kernels.sparse_linear --out benchmarks/results/kernels/sparse-linear-h100.json
+    python -m benchmarks.kernels.sparse_linear --check
+    python -m benchmarks.kernels.sparse_linear --sweep few --shapes 4096x4096 --tokens 1 2 4
 
 Layers: `bitmap` (half zeros, values in bf16), `two_four` (in bf16), `tiles` (two_four of 4-bit codes in groups of 128).
-Ways: `few` (multiply-adds), `dot` (tensor cores), `decoded` (the matrix made dense, then cuBLAS), and for two_four
+Ways: `few` (multiply-adds), `dot` (tensor cores), `decoded` (the matrix made dense, then cuBLAS). For two_four also
 `cusparselt` (sparse tensor cores, from a second form of the matrix that torch makes).
 
-A time is that of a CUDA graph which runs many copies of a layer one after another; their weights together are larger
-than the caches. All ways of all layers are replayed in turns, in one run. Every result is compared with the product in
-float64, and decoded matrices with the record's own `decode`. Random weights, made on the device; nothing is downloaded.
-`--sweep` times tiles of one way and prints the best; `--check` tries odd shapes, every kind of value, poisoned outputs.
+A CUDA graph runs many copies of a layer one after another. Their weights together are larger than the caches. All ways
+of all layers are replayed in turns, in one run. Every result is compared with the product in float64, and decoded
+matrices with the record's own `decode`. Weights are random and made on the device. `--sweep` times tiles of one way and
+prints the best. `--check` tries odd shapes, every kind of value, poisoned outputs.
 """
 
 import argparse
@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.common.devices import require_gpu
+from benchmarks.common.gpu_timing import bandwidth, copies_of, graph_of, interleaved, relative_error
 from benchmarks.common.provenance import provenance
-from benchmarks.kernels.packed_linear_gpu import bandwidth, copies_of, graph_of, interleaved, relative_error
 from niwaki.formats.sparse import SLACK_BYTES, Sparse
 from niwaki.formats.sparse_tiles import Tiled
 from niwaki.kernels.sparse_gpu import cores_reach, gpu_record
@@ -75,10 +76,12 @@ class Layer(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes of the stored tensors."""
         return sum(tensor.nbytes for tensor in self.stored.tensors().values())
 
 
 def layer_of(stored: Sparse | Tiled) -> Layer:
+    """Return a layer of a stored matrix."""
     if isinstance(stored, Tiled):
         about = (stored.size, stored.columns, stored.group, "two_four_tiles", "int4")
         return Layer(stored, gpu_record(*about, stored.metadata_TBR, stored.values_TFR, None, stored.scale_GO))
@@ -88,7 +91,7 @@ def layer_of(stored: Sparse | Tiled) -> Layer:
 
 
 def random_layer(name: str, rows: int, columns: int) -> Layer:
-    """Random places and values of about ±0.02, made on the device; rows and columns are whole tiles and groups."""
+    """Return random places and values of about ±0.02, made on the device. Shapes are whole tiles and groups."""
     with torch.device("cuda"):
         if name == "bitmap":
             places = torch.randint(0, 256, (rows, columns // 8), dtype=torch.uint8)
@@ -117,13 +120,14 @@ def _values(count: int) -> Tensor:
 
 
 def decoded(record: GpuRecord, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return the dense matrix of a record."""
     out_OI = torch.empty(record.rows, record.columns, dtype=dtype, device="cuda")
     triton_sparse_dot.decode(record, 0, out_OI)
     return out_OI
 
 
 def multiply(way: str, layer: Layer, x_NI: Tensor, out_NO: Tensor, tiles: Any = None) -> Tensor:
-    """The product in one way; `out_NO` is written by the kernels."""
+    """Compute the product in one way. The kernels write `out_NO`."""
     if way == DECODED:
         return functional.linear(x_NI, decoded(layer.record))
     tiled = layer.record.layout == "two_four_tiles"
@@ -135,19 +139,20 @@ def multiply(way: str, layer: Layer, x_NI: Tensor, out_NO: Tensor, tiles: Any = 
 
 
 def ways(name: str, tokens: int) -> list[str]:
-    """Those timed for so many tokens."""
+    """Return the ways that are timed for a number of tokens."""
     every = (FEW, DECODED) if name == "bitmap" else (FEW, DOT, DECODED)
     return [w for w in every if LEAST.get(w, 0) <= tokens <= MOST.get(w, tokens)]
 
 
 def semi_structured(weight_OI: Tensor) -> Any:
+    """Return torch's own form of a 2:4 matrix."""
     from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
     return SparseSemiStructuredTensorCUSPARSELT.from_dense(weight_OI)
 
 
 def captured_works(works: Works) -> tuple[Works, dict[str, tuple[Callable[[], None], int]]]:
-    """Those that run, and a graph of each; the others are told."""
+    """Return the works that run, and a graph of each. Print the others."""
     found, runs = {}, {}
     for key, work in works.items():
         try:
@@ -160,7 +165,7 @@ def captured_works(works: Works) -> tuple[Works, dict[str, tuple[Callable[[], No
 
 
 def measure(shape: str, names: list[str], counts: list[int], seconds: float, bytes_per_s: float) -> list[dict]:
-    """Rows of the result for one shape."""
+    """Return the rows of the result for one shape."""
     rows, columns = (int(size) for size in shape.split("x"))
     dense = [torch.randn(rows, columns, device="cuda").bfloat16() for _ in range(copies_of(rows * columns * 2))]
     layers = {name: layers_of(name, rows, columns) for name in names}
@@ -207,19 +212,20 @@ def measure(shape: str, names: list[str], counts: list[int], seconds: float, byt
 
 
 def layers_of(name: str, rows: int, columns: int) -> list[Layer]:
-    """As many copies, with weights of their own, as fill more than the cache."""
+    """Return copies with weights of their own that fill more than the cache."""
     first = random_layer(name, rows, columns)
     return [first, *(random_layer(name, rows, columns) for _ in range(copies_of(first.nbytes) - 1))]
 
 
 def candidates(name: str, way: str) -> list[Any]:
+    """Return the tiles that a sweep tries."""
     if name == "tiles":
         return TILES_FEW if way == FEW else TILES_DOT
     return FEW_TILES if way == FEW else DOT_TILES
 
 
 def sweep(shape: str, names: list[str], way: str, counts: list[int], seconds: float) -> list[dict]:
-    """Times of all tiles, best first."""
+    """Return the times of all tiles, and print them best first."""
     rows, columns = (int(size) for size in shape.split("x"))
     found = []
     for name in names:
@@ -245,7 +251,7 @@ def sweep(shape: str, names: list[str], way: str, counts: list[int], seconds: fl
 
 
 def check() -> None:
-    """Odd shapes, all kinds of value, inputs of all dtypes, poisoned outputs, equal results of equal runs."""
+    """Check odd shapes, all kinds of value, inputs of all dtypes, poisoned outputs, equal results of equal runs."""
     shapes = [(5, 7, 8), (33, 200, 8), (70, 1000, 64), (129, 1028, 128)]
     kinds = list(itertools.product(("bitmap", "two_four"), ("bfloat16", "float16", "float32", "int8", "int4")))
     with multiprocessing.get_context("spawn").Pool(COMPILERS) as pool:
@@ -259,7 +265,7 @@ def check() -> None:
 
 
 def check_case(given: tuple[tuple[int, int, int], str, str]) -> str:
-    """The largest error of a record over numbers of tokens, dtypes and ways; decoded matrices have none."""
+    """Return the largest error of a record over numbers of tokens, dtypes and ways. Decoded matrices have none."""
     (rows, columns, group), layout, kind = given
     generator = torch.Generator().manual_seed(rows)
     stored = odd_record(rows, columns, group, layout, kind, generator)
@@ -288,7 +294,7 @@ def check_case(given: tuple[tuple[int, int, int], str, str]) -> str:
 def odd_record(
     rows: int, columns: int, group: int, layout: str, kind: str, generator: torch.Generator
 ) -> Sparse | Tiled:
-    """A matrix with empty rows, and where codes are stored with scales of groups; on the device."""
+    """Return a matrix with empty rows on the device. Codes have scales per group."""
     from niwaki.formats.quantized import QuantizedColumns
 
     score = torch.rand(rows, columns, generator=generator)
@@ -314,16 +320,16 @@ def odd_record(
 
 
 def compile_one(given: tuple[str, str, int, int, Any]) -> None:
-    """Leaves a kernel in Triton's cache on the disk."""
+    """Compile a kernel into Triton's cache on the disk."""
     name, way, columns, tokens, tiles = given
     x_NI = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
     layer = random_layer(name, 64, columns)
-    with contextlib.suppress(Exception):  # told where it is timed
+    with contextlib.suppress(Exception):  # printed when it is timed
         multiply(way, layer, x_NI, x_NI.new_empty(tokens, 64), tiles)
 
 
 def kernel_of(tokens: int) -> tuple[int, ...]:
-    """What kernels are compiled for: blocks of tokens, and the ways that are timed."""
+    """Return the key of a compiled kernel: blocks of tokens, and the ways that are timed."""
     power = 1 << (tokens - 1).bit_length()
     return (
         min(power, 8),
@@ -335,6 +341,7 @@ def kernel_of(tokens: int) -> tuple[int, ...]:
 
 
 def compile_all(args: argparse.Namespace) -> None:
+    """Compile all kernels of a run in several processes."""
     columns = {int(shape.split("x")[1]) for shape in args.shapes}
     wanted: list[tuple[str, str, int, int, Any]] = []
     for name, width, tokens in itertools.product(args.layers, columns, args.tokens):
@@ -351,15 +358,17 @@ def compile_all(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Measure, check or sweep, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--layers", nargs="+", default=LAYERS, choices=LAYERS)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--seconds", type=float, default=0.4, help="of measuring, for every shape and number of tokens")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of measuring per shape and number of tokens")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--sweep", choices=[FEW, DOT])
     args = parser.parse_args()
+    require_gpu(parser)
     if args.check:
         check()
         return
@@ -378,7 +387,7 @@ def main() -> None:
 
 
 def about_run(bytes_per_s: float) -> dict[str, Any]:
-    """What a reader of the numbers needs to know."""
+    """Return the head of a result: its title, provenance and bandwidth."""
     return {
         "what": "pruned layers against torch's bf16 linear, interleaved, median microseconds a layer",
         **provenance("cuda"),
