@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 @contextmanager
 def served_slowly(port: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The sapling with `TOKEN_S` more for every token, read or written."""
+    """Serve the sapling with `TOKEN_S` more for every token, read or written."""
     with tempfile.TemporaryDirectory() as temporary:
         model = sapling_with_template(Path(temporary) / NAME)
         environment = {**os.environ, "REACH_TOKEN_S": str(TOKEN_S)}
@@ -37,7 +37,7 @@ def served_slowly(port: int, *options: str) -> Iterator[subprocess.Popen[bytes]]
 
 
 def timeouts(rounds: int = 3) -> Row:
-    """19: each by itself, some times."""
+    """Run test 19: each time limit by itself, some times."""
     port, limits = free_port(), {"queue": 1.5, "first token": 2.0, "whole answer": 4.0, "stream": 4.0}
     long = {**SHORT, "max_tokens": 900}
 
@@ -90,7 +90,7 @@ def timeouts(rounds: int = 3) -> Row:
 
 
 def terminated() -> Row:
-    """20: two streams run, two requests wait, then SIGTERM."""
+    """Run test 20: two streams run, two requests wait, then SIGTERM."""
     port = free_port()
     body = {**SHORT, "max_tokens": 120}
 
@@ -141,14 +141,14 @@ def terminated() -> Row:
 
 
 def _complete(reply: Reply, tokens: int) -> bool:
-    """Whether an answer, whole or as a stream, has its end."""
+    """Return whether an answer, whole or as a stream, has its end."""
     if "text/event-stream" in reply.headers:
         return bool(reply.events[-1]["choices"][0]["finish_reason"] == "length")
     return reply.status == 200 and bool(reply.json["usage"]["completion_tokens"] == tokens)
 
 
 class Supervisor:
-    """Starts a server anew whenever it ends with an error, as systemd does with Restart=on-failure."""
+    """Supervisor that restarts a server after an error, as systemd does with Restart=on-failure."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.command, self.environment = command, environment
@@ -168,13 +168,13 @@ class Supervisor:
             self.process = self._start()
 
     def stop(self) -> None:
-        """An orderly end."""
+        """End the server in order."""
         self.process.terminate()
         self.thread.join(timeout=60)
 
 
 def killed() -> Row:
-    """21: the engine's thread, then the whole process; each under a stream."""
+    """Run test 21: kill the thread of the engine, then the whole process, each under a stream."""
     port, found = free_port(), {}
     with tempfile.TemporaryDirectory() as temporary:
         model = sapling_with_template(Path(temporary) / NAME)
@@ -223,7 +223,7 @@ async def _killed(port: int, supervisor: Supervisor, sent: int) -> dict[str, Any
 
 
 def _health(port: int) -> int:
-    """0 where nobody answers."""
+    """Return the status of /health, 0 if no answer comes."""
     try:
         return httpx2.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code
     except httpx2.HTTPError:

@@ -58,7 +58,7 @@ Row = dict[str, Any]
 
 
 def too_large_and_too_slow(at_once: int = 20, slow: int = 50) -> Row:
-    """17: all of them beside each other, while an honest client is answered."""
+    """Run test 17: bad requests of all kinds at once, while an honest client gets answers."""
     port, large = free_port(), b'"' + b"x" * 3_000_000 + b'"'
     pieces = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (large[: 2**20], large[2**20 :])) + b"0\r\n\r\n"
     in_chunks = written(PATH, b"", {"Transfer-Encoding": "chunked"}).replace(b"Content-Length: 0\r\n", b"") + pieces
@@ -95,7 +95,7 @@ def too_large_and_too_slow(at_once: int = 20, slow: int = 50) -> Row:
         asyncio.run(_several(20, lambda: ask(port, PATH, HELLO)))
         with Memory(process.pid) as memory:
             found, honest = asyncio.run(all_of_them())
-    # Where more than 32 MiB of unfinished bodies wait, another one is told to come back.
+    # With more than 32 MiB of unfinished bodies, the next one gets 503.
     allowed = {name: {status} | ({503} if "chunks" in name else set()) for name, (status, _) in kinds.items()}
     expected = {name: set(found[name]) <= allowed[name] for name in kinds}
     return {
@@ -111,7 +111,7 @@ def too_large_and_too_slow(at_once: int = 20, slow: int = 50) -> Row:
 
 
 def beyond_context(count: int = 50) -> Row:
-    """18: by ids, where nothing is tokenized; by text, where the tokenizer's share is taken off."""
+    """Run test 18: prompts by ids, which need no tokenizer, and by text, minus the time of the tokenizer."""
     port, tokenizer = free_port(), load_tokenizer(sapling())
     ids = {**HELLO, "prompt": [5] * 1025}
     text = "garden " * 100_000
@@ -141,7 +141,7 @@ def beyond_context(count: int = 50) -> Row:
 
 
 def keys() -> Row:
-    """22: every route that the application has, with no key, a wrong one and the right one; then the log."""
+    """Run test 22: every route of the application with no key, a wrong one and the right one, then the log."""
     told = SimpleNamespace(engine=None, name=NAME, created=0)
     routes = [
         (method, route.path.replace("{name:path}", NAME))
@@ -188,7 +188,7 @@ def keys() -> Row:
 
 
 def templates() -> Row:
-    """23: a model whose template does harm on demand; then what a request may not bring."""
+    """Run test 23: a model whose template does harm on demand, then contents that a request may not bring."""
     port, refused = free_port(), dict[str, Any]()
     with tempfile.TemporaryDirectory() as temporary, Listener() as elsewhere:
         model, log = sapling_with_template(Path(temporary) / NAME, BOMBS), Path(temporary) / "log"
@@ -230,7 +230,7 @@ def templates() -> Row:
 
 
 class Memory:
-    """The most that a process and its children grow by while the block runs."""
+    """Peak growth of a process and its children while the block runs."""
 
     def __init__(self, pid: int) -> None:
         self.process, self.ending = psutil.Process(pid), threading.Event()
@@ -249,17 +249,17 @@ class Memory:
         while not self.ending.wait(0.02):
             try:
                 self.peak = max(self.peak, resident(self.process))
-            except psutil.NoSuchProcess:  # a child that has just ended
+            except psutil.NoSuchProcess:  # a child that ended
                 continue
 
     @property
     def growth_mb(self) -> float:
-        """Millions of bytes."""
+        """Return the peak growth in millions of bytes."""
         return (self.peak - self.before) / 1e6
 
 
 class Listener:
-    """Counts who connects to an address that a request names."""
+    """Counter of connections to an address that a request names."""
 
     def __init__(self) -> None:
         self.socket, self.count = socket.create_server(("127.0.0.1", 0)), 0
@@ -278,7 +278,7 @@ class Listener:
 
 
 def _compared(rounds: int = 40_000) -> float:
-    """Median time to refuse a key whose first character is wrong over one whose last is, in turns."""
+    """Return the median time to refuse a key with a wrong first character over that with a wrong last one."""
     known, seconds = Keys([KEY]), {"#" + KEY[1:]: [0.0], KEY[:-1] + "#": [0.0]}
     for _ in range(rounds):
         for key, found in seconds.items():
@@ -299,7 +299,7 @@ async def _sent(port: int, sent: bytes) -> Reply:
 
 
 async def _dripped(port: int, sent: bytes, pause_s: float) -> Reply:
-    """A byte at a time, until the server has enough of it."""
+    """Send a byte at a time until the server replies."""
     call = await Call.send(port, sent)
     resting = asyncio.create_task(call.rest())
     while not resting.done():

@@ -1,4 +1,4 @@
-"""Tests 13, 14, 15 and 24: more requests than can be answered, clients that leave, and what is counted of them."""
+"""Tests 13, 14, 15 and 24: more requests than the server can answer, clients that leave, and their counts."""
 
 import asyncio
 import random
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def overload(seconds: float = 15.0) -> Row:
-    """13: ten times as many requests as it answers, in an even stream, for some seconds."""
+    """Run test 13: ten times the rate of requests that the server can answer, for some seconds."""
     port, body = free_port(), {"model": NAME, "prompt": "The garden", "max_tokens": 32, "temperature": 0}
     with served_sapling(port, NAME, "--slots", "4", "--queue", "16", "--dtype", "float32") as process:
         watched = psutil.Process(process.pid)
@@ -58,7 +58,7 @@ def overload(seconds: float = 15.0) -> Row:
     refused = [reply for reply in replies if reply.status == 429]
     complete = sum(
         reply.status == 200 and reply.json["usage"]["completion_tokens"] == 32 for reply in replies
-    )  # an answer that ends early would be one that is lost
+    )  # an answer that ends early is a lost one
     told = sum("retry-after:" in reply.headers for reply in refused)
     p99_ms = float(np.quantile([reply.seconds for reply in refused], 0.99)) * 1000
     growth_mb = (peak - before) / 1e6
@@ -78,7 +78,7 @@ def overload(seconds: float = 15.0) -> Row:
 
 
 def cancelled_streams(count: int = 200) -> Row:
-    """14: clients hang up all at once while four others listen."""
+    """Run test 14: clients hang up all at once while four others listen."""
     port = free_port()
     prompts = [f"The garden {word}" for word in ("is", "was", "of", "in")]
     others = [{**LONG, "prompt": prompt, "seed": 1, "max_tokens": 500} for prompt in prompts]
@@ -130,7 +130,7 @@ def cancelled_streams(count: int = 200) -> Row:
 
 
 def cancelled_in_queue() -> Row:
-    """15: of two that wait behind a stream the first leaves."""
+    """Run test 15: two requests wait for a stream, and the first leaves."""
     port, active = free_port(), {**LONG, "seed": 1, "max_tokens": 300}
 
     async def disturbed() -> tuple[Reply, Reply, list[float]]:
@@ -154,7 +154,7 @@ def cancelled_in_queue() -> Row:
         found, stayed, held = asyncio.run(disturbed())
         cancelled = metrics_of(port)['niwaki_requests_total{outcome="cancelled",route="completions"}']
     return {
-        "what": "a request that waits is cancelled behind one that is written",
+        "what": "a waiting request is cancelled while another one is answered",
         "limit": "active output unchanged",
         "figure": {
             "same_text": found.text == wanted, "characters": len(wanted), "running_and_queued_after": held,
@@ -165,7 +165,7 @@ def cancelled_in_queue() -> Row:
 
 
 def counted(requests: int = 10_000, clients: int = 12) -> Row:
-    """24: what clients count is what /metrics says, and no request makes a series of its own."""
+    """Run test 24: /metrics counts what clients count, and no request makes a series of its own."""
     port, seen = free_port(), Counter[tuple[str, str]]()
     tokens: Counter[str] = Counter()
     outcome = {200: "answered", 429: "rejected"}
@@ -216,7 +216,7 @@ def counted(requests: int = 10_000, clients: int = 12) -> Row:
 
 
 def _some(chosen: random.Random, route: str) -> tuple[Any, dict[str, str]]:
-    """A body and headers: right, wrong, or not even JSON."""
+    """Return a body and headers: right, wrong, or not even JSON."""
     body: dict[str, Any] = {"model": NAME, "max_tokens": chosen.randint(1, 3)}
     text = "word " * chosen.randint(1, 20)
     body |= {"prompt": text} if route == PATH else {"messages": [{"role": "user", "content": text}]}
@@ -233,6 +233,6 @@ def _some(chosen: random.Random, route: str) -> tuple[Any, dict[str, str]]:
 
 
 async def _slots(port: int) -> list[float]:
-    """Running and queued."""
+    """Return the numbers of running and of queued requests."""
     now = await asyncio.to_thread(metrics_of, port)
     return [now["niwaki_running"], now["niwaki_queue_length"]]

@@ -1,15 +1,19 @@
 """Whole roll-outs with real processes: two `niwaki serve`, the gateway between them and its clients, faults in a proxy.
 
-The dense model is the sapling. The canary is the same model (`equal`), the same behind a proxy that answers 2 % of the
-requests with 500 (`errors`) or passes every byte on after twice the time it took (`slow`), or the sapling without 70 %
-of its weights by magnitude (`degraded`). Limits are those of a pilot, the sapling at 4 bits, out of the compare.json of
-`niwaki compare`. Clients ask one request after the other, half of them as streams, each as another user.
+The dense model is the sapling. There are four canaries:
+
+- `equal`: the same model
+- `errors`: the same model behind a proxy that answers 2 % of the requests with 500
+- `slow`: the same model behind a proxy that doubles the time of every byte
+- `degraded`: the sapling without 70 % of its weights by magnitude
+
+Limits are those of a pilot, the sapling at 4 bits, from the compare.json of `niwaki compare`. Clients send one request
+after the other, half of them as streams, each as another user.
 
     python -m tests.system.serving.rollout_real --out benchmarks/results/serving/rollout-real-cpu.json
 
-Decision intervals are shortened: they end after INTERVAL_S seconds and the same 500 requests of the canary as by
-default, and shares are 50 and 100 %, because two cores answer some dozens of requests a second. Cost: five to ten
-minutes on two cores.
+Two cores answer some dozens of requests per second, so decision intervals are short. They end after INTERVAL_S seconds
+and the default of 500 requests of the canary. Shares are 50 and 100 %. Cost: five to ten minutes on two cores.
 """
 
 import argparse
@@ -51,7 +55,7 @@ COMMAND = [sys.executable, "-m", "niwaki.cli"]
 
 
 def proxy(port: int, url: str, errors: float, slow: float) -> None:
-    """Stands before a server: a share of 500s, and answers that take so many times as long."""
+    """Serve a proxy: a share of 500s, and answers that take `slow` times as long."""
     rng = random.Random(1)
 
     async def passed(request: Request) -> Response:
@@ -89,7 +93,7 @@ def proxy(port: int, url: str, errors: float, slow: float) -> None:
 
 @contextmanager
 def running(command: list[str], port: int) -> Iterator[None]:
-    """A process of ours that listens."""
+    """Run a process that listens until the block ends."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 60
@@ -104,7 +108,7 @@ def running(command: list[str], port: int) -> Iterator[None]:
 
 
 def made(folder: Path) -> Path:
-    """The pilot and the degraded canary, and the compare.json of the pilot."""
+    """Make the pilot and the degraded canary, and return the compare.json of the pilot."""
     for name, method, target in (("pilot", "rtn", "4bit"), ("degraded", "magnitude", "70%")):
         own = ["compress", str(sapling()), str(folder / name), "--method", method, "--target", target]
         subprocess.run([*COMMAND, *own], check=True, capture_output=True)
@@ -117,7 +121,7 @@ def made(folder: Path) -> Path:
 
 
 async def client(session: aiohttp.ClientSession, seed: int, ending: asyncio.Event, seen: Counter[str]) -> None:
-    """Asks until it is told to stop, and counts what it gets."""
+    """Send requests until the end, and count the outcomes."""
     rng = random.Random(seed)
     number = 0
     while not ending.is_set():
@@ -135,7 +139,7 @@ async def client(session: aiohttp.ClientSession, seed: int, ending: asyncio.Even
 
 
 async def asked(port: int, store: Store, clients: int, max_s: float) -> dict[str, int]:
-    """Load until the roll-out ends, and a little longer: those that come after a return are answered, too."""
+    """Keep up the load until the roll-out ends, and a little longer, because requests after a return count too."""
     seen: Counter[str] = Counter()
     ending, until = asyncio.Event(), time.monotonic() + max_s
     # A connection each: on a machine that is stopped for a while, kept ones would be closed while they are taken.
@@ -154,7 +158,7 @@ async def asked(port: int, store: Store, clients: int, max_s: float) -> dict[str
 
 
 def rolled_out(kind: str, folder: Path, limits: Path, clients: int, max_s: float) -> dict[str, Any]:
-    """One roll-out from its first step to its end."""
+    """Run one roll-out from its first step to its end."""
     ports = {name: free_port() for name in ("dense", "canary", "proxy", "gateway")}
     model = folder / "degraded" if kind == "degraded" else sapling()
     config, where = folder / f"{kind}.yaml", folder / f"{kind}.sqlite"
@@ -176,11 +180,11 @@ def rolled_out(kind: str, folder: Path, limits: Path, clients: int, max_s: float
         store = Store.open(where)
         seen = asyncio.run(asked(ports["gateway"], store, clients, max_s))
         time.sleep(INTERVAL_S)
-    return told(store, seen)
+    return record_of(store, seen)
 
 
-def told(store: Store, seen: dict[str, int]) -> dict[str, Any]:
-    """What the store and the clients know of a roll-out."""
+def record_of(store: Store, seen: dict[str, int]) -> dict[str, Any]:
+    """Return the record of a roll-out from its store and its clients."""
     state = store.current()
     assert state is not None
     intervals, decisions = store.intervals(state), store.decisions(state)[::-1]
@@ -212,16 +216,16 @@ def told(store: Store, seen: dict[str, int]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs every kind, writes JSON, and exits with 1 where one did not end as it has to."""
+    """Run every kind and write the result. Exit with 1 if one did not end as expected."""
     if sys.argv[1:2] == ["--proxy"]:
-        port, behind, errors, slow = sys.argv[2:]
-        proxy(int(port), f"http://127.0.0.1:{behind}", float(errors), float(slow))
+        port, server, errors, slow = sys.argv[2:]
+        proxy(int(port), f"http://127.0.0.1:{server}", float(errors), float(slow))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kinds", nargs="*", default=["equal", "errors", "slow", "degraded"])
     parser.add_argument("--clients", type=int, default=2)
-    parser.add_argument("--most-s", type=float, default=600)
+    parser.add_argument("--max-s", "--most-s", type=float, default=600)
     given = parser.parse_args()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""A real `niwaki serve` of the sapling for the benchmarks of serving: its process, its port, its memory."""
+"""Real `niwaki serve` of the sapling for the system tests of serving: its process, its port, its memory."""
 
 import asyncio
 import json
@@ -23,14 +23,14 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
 
 
 def sapling_with_template(folder: Path, template: str = TEMPLATE) -> Path:
-    """A copy of the sapling that can chat."""
+    """Copy the sapling and give it a chat template."""
     shutil.copytree(sapling(), folder)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return folder
@@ -45,7 +45,7 @@ def serving(
     command: Sequence[str] = (sys.executable, "-m", "niwaki.cli"),
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`niwaki serve` on `model`, ready; what it logs goes to `log`, if given. It is ended at last, if it still runs."""
+    """Run `niwaki serve` on `model` until the block ends, and yield it once it is ready. Its log goes to `log`."""
     given = ["serve", str(model), "--port", str(port), "--device", "cpu", *options]
     process = subprocess.Popen([*command, *given], stderr=log or subprocess.DEVNULL, env=environment)
     try:
@@ -62,7 +62,7 @@ def serving(
 
 @contextmanager
 def served_sapling(port: int, name: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`niwaki serve` on the sapling with a chat template, ready."""
+    """Run `niwaki serve` on the sapling with a chat template, and yield it once it is ready."""
     with tempfile.TemporaryDirectory() as temporary:
         model = sapling_with_template(Path(temporary) / name)
         with serving(model, port, "--name", name, *options) as process:
@@ -70,12 +70,12 @@ def served_sapling(port: int, name: str, *options: str) -> Iterator[subprocess.P
 
 
 def resident(process: psutil.Process) -> int:
-    """Bytes of a process and its children."""
+    """Return the resident bytes of a process and its children."""
     return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
 
 
 def computed(process: psutil.Process) -> float:
-    """Seconds of CPU that a process and its children have used."""
+    """Return the seconds of CPU of a process and its children."""
     return sum(sum(one.cpu_times()[:2]) for one in (process, *process.children(recursive=True)))
 
 
@@ -87,7 +87,7 @@ def _ready(port: int) -> bool:
 
 
 def metrics_of(port: int, key: str = "none") -> dict[str, float]:
-    """The series of /metrics and their values."""
+    """Return the series of /metrics and their values."""
     headers = {"Authorization": f"Bearer {key}"}
     text = httpx2.get(f"http://127.0.0.1:{port}/metrics", headers=headers, timeout=30).text
     rows = [line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#")]
@@ -96,60 +96,60 @@ def metrics_of(port: int, key: str = "none") -> dict[str, float]:
 
 @dataclass
 class Reply:
-    """What came back on a connection of its own, and how long after it was opened."""
+    """Reply on a connection of its own, and the seconds since the connection opened."""
 
     raw: bytes
     seconds: float
 
     @property
     def status(self) -> int:
-        """Of HTTP; 0 if the connection was closed without one."""
+        """Return the status of HTTP, 0 if the connection was closed without one."""
         return int(self.raw[9:12]) if self.raw.startswith(b"HTTP/1.1 ") else 0
 
     @property
     def headers(self) -> str:
-        """In lower case."""
+        """Return the headers in lower case."""
         return self.raw.partition(b"\r\n\r\n")[0].decode("latin-1").lower()
 
     @property
     def json(self) -> Any:
-        """Of an answer that is no stream."""
+        """Return the JSON of an answer that is no stream."""
         return json.loads(self.raw.partition(b"\r\n\r\n")[2])
 
     @property
     def events(self) -> list[Any]:
-        """Of a stream, without its last line."""
+        """Return the events of a stream, without its last line."""
         return _events(self.raw)
 
     @property
     def text(self) -> str:
-        """Of a stream of /v1/completions."""
+        """Return the text of a stream of /v1/completions."""
         return "".join(choice["text"] for event in self.events for choice in event.get("choices", ()))
 
 
 class Call:
-    """One request on a connection of its own, which can be cut."""
+    """Request on a connection of its own, which can be cut."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, began: float) -> None:
         self.reader, self.writer, self.began, self.raw = reader, writer, began, b""
 
     @classmethod
     async def send(cls, port: int, sent: bytes) -> "Call":
-        """Opens the connection and sends."""
+        """Open the connection and send."""
         began = time.monotonic()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(sent)
         return cls(reader, writer, began)
 
     async def until(self, events: int) -> None:
-        """Until so many events of a stream are there."""
+        """Read until `events` events of a stream are there."""
         while len(_events(self.raw)) < events:
             if not (part := await self.reader.read(65536)):
                 raise EOFError(self.raw[:300])
             self.raw += part
 
     async def rest(self) -> Reply:
-        """All, until the server closes."""
+        """Read until the server closes, and return the reply."""
         try:
             while part := await self.reader.read(65536):
                 self.raw += part
@@ -159,12 +159,12 @@ class Call:
         return Reply(self.raw, time.monotonic() - self.began)
 
     def cut(self) -> None:
-        """The client is gone."""
+        """Close the connection at once, as a client that goes away."""
         self.writer.transport.abort()
 
 
 def written(path: str, body: Any, headers: Mapping[str, str] | None = None, method: str = "POST") -> bytes:
-    """A request as it goes over the wire."""
+    """Return the bytes of a request."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     usual = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": str(len(content))}
     lines = [f"{name}: {value}" for name, value in {**usual, "Connection": "close", **(headers or {})}.items()]
@@ -172,7 +172,7 @@ def written(path: str, body: Any, headers: Mapping[str, str] | None = None, meth
 
 
 async def ask(port: int, path: str, body: Any, headers: Mapping[str, str] | None = None, method: str = "POST") -> Reply:
-    """A request and its reply."""
+    """Send a request and return its reply."""
     return await (await Call.send(port, written(path, body, headers, method))).rest()
 
 

@@ -1,9 +1,9 @@
-"""`niwaki serve` with what tests of it need: a model that takes its time, an engine that can be killed, every log.
+"""`niwaki serve` for tests: a slow model, an engine that can be killed, a log of every level.
 
     REACH_TOKEN_S=0.05 python -m tests.system.serving.served_slowly serve MODEL --port 8000
 
-`REACH_TOKEN_S`: seconds that every token read or written takes on top. SIGUSR1 ends the engine's thread. `REACH_LOG`:
-everything is logged, not only what the command logs.
+`REACH_TOKEN_S`: extra seconds for every token, read or written. SIGUSR1 ends the thread of the engine. `REACH_LOG`: log
+messages of every level.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from niwaki.serve import server
 
 
 def load_slowly(*args: Any, **settings: Any) -> Any:
-    """The model, slowed down."""
+    """Load the model and slow it down."""
     model = load(*args, **settings)
     token_s = float(os.environ.get("REACH_TOKEN_S", "0"))
 
@@ -31,14 +31,14 @@ def load_slowly(*args: Any, **settings: Any) -> Any:
 
 
 def kill_engine(*_: Any) -> None:
-    """Raises SystemExit in its thread, wherever it is."""
+    """Raise SystemExit in the thread of the engine."""
     for thread in threading.enumerate():
         if thread.name == "niwaki-engine" and thread.ident is not None:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
 
 
 def log_everything(**settings: Any) -> None:
-    """Whatever level the command asks for."""
+    """Configure the log for every level."""
     configure(**{**settings, "level": 1})
 
 

@@ -1,15 +1,16 @@
-"""Malformed requests of every kind against `niwaki serve`, or the gateway: all are refused, none is noticed by others.
+"""Malformed requests of every kind against `niwaki serve` or the gateway: all are refused, others notice none.
 
-Bytes are made from a seed: fields of the wrong type or size, JSON that is cut, flipped or nested, headers, methods and
-paths that nobody sends, bodies whose length is a lie. What is wrong for certain has to be answered by 4xx or a closed
-connection, what may be right by anything below 500; after every hundred a right request has to be answered.
+A seed makes the bytes: fields of the wrong type or size, bodies with a false length, strange headers and paths.
+Other bodies are JSON that is cut, flipped or nested. The answer to a request that is surely wrong must be 4xx or a
+closed connection. The answer to one that may be right must be below 500. After every hundred the server must answer a
+right request.
 
     python -m tests.system.serving.serving_fuzz --cases 10000 --out benchmarks/results/serving/serving-fuzz-cpu.json
     python -m tests.system.serving.serving_fuzz --gateway --cases 10000 \\
         --out benchmarks/results/serving/rollout-fuzz-cpu.json
 
-With `--gateway` they go to `niwaki rollout run` before such a server, which is both sides: half of the requests are the
-canary's, a tenth of the others is copied, a tenth of the answers audited.
+With `--gateway` they go to `niwaki rollout run` before such a server, which is both sides. Half of the requests are the
+canary's. A tenth of the others is copied, a tenth of the answers audited.
 """
 
 import argparse
@@ -49,7 +50,7 @@ JUNK: tuple[Any, ...] = (
 
 @dataclass(frozen=True)
 class Case:
-    """Bytes of a request; `wrong`: whether it is so for certain; `ends`: whether a server can tell where it does."""
+    """Bytes of a request. `wrong`: it is surely wrong. `ends`: a server can tell its end."""
 
     sent: bytes
     wrong: bool
@@ -57,14 +58,14 @@ class Case:
 
 
 def request(path: str, body: bytes, *, method: str = "POST", headers: dict[str, str] | None = None) -> bytes:
-    """A request as it goes over the wire."""
+    """Return the bytes of a request."""
     usual = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": str(len(body))}
     lines = [f"{name}: {value}" for name, value in {**usual, "Connection": "close", **(headers or {})}.items()]
     return f"{method} {path} HTTP/1.1\r\n".encode() + "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
 def cases(seed: int, count: int) -> Iterator[Case]:
-    """`count` requests."""
+    """Yield `count` requests."""
     chosen = random.Random(seed)
     makers = (_other_field, _other_field, _broken_json, _nested, _other_headers, _other_route, _other_bytes)
     for _ in range(count):
@@ -77,7 +78,7 @@ def _other_field(chosen: random.Random, path: str, given: dict[str, Any]) -> Cas
         given[chosen.choice(FIELDS)] = chosen.choice(JUNK)
     given["max_tokens"] = given.get("max_tokens") if chosen.random() < 0.5 else 1
     if isinstance(given["max_tokens"], int) and given["max_tokens"] > 1:
-        given["max_tokens"] = 2**40  # a long answer would only take long
+        given["max_tokens"] = 2**40  # a long answer tests nothing more
     return Case(request(path, json.dumps(given).encode("utf-8", "surrogatepass")), wrong=False)
 
 
@@ -145,7 +146,7 @@ def _other_bytes(chosen: random.Random, path: str, given: dict[str, Any]) -> Cas
 
 
 def exchange(port: int, sent: bytes, *, ends: bool = True, seconds: float = 30) -> int:
-    """The status that comes back; 0 if the connection was closed without one, as it is when a client does not end."""
+    """Send bytes and return the status, 0 if the connection was closed without one, as for a request without end."""
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
         found = b""
         try:
@@ -160,13 +161,13 @@ def exchange(port: int, sent: bytes, *, ends: bool = True, seconds: float = 30) 
 
 
 def healthy(port: int) -> bool:
-    """Whether right requests are answered on both routes."""
+    """Return whether right requests are answered on both routes."""
     return all(exchange(port, request(path, json.dumps(body).encode())) == 200 for path, body in RIGHT.items())
 
 
 @contextmanager
 def gateway(server: int, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """`niwaki rollout run` with one server as both sides, ready."""
+    """Run `niwaki rollout run` with one server as both sides, and yield it once it is ready."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "rollout.yaml"
         config.write_text("policy: {steps: [0.5], min_requests: 1000000}\n", encoding="utf-8")
@@ -188,13 +189,13 @@ def gateway(server: int, port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def listening(port: int) -> bool:
-    """Whether somebody takes connections."""
+    """Return whether a process accepts connections."""
     with socket.socket() as tried:
         return tried.connect_ex(("127.0.0.1", port)) == 0
 
 
 def judge(case: Case, status: int) -> str | None:
-    """What is wrong with the answer, if anything."""
+    """Return the fault of an answer, None if it has none."""
     if status >= 500:
         return f"{status} to {case.sent[:300]!r}"
     if case.wrong and status and not 400 <= status < 500:
@@ -203,7 +204,7 @@ def judge(case: Case, status: int) -> str | None:
 
 
 def main() -> None:
-    """Starts a server on the sapling with a chat template, and what stands before it, and sends."""
+    """Start a server on the sapling, and perhaps a gateway before it, and send the requests."""
     from benchmarks.common.provenance import provenance
     from tests.system.serving.served import free_port, served_sapling
 

@@ -1,8 +1,8 @@
-"""What `niwaki serve` has to hold under load, attack and failure, against its limits.
+"""Limits of `niwaki serve` under load, attack and failure, checked on real processes.
 
-A real process of the server on the sapling over loopback sockets, one or more for each test. The numbers are those of
-the tests of production that the project set itself: 13 to 15 and 24 (`reach_load`), 17, 18, 22 and 23
-(`reach_limits`), 19 to 21 (`reach_ends`); 16 is `serving_fuzz`. Tests that are run again replace their rows.
+Every test runs the server on the sapling in processes of its own, over loopback sockets. The tests have the numbers of
+the project's list for production: 13 to 15 and 24 (`reach_load`), 17, 18, 22 and 23 (`reach_limits`), 19 to 21
+(`reach_ends`). 16 is `serving_fuzz`. A test that runs again replaces its row. See README.md beside this file.
 
     python -m tests.system.serving.serving_reach --out benchmarks/results/serving/serving-reach-cpu.json
     python -m tests.system.serving.serving_reach --only 13 18 --out benchmarks/results/serving/serving-reach-cpu.json
@@ -22,11 +22,11 @@ FUZZ = Path(__file__).parents[3] / "benchmarks/results/serving/serving-fuzz-cpu.
 
 
 def fuzzed() -> dict[str, Any]:
-    """16: what `serving_fuzz` found."""
+    """Return the row of test 16 from the result of `serving_fuzz`."""
     found = json.loads(FUZZ.read_text(encoding="utf-8"))
     fives = sum(count for status, count in found["statuses"].items() if status.startswith("5"))
     return {
-        "what": "malformed requests: results/serving-fuzz-cpu.json",
+        "what": "malformed requests: results/serving/serving-fuzz-cpu.json",
         "limit": "10,000 of them: only 4xx, no 5xx, no restart",
         "figure": {"cases": found["cases"], "statuses": found["statuses"], "restarts": found["restarts"]},
         "passed": found["cases"] >= 10_000 and not fives and not found["restarts"] and not found["failures"],
@@ -50,7 +50,7 @@ TESTS: dict[int, Callable[[], dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Runs, and writes what came of it."""
+    """Run the tests, and write their rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", type=int, nargs="+", choices=TESTS, default=list(TESTS))
     parser.add_argument("--out", type=Path, required=True)

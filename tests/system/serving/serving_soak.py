@@ -1,8 +1,8 @@
-"""`niwaki serve` under mixed load for an hour: no failure, no memory that grows, no answer that gets slower.
+"""`niwaki serve` under mixed load for an hour: no failure, no growing memory, no slower answers.
 
-Clients ask for texts and chats, whole and as streams, hang up in the middle, and send what is wrong. The server is a
-process of its own; its resident memory and that of its children is read every few seconds, and the slope of a line
-through what was read after the first tenth is what counts.
+Clients ask for texts and chats, whole and as streams, hang up in the middle, and send wrong requests. The server is a
+process of its own. Its resident memory and that of its children is read every few seconds. The slope of a line through
+the values after the first tenth counts.
 
     python -m tests.system.serving.serving_soak --seconds 3600 --out benchmarks/results/serving/serving-soak-cpu.json
 """
@@ -29,7 +29,7 @@ WORDS = ("garden", "tree", "import", "class", "value", "return", "exception", "m
 
 
 class Load:
-    """Clients that ask until they are told to stop, and what they saw."""
+    """Clients that send requests until the end, and the outcomes of these."""
 
     def __init__(self, port: int, pause: float) -> None:
         self.pause = pause
@@ -39,7 +39,7 @@ class Load:
         self.first_tokens: list[tuple[float, float]] = []  # when, seconds
 
     def run(self, seed: int) -> None:
-        """One client."""
+        """Run one client."""
         chosen = random.Random(seed)
         client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=120)
         while not self.ending.is_set():
@@ -56,18 +56,18 @@ class Load:
                 self.ending.wait(chosen.expovariate(1 / self.pause))
 
     def text(self, client: openai.OpenAI, chosen: random.Random) -> None:
-        """A whole text, or the scores of one."""
+        """Request a whole text, or the scores of one."""
         scoring = chosen.random() < 0.5
         most = 0 if scoring else chosen.randint(1, 40)
         client.completions.create(model=NAME, prompt=_words(chosen), max_tokens=most, echo=scoring, logprobs=2)
 
     def chat(self, client: openai.OpenAI, chosen: random.Random) -> None:
-        """A whole answer."""
+        """Request a whole answer."""
         message = {"role": "user", "content": _words(chosen)}
         client.chat.completions.create(model=NAME, messages=[message], max_tokens=chosen.randint(1, 40))  # type: ignore[list-item]
 
     def stream(self, client: openai.OpenAI, chosen: random.Random) -> None:
-        """An answer in pieces, timed to the first."""
+        """Request an answer as a stream, and time its first chunk."""
         began = time.monotonic()
         pieces = client.completions.create(
             model=NAME, prompt=_words(chosen), max_tokens=chosen.randint(2, 60), stream=True
@@ -77,14 +77,14 @@ class Load:
                 self.first_tokens.append((began, time.monotonic() - began))
 
     def left(self, client: openai.OpenAI, chosen: random.Random) -> None:
-        """A stream that is closed in the middle."""
+        """Request a stream and close it in the middle."""
         pieces = client.completions.create(model=NAME, prompt=_words(chosen), max_tokens=200, stream=True)
         for _ in range(chosen.randint(1, 10)):
             next(pieces, None)
         pieces.close()
 
     def wrong(self, client: openai.OpenAI, chosen: random.Random) -> None:
-        """A request that is refused."""
+        """Send a request that the server must refuse."""
         try:
             client.completions.create(model=NAME, prompt="x", n=chosen.randint(2, 9))
         except openai.BadRequestError:
@@ -97,7 +97,7 @@ def _words(chosen: random.Random) -> str:
 
 
 def drift(first_tokens: list[tuple[float, float]]) -> dict[str, float]:
-    """P99 of the time to the first token, in the first and the last quarter."""
+    """Return P99 of the time to the first token, in the first and the last quarter."""
     ordered = [seconds for _, seconds in sorted(first_tokens)]
     quarter = max(len(ordered) // 4, 2)
     first, last = (statistics.quantiles(part, n=100)[98] for part in (ordered[:quarter], ordered[-quarter:]))
@@ -105,7 +105,7 @@ def drift(first_tokens: list[tuple[float, float]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Runs, and writes what came of it."""
+    """Run the load, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--clients", type=int, default=6)
