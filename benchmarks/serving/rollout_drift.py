@@ -14,7 +14,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from benchmarks.common.provenance import provenance
-from niwaki.rollout.drift import Watch
+from niwaki.rollout.drift import DriftWatch
 
 BEFORE, AFTER, SEEDS = 500, 300, 20
 
@@ -34,7 +34,7 @@ def pieces(texts: Sequence[str], rng: random.Random) -> list[str]:
 def alarm_after(before: list[str], after: list[str], seed: int) -> tuple[int, int | None]:
     """Return the alarms before the change, and the audits after it until the alarm."""
     rng = random.Random(seed)
-    watch = Watch(rng=rng)
+    watch = DriftWatch(rng=rng)
     for prompt in rng.choices(before, k=BEFORE):
         watch.add(prompt, rng.gauss(0.9, 0.03), 1)
     early = len(watch.alarms)

@@ -4,19 +4,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from niwaki.rollout.manifest import KINDS, Names, render
 from niwaki.rollout.store import Change, Store
 from support.models import run
 from support.rollouts import LIMITS, settings
 
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples/kubernetes").glob("*.yaml"))
+
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
-    from niwaki.rollout.controller import begin_or_resume
+    from niwaki.rollout.start import begin_or_resume
 
     path = tmp_path / "rollout.sqlite"
     begin_or_resume(Store.open(path), settings(), LIMITS, 0.0)
@@ -58,8 +60,6 @@ WRONG = [
     ),
     (["status"], "`niwaki rollout run --state"),
     (["export", "{tmp}/out.jsonl"], "`niwaki rollout run --state"),
-    (["manifest", "helm"], "choose from gateway-api, kserve"),
-    (["manifest", "kserve", "--name", "Über"], "lower-case letters"),
 ]
 
 
@@ -68,20 +68,17 @@ def test_wrong_input_is_one_line_and_writes_nothing(
     words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = [word.format(tmp=tmp_path) for word in words]
-    where = [] if words[0] == "manifest" else ["--state", str(tmp_path / "gone.sqlite")]
-    code, _, printed = run(capsys, "rollout", *own, *where)
+    code, _, printed = run(capsys, "rollout", *own, "--state", tmp_path / "gone.sqlite")
     assert code == 2 and said in printed and printed.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_manifests_hang_together(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What of the documented schemas can be said without them: kinds, required fields, and names that meet."""
-    code, printed, _ = run(capsys, "rollout", "manifest", kind, "--name", "tree", "--namespace", "garden")
-    assert code == 0 and printed.startswith("# An example") and printed == render(kind, Names("tree", "garden"))
-    found = list(yaml.safe_load_all(printed))
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_kubernetes_examples_are_consistent(path: Path) -> None:
+    """Kinds, required fields, and names that match, as far as a test can check them without the schemas."""
+    found = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     assert all(
-        one["metadata"]["namespace"] == "garden" and one["metadata"]["name"].startswith("tree-") for one in found
+        one["metadata"]["namespace"] == "default" and one["metadata"]["name"].startswith("niwaki-") for one in found
     )
     by_kind: dict[str, list[dict]] = {}
     for one in found:
@@ -104,10 +101,10 @@ def test_manifests_hang_together(kind: str, capsys: pytest.CaptureFixture[str]) 
     (route,) = by_kind["HTTPRoute"]
     important, others = route["spec"]["rules"]
     assert important["matches"][0]["headers"] == [{"type": "Exact", "name": "x-priority", "value": "high"}]
-    assert others["backendRefs"] == [{"name": "tree-gateway", "port": 80}] and route["spec"]["parentRefs"]
+    assert others["backendRefs"] == [{"name": "niwaki-gateway", "port": 80}] and route["spec"]["parentRefs"]
     predictors = {f"{name}-predictor" for name in names.get("InferenceService", ())}
     assert important["backendRefs"][0]["name"] in names["Service"] | predictors
-    gateway = next(one for one in by_kind["Deployment"] if one["metadata"]["name"] == "tree-gateway")
+    gateway = next(one for one in by_kind["Deployment"] if one["metadata"]["name"] == "niwaki-gateway")
     assert gateway["spec"]["replicas"] == 1 and gateway["spec"]["strategy"] == {"type": "Recreate"}
     for one in by_kind.get("InferenceService", ()):
         model = one["spec"]["predictor"]["model"]
@@ -121,13 +118,17 @@ def test_a_gateway_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
 
 
-def test_the_gateway_of_a_manifest_is_a_command_that_exists() -> None:
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_commands_of_the_kubernetes_examples_exist(path: Path) -> None:
     import typer
 
     from niwaki.cli.app import app
 
-    gateway = next(one for one in yaml.safe_load_all(render("kserve", Names())) if one["kind"] == "Deployment")
-    words = gateway["spec"]["template"]["spec"]["containers"][0]["args"]
-    command = typer.main.get_command(app).commands[words[0]].commands[words[1]]  # type: ignore[attr-defined]
-    options = {name for one in command.params for name in one.opts}
-    assert {word for word in words if word.startswith("--")} <= options
+    for deployment in yaml.safe_load_all(path.read_text(encoding="utf-8")):
+        if deployment["kind"] == "Deployment":
+            words = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+            command: Any = typer.main.get_command(app)
+            for word in words[: 2 if words[0] == "rollout" else 1]:
+                command = command.commands[word]
+            options = {name for one in command.params for name in one.opts}
+            assert {word for word in words if word.startswith("--")} <= options

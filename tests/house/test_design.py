@@ -29,9 +29,6 @@ SIZE_EXCEPTIONS: dict[str, str] = {
     "cli.generate": "each command has a file of its own",
     "cli.recover": "each command has a file of its own",
     "compression.verify": "the check of the weights reads tensor files, the records read none",
-    "rollout.background": "before the house was rebuilt",
-    "rollout.exporting": "before the house was rebuilt",
-    "rollout.metrics": "before the house was rebuilt",
 }
 
 

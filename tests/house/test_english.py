@@ -9,11 +9,7 @@ from house.english import faults, faults_of_docstring, faults_of_words
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "niwaki"
-# Folders that are not rewritten yet.
-PENDING = {
-    "rollout",
-}  # fmt: skip
-FILES = [path for path in sorted(SOURCE.rglob("*.py")) if path.relative_to(SOURCE).parts[0] not in PENDING]
+FILES = sorted(SOURCE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))

@@ -9,10 +9,17 @@ from typing import Any
 import pytest
 
 from niwaki.errors import InputError, OutputError
-from niwaki.rollout.answers import CHAT, COMPLETIONS, UnreadError, answer_text, failed_at_once, prompt_text, texts_of
-from niwaki.rollout.exporting import export
-from niwaki.rollout.scoring import Token, audit, compared, tokens_in
-from niwaki.rollout.store import Store
+from niwaki.rollout.answers import (
+    CHAT,
+    COMPLETIONS,
+    UnreadableError,
+    answer_text,
+    prompt_text,
+    request_texts,
+    starts_with_error,
+)
+from niwaki.rollout.scoring import ScoredToken, audit, compare_scores, parse_tokens
+from niwaki.rollout.store import Store, export_texts
 from support.rollouts import make
 
 
@@ -30,10 +37,10 @@ WHOLE = echo(("The", None, None), (" cat", -1.0, {" dog": -0.5, " cat": -1.0}), 
 
 
 def test_an_echo_is_read_token_by_token() -> None:
-    assert tokens_in(WHOLE, 11) == [Token(3, " cat", -1.0, " dog"), Token(7, " sat", -0.1, " sat")]
+    assert parse_tokens(WHOLE, 11) == [ScoredToken(3, " cat", -1.0, " dog"), ScoredToken(7, " sat", -0.1, " sat")]
     more = echo(*[tuple(one) for one in zip(*(WHOLE["choices"][0]["logprobs"][name] for name in
         ("tokens", "token_logprobs", "top_logprobs")), strict=True)], (" on", -3.0, {" on": -3.0}))  # type: ignore[arg-type]  # fmt: skip
-    assert tokens_in(more, 11) == tokens_in(WHOLE, 11)  # one new token too many is left out
+    assert parse_tokens(more, 11) == parse_tokens(WHOLE, 11)  # one new token too many is left out
 
 
 @pytest.mark.parametrize(
@@ -46,21 +53,21 @@ def test_an_echo_is_read_token_by_token() -> None:
 )  # fmt: skip
 def test_what_is_no_echo(found: dict[str, Any]) -> None:
     with pytest.raises((KeyError, TypeError, IndexError, ValueError)):
-        tokens_in(found, 11)
+        parse_tokens(found, 11)
 
 
 def test_two_readings_are_compared_on_their_own_sides_of_the_boundary() -> None:
-    dense = [Token(3, "b", -1.0, "b"), Token(4, "c", -2.0, "x"), Token(5, "d", -0.5, "d")]
-    own = [Token(3, "b", -1.5, "b"), Token(4, "c", -0.2, "c"), Token(5, "d", -0.5, "d")]
-    found = compared(dense, own, 4)
+    dense = [ScoredToken(3, "b", -1.0, "b"), ScoredToken(4, "c", -2.0, "x"), ScoredToken(5, "d", -0.5, "d")]
+    own = [ScoredToken(3, "b", -1.5, "b"), ScoredToken(4, "c", -0.2, "c"), ScoredToken(5, "d", -0.5, "d")]
+    found = compare_scores(dense, own, 4)
     assert (found.tokens, found.top1_agreement) == (2, 0.5)
     assert found.logprob_gap == pytest.approx(0.9) and found.perplexity_ratio == pytest.approx(math.exp(0.5))
     assert found.places == (("c", "x", False), ("d", "d", True))
-    assert "perplexity_ratio" not in compared(dense, own, 0).values()
-    with pytest.raises(UnreadError, match="no token of the answer"):
-        compared(dense, own, 99)
-    with pytest.raises(UnreadError, match="other tokens"):
-        compared(dense, own[:2], 4)
+    assert "perplexity_ratio" not in compare_scores(dense, own, 0).values()
+    with pytest.raises(UnreadableError, match="no token of the answer"):
+        compare_scores(dense, own, 99)
+    with pytest.raises(UnreadableError, match="different tokens"):
+        compare_scores(dense, own[:2], 4)
 
 
 def test_audits_of_fakes_see_how_far_they_differ(tmp_path: Path) -> None:
@@ -74,32 +81,32 @@ def test_audits_of_fakes_see_how_far_they_differ(tmp_path: Path) -> None:
     assert asyncio.run(work("the garden")) == 1.0
     setup.canary.differs, setup.canary.words = 0.4, 60
     assert asyncio.run(work("the garden")) == pytest.approx(0.6, abs=0.2)
-    with pytest.raises(UnreadError, match="too long"):
+    with pytest.raises(UnreadableError, match="too long"):
         asyncio.run(work("x" * 40_000))
     setup.canary.scores = False
-    with pytest.raises(UnreadError, match="the canary does not score given text"):
+    with pytest.raises(UnreadableError, match="the canary does not score given text"):
         asyncio.run(work("the garden"))
 
 
 def test_texts_of_requests_and_answers() -> None:
     chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "!"}]}]}
-    assert texts_of(CHAT, chat) == [{"role": "user", "content": "Hi!"}]
-    assert prompt_text(CHAT, texts_of(CHAT, chat), None) == "user: Hi!\nassistant: "
-    assert prompt_text(CHAT, texts_of(CHAT, chat), lambda messages: messages[0]["content"]) == "Hi!"
-    assert prompt_text(COMPLETIONS, texts_of(COMPLETIONS, {"prompt": "a"}), None) == "a"
+    assert request_texts(CHAT, chat) == [{"role": "user", "content": "Hi!"}]
+    assert prompt_text(CHAT, request_texts(CHAT, chat), None) == "user: Hi!\nassistant: "
+    assert prompt_text(CHAT, request_texts(CHAT, chat), lambda messages: messages[0]["content"]) == "Hi!"
+    assert prompt_text(COMPLETIONS, request_texts(COMPLETIONS, {"prompt": "a"}), None) == "a"
     for path, payload in (
         (COMPLETIONS, {"prompt": ["a", "b"]}), (COMPLETIONS, {}), (CHAT, {}), (CHAT, {"messages": ["a"]}),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
     ):  # fmt: skip
-        with pytest.raises(UnreadError):
-            texts_of(path, payload)  # type: ignore[arg-type]
+        with pytest.raises(UnreadableError):
+            request_texts(path, payload)  # type: ignore[arg-type]
     stream = b'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: {"choices": []}\n\ndata: [DONE]\n\n'
     assert answer_text(stream, stream=True) == "a"
     assert answer_text(b'{"choices": [{"text": "b"}]}', stream=False) == "b"
     for body in (b"", b"[]", b'{"choices": [{}, {}]}', b'{"choices": [{"message": {"tool_calls": [1]}}]}', b"{}"):
-        with pytest.raises(UnreadError):
+        with pytest.raises(UnreadableError):
             answer_text(body, stream=False)
-    assert failed_at_once(b'data: {"error": {"message": "no"}}\n\n') and not failed_at_once(stream)
+    assert starts_with_error(b'data: {"error": {"message": "no"}}\n\n') and not starts_with_error(stream)
 
 
 def test_kept_texts_feed_adapt(tmp_path: Path) -> None:
@@ -107,13 +114,13 @@ def test_kept_texts_feed_adapt(tmp_path: Path) -> None:
     state = store.begin("canary", {"policy": {}}, 0.0, "begin")
     store.add_audit(state, 1.0, "served", 4, {}, None)
     with pytest.raises(InputError, match="1 audits, none with its text"):
-        export(store, tmp_path / "out.jsonl")
+        export_texts(store, tmp_path / "out.jsonl")
     for number in range(2):
         store.add_audit(state, 2.0, "served", 4, {}, {"prompt": f"庭 {number}", "answer": " 木", "places": []})
-    assert export(store, tmp_path / "out.jsonl") == 2
+    assert export_texts(store, tmp_path / "out.jsonl") == 2
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [{"text": "庭 0 木"}, {"text": "庭 1 木"}]
     with pytest.raises(OutputError, match="already exists"):
-        export(store, tmp_path / "out.jsonl")
+        export_texts(store, tmp_path / "out.jsonl")
     with pytest.raises(OutputError, match="the folder"):
-        export(store, tmp_path / "gone" / "out.jsonl")
+        export_texts(store, tmp_path / "gone" / "out.jsonl")

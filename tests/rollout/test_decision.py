@@ -5,7 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from niwaki.measure.metrics import METRICS
-from niwaki.rollout.decision import Policy, decide, find, requests_of
+from niwaki.rollout.decision import Policy, assess, decide, requests_of
 from niwaki.rollout.histogram import Interval
 from niwaki.rollout.signals import SIGNALS
 
@@ -71,7 +71,7 @@ def test_after_drift_quality_is_proved_anew() -> None:
 )
 def test_each_limit_alone_returns(name: str, values: list[float], side: str) -> None:
     bad = good(3)
-    bad.tallies[name] = interval(3, 0, **{name: values}).tallies[name]
+    bad.histograms[name] = interval(3, 0, **{name: values}).histograms[name]
     verdict = decide(POLICY, LIMITS, 0, [good(1), good(2), bad])
     assert verdict.action == "return" and verdict.reason.startswith(f"{name} is certainly {side}")
     assert [one.signal for one in verdict.findings if one.broken] == [name]
@@ -84,7 +84,7 @@ def test_a_few_bad_values_are_not_certain() -> None:
 
 def test_what_is_worse_but_not_certainly_so_is_not_widened() -> None:
     worse = good(2, step=1)
-    worse.tallies["error_rate"] = interval(2, 1, error_rate=[1.0] * 3 + [0.0] * 497).tallies["error_rate"]
+    worse.histograms["error_rate"] = interval(2, 1, error_rate=[1.0] * 3 + [0.0] * 497).histograms["error_rate"]
     verdict = decide(POLICY, LIMITS, 1, [good(1), worse])
     assert (verdict.action, verdict.reason) == ("hold", "error_rate was 0.006 at this step, the limit is 0.002")
 
@@ -97,7 +97,7 @@ def test_a_last_pair_does_not_hold_up_the_last_step() -> None:
         interval(3, 1, error_rate=[0.0] * 500, top1_agreement=[1.0] * 30, decode_latency_ratio=[4.0]),
     ]
     assert decide(POLICY, LIMITS, 1, last).action == "widen"
-    last[2].tallies["decode_latency_ratio"] = interval(3, 1, decode_latency_ratio=[4.0, 1.0] * 10).tallies[
+    last[2].histograms["decode_latency_ratio"] = interval(3, 1, decode_latency_ratio=[4.0, 1.0] * 10).histograms[
         "decode_latency_ratio"
     ]
     assert decide(POLICY, LIMITS, 1, last).action == "widen"  # the lower median keeps the limit
@@ -107,10 +107,10 @@ def test_a_last_pair_does_not_hold_up_the_last_step() -> None:
 
 
 def test_a_finding_tells_value_and_band_in_the_units_of_the_signal() -> None:
-    one = find(POLICY, LIMITS, [good(1)], "decode_latency_ratio")
+    one = assess(POLICY, LIMITS, [good(1)], "decode_latency_ratio")
     assert one.value == pytest.approx(1.0) and one.seen == 100
     assert one.low is not None and one.high is not None and one.low < 1 < one.high < 1.05
-    nothing = find(POLICY, LIMITS, [Interval(1, 0, 0.0)], "error_rate")
+    nothing = assess(POLICY, LIMITS, [Interval(1, 0, 0.0)], "error_rate")
     assert (nothing.seen, nothing.value, nothing.broken, nothing.kept) == (0, None, False, False)
 
 

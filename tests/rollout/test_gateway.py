@@ -59,7 +59,7 @@ def test_two_percent_errors_are_returned_in_two_intervals_and_nobody_sees_one(tm
             assert all(answer.status_code == 200 and answer.json()["choices"] for answer in answers)
         assert state(setup)[0] == "returned" and setup.gateway.controller.share == 0
         assert "error_rate is certainly above 0.002" in reason(setup)
-        fallbacks = sum(one.requests["fallback"] for one in setup.gateway.controller.ledger.intervals)
+        fallbacks = sum(one.requests["fallback"] for one in setup.gateway.controller.counters.intervals)
         assert fallbacks > 5
         asked = len(setup.canary.asked)
         await setup.interval(20, 5000)
@@ -115,9 +115,9 @@ def test_a_canary_that_fails_before_its_first_byte_is_answered_for(tmp_path: Pat
         setup.canary.status, setup.canary.breaks_after = 200, 0
         if stream:
             assert "dense" in (await setup.ask(7, stream=True)).text
-        ledger = setup.gateway.controller.ledger
-        assert ledger.open.tally("error_rate").mean == 1.0
-        assert ledger.open.skipped["answered by dense, the canary failed: status 503"] == 1
+        counters = setup.gateway.controller.counters
+        assert counters.open.histogram("error_rate").mean == 1.0
+        assert counters.open.skipped["answered by dense, the canary failed: status 503"] == 1
 
     go(work, make(tmp_path, settings(policy=one_step())))
 
@@ -127,7 +127,7 @@ def test_a_request_that_both_refuse_is_no_error_of_the_canary(tmp_path: Path) ->
         setup.canary.status = setup.stable.status = 400
         answer = await setup.ask(1)
         assert answer.status_code == 400 and answer.json() == {"error": {"message": "broken"}}
-        assert not setup.gateway.controller.ledger.open.tally("error_rate").total
+        assert not setup.gateway.controller.counters.open.histogram("error_rate").total
 
     go(work, make(tmp_path, settings(policy=one_step())))
 
@@ -137,7 +137,7 @@ def test_a_canary_that_hangs_is_answered_for_and_a_dead_dense_model_is_a_502(tmp
         setup.canary.waits = asyncio.Event().wait  # type: ignore[assignment]
         answer = await setup.ask(1, stream=True)
         assert answer.status_code == 200 and "dense" in answer.text
-        assert setup.gateway.controller.ledger.open.skipped["answered by dense, the canary failed: timeout"] == 1
+        assert setup.gateway.controller.counters.open.skipped["answered by dense, the canary failed: timeout"] == 1
 
     bounds = {"canary_first_byte_s": 0.05, "answer_s": 60}
     go(work, make(tmp_path, settings(policy=one_step(), bounds=bounds)))
@@ -165,9 +165,9 @@ def test_bytes_pass_unchanged_and_shadows_change_nothing(tmp_path: Path, stream:
             answers = [await setup.ask(number, stream=stream) for number in range(12)]
             await setup.gateway.background.idle()
             bodies[name] = [answer.content for answer in answers]
-            own = setup.gateway.controller.ledger.open
+            own = setup.gateway.controller.counters.open
             assert own.requests["stable"] == 12 and own.requests["shadow"] == len(setup.canary.asked)
-            assert own.tally("error_rate").total == own.requests["shadow"] == (12 if name == "copied" else 0)
+            assert own.histogram("error_rate").total == own.requests["shadow"] == (12 if name == "copied" else 0)
 
         own = settings(policy=one_step(steps=[0.0, 1.0]), sampling={"shadow_frac": share, "max_shadows": 100})
         go(work, make(folder, own))
@@ -180,7 +180,7 @@ def test_shadows_wait_for_nobody_and_are_dropped_when_busy(tmp_path: Path) -> No
         answers = [await setup.ask(number) for number in range(10)]  # each comes back though no copy ever ends
         assert {answer.status_code for answer in answers} == {200}
         assert len(setup.canary.asked) <= 3
-        assert setup.gateway.controller.ledger.open.skipped["shadow dropped: 3 were running"] == 7
+        assert setup.gateway.controller.counters.open.skipped["shadow dropped: 3 were running"] == 7
 
     sampling = {"shadow_frac": 1.0, "max_shadows": 3}
     go(work, make(tmp_path, settings(policy=one_step(steps=[0.0, 1.0]), sampling=sampling)))
@@ -208,8 +208,8 @@ def test_important_requests_stay_on_dense_and_are_no_evidence(tmp_path: Path) ->
         assert headed.json()["model"] == "dense"
         assert (await setup.ask(1)).json()["model"] == "small"
         await setup.gateway.background.idle()
-        own = setup.gateway.controller.ledger.open
-        assert own.requests == {"important": 4, "canary": 1} and own.tally("error_rate").total == 1
+        own = setup.gateway.controller.counters.open
+        assert own.requests == {"important": 4, "canary": 1} and own.histogram("error_rate").total == 1
 
     rules = [{"prompt": "(?i)law"}, {"min_characters": 500}, {"model": "^big"}, {"header": "x-priority: high"}]
     go(work, make(tmp_path, settings(policy=one_step(), important=rules, sampling={"shadow_frac": 1.0})))
@@ -229,7 +229,7 @@ def test_a_stream_that_breaks_off_is_recorded(tmp_path: Path) -> None:
         setup.canary.breaks_after = 3
         with pytest.raises(UpstreamError, match="broken off"):  # over a network the line is cut
             await setup.ask(1, stream=True)
-        assert setup.gateway.controller.ledger.open.tally("error_rate").mean == 1.0
+        assert setup.gateway.controller.counters.open.histogram("error_rate").mean == 1.0
 
     go(work, make(tmp_path, settings(policy=one_step())))
 
@@ -242,7 +242,7 @@ def test_audits_that_cannot_be_are_counted_and_never_widen(tmp_path: Path) -> No
         assert state(setup) == ("running", 0)
         assert "0 of 5 audits" in reason(setup)
         why = "not audited: the dense model does not score given text (echo with logprobs)"
-        assert sum(one.skipped[why] for one in setup.gateway.controller.ledger.intervals) > 50
+        assert sum(one.skipped[why] for one in setup.gateway.controller.counters.intervals) > 50
 
     go(work, make(tmp_path))
 

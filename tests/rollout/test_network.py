@@ -131,7 +131,7 @@ def test_a_line_that_breaks_after_the_first_byte_is_cut_and_counted(tmp_path: Pa
             async with client.stream("POST", "/v1/completions", json={**ASK, "stream": True}) as answer:
                 async for _ in answer.aiter_raw():
                     pass
-        assert gateway.controller.ledger.open.tally("error_rate").mean == 1.0  # type: ignore[attr-defined]
+        assert gateway.controller.counters.open.histogram("error_rate").mean == 1.0  # type: ignore[attr-defined]
 
     go(tmp_path, work)
 
@@ -141,7 +141,7 @@ def test_a_stream_that_falls_silent_is_cut_and_counted(tmp_path: Path) -> None:
         canary.go.release()
         with pytest.raises(httpx.RemoteProtocolError):
             await client.post("/v1/completions", json={**ASK, "stream": True}, timeout=20)
-        assert gateway.controller.ledger.open.tally("error_rate").mean == 1.0  # type: ignore[attr-defined]
+        assert gateway.controller.counters.open.histogram("error_rate").mean == 1.0  # type: ignore[attr-defined]
         await asyncio.wait_for(canary.left.wait(), 5)
 
     go(tmp_path, work, silence_s=0.1)
@@ -157,7 +157,7 @@ def test_headers_in_any_bytes_never_fail_an_upstream(tmp_path: Path) -> None:
             stream = {**ASK, "stream": True}
             answer = await client.post("/v1/completions", json=stream, headers={"x-name": value})
             assert answer.status_code == status, value
-        assert gateway.controller.ledger.open.tally("error_rate").mean == 0  # type: ignore[attr-defined]
+        assert gateway.controller.counters.open.histogram("error_rate").mean == 0  # type: ignore[attr-defined]
 
     go(tmp_path, work)
 

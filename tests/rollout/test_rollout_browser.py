@@ -35,15 +35,15 @@ def lived(folder: Path) -> Setup:
     setup = make(folder, settings(policy=policy, sampling={"keep_texts": True}))
     controller = setup.gateway.controller
     for number in range(1, 5):
-        ledger = controller.ledger
+        counters = controller.counters
         for place in range(60):
-            ledger.request("canary" if place % 4 == 0 else "stable")
-            ledger.outcome(failed=False)
-            ledger.audited({"top1_agreement": 0.94 + 0.001 * (place % 30), "perplexity_ratio": 1.02})
-            ledger.open.observe("prefill_latency_ratio", SIGNALS["prefill_latency_ratio"].scaled(0.9 + 0.01 * number))
-            ledger.open.observe("decode_latency_ratio", SIGNALS["decode_latency_ratio"].scaled(0.7 + 0.01 * place))
-        ledger.skip("audit dropped: 2 were running")
-        ledger.skip("not audited: too long")
+            counters.count_request("canary" if place % 4 == 0 else "stable")
+            counters.count_outcome(failed=False)
+            counters.add_audit({"top1_agreement": 0.94 + 0.001 * (place % 30), "perplexity_ratio": 1.02})
+            counters.open.observe("prefill_latency_ratio", SIGNALS["prefill_latency_ratio"].scaled(0.9 + 0.01 * number))
+            counters.open.observe("decode_latency_ratio", SIGNALS["decode_latency_ratio"].scaled(0.7 + 0.01 * place))
+        counters.count_skipped("audit dropped: 2 were running")
+        counters.count_skipped("not audited: too long")
         setup.clock.now += 61
         controller.tick(setup.clock.now)
     places = tuple(
@@ -112,7 +112,7 @@ def test_it_tells_share_verdicts_skips_and_disagreements(browser: Any, page: tup
     share = setup.gateway.controller.share
     assert f"{share:.0%}".replace("%", " %") + " of requests go to the canary" in text
     assert "audit dropped: 2 were running" in text and "the prompts changed" in text and "every limit is kept" in text
-    assert "weights that the canary skips for an answer, mean" in text and "50 %" in text
+    assert "weights that the canary skips per answer, mean" in text and "50 %" in text
     sides = opened.page.locator(".audit").first.locator(".sides > div")
     assert [side.locator("mark").all_inner_texts() for side in sides.all()] == [[" a"], [" other"]]
 
@@ -129,7 +129,7 @@ def test_it_follows_what_happens_and_says_when_it_cannot(browser: Any, page: tup
     url, setup = page
     opened = Opened(browser, url)
     before = opened.page.locator("#requests").inner_text()
-    setup.gateway.controller.ledger.request("important")
+    setup.gateway.controller.counters.count_request("important")
     opened.page.locator("#requests", has_text="because they are important").wait_for(timeout=5000)
     assert opened.page.locator("#requests").inner_text() != before
     opened.page.context.set_offline(True)

@@ -8,7 +8,7 @@ import pytest
 from niwaki.errors import InputError
 from niwaki.measure.schema import Comparison
 from niwaki.rollout.limits import DEFAULTS, limits_from, quality_of
-from niwaki.rollout.routing import Ask, choose, place, sticky_key
+from niwaki.rollout.routing import RoutedRequest, choose, position, sticky_key
 from niwaki.rollout.settings import Important, settings_from
 from support.reports import comparison
 
@@ -16,7 +16,7 @@ URLS = {"stable": {"url": "http://127.0.0.1:1"}, "canary": {"url": "http://127.0
 
 
 def side(key: str, share: float, salt: str = "1") -> str:
-    return choose(Ask("m", "p", {}, key), share=share, salt=salt, important=()).side
+    return choose(RoutedRequest("m", "p", {}, key), share=share, salt=salt, important=()).side
 
 
 def test_shares_are_met_and_who_is_on_the_canary_stays() -> None:
@@ -30,7 +30,7 @@ def test_shares_are_met_and_who_is_on_the_canary_stays() -> None:
     first = {key for key in keys if side(key, 0.05, "1") == "canary"}
     other = {key for key in keys if side(key, 0.05, "2") == "canary"}
     assert len(first & other) < 0.3 * len(first)  # another roll-out meets others first
-    assert place("a", "1") == place("a", "1") != place("b", "1")
+    assert position("a", "1") == position("a", "1") != position("b", "1")
 
 
 def test_what_a_request_is_known_by() -> None:
@@ -42,17 +42,17 @@ def test_what_a_request_is_known_by() -> None:
 @pytest.mark.parametrize(
     ("rule", "ask", "expected"),
     [
-        ({"header": "x-tier: ^gold$"}, Ask("m", "p", {"x-tier": "gold"}, "k"), True),
-        ({"header": "x-tier: ^gold$"}, Ask("m", "p", {"x-tier": "golden"}, "k"), False),
-        ({"header": "x-tier: gold"}, Ask("m", "p", {}, "k"), False),
-        ({"model": "legal"}, Ask("legal-7b", "p", {}, "k"), True),
-        ({"prompt": "(?i)dose"}, Ask("m", "what DOSE", {}, "k"), True),
-        ({"min_characters": 3}, Ask("m", "ab", {}, "k"), False),
-        ({"min_characters": 2, "model": "x"}, Ask("m", "ab", {}, "k"), False),  # all conditions have to hold
-        ({"min_characters": 2, "model": "m"}, Ask("m", "ab", {}, "k"), True),
+        ({"header": "x-tier: ^gold$"}, RoutedRequest("m", "p", {"x-tier": "gold"}, "k"), True),
+        ({"header": "x-tier: ^gold$"}, RoutedRequest("m", "p", {"x-tier": "golden"}, "k"), False),
+        ({"header": "x-tier: gold"}, RoutedRequest("m", "p", {}, "k"), False),
+        ({"model": "legal"}, RoutedRequest("legal-7b", "p", {}, "k"), True),
+        ({"prompt": "(?i)dose"}, RoutedRequest("m", "what DOSE", {}, "k"), True),
+        ({"min_characters": 3}, RoutedRequest("m", "ab", {}, "k"), False),
+        ({"min_characters": 2, "model": "x"}, RoutedRequest("m", "ab", {}, "k"), False),  # all conditions have to hold
+        ({"min_characters": 2, "model": "m"}, RoutedRequest("m", "ab", {}, "k"), True),
     ],
 )
-def test_importance(rule: dict[str, object], ask: Ask, expected: bool) -> None:
+def test_importance(rule: dict[str, object], ask: RoutedRequest, expected: bool) -> None:
     route = choose(ask, share=1.0, salt="1", important=[Important(**rule)])  # type: ignore[arg-type]
     assert (route.important, route.side) == ((True, "stable") if expected else (False, "canary"))
 
@@ -130,3 +130,10 @@ def test_limits_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "compare.json").write_text(json.dumps({"no": "comparison"}))
     with pytest.raises(InputError, match="is no comparison"):
         limits_from(tmp_path / "compare.json")
+
+
+def test_the_old_spelling_of_limits_of_copies_and_audits_is_read() -> None:
+    sides = {"stable": {"url": "http://a"}, "canary": {"url": "http://b"}}
+    old = settings_from({**sides, "sampling": {"most_shadows": 7, "most_audits": 3}})
+    assert old == settings_from({**sides, "sampling": {"max_shadows": 7, "max_audits": 3}})
+    assert (old.sampling.max_shadows, old.sampling.max_audits) == (7, 3)

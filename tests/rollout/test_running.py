@@ -1,10 +1,11 @@
-"""What a gateway is put together from."""
+"""Assembly of a gateway: its chat template, and the files of its dashboard."""
 
 from pathlib import Path
 
 import pytest
 
 from niwaki.errors import InputError
+from niwaki.rollout import dashboard
 from niwaki.rollout.running import read_template
 
 
@@ -19,3 +20,11 @@ def test_chat_templates_are_rendered_in_a_sandbox(tmp_path: Path) -> None:
     path.write_text("x" * 200_000)
     with pytest.raises(InputError, match="at most"):
         read_template(path)
+
+
+def test_every_file_of_the_dashboard_is_in_the_package() -> None:
+    for name in ("report.css", "dashboard.css", "dashboard.js", "plotly.js"):
+        found = dashboard.asset(name)
+        assert found is not None and found.content
+        assert f"rollout/{name}" in dashboard.page()
+    assert dashboard.asset("other.js") is None

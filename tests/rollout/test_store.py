@@ -13,16 +13,17 @@ import pytest
 import sqlalchemy as sql
 
 from niwaki.errors import InputError, OutputError
-from niwaki.rollout.controller import Controller, begin_or_resume, identity_of, manual
-from niwaki.rollout.settings import Settings
+from niwaki.rollout.controller import Controller
+from niwaki.rollout.settings import RolloutSettings
 from niwaki.rollout.signals import SIGNALS
+from niwaki.rollout.start import apply_command, begin_or_resume, identity_of
 from niwaki.rollout.store import Change, StaleError, Store
 from support.rollouts import LIMITS, settings
 
 POSTGRES = os.environ.get("NIWAKI_TEST_DATABASE", "")  # such as postgresql+psycopg://me@127.0.0.1/test
 
 
-def begun(where: str, own: Settings | None = None, now: float = 0.0) -> Controller:
+def begun(where: str, own: RolloutSettings | None = None, now: float = 0.0) -> Controller:
     return begin_or_resume(Store.open(where), own or settings(), LIMITS, now)
 
 
@@ -44,10 +45,10 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def feed(controller: Controller, *, failed: bool) -> None:
     """An interval's worth of evidence."""
     for _ in range(60):
-        controller.ledger.outcome(failed=failed)
-        controller.ledger.audited({"top1_agreement": 1.0, "perplexity_ratio": 1.0})
+        controller.counters.count_outcome(failed=failed)
+        controller.counters.add_audit({"top1_agreement": 1.0, "perplexity_ratio": 1.0})
         for name in ("prefill_latency_ratio", "decode_latency_ratio"):
-            controller.ledger.open.observe(name, SIGNALS[name].scaled(1.0))
+            controller.counters.open.observe(name, SIGNALS[name].scaled(1.0))
 
 
 def test_a_restart_goes_on_where_it_was(where: str) -> None:
@@ -59,17 +60,17 @@ def test_a_restart_goes_on_where_it_was(where: str) -> None:
     feed(first, failed=False)
     first.watch.add("a prompt", 0.9, 3)
     first.looked = 0.0
-    first.store.save(first.state, first.copied()[-1:], first.watch.as_json())
+    first.store.save(first.state, first.intervals_now()[-1:], first.watch.as_json())
     again = begun(where, now=130.0)
     assert again.state == first.state and again.watch.as_json() == first.watch.as_json()
-    assert [one.as_json() for one in again.copied()] == [one.as_json() for one in first.copied()]
+    assert [one.as_json() for one in again.intervals_now()] == [one.as_json() for one in first.intervals_now()]
     again.tick(190.0)
     assert again.state.status == "promoted"
     actions = [one["action"] for one in again.store.decisions(again.state)]
     assert actions == ["promote", "restart", "widen", "hold", "begin"]
 
 
-def test_a_return_is_kept_over_restarts_and_only_a_new_roll_out_begins_anew(where: str) -> None:
+def test_a_return_is_kept_over_restarts_and_only_a_new_roll_out_starts_again(where: str) -> None:
     first = begun(where)
     feed(first, failed=True)
     first.tick(60.0)
@@ -78,7 +79,7 @@ def test_a_return_is_kept_over_restarts_and_only_a_new_roll_out_begins_anew(wher
     assert again.state.status == "returned" and again.share == 0
     anew = begin_or_resume(again.store, settings(), LIMITS, 80.0, new=True)
     assert (anew.state.id, anew.state.status, anew.share) == (2, "running", 0.5)
-    assert not anew.ledger.open.tallies
+    assert not anew.counters.open.histograms
 
 
 def test_another_canary_is_another_roll_out(where: str, tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_another_canary_is_another_roll_out(where: str, tmp_path: Path) -> None:
     feed(first, failed=False)
     first.tick(120.0)
     assert first.state.status == "returned" and first.share == 0
-    assert "a new canary is a new roll-out" in first.store.decisions(first.state)[0]["reason"]
+    assert "start a new roll-out of the new canary" in first.store.decisions(first.state)[0]["reason"]
     second = begun(where, own, now=130.0)
     assert (second.state.id, second.state.step, second.state.status) == (2, 0, "running")
     assert identity_of(own) != first.state.identity
@@ -127,29 +128,31 @@ def test_an_alarm_is_noted_once_and_asks_for_new_proof(where: str) -> None:
 
 def test_limits_do_not_change_under_way(where: str) -> None:
     first = begun(where)
-    with pytest.raises(InputError, match="begun with another limits: give the same, or begin a new one with --new"):
+    with pytest.raises(
+        InputError, match="limits of roll-out 1 changed since its start: give the same, or start a new one with --new"
+    ):
         begin_or_resume(first.store, settings(), {**LIMITS, "top1_agreement": 0.5}, 0.0)
 
 
 def test_by_hand(where: str, tmp_path: Path) -> None:
     controller = begun(where)
-    assert manual(controller.store, "promote", 1.0).step == 1
+    assert apply_command(controller.store, "promote", 1.0).step == 1
     controller.tick(2.0)
     assert controller.share == 1.0  # noticed at the next tick
-    assert manual(controller.store, "promote", 3.0).status == "promoted"
-    assert manual(controller.store, "abort", 4.0).status == "aborted"
+    assert apply_command(controller.store, "promote", 3.0).status == "promoted"
+    assert apply_command(controller.store, "abort", 4.0).status == "aborted"
     controller.tick(5.0)
     assert controller.share == 0.0 and not controller.active
     with pytest.raises(InputError, match="is aborted: only a running one can be promoted"):
-        manual(controller.store, "promote", 6.0)
+        apply_command(controller.store, "promote", 6.0)
     with pytest.raises(InputError, match="no roll-out yet"):
-        manual(Store.open(tmp_path / "other.sqlite"), "abort", 0.0)
+        apply_command(Store.open(tmp_path / "other.sqlite"), "abort", 0.0)
 
 
 def test_whoever_decided_on_an_old_state_comes_too_late(where: str) -> None:
     controller = begun(where)
     seen = controller.state
-    manual(controller.store, "abort", 1.0)
+    apply_command(controller.store, "abort", 1.0)
     with pytest.raises(StaleError):
         controller.store.change(seen, Change("widen", "running", 1, "late"), 2.0)
     assert controller.store.current() is not None
@@ -238,7 +241,7 @@ def test_decisions_and_audits_are_read_back(where: str) -> None:
     store.add_audit(state, 6.0, "shadow", 3, {"top1_agreement": 1.0}, {"prompt": "庭", "answer": "木", "places": []})
     newest, oldest = store.audits(state)
     assert newest["texts"]["prompt"] == "庭" and oldest["texts"] is None and oldest["scores"] == {"top1_agreement": 0.5}
-    assert store.audits(state, most=1) == [newest]
+    assert store.audits(state, limit=1) == [newest]
     store.note(state, Change("hold", "running", 0, "why", [{"signal": "kl"}]), 7.0)
     assert store.decisions(state, 1)[0]["findings"] == [{"signal": "kl"}]
     assert json.dumps(state.plan)
@@ -272,7 +275,7 @@ def test_addresses_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(InputError, match="its folder does not exist"):
         Store.open(tmp_path / "gone" / "state.sqlite")
-    with pytest.raises(InputError, match="begins one"):
+    with pytest.raises(InputError, match="starts one"):
         Store.open(tmp_path / "state.sqlite", create=False)
     with pytest.raises(InputError, match="an address of SQLAlchemy"):
         Store.open("nonsense://somewhere")

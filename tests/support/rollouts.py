@@ -18,7 +18,7 @@ from niwaki.rollout.app import build
 from niwaki.rollout.gateway import Gateway
 from niwaki.rollout.http_client import Headers, UpstreamError
 from niwaki.rollout.running import assemble
-from niwaki.rollout.settings import Settings, settings_from
+from niwaki.rollout.settings import RolloutSettings, settings_from
 from niwaki.rollout.store import Store
 
 WORDS = ("moss", "stone", "rain", "branch", "bench", "river", "garden", "autumn", "saw", "bark")
@@ -144,7 +144,7 @@ class Said:
         self.status, self.body, self.closed = status, body, False
         self.headers: Headers = [(b"content-type", kind.encode())]
 
-    async def more(self) -> bytes:
+    async def read_chunk(self) -> bytes:
         return await anext(self.body, b"")
 
     def close(self) -> None:
@@ -258,7 +258,7 @@ class Setup:
         return answers
 
 
-def settings(**values: Any) -> Settings:
+def settings(**values: Any) -> RolloutSettings:
     """Settings of small steps, for tests."""
     policy = {"steps": [0.5, 1.0], "interval_s": 60, "min_requests": 40, "min_audits": 5}
     given = {
@@ -269,7 +269,11 @@ def settings(**values: Any) -> Settings:
 
 
 def make(
-    folder: Path, own: Settings | None = None, *, keys: tuple[str, ...] = (), limits: dict[str, float] | None = None
+    folder: Path,
+    own: RolloutSettings | None = None,
+    *,
+    keys: tuple[str, ...] = (),
+    limits: dict[str, float] | None = None,
 ) -> Setup:
     """A gateway on a store in `folder` before two equal models."""
     clock = Clock()

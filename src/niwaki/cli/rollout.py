@@ -85,7 +85,7 @@ def status(
     store = Store.open(state, create=False)
     current = store.current()
     if current is None:
-        raise InputError("no roll-out yet: `niwaki rollout run` begins one")
+        raise InputError("no roll-out yet: `niwaki rollout run` starts one")
     decisions = store.decisions(current, 20)
     if json_:
         summary = {"rollout": current.id, "status": current.status, "share": current.share, "decisions": decisions}
@@ -125,35 +125,18 @@ def export(
 ) -> None:
     """Write the texts of audited requests, if they were kept, for `niwaki adapt --data OUT`."""
     _check_packages()
-    from niwaki.rollout.exporting import export as write
-    from niwaki.rollout.store import Store
+    from niwaki.rollout.store import Store, export_texts
 
-    count = write(Store.open(state, create=False), out, overwrite=overwrite)
+    count = export_texts(Store.open(state, create=False), out, overwrite=overwrite)
     print_line(f"{out}: {count} texts")
-
-
-@app.command()
-def manifest(
-    kind: Annotated[str, typer.Argument(help="gateway-api or kserve.", show_default=False)],
-    name: Annotated[str, typer.Option(help="Name of everything that is made.")] = "niwaki",
-    namespace: Annotated[str, typer.Option(help="Namespace.")] = "default",
-    stable_model: Annotated[str, typer.Option(help="Where the dense model lies.")] = "pvc://models/dense",
-    canary_model: Annotated[str, typer.Option(help="Where the compressed model lies.")] = "pvc://models/compressed",
-    image: Annotated[str, typer.Option(help="Image with niwaki\\[serve].")] = "registry.example/niwaki:latest",
-) -> None:
-    """Print an example of manifests for a cluster: both servers, the gateway, a route. Read it before you apply it."""
-    from niwaki.rollout.manifest import Names, render
-
-    names = Names(name, namespace, stable_model, canary_model, image)
-    typer.echo(render(kind, names), nl=False)
 
 
 def _manual(state: str, action: str, *, full: bool) -> None:
     _check_packages()
-    from niwaki.rollout.controller import manual
+    from niwaki.rollout.start import apply_command
     from niwaki.rollout.store import Store
 
-    after = manual(Store.open(state, create=False), action, time.time(), full=full)
+    after = apply_command(Store.open(state, create=False), action, time.time(), full=full)
     print_line(f"roll-out {after.id}: {after.status}, {after.share:.0%} of requests to the canary")
 
 

@@ -1,9 +1,13 @@
-"""Staged roll-out of a compressed model behind a gateway, with the way back to the dense one decided by evidence.
+"""Staged roll-out of a compressed model behind a gateway. Evidence decides on more traffic or on a return to dense.
 
     $ niwaki rollout run --stable http://127.0.0.1:8001 --canary http://127.0.0.1:8002 --limits report/compare.json
 
-From below: `tally` and `signals` (what is counted), `sequential` (tests that may be looked at any time), `decision` (a
-pure function), `drift`; `settings`, `limits`, `routing`, `answers`; `upstream`, `scoring`; `store`, `ledger`,
-`controller` (state and its changes); `auditing`, `background`, `guard`, `passing`, `gateway`, `metrics`, `dashboard`,
-`app`; `running` puts it together. `exporting` and `manifest` stand beside it.
+The modules, from the bottom to the top:
+
+- `histogram`, `signals`: counts; `sequential`: tests valid at any time; `decision`: a pure function; `drift`: alarms
+- `settings`, `limits`, `routing`, `answers`: what is configured, and what is read of a request
+- `http_client`, `upstream`, `scoring`: both servers; `store`, `counters`, `controller`, `start`: the state
+- `auditing`, `streaming`, `gateway`, `dashboard`, `app`: the gateway; `running` assembles it
+
+Limits and keys of requests are in `niwaki.serve.http`.
 """

@@ -1,7 +1,7 @@
-"""The addresses of the gateway: the two of the interface, models, the dashboard, health and metrics.
+"""Routes of the gateway: the two of the interface, models, dashboard, health and metrics.
 
-`/health` and `/ready` are open to everybody and say nothing else; all others want a key if there are any. The dashboard
-and its data only read.
+`/health` and `/ready` need no key and reveal nothing else. All other routes need a key if there are keys. The dashboard
+and its data only read. No label of a metric comes from a request.
 
     uvicorn.run(build(gateway))
 """
@@ -10,9 +10,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -22,25 +26,26 @@ from starlette.routing import Route
 from niwaki.errors import NiwakiError
 from niwaki.rollout import dashboard
 from niwaki.rollout.answers import CHAT, COMPLETIONS
+from niwaki.rollout.controller import Controller
 from niwaki.rollout.gateway import Gateway, no_answer
 from niwaki.rollout.http_client import UpstreamError
-from niwaki.rollout.metrics import exposition
 from niwaki.serve.http.api_errors import RefusalError
 from niwaki.serve.http.limits import BodyLimits, LimitsMiddleware
 
 log = logging.getLogger("niwaki.rollout")
 TICK_S = 1.0
 CHALLENGE = 'Basic realm="niwaki rollout", charset="UTF-8"'  # a browser asks for the key as a password
-SKIPPED_S = 0.5  # the most that the dashboard waits for the canary's own metrics
+METRICS_S = 0.5  # max wait of the dashboard for the metrics of the canary
+SIDES = ("stable", "canary", "fallback", "important", "shadow")
 Clock = Callable[[], float]
 
 
 def build(gateway: Gateway, *, tick_s: float | None = TICK_S, now: Clock = time.time) -> Starlette:
-    """The application. Without `tick_s` nothing decides by itself (tests)."""
+    """Return the application. Without `tick_s` it decides nothing (tests)."""
 
     @contextlib.asynccontextmanager
-    async def living(_: Starlette) -> AsyncIterator[None]:
-        ticking = None if tick_s is None else asyncio.create_task(_ticking(gateway, tick_s, now))
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        ticking = None if tick_s is None else asyncio.create_task(_tick_forever(gateway, tick_s, now))
         yield
         if ticking is not None:
             ticking.cancel()
@@ -48,7 +53,7 @@ def build(gateway: Gateway, *, tick_s: float | None = TICK_S, now: Clock = time.
         await gateway.stable.close()
         await gateway.canary.close()
 
-    own = _Addresses(gateway, now)
+    own = _Routes(gateway, now)
     routes = [
         Route(COMPLETIONS, own.completions, methods=["POST"]),
         Route(CHAT, own.chat, methods=["POST"]),
@@ -60,18 +65,18 @@ def build(gateway: Gateway, *, tick_s: float | None = TICK_S, now: Clock = time.
         Route("/health", own.health),
         Route("/ready", own.ready),
     ]
-    bounds = BodyLimits(gateway.settings.bounds.body_bytes, gateway.settings.bounds.body_s)
-    guard = Middleware(LimitsMiddleware, gateway.keys, bounds, challenge=CHALLENGE)
+    body_limits = BodyLimits(gateway.settings.bounds.body_bytes, gateway.settings.bounds.body_s)
+    limits = Middleware(LimitsMiddleware, gateway.keys, body_limits, challenge=CHALLENGE)
     app = Starlette(
-        routes=routes, lifespan=living, middleware=[guard], exception_handlers={404: _nowhere, 405: _nowhere}
+        routes=routes, lifespan=lifespan, middleware=[limits], exception_handlers={404: _not_found, 405: _not_found}
     )
-    app.router.redirect_slashes = False  # an address is right or it is not
+    app.router.redirect_slashes = False  # a wrong path gets 404 and no redirect
     return app
 
 
 @dataclass(frozen=True)
-class _Addresses:
-    """What answers at each address."""
+class _Routes:
+    """Handlers of the routes."""
 
     gateway: Gateway
     now: Clock
@@ -83,8 +88,7 @@ class _Addresses:
         return await self.gateway.answer(request, CHAT)
 
     async def models(self, request: Request) -> Response:
-        keyed = bool(self.gateway.keys)
-        passed = [] if keyed else [one for one in request.headers.raw if one[0] == b"authorization"]
+        passed = [] if self.gateway.keys else [one for one in request.headers.raw if one[0] == b"authorization"]
         try:
             reply = await self.gateway.stable.models(passed, self.gateway.settings.bounds.answer_s)
         except UpstreamError as failure:
@@ -98,16 +102,16 @@ class _Addresses:
         return Response(dashboard.page(), media_type="text/html", headers=dashboard.HEADERS)
 
     async def asset(self, request: Request) -> Response:
-        found = dashboard.asset(request.path_params["name"])
-        if found is None:
+        asset = dashboard.asset(request.path_params["name"])
+        if asset is None:
             raise RefusalError(404, "no such file")
-        return Response(found.content, media_type=found.kind, headers={"Cache-Control": "private, max-age=86400"})
+        return Response(asset.content, media_type=asset.kind, headers={"Cache-Control": "private, max-age=86400"})
 
     async def data(self, _: Request) -> Response:
         gateway, keep_texts = self.gateway, self.gateway.settings.sampling.keep_texts
-        skipped = await gateway.canary.skipped_frac(SKIPPED_S) if gateway.controller.active else None
-        seen = dashboard.seen(gateway.controller)
-        view = await asyncio.to_thread(dashboard.view, seen, self.now(), keep_texts=keep_texts, skipped_frac=skipped)
+        skipped = await gateway.canary.skipped_frac(METRICS_S) if gateway.controller.active else None
+        state = dashboard.snapshot(gateway.controller)
+        view = await asyncio.to_thread(dashboard.view, state, self.now(), keep_texts=keep_texts, skipped_frac=skipped)
         return JSONResponse(view, headers={"Cache-Control": "no-store"})
 
     async def health(self, _: Request) -> Response:
@@ -118,24 +122,58 @@ class _Addresses:
             reply = await self.gateway.stable.models([], self.gateway.settings.bounds.connect_s)
         except UpstreamError:
             return JSONResponse({"status": "the dense model does not answer"}, 503)
-        up = reply.status < 500  # 401 is an answer, too: no key of a client comes with /ready
+        up = reply.status < 500  # 401 counts as an answer, because /ready has no key of a client
         return JSONResponse({"status": "ok" if up else "the dense model is not ready"}, 200 if up else 503)
 
 
-async def _nowhere(_: Request, __: Exception) -> Response:
+async def _not_found(_: Request, __: Exception) -> Response:
     raise RefusalError(404, f"expected POST to {COMPLETIONS} or {CHAT}, GET of /v1/models, /rollout or /metrics")
 
 
-async def _ticking(gateway: Gateway, tick_s: float, now: Clock) -> None:
-    """Decides in another thread, so that no answer waits for the disk or for arithmetic."""
+async def _tick_forever(gateway: Gateway, tick_s: float, now: Clock) -> None:
+    """Decide in another thread, so that no answer waits for the disk or for arithmetic."""
     controller = gateway.controller
     while True:
         await asyncio.sleep(tick_s)
         try:
             at = now()
-            verdict = await asyncio.to_thread(controller.judged, controller.snapshot(at), at)
+            verdict = await asyncio.to_thread(controller.judge, controller.snapshot(at), at)
             controller.apply(verdict, at)
         except NiwakiError as error:
             log.error("%s", error)
         except Exception:
             log.exception("the roll-out could not decide")
+
+
+class _RolloutCollector(Collector):
+    """Prometheus collector of the counters and the state of a roll-out."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric of the current roll-out."""
+        controller, requests, skipped = self.controller, Counter[str](), Counter[str]()
+        for interval in controller.counters.intervals:
+            requests.update(interval.requests)
+            skipped.update({reason.partition(":")[0]: count for reason, count in interval.skipped.items()})
+        sides = GaugeMetricFamily("niwaki_rollout_requests", "Answers of this roll-out, by side.", labels=["side"])
+        for side in SIDES:
+            sides.add_metric([side], requests[side])
+        yield sides
+        left_out = GaugeMetricFamily("niwaki_rollout_skipped", "Skipped requests, by reason.", labels=["what"])
+        for reason, count in sorted(skipped.items()):
+            left_out.add_metric([reason], count)
+        yield left_out
+        yield GaugeMetricFamily("niwaki_rollout_share", "Share of traffic of the canary.", value=controller.share)
+        yield GaugeMetricFamily("niwaki_rollout_number", "Number of the roll-out.", value=controller.state.id)
+        for finding in controller.verdict.findings if controller.verdict else ():
+            if finding.value is not None:
+                yield GaugeMetricFamily(f"niwaki_rollout_{finding.signal}", "Value of a signal.", value=finding.value)
+
+
+def exposition(controller: Controller) -> bytes:
+    """Return the metrics in the exposition format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_RolloutCollector(controller))
+    return generate_latest(registry)

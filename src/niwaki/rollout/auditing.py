@@ -1,55 +1,94 @@
-"""Runs audits and keeps what they show: in the counts, in the drift alarm, in the store.
+"""Audits in the background, whose results go to the counters, the drift tests and the store.
 
-Numbers are always kept. Texts (the prompt, the answer, the tokens on which the models differ) are kept only if that was
-asked for (`Sampling.keep_texts`): on the dashboard and in the store, from which `niwaki rollout export` writes them for
-`niwaki adapt`.
+Numbers are always kept. Texts are the prompt, the answer and the tokens on which the models differ. The dashboard and
+the store keep them only with `TrafficSampling.keep_texts`. `niwaki rollout export` writes them for `niwaki adapt`.
 
-    await auditor.audit(controller, model, prompt, answer, "served")
+    background.submit("audit", 2, auditor.audit(controller, model, prompt, answer, "served"))
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from niwaki.errors import OutputError
-from niwaki.rollout.answers import UnreadError
+from niwaki.rollout.answers import UnreadableError
 from niwaki.rollout.controller import Controller
 from niwaki.rollout.scoring import Audit, audit
 from niwaki.rollout.store import Store
-from niwaki.rollout.upstream import Server
+from niwaki.rollout.upstream import UpstreamServer
 
 log = logging.getLogger("niwaki.rollout")
 
 
+class Background:
+    """Work in the background: a limited number of tasks per kind. No answer waits for them."""
+
+    def __init__(self) -> None:
+        self.running: dict[str, set[asyncio.Task[None]]] = {}
+        self.done: Counter[str] = Counter()
+
+    def submit(self, kind: str, limit: int, work: Coroutine[Any, Any, None]) -> bool:
+        """Start `work`. Close it and return False if `limit` tasks of its kind are running."""
+        tasks = self.running.setdefault(kind, set())
+        if len(tasks) >= limit:
+            work.close()
+            return False
+        task = asyncio.create_task(self._run(kind, work))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        return True
+
+    async def idle(self) -> None:
+        """Wait until all tasks are done, including those that other tasks start."""
+        while tasks := [task for kind in self.running.values() for task in kind]:
+            await asyncio.wait(tasks)
+
+    async def stop(self) -> None:
+        """Cancel all tasks."""
+        tasks = [task for kind in self.running.values() for task in kind]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, kind: str, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+            self.done[kind] += 1
+        except Exception as error:  # the text of an error may hold prompts, its type does not
+            log.error("%s failed: %s", kind, type(error).__name__)
+
+
 @dataclass(frozen=True)
 class Auditor:
-    """Both servers, and where the results go."""
+    """Both servers, and the store of the results."""
 
-    stable: Server
-    canary: Server
+    stable: UpstreamServer
+    canary: UpstreamServer
     store: Store
     keep_texts: bool
     now: Callable[[], float] = time.time
 
     async def audit(self, controller: Controller, model: str, prompt: str, answer: str, how: str) -> None:
-        """Audits one answer, `served` to a user or a `shadow`."""
+        """Run the audit of one answer. `how` is `served` for an answer to a client, `shadow` for one to a copy."""
         try:
-            found = await audit(self.stable, self.canary, model, prompt, answer)
-        except UnreadError as unread:
-            controller.ledger.skip(f"not audited: {unread}")
+            result = await audit(self.stable, self.canary, model, prompt, answer)
+        except UnreadableError as unread:
+            controller.counters.count_skipped(f"not audited: {unread}")
             return
-        controller.ledger.audited(found.values())
-        controller.watch.add(prompt, found.top1_agreement, controller.ledger.open.number)
-        texts = _texts(prompt, answer, found) if self.keep_texts else None
+        controller.counters.add_audit(result.values())
+        controller.watch.add(prompt, result.top1_agreement, controller.counters.open.number)
+        texts = _texts(prompt, answer, result) if self.keep_texts else None
         try:
             await asyncio.to_thread(
-                self.store.add_audit, controller.state, self.now(), how, found.tokens, found.values(), texts
+                self.store.add_audit, controller.state, self.now(), how, result.tokens, result.values(), texts
             )
         except OutputError as error:
             log.error("%s", error)
 
 
-def _texts(prompt: str, answer: str, found: Audit) -> dict[str, object]:
-    return {"prompt": prompt, "answer": answer, "places": [list(place) for place in found.places]}
+def _texts(prompt: str, answer: str, result: Audit) -> dict[str, object]:
+    return {"prompt": prompt, "answer": answer, "places": [list(place) for place in result.places]}

@@ -1,37 +1,30 @@
-"""Carries out decisions: first into the store, then into the traffic.
+"""Controller of a running roll-out: it stores each decision, then changes the traffic.
 
-A decision to widen that cannot be stored is not carried out. A decision to return is stored before it acts too; but if
-the store fails, traffic goes back to dense all the same, and storing is tried again at every tick: safety does not
-wait for a disk. After a restart the store says where the roll-out stands, so a return is never forgotten.
+A decision to widen has no effect if it cannot be stored. A decision to return is stored first too. If the store fails,
+traffic goes back to dense in any case, because safety does not wait for a disk. The controller tries to store it again
+at each tick. After a restart the store holds the state, so a return is never lost.
 
-`begin_or_resume` decides what a start means: the same canary under the same plan goes on where it was, also if that was
-returned; another canary is another roll-out, from the first step on.
-
-    controller.tick(now)      every second or so; `niwaki rollout promote` and `abort` are noticed here, too
+    controller.tick(now)      about every second; it also reads the effect of `niwaki rollout promote` and `abort`
 """
 
-import hashlib
 import logging
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from niwaki.errors import InputError, OutputError
-from niwaki.rollout.counters import Ledger, copied
+from niwaki.rollout.counters import RolloutCounters, copy_interval
 from niwaki.rollout.decision import Verdict, decide
-from niwaki.rollout.drift import Watch
+from niwaki.rollout.drift import DriftWatch
 from niwaki.rollout.histogram import Interval
-from niwaki.rollout.settings import Settings
-from niwaki.rollout.store import Change, StaleError, State, Status, Store
+from niwaki.rollout.store import Change, RolloutState, StaleError, Status, Store
 
 log = logging.getLogger("niwaki.rollout")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a decision rests on: all intervals, the open one as it was, and where the drift alarm stood."""
+    """Input of a decision: all intervals, with a copy of the open one, and the state of the drift tests."""
 
     intervals: list[Interval]
     drift: dict[str, Any]
@@ -39,91 +32,91 @@ class Snapshot:
 
 @dataclass
 class Controller:
-    """One running roll-out. `files_of` says what the canary serves, to notice when that changes."""
+    """Controller of one roll-out. `files_of` returns the identity of the canary, which must not change."""
 
     store: Store
-    state: State
+    state: RolloutState
     limits: Mapping[str, float]
-    ledger: Ledger
-    watch: Watch
+    counters: RolloutCounters
+    watch: DriftWatch
     files_of: Callable[[], str]
-    looked: float
+    last_look: float
     verdict: Verdict | None = None
     unstored: Change | None = None
     alarms_noted: int = 0
 
     @property
     def share(self) -> float:
-        """The share of traffic that the canary gets now; nothing as long as a return waits to be stored."""
+        """Return the share of traffic that the canary gets now. It is 0 while a return is not stored."""
         return 0.0 if self.unstored is not None else self.state.share
 
     @property
     def salt(self) -> str:
-        """What users are shared out by."""
+        """Return the salt of the hash that routes users."""
         return str(self.state.id)
 
     @property
     def active(self) -> bool:
-        """Whether the canary gets traffic, or may."""
+        """Check that the canary gets traffic, or may get it."""
         return self.state.status in ("running", "promoted") and self.unstored is None
 
     def tick(self, now: float) -> None:
-        """Looks at the store, and at the end of an interval decides."""
-        self.apply(self.judged(self.snapshot(now), now), now)
+        """Read the store, and decide at the end of an interval."""
+        self.apply(self.judge(self.snapshot(now), now), now)
 
-    def copied(self) -> list[Interval]:
-        """All intervals, the open one as it is now."""
-        return [*self.ledger.closed, copied(self.ledger.open)]
+    def intervals_now(self) -> list[Interval]:
+        """Return all intervals, with a copy of the open one."""
+        return [*self.counters.closed, copy_interval(self.counters.open)]
 
     def snapshot(self, now: float) -> Snapshot | None:
-        """What a decision rests on, if one is due; another thread may read it."""
-        if not self.active or now - self.looked < self.state.policy.interval_s:
+        """Return the input of a decision, if one is due. Another thread may read it."""
+        if not self.active or now - self.last_look < self.state.policy.interval_s:
             return None
-        self.looked = now
-        return Snapshot(self.copied(), self.watch.as_json())
+        self.last_look = now
+        return Snapshot(self.intervals_now(), self.watch.as_json())
 
-    def judged(self, seen: Snapshot | None, now: float) -> Verdict | None:
-        """Everything that waits for the disk or computes. Raises OutputError where the store fails."""
+    def judge(self, snapshot: Snapshot | None, now: float) -> Verdict | None:
+        """Store and decide: all work that waits for the disk or computes. Raise OutputError if the store fails."""
         try:
             self._store_unstored(now)
             stored = self.store.current()
             if stored is not None and stored.id == self.state.id and stored.version != self.state.version:
                 self.state = stored
         except OutputError as error:
-            log.error("%s", error)  # a broken canary has to be found all the same
-        if seen is None or not self.active:
+            log.error("%s", error)  # a broken canary must still be found
+        if snapshot is None or not self.active:
             return None
         if not self._same_canary():
-            reason = "the canary's files changed: a new canary is a new roll-out, begin it with `niwaki rollout run`"
+            reason = "the files of the canary changed: start a new roll-out of the new canary with `niwaki rollout run`"
             self._return(Change("return", "returned", self.state.step, reason), now)
             return None
-        verdict = decide(self.state.policy, self.limits, self.state.step, seen.intervals, seen.drift["since"])
-        self._carry_out(verdict, seen, now)
-        self.store.save(self.state, seen.intervals[-2:], seen.drift)
+        verdict = decide(self.state.policy, self.limits, self.state.step, snapshot.intervals, snapshot.drift["since"])
+        self._carry_out(verdict, snapshot, now)
+        self.store.save(self.state, snapshot.intervals[-2:], snapshot.drift)
         return verdict
 
     def _same_canary(self) -> bool:
         try:
             return self.files_of() == self.state.identity
-        except (InputError, OSError):  # the folder is gone, or is being replaced
+        except (InputError, OSError):  # the folder does not exist, or changes at this moment
             return False
 
     def apply(self, verdict: Verdict | None, now: float) -> None:
-        """Ends the open interval if it saw enough."""
+        """Close the open interval if it has enough requests."""
         if verdict is None:
             return
         self.verdict = verdict
-        if self._complete(self.ledger.open):
-            self.ledger.next_interval(self.state.step, now)
+        if self._complete(self.counters.open):
+            self.counters.next_interval(self.state.step, now)
 
     def _complete(self, interval: Interval) -> bool:
         return interval.step != self.state.step or (
-            interval.tally("error_rate").total >= self.state.policy.min_requests
+            interval.histogram("error_rate").total >= self.state.policy.min_requests
         )
 
-    def _carry_out(self, verdict: Verdict, seen: Snapshot, now: float) -> None:
+    def _carry_out(self, verdict: Verdict, snapshot: Snapshot, now: float) -> None:
         state, findings = self.state, [finding.as_json() for finding in verdict.findings]
-        complete = self._complete(seen.intervals[-1])
+        complete = self._complete(snapshot.intervals[-1])
         if verdict.action == "return":
             self._return(Change("return", "returned", state.step, verdict.reason, findings), now)
         elif verdict.action == "widen" and state.status == "running" and complete:
@@ -133,15 +126,15 @@ class Controller:
             try:
                 self.state = self.store.change(state, change, now)
             except StaleError:
-                log.warning("somebody changed the roll-out meanwhile: not widened")
+                log.warning("the roll-out changed at the same time: not widened")
         elif complete:
             self.store.note(state, Change("hold", state.status, state.step, verdict.reason, findings), now)
-        for alarm in seen.drift["alarms"][self.alarms_noted :]:
+        for alarm in snapshot.drift["alarms"][self.alarms_noted :]:
             self.store.note(state, Change("alarm", self.state.status, self.state.step, alarm), now)
             self.alarms_noted += 1
 
     def _return(self, change: Change, now: float) -> None:
-        self.unstored = change  # the share is 0 from here on, whatever the store says
+        self.unstored = change  # the share is 0 from now on, also if the store fails
         self._store_unstored(now)
 
     def _store_unstored(self, now: float) -> None:
@@ -153,80 +146,8 @@ class Controller:
             except StaleError:
                 self.state = self.store.current() or self.state
                 if self.state.status in ("returned", "aborted"):
-                    break  # somebody else went back to dense
+                    break  # another process returned to dense
             else:
                 break
         log.warning("returned to the dense model: %s", self.unstored.reason)
         self.unstored = None
-
-
-def begin_or_resume(
-    store: Store, settings: Settings, limits: Mapping[str, float], now: float, *, new: bool = False
-) -> Controller:
-    """The roll-out of this canary. Raises InputError for another plan than it was begun with."""
-
-    def files_of() -> str:
-        return identity_of(settings)
-
-    plan = plan_of(settings, limits)
-    state, identity = store.current(), files_of()
-    if state is None or state.identity != identity or new:
-        before = "" if state is None else f", after roll-out {state.id} ({state.status})"
-        state = store.begin(identity, plan, now, f"a new roll-out{before}")
-    elif state.plan != plan:
-        changed = ", ".join(sorted(name for name in plan if plan[name] != state.plan.get(name)))
-        raise InputError(
-            f"roll-out {state.id} was begun with another {changed}: give the same, or begin a new one with --new"
-        )
-    else:
-        store.note(state, Change("restart", state.status, state.step, "the gateway was started again"), now)
-    stored = store.drift(state)
-    watch = Watch() if stored is None else Watch.from_json(stored, random.Random())
-    ledger = Ledger.resumed(store.intervals(state), state.step, now)
-    noted = len(watch.alarms)
-    return Controller(store, state, limits, ledger, watch, files_of, looked=now, alarms_noted=noted)
-
-
-def plan_of(settings: Settings, limits: Mapping[str, float]) -> dict[str, Any]:
-    """What the evidence of a roll-out rests on, and so may not change while it runs."""
-    return {"policy": settings.policy.model_dump(mode="json"), "limits": dict(limits)}
-
-
-def identity_of(settings: Settings) -> str:
-    """Which canary this is: its address, its model, and size and time of every file it serves, if they are known."""
-    canary = settings.canary
-    named = f"{canary.model or 'the model'} at {canary.url}"
-    if canary.files is None:
-        return named
-    if not canary.files.is_dir():
-        raise InputError(f"no folder {canary.files}: canary files are those of the model that is served")
-    stamps = "\n".join(_stamp(path) for path in sorted(canary.files.rglob("*")) if path.is_file())
-    return f"{named}, files {hashlib.sha256(stamps.encode()).hexdigest()[:16]}"
-
-
-def _stamp(path: Path) -> str:
-    about = path.stat()
-    return f"{path.name} {about.st_size} {about.st_mtime_ns}"
-
-
-def manual(store: Store, action: str, now: float, *, full: bool = False) -> State:
-    """`promote` (one step, or to the last) and `abort` from the command line. Raises InputError where it is no use."""
-    while True:
-        state = store.current()
-        if state is None:
-            raise InputError("no roll-out yet: `niwaki rollout run` begins one")
-        try:
-            return store.change(state, _asked(state, action, full), now)
-        except StaleError:
-            continue  # the gateway decided meanwhile: look again
-
-
-def _asked(state: State, action: str, full: bool) -> Change:
-    if state.status != "running" and not (action == "abort" and state.status == "promoted"):
-        raise InputError(f"roll-out {state.id} is {state.status}: only a running one can be {action}d")
-    if action == "abort":
-        return Change("abort", "aborted", state.step, "asked for on the command line")
-    if state.step == state.last_step:
-        return Change("promote", "promoted", state.step, "asked for on the command line")
-    step = state.last_step if full else state.step + 1
-    return Change("promote", "running", step, "asked for on the command line")

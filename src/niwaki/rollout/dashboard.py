@@ -1,11 +1,11 @@
-"""One page that shows a roll-out as it goes: share, verdicts, latency, agreement, what was left out, disagreements.
+"""Dashboard of a running roll-out: share, verdicts, latency, agreement, skipped requests, disagreements.
 
-The page and its parts come from the gateway alone, and its content security policy allows nothing else. It asks for
-`/rollout/data` every two seconds; texts of requests are in there only where they are kept, and the page writes them as
-text, never as markup. Its style is that of `niwaki.measure.report.page`; plotly.js is one file that the browser keeps.
+All files of the page come from the gateway, and its content security policy forbids any other source. It requests
+`/rollout/data` every two seconds. The data holds texts of requests only if they are kept, and the page inserts them as
+text, never as markup. Its style is that of `niwaki.measure.report.page`. plotly.js is one file that the browser caches.
 
-Bands are those of the last verdict, so that looking costs no arithmetic. Cost: some milliseconds in another thread;
-plotly.js is 4.8 MB, once.
+Confidence bands are those of the last verdict, so a view needs no arithmetic. Cost: milliseconds in another thread, and
+4.8 MB of plotly.js, once.
 """
 
 from collections import Counter
@@ -15,10 +15,10 @@ from importlib.resources import files
 from typing import Any
 
 from niwaki.rollout.controller import Controller
-from niwaki.rollout.decision import Finding, find
+from niwaki.rollout.decision import Finding, assess
 from niwaki.rollout.histogram import Interval
 from niwaki.rollout.signals import SIGNALS
-from niwaki.rollout.store import State, Store
+from niwaki.rollout.store import RolloutState, Store
 
 HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": (
@@ -31,7 +31,7 @@ HEADERS: Mapping[str, str] = {
 }
 _DECISIONS, _AUDITS = 300, 6
 _ASSETS = {
-    "report.css": ("reporting/templates/report.css", "text/css"),
+    "report.css": ("measure/report/templates/report.css", "text/css"),
     "dashboard.css": ("rollout/templates/dashboard.css", "text/css"),
     "dashboard.js": ("rollout/templates/dashboard.js", "text/javascript"),
 }
@@ -39,18 +39,18 @@ _ASSETS = {
 
 @dataclass(frozen=True)
 class Asset:
-    """A file of the page."""
+    """File of the page."""
 
     content: str
     kind: str
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the page shows of the running gateway, copied where nothing changes it meanwhile."""
+class DashboardState:
+    """Copy of the state that the page shows, which the running gateway does not change."""
 
     store: Store
-    state: State
+    state: RolloutState
     share: float
     limits: Mapping[str, float]
     intervals: list[Interval]
@@ -61,12 +61,12 @@ class Seen:
 
 
 def page() -> str:
-    """The page, the same for every roll-out."""
+    """Return the page, which is the same for every roll-out."""
     return _read("rollout/templates/dashboard.html")
 
 
 def asset(name: str) -> Asset | None:
-    """A file that the page asks for, or None."""
+    """Return a file of the page, or None for an unknown name."""
     if name == "plotly.js":
         from plotly.offline import get_plotlyjs
 
@@ -77,15 +77,15 @@ def asset(name: str) -> Asset | None:
     return Asset(_read(path), kind)
 
 
-def seen(controller: Controller) -> Seen:
-    """A copy of what the gateway counts."""
+def snapshot(controller: Controller) -> DashboardState:
+    """Return a copy of the state of a controller."""
     drifts = {"prompts": controller.watch.surprise, "agreement": controller.watch.agreement}
-    return Seen(
+    return DashboardState(
         store=controller.store,
         state=controller.state,
         share=controller.share,
         limits=controller.limits,
-        intervals=controller.copied(),
+        intervals=controller.intervals_now(),
         findings=None if controller.verdict is None else controller.verdict.findings,
         alarms=list(controller.watch.alarms[-3:]),
         since=controller.watch.since,
@@ -93,27 +93,27 @@ def seen(controller: Controller) -> Seen:
     )
 
 
-def view(now_seen: Seen, now: float, *, keep_texts: bool, skipped_frac: float | None = None) -> dict[str, Any]:
-    """Everything the page shows, as JSON. `skipped_frac`: share of a contextual canary's weights.
+def view(current: DashboardState, now: float, *, keep_texts: bool, skipped_frac: float | None = None) -> dict[str, Any]:
+    """Return the data of the page as JSON. `skipped_frac`: share of the weights that a contextual canary skips.
 
-    Raises OutputError where the store cannot be read.
+    Raise OutputError if the store cannot be read.
     """
-    state, intervals = now_seen.state, now_seen.intervals
+    state, intervals = current.state, current.intervals
     policy = state.policy
     requests, skipped = Counter[str](), Counter[str]()
     for interval in intervals:
         requests.update(interval.requests)
         skipped.update(interval.skipped)
-    findings = now_seen.findings
-    if findings is None:  # nothing was judged since the gateway was started
-        findings = tuple(find(policy, now_seen.limits, intervals, name, now_seen.since) for name in now_seen.limits)
-    decisions = now_seen.store.decisions(state, _DECISIONS)
+    findings = current.findings
+    if findings is None:  # no verdict since the start of the gateway
+        findings = tuple(assess(policy, current.limits, intervals, name, current.since) for name in current.limits)
+    decisions = current.store.decisions(state, _DECISIONS)
     return {
         "now": now,
         "rollout": state.id,
         "identity": state.identity,
         "status": state.status,
-        "share": now_seen.share,
+        "share": current.share,
         "step": state.step,
         "steps": list(policy.steps),
         "begun": state.begun,
@@ -122,10 +122,10 @@ def view(now_seen: Seen, now: float, *, keep_texts: bool, skipped_frac: float | 
         "findings": [{**one.as_json(), "side": SIGNALS[one.signal].limit} for one in findings],
         "requests": dict(requests),
         "skipped": dict(skipped.most_common()),
-        "alarms": now_seen.alarms,
-        "drift": now_seen.drift,
+        "alarms": current.alarms,
+        "drift": current.drift,
         "decisions": [{**one, "share": policy.steps[one["step"]]} for one in decisions],
-        "audits": now_seen.store.audits(state, _AUDITS),
+        "audits": current.store.audits(state, _AUDITS),
         "keep_texts": keep_texts,
         "skipped_frac": skipped_frac,
     }

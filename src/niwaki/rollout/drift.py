@@ -1,20 +1,20 @@
-"""An alarm for traffic that is no longer what it was: other prompts, or other agreement.
+"""Alarm for a change of the traffic: other prompts, or other agreement.
 
-Exchangeability is tested with a conformal martingale. Every new score is ranked among all before it; if nothing
-changed, the ranks are uniform and independent, whatever the scores are. A martingale bets that they are not (the simple
-jumper of Vovk et al., "Retrain or not retrain: conformal test martingales for change-point detection", COPA 2021), and
-the alarm is the CUSUM of it: the martingale over its lowest value so far. With threshold c there is at most one false
-alarm in c scores on average; ALARM is 10,000.
+The test of exchangeability is a conformal martingale. Each new score is ranked among all earlier ones. Without a
+change the ranks are uniform and independent, for any distribution of the scores. A martingale bets against that. It is
+the simple jumper of Vovk et al., "Retrain or not retrain: conformal test martingales for change-point detection",
+COPA 2021. The alarm is its CUSUM: the martingale divided by its lowest value so far. With a threshold c there is at
+most one false alarm in c scores on average. ALARM is 10,000.
 
-Traffic changes for good reasons, too. So an alarm stops nothing by itself: what was proved of quality before it no
-longer counts (`Watch.since`, for `decision`), and the test begins anew with the traffic as it is now.
+Traffic may also change without a fault, so an alarm does not stop a roll-out. It only removes the earlier proof of
+quality (`DriftWatch.since`, for `decision`), and the test starts again with the new traffic.
 
-Agreement is its own score. A prompt's score is how surprising its characters are: mean surprisal of its hashed trigrams
-under those of the first REFERENCE prompts. Only counts in BUCKETS are kept, never a text.
+Agreement is its own score. The score of a prompt is the mean surprisal of its hashed trigrams, under those of the first
+REFERENCE prompts. Only counts in BUCKETS are kept, no text.
 
-Cost: microseconds a prompt of 4,000 characters; a sorted list of scores, MOST at most.
+Cost: microseconds per prompt of 4,000 characters, and a sorted list of at most MAX_SCORES scores.
 
-    drift = Drift("prompts"); drift.add(surprise); drift.alarm
+    drift = DriftTest("prompts"); drift.add(surprise, rng); drift.alarm
 """
 
 import math
@@ -30,14 +30,14 @@ ALARM = 10_000.0
 REFERENCE = 50
 BUCKETS = 4096
 CHARACTERS = 4000
-MOST = 5000  # scores that a new one is ranked among; later ones are ranked, but not kept
-_JUMP = 0.01  # of the capital moves between the three bets after every score
+MAX_SCORES = 5000  # that are kept. Later scores are ranked among them
+_JUMP = 0.01  # share of the capital that moves between the three bets after each score
 _BETS = (-1.0, 0.0, 1.0)
 
 
 @dataclass
-class Drift:
-    """The test over one stream of scores. `strength`: the CUSUM, compared with ALARM."""
+class DriftTest:
+    """Test of one stream of scores. `strength`: the CUSUM, which is compared with ALARM."""
 
     name: str
     scores: list[float] = field(default_factory=list)
@@ -48,10 +48,10 @@ class Drift:
     seen: int = 0
 
     def add(self, score: float, rng: random.Random) -> None:
-        """One more score. Ties are ranked by chance, as exactness asks."""
+        """Add a score. The rank of a tie is random, which makes the test exact."""
         below, upto = bisect_left(self.scores, score), bisect_right(self.scores, score)
         rank = (below + rng.random() * (upto - below + 1)) / (len(self.scores) + 1)
-        if len(self.scores) < MOST:
+        if len(self.scores) < MAX_SCORES:
             insort(self.scores, score)
         self.seen += 1
         self._bet(rank)
@@ -61,30 +61,30 @@ class Drift:
         moved = [(1 - _JUMP) * capital + _JUMP * pool / 3 for capital in self.capitals]
         grown = [capital * (1 + bet * (rank - 0.5)) for capital, bet in zip(moved, _BETS, strict=True)]
         total = sum(grown)
-        self.log_level += math.log(total)  # the capitals are kept at one, so that nothing runs out of the floats
+        self.log_level += math.log(total)  # the capitals stay at a sum of one, so no float overflows
         self.capitals = [capital / total for capital in grown]
         self.lowest = min(self.lowest, self.log_level)
         self.strength = math.exp(min(self.log_level - self.lowest, 700.0))
 
     @property
     def alarm(self) -> bool:
-        """Whether the scores certainly changed."""
+        """Check that the scores certainly changed."""
         return self.strength >= ALARM
 
     def as_json(self) -> dict[str, Any]:
-        """For the store."""
+        """Return the values as JSON, for the store."""
         return {**vars(self), "scores": list(self.scores), "capitals": list(self.capitals)}
 
 
 @dataclass
-class Prompts:
-    """Trigram counts of the first prompts; what comes later is scored by them."""
+class PromptReference:
+    """Trigram counts of the first prompts, which score the later ones."""
 
     counts: Counter[int] = field(default_factory=Counter)
     learned: int = 0
 
     def surprise(self, prompt: str) -> float | None:
-        """Mean surprisal in nats a trigram; None while the reference is still being learned, or without a trigram."""
+        """Return the mean surprisal in nats per trigram. It is None for the first prompts and without a trigram."""
         buckets = _buckets(prompt)
         if not buckets:
             return None
@@ -96,40 +96,40 @@ class Prompts:
         return sum(math.log(whole / (self.counts[bucket] + 1)) for bucket in buckets) / len(buckets)
 
     def as_json(self) -> dict[str, Any]:
-        """For the store."""
+        """Return the values as JSON, for the store."""
         return {"counts": dict(self.counts), "learned": self.learned}
 
 
 @dataclass
-class Watch:
-    """Both alarms of a roll-out. `since`: the first interval whose proof still counts; `alarms`: a line for each."""
+class DriftWatch:
+    """Both tests of a roll-out. `since`: first interval whose proof counts. `alarms`: one line per alarm."""
 
-    prompts: Prompts = field(default_factory=Prompts)
-    surprise: Drift = field(default_factory=lambda: Drift("prompts"))
-    agreement: Drift = field(default_factory=lambda: Drift("agreement"))
+    prompts: PromptReference = field(default_factory=PromptReference)
+    surprise: DriftTest = field(default_factory=lambda: DriftTest("prompts"))
+    agreement: DriftTest = field(default_factory=lambda: DriftTest("agreement"))
     rng: random.Random = field(default_factory=random.Random)
     since: int = 1
     alarms: list[str] = field(default_factory=list)
 
     def add(self, prompt: str, agreement: float, interval: int) -> None:
-        """One more audited request, in the interval of this number."""
+        """Add an audited request of the interval with this number."""
         surprise = self.prompts.surprise(prompt)
         if surprise is not None:
             self.surprise.add(surprise, self.rng)
         self.agreement.add(agreement, self.rng)
         if self.surprise.alarm:
-            self._raise("the prompts", interval)
-            self.prompts, self.surprise = Prompts(), Drift("prompts")
+            self._add_alarm("the prompts", interval)
+            self.prompts, self.surprise = PromptReference(), DriftTest("prompts")
         if self.agreement.alarm:
-            self._raise("the agreement", interval)
-            self.agreement = Drift("agreement")
+            self._add_alarm("the agreement", interval)
+            self.agreement = DriftTest("agreement")
 
-    def _raise(self, what: str, interval: int) -> None:
+    def _add_alarm(self, subject: str, interval: int) -> None:
         self.since = interval + 1
-        self.alarms.append(f"{what} changed in interval {interval}: quality has to be proved anew")
+        self.alarms.append(f"{subject} changed in interval {interval}: quality needs new proof")
 
     def as_json(self) -> dict[str, Any]:
-        """For the store."""
+        """Return the values as JSON, for the store."""
         return {
             "prompts": self.prompts.as_json(),
             "surprise": self.surprise.as_json(),
@@ -139,14 +139,14 @@ class Watch:
         }
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any], rng: random.Random) -> "Watch":
-        """What `as_json` wrote."""
+    def from_json(cls, stored: Mapping[str, Any], rng: random.Random) -> "DriftWatch":
+        """Return the tests of a JSON object."""
         counts = Counter({int(bucket): count for bucket, count in stored["prompts"]["counts"].items()})
-        prompts = Prompts(counts, stored["prompts"]["learned"])
-        surprise, agreement = Drift(**stored["surprise"]), Drift(**stored["agreement"])
+        prompts = PromptReference(counts, stored["prompts"]["learned"])
+        surprise, agreement = DriftTest(**stored["surprise"]), DriftTest(**stored["agreement"])
         return cls(prompts, surprise, agreement, rng, stored["since"], list(stored["alarms"]))
 
 
 def _buckets(prompt: str) -> list[int]:
     text = prompt[:CHARACTERS].lower()
-    return [zlib.crc32(text[place : place + 3].encode("utf-8", "replace")) % BUCKETS for place in range(len(text) - 2)]
+    return [zlib.crc32(text[start : start + 3].encode("utf-8", "replace")) % BUCKETS for start in range(len(text) - 2)]

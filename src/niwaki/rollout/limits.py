@@ -1,8 +1,8 @@
-"""The limits of a roll-out, by the names of `signals`: defaults, a gate file, or what `niwaki compare` measured.
+"""Limits of a roll-out by the names of `signals`: defaults, a gate file, or the measurements of `niwaki compare`.
 
-From a compare.json come the limits that `niwaki gate --init` would write of it: a little beyond what the pilot
-certainly keeps. Gates that traffic cannot show (bytes, accuracies, KL) are left to `niwaki gate`. A signal that the
-file does not limit keeps its default; quality has none, because what may be lost is for you to say.
+The limits of a compare.json are those that `niwaki gate --init` writes: a margin beyond the values that the pilot
+certainly keeps. Gates that traffic cannot measure (bytes, accuracies, KL) belong to `niwaki gate`. A signal without a
+limit in the file keeps its default. Quality has no default, because the user decides how much may be lost.
 
     limits_from(Path("report/compare.json"), candidate="four")  ->  {"error_rate": 0.002, "top1_agreement": 0.83, ...}
 """
@@ -28,7 +28,7 @@ def limits_from(
     candidate: str | None = None,
     given: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Defaults, then the file (gate.yaml or compare.json), then `given`. Raises InputError for anything else."""
+    """Return the defaults, replaced by the file (gate.yaml or compare.json), then by `given`. Raise InputError."""
     limits = {**DEFAULTS, **({} if path is None else _read(path, candidate)), **(given or {})}
     for name, limit in limits.items():
         _check(name, limit)
@@ -36,12 +36,12 @@ def limits_from(
 
 
 def quality_of(limits: Mapping[str, float]) -> list[str]:
-    """The limited signals that audits measure."""
+    """Return the limited signals that audits measure."""
     return [name for name in QUALITY if name in limits]
 
 
 def _read(path: Path, candidate: str | None) -> dict[str, float]:
-    # Only here: comparing needs torch, and a gateway without a file does not.
+    # A lazy import: compare needs torch, and a gateway without a file does not.
     from niwaki.measure.compare.baseline import gate_text
     from niwaki.measure.compare.gates import Gates, load_gates
     from niwaki.measure.schema import read_comparison

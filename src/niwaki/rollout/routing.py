@@ -1,10 +1,10 @@
-"""Which upstream answers a request: a stable hash decides, important requests stay on dense.
+"""Route of a request: a stable hash chooses the upstream, and important requests stay on dense.
 
-A key falls on a place in [0, 1) and goes to the canary if the place lies below the share. When the share widens, those
-who were on the canary stay there and others join; when it falls to 0, all are on dense. Every roll-out has a salt of
-its own, so that not the same users meet every canary first.
+A key is hashed to a position in [0, 1). It goes to the canary if the position lies below the share. When the share
+grows, users of the canary stay there and others join. When it falls to 0, all users are on dense. Each roll-out has its
+own salt, so that different users meet each canary first.
 
-    choose(Ask(...), share=0.05, salt="7", important=())  ->  Route("canary", "share")
+    choose(RoutedRequest(...), share=0.05, salt="7", important=())  ->  Route("canary", "share")
 """
 
 import hashlib
@@ -19,8 +19,8 @@ Side = Literal["stable", "canary"]
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What a request says that routing goes by. `prompt`: all its text; `key`: what makes it sticky."""
+class RoutedRequest:
+    """Parts of a request that its route depends on. `prompt`: all its text. `key`: text that is hashed."""
 
     model: str
     prompt: str
@@ -30,43 +30,43 @@ class Ask:
 
 @dataclass(frozen=True)
 class Route:
-    """Where a request goes, and why; `important`: it is no part of the roll-out."""
+    """Side that answers a request, with the reason. An `important` request is not part of the roll-out."""
 
     side: Side
-    why: str
+    reason: str
     important: bool = False
 
 
-def choose(ask: Ask, *, share: float, salt: str, important: Sequence[Important]) -> Route:
-    """The side of a request at a share of traffic between 0 and 1."""
+def choose(request: RoutedRequest, *, share: float, salt: str, important: Sequence[Important]) -> Route:
+    """Return the route of a request at a share of traffic between 0 and 1."""
     for number, rule in enumerate(important, 1):
-        if matches(rule, ask):
+        if matches(rule, request):
             return Route("stable", f"important by rule {number}", important=True)
-    return Route("canary" if place(ask.key, salt) < share else "stable", "share")
+    return Route("canary" if position(request.key, salt) < share else "stable", "share")
 
 
-def place(key: str, salt: str) -> float:
-    """Where a key falls in [0, 1)."""
+def position(key: str, salt: str) -> float:
+    """Return the position of a key in [0, 1)."""
     digest = hashlib.blake2b(key.encode("utf-8", "replace"), key=salt.encode()[:64], digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
-def matches(rule: Important, ask: Ask) -> bool:
-    """Whether every condition of a rule holds."""
+def matches(rule: Important, request: RoutedRequest) -> bool:
+    """Check that every condition of a rule holds."""
     if rule.header is not None:
         name, _, pattern = rule.header.partition(":")
-        value = ask.headers.get(name.strip().lower())
+        value = request.headers.get(name.strip().lower())
         if value is None or not re.search(pattern.strip(), value):
             return False
-    if rule.model is not None and not re.search(rule.model, ask.model):
+    if rule.model is not None and not re.search(rule.model, request.model):
         return False
-    if rule.prompt is not None and not re.search(rule.prompt, ask.prompt):
+    if rule.prompt is not None and not re.search(rule.prompt, request.prompt):
         return False
-    return rule.min_characters is None or len(ask.prompt) >= rule.min_characters
+    return rule.min_characters is None or len(request.prompt) >= rule.min_characters
 
 
 def sticky_key(payload: Mapping[str, Any], headers: Mapping[str, str], header: str, first_text: str) -> str:
-    """What a request is known by: the header, `user` of the body, or how its conversation began."""
+    """Return the key of a request: the header, `user` of the body, or the start of its conversation."""
     given = headers.get(header.lower())
     if given:
         return f"header {given}"

@@ -1,4 +1,4 @@
-"""Puts a gateway together from settings and runs it.
+"""Assembly of a gateway from its settings, and its process.
 
 run(settings, limits, Store.open("rollout.sqlite"), keys=(), host="127.0.0.1", port=8100)
 """
@@ -16,12 +16,12 @@ from niwaki.errors import InputError
 from niwaki.rollout.answers import Template
 from niwaki.rollout.app import build
 from niwaki.rollout.auditing import Auditor
-from niwaki.rollout.controller import begin_or_resume
 from niwaki.rollout.gateway import Gateway
-from niwaki.rollout.http_client import Sender
-from niwaki.rollout.settings import Settings
+from niwaki.rollout.http_client import HttpSender
+from niwaki.rollout.settings import RolloutSettings
+from niwaki.rollout.start import begin_or_resume
 from niwaki.rollout.store import Store
-from niwaki.rollout.upstream import Clock, Server
+from niwaki.rollout.upstream import Clock, UpstreamServer
 from niwaki.serve.http.keys import Keys
 from niwaki.serve.http.limits import check_host
 from niwaki.serve.http.protocol import HttpProtocol
@@ -30,7 +30,7 @@ TEMPLATE_CHARACTERS = 100_000
 
 
 def run(
-    settings: Settings,
+    settings: RolloutSettings,
     limits: Mapping[str, float],
     store: Store,
     *,
@@ -40,7 +40,7 @@ def run(
     new: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Runs the gateway until it is stopped. Raises InputError before anything is begun."""
+    """Run the gateway until it is stopped. Raise InputError before the roll-out starts."""
     check_host(host, keys)
     gateway = assemble(settings, limits, store, keys=keys, now=time.time(), new=new)
     state = gateway.controller.state
@@ -61,19 +61,19 @@ def run(
 
 
 def assemble(
-    settings: Settings,
+    settings: RolloutSettings,
     limits: Mapping[str, float],
     store: Store,
     *,
     keys: Sequence[str] = (),
     now: float,
     new: bool = False,
-    senders: tuple[Sender | None, Sender | None] = (None, None),
+    senders: tuple[HttpSender | None, HttpSender | None] = (None, None),
     clock: Clock = time.perf_counter,
 ) -> Gateway:
-    """A gateway whose roll-out is begun, or goes on. Tests give `senders` to both sides and a `clock`."""
-    stable = Server(settings.stable, settings.bounds, sender=senders[0], clock=clock)
-    canary = Server(settings.canary, settings.bounds, sender=senders[1], clock=clock)
+    """Return a gateway with a new or a resumed roll-out. Tests pass `senders` of both sides and a `clock`."""
+    stable = UpstreamServer(settings.stable, settings.bounds, sender=senders[0], clock=clock)
+    canary = UpstreamServer(settings.canary, settings.bounds, sender=senders[1], clock=clock)
     template = None if settings.chat_template is None else read_template(settings.chat_template)
     controller = begin_or_resume(store, settings, limits, now, new=new)
     return Gateway(
@@ -88,7 +88,7 @@ def assemble(
 
 
 def read_template(path: Path) -> Template:
-    """A chat template of a model folder, rendered in a sandbox. Raises InputError for one that does not work."""
+    """Return the chat template in a file, which is rendered in a sandbox. Raise InputError if it does not work."""
     try:
         text = path.read_text(encoding="utf-8")
         if len(text) > TEMPLATE_CHARACTERS:

@@ -1,12 +1,13 @@
-"""An audit: both models read the same prompt and answer, token by token, and are compared on them.
+"""Audit of one answer: both models score the same prompt and answer, token by token.
 
-Teacher-forced through `/v1/completions` with `echo`, `logprobs` and no new tokens, as vLLM, niwaki's own server and
-others answer it (llama.cpp's does not: it gives the log-probabilities of new tokens only). On the tokens of the answer:
-the share where both find the same token most likely, and how much more likely the canary finds its own words than the
-dense model does. On the tokens of the prompt, which neither wrote: the ratio of perplexities. The same tokens and the
-same definitions as in `niwaki compare`; the answer is the canary's own.
+The scores are teacher-forced, through `/v1/completions` with `echo`, `logprobs` and no new tokens. vLLM and
+`niwaki serve` support that; llama.cpp returns log-probabilities of new tokens only. On the tokens of the answer, an
+audit measures the gap of the log-probabilities, and the share where both models prefer the same token. On the tokens of
+the prompt, which neither model generated, it measures the ratio of perplexities. The definitions are those
+of `niwaki compare`. The answer is the one of the canary.
 
-Cost: two requests that read prompt and answer once, on servers that also answer users; `Sampling.max_audits` at once.
+Cost: two requests that prefill prompt and answer once, on servers that also answer users. At most
+`TrafficSampling.max_audits` run at once.
 """
 
 import math
@@ -14,17 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from niwaki.rollout.answers import COMPLETIONS, UnreadError
+from niwaki.rollout.answers import COMPLETIONS, UnreadableError
 from niwaki.rollout.http_client import UpstreamError
-from niwaki.rollout.upstream import Server
+from niwaki.rollout.upstream import UpstreamServer
 
 MAX_CHARACTERS = 32_000
 _TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
-class Token:
-    """One token of a text as one model sees it: where it begins, how likely it is, what was most likely there."""
+class ScoredToken:
+    """Token of a text with its scores by one model: start, text, log-probability, most likely token at its position."""
 
     at: int
     text: str
@@ -34,7 +35,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Audit:
-    """What one audited answer showed. `places`: the answer's tokens with what the dense model finds most likely."""
+    """Result of one audit. `places`: token of the answer, most likely token of dense, True if equal."""
 
     tokens: int
     top1_agreement: float
@@ -43,68 +44,68 @@ class Audit:
     places: tuple[tuple[str, str, bool], ...]
 
     def values(self) -> dict[str, float]:
-        """By the names of `signals`."""
-        found = {"top1_agreement": self.top1_agreement, "logprob_gap": self.logprob_gap}
-        return found if self.perplexity_ratio is None else {**found, "perplexity_ratio": self.perplexity_ratio}
+        """Return the values by the names of `signals`."""
+        values = {"top1_agreement": self.top1_agreement, "logprob_gap": self.logprob_gap}
+        return values if self.perplexity_ratio is None else {**values, "perplexity_ratio": self.perplexity_ratio}
 
 
-async def audit(stable: Server, canary: Server, model: str, prompt: str, answer: str) -> Audit:
-    """Scores an answer of the canary. Raises UnreadError for what cannot be scored."""
+async def audit(stable: UpstreamServer, canary: UpstreamServer, model: str, prompt: str, answer: str) -> Audit:
+    """Score an answer of the canary with both models. Raise UnreadableError if it cannot be scored."""
     if len(prompt) + len(answer) > MAX_CHARACTERS:
-        raise UnreadError("too long to audit")
-    own = await _read(canary, model, prompt + answer, "the canary")
-    dense = await _read(stable, model, prompt + answer, "the dense model")
-    return compared(dense, own, len(prompt))
+        raise UnreadableError("too long to audit")
+    own = await _score(canary, model, prompt + answer, "the canary")
+    dense = await _score(stable, model, prompt + answer, "the dense model")
+    return compare_scores(dense, own, len(prompt))
 
 
-def compared(dense: Sequence[Token], own: Sequence[Token], boundary: int) -> Audit:
-    """Both readings of one text; from `boundary` on it is the answer. Raises UnreadError where they do not fit."""
+def compare_scores(dense: Sequence[ScoredToken], own: Sequence[ScoredToken], boundary: int) -> Audit:
+    """Compare the scores of one text, whose answer starts at `boundary`. Raise UnreadableError if they do not match."""
     if [token.text for token in dense] != [token.text for token in own]:
-        raise UnreadError("the servers cut the text into other tokens")
+        raise UnreadableError("the servers split the text into different tokens")
     pairs = list(zip(dense, own, strict=True))
     answer = [pair for pair in pairs if pair[0].at >= boundary]
     prompt = [pair for pair in pairs if pair[0].at < boundary]
     if not answer:
-        raise UnreadError("no token of the answer begins behind the prompt")
+        raise UnreadableError("no token of the answer starts after the prompt")
     same = [mine.best == theirs.best for theirs, mine in answer]
     return Audit(
         tokens=len(answer),
         top1_agreement=sum(same) / len(answer),
         logprob_gap=_mean([mine.logprob - theirs.logprob for theirs, mine in answer]),
         perplexity_ratio=math.exp(min(_mean([t.logprob - m.logprob for t, m in prompt]), 50.0)) if prompt else None,
-        places=tuple((theirs.text, theirs.best, alike) for (theirs, _), alike in zip(answer, same, strict=True)),
+        places=tuple((theirs.text, theirs.best, equal) for (theirs, _), equal in zip(answer, same, strict=True)),
     )
 
 
-async def _read(server: Server, model: str, text: str, who: str) -> list[Token]:
+async def _score(server: UpstreamServer, model: str, text: str, name: str) -> list[ScoredToken]:
     payload = {
         "model": model, "prompt": text, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0,
         "stream": False,
     }  # fmt: skip
     try:
-        found = await server.ask(COMPLETIONS, payload, _TIMEOUT_S)
+        reply = await server.request_json(COMPLETIONS, payload, _TIMEOUT_S)
     except UpstreamError as failure:
-        raise UnreadError(f"{who} did not score: {failure}") from failure
+        raise UnreadableError(f"{name} did not score: {failure}") from failure
     try:
-        return tokens_in(found, len(text))
+        return parse_tokens(reply, len(text))
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise UnreadError(f"{who} does not score given text (echo with logprobs)") from error
+        raise UnreadableError(f"{name} does not score given text (echo with logprobs)") from error
 
 
-def tokens_in(found: dict[str, Any], length: int) -> list[Token]:
-    """The scored tokens of an echoed text of `length` characters; the first has no score.
+def parse_tokens(reply: dict[str, Any], length: int) -> list[ScoredToken]:
+    """Return the scored tokens of an echoed text of `length` characters. The first has no score.
 
-    Raises KeyError, TypeError, IndexError or ValueError for any other answer.
+    Raise KeyError, TypeError, IndexError or ValueError for any other answer.
     """
-    scored = found["choices"][0]["logprobs"]
-    tokens: list[Token] = []
+    scored = reply["choices"][0]["logprobs"]
+    tokens: list[ScoredToken] = []
     for text, logprob, tops, at in zip(
         scored["tokens"], scored["token_logprobs"], scored["top_logprobs"], scored["text_offset"], strict=True
     ):
         if at >= length and tokens:
-            break  # a server that insists on a new token
+            break  # some servers add a new token
         if logprob is not None and tops:
-            tokens.append(Token(int(at), str(text), float(logprob), str(max(tops, key=tops.__getitem__))))
+            tokens.append(ScoredToken(int(at), str(text), float(logprob), str(max(tops, key=tops.__getitem__))))
     if not tokens or tokens[-1].at + len(tokens[-1].text) < length:
         raise ValueError("not the whole text was scored")
     if not all(math.isfinite(token.logprob) for token in tokens):

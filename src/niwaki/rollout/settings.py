@@ -1,7 +1,7 @@
-"""What a roll-out is told: two upstreams, who stays on dense, how much is copied and audited, limits of requests.
+"""Settings of a roll-out: two upstreams, requests that stay on dense, shares of copies and audits, limits of requests.
 
-Flags of `niwaki rollout run` and a YAML file of the same fields make one `Settings`; flags win. Keys never stand in it:
-a field names the environment variable that holds one.
+Options of `niwaki rollout run` and a YAML file of the same fields make one `RolloutSettings`; options win. They hold
+no key: a field names the environment variable of the key.
 
     settings_from({"stable": {"url": "http://127.0.0.1:8001"}, "canary": {"url": "http://127.0.0.1:8002"}})
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from niwaki.errors import InputError
 from niwaki.rollout.decision import Policy
@@ -23,9 +23,9 @@ class _Frozen(BaseModel):
 
 
 class Upstream(_Frozen):
-    """An OpenAI-compatible server. `url` is what stands before /v1; `model` replaces the name that clients ask for.
+    """OpenAI-compatible server. `url`: its address without /v1. `model`: the name that replaces the one of clients.
 
-    `key_env`: the environment variable with its key. `files`: the folder it serves, watched for changes.
+    `key_env`: environment variable of its key. `files`: folder that it serves, which is checked for changes.
     """
 
     url: str
@@ -35,14 +35,14 @@ class Upstream(_Frozen):
 
     @field_validator("url")
     @classmethod
-    def _plain(cls, url: str) -> str:
+    def _normalized(cls, url: str) -> str:
         if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url):
             raise ValueError("expected an address such as http://127.0.0.1:8001")
         return url.rstrip("/").removesuffix("/v1")
 
 
 class Important(_Frozen):
-    """Requests that stay on dense: all conditions that are given have to hold. `header` is `name: pattern`."""
+    """Rule of requests that stay on dense. All given conditions must hold. `header` is `name: pattern`."""
 
     header: str | None = None
     model: str | None = None
@@ -59,7 +59,7 @@ class Important(_Frozen):
         return pattern
 
     @model_validator(mode="after")
-    def _something(self) -> "Important":
+    def _one_condition(self) -> "Important":
         if all(value is None for value in self.model_dump().values()):
             raise ValueError("expected header, model, prompt or min_characters")
         if self.header is not None and not re.match(r"[\w-]+:", self.header):
@@ -67,21 +67,23 @@ class Important(_Frozen):
         return self
 
 
-class Sampling(_Frozen):
-    """Which share of requests is copied to the canary or audited, and how much of that may run at a time."""
+class TrafficSampling(_Frozen):
+    """Shares of requests that are copied to the canary or audited, and how many of each may run at once."""
+
+    model_config = ConfigDict(populate_by_name=True)
 
     shadow_frac: float = Field(default=0.0, ge=0, le=1)
     audit_frac: float = Field(default=0.1, ge=0, le=1)
-    max_shadows: int = Field(default=4, ge=1)
-    max_audits: int = Field(default=2, ge=1)
+    max_shadows: int = Field(default=4, ge=1, validation_alias=AliasChoices("max_shadows", "most_shadows"))
+    max_audits: int = Field(default=2, ge=1, validation_alias=AliasChoices("max_audits", "most_audits"))
     keep_texts: bool = False
 
 
-class Bounds(_Frozen):
-    """What a request may be, and how long its parts may take.
+class RequestLimits(_Frozen):
+    """Max bytes of a request, and max seconds of its parts.
 
-    A canary late with the first byte of a stream is answered for by dense. An answer that is no stream comes whole, so
-    it has `answer_s` on either side; `silence_s` is the longest pause within a stream.
+    If the canary is late with the first byte of a stream, dense answers. An answer without a stream arrives whole, so
+    it has `answer_s` on both sides. `silence_s` is the longest pause in a stream.
     """
 
     body_bytes: int = Field(default=2_000_000, ge=1000)
@@ -92,27 +94,27 @@ class Bounds(_Frozen):
     silence_s: float = Field(default=120.0, gt=0)
 
 
-class Settings(_Frozen):
-    """Everything but limits. `key_header`: requests with the same value stay on the same side."""
+class RolloutSettings(_Frozen):
+    """All settings except the limits of signals. `key_header`: requests with the same value stay on the same side."""
 
     stable: Upstream
     canary: Upstream
     policy: Policy = Policy()
     important: tuple[Important, ...] = ()
-    sampling: Sampling = Sampling()
-    bounds: Bounds = Bounds()
+    sampling: TrafficSampling = TrafficSampling()
+    bounds: RequestLimits = RequestLimits()
     key_header: str = "x-user"
     chat_template: Path | None = None
 
 
-def settings_from(values: Mapping[str, Any], path: Path | None = None) -> Settings:
-    """The settings of a YAML file with `values` over them, part by part. Raises InputError for what does not fit."""
-    whole = _merged({} if path is None else _read(path), values)
+def settings_from(values: Mapping[str, Any], path: Path | None = None) -> RolloutSettings:
+    """Return the settings of a YAML file, replaced part by part by `values`. Raise InputError for a wrong field."""
+    whole = _merge({} if path is None else _read(path), values)
     for side in ("stable", "canary"):
         if not (whole.get(side) or {}).get("url"):
             raise InputError(f"no address of the {side} server: give --{side} http://HOST:PORT")
     try:
-        return Settings(**whole)
+        return RolloutSettings(**whole)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -131,11 +133,11 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(below)
-    for name, value in above.items():
-        if isinstance(value, Mapping) and isinstance(found.get(name), Mapping):
-            found[name] = _merged(found[name], value)
+def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in update.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(name), Mapping):
+            merged[name] = _merge(merged[name], value)
         elif value is not None:
-            found[name] = value
-    return found
+            merged[name] = value
+    return merged

@@ -1,15 +1,15 @@
-"""What a roll-out watches: the names of `niwaki compare` where it is the same quantity, and what only traffic shows.
+"""Signals of a roll-out. A signal that `niwaki compare` measures too has the same name.
 
     error_rate             share of requests on which the canary failed and the dense model did not
     prefill_latency_ratio  time to the first byte of a stream / that of the dense model at the same time (median)
-    decode_latency_ratio   time for a written token / that of the dense model at the same time (median)
+    decode_latency_ratio   time per generated token / that of the dense model at the same time (median)
     top1_agreement         share of the tokens of an answer where both find the same next token most likely (mean)
     perplexity_ratio       perplexity of the canary / of the dense model on the prompts (geometric mean over prompts)
-    logprob_gap            log-probability of an answer by the canary − by the dense model, nats a token (mean)
+    logprob_gap            log-probability of an answer by the canary − by the dense model, nats per token (mean)
 
-The first three come from every request, the last three from audited ones. Offline a document weighs as many tokens as
-it has, here every request weighs the same. Values are scaled to 0..1 (`scaled`), log-ratios cut at a factor of e,
-latencies at 16: beyond that a value is as bad as it needs to be.
+The first three come from every request, the last three from audited ones. Offline the weight of a document is its
+number of tokens. Here every request has the same weight. Values are scaled to 0..1 (`scaled`). Log-ratios are clipped
+at a factor of e, latencies at 16.
 
     SIGNALS["top1_agreement"].scaled(0.9)  ->  0.9
 """
@@ -22,9 +22,9 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Signal:
-    """How a value is read. `limit`: the side that can be limited; `centre`: what is tested of all values.
+    """Signal and its scale. `limit`: the side of its limit. `centre`: the statistic that is tested.
 
-    `proved`: whether widening needs certainty that the limit is kept; otherwise it only needs no alarm.
+    `proved`: if True, a wider step needs certainty that the limit is kept. If False, it only needs no alarm.
     """
 
     unit: str
@@ -39,19 +39,19 @@ def _same(value: float) -> float:
     return min(max(value, 0.0), 1.0)
 
 
-def _log_scaled(most: float) -> Callable[[float], float]:
+def _log_scaled(cutoff: float) -> Callable[[float], float]:
     def scaled(ratio: float) -> float:
-        return _same((math.log(max(ratio, 1e-12)) / most + 1) / 2)
+        return _same((math.log(max(ratio, 1e-12)) / cutoff + 1) / 2)
 
     return scaled
 
 
-def _log_value(most: float) -> Callable[[float], float]:
-    return lambda scaled: math.exp((2 * scaled - 1) * most)
+def _log_value(cutoff: float) -> Callable[[float], float]:
+    return lambda scaled: math.exp((2 * scaled - 1) * cutoff)
 
 
-def _ratio(centre: Literal["mean", "median"], most: float, *, proved: bool) -> Signal:
-    return Signal("", "max", centre, proved, _log_scaled(most), _log_value(most))
+def _ratio(centre: Literal["mean", "median"], cutoff: float, *, proved: bool) -> Signal:
+    return Signal("", "max", centre, proved, _log_scaled(cutoff), _log_value(cutoff))
 
 
 SIGNALS: dict[str, Signal] = {

@@ -1,6 +1,6 @@
-"""An answer on its way through: what is kept of it, and what happens when nobody waits for it any more.
+"""Answer that streams through the gateway, and the recorder of what an audit needs of it.
 
-taken = Taken(keep=True); taken.add(chunk); taken.times(reply, now)
+recorder = AnswerRecorder(keep=True); recorder.add(chunk); recorder.times(response, now)
 """
 
 from collections.abc import AsyncIterator
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from niwaki.rollout.answers import tokens_of
-from niwaki.rollout.counters import Times
-from niwaki.rollout.upstream import Reply
+from niwaki.rollout.answers import completion_tokens
+from niwaki.rollout.counters import AnswerTimes
+from niwaki.rollout.upstream import UpstreamResponse
 
-MAX_COPIED = 1_000_000  # bytes of an answer that are kept to be audited
+MAX_RECORDED = 1_000_000  # bytes of an answer that is kept for an audit
 
 
 @dataclass
-class Taken:
-    """What is kept of an answer that passes by: how many tokens, whether it ended, its bytes if it is to be audited."""
+class AnswerRecorder:
+    """Recorder of an answer: number of events, its last bytes, and all its bytes if `keep` is set."""
 
     keep: bool
     kept: bytes = b""
@@ -27,36 +27,39 @@ class Taken:
     overlong: bool = False
 
     def add(self, chunk: bytes) -> None:
-        """One more chunk."""
+        """Record a chunk."""
         self.events += chunk.count(b"data:")
         self.tail = (self.tail + chunk)[-64:]
-        if self.keep and len(self.kept) + len(chunk) <= MAX_COPIED:
+        if self.keep and len(self.kept) + len(chunk) <= MAX_RECORDED:
             self.kept += chunk
         elif self.keep:
             self.overlong = True
 
-    def ended(self, reply: Reply) -> bool:
-        """Whether nothing is missing: a stream says so itself."""
+    def complete(self, reply: UpstreamResponse) -> bool:
+        """Check that the answer is complete. A stream ends with a marker."""
         return not reply.stream or b"[DONE]" in self.tail
 
-    def times(self, reply: Reply, now: float) -> Times:
-        """How long it took; an event of a stream counts as a token."""
+    def times(self, reply: UpstreamResponse, now: float) -> AnswerTimes:
+        """Return the times of the answer. An event of a stream counts as a token."""
         if not reply.stream:
-            tokens = tokens_of(reply.first)
-            whole = reply.begun - reply.asked
-            return Times(False, whole, None, whole / tokens if tokens else None)
-        whole, tokens = now - reply.asked, self.events - 2  # the first has its own time, the last is [DONE]
-        written = (now - reply.begun) / tokens if tokens > 0 else None
-        return Times(True, whole, reply.begun - reply.asked, written)
+            tokens = completion_tokens(reply.first)
+            whole = reply.first_byte_at - reply.sent_at
+            return AnswerTimes(False, whole, None, whole / tokens if tokens else None)
+        whole, tokens = (
+            now - reply.sent_at,
+            self.events - 2,
+        )  # without the first, which has its own time, and the last, [DONE]
+        token_s = (now - reply.first_byte_at) / tokens if tokens > 0 else None
+        return AnswerTimes(True, whole, reply.first_byte_at - reply.sent_at, token_s)
 
 
-class Passing(StreamingResponse):
-    """An answer that closes its upstream also when nobody began to read it.
+class ForwardedResponse(StreamingResponse):
+    """Response that closes its upstream at the end, also if no client reads it.
 
-    A whole answer is there already: nobody has to watch whether its client leaves.
+    A whole answer arrived already, so it needs no check that its client disconnects.
     """
 
-    def __init__(self, reply: Reply, chunks: AsyncIterator[bytes]) -> None:
+    def __init__(self, reply: UpstreamResponse, chunks: AsyncIterator[bytes]) -> None:
         super().__init__(chunks, reply.status)
         self.reply = reply
 

@@ -1,4 +1,4 @@
-"""Gates: limits that a candidate must keep, judge_comparison by the end of an interval and not by the measured value.
+"""Gates: limits that a candidate must keep, judged by the end of an interval and not by the measured value.
 
 The name of a gate is `max_` or `min_` and a metric (`measure.metrics`). It passes only if the far end of the interval
 keeps the limit. It fails, with a reason, if the interval crosses the limit or nothing was measured. Too few independent

@@ -5,7 +5,7 @@
   const NAMES = {
     error_rate: "Errors of the canary",
     prefill_latency_ratio: "Time to the first byte",
-    decode_latency_ratio: "Time for a token",
+    decode_latency_ratio: "Time per token",
     top1_agreement: "Agreement on the next token",
     perplexity_ratio: "Perplexity on prompts",
     logprob_gap: "Log-probability gap",
@@ -16,13 +16,13 @@
     decode_latency_ratio: "canary / dense, median of pairs at the same time",
     top1_agreement: "tokens of audited answers, mean",
     perplexity_ratio: "canary / dense on audited prompts, geometric mean",
-    logprob_gap: "canary − dense on audited answers, nats a token",
+    logprob_gap: "canary − dense on audited answers, nats per token",
   };
   const SIDES = {
     stable: "Dense, by its share", canary: "Canary", fallback: "Dense, because the canary failed",
-    important: "Dense, because they are important", shadow: "Canary, a copy nobody waited for",
+    important: "Dense, because they are important", shadow: "Canary, a copy that no client waits for",
   };
-  const SAID = { hold: "hold", widen: "widen", return: "return", promote: "promote", abort: "abort", begin: "begin", restart: "restart", alarm: "alarm" };
+  const LABELS = { hold: "hold", widen: "widen", return: "return", promote: "promote", abort: "abort", begin: "begin", restart: "restart", alarm: "alarm" };
   const BAD = new Set(["return", "abort", "alarm"]);
   const GOOD = new Set(["widen", "promote"]);
   const SHARES = new Set(["error_rate", "top1_agreement"]);
@@ -38,7 +38,7 @@
   const number = (signal, value) => (value === null ? "–" : SHARES.has(signal) ? `${(100 * value).toFixed(1)} %` : value.toFixed(2));
   const when = (seconds) => new Date(1000 * seconds).toISOString().slice(0, 19).replace("T", " ");
 
-  // Everything that came from a model or a user is set as text, never as markup.
+  // Text of a model or a user is inserted as text, never as markup.
   function made(tag, attributes, ...children) {
     const node = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes || {})) if (value !== undefined) node.setAttribute(name, value);
@@ -48,9 +48,9 @@
   const chip = (text, kind) => made("span", { class: `chip ${kind}` }, text);
 
   function summary(data) {
-    const said = {
+    const text = {
       running: `${percent(data.share)} of requests go to the canary`,
-      promoted: "promoted: the canary answers, dense stands by",
+      promoted: "promoted: the canary answers, dense is on standby",
       returned: "returned: the dense model answers everything",
       aborted: "aborted: the dense model answers everything",
     }[data.status];
@@ -58,10 +58,10 @@
     const last = data.decisions.find((one) => !["restart", "begin"].includes(one.action));
     const verdict = at("verdict");
     verdict.className = `verdict ${kind}`;
-    verdict.replaceChildren(chip(data.status, kind), said);
-    if (last) verdict.append(made("span", { class: "sub" }, `${SAID[last.action]}: ${last.reason}`));
+    verdict.replaceChildren(chip(data.status, kind), text);
+    if (last) verdict.append(made("span", { class: "sub" }, `${LABELS[last.action]}: ${last.reason}`));
     at("title").textContent = `Roll-out ${data.rollout}`;
-    at("about").textContent = `${data.identity} · begun ${when(data.begun)} UTC · judged every ${data.interval_s} s`;
+    at("about").textContent = `${data.identity} · started ${when(data.begun)} UTC · verdict every ${data.interval_s} s`;
     at("steps").replaceChildren(...data.steps.map((share, step) => {
       const on = data.status === "running" || data.status === "promoted";
       const done = on && (step < data.step || data.status === "promoted");
@@ -70,23 +70,23 @@
     }));
     at("alarms").hidden = !data.alarms.length;
     at("alarms").replaceChildren(...data.alarms.map((alarm) => made("li", {}, alarm)));
-    at("certain").textContent = `Bands hold at all times at once with ${percent(data.confidence)} confidence. Drift of ${data.drift.prompts.seen} prompts and ${data.drift.agreement.seen} audits: strength ${strength(data.drift.prompts)} and ${strength(data.drift.agreement)}, an alarm from 10,000.`;
+    at("certain").textContent = `The bands hold at all times at once with ${percent(data.confidence)} confidence. Drift of ${data.drift.prompts.seen} prompts and ${data.drift.agreement.seen} audits: strength ${strength(data.drift.prompts)} and ${strength(data.drift.agreement)}. The alarm is at 10,000.`;
   }
   const strength = (drift) => (drift.strength < 1e6 ? drift.strength.toFixed(1) : drift.strength.toExponential(0));
 
   function card(one) {
-    const state = one.broken ? ["broken", "fail"] : one.kept ? ["kept", "pass"] : [one.seen ? "open" : "nothing seen", "none"];
+    const state = one.broken ? ["broken", "fail"] : one.kept ? ["kept", "pass"] : [one.seen ? "open" : "no data", "none"];
     const band = one.seen ? `${number(one.signal, one.low)} to ${number(one.signal, one.high)}, from ${one.seen.toLocaleString("en")}` : "";
     return made("article", { class: "card" },
       made("header", {}, made("h3", {}, NAMES[one.signal]), chip(...state)),
       made("p", { class: "meta" }, ABOUT[one.signal]),
       made("div", { class: "big" }, number(one.signal, one.value)),
-      made("p", { class: "limit" }, `${one.side === "max" ? "at most" : "at least"} ${number(one.signal, one.limit)}`, made("span", { class: "sub" }, band)));
+      made("p", { class: "limit" }, `${one.side === "max" ? "max" : "min"} ${number(one.signal, one.limit)}`, made("span", { class: "sub" }, band)));
   }
 
   function decision(one) {
     const kind = BAD.has(one.action) ? "fail" : GOOD.has(one.action) ? "pass" : "none";
-    return made("tr", {}, made("td", {}, when(one.at)), made("td", {}, chip(SAID[one.action] || one.action, kind)),
+    return made("tr", {}, made("td", {}, when(one.at)), made("td", {}, chip(LABELS[one.action] || one.action, kind)),
       made("td", {}, ["returned", "aborted"].includes(one.status) ? "0 %" : percent(one.share)), made("td", { class: "text" }, one.reason));
   }
 
@@ -96,7 +96,7 @@
   }
 
   function audit(one) {
-    const parts = [`agreement ${percent(one.scores.top1_agreement)} of ${one.tokens} tokens`, `gap ${one.scores.logprob_gap.toFixed(2)} nats a token`];
+    const parts = [`agreement ${percent(one.scores.top1_agreement)} of ${one.tokens} tokens`, `gap ${one.scores.logprob_gap.toFixed(2)} nats per token`];
     if (one.scores.perplexity_ratio !== undefined) parts.push(`perplexity on the prompt ×${one.scores.perplexity_ratio.toFixed(2)}`);
     const node = made("article", { class: "audit" }, made("h3", {}, `${when(one.at)} · ${one.how} · ${parts.join(" · ")}`));
     if (!one.texts) return node;
@@ -104,8 +104,8 @@
     const prompt = one.texts.prompt;
     node.append(made("blockquote", { class: "raw" }, prompt.length > 400 ? `… ${prompt.slice(-400)}` : prompt));
     node.append(made("div", { class: "sides" },
-      made("div", {}, made("h4", {}, "The canary wrote"), made("p", { class: "raw" }, ...side(0))),
-      made("div", {}, made("h4", {}, "Dense finds most likely there"), made("p", { class: "raw" }, ...side(1)))));
+      made("div", {}, made("h4", {}, "Answer of the canary"), made("p", { class: "raw" }, ...side(0))),
+      made("div", {}, made("h4", {}, "Most likely tokens of dense"), made("p", { class: "raw" }, ...side(1)))));
     return node;
   }
 
@@ -139,7 +139,7 @@
   function draw(data) {
     const shown = PLOTS.filter((plot) => plot.signals.some((signal) => series(data, signal).length));
     at("course").hidden = !shown.length;
-    for (const plot of shown.filter((one) => !at(`plot-${one.id}`))) {  // all before the first is drawn: they share the width
+    for (const plot of shown.filter((one) => !at(`plot-${one.id}`))) {  // create all before the first plot: they share the width
       const node = made("div", { class: "canvas", id: `plot-${plot.id}`, style: "height: 270px", role: "img" });
       at("plots").append(made("figure", { class: "plot" }, made("figcaption", {}, plot.title), node));
     }
@@ -165,14 +165,14 @@
     summary(data);
     const { now, ...rest } = data;
     const fresh = JSON.stringify(rest);
-    if (fresh === shown) return;  // what is being read or selected stays as it is
+    if (fresh === shown) return;  // keep a selection of the reader
     shown = fresh;
     at("cards").replaceChildren(...data.findings.map(card));
     at("log").replaceChildren(...data.decisions.map(decision));
     at("requests").replaceChildren(...counts(Object.entries(SIDES).filter(([side]) => data.requests[side]).map(([side, name]) => [name, data.requests[side]]), "no request yet"));
-    const weights = data.skipped_frac === null ? [] : [["weights that the canary skips for an answer, mean", percent(data.skipped_frac)]];
+    const weights = data.skipped_frac === null ? [] : [["weights that the canary skips per answer, mean", percent(data.skipped_frac)]];
     at("skipped").replaceChildren(...counts([...weights, ...Object.entries(data.skipped)], "nothing was skipped"));
-    at("audits-note").textContent = data.keep_texts ? "The tokens on which the models differ are marked." : "Numbers only: texts are kept if the gateway runs with --keep-texts.";
+    at("audits-note").textContent = data.keep_texts ? "The tokens on which the models differ are marked." : "Numbers only. The gateway keeps texts with --keep-texts.";
     at("audit-list").replaceChildren(...data.audits.map(audit));
     draw(data);
   }
