@@ -1,7 +1,7 @@
-"""Two fake upstreams in this process, and a gateway before them that runs on a fake clock.
+"""Two fake upstreams in this process, and a gateway before them on a fake clock.
 
-A fake model writes one word per token. Its distribution is made up: the word it finds most likely behind a text follows
-from a hash of the text, and a share of places `differs` from what another model finds there.
+A fake model generates one word per token. Its most likely word after a text follows from a hash of the text. At a share
+of positions, `differs`, it prefers another word than the other model.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ USUAL = {"host": "localhost", "content-type": "application/json"}
 
 
 class Clock:
-    """A clock that only moves when somebody says so."""
+    """Clock that only moves when a test moves it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -43,7 +43,7 @@ class Clock:
 
 @dataclass
 class Model:
-    """An OpenAI-compatible server of a made-up model, with what can be wrong with it."""
+    """OpenAI-compatible server of a fake model, with the faults that it can have."""
 
     name: str
     clock: Clock
@@ -61,49 +61,51 @@ class Model:
     words: int = 8
 
     def best(self, text: str) -> str:
-        """The word this model finds most likely behind a text."""
+        """Return the most likely word of this model after a text."""
         place = zlib.crc32(text.encode())
         off = (place % 1000) / 1000 < self.differs
         return WORDS[(place // 1000 + off) % len(WORDS)]
 
     def write(self, prompt: str) -> list[str]:
-        """The words of an answer, each with a space before it."""
+        """Return the words of an answer, each with a space before it."""
         words: list[str] = []
         for _ in range(self.words):
             words.append(" " + self.best(prompt + "".join(words)))
         return words
 
-    async def send(self, method: str, path: str, headers: Headers, body: bytes) -> "Said":
-        """This server as what a `Server` asks through."""
+    async def send(self, method: str, path: str, headers: Headers, body: bytes) -> "FakeResponse":
+        """Answer one request, as an `HttpSender`."""
         if path == "/v1/models":
-            return _said(200, {"object": "list", "data": [{"id": self.name}]})
+            return _json_response(200, {"object": "list", "data": [{"id": self.name}]})
         if path == "/metrics":
-            return Said(200, "text/plain", _one(b"niwaki_skipped_frac_sum 1.5\nniwaki_skipped_frac_count 3.0\n"))
+            return FakeResponse(
+                200, "text/plain", _one_chunk(b"niwaki_skipped_frac_sum 1.5\nniwaki_skipped_frac_count 3.0\n")
+            )
         payload = json.loads(body)
         if payload.get("echo"):
             self.scored += 1
             found = self._echo(payload) if self.scores else {"choices": [{"text": "", "logprobs": None}]}
-            return _said(200, found)
+            return _json_response(200, found)
         self.asked.append(payload)
         self.headers.append({name.decode().lower(): value.decode() for name, value in headers})
         if self.waits is not None:
             await self.waits()
         if self.status != 200 or self.rng.random() < self.errors:
-            return _said(self.status if self.status != 200 else 500, {"error": {"message": "broken"}})
+            return _json_response(self.status if self.status != 200 else 500, {"error": {"message": "broken"}})
         chat = "messages" in payload
         try:
             words = self.write(_prompt(payload))
         except (KeyError, TypeError):
-            return _said(400, {"error": {"message": "expected a prompt or messages"}})
+            return _json_response(400, {"error": {"message": "expected a prompt or messages"}})
         if payload.get("stream"):
-            return Said(200, "text/event-stream", self._events(words, chat))
+            return FakeResponse(200, "text/event-stream", self._events(words, chat))
         self._pass(len(words))
         text = {"message": {"role": "assistant", "content": "".join(words)}} if chat else {"text": "".join(words)}
         answer = {"model": self.name, "choices": [{"index": 0, **text}], "usage": {"completion_tokens": len(words)}}
-        return _said(200, answer)
+        return _json_response(200, answer)
 
     async def close(self) -> None:
-        """There is nothing to end."""
+        """Close nothing."""
 
     async def _events(self, words: list[str], chat: bool) -> AsyncIterator[bytes]:
         for place, word in enumerate(words):
@@ -115,7 +117,7 @@ class Model:
         yield b"data: [DONE]\n\n"
 
     def _pass(self, words: int) -> None:
-        """The time that so many words take."""
+        """Move the clock by the time of some words."""
         self.clock.now += 0.1 * self.slow * words * self.rng.lognormvariate(0, 0.2)
 
     def _echo(self, payload: dict[str, Any]) -> dict[str, Any]:
@@ -137,8 +139,8 @@ def _json(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-class Said:
-    """An answer whose head is there."""
+class FakeResponse:
+    """Response whose status and headers arrived."""
 
     def __init__(self, status: int, kind: str, body: AsyncIterator[bytes]) -> None:
         self.status, self.body, self.closed = status, body, False
@@ -151,12 +153,12 @@ class Said:
         self.closed = True
 
 
-async def _one(body: bytes) -> AsyncIterator[bytes]:
+async def _one_chunk(body: bytes) -> AsyncIterator[bytes]:
     yield body
 
 
-def _said(status: int, found: dict[str, Any]) -> Said:
-    return Said(status, "application/json", _one(_json(found)))
+def _json_response(status: int, found: dict[str, Any]) -> FakeResponse:
+    return FakeResponse(status, "application/json", _one_chunk(_json(found)))
 
 
 def _prompt(payload: dict[str, Any]) -> str:
@@ -166,7 +168,7 @@ def _prompt(payload: dict[str, Any]) -> str:
 
 
 def _tokens(text: str) -> list[str]:
-    """Words with the space before them."""
+    """Return words with the space before them."""
     tokens = [text[:1]]
     for character in text[1:]:
         if character in " \n":
@@ -178,7 +180,7 @@ def _tokens(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a client got."""
+    """Response that a client got."""
 
     status_code: int
     headers: dict[str, str]
@@ -194,7 +196,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Client:
-    """Calls the application as a server would, without a network; half the time of a real client."""
+    """Client that calls the application as a server would, without a network, in half the time of a real one."""
 
     app: Any
 
@@ -232,7 +234,7 @@ class Client:
 
 @dataclass
 class Setup:
-    """A gateway between a client and two fake upstreams."""
+    """Gateway between a client and two fake upstreams."""
 
     gateway: Gateway
     stable: Model
@@ -241,7 +243,7 @@ class Setup:
     client: Client
 
     async def ask(self, number: int, *, stream: bool = False, chat: bool = False, **more: Any) -> Answer:
-        """A request of user `number`."""
+        """Send a request of user `number`."""
         drawn = zlib.crc32(str(number).encode())
         prompt = f"the {WORDS[drawn % 10]} of the {WORDS[drawn // 10 % 10]} number {drawn % 900 + 100} is"
         text = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
@@ -250,7 +252,7 @@ class Setup:
         return await self.client.post(path, json=body)
 
     async def interval(self, requests: int, first: int = 0, **how: Any) -> list[Answer]:
-        """So many requests, their audits and copies, then the end of the interval."""
+        """Send requests, wait for their audits and copies, then end the interval."""
         answers = [await self.ask(first + number, **how) for number in range(requests)]
         await self.gateway.background.idle()
         self.clock.now += self.gateway.controller.state.policy.interval_s
@@ -259,7 +261,7 @@ class Setup:
 
 
 def settings(**values: Any) -> RolloutSettings:
-    """Settings of small steps, for tests."""
+    """Return settings with small steps."""
     policy = {"steps": [0.5, 1.0], "interval_s": 60, "min_requests": 40, "min_audits": 5}
     given = {
         "stable": {"url": "http://stable"}, "canary": {"url": "http://canary"}, "policy": policy,
@@ -275,7 +277,7 @@ def make(
     keys: tuple[str, ...] = (),
     limits: dict[str, float] | None = None,
 ) -> Setup:
-    """A gateway on a store in `folder` before two equal models."""
+    """Return a gateway with a store in `folder`, before two equal models."""
     clock = Clock()
     stable, canary = Model("dense", clock), Model("small", clock, rng=random.Random(8))
     gateway = assemble(

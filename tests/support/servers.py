@@ -20,14 +20,14 @@ TEMPLATE = (
 
 
 def chat_model(folder: Path, **changes: Any) -> Path:
-    """A tiny Llama with a chat template; its end token is one that it hardly ever writes."""
+    """Return a tiny Llama with a chat template. Its end token is one that it almost never generates."""
     tiny_llama(folder, **{"max_position_embeddings": 256, "eos_token_id": 4095, **changes})
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     return folder
 
 
 class Running:
-    """A server, its address, and clients for it."""
+    """Running server with its address, and clients for it."""
 
     def __init__(self, server: Server) -> None:
         self.server, self.service = server, server.service
@@ -36,22 +36,22 @@ class Running:
         self.port = port
 
     def client(self, key: str = "none", **settings: Any) -> OpenAI:
-        """The official one, which here does not try again."""
+        """Return the official client, without retries."""
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": 60, **settings})
 
     def http(self, **settings: Any) -> httpx.Client:
-        """A plain one."""
+        """Return a plain HTTP client."""
         return httpx.Client(base_url=self.url, timeout=60, **settings)
 
     def metric(self, line: str) -> float:
-        """The value of a series; 0 before anything was counted."""
+        """Return the value of a series, 0 before the first count."""
         found = [row for row in self.service.metrics.text().decode().splitlines() if row.startswith(line + " ")]
         return float(found[0].rpartition(" ")[2]) if found else 0.0
 
 
 @contextmanager
 def running(model: Path, **settings: Any) -> Iterator[Running]:
-    """Serves `model` on a free port until the block ends."""
+    """Serve `model` on a free port until the block ends."""
     given = ServerSettings(**{"port": 0, "device": "cpu", "name": "tiny", **settings})
     server = Server(make_service(model, given), given)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -66,7 +66,7 @@ def running(model: Path, **settings: Any) -> Iterator[Running]:
 
 
 def until(happened: Callable[[], object], seconds: float = 20) -> None:
-    """Waits for something that another thread does."""
+    """Wait for the work of another thread."""
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, "it did not happen in time"

@@ -74,7 +74,7 @@ class Display:
             for known in (self._began, self._first, self._done, self._bars):
                 known.clear()
         if event == Event.TRIAL:
-            line = f"tried {_described(fields['shape'])}: loss {fields['loss']:.4f}"
+            line = f"tried {_shape_text(fields['shape'])}: loss {fields['loss']:.4f}"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         if event == Event.COMPLETE:
             self.console.print(f"already complete: {fields['out']}", markup=False, highlight=False, soft_wrap=True)
@@ -112,7 +112,7 @@ class Display:
         self._last = now
 
 
-def _described(shape: Mapping[str, Any]) -> str:
+def _shape_text(shape: Mapping[str, Any]) -> str:
     """Describe a candidate shape: one number for all blocks, or one per block."""
     counts = [
         ", ".join(map(str, shape[kind])) if isinstance(shape[kind], list) else f"{shape[kind]}"
