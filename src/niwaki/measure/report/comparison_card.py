@@ -13,7 +13,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 
 from niwaki.compression.model_card import without_folders
-from niwaki.measure.report.evaluation_card import RECORD, check_card, entry, write_card_section
+from niwaki.compression.run_record import RECORD
+from niwaki.measure.report.evaluation_card import check_card, entry, write_card_section
 from niwaki.measure.schema import BUSY_SPREAD, Candidate, Comparison, Estimate, Throughput, write_comparison
 
 COMPARISON = "comparison.json"

@@ -14,15 +14,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 
 from niwaki.compression.model_card import BEGIN, END
+from niwaki.compression.run_record import RECORD, RUN
 from niwaki.errors import InputError
 from niwaki.model.files import write_text
-
-RECORD = "niwaki"
 
 
 def check_card(folder: Path) -> None:
     """Raise InputError for a folder without a model card of niwaki."""
-    if not (folder / RECORD / "run.json").is_file():
+    if not (folder / RECORD / RUN).is_file():
         raise InputError(f"--update-card: {folder} is no result of niwaki (it has no niwaki/run.json)")
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
