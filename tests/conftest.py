@@ -1,4 +1,4 @@
-"""Quiet, offline and deterministic: what every test needs before it imports transformers."""
+"""Environment of all tests, set before transformers is imported: quiet and offline."""
 
 import os
 

@@ -2,35 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from niwaki.formats.quantized import QuantizedColumns
 from niwaki.formats.record import decode_stored, record_names
 from niwaki.formats.sparse import CODES, SLACK_BYTES, VALUES, Sparse, fits_two_four, stored_shapes
-
-
-def pruned(rows: int, columns: int, layout: str, seed: int = 0) -> Tensor:
-    """Half zeros; for two_four some groups keep one, or none."""
-    generator = torch.Generator().manual_seed(seed + rows + columns)
-    weight = torch.randn(rows, columns, generator=generator)
-    score = torch.rand(rows, columns, generator=generator)
-    if layout == "bitmap":
-        return torch.where(score < 0.5, weight, 0.0)
-    padded = torch.nn.functional.pad(score, (0, -columns % 4)).view(rows, -1, 4)
-    keep = (padded >= padded.topk(2, dim=2).values[..., 1:]) & (padded > 0.3)
-    return torch.where(keep.view(rows, -1)[:, :columns], weight, 0.0)
-
-
-def coded(rows: int, columns: int, bits: int, group: int, layout: str) -> tuple[QuantizedColumns, Tensor]:
-    """A symmetric part whose pruned codes are the middle one, and the matrix it stands for."""
-    keep = pruned(rows, columns, layout) != 0
-    generator = torch.Generator().manual_seed(rows)
-    code = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
-    code = torch.where(keep, code, torch.tensor(2 ** (bits - 1), dtype=torch.uint8))
-    scale = (torch.rand(rows, -(-columns // group), generator=generator) + 0.1).half()
-    part = QuantizedColumns(torch.arange(columns), bits, "symmetric", group, code, scale)
-    return part, part.decode()
-
+from support.sparse_records import coded, pruned, pruned_exactly
 
 SHAPES = [(1, 1), (3, 4), (5, 7), (7, 12), (33, 40), (70, 200)]
 
@@ -88,12 +64,6 @@ def test_bytes_at_half_zeros() -> None:
     record = Sparse.encode_codes(part)
     assert record is not None and record.layout == "two_four"
     assert sum(t.nbytes for t in record.tensors().values()) / (2 * rows * columns) < 0.20
-
-
-def pruned_exactly(rows: int, columns: int) -> Tensor:
-    """Two of every four."""
-    weight = torch.rand(rows, columns // 4, 4, generator=torch.Generator().manual_seed(0)) + 0.1
-    return torch.where(weight >= weight.topk(2, dim=2).values[..., 1:], weight, 0.0).view(rows, columns)
 
 
 def test_the_smaller_layout_is_taken() -> None:

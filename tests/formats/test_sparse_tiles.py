@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from formats.test_sparse import coded, pruned_exactly
 from niwaki.formats.record import decode_stored, record_names, record_shapes
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import Tiled
+from support.sparse_records import coded, pruned_exactly
 
 
 @pytest.mark.parametrize(("rows", "columns", "group"), [(1, 32, 32), (33, 64, 32), (70, 160, 64), (64, 96, 1000)])

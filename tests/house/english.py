@@ -35,8 +35,8 @@ forward free freeze fuse gather generate get give go group guard guess handle ha
 include
 increase infer initialize insert inspect install interleave intersect invert iterate join judge keep label launch lay
 learn leave limit link list load locate lock log look lower make map mark mask match measure merge minimize mix move
-multiply name narrow negotiate normalize note number observe offer open order pack pad pair parse partition pass pause
-permute pick place plan play plot point pool pop post predict prefill prepare print process produce promote prompt
+multiply name narrow negotiate normalize note number observe offer open order pack pad pair parse partition pass patch
+pause permute pick place plan play plot point pool pop post predict prefill prepare print process produce promote prompt
 propagate propose protect prove prune publish pull push put quantize query queue quote raise rank reach read rebuild
 receive recommend reconstruct record recover reduce refine refuse register reject release reload remember remove rename
 render repair repeat replace replay report represent request require rescale reset reshape resize resolve respond

@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md is a method that conforms."""
+"""Agreement of CONTRIBUTING.md with the code: its example, its layout, its paths."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from house.test_design import ORDER
+from house.layout import ORDER
 from niwaki.config.recipe import NM, Sparsity
 from support.models import run_method
 

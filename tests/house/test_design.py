@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: import direction, sizes, the public surface, clean errors."""
+"""Design rules that a machine can check: order of imports, sizes, public names, clean errors."""
 
 import ast
 import inspect
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import niwaki
+from house.layout import ORDER
 from niwaki import errors
 from niwaki.methods.registry import METHODS, get_method
 
@@ -15,11 +16,6 @@ SOURCE = Path(niwaki.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
-# A folder may import the ones that stand before it, and itself.
-ORDER = (
-    "errors", "version", "config", "formats", "kernels", "model", "data", "runtime", "methods", "compression",
-    "measure", "exporters", "serve", "rollout", "cli",
-)  # fmt: skip
 LAYOUT = {"__init__", *ORDER}
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MIN_MODULE_LINES = 500, 60, 60
 
@@ -93,7 +89,7 @@ def test_imports_point_one_way(name: str) -> None:
 
 
 def test_no_circle_between_files_or_folders() -> None:
-    """Lazy imports count. A folder is a package at any depth; one that holds the other is no circle."""
+    """Count lazy imports too. A folder is a package at any depth; one that holds the other is no circle."""
     assert circles(IMPORTS) == []
     packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
     folder = {name: name if name in packages else name.rpartition(".")[0] for name in MODULES}
@@ -142,7 +138,7 @@ def sizes_broken() -> set[str]:
 
 
 def test_sizes() -> None:
-    """A file has at most 500 lines, a function 60; a module under 60 lines has more than one importer."""
+    """Check that a file has at most 500 lines, a function 60, and a module under 60 lines two importers."""
     assert sizes_broken() == set(SIZE_EXCEPTIONS)
 
 
@@ -195,3 +191,12 @@ def test_tests_never_leave_the_repository() -> None:
     outside = ".." + "/shared"
     for path in (SOURCE.parents[1] / "tests").rglob("*.py"):
         assert outside not in path.read_text(encoding="utf-8"), path
+
+
+def test_no_test_file_imports_another() -> None:
+    """Check that builders for several test files stand in `tests/support`."""
+    for path in (SOURCE.parents[1] / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.rpartition(".")[2].startswith("test_")], path

@@ -1,4 +1,4 @@
-"""Docstrings, comments, messages and pages keep the rules of language that a machine can check."""
+"""Language of docstrings, comments, messages and pages, as far as a machine can check it."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The handbook says what the code does: generated parts are fresh, links lead somewhere, commands exist."""
+"""Agreement of handbook and code: generated parts are fresh, links work, commands exist."""
 
 import importlib
 import importlib.util
@@ -131,7 +131,7 @@ def test_a_changed_option_makes_a_page_stale(monkeypatch: pytest.MonkeyPatch) ->
 
 
 class Links(HTMLParser):
-    """What a page loads by itself."""
+    """Parser that collects the addresses that a page loads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Links(HTMLParser):
 
 
 def test_the_site_builds_strictly_and_asks_nobody(tmp_path: Path) -> None:
-    """Broken links, missing anchors and pages outside the menu are errors; nothing is loaded from elsewhere."""
+    """Check that no link, anchor or menu entry is broken, and that pages load nothing from elsewhere."""
     built = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "NO_MKDOCS_2_WARNING": "1"},
@@ -202,7 +202,7 @@ def resolved(name: str) -> bool:
 
 
 def commands_of(page: Path) -> list[str]:
-    """Every niwaki command line on a page."""
+    """Return every niwaki command line on a page."""
     found = []
     for line in page.read_text(encoding="utf-8").splitlines():
         for text in [line] if line.startswith("$ ") else re.findall(r"`(niwaki [^`]*)`", line):

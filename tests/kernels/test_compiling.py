@@ -14,20 +14,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels.test_latent import drawn as latents
-from kernels.test_ranks import cuts_of
-from kernels.test_ranks import problem as ranked
-from kernels.test_sparse_product import record_of
-from kernels.test_sweep_codes import masked_problem
-from kernels.triton.test_triton_planes import for_gpu as planes_of
-from kernels.triton.test_triton_planes import matrix
-from kernels.triton.test_triton_sparse import tiled
 from niwaki.config.recipe import NM
 from niwaki.formats.sparse import KINDS, LAYOUTS
 from niwaki.kernels import sparse_gpu
 from niwaki.kernels.sparse_gpu import cores_reach
 from niwaki.kernels.types import Fit, PanelParts
 from niwaki.runtime.sparse_linear import for_gpu
+from support.bit_planes import planes_of, quantized_matrix
+from support.kernel_cases import cuts_of, latent_case, masked_sweep_case, rank_case
+from support.sparse_records import record_of, tiled
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -114,7 +109,7 @@ def test_kernels_of_bit_planes(compiled: list[str], bits: int, grid: str, mixed:
     from niwaki.kernels.triton import dot as triton_dot
     from niwaki.kernels.triton import planes as triton_planes
 
-    parts = planes_of(matrix(33, 384, bits, grid, 128, mixed))
+    parts = planes_of(quantized_matrix(33, 384, bits, grid, 128, mixed))
     x_NI, out_NO = inputs(2, 384, BF16, 33)
     triton_planes.fma_product(x_NI, parts, None, out_NO)
     triton_dot.core_product(x_NI, parts, torch.zeros(33), out_NO)
@@ -142,7 +137,7 @@ def test_kernels_of_compressing(compiled: list[str]) -> None:
     from niwaki.kernels.triton.select import keep_in_panel_triton
     from niwaki.kernels.triton.sweep import sweep_panel_triton
 
-    wanted_OP, base_OP, feed_PP, grid, keep_OP = masked_problem(33, 64)
+    wanted_OP, base_OP, feed_PP, grid, keep_OP = masked_sweep_case(33, 64)
     sweep_codes_triton(wanted_OP, base_OP, feed_PP, grid, keep_OP)
     sweep_codes_triton(wanted_OP, None, feed_PP, grid)
     for fit in (Fit(15, 8.0, 1e-6), Fit(15, None, 1e-6)):
@@ -151,10 +146,10 @@ def test_kernels_of_compressing(compiled: list[str]) -> None:
     keep_in_panel_triton(wanted_OP, PanelParts.of([20, 13], [5, 3], wanted_OP.device), 64, 0)
     sweep_panel_triton(wanted_OP, feed_PP, keep_OP, None)
     sweep_panel_triton(wanted_OP, feed_PP, None, NM(2, 4))
-    gradient_OI, values_OI, order_OI, rank_OI, zeros_O = ranked(5, 130)
+    gradient_OI, values_OI, order_OI, rank_OI, zeros_O = rank_case(5, 130)
     drop_lowest_triton(values_OI.bfloat16(), rank_OI.to(torch.int16), zeros_O.float())
     sums_below_triton(gradient_OI.bfloat16(), values_OI.bfloat16(), order_OI.to(torch.int16), cuts_of(130))
-    latent_OI, levels, gradient_OI = latents(3, (0, 40, 200), [15.0, 1.0])
+    latent_OI, levels, gradient_OI = latent_case(3, (0, 40, 200), [15.0, 1.0])
     weights_of_triton(latent_OI, levels, BF16)
     gradients_of_triton(latent_OI, levels, gradient_OI.bfloat16())
     assert len(compiled) == 15

@@ -1,34 +1,17 @@
 """Latent weights and their levels: torch against plain formulas in float64, and Triton, interpreted, against torch."""
 
 import torch
-from torch import Tensor
 
 from niwaki.kernels.latent import codes_of, gradients_of_reference, weights_of_reference
-from niwaki.kernels.types import ColumnGroups, Levels
+from support.kernel_cases import latent_case
 from support.triton_interpreter import interpreted
-
-
-def drawn(rows: int, bounds: tuple[int, ...], tops: list[float]) -> tuple[Tensor, Levels, Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    columns, groups = bounds[-1], len(tops)
-    scale = torch.rand(rows, groups, generator=generator) + 0.2
-    offset = torch.randn(rows, groups, generator=generator)
-    shape = ColumnGroups(
-        bounds,
-        torch.tensor(bounds, dtype=torch.int32),
-        torch.tensor(tops),
-        torch.randperm(columns, generator=generator),
-    )
-    latent = 2 * torch.randn(rows, columns, generator=generator)
-    return latent, Levels(shape, scale, offset), torch.randn(rows, columns, generator=generator)
-
 
 CASES = [(1, (0, 1), [1.0]), (3, (0, 40, 200), [15.0, 1.0]), (5, (0, 8, 16, 21), [3.0, 3.0, 255.0])]
 
 
 def test_every_column_takes_the_nearest_of_its_levels() -> None:
     for rows, bounds, tops in CASES:
-        latent, levels, gradient = drawn(rows, bounds, tops)
+        latent, levels, gradient = latent_case(rows, bounds, tops)
         weight = weights_of_reference(latent, levels, torch.float32)
         by_latent, by_code, by_one = gradients_of_reference(latent, levels, gradient)
         for group, top in enumerate(tops):
@@ -55,7 +38,7 @@ def parity() -> None:
     from niwaki.kernels.triton.latent import gradients_of_triton, weights_of_triton
 
     for rows, bounds, tops in [*CASES, (2, (0, 1500, 2600), [3.0, 1.0])]:
-        latent, levels, gradient = drawn(rows, bounds, tops)
+        latent, levels, gradient = latent_case(rows, bounds, tops)
         expected = weights_of_reference(latent, levels, torch.float32)
         torch.testing.assert_close(weights_of_triton(latent, levels, torch.float32), expected)
         half = weights_of_triton(latent, levels, torch.float16)

@@ -5,23 +5,10 @@ import torch
 from torch import Tensor
 
 from niwaki.kernels.select import drop_lowest, sums_below
+from support.kernel_cases import cuts_of, rank_case
 from support.triton_interpreter import interpreted
 
 SHAPES = [(1, 1), (4, 17), (3, 64), (5, 130)]
-
-
-def problem(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients, values, order, ranks, and zeros of every row: none, all, and between."""
-    generator = torch.Generator().manual_seed(rows * columns)
-    gradient, values = (torch.randn(rows, columns, generator=generator) for _ in range(2))
-    order = torch.stack([torch.randperm(columns, generator=generator) for _ in range(rows)])
-    zeros = torch.randint(0, columns + 1, (rows,), generator=generator)
-    zeros[0], zeros[-1] = 0, columns
-    return gradient, values, order, order.argsort(dim=1), zeros
-
-
-def cuts_of(columns: int) -> Tensor:
-    return (torch.linspace(0, 1, 12) * columns + 1e-4).floor()
 
 
 def expected_sums(gradient: Tensor, values: Tensor, order: Tensor, cuts: Tensor) -> Tensor:
@@ -40,7 +27,7 @@ def expected_pruned(values: Tensor, order: Tensor, zeros: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_references_equal_loops(shape: tuple[int, int]) -> None:
-    gradient, values, order, rank, zeros = problem(*shape)
+    gradient, values, order, rank, zeros = rank_case(*shape)
     cuts = cuts_of(shape[1])
     found = sums_below(gradient, values, order, cuts)
     torch.testing.assert_close(
@@ -62,7 +49,7 @@ def parity() -> None:
     torch.empty_like = lambda *a, **k: real_like(*a, **k).fill_(77)  # type: ignore[assignment]
     triton_ranks.BLOCK = 64
     for shape in SHAPES:
-        gradient, values, order, rank, zeros = problem(*shape)
+        gradient, values, order, rank, zeros = rank_case(*shape)
         cuts = cuts_of(shape[1])
         for dtype, places in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
             g, v = gradient.to(dtype), values.to(dtype)

@@ -7,21 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from formats.test_sparse import coded, pruned
 from niwaki.formats.sparse import KINDS, LAYOUTS, VALUES, Sparse
 from niwaki.kernels.cpu_module import cpu_module
 from niwaki.kernels.sparse_product import prepared_layer, product, sparse_product_op
 from niwaki.runtime.chunked_matmul import decode_rows
+from support.sparse_records import record_of
 
 PATHS = [0, 1, 2, 4]  # the best, portable, AVX2, AVX-512 for bfloat16 (the next best where there is none)
-
-
-def record_of(rows: int, columns: int, kind: str, layout: str, group: int = 32) -> Sparse:
-    if kind in VALUES:
-        return Sparse.encode(pruned(rows, columns, layout), VALUES[kind], layout)
-    found = Sparse.encode_codes(coded(rows, columns, 4 if kind == "int4" else 8, group, layout)[0], layout=layout)
-    assert found is not None
-    return found
 
 
 def arguments(record: Sparse) -> tuple[Any, ...]:

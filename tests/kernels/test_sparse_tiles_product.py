@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from formats.test_sparse import coded
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import Tiled
 from niwaki.kernels.sparse_product import prepared_tiles, product, tile_product_op
 from niwaki.runtime.chunked_matmul import decode_rows
+from support.sparse_records import coded
 
 PATHS = [0, 1, 2, 3]  # the best, portable, AVX2, AVX-512 (the next best where there is none)
 

@@ -10,34 +10,15 @@ import niwaki.kernels
 from niwaki.kernels.codes import sweep_codes, sweep_codes_reference, sweep_fitted
 from niwaki.kernels.cpu_module import cpu_module
 from niwaki.kernels.planes import reaches
-from niwaki.kernels.types import Fit, Grid
+from niwaki.kernels.types import Fit
+from support.kernel_cases import masked_sweep_case, sweep_case
 from support.triton_interpreter import interpreted
-
-
-def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Grid]:
-    """Wanted values, a base, a feed and a grid of two groups (4 bits and 1 bit)."""
-    generator = torch.Generator().manual_seed(seed)
-    wanted, base = (torch.randn(rows, columns, generator=generator) for _ in range(2))
-    feed = torch.randn(columns, columns, generator=generator) * 0.1
-    group = (torch.arange(columns) >= columns // 3).to(torch.int32)
-    top = torch.where(group == 0, 15.0, 1.0)
-    scale = torch.rand(rows, 2, generator=generator) + torch.tensor([0.2, 1.0])
-    offset = -scale * torch.tensor([7.5, 0.5])
-    return wanted, base, feed, Grid(scale, offset, group, top)
-
-
-def masked_problem(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Grid, Tensor]:
-    """Return `problem` on grids with a level at zero, with half of the weights kept."""
-    wanted, base, feed, grid = problem(rows, columns)
-    keep = torch.rand(rows, columns, generator=torch.Generator().manual_seed(7)) < 0.5
-    middle = Grid(grid.scale_OG, -grid.scale_OG * torch.tensor([8.0, 1.0]), grid.group_I, grid.top_I)
-    return wanted, base, feed, middle, keep
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("with_base", [False, True])
 def test_reference_equals_the_definition_in_float64(with_base: bool, masked: bool) -> None:
-    wanted, base, feed, grid, keep = masked_problem(5, 12) if masked else (*problem(5, 12), None)
+    wanted, base, feed, grid, keep = masked_sweep_case(5, 12) if masked else (*sweep_case(5, 12), None)
     code, change = sweep_codes_reference(
         wanted.double(), base.double() if with_base else None, feed.double(), grid, keep
     )
@@ -62,7 +43,7 @@ def test_reference_equals_the_definition_in_float64(with_base: bool, masked: boo
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (33, 130), (64, 257)])
 def test_compiled_equals_reference(shape: tuple[int, int], threads: int, with_base: bool, masked: bool) -> None:
     assert cpu_module() is not None, "the package must be built with its CPU kernels where tests run"
-    wanted, base, feed, grid, keep = masked_problem(*shape) if masked else (*problem(*shape), None)
+    wanted, base, feed, grid, keep = masked_sweep_case(*shape) if masked else (*sweep_case(*shape), None)
     given = base if with_base else None
     expected_code, expected_change = sweep_codes_reference(wanted.clone(), given, feed, grid, keep)
     before = torch.get_num_threads()
@@ -78,7 +59,7 @@ def test_compiled_equals_reference(shape: tuple[int, int], threads: int, with_ba
 
 
 def test_without_compiled_kernels_torch_code_runs_after_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, base, feed, grid = problem(8, 20)
+    wanted, base, feed, grid = sweep_case(8, 20)
     expected = sweep_codes_reference(wanted.clone(), base, feed, grid)
     monkeypatch.setitem(sys.modules, "niwaki.kernels._cpu", None)
     monkeypatch.delattr(niwaki.kernels, "_cpu", raising=False)
@@ -100,8 +81,8 @@ def triton_parity() -> None:
     """Run in the interpreting process: Triton chooses at its import."""
     from niwaki.kernels.triton.codes import sweep_codes_triton
 
-    problems = [(*problem(*shape), None) for shape in [(1, 1), (3, 7), (20, 33)]]
-    for wanted, base, feed, grid, keep in [*problems, masked_problem(3, 7)]:
+    problems = [(*sweep_case(*shape), None) for shape in [(1, 1), (3, 7), (20, 33)]]
+    for wanted, base, feed, grid, keep in [*problems, masked_sweep_case(3, 7)]:
         for given in (None, base):
             code, change = sweep_codes_triton(wanted.clone(), given, feed, grid.columns(0, wanted.shape[1]), keep)
             expected_code, expected_change = sweep_codes_reference(wanted.clone(), given, feed, grid, keep)

@@ -9,7 +9,11 @@ import pytest
 import torch
 
 import niwaki
-from methods.shared.test_binary import (
+from niwaki.errors import TargetError
+from niwaki.methods import arb, billm
+from niwaki.methods.arb import RegionScales, nearest_signs, refine, refine_twice
+from niwaki.methods.shared.binary import signs
+from support.binary_weights import (
     Array,
     bits_of,
     one_bit_error,
@@ -19,10 +23,6 @@ from methods.shared.test_binary import (
     record_and_tensors,
     wide,
 )
-from niwaki.errors import TargetError
-from niwaki.methods import arb, billm
-from niwaki.methods.arb import RegionScales, nearest_signs, refine, refine_twice
-from niwaki.methods.shared.binary import signs
 from support.models import correlated_inputs, tiny_llama, write_texts
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from methods.test_wandapp import calibration, loaded
 from niwaki.config.recipe import Sparsity
 from niwaki.data.statistics import Needs
 from niwaki.methods import besa
 from niwaki.methods.besa import Config, Rates
+from support.blocks import calibration_with_gradients, first_block
 from support.models import calibration_of, correlated_inputs, make_block, run_method
 
 
@@ -101,12 +101,12 @@ def test_the_first_rates_are_at_the_target_even_where_the_released_form_cannot_g
 
 
 def test_learning_moves_zeros_between_rows_and_lowers_the_heldout_error(tmp_path: Path) -> None:
-    block, stream = loaded(tmp_path, windows=17)
+    block, stream = first_block(tmp_path, windows=17)
     with torch.no_grad():  # some rows matter more than others
         block.weight("mlp.down_proj")[:8] *= 3
     targets = dict.fromkeys(block.linears, Sparsity(0.3))
     config = Config(steps=50, batch=2)
-    packed = besa.compress(block, calibration(block, stream), targets, config, torch.Generator())
+    packed = besa.compress(block, calibration_with_gradients(block, stream), targets, config, torch.Generator())
     zeros = 0
     for name, record in packed.items():
         assert record.detail["heldout_error"] < 0.9 * record.detail["heldout_error_start"]

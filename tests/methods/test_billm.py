@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import niwaki
-from methods.shared.test_binary import (
+from niwaki.errors import TargetError
+from niwaki.methods import billm
+from niwaki.methods.shared.binary import choose_salient, split_by_size
+from support.binary_weights import (
     binarised,
     bits_of,
     one_bit_error,
@@ -18,9 +21,6 @@ from methods.shared.test_binary import (
     record_and_tensors,
     wide,
 )
-from niwaki.errors import TargetError
-from niwaki.methods import billm
-from niwaki.methods.shared.binary import choose_salient, split_by_size
 from support.models import correlated_inputs, tiny_llama, write_texts
 
 

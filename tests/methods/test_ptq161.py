@@ -7,14 +7,21 @@ import pytest
 import torch
 
 import niwaki
-from methods.shared.test_binary import bits_of, output_error, random, record, record_and_tensors, wide
-from methods.test_wandapp import loaded
 from niwaki.compression.walk import collect
 from niwaki.config.recipe import Bits
 from niwaki.data.stream import CalibrationData
 from niwaki.errors import TargetError
 from niwaki.methods import ptq161
 from niwaki.methods.ptq161 import Config, Scales
+from support.binary_weights import (
+    bits_of,
+    output_error,
+    random,
+    record,
+    record_and_tensors,
+    wide,
+)
+from support.blocks import first_block
 from support.models import correlated_inputs, tiny_llama, write_texts
 
 
@@ -77,7 +84,7 @@ def test_gradients_of_all_scales_are_those_of_the_formula() -> None:
 
 @pytest.mark.parametrize(("rate_frac", "improves"), [(0.01, True), (50.0, False)])
 def test_learning_never_ends_above_its_start(rate_frac: float, improves: bool, tmp_path: Path) -> None:
-    block, stream = loaded(tmp_path, windows=16)
+    block, stream = first_block(tmp_path, windows=16)
     config = Config(rounds=8, samples=14, rate_frac=rate_frac, target="block")
     calib = CalibrationData(collect(block, stream, ptq161.needs(config))[0], stream)
     targets = dict.fromkeys(block.linears, Bits(8.0))

@@ -6,8 +6,6 @@ import pytest
 import torch
 
 import niwaki
-from methods.shared.test_rounding import error
-from methods.test_wandapp import loaded
 from niwaki.compression.walk import collect
 from niwaki.config.recipe import Bits, parse_target
 from niwaki.data.statistics import Needs, Statistics
@@ -18,6 +16,7 @@ from niwaki.methods import squeeze10
 from niwaki.methods.shared.learned_rounding import Latent
 from niwaki.methods.shared.rounding import damped, groups_of, nearest
 from niwaki.methods.squeeze10 import Config, RoundingProblem, Split, split_columns
+from support.blocks import first_block, quadratic_error
 from support.models import calibration_of, correlated_inputs, make_block, run_method, tiny_llama, write_texts
 
 
@@ -205,7 +204,7 @@ def test_gradients_of_scales_and_offsets_equal_autograd() -> None:
 @pytest.mark.parametrize(("rate_frac", "improves"), [(0.01, True), (50.0, False)])
 def test_learning_never_ends_above_its_start(rate_frac: float, improves: bool, tmp_path: Path) -> None:
     """Learn with one bit for all columns, where much can be gained."""
-    block, stream = loaded(tmp_path, windows=16)
+    block, stream = first_block(tmp_path, windows=16)
     config = Config(learn_rounds=10, samples=14, rate_frac=rate_frac, target="block", rounds=2)
     calib = CalibrationData(collect(block, stream, squeeze10.needs(config))[0], stream)
     for record in squeeze10.compress(
@@ -221,5 +220,5 @@ def test_without_tokens_the_matrix_is_rounded_and_the_note_says_so() -> None:
     packed = squeeze(weight, x[:0], 1.75)
     assert "rounded to nearest" in packed.note and torch.isfinite(packed.weight_OI).all()
     h = damped(x.T @ x, 0.01)
-    assert error(packed.weight_OI, weight, h) < error(torch.zeros_like(weight), weight, h)
+    assert quadratic_error(packed.weight_OI, weight, h) < quadratic_error(torch.zeros_like(weight), weight, h)
     assert run_method(squeeze10, weight, x[:0], Bits(1.75)).shape == weight.shape

@@ -9,7 +9,6 @@ import transformers
 from torch import Tensor
 
 import niwaki
-from niwaki.compression.walk import collect
 from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.data.stream import CalibrationData, Stream
 from niwaki.errors import InputError
@@ -17,7 +16,8 @@ from niwaki.methods import wandapp
 from niwaki.methods.registry import get_method
 from niwaki.methods.shared.block_training import Reconstruction, Schedule, assemble, train_block
 from niwaki.model.checkpoint import Checkpoint
-from niwaki.model.decoder import Block, Decoder
+from niwaki.model.decoder import Decoder
+from support.blocks import calibration_with_gradients, first_block
 from support.families import build
 from support.models import CPU, calibration_of, correlated_inputs, make_block, run_method, tiny_llama, write_texts
 
@@ -55,23 +55,10 @@ def test_the_score_equals_the_reference(target: Target, alpha: float) -> None:
     np.testing.assert_array_equal(found.numpy(), wanted.astype(np.float32))
 
 
-def loaded(tmp_path: Path, windows: int = 9, **changes: object) -> tuple[Block, Stream]:
-    """Return the first block of a random Llama and the stream of its inputs."""
-    decoder = Decoder(Checkpoint.open(tiny_llama(tmp_path / "model", **changes)), CPU)
-    ids = torch.randint(0, 4096, (windows, 24), generator=torch.Generator().manual_seed(1))
-    stream = Stream(decoder, ids, learn_batches=frozenset({1, 2}))
-    return decoder.load(0), stream
-
-
-def calibration(block: Block, stream: Stream) -> CalibrationData:
-    needs = wandapp.needs(wandapp.Config())
-    return CalibrationData(collect(block, stream, needs)[0], stream)
-
-
 def test_regional_gradients_equal_finite_differences_of_the_whole_block(tmp_path: Path) -> None:
     """Compare ∂‖f(X)‖/∂W of attention and MLP weights, residual included, in float64."""
-    block, stream = loaded(tmp_path, windows=2)
-    calib = calibration(block, stream)
+    block, stream = first_block(tmp_path, windows=2)
+    calib = calibration_with_gradients(block, stream)
     names = {name: block.weight(name) for name in block.linears}
     found = wandapp.regional_gradients(block, calib, names)
     block.module.double()
@@ -101,8 +88,8 @@ def test_regional_gradients_equal_finite_differences_of_the_whole_block(tmp_path
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
 @pytest.mark.parametrize("target", [Sparsity(0.5), NM(2, 4)])
 def test_learning_lowers_the_heldout_error_and_keeps_the_mask(tmp_path: Path, optimizer: str, target: Target) -> None:
-    block, stream = loaded(tmp_path, windows=33)
-    calib = calibration(block, stream)
+    block, stream = first_block(tmp_path, windows=33)
+    calib = calibration_with_gradients(block, stream)
     targets = dict.fromkeys(block.linears, target)
     before = {name: block.weight(name).clone() for name in block.linears}
     rate_frac = 0.03 if optimizer == "adam" else 0.01
@@ -117,8 +104,8 @@ def test_learning_lowers_the_heldout_error_and_keeps_the_mask(tmp_path: Path, op
 
 def test_a_start_that_learning_cannot_improve_is_kept_and_noted(tmp_path: Path) -> None:
     """Take steps that are far too long: every round ends worse than it began."""
-    block, stream = loaded(tmp_path)
-    calib = calibration(block, stream)
+    block, stream = first_block(tmp_path)
+    calib = calibration_with_gradients(block, stream)
     targets = dict.fromkeys(block.linears, Sparsity(0.5))
     config = wandapp.Config(rate_frac=0.99, optimizer="rmsprop", rounds=1, samples=2, batch=2)
     pruned = wandapp.compress(block, calib, targets, wandapp.Config(rounds=0), torch.Generator())
@@ -130,8 +117,8 @@ def test_a_start_that_learning_cannot_improve_is_kept_and_noted(tmp_path: Path) 
 
 
 def test_without_enforcement_weights_regrow_and_the_budget_still_holds(tmp_path: Path) -> None:
-    block, stream = loaded(tmp_path, windows=33)
-    calib = calibration(block, stream)
+    block, stream = first_block(tmp_path, windows=33)
+    calib = calibration_with_gradients(block, stream)
     targets = dict.fromkeys(block.linears, Sparsity(0.5))
     free = wandapp.Config(enforce_mask=False, rounds=4, samples=24, rate_frac=0.1)
     learned = wandapp.compress(block, calib, targets, free, torch.Generator())
@@ -144,8 +131,8 @@ def test_without_enforcement_weights_regrow_and_the_budget_still_holds(tmp_path:
 
 
 def test_heldout_windows_are_never_learned_from(tmp_path: Path) -> None:
-    block, stream = loaded(tmp_path, windows=17)
-    task = Reconstruction(block, calibration(block, stream), "block", torch.Generator().manual_seed(0))
+    block, stream = first_block(tmp_path, windows=17)
+    task = Reconstruction(block, calibration_with_gradients(block, stream), "block", torch.Generator().manual_seed(0))
     assert len(task.held) == 2 and not set(task.held) & set(task.train)
     drawn = task.draw(40, torch.Generator())
     assert set(drawn) == set(task.train)
@@ -154,8 +141,8 @@ def test_heldout_windows_are_never_learned_from(tmp_path: Path) -> None:
 
 def test_the_gradient_of_a_step_is_that_of_the_error(tmp_path: Path) -> None:
     """Compare with autograd through a block whose own parameters require gradients."""
-    block, stream = loaded(tmp_path)
-    task = Reconstruction(block, calibration(block, stream), "block", torch.Generator())
+    block, stream = first_block(tmp_path)
+    task = Reconstruction(block, calibration_with_gradients(block, stream), "block", torch.Generator())
     half = {name: block.weight(name) * 0.5 for name in block.linears}
     found = task.gradients(half, [3])
     for name, weight in half.items():
@@ -180,7 +167,7 @@ def test_transposed_and_fused_weights_learn_too(tmp_path: Path) -> None:
         decoder = Decoder(Checkpoint.open(tmp_path / family), CPU)
         stream = Stream(decoder, torch.randint(0, 96, (9, 16)), learn_batches=frozenset({1, 2}))
         block = decoder.load(0)
-        calib = calibration(block, stream)
+        calib = calibration_with_gradients(block, stream)
         targets = dict.fromkeys(block.linears, Sparsity(0.5))
         config_ = wandapp.Config(rounds=2, samples=8)
         for record in wandapp.compress(block, calib, targets, config_, torch.Generator()).values():
@@ -262,7 +249,7 @@ def test_every_method_says_what_it_is() -> None:
 
 
 def test_matrices_in_the_block_s_own_dtype_are_learned_from_without_a_copy(tmp_path: Path) -> None:
-    block, stream = loaded(tmp_path)
+    block, stream = first_block(tmp_path)
     own = {name: block.weight(name) for name in block.linears}
     shared = assemble(block, own)
     converted = assemble(block, {name: weight.double() for name, weight in own.items()})
@@ -271,7 +258,7 @@ def test_matrices_in_the_block_s_own_dtype_are_learned_from_without_a_copy(tmp_p
         assert shared[parameter].data_ptr() == weight.data_ptr()
         assert converted[parameter].data_ptr() != weight.data_ptr() and torch.equal(converted[parameter], weight)
     before = {name: weight.clone() for name, weight in own.items()}
-    task = Reconstruction(block, calibration(block, stream), "block", torch.Generator().manual_seed(0))
+    task = Reconstruction(block, calibration_with_gradients(block, stream), "block", torch.Generator().manual_seed(0))
     task.gradients({name: weight * 0.9 for name, weight in own.items()}, [0])
     task.gradients(own, [1])
     assert not any(weight.requires_grad for weight in own.values())

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import niwaki
-from formats.test_sparse import coded, pruned
 from niwaki.errors import CheckpointError, InputError
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import Tiled
@@ -21,6 +20,7 @@ from niwaki.runtime import chunked_matmul
 from niwaki.runtime.sparse_linear import SparseLinear
 from support.families import build, families
 from support.models import add_tokenizer, tiny_llama, write_texts
+from support.sparse_records import coded, pruned
 
 RESULTS = {"half": ("magnitude", "0.5"), "two-four": ("sparsegpt", "2:4"), "most": ("wanda", "0.8")}
 

@@ -1,1 +1,1 @@
-"""Models, servers and reports that tests share."""
+"""Models, records, servers and reports that tests share."""

@@ -1,4 +1,4 @@
-"""Chromium of the system, for tests that are asked for by name (`make test-browser`): a missing one fails."""
+"""Chromium of the system for `make test-browser`, which fails without one."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A running browser."""
+    """Start a browser, and close it at the end."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:
         pytest.fail(f"no browser: expected one of {', '.join(NAMES)} (Debian: apt-get install chromium)")

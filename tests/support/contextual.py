@@ -1,4 +1,4 @@
-"""Tiny models with made-up predictors, and a slow reference that masks activations and cuts no matrix."""
+"""Tiny models with random predictors, and a slow reference that masks activations and cuts no matrix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ PROMPT = 20
 
 
 def model_of(family: str, **changes: Any) -> Any:
-    """A tiny model of a family; four groups of heads where its config lets it."""
+    """Return a tiny model of a family, with four groups of heads where its config allows it."""
     config = families()[family].config
     for name, value in {"num_key_value_heads": 4, "num_attention_heads": 8, **changes}.items():
         if family != "opt":
@@ -27,6 +27,7 @@ def model_of(family: str, **changes: Any) -> Any:
 
 
 def layout_of(model: Any, width: int = 1) -> Layout:
+    """Return the units of a model."""
     skeleton = build_skeleton(model.config, torch.float32)
     return find_layout(discover(skeleton), skeleton, width)
 
@@ -34,7 +35,7 @@ def layout_of(model: Any, width: int = 1) -> Layout:
 def shadow_of(
     model: Any, *, skip_frac: float = 0.5, scope: str = "local", seed: int = 0, spread: float = 1.0, **running: Any
 ) -> Shadow:
-    """Scores that are partly fixed, within `spread`, and partly what the prompt showed."""
+    """Return a predictor whose scores are partly fixed, within `spread`, and partly from the prompt."""
     layout = layout_of(model)
     generator = torch.Generator().manual_seed(seed)
     prior_U = spread * torch.rand(layout.size, generator=generator) + 0.5
@@ -47,13 +48,17 @@ def shadow_of(
 
 
 def ids_of(sequences: int, tokens: int, seed: int = 0) -> Tensor:
+    """Return random token ids [sequences, tokens]."""
     return torch.randint(1, 96, (sequences, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def masked_logits(
     model: Any, ids_BT: Tensor, prompt: int, kept_BU: Tensor, layout: Layout, mean_fill: float = 0.0
 ) -> Tensor:
-    """Logits of one parallel forward: from `prompt` on, skipped units put out nothing (or their mean in the prompt)."""
+    """Return logits of one parallel forward pass with masks from token `prompt` on.
+
+    Skipped units output nothing, or their mean in the prompt.
+    """
     kept = dict(zip(KINDS, layout.split(kept_BU), strict=True))
     handles = []
 
@@ -79,7 +84,7 @@ def masked_logits(
 
 
 def step_by_step(model: Any, ids_BT: Tensor, prompt: int, **given: Any) -> tuple[Tensor, Any]:
-    """Logits [B, T, V] of a prompt and then one token after another, and the cache."""
+    """Return logits [B, T, V] of a prompt and then one token after another, and the cache."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)

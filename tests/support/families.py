@@ -1,4 +1,4 @@
-"""Tiny randomly initialised models of every family niwaki supports, and what must be found in each."""
+"""Tiny random models of every supported family, and the anatomy that must be found in each."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ LLAMA_GROUPS = [
 
 @dataclass(frozen=True)
 class Family:
-    """A config, the matrices of its first block by shared input, and what is left dense on purpose."""
+    """Config, the matrices of its first block by shared input, and those left dense on purpose."""
 
     config: Any
     groups: list[list[str]]
@@ -41,7 +41,7 @@ def _experts(attention: list[list[str]], stack: str, count: int) -> list[list[st
 
 
 def families() -> dict[str, Family]:
-    """Family name → what to build and what to find."""
+    """Return the families by name."""
     moe_attention = LLAMA_GROUPS[:2]
     return {
         "llama": Family(transformers.LlamaConfig(**GQA), LLAMA_GROUPS),
@@ -123,7 +123,7 @@ def families() -> dict[str, Family]:
 
 
 def build(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A model with weights large enough that compression changes what it computes."""
+    """Return a model with weights so large that compression changes its outputs."""
     torch.manual_seed(seed)
     model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)

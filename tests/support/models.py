@@ -1,4 +1,4 @@
-"""Small real blocks, models and texts for the tests."""
+"""Small blocks, models, tokenizers and texts."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `niwaki ARGUMENTS`."""
+    """Return (exit code, stdout, stderr) of `niwaki ARGUMENTS`."""
     sys.argv = ["niwaki", *map(str, arguments)]
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -41,7 +41,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 class _Independent(nn.Module):
-    """Matrices side by side; its forward applies the first."""
+    """Independent matrices; the forward pass applies the first."""
 
     def forward(self, x: Tensor) -> Tensor:
         first: Tensor = next(self.children())(x)
@@ -49,7 +49,7 @@ class _Independent(nn.Module):
 
 
 class FixedStream:
-    """Stands in for a stream at one block: windows [S, T, I] with the outputs of the first matrix."""
+    """Fake stream at one block: windows [S, T, I] with the outputs of the first matrix."""
 
     def __init__(self, block: Block, x_STI: Tensor) -> None:
         self.hidden = Activations(x_STI, "ram", CPU)
@@ -63,7 +63,7 @@ class FixedStream:
 
 
 def calibration_of(block: Block, x_NI: Tensor, needs: Needs) -> CalibrationData:
-    """Return what a walk would collect of `block` with `x_NI` as the input of all its matrices, 8 windows at most."""
+    """Return the calibration data of `block` with `x_NI` as the input of all its matrices, 8 windows at most."""
     statistics = {name: statistics_of(x_NI, needs) for name in block.linears}
     if not len(x_NI):
         return CalibrationData(statistics)
@@ -76,7 +76,7 @@ def calibration_of(block: Block, x_NI: Tensor, needs: Needs) -> CalibrationData:
 
 
 def make_block(weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Block:
-    """A block of independent matrices, one group each."""
+    """Return a block of independent matrices, one group each."""
     module = _Independent()
     linears = {}
     for name, weight_OI in weights.items():
@@ -89,7 +89,7 @@ def make_block(weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -
 
 
 def statistics_of(x_NI: Tensor, needs: Needs) -> Statistics:
-    """Statistics after one batch of inputs; none at all for an empty one."""
+    """Return statistics after one batch of inputs, or after no batch if it is empty."""
     found = Statistics(needs)
     if len(x_NI):
         found.add(x_NI)
@@ -97,7 +97,7 @@ def statistics_of(x_NI: Tensor, needs: Needs) -> Statistics:
 
 
 def correlated_inputs(tokens: int, columns: int, seed: int = 0) -> Tensor:
-    """[N, I] inputs whose features are correlated and differ in scale, as activations are."""
+    """Return inputs [N, I] whose features are correlated and differ in scale, as activations do."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
     scale = torch.rand(columns, generator=generator) * 2 + 0.1
@@ -117,7 +117,7 @@ def run_method(module: Any, weight_OI: Tensor, x_NI: Tensor, target: Any, **opti
 
 
 def tiny_llama(folder: Path, *, blocks: int = 3, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A random Llama with the sapling's tokenizer, saved to `folder`."""
+    """Save a random Llama with the sapling's tokenizer to `folder`, and return it."""
     settings: dict[str, Any] = {
         "vocab_size": 4096,
         "hidden_size": 32,
@@ -136,13 +136,13 @@ def tiny_llama(folder: Path, *, blocks: int = 3, dtype: torch.dtype = torch.floa
 
 
 def add_tokenizer(folder: Path) -> None:
-    """Copies the sapling's tokenizer beside a model."""
+    """Copy the sapling's tokenizer into the folder of a model."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(sapling() / name, folder / name)
 
 
 def tokenizer_like(pre: str) -> Tokenizer:
-    """The sapling's tokenizer, cutting text into words as llama.cpp does under a name."""
+    """Return the sapling's tokenizer with a pre-tokenizer of llama.cpp."""
     from niwaki.exporters.gguf_vocabulary import PRE_TOKENIZERS
 
     described = json.loads((sapling() / "tokenizer.json").read_text(encoding="utf-8"))
@@ -153,7 +153,7 @@ def tokenizer_like(pre: str) -> Tokenizer:
 
 
 def write_sentencepiece(folder: Path, tokens: int) -> None:
-    """A vocabulary as SentencePiece trains it for a Llama: characters, bytes to fall back on, ▁ for a space."""
+    """Write a vocabulary as SentencePiece trains it for a Llama: characters, byte fallback, ▁ for a space."""
     base = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     learner = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -179,14 +179,14 @@ def write_sentencepiece(folder: Path, tokens: int) -> None:
 
 
 def write_texts(path: Path, count: int = 3, first: int = 0) -> Path:
-    """A .jsonl of Python help topics."""
+    """Write a .jsonl of Python help topics, and return its path."""
     names = sorted(topics)[first : first + count]
     path.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in names), encoding="utf-8")
     return path
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder by name."""
+    """Return all tensors of a folder by name."""
     from niwaki.model.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(folder)
@@ -194,7 +194,10 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
-    """Contents of every file that decides what a result is (not the times in run.json and its card)."""
+    """Return the contents of every file that identifies a result.
+
+    run.json, events.jsonl and the model card hold times, so they are left out.
+    """
     skipped = {"run.json", "events.jsonl", "README.md"}
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -204,7 +207,7 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def header_only(folder: Path, config: Any, shard_bytes: int = 10 * 2**30) -> Path:
-    """A bf16 checkpoint of `config` whose files have headers and no content: as large as a real one, on no disk."""
+    """Write a bf16 checkpoint of `config` as sparse files: headers without content, and return its folder."""
     with torch.device("meta"):
         model: Any = transformers.AutoModelForCausalLM.from_config(config)
     config.save_pretrained(folder)

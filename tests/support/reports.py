@@ -1,8 +1,9 @@
-"""A made-up comparison with everything that a report can show, and the lines of its compressions."""
+"""Synthetic comparison with everything that a report can show, and the lines of its compressions."""
 
 from typing import Any
 
 from niwaki.compression.run_record import MatrixRecord
+from niwaki.measure.report.layers import Layers, layers_of
 from niwaki.measure.schema import (
     Candidate,
     Comparison,
@@ -139,7 +140,7 @@ def comparison(*candidates: Candidate, **changes: Any) -> Comparison:
 
 
 def without_evidence() -> Comparison:
-    """Only tasks, no gates, no speed: as little as a comparison can hold."""
+    """Return the smallest comparison: tasks only, no gates, no speed."""
     bare = candidate(
         "bare", 1.0, data=(), speed=None, generations=(), worst=(), gates=(), passed=None,
         model=model("bare", 1, memory=None, load_seconds=None, recipe=None),
@@ -153,7 +154,7 @@ def records(made: list[dict[str, Any]]) -> list[MatrixRecord]:
 
 
 def lines(kind: str = "codes", *, drift: bool = False) -> list[dict[str, Any]]:
-    """Lines of blocks.jsonl of three blocks with two matrices each: `codes`, `masked` or `sliced`."""
+    """Return lines of blocks.jsonl for three blocks with two matrices each: `codes`, `masked` or `sliced`."""
     made = []
     for block in range(3):
         for place, matrix in enumerate(("self_attn.q_proj", "mlp.down_proj")):
@@ -179,3 +180,12 @@ def lines(kind: str = "codes", *, drift: bool = False) -> list[dict[str, Any]]:
                 }
             )
     return made
+
+
+def layers_for(found: Comparison) -> dict[str, Layers | None]:
+    """Return layers of every candidate: codes, sliced and masked in turn."""
+    kinds = ("codes", "sliced", "masked")
+    return {
+        one.model.name: layers_of(records(lines(kinds[place % 3], drift=place == 0)))
+        for place, one in enumerate(found.candidates)
+    }

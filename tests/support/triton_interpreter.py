@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU: functions of the tests, run in a process where Triton interprets its kernels.
+"""Process in which Triton interprets its kernels, for functions of tests without a GPU.
 
 Triton chooses between interpreter and compiler at its import, so that needs a process of its own. One process serves
 all tests. It imports torch and Triton once (some seconds) and forks for every function, whose changes to modules end

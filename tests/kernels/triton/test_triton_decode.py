@@ -2,11 +2,11 @@
 
 import torch
 
-from kernels.triton.test_triton_planes import error, for_gpu, matrix
 from niwaki.formats.quantized import GRIDS, assemble, stored_tensors
 from niwaki.kernels.planes import decode, layer_decoded_op
 from niwaki.runtime import linear
 from niwaki.runtime.linear import PackedLinear, _Prepared
+from support.bit_planes import planes_of, quantized_matrix, relative_error
 from support.triton_interpreter import interpreted
 
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 1}  # and the warps of a program
@@ -38,10 +38,10 @@ def parity() -> None:
         for number, (rows, columns, group) in enumerate(shapes[turn % 4 :] + shapes[: turn % 4])
     ]
     for rows, columns, bits, grid, group, mixed, dtype in cases:
-        parts = matrix(rows, columns, bits, grid, group, mixed)
+        parts = quantized_matrix(rows, columns, bits, grid, group, mixed)
         expected_OI = assemble(parts)[:, torch.cat([part.columns_C for part in parts])]
         out_OI = torch.full((rows, columns), float("nan"), dtype=dtype)
-        decode_planes(for_gpu(parts), rows, 0, out_OI, DTYPES[dtype])
+        decode_planes(planes_of(parts), rows, 0, out_OI, DTYPES[dtype])
         exact = torch.equal(out_OI, rounded(expected_OI, dtype))
         assert exact, (rows, columns, bits, grid, group, mixed, dtype)
 
@@ -54,16 +54,16 @@ def stripes() -> None:
     """Some rows at a time, in a buffer whose other elements stay as they are; and the operator for traced graphs."""
     from niwaki.kernels.triton.decode import decode_planes
 
-    parts = matrix(100, 136, 3, "affine", 32, True)
+    parts = quantized_matrix(100, 136, 3, "affine", 32, True)
     expected_OI = assemble(parts)[:, torch.cat([part.columns_C for part in parts])]
-    tensors = [t for part in for_gpu(parts) for t in part[:5]]
-    numbers = [float(number) for part in for_gpu(parts) for number in part[5:]]
+    tensors = [t for part in planes_of(parts) for t in part[:5]]
+    numbers = [float(number) for part in planes_of(parts) for number in part[5:]]
     for first, last in [(0, 32), (32, 96), (64, 100), (96, 100)]:
         around = torch.full((last - first + 2, 136), float("nan"))
-        decode_planes(for_gpu(parts), 100, first, around[1:-1])
+        decode_planes(planes_of(parts), 100, first, around[1:-1])
         assert torch.equal(around[1:-1], expected_OI[first:last])
         assert around[[0, -1]].isnan().all()
-        assert torch.equal(decode(for_gpu(parts), 100, first, last, torch.float32), expected_OI[first:last])
+        assert torch.equal(decode(planes_of(parts), 100, first, last, torch.float32), expected_OI[first:last])
         found = layer_decoded_op(tensors, numbers, 100, first, last, torch.bfloat16)
         assert torch.equal(found, rounded(expected_OI[first:last], torch.bfloat16))
 
@@ -75,12 +75,12 @@ def test_layer_multiplies_many_tokens() -> None:
 def layers() -> None:
     """The layer as on a GPU, but for the device: matrices of one and two parts, decoded at once and in stripes."""
     for mixed in (False, True):
-        parts = matrix(100, 136, 4, "symmetric", 64, mixed)
+        parts = quantized_matrix(100, 136, 4, "symmetric", 64, mixed)
         layer = PackedLinear(100, 136, {"parts": [part.describe() for part in parts]}, bias=True)
         layer.load_state_dict({**stored_tensors(parts, 136), "bias": torch.randn(100)})
-        layer._prepared = _Prepared(layer.planes_0, for_gpu(parts), [], layer._order())
+        layer._prepared = _Prepared(layer.planes_0, planes_of(parts), [], layer._order())
         x_NI = torch.randn(17, 136, generator=torch.Generator().manual_seed(0))
         expected_NO = torch.nn.functional.linear(x_NI, assemble(parts), layer.bias).double()
         for tiles in (0, 1, 3, 4):
             linear.DECODED_BYTES = tiles * 32 * 136 * 4
-            assert error(layer._decoded(x_NI), expected_NO) < 1e-6
+            assert relative_error(layer._decoded_product(x_NI), expected_NO) < 1e-6

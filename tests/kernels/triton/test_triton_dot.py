@@ -6,9 +6,9 @@ here without it; the whole is checked on a GPU by `benchmarks/kernels/packed_lin
 
 import torch
 
-from kernels.triton.test_triton_planes import error, for_gpu, matrix
 from niwaki.formats.quantized import assemble
 from niwaki.kernels import planes
+from support.bit_planes import planes_of, quantized_matrix, relative_error
 from support.triton_interpreter import interpreted
 
 CASES = [
@@ -32,15 +32,15 @@ def parity() -> None:
         PlaneDotLaunch(warps=2, stages=2),
     ]  # two for every case, in turns
     for number, (rows, columns, bits, grid, group, mixed, tokens) in enumerate(CASES):
-        parts = matrix(rows, columns, bits, grid, group, mixed)
+        parts = quantized_matrix(rows, columns, bits, grid, group, mixed)
         generator = torch.Generator().manual_seed(tokens)
         x_NI = torch.randn(tokens, columns, generator=generator).half()
         bias_O = torch.randn(rows, generator=generator)
         expected_NO = x_NI.double() @ assemble(parts).double().T + bias_O.double()
         for launch in (launches[number % 3], launches[(number + 1) % 3]):
             out_NO = torch.full((tokens, rows), float("nan"), dtype=torch.float16)
-            core_product(x_NI, for_gpu(parts), bias_O, out_NO, launch)
-            assert error(out_NO, expected_NO) < 1e-3, (rows, columns, launch)
+            core_product(x_NI, planes_of(parts), bias_O, out_NO, launch)
+            assert relative_error(out_NO, expected_NO) < 1e-3, (rows, columns, launch)
 
 
 def test_bits_of_codes_make_floats_with_steps_of_one_and_sixteen() -> None:
@@ -63,7 +63,7 @@ def choice() -> None:
     called = []
     triton_planes.fma_product = lambda *given: called.append("few")
     triton_dot.core_product = lambda *given: called.append("some")
-    fine, coarse = for_gpu(matrix(32, 256, 4, "affine", 64, False)), for_gpu(matrix(32, 256, 4, "affine", 128, False))
+    fine, coarse = (planes_of(quantized_matrix(32, 256, 4, "affine", group, False)) for group in (64, 128))
     for parts, tokens, dtype, rows in [
         (coarse, 4, torch.float16, 32), (coarse, 5, torch.float16, 32), (coarse, 5, torch.float32, 32),
         (fine, 5, torch.float16, 32), (coarse, 3, torch.bfloat16, 2**18), (coarse, 2, torch.bfloat16, 2**18),

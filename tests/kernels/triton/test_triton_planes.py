@@ -3,54 +3,13 @@
 import pytest
 import torch
 
-from niwaki.formats.quantized import QuantizedColumns, assemble, centre, stored_tensors
+from niwaki.formats.quantized import assemble, stored_tensors
 from niwaki.kernels import planes
 from niwaki.kernels.planes import multiply, reaches
-from niwaki.kernels.types import PlanePart, TileLaunch
+from niwaki.kernels.types import TileLaunch
 from niwaki.runtime.linear import PackedLinear
+from support.bit_planes import OnGpu, planes_of, quantized_matrix, relative_error
 from support.triton_interpreter import interpreted
-
-
-def matrix(rows: int, columns: int, bits: int, grid: str, group: int, mixed: bool) -> list[QuantizedColumns]:
-    """One part, or two with columns in turns: the second has one bit and one scale a row."""
-    generator = torch.Generator().manual_seed(rows + columns)
-    order = torch.randperm(columns, generator=generator)
-    first = order[: columns // 3].sort().values if mixed else torch.arange(columns)
-    parts = []
-    for columns_C, own_bits, own_grid, own_group in [
-        (first, bits, grid, group), (order[columns // 3 :].sort().values, 1, "free", columns),
-    ][: 1 + mixed]:  # fmt: skip
-        width = len(columns_C)
-        groups = -(-width // own_group)
-        code = torch.randint(0, 2**own_bits, (rows, width), generator=generator, dtype=torch.uint8)
-        scale = (torch.rand(rows, groups, generator=generator) + 0.1).half()
-        offset = torch.randn(rows, groups, generator=generator).half() if own_grid == "free" else None
-        zero = torch.randint(0, 2**own_bits, (rows, groups), generator=generator, dtype=torch.uint8)
-        parts.append(QuantizedColumns(columns_C, own_bits, own_grid, min(own_group, width), code, scale, offset,
-                          zero if own_grid == "affine" else None))  # fmt: skip
-    return parts
-
-
-def for_gpu(parts: list[QuantizedColumns]) -> list[PlanePart]:
-    found = []
-    for part in parts:
-        tensors = part.tensors()
-        given = PlanePart(
-            tensors["planes"],
-            tensors["scale"],
-            tensors.get("offset"),
-            None if part.zero_OG is None else part.zero_OG.T.contiguous(),
-            part.columns_C.int() if len(parts) > 1 else None,
-            0.0 if part.grid in ("free", "affine") else centre(part.bits, part.grid),
-            len(part.columns_C),
-            part.group,
-        )
-        found.append(given.for_gpu())
-    return found
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
 
 
 def test_product_equals_the_decoded_matrix() -> None:
@@ -75,7 +34,7 @@ def parity() -> None:
     ]
     limits = [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)]
     for number, (rows, columns, bits, grid, group, mixed, tokens, launch) in enumerate(cases):
-        parts = matrix(rows, columns, bits, grid, group, mixed)
+        parts = quantized_matrix(rows, columns, bits, grid, group, mixed)
         weight_OI = assemble(parts).double()
         for turn in (0, 1):
             dtype, limit = limits[(number + turn) % 3]
@@ -83,9 +42,9 @@ def parity() -> None:
             bias_O = torch.randn(rows, generator=torch.Generator().manual_seed(2)).to(dtype)
             bias = bias_O if turn else None
             out_NO = torch.full((tokens, rows), float("nan"), dtype=dtype)
-            fma_product(x_NI, for_gpu(parts), bias, out_NO, launch)
+            fma_product(x_NI, planes_of(parts), bias, out_NO, launch)
             expected = x_NI.double() @ weight_OI.T + (0 if bias is None else bias.double())
-            assert error(out_NO, expected) < limit, (rows, columns, bits, grid, group, mixed, tokens, dtype)
+            assert relative_error(out_NO, expected) < limit, (rows, columns, bits, grid, group, mixed, tokens, dtype)
 
 
 def test_inputs_of_very_different_sizes() -> None:
@@ -95,10 +54,10 @@ def test_inputs_of_very_different_sizes() -> None:
 def sizes() -> None:
     from niwaki.kernels.triton.planes import fma_product
 
-    parts = matrix(32, 64, 1, "free", 64, False)
+    parts = quantized_matrix(32, 64, 1, "free", 64, False)
     for size in (0.0, 1e-9, 1e9):
         x_NI, out_NO = torch.full((1, 64), size), torch.full((1, 32), float("nan"))
-        fma_product(x_NI, for_gpu(parts), None, out_NO)
+        fma_product(x_NI, planes_of(parts), None, out_NO)
         torch.testing.assert_close(out_NO, x_NI @ assemble(parts).T, rtol=1e-4, atol=0.0)
 
 
@@ -108,23 +67,17 @@ def test_operator_and_layer_hand_over_every_part() -> None:
 
 def layers() -> None:
     """The layer as on a GPU, but for the device."""
-    parts = matrix(40, 264, 4, "affine", 32, True)
+    parts = quantized_matrix(40, 264, 4, "affine", 32, True)
     layer = PackedLinear(40, 264, {"parts": [part.describe() for part in parts]}, bias=True)
     layer.load_state_dict({**stored_tensors(parts, 264), "bias": torch.randn(40)})
     x_NI = torch.randn(3, 264, generator=torch.Generator().manual_seed(0))
     prepared = [part.for_gpu() for part in layer._prepare().parts]
     expected = torch.nn.functional.linear(x_NI, assemble(parts), layer.bias).double()
-    assert error(multiply(x_NI, prepared, layer.bias, 40), expected) < 1e-5
+    assert relative_error(multiply(x_NI, prepared, layer.bias, 40), expected) < 1e-5
     tensors = [t for part in prepared for t in part[:5]]
     numbers = [float(number) for part in prepared for number in part[5:]]
     found = planes.layer_product_op(x_NI, tensors, numbers, layer.bias, 40)
-    assert error(found, expected) < 1e-5
-
-
-class OnGpu(torch.Tensor):
-    """Says that it is on a GPU."""
-
-    is_cuda = True  # type: ignore[assignment]
+    assert relative_error(found, expected) < 1e-5
 
 
 HALF, FULL = torch.bfloat16, torch.float32

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.triton.test_triton_planes import error
 from niwaki.kernels import rows
 from niwaki.kernels.rows import rows_of
 from niwaki.kernels.types import ACTIVATIONS
+from support.bit_planes import relative_error
 from support.triton_interpreter import interpreted
 
 # Inputs, outputs, units, width, tokens: no multiples of tiles, one of everything, units of several rows, all of them.
@@ -59,12 +59,13 @@ def test_the_reference_multiplies_kept_rows_only() -> None:
         for activation in ACTIVATIONS:
             wanted = expected(t, width, activation)
             gate = rows.rows_gate(t["x_BI"], t["a_OI"], t["b_OI"], t["units_K"], activation, width=width)
-            assert error(gate, wanted["gate"]) < 1e-5
+            assert relative_error(gate, wanted["gate"]) < 1e-5
         columns = t["h_BR"], t["w_ON"], t["units_K"], width, t["bias_O"], t["extra_BO"]
         out_BO = torch.full_like(t["extra_BO"], float("nan"))
-        assert error(rows.rows_dot(t["x_BI"], t["a_OI"], t["units_K"], t["wide_O"], width=width), wanted["dot"]) < 1e-5
+        dot = rows.rows_dot(t["x_BI"], t["a_OI"], t["units_K"], t["wide_O"], width=width)
+        assert relative_error(dot, wanted["dot"]) < 1e-5
         assert rows.columns_dot(*columns, out=out_BO) is out_BO
-        assert error(out_BO, wanted["columns"]) < 1e-5
+        assert relative_error(out_BO, wanted["columns"]) < 1e-5
     assert rows_of(torch.tensor([3, 0]), 2).tolist() == [6, 7, 0, 1]
 
 
@@ -94,7 +95,8 @@ def parity() -> None:
             wanted, results = expected(t, width, activation), found(t, width, activation)
             for name, result in results.items():
                 assert result.dtype == dtype
-                assert error(result, wanted[name]) < limit, (name, case, dtype, error(result, wanted[name]))
+                difference = relative_error(result, wanted[name])
+                assert difference < limit, (name, case, dtype, difference)
             if number == turn + 1:
                 again = found(t, width, activation)
                 assert all(torch.equal(result, again[name]) for name, result in results.items())
@@ -113,9 +115,9 @@ def tiles() -> None:
     for sizes in [(1, 64, 1), (2, 256, 2), (8, 32, 2), (16, 512, 1)]:
         chosen = kernels.GemvLaunch(*sizes)
         for name, result in found(t, width, launch=chosen).items():
-            assert error(result, wanted[name]) < 1e-5, (name, sizes)
+            assert relative_error(result, wanted[name]) < 1e-5, (name, sizes)
     bare = kernels.rows_dot(t["x_BI"], t["a_OI"], t["units_K"], width=width)
-    assert error(bare, wanted["dot"] - t["wide_O"].double()[rows_of(t["units_K"], width)]) < 1e-5
+    assert relative_error(bare, wanted["dot"] - t["wide_O"].double()[rows_of(t["units_K"], width)]) < 1e-5
 
 
 def test_matrices_that_are_part_of_a_wider_one() -> None:
@@ -137,4 +139,4 @@ def strides() -> None:
         t[name] = own
     wanted = expected(t, 2)
     for name, result in found(t, 2).items():
-        assert error(result, wanted[name]) < 1e-5, name
+        assert relative_error(result, wanted[name]) < 1e-5, name

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from formats.test_sparse import coded, pruned
-from kernels.test_sparse_product import record_of
-from kernels.triton.test_triton_planes import OnGpu, error
 from niwaki.formats.sparse import LAYOUTS, VALUES, Sparse
 from niwaki.formats.sparse_tiles import Tiled
 from niwaki.kernels import sparse_gpu
 from niwaki.kernels.sparse_gpu import cores_reach, ranks_of
 from niwaki.kernels.types import GpuRecord
 from niwaki.runtime.sparse_linear import SparseLinear, for_gpu
+from support.bit_planes import OnGpu, relative_error
+from support.sparse_records import pruned, record_of, tiled
 from support.triton_interpreter import interpreted
 
 HERE = __name__
@@ -54,14 +53,6 @@ def records(number: int) -> list[Sparse]:
     return found
 
 
-def tiled(rows: int, columns: int, group: int) -> Tiled:
-    codes = Sparse.encode_codes(coded(rows, columns, 4, group, "two_four")[0], layout="two_four")
-    assert codes is not None
-    found = Tiled.encode(codes)
-    assert found is not None
-    return found
-
-
 def check(
     kernel: Any, record: Sparse | Tiled, tokens: int, dtype: torch.dtype, *sizes: Any, bias: bool = False
 ) -> None:
@@ -73,7 +64,7 @@ def check(
     out_NO = torch.full((tokens, given.rows), float("nan"), dtype=dtype)
     kernel(x_NI, given, bias_O, out_NO, *sizes)
     wanted_NO = x_NI.double() @ weight_OI.T + (0 if bias_O is None else bias_O.double())
-    found = error(out_NO, wanted_NO)
+    found = relative_error(out_NO, wanted_NO)
     assert found < LIMITS[dtype], (record.describe(), tokens, dtype, sizes, found)
 
 
@@ -163,7 +154,7 @@ def ways() -> None:
             numbers = [given.rows, given.columns, given.group, given.bits]
             again_NO = sparse_gpu.product_op(x_NI, *given[5:], layer.bias, numbers, given.layout)
             assert found_NO.shape == (tokens, rows) and torch.equal(found_NO, again_NO)
-            assert tokens == 0 or error(found_NO, wanted_NO) < 2e-3, (tokens, limits)
+            assert tokens == 0 or relative_error(found_NO, wanted_NO) < 2e-3, (tokens, limits)
 
 
 def test_a_traced_graph_knows_the_shape_of_the_product() -> None:

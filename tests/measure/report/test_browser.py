@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from measure.report.test_page import layers_for
 from niwaki.measure.report.page import render
 from support.chromium import chromium
-from support.reports import candidate, comparison, without_evidence
+from support.reports import candidate, comparison, layers_for, without_evidence
 
 pytestmark = pytest.mark.browser
 WIDTHS = (1280, 768, 390, 320)

@@ -16,7 +16,7 @@ from niwaki.measure.report.layers import Layers, layers_of
 from niwaki.measure.report.page import MAX_LINES, PAGE, render, write_page
 from niwaki.measure.schema import Comparison
 from support.models import tiny_llama, write_texts
-from support.reports import EVIL, candidate, comparison, lines, records, without_evidence
+from support.reports import EVIL, candidate, comparison, layers_for, lines, records, without_evidence
 
 LOADING = {"src", "href", "data", "poster", "srcset", "action", "formaction", "background", "ping", "xlink:href"}
 
@@ -57,14 +57,6 @@ class Page(HTMLParser):
     @property
     def ids(self) -> list[str]:
         return [attributes["id"] or "" for _, attributes in self.elements if "id" in attributes]
-
-
-def layers_for(found: Comparison) -> dict[str, Layers | None]:
-    kinds = ("codes", "sliced", "masked")
-    return {
-        one.model.name: layers_of(records(lines(kinds[place % 3], drift=place == 0)))
-        for place, one in enumerate(found.candidates)
-    }
 
 
 def page_of(found: Comparison, language: str = "en", layers: dict[str, Layers | None] | None = None) -> Page:

@@ -17,6 +17,7 @@ from niwaki.methods.shared.rounding import (
     refit_scales,
     round_by_sweep,
 )
+from support.blocks import quadratic_error
 from support.models import correlated_inputs
 
 
@@ -24,12 +25,6 @@ def problem(rows: int = 6, columns: int = 32) -> tuple[Tensor, Tensor]:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
     x = correlated_inputs(200, columns)
     return weight, x.T @ x
-
-
-def error(values_OI: Tensor, weight_OI: Tensor, gram_II: Tensor) -> float:
-    """Return tr((W − Q)H(W − Q)ᵀ)."""
-    missing_OI = weight_OI - values_OI
-    return float(((missing_OI @ gram_II) * missing_OI).sum(dtype=torch.float64))
 
 
 LAYOUTS = {
@@ -75,7 +70,7 @@ def test_sweep_beats_rounding_and_descent_beats_the_sweep(groups: list[Group]) -
     plain = nearest(weight, groups, clip=False)
     swept = round_by_sweep(weight, upper, groups, clip=False)
     better = improve(swept, weight, h, rounds=4)
-    errors = [error(r.values_OI, weight, h) for r in (plain, swept, better)]
+    errors = [quadratic_error(r.values_OI, weight, h) for r in (plain, swept, better)]
     assert errors[0] > errors[1] > errors[2]
 
 
@@ -84,11 +79,11 @@ def test_descent_and_refit_never_raise_the_error(groups: list[Group]) -> None:
     weight, gram = problem()
     h = damped(gram, 0.01)
     rounded = nearest(weight, groups, clip=False)
-    before = error(rounded.values_OI, weight, h)
+    before = quadratic_error(rounded.values_OI, weight, h)
     for _ in range(4):
         for step in (refit_scales, coordinate_descent):
             rounded = step(rounded, weight, h)
-            after = error(rounded.values_OI, weight, h)
+            after = quadratic_error(rounded.values_OI, weight, h)
             assert after <= before * (1 + 1e-4)
             before = after
 
@@ -100,14 +95,14 @@ def test_descent_ends_where_no_single_code_helps() -> None:
     rounded = nearest(weight, groups, clip=False)
     for _ in range(30):
         rounded = coordinate_descent(rounded, weight, h)
-    least = error(rounded.values_OI, weight, h)
+    least = quadratic_error(rounded.values_OI, weight, h)
     for row in range(3):
         for column in range(16):
             for code in range(4):
                 other = rounded.code_OI.clone()
                 other[row, column] = code
                 changed = Rounded(groups, other, rounded.scale_OG, rounded.offset_OG)
-                assert error(changed.values_OI, weight, h) >= least * (1 - 1e-5)
+                assert quadratic_error(changed.values_OI, weight, h) >= least * (1 - 1e-5)
 
 
 @pytest.mark.parametrize("name", ["mixed", "mixed groups", "symmetric"])

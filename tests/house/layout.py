@@ -1,0 +1,7 @@
+"""Order of the folders of the package."""
+
+# A folder may import the ones that stand before it, and itself.
+ORDER = (
+    "errors", "version", "config", "formats", "kernels", "model", "data", "runtime", "methods", "compression",
+    "measure", "exporters", "serve", "rollout", "cli",
+)  # fmt: skip
