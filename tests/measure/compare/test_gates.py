@@ -3,6 +3,7 @@
 import io
 import json
 import xml.etree.ElementTree as Xml
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from niwaki.cli.compare import print_comparison
 from niwaki.compression.model_card import BEGIN, END
 from niwaki.errors import InputError
-from niwaki.measure.compare.baseline import gate_text
+from niwaki.measure.compare.baseline import beyond, gate_text
 from niwaki.measure.compare.gates import (
     LIMITS,
     Gates,
@@ -352,3 +353,12 @@ def test_of_six_limits_that_are_just_broken_none_passes_by_chance(correction: An
         verdicts = judge(candidate(tasks=tuple(found)), gates, each, each).gates
         wrong += any(verdict.passed for verdict in verdicts)
     assert least <= wrong / comparisons <= most
+
+
+@pytest.mark.parametrize("limit", ["max", "min"])
+@pytest.mark.parametrize("name", list(METRICS))
+def test_the_table_decides_on_which_side_a_margin_lies(name: str, limit: Any) -> None:
+    metric = replace(METRICS[name], limit=limit)
+    end = metric.no_difference + 0.5
+    assert beyond(metric, end, 0.0) == end
+    assert (beyond(metric, end, 0.1) > end) is (limit == "max")

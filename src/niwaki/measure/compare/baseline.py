@@ -12,12 +12,10 @@ from pydantic import ValidationError
 
 from niwaki.errors import InputError, unknown
 from niwaki.measure.compare.gates import LIMITS, Gates, judge, measurements, shown
-from niwaki.measure.metrics import METRICS
+from niwaki.measure.metrics import METRICS, Metric
 from niwaki.measure.schema import BUSY_SPREAD, Candidate, Comparison
 
 MARGIN = 0.1
-# Values of the metrics without a difference; 1 for the others. For bytes the margin is a share of the value.
-_NO_DIFFERENCE = {"kl": 0.0, "accuracy_loss": 0.0, "accuracy_norm_loss": 0.0, "bytes": 0.0, "bytes_ratio": 0.0}
 
 
 def select_candidate(comparison: Comparison, name: str) -> Comparison:
@@ -56,7 +54,8 @@ def _lines(gate: str, candidate: Candidate, confidence: float, margin: float) ->
     own = [one for one in measurements(candidate) if one.metric == name]
     if not own:
         return [f"# {gate}:  (not measured in the baseline)"]
-    upper, lines, limits = METRICS[name].limit == "max", [], []
+    metric, lines, limits = METRICS[name], [], []
+    upper = metric.limit == "max"
     for one in own:
         estimate = one.estimate
         ends = "" if one.exact or estimate.low is None or estimate.high is None else (
@@ -64,8 +63,8 @@ def _lines(gate: str, candidate: Candidate, confidence: float, margin: float) ->
         )  # fmt: skip
         lines.append(f"# measured {shown(estimate.value)}{ends}" + (f" ({one.about})" if one.about else ""))
         end = estimate.high if upper else estimate.low
-        limits.append(math.nan if end is None else _beyond(name, end, margin))
-    text = _rounded(max(limits) if upper else min(limits), upper, whole=name == "bytes")
+        limits.append(math.nan if end is None else beyond(metric, end, margin))
+    text = _rounded(max(limits) if upper else min(limits), upper, whole=metric.form == "bytes")
     try:
         gates = Gates.model_validate({"confidence": confidence, gate: float(text)})
     except ValidationError:
@@ -75,9 +74,10 @@ def _lines(gate: str, candidate: Candidate, confidence: float, margin: float) ->
     return [*lines, f"{gate}: {text}"]
 
 
-def _beyond(metric: str, end: float, margin: float) -> float:
-    distance = abs(end - _NO_DIFFERENCE.get(metric, 1.0)) * margin
-    return end - distance if metric == "top1_agreement" else end + distance
+def beyond(metric: Metric, end: float, margin: float) -> float:
+    """Return the limit that lies `margin` beyond the end of an interval, on the side that the gate limits."""
+    distance = abs(end - metric.no_difference) * margin
+    return end + distance if metric.limit == "max" else end - distance
 
 
 def _rounded(value: float, upwards: bool, whole: bool) -> str:

@@ -84,12 +84,16 @@ def each_confidence(gates: Gates, settings: ComparisonSettings, candidates: int)
 
 @dataclass(frozen=True)
 class Measurement:
-    """One value of a metric on the file `about`, with its interval. Bytes are `exact` and have none."""
+    """One value of a metric on the file `about`, with its interval. An exact value has none."""
 
     metric: str
     about: str
     estimate: Estimate
-    exact: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Return whether the value is counted, and has no interval."""
+        return METRICS[self.metric].exact
 
 
 def load_gates(path: str | Path) -> Gates:
@@ -122,8 +126,9 @@ def load_gates(path: str | Path) -> Gates:
 def measurements(candidate: Candidate) -> Iterator[Measurement]:
     """Yield every measured value of a candidate under the stable name of its metric."""
     for data in candidate.data:
-        for metric in ("perplexity_ratio", "kl", "top1_agreement"):
-            yield Measurement(metric, data.data, getattr(data.whole, metric))
+        for name, metric in METRICS.items():
+            if metric.needs == "data":
+                yield Measurement(name, data.data, getattr(data.whole, name))
     for task in candidate.tasks:
         yield Measurement("accuracy_loss", task.task, task.accuracy.loss)
         yield Measurement("accuracy_norm_loss", task.task, task.accuracy_norm.loss)
@@ -131,7 +136,7 @@ def measurements(candidate: Candidate) -> Iterator[Measurement]:
         for metric, throughput in candidate.speed.throughputs.items():
             yield Measurement(metric, "", throughput.latency_ratio)
     for metric, value in (("bytes", float(candidate.model.file_bytes)), ("bytes_ratio", candidate.bytes_ratio)):
-        yield Measurement(metric, "", Estimate(value=value, low=value, high=value, units=1), exact=True)
+        yield Measurement(metric, "", Estimate(value=value, low=value, high=value, units=1))
 
 
 def judge(candidate: Candidate, gates: Gates, confidence: float, each: float | None = None) -> Candidate:

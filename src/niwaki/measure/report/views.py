@@ -15,7 +15,6 @@ from niwaki.measure.schema import Candidate, Comparison, Estimate, Model, Verdic
 
 Texts = Mapping[str, str]
 MAX_FAILURES = 3  # failed gates on a card
-SHARES = ("top1_agreement", "accuracy_loss", "accuracy_norm_loss")  # metrics in percent
 
 
 class Cell(str):
@@ -190,7 +189,7 @@ def reason(t: Texts, verdict: Verdict) -> str:
     upper, measured = verdict.gate.startswith("max_"), verdict.measured
     if measured is None:
         key = "reason_missing"
-    elif METRICS[_metric(verdict)].needs == "file":
+    elif METRICS[_metric(verdict)].exact:
         key = "reason_exact_pass" if verdict.passed else "reason_exact_fail"
     elif verdict.bound is None:
         key = "reason_small"
@@ -207,10 +206,10 @@ def _metric(verdict: Verdict) -> str:
 
 
 def _value(verdict: Verdict, value: float) -> str:
-    metric = _metric(verdict)
-    if metric == "bytes":
+    form = METRICS[_metric(verdict)].form
+    if form == "bytes":
         return show.size(value)
-    return show.signed(f"{100 * value:.4g}%") if metric in SHARES else show.number(value)
+    return show.signed(f"{100 * value:.4g}%") if form == "percent" else show.number(value)
 
 
 def measured(t: Texts, comparison: Comparison) -> Grid:
