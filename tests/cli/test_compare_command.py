@@ -46,7 +46,7 @@ def test_the_exit_code_is_the_verdict(folder: Path, tmp_path: Path, capsys: pyte
     strict.write_text("max_kl: 0.000001\nmax_decode_latency_ratio: 2\n")
     code, printed, _ = run(capsys, *command(folder, "--gate", strict, "--report", report, "--overwrite"))
     assert code == 1 and "FAILED: 2 of 2 gates" in printed
-    assert "FAIL out: max_decode_latency_ratio: no evidence" in printed
+    assert "FAIL out: max_decode_latency_ratio: not measured" in printed
     found = json.loads((report / "compare.json").read_text())
     assert found["passed"] is False and [one["passed"] for one in found["candidates"][0]["gates"]] == [False, False]
     suite = Xml.parse(report / "junit.xml").find("testsuite")

@@ -115,10 +115,10 @@ def verdict(gate: str, limit: float, confidence: float = 0.95, **changes: Any) -
 JUDGED = [
     # measured 1.03 up to 1.05: beyond the interval, inside it, below it
     ("max_perplexity_ratio", 1.06, True, "at most 1.05"),
-    ("max_perplexity_ratio", 1.04, False, "too little evidence"),
+    ("max_perplexity_ratio", 1.04, False, "too few data"),
     ("max_perplexity_ratio", 1.02, False, "measured 1.03, limit 1.02"),
     ("max_kl", 0.026, True, "at most 0.025"),
-    ("max_kl", 0.021, False, "too little evidence"),
+    ("max_kl", 0.021, False, "too few data"),
     ("min_top1_agreement", 0.94, True, "at least 0.95"),
     ("min_top1_agreement", 0.955, False, "may be down to 0.95"),
     ("min_top1_agreement", 0.97, False, "measured 0.96, limit 0.97"),
@@ -143,7 +143,7 @@ def test_the_far_end_of_the_interval_is_judged(gate: str, limit: float, passes: 
 @pytest.mark.parametrize("gate", [name for name in LIMITS if "bytes" not in name])
 def test_what_was_not_measured_fails(gate: str) -> None:
     passed, reason = verdict(gate, 0.99, data=(), tasks=(), speed=None)
-    assert not passed and reason.startswith("no evidence: ") and ("give --" in reason or "leave --" in reason)
+    assert not passed and reason.startswith("not measured: ") and ("give --" in reason or "leave --" in reason)
 
 
 def test_too_few_pieces_of_evidence_fail_however_good_they_look() -> None:
@@ -236,11 +236,7 @@ def test_a_baseline_without_evidence_writes_comments(tmp_path: Path) -> None:
     text = gate_text(comparison(few))
     path.write_text(text)
     assert set(load_gates(path).limits) == {"max_bytes", "max_bytes_ratio"}
-    assert (
-        text.count("has too little evidence") == 1
-        and text.count("is no limit") == 2
-        and text.count("not measured") == 4
-    )
+    assert text.count("has too few data") == 1 and text.count("is no limit") == 2 and text.count("not measured") == 4
 
 
 def test_a_busy_machine_gives_no_limits_of_speed_and_is_told_of(tmp_path: Path) -> None:

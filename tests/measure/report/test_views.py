@@ -62,7 +62,7 @@ REASONS = [
         "measured 85%, but at 95% confidence it may be 79%; limit 80%",
     ),
     (verdict("min_top1_agreement", 0.8, 0.75, 0.7, False), "measured 75%, limit 80%"),
-    (verdict("max_kl", 0.1, 0.05, None, False), "too little evidence for 95% confidence"),
+    (verdict("max_kl", 0.1, 0.05, None, False), "too few data for 95% confidence"),
     (verdict("max_kl", 0.1, None, None, False), "not measured"),
     (verdict("max_bytes", 5e6, 4e6, 4e6, True), "4.00 MB keeps the limit 5.00 MB"),
     (verdict("max_bytes", 5e6, 6e6, 6e6, False), "6.00 MB exceeds the limit 5.00 MB"),

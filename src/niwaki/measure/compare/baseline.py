@@ -1,7 +1,7 @@
 """Gate files from a measured baseline: every limit lies a margin beyond the end of the measured interval.
 
 A later build that is as good as the baseline passes, and one that is clearly worse fails. A gate for which the baseline
-has too little evidence becomes a comment.
+has too few data becomes a comment.
 
     write_text(Path("gate.yaml"), gate_text(read_comparison("report/compare.json"), "four", margin=0.1))
 """
@@ -35,7 +35,7 @@ def gate_text(comparison: Comparison, name: str | None = None, margin: float = M
     lines = [
         f"# Gates from the baseline {candidate.model.name} against {comparison.dense.name} ({comparison.date}).",
         f"# A limit is the end of the interval plus {margin:.0%} of its distance from no difference (for bytes: of the",
-        "# value). Missing or too little evidence fails a gate.",
+        "# value). Missing or too few data fail a gate.",
         f"confidence: {comparison.confidence:g}  # of every interval, two-sided",
     ]
     for gate in LIMITS:
@@ -70,7 +70,7 @@ def _lines(gate: str, candidate: Candidate, confidence: float, margin: float) ->
     except ValidationError:
         return [*lines, f"# {gate}:  (the baseline would give {text}, which is no limit)"]
     if not judge(candidate, gates, confidence).passed:
-        return [*lines, f"# {gate}:  (the baseline has too little evidence for it)"]
+        return [*lines, f"# {gate}:  (the baseline has too few data for it)"]
     return [*lines, f"{gate}: {text}"]
 
 

@@ -152,7 +152,7 @@ def judge(candidate: Candidate, gates: Gates, confidence: float, each: float | N
         own = [one for one in measured if one.metric == metric]
         verdicts += [_verdict(gate, limit, one, each, confidence) for one in own]
         if not own:
-            reason = f"no evidence: {METRICS[metric].meaning} was not measured, {_REMEDY[METRICS[metric].needs]}"
+            reason = f"not measured: {METRICS[metric].meaning}, {_REMEDY[METRICS[metric].needs]}"
             verdicts.append(_failure(gate, "", limit, None, each, reason))
     passed = all(verdict.passed for verdict in verdicts)
     return candidate.model_copy(update={"gates": tuple(verdicts), "passed": passed})
@@ -183,7 +183,7 @@ def _verdict(gate: str, limit: float, one: Measurement, wanted: float, confidenc
             gate=gate, about=one.about, limit=limit, measured=value, bound=value, confidence=wanted, passed=passed,
             reason=reason,
         )  # fmt: skip
-    problem = _missing_evidence(one, wanted, confidence)
+    problem = _missing_data(one, wanted, confidence)
     if problem or bound is None or not math.isfinite(bound):
         return _failure(gate, one.about, limit, value, wanted, problem or "its interval has no end")
     passed = bound <= limit if upper else bound >= limit
@@ -194,7 +194,7 @@ def _verdict(gate: str, limit: float, one: Measurement, wanted: float, confidenc
         more = _MORE[metric.needs]
         reason = (
             f"measured {shown(value)}, but at {wanted:.4g} confidence it may be {at} {shown(bound)}, limit "
-            f"{shown(limit)}: too little evidence to pass, {more} may be enough"
+            f"{shown(limit)}: too few data to pass, {more} may be enough"
         )
     else:
         reason = f"measured {shown(value)}, limit {shown(limit)}"
@@ -204,8 +204,8 @@ def _verdict(gate: str, limit: float, one: Measurement, wanted: float, confidenc
     )  # fmt: skip
 
 
-def _missing_evidence(one: Measurement, wanted: float, confidence: float) -> str:
-    """Return the reason why an interval is too little evidence at the wanted confidence, empty if it is enough."""
+def _missing_data(one: Measurement, wanted: float, confidence: float) -> str:
+    """Return the reason why an interval has too few data for the wanted confidence, empty if it has enough."""
     estimate, needs = one.estimate, METRICS[one.metric].needs
     if wanted > confidence + 1e-12:
         return f"measured at {confidence:.4g} confidence, the gate asks for {wanted:.4g}: compare again with this gate"

@@ -67,7 +67,7 @@ TEXT = {
     # gates
     "gates": "Gates",
     "gates_note": "A gate is judged by the far end of the {confidence} interval, not by the measured value. Missing "
-    "or too little evidence fails a gate.",
+    "or too few data fail a gate.",
     "gate": "Gate",
     "verdict": "Verdict",
     "limit": "Limit",
@@ -81,7 +81,7 @@ TEXT = {
     "reason_fail": "measured {value}, limit {limit}",
     "reason_unsure": "measured {value}, but at {confidence} confidence it may be {bound}; limit {limit}",
     "reason_missing": "not measured",
-    "reason_small": "too little evidence for {confidence} confidence",
+    "reason_small": "too few data for {confidence} confidence",
     "metric_perplexity_ratio": "Perplexity ratio",
     "metric_kl": "KL divergence",
     "metric_top1_agreement": "Top-1 agreement",
