@@ -6,12 +6,15 @@ from typing import Annotated
 import typer
 
 from niwaki.cli.options import check_inputs, console, error_console, print_note
+from niwaki.exporters.formats import FORMATS
 
 
 def export(
     out: Annotated[Path, typer.Argument(help="A result of niwaki, or any model folder.", show_default=False)],
     dest: Annotated[Path, typer.Argument(help="New folder for the export.", show_default=False)],
-    to: Annotated[str, typer.Option(help="gguf, onnx or compressed-tensors (4 and 8 bits of rtn and gptq).")],
+    to: Annotated[
+        str, typer.Option(help=f"{'; '.join(f'{name}: {format.purpose}' for name, format in FORMATS.items())}.")
+    ],
     type_: Annotated[
         str | None,
         typer.Option("--type", help="Type of the matrices in gguf: f32, f16, bf16, q8_0, q4_0 ... Without it: f16."),

@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
@@ -77,13 +78,6 @@ Loading them needs niwaki (`--pack none` writes zeros in place, for other engine
 )
 _CONTEXTUAL = """The weights are those of the dense model: every engine runs them as such. `niwaki.load("this folder")`
 reads a prompt with all of them and writes with those that it needs; the predictor that chooses lies in `niwaki/`."""
-_EXPORTED = {
-    "compressed-tensors": """{packed} of the matrices are stored as codes, in the format `{format}` of {to}, which
-transformers reads after `pip install {to}`.""",
-    "gguf": """One GGUF file with vocabulary ({format}), which llama.cpp runs: `llama-cli -m model.gguf`.""",
-    "onnx": """An ONNX graph ({format}) from tokens and their mask to logits, with room for any batch and length and no
-cache of keys and values: `onnxruntime.InferenceSession("model.onnx")`. The tokenizer lies beside it.""",
-}
 _PLAIN_BODY = """---
 {metadata}
 ---
@@ -96,34 +90,39 @@ The full record is in `niwaki/run.json`.
 """
 
 
-def export_card(record: Record) -> str:
-    """Return the card of an export: that of the compression, or a short one without a compression."""
+def export_card(record: Record, *, library: str, storage: str) -> str:
+    """Return the card of an export: that of the compression, or a short one without a compression.
+
+    `storage` is the text about the files. Fields of the record stand in it in braces.
+    """
     if isinstance(record, RunRecord):
-        return model_card(record)
+        return _card(record, library, storage)
     exported = record.export
     assert exported is not None and record.model is not None, "the record of an export"
-    metadata = ModelCardData(
-        library_name=_library(record), pipeline_tag="text-generation", tags=["niwaki", exported.to]
-    )
+    metadata = ModelCardData(library_name=library, pipeline_tag="text-generation", tags=["niwaki", exported.to])
     return _PLAIN_BODY.format(
         metadata=metadata.to_yaml(),
         name=Path(record.model.source).name,
         to=exported.to,
         version=exported.niwaki,
         bytes=exported.bytes,
-        storage=_EXPORTED[exported.to].format_map(exported.dump()),
+        storage=storage.format_map(exported.dump()),
     )
 
 
 def model_card(record: RunRecord) -> str:
     """Return Markdown with YAML metadata for the README of a result."""
+    return _card(record, "transformers", _storage_text(record))
+
+
+def _card(record: RunRecord, library: str, storage: str) -> str:
     recipe, result, exported = record.recipe, record.result, record.export
     source = Path(record.model.source).name
     hub_id, revision = _hub_source(record.model.source)
     # eval_results stays empty on purpose: nothing was evaluated here.
     metadata = ModelCardData(
         base_model=hub_id,
-        library_name=_library(record),
+        library_name=library,
         pipeline_tag="text-generation",
         tags=["niwaki", *_kinds(result), recipe.method] + ([exported.to] if exported else []),
     )
@@ -146,7 +145,7 @@ def model_card(record: RunRecord) -> str:
         zeros="" if record.asks_for_bits else f"| measured zeros in them | {result.zeros_frac:.4%} |\n",
         bits=exported.bits if exported else result.bits,
         embeddings="as they were" if result.embeddings_bits is None else f"{result.embeddings_bits:.3f}",
-        storage=_storage(record),
+        storage=storage.format_map(_storage_fields(record)),
         bytes=exported.bytes if exported else result.bytes,
         bytes_before=record.model.bytes,
         calibration="none" if windows is None else f"{windows[0]} windows of {windows[1]} tokens",
@@ -155,11 +154,6 @@ def model_card(record: RunRecord) -> str:
         device=record.device,
         command="\n    ".join(_made_with(record)),
     )
-
-
-def _library(record: Record) -> str:
-    to = record.export.to if record.export else ""
-    return to if to in ("gguf", "onnx") else "transformers"
 
 
 def _hub_source(folder: str) -> tuple[str | None, str]:
@@ -182,20 +176,23 @@ def _kinds(result: ResultRecord) -> list[str]:
     return ["quantized"] * quantized + ["pruned"] * (coded > 0 or not quantized)
 
 
-def _storage(record: RunRecord) -> str:
-    """Return what a reader has to know of the files."""
+def _storage_fields(record: RunRecord) -> dict[str, Any]:
+    """Return the fields that a text about the files may name."""
+    left = "codes of the weights that are left" if _coded(record.result) else "weights that are left"
+    fields = record.result.dump() | {"removed": record.shaping.removed_frac if record.shaping else 0, "left": left}
+    return fields if record.export is None else fields | record.export.dump()
+
+
+def _storage_text(record: RunRecord) -> str:
+    """Return the text about the files of a result that is not exported."""
     result, shaping = record.result, record.shaping
-    fields = result.dump() | {"removed": shaping.removed_frac if shaping else 0}
-    fields |= {"left": "codes of the weights that are left" if _coded(result) else "weights that are left"}
-    if record.export:
-        return _EXPORTED[record.export.to].format_map(fields | record.export.dump())
     if result.predictor is not None:
         return _CONTEXTUAL
     if result.packed:
-        return (_PACKED if result.packed > sum(result.sparse.values()) else _SPARSE).format_map(fields)
+        return _PACKED if result.packed > sum(result.sparse.values()) else _SPARSE
     if shaping is None or shaping.shape is None or not shaping.cut:
         return _DENSE
-    return (_WIDTHS if isinstance(shaping.shape.neurons, list) else _SMALLER).format_map(fields)
+    return _WIDTHS if isinstance(shaping.shape.neurons, list) else _SMALLER
 
 
 def _made_with(record: RunRecord) -> list[str]:

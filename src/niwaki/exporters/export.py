@@ -25,16 +25,10 @@ from niwaki.compression.run_record import (
     write_record,
 )
 from niwaki.config.events import Report
-from niwaki.errors import InputError, unknown
+from niwaki.errors import InputError, OutputError, unknown
+from niwaki.exporters.formats import FORMATS, ExportFormat
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.files import copy_file, file_sha256, write_text
-
-FORMATS = {
-    "compressed-tensors": "niwaki.exporters.compressed_tensors",
-    "gguf": "niwaki.exporters.gguf_file",
-    "onnx": "niwaki.exporters.onnx_graph",
-}
-WEIGHT_FILES = (".safetensors", ".gguf", ".onnx", ".data")
 
 
 class ExportPlan(Protocol):
@@ -74,6 +68,8 @@ def export(
     OutputError for a `dest` that cannot be written. An error leaves no file.
     """
     started = time.perf_counter()
+    if to not in FORMATS:
+        raise InputError(unknown("export format", to, FORMATS))
     exporter = _exporter(to)
     dest = Path(dest).absolute()
     check_free(dest, partial_of(dest), resume=False, overwrite=overwrite)
@@ -97,7 +93,9 @@ def export(
             lines = checkpoint.folder / RECORD / LINES
             if lines.is_file():
                 copy_file(lines, run.folder / RECORD / LINES)
-            write_text(run.folder / "README.md", export_card(record))
+            write_text(
+                run.folder / "README.md", export_card(record, library=FORMATS[to].library, storage=FORMATS[to].storage)
+            )
             write_record(run.folder, record)
         except BaseException:
             run.discard()
@@ -107,17 +105,15 @@ def export(
 
 
 def _exporter(to: str) -> Exporter:
-    if to not in FORMATS:
-        raise InputError(unknown("export format", to, FORMATS))
     try:
-        return cast(Exporter, importlib.import_module(FORMATS[to]))
+        return cast(Exporter, importlib.import_module(FORMATS[to].module))
     except ImportError as error:
         name = f"{error.name}: pip install {error.name} (or the extra `export`)"
         raise InputError(f"exporting to {to} needs the package {name}") from error
 
 
 def _export_record(to: str, source: Path, folder: Path, written: dict[str, Any], started: float) -> ExportRecord:
-    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_FILES)
+    files = weight_files(folder, FORMATS[to])
     fields = {
         "to": to,
         "source": str(source),
@@ -128,3 +124,11 @@ def _export_record(to: str, source: Path, folder: Path, written: dict[str, Any],
         "seconds": round(time.perf_counter() - started, 2),
     }
     return ExportRecord.model_validate(fields)
+
+
+def weight_files(folder: Path, format: ExportFormat) -> list[Path]:
+    """Return the weight files of an export, sorted by name. Raises OutputError if there is none."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in format.suffixes)
+    if not files:
+        raise OutputError(f"{format.module} wrote no file that ends with {' or '.join(format.suffixes)}")
+    return files
