@@ -125,10 +125,10 @@ def load_gates(path: str | Path) -> Gates:
 
 def measurements(candidate: Candidate) -> Iterator[Measurement]:
     """Yield every measured value of a candidate under the stable name of its metric."""
+    of_data = [name for name, metric in METRICS.items() if metric.needs == "data"]
     for data in candidate.data:
-        for name, metric in METRICS.items():
-            if metric.needs == "data":
-                yield Measurement(name, data.data, getattr(data.whole, name))
+        for metric in of_data:
+            yield Measurement(metric, data.data, getattr(data.whole, metric))
     for task in candidate.tasks:
         yield Measurement("accuracy_loss", task.task, task.accuracy.loss)
         yield Measurement("accuracy_norm_loss", task.task, task.accuracy_norm.loss)
