@@ -9,10 +9,11 @@ from house.english import faults, faults_of_docstring, faults_of_words
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "niwaki"
-FILES = sorted(SOURCE.rglob("*.py"))
+SCRIPTS = (ROOT / "benchmarks", ROOT / "tests" / "system" / "serving")
+FILES = [path for folder in (SOURCE, *SCRIPTS) for path in sorted(folder.rglob("*.py"))]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_language_of_a_file(path: Path) -> None:
     assert faults(path) == []
 
@@ -20,6 +21,8 @@ def test_the_language_of_a_file(path: Path) -> None:
 PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
     *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "tests" / "system" / "serving" / "README.md",
 ]
 # Their source is the code, whose language is checked there.
 GENERATED = re.compile(r"<!-- generated: .*?<!-- end -->", re.S)
