@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
+import httpx
 import psutil
 
 from tests.system.serving.served import Call, Reply, ask, free_port, metrics_of, sapling_with_template, serving, written
@@ -225,8 +225,8 @@ async def _killed(port: int, supervisor: Supervisor, sent: int) -> dict[str, Any
 def _health(port: int) -> int:
     """Return the status of /health, 0 if no answer comes."""
     try:
-        return httpx2.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code
-    except httpx2.HTTPError:
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code
+    except httpx.HTTPError:
         return 0
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import httpx2
+import httpx
 import psutil
 
 from niwaki.cli.demo import sapling
@@ -81,15 +81,15 @@ def computed(process: psutil.Process) -> float:
 
 def _ready(port: int) -> bool:
     try:
-        return httpx2.get(f"http://127.0.0.1:{port}/ready", timeout=5).status_code == 200
-    except httpx2.HTTPError:
+        return httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5).status_code == 200
+    except httpx.HTTPError:
         return False
 
 
 def metrics_of(port: int, key: str = "none") -> dict[str, float]:
     """Return the series of /metrics and their values."""
     headers = {"Authorization": f"Bearer {key}"}
-    text = httpx2.get(f"http://127.0.0.1:{port}/metrics", headers=headers, timeout=30).text
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", headers=headers, timeout=30).text
     rows = [line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#")]
     return {name: float(value) for name, _, value in rows}
 
