@@ -17,7 +17,7 @@ from rich.text import Text
 
 from niwaki.cli.app import app
 from niwaki.config.presets import PRESETS
-from niwaki.config.recipe import NM, Bits, Sparsity, option_fields
+from niwaki.config.recipe import Bits, option_fields
 from niwaki.measure.bench.schema import Cell, Row, read_bench
 from niwaki.methods.method import MethodKind
 from niwaki.methods.registry import METHODS, get_method, method_names
@@ -25,7 +25,6 @@ from niwaki.methods.registry import METHODS, get_method, method_names
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- generated: (\w+) ?([\w-]*) -->\n).*?(<!-- end -->)", re.S)
-TARGETS = {Sparsity: "a share of zeros, `0.5`", NM: "N:M, `2:4`", Bits: "bits, `4bit`"}
 TEXTS = ("reviews", "wikitext2")
 Rows = list[list[str]]
 
@@ -35,7 +34,7 @@ def facts(name: str) -> str:
     method = get_method(name)
     needs = method.needs(method.config())
     data = needs.gram or needs.sqnorm or needs.gradient or needs.windows or method.kind is not MethodKind.WALK
-    accepted = " or ".join(TARGETS[kind] for kind in method.accepts)
+    accepted = " or ".join(f"{kind.words}, `{kind.example}`" for kind in method.accepts)
     if method.kind is MethodKind.SHAPE:
         accepted = "share of the decoder's parameters to remove, `0.3`"
     if method.kind is MethodKind.CONTEXTUAL:

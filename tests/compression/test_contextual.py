@@ -114,7 +114,7 @@ def test_same_seed_same_bytes_and_a_finished_predictor_is_kept(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"target": "2:4"}, TargetError, "shadow meets a fraction of zeros"),
+        ({"target": "2:4"}, TargetError, "shadow meets a share of zeros"),
         ({"method": "shadow+wanda"}, InputError, "learns what a finished model needs: run it alone"),
         ({"allocation": "owl"}, TargetError, "drop allocation owl"),
         ({"options": {"criterion": "taste"}}, InputError, "criterion must be one of auto, energy"),

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -10,11 +11,14 @@ from pydantic import BaseModel
 from niwaki.compression.allocation import OwlConfig
 from niwaki.config.recipe import (
     NM,
+    WRITTEN_TARGETS,
     Bits,
     Calibration,
+    KeepUnits,
     PrunedBits,
     Recipe,
     Sparsity,
+    Target,
     current_name,
     explanations,
     load_recipe,
@@ -212,3 +216,16 @@ def test_options_are_coerced_and_checked() -> None:
     for name, value in [("count", "1.5"), ("flag", "maybe"), ("share_frac", "x")]:
         with pytest.raises(InputError, match=f"m option {name}: expected"):
             make_options(Options, {name: value}, "m")
+
+
+def test_every_kind_of_target_describes_itself() -> None:
+    assert {*WRITTEN_TARGETS, KeepUnits} == set(get_args(Target))
+    explained = explanations(Recipe)["target"]
+    for kind in WRITTEN_TARGETS:
+        target = parse_target(kind.example)
+        assert type(target) is kind and kind.words in explained and kind.example in explained
+        multiple = target.columns_multiple
+        assert target.zeros_in(3, 5 * multiple) >= 0, "columns in multiples of it always fit"
+    with pytest.raises(TargetError) as raised:
+        parse_target("half")
+    assert all(kind.example in str(raised.value) for kind in WRITTEN_TARGETS)

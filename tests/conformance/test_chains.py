@@ -119,7 +119,7 @@ def test_a_structured_method_may_stand_before_both(model: Path, text: Path, tmp_
     ("sparsegpt+gptq+rtn", "2:4+4bit", "target 2:4+4bit prunes, then quantizes"),
     ("sparsegpt+wandapp", "2:4+4bit", "expected a chain that does both"),
     ("sparsegpt+squeeze10", "2:4+4bit", "squeeze10 does not leave zeros alone, put gptq or rtn last"),
-    ("besa+gptq", "2:4+4bit", "method besa meets a fraction of zeros such as 0.5, got target 2:4"),
+    ("besa+gptq", "2:4+4bit", "method besa meets a share of zeros such as 0.5, got target 2:4"),
     ("rtn+gptq", "4bit", "gptq cannot take up what another method began, put it first"),
     ("sparsegpt+gptq", "2:4+5bit", "rounds to 2, 3, 4 or 8 bits"),
     ("sparsegpt+gptq", "4bit+2:4", "expected zeros first"),

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from niwaki.config.recipe import NM, Sparsity, Target
+from niwaki.config.recipe import NM, Bits, Sparsity, Target
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
-from niwaki.errors import NumericalError
+from niwaki.errors import NumericalError, TargetError
 from niwaki.methods import sparsegpt
 from niwaki.methods.shared.column_sweep import inverse_factor
 from support.models import calibration_of, correlated_inputs, make_block, run_method, statistics_of
@@ -138,3 +138,8 @@ def test_one_factor_serves_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     targets = dict.fromkeys(statistics, Sparsity(0.5))
     sparsegpt.compress(block, CalibrationData(statistics), targets, sparsegpt.Config(), torch.Generator())
     assert [gram is shared.gram_II for gram in calls] == [True, False]
+
+
+def test_a_kind_of_target_that_the_sweep_cannot_meet_is_refused() -> None:
+    with pytest.raises(TargetError, match="no mask of scores meets target 4bit"):
+        run_method(sparsegpt, torch.randn(4, 8), torch.randn(16, 8), Bits(4))

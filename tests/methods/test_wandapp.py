@@ -229,11 +229,11 @@ def test_in_a_chain_the_mask_of_the_step_before_stays(tmp_path: Path) -> None:
     [
         ("wandapp+wanda", {}, "wanda cannot take up"),
         ("sparsegpt+wandapp", {"rounds": 1}, "write it as method.option"),
-        ("wandapp+wandapp", {}, "may stand in a chain once"),
+        ("wandapp+wandapp", {}, "may appear only once in a chain"),
         ("wandapp", {"optimizer": "sgd"}, "optimizer must be one of"),
         ("wandapp", {"target": "both_"}, "target must be one of"),
         ("wandap", {}, "did you mean 'wandapp'"),
-        ("besa", {}, "besa meets a fraction of zeros"),
+        ("besa", {}, "besa meets a share of zeros"),
     ],
 )
 def test_wrong_chains_and_options_are_one_line(

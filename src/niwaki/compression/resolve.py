@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from niwaki.compression.allocation import ALLOCATIONS, OwlConfig, Targets, owl, uniform
 from niwaki.compression.bit_allocation import bits_within, kept_targets
 from niwaki.compression.chain import split_chain
-from niwaki.config.recipe import NM, PrunedBits, Recipe, Target, make_options, parse_target
+from niwaki.config.recipe import Recipe, Target, make_options, parse_target
 from niwaki.data.statistics import Needs
 from niwaki.errors import CalibrationError, InputError, TargetError, unknown
 from niwaki.methods.method import MethodKind
@@ -43,8 +43,7 @@ class RecipeStage:
     def columns_multiple(self) -> int:
         """Return the number that must divide the columns of every matrix for this stage."""
         groups = [step.group or 1 for step in self.steps]
-        zeros = self.target.zeros if isinstance(self.target, PrunedBits) else self.target
-        return math.lcm(zeros.group if isinstance(zeros, NM) else 1, *groups)
+        return math.lcm(1 if self.target is None else self.target.columns_multiple, *groups)
 
 
 @dataclass(frozen=True)

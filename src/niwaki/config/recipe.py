@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -26,10 +26,18 @@ from niwaki.errors import InputError, TargetError, unknown
 class Sparsity:
     """Unstructured sparsity: the fraction of weights that become zero, 0 < zeros_frac < 1."""
 
+    words: ClassVar[str] = "a share of zeros"
+    example: ClassVar[str] = "0.5"
+
     zeros_frac: float
 
     def __str__(self) -> str:
         return f"{self.zeros_frac:g}"
+
+    @property
+    def columns_multiple(self) -> int:
+        """Return 1: the mask fits any number of columns."""
+        return 1
 
     def zeros_in(self, rows: int, columns: int) -> int:
         """Return the exact number of zeros in a matrix of this shape."""
@@ -40,11 +48,19 @@ class Sparsity:
 class NM:
     """N:M sparsity: `keep` weights stay of every `group` neighbours along the inputs."""
 
+    words: ClassVar[str] = "N:M"
+    example: ClassVar[str] = "2:4"
+
     keep: int
     group: int
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.group}"
+
+    @property
+    def columns_multiple(self) -> int:
+        """Return the number that must divide the columns of a matrix."""
+        return self.group
 
     def zeros_in(self, rows: int, columns: int) -> int:
         """Return the exact number of zeros in a matrix of this shape. Raises TargetError if the groups do not fit."""
@@ -63,10 +79,18 @@ class Bits:
     A method with one code width takes this width. A mixed method counts everything that it stores.
     """
 
+    words: ClassVar[str] = "bits"
+    example: ClassVar[str] = "4bit"
+
     bits: float
 
     def __str__(self) -> str:
         return f"{self.bits:g}bit"
+
+    @property
+    def columns_multiple(self) -> int:
+        """Return 1: any number of columns fits."""
+        return 1
 
     def zeros_in(self, rows: int, columns: int) -> int:
         """Return 0: quantization asks for no zeros."""
@@ -80,11 +104,19 @@ class PrunedBits:
     Each step of a chain meets its own part.
     """
 
+    words: ClassVar[str] = "zeros and bits"
+    example: ClassVar[str] = "2:4+4bit"
+
     zeros: Sparsity | NM
     bits: Bits
 
     def __str__(self) -> str:
         return f"{self.zeros}+{self.bits}"
+
+    @property
+    def columns_multiple(self) -> int:
+        """Return the number that must divide the columns of a matrix."""
+        return self.zeros.columns_multiple
 
     def zeros_in(self, rows: int, columns: int) -> int:
         """Return the number of zeros of the mask. Kept weights that round to zero add to it."""
@@ -115,12 +147,20 @@ class KeepUnits:
     With `cut` the other groups leave the file. Without it they are stored as zeros.
     """
 
+    words: ClassVar[str] = "heads or neurons that stay"
+    example: ClassVar[str] = ""
+
     unit: Unit
     count: int
     cut: bool = True
 
     def __str__(self) -> str:
         return f"{self.count} of {self.unit.count} {self.unit.kind}"
+
+    @property
+    def columns_multiple(self) -> int:
+        """Return 1: any number of columns fits."""
+        return 1
 
     def zeros_in(self, rows: int, columns: int) -> int:
         """Return 0: a structured target is no number of zeros."""
@@ -131,11 +171,17 @@ RENAMED_FIELDS = {"ends": "embeddings"}  # of a recipe, by their names in versio
 RENAMED_OPTIONS = {"stand_in": "mean_fill", "trust": "shrinkage"}  # of methods
 RENAMED_PREFIXES = {"most_": "max_", "least_": "min_"}
 Target = Sparsity | NM | Bits | PrunedBits | KeepUnits
+WRITTEN_TARGETS: tuple[type[Target], ...] = (Sparsity, NM, Bits, PrunedBits)  # those that a text can ask for
 _BYTE_UNITS = {"": 1, "B": 1} | {
     f"{prefix}{ending}": base**power
     for power, prefix in enumerate("KMGT", start=1)
     for ending, base in (("B", 1000), ("IB", 1024))
 }
+
+
+def target_example(kind: type[Target]) -> str:
+    """Return a kind of target in words, with an example of its text."""
+    return f"{kind.words} such as {kind.example}" if kind.example else kind.words
 
 
 def parse_target(text: str) -> Target:
@@ -156,13 +202,11 @@ def parse_target(text: str) -> Target:
     try:
         zeros_frac = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError as error:
-        raise TargetError(
-            f"target {text!r}: expected a fraction of zeros such as 0.5, N:M such as 2:4, or bits such as 4bit"
-        ) from error
+        raise TargetError(f"target {text!r}: expected {', '.join(map(target_example, WRITTEN_TARGETS))}") from error
     if not (math.isfinite(zeros_frac) and 0 < zeros_frac < 1):
         percent = 1 < zeros_frac < 100 and not text.endswith("%")
         hint = f"write {text}% or {zeros_frac / 100:g}" if percent else "for example 0.5 or 50%"
-        raise TargetError(f"target {text}: a fraction of zeros lies between 0 and 1, {hint}")
+        raise TargetError(f"target {text}: a share of zeros lies between 0 and 1, {hint}")
     return Sparsity(zeros_frac)
 
 
@@ -215,9 +259,9 @@ class Recipe(_Strict):
     """Request of a compression: all fields that decide the bytes of a result, and how to compute them."""
 
     method: Annotated[str, "A method, or several joined by +, in the order in which they run."]
-    target: Annotated[str | None, "A share of zeros (0.5), N:M (2:4), bits per weight (4bit), or both (2:4+4bit)."] = (
-        None
-    )
+    target: Annotated[
+        str | None, "One of: " + ", ".join(f"{kind.words} ({kind.example})" for kind in WRITTEN_TARGETS) + "."
+    ] = None
     target_bytes: Annotated[int | None, "Bytes of all compressed matrices together, instead of a target."] = None
     keep_blocks: Annotated[
         Literal["auto"] | tuple[int, ...], "Blocks that stay at 4 bits: their numbers, auto or none."

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import NM, Sparsity, Target
+from niwaki.config.recipe import Target
 
 SIDE = 128  # rows and columns of the grid
 BINS = 24
@@ -53,8 +53,8 @@ _recording: ContextVar[tuple[dict[int, str], MaskChoices] | None] = ContextVar("
 
 @contextmanager
 def record_mask_choices(targets: Mapping[str, Target]) -> Iterator[tuple[dict[str, Target], MaskChoices]]:
-    """Yield the same targets, each mask's an object of its own, and the choices that are made for them by matrix."""
-    own = {name: copy.copy(t) if isinstance(t, Sparsity | NM) else t for name, t in targets.items()}
+    """Yield a copy of every target, and the choices that are made for them by matrix."""
+    own = {name: copy.copy(target) for name, target in targets.items()}
     choices: MaskChoices = {}
     token = _recording.set(({id(target): name for name, target in own.items()}, choices))
     try:

@@ -87,7 +87,7 @@ class Method:
 
     doc: str
     paper: str
-    accepts: tuple[type, ...]
+    accepts: tuple[type[Target], ...]
     config: type
     needs: Callable[[Any], Needs]
     continues: bool = False

@@ -16,7 +16,7 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Any
 
-from niwaki.config.recipe import NM, Bits, PrunedBits, Sparsity, Target, make_options
+from niwaki.config.recipe import Bits, PrunedBits, Target, make_options, target_example
 from niwaki.errors import InputError, TargetError, unknown
 from niwaki.methods.cost import Scope, Work
 from niwaki.methods.method import ContextualMethod, Method, MethodKind, ShapeMethod, WalkMethod
@@ -164,7 +164,7 @@ def make_steps(chain: str, options: Mapping[str, Any], target: Target | None) ->
     names = [info.name for info in chain_infos(chain)]
     methods = [get_method(name) for name in names]
     if len(set(names)) < len(names):
-        raise InputError(f"method {chain}: every method may stand in a chain once")
+        raise InputError(f"method {chain}: each method may appear only once in a chain")
     _check_chain(chain, names, methods, target)
     own: dict[str, dict[str, Any]] = {name: {} for name in names}
     for key, value in options.items():
@@ -203,7 +203,7 @@ def _check_chain(chain: str, names: Sequence[str], methods: Sequence[Method], ta
     for name, method in zip(names, methods, strict=True):
         part = target if not isinstance(target, PrunedBits) else target.bits if name in quantizers else target.zeros
         if part is not None and not isinstance(part, method.accepts):
-            kinds = " or ".join(_TARGET_EXAMPLES[kind] for kind in method.accepts)
+            kinds = " or ".join(map(target_example, method.accepts))
             raise TargetError(f"method {name} meets {kinds}, got target {part}")
     for name, method in zip(names[1:], methods[1:], strict=True):
         if both and name in quantizers and not method.continues:
@@ -228,10 +228,3 @@ def _masked_options(name: str, method: Method, options: Mapping[str, Any]) -> di
                 f"for zero in the middle are those of {name}.{option}={str(required).lower()}: leave it out"
             )
     return merged
-
-
-_TARGET_EXAMPLES = {
-    Sparsity: "a fraction of zeros such as 0.5",
-    NM: "N:M such as 2:4",
-    Bits: "bits such as 4bit",
-}

@@ -41,7 +41,7 @@ from niwaki.methods.shared.column_sweep import (
     prune_by_sweep,
     refit_kept,
 )
-from niwaki.methods.shared.masks import choose_by_panel, keep_by_matrix
+from niwaki.methods.shared.masks import choose_by_panel, keep_by_matrix, require_unstructured
 from niwaki.model.decoder import Block
 
 
@@ -151,8 +151,8 @@ def _sweep_together(
         whole_groups = max(panel_columns // target.group, 1) * target.group
         keep_OI = prune_by_sweep(weight_OI, upper_II, target, None, whole_groups)
     else:
-        shares = [target for name in names if isinstance(target := targets[name], Sparsity)]
-        chosen = choose_by_panel(shares, rows, columns, weight_OI.device)
+        zeros = [require_unstructured(targets[name]) for name in names]
+        chosen = choose_by_panel(zeros, rows, columns, weight_OI.device)
         keep_OI = prune_by_sweep(
             weight_OI, upper_II, None, lambda p, d, start: chosen((p / d).square_(), start), panel_columns
         )

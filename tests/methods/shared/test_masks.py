@@ -1,9 +1,11 @@
 """Masks: exact counts, the lowest scores, ties by index."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from niwaki.config.recipe import NM, Sparsity
+from niwaki.config.recipe import NM, Bits, PrunedBits, Sparsity
 from niwaki.errors import TargetError
 from niwaki.methods.shared.masks import choose_by_panel, keep_by_group, keep_by_matrix, keep_by_row
 
@@ -83,3 +85,10 @@ def test_rows_equal_a_stable_sort_even_with_ties(seed: int) -> None:
         count = (row + 1) * zeros // rows - row * zeros // rows
         wanted[row, scores[row].argsort(stable=True)[:count]] = False
     assert torch.equal(keep_by_row(scores, target), wanted)
+
+
+@pytest.mark.parametrize("choose", [keep_by_row, keep_by_matrix])
+@pytest.mark.parametrize("target", [Bits(4), PrunedBits(NM(2, 4), Bits(4))], ids=str)
+def test_a_kind_of_target_without_a_mask_is_refused(choose: Any, target: Any) -> None:
+    with pytest.raises(TargetError, match=r"expected a share of zeros or N:M"):
+        choose(torch.ones(4, 8), target)

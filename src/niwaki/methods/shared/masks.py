@@ -13,6 +13,7 @@ from torch import Tensor
 
 from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.data.statistics import UNREACHED, Statistics
+from niwaki.errors import TargetError
 from niwaki.formats.record import Packed
 from niwaki.kernels.select import above, keep_highest, keep_in_panel
 from niwaki.kernels.types import PanelParts
@@ -60,7 +61,7 @@ def keep_by_row(scores_OI: Tensor, target: Target) -> Tensor:
     if isinstance(target, NM):
         return keep_by_group(scores_OI, target)
     rows, columns = scores_OI.shape
-    zeros = target.zeros_in(rows, columns)
+    zeros = require_unstructured(target).zeros_in(rows, columns)
     edges = torch.arange(rows + 1, device=scores_OI.device, dtype=torch.int64) * zeros // rows
     keep_OI, bound_O1 = _drop_lowest(scores_OI, edges.diff())
     record_choice(target, scores_OI, keep_OI, bound_O1)
@@ -71,9 +72,16 @@ def keep_by_matrix(scores_OI: Tensor, target: Target) -> Tensor:
     """Return the keep mask [O, I] of one threshold for the whole matrix; an N:M target is chosen group by group."""
     if isinstance(target, NM):
         return keep_by_group(scores_OI, target)
-    keep_OI, bound_1 = keep_highest(scores_OI, target.zeros_in(*scores_OI.shape))
+    keep_OI, bound_1 = keep_highest(scores_OI, require_unstructured(target).zeros_in(*scores_OI.shape))
     record_choice(target, scores_OI, keep_OI, bound_1)
     return keep_OI
+
+
+def require_unstructured(target: Target) -> Sparsity:
+    """Return the target, whose zeros may lie anywhere. Raises TargetError for any other kind."""
+    if not isinstance(target, Sparsity):
+        raise TargetError(f"no mask of scores meets target {target}: expected {Sparsity.words} or {NM.words}")
+    return target
 
 
 def choose_by_panel(
