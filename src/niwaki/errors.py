@@ -13,7 +13,7 @@ NiwakiError                 the CLI prints it in one line and exits with 2
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class NiwakiError(Exception):
@@ -62,3 +62,12 @@ def unknown(what: str, name: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown {what} {name!r}: {hint}choose from {', '.join(known)}"
+
+
+def format_problem(found: object, readable: Sequence[int]) -> str | None:
+    """Return why a file of format `found` cannot be read and what to do, None if it can be read."""
+    if found in readable:
+        return None
+    newer = isinstance(found, int) and found > max(readable)
+    step = "install a newer niwaki" if newer else "write it again with this niwaki"
+    return f"has format {found!r}, this niwaki reads {' and '.join(map(str, readable))}: {step}"

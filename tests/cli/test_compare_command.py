@@ -90,7 +90,7 @@ def test_a_candidate_without_a_card_is_refused_before_anything_is_measured(
 ) -> None:
     wrong = ["compare", folder / "out", folder / "dense", "--data", folder / "data.jsonl", "--seq-len", 32]
     code, printed, errors = run(capsys, *wrong, "--rounds", 0, "--update-card", "--report", tmp_path / "report")
-    assert code == 2 and printed == "" and "is no result of niwaki" in errors
+    assert code == 2 and printed == "" and "is not a result of niwaki" in errors
     assert not list(tmp_path.iterdir())
 
 
@@ -103,7 +103,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["compare", "{folder}/dense", "{folder}/out", "--data", "{folder}/data.jsonl"], "pass --seq-len 64 or less"),
     (["compare", "{folder}/dense", "{folder}/out", "--data", "x.txt", "--gate", "{folder}/bad.yaml"], "did you mean"),
     (["gate", "{tmp}/gate.yaml", "--init"], "give --baseline REPORT/compare.json"),
-    (["gate", "{tmp}/gate.yaml", "--init", "--baseline", "{folder}/bad.yaml"], "is no comparison"),
+    (["gate", "{tmp}/gate.yaml", "--init", "--baseline", "{folder}/bad.yaml"], "is not a comparison"),
 ]
 
 

@@ -107,4 +107,4 @@ def test_inspect_prints_json_and_suggests(
     code, printed, errors = run(capsys, "inspect", tmp_path / "out", "--why", "model.layers.2.mlp.up_prj")
     assert code == 2 and printed == "" and "did you mean 'model.layers.2.mlp.up_proj'" in errors
     code, _, errors = run(capsys, "inspect", model)
-    assert code == 2 and "is no result of niwaki" in errors
+    assert code == 2 and "is not a result of niwaki" in errors

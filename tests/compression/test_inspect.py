@@ -187,7 +187,7 @@ def test_a_misspelt_matrix_gets_a_suggestion(asked: str, near: str, results: dic
 
 
 def test_folders_that_are_no_results_are_refused(results: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no result of niwaki"):
+    with pytest.raises(InputError, match="is not a result of niwaki"):
         inspect(tmp_path)
     broken = tmp_path / "broken" / "niwaki"
     broken.mkdir(parents=True)

@@ -46,7 +46,7 @@ def test_new_records_have_a_format_and_later_ones_are_refused(tmp_path: Path) ->
     record = read_run(OLD / "pruned")
     (tmp_path / "niwaki").mkdir()
     write_record(tmp_path, record.model_copy(update={"format": FORMAT + 1}))
-    with pytest.raises(niwaki.CheckpointError, match="later version of niwaki"):
+    with pytest.raises(niwaki.CheckpointError, match="install a newer niwaki"):
         read_run(tmp_path)
 
 

@@ -134,7 +134,7 @@ def test_what_cannot_be_text_is_refused_without_looking_further(
     readme = tmp_path / "README.md"
     readme.write_text("hello")
     for source, message in [
-        (str(readme), "is no text file: expected .txt, .jsonl, .parquet"),
+        (str(readme), "is not a text file: expected .txt, .jsonl, .parquet"),
         (str(tmp_path / "gone.md"), "no such text file"),
         ("./gone", "no such text file"),
     ]:

@@ -128,7 +128,7 @@ def test_limits_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no candidates"):
         limits_from(gate, candidate="four")
     (tmp_path / "compare.json").write_text(json.dumps({"no": "comparison"}))
-    with pytest.raises(InputError, match="is no comparison"):
+    with pytest.raises(InputError, match="is not a comparison"):
         limits_from(tmp_path / "compare.json")
 
 

@@ -210,7 +210,7 @@ def test_an_answer_of_no_numbers_is_a_failure(engine: Engine) -> None:
     engine.start()
     asked = Asked()
     engine.submit(asked.job)
-    assert asked.wait()[-1] == Failed("the model computed values that are no numbers")
+    assert asked.wait()[-1] == Failed("the model computed values that are not numbers")
     until(lambda: engine.idle)
 
 

@@ -57,7 +57,7 @@ def uniform(anatomy: Anatomy, target: Target) -> Targets:
 def owl(anatomy: Anatomy, target: Target, outlier_shares: list[float], config: OwlConfig) -> Targets:
     """Return targets per block from the outlier share of each.
 
-    Raises TargetError for a target that is no share of zeros, or an impossible spread.
+    Raises TargetError for a target that is not a share of zeros, or an impossible spread.
     """
     if not isinstance(target, Sparsity):
         raise TargetError(f"owl moves unstructured sparsity between blocks, got {target}: use --allocation uniform")

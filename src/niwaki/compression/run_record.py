@@ -23,7 +23,7 @@ from typing import Any, Self
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from niwaki.config.recipe import Bits, Recipe, current_fields, parse_target
-from niwaki.errors import CheckpointError, InputError
+from niwaki.errors import CheckpointError, InputError, format_problem
 from niwaki.model.files import write_text
 from niwaki.version import __version__
 
@@ -221,13 +221,6 @@ class Record(_Frozen):
     model: ModelRecord | None = None
     export: ExportRecord | None = None
 
-    @field_validator("format")
-    @classmethod
-    def _known(cls, value: int) -> int:
-        if value > FORMAT:
-            raise ValueError(f"format {value} is of a later version of niwaki, this one reads {FORMAT}")
-        return value
-
     @property
     def file_hashes(self) -> Mapping[str, str] | None:
         """Return the SHA-256 of the weight files by name, None if the record has none."""
@@ -280,7 +273,7 @@ class RunRecord(Record):
 
     @property
     def asks_for_bits(self) -> bool:
-        """Return whether the last stage made codes and no zeros besides. A code that is 0 is no pruned weight."""
+        """Return whether the last stage made codes and no zeros besides. A code that is 0 is not a pruned weight."""
         target = self.recipe.target
         if target is None:
             return True
@@ -335,10 +328,12 @@ def read_record(folder: Path) -> Record | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
+        if problem := format_problem(content.get("format", 0), range(FORMAT + 1)):
+            raise CheckpointError(f"{path} {problem}")
         kind = RecoveryRecord if "recover" in content else RunRecord if "recipe" in content else Record
         return kind.model_validate(content)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_first(error)}): compress again") from error
+        raise CheckpointError(f"{path} cannot be read ({first_problem(error)}): compress again") from error
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -349,7 +344,7 @@ def read_run(folder: Path) -> RunRecord:
     record = read_record(folder)
     if record is None:
         path = folder / RECORD / RUN
-        raise InputError(f"{folder} is no result of niwaki: expected {path}; give the OUT of `niwaki compress`")
+        raise InputError(f"{folder} is not a result of niwaki: expected {path}; give the OUT of `niwaki compress`")
     if not isinstance(record, RunRecord):
         raise InputError(f"{folder} holds no compression: give the OUT of `niwaki compress`")
     return record
@@ -363,7 +358,7 @@ def write_record(folder: Path, record: Record) -> None:
 def read_lines(folder: Path) -> list[MatrixRecord]:
     """Return the lines of blocks.jsonl; none for a result that changed no matrix.
 
-    Raises CheckpointError if the file is missing or no record of niwaki.
+    Raises CheckpointError if the file is missing or is not a record of niwaki.
     """
     path = folder / RECORD / LINES
     try:
@@ -371,7 +366,7 @@ def read_lines(folder: Path) -> list[MatrixRecord]:
         return [MatrixRecord.model_validate_json(line) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not a record of niwaki ({_first(error)}): compress again, or remove it"
+            f"{path} is not a record of niwaki ({first_problem(error)}): compress again, or remove it"
         ) from error
 
 
@@ -380,7 +375,7 @@ def write_lines(folder: Path, lines: Iterable[MatrixRecord]) -> None:
     write_text(folder / RECORD / LINES, "".join(json.dumps(line.dump()) + "\n" for line in lines))
 
 
-def _first(error: Exception) -> str:
+def first_problem(error: Exception) -> str:
     """Return the first problem of a record in one line."""
     if isinstance(error, ValidationError):
         problem = error.errors()[0]

@@ -163,7 +163,7 @@ class KeepUnits:
         return 1
 
     def zeros_in(self, rows: int, columns: int) -> int:
-        """Return 0: a structured target is no number of zeros."""
+        """Return 0: a structured target is not a number of zeros."""
         return 0
 
 

@@ -33,7 +33,7 @@ def check_sources(sources: Sequence[str]) -> None:
         if path.is_dir() or (path.is_file() and path.suffix.lower() in SUFFIXES):
             continue
         if path.exists():
-            raise CalibrationError(f"{source} is no text file: expected {', '.join(SUFFIXES)}")
+            raise CalibrationError(f"{source} is not a text file: expected {', '.join(SUFFIXES)}")
         # What is left can only be the name of a data set: at most org/name, never a path.
         if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise CalibrationError(f"no such text file: {source}")

@@ -19,7 +19,7 @@ from niwaki.model.anatomy import Call
 from niwaki.model.decoder import Block, Decoder
 
 
-class _AllMet(Exception):  # noqa: N818 (ends a forward, and is no error)
+class _AllMet(Exception):  # noqa: N818 (ends a forward, and is not an error)
     """Signal that every matrix of a block has met its input."""
 
 

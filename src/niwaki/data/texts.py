@@ -268,7 +268,7 @@ def _read_dataset(source: str, field: str) -> Iterator[Document]:
         import datasets
     except ImportError as error:
         raise CalibrationError(
-            f"{source} is no {'/'.join(SUFFIXES)} file. To load it as a data set: pip install datasets"
+            f"{source} is not a {'/'.join(SUFFIXES)} file. To load it as a data set: pip install datasets"
         ) from error
     try:
         rows = datasets.load_dataset(source, split="train", streaming=True)

@@ -175,7 +175,9 @@ def _widths(
         _require(checkpoint, sources, f"blk.{index}.{part}", expected)
     heads, key_heads = rows // width, key_rows // width
     if rows % width or key_rows % width or (attends and (not key_heads or heads % key_heads)):
-        raise CheckpointError(f"block {index}: {rows} and {key_rows} rows of q and k are no heads of {width} in groups")
+        raise CheckpointError(
+            f"block {index}: {rows} and {key_rows} rows of q and k are not heads of {width} in groups"
+        )
     return neurons, heads, key_heads
 
 

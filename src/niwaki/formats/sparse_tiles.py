@@ -37,7 +37,7 @@ class Tiled:
 
     @classmethod
     def encode(cls, record: Sparse) -> "Tiled | None":
-        """Return a record of `sparse` in tiles; None for another kind, or for columns that are no whole blocks."""
+        """Return a record of `sparse` in tiles; None for another kind, or for columns that are not whole blocks."""
         whole = fits_tiles(record.columns, record.group)
         if (record.layout, record.values) != ("two_four", "int4") or not whole or record.scale_OG is None:
             return None

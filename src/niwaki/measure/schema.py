@@ -9,14 +9,16 @@ two-sided). A field that was not measured is None or empty, never a guess.
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from niwaki.errors import InputError
+from niwaki.compression.run_record import first_problem
+from niwaki.errors import InputError, format_problem
 from niwaki.model.files import write_text
 
 Kind = Literal["plain", "packed", "structured", "contextual"]
 Unit = Literal["document", "window", "question", "round", "file"]
 
+FORMAT: Literal[1] = 1
 BUSY_SPREAD = 3.0  # the fastest round of one model over its slowest, above which the machine was busy
 
 
@@ -27,7 +29,7 @@ class Frozen(BaseModel):
 
 
 class Estimate(Frozen):
-    """A measured value and its interval over `units` independent units. One unit gives no interval."""
+    """A measured value and its interval over `units` independent units. With one unit, `low` and `high` are None."""
 
     value: float
     low: float | None
@@ -261,7 +263,7 @@ class Environment(Frozen):
 class Comparison(Frozen):
     """One dense model and its candidates. `passed`: all gates of all candidates pass, None without gates."""
 
-    format: Literal[1] = 1
+    format: Literal[1] = FORMAT
     kind: Literal["niwaki comparison"] = "niwaki comparison"
     date: str
     command: str
@@ -274,6 +276,13 @@ class Comparison(Frozen):
     gate: dict[str, float] | None = None
     passed: bool | None = None
 
+    @field_validator("format", mode="before")
+    @classmethod
+    def _readable(cls, value: Any) -> Any:
+        if problem := format_problem(value, (FORMAT,)):
+            raise ValueError(f"it {problem}")
+        return value
+
 
 def read_comparison(path: str | Path) -> Comparison:
     """Read a compare.json. Raises InputError for any other file."""
@@ -282,9 +291,7 @@ def read_comparison(path: str | Path) -> Comparison:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}. Expected the compare.json of a report") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its content"
-        raise InputError(f"{path} is no comparison of this niwaki ({where}: {first['msg']})") from error
+        raise InputError(f"{path} is not a comparison of this niwaki ({first_problem(error)})") from error
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:

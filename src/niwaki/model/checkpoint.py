@@ -205,7 +205,9 @@ def local_folder(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, HTTP and OS errors alike
         reason = str(error).strip().split("\n")[0][:160]
-        raise CheckpointError(f"{model} is no local folder and could not be fetched as a hub id ({reason})") from error
+        raise CheckpointError(
+            f"{model} is not a local folder and could not be fetched as a hub id ({reason})"
+        ) from error
 
 
 def _read_config(folder: Path) -> Any:

@@ -136,7 +136,7 @@ def split_converted(model: Any, fused: dict[str, Tensor], expected: Container[st
 def resize(model: nn.Module, shapes: Shapes) -> None:
     """Give matrices of a model on the meta device, and their biases, the rows and columns of `shapes`.
 
-    Raises CheckpointError for a name that is no linear layer of this model.
+    Raises CheckpointError for a name that is not a linear layer of this model.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     narrowed: dict[str, tuple[int, int]] = {}

@@ -30,7 +30,7 @@ def request_texts(path: str, payload: Mapping[str, Any]) -> list[dict[str, str]]
 
 def _message(message: Any) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise UnreadableError("a message is no object")
+        raise UnreadableError("a message is not an object")
     content = message.get("content")
     if isinstance(content, list) and all(isinstance(one, dict) and isinstance(one.get("text"), str) for one in content):
         content = "".join(one["text"] for one in content)

@@ -1,7 +1,7 @@
 """One OpenAI-compatible server: it gets requests unchanged, and returns answers as bytes with their times.
 
-An `UpstreamResponse` starts with its first byte, or with all bytes if the answer is no stream. Until then the gateway
-can send the request to the other server. Answers are requested without compression and passed on unchanged.
+An `UpstreamResponse` starts with its first byte, or with all bytes if the answer is not a stream. Until then the
+gateway can send the request to the other server. Answers are requested without compression and passed on unchanged.
 
     response = await server.open("/v1/completions", body, headers, first_byte_s=30)
 """
@@ -27,7 +27,7 @@ _HOP_HEADERS = {
     b"trailer", b"transfer-encoding", b"upgrade", b"host", b"content-length", b"accept-encoding", b"expect",
     b"date", b"server",
 }  # fmt: skip
-MAX_BYTES = 64_000_000  # of an answer that is no stream
+MAX_BYTES = 64_000_000  # of an answer that is not a stream
 Clock = Callable[[], float]
 
 

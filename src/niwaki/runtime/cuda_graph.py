@@ -207,7 +207,7 @@ def _compiled(blocks: nn.ModuleList) -> Iterator[None]:
     for block in blocks:
         block.compile(dynamic=False)
     try:
-        # The index of a block is no constant; every batch size and kind of step is compiled.
+        # The index of a block is not a constant; every batch size and kind of step is compiled.
         with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=64):
             yield
     finally:

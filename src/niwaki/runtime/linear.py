@@ -45,7 +45,7 @@ def register_buffers(module: nn.Module, rows: int, columns: int, described: Sequ
     """Register empty buffers for a matrix [rows, columns] of described parts (see `formats.quantized`)."""
 
     def store(name: str, dtype: torch.dtype, *shape: int) -> None:
-        # Buffers: integers are no parameters, and casts of the model leave them as they are.
+        # Buffers: integers are not parameters, and casts of the model leave them as they are.
         module.register_buffer(name, torch.empty(shape, dtype=dtype))
 
     for number, about in enumerate(described):

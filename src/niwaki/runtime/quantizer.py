@@ -12,7 +12,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from niwaki.errors import CheckpointError
+from niwaki.errors import CheckpointError, format_problem
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.checkpoint import QUANT_METHOD
 from niwaki.model.hf import resize
@@ -46,10 +46,8 @@ class NiwakiQuantizer(HfQuantizer):
     requires_calibration = True  # it loads results of `niwaki compress` and quantizes no weights
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if self.quantization_config.format != FORMAT:
-            raise CheckpointError(
-                f"packed format {self.quantization_config.format}, this niwaki reads {FORMAT}: install a newer one"
-            )
+        if problem := format_problem(self.quantization_config.format, (FORMAT,)):
+            raise CheckpointError(f"the quantization_config of the model {problem}")
         resize(model, self.quantization_config.shapes)
         packed = self.quantization_config.modules
         for name, about in packed.items():

@@ -145,7 +145,7 @@ class Decoding:
         if sequence.generated >= job.max_tokens:  # only the scores of the prompt were wanted
             return _finish(sequence, "length")
         if bool(logits_V.isnan().any()):
-            job.emit(Failed("the model computed values that are no numbers"))
+            job.emit(Failed("the model computed values that are not numbers"))
             return True
         token = sample(logits_V, job.sampling)
         seconds = self.metrics.token if sequence.generated else self.metrics.first_token

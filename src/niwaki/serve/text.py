@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-REPLACEMENT = "\ufffd"  # stands in a decoded text for bytes that are no character
+REPLACEMENT = "\ufffd"  # stands in a decoded text for bytes that are not a character
 MAX_PENDING = 32  # max tokens that wait for the rest of a character
 
 
@@ -95,7 +95,7 @@ class IncrementalDetokenizer:
 
 
 class TokenNames:
-    """Names of tokens in lists of log-probabilities: their text, or their bytes if these are no text."""
+    """Names of tokens in lists of log-probabilities: their text, or their bytes if these are not text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

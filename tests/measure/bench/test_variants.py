@@ -165,7 +165,7 @@ def test_fused_experts_stay_dense_and_are_told() -> None:
     model = build(families()["mixtral"].config)
     made = VARIANTS["2:4"].make(model, anatomy_of(model))
     experts = sum(linear.expert is not None for linear in anatomy_of(model).blocks[0].linears.values())
-    assert made.detail == f"{3 * experts} matrices that are no nn.Linear stay dense"
+    assert made.detail == f"{3 * experts} matrices outside nn.Linear stay dense"
 
 
 def _logits(made: VariantModel) -> Tensor:

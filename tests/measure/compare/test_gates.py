@@ -236,7 +236,7 @@ def test_a_baseline_without_evidence_writes_comments(tmp_path: Path) -> None:
     text = gate_text(comparison(few))
     path.write_text(text)
     assert set(load_gates(path).limits) == {"max_bytes", "max_bytes_ratio"}
-    assert text.count("has too few data") == 1 and text.count("is no limit") == 2 and text.count("not measured") == 4
+    assert text.count("has too few data") == 1 and text.count("is not a limit") == 2 and text.count("not measured") == 4
 
 
 def test_a_busy_machine_gives_no_limits_of_speed_and_is_told_of(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_wrong_baselines(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot read"):
         read_comparison(tmp_path / "no.json")
     (tmp_path / "x.json").write_text('{"format": 2}')
-    with pytest.raises(InputError, match="is no comparison of this niwaki"):
+    with pytest.raises(InputError, match="is not a comparison of this niwaki"):
         read_comparison(tmp_path / "x.json")
     two = comparison(candidate(), candidate(model=model("other", 1)))
     with pytest.raises(InputError, match=r"choose one with --candidate \(small, other\)"):

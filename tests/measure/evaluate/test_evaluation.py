@@ -137,7 +137,7 @@ def test_one_file_may_stand_alone(models: tuple[Path, Path, Path], tmp_path: Pat
 def test_a_gold_outside_the_pairs_is_named(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"pairs": [["a", "b"], ["a", "c"]], "gold": 2}\n')
-    with pytest.raises(CalibrationError, match=r"bad\.jsonl:1: gold 2 is no index of the 2 pairs: expected 0 to 1"):
+    with pytest.raises(CalibrationError, match=r"bad\.jsonl:1: gold 2 is not an index of the 2 pairs: expected 0 to 1"):
         niwaki.evaluate(models[0], tasks=bad, device="cpu")
 
 

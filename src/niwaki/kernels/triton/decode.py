@@ -7,7 +7,7 @@ into the same sectors. Inputs are far fewer than weights.
 A program owns a tile of 32 rows and 16 bytes of columns per warp of one part. A thread reads four neighbouring words of
 four rows × eight columns and isolates codes (`bits.isolate`). It stores the eight columns of a row at once: 16 bytes of
 bf16. No value moves between threads, and a warp writes two runs of 256 bytes. Stores are narrower if the columns of the
-matrix, or of its first part, are no multiple of eight.
+matrix, or of its first part, are not a multiple of eight.
 
 The decoding is exact. A code times a float16 scale has at most 19 bits, and so has −zero · scale. Only their sum in
 float32 is rounded, as in `QuantizedColumns.decode`, and then the result.

@@ -12,14 +12,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
-from niwaki.errors import InputError
+from niwaki.compression.run_record import first_problem
+from niwaki.errors import InputError, format_problem
 from niwaki.measure.intervals import median_interval
 from niwaki.measure.schema import Environment, Estimate, Frozen
 from niwaki.model.files import write_text
 
 CONFIDENCE = 0.95
+FORMATS = (1, 2)  # a file of format 1 is read as format 2
 DENSE = "dense"
 
 
@@ -113,6 +115,13 @@ class Bench(Frozen):
     settings: BenchSettings
     rows: tuple[Row, ...] = ()
 
+    @field_validator("format", mode="before")
+    @classmethod
+    def _readable(cls, value: Any) -> Any:
+        if problem := format_problem(value, FORMATS):
+            raise ValueError(f"it {problem}")
+        return value
+
 
 def read_bench(path: str | Path) -> Bench:
     """Read a bench.json of format 2 or 1, which called a variant a form. Raises InputError for any other file."""
@@ -126,8 +135,10 @@ def read_bench(path: str | Path) -> Bench:
         return Bench.model_validate_json(json.dumps(content))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}. Expected the JSON file of a benchmark") from error
-    except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no benchmark of this niwaki ({str(error).splitlines()[0]})") from error
+    except ValidationError as error:
+        raise InputError(f"{path} is not a benchmark of this niwaki ({first_problem(error)})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a benchmark of this niwaki ({str(error).splitlines()[0]})") from error
 
 
 def write_bench(path: Path, bench: Bench) -> None:

@@ -146,7 +146,7 @@ def packed(encode: Callable[[Tensor], PackedTensors]) -> Callable[[Any, Anatomy]
                 f"none of the matrices of {type(model).__name__} is the weight of an nn.Linear: its compressed files "
                 "hold dense weights, so its speed is that of the dense model"
             )
-        return VariantModel(copied, f"{dense_count} matrices that are no nn.Linear stay dense" if dense_count else "")
+        return VariantModel(copied, f"{dense_count} matrices outside nn.Linear stay dense" if dense_count else "")
 
     return make
 

@@ -68,7 +68,7 @@ def _lines(gate: str, candidate: Candidate, confidence: float, margin: float) ->
     try:
         gates = Gates.model_validate({"confidence": confidence, gate: float(text)})
     except ValidationError:
-        return [*lines, f"# {gate}:  (the baseline would give {text}, which is no limit)"]
+        return [*lines, f"# {gate}:  (the baseline would give {text}, which is not a limit)"]
     if not judge(candidate, gates, confidence).passed:
         return [*lines, f"# {gate}:  (the baseline has too few data for it)"]
     return [*lines, f"{gate}: {text}"]

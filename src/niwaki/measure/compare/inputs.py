@@ -79,7 +79,7 @@ def command_line(
 def read_prompts(settings: ComparisonSettings, tokenizer: Any, decoders: Sequence[Decoder]) -> list[list[int]]:
     """Return the prompts of the file, [] if no file is given.
 
-    Raises CalibrationError with the number of a line that is no prompt or too long.
+    Raises CalibrationError with the number of a line that is not a prompt or is too long.
     """
     if settings.prompts is None:
         return []

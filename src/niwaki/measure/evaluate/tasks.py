@@ -162,7 +162,7 @@ def _item(row: Any) -> Item:
     if not (len(pairs) >= 2 and all(continuation for _, continuation in pairs)):
         raise ValueError
     if not 0 <= gold < len(pairs):
-        raise _GoldError(f"gold {gold} is no index of the {len(pairs)} pairs: expected 0 to {len(pairs) - 1}")
+        raise _GoldError(f"gold {gold} is not an index of the {len(pairs)} pairs: expected 0 to {len(pairs) - 1}")
     return Item(pairs, gold)
 
 

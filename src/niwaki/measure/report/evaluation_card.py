@@ -22,7 +22,7 @@ from niwaki.model.files import write_text
 def check_card(folder: Path) -> None:
     """Raise InputError for a folder without a model card of niwaki."""
     if not (folder / RECORD / RUN).is_file():
-        raise InputError(f"--update-card: {folder} is no result of niwaki (it has no niwaki/run.json)")
+        raise InputError(f"--update-card: {folder} is not a result of niwaki (it has no niwaki/run.json)")
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     if not -1 < text.find(BEGIN) < text.find(END):

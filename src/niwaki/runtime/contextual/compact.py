@@ -134,7 +134,7 @@ def _exchange(swaps: list[Swap]) -> list[Swap]:
 
 
 def check_linears(blocks: nn.ModuleList, layout: Layout) -> None:
-    """Raise ArchitectureError for matrices that are no nn.Linear."""
+    """Raise ArchitectureError for matrices that are not an nn.Linear."""
     for block in blocks:
         for unit in layout.units.values():
             for name in (*unit.producers, unit.consumer):

@@ -28,7 +28,7 @@ class PrefillStatistics:
 
     @contextmanager
     def observe(self, blocks: nn.ModuleList, real_BT: Tensor) -> Iterator[None]:
-        """Add the dense forwards inside; `real_BT` is true for tokens that are no padding."""
+        """Add the dense forwards inside; `real_BT` is true for tokens that are not padding."""
         handles = [
             block.get_submodule(self.layout.units[kind].consumer).register_forward_pre_hook(
                 lambda _, args, key=(index, kind): self._add(key, args[0], real_BT)
@@ -74,7 +74,7 @@ class PrefillStatistics:
 
 
 def real_tokens(kwargs: dict[str, Any], ids_BT: Tensor) -> Tensor | None:
-    """Return which of these tokens are no padding [B, T]; None if the mask is not of two dimensions."""
+    """Return which of these tokens are not padding [B, T]; None if the mask is not of two dimensions."""
     mask = kwargs.get("attention_mask")
     if mask is None:
         return torch.ones_like(ids_BT, dtype=torch.bool)

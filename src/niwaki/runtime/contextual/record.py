@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from niwaki.config.recipe import current_name
-from niwaki.errors import CheckpointError
+from niwaki.errors import CheckpointError, format_problem
 from niwaki.model.files import write_shard, write_text
 from niwaki.runtime.contextual.predictor import Predictor
 from niwaki.runtime.contextual.selection import Rule
@@ -85,13 +85,11 @@ def has_shadow(folder: Path) -> bool:
 
 
 def read_shadow(folder: Path) -> Shadow:
-    """Read what `write_shadow` wrote. Raises CheckpointError if it is incomplete or of a newer format."""
+    """Read what `write_shadow` wrote. Raises CheckpointError if it is incomplete or of another format."""
     try:
         about: Mapping[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        if about["format"] != FORMAT:
-            raise CheckpointError(
-                f"{folder / ABOUT} has format {about['format']}, this niwaki reads {FORMAT}: install a newer one"
-            )
+        if problem := format_problem(about["format"], (FORMAT,)):
+            raise CheckpointError(f"{folder / ABOUT} {problem}")
         layout, rule, running = read_layout(about["layout"]), Rule(**about["rule"]), read_running(about["running"])
         heads = layout.blocks * layout.count("heads")
         predictor = Predictor(tuple(about["features"]), heads, **load_file(folder / TENSORS))
