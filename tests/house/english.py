@@ -47,7 +47,7 @@ suggest sum supply swap sweep switch take tell test tie time tokenize total touc
 transpose try tune turn undo unpack update upload use validate verify visit wait walk warn watch weigh widen wrap write
 yield zero do exchange
 discover
-submit
+submit interrupt reorder
 """.split()  # noqa: SIM905
 )
 

@@ -13,18 +13,11 @@ import pytest
 import sqlalchemy as sql
 
 from niwaki.errors import InputError, OutputError
-from niwaki.rollout.controller import Controller
-from niwaki.rollout.settings import RolloutSettings
-from niwaki.rollout.signals import SIGNALS
 from niwaki.rollout.start import apply_command, begin_or_resume, identity_of
 from niwaki.rollout.store import Change, StaleError, Store
-from support.rollouts import LIMITS, settings
+from support.rollouts import LIMITS, begun, feed, settings
 
 POSTGRES = os.environ.get("NIWAKI_TEST_DATABASE", "")  # such as postgresql+psycopg://me@127.0.0.1/test
-
-
-def begun(where: str, own: RolloutSettings | None = None, now: float = 0.0) -> Controller:
-    return begin_or_resume(Store.open(where), own or settings(), LIMITS, now)
 
 
 @pytest.fixture(params=["sqlite", *(["postgresql"] if POSTGRES else [])])
@@ -40,15 +33,6 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     with engine.begin() as connection:
         connection.execute(sql.text(f"DROP SCHEMA {schema} CASCADE"))
     engine.dispose()
-
-
-def feed(controller: Controller, *, failed: bool) -> None:
-    """An interval's worth of evidence."""
-    for _ in range(60):
-        controller.counters.count_outcome(failed=failed)
-        controller.counters.add_audit({"top1_agreement": 1.0, "perplexity_ratio": 1.0})
-        for name in ("prefill_latency_ratio", "decode_latency_ratio"):
-            controller.counters.open.observe(name, SIGNALS[name].scaled(1.0))
 
 
 def test_a_restart_goes_on_where_it_was(where: str) -> None:
@@ -188,10 +172,9 @@ def test_a_store_that_fails_stops_widening_and_never_a_return(where: str, monkey
 
 
 BEGUN = """
-import os, signal, sys
-sys.path.insert(0, TESTS)
+import os, signal
 from niwaki.rollout import store
-from test_store import begun, feed
+from support.rollouts import begun, feed
 controller = begun(WHERE)
 def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -210,9 +193,9 @@ controller.tick(60.0)
 
 
 def run_until_killed(script: str, where: str) -> None:
-    here = Path(__file__).parent
-    environment = {"PYTHONPATH": f"{here.parent}:{':'.join(sys.path)}", "PATH": "/usr/bin:/bin"}
-    whole = script.replace("TESTS", repr(str(here))).replace("WHERE", repr(where))
+    tests = Path(__file__).parents[1]
+    environment = {"PYTHONPATH": f"{tests}:{':'.join(sys.path)}", "PATH": "/usr/bin:/bin"}
+    whole = script.replace("WHERE", repr(where))
     ended = subprocess.run([sys.executable, "-c", whole], env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 

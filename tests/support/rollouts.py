@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from niwaki.rollout.app import build
+from niwaki.rollout.controller import Controller
 from niwaki.rollout.gateway import Gateway
 from niwaki.rollout.http_client import Headers, UpstreamError
 from niwaki.rollout.running import assemble
 from niwaki.rollout.settings import RolloutSettings, settings_from
+from niwaki.rollout.signals import SIGNALS
+from niwaki.rollout.start import begin_or_resume
 from niwaki.rollout.store import Store
 
 WORDS = ("moss", "stone", "rain", "branch", "bench", "river", "garden", "autumn", "saw", "bark")
@@ -286,3 +289,17 @@ def make(
     )  # fmt: skip
     gateway.rng = random.Random(3)
     return Setup(gateway, stable, canary, clock, Client(build(gateway, tick_s=None)))
+
+
+def begun(where: str, own: RolloutSettings | None = None, now: float = 0.0) -> Controller:
+    """Begin or resume a roll-out on a store."""
+    return begin_or_resume(Store.open(where), own or settings(), LIMITS, now)
+
+
+def feed(controller: Controller, *, failed: bool) -> None:
+    """Give a controller the evidence of one interval."""
+    for _ in range(60):
+        controller.counters.count_outcome(failed=failed)
+        controller.counters.add_audit({"top1_agreement": 1.0, "perplexity_ratio": 1.0})
+        for name in ("prefill_latency_ratio", "decode_latency_ratio"):
+            controller.counters.open.observe(name, SIGNALS[name].scaled(1.0))
