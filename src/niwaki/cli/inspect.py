@@ -1,7 +1,7 @@
 """The command `niwaki inspect`: tables, a heatmap over depth, error growth. Colour needs a terminal.
 
 A heatmap has a row per kind of matrix and a character per block. A higher character is a larger value. On a narrow
-terminal several neighbouring blocks share one character, their mean. A pipe gets every block.
+terminal several neighbouring blocks share one character, their mean. Piped output shows every block.
 """
 
 import json

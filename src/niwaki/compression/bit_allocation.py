@@ -1,8 +1,8 @@
 """Allocation of bits: which blocks or matrices get more than others. This is niwaki's own method, from no paper.
 
 **Blocks that stay at four bits** (`keep_blocks`). A budget of B bits a weight is kept exactly. With w the weights of a
-block, blocks K at 4 bits leave (B·Σw − 4·Σ_K w) / Σ_rest w bits to the others. Everything stored counts, because
-methods read their target so.
+block, blocks K at 4 bits leave (B·Σw − 4·Σ_K w) / Σ_rest w bits to the others. The budget includes scales and
+metadata, because methods define their target that way.
 
 `auto` measures the error s_b of each dense block b at two bits: the mean over tokens of ‖ŷ − y‖² / ‖y‖². Here y is the
 output of the block, and ŷ that with all its matrices rounded to nearest. Two bits are four even levels a row, the best
@@ -13,8 +13,8 @@ activations. One bit without any compensation leaves the range where errors are 
 
 Then K minimises Σ_b s_b·4^(2 − bits_b), bits_b ∈ {4, rest}: the squared error falls to a quarter with every bit. The
 function is convex, so K is empty for equal sensitivities of equal blocks. Only prefixes of the blocks in the order of
-s_b/w_b are tried. That is exact for equal blocks, and within one block for others. The others never get less than the
-method needs for any matrix.
+s_b/w_b are tried. For blocks of equal size the best K is among them. For other sizes, K differs from the best one by
+at most one block. The blocks outside K never get fewer bits than the method needs for any matrix.
 
 **Bits for every matrix by its sensitivity** (`--allocation sensitivity`). The same measure s_m, with one matrix m
 rounded at a time, on the first 4,096 tokens. The sum Σ_m s_m·4^(−bits_m) is minimal for Σ_m w_m·bits_m = B·Σw where

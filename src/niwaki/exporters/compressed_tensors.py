@@ -90,8 +90,8 @@ def check(checkpoint: Checkpoint, record: Record | None, type: str | None) -> Co
     whole = all(about["parts"][0]["group"] == about["shape"][1] for about in checkpoint.packed.values())
     if len(kinds) > 1 or (len(widths) > 1 and not whole):
         raise InputError(
-            f"{checkpoint.folder} mixes kinds of codes ({', '.join(sorted(kinds.values()))} differ, or their groups): "
-            f"{LIBRARY} needs one kind, as one run of rtn or gptq makes it"
+            f"matrices of {checkpoint.folder} differ in code type or group size ({', '.join(sorted(kinds.values()))}): "
+            f"{LIBRARY} needs one kind: compress with a single run of rtn or gptq"
         )
     bits, grid = next(iter(kinds))
     skeleton = build_skeleton(checkpoint.config, checkpoint.dtype)

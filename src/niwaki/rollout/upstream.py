@@ -111,7 +111,7 @@ class UpstreamServer:
         stream = kind.startswith(b"text/event-stream")
         first = await opened.read_chunk()
         if stream and not first:
-            raise UpstreamError("an empty stream")
+            raise UpstreamError("the upstream server returned an empty stream")
         while not stream and (chunk := await opened.read_chunk()):
             first += chunk
             if len(first) > MAX_BYTES:

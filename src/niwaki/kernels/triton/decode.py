@@ -112,7 +112,7 @@ def _decode_block(
     together: tl.constexpr,
     warps: tl.constexpr,
 ):
-    """Decode one block of bytes of a part, with stores of `together` columns to rows `stride` elements apart."""
+    """Decode one block of bytes of a part, storing `together` columns at a time; rows are `stride` elements apart."""
     columns: tl.constexpr = shape.columns
     bits: tl.constexpr = shape.bits
     group: tl.constexpr = shape.group

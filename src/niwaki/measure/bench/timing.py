@@ -1,6 +1,6 @@
-"""Times in turns, peak memory, and the memory bandwidth of the device.
+"""Interleaved timing, peak memory, and the memory bandwidth of the device.
 
-A B A B …: other load on the machine meets both models, and the ratio within a round is compared.
+Two models run in turns (A B A B …), so that other load affects both equally. The ratio within a round is compared.
 
 Cost: a bandwidth measurement takes less than a second and 256 MB (CPU) or 2 GB (GPU).
 """

@@ -70,7 +70,7 @@ class LimitsMiddleware:
     def _check(self, scope: Any) -> None:
         headers = dict(scope["headers"])
         if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
-            raise RefusalError(431, f"the headers take more than {HEADER_BYTES} bytes")
+            raise RefusalError(431, f"request headers exceed {HEADER_BYTES} bytes")
         authorization = headers.get(b"authorization", b"").decode("latin-1")
         if scope["path"] not in KEYLESS_PATHS and not self.keys.accept(authorization):
             raise RefusalError(
