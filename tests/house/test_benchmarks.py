@@ -1,6 +1,7 @@
 """The index of the benchmarks is fresh and complete, and no script imports another one."""
 
 import ast
+import importlib
 import importlib.util
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from benchmarks import index
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 MODULES = sorted((ROOT / "benchmarks").rglob("*.py"))
+SYSTEM = sorted((ROOT / "tests" / "system" / "serving").glob("*.py"))
 
 
 def test_the_index_is_fresh() -> None:
@@ -63,3 +65,13 @@ def test_a_script_imports_no_other_script_and_has_500_lines(path: Path) -> None:
         for name in (node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names))
     }
     assert not imported & set(index.scripts())
+
+
+@pytest.mark.parametrize("path", [*MODULES, *SYSTEM], ids=lambda path: path.stem)
+def test_the_names_that_a_script_imports_from_niwaki_exist(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("niwaki"):
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                assert alias.name in dir(module) or importlib.util.find_spec(submodule), submodule

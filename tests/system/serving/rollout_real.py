@@ -201,7 +201,7 @@ def record_of(store: Store, seen: dict[str, int]) -> dict[str, Any]:
     failed = 0
     for interval in intervals:
         requests.update(interval.requests)
-        failed += round(interval.tally("error_rate").mean * interval.tally("error_rate").total)
+        failed += round(interval.histogram("error_rate").mean * interval.histogram("error_rate").total)
     return {
         "ended": state.status,
         "intervals": intervals[-1].number,
