@@ -47,7 +47,7 @@ from benchmarks.common.gpu_decoding import decode_in_turns, make_model, weight_b
 from benchmarks.common.provenance import provenance
 from benchmarks.common.random_layers import LAYERS, random_layer
 from niwaki.compression.embeddings import round_rows
-from niwaki.formats.record import Packed, PackedTensors
+from niwaki.formats.packed import Packed, PackedTensors
 from niwaki.methods.shared.rounding import groups_of, nearest
 from niwaki.model.checkpoint import INDEX, quantization, quantized_config
 from niwaki.runtime.linear import PackedLinear

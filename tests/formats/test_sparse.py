@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from niwaki.formats.packed import decode_stored, record_names
 from niwaki.formats.quantized import QuantizedColumns
-from niwaki.formats.record import decode_stored, record_names
 from niwaki.formats.sparse import CODES, SLACK_BYTES, VALUES, Sparse, fits_two_four, stored_shapes
 from support.sparse_records import coded, pruned, pruned_exactly
 

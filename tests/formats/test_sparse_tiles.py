@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from niwaki.formats.record import decode_stored, record_names, record_shapes
+from niwaki.formats.packed import decode_stored, record_names, record_shapes
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import Tiled
 from support.sparse_records import coded, pruned_exactly

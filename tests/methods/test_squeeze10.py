@@ -11,7 +11,7 @@ from niwaki.config.recipe import Bits, parse_target
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.errors import TargetError
-from niwaki.formats.record import Packed
+from niwaki.formats.packed import Packed
 from niwaki.methods import squeeze10
 from niwaki.methods.shared.learned_rounding import Latent
 from niwaki.methods.shared.rounding import damped, groups_of, nearest

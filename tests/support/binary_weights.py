@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from niwaki.config.recipe import Bits
-from niwaki.formats.record import Packed
+from niwaki.formats.packed import Packed
 from niwaki.methods.shared.column_sweep import inverse_factor
 from niwaki.methods.shared.rounding import groups_of, round_by_sweep
 from support.models import calibration_of, correlated_inputs, make_block

@@ -20,8 +20,8 @@ from torch import Tensor
 from niwaki.compression.run_record import ModuleRecord
 from niwaki.config.recipe import Bits, PrunedBits, Recipe, Target
 from niwaki.errors import CheckpointError, TargetError
+from niwaki.formats.packed import PackedTensors
 from niwaki.formats.quantized import TILE, WEIGHT, QuantizedColumns
-from niwaki.formats.record import PackedTensors
 from niwaki.methods.shared.rounding import groups_of, nearest
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder

@@ -63,8 +63,8 @@ from niwaki.config.recipe import Bits, Recipe
 from niwaki.data.stream import Stream, default_batch_tokens
 from niwaki.data.texts import digest, windows_for
 from niwaki.errors import InputError, NumericalError
+from niwaki.formats.packed import decode_shard
 from niwaki.formats.quantized import WEIGHT
-from niwaki.formats.record import decode_shard
 from niwaki.model.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, quantization, quantized_config
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.device import peak_rss_bytes, pick_device, pick_dtype

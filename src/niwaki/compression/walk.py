@@ -23,7 +23,7 @@ from niwaki.data.hidden_states import Activations
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData, Stream
 from niwaki.errors import ArchitectureError, NumericalError
-from niwaki.formats.record import Packed, PackedTensors, Packing, join_notes
+from niwaki.formats.packed import Packed, PackedTensors, Packing, join_notes
 from niwaki.kernels.sparse_product import fast_path
 from niwaki.methods.mask_scores import (
     MaskChoice,

@@ -14,7 +14,7 @@ from torch import Tensor
 from niwaki.data.hidden_states import Activations, choose_place
 from niwaki.data.statistics import Statistics
 from niwaki.errors import ArchitectureError
-from niwaki.formats.record import Packed
+from niwaki.formats.packed import Packed
 from niwaki.model.anatomy import Call
 from niwaki.model.decoder import Block, Decoder
 

@@ -37,7 +37,7 @@ from torch import Tensor
 from niwaki.config.recipe import Sparsity, Target
 from niwaki.data.statistics import UNREACHED, Needs, Statistics
 from niwaki.data.stream import CalibrationData
-from niwaki.formats.record import Packed, join_notes
+from niwaki.formats.packed import Packed, join_notes
 from niwaki.kernels.select import drop_lowest, fused, sums_below
 from niwaki.methods.cost import Scope, Work, learning
 from niwaki.methods.mask_scores import record_choice

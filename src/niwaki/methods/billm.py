@@ -41,8 +41,8 @@ from torch import Tensor
 from niwaki.config.recipe import Bits, Target
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
+from niwaki.formats.packed import Packed
 from niwaki.formats.quantized import SCALE_DTYPE, pack_codes, unpack_codes
-from niwaki.formats.record import Packed
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.binary import (

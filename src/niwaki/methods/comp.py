@@ -48,7 +48,7 @@ from torch import Tensor
 from niwaki.config.recipe import KeepUnits, Sparsity, Target
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
-from niwaki.formats.record import Packed
+from niwaki.formats.packed import Packed
 from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, gram_factors, products
 from niwaki.methods.method import ShapeMethod
 from niwaki.methods.shared.block_training import Reconstruction, Schedule, learning_cost, learning_needs, train_block

@@ -32,7 +32,7 @@ from torch import Tensor
 from niwaki.config.recipe import Bits, Target
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
-from niwaki.formats.record import Packed
+from niwaki.formats.packed import Packed
 from niwaki.kernels.codes import sweep_codes
 from niwaki.kernels.types import Grid
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from niwaki.config.recipe import Kind, Target, Unit
     from niwaki.data.statistics import Needs, Statistics
     from niwaki.data.stream import CalibrationData
-    from niwaki.formats.record import Packed
+    from niwaki.formats.packed import Packed
     from niwaki.model.decoder import Block
     from niwaki.model.prunable import BlockInfo, ShapeSearch, ShapeSpace
     from niwaki.runtime.contextual.predictor import Predictor

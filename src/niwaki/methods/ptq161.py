@@ -36,8 +36,8 @@ from torch import Tensor
 from niwaki.config.recipe import Bits, Target
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
+from niwaki.formats.packed import Packed, join_notes
 from niwaki.formats.quantized import SCALE_DTYPE, QuantizedColumns, pack_codes, unpack_codes
-from niwaki.formats.record import Packed, join_notes
 from niwaki.methods.cost import Scope, Work
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.best_state import BestState

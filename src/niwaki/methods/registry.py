@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from niwaki.data.statistics import Needs
     from niwaki.data.stream import CalibrationData
-    from niwaki.formats.record import Packed
+    from niwaki.formats.packed import Packed
     from niwaki.model.decoder import Block
 
 

@@ -18,7 +18,7 @@ import torch
 from niwaki.config.recipe import Bits, Target
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
-from niwaki.formats.record import Packed
+from niwaki.formats.packed import Packed
 from niwaki.methods.cost import Scope, Work
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.rounding import check_group, code_width, grids, groups_of, nearest, uniform_bytes

@@ -18,7 +18,7 @@ from torch import Tensor
 from niwaki.config.recipe import KeepUnits, Sparsity, Target
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
-from niwaki.formats.record import Packed
+from niwaki.formats.packed import Packed
 from niwaki.methods.method import ShapeMethod
 from niwaki.methods.shared.unit_pruning import PrunedUnit, compress_units
 from niwaki.model.decoder import Block

@@ -29,7 +29,7 @@ from torch import Tensor
 from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.data.statistics import UNREACHED, Needs
 from niwaki.data.stream import CalibrationData
-from niwaki.formats.record import Packed
+from niwaki.formats.packed import Packed
 from niwaki.methods.cost import Scope, Work, gram_factors, masks, products, sweeps
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.column_sweep import (

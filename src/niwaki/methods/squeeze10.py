@@ -51,8 +51,8 @@ from niwaki.config.recipe import Bits, Target
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.errors import TargetError
+from niwaki.formats.packed import Packed, join_notes
 from niwaki.formats.quantized import TILE
-from niwaki.formats.record import Packed, join_notes
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.block_training import (

@@ -22,7 +22,7 @@ from torch import Tensor
 from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
-from niwaki.formats.record import Packed
+from niwaki.formats.packed import Packed
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.masks import compress_by_score, keep_by_row, wanda_scores
 from niwaki.model.decoder import Block

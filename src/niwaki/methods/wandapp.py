@@ -41,7 +41,7 @@ from torch import Tensor
 from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.data.statistics import UNREACHED, Needs
 from niwaki.data.stream import CalibrationData
-from niwaki.formats.record import Packed, join_notes
+from niwaki.formats.packed import Packed, join_notes
 from niwaki.methods.cost import Scope, Work, masks
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.block_training import (

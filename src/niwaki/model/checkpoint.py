@@ -19,8 +19,8 @@ from torch import Tensor
 
 from niwaki.config.sources import model_folder
 from niwaki.errors import CheckpointError
+from niwaki.formats.packed import decode_stored, record_names
 from niwaki.formats.quantized import WEIGHT
-from niwaki.formats.record import decode_stored, record_names
 from niwaki.model.files import file_sha256
 
 INDEX = "model.safetensors.index.json"

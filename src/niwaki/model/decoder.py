@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.errors import CheckpointError
+from niwaki.formats.packed import PackedTensors
 from niwaki.formats.quantized import WEIGHT
-from niwaki.formats.record import PackedTensors
 from niwaki.model.anatomy import (
     BlockAnatomy,
     Call,

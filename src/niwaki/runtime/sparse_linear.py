@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from niwaki.formats.record import read_sparse, record_shapes
+from niwaki.formats.packed import read_sparse, record_shapes
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import LAYOUT, Tiled
 from niwaki.kernels.cpu_module import cpu_module

@@ -8,7 +8,7 @@ import torch
 
 from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.data.stream import CalibrationData
-from niwaki.formats.record import Packed
+from niwaki.formats.packed import Packed
 from niwaki.methods import sparsegpt
 from niwaki.methods.shared.column_sweep import exchange, invert_lower, refit_kept
 from niwaki.methods.shared.masks import keep_by_matrix

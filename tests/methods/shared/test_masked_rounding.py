@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from niwaki.config.recipe import NM, Bits, Sparsity
-from niwaki.formats.record import Packed
+from niwaki.formats.packed import Packed
 from niwaki.methods import gptq, rtn
 from niwaki.methods.shared.masks import keep_by_group, keep_by_row
 from support.models import calibration_of, correlated_inputs, make_block

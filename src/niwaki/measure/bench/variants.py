@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from niwaki.config.recipe import NM, Sparsity
 from niwaki.errors import ArchitectureError, InputError, TargetError
-from niwaki.formats.record import Packed, PackedTensors
+from niwaki.formats.packed import Packed, PackedTensors
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import Tiled
 from niwaki.measure.bench.models import copy_sharing_tensors

@@ -18,8 +18,8 @@ from torch import Tensor
 from niwaki.config.recipe import Bits, Target
 from niwaki.data.statistics import Statistics
 from niwaki.errors import TargetError
+from niwaki.formats.packed import Packed
 from niwaki.formats.quantized import SCALE_DTYPE
-from niwaki.formats.record import Packed
 from niwaki.methods.cost import Scope, Work
 from niwaki.methods.shared.column_sweep import inverse_factor
 from niwaki.model.decoder import Block

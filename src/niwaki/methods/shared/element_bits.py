@@ -14,8 +14,8 @@ from torch import Tensor
 
 from niwaki.config.recipe import Bits, Target
 from niwaki.errors import TargetError
+from niwaki.formats.packed import Packed
 from niwaki.formats.quantized import SCALE_DTYPE, pack_codes
-from niwaki.formats.record import Packed
 from niwaki.methods.shared.binary import with_true_size
 from niwaki.methods.shared.rounding import CLIPS, ROUNDED_UNREACHED, SMALLEST_SCALE
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from niwaki.config.recipe import NM, Sparsity, Target
 from niwaki.data.statistics import UNREACHED, Statistics
 from niwaki.errors import TargetError
-from niwaki.formats.record import Packed
+from niwaki.formats.packed import Packed
 from niwaki.kernels.select import above, keep_highest, keep_in_panel
 from niwaki.kernels.types import PanelParts
 from niwaki.methods.mask_scores import record_choice

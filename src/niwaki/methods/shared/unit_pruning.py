@@ -21,7 +21,7 @@ from torch import Tensor
 from niwaki.config.recipe import KeepUnits, Target, Unit
 from niwaki.data.statistics import Statistics
 from niwaki.data.stream import CalibrationData
-from niwaki.formats.record import Packed
+from niwaki.formats.packed import Packed
 from niwaki.model.decoder import Block
 from niwaki.model.prunable import group_indices
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from niwaki.formats.record import Packed
+from niwaki.formats.packed import Packed
 
 
 def test_masked_record() -> None:
