@@ -13,7 +13,7 @@ from niwaki.cli.app import app
 from niwaki.compression.adapt import HISTORY, PREVIOUS, adapt
 from niwaki.compression.verify import check_weights
 from niwaki.errors import InputError
-from niwaki.runtime.contextual.record import TENSORS, read_shadow, write_shadow
+from niwaki.runtime.contextual.predictor_files import TENSORS, read_shadow, write_shadow
 from support.models import tiny_llama, write_texts
 
 SETTINGS: dict[str, Any] = {"samples": 16, "seq_len": 24, "device": "cpu"}

@@ -15,7 +15,7 @@ from niwaki.data.stream import Stream
 from niwaki.errors import CalibrationError, InputError, TargetError
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
-from niwaki.runtime.contextual.record import TENSORS, read_shadow
+from niwaki.runtime.contextual.predictor_files import TENSORS, read_shadow
 from niwaki.runtime.contextual.selection import Rule, Variant
 from support.contextual import ids_of, layout_of, masked_logits, model_of
 from support.models import file_bytes, tiny_llama, weights_of, write_texts

@@ -29,7 +29,7 @@ from niwaki.config.recipe import (
 )
 from niwaki.errors import InputError, TargetError
 from niwaki.methods.registry import METHODS, get_method
-from niwaki.runtime.contextual.record import Running, read_running
+from niwaki.runtime.contextual.predictor_files import Running, read_running
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from niwaki.measure.compare.gates import judge_comparison, load_gates
 from niwaki.measure.report.layers import read_layers
 from niwaki.measure.report.page import render
 from niwaki.measure.schema import read_comparison, write_comparison
-from niwaki.runtime.contextual.record import read_shadow
+from niwaki.runtime.contextual.predictor_files import read_shadow
 
 OLD = Path(__file__).parents[1] / "data" / "results_v0"
 

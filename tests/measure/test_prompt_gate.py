@@ -8,7 +8,7 @@ import torch
 import niwaki
 from niwaki.errors import InputError
 from niwaki.measure.prompt_gate import CLOSED, calibrate_gate, choose_limits, measure_break_even
-from niwaki.runtime.contextual.record import read_shadow
+from niwaki.runtime.contextual.predictor_files import read_shadow
 from niwaki.runtime.contextual.selection import Rule, margin
 from niwaki.runtime.contextual.sparsity import attach
 from support.contextual import PROMPT, ids_of, layout_of, model_of, shadow_of, step_by_step

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import niwaki
-from niwaki.runtime.contextual.record import write_shadow
+from niwaki.runtime.contextual.predictor_files import write_shadow
 from niwaki.serve.batch import PaddedBatch, PerSequence
 from niwaki.serve.jobs import Decoded, Event, Failed, Finished, Job
 from niwaki.serve.sampling import Sampling

@@ -9,7 +9,7 @@ from torch import Tensor
 from niwaki.model.anatomy import discover, find_blocks
 from niwaki.model.hf import build_skeleton
 from niwaki.runtime.contextual.predictor import Predictor
-from niwaki.runtime.contextual.record import Running, Shadow
+from niwaki.runtime.contextual.predictor_files import Running, Shadow
 from niwaki.runtime.contextual.selection import Rule
 from niwaki.runtime.contextual.units import KINDS, Layout, find_layout
 from support.families import build, families

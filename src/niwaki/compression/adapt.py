@@ -32,7 +32,7 @@ from niwaki.model.decoder import Decoder
 from niwaki.model.device import pick_device
 from niwaki.model.files import copy_file, write_text
 from niwaki.runtime.contextual.predictor import kept_share
-from niwaki.runtime.contextual.record import TENSORS, has_shadow, read_shadow, write_shadow
+from niwaki.runtime.contextual.predictor_files import TENSORS, has_shadow, read_shadow, write_shadow
 
 PREVIOUS = "niwaki/shadow.previous.safetensors"
 HISTORY = "niwaki/adapted.json"

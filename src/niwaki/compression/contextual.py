@@ -33,7 +33,7 @@ from niwaki.methods.method import ContextualMethod
 from niwaki.model.checkpoint import INDEX
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.files import copy_file, file_sha256
-from niwaki.runtime.contextual.record import TENSORS, Running, Shadow, write_shadow
+from niwaki.runtime.contextual.predictor_files import TENSORS, Running, Shadow, write_shadow
 from niwaki.runtime.contextual.selection import Variant
 from niwaki.runtime.contextual.traces import Traces, prompt_lengths
 from niwaki.runtime.contextual.units import KINDS, Layout, find_layout

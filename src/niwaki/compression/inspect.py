@@ -173,7 +173,7 @@ def _worst(lines: Sequence[MatrixRecord]) -> list[dict[str, Any]]:
 
 def _contextual(folder: Path, record: RunRecord) -> dict[str, Any]:
     """Return the units that run for an average prompt, by block, and the settings of the predictor."""
-    from niwaki.runtime.contextual.record import has_shadow, read_shadow
+    from niwaki.runtime.contextual.predictor_files import has_shadow, read_shadow
     from niwaki.runtime.contextual.units import KINDS
 
     if not has_shadow(folder):

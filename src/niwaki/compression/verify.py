@@ -14,7 +14,7 @@ from pathlib import Path
 from niwaki.compression.run_record import RECORD, RUN, read_record
 from niwaki.errors import CheckpointError
 from niwaki.model.files import file_sha256
-from niwaki.runtime.contextual.record import TENSORS
+from niwaki.runtime.contextual.predictor_files import TENSORS
 
 
 def check_weights(folder: Path) -> int | None:

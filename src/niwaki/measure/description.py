@@ -13,7 +13,7 @@ import torch
 from niwaki.compression.run_record import RunRecord, read_record
 from niwaki.measure.schema import Environment, Kind, Model
 from niwaki.model.decoder import Decoder
-from niwaki.runtime.contextual.record import TENSORS, has_shadow
+from niwaki.runtime.contextual.predictor_files import TENSORS, has_shadow
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 

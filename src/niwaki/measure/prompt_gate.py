@@ -32,7 +32,7 @@ from torch import Tensor
 from niwaki.config.recipe import as_files
 from niwaki.data.texts import check_seq_len, evaluation_windows, load_tokenizer, read_texts
 from niwaki.errors import InputError
-from niwaki.runtime.contextual.record import has_shadow, read_shadow, write_about
+from niwaki.runtime.contextual.predictor_files import has_shadow, read_shadow, write_about
 from niwaki.runtime.contextual.sparsity import Contextual, attach
 from niwaki.runtime.load import load
 

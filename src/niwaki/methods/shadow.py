@@ -34,7 +34,7 @@ from niwaki.methods.cost import Scope, Work
 from niwaki.methods.method import ContextualMethod
 from niwaki.runtime.contextual.criteria import CRITERIA
 from niwaki.runtime.contextual.predictor import FEATURES, Predictor, fit
-from niwaki.runtime.contextual.record import Running
+from niwaki.runtime.contextual.predictor_files import Running
 from niwaki.runtime.contextual.selection import SCOPES, SHARING, Rule, Variant
 from niwaki.runtime.contextual.traces import Traces
 from niwaki.runtime.contextual.units import Layout

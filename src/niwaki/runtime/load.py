@@ -12,7 +12,7 @@ from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.device import pick_device
 from niwaki.model.hf import plain_loading
 from niwaki.runtime.contextual.decoding import generate_verified
-from niwaki.runtime.contextual.record import has_shadow, read_shadow
+from niwaki.runtime.contextual.predictor_files import has_shadow, read_shadow
 from niwaki.runtime.contextual.sparsity import attach
 from niwaki.runtime.sparse_linear import SparseLinear
 

@@ -12,7 +12,7 @@ from niwaki.errors import CheckpointError, InputError
 from niwaki.methods import shadow
 from niwaki.runtime.contextual.predictor import LIMIT, fit, kept_share, shrunk
 from niwaki.runtime.contextual.predictor import _fit as fit_once
-from niwaki.runtime.contextual.record import ABOUT, TENSORS, read_shadow, write_shadow
+from niwaki.runtime.contextual.predictor_files import ABOUT, TENSORS, read_shadow, write_shadow
 from niwaki.runtime.contextual.selection import Variant
 from niwaki.runtime.contextual.traces import Traces
 from niwaki.runtime.contextual.units import Layout

@@ -39,7 +39,7 @@ from niwaki.model.anatomy import Anatomy
 from niwaki.model.hf import build_skeleton, materialize_buffers
 from niwaki.model.prunable import PrunedShape, ShapeSpace
 from niwaki.runtime.contextual.predictor import Predictor
-from niwaki.runtime.contextual.record import Running, Shadow
+from niwaki.runtime.contextual.predictor_files import Running, Shadow
 from niwaki.runtime.contextual.sparsity import attach
 from niwaki.runtime.contextual.units import find_layout
 from niwaki.runtime.linear import PackedLinear

@@ -24,7 +24,7 @@ from niwaki.measure.evaluate.tasks import Bucket, Item, continuation_likelihood,
 from niwaki.measure.schema import Scoring
 from niwaki.model.decoder import Decoder
 from niwaki.runtime.contextual.decoding import logits_of_text
-from niwaki.runtime.contextual.record import has_shadow, read_shadow
+from niwaki.runtime.contextual.predictor_files import has_shadow, read_shadow
 from niwaki.runtime.contextual.sparsity import Contextual, attach
 from niwaki.runtime.load import load
 

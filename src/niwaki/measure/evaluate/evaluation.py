@@ -32,7 +32,7 @@ from niwaki.measure.evaluate.tasks import buckets, read_items, score
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.model.device import pick_device, pick_dtype
-from niwaki.runtime.contextual.record import has_shadow
+from niwaki.runtime.contextual.predictor_files import has_shadow
 
 SEQ_LEN = 1024
 

@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from niwaki.errors import InputError
 from niwaki.model.anatomy import find_blocks
 from niwaki.runtime.contextual.compact import Buffers, check_linears, compact
+from niwaki.runtime.contextual.predictor_files import Shadow
 from niwaki.runtime.contextual.prefill import PrefillStatistics, real_tokens
-from niwaki.runtime.contextual.record import Shadow
 from niwaki.runtime.contextual.selection import for_batch, margin
 from niwaki.runtime.contextual.sequence import ActiveUnits, ContextualSequence, Decision, Phase, Record
 
