@@ -40,7 +40,7 @@ def compress(
     ] = False,
 ) -> None:
     """Compress MODEL into OUT, block by block."""
-    from niwaki.compression.run import check_free, partial_of
+    from niwaki.compression.result_folder import check_free, partial_of
 
     text = given(files=tuple(calibration) if calibration else None, field=field, samples=samples, seq_len=seq_len)
     values = recipe_values(
@@ -59,7 +59,7 @@ def _run(model: str, out: Path, values: dict[str, Any], **flags: bool) -> None:
     """Compress with progress on standard error, and print a summary. Say after Ctrl-C whether a run can resume."""
     from niwaki.cli.progress import Display
     from niwaki.compression.compress import compress as run
-    from niwaki.compression.run import resumable
+    from niwaki.compression.result_folder import resumable
 
     try:
         with Display(error_console) as display:

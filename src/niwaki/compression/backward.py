@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from niwaki.compression.run import Run
+from niwaki.compression.result_folder import Run
 from niwaki.compression.run_record import RECORD, JournalEntry
 from niwaki.compression.walk import forward, loaded_blocks
 from niwaki.config.events import Event, Report, silent

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from niwaki.compression.backward import next_token_losses
 from niwaki.compression.job import Job, finish, record_of, windows_stream
-from niwaki.compression.run import Run
+from niwaki.compression.result_folder import Run
 from niwaki.compression.run_record import RECORD, JournalEntry, ResultRecord, RunRecord, write_lines
 from niwaki.compression.traces import trace
 from niwaki.compression.walk import loaded_blocks

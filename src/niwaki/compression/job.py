@@ -35,7 +35,7 @@ from niwaki.compression.embeddings import TensorNames, embeddings_to_pack, read_
 from niwaki.compression.model_card import model_card
 from niwaki.compression.plan.planner import check_possible
 from niwaki.compression.resolve import ResolvedStage
-from niwaki.compression.run import (
+from niwaki.compression.result_folder import (
     Run,
     Writer,
     check_apart,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from niwaki.compression.run import Run, check_apart, check_free, partial_of
+from niwaki.compression.result_folder import Run, check_apart, check_free, partial_of
 from niwaki.compression.run_record import (
     FORMAT,
     RecoveryRecord,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from niwaki.compression.backward import next_token_losses
 from niwaki.compression.job import Allocation, FullBlocks, Job, block_part, scan, walk_model, windows_stream
-from niwaki.compression.run import Run
+from niwaki.compression.result_folder import Run
 from niwaki.compression.run_record import JournalEntry, MatrixRecord, RunRecord
 from niwaki.compression.walk import WalkPlan, collect, compress_blocks, forward
 from niwaki.compression.width_search import spread

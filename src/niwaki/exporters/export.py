@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from niwaki.compression.model_card import export_card
-from niwaki.compression.run import Run, check_apart, check_free, check_space, partial_of
+from niwaki.compression.result_folder import Run, check_apart, check_free, check_space, partial_of
 from niwaki.compression.run_record import (
     LINES,
     RECORD,

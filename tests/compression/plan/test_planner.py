@@ -305,11 +305,11 @@ def test_a_quarter_of_the_room_is_enough_for_a_quarter_of_the_bytes(
     recipe = recipe_of("rtn", "4bit", text)
     planned = plan(model, gpu="h100", **recipe)
     monkeypatch.setattr(
-        "niwaki.compression.run.shutil.disk_usage", lambda path: usage(10**9, 0, planned["output_bytes"])
+        "niwaki.compression.result_folder.shutil.disk_usage", lambda path: usage(10**9, 0, planned["output_bytes"])
     )
     niwaki.compress(model, tmp_path / "out", device="cpu", **recipe)
     monkeypatch.setattr(
-        "niwaki.compression.run.shutil.disk_usage", lambda path: usage(10**9, 0, planned["output_bytes"] // 2)
+        "niwaki.compression.result_folder.shutil.disk_usage", lambda path: usage(10**9, 0, planned["output_bytes"] // 2)
     )
     with pytest.raises(OutputError, match="the result needs"):
         niwaki.compress(model, tmp_path / "other", device="cpu", **recipe)

@@ -32,7 +32,7 @@ from niwaki.compression.plan.sizes import (
     stored_sizes,
 )
 from niwaki.compression.resolve import ResolvedPlan, ResolvedStage, resolve
-from niwaki.compression.run import check_space, partial_of
+from niwaki.compression.result_folder import check_space, partial_of
 from niwaki.compression.width_search import EXPECTED_ROUNDS, STRIDES
 from niwaki.config.events import Event, Report
 from niwaki.config.recipe import Recipe, Sparsity, make_recipe

@@ -38,7 +38,7 @@ def test_disk_that_cannot_hold_the_result_is_refused_first(
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("niwaki.compression.run.shutil.disk_usage", lambda path: usage(10, 9, 1))
+    monkeypatch.setattr("niwaki.compression.result_folder.shutil.disk_usage", lambda path: usage(10, 9, 1))
     with pytest.raises(OutputError, match="the result needs"):
         niwaki.compress(model, tmp_path / "out", **settings(text))
     assert not list(tmp_path.glob("out*"))
@@ -106,7 +106,7 @@ def test_read_only_parent_is_refused(model: Path, text: Path, tmp_path: Path, mo
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("niwaki.compression.run.Path.mkdir", refuse)
+    monkeypatch.setattr("niwaki.compression.result_folder.Path.mkdir", refuse)
     with pytest.raises(OutputError, match=r"cannot write to .*Permission denied"):
         niwaki.compress(model, tmp_path / "out", **settings(text))
 
