@@ -21,7 +21,7 @@ from niwaki.cli.demo import sapling
 from niwaki.data.texts import load_tokenizer
 from niwaki.serve.engine import Engine, EngineLimits
 from niwaki.serve.jobs import Event, Finished, Job
-from niwaki.serve.metrics import Metrics
+from niwaki.serve.prometheus import Metrics
 from niwaki.serve.sampling import Sampling
 
 

@@ -14,7 +14,7 @@ from niwaki.runtime.contextual.sparsity import attach
 from niwaki.serve.engine import MAX_FAILURES, Engine, EngineLimits
 from niwaki.serve.http.api_errors import RefusalError
 from niwaki.serve.jobs import Decoded, Event, Failed, Finished, Job, Prefilled, Started
-from niwaki.serve.metrics import Metrics
+from niwaki.serve.prometheus import Metrics
 from niwaki.serve.sampling import Sampling
 from support.contextual import PROMPT, model_of, shadow_of
 from support.families import build, families

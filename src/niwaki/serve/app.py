@@ -23,7 +23,7 @@ from niwaki.serve.event_queue import EventQueue, Timeouts
 from niwaki.serve.http.api_errors import INTERNAL, RefusalError
 from niwaki.serve.http.disconnect import CLIENT_CLOSED
 from niwaki.serve.jobs import Job
-from niwaki.serve.metrics import CONTENT_TYPE, Metrics
+from niwaki.serve.prometheus import CONTENT_TYPE, Metrics
 from niwaki.serve.prompts import PromptTokenizer
 from niwaki.serve.request_handler import RequestHandler
 from niwaki.serve.request_models import ChatRequest, CompletionRequest, GenerationRequest

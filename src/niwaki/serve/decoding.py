@@ -21,7 +21,7 @@ from torch import Tensor
 
 from niwaki.serve.batch import Batch, SequenceState, batch_for
 from niwaki.serve.jobs import Decoded, Failed, Finished, Job, Prefilled
-from niwaki.serve.metrics import Metrics
+from niwaki.serve.prometheus import Metrics
 from niwaki.serve.sampling import TokenScore, sample, score, score_all
 from niwaki.serve.text import IncrementalDetokenizer
 

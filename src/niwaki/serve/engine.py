@@ -23,7 +23,7 @@ import torch
 from niwaki.serve.decoding import Decoding
 from niwaki.serve.http.api_errors import OVERLOADED, RefusalError, draining
 from niwaki.serve.jobs import Failed, Job, Started
-from niwaki.serve.metrics import Metrics
+from niwaki.serve.prometheus import Metrics
 
 MAX_FAILURES = 3
 CLOSE_S = 2.0  # for the current step

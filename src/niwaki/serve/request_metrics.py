@@ -6,7 +6,7 @@ application = RequestMetricsMiddleware(LimitsMiddleware(application, keys, limit
 import time
 from typing import Any
 
-from niwaki.serve.metrics import Metrics
+from niwaki.serve.prometheus import Metrics
 
 COUNTED = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 OUTCOME_OF = {401: "unauthorized", 429: "rejected", 503: "unavailable", 504: "timeout", 500: "failed"}

@@ -29,7 +29,7 @@ from niwaki.serve.event_queue import Timeouts
 from niwaki.serve.http.keys import Keys
 from niwaki.serve.http.limits import BodyLimits, LimitsMiddleware, check_host, is_loopback
 from niwaki.serve.http.protocol import HttpProtocol
-from niwaki.serve.metrics import Metrics
+from niwaki.serve.prometheus import Metrics
 from niwaki.serve.prompts import PromptTokenizer
 from niwaki.serve.request_metrics import RequestMetricsMiddleware
 from niwaki.serve.text import TokenNames
