@@ -105,7 +105,7 @@ class Config:
 
     @property
     def running(self) -> dict[str, Any]:
-        """Return the fields of `contextual.record.Running`."""
+        """Return the fields of `contextual.predictor_files.Running`."""
         return {entry.name: getattr(self, entry.name) for entry in fields(Running)}
 
     @property
