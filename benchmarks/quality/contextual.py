@@ -42,7 +42,7 @@ from niwaki.runtime.contextual.criteria import CRITERIA
 from niwaki.runtime.contextual.predictor import fit
 from niwaki.runtime.contextual.selection import Rule, for_batch
 from niwaki.runtime.contextual.traces import Traces, prompt_lengths
-from niwaki.runtime.contextual.units import KINDS, Layout, find_layout
+from niwaki.runtime.contextual.units import KINDS, UnitLayout, find_layout
 
 TEXTS = {"reviews": "eval_reviews.jsonl", "wikitext2": "wikitext2_test.txt"}
 # Label → options of the method. Criteria are those that the evaluation of candidates chose, unless given here.
@@ -69,7 +69,7 @@ UNIONS = (4, 8, 16)
 class Watch:
     """Hooks on a whole model, which observe the output of its units and mask it after the prompt."""
 
-    def __init__(self, model, layout: Layout) -> None:
+    def __init__(self, model, layout: UnitLayout) -> None:
         self.model, self.layout, self.blocks = model, layout, find_blocks(model)[1]
 
     def run(self, ids_BT, change, **kwargs):
@@ -155,7 +155,7 @@ def fit_dejavu(watch, ids_ST, lengths, l2: Traces, device):
             last[place].append(watch.observe(ids_BT[:, : length + 1].to(device), length)[1]["last"])
     last_NLD = torch.stack([torch.cat(part) for part in last], 1).flatten(0, 1)
     parts = [layout.split(part) for part in (l2.prompt_NU.float(), l2.score_NU.float())]
-    one = Layout(1, layout.units, layout.width, layout.weights)
+    one = UnitLayout(1, layout.units, layout.width, layout.weights)
     sensitivity_U = torch.ones(one.size, device=device)
     for index in range(layout.blocks):
         prompt_NU, score_NU = (one.join(*(kind[:, index : index + 1] for kind in part)) for part in parts)
@@ -166,7 +166,7 @@ def fit_dejavu(watch, ids_ST, lengths, l2: Traces, device):
 
 def dejavu_scores(fitted, seen, layout):
     """Return the scores of all units by the predictors of the blocks."""
-    one = Layout(1, layout.units, layout.width, layout.weights)
+    one = UnitLayout(1, layout.units, layout.width, layout.weights)
     parts = []
     for index, predictor in enumerate(fitted):
         blank = torch.zeros(len(seen["last"]), one.size, device=seen["last"].device)

@@ -11,7 +11,7 @@ from niwaki.model.hf import build_skeleton
 from niwaki.runtime.contextual.predictor import Predictor
 from niwaki.runtime.contextual.predictor_files import Running, Shadow
 from niwaki.runtime.contextual.selection import Rule
-from niwaki.runtime.contextual.units import KINDS, Layout, find_layout
+from niwaki.runtime.contextual.units import KINDS, UnitLayout, find_layout
 from support.families import build, families
 
 PROMPT = 20
@@ -26,7 +26,7 @@ def model_of(family: str, **changes: Any) -> Any:
     return build(config)
 
 
-def layout_of(model: Any, width: int = 1) -> Layout:
+def layout_of(model: Any, width: int = 1) -> UnitLayout:
     """Return the units of a model."""
     skeleton = build_skeleton(model.config, torch.float32)
     return find_layout(discover(skeleton), skeleton, width)
@@ -53,7 +53,7 @@ def ids_of(sequences: int, tokens: int, seed: int = 0) -> Tensor:
 
 
 def masked_logits(
-    model: Any, ids_BT: Tensor, prompt: int, kept_BU: Tensor, layout: Layout, mean_fill: float = 0.0
+    model: Any, ids_BT: Tensor, prompt: int, kept_BU: Tensor, layout: UnitLayout, mean_fill: float = 0.0
 ) -> Tensor:
     """Return logits of one parallel forward pass with masks from token `prompt` on.
 

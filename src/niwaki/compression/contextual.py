@@ -36,7 +36,7 @@ from niwaki.model.files import copy_file, file_sha256
 from niwaki.runtime.contextual.predictor_files import TENSORS, Running, Shadow, write_shadow
 from niwaki.runtime.contextual.selection import Variant
 from niwaki.runtime.contextual.traces import Traces, prompt_lengths
-from niwaki.runtime.contextual.units import KINDS, Layout, find_layout
+from niwaki.runtime.contextual.units import KINDS, UnitLayout, find_layout
 
 PART = "predictor"
 MakeStream = Callable[[Tensor, str], Stream]
@@ -129,7 +129,7 @@ def losses_after_prompt(
     decoder: Decoder,
     ids_ST: Tensor,
     lengths_S: Tensor,
-    layout: Layout,
+    layout: UnitLayout,
     variants: Sequence[Variant],
     make_stream: MakeStream,
     report: Report = silent,
@@ -154,7 +154,7 @@ def evaluate_candidates(
     method: ContextualMethod,
     config: Any,
     traces: Mapping[str, Traces],
-    layout: Layout,
+    layout: UnitLayout,
     skip_frac: float,
     decoder: Decoder,
     ids_ST: Tensor,
@@ -173,7 +173,7 @@ def evaluate_candidates(
 
 
 @contextmanager
-def _masked(block: Block, layout: Layout, variant: Variant, lengths_B: Tensor, rows: slice) -> Iterator[None]:
+def _masked(block: Block, layout: UnitLayout, variant: Variant, lengths_B: Tensor, rows: slice) -> Iterator[None]:
     """Mask, for one batch, the skipped units of a block before the matrices that read them."""
     handles = []
     for kind, kept_SLG in zip(KINDS, layout.split(variant.kept_BU), strict=True):

@@ -25,7 +25,7 @@ from niwaki.data.stream import Stream
 from niwaki.model.decoder import Block, Decoder
 from niwaki.runtime.contextual.criteria import WITHOUT_GRADIENTS, score
 from niwaki.runtime.contextual.traces import STORED, Traces, nbytes, prompt_lengths
-from niwaki.runtime.contextual.units import KINDS, Layout, mean_square
+from niwaki.runtime.contextual.units import KINDS, UnitLayout, mean_square
 
 MakeStream = Callable[[Tensor, str], Stream]
 
@@ -33,7 +33,7 @@ MakeStream = Callable[[Tensor, str], Stream]
 def trace(
     decoder: Decoder,
     ids_ST: Tensor,
-    layout: Layout,
+    layout: UnitLayout,
     criteria: Sequence[str],
     *,
     cuts: int,
@@ -80,7 +80,7 @@ def trace(
 def _forward(
     decoder: Decoder,
     stream: Stream,
-    layout: Layout,
+    layout: UnitLayout,
     lengths: list[int],
     report: Report,
     scores: "Mapping[str, _Rows]",
@@ -118,7 +118,7 @@ def _forward(
 class _Rows:
     """Values of all samples and units, filled block by block; samples are windows × cuts, window by window."""
 
-    def __init__(self, windows: int, cuts: int, layout: Layout) -> None:
+    def __init__(self, windows: int, cuts: int, layout: UnitLayout) -> None:
         dtype = STORED if windows > 1 else torch.float32
         shape = (windows, cuts, layout.blocks)
         self.layout = layout

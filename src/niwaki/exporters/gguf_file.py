@@ -33,7 +33,7 @@ from torch import Tensor
 from niwaki.compression.run_record import Record
 from niwaki.config.events import Event, Report
 from niwaki.errors import InputError, NumericalError, unknown
-from niwaki.exporters.gguf_shape import Layout, layout_of
+from niwaki.exporters.gguf_shape import GgufLayout, layout_of
 from niwaki.exporters.gguf_vocabulary import Vocabulary, read_vocabulary
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.files import atomic_file, copy_file
@@ -53,7 +53,7 @@ HEADER_BYTES = 2**20
 class GgufPlan:
     """Content of a file: the layout of the tensors, the type of each, the vocabulary."""
 
-    layout: Layout
+    layout: GgufLayout
     type: str
     kinds: dict[str, GGMLQuantizationType]
     vocabulary: Vocabulary

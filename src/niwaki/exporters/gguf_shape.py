@@ -63,7 +63,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Layout:
+class GgufLayout:
     """Architecture, widths of each block, positions, and all tensors by their GGUF name."""
 
     arch: MODEL_ARCH
@@ -77,7 +77,7 @@ class Layout:
     notes: tuple[str, ...]
 
 
-def layout_of(checkpoint: Checkpoint) -> Layout:
+def layout_of(checkpoint: Checkpoint) -> GgufLayout:
     """Find the layout of a checkpoint. Raises ArchitectureError for a model without a graph in llama.cpp."""
     config = checkpoint.config
     family = FAMILIES.get(config.model_type)
@@ -107,7 +107,7 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
     window = getattr(config, "sliding_window", None)
     context = min(config.max_position_embeddings, window or config.max_position_embeddings)
     notes = [] if context == config.max_position_embeddings else [f"the context is the window of {window} tokens"]
-    return Layout(arch, tensors, neurons, heads, key_heads, width, context, linear_factor, tuple(notes))
+    return GgufLayout(arch, tensors, neurons, heads, key_heads, width, context, linear_factor, tuple(notes))
 
 
 def paired(tensor: Tensor, heads: int) -> Tensor:

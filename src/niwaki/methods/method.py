@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from niwaki.runtime.contextual.predictor import Predictor
     from niwaki.runtime.contextual.selection import Rule, Variant
     from niwaki.runtime.contextual.traces import Traces
-    from niwaki.runtime.contextual.units import Layout
+    from niwaki.runtime.contextual.units import UnitLayout
 
 
 class MethodKind(StrEnum):
@@ -151,10 +151,10 @@ class ContextualMethod(Method):
 
     candidate_rows: Callable[[int, Any], range]
     choose_criterion: Callable[
-        [Mapping[str, Traces], Layout, Any, float, int, Callable[[Sequence[Variant]], list[float]]],
+        [Mapping[str, Traces], UnitLayout, Any, float, int, Callable[[Sequence[Variant]], list[float]]],
         tuple[Any, dict[str, Any]],
     ]
-    samples: Callable[[Mapping[str, Traces], Layout, Any], Traces]
-    learn: Callable[[Traces, Layout, Any, int], tuple[Predictor, dict[str, Any]]]
+    samples: Callable[[Mapping[str, Traces], UnitLayout, Any], Traces]
+    learn: Callable[[Traces, UnitLayout, Any, int], tuple[Predictor, dict[str, Any]]]
     rule: Callable[[Any, float], Rule]
-    beside_bytes: Callable[[Layout, int, int, Any, int], int]
+    beside_bytes: Callable[[UnitLayout, int, int, Any, int], int]

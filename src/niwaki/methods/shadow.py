@@ -37,7 +37,7 @@ from niwaki.runtime.contextual.predictor import FEATURES, Predictor, fit
 from niwaki.runtime.contextual.predictor_files import Running
 from niwaki.runtime.contextual.selection import SCOPES, SHARING, Rule, Variant
 from niwaki.runtime.contextual.traces import Traces
-from niwaki.runtime.contextual.units import Layout
+from niwaki.runtime.contextual.units import UnitLayout
 
 NEURON_WIDTHS = (1, 32, 64, 128)
 AUTO = "auto"
@@ -134,7 +134,7 @@ def candidate_rows(windows: int, config: Config) -> range:
 
 def choose_criterion(
     traces: Mapping[str, Traces],
-    layout: Layout,
+    layout: UnitLayout,
     config: Config,
     skip_frac: float,
     decoder_weights: int,
@@ -171,7 +171,7 @@ def choose_criterion(
     return best, losses_by_option
 
 
-def samples(traces: Mapping[str, Traces], layout: Layout, config: Config) -> Traces:
+def samples(traces: Mapping[str, Traces], layout: UnitLayout, config: Config) -> Traces:
     """Join the samples of the criterion of heads and of that of neurons; the two kinds are never compared."""
     parts = []
     for kind, criterion in enumerate((config.head_criterion, config.criterion)):
@@ -181,7 +181,7 @@ def samples(traces: Mapping[str, Traces], layout: Layout, config: Config) -> Tra
     return replace(traces[config.criterion], score_NU=layout.join(*parts))
 
 
-def learn(traces: Traces, layout: Layout, config: Config, decoder_weights: int) -> tuple[Predictor, dict[str, Any]]:
+def learn(traces: Traces, layout: UnitLayout, config: Config, decoder_weights: int) -> tuple[Predictor, dict[str, Any]]:
     """Fit the map at the largest rank that its share of parameters allows."""
     widths = {"last": traces.last_ND.shape[1], "mean": traces.mean_ND.shape[1], "prompt": layout.size}
     inputs = sum(widths[name] for name in config.groups)
@@ -195,7 +195,7 @@ def cost(scope: Scope, config: Config) -> Work:
     return Work(forward_tokens=count * len(candidate_rows(scope.windows, config)) * scope.tokens)
 
 
-def beside_bytes(layout: Layout, channels: int, windows: int, config: Config, decoder_weights: int) -> int:
+def beside_bytes(layout: UnitLayout, channels: int, windows: int, config: Config, decoder_weights: int) -> int:
     """Return the bytes of the predictor in float32; `channels`: width of the input of the heads' output matrix.
 
     The rank is lower if the samples have fewer directions.
@@ -206,7 +206,7 @@ def beside_bytes(layout: Layout, channels: int, windows: int, config: Config, de
     return 4 * (2 * layout.size + 4 + 2 * inputs + rank * (inputs + layout.size))
 
 
-def _rank(layout: Layout, inputs: int, config: Config, decoder_weights: int) -> int:
+def _rank(layout: UnitLayout, inputs: int, config: Config, decoder_weights: int) -> int:
     """Return the largest rank that the share of parameters allows. Raise InputError if that is below 1."""
     vectors = 2 * layout.size + 2 * inputs + 4
     rank = int((config.size_frac * decoder_weights - vectors) // max(inputs + layout.size, 1))

@@ -14,13 +14,13 @@ from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.runtime.contextual.criteria import CRITERIA
 from niwaki.runtime.contextual.traces import Traces, nbytes, prompt_lengths
-from niwaki.runtime.contextual.units import KINDS, Layout
+from niwaki.runtime.contextual.units import KINDS, UnitLayout
 from support.contextual import ids_of, layout_of, model_of
 
 TOKENS, CUTS = 16, 2
 
 
-def whole_graph(model: Any, layout: Layout, ids_T: Tensor) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+def whole_graph(model: Any, layout: UnitLayout, ids_T: Tensor) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
     """Outputs of all units [T, C] and their gradients, by block and kind, for one window."""
     met: dict[tuple[int, str], Tensor] = {}
     handles = [

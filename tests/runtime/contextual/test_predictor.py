@@ -15,16 +15,16 @@ from niwaki.runtime.contextual.predictor import _fit as fit_once
 from niwaki.runtime.contextual.predictor_files import ABOUT, TENSORS, read_shadow, write_shadow
 from niwaki.runtime.contextual.selection import Variant
 from niwaki.runtime.contextual.traces import Traces
-from niwaki.runtime.contextual.units import Layout
+from niwaki.runtime.contextual.units import UnitLayout
 from support.contextual import layout_of, model_of, shadow_of
 
 
 @pytest.fixture(scope="module")
-def layout() -> Layout:
+def layout() -> UnitLayout:
     return layout_of(model_of("llama"))
 
 
-def samples(layout: Layout, count: int, noise: float = 0.05, seen: float = 0.0) -> Traces:
+def samples(layout: UnitLayout, count: int, noise: float = 0.05, seen: float = 0.0) -> Traces:
     """Scores that follow three hidden causes, of which `last` shows a rotation and prompts nothing, or `seen` of it."""
     generator = torch.Generator().manual_seed(0)
 
@@ -41,7 +41,7 @@ def samples(layout: Layout, count: int, noise: float = 0.05, seen: float = 0.0) 
     return Traces(last_ND, normal(count, 16), prompt_NU.clamp_min(0), score_NU.clamp_min(0), torch.ones(layout.size))
 
 
-def test_full_rank_is_ridge_regression(layout: Layout) -> None:
+def test_full_rank_is_ridge_regression(layout: UnitLayout) -> None:
     traces, penalty = samples(layout, 24), 3.0
     predictor = fit_once(traces, layout, ("last",), rank=1000, penalty=penalty)
     x, y = traces.last_ND.double(), traces.score_NU.double()
@@ -60,7 +60,7 @@ def test_full_rank_is_ridge_regression(layout: Layout) -> None:
     torch.testing.assert_close(found[:, :heads], prior[:heads].expand(5, -1), rtol=1e-5, atol=1e-6)
 
 
-def test_heads_follow_what_the_prompt_shows_and_nothing_else(layout: Layout) -> None:
+def test_heads_follow_what_the_prompt_shows_and_nothing_else(layout: UnitLayout) -> None:
     """Their scores ask the features nothing; those of neurons do."""
     traces = samples(layout, 80, seen=0.8)
     predictor, _ = fit(traces, layout, ("last", "mean"), True, 8)
@@ -72,7 +72,7 @@ def test_heads_follow_what_the_prompt_shows_and_nothing_else(layout: Layout) -> 
     assert float(layout.split(shown - predictor.scores(one.last_ND, one.mean_ND, one.prompt_NU))[0].abs().max()) > 0.01
 
 
-def test_groups_of_features_weigh_alike(layout: Layout) -> None:
+def test_groups_of_features_weigh_alike(layout: UnitLayout) -> None:
     """A group given twice is the same as once: the penalty counts groups, not columns."""
     traces = samples(layout, 24)
     twin = Traces(traces.last_ND, traces.last_ND, traces.prompt_NU, traces.score_NU, traces.sensitivity_U)
@@ -81,7 +81,7 @@ def test_groups_of_features_weigh_alike(layout: Layout) -> None:
     torch.testing.assert_close(once, twice, rtol=1e-3, atol=1e-3)
 
 
-def test_it_beats_the_static_mask_on_samples_it_has_not_seen(layout: Layout) -> None:
+def test_it_beats_the_static_mask_on_samples_it_has_not_seen(layout: UnitLayout) -> None:
     traces = samples(layout, 120)
     train, test = traces.take(slice(0, 90)), traces.take(slice(90, None))
     static, _ = fit(train, layout, (), False, 8)
@@ -93,7 +93,7 @@ def test_it_beats_the_static_mask_on_samples_it_has_not_seen(layout: Layout) -> 
     assert kept_share(blind, test, layout) < kept_share(static, test, layout) + 0.01
 
 
-def test_trust_grows_with_what_prompts_tell(layout: Layout) -> None:
+def test_trust_grows_with_what_prompts_tell(layout: UnitLayout) -> None:
     betas = [fit(samples(layout, 80, seen=seen), layout, (), True, 8)[0].trust_K2[1, 0] for seen in (0.0, 0.5, 1.0)]
     assert betas[0] < 0.25 and min(betas[1:]) > 0.8 and max(betas) <= 1
     gap_BU = torch.tensor([[0.1, -0.1], [1.0, -1.0]])
@@ -102,7 +102,7 @@ def test_trust_grows_with_what_prompts_tell(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("features", ["last", "last+mean+prompt"])
-def test_its_size_stays_within_its_share(layout: Layout, features: str) -> None:
+def test_its_size_stays_within_its_share(layout: UnitLayout, features: str) -> None:
     weights = 200_000
     config = shadow.Config(features=features)
     predictor, _ = shadow.learn(samples(layout, 80), layout, config, weights)
@@ -112,7 +112,7 @@ def test_its_size_stays_within_its_share(layout: Layout, features: str) -> None:
         shadow.learn(samples(layout, 80), layout, config, 8_000)
 
 
-def test_energy_weighs_by_sensitivity(layout: Layout) -> None:
+def test_energy_weighs_by_sensitivity(layout: UnitLayout) -> None:
     traces = samples(layout, 16)
     sensitive = Traces(*list(vars(traces).values())[:4], 1 + torch.arange(layout.size).float())
     config = shadow.Config(head_criterion="energy", criterion="energy", features="none", shrinkage=False)
@@ -120,7 +120,7 @@ def test_energy_weighs_by_sensitivity(layout: Layout) -> None:
     torch.testing.assert_close(found.score_NU, traces.score_NU * sensitive.sensitivity_U)
 
 
-def test_heads_and_neurons_have_criteria_of_their_own(layout: Layout) -> None:
+def test_heads_and_neurons_have_criteria_of_their_own(layout: UnitLayout) -> None:
     traces = samples(layout, 16)
     other = Traces(*list(vars(traces).values())[:3], traces.score_NU + 1, traces.sensitivity_U)
     config = shadow.Config(head_criterion="plainact", criterion="fisher")
@@ -129,7 +129,7 @@ def test_heads_and_neurons_have_criteria_of_their_own(layout: Layout) -> None:
     assert torch.allclose(heads, torch.ones_like(heads)) and not neurons.any()
 
 
-def test_the_trial_takes_what_loses_least(layout: Layout) -> None:
+def test_the_trial_takes_what_loses_least(layout: UnitLayout) -> None:
     """Heads come first; each criterion is chosen by the loss of its masks on windows held out of the fit."""
     right, wrong = samples(layout, 64), samples(layout, 64)
     wrong = replace(wrong, score_NU=wrong.score_NU.flip(1))
@@ -154,7 +154,7 @@ def test_the_trial_takes_what_loses_least(layout: Layout) -> None:
     assert shadow.candidate_rows(8, config) == range(6, 8) and shadow.candidate_rows(1000, config) == range(968, 1000)
 
 
-def test_the_files_bring_everything_back(layout: Layout, tmp_path: Path) -> None:
+def test_the_files_bring_everything_back(layout: UnitLayout, tmp_path: Path) -> None:
     (tmp_path / "niwaki").mkdir()
     traces = samples(layout, 40)
     predictor, _ = fit(traces, layout, ("last", "mean", "prompt"), True, 4)

@@ -14,7 +14,7 @@ from niwaki.runtime.contextual.selection import for_batch
 from niwaki.runtime.contextual.sequence import Decision, Phase
 from niwaki.runtime.contextual.small_linear import CompactLinear
 from niwaki.runtime.contextual.sparsity import Contextual, attach
-from niwaki.runtime.contextual.units import KINDS, Layout
+from niwaki.runtime.contextual.units import KINDS, UnitLayout
 from support.contextual import PROMPT, ids_of, masked_logits, model_of, shadow_of, step_by_step
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt"]
@@ -55,7 +55,7 @@ def test_compact_equals_masked(family: str, mean_fill: float, scope: str, in_pla
     assert record.sparse_tokens == 8 and record.dense_tokens == 0 and record.skipped_frac == pytest.approx([0.5])
 
 
-def activity(model: Any, layout: Layout, ids_BT: Tensor) -> Tensor:
+def activity(model: Any, layout: UnitLayout, ids_BT: Tensor) -> Tensor:
     """Return the units [U] that are active after the prompt."""
     prefill = PrefillStatistics(layout)
     real_BT = torch.arange(ids_BT.shape[1])[None] >= PROMPT

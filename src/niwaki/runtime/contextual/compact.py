@@ -37,7 +37,7 @@ from niwaki.runtime.contextual.small_linear import (
     PickedRows,
     find_gate,
 )
-from niwaki.runtime.contextual.units import Layout
+from niwaki.runtime.contextual.units import UnitLayout
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # NumPy knows no bfloat16
 HEAD_ATTRIBUTES = ("num_heads", "num_key_value_heads")
@@ -133,7 +133,7 @@ def _exchange(swaps: list[Swap]) -> list[Swap]:
     return before
 
 
-def check_linears(blocks: nn.ModuleList, layout: Layout) -> None:
+def check_linears(blocks: nn.ModuleList, layout: UnitLayout) -> None:
     """Raise ArchitectureError for matrices that are not an nn.Linear."""
     for block in blocks:
         for unit in layout.units.values():
@@ -146,7 +146,7 @@ def check_linears(blocks: nn.ModuleList, layout: Layout) -> None:
 @torch.no_grad()
 def compact(
     blocks: nn.ModuleList,
-    layout: Layout,
+    layout: UnitLayout,
     heads_BLG: Tensor,
     neurons_LG: Tensor,
     buffers: Buffers,

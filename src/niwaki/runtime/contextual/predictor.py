@@ -35,7 +35,7 @@ from torch import Tensor
 
 from niwaki.runtime.contextual.selection import highest
 from niwaki.runtime.contextual.traces import Traces
-from niwaki.runtime.contextual.units import Layout
+from niwaki.runtime.contextual.units import UnitLayout
 
 FEATURES = ("last", "mean", "prompt")
 PENALTIES = (1.0, 3.0, 10.0, 30.0)
@@ -120,7 +120,7 @@ def gather(features: Sequence[str], last_BD: Tensor, mean_BD: Tensor, activity_B
 
 
 def fit(
-    traces: Traces, layout: Layout, features: Sequence[str], shrinkage: bool, rank: int
+    traces: Traces, layout: UnitLayout, features: Sequence[str], shrinkage: bool, rank: int
 ) -> tuple[Predictor, dict[str, Any]]:
     """Fit a predictor to these samples; return it and the values of its choices. Without `shrinkage` b is zero.
 
@@ -141,7 +141,7 @@ def fit(
     return predictor, choices | {"trust": predictor.trust_K2.tolist()}
 
 
-def kept_share(predictor: Predictor, judge: Traces, layout: Layout, share: float = 0.5) -> float:
+def kept_share(predictor: Predictor, judge: Traces, layout: UnitLayout, share: float = 0.5) -> float:
     """Return the share of the squared true score that the best `share` of every block holds.
 
     It is a mean over blocks, kinds and samples.
@@ -156,7 +156,7 @@ def kept_share(predictor: Predictor, judge: Traces, layout: Layout, share: float
     return sum(shares) / len(shares)
 
 
-def _fit(traces: Traces, layout: Layout, features: Sequence[str], rank: int, penalty: float) -> Predictor:
+def _fit(traces: Traces, layout: UnitLayout, features: Sequence[str], rank: int, penalty: float) -> Predictor:
     """Fit the learned part to these samples, without shrinkage."""
     score_NU, prompt_NU = traces.score_NU.float(), traces.prompt_NU.float()
     heads, trust_K2 = layout.blocks * layout.count("heads"), score_NU.new_zeros(2, 2)
@@ -181,13 +181,13 @@ def _fit(traces: Traces, layout: Layout, features: Sequence[str], rank: int, pen
     return Predictor(tuple(features), heads, prior_U, typical_U, trust_K2, center_F, scale_F, into_FR, out_RU)
 
 
-def _weights(prior_U: Tensor, layout: Layout) -> Tensor:
+def _weights(prior_U: Tensor, layout: UnitLayout) -> Tensor:
     """Return the weights of units [U]: p over its mean in the block, at least `MIN_WEIGHT`."""
     parts = (prior_1LG / prior_1LG.mean(2, keepdim=True) for prior_1LG in layout.split(prior_U[None]))
     return layout.join(*parts)[0].clamp_min(MIN_WEIGHT)
 
 
-def _fit_shrinkage(predictor: Predictor, judge: Traces, layout: Layout) -> Tensor:
+def _fit_shrinkage(predictor: Predictor, judge: Traces, layout: UnitLayout) -> Tensor:
     """Fit β and ν of heads and neurons [K, 2] by least squares on held-out samples."""
     activity_NU = activity(judge.prompt_NU, predictor.typical_U)
     expected_NU = predictor.expected(judge.last_ND, judge.mean_ND, activity_NU)

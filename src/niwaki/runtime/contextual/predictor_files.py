@@ -20,7 +20,7 @@ from niwaki.errors import CheckpointError, format_problem
 from niwaki.model.files import write_shard, write_text
 from niwaki.runtime.contextual.predictor import Predictor
 from niwaki.runtime.contextual.selection import Rule
-from niwaki.runtime.contextual.units import Layout, read_layout
+from niwaki.runtime.contextual.units import UnitLayout, read_layout
 
 TENSORS, ABOUT = "niwaki/shadow.safetensors", "niwaki/shadow.json"
 FORMAT = 1
@@ -51,7 +51,7 @@ class Shadow:
     """Predictor of a model with its units, selection rule and runtime settings."""
 
     predictor: Predictor
-    layout: Layout
+    layout: UnitLayout
     rule: Rule
     running: Running
 

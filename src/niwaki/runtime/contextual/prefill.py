@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.config.recipe import Kind
-from niwaki.runtime.contextual.units import KINDS, Layout
+from niwaki.runtime.contextual.units import KINDS, UnitLayout
 
 
 class PrefillStatistics:
     """Sums over the tokens that the full model read so far."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: UnitLayout) -> None:
         self.layout = layout
         self.tokens_B: Tensor | None = None
         self._last_BD: Tensor | None = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from niwaki.runtime.contextual.units import Layout
+from niwaki.runtime.contextual.units import UnitLayout
 
 SCOPES = ("local", "global")
 SHARING = ("union", "shared")
@@ -26,7 +26,7 @@ class Rule:
     scope: str = "local"
     floor_frac: float = 0.1
 
-    def select(self, scores_BU: Tensor, layout: Layout) -> Tensor:
+    def select(self, scores_BU: Tensor, layout: UnitLayout) -> Tensor:
         """Return the units [B, U] that run, as booleans."""
         heads_BLG, neurons_BLG = layout.split(scores_BU)
         return layout.join(self.keep(heads_BLG), self.keep(neurons_BLG))
@@ -60,7 +60,7 @@ def highest(scores: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
 
 
-def margin(scores_BU: Tensor, kept_BU: Tensor, layout: Layout) -> Tensor:
+def margin(scores_BU: Tensor, kept_BU: Tensor, layout: UnitLayout) -> Tensor:
     """Return the share [B] of the predicted squared importance that a mask holds, mean over blocks and kinds.
 
     It is small if all units seem to matter alike: the skipped units are then as good as those that run.
@@ -74,7 +74,7 @@ def margin(scores_BU: Tensor, kept_BU: Tensor, layout: Layout) -> Tensor:
     return mean_B
 
 
-def for_batch(rule: Rule, scores_BU: Tensor, layout: Layout, neurons: str = "union") -> tuple[Tensor, Tensor]:
+def for_batch(rule: Rule, scores_BU: Tensor, layout: UnitLayout, neurons: str = "union") -> tuple[Tensor, Tensor]:
     """Return the units that a batch runs: heads [B, L, G] of each sequence, and neurons [L, G] of all sequences.
 
     `neurons`: `union` keeps all that any sequence would keep alone. `shared` keeps the number that one sequence keeps,

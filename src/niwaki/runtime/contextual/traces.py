@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from niwaki.runtime.contextual.units import Layout
+from niwaki.runtime.contextual.units import UnitLayout
 
 STORED = torch.bfloat16  # three digits, and the range of gradients
 
@@ -47,7 +47,7 @@ class Traces:
         return Traces(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
-def nbytes(samples: int, layout: Layout, hidden: int) -> int:
+def nbytes(samples: int, layout: UnitLayout, hidden: int) -> int:
     """Return the bytes of the traces of `samples` samples."""
     return samples * (2 * layout.size * STORED.itemsize + 2 * hidden * 4)
 

@@ -25,7 +25,7 @@ KINDS: tuple[Kind, ...] = ("heads", "neurons")
 
 
 @dataclass(frozen=True)
-class Layout:
+class UnitLayout:
     """Units of a decoder of `blocks` equal blocks; `width` neurons make one unit."""
 
     blocks: int
@@ -65,16 +65,16 @@ class Layout:
         return {"blocks": self.blocks, "width": self.width, "weights": dict(self.weights), "units": units}
 
 
-def read_layout(described: Mapping[str, Any]) -> Layout:
-    """Read what `Layout.describe` returned."""
+def read_layout(described: Mapping[str, Any]) -> UnitLayout:
+    """Read what `UnitLayout.describe` returned."""
     units = {
         kind: Unit(about["kind"], about["consumer"], tuple(about["producers"]), about["count"])
         for kind, about in described["units"].items()
     }
-    return Layout(described["blocks"], units, described["width"], described["weights"])
+    return UnitLayout(described["blocks"], units, described["width"], described["weights"])
 
 
-def find_layout(anatomy: Anatomy, skeleton: Any, width: int) -> Layout:
+def find_layout(anatomy: Anatomy, skeleton: Any, width: int) -> UnitLayout:
     """Return the units of a decoder.
 
     Raises ArchitectureError for blocks that differ or lack a unit, InputError for a width that does not divide.
@@ -89,7 +89,7 @@ def find_layout(anatomy: Anatomy, skeleton: Any, width: int) -> Layout:
     for kind, unit in units.items():
         matrices = [block.linears[name] for name in (*unit.producers, unit.consumer)]
         weights[kind] = sum(matrix.rows * matrix.columns for matrix in matrices)
-    return Layout(len(anatomy.blocks), units, width, weights)
+    return UnitLayout(len(anatomy.blocks), units, width, weights)
 
 
 def mean_square(x_BTC: Tensor, count: int, real_BT: Tensor | None = None) -> Tensor:
