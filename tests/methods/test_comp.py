@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from niwaki.config.recipe import KeepUnits, Unit
+from niwaki.config.recipe import KeepUnits, PrunableUnit
 from niwaki.methods import comp
 from niwaki.methods.comp import Config
 from niwaki.model.anatomy import discover
@@ -13,7 +13,7 @@ from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSpace
 from support.families import GQA
 from support.models import calibration_of, correlated_inputs, make_block
 
-UNIT = Unit("neurons", "m", (), 48)
+UNIT = PrunableUnit("neurons", "m", (), 48)
 
 
 def sizes() -> ShapeSpace:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from niwaki.config.recipe import KeepUnits, Unit
+from niwaki.config.recipe import KeepUnits, PrunableUnit
 from niwaki.methods import flap, shortgpt, two_ssp, wanda_sp
 from niwaki.model.anatomy import discover
 from niwaki.model.hf import build_skeleton
@@ -14,7 +14,7 @@ from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSpace
 from support.families import GQA
 from support.models import calibration_of, correlated_inputs, make_block
 
-HEADS, NEURONS = Unit("heads", "m", (), 8), Unit("neurons", "m", (), 32)
+HEADS, NEURONS = PrunableUnit("heads", "m", (), 8), PrunableUnit("neurons", "m", (), 32)
 
 
 def sizes() -> ShapeSpace:
@@ -33,7 +33,7 @@ def result(search: Any, loss: Any = None) -> PrunedShape | None:
         return found
 
 
-def chosen(module: Any, unit: Unit, count: int, x: torch.Tensor, weight: torch.Tensor) -> Any:
+def chosen(module: Any, unit: PrunableUnit, count: int, x: torch.Tensor, weight: torch.Tensor) -> Any:
     block = make_block({"m": weight})
     config = module.Config()
     calib = calibration_of(block, x, module.needs(config))
@@ -45,7 +45,7 @@ X = correlated_inputs(300, 32) + torch.linspace(-2, 2, 32)
 
 
 @pytest.mark.parametrize(("unit", "count"), [(NEURONS, 20), (HEADS, 5)])
-def test_wanda_scores_are_summed_over_a_group(unit: Unit, count: int) -> None:
+def test_wanda_scores_are_summed_over_a_group(unit: PrunableUnit, count: int) -> None:
     found = chosen(wanda_sp, unit, count, X, WEIGHT)
     scores = (WEIGHT.double().abs() * X.double().square().sum(0).sqrt()).mean(0).view(unit.count, -1).sum(1)
     assert found.detail["kept_groups"] == sorted(scores.argsort(descending=True)[:count].tolist())
@@ -54,7 +54,7 @@ def test_wanda_scores_are_summed_over_a_group(unit: Unit, count: int) -> None:
 
 
 @pytest.mark.parametrize(("unit", "count"), [(NEURONS, 20), (HEADS, 5)])
-def test_flap_keeps_what_fluctuates_and_its_bias_makes_up_for_the_mean(unit: Unit, count: int) -> None:
+def test_flap_keeps_what_fluctuates_and_its_bias_makes_up_for_the_mean(unit: PrunableUnit, count: int) -> None:
     found = chosen(flap, unit, count, X, WEIGHT)
     x, w = X.double(), WEIGHT.double()
     scores = (x.var(0, correction=0) * w.square().sum(0)).view(unit.count, -1).sum(1)

@@ -127,7 +127,7 @@ Kind = Literal["heads", "neurons"]
 
 
 @dataclass(frozen=True)
-class Unit:
+class PrunableUnit:
     """A prunable unit kind of a block: `count` groups of columns of the matrix `consumer`.
 
     Rows of each producer make a group (see `niwaki.model.prunable`). `kind`: `neurons` of a dense layer, or `heads`
@@ -150,7 +150,7 @@ class KeepUnits:
     words: ClassVar[str] = "heads or neurons that stay"
     example: ClassVar[str] = ""
 
-    unit: Unit
+    unit: PrunableUnit
     count: int
     cut: bool = True
 

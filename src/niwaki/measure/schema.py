@@ -16,7 +16,7 @@ from niwaki.errors import InputError, format_problem
 from niwaki.model.files import write_text
 
 Kind = Literal["plain", "packed", "structured", "contextual"]
-Unit = Literal["document", "window", "question", "round", "file"]
+SampleUnit = Literal["document", "window", "question", "round", "file"]
 
 FORMAT: Literal[1] = 1
 BUSY_SPREAD = 3.0  # the fastest round of one model over its slowest, above which the machine was busy
@@ -104,7 +104,7 @@ class Quality(Frozen):
 
     tokens: int
     units: int
-    unit: Unit
+    unit: SampleUnit
     dense_perplexity: float
     perplexity: float
     perplexity_ratio: Estimate

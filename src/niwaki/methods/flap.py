@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import KeepUnits, Kind, Sparsity, Target, Unit
+from niwaki.config.recipe import KeepUnits, Kind, PrunableUnit, Sparsity, Target
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
@@ -50,7 +50,7 @@ def needs(config: Config) -> Needs:
 
 
 def block_info(
-    block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Config
+    block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, PrunableUnit], config: Config
 ) -> dict[Kind, list]:
     """Return the standardized scores of all groups by kind."""
     scores: dict[Kind, list] = {}

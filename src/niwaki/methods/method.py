@@ -20,7 +20,7 @@ from niwaki.methods.cost import Scope, Work, masks
 if TYPE_CHECKING:
     import torch
 
-    from niwaki.config.recipe import Kind, Target, Unit
+    from niwaki.config.recipe import Kind, PrunableUnit, Target
     from niwaki.data.statistics import Needs, Statistics
     from niwaki.data.stream import CalibrationData
     from niwaki.formats.packed import Packed
@@ -58,7 +58,9 @@ def _needs_nothing(config: Any) -> Needs:
     return Needs()
 
 
-def _no_info(block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, Unit], config: Any) -> None:
+def _no_info(
+    block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, PrunableUnit], config: Any
+) -> None:
     return None
 
 
@@ -129,7 +131,7 @@ class ShapeMethod(Method):
 
     search: Callable[[ShapeSpace, float, Sequence[BlockInfo], Any], ShapeSearch]
     info_needs: Callable[[Any], Needs] = _needs_nothing
-    info: Callable[[Block, Mapping[str, Statistics], Mapping[Kind, Unit], Any], Any] = _no_info
+    info: Callable[[Block, Mapping[str, Statistics], Mapping[Kind, PrunableUnit], Any], Any] = _no_info
     multiple: Callable[[Any], int] = _without_groups
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import KeepUnits, Kind, Target, Unit
+from niwaki.config.recipe import KeepUnits, Kind, PrunableUnit, Target
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.model.anatomy import Anatomy, BlockAnatomy, Linear
 from niwaki.model.hf import build_skeleton
@@ -78,12 +78,12 @@ class BlockInfo:
 ShapeSearch = Generator[list[PrunedShape], list[float], PrunedShape | None]
 
 
-def units_of(block: BlockAnatomy, heads: int) -> dict[Kind, Unit]:
+def units_of(block: BlockAnatomy, heads: int) -> dict[Kind, PrunableUnit]:
     """Find the units of a block by kind. Its keys and values have `heads` groups.
 
     Raises ArchitectureError for a block that is not one attention and one dense layer of plain matrices.
     """
-    found: dict[Kind, Unit] = {}
+    found: dict[Kind, PrunableUnit] = {}
     for before, members in pairwise(block.groups.values()):
         consumer = members[0]
         writers = {unit.consumer for unit in found.values()}
@@ -93,7 +93,7 @@ def units_of(block: BlockAnatomy, heads: int) -> dict[Kind, Unit]:
         if kind in found or any(linear.expert is not None for linear in (*before, consumer)):
             break
         count = heads if kind == "heads" else consumer.columns
-        found[kind] = Unit(kind, consumer.name, tuple(linear.name for linear in before), count)
+        found[kind] = PrunableUnit(kind, consumer.name, tuple(linear.name for linear in before), count)
     if len(found) < 2 or sum(1 + len(unit.producers) for unit in found.values()) < len(block.linears):
         raise ArchitectureError(
             f"structured pruning needs blocks of one attention (q, k and v apart) and one dense layer, got "
@@ -131,7 +131,7 @@ class ShapeSpace:
         self.block_parameters: int = sum(shape.numel() for shape in shapes.values())
         self.group_parameters = {kind: self._of_group(unit, shapes) for kind, unit in self.units.items()}
 
-    def _of_group(self, unit: Unit, shapes: Mapping[str, torch.Size]) -> int:
+    def _of_group(self, unit: PrunableUnit, shapes: Mapping[str, torch.Size]) -> int:
         names = [f"{name}.bias" for name in unit.producers]
         matrices = [self.anatomy.blocks[0].linears[name] for name in (*unit.producers, unit.consumer)]
         lost = sum(m.rows * m.columns for m in matrices) + sum(shapes[n].numel() for n in names if n in shapes)
@@ -294,19 +294,19 @@ def _field(config: Mapping[str, Any], names: Sequence[str], value: int, what: st
     )
 
 
-def _axis(linear: Linear, unit: Unit) -> tuple[int, int]:
+def _axis(linear: Linear, unit: PrunableUnit) -> tuple[int, int]:
     """Return the dimension of a stored matrix along which the groups of its unit lie, and its size."""
     consumes = linear.name == unit.consumer
     return int(consumes != linear.transposed), linear.columns if consumes else linear.rows
 
 
-def group_indices(unit: Unit, groups: Sequence[int], size: int) -> Tensor:
+def group_indices(unit: PrunableUnit, groups: Sequence[int], size: int) -> Tensor:
     """Return the rows or columns of `groups` in a matrix that has `size` of them."""
     width = size // unit.count
     return (torch.tensor(groups, dtype=torch.int64)[:, None] * width + torch.arange(width)).view(-1)
 
 
-def unit_axes(unit: Unit, block: BlockAnatomy, groups: Sequence[int]) -> dict[str, tuple[int, Tensor, int]]:
+def unit_axes(unit: PrunableUnit, block: BlockAnatomy, groups: Sequence[int]) -> dict[str, tuple[int, Tensor, int]]:
     """Return dimension, indices of the groups and full size of each parameter, biases of producers included."""
     found = {}
     for name in (*unit.producers, unit.consumer):

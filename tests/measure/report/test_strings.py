@@ -44,10 +44,10 @@ def test_no_key_is_the_name_of_a_method_of_dictionaries() -> None:
 
 def test_names_of_the_schema_have_texts() -> None:
     from niwaki.measure.metrics import METRICS
-    from niwaki.measure.schema import ComparisonSettings, Kind, Unit
+    from niwaki.measure.schema import ComparisonSettings, Kind, SampleUnit
 
     wanted = {f"metric_{name}" for name in METRICS} | {f"set_{name}" for name in ComparisonSettings.model_fields}
-    wanted |= {f"units_of_{name}" for name in Unit.__args__} | {f"kind_{name}" for name in Kind.__args__}
+    wanted |= {f"units_of_{name}" for name in SampleUnit.__args__} | {f"kind_{name}" for name in Kind.__args__}
     for texts in LANGUAGES.values():
         assert wanted <= set(texts)
 

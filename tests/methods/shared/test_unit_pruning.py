@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Unit
+from niwaki.config.recipe import PrunableUnit
 from niwaki.methods.shared.unit_pruning import (
     fit_kept,
     fit_scales,
@@ -27,8 +27,8 @@ def problem(columns: int = 24) -> tuple[Tensor, Tensor, Tensor]:
     return weight, x, h + 0.01 * h.diagonal().mean() * torch.eye(columns).double()
 
 
-def unit_of(count: int) -> Unit:
-    return Unit("heads", "o", ("q",), count)
+def unit_of(count: int) -> PrunableUnit:
+    return PrunableUnit("heads", "o", ("q",), count)
 
 
 def least(weight: Tensor, h: Tensor, columns: Tensor) -> tuple[Tensor, float]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from niwaki.data.texts import owned_windows, read_documents
 from niwaki.errors import NumericalError
 from niwaki.measure.intervals import Floats, mean_interval, share_interval
-from niwaki.measure.schema import DataQuality, Estimate, Example, Quality, TokenDivergence, Unit
+from niwaki.measure.schema import DataQuality, Estimate, Example, Quality, SampleUnit, TokenDivergence
 
 MIN_DOCUMENTS = 20
 PASSAGE_TOKENS = 32
@@ -87,7 +87,7 @@ def data_quality(scored: TokenScores, confidence: float, rng: np.random.Generato
     text = scored.text
     owners_SP = text.owners_ST[:, scored.first + 1 :].numpy()
     every = np.ones_like(owners_SP, dtype=bool)
-    unit: Unit = "document" if len(np.unique(owners_SP)) >= MIN_DOCUMENTS else "window"
+    unit: SampleUnit = "document" if len(np.unique(owners_SP)) >= MIN_DOCUMENTS else "window"
     units_SP = owners_SP if unit == "document" else np.broadcast_to(np.arange(len(owners_SP))[:, None], owners_SP.shape)
     domains = {}
     if any(domain is not None for domain in text.domains):
@@ -117,7 +117,12 @@ def make_estimate(interval: tuple[float, float | None, float | None], units: int
 
 
 def _quality(
-    scored: TokenScores, mask_SP: Bools, units_SP: NDArray[Any], unit: Unit, confidence: float, rng: np.random.Generator
+    scored: TokenScores,
+    mask_SP: Bools,
+    units_SP: NDArray[Any],
+    unit: SampleUnit,
+    confidence: float,
+    rng: np.random.Generator,
 ) -> Quality:
     owners, places = np.unique(units_SP[mask_SP], return_inverse=True)
     units = len(owners)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import KeepUnits, Target, Unit
+from niwaki.config.recipe import KeepUnits, PrunableUnit, Target
 from niwaki.data.statistics import Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
@@ -101,14 +101,14 @@ def highest_groups(scores_G: Tensor, count: int) -> list[int]:
     return [int(g) for g in kept_G.nonzero().view(-1)]
 
 
-def sum_by_group(scores_I: Tensor, unit: Unit) -> Tensor:
+def sum_by_group(scores_I: Tensor, unit: PrunableUnit) -> Tensor:
     """Return the sums [G] of the scores of every group's columns."""
     return scores_I.view(unit.count, -1).sum(1)
 
 
 @torch.no_grad()
 def remove_groups(
-    weight_OI: Tensor, inverse_II: Tensor, unit: Unit, count: int, at_once: int
+    weight_OI: Tensor, inverse_II: Tensor, unit: PrunableUnit, count: int, at_once: int
 ) -> tuple[list[int], Tensor]:
     """Remove groups until `count` are left. Return those and the matrix, zero in the others.
 
@@ -134,7 +134,7 @@ def remove_groups(
     return [int(g) for g in alive_G.nonzero().view(-1)], weight_OI
 
 
-def removal_costs(weight_OI: Tensor, inverse_II: Tensor, unit: Unit) -> Tensor:
+def removal_costs(weight_OI: Tensor, inverse_II: Tensor, unit: PrunableUnit) -> Tensor:
     """Return the cost of the removal of each group alone [G]."""
     size = weight_OI.shape[1] // unit.count
     if size == 1:
@@ -146,7 +146,7 @@ def removal_costs(weight_OI: Tensor, inverse_II: Tensor, unit: Unit) -> Tensor:
 
 
 @torch.no_grad()
-def fit_kept(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit) -> Tensor:
+def fit_kept(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: PrunableUnit) -> Tensor:
     """Return the matrix [O, I], zero in removed groups, whose outputs are nearest to those of `weight_OI`."""
     columns_S = group_indices(unit, kept, weight_OI.shape[1]).to(weight_OI.device)
     cross_OS = weight_OI @ damped_II[:, columns_S]
@@ -156,7 +156,7 @@ def fit_kept(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Un
 
 
 @torch.no_grad()
-def fit_scales(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: Unit) -> Tensor:
+def fit_scales(weight_OI: Tensor, damped_II: Tensor, kept: Sequence[int], unit: PrunableUnit) -> Tensor:
     """Return the matrix as `fit_kept` does, with one factor per kept group as the only unknowns.
 
     The K unknowns have the Gram matrix (VᵀV) ∘ H, summed by group.

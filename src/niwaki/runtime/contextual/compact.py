@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from niwaki.config.recipe import Unit
+from niwaki.config.recipe import PrunableUnit
 from niwaki.errors import ArchitectureError
 from niwaki.kernels.types import MAX_TOKENS
 from niwaki.runtime.contextual.small_linear import (
@@ -244,7 +244,7 @@ class _BlockCut:
         return Swap(self.block.get_submodule(owner), leaf, module)
 
 
-def _neurons(cut: _BlockCut, unit: Unit, mean_BI: Tensor | None) -> list[Swap]:
+def _neurons(cut: _BlockCut, unit: PrunableUnit, mean_BI: Tensor | None) -> list[Swap]:
     extra_BD = None
     if mean_BI is not None:
         full = cut.linear(unit.consumer)
@@ -257,7 +257,7 @@ def _neurons(cut: _BlockCut, unit: Unit, mean_BI: Tensor | None) -> list[Swap]:
     return [*swaps, cut.swap(unit.consumer, consumer)]
 
 
-def _gated(cut: _BlockCut, unit: Unit, consumer: CompactLinear) -> Swap | None:
+def _gated(cut: _BlockCut, unit: PrunableUnit, consumer: CompactLinear) -> Swap | None:
     """Return one module for the whole layer, if it is a gated layer and nothing else."""
     owners = {name.rpartition(".")[0] for name in (*unit.producers, unit.consumer)}
     layer = owners.pop()
@@ -275,7 +275,7 @@ def _gated(cut: _BlockCut, unit: Unit, consumer: CompactLinear) -> Swap | None:
     return cut.swap(layer, module)
 
 
-def _heads(cut: _BlockCut, unit: Unit, own_BK: Tensor | None) -> list[Swap]:
+def _heads(cut: _BlockCut, unit: PrunableUnit, own_BK: Tensor | None) -> list[Swap]:
     """Return the replacements of an attention module. `own_BK`: heads of each sequence, None if all keep the same."""
     kept_G, full = cut.kept.kept_LG[cut.index], cut.linear(unit.consumer)
     if own_BK is None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Kind, Unit
+from niwaki.config.recipe import Kind, PrunableUnit
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.prunable import units_of
@@ -29,7 +29,7 @@ class UnitLayout:
     """Units of a decoder of `blocks` equal blocks; `width` neurons make one unit."""
 
     blocks: int
-    units: Mapping[Kind, Unit]
+    units: Mapping[Kind, PrunableUnit]
     width: int
     weights: Mapping[Kind, int]
 
@@ -68,7 +68,7 @@ class UnitLayout:
 def read_layout(described: Mapping[str, Any]) -> UnitLayout:
     """Read what `UnitLayout.describe` returned."""
     units = {
-        kind: Unit(about["kind"], about["consumer"], tuple(about["producers"]), about["count"])
+        kind: PrunableUnit(about["kind"], about["consumer"], tuple(about["producers"]), about["count"])
         for kind, about in described["units"].items()
     }
     return UnitLayout(described["blocks"], units, described["width"], described["weights"])
