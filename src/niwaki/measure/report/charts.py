@@ -12,7 +12,7 @@ from niwaki.measure.report.plots import Axis, Plot, Point
 from niwaki.measure.report.views import Cell, Grid, Texts, estimate
 from niwaki.measure.schema import Candidate, Comparison, DataQuality, Estimate, Quality, TaskQuality
 
-FORMATS = {"kept": ".0%", "zeros": ".1%", "bits": ".2f", "error": ".2g"}
+NUMBER_FORMATS = {"kept": ".0%", "zeros": ".1%", "bits": ".2f", "error": ".2g"}
 TOPS = {"kept": 1.0, "zeros": 1.0, "error": None}
 
 
@@ -174,7 +174,7 @@ def heatmaps(t: Texts, number: int, layers: Layers) -> list[Plot]:
 
 
 def _heatmap(t: Texts, name: str, measure: Measure) -> Plot:
-    form = FORMATS[measure.name]
+    form = NUMBER_FORMATS[measure.name]
     cells = [
         (value, t["map_where"].format(block=block, projection=projection))
         for projection, row in zip(measure.projections, measure.values, strict=True)
