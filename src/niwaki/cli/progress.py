@@ -26,7 +26,7 @@ _TITLES: dict[str, tuple[str, str]] = {
     Event.INPUTS: ("storing the inputs of the blocks, first block to last", "blocks"),
     Event.GRADIENTS: ("gradients of the loss, last block to first", "blocks"),
     Event.ACTIVATIONS: ("recording activations of prompts, first block to last", "blocks"),
-    Event.TRYING: ("evaluating candidates, first block to last", "blocks"),
+    Event.CANDIDATE_BLOCK: ("evaluating candidates, first block to last", "blocks"),
     Event.BLOCK: ("compressing", "blocks"),
     Event.EVALUATE: ("evaluating", "blocks"),
     Event.COMPARE: ("scoring", "windows"),
@@ -73,7 +73,7 @@ class Display:
         if event == Event.START:  # the second stage of a chain counts from 1 again
             for known in (self._began, self._first, self._done, self._bars):
                 known.clear()
-        if event == Event.TRIAL:
+        if event == Event.CANDIDATE:
             line = f"tried {_shape_text(fields['shape'])}: loss {fields['loss']:.4f}"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         if event == Event.COMPLETE:

@@ -146,7 +146,7 @@ def losses_after_prompt(
                 with _masked(block, layout, variant, lengths_S[rows], rows):
                     stream.advance(block, rows)
         block.release()
-        report(Event.TRYING, index=block.index, of=len(decoder))
+        report(Event.CANDIDATE_BLOCK, index=block.index, of=len(decoder))
     return [_mean_loss(decoder, stream, lengths_S) for stream in streams]
 
 

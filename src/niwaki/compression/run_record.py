@@ -140,7 +140,7 @@ class ShapeRecord(_Frozen):
     dropped: list[int] = []
 
 
-class TrialRecord(ShapeRecord):
+class CandidateRecord(ShapeRecord):
     """Shape that was tried, and its loss."""
 
     loss: float
@@ -158,7 +158,7 @@ class AllocationRecord(_Frozen):
     removed_frac: float = 0
     cut: bool = False
     influence: list[float] | None = None
-    trials: list[TrialRecord] = []
+    trials: list[CandidateRecord] = []
 
 
 class ModelRecord(_Frozen):

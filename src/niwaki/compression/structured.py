@@ -118,7 +118,7 @@ def _evaluate(job: Job, run: Run, number: int, space: ShapeSpace, shape: PrunedS
             save=lambda block, lines: None, report=silent,
         )  # fmt: skip
         run.finish_part(part, JournalEntry(loss=_loss(job.decoder, judge)))
-        report(Event.TRIAL, shape=_shape_record(shape), loss=run.finished[part].loss)
+        report(Event.CANDIDATE, shape=_shape_record(shape), loss=run.finished[part].loss)
     loss = run.finished[part].loss
     assert loss is not None, "the entry of a trial"
     return loss

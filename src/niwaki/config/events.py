@@ -17,12 +17,12 @@ class Event(StrEnum):
     SAMPLE = "sample"  # done, of: tokens of calibration text that the model writes
     SCAN = "scan"  # index, of: dense blocks that were measured
     ALLOCATION = "allocation"  # the field `allocation` of run.json
-    TRIAL = "trial"  # shape, loss: a pruned shape that was evaluated
+    CANDIDATE = "trial"  # shape, loss: a pruned shape that was evaluated
     INPUTS = "inputs"  # index, of: blocks whose inputs were stored
     GRADIENTS = "gradients"  # index, of: blocks of the backward pass
     TRACES = "traces"  # samples, bytes: size of the traces of a contextual method
     ACTIVATIONS = "activations"  # index, of: blocks whose activations were traced
-    TRYING = "trying"  # index, of: blocks of an evaluation of candidates
+    CANDIDATE_BLOCK = "trying"  # index, of: blocks of an evaluation of candidates
     BLOCK = "block"  # index, of, replayed, seconds: a block that was compressed or replayed
     SAVED = "saved"  # part: a part that is on the disk and in the journal
     DONE = "done"  # seconds, out
