@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from niwaki.compression.result_folder import Run
+from niwaki.compression.result_folder import ResultFolder
 from niwaki.compression.run_record import RECORD, JournalEntry
 from niwaki.compression.walk import forward, loaded_blocks
 from niwaki.config.events import Event, Report, silent
@@ -94,7 +94,7 @@ def backprop_blocks(
 
 
 def squared_gradients(
-    run: Run, decoder: Decoder, ids_ST: Tensor, activation_bytes: int | None, report: Report
+    run: ResultFolder, decoder: Decoder, ids_ST: Tensor, activation_bytes: int | None, report: Report
 ) -> Callable[[int], Mapping[str, Tensor]]:
     """Return a reader of block → matrix → Σ over windows of the squared gradient [O, I], float32.
 

@@ -17,7 +17,7 @@ from niwaki.compression.chain import FirstStage
 from niwaki.compression.contextual import contextual_job
 from niwaki.compression.job import Job, Request, check, open_decoder, prepare, run, walk_job
 from niwaki.compression.resolve import RecipeStage, recipe_stages, resolve, resolve_stage
-from niwaki.compression.result_folder import Run, check_free, partial_of
+from niwaki.compression.result_folder import ResultFolder, check_free, partial_of
 from niwaki.compression.run_record import RunRecord
 from niwaki.compression.structured import shape_job
 from niwaki.config.events import Report, silent
@@ -25,7 +25,7 @@ from niwaki.config.recipe import Recipe, make_recipe
 from niwaki.errors import InputError, NumericalError
 from niwaki.methods.method import MethodKind
 
-JOBS: Mapping[MethodKind, Callable[[Job, Run, Report], RunRecord]] = {
+JOBS: Mapping[MethodKind, Callable[[Job, ResultFolder, Report], RunRecord]] = {
     MethodKind.WALK: walk_job,
     MethodKind.SHAPE: shape_job,
     MethodKind.CONTEXTUAL: contextual_job,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from niwaki.compression.backward import next_token_losses
 from niwaki.compression.job import Job, finish, record_of, windows_stream
-from niwaki.compression.result_folder import Run
+from niwaki.compression.result_folder import ResultFolder
 from niwaki.compression.run_record import RECORD, JournalEntry, ResultRecord, RunRecord, write_lines
 from niwaki.compression.traces import trace
 from niwaki.compression.walk import loaded_blocks
@@ -42,7 +42,7 @@ PART = "predictor"
 MakeStream = Callable[[Tensor, str], Stream]
 
 
-def contextual_job(job: Job, run: Run, report: Report) -> RunRecord:
+def contextual_job(job: Job, run: ResultFolder, report: Report) -> RunRecord:
     """Learn what inputs need, and return the record of the run; the weights of OUT are those of the model."""
     if PART not in run.finished:
         _learn(job, run, report)
@@ -58,7 +58,7 @@ def contextual_job(job: Job, run: Run, report: Report) -> RunRecord:
     return record
 
 
-def _learn(job: Job, run: Run, report: Report) -> None:
+def _learn(job: Job, run: ResultFolder, report: Report) -> None:
     """Trace the model, fit the predictor, and write it."""
     target, step, decoder = job.stage.target, job.stage.steps[0], job.decoder
     assert isinstance(target, Sparsity) and job.windows_ST is not None

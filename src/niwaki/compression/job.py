@@ -36,7 +36,7 @@ from niwaki.compression.model_card import model_card
 from niwaki.compression.plan.planner import check_possible
 from niwaki.compression.resolve import ResolvedStage
 from niwaki.compression.result_folder import (
-    Run,
+    ResultFolder,
     Writer,
     check_apart,
     fingerprint,
@@ -122,13 +122,13 @@ class BlockStorage(Protocol):
     def tensors(self, block: Block, lines: list[MatrixRecord]) -> dict[str, Tensor]:
         """Return the content of the file of a block by name; {} if it has no file."""
 
-    def read(self, run: Run, index: int) -> dict[str, Tensor]:
+    def read(self, run: ResultFolder, index: int) -> dict[str, Tensor]:
         """Return a finished block at full size as plain weights."""
 
-    def write_config(self, run: Run) -> None:
+    def write_config(self, run: ResultFolder) -> None:
         """Write config.json if it differs from that of the source."""
 
-    def check(self, run: Run, stream: Stream | None) -> None:
+    def check(self, run: ResultFolder, stream: Stream | None) -> None:
         """Check the finished folder; `stream` holds the hidden states after the last block."""
 
 
@@ -141,7 +141,7 @@ class Allocation:
     storage: BlockStorage
 
 
-Allocate = Callable[[Job, Run, Report], Allocation]
+Allocate = Callable[[Job, ResultFolder, Report], Allocation]
 
 
 def open_decoder(model: str | Path, recipe: Recipe, out: Path) -> Decoder:
@@ -169,7 +169,7 @@ def prepare(decoder: Decoder, stage: ResolvedStage, request: Request, first: Fir
     return Job(request, stage, recipe, decoder, windows_ST, source, embeddings, first)
 
 
-def run(job: Job, execute: Callable[[Job, Run, Report], RunRecord]) -> RunRecord:
+def run(job: Job, execute: Callable[[Job, ResultFolder, Report], RunRecord]) -> RunRecord:
     """Run a job, or resume what an earlier run finished; return its record.
 
     `execute(job, run, report)` does the work of its kind. Its events also go to events.jsonl.
@@ -178,7 +178,7 @@ def run(job: Job, execute: Callable[[Job, Run, Report], RunRecord]) -> RunRecord
     if request.resume and not partial_of(request.out).exists() and (record := finished_record(request.out, hashes)):
         request.report(Event.COMPLETE, out=str(request.out))
         return record
-    with Run(request.out, hashes, resume=request.resume, overwrite=request.overwrite) as folder:
+    with ResultFolder(request.out, hashes, resume=request.resume, overwrite=request.overwrite) as folder:
 
         def report(event: str, **fields: Any) -> None:
             folder.event(event, **fields)
@@ -193,12 +193,12 @@ def run(job: Job, execute: Callable[[Job, Run, Report], RunRecord]) -> RunRecord
             raise
 
 
-def walk_job(job: Job, run: Run, report: Report) -> RunRecord:
+def walk_job(job: Job, run: ResultFolder, report: Report) -> RunRecord:
     """Compress every matrix of every block to its target; return the record of the run."""
     return walk_model(job, run, report, _allocate)
 
 
-def walk_model(job: Job, run: Run, report: Report, allocate: Allocate) -> RunRecord:
+def walk_model(job: Job, run: ResultFolder, report: Report, allocate: Allocate) -> RunRecord:
     """Allocate targets, compress block after block on the calibration windows, and finish the folder."""
     decoder, stage = job.decoder, job.stage
     if decoder.device.type == "cuda":
@@ -229,7 +229,9 @@ def walk_model(job: Job, run: Run, report: Report, allocate: Allocate) -> RunRec
     return _finish_walk(job, run, report, allocation, stream)
 
 
-def finish(job: Job, run: Run, report: Report, record: RunRecord, check: Callable[[], None] | None = None) -> None:
+def finish(
+    job: Job, run: ResultFolder, report: Report, record: RunRecord, check: Callable[[], None] | None = None
+) -> None:
     """Write model card and run.json, check the folder, and move it to its place."""
     write_text(run.folder / "README.md", model_card(record))
     write_record(run.folder, record)
@@ -239,7 +241,7 @@ def finish(job: Job, run: Run, report: Report, record: RunRecord, check: Callabl
     run.complete()
 
 
-def record_of(job: Job, run: Run, result: ResultRecord, allocation: dict[str, Any]) -> RunRecord:
+def record_of(job: Job, run: ResultFolder, result: ResultRecord, allocation: dict[str, Any]) -> RunRecord:
     """Return the record of a run: everything that is needed to make the result again."""
     checkpoint, device = job.checkpoint, job.decoder.device
     cuda = device.type == "cuda"
@@ -274,7 +276,7 @@ def record_of(job: Job, run: Run, result: ResultRecord, allocation: dict[str, An
 
 def windows_stream(
     job: Job,
-    run: Run,
+    run: ResultFolder,
     name: str,
     ids_ST: Tensor | None = None,
     *,
@@ -297,7 +299,7 @@ def windows_stream(
 
 def scan(
     job: Job,
-    run: Run,
+    run: ResultFolder,
     name: str,
     measure: Callable[[Block, Stream], Value],
     report: Report,
@@ -343,7 +345,7 @@ class FullBlocks:
         """Return the content of the file of a block by name."""
         return self.job.decoder.disk_tensors(block)
 
-    def read(self, run: Run, index: int) -> dict[str, Tensor]:
+    def read(self, run: ResultFolder, index: int) -> dict[str, Tensor]:
         """Return a finished block as plain weights, in the dtype of the checkpoint."""
         entry, checkpoint = run.finished[block_part(index)], self.job.checkpoint
         modules = packed_modules([entry], self.job.decoder.anatomy.prefix)
@@ -351,14 +353,14 @@ class FullBlocks:
         assert len(dtypes) <= 1, "the matrices of one block share a dtype"
         return decode_shard(run.folder / str(entry.shard), modules, dtypes.pop() if dtypes else checkpoint.dtype)
 
-    def write_config(self, run: Run) -> None:
+    def write_config(self, run: ResultFolder) -> None:
         """Keep the config of the source."""
 
-    def check(self, run: Run, stream: Stream | None) -> None:
+    def check(self, run: ResultFolder, stream: Stream | None) -> None:
         """Accept the folder: its shapes are those of the source."""
 
 
-def _allocate(job: Job, run: Run, report: Report) -> Allocation:
+def _allocate(job: Job, run: ResultFolder, report: Report) -> Allocation:
     """Return the targets of all matrices; those that the calibration text decides are measured first."""
     anatomy, stage, kept = job.decoder.anatomy, job.stage, job.recipe.keep_blocks
     target, targets, min_bits = stage.target, stage.targets, stage.steps[-1].min_bits
@@ -404,7 +406,7 @@ def _windows(decoder: Decoder, stage: ResolvedStage, report: Report) -> tuple[Te
     )
 
 
-def _gradients(job: Job, run: Run, report: Report) -> Callable[[int], Mapping[str, Tensor]]:
+def _gradients(job: Job, run: ResultFolder, report: Report) -> Callable[[int], Mapping[str, Tensor]]:
     """Return a reader of the squared gradients of the dense model by block, if a method needs them."""
     if not job.stage.needs.gradient:
         return lambda index: {}
@@ -412,7 +414,7 @@ def _gradients(job: Job, run: Run, report: Report) -> Callable[[int], Mapping[st
     return squared_gradients(run, job.decoder, job.windows_ST, job.recipe.activation_bytes, report)
 
 
-def _write_embeddings(job: Job, run: Run, writer: Writer, shard_names: list[str]) -> None:
+def _write_embeddings(job: Job, run: ResultFolder, writer: Writer, shard_names: list[str]) -> None:
     for number, names in enumerate(job.embedding_parts):
         part = _embeddings_part(number)
         if part not in run.finished:
@@ -422,7 +424,7 @@ def _write_embeddings(job: Job, run: Run, writer: Writer, shard_names: list[str]
             writer.write(part, shard_names[number], tensors, lines)
 
 
-def _stored_embeddings(job: Job, run: Run) -> dict[str, Tensor]:
+def _stored_embeddings(job: Job, run: ResultFolder) -> dict[str, Tensor]:
     """Return embeddings, final norm and head as every reader of the result will see them."""
     tensors: dict[str, Tensor] = {}
     for number in range(len(job.embedding_parts)):
@@ -432,7 +434,9 @@ def _stored_embeddings(job: Job, run: Run) -> dict[str, Tensor]:
     return tensors
 
 
-def _finish_walk(job: Job, run: Run, report: Report, allocation: Allocation, stream: Stream | None) -> RunRecord:
+def _finish_walk(
+    job: Job, run: ResultFolder, report: Report, allocation: Allocation, stream: Stream | None
+) -> RunRecord:
     """Write everything beside the shards and put the folder in its place."""
     parts = [entry for name, entry in sorted(run.finished.items()) if entry.lines is not None]
     for source in job.checkpoint.aux_files():

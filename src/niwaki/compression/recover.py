@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from niwaki.compression.result_folder import Run, check_apart, check_free, partial_of
+from niwaki.compression.result_folder import ResultFolder, check_apart, check_free, partial_of
 from niwaki.compression.run_record import (
     FORMAT,
     RecoveryRecord,
@@ -84,7 +84,7 @@ def recover(
         )
     merged = {name: _merged(layer) for name, layer in layers.items()}
     settings = {"data": list(files), "rank": rank, "rate": rate, "steps": steps, "batch": batch, "seed": seed}
-    with Run(out, {"recover": digest(windows_ST)}, resume=False, overwrite=overwrite) as run:
+    with ResultFolder(out, {"recover": digest(windows_ST)}, resume=False, overwrite=overwrite) as run:
         try:
             result = _write(checkpoint, merged, run.folder, loss)
         except BaseException:

@@ -47,7 +47,7 @@ LOCK = "lock"
 MAX_WRITES = 2  # parts that are written at the same time
 
 
-class Run:
+class ResultFolder:
     """Working folder with its journal and event log. Use it as a context manager."""
 
     def __init__(self, out: Path, fingerprint: dict[str, str], *, resume: bool, overwrite: bool) -> None:
@@ -79,7 +79,7 @@ class Run:
     def _journal(self) -> Path:
         return self.folder / RECORD / "journal"
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> "ResultFolder":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -163,7 +163,7 @@ class Writer:
     long, and both take longer than a GPU needs for a block. A kill loses two parts at most.
     """
 
-    def __init__(self, run: Run, report: Report) -> None:
+    def __init__(self, run: ResultFolder, report: Report) -> None:
         self.run = run
         self.report = report
         self._pool = ThreadPoolExecutor(MAX_WRITES, thread_name_prefix="save")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from niwaki.compression.backward import next_token_losses
 from niwaki.compression.job import Allocation, FullBlocks, Job, block_part, scan, walk_model, windows_stream
-from niwaki.compression.result_folder import Run
+from niwaki.compression.result_folder import ResultFolder
 from niwaki.compression.run_record import JournalEntry, MatrixRecord, RunRecord
 from niwaki.compression.walk import WalkPlan, collect, compress_blocks, forward
 from niwaki.compression.width_search import spread
@@ -34,12 +34,12 @@ BIAS_FIELDS = ("attention_bias", "mlp_bias")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
-def shape_job(job: Job, run: Run, report: Report) -> RunRecord:
+def shape_job(job: Job, run: ResultFolder, report: Report) -> RunRecord:
     """Choose a shape, compress the model to it, and return the record of the run."""
     return walk_model(job, run, report, _choose_shape)
 
 
-def _choose_shape(job: Job, run: Run, report: Report) -> Allocation:
+def _choose_shape(job: Job, run: ResultFolder, report: Report) -> Allocation:
     """Measure the dense blocks, then let the method search; every shape that it proposes is evaluated."""
     target, step = job.stage.target, job.stage.steps[0]
     assert isinstance(target, Sparsity)
@@ -75,7 +75,7 @@ def _choose_shape(job: Job, run: Run, report: Report) -> Allocation:
 
 
 def _search(
-    search: ShapeSearch, job: Job, run: Run, report: Report, space: ShapeSpace
+    search: ShapeSearch, job: Job, run: ResultFolder, report: Report, space: ShapeSpace
 ) -> tuple[PrunedShape | None, dict[PrunedShape, float]]:
     """Return the shape that a search ends with, and the losses of all that it proposed, each evaluated once."""
     losses: dict[PrunedShape, float] = {}
@@ -98,7 +98,7 @@ def _then_spread(search: ShapeSearch, space: ShapeSpace, target: Sparsity, multi
     return (yield from spread(space, shape, target.zeros_frac, multiple))
 
 
-def _evaluate(job: Job, run: Run, number: int, space: ShapeSpace, shape: PrunedShape, report: Report) -> float:
+def _evaluate(job: Job, run: ResultFolder, number: int, space: ShapeSpace, shape: PrunedShape, report: Report) -> float:
     """Return the loss on held-out windows of a model of this shape, made with all others; it is kept in the journal.
 
     Fewer windows do not suffice: least squares gains with every one, and shapes that rely on it would look worse.
@@ -161,7 +161,7 @@ class PrunedBlocks:
             smaller[self._new_name(name, block.index)] = kept
         return smaller
 
-    def read(self, run: Run, index: int) -> dict[str, Tensor]:
+    def read(self, run: ResultFolder, index: int) -> dict[str, Tensor]:
         """Return a finished block at full size: what was cut is zero."""
         if not self.cut:
             return FullBlocks(self.job).read(run, index)
@@ -184,7 +184,7 @@ class PrunedBlocks:
                 tensors[bias] = stored[self._new_name(bias, index)]
         return tensors
 
-    def write_config(self, run: Run) -> None:
+    def write_config(self, run: ResultFolder) -> None:
         """Write the config of the new shape, as far as it can express it."""
         space, shape = self.space, self.shape
         config = dict(space.config)
@@ -198,7 +198,7 @@ class PrunedBlocks:
             config |= dict.fromkeys(BIAS_FIELDS, True)
         write_text(run.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
-    def check(self, run: Run, stream: Stream | None) -> None:
+    def check(self, run: ResultFolder, stream: Stream | None) -> None:
         """Read the result as any reader would. Raises NumericalError if it computes something else than the walk."""
         windows_ST, walked = self.job.windows_ST, self.job.decoder
         assert stream is not None and windows_ST is not None

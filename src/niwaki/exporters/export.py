@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from niwaki.compression.model_card import export_card
-from niwaki.compression.result_folder import Run, check_apart, check_free, check_space, partial_of
+from niwaki.compression.result_folder import ResultFolder, check_apart, check_free, check_space, partial_of
 from niwaki.compression.run_record import (
     LINES,
     RECORD,
@@ -78,7 +78,7 @@ def export(
     plan = exporter.check(checkpoint, before, type)
     check_apart(checkpoint.folder, dest)
     check_space(dest, plan.nbytes)
-    with Run(dest, {"export": to}, resume=False, overwrite=overwrite) as run:
+    with ResultFolder(dest, {"export": to}, resume=False, overwrite=overwrite) as run:
 
         def tell(event: str, **fields: Any) -> None:
             run.event(event, **fields)
