@@ -52,3 +52,9 @@ def test_the_layout_and_the_places_to_add_are_those_of_the_tree() -> None:
     assert len(found) > 10
     for path in found:
         assert any((base / path).exists() for base in (source, GUIDE.parent)), path
+    named = re.findall(r"((?:`[\w.]+`(?:, | and | or )?)+) (?:of|in) `([\w/]+\.py)`", places)
+    assert len(named) > 20
+    for names, path in named:
+        content = (source / path).read_text(encoding="utf-8") if "NAME" not in path else None
+        for name in re.findall(r"`([\w.]+)`", names) if content else []:
+            assert "NAME" in name or re.search(rf"\b{name}\b", content or ""), f"{path} has no {name}"
