@@ -101,10 +101,10 @@ class ModuleRecord(_Frozen):
 
 
 class JournalEntry(_Frozen):
-    """Finished part of a run: a shard with its records, or the numbers of a scan or a trial that a resume needs.
+    """Finished part of a run: a shard with its records, or the numbers of a scan or a candidate that a resume needs.
 
-    A block that was removed has lines and no shard. `loss` is that of a trial, `found` what a predictor learned. The
-    values of a scan are a field with its name.
+    A block that was removed has lines and no shard. `loss` is that of a candidate, `found` what a predictor learned.
+    The values of a scan are a field with its name.
     """
 
     shard: str | None = None

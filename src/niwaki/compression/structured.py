@@ -120,7 +120,7 @@ def _evaluate(job: Job, run: ResultFolder, number: int, space: ShapeSpace, shape
         run.finish_part(part, JournalEntry(loss=_loss(job.decoder, judge)))
         report(Event.CANDIDATE, shape=_shape_record(shape), loss=run.finished[part].loss)
     loss = run.finished[part].loss
-    assert loss is not None, "the entry of a trial"
+    assert loss is not None, "the entry of a candidate"
     return loss
 
 

@@ -182,7 +182,7 @@ def compress(
 
     with torch.no_grad():
         packed = compress_units(block, calib, targets, prune)
-    # A shape on trial is judged without learning: its stream keeps no outputs to learn from.
+    # A candidate shape is evaluated without learning: its stream keeps no outputs to learn from.
     if not config.learn_rounds or calib.stream is None or calib.stream.outputs is None:
         return packed
     return _learn(block, calib, packed, config, generator)

@@ -150,9 +150,9 @@ class ShapeSpace:
         """Return the number of groups of heads of a block."""
         return self.units["heads"].count
 
-    def multiple(self, asked: int) -> int:
-        """Return the number that divides each number of neurons. `asked` 0 takes the default."""
-        return math.lcm(asked or (256 if self.neurons >= WIDE_NEURONS else 8), self.columns_multiple)
+    def multiple(self, requested: int) -> int:
+        """Return the number that divides each number of neurons. `requested` 0 takes the default."""
+        return math.lcm(requested or (256 if self.neurons >= WIDE_NEURONS else 8), self.columns_multiple)
 
     @property
     def heads_multiple(self) -> int:
@@ -179,9 +179,9 @@ class ShapeSpace:
         """Return `removed` as a fraction of all parameters of the blocks."""
         return self.removed(shape) / (len(self) * self.block_parameters)
 
-    def rounded(self, kind: Kind, kept: float, asked: int) -> int:
-        """Round to the nearest legal number of neurons (`asked`: see `multiple`) or head groups, at least one step."""
-        step = self.multiple(asked) if kind == "neurons" else self.heads_multiple
+    def rounded(self, kind: Kind, kept: float, requested: int) -> int:
+        """Round to the nearest legal number of neurons (`requested`: see `multiple`) or head groups, min one step."""
+        step = self.multiple(requested) if kind == "neurons" else self.heads_multiple
         return max(step, min(round(kept / step) * step, self.units[kind].count))
 
     def fitting(self, removed_frac: float, heads: int, dropped: Sequence[int], multiple: int) -> PrunedShape | None:

@@ -139,21 +139,21 @@ def measurements(candidate: Candidate) -> Iterator[Measurement]:
         yield Measurement(metric, "", Estimate(value=value, low=value, high=value, units=1))
 
 
-def judge(candidate: Candidate, gates: Gates, confidence: float, each: float | None = None) -> Candidate:
+def judge(candidate: Candidate, gates: Gates, confidence: float, verdict_confidence: float | None = None) -> Candidate:
     """Return the candidate with a verdict per gate and file.
 
-    `confidence` is that of its intervals, `each` the one required of a verdict (default: that of the gates).
+    `confidence` is that of its intervals; `verdict_confidence` is required of a verdict (default: that of the gates).
     """
-    each = gates.confidence if each is None else each
+    required = gates.confidence if verdict_confidence is None else verdict_confidence
     measured = list(measurements(candidate))
     verdicts: list[Verdict] = []
     for gate, limit in gates.limits.items():
         metric = gate.partition("_")[2]
         own = [one for one in measured if one.metric == metric]
-        verdicts += [_verdict(gate, limit, one, each, confidence) for one in own]
+        verdicts += [_verdict(gate, limit, one, required, confidence) for one in own]
         if not own:
             reason = f"not measured: {METRICS[metric].meaning}, {_REMEDY[METRICS[metric].needs]}"
-            verdicts.append(_failure(gate, "", limit, None, each, reason))
+            verdicts.append(_failure(gate, "", limit, None, required, reason))
     passed = all(verdict.passed for verdict in verdicts)
     return candidate.model_copy(update={"gates": tuple(verdicts), "passed": passed})
 

@@ -64,16 +64,16 @@ def speedup(latency: Estimate) -> Estimate:
     return Estimate(value=1 / latency.value, low=low, high=high, units=latency.units)
 
 
-def opposite(one: Estimate) -> Estimate:
+def opposite(estimate: Estimate) -> Estimate:
     """Return a loss as a change, with the opposite sign. The ends of its interval swap."""
     return Estimate(
-        value=-one.value,
-        low=None if one.high is None else -one.high,
-        high=None if one.low is None else -one.low,
-        units=one.units,
+        value=-estimate.value,
+        low=None if estimate.high is None else -estimate.high,
+        high=None if estimate.low is None else -estimate.low,
+        units=estimate.units,
     )
 
 
-def unclear(one: Estimate, no_difference: float) -> bool:
+def unclear(estimate: Estimate, no_difference: float) -> bool:
     """Check that the interval contains the value of no difference, or that there is no interval."""
-    return one.low is None or one.high is None or one.low <= no_difference <= one.high
+    return estimate.low is None or estimate.high is None or estimate.low <= no_difference <= estimate.high

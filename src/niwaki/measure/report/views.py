@@ -55,15 +55,15 @@ def about_model(t: Texts, model: Model) -> str:
     return " · ".join(filter(None, [t[f"kind_{model.kind}"], model.method, model.target]))
 
 
-def estimate(t: Texts, one: Estimate, form: Callable[[float], str]) -> str:
+def estimate(t: Texts, result: Estimate, form: Callable[[float], str]) -> str:
     """Return a cell with a value and, below it, the interval."""
-    return Cell(form(one.value), one.value, _interval(t, one, form))
+    return Cell(form(result.value), result.value, _interval(t, result, form))
 
 
-def _interval(t: Texts, one: Estimate, form: Callable[[float], str]) -> str:
-    if one.low is None or one.high is None:
+def _interval(t: Texts, result: Estimate, form: Callable[[float], str]) -> str:
+    if result.low is None or result.high is None:
         return t["interval_missing"]
-    return t["interval"].format(low=form(one.low), high=form(one.high))
+    return t["interval"].format(low=form(result.low), high=form(result.high))
 
 
 def cards(t: Texts, comparison: Comparison) -> list[dict[str, Any]]:
@@ -123,18 +123,18 @@ def _metric_card(
     t: Texts,
     comparison: Comparison,
     label: str,
-    one: Estimate,
+    result: Estimate,
     form: Callable[[float], str],
     no_difference: float,
     lines: list[str],
 ) -> dict[str, Any]:
-    if one.low is None or one.high is None:
-        interval = t["no_interval"].format(units=one.units)
+    if result.low is None or result.high is None:
+        interval = t["no_interval"].format(units=result.units)
     else:
         confidence = show.percent(comparison.confidence, 0)
-        interval = t["interval_of"].format(confidence=confidence, interval=_interval(t, one, form))
-    unclear = one.low is not None and show.unclear(one, no_difference)
-    return {"label": label, "big": form(one.value), "unclear": unclear, "lines": [*lines, interval]}
+        interval = t["interval_of"].format(confidence=confidence, interval=_interval(t, result, form))
+    unclear = result.low is not None and show.unclear(result, no_difference)
+    return {"label": label, "big": form(result.value), "unclear": unclear, "lines": [*lines, interval]}
 
 
 def _metric_label(t: Texts, metric: str, file: str, files: Sequence[str]) -> str:
