@@ -71,7 +71,7 @@ def main() -> None:
                     new_tokens=args.new, context=args.context, rounds=args.rounds, seconds=args.seconds,
                     threads=args.threads, device=args.device, dtype="bfloat16", report=display,
                 )  # fmt: skip
-            except RuntimeError:  # a kernel that fails is no reason to lose the others
+            except RuntimeError:  # a kernel that fails is not a reason to lose the others
                 traceback.print_exc()
                 failed.append(variant)
                 continue

@@ -22,6 +22,11 @@ BANNED = re.compile(
 )
 # "Behind" is a place (behind a gateway), never a time: say after.
 BEHIND = re.compile(r"\bbehind\b(?! (a|the|one|niwaki's|its) (gateway|proxy|load balancer|server))", re.IGNORECASE)
+# "X is no Y" reads as archaic: say "is not a Y". "There is no Y" and "is no longer" are fine.
+IS_NO = re.compile(
+    r"(?<!there )\b(is|are) no (?!(longer|larger|less|more|worse|better|smaller|fewer|slower|faster|further)\b)",
+    re.IGNORECASE,
+)
 VERBS = set(
     """
 accept accumulate add adjust advance allocate answer append apply approximate ask assemble assert assign attach average
@@ -91,8 +96,9 @@ def faults_of_docstring(node: ast.AST, text: str) -> Iterator[str]:
 def faults_of_words(text: str) -> Iterator[tuple[int, str]]:
     """Yield line numbers of a text and the banned words that stand there."""
     for number, line in enumerate(text.splitlines(), 1):
-        for found in (*BANNED.finditer(line), *BEHIND.finditer(line)):
-            yield number, f"say it without {found[0]!r} (docs/glossary.md)"
+        for rule in (BANNED, BEHIND, IS_NO):
+            for found in rule.finditer(line):
+                yield number, f"say it without {found[0]!r} (docs/glossary.md)"
 
 
 def faults(path: Path) -> list[str]:

@@ -46,3 +46,6 @@ def test_the_rules_find_what_they_are_for() -> None:
         assert list(faults_of_docstring(function, text)) != []
     assert [number for number, _ in faults_of_words("fine\nall anew\nthe block behind it")] == [2, 3]
     assert list(faults_of_words("two servers behind a gateway")) == []
+    assert [number for number, _ in faults_of_words("x is no text file\nthere is no file\nit is no longer there")] == [
+        1
+    ]

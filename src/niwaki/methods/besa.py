@@ -62,7 +62,7 @@ KEPT_START = "learning did not lower the held-out block error: uniform rates wer
 class Config:
     """Options of BESA."""
 
-    granularity: Annotated[str, "PrunableUnit that learns a rate of its own: row or layer."] = "row"
+    granularity: Annotated[str, "Unit that learns a rate of its own: row or layer."] = "row"
     steps: Annotated[int, "Steps of AdamW."] = 128
     batch: Annotated[int, "Windows per step."] = 2
     rate: Annotated[float, "Learning rate of θ."] = 0.2

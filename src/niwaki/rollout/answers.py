@@ -20,11 +20,11 @@ def request_texts(path: str, payload: Mapping[str, Any]) -> list[dict[str, str]]
     """Return the messages of a request as role and text. Raise UnreadableError."""
     if path == COMPLETIONS:
         if not isinstance(payload.get("prompt"), str):
-            raise UnreadableError("prompt is not one text")
+            raise UnreadableError("the prompt is not a single text")
         return [{"role": "prompt", "content": payload["prompt"]}]
     messages = payload.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise UnreadableError("no messages")
+        raise UnreadableError("the request has no messages")
     return [_message(message) for message in messages]
 
 
@@ -59,22 +59,22 @@ def prompt_text(path: str, texts: list[dict[str, str]], template: Template | Non
 
 
 def answer_text(body: bytes, *, stream: bool) -> str:
-    """Return the text of an answer. Raise UnreadableError if it is not one text."""
+    """Return the text of an answer. Raise UnreadableError if it is not a single text."""
     parts = _events(body) if stream else [_json(body)]
     pieces = []
     for part in parts:
         choices = part.get("choices")
         if not isinstance(choices, list) or len(choices) > 1:
-            raise UnreadableError("not one choice")
+            raise UnreadableError("the answer does not have one choice")
         for choice in choices:
             inner = choice.get("delta") or choice.get("message") or choice
             text = inner.get("content") if inner is not choice else choice.get("text")
             if inner.get("tool_calls") or choice.get("index", 0) != 0:
-                raise UnreadableError("not one text")
+                raise UnreadableError("the answer is not a single text")
             pieces.append(text or "")
     answer = "".join(pieces)
     if not answer:
-        raise UnreadableError("an empty answer")
+        raise UnreadableError("the answer is empty")
     return answer
 
 
@@ -108,7 +108,7 @@ def _json(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body)
     except ValueError as error:
-        raise UnreadableError("not JSON") from error
+        raise UnreadableError("the body is not JSON") from error
     if not isinstance(value, dict):
-        raise UnreadableError("no object")
+        raise UnreadableError("the body is not a JSON object")
     return value

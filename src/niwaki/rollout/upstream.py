@@ -115,7 +115,7 @@ class UpstreamServer:
         while not stream and (chunk := await opened.read_chunk()):
             first += chunk
             if len(first) > MAX_BYTES:
-                raise UpstreamError("an answer without an end")
+                raise UpstreamError("the upstream server did not finish its answer")
         return UpstreamResponse(
             opened.status, headers, stream, first, sent_at, self.clock(), opened, self.bounds.silence_s
         )

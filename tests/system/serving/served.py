@@ -113,7 +113,7 @@ class Reply:
 
     @property
     def json(self) -> Any:
-        """Return the JSON of an answer that is no stream."""
+        """Return the JSON of an answer that is not a stream."""
         return json.loads(self.raw.partition(b"\r\n\r\n")[2])
 
     @property
