@@ -36,6 +36,7 @@ from unchanged_world import write_world
 # A refactor may rename keys and options on purpose: {new name: old name} of single segments of a key path (the parts
 # between slashes). It is applied to what is found now, before the comparison.
 RENAMED: dict[str, str] = {
+    "candidate_windows": "trial_windows",
     "embeddings": "ends",
     "embeddings_bits": "ends_bits",
     "max_deviation": "most_deviation",

@@ -168,7 +168,7 @@ class KeepUnits:
 
 
 RENAMED_FIELDS = {"ends": "embeddings"}  # of a recipe, by their names in version 0.1
-RENAMED_OPTIONS = {"stand_in": "mean_fill", "trust": "shrinkage"}  # of methods
+RENAMED_OPTIONS = {"stand_in": "mean_fill", "trial_windows": "candidate_windows", "trust": "shrinkage"}  # of methods
 RENAMED_PREFIXES = {"most_": "max_", "least_": "min_"}
 Target = Sparsity | NM | Bits | PrunedBits | KeepUnits
 WRITTEN_TARGETS: tuple[type[Target], ...] = (Sparsity, NM, Bits, PrunedBits)  # those that a text can ask for

@@ -15,8 +15,8 @@ al. 2024) and static masks are its special cases. Gated neurons are scored at h 
 share keys.
 
 Cost: learning takes the traces (a walk backwards) and N²·(F + U) operations for N samples. Each of six candidates takes
-the same, and a forward of at most `trial_windows` windows with one block in memory. Running reads the prompt with all
-weights; then every sequence takes one small product and a copy of the weights that stay.
+the same, and a forward of at most `candidate_windows` windows with one block in memory. Running reads the prompt with
+all weights; then every sequence takes one small product and a copy of the weights that stay.
 
     niwaki compress MODEL OUT --method shadow --target 0.5 --calibration mine.txt --samples 256 --seq-len 512
 """
@@ -49,12 +49,13 @@ class Config:
     """Options of contextual sparsity."""
 
     head_criterion: Annotated[
-        str, "Importance of heads: plainact, fisher, energy, or auto for the one that loses least on trial windows."
+        str, "Importance of heads: plainact, fisher, energy, or auto for the best one on candidate windows."
     ] = AUTO
     criterion: Annotated[
-        str, "Importance of neurons: fisher, energy, plainact, or auto for the one that loses least on trial windows."
+        str,
+        "Importance of neurons: fisher, energy, plainact, or auto for the best one on candidate windows.",
     ] = AUTO
-    trial_windows: Annotated[int, "Windows kept out of the fit; auto compares the criteria on them."] = 32
+    candidate_windows: Annotated[int, "Windows kept out of the fit; auto compares the criteria on them."] = 32
     features: Annotated[
         str, "Inputs of the predictor, joined by +: last (as in the paper), mean, prompt; none for no learned part."
     ] = "prompt"
@@ -89,8 +90,8 @@ class Config:
         if self.features != "none" and not set(self.features.split("+")) <= set(FEATURES):
             all_features = ", ".join(FEATURES)
             raise ValueError(f"features must be none, or some of {all_features} joined by +, got {self.features!r}")
-        if min(self.cuts, self.gradient_windows, self.trial_windows) < 1:
-            raise ValueError("expected cuts ≥ 1, gradient_windows ≥ 1 and trial_windows ≥ 1")
+        if min(self.cuts, self.gradient_windows, self.candidate_windows) < 1:
+            raise ValueError("expected cuts ≥ 1, gradient_windows ≥ 1 and candidate_windows ≥ 1")
         if not (0 <= self.floor_frac < 1 and 0 < self.size_frac < 1):
             raise ValueError("expected floor_frac in [0, 1) and size_frac in (0, 1)")
 
@@ -129,7 +130,7 @@ Measure = Callable[[Sequence[Variant]], list[float]]
 
 def candidate_rows(windows: int, config: Config) -> range:
     """Return the windows for the evaluation of candidates: the last ones, at most a quarter of all."""
-    return range(windows - max(1, min(config.trial_windows, windows // 4)), windows)
+    return range(windows - max(1, min(config.candidate_windows, windows // 4)), windows)
 
 
 def choose_criterion(

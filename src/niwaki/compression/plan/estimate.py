@@ -33,9 +33,9 @@ class Workload:
     """Work on every block: `needs` and `own` work of all methods, over `windows` of `tokens`.
 
     `batch` windows run together; `itemsize` is that of the compute dtype. `dense`: a dense stream runs beside it.
-    `scans` are further forwards of all blocks, and `scan_tokens` tokens more. `trials` are walks that evaluate a shape.
-    `squares`: gradients of all weights are kept on disk. `writes_text`: the model writes its own calibration text
-    first.
+    `scans` are further forwards of all blocks, and `scan_tokens` tokens more. `candidates` are walks that evaluate a
+    shape. `squares`: gradients of all weights are kept on disk. `writes_text`: the model writes its own calibration
+    text first.
     """
 
     windows: int
@@ -47,7 +47,7 @@ class Workload:
     own: dict[int, Work]
     scans: float = 0
     scan_tokens: float = 0
-    trials: float = 0
+    candidates: float = 0
     squares: bool = False
     writes_text: bool = False
 
@@ -55,17 +55,17 @@ class Workload:
 def seconds(model: ModelSizes, load: Workload, machine: Machine, written_bytes: int) -> dict[str, float]:
     """Return the seconds of every phase; a plan adds those of opening the checkpoint."""
     reading = model.file_bytes / machine.disk / 3  # reading is checking for finite numbers; writing also hashes
-    walk = trials = scan = 0.0
+    walk = candidates = scan = 0.0
     for index, block in enumerate(model.blocks):
         scope = block.scope(load.windows, load.tokens)
         compute = _spent(_walk(block, scope, load) + load.own[index], scope, model, load, machine)
         share = block.dense_bytes / max(model.file_bytes, 1)
         save = machine.shard_s + written_bytes * share / machine.disk
         walk += max(compute + share * reading, save)
-        trials += load.trials * (compute + share * reading)
+        candidates += load.candidates * (compute + share * reading)
         scanned = Work(forward_tokens=load.scans * load.windows * load.tokens + load.scan_tokens)
         scan += _spent(scanned, scope, model, load, machine)
-    phases = {"walk": walk, "scans": scan, "trials": trials}
+    phases = {"walk": walk, "scans": scan, "candidates": candidates}
     phases["embeddings"] = model.embeddings_bytes * 2 / machine.disk + machine.shard_s
     phases["text"] = load.windows * load.tokens / TOKENIZED
     if load.writes_text:

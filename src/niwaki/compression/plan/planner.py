@@ -179,19 +179,19 @@ def _plan_stage(decoder: Decoder, model: ModelSizes, stage: ResolvedStage, devic
         sizes = StoredSizes(nbytes, model.matrix_bits, read - skipped, 0)
         return PlannedStage(stage, model, model, work, sizes, linked=True)
     if stage.kind is MethodKind.SHAPE:
-        space, shape, trials = shape_of(decoder, stage, _config(decoder))
+        space, shape, candidates = shape_of(decoder, stage, _config(decoder))
         if stage.recipe.allocation == "searched":
-            trials += EXPECTED_ROUNDS * (2 * len(space) + len(STRIDES))
+            candidates += EXPECTED_ROUNDS * (2 * len(space) + len(STRIDES))
         left = shaped_sizes(model, space, shape)
         read = sum(block.dense_bytes for block in left.blocks) + left.head_bytes
         nbytes = left.file_bytes if stage.recipe.pack != "none" or shape.even else model.file_bytes
-        work = _workload(stage, model, device, itemsize, trials)
+        work = _workload(stage, model, device, itemsize, candidates)
         return PlannedStage(stage, model, left, work, StoredSizes(nbytes, left.matrix_bits, read, 0))
     work = _workload(stage, model, device, itemsize)
     return PlannedStage(stage, model, model, work, stored_sizes(decoder, model, stage))
 
 
-def _workload(stage: ResolvedStage, model: ModelSizes, device: str, itemsize: int, trials: float = 0) -> Workload:
+def _workload(stage: ResolvedStage, model: ModelSizes, device: str, itemsize: int, candidates: float = 0) -> Workload:
     """Count what happens to every block, and how often."""
     recipe, needs = stage.recipe, stage.needs
     works = {}
@@ -214,7 +214,7 @@ def _workload(stage: ResolvedStage, model: ModelSizes, device: str, itemsize: in
         own=works,
         scans=scans,
         scan_tokens=min(SCAN_TOKENS, every) * matrices if recipe.allocation == "sensitivity" else 0,
-        trials=trials,
+        candidates=candidates,
         squares=needs.gradient and stage.kind is not MethodKind.CONTEXTUAL,
         writes_text=stage.windows > 0 and not recipe.calibration.files,
     )
