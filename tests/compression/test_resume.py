@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import niwaki
+from niwaki.compression.job import FullBlocks
+from niwaki.compression.result_folder import ResultFolder
 from niwaki.errors import OutputError, ResumeError
 from support.compressions import folder_bytes, interrupt_after, settings
 from support.models import file_bytes, tiny_llama, write_texts
@@ -178,3 +181,26 @@ def test_an_interrupt_before_the_first_part_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         niwaki.compress(model, tmp_path / "out", report=stop, **settings(text))
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_finished_block_is_read_once(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(3, model, tmp_path / "out", text)
+    indices: list[int] = []
+    read = FullBlocks.read
+
+    def counting(storage: FullBlocks, folder: ResultFolder, index: int) -> dict[str, Tensor]:
+        indices.append(index)
+        return read(storage, folder, index)
+
+    monkeypatch.setattr(FullBlocks, "read", counting)
+    replayed: list[int] = []
+
+    def report(event: str, **fields: Any) -> None:
+        if event == "block" and fields["replayed"]:
+            replayed.append(fields["index"])
+
+    niwaki.compress(model, tmp_path / "out", resume=True, report=report, **settings(text))
+    assert indices == replayed
+    assert len(replayed) >= 3

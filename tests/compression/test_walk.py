@@ -38,7 +38,6 @@ def walk(decoder: Decoder, method: str, *, dense: bool = False, **stream: Any) -
         WalkPlan([Step(method, module, module.config())], targets, 0),
         main,
         Stream(decoder, IDS, **stream) if dense else None,
-        finished=lambda index: None,
         save=lambda block, found: lines.extend(found),
         report=silent,
     )
@@ -63,7 +62,6 @@ def test_statistics_see_the_compressed_prefix(tmp_path: Path) -> None:
         WalkPlan([Step("spy", replace(module, compress=spying), module.config())], targets, 0),
         Stream(decoder, IDS),
         None,
-        finished=lambda index: None,
         save=lambda block, lines: kept.update(decoder.disk_tensors(block)),
         report=silent,
     )
@@ -93,7 +91,6 @@ def test_the_stream_ends_where_the_compressed_model_does(tmp_path: Path, method:
         WalkPlan([Step(method, module, module.config())], targets, 0),
         main,
         None,
-        finished=lambda index: None,
         save=lambda block, lines: tensors.update(decoder.disk_tensors(block)),
         report=silent,
     )

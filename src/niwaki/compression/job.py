@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -214,9 +215,11 @@ def walk_model(job: Job, run: ResultFolder, report: Report, allocate: Allocate) 
         stream = windows_stream(job, run, "compressed", learn_batches=stage.needs.learn_batches)
         gradients = _gradients(job, run, report)
         decoder.release_outer()
-
-        def finished(index: int) -> dict[str, Tensor] | None:
-            return storage.read(run, index) if block_part(index) in run.finished else None
+        finished = {
+            index: partial(storage.read, run, index)
+            for index in range(len(decoder))
+            if block_part(index) in run.finished
+        }
 
         def save(block: Block, lines: list[MatrixRecord]) -> None:
             if tensors := storage.tensors(block, lines):
@@ -225,7 +228,7 @@ def walk_model(job: Job, run: ResultFolder, report: Report, allocate: Allocate) 
                 run.finish_part(block_part(block.index), JournalEntry(lines=lines))
 
         plan = WalkPlan(stage.steps, allocation.targets, job.recipe.seed, job.recipe.pack, gradients=gradients)
-        compress_blocks(decoder, plan, stream, dense, finished=finished, save=save, report=report)
+        compress_blocks(decoder, plan, stream, dense, save=save, report=report, finished=finished)
     return _finish_walk(job, run, report, allocation, stream)
 
 

@@ -113,10 +113,7 @@ def _evaluate(job: Job, run: ResultFolder, number: int, space: ShapeSpace, shape
         dense = windows_stream(job, run, "trial-dense", fitted_ST) if job.stage.dense_stream else None
         assert judge is not None
         plan = WalkPlan(job.stage.steps, space.targets(shape, False), job.recipe.seed, records=False)
-        compress_blocks(
-            job.decoder, plan, stream, dense, riders=[judge], finished=lambda index: None,
-            save=lambda block, lines: None, report=silent,
-        )  # fmt: skip
+        compress_blocks(job.decoder, plan, stream, dense, riders=[judge], save=lambda block, lines: None, report=silent)
         run.finish_part(part, JournalEntry(loss=_loss(job.decoder, judge)))
         report(Event.CANDIDATE, shape=_shape_record(shape), loss=run.finished[part].loss)
     loss = run.finished[part].loss

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ from niwaki.methods.mask_scores import (
 from niwaki.methods.registry import Step, merged_needs
 from niwaki.model.decoder import Block, Decoder
 
+ReadBlock = Callable[[], dict[str, Tensor]]  # returns the tensors of one finished block, by names on disk
+
 NOT_SMALLER = "zeros are stored in place: there are too few of them for nonzeros to be smaller"
 NOT_PACKABLE = "zeros are stored in place: fused and transposed matrices have no packed form"
 NO_FAST_PATH = "smaller, but not faster here: this processor, or this installation, has no kernel for nonzeros"
@@ -42,17 +45,17 @@ STORED_DENSE = "codes are stored as the weights they stand for, so the file is n
 
 
 def loaded_blocks(
-    decoder: Decoder,
-    stored: Callable[[int], dict[str, Tensor] | None] = lambda index: None,
-    *,
-    backwards: bool = False,
+    decoder: Decoder, finished: Mapping[int, ReadBlock] = MappingProxyType({}), *, backwards: bool = False
 ) -> Iterator[Block]:
-    """Yield every block in turn. The next one is read while the caller works. The caller releases them."""
+    """Yield every block in turn, from `finished` where it has a reader.
+
+    The next block is read while the caller works. The caller releases the blocks.
+    """
     order = list(range(len(decoder)))[:: -1 if backwards else 1]
     with ThreadPoolExecutor(1, thread_name_prefix="load") as reader:
 
         def load(index: int) -> Block:
-            return decoder.load(index, stored(index))
+            return decoder.load(index, finished[index]() if index in finished else None)
 
         upcoming: Future[Block] = reader.submit(load, order[0])
         for _, following in zip_longest(order, order[1:]):
@@ -77,8 +80,9 @@ def collect(
 ) -> tuple[dict[str, Statistics], Tensor]:
     """Return the statistics of every matrix (shared within a group), and the block's output for the first batch.
 
-    Without needs only the first batch runs, for its samples. If the inputs in the dense model are needed, the stream
-    `dense` passes the block at the same time.
+    The output comes from the same forward, before any matrix changes: `block_error` is relative to it. Without needs
+    only the first batch runs, for its samples. If the inputs in the dense model are needed, the stream `dense` passes
+    the block at the same time.
     """
     groups = {leader: Statistics(needs) for leader in block.anatomy.groups}
     full: dict[str, Tensor] = {}
@@ -141,20 +145,22 @@ def compress_blocks(
     stream: Stream | None,
     dense: Stream | None,
     *,
-    finished: Callable[[int], dict[str, Tensor] | None],
     save: Callable[[Block, list[MatrixRecord]], None],
     report: Report,
+    finished: Mapping[int, ReadBlock] = MappingProxyType({}),
     riders: Sequence[Stream] = (),
 ) -> None:
     """Compress every block on the stream and hand it to `save`, with a record of each of its matrices.
 
-    `finished(index)` returns the stored tensors of a block that an earlier run completed; the block is only replayed.
+    The records describe the new weights. The weights themselves are in `block.result`, and `save` turns them into the
+    tensors of a file (`Decoder.disk_tensors`). `finished` has a reader for each block that an earlier run completed.
+    Such a block is read once and only replayed.
     `stream` may be None for a method without data. A `dense` stream follows the dense model and yields the drift of
     the compressed prefix at every depth. The `riders` only pass the compressed blocks.
     """
     for block in loaded_blocks(decoder, finished):
         started = time.perf_counter()
-        replayed = finished(block.index) is not None
+        replayed = block.index in finished
         if dense is not None and (replayed or not plan.needs.full):
             _advance_dense(decoder, dense, block, replayed)
         if not replayed:
@@ -241,7 +247,10 @@ def _replace(block: Block, name: str, target: Target, record: Packed) -> None:
 def _store(
     block: Block, name: str, target: Target, record: Packed, statistics: Statistics, packing: Packing
 ) -> MatrixRecord:
-    """Replace one matrix, pack it if possible, and return its record."""
+    """Replace one matrix, pack it if possible, and return its record.
+
+    The record describes the matrix. Its weights stay in `block.result`, from which the file of the block is made.
+    """
     old_OI = block.weight(name).to(torch.float32, copy=True)
     _replace(block, name, target, record)
     new_OI = block.weight(name).float()

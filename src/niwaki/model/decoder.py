@@ -42,8 +42,9 @@ from niwaki.model.matmul_observer import MatmulObserver
 
 @dataclass
 class BlockResult:
-    """Changes of one block, from the method to its shard, by names inside the block.
+    """Changes of one block by names inside the block: the way of new weights to the disk.
 
+    The walk fills it while it replaces the matrices. `Decoder.disk_tensors` turns it into the tensors of a file.
     New values of weights and biases are `parameters`. The biases that the checkpoint does not have are also in `added`.
     The stored form of packed matrices is `packed`.
     """
