@@ -97,16 +97,18 @@ def _compared(dense: str, out: list[str], settings: dict[str, Any]) -> "Comparis
 def gate(
     file: Annotated[Path, typer.Argument(help="The gate file.", show_default=False)],
     baseline: Annotated[
-        Path | None, typer.Option(help="The compare.json of a report: the baseline of --init, or the one to judge.")
+        Path | None, typer.Option(help="Required: the compare.json to judge, or the one that --init starts from.")
     ] = None,
-    init: Annotated[bool, typer.Option("--init", help="Write FILE from the baseline, with comments.")] = False,
+    init: Annotated[
+        bool, typer.Option("--init", help="Write FILE from the baseline, with comments, and judge nothing.")
+    ] = False,
     candidate: Annotated[
         str | None, typer.Option(help="One candidate of the baseline. Without it all are judged.")
     ] = None,
     margin: Annotated[float, typer.Option(help="Distance from the baseline to its limits, as a share.")] = 0.1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ) -> None:
-    """Write the gates of FILE from a measured baseline, or judge a comparison by them without a new measurement."""
+    """Judge a compare.json by FILE; with --init, write FILE from it."""
     from niwaki.measure.compare.baseline import gate_text, select_candidate
     from niwaki.measure.compare.gates import judge_comparison, load_gates
     from niwaki.measure.schema import read_comparison

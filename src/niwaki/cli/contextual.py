@@ -22,7 +22,7 @@ def calibrate_gate(
     ] = 0,
     device: Device = "auto",
 ) -> None:
-    """Choose on your own text the prompts that OUT answers with all of its weights."""
+    """Set the limits beyond which a prompt of OUT runs dense."""
     check_inputs(str(out), data=data)
     from niwaki.measure.prompt_gate import calibrate_gate as run
 

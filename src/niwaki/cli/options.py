@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from niwaki.config.recipe import calibration_fields, load_recipe, make_recipe, parse_target
+from niwaki.config.recipe import WRITTEN_TARGETS_HELP, calibration_fields, load_recipe, make_recipe, parse_target
 from niwaki.config.sources import check_sources, check_tasks, model_folder
 from niwaki.errors import InputError, OutputError
 from niwaki.methods.registry import chain_infos
@@ -32,7 +32,7 @@ TASKS_HELP = (
     'Multiple choice, JSONL, one question per line: {"pairs": [\\[context, continuation], ...], "gold": index}. '
     "Repeatable."
 )
-TARGET_HELP = "Zeros as 0.5, 50% or 2:4; bits as 4bit or 1.75bit; 2:4+4bit for a chain. Required here or in the recipe."
+TARGET_HELP = f"{WRITTEN_TARGETS_HELP} Required here or in the recipe, or --target-bytes."
 
 
 def recipe_option(text: str, default: object) -> Any:
@@ -91,7 +91,9 @@ Samples = Annotated[int | None, recipe_option("Calibration windows.", 128)]
 CalibrationSeqLen = Annotated[int | None, recipe_option(SEQ_LEN_HELP, 2048)]
 RecipeFile = Annotated[Path | None, typer.Option(help="YAML file of these options. Options on the command line win.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Option of the method, key=value. Repeatable.")]
-Pack = Annotated[str | None, recipe_option("Store codes as codes: codes, auto (nonzero weights too) or none.", "codes")]
+Pack = Annotated[
+    str | None, recipe_option("What to pack: codes; auto (pruned weights too, where smaller); none.", "codes")
+]
 Embeddings = Annotated[
     str | None, recipe_option("Store embeddings and LM head as codes too: none, 4bit or 8bit.", "none")
 ]

@@ -172,6 +172,7 @@ RENAMED_OPTIONS = {"stand_in": "mean_fill", "trial_windows": "candidate_windows"
 RENAMED_PREFIXES = {"most_": "max_", "least_": "min_"}
 Target = Sparsity | NM | Bits | PrunedBits | KeepUnits
 WRITTEN_TARGETS: tuple[type[Target], ...] = (Sparsity, NM, Bits, PrunedBits)  # those that a text can ask for
+WRITTEN_TARGETS_HELP = f"One of: {', '.join(f'{kind.words} ({kind.example})' for kind in WRITTEN_TARGETS)}."
 _BYTE_UNITS = {"": 1, "B": 1} | {
     f"{prefix}{ending}": base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -259,9 +260,7 @@ class Recipe(_Strict):
     """Request of a compression: all fields that decide the bytes of a result, and how to compute them."""
 
     method: Annotated[str, "A method, or several joined by +, in the order in which they run."]
-    target: Annotated[
-        str | None, "One of: " + ", ".join(f"{kind.words} ({kind.example})" for kind in WRITTEN_TARGETS) + "."
-    ] = None
+    target: Annotated[str | None, WRITTEN_TARGETS_HELP] = None
     target_bytes: Annotated[int | None, "Bytes of all compressed matrices together, instead of a target."] = None
     keep_blocks: Annotated[
         Literal["auto"] | tuple[int, ...], "Blocks that stay at 4 bits: their numbers, auto or none."

@@ -149,10 +149,10 @@ def join_notes(*notes: str) -> str:
 
 def record_names(description: Mapping[str, Any]) -> list[str]:
     """Return the names of the tensors of a packed matrix, without the name of its module."""
-    return list(record_shapes(description)) if "sparse" in description else stored_names(description["parts"])
+    return list(nonzero_shapes(description)) if "sparse" in description else stored_names(description["parts"])
 
 
-def record_shapes(description: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def nonzero_shapes(description: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return dtype and shape of every tensor of stored nonzeros."""
     return tile_shapes(description) if description["sparse"]["layout"] == LAYOUT else sparse_shapes(description)
 

@@ -173,7 +173,7 @@ def choose_criterion(
 
 
 def samples(traces: Mapping[str, Traces], layout: UnitLayout, config: Config) -> Traces:
-    """Join the samples of the criterion of heads and of that of neurons; the two kinds are never compared."""
+    """Join head scores by `head_criterion` with neuron scores by `criterion`; the two kinds are never compared."""
     parts = []
     for kind, criterion in enumerate((config.head_criterion, config.criterion)):
         own = traces[criterion]

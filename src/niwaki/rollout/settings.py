@@ -82,8 +82,8 @@ class TrafficSampling(_Frozen):
 class RequestLimits(_Frozen):
     """Max bytes of a request, and max seconds of its parts.
 
-    If the canary is late with the first byte of a stream, dense answers. An answer without a stream arrives whole, so
-    it has `answer_s` on both sides. `silence_s` is the longest pause in a stream.
+    A streamed canary answer must begin within `canary_first_byte_s`; every other answer within `answer_s`. If the
+    canary is late, dense answers. `silence_s` is the longest pause in a stream.
     """
 
     body_bytes: int = Field(default=2_000_000, ge=1000)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from niwaki.formats.packed import read_sparse, record_shapes
+from niwaki.formats.packed import nonzero_shapes, read_sparse
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import LAYOUT, Tiled
 from niwaki.kernels.cpu_module import cpu_module
@@ -41,7 +41,7 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = rows, columns
         self.described = described
-        for name, (dtype, shape) in record_shapes(described).items():
+        for name, (dtype, shape) in nonzero_shapes(described).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))  # integers: casts of the model leave them
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
         self.fast_prompts = False
@@ -55,7 +55,7 @@ class SparseLinear(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors of the matrix by their names in the file."""
-        return {name: self.get_buffer(name) for name in record_shapes(self.described)}
+        return {name: self.get_buffer(name) for name in nonzero_shapes(self.described)}
 
     def record(self) -> Sparse | Tiled:
         """Return the packed record of the matrix."""

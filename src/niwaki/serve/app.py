@@ -57,7 +57,7 @@ class Service:
 
 
 def create_app(service: Service) -> FastAPI:
-    """Return the application without its middleware."""
+    """Return the application with routes and error handlers; `server` adds the middleware."""
     app = FastAPI(title="niwaki", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_generation_routes(app, service)
     _add_status_routes(app, service)

@@ -20,7 +20,7 @@ SHARES = tuple(tenth / 10 for tenth in range(1, 11))
 
 
 class Metrics:
-    """Counters of one server, in their own registry."""
+    """Counters, histograms and gauges of one server, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

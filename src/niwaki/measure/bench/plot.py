@@ -74,7 +74,7 @@ def _speed_text(cell: Cell) -> str:
 
 
 def _draw_memory(axis: Any, rows: list[Row]) -> None:
-    """Draw the weights in front of the peak."""
+    """Draw a bar of peak memory per variant, with its weights over it."""
     peaks = [(row.peak_bytes or 0) / 1e9 for row in rows]
     weights = [(row.weight_bytes or 0) / 1e9 for row in rows]
     axis.barh(range(len(rows)), peaks, 0.6, color="#d7ccc8", label="peak")

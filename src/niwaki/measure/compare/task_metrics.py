@@ -1,4 +1,4 @@
-"""PairedAccuracy accuracy of both models on the same questions, and the answers that flip.
+"""Paired accuracy of both models on the same questions, and the answers that flip.
 
 Equal accuracies can hide many flips in both directions (Dutta et al. 2024, "Accuracy is not all you need"). So both
 directions are counted, and McNemar's test gives the probability of this result if they were equally likely.

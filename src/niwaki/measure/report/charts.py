@@ -1,4 +1,7 @@
-"""Plots of a comparison with titles, summaries and tables in a language."""
+"""Plots of a comparison with titles and summaries in a language, and the table of the quality of texts.
+
+`quality` returns this table with its plots. The other tables of a report are in `views`, `passages` and `page`.
+"""
 
 from collections.abc import Mapping, Sequence
 

@@ -304,7 +304,7 @@ def kept_states(cache: Any, heads_BLG: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def cut_cache(cache: Any, heads_BLG: Tensor) -> None:
-    """Leave the cache with `kept_states` only; the tensors themselves do not change."""
+    """Replace the keys and values of each layer by `kept_states`. The tensors themselves do not change."""
     for layer, (keys, values) in zip(cache.layers, kept_states(cache, heads_BLG), strict=True):
         layer.keys, layer.values = keys, values
 
