@@ -17,6 +17,7 @@ class Event(StrEnum):
     SAMPLE = "sample"  # done, of: tokens of calibration text that the model writes
     SCAN = "scan"  # index, of: dense blocks that were measured
     ALLOCATION = "allocation"  # the field `allocation` of run.json
+    # The two texts below that differ from their names stand in the events.jsonl of old results.
     CANDIDATE = "trial"  # shape, loss: a pruned shape that was evaluated
     INPUTS = "inputs"  # index, of: blocks whose inputs were stored
     GRADIENTS = "gradients"  # index, of: blocks of the backward pass

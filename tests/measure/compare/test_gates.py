@@ -112,6 +112,14 @@ def verdict(gate: str, limit: float, confidence: float = 0.95, **changes: Any) -
     return found.gates[0].passed, found.gates[0].reason
 
 
+def test_a_value_that_an_old_file_lacks_is_not_measured() -> None:
+    data = candidate().data[0]
+    old = candidate(data=(data.model_copy(update={"whole": data.whole.model_copy(update={"kl": None})}),))
+    assert {one.metric for one in measurements(candidate())} - {one.metric for one in measurements(old)} == {"kl"}
+    judged = judge(old, Gates(max_kl=0.1), 0.95)
+    assert not judged.passed and judged.gates[0].reason.startswith("not measured: ")
+
+
 JUDGED = [
     # measured 1.03 up to 1.05: beyond the interval, inside it, below it
     ("max_perplexity_ratio", 1.06, True, "at most 1.05"),

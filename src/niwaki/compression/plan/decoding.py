@@ -7,11 +7,11 @@ of Llama-2-7B (benchmarks/results/speed/packed-decode-h100.json). On a CPU it is
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, assert_never
 
 from niwaki.compression.plan.machines import Machine
 from niwaki.compression.plan.sizes import ModelSizes, StoredSizes
-from niwaki.config.recipe import Bits, PrunedBits, Target
+from niwaki.config.recipe import NM, Bits, KeepUnits, PrunedBits, Sparsity, Target
 
 PACKED_H100 = "benchmarks/results/speed/packed-decode-h100.json"
 PACKED_CPU = "benchmarks/results/speed/packed-decode-cpu.json"
@@ -46,11 +46,15 @@ def decoding(dense: ModelSizes, stored: StoredSizes, target: Target, machine: Ma
 
 def _kind(target: Target) -> str | None:
     """Return the nearest of the measured formats; none is near to pruned codes."""
-    if isinstance(target, PrunedBits):
-        return None
-    if not isinstance(target, Bits):
-        return "dense"
-    return "4 bit" if target.bits > 2.5 else "1.6 bit"
+    match target:
+        case Bits():
+            return "4 bit" if target.bits > 2.5 else "1.6 bit"
+        case PrunedBits():
+            return None
+        case Sparsity() | NM() | KeepUnits():
+            return "dense"
+        case _:
+            assert_never(target)  # a new kind of target must say what it decodes like
 
 
 def _share(machine: Machine, kind: str | None) -> float | None:

@@ -111,7 +111,10 @@ class StoredSizes:
 
 
 def sizes_of(decoder: Decoder) -> ModelSizes:
-    """Return the sizes of a decoder."""
+    """Return the sizes of a decoder.
+
+    A config that names its experts differently counts as if every token met all of them.
+    """
     tensors = decoder.checkpoint.tensors
     text = decoder.checkpoint.config.get_text_config()
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1

@@ -124,19 +124,29 @@ def load_gates(path: str | Path) -> Gates:
 
 
 def measurements(candidate: Candidate) -> Iterator[Measurement]:
-    """Yield every measured value of a candidate under the stable name of its metric."""
+    """Yield every measured value of a candidate under the stable name of its metric.
+
+    A value that an older compare.json lacks is None, and is not measured.
+    """
+    for metric, about, estimate in _estimates(candidate):
+        if estimate is not None:
+            yield Measurement(metric, about, estimate)
+
+
+def _estimates(candidate: Candidate) -> Iterator[tuple[str, str, Estimate | None]]:
+    """Yield the name of each metric, the file that it is about, and its value."""
     of_data = [name for name, metric in METRICS.items() if metric.needs == "data"]
     for data in candidate.data:
         for metric in of_data:
-            yield Measurement(metric, data.data, getattr(data.whole, metric))
+            yield metric, data.data, getattr(data.whole, metric)
     for task in candidate.tasks:
-        yield Measurement("accuracy_loss", task.task, task.accuracy.loss)
-        yield Measurement("accuracy_norm_loss", task.task, task.accuracy_norm.loss)
+        yield "accuracy_loss", task.task, task.accuracy.loss
+        yield "accuracy_norm_loss", task.task, task.accuracy_norm.loss
     if candidate.speed is not None:
         for metric, throughput in candidate.speed.throughputs.items():
-            yield Measurement(metric, "", throughput.latency_ratio)
+            yield metric, "", throughput.latency_ratio
     for metric, value in (("bytes", float(candidate.model.file_bytes)), ("bytes_ratio", candidate.bytes_ratio)):
-        yield Measurement(metric, "", Estimate(value=value, low=value, high=value, units=1))
+        yield metric, "", Estimate(value=value, low=value, high=value, units=1)
 
 
 def judge(candidate: Candidate, gates: Gates, confidence: float, verdict_confidence: float | None = None) -> Candidate:

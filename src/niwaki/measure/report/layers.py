@@ -101,7 +101,7 @@ def _kept(line: MatrixRecord) -> float | None:
 
 def _zeros(line: MatrixRecord) -> float | None:
     """Return the share of pruned weights. A quantization code that happens to be zero does not count."""
-    return None if line.kind == "codes" and "bit" in line.target else line.zeros_frac
+    return None if line.kind == "codes" else line.zeros_frac
 
 
 def _bits(line: MatrixRecord) -> float | None:

@@ -13,7 +13,7 @@ Python package ships no smaller bundle. Cost: about a second.
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,19 @@ TEMPLATES = "templates"
 _SECTIONS = (
     "tradeoff", "gates", "measured", "quality", "tasks", "layers", "generations", "worst", "reproduce", "environment",
 )  # fmt: skip
-_COLUMNS = (
-    "block_column", "matrix", "target", "stored_as", "shape", "bits", "zeros", "bytes", "error_before", "error_after",
-    "remark",
-)  # fmt: skip
+_COLUMNS: Mapping[str, Callable[[Texts, MatrixRecord], str]] = {  # of the table of matrices: heading and cell
+    "block_column": lambda t, line: str(line.block),
+    "matrix": lambda t, line: line.matrix,
+    "target": lambda t, line: line.target,
+    "stored_as": lambda t, line: line.kind,
+    "shape": lambda t, line: "×".join(map(str, line.shape)),
+    "bits": lambda t, line: f"{line.bits:.2f}",
+    "zeros": lambda t, line: Cell(show.percent(line.zeros_frac), line.zeros_frac),
+    "bytes": lambda t, line: Cell(f"{line.bytes:,}", line.bytes),
+    "error_before": lambda t, line: _error_cell(t, line.error_before_update),
+    "error_after": lambda t, line: _error_cell(t, line.error),
+    "remark": lambda t, line: line.note,
+}
 
 
 def write_page(path: Path, comparison: Comparison, records: Sequence[Layers | None], language: str = "en") -> None:
@@ -135,25 +144,13 @@ def _layers(t: Texts, number: int, name: str, layers: Layers | None) -> dict[str
         "plots": _inlined(charts.heatmaps(t, number, layers)),
         "title": t["cut_table"].format(name=name),
         "columns": tuple(t[key] for key in _COLUMNS),
-        "rows": [_matrix(t, line) for line in lines[:MAX_LINES]],
+        "rows": [tuple(cell(t, line) for cell in _COLUMNS.values()) for line in lines[:MAX_LINES]],
         "more": more,
     }
 
 
-def _matrix(t: Texts, line: MatrixRecord) -> tuple[str, ...]:
-    errors = [line.error_before_update, line.error]
-    return (
-        str(line.block),
-        line.matrix,
-        line.target,
-        line.kind,
-        "×".join(map(str, line.shape)),
-        f"{line.bits:.2f}",
-        Cell(show.percent(line.zeros_frac), line.zeros_frac),
-        Cell(f"{line.bytes:,}", line.bytes),
-        *(t["missing"] if error is None else Cell(f"{error:.2g}", error) for error in errors),
-        line.note,
-    )
+def _error_cell(t: Texts, error: float | None) -> str:
+    return t["missing"] if error is None else Cell(f"{error:.2g}", error)
 
 
 def _recipes(comparison: Comparison) -> list[dict[str, str]]:
