@@ -67,7 +67,7 @@ def test_numbers_are_replaced_and_words_stay(result: Path, tmp_path: Path) -> No
 
 def test_a_card_that_cannot_take_numbers_is_told_before_measuring(result: Path, tmp_path: Path) -> None:
     text = write_texts(tmp_path / "text.jsonl")
-    with pytest.raises(InputError, match="no result of niwaki"):
+    with pytest.raises(InputError, match="is not a result of niwaki"):
         check_card(tmp_path / "model")
     card = (result / "README.md").read_text()
     (result / "README.md").write_text("# Mine\n")
