@@ -94,7 +94,7 @@ def backprop_blocks(
 
 
 def squared_gradients(
-    run: ResultFolder, decoder: Decoder, ids_ST: Tensor, activation_bytes: int | None, report: Report
+    folder: ResultFolder, decoder: Decoder, ids_ST: Tensor, activation_bytes: int | None, report: Report
 ) -> Callable[[int], Mapping[str, Tensor]]:
     """Return a reader of block → matrix → Σ over windows of the squared gradient [O, I], float32.
 
@@ -102,7 +102,7 @@ def squared_gradients(
     journal, so that a resume does not repeat it and memory holds one block. Cost: the backward pass, one window at a
     time; four bytes a weight on disk while the run lasts.
     """
-    device, folder = decoder.device, run.folder / RECORD / "journal"
+    device, journal = decoder.device, folder.path / RECORD / "journal"
     sums: dict[str, Tensor] = {}
 
     def visit(block: Block, gradients: Gradients) -> None:
@@ -111,22 +111,22 @@ def squared_gradients(
             sums[name] = sums[name].add_(square_OI) if name in sums else square_OI
         if gradients.rows.stop == len(ids_ST):
             shard = f"{_gradients_part(block.index)}.safetensors"
-            sha256 = write_shard(folder / shard, sums)
+            sha256 = write_shard(journal / shard, sums)
             entry = JournalEntry(shard=f"{RECORD}/journal/{shard}", sha256=sha256)
-            run.finish_part(_gradients_part(block.index), entry)
+            folder.finish_part(_gradients_part(block.index), entry)
             report(Event.GRADIENTS, index=len(decoder) - 1 - block.index, of=len(decoder))
             sums.clear()
 
-    if not all(_gradients_part(index) in run.finished for index in range(len(decoder))):
+    if not all(_gradients_part(index) in folder.finished for index in range(len(decoder))):
         stream = Stream(
-            decoder, ids_ST, batch_tokens=1, activation_bytes=activation_bytes, folder=folder, name="gradients"
+            decoder, ids_ST, batch_tokens=1, activation_bytes=activation_bytes, folder=journal, name="gradients"
         )
         backprop_blocks(
-            decoder, stream, visit, weights=True, activation_bytes=activation_bytes, folder=folder, report=report
+            decoder, stream, visit, weights=True, activation_bytes=activation_bytes, folder=journal, report=report
         )
 
     def read(index: int) -> dict[str, Tensor]:
-        stored = load_file(run.folder / str(run.finished[_gradients_part(index)].shard))
+        stored = load_file(folder.path / str(folder.finished[_gradients_part(index)].shard))
         return {name: square_OI.to(device, torch.float32) for name, square_OI in stored.items()}
 
     return read

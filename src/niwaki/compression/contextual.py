@@ -42,23 +42,23 @@ PART = "predictor"
 MakeStream = Callable[[Tensor, str], Stream]
 
 
-def contextual_job(job: Job, run: ResultFolder, report: Report) -> RunRecord:
+def contextual_job(job: Job, folder: ResultFolder, report: Report) -> RunRecord:
     """Learn what inputs need, and return the record of the run; the weights of OUT are those of the model."""
-    if PART not in run.finished:
-        _learn(job, run, report)
+    if PART not in folder.finished:
+        _learn(job, folder, report)
     checkpoint = job.checkpoint
     index = [INDEX] if (checkpoint.folder / INDEX).is_file() else []
     for name in (*checkpoint.shards, *index):
-        _link(checkpoint.folder / name, run.folder / name)
+        _link(checkpoint.folder / name, folder.path / name)
     for source in checkpoint.aux_files():
-        copy_file(source, run.folder / source.name)
-    write_lines(run.folder, [])
-    record = record_of(job, run, _result(job, run.finished[PART]), {})
-    finish(job, run, report, record)
+        copy_file(source, folder.path / source.name)
+    write_lines(folder.path, [])
+    record = record_of(job, folder, _result(job, folder.finished[PART]), {})
+    finish(job, folder, report, record)
     return record
 
 
-def _learn(job: Job, run: ResultFolder, report: Report) -> None:
+def _learn(job: Job, folder: ResultFolder, report: Report) -> None:
     """Trace the model, fit the predictor, and write it."""
     target, step, decoder = job.stage.target, job.stage.steps[0], job.decoder
     assert isinstance(target, Sparsity) and job.windows_ST is not None
@@ -66,14 +66,14 @@ def _learn(job: Job, run: ResultFolder, report: Report) -> None:
     layout = find_layout(decoder.anatomy, decoder.model, config.neuron_width)
 
     def make(ids_ST: Tensor, name: str) -> Stream:
-        stream = windows_stream(job, run, name, ids_ST)
+        stream = windows_stream(job, folder, name, ids_ST)
         assert stream is not None
         return stream
 
     traces = trace(
         decoder, job.windows_ST, layout, config.criteria,
         cuts=config.cuts, gradient_windows=config.gradient_windows, make_stream=make,
-        activation_bytes=job.recipe.activation_bytes, folder=run.folder / RECORD / "journal", report=report,
+        activation_bytes=job.recipe.activation_bytes, folder=folder.path / RECORD / "journal", report=report,
     )  # fmt: skip
     weights = decoder.anatomy.weights
     config, losses = evaluate_candidates(
@@ -90,9 +90,9 @@ def _learn(job: Job, run: ResultFolder, report: Report) -> None:
         "share_of_decoder": predictor.parameters / weights,
         "skipped_frac": float(layout.skipped_frac(kept_BU)),
     }
-    sha256 = write_shadow(run.folder, Shadow(predictor, layout, rule, Running(**config.running)))
-    nbytes = (run.folder / TENSORS).stat().st_size
-    run.finish_part(PART, JournalEntry(shard=TENSORS, sha256=sha256, bytes=nbytes, found=facts))
+    sha256 = write_shadow(folder.path, Shadow(predictor, layout, rule, Running(**config.running)))
+    nbytes = (folder.path / TENSORS).stat().st_size
+    folder.finish_part(PART, JournalEntry(shard=TENSORS, sha256=sha256, bytes=nbytes, found=facts))
     report(Event.SAVED, part=PART)
 
 

@@ -1,4 +1,4 @@
-"""The job of one stage: from a resolved stage to a finished run folder.
+"""The job of one stage: from a resolved stage to a finished result folder.
 
 `prepare` checks everything that can be wrong with the input and returns a `Job`, before the first file is written.
 `run` takes it to run.json, or resumes what an earlier run finished. What differs between the kinds of methods is given
@@ -123,13 +123,13 @@ class BlockStorage(Protocol):
     def tensors(self, block: Block, lines: list[MatrixRecord]) -> dict[str, Tensor]:
         """Return the content of the file of a block by name; {} if it has no file."""
 
-    def read(self, run: ResultFolder, index: int) -> dict[str, Tensor]:
+    def read(self, folder: ResultFolder, index: int) -> dict[str, Tensor]:
         """Return a finished block at full size as plain weights."""
 
-    def write_config(self, run: ResultFolder) -> None:
+    def write_config(self, folder: ResultFolder) -> None:
         """Write config.json if it differs from that of the source."""
 
-    def check(self, run: ResultFolder, stream: Stream | None) -> None:
+    def check(self, folder: ResultFolder, stream: Stream | None) -> None:
         """Check the finished folder; `stream` holds the hidden states after the last block."""
 
 
@@ -173,7 +173,7 @@ def prepare(decoder: Decoder, stage: ResolvedStage, request: Request, first: Fir
 def run(job: Job, execute: Callable[[Job, ResultFolder, Report], RunRecord]) -> RunRecord:
     """Run a job, or resume what an earlier run finished; return its record.
 
-    `execute(job, run, report)` does the work of its kind. Its events also go to events.jsonl.
+    `execute(job, folder, report)` does the work of its kind. Its events also go to events.jsonl.
     """
     request, hashes = job.request, _fingerprint(job)
     if request.resume and not partial_of(request.out).exists() and (record := finished_record(request.out, hashes)):
@@ -194,57 +194,57 @@ def run(job: Job, execute: Callable[[Job, ResultFolder, Report], RunRecord]) -> 
             raise
 
 
-def walk_job(job: Job, run: ResultFolder, report: Report) -> RunRecord:
+def walk_job(job: Job, folder: ResultFolder, report: Report) -> RunRecord:
     """Compress every matrix of every block to its target; return the record of the run."""
-    return walk_model(job, run, report, _allocate)
+    return walk_model(job, folder, report, _allocate)
 
 
-def walk_model(job: Job, run: ResultFolder, report: Report, allocate: Allocate) -> RunRecord:
+def walk_model(job: Job, folder: ResultFolder, report: Report, allocate: Allocate) -> RunRecord:
     """Allocate targets, compress block after block on the calibration windows, and finish the folder."""
     decoder, stage = job.decoder, job.stage
     if decoder.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(decoder.device)
-    with Writer(run, report) as writer:
-        allocation = allocate(job, run, report)
+    with Writer(folder, report) as writer:
+        allocation = allocate(job, folder, report)
         storage, shard_names = allocation.storage, allocation.storage.shard_names
-        _write_embeddings(job, run, writer, shard_names[len(decoder) :])
-        dense = windows_stream(job, run, "dense") if stage.dense_stream else None
+        _write_embeddings(job, folder, writer, shard_names[len(decoder) :])
+        dense = windows_stream(job, folder, "dense") if stage.dense_stream else None
         if job.embeddings:
             writer.flush()
-            decoder.load_outer(_stored_embeddings(job, run))
-        stream = windows_stream(job, run, "compressed", learn_batches=stage.needs.learn_batches)
-        gradients = _gradients(job, run, report)
+            decoder.load_outer(_stored_embeddings(job, folder))
+        stream = windows_stream(job, folder, "compressed", learn_batches=stage.needs.learn_batches)
+        gradients = _gradients(job, folder, report)
         decoder.release_outer()
         finished = {
-            index: partial(storage.read, run, index)
+            index: partial(storage.read, folder, index)
             for index in range(len(decoder))
-            if block_part(index) in run.finished
+            if block_part(index) in folder.finished
         }
 
         def save(block: Block, lines: list[MatrixRecord]) -> None:
             if tensors := storage.tensors(block, lines):
                 writer.write(block_part(block.index), shard_names[block.index], tensors, lines)
             else:
-                run.finish_part(block_part(block.index), JournalEntry(lines=lines))
+                folder.finish_part(block_part(block.index), JournalEntry(lines=lines))
 
         plan = WalkPlan(stage.steps, allocation.targets, job.recipe.seed, job.recipe.pack, gradients=gradients)
         compress_blocks(decoder, plan, stream, dense, save=save, report=report, finished=finished)
-    return _finish_walk(job, run, report, allocation, stream)
+    return _finish_walk(job, folder, report, allocation, stream)
 
 
 def finish(
-    job: Job, run: ResultFolder, report: Report, record: RunRecord, check: Callable[[], None] | None = None
+    job: Job, folder: ResultFolder, report: Report, record: RunRecord, check: Callable[[], None] | None = None
 ) -> None:
     """Write model card and run.json, check the folder, and move it to its place."""
-    write_text(run.folder / "README.md", model_card(record))
-    write_record(run.folder, record)
+    write_text(folder.path / "README.md", model_card(record))
+    write_record(folder.path, record)
     if check is not None:
         check()
     report(Event.DONE, seconds=record.seconds, out=str(job.request.out))
-    run.complete()
+    folder.complete()
 
 
-def record_of(job: Job, run: ResultFolder, result: ResultRecord, allocation: dict[str, Any]) -> RunRecord:
+def record_of(job: Job, folder: ResultFolder, result: ResultRecord, allocation: dict[str, Any]) -> RunRecord:
     """Return the record of a run: everything that is needed to make the result again."""
     checkpoint, device = job.checkpoint, job.decoder.device
     cuda = device.type == "cuda"
@@ -257,7 +257,7 @@ def record_of(job: Job, run: ResultFolder, result: ResultRecord, allocation: dic
             "bytes": checkpoint.nbytes,
             "files": checkpoint.file_hashes(),
         },
-        "fingerprint": run.fingerprint,
+        "fingerprint": folder.fingerprint,
         "recipe": job.recipe,
         "options": {step.name: vars(step.config) for step in job.stage.steps},
         "dense_stream": job.stage.dense_stream,
@@ -279,7 +279,7 @@ def record_of(job: Job, run: ResultFolder, result: ResultRecord, allocation: dic
 
 def windows_stream(
     job: Job,
-    run: ResultFolder,
+    folder: ResultFolder,
     name: str,
     ids_ST: Tensor | None = None,
     *,
@@ -294,7 +294,7 @@ def windows_stream(
         ids_ST,
         batch_tokens=job.recipe.batch_tokens,
         activation_bytes=job.recipe.activation_bytes,
-        folder=run.folder / RECORD / "journal",
+        folder=folder.path / RECORD / "journal",
         name=name,
         learn_batches=learn_batches,
     )
@@ -302,7 +302,7 @@ def windows_stream(
 
 def scan(
     job: Job,
-    run: ResultFolder,
+    folder: ResultFolder,
     name: str,
     measure: Callable[[Block, Stream], Value],
     report: Report,
@@ -313,8 +313,8 @@ def scan(
 
     `advances`: `measure` moves the stream past the block itself.
     """
-    if "allocation" not in run.finished:
-        stream = windows_stream(job, run, "scan")
+    if "allocation" not in folder.finished:
+        stream = windows_stream(job, folder, "scan")
         assert stream is not None, "what scans asks for windows"
         measured: list[Value] = []
 
@@ -323,8 +323,8 @@ def scan(
             report(Event.SCAN, index=block.index, of=len(job.decoder))
 
         forward(job.decoder, [] if advances else [stream], visit)
-        run.finish_part("allocation", JournalEntry.model_validate({name: measured}))
-    return run.finished["allocation"].scanned(name)
+        folder.finish_part("allocation", JournalEntry.model_validate({name: measured}))
+    return folder.finished["allocation"].scanned(name)
 
 
 def block_part(index: int) -> str:
@@ -348,22 +348,22 @@ class FullBlocks:
         """Return the content of the file of a block by name."""
         return self.job.decoder.disk_tensors(block)
 
-    def read(self, run: ResultFolder, index: int) -> dict[str, Tensor]:
+    def read(self, folder: ResultFolder, index: int) -> dict[str, Tensor]:
         """Return a finished block as plain weights, in the dtype of the checkpoint."""
-        entry, checkpoint = run.finished[block_part(index)], self.job.checkpoint
+        entry, checkpoint = folder.finished[block_part(index)], self.job.checkpoint
         modules = packed_modules([entry], self.job.decoder.anatomy.prefix)
         dtypes = {STORED_DTYPES[checkpoint.tensors[module + WEIGHT].dtype] for module in modules}
         assert len(dtypes) <= 1, "the matrices of one block share a dtype"
-        return decode_shard(run.folder / str(entry.shard), modules, dtypes.pop() if dtypes else checkpoint.dtype)
+        return decode_shard(folder.path / str(entry.shard), modules, dtypes.pop() if dtypes else checkpoint.dtype)
 
-    def write_config(self, run: ResultFolder) -> None:
+    def write_config(self, folder: ResultFolder) -> None:
         """Keep the config of the source."""
 
-    def check(self, run: ResultFolder, stream: Stream | None) -> None:
+    def check(self, folder: ResultFolder, stream: Stream | None) -> None:
         """Accept the folder: its shapes are those of the source."""
 
 
-def _allocate(job: Job, run: ResultFolder, report: Report) -> Allocation:
+def _allocate(job: Job, folder: ResultFolder, report: Report) -> Allocation:
     """Return the targets of all matrices; those that the calibration text decides are measured first."""
     anatomy, stage, kept = job.decoder.anatomy, job.stage, job.recipe.keep_blocks
     target, targets, min_bits = stage.target, stage.targets, stage.steps[-1].min_bits
@@ -373,14 +373,14 @@ def _allocate(job: Job, run: ResultFolder, report: Report) -> Allocation:
         def outliers(block: Block, stream: Stream) -> float:
             return outlier_share(block, collect(block, stream, OWL_NEEDS)[0], stage.owl)
 
-        shares = numbers["outlier_shares"] = scan(job, run, "outlier_shares", outliers, report)
+        shares = numbers["outlier_shares"] = scan(job, folder, "outlier_shares", outliers, report)
         targets = owl(anatomy, target, shares, stage.owl)
     if job.recipe.allocation == "sensitivity":
-        numbers["sensitivities"] = scan(job, run, "sensitivities", sensitivities, report)
+        numbers["sensitivities"] = scan(job, folder, "sensitivities", sensitivities, report)
         targets = spread_bits(anatomy, target, numbers["sensitivities"], min_bits)
     if kept:
         if kept == "auto":
-            numbers["sensitivities"] = scan(job, run, "sensitivities", sensitivity, report)
+            numbers["sensitivities"] = scan(job, folder, "sensitivities", sensitivity, report)
             kept = tuple(choose_kept(anatomy, _bits(job), numbers["sensitivities"], min_bits))
         targets = kept_targets(anatomy, target, kept)
         numbers |= {"kept_blocks": list(kept), "rest_bits": rest_bits(anatomy, _bits(job), kept)}
@@ -409,49 +409,49 @@ def _windows(decoder: Decoder, stage: ResolvedStage, report: Report) -> tuple[Te
     )
 
 
-def _gradients(job: Job, run: ResultFolder, report: Report) -> Callable[[int], Mapping[str, Tensor]]:
+def _gradients(job: Job, folder: ResultFolder, report: Report) -> Callable[[int], Mapping[str, Tensor]]:
     """Return a reader of the squared gradients of the dense model by block, if a method needs them."""
     if not job.stage.needs.gradient:
         return lambda index: {}
     assert job.windows_ST is not None, "gradients are needs of windows"
-    return squared_gradients(run, job.decoder, job.windows_ST, job.recipe.activation_bytes, report)
+    return squared_gradients(folder, job.decoder, job.windows_ST, job.recipe.activation_bytes, report)
 
 
-def _write_embeddings(job: Job, run: ResultFolder, writer: Writer, shard_names: list[str]) -> None:
+def _write_embeddings(job: Job, folder: ResultFolder, writer: Writer, shard_names: list[str]) -> None:
     for number, names in enumerate(job.embedding_parts):
         part = _embeddings_part(number)
-        if part not in run.finished:
+        if part not in folder.finished:
             tensors, lines = read_packed(
                 job.checkpoint, names, job.embeddings, job.recipe.embeddings, job.decoder.device
             )
             writer.write(part, shard_names[number], tensors, lines)
 
 
-def _stored_embeddings(job: Job, run: ResultFolder) -> dict[str, Tensor]:
+def _stored_embeddings(job: Job, folder: ResultFolder) -> dict[str, Tensor]:
     """Return embeddings, final norm and head as every reader of the result will see them."""
     tensors: dict[str, Tensor] = {}
     for number in range(len(job.embedding_parts)):
-        entry = run.finished[_embeddings_part(number)]
+        entry = folder.finished[_embeddings_part(number)]
         modules = packed_modules([entry], job.decoder.anatomy.prefix)
-        tensors |= decode_shard(run.folder / str(entry.shard), modules, job.checkpoint.dtype)
+        tensors |= decode_shard(folder.path / str(entry.shard), modules, job.checkpoint.dtype)
     return tensors
 
 
 def _finish_walk(
-    job: Job, run: ResultFolder, report: Report, allocation: Allocation, stream: Stream | None
+    job: Job, folder: ResultFolder, report: Report, allocation: Allocation, stream: Stream | None
 ) -> RunRecord:
     """Write everything beside the shards and put the folder in its place."""
-    parts = [entry for name, entry in sorted(run.finished.items()) if entry.lines is not None]
+    parts = [entry for name, entry in sorted(folder.finished.items()) if entry.lines is not None]
     for source in job.checkpoint.aux_files():
-        copy_file(source, run.folder / source.name)
+        copy_file(source, folder.path / source.name)
     if modules := packed_modules(parts, job.decoder.anatomy.prefix):
         stored = quantization(modules, job.checkpoint.shapes)
-        write_text(run.folder / "config.json", quantized_config(job.checkpoint.folder, stored))
-    allocation.storage.write_config(run)
-    write_text(run.folder / INDEX, json.dumps(shard_index(parts), indent=2) + "\n")
-    write_lines(run.folder, [line for entry in parts for line in entry.matrices])
-    record = record_of(job, run, result_of(parts), allocation.numbers)
-    finish(job, run, report, record, lambda: allocation.storage.check(run, stream))
+        write_text(folder.path / "config.json", quantized_config(job.checkpoint.folder, stored))
+    allocation.storage.write_config(folder)
+    write_text(folder.path / INDEX, json.dumps(shard_index(parts), indent=2) + "\n")
+    write_lines(folder.path, [line for entry in parts for line in entry.matrices])
+    record = record_of(job, folder, result_of(parts), allocation.numbers)
+    finish(job, folder, report, record, lambda: allocation.storage.check(folder, stream))
     return record
 
 

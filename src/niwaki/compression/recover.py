@@ -84,15 +84,15 @@ def recover(
         )
     merged = {name: _merged(layer) for name, layer in layers.items()}
     settings = {"data": list(files), "rank": rank, "rate": rate, "steps": steps, "batch": batch, "seed": seed}
-    with ResultFolder(out, {"recover": digest(windows_ST)}, resume=False, overwrite=overwrite) as run:
+    with ResultFolder(out, {"recover": digest(windows_ST)}, resume=False, overwrite=overwrite) as folder:
         try:
-            result = _write(checkpoint, merged, run.folder, loss)
+            result = _write(checkpoint, merged, folder.path, loss)
         except BaseException:
-            run.discard()
+            folder.discard()
             raise
         record = _record(checkpoint, windows_ST, settings, result, device, started)
-        write_record(run.folder, record)
-        run.complete()
+        write_record(folder.path, record)
+        folder.complete()
     return record.dump()
 
 

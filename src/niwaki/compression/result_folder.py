@@ -52,24 +52,24 @@ class ResultFolder:
 
     def __init__(self, out: Path, fingerprint: dict[str, str], *, resume: bool, overwrite: bool) -> None:
         self.out = out
-        self.folder = partial_of(out)
+        self.path = partial_of(out)
         self.fingerprint = fingerprint
         self.overwrite = overwrite
         self.finished: dict[str, JournalEntry] = {}
-        check_free(out, self.folder, resume=resume, overwrite=overwrite)
+        check_free(out, self.path, resume=resume, overwrite=overwrite)
         self._continuing = resume and (self._journal / FINGERPRINT).is_file()  # without it, nothing was done
         if self._continuing:
             self._check_fingerprint()
-        elif self.folder.exists():
+        elif self.path.exists():
             if (self._journal / LOCK).is_file():
                 self._take_lock().close()  # raises if another process writes there
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.path)
         try:
             self._journal.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
-            self._log: TextIO = (self.folder / RECORD / "events.jsonl").open("a", encoding="utf-8")
+            self._log: TextIO = (self.path / RECORD / "events.jsonl").open("a", encoding="utf-8")
         except OSError as error:
-            raise OutputError(f"cannot write to {self.folder}: {error.strerror}. Choose another place") from error
+            raise OutputError(f"cannot write to {self.path}: {error.strerror}. Choose another place") from error
         if self._continuing:
             self._read_journal()
         else:
@@ -77,7 +77,7 @@ class ResultFolder:
 
     @property
     def _journal(self) -> Path:
-        return self.folder / RECORD / "journal"
+        return self.path / RECORD / "journal"
 
     def __enter__(self) -> "ResultFolder":
         return self
@@ -85,7 +85,7 @@ class ResultFolder:
     def __exit__(self, *_: object) -> None:
         self._log.close()
         if not (self.finished or self._continuing or self._lock.closed):  # nothing here is worth a resume
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -111,11 +111,11 @@ class ResultFolder:
         try:
             if self.out.exists():
                 self.out.rename(retired)
-            self.folder.rename(self.out)
+            self.path.rename(self.out)
             sync_folder(self.out.parent)
         except OSError as error:
             raise OutputError(
-                f"the result is complete in {self.folder} but cannot move to {self.out}: {error}"
+                f"the result is complete in {self.path} but cannot move to {self.out}: {error}"
             ) from error
         shutil.rmtree(self.out / RECORD / "journal")
         shutil.rmtree(retired, ignore_errors=True)
@@ -123,25 +123,25 @@ class ResultFolder:
     def discard(self) -> None:
         """Remove the working folder; no later run can use it."""
         self.__exit__()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def _check_fingerprint(self) -> None:
         path = self._journal / FINGERPRINT
         try:
             before = current_hashes(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError) as error:
-            raise ResumeError(f"{self.folder} has no readable journal: start again with --overwrite") from error
-        _require_same(before, self.fingerprint, f"cannot resume {self.folder}: changed since it began")
+            raise ResumeError(f"{self.path} has no readable journal: start again with --overwrite") from error
+        _require_same(before, self.fingerprint, f"cannot resume {self.path}: changed since it began")
 
     def _read_journal(self) -> None:
         for entry_path in self._journal.glob("*.json"):
             if entry_path.name == FINGERPRINT:
                 continue
             entry = JournalEntry.model_validate_json(entry_path.read_text(encoding="utf-8"))
-            if entry.shard is None or _same_content(self.folder / entry.shard, entry.sha256):
+            if entry.shard is None or _same_content(self.path / entry.shard, entry.sha256):
                 self.finished[entry_path.stem.replace("ends-", "embeddings-")] = entry  # its name in version 0.1
         for pattern in (".*.tmp", ".tmp*"):  # temporary files of niwaki and of safetensors
-            for orphan in self.folder.rglob(pattern):
+            for orphan in self.path.rglob(pattern):
                 orphan.unlink()
 
     def _take_lock(self) -> TextIO:
@@ -151,7 +151,7 @@ class ResultFolder:
         except OSError as error:
             lock.close()
             raise OutputError(
-                f"another niwaki is working in {self.folder}: wait for it, or choose another OUT"
+                f"another niwaki is working in {self.path}: wait for it, or choose another OUT"
             ) from error
         return lock
 
@@ -163,8 +163,8 @@ class Writer:
     long, and both take longer than a GPU needs for a block. A kill loses two parts at most.
     """
 
-    def __init__(self, run: ResultFolder, report: Report) -> None:
-        self.run = run
+    def __init__(self, folder: ResultFolder, report: Report) -> None:
+        self.folder = folder
         self.report = report
         self._pool = ThreadPoolExecutor(MAX_WRITES, thread_name_prefix="save")
         self._pending: deque[tuple[str, Future[JournalEntry]]] = deque()
@@ -186,7 +186,7 @@ class Writer:
         self, part: str, shard: str, tensors: "dict[str, Tensor]", lines: Sequence[MatrixRecord | ModuleRecord]
     ) -> None:
         """Start to write one shard, after one of two earlier writes is complete."""
-        path = self.run.folder / shard
+        path = self.folder.path / shard
 
         def save() -> JournalEntry:
             sha256 = write_shard(path, tensors)
@@ -206,7 +206,7 @@ class Writer:
         """Wait until at most `left` parts are still being written; the others are on the disk and in the journal."""
         while len(self._pending) > left:
             part, future = self._pending.popleft()
-            self.run.finish_part(part, future.result())
+            self.folder.finish_part(part, future.result())
             self.report(Event.SAVED, part=part)
 
 

@@ -34,12 +34,12 @@ BIAS_FIELDS = ("attention_bias", "mlp_bias")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
-def shape_job(job: Job, run: ResultFolder, report: Report) -> RunRecord:
+def shape_job(job: Job, folder: ResultFolder, report: Report) -> RunRecord:
     """Choose a shape, compress the model to it, and return the record of the run."""
-    return walk_model(job, run, report, _choose_shape)
+    return walk_model(job, folder, report, _choose_shape)
 
 
-def _choose_shape(job: Job, run: ResultFolder, report: Report) -> Allocation:
+def _choose_shape(job: Job, folder: ResultFolder, report: Report) -> Allocation:
     """Measure the dense blocks, then let the method search; every shape that it proposes is evaluated."""
     target, step = job.stage.target, job.stage.steps[0]
     assert isinstance(target, Sparsity)
@@ -52,11 +52,11 @@ def _choose_shape(job: Job, run: ResultFolder, report: Report) -> Allocation:
         info = method.info(block, statistics, space.units, step.config)
         return _influence(block, stream), info
 
-    infos = [BlockInfo(*values) for values in scan(job, run, "looks", measure, report, advances=True)]
+    infos = [BlockInfo(*values) for values in scan(job, folder, "looks", measure, report, advances=True)]
     search = step.shape_method.search(space, target.zeros_frac, infos, step.config)
     if job.recipe.allocation == "searched":
         search = _then_spread(search, space, target, step.shape_method.multiple(step.config))
-    shape, losses = _search(search, job, run, report, space)
+    shape, losses = _search(search, job, folder, report, space)
     if shape is None:
         raise TargetError(
             f"target {target}: {job.recipe.method} finds no shape that removes this share and leaves a block, a "
@@ -75,7 +75,7 @@ def _choose_shape(job: Job, run: ResultFolder, report: Report) -> Allocation:
 
 
 def _search(
-    search: ShapeSearch, job: Job, run: ResultFolder, report: Report, space: ShapeSpace
+    search: ShapeSearch, job: Job, folder: ResultFolder, report: Report, space: ShapeSpace
 ) -> tuple[PrunedShape | None, dict[PrunedShape, float]]:
     """Return the shape that a search ends with, and the losses of all that it proposed, each evaluated once."""
     losses: dict[PrunedShape, float] = {}
@@ -84,7 +84,7 @@ def _search(
         while True:
             for shape in shapes:
                 if shape not in losses:
-                    losses[shape] = _evaluate(job, run, len(losses), space, shape, report)
+                    losses[shape] = _evaluate(job, folder, len(losses), space, shape, report)
             shapes = search.send([losses[shape] for shape in shapes])
     except StopIteration as stop:
         return stop.value, losses
@@ -98,25 +98,27 @@ def _then_spread(search: ShapeSearch, space: ShapeSpace, target: Sparsity, multi
     return (yield from spread(space, shape, target.zeros_frac, multiple))
 
 
-def _evaluate(job: Job, run: ResultFolder, number: int, space: ShapeSpace, shape: PrunedShape, report: Report) -> float:
+def _evaluate(
+    job: Job, folder: ResultFolder, number: int, space: ShapeSpace, shape: PrunedShape, report: Report
+) -> float:
     """Return the loss on held-out windows of a model of this shape, made with all others; it is kept in the journal.
 
     Fewer windows do not suffice: least squares gains with every one, and shapes that rely on it would look worse.
     """
     part = f"trial-{number:05d}"
-    if part not in run.finished:
+    if part not in folder.finished:
         assert job.windows_ST is not None, "structured methods ask for windows"
         held = max(1, min(HELD_WINDOWS, len(job.windows_ST) // 4))
         fitted_ST = job.windows_ST[:-held] if len(job.windows_ST) > held else job.windows_ST
-        stream = windows_stream(job, run, "trial", fitted_ST)
-        judge = windows_stream(job, run, "held", job.windows_ST[-held:])
-        dense = windows_stream(job, run, "trial-dense", fitted_ST) if job.stage.dense_stream else None
+        stream = windows_stream(job, folder, "trial", fitted_ST)
+        judge = windows_stream(job, folder, "held", job.windows_ST[-held:])
+        dense = windows_stream(job, folder, "trial-dense", fitted_ST) if job.stage.dense_stream else None
         assert judge is not None
         plan = WalkPlan(job.stage.steps, space.targets(shape, False), job.recipe.seed, records=False)
         compress_blocks(job.decoder, plan, stream, dense, riders=[judge], save=lambda block, lines: None, report=silent)
-        run.finish_part(part, JournalEntry(loss=_loss(job.decoder, judge)))
-        report(Event.CANDIDATE, shape=_shape_record(shape), loss=run.finished[part].loss)
-    loss = run.finished[part].loss
+        folder.finish_part(part, JournalEntry(loss=_loss(job.decoder, judge)))
+        report(Event.CANDIDATE, shape=_shape_record(shape), loss=folder.finished[part].loss)
+    loss = folder.finished[part].loss
     assert loss is not None, "the entry of a candidate"
     return loss
 
@@ -158,13 +160,13 @@ class PrunedBlocks:
             smaller[self._new_name(name, block.index)] = kept
         return smaller
 
-    def read(self, run: ResultFolder, index: int) -> dict[str, Tensor]:
+    def read(self, folder: ResultFolder, index: int) -> dict[str, Tensor]:
         """Return a finished block at full size: what was cut is zero."""
         if not self.cut:
-            return FullBlocks(self.job).read(run, index)
-        entry, decoder = run.finished[block_part(index)], self.job.decoder
+            return FullBlocks(self.job).read(folder, index)
+        entry, decoder = folder.finished[block_part(index)], self.job.decoder
         tensors = self.job.checkpoint.read(decoder.disk_names(index))
-        stored = load_file(run.folder / entry.shard) if entry.shard else {}
+        stored = load_file(folder.path / entry.shard) if entry.shard else {}
         axes, consumers = self._axes(index, entry.matrices), {unit.consumer for unit in self.space.units.values()}
         for name, dense in list(tensors.items()):
             parameter = decoder.parameter(name, index)
@@ -181,7 +183,7 @@ class PrunedBlocks:
                 tensors[bias] = stored[self._new_name(bias, index)]
         return tensors
 
-    def write_config(self, run: ResultFolder) -> None:
+    def write_config(self, folder: ResultFolder) -> None:
         """Write the config of the new shape, as far as it can express it."""
         space, shape = self.space, self.shape
         config = dict(space.config)
@@ -190,16 +192,16 @@ class PrunedBlocks:
         elif self.cut:
             full = space.config_for(space.shape(space.neurons, space.heads, shape.dropped))
             config = full | {"quantization_config": quantization({}, space.matrix_shapes(shape))}
-        stored = [name for entry in run.finished.values() for name in entry.tensors]
+        stored = [name for entry in folder.finished.values() for name in entry.tensors]
         if not space.config.get("mlp_bias") and any(name.endswith("down_proj.bias") for name in stored):
             config |= dict.fromkeys(BIAS_FIELDS, True)
-        write_text(run.folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(folder.path / "config.json", json.dumps(config, indent=2) + "\n")
 
-    def check(self, run: ResultFolder, stream: Stream | None) -> None:
+    def check(self, folder: ResultFolder, stream: Stream | None) -> None:
         """Read the result as any reader would. Raises NumericalError if it computes something else than the walk."""
         windows_ST, walked = self.job.windows_ST, self.job.decoder
         assert stream is not None and windows_ST is not None
-        decoder = Decoder(Checkpoint.open(str(run.folder)), walked.device, walked.dtype)
+        decoder = Decoder(Checkpoint.open(str(folder.path)), walked.device, walked.dtype)
         result = Stream(decoder, windows_ST[:1], name="check")
         forward(decoder, [result])
         wanted_TD = stream.hidden.read(slice(0, 1)).float()

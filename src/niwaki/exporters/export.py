@@ -78,29 +78,29 @@ def export(
     plan = exporter.check(checkpoint, before, type)
     check_apart(checkpoint.folder, dest)
     check_space(dest, plan.nbytes)
-    with ResultFolder(dest, {"export": to}, resume=False, overwrite=overwrite) as run:
+    with ResultFolder(dest, {"export": to}, resume=False, overwrite=overwrite) as folder:
 
         def tell(event: str, **fields: Any) -> None:
-            run.event(event, **fields)
+            folder.event(event, **fields)
             if report is not None:
                 report(event, **fields)
 
         try:
-            written = exporter.write(checkpoint, plan, run.folder, tell)
+            written = exporter.write(checkpoint, plan, folder.path, tell)
             plain = ModelRecord(source=str(checkpoint.folder), bytes=checkpoint.nbytes)
             record = before if before is not None and before.model is not None else Record(model=plain)
-            record = record.with_export(_export_record(to, checkpoint.folder, run.folder, written, started))
+            record = record.with_export(_export_record(to, checkpoint.folder, folder.path, written, started))
             lines = checkpoint.folder / RECORD / LINES
             if lines.is_file():
-                copy_file(lines, run.folder / RECORD / LINES)
+                copy_file(lines, folder.path / RECORD / LINES)
             write_text(
-                run.folder / "README.md", export_card(record, library=FORMATS[to].library, storage=FORMATS[to].storage)
+                folder.path / "README.md", export_card(record, library=FORMATS[to].library, storage=FORMATS[to].storage)
             )
-            write_record(run.folder, record)
+            write_record(folder.path, record)
         except BaseException:
-            run.discard()
+            folder.discard()
             raise
-        run.complete()
+        folder.complete()
     return record.dump()
 
 
