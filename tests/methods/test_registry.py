@@ -7,7 +7,7 @@ import pytest
 
 from niwaki.errors import InputError
 from niwaki.methods.method import MethodKind, WalkMethod
-from niwaki.methods.registry import METHODS, chain_infos, get_method, make_steps, method_names
+from niwaki.methods.registry import METHODS, get_method, make_steps, method_infos, method_names
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -20,9 +20,9 @@ def test_the_table_agrees_with_the_module(name: str) -> None:
 def test_names_are_checked_without_torch() -> None:
     script = """
 import sys
-from niwaki.methods.registry import chain_infos
+from niwaki.methods.registry import method_infos
 try:
-    chain_infos("sparsgpt")
+    method_infos("sparsgpt")
 except Exception as error:
     print(error, "torch" in sys.modules)
 """
@@ -31,10 +31,10 @@ except Exception as error:
 
 
 def test_every_name_of_a_chain_is_checked() -> None:
-    assert [info.name for info in chain_infos("comp + gptq")] == ["comp", "gptq"]
+    assert [info.name for info in method_infos("comp + gptq")] == ["comp", "gptq"]
     assert set(method_names(MethodKind.SHAPE)) == {"comp", "flap", "shortgpt", "two_ssp", "wanda_sp"}
     with pytest.raises(InputError, match="unknown method 'gtq'"):
-        chain_infos("comp+gtq")
+        method_infos("comp+gtq")
 
 
 def test_a_target_may_be_unknown_where_bits_follow_from_bytes() -> None:

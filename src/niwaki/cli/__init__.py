@@ -1,1 +1,4 @@
-"""The terminal: one file per command, tables, options, progress. No work is done here."""
+"""The terminal: one file for a command or for a few related ones, and tables, options, progress.
+
+No work is done here.
+"""

@@ -17,7 +17,7 @@ from rich.markup import escape
 from niwaki.config.recipe import WRITTEN_TARGETS_HELP, calibration_fields, load_recipe, make_recipe, parse_target
 from niwaki.config.sources import check_sources, check_tasks, model_folder
 from niwaki.errors import InputError, OutputError
-from niwaki.methods.registry import chain_infos
+from niwaki.methods.registry import method_infos
 
 console = Console()
 error_console = Console(stderr=True)
@@ -130,9 +130,9 @@ def recipe_values(
 def check_recipe(values: dict[str, Any]) -> None:
     """Raise InputError if the method, the target or a text file of a recipe is wrong."""
     recipe = make_recipe(values)
-    chain = chain_infos(recipe.method)
+    infos = method_infos(recipe.method)
     target = recipe.target or ""
-    for part in target.split("+") if len(chain) > 1 else [target]:
+    for part in target.split("+") if len(infos) > 1 else [target]:
         if part:
             parse_target(part)
     check_sources(recipe.calibration.files)

@@ -149,7 +149,7 @@ def choose_kept(
 
 
 def _predicted(sensitivities: Sequence[float], kept: Collection[int], rest: float) -> float:
-    """Return Σ s_b·4^(2 − bits_b)."""
+    """Return the predicted error if the `kept` blocks have 4 bits and the others `rest`."""
     bits = (KEPT_BITS if index in kept else rest for index in range(len(sensitivities)))
     return sum(s * 4.0 ** (2 - b) for s, b in zip(sensitivities, bits, strict=True))
 

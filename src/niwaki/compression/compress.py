@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from niwaki.compression.chain import FirstStage
 from niwaki.compression.contextual import contextual_job
-from niwaki.compression.job import Job, Request, check, open_decoder, prepare, run, walk_job
+from niwaki.compression.job import Job, Request, check_and_choose_embeddings, open_decoder, prepare, run, walk_job
 from niwaki.compression.resolve import RecipeStage, recipe_stages, resolve, resolve_stage
 from niwaki.compression.result_folder import ResultFolder, check_free, partial_of
 from niwaki.compression.run_record import RunRecord
+from niwaki.compression.stages import FirstStage
 from niwaki.compression.structured import shape_job
 from niwaki.config.events import Report, silent
 from niwaki.config.recipe import Recipe, make_recipe
@@ -53,24 +53,28 @@ def compress(
     whole = make_recipe(recipe)
     stages = recipe_stages(whole)  # raises for a wrong recipe before the model is opened, or downloaded
     if len(stages) > 1:
-        return _compress_chain(model, whole, stages[-1], request, dense_stream).dump()
+        return _compress_stages(model, whole, stages[-1], request, dense_stream).dump()
     _check_free(request)
     decoder = open_decoder(model, whole, request.out)
     (stage,) = resolve(whole, decoder, dense_stream=dense_stream).stages
     return _run(prepare(decoder, stage, request)).dump()
 
 
-def _compress_chain(
+def _compress_stages(
     model: str | Path, whole: Recipe, last: RecipeStage, request: Request, dense_stream: bool
 ) -> RunRecord:
-    """Run both stages of a chain. Everything is checked before the first one begins."""
+    """Run both stages of a recipe. Everything is checked before the first one begins.
+
+    The second stage is resolved twice. On the dense model, so that a wrong recipe is refused before the first stage
+    runs. On the smaller model, because its shapes are not known before.
+    """
     shaped = request.out.with_name(f"{request.out.name}.shaped")
     shaping = replace(request, out=shaped)
     _check_free(shaping)
     _check_free(request)
     decoder = open_decoder(model, whole, shaped)
     first, second = resolve(whole, decoder, dense_stream=dense_stream).stages
-    check(decoder, second, request)
+    check_and_choose_embeddings(decoder, second, request)
     job = prepare(decoder, first, shaping)
     try:
         record = _run(job)

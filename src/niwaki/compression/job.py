@@ -31,7 +31,6 @@ from niwaki.compression.bit_allocation import (
     sensitivity,
     spread_bits,
 )
-from niwaki.compression.chain import FirstStage, merged_record
 from niwaki.compression.embeddings import TensorNames, embeddings_to_pack, read_packed
 from niwaki.compression.model_card import model_card
 from niwaki.compression.plan.planner import check_possible
@@ -58,6 +57,7 @@ from niwaki.compression.run_record import (
     write_lines,
     write_record,
 )
+from niwaki.compression.stages import FirstStage, merged_record
 from niwaki.compression.walk import WalkPlan, collect, compress_blocks, forward
 from niwaki.config.events import Event, Report
 from niwaki.config.recipe import Bits, Recipe
@@ -70,6 +70,8 @@ from niwaki.model.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_sha
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.device import peak_rss_bytes, pick_device, pick_dtype
 from niwaki.model.files import copy_file, write_text
+
+SCAN_PART = "allocation"  # name of the scan in the journal
 
 Value = TypeVar("Value")
 
@@ -90,7 +92,8 @@ class Job:
     """One stage that is ready to run: everything was checked, nothing is written.
 
     `recipe` names the device and the batch that are used. `windows_ST` are the calibration windows, None if nothing
-    needs any. `embeddings` are the modules outside the blocks that become codes. `first` is the stage before this one.
+    needs any. `packed_embeddings` are the modules outside the blocks that become codes. `first` is the stage before
+    this one.
     """
 
     request: Request
@@ -99,7 +102,7 @@ class Job:
     decoder: Decoder
     windows_ST: Tensor | None
     calibration_source: str
-    embeddings: TensorNames
+    packed_embeddings: TensorNames
     first: FirstStage | None = None
 
     @property
@@ -108,8 +111,8 @@ class Job:
         return self.decoder.checkpoint
 
     @property
-    def embedding_parts(self) -> list[list[str]]:
-        """Return the tensors outside the blocks, by the file that they are written to."""
+    def outer_parts(self) -> list[list[str]]:
+        """Return the names of all tensors outside the blocks (embeddings, norms, head), one list per file."""
         return cut_to_shards(self.decoder.disk_names(None), self.checkpoint.tensors)
 
 
@@ -118,7 +121,7 @@ class BlockStorage(Protocol):
 
     @property
     def shard_names(self) -> list[str]:
-        """Return the file of every block, then those of the embeddings."""
+        """Return the file of every block, then those of the tensors outside the blocks."""
 
     def tensors(self, block: Block, lines: list[MatrixRecord]) -> dict[str, Tensor]:
         """Return the content of the file of a block by name; {} if it has no file."""
@@ -135,7 +138,10 @@ class BlockStorage(Protocol):
 
 @dataclass(frozen=True)
 class Allocation:
-    """Targets of all matrices, the numbers that decided them, and the form in which blocks are stored."""
+    """Final targets of all matrices, the numbers that decided them, and the form in which blocks are stored.
+
+    `ResolvedStage.targets` are provisional: the calibration text may decide others.
+    """
 
     targets: Targets
     numbers: dict[str, Any]
@@ -154,7 +160,7 @@ def open_decoder(model: str | Path, recipe: Recipe, out: Path) -> Decoder:
     return Decoder(checkpoint, device, pick_dtype(recipe.dtype))
 
 
-def check(decoder: Decoder, stage: ResolvedStage, request: Request) -> TensorNames:
+def check_and_choose_embeddings(decoder: Decoder, stage: ResolvedStage, request: Request) -> TensorNames:
     """Raise an error for memory, disk or embeddings with which a stage cannot run; return the embeddings to pack."""
     check_apart(decoder.checkpoint.folder, request.out)
     check_possible(decoder, stage, request.out, request.report)
@@ -163,11 +169,11 @@ def check(decoder: Decoder, stage: ResolvedStage, request: Request) -> TensorNam
 
 def prepare(decoder: Decoder, stage: ResolvedStage, request: Request, first: FirstStage | None = None) -> Job:
     """Check a stage and return its job, with the calibration windows; those of the first stage serve the second."""
-    embeddings = check(decoder, stage, request)
+    packed_embeddings = check_and_choose_embeddings(decoder, stage, request)
     batch_tokens = stage.recipe.batch_tokens or default_batch_tokens(decoder.device)
     recipe = stage.recipe.model_copy(update={"device": str(decoder.device), "batch_tokens": batch_tokens})
     windows_ST, source = (first.windows_ST, first.source) if first else _windows(decoder, stage, request.report)
-    return Job(request, stage, recipe, decoder, windows_ST, source, embeddings, first)
+    return Job(request, stage, recipe, decoder, windows_ST, source, packed_embeddings, first)
 
 
 def run(job: Job, execute: Callable[[Job, ResultFolder, Report], RunRecord]) -> RunRecord:
@@ -207,11 +213,12 @@ def walk_model(job: Job, folder: ResultFolder, report: Report, allocate: Allocat
     with Writer(folder, report) as writer:
         allocation = allocate(job, folder, report)
         storage, shard_names = allocation.storage, allocation.storage.shard_names
-        _write_embeddings(job, folder, writer, shard_names[len(decoder) :])
+        _write_outer(job, folder, writer, shard_names[len(decoder) :])
+        # A dense stream starts from the dense embeddings, so it is made before the stored ones replace them.
         dense = windows_stream(job, folder, "dense") if stage.dense_stream else None
-        if job.embeddings:
+        if job.packed_embeddings:
             writer.flush()
-            decoder.load_outer(_stored_embeddings(job, folder))
+            decoder.load_outer(_stored_outer(job, folder))
         stream = windows_stream(job, folder, "compressed", learn_batches=stage.needs.learn_batches)
         gradients = _gradients(job, folder, report)
         decoder.release_outer()
@@ -303,17 +310,18 @@ def windows_stream(
 def scan(
     job: Job,
     folder: ResultFolder,
-    name: str,
+    field: str,
     measure: Callable[[Block, Stream], Value],
     report: Report,
     *,
     advances: bool = False,
 ) -> list[Value]:
-    """Return what `measure` gives for every dense block at its own inputs, kept in the journal as `name`.
+    """Return what `measure` gives for every dense block at its own inputs.
 
-    `advances`: `measure` moves the stream past the block itself.
+    The journal keeps the values as `field` of its one entry "allocation": a job has at most one scan. `advances`:
+    `measure` moves the stream past the block itself.
     """
-    if "allocation" not in folder.finished:
+    if SCAN_PART not in folder.finished:
         stream = windows_stream(job, folder, "scan")
         assert stream is not None, "what scans asks for windows"
         measured: list[Value] = []
@@ -323,8 +331,8 @@ def scan(
             report(Event.SCAN, index=block.index, of=len(job.decoder))
 
         forward(job.decoder, [] if advances else [stream], visit)
-        folder.finish_part("allocation", JournalEntry.model_validate({name: measured}))
-    return folder.finished["allocation"].scanned(name)
+        folder.finish_part(SCAN_PART, JournalEntry.model_validate({field: measured}))
+    return folder.finished[SCAN_PART].scanned(field)
 
 
 def block_part(index: int) -> str:
@@ -340,8 +348,8 @@ class FullBlocks:
 
     @property
     def shard_names(self) -> list[str]:
-        """Return one file per block, then the embeddings in files of about 1 GiB."""
-        count = len(self.job.decoder) + len(self.job.embedding_parts)
+        """Return one file per block, then the tensors outside the blocks in files of about 1 GiB."""
+        count = len(self.job.decoder) + len(self.job.outer_parts)
         return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
     def tensors(self, block: Block, lines: list[MatrixRecord]) -> dict[str, Tensor]:
@@ -417,21 +425,21 @@ def _gradients(job: Job, folder: ResultFolder, report: Report) -> Callable[[int]
     return squared_gradients(folder, job.decoder, job.windows_ST, job.recipe.activation_bytes, report)
 
 
-def _write_embeddings(job: Job, folder: ResultFolder, writer: Writer, shard_names: list[str]) -> None:
-    for number, names in enumerate(job.embedding_parts):
-        part = _embeddings_part(number)
+def _write_outer(job: Job, folder: ResultFolder, writer: Writer, shard_names: list[str]) -> None:
+    for number, names in enumerate(job.outer_parts):
+        part = _outer_part(number)
         if part not in folder.finished:
             tensors, lines = read_packed(
-                job.checkpoint, names, job.embeddings, job.recipe.embeddings, job.decoder.device
+                job.checkpoint, names, job.packed_embeddings, job.recipe.embeddings, job.decoder.device
             )
             writer.write(part, shard_names[number], tensors, lines)
 
 
-def _stored_embeddings(job: Job, folder: ResultFolder) -> dict[str, Tensor]:
+def _stored_outer(job: Job, folder: ResultFolder) -> dict[str, Tensor]:
     """Return embeddings, final norm and head as every reader of the result will see them."""
     tensors: dict[str, Tensor] = {}
-    for number in range(len(job.embedding_parts)):
-        entry = folder.finished[_embeddings_part(number)]
+    for number in range(len(job.outer_parts)):
+        entry = folder.finished[_outer_part(number)]
         modules = packed_modules([entry], job.decoder.anatomy.prefix)
         tensors |= decode_shard(folder.path / str(entry.shard), modules, job.checkpoint.dtype)
     return tensors
@@ -465,5 +473,6 @@ def _fingerprint(job: Job) -> dict[str, str]:
     )
 
 
-def _embeddings_part(number: int) -> str:
+def _outer_part(number: int) -> str:
+    """Return the name of a file of `outer_parts` in the journal."""
     return f"embeddings-{number:05d}"

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 
 from niwaki.compression.run_record import ExportRecord, Record, ResultRecord, RunRecord
 
-# `niwaki evaluate` and `niwaki compare` with --update-card write between these (niwaki.measure.report.measured).
+# `niwaki evaluate` and `niwaki compare` with --update-card write between these (niwaki.measure.report.evaluation_card).
 BEGIN, END = "<!-- niwaki: measured -->", "<!-- niwaki: end -->"
 UNMEASURED = "Not measured while compressing: `niwaki compare` does, and with `--update-card` writes into this place."
 _BODY = """---

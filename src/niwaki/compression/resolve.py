@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from niwaki.compression.allocation import ALLOCATIONS, OwlConfig, Targets, owl, uniform
 from niwaki.compression.bit_allocation import bits_within, kept_targets
-from niwaki.compression.chain import split_chain
+from niwaki.compression.stages import split_stages
 from niwaki.config.recipe import Recipe, Target, make_options, parse_target
 from niwaki.data.statistics import Needs
 from niwaki.errors import CalibrationError, InputError, TargetError, unknown
 from niwaki.methods.method import MethodKind
-from niwaki.methods.registry import METHODS, MethodInfo, Step, chain_infos, make_steps, merged_needs, method_names
+from niwaki.methods.registry import METHODS, MethodInfo, Step, make_steps, merged_needs, method_infos, method_names
 from niwaki.model.decoder import Decoder
 from niwaki.runtime.contextual.traces import prompt_lengths
 from niwaki.runtime.contextual.units import find_layout
@@ -50,9 +50,10 @@ class RecipeStage:
 class ResolvedStage:
     """One stage of a recipe for a model.
 
-    All `steps` have the same `kind`. `targets` are those of every matrix, as far as no calibration text is needed for
-    them. `dense_stream`: the dense model runs beside the compressed one. `columns_multiple`: the next stage needs
-    columns in multiples of it. `windows` of `tokens` are the calibration, both 0 if nothing needs any.
+    All `steps` have the same `kind`. `targets` are provisional: the job replaces those that the calibration text
+    decides (`Allocation.targets`). `dense_stream`: the dense model runs beside the compressed one.
+    `columns_multiple`: the next stage needs columns in multiples of it. `windows` of `tokens` are the calibration, both
+    0 if nothing needs any.
     """
 
     recipe: Recipe
@@ -79,7 +80,7 @@ class ResolvedPlan:
 def recipe_stages(recipe: Recipe) -> list[RecipeStage]:
     """Return the stages of a recipe. Raises InputError or TargetError for what is wrong without a model."""
     stages = []
-    for part in split_chain(recipe):
+    for part in split_stages(recipe):
         target = None if part.target is None else parse_target(part.target)
         if part.allocation not in ALLOCATIONS:
             raise InputError(unknown("allocation", part.allocation, ALLOCATIONS))
@@ -93,6 +94,7 @@ def resolve(recipe: Recipe, decoder: Decoder, *, dense_stream: bool = False) -> 
     """Return what a recipe does to a model. Raises InputError or TargetError for what is wrong.
 
     A second stage is resolved against the dense decoder: the shape that the first one leaves depends on the text.
+    `compress` resolves it again for the smaller model.
     """
     *before, last = recipe_stages(recipe)
     stages = [resolve_stage(stage, decoder, columns_multiple=last.columns_multiple) for stage in before]
@@ -131,7 +133,7 @@ def resolve_allocation(recipe: Recipe) -> Recipe:
 
     Raises TargetError for budgets that a method of the recipe cannot spend as they are meant.
     """
-    infos = chain_infos(recipe.method)
+    infos = method_infos(recipe.method)
     if recipe.allocation == "auto":
         by_need = all(info.fractional_bits for info in infos) and not recipe.keep_blocks
         recipe = recipe.model_copy(update={"allocation": "sensitivity" if by_need else "uniform"})
@@ -144,7 +146,7 @@ def resolve_allocation(recipe: Recipe) -> Recipe:
 
 
 def _check_alone(recipe: Recipe, infos: Sequence[MethodInfo]) -> None:
-    """Raise InputError or TargetError for a shape or contextual method that shares a chain or gets an allocation."""
+    """Raise InputError or TargetError for a shape or contextual method that shares a stage or gets an allocation."""
     alone = next((info for info in infos if info.kind is not MethodKind.WALK), None)
     if alone is None:
         return

@@ -95,7 +95,7 @@ class ResultFolder:
         self._log.flush()
 
     def finish_part(self, name: str, entry: JournalEntry) -> None:
-        """Write the journal entry of a part (a block, the embeddings, the allocation) that is complete on disk."""
+        """Record a complete part (a block, the embeddings, the allocation) in the journal and in `finished`."""
         write_text(self._journal / f"{name}.json", json.dumps(entry.dump()))
         self.finished[name] = entry
 

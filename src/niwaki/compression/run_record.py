@@ -234,7 +234,7 @@ class Record(_Frozen):
 class RunRecord(Record):
     """run.json of a compression: everything that is needed to make it again, and its result.
 
-    `recipe` is resolved. A chain that begins with a structured method has the record of that stage in `stages`.
+    `recipe` is resolved. A recipe that begins with a structured method has the record of that stage in `stages`.
     """
 
     model: ModelRecord

@@ -1,7 +1,8 @@
-"""Names of all metrics of a comparison: one list for the JSON, gates, JUnit, tables and the roll-out.
+"""Names of all metrics of a comparison: one list for the JSON, gates, JUnit and tables.
 
 A metric compares a candidate with the dense model on the same tokens, questions or rounds. The names are stable: a gate
-is `max_` or `min_` and one of them, and monitoring in production reports under the same names.
+is `max_` or `min_` and one of them. The roll-out has a list of its own (`niwaki.rollout.signals`). A signal that a
+comparison measures too has the same name there.
 
     METRICS["kl"].unit  ->  "nats/token"
 """

@@ -1,13 +1,14 @@
-"""Registry of the compression methods: their names, their kinds, and the steps of a chain.
+"""Registry of the compression methods: their names, their kinds, and the steps of a stage.
 
 Every method is one module with a `METHOD` (see `niwaki.methods.method`), imported when it is used. The table below
 needs no module: names and kinds are checked before torch is loaded.
 
-Methods chain. In `besa+wandapp` the second one starts from the masks and weights of the first, block by block. A
-quantizer after them (`sparsegpt+gptq`, target `2:4+4bit`) keeps zeros and rounds the rest, in the same walk.
+A stage has one or more methods, its steps. In `besa+wandapp` the second one starts from the masks and weights of the
+first, block by block. A quantizer after them (`sparsegpt+gptq`, target `2:4+4bit`) keeps zeros and rounds the rest, in
+the same walk.
 """
 
-from __future__ import annotations  # names and chains are checked before torch is loaded
+from __future__ import annotations  # names and steps are checked before torch is loaded
 
 import importlib
 from collections.abc import Mapping, Sequence
@@ -69,7 +70,7 @@ METHODS: Mapping[str, MethodInfo] = {
 
 @dataclass(frozen=True)
 class Step:
-    """One method of a chain with its options."""
+    """One method of a stage with its options."""
 
     name: str
     method: Method
@@ -138,9 +139,9 @@ def method_names(kind: MethodKind) -> list[str]:
     return [info.name for info in METHODS.values() if info.kind == kind]
 
 
-def chain_infos(chain: str) -> list[MethodInfo]:
-    """Return the methods of `chain` (names joined by +). Raises InputError with the nearest name for an unknown one."""
-    names = [name.strip() for name in chain.split("+")]
+def method_infos(text: str) -> list[MethodInfo]:
+    """Return the methods `text` (names joined by +). Raises InputError with the nearest name for an unknown one."""
+    names = [name.strip() for name in text.split("+")]
     for name in names:
         if name not in METHODS:
             raise InputError(unknown("method", name, METHODS))
@@ -149,23 +150,23 @@ def chain_infos(chain: str) -> list[MethodInfo]:
 
 def get_method(name: str) -> Method:
     """Return the method `name`. Raises InputError with the nearest name."""
-    (info,) = chain_infos(name)
+    (info,) = method_infos(name)
     method = importlib.import_module(f"niwaki.methods.{info.name}").METHOD
     assert isinstance(method, Method), f"niwaki.methods.{info.name} declares no METHOD"
     return method
 
 
-def make_steps(chain: str, options: Mapping[str, Any], target: Target | None) -> list[Step]:
-    """Return the steps of `chain` with their options, checked against the target.
+def make_steps(text: str, options: Mapping[str, Any], target: Target | None) -> list[Step]:
+    """Return the steps that `text` names (joined by +) with their options, checked against the target.
 
-    Options of a single method are written by their name, those of a chain as `method.option`. A target of None stands
+    Options of a single method are written by their name, those of several as `method.option`. A target of None stands
     for bits that are not known yet.
     """
-    names = [info.name for info in chain_infos(chain)]
+    names = [info.name for info in method_infos(text)]
     methods = [get_method(name) for name in names]
     if len(set(names)) < len(names):
-        raise InputError(f"method {chain}: each method may appear only once in a chain")
-    _check_chain(chain, names, methods, target)
+        raise InputError(f"method {text}: each method may appear only once in a chain")
+    _check_steps(text, names, methods, target)
     own: dict[str, dict[str, Any]] = {name: {} for name in names}
     for key, value in options.items():
         owner, _, option = key.rpartition(".")
@@ -187,18 +188,18 @@ def merged_needs(steps: Sequence[Step]) -> Needs:
     return reduce(or_, (step.needs for step in steps))
 
 
-def _check_chain(chain: str, names: Sequence[str], methods: Sequence[Method], target: Target | None) -> None:
-    """Raise TargetError or InputError for a target that the chain does not meet, or steps that do not follow."""
+def _check_steps(text: str, names: Sequence[str], methods: Sequence[Method], target: Target | None) -> None:
+    """Raise TargetError or InputError for a target that the steps do not meet, or steps that do not follow."""
     quantizers = [name for name, method in zip(names, methods, strict=True) if Bits in method.accepts]
     both = isinstance(target, PrunedBits)
     if both and (quantizers != names[-1:] or len(names) < 2):
         raise TargetError(
             f"target {target} prunes, then quantizes: expected a chain that does both, such as sparsegpt+gptq, got "
-            f"method {chain}"
+            f"method {text}"
         )
     if not both and 0 < len(quantizers) < len(names):
         raise TargetError(
-            f"method {chain} prunes and quantizes: expected a target for each, such as 2:4+4bit, got {target}"
+            f"method {text} prunes and quantizes: expected a target for each, such as 2:4+4bit, got {target}"
         )
     for name, method in zip(names, methods, strict=True):
         part = target if not isinstance(target, PrunedBits) else target.bits if name in quantizers else target.zeros
@@ -208,9 +209,9 @@ def _check_chain(chain: str, names: Sequence[str], methods: Sequence[Method], ta
     for name, method in zip(names[1:], methods[1:], strict=True):
         if both and name in quantizers and not method.continues:
             able = [other for other in METHODS if _continues_with_bits(get_method(other))]
-            raise InputError(f"method {chain}: {name} does not leave zeros alone, put {' or '.join(able)} last")
+            raise InputError(f"method {text}: {name} does not leave zeros alone, put {' or '.join(able)} last")
         if not method.continues or (name in quantizers and not both):
-            raise InputError(f"method {chain}: {name} cannot take up what another method began, put it first")
+            raise InputError(f"method {text}: {name} cannot take up what another method began, put it first")
 
 
 def _continues_with_bits(method: Method) -> bool:

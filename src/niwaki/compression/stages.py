@@ -1,4 +1,4 @@
-"""Chains of two stages: a structured method first, then the methods that compress what it leaves.
+"""Stages of a recipe, one or two: a structured method first, then the methods that compress what it leaves.
 
 `comp+gptq` with target `0.25+4bit` removes a quarter of the parameters and quantizes the rest. The second stage reads
 the smaller model, on the same calibration windows. Its record contains that of the first stage.
@@ -25,8 +25,8 @@ class FirstStage:
     source: str
 
 
-def split_chain(recipe: Recipe) -> list[Recipe]:
-    """Return one recipe per stage: two if the chain begins with a structured method, else the recipe itself.
+def split_stages(recipe: Recipe) -> list[Recipe]:
+    """Return one recipe per stage: two if the recipe begins with a structured method, else the recipe itself.
 
     Raises TargetError unless both stages have a target.
     """
@@ -59,7 +59,7 @@ def split_chain(recipe: Recipe) -> list[Recipe]:
 
 
 def merged_record(record: RunRecord, first: FirstStage) -> RunRecord:
-    """Return the record of the last stage for the whole chain: the first model, all options, the seconds of both."""
+    """Return the record of the last stage for the whole recipe: the first model, all options, the seconds of both."""
     resolved = {"device": record.recipe.device, "batch_tokens": record.recipe.batch_tokens}
     whole = {
         "model": first.record.model,
