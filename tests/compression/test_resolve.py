@@ -5,18 +5,17 @@ from typing import Any
 
 import pytest
 
-from niwaki.compression.plan.planner import open_decoder
 from niwaki.compression.resolve import recipe_stages, resolve, resolve_allocation
 from niwaki.config.recipe import Bits, PrunedBits, Sparsity, make_recipe
 from niwaki.errors import CalibrationError, InputError, NiwakiError, TargetError
 from niwaki.methods.method import MethodKind
-from niwaki.model.decoder import Decoder
-from support.models import tiny_llama
+from niwaki.model.decoder import Decoder, open_decoder
+from support.models import CPU, tiny_llama
 
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    return open_decoder(tiny_llama(tmp_path_factory.mktemp("resolve") / "model"), {"method": "rtn", "target": "4bit"})
+    return open_decoder(tiny_llama(tmp_path_factory.mktemp("resolve") / "model"), CPU)
 
 
 def recipe_of(**fields: Any) -> Any:

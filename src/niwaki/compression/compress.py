@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from niwaki.compression.contextual import contextual_job
-from niwaki.compression.job import Job, Request, check_and_choose_embeddings, open_decoder, prepare, run, walk_job
+from niwaki.compression.job import Job, Request, check_and_choose_embeddings, prepare, run, walk_job
 from niwaki.compression.resolve import RecipeStage, recipe_stages, resolve, resolve_stage
 from niwaki.compression.result_folder import ResultFolder, check_free, partial_of
 from niwaki.compression.run_record import RunRecord
@@ -24,6 +24,8 @@ from niwaki.config.events import Report, silent
 from niwaki.config.recipe import Recipe, make_recipe
 from niwaki.errors import InputError, NumericalError
 from niwaki.methods.method import MethodKind
+from niwaki.model.decoder import Decoder, open_decoder
+from niwaki.model.device import pick_device, pick_dtype
 
 JOBS: Mapping[MethodKind, Callable[[Job, ResultFolder, Report], RunRecord]] = {
     MethodKind.WALK: walk_job,
@@ -55,7 +57,7 @@ def compress(
     if len(stages) > 1:
         return _compress_stages(model, whole, stages[-1], request, dense_stream).dump()
     _check_free(request)
-    decoder = open_decoder(model, whole, request.out)
+    decoder = _open(model, whole)
     (stage,) = resolve(whole, decoder, dense_stream=dense_stream).stages
     return _run(prepare(decoder, stage, request)).dump()
 
@@ -72,14 +74,14 @@ def _compress_stages(
     shaping = replace(request, out=shaped)
     _check_free(shaping)
     _check_free(request)
-    decoder = open_decoder(model, whole, shaped)
+    decoder = _open(model, whole)
     first, second = resolve(whole, decoder, dense_stream=dense_stream).stages
     check_and_choose_embeddings(decoder, second, request)
     job = prepare(decoder, first, shaping)
     try:
         record = _run(job)
         request = replace(request, began=time.perf_counter())
-        smaller = open_decoder(shaped, whole, request.out)
+        smaller = _open(shaped, whole)
         stage = resolve_stage(last, smaller, dense_stream=dense_stream)
         before = FirstStage(record, whole, job.windows_ST, job.calibration_source)
         record = _run(prepare(smaller, stage, request, before))
@@ -88,6 +90,10 @@ def _compress_stages(
         raise
     shutil.rmtree(shaped)
     return record
+
+
+def _open(model: str | Path, recipe: Recipe) -> Decoder:
+    return open_decoder(model, pick_device(recipe.device), pick_dtype(recipe.dtype))
 
 
 def _run(job: Job) -> RunRecord:

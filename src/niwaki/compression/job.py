@@ -4,7 +4,7 @@
 `run` takes it to run.json, or resumes what an earlier run finished. What differs between the kinds of methods is given
 to `walk_model`: how targets are allocated, and in which form blocks are stored.
 
-    decoder = open_decoder("MODEL", recipe, out)
+    decoder = open_decoder("MODEL", torch.device("cuda"))
     (stage,) = resolve(recipe, decoder).stages
     record = run(prepare(decoder, stage, request), walk_job)
 """
@@ -68,7 +68,7 @@ from niwaki.formats.packed import decode_shard
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, quantization, quantized_config
 from niwaki.model.decoder import Block, Decoder
-from niwaki.model.device import peak_rss_bytes, pick_device, pick_dtype
+from niwaki.model.device import peak_rss_bytes
 from niwaki.model.files import copy_file, write_text
 
 SCAN_PART = "allocation"  # name of the scan in the journal
@@ -149,15 +149,6 @@ class Allocation:
 
 
 Allocate = Callable[[Job, ResultFolder, Report], Allocation]
-
-
-def open_decoder(model: str | Path, recipe: Recipe, out: Path) -> Decoder:
-    """Return the decoder of a checkpoint on the device of the recipe. Raises OutputError if `out` is part of it."""
-    device = pick_device(recipe.device)
-    checkpoint = Checkpoint.open(model)
-    checkpoint.require_plain()
-    check_apart(checkpoint.folder, out)
-    return Decoder(checkpoint, device, pick_dtype(recipe.dtype))
 
 
 def check_and_choose_embeddings(decoder: Decoder, stage: ResolvedStage, request: Request) -> TensorNames:

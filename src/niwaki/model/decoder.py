@@ -16,6 +16,7 @@ Legend: B windows in a batch, T tokens, D hidden size, O outputs, I inputs, V vo
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,6 +143,13 @@ class Block:
     @staticmethod
     def _observed_name(linear: Linear) -> str:
         return linear.parameter if linear.expert is None else f"{linear.parameter}[{linear.expert}]"
+
+
+def open_decoder(model: str | Path, device: torch.device, dtype: torch.dtype | None = None) -> "Decoder":
+    """Return the decoder of a checkpoint. Raises CheckpointError if its weights are packed or quantized."""
+    checkpoint = Checkpoint.open(model)
+    checkpoint.require_plain()
+    return Decoder(checkpoint, device, dtype)
 
 
 class Decoder:

@@ -13,7 +13,7 @@ import transformers
 import niwaki
 from niwaki.compression.plan.estimate import memory, seconds
 from niwaki.compression.plan.machines import GPUS, gpu_of
-from niwaki.compression.plan.planner import check_possible, open_decoder, plan, plan_stages
+from niwaki.compression.plan.planner import check_possible, plan, plan_stages
 from niwaki.compression.resolve import resolve
 from niwaki.config.recipe import make_recipe, parse_target
 from niwaki.errors import InputError, OutputError, TargetError
@@ -21,8 +21,9 @@ from niwaki.methods import wanda
 from niwaki.methods.cost import Scope
 from niwaki.methods.method import Method, MethodKind
 from niwaki.methods.registry import METHODS, get_method
+from niwaki.model.decoder import open_decoder
 from support.families import build, families
-from support.models import add_tokenizer, header_only, tiny_llama, write_texts
+from support.models import CPU, add_tokenizer, header_only, tiny_llama, write_texts
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "speed"
 SMALL: dict[str, dict[str, Any]] = {
@@ -173,7 +174,7 @@ def test_gpus_are_predicted_as_they_were_measured(
         "options": measured.get("options", {}),
         "calibration": {"files": ("text",), "samples": 128, "seq_len": 2048},
     }
-    decoder = open_decoder(large[shape], given)
+    decoder = open_decoder(large[shape], CPU)
     (stage,) = plan_stages(decoder, resolve(make_recipe(given), decoder), "cuda")
     machine = gpu_of(gpu.removeprefix("24 GB of "))
     if gpu.startswith("24 GB"):
@@ -196,7 +197,7 @@ def test_memory_on_the_cpu_is_predicted_as_it_was_measured(large: dict[str, Path
             "calibration": {"files": ("text",), "samples": 8, "seq_len": 256},
             "options": {"try_blocks": 0, "try_heads": 0} if method == "comp" else {},
         }
-        decoder = open_decoder(folder, given)
+        decoder = open_decoder(folder, CPU)
         (stage,) = plan_stages(decoder, resolve(make_recipe(given), decoder), "cpu")
         found = memory(stage.model, stage.work, "cpu", 2**40, None, 460_000_000).rss_bytes
         assert found / 1e9 == pytest.approx(measured, rel=0.15), (method, folder)
@@ -372,6 +373,6 @@ def test_the_check_costs_nothing_that_is_measured(model: Path, text: str, monkey
     monkeypatch.setattr("niwaki.compression.plan.planner.machine_named", never)
     monkeypatch.setattr("niwaki.compression.plan.planner.shape_of", never)
     given = recipe_of("comp", "0.3", text)
-    decoder = open_decoder(model, given)
+    decoder = open_decoder(model, CPU)
     (stage,) = resolve(make_recipe(given), decoder).stages
     check_possible(decoder, stage, model.parent / "out", never)

@@ -39,8 +39,7 @@ from niwaki.config.recipe import Recipe, Sparsity, make_recipe
 from niwaki.data.stream import default_batch_tokens
 from niwaki.errors import InputError, OutputError
 from niwaki.methods.method import MethodKind
-from niwaki.model.checkpoint import Checkpoint
-from niwaki.model.decoder import Decoder
+from niwaki.model.decoder import Decoder, open_decoder
 from niwaki.model.device import pick_dtype
 
 # What is refused must be impossible: of all measured peaks none was below 0.87 of its estimate.
@@ -90,10 +89,10 @@ def plan(
             raise InputError(f"{name} must be 0 or more, got {value}")
     begin = time.perf_counter()
     out = Path("niwaki-plan" if out is None else out).absolute()
-    decoder = open_decoder(model, recipe)
+    made = make_recipe(recipe)
+    decoder = open_decoder(model, torch.device("cpu"), pick_dtype(made.dtype))
     opened = time.perf_counter() - begin
     machine = machine_named(gpu, out.parent)
-    made = make_recipe(recipe)
     stages = plan_stages(decoder, resolve(made, decoder, dense_stream=dense_stream), machine.device)
     taken = [_estimate(stage, machine) for stage in stages]
     first, last = stages[0], stages[-1]
@@ -122,14 +121,6 @@ def plan(
         "money": _money(decode, total, price_per_hour, tokens_per_day),
         "warnings": warnings,
     }
-
-
-def open_decoder(model: str | Path, recipe: dict[str, Any]) -> Decoder:
-    """Return the decoder of `model` from headers and config, on the device that needs nothing."""
-    made = make_recipe(recipe)
-    checkpoint = Checkpoint.open(model)
-    checkpoint.require_plain()
-    return Decoder(checkpoint, torch.device("cpu"), pick_dtype(made.dtype))
 
 
 def plan_stages(decoder: Decoder, resolved: ResolvedPlan, device: str) -> list[PlannedStage]:
