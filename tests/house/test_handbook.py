@@ -116,7 +116,7 @@ def test_the_command_line_shows_defaults_and_what_is_required() -> None:
     assert "niwaki compare DENSE OUT... [OPTIONS]" in text
     generate = text.partition("## generate")[2].partition("\n## ")[0]
     assert "| `--seed` | `0` | Seed of the sampling. |" in generate
-    assert "| `--to` | required |" in text and "| `--samples` | `128` | Calibration windows. |" in text
+    assert "| `--to` | required |" in text and "| `--samples` | `128` | Number of calibration windows. |" in text
 
 
 def test_a_changed_option_makes_a_page_stale(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ PROMPTS_HELP = (
     'Prompts to continue: .txt, one per line, or .jsonl, {"prompt": text} per line. Without it: first tokens of data.'
 )
 ROUNDS_HELP = "Rounds of prefill and decode, in turns with the dense model. 0: no speed, memory, load time or answers."
-CARD_HELP = "Write the measurements on the model card of each candidate that is a result of niwaki."
+CARD_HELP = "Write the measurements into the model card of each candidate that is a result of niwaki."
 
 
 def compare(
@@ -103,9 +103,14 @@ def gate(
         bool, typer.Option("--init", help="Write FILE from the baseline, with comments, and judge nothing.")
     ] = False,
     candidate: Annotated[
-        str | None, typer.Option(help="One candidate of the baseline. Without it all are judged.")
+        str | None,
+        typer.Option(
+            help="One candidate of the compare.json. Without it, all are judged. --init needs it if there are several."
+        ),
     ] = None,
-    margin: Annotated[float, typer.Option(help="Distance from the baseline to its limits, as a share.")] = 0.1,
+    margin: Annotated[
+        float, typer.Option(help="With --init: distance of the limits from the baseline, as a share.")
+    ] = 0.1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ) -> None:
     """Judge a compare.json by FILE; with --init, write FILE from it."""

@@ -14,11 +14,11 @@ def calibrate_gate(
     out: Out,
     data: Data = None,
     agreement: Annotated[float, typer.Option(help="Share of tokens on which sparse and dense must agree.")] = 0.9,
-    samples: Annotated[int, typer.Option(help="Prompts.")] = 32,
+    samples: Annotated[int, typer.Option(help="Number of prompts.")] = 32,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens after the prompt that are compared.")] = 64,
     batch: Annotated[
-        int, typer.Option(help="Also time N sequences on this machine, to choose which batches run dense. 0: no.")
+        int, typer.Option(help="Also time batches of N sequences here, to set which batches run dense. 0: do not.")
     ] = 0,
     device: Device = "auto",
 ) -> None:

@@ -29,7 +29,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("niwaki-demo"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
 ) -> None:
-    """Compress the embedded sapling to 2:4 and compare it with the dense one, offline."""
+    """Compress the built-in model to 2:4 and compare it with the dense one, offline."""
     from niwaki.cli.progress import Display
 
     with Display(error_console) as display:

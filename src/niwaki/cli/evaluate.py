@@ -37,7 +37,9 @@ def evaluate(
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples in each prompt of --lm-eval. Without it: the number of the task.")
     ] = None,
-    reference: Annotated[str | None, typer.Option(help="Dense model. It adds KL and top-1 agreement.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Dense model to compare with: adds KL and top-1 agreement.")
+    ] = None,
     seq_len: SeqLen = 1024,
     max_tokens: MaxTokens = None,
     limit: MaxQuestions = None,

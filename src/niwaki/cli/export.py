@@ -17,7 +17,10 @@ def export(
     ],
     type_: Annotated[
         str | None,
-        typer.Option("--type", help="Type of the matrices in gguf: f32, f16, bf16, q8_0, q4_0 ... Without it: f16."),
+        typer.Option(
+            "--type",
+            help="Type of the matrices in gguf: f32, f16, bf16, q8_0, q4_0 ... Default: f16; f32 for a float32 model.",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export of niwaki at DEST.")] = False,
 ) -> None:

@@ -15,7 +15,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     verify: Annotated[
         int,
-        typer.Option(help="Contextual models: the full model checks and corrects after each N tokens. 0: never."),
+        typer.Option(help="Contextual models: the full model checks and corrects every N tokens. 0: never."),
     ] = 0,
     device: Device = "auto",
 ) -> None:

@@ -69,25 +69,31 @@ ApiKeyFile = Annotated[
 
 # The fields of a recipe.
 Method = Annotated[
-    str | None, typer.Option(help="See `niwaki methods`; a chain is besa+wandapp. Required, or a preset.")
+    str | None,
+    typer.Option(help="A method (see `niwaki methods`), or a chain such as besa+wandapp. Required without a preset."),
 ]
 Preset = Annotated[str | None, typer.Option(help="fast, balanced or best, in place of a method.")]
 Target = Annotated[str | None, typer.Option(help=TARGET_HELP)]
 TargetBytes = Annotated[
-    str | None, typer.Option(help="Bytes of all matrices together, in place of a target: 1.7GB or 800MiB (squeeze10).")
+    str | None,
+    typer.Option(help="squeeze10 only: bytes of all matrices together, in place of a target: 1.7GB or 800MiB."),
 ]
 KeepBlocks = Annotated[
     str | None,
-    recipe_option("Blocks that stay at 4 bits while the others compensate: auto, none or 0,7 (squeeze10).", "none"),
+    recipe_option("squeeze10 only: blocks that stay at 4 bits while the others compensate: auto, none or 0,7.", "none"),
 ]
 Allocation = Annotated[
-    str | None, recipe_option("uniform, owl (zeros), searched (structured), sensitivity (bits) or auto.", "auto")
+    str | None,
+    recipe_option(
+        "How the blocks share the target: uniform, owl (zeros), searched (structured), sensitivity (bits) or auto.",
+        "auto",
+    ),
 ]
 Calibration = Annotated[
     list[str] | None, recipe_option(TEXT_HELP, "text that the model generates itself, which is slow")
 ]
 CalibrationField = Annotated[str | None, recipe_option(FIELD_HELP, "text")]
-Samples = Annotated[int | None, recipe_option("Calibration windows.", 128)]
+Samples = Annotated[int | None, recipe_option("Number of calibration windows.", 128)]
 CalibrationSeqLen = Annotated[int | None, recipe_option(SEQ_LEN_HELP, 2048)]
 RecipeFile = Annotated[Path | None, typer.Option(help="YAML file of these options. Options on the command line win.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Option of the method, key=value. Repeatable.")]

@@ -45,7 +45,10 @@ def plan(
     activation_bytes: options.ActivationBytes = None,
     dense_stream: options.DenseStream = False,
     gpu: Annotated[
-        str | None, typer.Option(help="h100, h200, a100, 4090, or cpu: this machine. Default: that of this machine.")
+        str | None,
+        typer.Option(
+            help="Machine to plan for: h100, h200, a100, 4090, or cpu for the CPU of this one. Default: this machine."
+        ),
     ] = None,
     price_per_hour: Annotated[
         float | None, typer.Option(help="Price of the machine, in any currency. Costs are in the same currency.")

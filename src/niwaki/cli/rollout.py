@@ -18,7 +18,7 @@ app = typer.Typer(
 State = Annotated[str, typer.Option(help="Store of the state: a file, or postgresql+psycopg://USER@HOST/DATABASE.")]
 STATE = "rollout.sqlite"
 LIMITS_HELP = "Limits: a gate file, or the compare.json of a report."
-FILES_HELP = "Folder that the canary serves. When a file in it changes, it is another canary."
+FILES_HELP = "Folder that the canary serves. A changed file makes it another canary."
 
 
 @app.command()
@@ -32,7 +32,7 @@ def run(
     state: State = STATE,
     canary_files: Annotated[Path | None, typer.Option(help=FILES_HELP)] = None,
     shadow: Annotated[
-        float | None, typer.Option(help="Share of the dense requests that the canary gets a copy of.")
+        float | None, typer.Option(help="Share of the dense requests that are copied to the canary.")
     ] = None,
     audit: Annotated[float | None, typer.Option(help="Share of the canary answers that are audited.")] = None,
     keep_texts: Annotated[
@@ -78,7 +78,7 @@ def status(
     state: State = STATE,
     json_: PrintJson = False,
 ) -> None:
-    """Show the state of the roll-out and its decisions. Exit code 1 if it was returned or aborted."""
+    """Show the state of the roll-out and its decisions. Exit code 1 after a return to dense or an abort."""
     _check_packages()
     from niwaki.rollout.store import Store
 
@@ -107,7 +107,7 @@ def promote(
     state: State = STATE,
     full: Annotated[bool, typer.Option("--full", help="Go to the last step at once.")] = False,
 ) -> None:
-    """Go to the next step before the evidence is there. A worse canary is still returned."""
+    """Take the next step now, without more evidence. A worse canary still goes back to dense."""
     _manual(state, "promote", full=full)
 
 

@@ -31,7 +31,7 @@ def serve(
     drain: Annotated[float, typer.Option(help="Max seconds that requests get to finish after SIGTERM.")] = 30.0,
     api_key_file: ApiKeyFile = None,
     without_keys: Annotated[
-        bool, typer.Option("--without-keys", help="Listen on other addresses than loopback without keys.")
+        bool, typer.Option("--without-keys", help="Allow an address other than loopback without API keys.")
     ] = False,
     dense: Annotated[bool, typer.Option("--dense", help="Contextual models: run with all of the weights.")] = False,
     verify: Annotated[
