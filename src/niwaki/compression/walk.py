@@ -154,7 +154,8 @@ def compress_blocks(
 
     The records describe the new weights. The weights themselves are in `block.result`, and `save` turns them into the
     tensors of a file (`Decoder.disk_tensors`). `finished` has a reader for each block that an earlier run completed.
-    Such a block is read once and only replayed.
+    Such a block is only replayed, and its reader is called once.
+
     `stream` may be None for a method without data. A `dense` stream follows the dense model and yields the drift of
     the compressed prefix at every depth. The `riders` only pass the compressed blocks.
     """
