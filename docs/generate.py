@@ -17,7 +17,8 @@ from rich.text import Text
 
 from niwaki.cli.app import app
 from niwaki.config.presets import PRESETS
-from niwaki.config.recipe import Bits, option_fields
+from niwaki.config.recipe import option_fields
+from niwaki.config.targets import Bits
 from niwaki.measure.bench.schema import Cell, Row, read_bench
 from niwaki.methods.method import MethodKind
 from niwaki.methods.registry import METHODS, get_method, method_names

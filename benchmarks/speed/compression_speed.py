@@ -20,7 +20,8 @@ import niwaki
 from benchmarks.common.checkpoints import SHAPES, Shape, make_checkpoint, write_topics
 from benchmarks.common.provenance import provenance
 from niwaki.config.presets import PRESETS
-from niwaki.config.recipe import make_recipe, parse_target
+from niwaki.config.recipe import make_recipe
+from niwaki.config.targets import parse_target
 from niwaki.methods.registry import make_steps, merged_needs
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from niwaki.compression.allocation import OWL_NEEDS, OwlConfig, outlier_share, owl, uniform
-from niwaki.config.recipe import NM, Sparsity
+from niwaki.config.targets import NM, Sparsity
 from niwaki.errors import TargetError
 from niwaki.model.anatomy import Anatomy, BlockAnatomy, Linear
 from support.models import correlated_inputs, make_block, statistics_of

@@ -22,7 +22,7 @@ from niwaki.compression.bit_allocation import (
     sensitivity,
     spread_bits,
 )
-from niwaki.config.recipe import NM, Bits
+from niwaki.config.targets import NM, Bits
 from niwaki.data.stream import Stream
 from niwaki.errors import InputError, NumericalError, TargetError
 from niwaki.methods import squeeze10

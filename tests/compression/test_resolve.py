@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from niwaki.compression.resolve import recipe_stages, resolve, resolve_allocation
-from niwaki.config.recipe import Bits, PrunedBits, Sparsity, make_recipe
+from niwaki.config.recipe import make_recipe
+from niwaki.config.targets import Bits, PrunedBits, Sparsity
 from niwaki.errors import CalibrationError, InputError, NiwakiError, TargetError
 from niwaki.methods.method import MethodKind
 from niwaki.model.decoder import Decoder, open_decoder

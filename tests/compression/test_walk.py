@@ -10,7 +10,7 @@ import torch
 from niwaki.compression.run_record import MatrixRecord
 from niwaki.compression.walk import WalkPlan, collect, compress_blocks, forward, loaded_blocks
 from niwaki.config.events import silent
-from niwaki.config.recipe import Sparsity
+from niwaki.config.targets import Sparsity
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData, Stream
 from niwaki.errors import ArchitectureError, NumericalError

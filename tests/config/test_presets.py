@@ -7,7 +7,8 @@ import pytest
 
 import niwaki
 from niwaki.config.presets import PRESETS
-from niwaki.config.recipe import make_recipe, parse_target
+from niwaki.config.recipe import make_recipe
+from niwaki.config.targets import parse_target
 from niwaki.errors import InputError
 from niwaki.methods.registry import make_steps
 from support.models import tiny_llama, write_texts

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import niwaki
-from niwaki.config.recipe import Bits, Target, parse_target
+from niwaki.config.targets import Bits, Target, parse_target
 from niwaki.methods.method import MethodKind
 from niwaki.methods.registry import get_method, method_names
 from support.families import build, families

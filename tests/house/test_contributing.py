@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from house.layout import ORDER
-from niwaki.config.recipe import NM, Sparsity
+from niwaki.config.targets import NM, Sparsity
 from support.models import run_method
 
 GUIDE = Path(__file__).parents[2] / "CONTRIBUTING.md"
@@ -27,7 +27,8 @@ def test_the_example_method_works_as_written() -> None:
 
 
 def test_example_recipes_are_valid() -> None:
-    from niwaki.config.recipe import load_recipe, make_recipe, parse_target
+    from niwaki.config.recipe import load_recipe, make_recipe
+    from niwaki.config.targets import parse_target
     from niwaki.methods.registry import make_steps
 
     found = sorted((GUIDE.parent / "examples").glob("*.yaml"))

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from niwaki.config.recipe import NM
+from niwaki.config.targets import NM
 from niwaki.formats.sparse import KINDS, LAYOUTS
 from niwaki.kernels import sparse_gpu
 from niwaki.kernels.sparse_gpu import cores_reach

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from niwaki.config.recipe import NM
+from niwaki.config.targets import NM
 from niwaki.kernels.sweep import sweep_panel, sweep_panel_reference
 from support.triton_interpreter import interpreted
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Sparsity
+from niwaki.config.targets import Sparsity
 from niwaki.data.statistics import Needs
 from niwaki.methods import besa
 from niwaki.methods.besa import Config, Rates

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from niwaki.config.recipe import KeepUnits, PrunableUnit
+from niwaki.config.targets import KeepUnits, PrunableUnit
 from niwaki.methods import comp
 from niwaki.methods.comp import Config
 from niwaki.model.anatomy import discover

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import niwaki
-from niwaki.config.recipe import Sparsity
+from niwaki.config.targets import Sparsity
 from niwaki.data.texts import calibration_windows, load_tokenizer, read_texts
 from niwaki.errors import InputError
 from niwaki.methods import gblm, wanda

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import niwaki
-from niwaki.config.recipe import parse_target
+from niwaki.config.targets import parse_target
 from niwaki.errors import TargetError
 from niwaki.formats.quantized import stored_tensors
 from niwaki.methods import gptq, rtn

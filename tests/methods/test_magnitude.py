@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from niwaki.config.recipe import NM, Sparsity
+from niwaki.config.targets import NM, Sparsity
 from niwaki.methods import magnitude
 from support.models import run_method
 

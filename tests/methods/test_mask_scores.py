@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from niwaki.config.recipe import Target, parse_target
+from niwaki.config.targets import Target, parse_target
 from niwaki.methods.mask_scores import (
     BINS,
     MaskChoice,

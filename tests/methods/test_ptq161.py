@@ -8,7 +8,7 @@ import torch
 
 import niwaki
 from niwaki.compression.walk import collect
-from niwaki.config.recipe import Bits
+from niwaki.config.targets import Bits
 from niwaki.data.stream import CalibrationData
 from niwaki.errors import TargetError
 from niwaki.methods import ptq161

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from niwaki.config.recipe import NM, Bits, Sparsity, Target
+from niwaki.config.targets import NM, Bits, Sparsity, Target
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.errors import NumericalError, TargetError

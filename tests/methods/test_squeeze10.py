@@ -7,7 +7,7 @@ import torch
 
 import niwaki
 from niwaki.compression.walk import collect
-from niwaki.config.recipe import Bits, parse_target
+from niwaki.config.targets import Bits, parse_target
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.errors import TargetError

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from niwaki.config.recipe import KeepUnits, PrunableUnit
+from niwaki.config.targets import KeepUnits, PrunableUnit
 from niwaki.methods import flap, shortgpt, two_ssp, wanda_sp
 from niwaki.model.anatomy import discover
 from niwaki.model.hf import build_skeleton

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from niwaki.config.recipe import NM, Sparsity, Target
+from niwaki.config.targets import NM, Sparsity, Target
 from niwaki.methods import wanda
 from support.models import correlated_inputs, run_method
 

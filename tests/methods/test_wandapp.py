@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 
 import niwaki
-from niwaki.config.recipe import NM, Sparsity, Target
+from niwaki.config.targets import NM, Sparsity, Target
 from niwaki.data.stream import CalibrationData, Stream
 from niwaki.errors import InputError
 from niwaki.methods import wandapp

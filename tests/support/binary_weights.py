@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from niwaki.config.recipe import Bits
+from niwaki.config.targets import Bits
 from niwaki.formats.packed import Packed
 from niwaki.methods.shared.column_sweep import inverse_factor
 from niwaki.methods.shared.rounding import groups_of, round_by_sweep

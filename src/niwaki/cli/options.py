@@ -14,8 +14,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from niwaki.config.recipe import WRITTEN_TARGETS_HELP, calibration_fields, load_recipe, make_recipe, parse_target
+from niwaki.config.recipe import calibration_fields, load_recipe, make_recipe
 from niwaki.config.sources import check_sources, check_tasks, model_folder
+from niwaki.config.targets import WRITTEN_TARGETS_HELP, parse_target
 from niwaki.errors import InputError, OutputError
 from niwaki.methods.registry import method_infos
 

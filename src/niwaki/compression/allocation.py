@@ -17,7 +17,7 @@ from typing import Annotated
 
 import torch
 
-from niwaki.config.recipe import Sparsity, Target
+from niwaki.config.targets import Sparsity, Target
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.errors import TargetError
 from niwaki.model.anatomy import Anatomy

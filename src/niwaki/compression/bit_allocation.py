@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from niwaki.compression.allocation import Targets
-from niwaki.config.recipe import Bits, Target
+from niwaki.config.targets import Bits, Target
 from niwaki.data.stream import Stream
 from niwaki.errors import NumericalError, TargetError
 from niwaki.model.anatomy import Anatomy

@@ -27,7 +27,7 @@ from niwaki.compression.run_record import RECORD, JournalEntry, ResultRecord, Ru
 from niwaki.compression.traces import trace
 from niwaki.compression.walk import loaded_blocks
 from niwaki.config.events import Event, Report, silent
-from niwaki.config.recipe import Sparsity
+from niwaki.config.targets import Sparsity
 from niwaki.data.stream import Stream
 from niwaki.methods.method import ContextualMethod
 from niwaki.model.checkpoint import INDEX

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from niwaki.compression.run_record import ModuleRecord
-from niwaki.config.recipe import Bits, PrunedBits, Recipe, Target
+from niwaki.config.recipe import Recipe
+from niwaki.config.targets import Bits, PrunedBits, Target
 from niwaki.errors import CheckpointError, TargetError
 from niwaki.formats.packed import PackedTensors
 from niwaki.formats.quantized import TILE, WEIGHT, QuantizedColumns

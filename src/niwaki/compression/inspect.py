@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from niwaki.compression.run_record import MatrixRecord, RunRecord, read_lines, read_run
-from niwaki.config.recipe import parse_target
+from niwaki.config.targets import parse_target
 from niwaki.errors import CheckpointError
 from niwaki.methods.registry import get_method
 

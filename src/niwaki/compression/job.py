@@ -60,7 +60,8 @@ from niwaki.compression.run_record import (
 from niwaki.compression.stages import FirstStage, merged_record
 from niwaki.compression.walk import WalkPlan, collect, compress_blocks, forward
 from niwaki.config.events import Event, Report
-from niwaki.config.recipe import Bits, Recipe
+from niwaki.config.recipe import Recipe
+from niwaki.config.targets import Bits
 from niwaki.data.stream import Stream, default_batch_tokens
 from niwaki.data.texts import digest, windows_for
 from niwaki.errors import InputError, NumericalError

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from niwaki.compression.allocation import ALLOCATIONS, OwlConfig, Targets, owl, uniform
 from niwaki.compression.bit_allocation import bits_within, kept_targets
 from niwaki.compression.stages import split_stages
-from niwaki.config.recipe import Recipe, Target, make_options, parse_target
+from niwaki.config.recipe import Recipe, make_options
+from niwaki.config.targets import Target, parse_target
 from niwaki.data.statistics import Needs
 from niwaki.errors import CalibrationError, InputError, TargetError, unknown
 from niwaki.methods.method import MethodKind

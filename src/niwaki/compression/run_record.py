@@ -22,7 +22,8 @@ from typing import Any, Self
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
-from niwaki.config.recipe import Bits, Recipe, current_fields, parse_target
+from niwaki.config.recipe import Recipe, current_fields
+from niwaki.config.targets import Bits, parse_target
 from niwaki.errors import CheckpointError, InputError, format_problem
 from niwaki.model.files import write_text
 from niwaki.version import __version__

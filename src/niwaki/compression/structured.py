@@ -20,7 +20,7 @@ from niwaki.compression.run_record import JournalEntry, MatrixRecord, RunRecord
 from niwaki.compression.walk import WalkPlan, collect, compress_blocks, forward
 from niwaki.compression.width_search import spread
 from niwaki.config.events import Event, Report, silent
-from niwaki.config.recipe import Sparsity
+from niwaki.config.targets import Sparsity
 from niwaki.data.stream import Stream
 from niwaki.errors import InputError, NumericalError, TargetError
 from niwaki.model.checkpoint import Checkpoint, quantization

@@ -20,7 +20,7 @@ from torch import Tensor
 from niwaki.compression.backward import Gradients, backprop_blocks
 from niwaki.compression.walk import loaded_blocks
 from niwaki.config.events import Event, Report, silent
-from niwaki.config.recipe import Kind
+from niwaki.config.targets import Kind
 from niwaki.data.stream import Stream
 from niwaki.model.decoder import Block, Decoder
 from niwaki.runtime.contextual.criteria import WITHOUT_GRADIENTS, score

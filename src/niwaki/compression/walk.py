@@ -19,7 +19,7 @@ from torch import Tensor
 
 from niwaki.compression.run_record import MatrixRecord
 from niwaki.config.events import Event, Report
-from niwaki.config.recipe import KeepUnits, Target
+from niwaki.config.targets import KeepUnits, Target
 from niwaki.data.hidden_states import Activations
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData, Stream

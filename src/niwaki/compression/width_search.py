@@ -13,7 +13,7 @@ takes two for every block and round, and at most ROUNDS rounds, as long as they 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from niwaki.config.recipe import Kind
+from niwaki.config.targets import Kind
 from niwaki.model.prunable import PrunedShape, ShapeSearch, ShapeSpace
 
 ROUNDS = 3

@@ -1,4 +1,4 @@
-"""Targets and recipes: their text, their validation, their file.
+"""Recipes: their fields, their validation, their file, and the options of methods.
 
 A recipe is YAML with the fields of `Recipe`. Options of the command line override it. run.json keeps the resolved copy.
 
@@ -8,237 +8,21 @@ A recipe is YAML with the fields of `Recipe`. Options of the command line overri
     options: {damping_frac: 0.02}
 """
 
-import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from niwaki.config.presets import with_preset
+from niwaki.config.targets import WRITTEN_TARGETS_HELP, parse_bytes, parse_keep_blocks
 from niwaki.errors import InputError, TargetError, unknown
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """Unstructured sparsity: the fraction of weights that become zero, 0 < zeros_frac < 1."""
-
-    words: ClassVar[str] = "a share of zeros"
-    example: ClassVar[str] = "0.5"
-
-    zeros_frac: float
-
-    def __str__(self) -> str:
-        return f"{self.zeros_frac:g}"
-
-    @property
-    def columns_multiple(self) -> int:
-        """Return 1: the mask fits any number of columns."""
-        return 1
-
-    def zeros_in(self, rows: int, columns: int) -> int:
-        """Return the exact number of zeros in a matrix of this shape."""
-        return round(self.zeros_frac * rows * columns)
-
-
-@dataclass(frozen=True)
-class NM:
-    """N:M sparsity: `keep` weights stay of every `group` neighbours along the inputs."""
-
-    words: ClassVar[str] = "N:M"
-    example: ClassVar[str] = "2:4"
-
-    keep: int
-    group: int
-
-    def __str__(self) -> str:
-        return f"{self.keep}:{self.group}"
-
-    @property
-    def columns_multiple(self) -> int:
-        """Return the number that must divide the columns of a matrix."""
-        return self.group
-
-    def zeros_in(self, rows: int, columns: int) -> int:
-        """Return the exact number of zeros in a matrix of this shape. Raises TargetError if the groups do not fit."""
-        if columns % self.group:
-            raise TargetError(
-                f"target {self} needs a multiple of {self.group} inputs, got a matrix with {columns}: "
-                "use another N:M or an unstructured target such as 0.5"
-            )
-        return rows * columns // self.group * (self.group - self.keep)
-
-
-@dataclass(frozen=True)
-class Bits:
-    """Quantization: bits per weight.
-
-    A method with one code width takes this width. A mixed method counts everything that it stores.
-    """
-
-    words: ClassVar[str] = "bits"
-    example: ClassVar[str] = "4bit"
-
-    bits: float
-
-    def __str__(self) -> str:
-        return f"{self.bits:g}bit"
-
-    @property
-    def columns_multiple(self) -> int:
-        """Return 1: any number of columns fits."""
-        return 1
-
-    def zeros_in(self, rows: int, columns: int) -> int:
-        """Return 0: quantization asks for no zeros."""
-        return 0
-
-
-@dataclass(frozen=True)
-class PrunedBits:
-    """Zeros and codes in one record: first `zeros`, then codes of `bits` for the kept weights.
-
-    Each step of a chain meets its own part.
-    """
-
-    words: ClassVar[str] = "zeros and bits"
-    example: ClassVar[str] = "2:4+4bit"
-
-    zeros: Sparsity | NM
-    bits: Bits
-
-    def __str__(self) -> str:
-        return f"{self.zeros}+{self.bits}"
-
-    @property
-    def columns_multiple(self) -> int:
-        """Return the number that must divide the columns of a matrix."""
-        return self.zeros.columns_multiple
-
-    def zeros_in(self, rows: int, columns: int) -> int:
-        """Return the number of zeros of the mask. Kept weights that round to zero add to it."""
-        return self.zeros.zeros_in(rows, columns)
-
-
-Kind = Literal["heads", "neurons"]
-
-
-@dataclass(frozen=True)
-class PrunableUnit:
-    """A prunable unit kind of a block: `count` groups of columns of the matrix `consumer`.
-
-    Rows of each producer make a group (see `niwaki.model.prunable`). `kind`: `neurons` of a dense layer, or `heads`
-    that share a key and a value.
-    """
-
-    kind: Kind
-    consumer: str
-    producers: tuple[str, ...]
-    count: int
-
-
-@dataclass(frozen=True)
-class KeepUnits:
-    """Structured target: `count` groups of a unit stay.
-
-    With `cut` the other groups leave the file. Without it they are stored as zeros.
-    """
-
-    words: ClassVar[str] = "heads or neurons that stay"
-    example: ClassVar[str] = ""
-
-    unit: PrunableUnit
-    count: int
-    cut: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.count} of {self.unit.count} {self.unit.kind}"
-
-    @property
-    def columns_multiple(self) -> int:
-        """Return 1: any number of columns fits."""
-        return 1
-
-    def zeros_in(self, rows: int, columns: int) -> int:
-        """Return 0: a structured target is not a number of zeros."""
-        return 0
-
 
 RENAMED_FIELDS = {"ends": "embeddings"}  # of a recipe, by their names in version 0.1
 RENAMED_OPTIONS = {"stand_in": "mean_fill", "trial_windows": "candidate_windows", "trust": "shrinkage"}  # of methods
 RENAMED_PREFIXES = {"most_": "max_", "least_": "min_"}
-Target = Sparsity | NM | Bits | PrunedBits | KeepUnits
-WRITTEN_TARGETS: tuple[type[Target], ...] = (Sparsity, NM, Bits, PrunedBits)  # those that a text can ask for
-WRITTEN_TARGETS_HELP = f"One of: {', '.join(f'{kind.words} ({kind.example})' for kind in WRITTEN_TARGETS)}."
-_BYTE_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{ending}": base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for ending, base in (("B", 1000), ("IB", 1024))
-}
-
-
-def target_example(kind: type[Target]) -> str:
-    """Return a kind of target in words, with an example of its text."""
-    return f"{kind.words} such as {kind.example}" if kind.example else kind.words
-
-
-def parse_target(text: str) -> Target:
-    """Parse `0.5`, `50%`, `2:4`, `4bit` or `2:4+4bit`. Raises TargetError for any other text."""
-    text = text.strip()
-    if "+" in text:
-        return _parse_both(text)
-    if found := re.fullmatch(r"(\d+(?:\.\d+)?)[ -]?bits?", text):
-        bits = float(found[1])
-        if not 1 <= bits <= 8:
-            raise TargetError(f"target {text}: expected 1 to 8 bits per weight, for example 4bit or 1.7bit")
-        return Bits(bits)
-    if found := re.fullmatch(r"(\d+):(\d+)", text):
-        keep, group = int(found[1]), int(found[2])
-        if not 0 < keep < group:
-            raise TargetError(f"target {text}: expected N:M with 0 < N < M (2:4 keeps 2 of every 4 weights)")
-        return NM(keep, group)
-    try:
-        zeros_frac = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError as error:
-        raise TargetError(f"target {text!r}: expected {', '.join(map(target_example, WRITTEN_TARGETS))}") from error
-    if not (math.isfinite(zeros_frac) and 0 < zeros_frac < 1):
-        percent = 1 < zeros_frac < 100 and not text.endswith("%")
-        hint = f"write {text}% or {zeros_frac / 100:g}" if percent else "for example 0.5 or 50%"
-        raise TargetError(f"target {text}: a share of zeros lies between 0 and 1, {hint}")
-    return Sparsity(zeros_frac)
-
-
-def _parse_both(text: str) -> PrunedBits:
-    zeros, *rest = map(parse_target, text.split("+")) if all(part.strip() for part in text.split("+")) else (None,)
-    if not isinstance(zeros, Sparsity | NM) or len(rest) != 1 or not isinstance(rest[0], Bits):
-        raise TargetError(f"target {text}: expected zeros first, then the bits of the kept weights, such as 2:4+4bit")
-    return PrunedBits(zeros, rest[0])
-
-
-def parse_bytes(text: str) -> int:
-    """Parse `1700000000`, `1.7GB` or `800 MiB` as bytes. Raises TargetError for any other text."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip().lower())
-    unit = _BYTE_UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None or not float(found[1]):
-        raise TargetError(f"target_bytes {text!r}: expected a number of bytes such as 1700000000, 1.7GB or 800MiB")
-    return int(float(found[1]) * unit)
-
-
-def parse_keep_blocks(value: Any) -> str | tuple[int, ...]:
-    """Parse `auto`, `none` (no blocks), block numbers such as `0,7`, or a list of them.
-
-    Raises TargetError for anything else.
-    """
-    if value in ("auto", "none"):
-        return "auto" if value == "auto" else ()
-    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    numbers = [str(item).strip() for item in items]
-    if not all(number.isdecimal() for number in numbers):
-        raise TargetError(f"keep_blocks {value!r}: expected auto, none or numbers of blocks such as 0,7")
-    return tuple(sorted({int(number) for number in numbers}))
 
 
 class _Strict(BaseModel):

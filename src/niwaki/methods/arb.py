@@ -38,7 +38,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Bits, Target
+from niwaki.config.targets import Bits, Target
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed

@@ -34,7 +34,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Sparsity, Target
+from niwaki.config.targets import Sparsity, Target
 from niwaki.data.statistics import UNREACHED, Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed, join_notes

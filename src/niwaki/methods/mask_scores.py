@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Target
+from niwaki.config.targets import Target
 
 SIDE = 128  # rows and columns of the grid
 BINS = 24

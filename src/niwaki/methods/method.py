@@ -20,7 +20,7 @@ from niwaki.methods.cost import Scope, Work, masks
 if TYPE_CHECKING:
     import torch
 
-    from niwaki.config.recipe import Kind, PrunableUnit, Target
+    from niwaki.config.targets import Kind, PrunableUnit, Target
     from niwaki.data.statistics import Needs, Statistics
     from niwaki.data.stream import CalibrationData
     from niwaki.formats.packed import Packed

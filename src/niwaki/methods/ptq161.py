@@ -33,7 +33,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Bits, Target
+from niwaki.config.targets import Bits, Target
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed, join_notes

@@ -17,7 +17,8 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Any
 
-from niwaki.config.recipe import Bits, PrunedBits, Target, make_options, target_example
+from niwaki.config.recipe import make_options
+from niwaki.config.targets import Bits, PrunedBits, Target, target_example
 from niwaki.errors import InputError, TargetError, unknown
 from niwaki.methods.cost import Scope, Work
 from niwaki.methods.method import ContextualMethod, Method, MethodKind, ShapeMethod, WalkMethod

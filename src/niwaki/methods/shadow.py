@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import torch
 
-from niwaki.config.recipe import Sparsity
+from niwaki.config.targets import Sparsity
 from niwaki.data.statistics import Needs
 from niwaki.errors import InputError
 from niwaki.methods.cost import Scope, Work

@@ -47,7 +47,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Bits, Target
+from niwaki.config.targets import Bits, Target
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.errors import TargetError

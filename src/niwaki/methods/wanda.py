@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import NM, Sparsity, Target
+from niwaki.config.targets import NM, Sparsity, Target
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed

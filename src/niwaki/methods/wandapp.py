@@ -38,7 +38,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import NM, Sparsity, Target
+from niwaki.config.targets import NM, Sparsity, Target
 from niwaki.data.statistics import UNREACHED, Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed, join_notes

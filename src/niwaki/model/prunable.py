@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import KeepUnits, Kind, PrunableUnit, Target
+from niwaki.config.targets import KeepUnits, Kind, PrunableUnit, Target
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.model.anatomy import Anatomy, BlockAnatomy, Linear
 from niwaki.model.hf import build_skeleton

@@ -15,7 +15,8 @@ from niwaki.compression.plan.estimate import memory, seconds
 from niwaki.compression.plan.machines import GPUS, gpu_of
 from niwaki.compression.plan.planner import check_possible, plan, plan_stages
 from niwaki.compression.resolve import resolve
-from niwaki.config.recipe import make_recipe, parse_target
+from niwaki.config.recipe import make_recipe
+from niwaki.config.targets import parse_target
 from niwaki.errors import InputError, OutputError, TargetError
 from niwaki.methods import wanda
 from niwaki.methods.cost import Scope

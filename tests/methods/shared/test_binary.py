@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from niwaki.config.recipe import parse_target
+from niwaki.config.targets import parse_target
 from niwaki.errors import TargetError
 from niwaki.methods.shared.binary import (
     SPLIT_FRACS,

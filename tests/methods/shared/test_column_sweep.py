@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from niwaki.config.recipe import NM, Sparsity, Target
+from niwaki.config.targets import NM, Sparsity, Target
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.methods import sparsegpt

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import NM, Bits, Sparsity
+from niwaki.config.targets import NM, Bits, Sparsity
 from niwaki.formats.packed import Packed
 from niwaki.methods import gptq, rtn
 from niwaki.methods.shared.masks import keep_by_group, keep_by_row

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from niwaki.config.recipe import NM, Bits, PrunedBits, Sparsity
+from niwaki.config.targets import NM, Bits, PrunedBits, Sparsity
 from niwaki.errors import TargetError
 from niwaki.methods.shared.masks import choose_by_panel, keep_by_group, keep_by_matrix, keep_by_row
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import PrunableUnit
+from niwaki.config.targets import PrunableUnit
 from niwaki.methods.shared.unit_pruning import (
     fit_kept,
     fit_scales,

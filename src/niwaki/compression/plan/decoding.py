@@ -11,7 +11,7 @@ from typing import Any, assert_never
 
 from niwaki.compression.plan.machines import Machine
 from niwaki.compression.plan.sizes import ModelSizes, StoredSizes
-from niwaki.config.recipe import NM, Bits, KeepUnits, PrunedBits, Sparsity, Target
+from niwaki.config.targets import NM, Bits, KeepUnits, PrunedBits, Sparsity, Target
 
 PACKED_H100 = "benchmarks/results/speed/packed-decode-h100.json"
 PACKED_CPU = "benchmarks/results/speed/packed-decode-cpu.json"

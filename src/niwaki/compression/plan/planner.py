@@ -35,7 +35,8 @@ from niwaki.compression.resolve import ResolvedPlan, ResolvedStage, resolve
 from niwaki.compression.result_folder import check_space, partial_of
 from niwaki.compression.width_search import EXPECTED_ROUNDS, STRIDES
 from niwaki.config.events import Event, Report
-from niwaki.config.recipe import Recipe, Sparsity, make_recipe
+from niwaki.config.recipe import Recipe, make_recipe
+from niwaki.config.targets import Sparsity
 from niwaki.data.stream import default_batch_tokens
 from niwaki.errors import InputError, OutputError
 from niwaki.methods.method import MethodKind

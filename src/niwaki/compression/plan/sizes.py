@@ -12,7 +12,8 @@ from typing import Any
 
 from niwaki.compression.embeddings import GROUPS, WIDTHS, embeddings_to_pack
 from niwaki.compression.resolve import ResolvedStage
-from niwaki.config.recipe import NM, Bits, KeepUnits, PrunedBits, Recipe, Sparsity, Target
+from niwaki.config.recipe import Recipe
+from niwaki.config.targets import NM, Bits, KeepUnits, PrunedBits, Sparsity, Target
 from niwaki.errors import TargetError
 from niwaki.formats.quantized import WEIGHT
 from niwaki.formats.sparse import CODES, LAYOUTS, sparse_bytes

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from niwaki.config.recipe import NM, Sparsity
+from niwaki.config.targets import NM, Sparsity
 from niwaki.errors import ArchitectureError, InputError, TargetError
 from niwaki.formats.packed import Packed, PackedTensors
 from niwaki.formats.sparse import Sparse

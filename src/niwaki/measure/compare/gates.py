@@ -25,7 +25,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from niwaki.config.recipe import parse_bytes
+from niwaki.config.targets import parse_bytes
 from niwaki.errors import InputError, unknown
 from niwaki.measure.intervals import min_units
 from niwaki.measure.metrics import METRICS

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Bits, Target
+from niwaki.config.targets import Bits, Target
 from niwaki.data.statistics import Statistics
 from niwaki.errors import TargetError
 from niwaki.formats.packed import Packed

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import NM
+from niwaki.config.targets import NM
 from niwaki.errors import NumericalError
 from niwaki.kernels.sweep import sweep_panel
 

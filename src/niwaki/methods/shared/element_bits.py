@@ -12,7 +12,7 @@ Legend: O rows, I columns.
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Bits, Target
+from niwaki.config.targets import Bits, Target
 from niwaki.errors import TargetError
 from niwaki.formats.packed import Packed
 from niwaki.formats.quantized import SCALE_DTYPE, pack_codes

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import NM, Sparsity, Target
+from niwaki.config.targets import NM, Sparsity, Target
 from niwaki.data.statistics import UNREACHED, Statistics
 from niwaki.errors import TargetError
 from niwaki.formats.packed import Packed

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Bits, Target
+from niwaki.config.targets import Bits, Target
 from niwaki.errors import TargetError
 from niwaki.formats.quantized import SCALE_DTYPE, TILE, QuantizedColumns, centre
 from niwaki.kernels.codes import span, sweep_codes, sweep_fitted

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import KeepUnits, PrunableUnit, Target
+from niwaki.config.targets import KeepUnits, PrunableUnit, Target
 from niwaki.data.statistics import Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from niwaki.config.recipe import PrunableUnit
+from niwaki.config.targets import PrunableUnit
 from niwaki.errors import ArchitectureError
 from niwaki.kernels.types import MAX_TOKENS
 from niwaki.runtime.contextual.small_linear import (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from niwaki.config.recipe import Kind
+from niwaki.config.targets import Kind
 from niwaki.runtime.contextual.units import KINDS, UnitLayout
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import Kind, PrunableUnit
+from niwaki.config.targets import Kind, PrunableUnit
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.prunable import units_of
