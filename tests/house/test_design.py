@@ -9,6 +9,7 @@ import pytest
 
 import niwaki
 from house.layout import ORDER
+from house.measures import circles, module_files
 from niwaki import errors
 from niwaki.methods.registry import METHODS, get_method
 
@@ -28,13 +29,7 @@ SIZE_EXCEPTIONS: dict[str, str] = {
 }
 
 
-def name_of(path: Path) -> str:
-    """Return the dotted name of a module below `niwaki`, empty for the package itself."""
-    parts = path.relative_to(SOURCE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {name_of(path): path for path in FILES}
+MODULES = module_files(SOURCE)
 
 
 def imports_of(path: Path) -> set[str]:
@@ -61,20 +56,6 @@ def imports_of(path: Path) -> set[str]:
 IMPORTS = {name: imports_of(path) for name, path in MODULES.items() if name}
 
 
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Return the groups of nodes that reach each other."""
-    reach = {node: set(graph[node]) for node in graph}
-    changed = True
-    while changed:
-        changed = False
-        for node, found in reach.items():
-            wider = found.union(*(reach.get(other, set()) for other in found))
-            changed = changed or wider != found
-            reach[node] = wider
-    groups = {frozenset({node} | {o for o in reach[node] if node in reach.get(o, ())}) for node in reach}
-    return [sorted(group) for group in groups if len(group) > 1]
-
-
 def test_the_layout_is_what_one_sees() -> None:
     entries = {path.name for path in SOURCE.iterdir() if path.name not in ("__pycache__", "py.typed")}
     assert {entry.removesuffix(".py") for entry in entries} == LAYOUT
@@ -86,6 +67,10 @@ def test_imports_point_one_way(name: str) -> None:
     folder = name.split(".")[0]
     for other in IMPORTS[name]:
         assert ORDER.index(other.split(".")[0]) <= ORDER.index(folder), f"{name} imports {other}, which stands above"
+
+
+def test_a_circle_is_found_through_any_number_of_files() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
 
 
 def test_no_circle_between_files_or_folders() -> None:
