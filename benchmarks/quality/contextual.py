@@ -31,8 +31,9 @@ from torch.nn.functional import cross_entropy, kl_div
 from benchmarks.common.provenance import provenance
 from niwaki.compression.contextual import evaluate_candidates
 from niwaki.compression.traces import trace
+from niwaki.data.documents import read_texts
 from niwaki.data.stream import Stream
-from niwaki.data.texts import calibration_windows, evaluation_windows, load_tokenizer, read_texts
+from niwaki.data.texts import calibration_windows, evaluation_windows, load_tokenizer
 from niwaki.methods import shadow
 from niwaki.model.anatomy import find_blocks
 from niwaki.model.checkpoint import Checkpoint

@@ -17,8 +17,9 @@ from torch import Tensor
 
 import niwaki
 from benchmarks.common.provenance import provenance
+from niwaki.data.documents import read_texts
 from niwaki.data.stream import Stream
-from niwaki.data.texts import calibration_windows, evaluation_windows, load_tokenizer, read_texts
+from niwaki.data.texts import calibration_windows, evaluation_windows, load_tokenizer
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 

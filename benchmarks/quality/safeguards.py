@@ -28,7 +28,8 @@ import torch
 
 import niwaki
 from benchmarks.common.provenance import provenance
-from niwaki.data.texts import evaluation_windows, load_tokenizer, read_texts
+from niwaki.data.documents import read_texts
+from niwaki.data.texts import evaluation_windows, load_tokenizer
 from niwaki.measure.prompt_gate import calibrate_gate, compare_prompt
 from niwaki.runtime.contextual.decoding import generate_verified
 

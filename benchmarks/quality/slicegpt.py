@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from benchmarks.common.perplexity import TEXTS, spread
 from benchmarks.common.provenance import provenance
 from niwaki.compression.walk import loaded_blocks
+from niwaki.data.documents import read_texts
 from niwaki.data.stream import Stream
-from niwaki.data.texts import calibration_windows, evaluation_windows, load_tokenizer, read_texts
+from niwaki.data.texts import calibration_windows, evaluation_windows, load_tokenizer
 from niwaki.measure.evaluate.evaluation import compare_windows
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Block, Decoder

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 import niwaki
 from niwaki.compression.embeddings import ROWS, round_rows
 from niwaki.config.recipe import make_recipe
-from niwaki.data.texts import evaluation_windows, load_tokenizer, read_texts
+from niwaki.data.documents import read_texts
+from niwaki.data.texts import evaluation_windows, load_tokenizer
 from niwaki.errors import CheckpointError, TargetError
 from niwaki.methods.shared.rounding import groups_of, nearest
 from niwaki.runtime.embedding import PackedEmbedding

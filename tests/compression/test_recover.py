@@ -53,7 +53,8 @@ def test_the_loss_falls_and_every_zero_stays(pruned: Path, text: str, tmp_path: 
 def test_the_written_model_has_the_loss_that_was_reported(pruned: Path, text: str, tmp_path: Path) -> None:
     """Merging changes nothing but bf16 rounding."""
     record = recover(pruned, tmp_path / "out", data=[text], **SMALL)
-    from niwaki.data.texts import calibration_windows, load_tokenizer, read_texts
+    from niwaki.data.documents import read_texts
+    from niwaki.data.texts import calibration_windows, load_tokenizer
 
     windows = calibration_windows(read_texts([text]), load_tokenizer(pruned), samples=32, seq_len=48, seed=0)[:4]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)

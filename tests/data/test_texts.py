@@ -7,15 +7,8 @@ import pytest
 import torch
 
 from niwaki.cli.demo import sapling
-from niwaki.data.texts import (
-    calibration_windows,
-    evaluation_windows,
-    load_tokenizer,
-    owned_windows,
-    read_documents,
-    read_texts,
-    sampled_windows,
-)
+from niwaki.data.documents import read_documents, read_texts
+from niwaki.data.texts import calibration_windows, evaluation_windows, load_tokenizer, owned_windows, sampled_windows
 from niwaki.errors import CalibrationError
 from support.models import tiny_llama, write_texts
 

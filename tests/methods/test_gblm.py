@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import niwaki
 from niwaki.config.targets import Sparsity
-from niwaki.data.texts import calibration_windows, load_tokenizer, read_texts
+from niwaki.data.documents import read_texts
+from niwaki.data.texts import calibration_windows, load_tokenizer
 from niwaki.errors import InputError
 from niwaki.methods import gblm, wanda
 from support.models import calibration_of, correlated_inputs, make_block, tiny_llama, weights_of, write_texts

@@ -23,8 +23,9 @@ from niwaki.compression.traces import trace
 from niwaki.config.events import Report, silent
 from niwaki.config.recipe import as_files, current_name
 from niwaki.config.sources import check_sources
+from niwaki.data.documents import read_texts
 from niwaki.data.stream import Stream
-from niwaki.data.texts import calibration_windows, check_seq_len, load_tokenizer, read_texts
+from niwaki.data.texts import calibration_windows, check_seq_len, load_tokenizer
 from niwaki.errors import InputError
 from niwaki.methods import shadow
 from niwaki.model.checkpoint import Checkpoint

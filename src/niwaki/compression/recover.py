@@ -29,7 +29,8 @@ from niwaki.compression.run_record import (
 )
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import as_files
-from niwaki.data.texts import calibration_windows, digest, load_tokenizer, read_texts
+from niwaki.data.documents import read_texts
+from niwaki.data.texts import calibration_windows, digest, load_tokenizer
 from niwaki.errors import ArchitectureError, InputError, NumericalError
 from niwaki.methods.shared.best_state import BestState, cosine
 from niwaki.model.checkpoint import Checkpoint

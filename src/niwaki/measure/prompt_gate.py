@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from niwaki.config.recipe import as_files
-from niwaki.data.texts import check_seq_len, evaluation_windows, load_tokenizer, read_texts
+from niwaki.data.documents import read_texts
+from niwaki.data.texts import check_seq_len, evaluation_windows, load_tokenizer
 from niwaki.errors import InputError
 from niwaki.runtime.contextual.predictor_files import has_shadow, read_shadow, write_about
 from niwaki.runtime.contextual.sparsity import Contextual, attach

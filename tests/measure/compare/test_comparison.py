@@ -12,7 +12,8 @@ import torch
 from transformers import DynamicCache
 
 import niwaki
-from niwaki.data.texts import evaluation_windows, load_tokenizer, read_texts
+from niwaki.data.documents import read_texts
+from niwaki.data.texts import evaluation_windows, load_tokenizer
 from niwaki.errors import CalibrationError, InputError, MeasuringError, OutputError
 from niwaki.measure.compare.inputs import read_prompts
 from niwaki.measure.compare.worker import Worker, continue_greedily

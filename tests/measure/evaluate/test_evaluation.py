@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import niwaki
-from niwaki.data.texts import evaluation_windows, load_tokenizer, read_texts
+from niwaki.data.documents import read_texts
+from niwaki.data.texts import evaluation_windows, load_tokenizer
 from niwaki.errors import CalibrationError, InputError
 from support.models import tiny_llama, write_texts
 

@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from niwaki.data.texts import owned_windows, read_documents
+from niwaki.data.documents import read_documents
+from niwaki.data.texts import owned_windows
 from niwaki.errors import NumericalError
 from niwaki.measure.intervals import Floats, mean_interval, share_interval
 from niwaki.measure.schema import DataQuality, Estimate, Example, Quality, SampleUnit, TokenDivergence

@@ -23,8 +23,9 @@ from torch import Tensor
 from niwaki.config.events import Report, silent
 from niwaki.config.recipe import as_files
 from niwaki.config.sources import check_sources
+from niwaki.data.documents import read_texts
 from niwaki.data.stream import Stream
-from niwaki.data.texts import check_seq_len, evaluation_windows, load_tokenizer, read_texts
+from niwaki.data.texts import check_seq_len, evaluation_windows, load_tokenizer
 from niwaki.errors import InputError
 from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
 from niwaki.measure.evaluate.harness import find_tasks, run_tasks
