@@ -351,7 +351,7 @@ class FullBlocks:
     def read(self, folder: ResultFolder, index: int) -> dict[str, Tensor]:
         """Return a finished block as plain weights, in the dtype of the checkpoint."""
         entry, checkpoint = folder.finished[block_part(index)], self.job.checkpoint
-        modules = packed_modules([entry], self.job.decoder.anatomy.prefix)
+        modules = packed_modules([entry], self.job.decoder.disk_module)
         dtypes = {STORED_DTYPES[checkpoint.tensors[module + WEIGHT].dtype] for module in modules}
         assert len(dtypes) <= 1, "the matrices of one block share a dtype"
         return decode_shard(folder.path / str(entry.shard), modules, dtypes.pop() if dtypes else checkpoint.dtype)
@@ -432,7 +432,7 @@ def _stored_outer(job: Job, folder: ResultFolder) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for number in range(len(job.outer_parts)):
         entry = folder.finished[_outer_part(number)]
-        modules = packed_modules([entry], job.decoder.anatomy.prefix)
+        modules = packed_modules([entry], job.decoder.disk_module)
         tensors |= decode_shard(folder.path / str(entry.shard), modules, job.checkpoint.dtype)
     return tensors
 
@@ -444,7 +444,7 @@ def _finish_walk(
     parts = [entry for name, entry in sorted(folder.finished.items()) if entry.lines is not None]
     for source in job.checkpoint.aux_files():
         copy_file(source, folder.path / source.name)
-    if modules := packed_modules(parts, job.decoder.anatomy.prefix):
+    if modules := packed_modules(parts, job.decoder.disk_module):
         stored = quantization(modules, job.checkpoint.shapes)
         write_text(folder.path / "config.json", quantized_config(job.checkpoint.folder, stored))
     allocation.storage.write_config(folder)

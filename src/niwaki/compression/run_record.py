@@ -385,11 +385,11 @@ def first_problem(error: Exception) -> str:
     return str(error)
 
 
-def packed_modules(entries: Iterable[JournalEntry], prefix: Callable[[int], str]) -> dict[str, Any]:
-    """Return the descriptions of the packed modules by name; `prefix(block)` begins the names of a block."""
+def packed_modules(entries: Iterable[JournalEntry], disk_module: Callable[[int, str], str]) -> dict[str, Any]:
+    """Return the descriptions of the packed modules by name on disk; `disk_module(block, matrix)` names a matrix."""
     modules: dict[str, Any] = {}
     for line in (line for entry in entries for line in entry.lines or () if line.stored is not None):
-        modules[line.module if isinstance(line, ModuleRecord) else prefix(line.block) + line.matrix] = line.stored
+        modules[line.module if isinstance(line, ModuleRecord) else disk_module(line.block, line.matrix)] = line.stored
     return modules
 
 

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from niwaki.compression.run_record import Record, RunRecord
 from niwaki.config.events import Event, Report
 from niwaki.errors import CheckpointError, InputError
-from niwaki.formats.quantized import QuantizedColumns, read_parts, stored_names
+from niwaki.formats.quantized import WEIGHT, QuantizedColumns, read_parts, stored_names
 from niwaki.model.checkpoint import INDEX, Checkpoint, quantized_config
 from niwaki.model.files import copy_file, write_shard, write_text
-from niwaki.model.hf import build_skeleton
+from niwaki.model.hf import build_skeleton, weight_names
 
 LIBRARY = "compressed-tensors"
 FORMAT = "pack-quantized"
@@ -96,7 +96,8 @@ def check(checkpoint: Checkpoint, record: Record | None, type: str | None) -> Co
     bits, grid = next(iter(kinds))
     skeleton = build_skeleton(checkpoint.config, checkpoint.dtype)
     linears = (name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear))
-    dense = tuple(name for name in linears if name not in checkpoint.packed)
+    names = weight_names(skeleton, [module + WEIGHT for module in checkpoint.packed])
+    dense = tuple(name for name in linears if name not in names.modules)
     return CodesPlan(bits, grid == "symmetric", 0 if whole else widths.pop(), dense, checkpoint.nbytes)
 
 

@@ -195,8 +195,12 @@ class Decoder:
             return self.parameter(f"{name.removesuffix('.bias')}{WEIGHT}", index).removesuffix(WEIGHT) + ".bias"
         return self.names.parameters[name].removeprefix(self.anatomy.prefix(index))
 
+    def disk_module(self, index: int, name: str) -> str:
+        """Return the name on disk of the module of the packable matrix `name` of block `index`."""
+        return self.names.modules[self.anatomy.prefix(index) + name]
+
     def embedding_matrices(self) -> dict[str, list[str]]:
-        """Return the names on disk of the weights of embeddings and LM head, by module.
+        """Return the names on disk of the weights of embeddings and LM head, by the name of their module on disk.
 
         A tied head counts as embeddings.
         """
@@ -207,7 +211,7 @@ class Decoder:
                 weight = names[module] + WEIGHT
                 owner = self.model.all_tied_weights_keys.get(weight, weight).removesuffix(WEIGHT)
                 stored = (name for name, target in self.names.parameters.items() if target == weight)
-                found.setdefault(owner, []).extend(stored)
+                found.setdefault(self.names.modules.get(owner, owner), []).extend(stored)
         return found
 
     def load(self, index: int, stored: dict[str, Tensor] | None = None) -> Block:
@@ -236,16 +240,15 @@ class Decoder:
         return block
 
     def packable(self, index: int) -> frozenset[str]:
-        """Return the matrices that are the whole weight of an nn.Linear and lie on disk under its own name."""
+        """Return the matrices that are the whole weight of an nn.Linear and lie on disk unconverted, as one tensor."""
         prefix, anatomy = self.anatomy.prefix(index), self.anatomy.blocks[index]
-        plain = self.names.unchanged
         return frozenset(
             name
             for name, linear in anatomy.linears.items()
             if linear.parameter == name + WEIGHT
             and linear.expert is None
             and not linear.transposed
-            and prefix + linear.parameter in plain
+            and prefix + name in self.names.modules
             and isinstance(self._blocks[index].get_submodule(name), nn.Linear)
         )
 

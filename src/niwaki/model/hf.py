@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.errors import ArchitectureError, CheckpointError
+from niwaki.formats.quantized import WEIGHT
 
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+PACKED = ".planes_0"  # one of the tensors that may stand for a weight (`formats.quantized`)
 HEADS = "num_heads"  # attribute of attention in some families (OPT); the others derive it from the width
 
 Shapes = Mapping[str, Sequence[int]]  # name of an nn.Linear → outputs, inputs
@@ -62,11 +64,13 @@ class WeightNames:
     """Names of the tensors of a checkpoint in the model that transformers builds.
 
     `parameters`: name on disk → parameter name. `converted`: names on disk that pass a conversion, such as the fusion
-    of experts. `mapping`: the conversions of transformers.
+    of experts. `modules`: module of the model → its name on disk, for each weight that is renamed at most and whose
+    packed tensors are renamed alike. `mapping`: the conversions of transformers.
     """
 
     parameters: Mapping[str, str]
     converted: frozenset[str]
+    modules: Mapping[str, str]
     mapping: list[Any]
 
     def below(self, prefix: str) -> list[str]:
@@ -76,11 +80,6 @@ class WeightNames:
     def outside(self, prefix: str) -> list[str]:
         """Return the names on disk of the parameters outside `prefix`."""
         return [name for name, parameter in self.parameters.items() if not parameter.startswith(prefix)]
-
-    @property
-    def unchanged(self) -> set[str]:
-        """Return the parameters that lie on disk under their own name, without a conversion."""
-        return {to for name, to in self.parameters.items() if name == to and name not in self.converted}
 
 
 def weight_names(model: Any, names: Iterable[str]) -> WeightNames:
@@ -92,16 +91,25 @@ def weight_names(model: Any, names: Iterable[str]) -> WeightNames:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     known = model.state_dict()
+
+    def renamed(name: str) -> tuple[str, bool]:
+        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        return (name, False) if parameter not in known and name in known else (parameter, pattern is not None)
+
     parameters: dict[str, str] = {}
     converted: set[str] = set()
+    modules: dict[str, str] = {}
     for name in names:
-        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if parameter not in known and name in known:
-            parameter, pattern = name, None
-        parameters[name] = parameter
-        if pattern is not None:
+        parameters[name], changed = renamed(name)
+        module, place = name.removesuffix(WEIGHT), parameters[name].removesuffix(WEIGHT)
+        if changed:
             converted.add(name)
-    return WeightNames(parameters, frozenset(converted), mapping)
+        elif name.endswith(WEIGHT) and parameters[name] == place + WEIGHT:
+            known[place + PACKED] = known.get(parameters[name])
+            if module == place or renamed(module + PACKED) == (place + PACKED, False):
+                modules[place] = module
+            del known[place + PACKED]
+    return WeightNames(parameters, frozenset(converted), modules, mapping)
 
 
 def fill(model: Any, stored: dict[str, Tensor], mapping: list[Any], dtype: torch.dtype) -> str | None:
@@ -131,6 +139,15 @@ def split_converted(model: Any, fused: dict[str, Tensor], expected: Container[st
         if name not in expected:
             raise ArchitectureError(f"transformers cannot write {name} back as the checkpoint stores it")
     return split
+
+
+def saved_name(model: Any, name: str) -> str:
+    """Return the name under which transformers saves the tensor `name` of a loaded model."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    saved: str
+    (saved,) = revert_weight_conversion(model, {name: model.get_buffer(name)})
+    return saved
 
 
 def resize(model: nn.Module, shapes: Shapes) -> None:

@@ -5,6 +5,7 @@
 linear layers, and embeddings with the head that is tied to them. The dense matrices never exist.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,9 +14,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from niwaki.errors import CheckpointError, format_problem
+from niwaki.formats.packed import record_names
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.checkpoint import QUANT_METHOD
-from niwaki.model.hf import resize
+from niwaki.model.hf import resize, saved_name, weight_names
 from niwaki.runtime.embedding import pack_embedding
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
@@ -43,13 +45,16 @@ class NiwakiQuantizer(HfQuantizer):
     """Quantizer that replaces the modules that the config names, and heads that are tied to them, by packed ones."""
 
     quantization_config: NiwakiConfig
+    places: Mapping[str, Any]  # descriptions of the packed modules by their name in the model
     requires_calibration = True  # it loads results of `niwaki compress` and quantizes no weights
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if problem := format_problem(self.quantization_config.format, (FORMAT,)):
             raise CheckpointError(f"the quantization_config of the model {problem}")
-        resize(model, self.quantization_config.shapes)
-        packed = self.quantization_config.modules
+        config = self.quantization_config
+        places = _places(model, config.shapes)
+        resize(model, {places.get(name, name): shape for name, shape in config.shapes.items()})
+        packed = self.places = _packed_here(model, config.modules)
         for name, about in packed.items():
             module: Any = model.get_submodule(name)
             rows, columns = about["shape"]
@@ -69,6 +74,15 @@ class NiwakiQuantizer(HfQuantizer):
                 _replace(model, head, model.get_submodule(owner).head(model.get_submodule(head).bias is not None))
                 del model.all_tied_weights_keys[target]
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
+        """Name the packed modules in the config as the file that is about to be saved does."""
+        modules = {}
+        for place, about in self.places.items():
+            name = f"{place}.{record_names(about)[0]}"
+            modules[saved_name(model, name).rpartition(".")[0]] = about
+        model.config.quantization_config.modules = modules
+        return None, {}
+
     def is_serializable(self) -> bool:
         """Return true: save_pretrained writes the codes unchanged."""
         return True
@@ -77,6 +91,27 @@ class NiwakiQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Return false: codes have no gradients."""
         return False
+
+
+def _packed_here(model: Any, packed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the packed modules by their name in this class of model. A class without LM head has no place for it.
+
+    Raises CheckpointError for any other module without a place, whose weights would be random.
+    """
+    places, known = _places(model, packed), {name for name, _ in model.named_modules()}
+    lost = [name for name in packed if places.get(name) not in known]
+    if len(lost) > (model.get_output_embeddings() is None):
+        raise CheckpointError(
+            f"{type(model).__name__} has no module for the packed {lost[-1]}: load this result with niwaki.load, or "
+            "with the class that config.json names"
+        )
+    return {places[name]: about for name, about in packed.items() if name not in lost}
+
+
+def _places(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Map names of modules on disk to their names in this class of model, as transformers renames their weights."""
+    modules = weight_names(model, [name + WEIGHT for name in names]).modules
+    return {name: place for place, name in modules.items()}
 
 
 def _shape(module: Any) -> tuple[int, int]:
