@@ -28,6 +28,7 @@ def compress(
     pack: options.Pack = None,
     embeddings: options.Embeddings = None,
     ends: options.OldEnds = None,
+    drop_unused: options.DropUnused = False,
     seed: options.Seed = None,
     device: options.RecipeDevice = None,
     dtype: options.RecipeDtype = None,
@@ -46,8 +47,9 @@ def compress(
     values = recipe_values(
         recipe, text, set_,
         method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks,
-        allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends), seed=seed, device=device,
-        dtype=dtype, batch_tokens=batch_tokens, activation_bytes=activation_bytes,
+        allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends),
+        drop_unused=drop_unused or None, seed=seed, device=device, dtype=dtype, batch_tokens=batch_tokens,
+        activation_bytes=activation_bytes,
     )  # fmt: skip
     check_recipe(values)
     check_inputs(model)

@@ -105,6 +105,13 @@ Embeddings = Annotated[
     str | None, recipe_option("Store embeddings and LM head as codes too: none, 4bit or 8bit.", "none")
 ]
 OldEnds = Annotated[str | None, hidden_alias("--ends")]
+DropUnused = Annotated[
+    bool,
+    typer.Option(
+        "--drop-unused",
+        help="Leave out tensors that the model does not read. Otherwise they are copied unchanged.",
+    ),
+]
 Seed = Annotated[int | None, recipe_option("Seed of the random numbers.", 0)]
 RecipeDevice = Annotated[str | None, recipe_option(DEVICE_HELP, "auto")]
 RecipeDtype = Annotated[str | None, recipe_option(DTYPE_HELP, "auto")]

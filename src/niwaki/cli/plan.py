@@ -40,6 +40,7 @@ def plan(
     pack: options.Pack = None,
     embeddings: options.Embeddings = None,
     ends: options.OldEnds = None,
+    drop_unused: options.DropUnused = False,
     dtype: options.RecipeDtype = None,
     batch_tokens: options.BatchTokens = None,
     activation_bytes: options.ActivationBytes = None,
@@ -61,8 +62,8 @@ def plan(
     values = recipe_values(
         recipe, given(files=tuple(calibration) if calibration else None, samples=samples, seq_len=seq_len), set_,
         method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks,
-        allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends), dtype=dtype,
-        batch_tokens=batch_tokens, activation_bytes=activation_bytes,
+        allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends),
+        drop_unused=drop_unused or None, dtype=dtype, batch_tokens=batch_tokens, activation_bytes=activation_bytes,
     )  # fmt: skip
     check_recipe(values)
     check_inputs(model)
@@ -85,11 +86,16 @@ def print_plan(to: Console, result: dict[str, Any]) -> None:
     )
     print_line(f"{model['type']}, {model['blocks']} blocks, {_count(model['weights'])} weights", to)
     print_line(f"{recipe['method']} {target} on {machine['name']} ({about})", to)
-    share, before = result["output_bytes"] / model["bytes"], 8 * model["bytes"] / max(model["weights"], 1)
+    share, before = (
+        result["output_bytes"] / model["bytes"],
+        8 * (model["bytes"] - result["unread"]["bytes"]) / max(model["weights"], 1),
+    )
+    unread, kept = result["unread"]["bytes"], result["unread"]["kept"]
     rows = [
         ["weight files", f"{_bytes(result['output_bytes'])} of {_bytes(model['bytes'])} ({share:.1%})"],
         ["bits a weight in the matrices of the blocks, with scales", f"{result['matrix_bits']:.2f}"],
         ["bits a weight in the files, embeddings and head included", f"{result['output_bits']:.2f} of {before:.2f}"],
+        *([["tensors outside the model, copied unchanged", _bytes(unread)]] if unread and kept else []),
         ["time", f"about {_time(result['seconds'])}"],
         *_phases(result),
         ["peak memory of the process", _bytes(result["peak_rss_bytes"])],

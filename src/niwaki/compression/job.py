@@ -12,7 +12,7 @@ to `walk_model`: how targets are allocated, and in which form blocks are stored.
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,13 +116,22 @@ class Job:
         """Return the names of all tensors outside the blocks (embeddings, norms, head), one list per file."""
         return cut_to_shards(self.decoder.disk_names(None), self.checkpoint.tensors)
 
+    @property
+    def unread_parts(self) -> list[list[str]]:
+        """Return the names of the tensors that no module reads and the result keeps, one list per file."""
+        names = () if self.recipe.drop_unused else self.decoder.unread.names
+        return cut_to_shards(names, self.checkpoint.tensors)
+
 
 class BlockStorage(Protocol):
     """Form in which the blocks of a result are stored."""
 
     @property
     def shard_names(self) -> list[str]:
-        """Return the file of every block, then those of the tensors outside the blocks."""
+        """Return the file of every block, then those of the tensors outside the blocks, and of the unread ones."""
+
+    def unread(self, names: Sequence[str]) -> Mapping[str, str]:
+        """Return new name → name of the tensors that no module reads, as far as they are left."""
 
     def tensors(self, block: Block, lines: list[MatrixRecord]) -> dict[str, Tensor]:
         """Return the content of the file of a block by name; {} if it has no file."""
@@ -186,6 +195,8 @@ def run(job: Job, execute: Callable[[Job, ResultFolder, Report], RunRecord]) -> 
         try:
             target = str(job.stage.target)
             report(Event.START, blocks=len(job.decoder), method=job.recipe.method, target=target)
+            if (unread := job.decoder.unread).names:
+                report(Event.WARNING, message=unread.message(dropped=job.recipe.drop_unused))
             return execute(job, folder, report)
         except (InputError, NumericalError):
             folder.discard()  # no later attempt can use what is there
@@ -206,6 +217,7 @@ def walk_model(job: Job, folder: ResultFolder, report: Report, allocate: Allocat
         allocation = allocate(job, folder, report)
         storage, shard_names = allocation.storage, allocation.storage.shard_names
         _write_outer(job, folder, writer, shard_names[len(decoder) :])
+        _write_unread(job, folder, writer, storage)
         # A dense stream starts from the dense embeddings, so it is made before the stored ones replace them.
         dense = windows_stream(job, folder, "dense") if stage.dense_stream else None
         if job.packed_embeddings:
@@ -267,6 +279,7 @@ def record_of(job: Job, folder: ResultFolder, result: ResultRecord, allocation: 
             "sha256": None if job.windows_ST is None else digest(job.windows_ST),
         },
         "result": result,
+        **({"unread": unread.record(kept=not job.recipe.drop_unused)} if (unread := job.decoder.unread).names else {}),
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
         "seconds": round(time.perf_counter() - job.request.began, 2),
         "peak_rss_bytes": peak_rss_bytes(),
@@ -340,9 +353,13 @@ class FullBlocks:
 
     @property
     def shard_names(self) -> list[str]:
-        """Return one file per block, then the tensors outside the blocks in files of about 1 GiB."""
-        count = len(self.job.decoder) + len(self.job.outer_parts)
+        """Return one file per block, then all other tensors in files of about 1 GiB, the unread ones last."""
+        count = len(self.job.decoder) + len(self.job.outer_parts) + len(self.job.unread_parts)
         return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+    def unread(self, names: Sequence[str]) -> Mapping[str, str]:
+        """Return the names as they are: all are left."""
+        return {name: name for name in names}
 
     def tensors(self, block: Block, lines: list[MatrixRecord]) -> dict[str, Tensor]:
         """Return the content of the file of a block by name."""
@@ -425,6 +442,15 @@ def _write_outer(job: Job, folder: ResultFolder, writer: Writer, shard_names: li
                 job.checkpoint, names, job.packed_embeddings, job.recipe.embeddings, job.decoder.device
             )
             writer.write(part, shard_names[number], tensors, lines)
+
+
+def _write_unread(job: Job, folder: ResultFolder, writer: Writer, storage: BlockStorage) -> None:
+    """Copy the tensors that no module reads. A file whose tensors all belong to removed blocks is not written."""
+    shard_names = storage.shard_names[len(job.decoder) + len(job.outer_parts) :]
+    for number, (names, shard) in enumerate(zip(job.unread_parts, shard_names, strict=True)):
+        part = f"unread-{number:05d}"
+        if part not in folder.finished and (left := storage.unread(names)):
+            writer.copy(part, shard, job.checkpoint, left)
 
 
 def _stored_outer(job: Job, folder: ResultFolder) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ _BODY = """---
 {zeros}| true bits a weight in them, scales and all | {bits:.3f} |
 | true bits a weight in embeddings and head | {embeddings} |
 | bytes of the weight files | {bytes:,} (before: {bytes_before:,}) |
-| calibration | {calibration} |
+{unread}| calibration | {calibration} |
 | seed | {seed} |
 | time | {seconds} s on {device} |
 
@@ -149,11 +149,22 @@ def _card(record: RunRecord, library: str, storage: str) -> str:
         bytes=exported.bytes if exported else result.bytes,
         bytes_before=record.model.bytes,
         calibration="none" if windows is None else f"{windows[0]} windows of {windows[1]} tokens",
+        unread=_unread_row(record),
         seed=recipe.seed,
         seconds=record.seconds,
         device=record.device,
         command="\n    ".join(_made_with(record)),
     )
+
+
+def _unread_row(record: RunRecord) -> str:
+    """Return the row about tensors that no module reads, empty without any."""
+    unread = record.unread
+    if unread is None:
+        return ""
+    names = ", ".join(f"`{name}`" for name in unread.groups)
+    way = f"{unread.bytes:,} bytes, {'copied unchanged' if unread.kept else 'left out'}"
+    return f"| tensors of the file without a place in the model | {unread.tensors} ({way}): {names} |\n"
 
 
 def _hub_source(folder: str) -> tuple[str | None, str]:

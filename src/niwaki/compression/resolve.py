@@ -141,6 +141,8 @@ def resolve_allocation(recipe: Recipe) -> Recipe:
     if recipe.allocation == "searched" and infos[0].kind is not MethodKind.SHAPE:
         names = ", ".join(method_names(MethodKind.SHAPE))
         raise TargetError(f"searched widths need a structured method ({names}), got {recipe.method}")
+    if recipe.drop_unused and infos[0].kind is MethodKind.CONTEXTUAL:
+        raise InputError(f"{recipe.method} keeps the files of the weights as they are: leave drop_unused out")
     _check_alone(recipe, infos)
     _check_bit_budget(recipe, infos)
     return recipe

@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,8 @@ from niwaki.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from niwaki.model.checkpoint import Checkpoint
 
 FINGERPRINT = "fingerprint.json"
 LOCK = "lock"
@@ -186,21 +188,28 @@ class Writer:
         self, part: str, shard: str, tensors: "dict[str, Tensor]", lines: Sequence[MatrixRecord | ModuleRecord]
     ) -> None:
         """Start to write one shard, after one of two earlier writes is complete."""
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        self._start(part, shard, lambda path: write_shard(path, tensors), sorted(tensors), nbytes, lines)
+
+    def copy(self, part: str, shard: str, checkpoint: "Checkpoint", names: Mapping[str, str]) -> None:
+        """Start to copy the tensors `names` (new name → name in `checkpoint`) to one shard, byte for byte."""
+        nbytes = sum(checkpoint.tensors[name].nbytes for name in names.values())
+        self._start(part, shard, lambda path: checkpoint.copy(names, path), sorted(names), nbytes, [])
+
+    def _start(
+        self, part: str, shard: str, save: Callable[[Path], str], names: list[str], nbytes: int,
+        lines: Sequence[MatrixRecord | ModuleRecord],
+    ) -> None:  # fmt: skip
         path = self.folder.path / shard
 
-        def save() -> JournalEntry:
-            sha256 = write_shard(path, tensors)
+        def finish() -> JournalEntry:
+            sha256, size = save(path), path.stat().st_size
             return JournalEntry(
-                shard=shard,
-                sha256=sha256,
-                bytes=path.stat().st_size,
-                tensors=sorted(tensors),
-                tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-                lines=lines,
-            )
+                shard=shard, sha256=sha256, bytes=size, tensors=names, tensor_bytes=nbytes, lines=lines
+            )  # fmt: skip
 
         self.flush(MAX_WRITES - 1)
-        self._pending.append((part, self._pool.submit(save)))
+        self._pending.append((part, self._pool.submit(finish)))
 
     def flush(self, left: int = 0) -> None:
         """Wait until at most `left` parts are still being written; the others are on the disk and in the journal."""

@@ -198,6 +198,22 @@ class ResultRecord(_Frozen):
     predictor: dict[str, Any] | None = None
 
 
+class UnreadGroup(_Frozen):
+    """Number and bytes of tensors below one prefix."""
+
+    tensors: int
+    bytes: int
+
+
+class UnreadRecord(_Frozen):
+    """Tensors of the source that its model has no place for, by prefix. `kept`: the result holds them unchanged."""
+
+    kept: bool
+    tensors: int
+    bytes: int
+    groups: dict[str, UnreadGroup] = {}
+
+
 class ExportRecord(_Frozen):
     """Files that an export wrote."""
 
@@ -246,6 +262,7 @@ class RunRecord(Record):
     allocation: AllocationRecord = AllocationRecord()
     calibration: CalibrationRecord = CalibrationRecord()
     result: ResultRecord
+    unread: UnreadRecord | None = None
     device: str = ""
     seconds: float = 0
     peak_rss_bytes: int = 0

@@ -6,6 +6,7 @@ compute what the walk computed.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +143,10 @@ class PrunedBlocks:
             number += index not in gone
             numbered.append(f"model-{number:05d}-of-{count:05d}.safetensors")
         return numbered
+
+    def unread(self, names: Sequence[str]) -> Mapping[str, str]:
+        """Return the names after the removed blocks are gone, without those that belong to such a block."""
+        return self.job.decoder.unread.renamed(names, self.shape.dropped if self.cut else ())
 
     def tensors(self, block: Block, lines: list[MatrixRecord]) -> dict[str, Tensor]:
         """Return the block without what is gone, under its new name; {} for a removed block."""

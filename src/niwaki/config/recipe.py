@@ -61,6 +61,7 @@ class Recipe(_Strict):
     embeddings: Annotated[
         Literal["none", "4bit", "8bit"], "Codes of the embeddings and the LM head; they do not count in the target."
     ] = "none"
+    drop_unused: Annotated[bool, "Leave out tensors that the model does not read, instead of copying them."] = False
     seed: Annotated[int, "Seed of every random number."] = 0
     device: Annotated[str, "Device that computes: auto, cpu, cuda or cuda:N."] = "auto"
     dtype: Annotated[

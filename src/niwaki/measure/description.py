@@ -21,7 +21,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 def describe_model(source: str, name: str, decoder: Decoder, dense: Decoder) -> Model:
     """Describe a model that has not run: no loading time, no memory."""
     checkpoint, recipe = decoder.checkpoint, read_recipe(decoder.checkpoint.folder)
-    outside_blocks = set(decoder.disk_names(None))
+    inside = [name for index in range(len(decoder)) for name in decoder.disk_names(index)]
     predictor_bytes = (checkpoint.folder / TENSORS).stat().st_size if has_shadow(checkpoint.folder) else 0
     return Model(
         name=name,
@@ -33,7 +33,7 @@ def describe_model(source: str, name: str, decoder: Decoder, dense: Decoder) -> 
         architecture=(checkpoint.config.architectures or [checkpoint.config.model_type])[0],
         blocks=len(decoder),
         file_bytes=checkpoint.nbytes + predictor_bytes,
-        decoder_bytes=sum(info.nbytes for tensor, info in checkpoint.tensors.items() if tensor not in outside_blocks),
+        decoder_bytes=sum(checkpoint.tensors[name].nbytes for name in inside),
         load_seconds=None,
         memory=None,
     )

@@ -8,10 +8,11 @@ Only safetensors is read, since a pickle can run code. Shard names must be plain
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,36 +22,27 @@ from niwaki.config.sources import model_folder
 from niwaki.errors import CheckpointError
 from niwaki.formats.packed import decode_stored, record_names
 from niwaki.formats.quantized import WEIGHT
-from niwaki.model.files import file_sha256
+from niwaki.model.files import atomic_file, file_sha256
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 QUANT_METHOD = "niwaki"
 SHARD_BYTES = 2**30
+_LENGTH_BYTES = 8  # of the header of a safetensors file, little-endian
+_COPY_BYTES = 2**24  # per read of a copy
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-_DTYPE_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Header of a tensor: its shard, dtype and shape. `nbytes` counts its stored bytes."""
+    """Header of a tensor: its shard, dtype and shape. `nbytes` counts its stored bytes, which begin at `begin`."""
 
     shard: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    begin: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,11 +92,13 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the floating-point dtype with the most stored bytes."""
+        """Return the dtype of weights with the most stored bytes."""
         totals: dict[str, int] = {}
         for info in self.tensors.values():
             totals[info.dtype] = totals.get(info.dtype, 0) + info.nbytes
-        name = max(totals, key=lambda dtype: totals[dtype])
+        # A decoder refuses other dtypes among the tensors that it reads; what it does not read may have any.
+        usable = {name: total for name, total in totals.items() if name in STORED_DTYPES} or totals
+        name = max(usable, key=lambda dtype: usable[dtype])
         if name not in STORED_DTYPES:
             raise CheckpointError(f"{self.folder} stores its weights as {name}: expected F32, F16 or BF16")
         return STORED_DTYPES[name]
@@ -139,6 +133,35 @@ class Checkpoint:
                 )
         return found
 
+    def copy(self, names: Mapping[str, str], path: Path) -> str:
+        """Write one shard with the tensors `names` (new name → name here), byte for byte. Return its SHA-256.
+
+        Any dtype passes, also one that torch does not know. Memory stays small.
+        """
+        infos = {new: self.tensors[name] for new, name in names.items()}
+        # Wide elements first, as the format asks for: every tensor then begins at a multiple of its element.
+        order = sorted(infos, key=lambda new: (-infos[new].nbytes // max(1, math.prod(infos[new].shape)), new))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for new in order:
+            begin, end = end, end + infos[new].nbytes
+            header[new] = {"dtype": infos[new].dtype, "shape": infos[new].shape, "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _LENGTH_BYTES)
+        with atomic_file(path) as temporary:
+            with temporary.open("wb") as target:
+                target.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+                for new in order:
+                    self._copy_bytes(infos[new], target)
+            return file_sha256(temporary)
+
+    def _copy_bytes(self, info: TensorInfo, target: BinaryIO) -> None:
+        """Append the bytes of one tensor to `target`."""
+        with (self.folder / info.shard).open("rb") as source:
+            source.seek(info.begin)
+            for done in range(0, info.nbytes, _COPY_BYTES):
+                target.write(source.read(min(_COPY_BYTES, info.nbytes - done)))
+
     def fingerprint(self) -> dict[str, str]:
         """Return a hash per file that changes with its content: size, modification time and header, or content."""
         hashes = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()}
@@ -158,7 +181,7 @@ class Checkpoint:
         for shard in self.shards:
             path = self.folder / shard
             with path.open("rb") as file:
-                prefix = file.read(8)  # the header's length, little-endian
+                prefix = file.read(_LENGTH_BYTES)
                 header = file.read(int.from_bytes(prefix, "little"))
             digest = hashlib.sha256(prefix + header).hexdigest()
             hashes[shard] = {"bytes": path.stat().st_size, "header_sha256": digest}
@@ -289,18 +312,15 @@ def _read_header(folder: Path, shard: str) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{folder / INDEX} names the shard {shard!r}: expected a plain .safetensors file name")
     if not (folder / shard).is_file():
         raise CheckpointError(f"{folder} misses the shard {shard} that its index lists")
-    found = {}
     try:
-        with safe_open(folder / shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                piece = file.get_slice(name)
-                shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
-                if dtype not in _DTYPE_BYTES:
-                    raise CheckpointError(f"{folder / shard}: {name} is stored as {dtype}, which niwaki cannot read")
-                count = 1
-                for size in shape:
-                    count *= size
-                found[name] = TensorInfo(shard, dtype, shape, count * _DTYPE_BYTES[dtype])
+        safe_open(folder / shard, framework="pt").__exit__(None, None, None)  # checks the header and the length
     except SafetensorError as error:
         raise CheckpointError(f"{folder / shard} is not a complete safetensors file ({error})") from error
+    with (folder / shard).open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    found = {}
+    for name in sorted(header.keys() - {"__metadata__"}):
+        begin, end = (_LENGTH_BYTES + length + offset for offset in header[name]["data_offsets"])
+        found[name] = TensorInfo(shard, header[name]["dtype"], tuple(header[name]["shape"]), end - begin, begin)
     return found

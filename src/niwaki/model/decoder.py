@@ -35,10 +35,11 @@ from niwaki.model.anatomy import (
     stubbed,
     weight_pointers,
 )
-from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.checkpoint import STORED_DTYPES, Checkpoint
 from niwaki.model.device import return_free_memory, to_host
 from niwaki.model.hf import build_skeleton, fill, materialize_buffers, resize, split_converted, weight_names
 from niwaki.model.matmul_observer import MatmulObserver
+from niwaki.model.unread import Unread
 
 
 @dataclass
@@ -167,6 +168,8 @@ class Decoder:
         self.anatomy = discover(self.model)
         self.path, self._blocks = find_blocks(self.model)
         self.names = weight_names(self.model, checkpoint.tensors)
+        self.unread = Unread.of(self.names, checkpoint, self.path)
+        self._check_dtypes()
         self._outer_loaded = False
 
     def __len__(self) -> int:
@@ -182,6 +185,17 @@ class Decoder:
         """Return the longest window of the model in tokens, or None if its config does not say."""
         value = getattr(self.checkpoint.config.get_text_config(), "max_position_embeddings", None)
         return None if value is None else int(value)
+
+    def _check_dtypes(self) -> None:
+        """Raise CheckpointError for a weight that is stored in a dtype without plain arithmetic, such as fp8."""
+        floating = {name for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
+        for name, parameter in self.names.parameters.items():
+            dtype = self.checkpoint.tensors[name].dtype
+            if parameter in floating and dtype not in STORED_DTYPES:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {name} is stored as {dtype}: expected F32, F16 or BF16; start from the "
+                    "checkpoint before quantization"
+                )
 
     def disk_names(self, index: int | None) -> list[str]:
         """Return the names on disk of the tensors of block `index`, or outside the blocks for None."""

@@ -65,13 +65,15 @@ class WeightNames:
 
     `parameters`: name on disk → parameter name. `converted`: names on disk that pass a conversion, such as the fusion
     of experts. `modules`: module of the model → its name on disk, for each weight that is renamed at most and whose
-    packed tensors are renamed alike. `mapping`: the conversions of transformers.
+    packed tensors are renamed alike. `mapping`: the conversions of transformers. `unread`: names on disk that the model
+    has no place for.
     """
 
     parameters: Mapping[str, str]
     converted: frozenset[str]
     modules: Mapping[str, str]
     mapping: list[Any]
+    unread: tuple[str, ...] = ()
 
     def below(self, prefix: str) -> list[str]:
         """Return the names on disk of the parameters below `prefix`."""
@@ -99,17 +101,22 @@ def weight_names(model: Any, names: Iterable[str]) -> WeightNames:
     parameters: dict[str, str] = {}
     converted: set[str] = set()
     modules: dict[str, str] = {}
+    unread: list[str] = []
     for name in names:
-        parameters[name], changed = renamed(name)
-        module, place = name.removesuffix(WEIGHT), parameters[name].removesuffix(WEIGHT)
+        parameter, changed = renamed(name)
+        if parameter not in known:
+            unread.append(name)
+            continue
+        parameters[name] = parameter
+        module, place = name.removesuffix(WEIGHT), parameter.removesuffix(WEIGHT)
         if changed:
             converted.add(name)
-        elif name.endswith(WEIGHT) and parameters[name] == place + WEIGHT:
-            known[place + PACKED] = known.get(parameters[name])
+        elif name.endswith(WEIGHT) and parameter == place + WEIGHT:
+            known[place + PACKED] = known[parameter]
             if module == place or renamed(module + PACKED) == (place + PACKED, False):
                 modules[place] = module
             del known[place + PACKED]
-    return WeightNames(parameters, frozenset(converted), modules, mapping)
+    return WeightNames(parameters, frozenset(converted), modules, mapping, tuple(unread))
 
 
 def fill(model: Any, stored: dict[str, Tensor], mapping: list[Any], dtype: torch.dtype) -> str | None:

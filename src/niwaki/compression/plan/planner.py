@@ -10,7 +10,7 @@ are estimated from counted work (see `estimate`) on a machine that is measured o
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,8 @@ def plan(
     total = sum(phases.values())
     disk = sum(stage.written_bytes for stage in stages) + max(peak.scratch_bytes for _, peak in taken)
     peak = max((peak for _, peak in taken), key=lambda peak: peak.device_bytes or peak.rss_bytes)
-    warnings = _check_memory(peak, machine.device, machine.memory_bytes, machine.name)
+    warnings = [decoder.unread.message(dropped=made.drop_unused)] if decoder.unread.names else []
+    warnings += _check_memory(peak, machine.device, machine.memory_bytes, machine.name)
     if gpu is None or machine.device == "cpu":
         warnings += _check_disk(out, CERTAIN_BYTES * max(stage.written_bytes for stage in stages), disk)
     decode = decoding(first.model, last.stored, last.stage.target, machine)
@@ -120,6 +121,7 @@ def plan(
         "disk_bytes": disk,
         "decode": decode,
         "money": _money(decode, total, price_per_hour, tokens_per_day),
+        "unread": decoder.unread.record(kept=not made.drop_unused),
         "warnings": warnings,
     }
 
@@ -148,8 +150,9 @@ def check_possible(decoder: Decoder, stage: ResolvedStage, out: Path, report: Re
         written = 0.0
     elif stage.kind is MethodKind.SHAPE:
         assert isinstance(stage.target, Sparsity)
-        blocks = model.file_bytes - model.embeddings_bytes
-        written = (1 - min(1.0, 1.3 * stage.target.zeros_frac)) * blocks + model.embeddings_bytes
+        kept = model.embeddings_bytes + (0 if stage.recipe.drop_unused else model.unread_bytes)
+        blocks = model.file_bytes - model.embeddings_bytes - model.unread_bytes
+        written = (1 - min(1.0, 1.3 * stage.target.zeros_frac)) * blocks + kept
     else:
         written = stored_sizes(decoder, model, stage).file_bytes
     warnings = _check_memory(peak, device.type, total, str(device))
@@ -175,8 +178,10 @@ def _plan_stage(decoder: Decoder, model: ModelSizes, stage: ResolvedStage, devic
         if stage.recipe.allocation == "searched":
             candidates += EXPECTED_ROUNDS * (2 * len(space) + len(STRIDES))
         left = shaped_sizes(model, space, shape)
+        if stage.recipe.drop_unused:
+            left = replace(left, file_bytes=left.file_bytes - left.unread_bytes, unread_bytes=0)
         read = sum(block.dense_bytes for block in left.blocks) + left.head_bytes
-        nbytes = left.file_bytes if stage.recipe.pack != "none" or shape.even else model.file_bytes
+        nbytes = (left if stage.recipe.pack != "none" or shape.even else model).file_bytes
         work = _workload(stage, model, device, itemsize, candidates)
         return PlannedStage(stage, model, left, work, StoredSizes(nbytes, left.matrix_bits, read, 0))
     work = _workload(stage, model, device, itemsize)
@@ -245,8 +250,9 @@ def _check_disk(out: Path, certain_bytes: float, needed_bytes: int) -> list[str]
 
 
 def _bits(planned: PlannedStage) -> float:
-    """Return the bits a weight of the whole file, with the embeddings."""
-    return 8 * planned.stored.file_bytes / max(planned.model.weights + planned.model.embeddings_weights, 1)
+    """Return the bits a weight of the file with the embeddings, without tensors that no module reads."""
+    unread = 0 if planned.stage.recipe.drop_unused else planned.model.unread_bytes
+    return 8 * (planned.stored.file_bytes - unread) / max(planned.model.weights + planned.model.embeddings_weights, 1)
 
 
 def _model_facts(decoder: Decoder, model: ModelSizes) -> dict[str, Any]:

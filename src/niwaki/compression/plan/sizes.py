@@ -81,7 +81,10 @@ class BlockSizes:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a decoder: its blocks, and the bytes and weights of embeddings, head and the rest outside them."""
+    """Sizes of a decoder: its blocks, and the bytes and weights of embeddings, head and the rest outside them.
+
+    `unread_bytes`: tensors of the file that no module reads.
+    """
 
     blocks: tuple[BlockSizes, ...]
     hidden: int
@@ -89,6 +92,7 @@ class ModelSizes:
     embeddings_weights: int
     head_bytes: int
     file_bytes: int
+    unread_bytes: int
 
     @property
     def weights(self) -> int:
@@ -139,6 +143,7 @@ def sizes_of(decoder: Decoder) -> ModelSizes:
     return ModelSizes(
         tuple(blocks), decoder.hidden_size, sum(end.nbytes for end in ends),
         sum(end.nbytes for end in ends) // itemsize, head, decoder.checkpoint.nbytes,
+        decoder.unread.nbytes,
     )  # fmt: skip
 
 
@@ -166,6 +171,7 @@ def stored_sizes(decoder: Decoder, model: ModelSizes, stage: ResolvedStage) -> S
         largest = max(largest, total)
     packed = _packed_embeddings(decoder, recipe, target)
     files += model.embeddings_bytes - packed[0] + packed[1] + _header(decoder, None, 0, 0)
+    files += 0 if recipe.drop_unused else model.unread_bytes
     head = model.head_bytes if not packed[0] else model.head_bytes * packed[1] / packed[0]
     return StoredSizes(files, 8 * matrices / max(model.weights, 1), read + head, largest)
 
