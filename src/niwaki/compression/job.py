@@ -485,7 +485,7 @@ def _fingerprint(job: Job) -> dict[str, str]:
     return fingerprint(
         job.checkpoint.fingerprint(),
         "none" if job.windows_ST is None else digest(job.windows_ST),
-        job.recipe.model_dump(mode="json"),
+        job.recipe.dump(),
         dense_stream=job.stage.dense_stream,
         threads=torch.get_num_threads() if job.decoder.device.type == "cpu" else None,
     )

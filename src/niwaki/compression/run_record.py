@@ -276,7 +276,7 @@ class RunRecord(Record):
 
     @field_serializer("recipe")
     def _whole(self, recipe: Recipe) -> dict[str, Any]:
-        return recipe.model_dump(mode="json")
+        return recipe.dump()
 
     @property
     def file_hashes(self) -> Mapping[str, str]:

@@ -21,6 +21,7 @@ from niwaki.config.targets import WRITTEN_TARGETS_HELP, parse_bytes, parse_keep_
 from niwaki.errors import InputError, TargetError, unknown
 
 RENAMED_FIELDS = {"ends": "embeddings"}  # of a recipe, by their names in version 0.1
+ADDED_FIELDS = ("drop_unused",)  # since version 0.1
 RENAMED_OPTIONS = {"stand_in": "mean_fill", "trial_windows": "candidate_windows", "trust": "shrinkage"}  # of methods
 RENAMED_PREFIXES = {"most_": "max_", "least_": "min_"}
 
@@ -71,6 +72,15 @@ class Recipe(_Strict):
     activation_bytes: Annotated[int | None, "Bytes of hidden states that stay in memory; the rest goes to disk."] = (
         Field(default=None, ge=0)
     )
+
+    def dump(self) -> dict[str, Any]:
+        """Return the fields as JSON has them; those that came after version 0.1 only if they differ from the default.
+
+        So old records and old fingerprints stay what they were.
+        """
+        content = self.model_dump(mode="json")
+        added = {name for name in ADDED_FIELDS if getattr(self, name) == type(self).model_fields[name].default}
+        return {name: value for name, value in content.items() if name not in added}
 
     @field_validator("target", mode="before")
     @classmethod
