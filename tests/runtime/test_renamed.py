@@ -15,13 +15,21 @@ from niwaki.errors import CheckpointError
 from niwaki.runtime.embedding import PackedEmbedding
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
-from support.models import add_tokenizer, write_texts
-from support.wrappers import TEXT, gemma3, write, write_without_prefix
+from support.models import write_texts
+from support.wrappers import TEXT, rename, wrappers, write
 
-MODELS = {
-    "wrapper": (gemma3, write, "language_model.model.layers.0."),
-    "base": (lambda: transformers.LlamaConfig(**TEXT), write_without_prefix, "layers.0."),
-}
+
+def write_wrapper(folder: Path) -> Path:
+    """Write a Gemma 3, whose file has `language_model.model.` where the model has `model.language_model.`."""
+    return write(wrappers()["gemma3"], folder)
+
+
+def write_base(folder: Path) -> Path:
+    """Write a Llama whose file has no `model.` before the names, as a base model is saved."""
+    return rename(write(transformers.LlamaConfig(**TEXT), folder), {"model.": ""})
+
+
+MODELS = {"wrapper": (write_wrapper, "language_model.model.layers.0."), "base": (write_base, "layers.0.")}
 FORMS: dict[str, dict[str, Any]] = {
     "codes": {"method": "gptq", "target": "4bit", "options": {"group": 16}, "embeddings": "4bit"},
     "planes": {"method": "squeeze10", "target": "2.5bit", "options": {"rounds": 0, "learn_rounds": 0}},
@@ -38,10 +46,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    config, save, first = MODELS[request.param]
-    folder = save(config(), tmp_path_factory.mktemp(request.param))
-    add_tokenizer(folder)
-    return folder, first
+    save, first = MODELS[request.param]
+    return save(tmp_path_factory.mktemp(request.param)), first
 
 
 def compressed(folder: Path, out: Path, text: str, **recipe: Any) -> Path:
@@ -79,7 +85,6 @@ def test_renamed_matrices_are_packed_and_every_loader_reads_them(
 def test_a_class_without_a_place_for_packed_matrices_is_refused(tmp_path: Path) -> None:
     """Another class of model would leave random weights where the codes belong."""
     folder = write(transformers.LlamaConfig(**TEXT), tmp_path / "m")
-    add_tokenizer(folder)
     out = tmp_path / "out"
     niwaki.compress(folder, out, method="rtn", target="4bit", options={"group": 16}, device="cpu")
     config = json.loads((out / "config.json").read_text())

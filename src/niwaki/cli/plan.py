@@ -86,15 +86,17 @@ def print_plan(to: Console, result: dict[str, Any]) -> None:
     )
     print_line(f"{model['type']}, {model['blocks']} blocks, {_count(model['weights'])} weights", to)
     print_line(f"{recipe['method']} {target} on {machine['name']} ({about})", to)
+    towers = sum(result["towers"].values())
     share, before = (
         result["output_bytes"] / model["bytes"],
-        8 * (model["bytes"] - result["unread"]["bytes"]) / max(model["weights"], 1),
+        8 * (model["bytes"] - result["unread"]["bytes"] - towers) / max(model["weights"], 1),
     )
     unread, kept = result["unread"]["bytes"], result["unread"]["kept"]
     rows = [
         ["weight files", f"{_bytes(result['output_bytes'])} of {_bytes(model['bytes'])} ({share:.1%})"],
         ["bits a weight in the matrices of the blocks, with scales", f"{result['matrix_bits']:.2f}"],
         ["bits a weight in the files, embeddings and head included", f"{result['output_bits']:.2f} of {before:.2f}"],
+        *([["towers that text alone does not run, copied unchanged", _bytes(towers)]] if towers else []),
         *([["tensors outside the model, copied unchanged", _bytes(unread)]] if unread and kept else []),
         ["time", f"about {_time(result['seconds'])}"],
         *_phases(result),

@@ -34,6 +34,7 @@ from niwaki.compression.bit_allocation import (
 from niwaki.compression.embeddings import TensorNames, embeddings_to_pack, read_packed
 from niwaki.compression.model_card import model_card
 from niwaki.compression.plan.planner import check_possible
+from niwaki.compression.plan.sizes import towers_record
 from niwaki.compression.resolve import ResolvedStage
 from niwaki.compression.result_folder import (
     ResultFolder,
@@ -117,10 +118,10 @@ class Job:
         return cut_to_shards(self.decoder.disk_names(None), self.checkpoint.tensors)
 
     @property
-    def unread_parts(self) -> list[list[str]]:
-        """Return the names of the tensors that no module reads and the result keeps, one list per file."""
+    def copied_parts(self) -> list[list[str]]:
+        """Return the names of copied tensors, one list per file: towers, and what no module reads if it is kept."""
         names = () if self.recipe.drop_unused else self.decoder.unread.names
-        return cut_to_shards(names, self.checkpoint.tensors)
+        return cut_to_shards([*self.decoder.tower_names, *names], self.checkpoint.tensors)
 
 
 class BlockStorage(Protocol):
@@ -128,10 +129,10 @@ class BlockStorage(Protocol):
 
     @property
     def shard_names(self) -> list[str]:
-        """Return the file of every block, then those of the tensors outside the blocks, and of the unread ones."""
+        """Return the file of every block, then those of the tensors outside the blocks, and of the copied ones."""
 
-    def unread(self, names: Sequence[str]) -> Mapping[str, str]:
-        """Return new name → name of the tensors that no module reads, as far as they are left."""
+    def copied(self, names: Sequence[str]) -> Mapping[str, str]:
+        """Return new name → name of the copied tensors, as far as they are left."""
 
     def tensors(self, block: Block, lines: list[MatrixRecord]) -> dict[str, Tensor]:
         """Return the content of the file of a block by name; {} if it has no file."""
@@ -217,7 +218,7 @@ def walk_model(job: Job, folder: ResultFolder, report: Report, allocate: Allocat
         allocation = allocate(job, folder, report)
         storage, shard_names = allocation.storage, allocation.storage.shard_names
         _write_outer(job, folder, writer, shard_names[len(decoder) :])
-        _write_unread(job, folder, writer, storage)
+        _write_copied(job, folder, writer, storage)
         # A dense stream starts from the dense embeddings, so it is made before the stored ones replace them.
         dense = windows_stream(job, folder, "dense") if stage.dense_stream else None
         if job.packed_embeddings:
@@ -280,6 +281,7 @@ def record_of(job: Job, folder: ResultFolder, result: ResultRecord, allocation: 
         },
         "result": result,
         **({"unread": unread.record(kept=not job.recipe.drop_unused)} if (unread := job.decoder.unread).names else {}),
+        **({"towers": towers_record(job.decoder)} if job.decoder.anatomy.idle else {}),
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
         "seconds": round(time.perf_counter() - job.request.began, 2),
         "peak_rss_bytes": peak_rss_bytes(),
@@ -353,11 +355,11 @@ class FullBlocks:
 
     @property
     def shard_names(self) -> list[str]:
-        """Return one file per block, then all other tensors in files of about 1 GiB, the unread ones last."""
-        count = len(self.job.decoder) + len(self.job.outer_parts) + len(self.job.unread_parts)
+        """Return one file per block, then all other tensors in files of about 1 GiB, the copied ones last."""
+        count = len(self.job.decoder) + len(self.job.outer_parts) + len(self.job.copied_parts)
         return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
-    def unread(self, names: Sequence[str]) -> Mapping[str, str]:
+    def copied(self, names: Sequence[str]) -> Mapping[str, str]:
         """Return the names as they are: all are left."""
         return {name: name for name in names}
 
@@ -444,12 +446,12 @@ def _write_outer(job: Job, folder: ResultFolder, writer: Writer, shard_names: li
             writer.write(part, shard_names[number], tensors, lines)
 
 
-def _write_unread(job: Job, folder: ResultFolder, writer: Writer, storage: BlockStorage) -> None:
-    """Copy the tensors that no module reads. A file whose tensors all belong to removed blocks is not written."""
+def _write_copied(job: Job, folder: ResultFolder, writer: Writer, storage: BlockStorage) -> None:
+    """Copy towers and what no module reads. A file whose tensors all belong to removed blocks is not written."""
     shard_names = storage.shard_names[len(job.decoder) + len(job.outer_parts) :]
-    for number, (names, shard) in enumerate(zip(job.unread_parts, shard_names, strict=True)):
-        part = f"unread-{number:05d}"
-        if part not in folder.finished and (left := storage.unread(names)):
+    for number, (names, shard) in enumerate(zip(job.copied_parts, shard_names, strict=True)):
+        part = f"copied-{number:05d}"
+        if part not in folder.finished and (left := storage.copied(names)):
             writer.copy(part, shard, job.checkpoint, left)
 
 

@@ -27,7 +27,7 @@ _BODY = """---
 {zeros}| true bits a weight in them, scales and all | {bits:.3f} |
 | true bits a weight in embeddings and head | {embeddings} |
 | bytes of the weight files | {bytes:,} (before: {bytes_before:,}) |
-{unread}| calibration | {calibration} |
+{copied}| calibration | {calibration} |
 | seed | {seed} |
 | time | {seconds} s on {device} |
 
@@ -149,12 +149,21 @@ def _card(record: RunRecord, library: str, storage: str) -> str:
         bytes=exported.bytes if exported else result.bytes,
         bytes_before=record.model.bytes,
         calibration="none" if windows is None else f"{windows[0]} windows of {windows[1]} tokens",
-        unread=_unread_row(record),
+        copied=_tower_rows(record) + _unread_row(record),
         seed=recipe.seed,
         seconds=record.seconds,
         device=record.device,
         command="\n    ".join(_made_with(record)),
     )
+
+
+def _tower_rows(record: RunRecord) -> str:
+    """Return a row for each tower that was copied."""
+    rows = (
+        f"| `{name}`, which text alone does not run | {size:,} bytes, copied unchanged |\n"
+        for name, size in record.towers.items()
+    )
+    return "".join(rows)
 
 
 def _unread_row(record: RunRecord) -> str:

@@ -263,6 +263,7 @@ class RunRecord(Record):
     calibration: CalibrationRecord = CalibrationRecord()
     result: ResultRecord
     unread: UnreadRecord | None = None
+    towers: dict[str, int] = {}  # bytes by module of what text alone does not run, copied unchanged
     device: str = ""
     seconds: float = 0
     peak_rss_bytes: int = 0

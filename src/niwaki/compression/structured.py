@@ -144,7 +144,7 @@ class PrunedBlocks:
             numbered.append(f"model-{number:05d}-of-{count:05d}.safetensors")
         return numbered
 
-    def unread(self, names: Sequence[str]) -> Mapping[str, str]:
+    def copied(self, names: Sequence[str]) -> Mapping[str, str]:
         """Return the names after the removed blocks are gone, without those that belong to such a block."""
         return self.job.decoder.unread.renamed(names, self.shape.dropped if self.cut else ())
 

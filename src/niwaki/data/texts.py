@@ -24,7 +24,7 @@ from niwaki.config.recipe import Calibration
 from niwaki.config.sources import check_sources
 from niwaki.data.documents import first_line, read_texts
 from niwaki.errors import CalibrationError
-from niwaki.model.hf import plain_loading
+from niwaki.model.hf import auto_class, plain_loading
 
 SAMPLE_STEPS = 32  # tokens a window grows between two reports
 
@@ -131,7 +131,7 @@ def sampled_windows(
     Cost: the whole model in memory, and about `seq_len` decode steps per batch of 16 windows. The event `sample`
     reports the tokens `done`.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     report(
         Event.WARNING,
@@ -140,7 +140,8 @@ def sampled_windows(
     )
 
     with plain_loading():
-        decoder: Any = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        decoder: Any = auto_class(config).from_pretrained(model, config=config, trust_remote_code=False)
     decoder.to(device).eval()
     start = decoder.config.bos_token_id
     if start is None:

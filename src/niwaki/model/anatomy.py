@@ -18,7 +18,7 @@ Cost: address space, not memory, and the time of one 8-token forward per structu
 """
 
 import copy
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -91,10 +91,14 @@ class BlockAnatomy:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Anatomy of a decoder: `path` names the module list of blocks, `blocks` holds the structure of each."""
+    """Anatomy of a decoder: `path` names the module list of blocks, `blocks` holds the structure of each.
+
+    `idle` names the modules that do not run on text alone: the towers of a wrapper.
+    """
 
     path: str
     blocks: tuple[BlockAnatomy, ...]
+    idle: tuple[str, ...] = ()
 
     def prefix(self, index: int) -> str:
         """Return the name prefix of the parameters of one block, with the final dot."""
@@ -120,14 +124,46 @@ class Call:
         return hidden_BTD
 
 
-def find_blocks(skeleton: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find the module list with the most parameters: the blocks of the decoder."""
+def find_blocks(skeleton: Any) -> tuple[str, nn.ModuleList]:
+    """Find the blocks of the decoder: the module list with the most parameters, in a wrapper that of the text model."""
     lists = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ArchitectureError(
             f"{type(skeleton).__name__} has no list of blocks: niwaki walks decoders built as a chain of layers"
         )
+    if skeleton.config.sub_configs:
+        lists = _of_text(skeleton, lists)
     return max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+
+
+def _of_text(skeleton: Any, lists: list[tuple[str, nn.ModuleList]]) -> list[tuple[str, nn.ModuleList]]:
+    """Return the lists that can be the blocks of the text model, by the configs of the models that own them.
+
+    A tower may be larger than the text model. Raises ArchitectureError if the lists of several models fit.
+    """
+    text = skeleton.config.get_text_config()
+    owners = {name: _owner(skeleton, name) for name, _ in lists}
+    of_text = [found for found in lists if type(skeleton.get_submodule(owners[found[0]]).config) is type(text)] or lists
+    layers = getattr(text, "num_hidden_layers", None)
+    fitting = [found for found in of_text if len(found[1]) == layers] or of_text
+    outermost = [found for found in fitting if not any(found[0].startswith(f"{name}.") for name, _ in fitting)]
+    if len({owners[name] for name, _ in outermost}) > 1:
+        names = ", ".join(f"{name} ({len(module)} layers)" for name, module in outermost)
+        raise ArchitectureError(
+            f"{type(skeleton).__name__} has several lists of layers, and its config does not say which is the decoder "
+            f"of text: {names}"
+        )
+    return outermost
+
+
+def _owner(skeleton: Any, name: str) -> str:
+    """Return the name of the innermost model of transformers that holds the module `name`."""
+    from transformers import PreTrainedModel
+
+    parts = name.split(".")
+    while parts and not isinstance(skeleton.get_submodule(".".join(parts)), PreTrainedModel):
+        parts.pop()
+    return ".".join(parts)
 
 
 def discover(skeleton: Any) -> Anatomy:
@@ -147,7 +183,11 @@ def discover(skeleton: Any) -> Anatomy:
         found.append(known[signature])
         return found[-1].wrap(hidden_BTD)
 
-    with _empty_outer_modules(skeleton, path) as outer, stubbed(blocks, probe):
+    with (
+        _empty_outer_modules(skeleton, path) as outer,
+        stubbed(blocks, probe),
+        _observed_forwards(outer_modules(skeleton, path)) as ran,
+    ):
         ids_BT = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)
         try:
             with torch.no_grad(), MatmulObserver(weight_pointers(outer), lambda name, x, transposed: None, dry=True):
@@ -163,7 +203,43 @@ def discover(skeleton: Any) -> Anatomy:
         raise ArchitectureError(
             f"{type(skeleton).__name__} ran {len(found)} of its {len(blocks)} blocks: niwaki walks plain chains only"
         )
-    return Anatomy(path, tuple(found))
+    return Anatomy(path, tuple(found), tuple(_idle_modules(skeleton, path, ran)))
+
+
+@contextmanager
+def _observed_forwards(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
+    """Yield the set of `modules` whose forward was called meanwhile."""
+    ran: set[nn.Module] = set()
+    hooks = [module.register_forward_pre_hook(lambda module, _: ran.add(module)) for module in modules]
+    try:
+        yield ran
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _idle_modules(skeleton: Any, path: str, ran: Container[nn.Module]) -> Iterator[str]:
+    """Yield the outermost modules beside the text model that hold parameters and did not run, nor any part of them.
+
+    The text model itself may read parameters of modules without a call, so all of it counts as run.
+    """
+    text, ends = _owner(skeleton, path), (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+
+    def visit(name: str, module: nn.Module) -> Iterator[str]:
+        if name == text or (module in ran and not f"{text}.".startswith(f"{name}.")):
+            return
+        parts = list(module.modules())
+        if not any(part in ran or part in ends or part is within for part in parts):
+            if next(module.parameters(), None) is not None:
+                yield name
+            return
+        for child_name, child in module.named_children():
+            yield from visit(f"{name}.{child_name}", child)
+
+    within = skeleton.get_submodule(text)
+    if text:
+        for name, child in skeleton.named_children():
+            yield from visit(name, child)
 
 
 @contextmanager
@@ -196,10 +272,11 @@ def stubbed(blocks: nn.ModuleList, stub: Callable[[int, Call, Tensor], Any]) -> 
 _CACHE_ARGUMENTS = {"past_key_values", "past_key_value", "layer_past", "use_cache", "cache_position"}
 
 
-def outer_modules(skeleton: nn.Module, path: str) -> Iterator[nn.Module]:
-    """Yield each module outside the blocks."""
+def outer_modules(skeleton: nn.Module, path: str, idle: Iterable[str] = ()) -> Iterator[nn.Module]:
+    """Yield each module outside the blocks and the `idle` modules."""
+    left_out = (f"{path}.", *(f"{name}." for name in idle))
     for name, module in skeleton.named_modules():
-        if not name.startswith(f"{path}."):
+        if not f"{name}.".startswith(left_out) or name == path:
             yield module
 
 

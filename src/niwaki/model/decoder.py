@@ -186,22 +186,30 @@ class Decoder:
         value = getattr(self.checkpoint.config.get_text_config(), "max_position_embeddings", None)
         return None if value is None else int(value)
 
+    @property
+    def tower_names(self) -> list[str]:
+        """Return the names on disk of the tensors of towers, which text alone does not run."""
+        idle = tuple(f"{name}." for name in self.anatomy.idle)
+        return [name for name, parameter in self.names.parameters.items() if parameter.startswith(idle)]
+
     def _check_dtypes(self) -> None:
         """Raise CheckpointError for a weight that is stored in a dtype without plain arithmetic, such as fp8."""
         floating = {name for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
+        towers = set(self.tower_names)
         for name, parameter in self.names.parameters.items():
             dtype = self.checkpoint.tensors[name].dtype
-            if parameter in floating and dtype not in STORED_DTYPES:
+            if name not in towers and parameter in floating and dtype not in STORED_DTYPES:
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: {name} is stored as {dtype}: expected F32, F16 or BF16; start from the "
                     "checkpoint before quantization"
                 )
 
     def disk_names(self, index: int | None) -> list[str]:
-        """Return the names on disk of the tensors of block `index`, or outside the blocks for None."""
+        """Return the names on disk of the tensors of block `index`, or outside blocks and towers for None."""
         if index is not None:
             return self.names.below(self.anatomy.prefix(index))
-        return self.names.outside(f"{self.path}.")
+        towers = set(self.tower_names)
+        return [name for name in self.names.outside(f"{self.path}.") if name not in towers]
 
     def parameter(self, name: str, index: int) -> str:
         """Return the parameter name inside block `index` of the tensor `name` on disk, or of an added bias."""
@@ -322,7 +330,7 @@ class Decoder:
 
     def release_outer(self) -> None:
         """Free embeddings, final norm and LM head."""
-        for module in outer_modules(self.model, self.path):
+        for module in outer_modules(self.model, self.path, self.anatomy.idle):
             for name, parameter in module.named_parameters(recurse=False):
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
             for name, buffer in module.named_buffers(recurse=False):
@@ -339,7 +347,7 @@ class Decoder:
         """Read embeddings, final norm and LM head to the device, from `stored` (names on disk) if given."""
         self._fill(self.checkpoint.read(self.disk_names(None)) if stored is None else stored)
         self.model.tie_weights()
-        for module in outer_modules(self.model, self.path):
+        for module in outer_modules(self.model, self.path, self.anatomy.idle):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
                     raise CheckpointError(f"{self.checkpoint.folder} has no {type(module).__name__}.{name}")

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from niwaki.errors import ArchitectureError, CheckpointError
 from niwaki.formats.quantized import WEIGHT
 
+# The first reads text alone. The others wrap a decoder with towers for images and sound.
+AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 PACKED = ".planes_0"  # one of the tensors that may stand for a weight (`formats.quantized`)
 HEADS = "num_heads"  # attribute of attention in some families (OPT); the others derive it from the width
@@ -26,25 +28,49 @@ HEADS = "num_heads"  # attribute of attention in some families (OPT); the others
 Shapes = Mapping[str, Sequence[int]]  # name of an nn.Linear → outputs, inputs
 
 
-def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
-    """Build the causal language model of `config` on the meta device, in eval mode. Experts run one by one.
+def auto_class(config: Any) -> Any:
+    """Return the auto class of transformers that loads the model which `config` describes.
 
-    Raises ArchitectureError if transformers has no such model.
+    Several may know a type, such as one for the decoder alone and one for the wrapper with its towers. The class that
+    config.json names under `architectures` decides, otherwise the first that knows the type.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    config = copy.deepcopy(config)
-    config.use_cache = False
-    config._experts_implementation = "eager"  # the other implementations hide the product of each expert
+    kinds = [getattr(transformers, name) for name in AUTO_CLASSES if hasattr(transformers, name)]
+    found = [(kind, kind._model_mapping.get(type(config), None)) for kind in kinds]
+    named = (kind for kind, model in found if getattr(model, "__name__", "") in (config.architectures or ()))
+    known = (kind for kind, model in found if model is not None)
+    return next(named, None) or next(known, kinds[0])
+
+
+def on_meta(config: Any, dtype: torch.dtype) -> Any:
+    """Build the language model of `config` on the meta device, with the towers that its class has.
+
+    Raises ArchitectureError if transformers has no such model, and for an encoder with a decoder.
+    """
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        kind, text = auto_class(config), config.get_text_config()
+        encodes = kind.__name__ != AUTO_CLASSES[0] and (config.is_encoder_decoder or text.is_encoder_decoder)
+        if not encodes:
+            with torch.device("meta"):
+                return kind.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise ArchitectureError(
             f"no causal language model for model_type {config.model_type!r} in this transformers ({reason})"
         ) from error
-    skeleton: Any = model.eval().requires_grad_(False)
+    raise ArchitectureError(
+        f"model_type {config.model_type!r} is an encoder with a decoder: niwaki compresses decoders that run on text "
+        "alone"
+    )
+
+
+def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
+    """Build the model of `config` as `on_meta` does, in eval mode. Experts run one by one."""
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    config._experts_implementation = "eager"  # the other implementations hide the product of each expert
+    skeleton: Any = on_meta(config, dtype).eval().requires_grad_(False)
     return skeleton
 
 

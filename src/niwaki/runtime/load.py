@@ -10,7 +10,7 @@ from niwaki.data.texts import load_tokenizer
 from niwaki.errors import InputError
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.device import pick_device
-from niwaki.model.hf import plain_loading
+from niwaki.model.hf import auto_class, plain_loading
 from niwaki.runtime.contextual.decoding import generate_verified
 from niwaki.runtime.contextual.predictor_files import has_shadow, read_shadow
 from niwaki.runtime.contextual.sparsity import attach
@@ -33,11 +33,9 @@ def load(
     `fast_prompts` (2:4 weights stored packed, on a GPU): long prompts run on sparse tensor cores. They read another
     layout of those weights, made at the first long prompt, which takes 9 more bits per weight in memory.
     """
-    from transformers import AutoModelForCausalLM
-
     checkpoint = Checkpoint.open(model)
     with plain_loading():
-        decoder: Any = AutoModelForCausalLM.from_pretrained(
+        decoder: Any = auto_class(checkpoint.config).from_pretrained(
             checkpoint.folder, dtype=dtype or checkpoint.dtype, trust_remote_code=False
         )
     decoder = decoder.to(pick_device(device)).eval()

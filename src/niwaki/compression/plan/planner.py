@@ -30,6 +30,7 @@ from niwaki.compression.plan.sizes import (
     shaped_sizes,
     sizes_of,
     stored_sizes,
+    towers_record,
 )
 from niwaki.compression.resolve import ResolvedPlan, ResolvedStage, resolve
 from niwaki.compression.result_folder import check_space, partial_of
@@ -122,6 +123,7 @@ def plan(
         "decode": decode,
         "money": _money(decode, total, price_per_hour, tokens_per_day),
         "unread": decoder.unread.record(kept=not made.drop_unused),
+        "towers": towers_record(decoder),
         "warnings": warnings,
     }
 
@@ -150,8 +152,9 @@ def check_possible(decoder: Decoder, stage: ResolvedStage, out: Path, report: Re
         written = 0.0
     elif stage.kind is MethodKind.SHAPE:
         assert isinstance(stage.target, Sparsity)
-        kept = model.embeddings_bytes + (0 if stage.recipe.drop_unused else model.unread_bytes)
-        blocks = model.file_bytes - model.embeddings_bytes - model.unread_bytes
+        outside = model.embeddings_bytes + model.tower_bytes
+        kept = outside + (0 if stage.recipe.drop_unused else model.unread_bytes)
+        blocks = model.file_bytes - outside - model.unread_bytes
         written = (1 - min(1.0, 1.3 * stage.target.zeros_frac)) * blocks + kept
     else:
         written = stored_sizes(decoder, model, stage).file_bytes
@@ -250,9 +253,9 @@ def _check_disk(out: Path, certain_bytes: float, needed_bytes: int) -> list[str]
 
 
 def _bits(planned: PlannedStage) -> float:
-    """Return the bits a weight of the file with the embeddings, without tensors that no module reads."""
-    unread = 0 if planned.stage.recipe.drop_unused else planned.model.unread_bytes
-    return 8 * (planned.stored.file_bytes - unread) / max(planned.model.weights + planned.model.embeddings_weights, 1)
+    """Return the bits a weight of the file with the embeddings, without towers and tensors that no module reads."""
+    copied = planned.model.tower_bytes + (0 if planned.stage.recipe.drop_unused else planned.model.unread_bytes)
+    return 8 * (planned.stored.file_bytes - copied) / max(planned.model.weights + planned.model.embeddings_weights, 1)
 
 
 def _model_facts(decoder: Decoder, model: ModelSizes) -> dict[str, Any]:

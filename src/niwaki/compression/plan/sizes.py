@@ -83,7 +83,7 @@ class BlockSizes:
 class ModelSizes:
     """Sizes of a decoder: its blocks, and the bytes and weights of embeddings, head and the rest outside them.
 
-    `unread_bytes`: tensors of the file that no module reads.
+    `unread_bytes`: tensors of the file that no module reads. `tower_bytes`: modules that text alone does not run.
     """
 
     blocks: tuple[BlockSizes, ...]
@@ -93,6 +93,7 @@ class ModelSizes:
     head_bytes: int
     file_bytes: int
     unread_bytes: int
+    tower_bytes: int
 
     @property
     def weights(self) -> int:
@@ -143,8 +144,18 @@ def sizes_of(decoder: Decoder) -> ModelSizes:
     return ModelSizes(
         tuple(blocks), decoder.hidden_size, sum(end.nbytes for end in ends),
         sum(end.nbytes for end in ends) // itemsize, head, decoder.checkpoint.nbytes,
-        decoder.unread.nbytes,
+        decoder.unread.nbytes, sum(towers_record(decoder).values()),
     )  # fmt: skip
+
+
+def towers_record(decoder: Decoder) -> dict[str, int]:
+    """Return the bytes of each tower by the name of its module."""
+    found = dict.fromkeys(decoder.anatomy.idle, 0)
+    for name in decoder.tower_names:
+        parameter = decoder.names.parameters[name]
+        tower = next(tower for tower in found if parameter.startswith(f"{tower}."))
+        found[tower] += decoder.checkpoint.tensors[name].nbytes
+    return found
 
 
 def stored_sizes(decoder: Decoder, model: ModelSizes, stage: ResolvedStage) -> StoredSizes:
@@ -171,7 +182,7 @@ def stored_sizes(decoder: Decoder, model: ModelSizes, stage: ResolvedStage) -> S
         largest = max(largest, total)
     packed = _packed_embeddings(decoder, recipe, target)
     files += model.embeddings_bytes - packed[0] + packed[1] + _header(decoder, None, 0, 0)
-    files += 0 if recipe.drop_unused else model.unread_bytes
+    files += model.tower_bytes + (0 if recipe.drop_unused else model.unread_bytes)
     head = model.head_bytes if not packed[0] else model.head_bytes * packed[1] / packed[0]
     return StoredSizes(files, 8 * matrices / max(model.weights, 1), read + head, largest)
 

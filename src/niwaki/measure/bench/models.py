@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from niwaki.errors import ArchitectureError, CheckpointError
+from niwaki.errors import CheckpointError
 from niwaki.model.checkpoint import Checkpoint
-from niwaki.model.hf import materialize_buffers
+from niwaki.model.hf import materialize_buffers, on_meta
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
 
@@ -47,14 +47,7 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
     Raises ArchitectureError if transformers has no such model.
     """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise ArchitectureError(f"no causal language model for model_type {config.model_type!r} ({reason})") from error
+    model = on_meta(config, dtype)
     materialize_buffers(model, model, device)
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
