@@ -1,11 +1,16 @@
 """The command line as a user meets it: exit codes, one-line errors, nothing written."""
 
+import errno
 import json
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import niwaki
+from niwaki.cli.app import without_secrets
 from niwaki.config.recipe import Calibration, Recipe
 from support.models import run, tiny_llama, write_texts
 
@@ -180,3 +185,60 @@ def test_a_recipe_that_is_wrong_in_many_ways(model: Path, tmp_path: Path, capsys
         recipe.write_text(content)
         code, _, errors = run(capsys, "compress", model, tmp_path / "out", "--recipe", recipe)
         assert code == 2 and message in errors and len(errors.splitlines()) == 1
+
+
+def crash(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Make `niwaki methods` end with `error`."""
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("niwaki.cli.methods.print_methods", lambda console: fail())
+
+
+def test_a_crash_of_our_own_ends_with_3_and_keeps_its_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    crash(monkeypatch, TypeError("no such thing\nand more"))
+    code, printed, errors = run(capsys, "methods")
+    (trace,) = tmp_path.glob("niwaki-crash-*.txt")
+    assert code == 3 and printed == ""
+    assert errors.count("\n") == 1 and "TypeError: no such thing" in errors and str(trace) in errors
+    text = trace.read_text()
+    assert "command: niwaki methods" in text and "Traceback" in text and "and more" in text and "torch" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/full/file"), "/full/file: no space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: permission denied"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "not enough memory"),
+    ],
+)
+def test_a_fault_of_the_machine_is_refused_in_one_line(
+    error: Exception, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    crash(monkeypatch, error)
+    code, _, errors = run(capsys, "methods")
+    assert code == 2 and says in errors and errors.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_goes_away_is_no_failed_gate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash(monkeypatch, BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    stdout, stderr = sys.stdout, sys.stderr  # typer wraps both
+    code, _, _ = run(capsys, "methods")
+    sys.stdout, sys.stderr = stdout, stderr
+    assert code == 141
+
+
+def test_a_trace_holds_no_secrets() -> None:
+    words = ["niwaki", "rollout", "--admin-key", "hush", "--api-key=hush", "--max-new-tokens", "8", "m"]
+    kept = ["niwaki", "rollout", "--admin-key", "***", "--api-key=***", "--max-new-tokens", "8", "m"]
+    assert without_secrets(words) == kept

@@ -1,6 +1,7 @@
 """Packed checkpoints: what the file holds, loading through transformers, and every reader of the same numbers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import niwaki
 from niwaki.errors import CheckpointError
+from niwaki.model.checkpoint import IMPORT_NIWAKI, WEIGHTS_FIELD
 from niwaki.runtime.linear import PackedLinear
 from support.families import build, families
 from support.models import add_tokenizer, tiny_llama, write_texts
@@ -107,6 +109,24 @@ def test_save_pretrained_keeps_the_codes(results: dict, tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     ids = torch.arange(10)[None]
     assert torch.equal(model(ids).logits, again(ids).logits)
+    assert json.loads((tmp_path / "again/config.json").read_text())[WEIGHTS_FIELD] == IMPORT_NIWAKI
+
+
+@pytest.mark.parametrize("loader", ["AutoModelForCausalLM", "LlamaForCausalLM", "AutoModel"])
+def test_without_niwaki_transformers_stops_and_says_what_to_do(loader: str, results: dict) -> None:
+    script = f"import transformers; transformers.{loader}.from_pretrained({str(results['rtn']['auto'])!r})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and IMPORT_NIWAKI in done.stderr.splitlines()[-1]
+
+
+def test_results_made_before_the_field_existed_still_load(results: dict, tmp_path: Path) -> None:
+    shutil.copytree(results["rtn"]["auto"], tmp_path / "old")
+    config = json.loads((tmp_path / "old/config.json").read_text())
+    del config[WEIGHTS_FIELD]
+    (tmp_path / "old/config.json").write_text(json.dumps(config))
+    ids = torch.arange(10)[None]
+    new, old = (AutoModelForCausalLM.from_pretrained(path) for path in (results["rtn"]["auto"], tmp_path / "old"))
+    assert torch.equal(new(ids).logits, old(ids).logits)
 
 
 @pytest.mark.parametrize("first", ["niwaki", "transformers"])

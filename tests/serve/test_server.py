@@ -98,7 +98,7 @@ def test_a_dead_engine_ends_the_process(tmp_path: Path) -> None:
         for _ in range(MAX_FAILURES):
             with pytest.raises(openai.InternalServerError):
                 served.client().completions.create(model="tiny", prompt="Hello")
-        until(lambda: served.server.exit_code == 1, seconds=5)
+        until(lambda: served.server.exit_code == 3, seconds=5)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -113,7 +113,7 @@ def test_a_killed_engine_tells_its_clients_and_ends_the_process(tmp_path: Path) 
         served.service.engine.model.register_forward_pre_hook(killed)
         with pytest.raises(openai.APIError, match="the server is shutting down"):
             list(stream)
-        until(lambda: served.server.exit_code == 1, seconds=5)
+        until(lambda: served.server.exit_code == 3, seconds=5)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,12 @@ def under(name: str, values: Values) -> Values:
     return {f"{name}/{path}": value for path, value in values.items()}
 
 
+def config_text(out: Path) -> str:
+    """Return config.json without the field that stops transformers where niwaki is not imported (added later)."""
+    text = (out / "config.json").read_text(encoding="utf-8")
+    return re.sub(r'\n  "transformers_weights": .*', "", text)
+
+
 def result_values(out: Path) -> Values:
     """Return the hashes of a result, the names of its files and the numbers of its record."""
     record = json.loads((out / "niwaki/run.json").read_text(encoding="utf-8"))
@@ -135,7 +142,7 @@ def result_values(out: Path) -> Values:
     weights = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     return {
         "weights": tensors_hash(out),
-        "config": hashlib.sha256((out / "config.json").read_bytes()).hexdigest(),
+        "config": hashlib.sha256(config_text(out).encode()).hexdigest(),
         "files": ", ".join(names),
         "weight_file_bytes": weights,
         **under("run", numbers(told)),

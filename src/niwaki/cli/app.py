@@ -1,7 +1,19 @@
-"""Entry point of the command line: the commands, and niwaki's own errors as one line with exit code 2."""
+"""Entry point of the command line: the commands, and errors as one line.
 
+Exit code 0 means done, and 1 that a gate failed. 2 means wrong input, or a machine that cannot do the work. 3 is a
+crash of niwaki itself, 130 an interrupt, and 141 a reader of the output that went away.
+"""
+
+import errno
+import platform
+import shlex
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -54,10 +66,86 @@ app.add_typer(rollout.app, name="rollout")
 app.command()(serve)
 
 
+REFUSED, CRASHED, BROKEN_PIPE = 2, 3, 141
+# Faults of the machine: the user can mend them, and a trace would not help.
+_MACHINE_FAULTS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOMEM, errno.EADDRINUSE,
+}  # fmt: skip
+_SECRET_WORDS = ("key", "token", "password", "secret")
+
+
 def main() -> None:
-    """Run the command line. Print one line and exit with code 2 if niwaki refuses the input."""
+    """Run the command line. Print one line for an error and exit with the code of its kind."""
     try:
         app()
     except NiwakiError as error:
-        error_console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _refuse(str(error))
+    except SystemExit as end:
+        if end.code == 1 and isinstance(end.__context__, BrokenPipeError):  # 1 would be a failed gate
+            sys.exit(BROKEN_PIPE)
+        raise
+    except Exception as error:  # a fault of niwaki: no exception may reach the interpreter, whose code is 1
+        if (problem := machine_problem(error)) is not None:
+            _refuse(problem)
+        name = type(error).__name__
+        lines = str(error).strip().splitlines()
+        error_console.print(
+            f"[red]niwaki crashed:[/] {escape(f'{name}: {lines[0][:200]}' if lines else name)}. This is a fault of "
+            f"niwaki. Please report it, with the trace in {escape(str(write_trace(error, sys.argv)))}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        sys.exit(CRASHED)
+
+
+def _refuse(problem: str) -> None:
+    """Print `problem` in one line and exit with 2."""
+    error_console.print(f"[red]error:[/] {escape(problem)}", highlight=False, soft_wrap=True)
+    sys.exit(REFUSED)
+
+
+def machine_problem(error: Exception) -> str | None:
+    """Return one line for an error whose cause is the machine (disk, rights, memory), None for any other error."""
+    if isinstance(error, OSError) and error.errno in _MACHINE_FAULTS:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{(error.strerror or str(error)).lower()}: free space or change the rights, then run again"
+    torch = sys.modules.get("torch")  # an error of torch needs torch to be loaded
+    out_of_memory = isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+    if out_of_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        return (
+            "not enough memory for this work: `niwaki plan` says what it needs. Lower --samples, --seq-len or "
+            "--batch-tokens, or use a machine with more"
+        )
+    return None
+
+
+def write_trace(error: Exception, argv: Sequence[str]) -> Path:
+    """Write the trace of `error`, the versions and the command, without its secrets, to a new file. Return its path."""
+    versions = {"python": platform.python_version(), "niwaki": __version__}
+    for name in ("torch", "transformers", "safetensors"):
+        versions[name] = metadata.version(name)
+    text = "\n".join([
+        f"command: {shlex.join(without_secrets(argv))}",
+        f"machine: {platform.platform()}",
+        f"versions: {', '.join(f'{name} {version}' for name, version in versions.items())}",
+        "",
+        "".join(traceback.format_exception(error)),
+    ])  # fmt: skip
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", prefix=f"niwaki-crash-{time.strftime('%Y%m%d-%H%M%S')}-", suffix=".txt", delete=False
+    ) as file:
+        file.write(text)
+    return Path(file.name)
+
+
+def without_secrets(argv: Sequence[str]) -> list[str]:
+    """Return the words of a command with the values of options that hold a key or a password replaced by `***`."""
+    words: list[str] = []
+    hide = False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        secret = name.startswith("--") and any(part in name.lower() for part in _SECRET_WORDS) and "tokens" not in name
+        words.append("***" if hide else f"{name}=***" if secret and equals else word)
+        hide = secret and not equals
+    return words

@@ -24,7 +24,7 @@ from niwaki.config.events import Event, Report, silent
 from niwaki.config.targets import Sparsity
 from niwaki.data.stream import Stream
 from niwaki.errors import InputError, NumericalError, TargetError
-from niwaki.model.checkpoint import Checkpoint, quantization
+from niwaki.model.checkpoint import Checkpoint, quantization, with_quantization
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.files import write_text
 from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSearch, ShapeSpace, new_name, unit_axes
@@ -196,7 +196,7 @@ class PrunedBlocks:
             config = space.config_for(shape)
         elif self.cut:
             full = space.config_for(space.shape(space.neurons, space.heads, shape.dropped))
-            config = full | {"quantization_config": quantization({}, space.matrix_shapes(shape))}
+            config = with_quantization(full, quantization({}, space.matrix_shapes(shape)))
         stored = [name for entry in folder.finished.values() for name in entry.tensors]
         if not space.config.get("mlp_bias") and any(name.endswith("down_proj.bias") for name in stored):
             config |= dict.fromkeys(BIAS_FIELDS, True)

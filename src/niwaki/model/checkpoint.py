@@ -27,6 +27,11 @@ from niwaki.model.files import atomic_file, file_sha256
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 QUANT_METHOD = "niwaki"
+WEIGHTS_FIELD = "transformers_weights"
+IMPORT_NIWAKI = (
+    "these weights are packed by niwaki, and only niwaki reads them: pip install niwaki, then `import niwaki` before "
+    "from_pretrained (or use niwaki.load)"
+)
 SHARD_BYTES = 2**30
 _LENGTH_BYTES = 8  # of the header of a safetensors file, little-endian
 _COPY_BYTES = 2**24  # per read of a copy
@@ -304,7 +309,19 @@ def quantization(modules: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
 def quantized_config(folder: Path, quantization: Mapping[str, Any]) -> str:
     """Return the text of config.json of `folder` with this `quantization_config`."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return json.dumps({**config, "quantization_config": quantization}, indent=2) + "\n"
+    return json.dumps(with_quantization(config, quantization), indent=2) + "\n"
+
+
+def with_quantization(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `config` with this `quantization_config`.
+
+    transformers ignores a quantization it does not know, and then draws random weights. Without niwaki it must stop
+    instead. `WEIGHTS_FIELD` names the file of weights. Every version from 5.0 on raises an error for a name that does
+    not end with `.safetensors`, and shows the name. `NiwakiQuantizer` removes the field again.
+    """
+    others = {name: value for name, value in config.items() if name != WEIGHTS_FIELD}
+    stop = {WEIGHTS_FIELD: IMPORT_NIWAKI} if quantization.get("quant_method") == QUANT_METHOD else {}
+    return others | stop | {"quantization_config": dict(quantization)}
 
 
 def _read_header(folder: Path, shard: str) -> dict[str, TensorInfo]:

@@ -23,7 +23,7 @@ from niwaki.rollout.start import begin_or_resume
 from niwaki.rollout.store import Store
 from niwaki.rollout.upstream import Clock, UpstreamServer
 from niwaki.serve.http.keys import Keys
-from niwaki.serve.http.limits import check_host
+from niwaki.serve.http.limits import check_host, check_port
 from niwaki.serve.http.protocol import HttpProtocol
 
 TEMPLATE_CHARACTERS = 100_000
@@ -42,6 +42,7 @@ def run(
 ) -> None:
     """Run the gateway until it is stopped. Raise InputError before the roll-out starts."""
     check_host(host, keys)
+    check_port(host, port)
     gateway = assemble(settings, limits, store, keys=keys, now=time.time(), new=new)
     state = gateway.controller.state
     say(f"roll-out {state.id}, {state.status}: {gateway.controller.share:.0%} of requests to the canary")

@@ -5,7 +5,10 @@
 linear layers, and embeddings with the head that is tied to them. The dense matrices never exist.
 """
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -16,7 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from niwaki.errors import CheckpointError, format_problem
 from niwaki.formats.packed import record_names
 from niwaki.formats.quantized import WEIGHT
-from niwaki.model.checkpoint import QUANT_METHOD
+from niwaki.model.checkpoint import QUANT_METHOD, WEIGHTS_FIELD, quantized_config
+from niwaki.model.files import write_text
 from niwaki.model.hf import resize, saved_name, weight_names
 from niwaki.runtime.embedding import pack_embedding
 from niwaki.runtime.linear import PackedLinear
@@ -47,6 +51,18 @@ class NiwakiQuantizer(HfQuantizer):
     quantization_config: NiwakiConfig
     places: Mapping[str, Any]  # descriptions of the packed modules by their name in the model
     requires_calibration = True  # it loads results of `niwaki compress` and quantizes no weights
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Remove the field that stops transformers. Versions before 5.20 call this before they look for the files."""
+        return _readable(config)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Remove the field that stops transformers. Versions from 5.20 on call this before they look for the files."""
+        return _readable(config)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model.save_pretrained = MethodType(_save_pretrained, model)
+        return model
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if problem := format_problem(self.quantization_config.format, (FORMAT,)):
@@ -112,6 +128,21 @@ def _places(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Map names of modules on disk to their names in this class of model, as transformers renames their weights."""
     modules = weight_names(model, [name + WEIGHT for name in names]).modules
     return {name: place for place, name in modules.items()}
+
+
+def _save_pretrained(model: Any, save_directory: Any, *arguments: Any, **options: Any) -> None:
+    """Save a packed model as transformers does, with the field that transformers itself never writes."""
+    type(model).save_pretrained(model, save_directory, *arguments, **options)
+    if (Path(save_directory) / "config.json").is_file():
+        stored = json.loads((Path(save_directory) / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        write_text(Path(save_directory) / "config.json", quantized_config(Path(save_directory), stored))
+
+
+def _readable(config: Any) -> Any:
+    """Return `config` without the field that stops transformers where niwaki is not imported."""
+    if hasattr(config, WEIGHTS_FIELD):
+        delattr(config, WEIGHTS_FIELD)
+    return config
 
 
 def _shape(module: Any) -> tuple[int, int]:

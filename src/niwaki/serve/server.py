@@ -2,7 +2,7 @@
 
 On SIGTERM or Ctrl-C `/ready` returns 503 and new requests are refused. Requests that wait or run get at most `drain_s`
 to finish, then the socket closes. A second signal ends the process at once. If the engine stops, the process ends with
-exit code 1, so that its supervisor can start another one.
+exit code 3, so that its supervisor can start another one.
 
     serve("OUT", ServerSettings(port=8000))
 """
@@ -27,7 +27,7 @@ from niwaki.serve.app import Service, create_app
 from niwaki.serve.engine import Engine, EngineLimits
 from niwaki.serve.event_queue import Timeouts
 from niwaki.serve.http.keys import Keys
-from niwaki.serve.http.limits import BodyLimits, LimitsMiddleware, check_host, is_loopback
+from niwaki.serve.http.limits import BodyLimits, LimitsMiddleware, check_host, check_port, is_loopback
 from niwaki.serve.http.protocol import HttpProtocol
 from niwaki.serve.prometheus import Metrics
 from niwaki.serve.prompts import PromptTokenizer
@@ -36,6 +36,7 @@ from niwaki.serve.text import TokenNames
 
 DEFAULT_CONTEXT = 2048  # tokens, for a model whose config has no number of positions
 SUSPENDED_S = 1.0  # between two ticks, of which there are ten per second: the process was stopped
+ENGINE_STOPPED = 3  # exit code of a fault of our own, as in the command line
 log = logging.getLogger("niwaki.serve")
 
 
@@ -79,6 +80,7 @@ def check(settings: ServerSettings) -> None:
         raise InputError(f"expected times above 0 s, got {min(seconds):g}")
     alternative = ", or --without-keys if a proxy before the server asks for keys"
     check_host(settings.host, settings.keys or settings.without_keys, alternative)
+    check_port(settings.host, settings.port)
 
 
 def make_service(model: str | Path, settings: ServerSettings) -> Service:
@@ -141,7 +143,7 @@ class Server(uvicorn.Server):
         self._last_tick = now
         if not engine.healthy and not self.should_exit:
             log.error("the engine stopped")
-            self.exit_code, self.should_exit = 1, True
+            self.exit_code, self.should_exit = ENGINE_STOPPED, True
         if self._drain_until is not None and (engine.idle or now >= self._drain_until):
             self.should_exit = True
         return await super().on_tick(counter)

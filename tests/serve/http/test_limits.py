@@ -7,12 +7,13 @@ import asyncio
 import base64
 import logging
 import random
+import socket
 from pathlib import Path
 
 import pytest
 
 from niwaki.errors import InputError
-from niwaki.serve.http.limits import check_host
+from niwaki.serve.http.limits import check_host, check_port
 from support.rollouts import Answer, Setup, make, settings
 
 HEADERS = [(b"host", b"localhost"), (b"content-type", b"application/json")]
@@ -150,3 +151,17 @@ def test_open_to_others_only_with_keys() -> None:
         with pytest.raises(InputError, match="can be reached from other machines"):
             check_host(host, ())
         check_host(host, ("key",))
+
+
+def test_a_port_that_is_taken_is_refused_before_a_model_is_loaded() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen at 127.0.0.1:{port} .*in use"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+    with pytest.raises(InputError, match=r"cannot listen at 256\.256\.256\.256\.invalid:8000"):
+        check_port("256.256.256.256.invalid", 8000)
+    with pytest.raises(InputError, match="expected 0 to 65535"):
+        check_port("127.0.0.1", 70000)

@@ -11,6 +11,7 @@ import asyncio
 import ipaddress
 import json
 import re
+import socket
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,20 @@ def check_host(host: str, keys: object, alternative: str = "") -> None:
     """Raise InputError if other machines could send requests without a key. `alternative` ends the message."""
     if not (is_loopback(host) or keys):
         raise InputError(f"{host} can be reached from other machines: give --api-key-file FILE{alternative}")
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise InputError if no socket can listen at `host`:`port`. This is checked before a model is loaded."""
+    if not 0 <= port < 2**16:
+        raise InputError(f"port {port} does not exist: expected 0 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"cannot listen at {host}:{port} ({reason.lower()}): choose another host or port") from error
 
 
 class LimitsMiddleware:
