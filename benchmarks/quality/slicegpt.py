@@ -33,6 +33,7 @@ from niwaki.measure.evaluate.evaluation import compare_windows
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.device import pick_device
+from niwaki.model.logits import logits_of_part
 
 MULTIPLE = 8  # of directions that stay, as in the released code
 
@@ -111,12 +112,13 @@ def measure(decoder: Decoder, ids_ST: Tensor, texts: dict[str, Tensor], count: i
     def perplexity(rider: Stream) -> float:
         """Return the perplexity of one text."""
 
-        def logits(row: int) -> list[Tensor]:
-            """Return the logits of one window."""
+        def logits(row: int, part: slice) -> list[Tensor]:
+            """Return the logits of a part of the positions of one window."""
             at = slice(row, row + 1)
-            return [decoder.logits(rider.ids_ST[at], rider.hidden.read(at))[0].float()]
+            return [logits_of_part(decoder.logits, rider.ids_ST[at], rider.hidden.read(at), part).float()]
 
-        return compare_windows(rider.ids_ST, logits)["perplexity"]
+        parts = decoder.position_slices(rider.ids_ST.shape[1])
+        return compare_windows(rider.ids_ST, logits, parts)["perplexity"]
 
     return {name: perplexity(rider) for name, rider in riders.items()}
 

@@ -12,6 +12,7 @@ from niwaki.cli.options import (
     Device,
     Dtype,
     Field,
+    LogitBytes,
     MaxQuestions,
     MaxTokens,
     SeqLen,
@@ -61,6 +62,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    logit_bytes: LogitBytes = None,
 ) -> None:
     """Compare candidates with the dense model: quality, speed, memory, and a verdict as the exit code."""
     if gate is not None:
@@ -72,7 +74,13 @@ def compare(
     work: dict[str, Any] = {"seq_len": seq_len, "max_tokens": max_tokens, "limit": limit, "rounds": rounds}
     timed: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
     outputs: dict[str, Any] = {"report": report, "lang": lang, "overwrite": overwrite, "update_card": update_card}
-    settings: dict[str, Any] = {"gate": gate, "seed": seed, "device": device, "dtype": dtype}
+    settings: dict[str, Any] = {
+        "gate": gate,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "logit_bytes": logit_bytes,
+    }
     comparison = _compared(dense, out, sources | work | timed | outputs | settings)
     print_comparison(console, comparison)
     if report is not None:

@@ -34,6 +34,7 @@ def compress(
     dtype: options.RecipeDtype = None,
     batch_tokens: options.BatchTokens = None,
     activation_bytes: options.ActivationBytes = None,
+    logit_bytes: options.LogitBytes = None,
     dense_stream: options.DenseStream = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
     overwrite: Annotated[
@@ -49,7 +50,7 @@ def compress(
         method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks,
         allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends),
         drop_unused=drop_unused or None, seed=seed, device=device, dtype=dtype, batch_tokens=batch_tokens,
-        activation_bytes=activation_bytes,
+        activation_bytes=activation_bytes, logit_bytes=logit_bytes,
     )  # fmt: skip
     check_recipe(values)
     check_inputs(model)

@@ -12,6 +12,7 @@ from niwaki.cli.options import (
     Device,
     Dtype,
     Field,
+    LogitBytes,
     MaxQuestions,
     MaxTokens,
     Model,
@@ -46,6 +47,7 @@ def evaluate(
     field: Field = "text",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    logit_bytes: LogitBytes = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
     update_card: Annotated[
         bool,
@@ -68,7 +70,7 @@ def evaluate(
     with Display(error_console) as display:
         result = run(
             model, data=data or (), tasks=tasks or (), reference=reference, device=device, dtype=dtype,
-            report=display, **harness, **windows,
+            logit_bytes=logit_bytes, report=display, **harness, **windows,
         )  # fmt: skip
     print_scores(console, result)
     if json_ is not None:

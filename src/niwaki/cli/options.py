@@ -59,6 +59,9 @@ StoredDtype = Annotated[str, typer.Option(help=STORED_DTYPE_HELP)]
 Data = Annotated[list[str] | None, typer.Option(help=TEXT_HELP)]
 Tasks = Annotated[list[str] | None, typer.Option(help=TASKS_HELP)]
 Field = Annotated[str, typer.Option(help=FIELD_HELP)]
+LogitBytes = Annotated[
+    int | None, recipe_option("Max bytes of logits in float32 that are made at once.", "268435456 (256 MiB)")
+]
 SeqLen = Annotated[int, typer.Option(help=SEQ_LEN_HELP)]
 MaxTokens = Annotated[int | None, typer.Option(help="Use only the first N tokens of each data file.")]
 MaxQuestions = Annotated[int | None, typer.Option(help="Use only the first N questions of each task.")]

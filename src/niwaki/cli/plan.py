@@ -44,6 +44,7 @@ def plan(
     dtype: options.RecipeDtype = None,
     batch_tokens: options.BatchTokens = None,
     activation_bytes: options.ActivationBytes = None,
+    logit_bytes: options.LogitBytes = None,
     dense_stream: options.DenseStream = False,
     gpu: Annotated[
         str | None,
@@ -64,6 +65,7 @@ def plan(
         method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks,
         allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends),
         drop_unused=drop_unused or None, dtype=dtype, batch_tokens=batch_tokens, activation_bytes=activation_bytes,
+        logit_bytes=logit_bytes,
     )  # fmt: skip
     check_recipe(values)
     check_inputs(model)

@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from niwaki.compression.result_folder import ResultFolder
 from niwaki.compression.run_record import RECORD, JournalEntry
@@ -38,6 +37,7 @@ from niwaki.methods.shared.block_training import run_deterministically
 from niwaki.model.anatomy import Call
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.files import write_shard
+from niwaki.model.logits import token_losses
 
 
 @dataclass(frozen=True)
@@ -162,18 +162,15 @@ def stored_inputs(
 
 def next_token_losses(decoder: Decoder, ids_BT: Tensor, x_BTD: Tensor) -> Tensor:
     """Return the negative log-likelihood [B, T − 1] of every predicted token after the last block, float32 or wider."""
-    logits_NV = decoder.logits(ids_BT, x_BTD)[:, :-1].flatten(0, 1)
-    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    wanted_N = ids_BT[:, 1:].flatten().to(logits_NV.device)
-    return cross_entropy(logits_NV, wanted_N, reduction="none").view(len(ids_BT), -1)
+    loss_BT: Tensor = token_losses(decoder.logits, ids_BT, x_BTD, decoder.position_slices(ids_BT.numel()))
+    return loss_BT
 
 
 def head_gradient(decoder: Decoder, ids_BT: Tensor, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss of every window [B], and the gradient of their sum at the output of the last block [B, T, D]."""
-    leaf_BTD = x_BTD.detach().clone().requires_grad_(True)
-    loss_B = next_token_losses(decoder, ids_BT, leaf_BTD).mean(1)
-    (grad_BTD,) = torch.autograd.grad(loss_B.sum(), [leaf_BTD])
-    return loss_B.detach().double().cpu(), grad_BTD
+    parts = decoder.position_slices(ids_BT.numel())
+    loss_BT, grad_BTD = token_losses(decoder.logits, ids_BT, x_BTD, parts, gradient=True)
+    return loss_BT.mean(1).double().cpu(), grad_BTD
 
 
 def block_gradients(

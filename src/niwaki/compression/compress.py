@@ -93,7 +93,7 @@ def _compress_stages(
 
 
 def _open(model: str | Path, recipe: Recipe) -> Decoder:
-    return open_decoder(model, pick_device(recipe.device), pick_dtype(recipe.dtype))
+    return open_decoder(model, pick_device(recipe.device), pick_dtype(recipe.dtype), logit_bytes=recipe.logit_bytes)
 
 
 def _run(job: Job) -> RunRecord:

@@ -38,6 +38,7 @@ from niwaki.model.decoder import Decoder
 from niwaki.model.device import peak_rss_bytes, pick_device
 from niwaki.model.files import copy_file, file_sha256
 from niwaki.model.hf import plain_loading
+from niwaki.model.logits import FinalStates, position_slices, token_losses, vocabulary_of
 from niwaki.runtime.load import load
 
 CHECKS = 8
@@ -203,10 +204,8 @@ def _train(
         optimizer.param_groups[0]["lr"] = rate * cosine(step, steps)
         optimizer.zero_grad()
         ids_BT = train_ST[chosen]
-        loss = adapted(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-        if not torch.isfinite(loss):
+        if not torch.isfinite(_backward(adapted, ids_BT)):
             raise NumericalError(f"the loss is not finite at step {step}: lower the rate")
-        loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         if (step + 1) % math.ceil(steps / CHECKS) == 0 or step + 1 == steps:
@@ -217,11 +216,31 @@ def _train(
     return lowest
 
 
+def _backward(adapted: Any, ids_BT: Tensor) -> Tensor:
+    """Add the gradients of the mean loss of a batch, and return the loss. Logits are made in slices."""
+    states, parts, x_BTD = _run(adapted, ids_BT)
+    loss_BT, grad_BTD = token_losses(states.logits, ids_BT, x_BTD, parts, gradient=True)
+    x_BTD.backward(grad_BTD / len(ids_BT))
+    loss: Tensor = loss_BT.mean()
+    return loss
+
+
 @torch.no_grad()
 def _loss(adapted: Any, windows_ST: Tensor) -> float:
     """Return the mean negative log-likelihood per predicted token."""
-    losses = [adapted(input_ids=row[None], labels=row[None], use_cache=False).loss for row in windows_ST]
+    losses = []
+    for ids_1T in windows_ST.split(1):
+        states, parts, x_1TD = _run(adapted, ids_1T)
+        losses.append(token_losses(states.logits, ids_1T, x_1TD, parts).mean())
     return float(torch.stack(losses).double().mean())
+
+
+def _run(adapted: Any, ids_BT: Tensor) -> tuple[FinalStates, list[slice], Tensor]:
+    """Return the head of the model, the slices that logits are made in, and the hidden states after the last block."""
+    model = adapted.get_base_model()
+    states = FinalStates(model)
+    parts = position_slices(ids_BT.numel(), vocabulary_of(model))
+    return states, parts, states.run(ids_BT, use_cache=False)
 
 
 @torch.no_grad()

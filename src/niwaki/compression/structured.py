@@ -206,7 +206,9 @@ class PrunedBlocks:
         """Read the result as any reader would. Raises NumericalError if it computes something else than the walk."""
         windows_ST, walked = self.job.windows_ST, self.job.decoder
         assert stream is not None and windows_ST is not None
-        decoder = Decoder(Checkpoint.open(str(folder.path)), walked.device, walked.dtype)
+        decoder = Decoder(
+            Checkpoint.open(str(folder.path)), walked.device, walked.dtype, logit_bytes=walked.logit_bytes
+        )
         result = Stream(decoder, windows_ST[:1], name="check")
         forward(decoder, [result])
         wanted_TD = stream.hidden.read(slice(0, 1)).float()

@@ -21,7 +21,7 @@ from niwaki.config.targets import WRITTEN_TARGETS_HELP, parse_bytes, parse_keep_
 from niwaki.errors import InputError, TargetError, unknown
 
 RENAMED_FIELDS = {"ends": "embeddings"}  # of a recipe, by their names in version 0.1
-ADDED_FIELDS = ("drop_unused",)  # since version 0.1
+ADDED_FIELDS = ("drop_unused", "logit_bytes")  # since version 0.1
 RENAMED_OPTIONS = {"stand_in": "mean_fill", "trial_windows": "candidate_windows", "trust": "shrinkage"}  # of methods
 RENAMED_PREFIXES = {"most_": "max_", "least_": "min_"}
 
@@ -71,6 +71,9 @@ class Recipe(_Strict):
     batch_tokens: Annotated[int | None, "Tokens of one forward of a block."] = Field(default=None, ge=1)
     activation_bytes: Annotated[int | None, "Bytes of hidden states that stay in memory; the rest goes to disk."] = (
         Field(default=None, ge=0)
+    )
+    logit_bytes: Annotated[int | None, "Bytes of logits that are made at once, 256 MiB if not given."] = Field(
+        default=None, ge=1
     )
 
     def dump(self) -> dict[str, Any]:

@@ -27,7 +27,8 @@ class Stream:
     """Hidden states of all windows, and the call arguments of all blocks.
 
     `learn_batches`: batch sizes that a learning method draws, besides single windows. With them the outputs of the
-    dense block are kept beside its inputs.
+    dense block are kept beside its inputs. `total_tokens`: those of all streams that are in memory together, which
+    decide where the hidden states lie.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Stream:
         folder: Path | None = None,
         name: str = "stream",
         learn_batches: frozenset[int] = frozenset(),
+        total_tokens: int | None = None,
     ) -> None:
         count, tokens = ids_ST.shape
         self.ids_ST = ids_ST
@@ -47,7 +49,7 @@ class Stream:
 
         def allocate(what: str) -> Activations:
             shape = (count, tokens, decoder.hidden_size)
-            needed_bytes = count * tokens * decoder.hidden_size * decoder.dtype.itemsize
+            needed_bytes = (total_tokens or count * tokens) * decoder.hidden_size * decoder.dtype.itemsize
             place = choose_place(needed_bytes, decoder.device, activation_bytes)
             return Activations.allocate(shape, decoder.dtype, decoder.device, place, folder, f"{what}.bin")
 

@@ -33,6 +33,8 @@ from niwaki.config.recipe import as_files
 from niwaki.data.documents import read_texts
 from niwaki.data.texts import check_seq_len, evaluation_windows, load_tokenizer
 from niwaki.errors import InputError
+from niwaki.model.logits import FinalStates, position_slices, vocabulary_of
+from niwaki.runtime.contextual.decoding import ReadText
 from niwaki.runtime.contextual.predictor_files import has_shadow, read_shadow, write_about
 from niwaki.runtime.contextual.sparsity import Contextual, attach
 from niwaki.runtime.load import load
@@ -103,16 +105,19 @@ def compare_prompt(contextual: Contextual, ids_1T: Tensor, prompt: int) -> tuple
 
     model = contextual.model
     contextual.enabled = False
-    wanted_T = model(input_ids=ids_1T, use_cache=False).logits[0, prompt:].argmax(-1)
+    states = FinalStates(model)
+    read = ReadText(contextual, states, ids_1T, states.run(ids_1T, use_cache=False))
+    parts = position_slices(ids_1T.numel(), vocabulary_of(model))
+    wanted_T = torch.cat([read.logits(part).argmax(-1) for part in parts])[prompt:]
     contextual.enabled = True
     cache = DynamicCache(config=model.config)
-    model(input_ids=ids_1T[:, :prompt], past_key_values=cache, use_cache=True)
+    model(input_ids=ids_1T[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
     tokens = (ids_1T[:, place : place + 1] for place in range(prompt, ids_1T.shape[1]))
-    steps = [model(input_ids=token, past_key_values=cache, use_cache=True).logits[0, -1] for token in tokens]
+    steps = [model(input_ids=token, past_key_values=cache, use_cache=True).logits[0, -1].argmax() for token in tokens]
     record = contextual.records[-1]
     if record.dense_because:
         return float("inf"), 0.0, 1.0
-    return record.deviation[0], record.margin[0], float((torch.stack(steps).argmax(-1) == wanted_T).float().mean())
+    return record.deviation[0], record.margin[0], float((torch.stack(steps) == wanted_T).float().mean())
 
 
 def choose_limits(
@@ -153,7 +158,7 @@ def measure_break_even(contextual: Contextual, ids_BT: Tensor, prompt: int) -> d
         for place in range(prompt - 1, min(prompt + TIMED_STEPS, ids_BT.shape[1])):
             chunk_BT = ids_BT[:, :prompt] if place < prompt else ids_BT[:, place : place + 1]
             started = time.perf_counter()
-            contextual.model(input_ids=chunk_BT, past_key_values=cache, use_cache=True)
+            contextual.model(input_ids=chunk_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
             if ids_BT.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)

@@ -245,6 +245,7 @@ class ComparisonSettings(Frozen):
     seed: int
     device: str
     dtype: str
+    logit_bytes: int | None = None
 
 
 class Environment(Frozen):

@@ -260,13 +260,17 @@ def stubbed(blocks: nn.ModuleList, stub: Callable[[int, Call, Tensor], Any]) -> 
 
         return forward
 
+    own = [vars(block).get("forward") for block in blocks]
     for index, block in enumerate(blocks):
         block.forward = make(index)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 _CACHE_ARGUMENTS = {"past_key_values", "past_key_value", "layer_past", "use_cache", "cache_position"}

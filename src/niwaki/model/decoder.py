@@ -38,6 +38,7 @@ from niwaki.model.anatomy import (
 from niwaki.model.checkpoint import STORED_DTYPES, Checkpoint
 from niwaki.model.device import return_free_memory, to_host
 from niwaki.model.hf import build_skeleton, fill, materialize_buffers, resize, split_converted, weight_names
+from niwaki.model.logits import one_position, position_slices, vocabulary_of
 from niwaki.model.matmul_observer import MatmulObserver
 from niwaki.model.unread import Unread
 
@@ -146,22 +147,33 @@ class Block:
         return linear.parameter if linear.expert is None else f"{linear.parameter}[{linear.expert}]"
 
 
-def open_decoder(model: str | Path, device: torch.device, dtype: torch.dtype | None = None) -> "Decoder":
+def open_decoder(
+    model: str | Path, device: torch.device, dtype: torch.dtype | None = None, *, logit_bytes: int | None = None
+) -> "Decoder":
     """Return the decoder of a checkpoint. Raises CheckpointError if its weights are packed or quantized."""
     checkpoint = Checkpoint.open(model)
     checkpoint.require_plain()
-    return Decoder(checkpoint, device, dtype)
+    return Decoder(checkpoint, device, dtype, logit_bytes=logit_bytes)
 
 
 class Decoder:
     """A causal language model read from disk one block at a time.
 
-    The compute dtype is float32 on the CPU and the dtype of the checkpoint elsewhere.
+    The compute dtype is float32 on the CPU and the dtype of the checkpoint elsewhere. `logit_bytes` is the budget of
+    `model.logits` for one slice of logits.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        *,
+        logit_bytes: int | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.device = device
+        self.logit_bytes = logit_bytes
         self.dtype = dtype or (torch.float32 if device.type == "cpu" else checkpoint.dtype)
         self.model = build_skeleton(checkpoint.config, self.dtype)
         resize(self.model, checkpoint.shapes)
@@ -313,8 +325,8 @@ class Decoder:
             calls.append(call)
             return self.anatomy.blocks[index].wrap(x_BTD)
 
-        with torch.no_grad():
-            self._run_outer(ids_BT, stub, logits_to_keep=1)
+        with torch.no_grad(), one_position(self.model):
+            self._run_outer(ids_BT, stub)
         return entered[0], calls
 
     def logits(self, ids_BT: Tensor, x_BTD: Tensor) -> Tensor:
@@ -328,6 +340,10 @@ class Decoder:
             logits: Tensor = self._run_outer(ids_BT, stub).logits
         return logits
 
+    def position_slices(self, count: int) -> list[slice]:
+        """Cut `count` positions into slices whose logits fit the budget."""
+        return position_slices(count, vocabulary_of(self.model), self.logit_bytes)
+
     def release_outer(self) -> None:
         """Free embeddings, final norm and LM head."""
         for module in outer_modules(self.model, self.path, self.anatomy.idle):
@@ -337,11 +353,11 @@ class Decoder:
                 module._buffers[name] = buffer.to("meta")
         self._outer_loaded = False
 
-    def _run_outer(self, ids_BT: Tensor, stub: Callable[[int, Call, Tensor], Any], **kwargs: Any) -> Any:
+    def _run_outer(self, ids_BT: Tensor, stub: Callable[[int, Call, Tensor], Any]) -> Any:
         if not self._outer_loaded:
             self.load_outer()
         with stubbed(self._blocks, stub):
-            return self.model(input_ids=ids_BT.to(self.device), use_cache=False, **kwargs)
+            return self.model(input_ids=ids_BT.to(self.device), use_cache=False)
 
     def load_outer(self, stored: dict[str, Tensor] | None = None) -> None:
         """Read embeddings, final norm and LM head to the device, from `stored` (names on disk) if given."""

@@ -143,8 +143,9 @@ class CudaGraphGenerator:
             raise InputError("this model attends within a window, which a fixed cache does not support: use generate")
         positions_BT = (real_BT.cumsum(1) - 1).clamp_min(0)
         output = self.model(
-            input_ids=ids_BT, attention_mask=real_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True
-        )
+            input_ids=ids_BT, attention_mask=real_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
         active = None if self.contextual is None or not self.contextual.enabled else self.contextual.choose()
         states = _states(cache, active)
         step = self._step(active, states)

@@ -182,7 +182,7 @@ def test_gpus_are_predicted_as_they_were_measured(
         machine = replace(machine, memory_bytes=24 * 10**9)
     found = sum(seconds(stage.model, stage.work, machine, stage.stored.file_bytes).values())
     assert 0.67 < found / measured.get("extrapolated_s", measured["seconds"]) < 1.5
-    peak = memory(stage.model, stage.work, "cuda", machine.memory_bytes, None, 0).device_bytes
+    peak = memory(stage.model, stage.work, "cuda", machine.memory_bytes, stage.stage.recipe, 0).device_bytes
     assert peak / 1e9 == pytest.approx(measured["peak_device_gb"], rel=0.15)
 
 
@@ -200,7 +200,7 @@ def test_memory_on_the_cpu_is_predicted_as_it_was_measured(large: dict[str, Path
         }
         decoder = open_decoder(folder, CPU)
         (stage,) = plan_stages(decoder, resolve(make_recipe(given), decoder), "cpu")
-        found = memory(stage.model, stage.work, "cpu", 2**40, None, 460_000_000).rss_bytes
+        found = memory(stage.model, stage.work, "cpu", 2**40, stage.stage.recipe, 460_000_000).rss_bytes
         assert found / 1e9 == pytest.approx(measured, rel=0.15), (method, folder)
 
 

@@ -65,7 +65,7 @@ def test_scores_are_those_of_the_definitions() -> None:
     text = text_of(3, 6, 2)
     generator = torch.Generator().manual_seed(1)
     dense_STV, model_STV = (torch.randn(3, 6, 26, generator=generator) for _ in range(2))
-    found = score_text(text, lambda row: dense_STV[row], lambda row: model_STV[row], first=2)
+    found = score_text(text, lambda row, part: dense_STV[row, part], lambda row, part: model_STV[row, part], first=2)
     assert found.nll_SP.shape == (3, 3), "behind the first two tokens, the last predicts nothing"
     for row in range(3):
         for place in range(2, 5):
@@ -81,7 +81,7 @@ def test_scores_are_those_of_the_definitions() -> None:
 def test_logits_that_are_no_numbers_are_an_error() -> None:
     text, nothing = text_of(1, 4, 1), torch.full((4, 26), math.nan)
     with pytest.raises(NumericalError, match="NaN or infinite logits"):
-        score_text(text, lambda row: torch.zeros(4, 26), lambda row: nothing)
+        score_text(text, lambda row, part: torch.zeros(4, 26), lambda row, part: nothing)
 
 
 def test_the_worst_passage_is_found_and_shown() -> None:

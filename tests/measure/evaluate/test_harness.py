@@ -3,7 +3,6 @@
 import json
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -15,49 +14,13 @@ from niwaki.cli.demo import sapling
 from niwaki.data.texts import load_tokenizer
 from niwaki.errors import InputError
 from support.models import tiny_llama, write_sentencepiece, write_texts
-
-TASK = """\
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{data}"}}, cache_dir: "{cache}"}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{pairs[0][0]}}}}"
-doc_to_choice: "{{{{pairs|map(attribute=1)|list}}}}"
-doc_to_target: gold
-target_delimiter: ""
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
+from support.tasks import TASK, questions, write_task
 
 
 @pytest.fixture(autouse=True)
 def _no_survey(monkeypatch: pytest.MonkeyPatch) -> None:
     """lm_eval looks for compilers, drivers and packages in every run, by calling them; nothing of that is kept here."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-
-
-def write_task(folder: Path, rows: list[dict[str, Any]], name: str = "mine") -> Path:
-    """The items as a file of ours and as a task of lm_eval; returns the former."""
-    folder.mkdir(exist_ok=True)
-    data = folder / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data, cache=folder / "cache"), encoding="utf-8")
-    return data
-
-
-def questions(count: int, words: int = 12) -> list[dict[str, Any]]:
-    """What follows in a help topic, against what follows elsewhere, of 2 to 4 choices of different lengths."""
-    texts = [topics[name].split() for name in sorted(topics) if len(topics[name].split()) > words + 8]
-    rows = []
-    for i in range(count):
-        context = " ".join(texts[i % len(texts)][:words])
-        ends = [
-            " " + " ".join(texts[(i + 7 * j) % len(texts)][words : words + 2 + (i + j) % 5]) for j in range(2 + i % 3)
-        ]
-        gold = i % len(ends)
-        ends[0], ends[gold] = ends[gold], ends[0]
-        rows.append({"pairs": [[context, end] for end in ends], "gold": gold})
-    return rows
 
 
 def both(model: Path, folder: Path, data: Path, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:

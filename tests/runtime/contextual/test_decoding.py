@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from niwaki.errors import InputError
-from niwaki.runtime.contextual.decoding import generate_verified, logits_of_text
+from niwaki.runtime.contextual.decoding import generate_verified, read_text
 from niwaki.runtime.contextual.sparsity import attach
 from support.contextual import PROMPT, ids_of, model_of, shadow_of, step_by_step
 
@@ -100,7 +100,12 @@ def test_a_given_text_runs_as_if_written_one_by_one(family: str, running: dict[s
     contextual, stepping = attach(model, shadow_of(model, **running)), attach(twin, shadow_of(twin, **running))
     wanted_BTV, _ = step_by_step(twin, ids_BT, PROMPT)
     for _ in range(2):  # and again, with nothing left of the first
-        torch.testing.assert_close(logits_of_text(contextual, ids_BT[0], PROMPT), wanted_BTV[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            read_text(contextual, ids_BT[0], PROMPT).logits(slice(0, ids_BT.shape[1])),
+            wanted_BTV[0],
+            atol=1e-4,
+            rtol=1e-4,
+        )
         assert contextual.records[-1] == stepping.records[0]
     assert bool(contextual.records[0].sparse_tokens) == ("max_kept_frac" not in running)
 
@@ -110,4 +115,6 @@ def test_a_prompt_alone_is_read() -> None:
     ids_BT = ids_of(1, PROMPT)
     with torch.no_grad():
         wanted_BTV = model(input_ids=ids_BT, use_cache=False).logits
-    torch.testing.assert_close(logits_of_text(attach(model, shadow_of(model)), ids_BT[0], PROMPT), wanted_BTV[0])
+    torch.testing.assert_close(
+        read_text(attach(model, shadow_of(model)), ids_BT[0], PROMPT).logits(slice(0, ids_BT.shape[1])), wanted_BTV[0]
+    )

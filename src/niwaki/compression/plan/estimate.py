@@ -16,8 +16,10 @@ import psutil
 
 from niwaki.compression.plan.machines import Machine
 from niwaki.compression.plan.sizes import BlockSizes, ModelSizes
+from niwaki.config.recipe import Recipe
 from niwaki.data.statistics import SAMPLE_TOKENS, STRIP_COLUMNS, Needs
 from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, graph
+from niwaki.model.logits import LOGIT_BYTES
 
 FORWARD_STARTS = 60  # small operations of a block's forward
 SHARES = {"cpu": 1 / 2, "cuda": 1 / 8}  # of its memory for hidden states (`hidden_states.choose_place`)
@@ -149,14 +151,14 @@ class Memory:
 
 
 def memory(
-    model: ModelSizes, load: Workload, device: str, device_bytes: int, activation_bytes: int | None, base_bytes: int
+    model: ModelSizes, load: Workload, device: str, device_bytes: int, recipe: Recipe, base_bytes: int
 ) -> Memory:
     """Return the peak memory. `base_bytes` is the size of a process with everything imported, before it computes."""
     states = load.windows * load.tokens * model.hidden * load.itemsize
     kept = [states] * (1 + bool(load.needs.windows) + load.dense)
     inputs = states * len(model.blocks) if load.needs.gradient else 0
     free = psutil.virtual_memory().available if device == "cpu" else device_bytes
-    limit = min(SHARES[device] * free, 2**62 if activation_bytes is None else activation_bytes)
+    limit = min(SHARES[device] * free, 2**62 if recipe.activation_bytes is None else recipe.activation_bytes)
     scratch = FLOAT_BYTES * model.weights if load.squares else 0
     resident = 0
     for nbytes in (*kept, inputs):
@@ -166,7 +168,8 @@ def memory(
     outer: float = model.embeddings_weights * load.itemsize + 2 * model.embeddings_bytes
     if load.needs.gradient:  # logits, their softmax and its gradient
         vocabulary = model.embeddings_weights * model.head_bytes / max(model.embeddings_bytes, 1) / model.hidden
-        outer += 3 * FLOAT_BYTES * _at_once(load) * load.tokens * vocabulary
+        slice_bytes = LOGIT_BYTES if recipe.logit_bytes is None else recipe.logit_bytes
+        outer += 3 * min(FLOAT_BYTES * _at_once(load) * load.tokens * vocabulary, slice_bytes)
     sure = (resident + max(walk, outer)) * SLACK
     worst = max(sure, model.file_bytes if load.writes_text else 0)
     if device == "cpu":

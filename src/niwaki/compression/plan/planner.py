@@ -147,7 +147,7 @@ def check_possible(decoder: Decoder, stage: ResolvedStage, out: Path, report: Re
     cuda = device.type == "cuda"
     total = torch.cuda.get_device_properties(device).total_memory if cuda else psutil.virtual_memory().total
     base = psutil.Process().memory_info().rss
-    peak = memory(model, work, device.type, total, stage.recipe.activation_bytes, base)
+    peak = memory(model, work, device.type, total, stage.recipe, base)
     if stage.kind is MethodKind.CONTEXTUAL:
         written = 0.0
     elif stage.kind is MethodKind.SHAPE:
@@ -224,8 +224,7 @@ def _estimate(planned: PlannedStage, machine: Machine) -> tuple[dict[str, float]
     """Return the seconds by phase and the peak memory of a stage."""
     base = psutil.Process().memory_info().rss
     times = seconds(planned.model, planned.work, machine, planned.written_bytes)
-    activation_bytes = planned.stage.recipe.activation_bytes
-    return times, memory(planned.model, planned.work, machine.device, machine.memory_bytes, activation_bytes, base)
+    return times, memory(planned.model, planned.work, machine.device, machine.memory_bytes, planned.stage.recipe, base)
 
 
 def _check_memory(peak: Memory, device: str, memory_bytes: int, name: str) -> list[str]:

@@ -24,6 +24,7 @@ import torch
 
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import as_files
+from niwaki.data.stream import default_batch_tokens
 from niwaki.data.texts import check_seq_len
 from niwaki.errors import InputError
 from niwaki.measure.compare.gates import CONFIDENCE, each_confidence, judge_comparison, load_gates
@@ -74,6 +75,7 @@ def compare(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    logit_bytes: int | None = None,
     lang: str = "en",
     overwrite: bool = False,
     update_card: bool = False,
@@ -85,7 +87,8 @@ def compare(
     `prompts`: .txt with one per line, or .jsonl with `prompt`. The default prompts are the first tokens of the data.
     `max_tokens` cuts every data file, `limit` every task file. `rounds`: prefills of `prompt_tokens`, each with
     `new_tokens` decoded after it. With 0 rounds no whole model runs: no speed, memory, loading time or texts.
-    `seed`: of the bootstrap. `update_card` writes the results of every candidate on its model card.
+    `seed`: of the bootstrap. `logit_bytes` limits the logits made at once (256 MiB). `update_card` writes the results
+    of every candidate on its model card.
     Raises InputError, and writes nothing, if an input cannot be read or the models cannot be compared.
     """
     begin, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
@@ -96,7 +99,7 @@ def compare(
     settings, tokenizer, decoders = _open_models(
         sources, device, dtype, data=as_files(data), tasks=as_files(tasks), prompts=prompts, field=field,
         seq_len=seq_len, max_tokens=max_tokens, limit=limit, rounds=rounds, prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens, seed=seed,
+        new_tokens=new_tokens, seed=seed, logit_bytes=logit_bytes,
     )  # fmt: skip
     folders = [decoder.checkpoint.folder for decoder in decoders[1:]]
     cards = _check_cards(folders if update_card else [])
@@ -110,10 +113,7 @@ def compare(
         environment=describe_environment(decoders[0].device), dense=dense_model, candidates=measured,
     )  # fmt: skip
     comparison = comparison if gates is None else judge_comparison(comparison, gates)
-    if report is not None:
-        write_report(Path(report), comparison, records, lang)
-    for folder, candidate in zip(cards, comparison.candidates, strict=False):  # no cards, or one for each
-        put_comparison(folder, comparison, candidate)
+    _publish(comparison, None if report is None else Path(report), records, lang, cards)
     return comparison
 
 
@@ -124,7 +124,10 @@ def _open_models(
     counts = {name: given[name] for name in ("seq_len", "max_tokens", "limit", "rounds")}
     check_inputs(sources[1:], given["data"], given["tasks"], **counts)
     place = pick_device(device)
-    decoders = [Decoder(Checkpoint.open(source), place, pick_dtype(dtype)) for source in sources]
+    decoders = [
+        Decoder(Checkpoint.open(source), place, pick_dtype(dtype), logit_bytes=given["logit_bytes"])
+        for source in sources
+    ]
     tokenizer = shared_tokenizer([decoder.checkpoint.folder for decoder in decoders])
     return _resolve_settings(decoders, given), tokenizer, decoders
 
@@ -159,6 +162,16 @@ def _check_cards(folders: Sequence[Path]) -> Sequence[Path]:
     return folders
 
 
+def _publish(
+    comparison: Comparison, report: Path | None, records: Sequence[Any], lang: str, cards: Sequence[Path]
+) -> None:
+    """Write the report, and the results of every candidate on its model card, where they are asked for."""
+    if report is not None:
+        write_report(report, comparison, records, lang)
+    for folder, candidate in zip(cards, comparison.candidates, strict=False):  # no cards, or one for each
+        put_comparison(folder, comparison, candidate)
+
+
 def _read_inputs(settings: ComparisonSettings, tokenizer: Any, decoders: list[Decoder]) -> EvaluationInputs:
     positions = _min_positions(decoders)
     texts = [
@@ -166,7 +179,9 @@ def _read_inputs(settings: ComparisonSettings, tokenizer: Any, decoders: list[De
         for path in settings.data
     ]
     items = {path: read_items(path, settings.limit) for path in settings.tasks}
-    return EvaluationInputs(texts, items, {path: buckets(own, tokenizer, positions) for path, own in items.items()})
+    batch_tokens = default_batch_tokens(decoders[0].device)
+    sequences = {path: buckets(own, tokenizer, positions, batch_tokens) for path, own in items.items()}
+    return EvaluationInputs(texts, items, sequences)
 
 
 def _min_positions(decoders: list[Decoder]) -> int | None:

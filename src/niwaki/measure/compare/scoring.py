@@ -2,28 +2,30 @@
 
 The dense model runs once and keeps one hidden state per token (`FinalHiddenStates`). Its logits are computed again for
 every candidate: the log-probabilities would need V numbers per token, the hidden states need D. A candidate also runs
-block by block, and both LM heads run window by window. So one block, two heads and the hidden states of two models are
-in memory, for any number of candidates.
+block by block, and both LM heads run on slices of a window within a budget. So one block, two heads and the hidden
+states of two models are in memory, for any number of candidates.
 
 A contextual result runs in its own runtime, with the whole model in memory: its skipped weights depend on the prompt.
 
-Legend: T tokens, V vocabulary, D hidden size.
+Legend: T tokens, N positions, V vocabulary, D hidden size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from niwaki.config.events import Event, Report
 from niwaki.measure.compare.task_metrics import Likelihoods
 from niwaki.measure.compare.token_metrics import Text, TokenScores, score_text
 from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
-from niwaki.measure.evaluate.tasks import Bucket, Item, continuation_likelihood, likelihoods
+from niwaki.measure.evaluate.tasks import Bucket, Item, likelihoods
 from niwaki.measure.schema import Scoring
 from niwaki.model.decoder import Decoder
-from niwaki.runtime.contextual.decoding import logits_of_text
+from niwaki.model.logits import position_slices, vocabulary_of
+from niwaki.runtime.contextual.decoding import ReadText, read_text
 from niwaki.runtime.contextual.predictor_files import has_shadow, read_shadow
 from niwaki.runtime.contextual.sparsity import Contextual, attach
 from niwaki.runtime.load import load
@@ -55,7 +57,7 @@ def run_blocks(decoder: Decoder, inputs: EvaluationInputs, folder: Path, report:
 
 def answer_likelihoods(states: FinalHiddenStates, inputs: EvaluationInputs) -> dict[str, Likelihoods]:
     """Return the log-likelihoods of all answers."""
-    return {path: likelihoods(items, states.buckets[path], states.logits) for path, items in inputs.items.items()}
+    return {path: likelihoods(items, states.buckets[path], states.logprobs) for path, items in inputs.items.items()}
 
 
 def score_candidate(
@@ -70,7 +72,10 @@ def score_candidate(
     if has_shadow(decoder.checkpoint.folder):
         return _score_contextual(decoder, dense, inputs, first_tokens, report)
     own = run_blocks(decoder, inputs, folder, report)
-    texts = [score_text(text, _window_logits(dense, text), _window_logits(own, text)) for text in inputs.texts]
+    texts = [
+        score_text(text, _window_logits(dense, text), _window_logits(own, text), parts=_parts(text, dense, decoder))
+        for text in inputs.texts
+    ]
     windows = sum(len(text.ids_ST) for text in inputs.texts)
     scoring = Scoring(how="streamed", first_tokens=0, windows=windows, dense_windows=0, skipped_frac=0.0)
     return CandidateScores(texts, answer_likelihoods(own, inputs), scoring)
@@ -82,28 +87,38 @@ def _score_contextual(
     """Score windows after a prompt of `first_tokens`, and every answer after its question."""
     folder = decoder.checkpoint.folder
     model = load(folder, device=str(decoder.device), dense=True).to(decoder.dtype)
-    contextual = attach(model, read_shadow(folder))
+    runtime = _Runtime(attach(model, read_shadow(folder)), decoder.logit_bytes)
     skipped: list[float] = []
     windows = sum(len(text.ids_ST) for text in inputs.texts)
 
-    def window(text: Text) -> Callable[[int], Tensor]:
-        def logits(row: int) -> Tensor:
-            report(Event.COMPARE, done=len(skipped) + 1, of=windows, model=folder.name)
-            logits_TV = _follow(contextual, text.ids_ST[row], first_tokens)
-            record = contextual.records[-1]
-            skipped.append(record.skipped_frac[-1] if record.sparse_tokens else 0.0)
-            return logits_TV
+    def window(text: Text) -> Callable[[int, slice], Tensor]:
+        last_row = -1
+        followed: ReadText | None = None
+
+        def logits(row: int, part: slice) -> Tensor:
+            nonlocal last_row, followed
+            if followed is None or row != last_row:
+                report(Event.COMPARE, done=len(skipped) + 1, of=windows, model=folder.name)
+                last_row, followed = row, runtime.read(text.ids_ST[row], first_tokens)
+                record = runtime.contextual.records[-1]
+                skipped.append(record.skipped_frac[-1] if record.sparse_tokens else 0.0)
+            return followed.logits(part).float()
 
         return logits
 
-    texts = [score_text(text, _window_logits(dense, text), window(text), first_tokens) for text in inputs.texts]
+    texts = [
+        score_text(text, _window_logits(dense, text), window(text), first_tokens, _parts(text, dense, decoder))
+        for text in inputs.texts
+    ]
     answers = {}
     for path, items in inputs.items.items():
         answers[path] = [[0.0] * len(item.pairs) for item in items]
         for bucket in inputs.buckets[path]:
-            for row, ((item, choice), (split, end)) in enumerate(zip(bucket.places, bucket.spans, strict=True)):
-                logits_TV = _follow(contextual, bucket.ids_ST[row, : end - 1], split)  # the last predicts nothing
-                answers[path][item][choice] = continuation_likelihood(logits_TV.log_softmax(-1), bucket, row)
+            for row, (item, choice), (split, end), wanted in zip(
+                bucket.rows, bucket.places, bucket.spans, bucket.wanted, strict=True
+            ):
+                ids_T = bucket.ids_ST[row, : end - 1]  # the last token of an answer predicts nothing
+                answers[path][item][choice] = runtime.likelihood(ids_T, split, wanted)
     sparse = [share for share in skipped if share]
     scoring = Scoring(
         how="runtime",
@@ -115,10 +130,34 @@ def _score_contextual(
     return CandidateScores(texts, answers, scoring)
 
 
-def _follow(contextual: Contextual, ids_T: Tensor, prompt: int) -> Tensor:
-    return logits_of_text(contextual, ids_T.to(contextual.model.device), prompt).float()
+@dataclass(frozen=True)
+class _Runtime:
+    """A contextual model, and the budget of its logits."""
+
+    contextual: Contextual
+    logit_bytes: int | None
+
+    def read(self, ids_T: Tensor, prompt: int) -> ReadText:
+        """Run a text of which the first `prompt` tokens are prefill."""
+        return read_text(self.contextual, ids_T.to(self.contextual.model.device), prompt)
+
+    def likelihood(self, ids_T: Tensor, prompt: int, wanted: list[int]) -> float:
+        """Return the log-likelihood of the tokens `wanted`, the first of which follows the prompt."""
+        text, total = self.read(ids_T, prompt), 0.0
+        for part in position_slices(len(wanted), vocabulary_of(self.contextual.model), self.logit_bytes):
+            place = slice(prompt - 1 + part.start, prompt - 1 + part.stop)
+            logprobs_NV = text.logits(place).float().log_softmax(-1)
+            wanted_N1 = torch.tensor(wanted[part], device=logprobs_NV.device)[:, None]
+            total += float(logprobs_NV.gather(1, wanted_N1).sum(dtype=torch.float64))
+        return total
 
 
-def _window_logits(states: FinalHiddenStates, text: Text) -> Callable[[int], Tensor]:
+def _parts(text: Text, dense: FinalHiddenStates, decoder: Decoder) -> list[slice]:
+    """Cut a window into slices that fit the budget with the vocabulary of both models."""
+    tokens = text.ids_ST.shape[1]
+    return max(dense.decoder.position_slices(tokens), decoder.position_slices(tokens), key=len)
+
+
+def _window_logits(states: FinalHiddenStates, text: Text) -> Callable[[int, slice], Tensor]:
     stream = states.windows[text.path]
-    return lambda row: states.logits(stream, slice(row, row + 1))[0]
+    return lambda row, part: states.logits(stream, row, part)

@@ -7,7 +7,7 @@ numbers. Distributions over the vocabulary are never kept.
 The intervals resample documents, or windows if a file has fewer than MIN_DOCUMENTS (a book is one document). They take
 windows of one long text as independent, although neighbours are weakly dependent.
 
-Legend: S windows, T tokens, V vocabulary, P predicted tokens of a window, U units, D documents.
+Legend: S windows, T tokens, V vocabulary, P predicted tokens of a window, N of a part of it, U units, D documents.
 """
 
 import math
@@ -30,7 +30,7 @@ MIN_DOCUMENTS = 20
 PASSAGE_TOKENS = 32
 MAX_EXAMPLES = 20
 Bools = NDArray[np.bool_]
-Logits = Callable[[int], Tensor]  # of one window, [T, V]
+Logits = Callable[[int, slice], Tensor]  # of a part of the positions of one window, [N, V]
 
 
 @dataclass(frozen=True)
@@ -64,23 +64,38 @@ def read_text(path: str, tokenizer: Any, *, field: str, seq_len: int, max_tokens
     return Text(path, windows_ST, owners_ST, [document.domain for document in documents])
 
 
-def score_text(text: Text, dense: Logits, candidate: Logits, first: int = 0) -> TokenScores:
-    """Score a text window by window. Only the distributions of one window are in memory.
+def score_text(
+    text: Text, dense: Logits, candidate: Logits, first: int = 0, parts: Sequence[slice] | None = None
+) -> TokenScores:
+    """Score a text window by window. Only the distributions of one part of a window are in memory.
 
-    Raises NumericalError if logits are NaN or infinite.
+    `parts` cover the T positions of a window, one part without them. Raises NumericalError if logits are NaN or
+    infinite.
     """
+    last = text.ids_ST.shape[1] - 1  # the last position predicts nothing
     rows: list[tuple[Tensor, ...]] = []
-    for row, ids_T in enumerate(text.ids_ST):
-        dense_PV = dense(row)[first:-1].float().log_softmax(-1)
-        model_PV = candidate(row)[first:-1].float().log_softmax(-1)
-        wanted_P1 = ids_T[first + 1 :, None].to(dense_PV.device)
-        kl_P = (dense_PV.exp() * (dense_PV - model_PV)).sum(-1, dtype=torch.float64).clamp_min(0)  # of rounding errors
-        nlls = (-logprobs_PV.gather(1, wanted_P1)[:, 0].double() for logprobs_PV in (dense_PV, model_PV))
-        rows.append(tuple(part.cpu() for part in (*nlls, kl_P, dense_PV.argmax(-1), model_PV.argmax(-1))))
-    columns = [torch.stack(part).numpy() for part in zip(*rows, strict=True)]
+    for row in range(len(text.ids_ST)):
+        scored: list[tuple[Tensor, ...]] = []
+        for part in parts or [slice(0, last + 1)]:
+            begin, end = max(part.start, first), min(part.stop, last)
+            if begin < end:
+                kept = slice(begin - part.start, end - part.start)
+                dense_NV = dense(row, part)[kept].float().log_softmax(-1)
+                model_NV = candidate(row, part)[kept].float().log_softmax(-1)
+                scored.append(_score_positions(dense_NV, model_NV, text.ids_ST[row, begin + 1 : end + 1]))
+        rows.append(tuple(torch.cat(values) for values in zip(*scored, strict=True)))
+    columns = [torch.stack(values).numpy() for values in zip(*rows, strict=True)]
     if not np.isfinite(columns[2]).all():
         raise NumericalError(f"{text.path}: a model returns NaN or infinite logits, so nothing can be compared")
     return TokenScores(text, first, *columns)
+
+
+def _score_positions(dense_NV: Tensor, model_NV: Tensor, wanted_N: Tensor) -> tuple[Tensor, ...]:
+    """Return both likelihoods, the KL divergence and both most likely tokens, by position, from log-probabilities."""
+    wanted_N1 = wanted_N[:, None].to(dense_NV.device)
+    kl_N = (dense_NV.exp() * (dense_NV - model_NV)).sum(-1, dtype=torch.float64).clamp_min(0)  # of rounding errors
+    nlls = (-logprobs_NV.gather(1, wanted_N1)[:, 0].double() for logprobs_NV in (dense_NV, model_NV))
+    return tuple(values.cpu() for values in (*nlls, kl_N, dense_NV.argmax(-1), model_NV.argmax(-1)))
 
 
 def data_quality(scored: TokenScores, confidence: float, rng: np.random.Generator) -> DataQuality:

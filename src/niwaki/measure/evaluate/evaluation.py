@@ -8,12 +8,13 @@ predicted positions. KL(reference‖model) and top-1 agreement are means over th
 
     niwaki.evaluate("OUT", data="mine.txt", reference="MODEL", seq_len=512)
 
-Legend: S windows, T tokens, V vocabulary.
+Legend: S windows, T tokens, N positions, V vocabulary.
 """
 
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from niwaki.config.events import Report, silent
 from niwaki.config.recipe import as_files
 from niwaki.config.sources import check_sources
 from niwaki.data.documents import read_texts
-from niwaki.data.stream import Stream
+from niwaki.data.stream import Stream, default_batch_tokens
 from niwaki.data.texts import check_seq_len, evaluation_windows, load_tokenizer
 from niwaki.errors import InputError
 from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
@@ -53,6 +54,7 @@ def evaluate(
     field: str = "text",
     device: str = "auto",
     dtype: str = "auto",
+    logit_bytes: int | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Measure `model` on text files, task files and tasks of lm_eval, and against `reference` if given.
@@ -61,6 +63,7 @@ def evaluate(
     `kl` (mean KL(reference‖model) in nats per predicted token) and `top1_agreement`. Per task file: `tasks`. `lm_eval`
     is as that package reports it, `bytes` are those of the weight files. `max_tokens` cuts every data file, `limit`
     every task. `include_path` is a folder of task files for lm_eval, `num_fewshot` its number of examples.
+    `logit_bytes` limits the logits that are made at once (256 MiB).
 
     Raises InputError for an input that cannot be read or does not fit the model.
     """
@@ -72,7 +75,7 @@ def evaluate(
     check_sources(data)
     harness = find_tasks(names, include_path, num_fewshot, limit)
     decoders = [
-        Decoder(Checkpoint.open(path), pick_device(device), pick_dtype(dtype))
+        Decoder(Checkpoint.open(path), pick_device(device), pick_dtype(dtype), logit_bytes=logit_bytes)
         for path in (model, reference)
         if path is not None
     ]
@@ -89,7 +92,10 @@ def evaluate(
         **_stream_all(decoders, data, tasks, seq_len, max_tokens, limit, field, report or silent),
     }
     if harness is not None:
-        rows = [run_tasks(harness, d.checkpoint.folder, device=device, dtype=d.dtype) for d in decoders]
+        rows = [
+            run_tasks(harness, d.checkpoint.folder, device=device, dtype=d.dtype, logit_bytes=logit_bytes)
+            for d in decoders
+        ]
         result["lm_eval"] = rows[0] if reference is None else {**rows[0], "reference": rows[1]}
     return result
 
@@ -112,7 +118,8 @@ def _stream_all(
     }
     positions = min((d.positions for d in decoders if d.positions is not None), default=None)
     questions = {path: read_items(path, limit) for path in tasks}
-    sequences = {path: buckets(items, tokenizer, positions) for path, items in questions.items()}
+    batch_tokens = default_batch_tokens(decoders[0].device)
+    sequences = {path: buckets(items, tokenizer, positions, batch_tokens) for path, items in questions.items()}
     with tempfile.TemporaryDirectory(prefix="niwaki-") as folder:
         states = [
             FinalHiddenStates(decoder, windows, sequences, Path(folder) / str(number), report)
@@ -125,26 +132,32 @@ def _stream_all(
         }
 
 
-def compare_windows(ids_ST: Tensor, logits: Callable[[int], list[Tensor]]) -> dict[str, float]:
+def compare_windows(
+    ids_ST: Tensor, logits: Callable[[int, slice], list[Tensor]], parts: Sequence[slice]
+) -> dict[str, float]:
     """Return perplexity, and with a reference KL and top-1 agreement, over all windows.
 
-    `logits(row)` returns those of one window, [T, V]: of the model and, optionally, of the reference.
+    `logits(row, part)` returns those of a part of the positions of one window, [N, V]: of the model and, optionally, of
+    the reference. `parts` cover the T positions of a window.
     """
     nll = reference_nll = kl = agree = 0.0
     count = 0
     compared = False
-    for row, ids_T in enumerate(ids_ST):
-        logprobs = [logits_TV[:-1].log_softmax(-1) for logits_TV in logits(row)]
-        model_TV = logprobs[0]
-        wanted_T1 = ids_T[1:, None].to(model_TV.device)
-        count += len(model_TV)
-        nll -= _total(model_TV.gather(1, wanted_T1))
+    for row, part in product(range(len(ids_ST)), parts):
+        wanted_N1 = ids_ST[row, part.start + 1 : part.stop + 1, None]
+        if not len(wanted_N1):
+            continue  # the last position of a window predicts nothing
+        logprobs = [logits_NV[: len(wanted_N1)].log_softmax(-1) for logits_NV in logits(row, part)]
+        model_NV = logprobs[0]
+        wanted_N1 = wanted_N1.to(model_NV.device)
+        count += len(model_NV)
+        nll -= _total(model_NV.gather(1, wanted_N1))
         if len(logprobs) == 2:
             compared = True
-            reference_TV = logprobs[1]
-            reference_nll -= _total(reference_TV.gather(1, wanted_T1))
-            kl += _total(reference_TV.exp() * (reference_TV - model_TV))
-            agree += _total(reference_TV.argmax(-1) == model_TV.argmax(-1))
+            reference_NV = logprobs[1]
+            reference_nll -= _total(reference_NV.gather(1, wanted_N1))
+            kl += _total(reference_NV.exp() * (reference_NV - model_NV))
+            agree += _total(reference_NV.argmax(-1) == model_NV.argmax(-1))
     result = {"perplexity": math.exp(nll / count)}
     if compared:
         result |= {
@@ -164,22 +177,17 @@ def _compare_all(states: list[FinalHiddenStates], paths: list[str]) -> dict[str,
     for path in paths:
         streams = [(one, one.windows[path]) for one in states]
 
-        def logits(row: int, streams: list[tuple[FinalHiddenStates, Stream]] = streams) -> list[Tensor]:
-            return [one.logits(stream, slice(row, row + 1))[0] for one, stream in streams]
+        def logits(row: int, part: slice, streams: list[tuple[FinalHiddenStates, Stream]] = streams) -> list[Tensor]:
+            return [one.logits(stream, row, part) for one, stream in streams]
 
-        for name, value in compare_windows(streams[0][1].ids_ST, logits).items():
+        parts = max((one.window_parts(stream) for one, stream in streams), key=len)  # the wider vocabulary decides
+        for name, value in compare_windows(streams[0][1].ids_ST, logits, parts).items():
             values.setdefault(name, {})[path] = value
     return values
 
 
 def _score_all(states: list[FinalHiddenStates], path: str, questions: list[Any]) -> dict[str, Any]:
-    scores = []
-    for one in states:
-
-        def logits(stream: Stream, rows: slice, one: FinalHiddenStates = one) -> Tensor:
-            return one.logits(stream, rows)
-
-        scores.append(score(questions, one.buckets[path], logits))
+    scores = [score(questions, one.buckets[path], one.logprobs) for one in states]
     return scores[0] if len(scores) == 1 else {**scores[0], "reference": scores[1]}
 
 

@@ -23,7 +23,7 @@ from niwaki.data.texts import load_tokenizer
 from niwaki.errors import InputError, unknown
 from niwaki.model.hf import only_errors
 
-BATCH = 8
+BATCH = 8  # of generated texts
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def installed() -> bool:
     return importlib.util.find_spec("lm_eval") is not None
 
 
-def run_tasks(tasks: HarnessTasks, folder: Path, *, device: str, dtype: torch.dtype) -> dict[str, Any]:
+def run_tasks(
+    tasks: HarnessTasks, folder: Path, *, device: str, dtype: torch.dtype, logit_bytes: int | None = None
+) -> dict[str, Any]:
     """Return `results`, `groups`, `n-shot`, `n-samples` and `versions` as lm_eval reports them.
 
     For a contextual model, `contextual` counts the sparse and the dense tokens.
@@ -89,7 +91,7 @@ def run_tasks(tasks: HarnessTasks, folder: Path, *, device: str, dtype: torch.dt
 
     decoder = load(folder, device=device, dtype=dtype)
     with _quiet(f"lm_eval could not run {', '.join(tasks.names)}"):
-        model = wrap(decoder, load_tokenizer(folder), BATCH)
+        model = wrap(decoder, load_tokenizer(folder), BATCH, logit_bytes)
         output = lm_eval.simple_evaluate(
             model=model,
             tasks=list(tasks.names),

@@ -14,8 +14,10 @@ items:
 (If choices of a harness task have no leading space and the task adds one, it divides by one character less.)
 
 Sequences are padded on the right. Earlier positions of a causal model cannot see the padding, so no mask is needed.
+Sequences of similar length run together, and equal ones once: choices that differ in their last token share one. Only
+positions that predict a token of a continuation get logits.
 
-Legend: B sequences of a batch, S sequences, T tokens, V vocabulary.
+Legend: S sequences, T tokens, N predicted tokens.
 """
 
 import json
@@ -32,8 +34,7 @@ from niwaki.config.sources import check_tasks
 from niwaki.data.stream import Stream
 from niwaki.errors import CalibrationError
 
-MAX_BUCKETS = 4
-Logits = Callable[[Stream, slice], Tensor]
+Logprobs = Callable[[Stream, Tensor, Tensor], Tensor]  # (stream, places, tokens) → log-probabilities [N]
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,16 @@ class Item:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of similar length without their last token, padded to [S, T]."""
+    """A batch of sequences of similar length without their last token, padded to [S, T].
+
+    `rows`: the sequence that each continuation is read from.
+    """
 
     ids_ST: Tensor
-    places: list[tuple[int, int]]  # (item, choice) of every sequence
-    spans: list[tuple[int, int]]  # first and last+1 token of its continuation
-    wanted: list[list[int]]  # the tokens of its continuation
+    rows: list[int]
+    places: list[tuple[int, int]]  # (item, choice) of every continuation
+    spans: list[tuple[int, int]]  # its first and last+1 token
+    wanted: list[list[int]]  # its tokens
 
 
 @dataclass(frozen=True)
@@ -91,33 +96,43 @@ def read_items(path: str, limit: int | None) -> list[Item]:
     return items
 
 
-def buckets(items: list[Item], tokenizer: Any, positions: int | None) -> list[Bucket]:
-    """Group all sequences of all items into up to MAX_BUCKETS of similar length. Long contexts lose their start.
+def buckets(items: list[Item], tokenizer: Any, positions: int | None, batch_tokens: int) -> list[Bucket]:
+    """Group all sequences of all items by length into batches of `batch_tokens`. Long contexts lose their start.
 
     Raises CalibrationError for a sequence without a predicted token, or a continuation longer than `positions`.
     """
     encoded: list[_Sequence] = []
-    for index, item in enumerate(items):
-        for choice, (context, continuation) in enumerate(item.pairs):
-            ids, split = _encode(context, continuation, tokenizer)
-            if len(ids) < 2:
-                raise CalibrationError(
-                    f"question {index}: {context + continuation!r} is a single token, nothing to predict"
-                )
-            excess = 0 if positions is None else max(0, len(ids) - positions - 1)
-            if split - excess < 1:
-                raise CalibrationError(f"question {index}: the continuation alone exceeds the {positions} positions")
-            encoded.append(_Sequence(ids[excess:], split - excess, (index, choice)))
-    encoded.sort(key=lambda entry: (len(entry.ids), entry.place))
-    size = math.ceil(len(encoded) / MAX_BUCKETS)
-    return [_bucket(encoded[first : first + size], tokenizer) for first in range(0, len(encoded), size)]
+    pairs = [pair for item in items for pair in item.pairs]
+    places = [(index, choice) for index, item in enumerate(items) for choice in range(len(item.pairs))]
+    for (context, continuation), (index, choice), (ids, split) in zip(
+        pairs, places, _encode_all(pairs, tokenizer), strict=True
+    ):
+        if len(ids) < 2:
+            raise CalibrationError(
+                f"question {index}: {context + continuation!r} is a single token, nothing to predict"
+            )
+        excess = 0 if positions is None else max(0, len(ids) - positions - 1)
+        if split - excess < 1:
+            raise CalibrationError(f"question {index}: the continuation alone exceeds the {positions} positions")
+        encoded.append(_Sequence(ids[excess:], split - excess, (index, choice)))
+    encoded.sort(key=lambda entry: (len(entry.ids), entry.ids[:-1], entry.place))
+    batches: list[list[_Sequence]] = [[]]
+    rows = 0  # of the last batch; equal inputs are one row
+    for entry in encoded:
+        same = bool(batches[-1]) and batches[-1][-1].ids[:-1] == entry.ids[:-1]
+        if not same and rows and (rows + 1) * (len(entry.ids) - 1) > batch_tokens:
+            batches.append([])
+            rows = 0
+        batches[-1].append(entry)
+        rows += not same
+    return [_bucket(batch, tokenizer) for batch in batches]
 
 
-def score(items: list[Item], streams: list[tuple[Bucket, Stream]], logits: Logits) -> dict[str, Any]:
+def score(items: list[Item], streams: list[tuple[Bucket, Stream]], logprobs: Logprobs) -> dict[str, Any]:
     """Return accuracy, length-normalised accuracy and their standard errors."""
     correct, correct_norm = (
         [choice == item.gold for choice, item in zip(chosen, items, strict=True)]
-        for chosen in choices(items, likelihoods(items, streams, logits))
+        for chosen in choices(items, likelihoods(items, streams, logprobs))
     )
     return {
         "items": len(items),
@@ -128,23 +143,22 @@ def score(items: list[Item], streams: list[tuple[Bucket, Stream]], logits: Logit
     }
 
 
-def likelihoods(items: list[Item], streams: list[tuple[Bucket, Stream]], logits: Logits) -> list[list[float]]:
+def likelihoods(items: list[Item], streams: list[tuple[Bucket, Stream]], logprobs: Logprobs) -> list[list[float]]:
     """Return the summed log-likelihood of every continuation of every item."""
     values = [[0.0] * len(item.pairs) for item in items]
     for bucket, stream in streams:
-        for rows in stream.slices():
-            logprobs_BTV = logits(stream, rows).log_softmax(-1)
-            for position, row in enumerate(range(rows.start, rows.stop)):
-                item, choice = bucket.places[row]
-                values[item][choice] = continuation_likelihood(logprobs_BTV[position], bucket, row)
+        tokens = stream.ids_ST.shape[1]
+        places = [
+            row * tokens + place
+            for row, (first, end) in zip(bucket.rows, bucket.spans, strict=True)
+            for place in range(first - 1, end - 1)
+        ]
+        wanted = [token for own in bucket.wanted for token in own]
+        logprobs_N = logprobs(stream, torch.tensor(places), torch.tensor(wanted)).double()
+        sizes = [len(own) for own in bucket.wanted]
+        for (item, choice), own_N in zip(bucket.places, logprobs_N.split(sizes), strict=True):
+            values[item][choice] = float(own_N.sum())
     return values
-
-
-def continuation_likelihood(logprobs_TV: Tensor, bucket: Bucket, row: int) -> float:
-    """Return the log-likelihood of the continuation in one sequence of a bucket."""
-    first, end = bucket.spans[row]
-    wanted_T1 = torch.tensor(bucket.wanted[row], device=logprobs_TV.device)[:, None]
-    return float(logprobs_TV[first - 1 : end - 1].gather(1, wanted_T1).sum(dtype=torch.float64))
 
 
 def choices(items: list[Item], values: list[list[float]]) -> tuple[list[int], list[int]]:
@@ -166,30 +180,47 @@ def _item(row: Any) -> Item:
     return Item(pairs, gold)
 
 
-def _encode(context: str, continuation: str, tokenizer: Any) -> tuple[list[int], int]:
-    """Return the tokens of both together, and the index of the first token of the continuation."""
-
-    def tokens(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=not has_start, verbose=False)["input_ids"]
-        return ids
-
+def _encode_all(pairs: list[tuple[str, str]], tokenizer: Any) -> list[tuple[list[int], int]]:
+    """Return, for every pair, the tokens of both together and the index of the first token of the continuation."""
     start = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
-    has_start = (context or continuation).startswith(start)
-    if not context:
-        first = tokenizer.convert_tokens_to_ids(start)
-        ids = tokenizer(continuation, add_special_tokens=False, verbose=False)["input_ids"]
-        return (ids, 1) if ids[0] == first and len(ids) > 1 else ([first, *ids], 1)
-    ids = tokens(context + continuation)
-    return ids, max(min(len(tokens(context.rstrip())), len(ids) - 1), 1)
+    texts: dict[tuple[str, bool], list[int]] = {}  # (text, with special tokens) → its tokens
+    for context, continuation in pairs:
+        special = bool(context) and not context.startswith(start)
+        texts |= {(text, special): [] for text in _parts(context, continuation)}
+    for special in (False, True):
+        keys = [key for key in texts if key[1] == special]
+        if keys:
+            found = tokenizer([text for text, _ in keys], add_special_tokens=special, verbose=False)["input_ids"]
+            texts.update(zip(keys, found, strict=True))
+    encoded: list[tuple[list[int], int]] = []
+    for context, continuation in pairs:
+        special = bool(context) and not context.startswith(start)
+        ids, *before = (texts[text, special] for text in _parts(context, continuation))
+        if before:
+            encoded.append((ids, max(min(len(before[0]), len(ids) - 1), 1)))
+        else:
+            first = tokenizer.convert_tokens_to_ids(start)
+            encoded.append((ids, 1) if ids[0] == first and len(ids) > 1 else ([first, *ids], 1))
+    return encoded
+
+
+def _parts(context: str, continuation: str) -> tuple[str, ...]:
+    """Return the texts that are tokenized: both together and the context, or the continuation alone."""
+    return (context + continuation, context.rstrip()) if context else (continuation,)
 
 
 def _bucket(encoded: list[_Sequence], tokenizer: Any) -> Bucket:
     longest = max(len(entry.ids) for entry in encoded) - 1
-    ids_ST = torch.full((len(encoded), longest), tokenizer.eos_token_id, dtype=torch.int64)
-    for row, entry in enumerate(encoded):
-        ids_ST[row, : len(entry.ids) - 1] = torch.tensor(entry.ids[:-1])
+    inputs: list[list[int]] = []
+    rows: list[int] = []
+    for entry in encoded:
+        if not inputs or inputs[-1] != entry.ids[:-1]:
+            inputs.append(entry.ids[:-1])
+        rows.append(len(inputs) - 1)
+    ids_ST = torch.tensor([ids + [tokenizer.eos_token_id] * (longest - len(ids)) for ids in inputs])
     return Bucket(
         ids_ST,
+        rows,
         [entry.place for entry in encoded],
         [(entry.split, len(entry.ids)) for entry in encoded],
         [entry.ids[entry.split :] for entry in encoded],

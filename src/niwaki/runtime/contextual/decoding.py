@@ -1,4 +1,4 @@
-"""Decoding with a contextual model: text that the full model verifies, and logits of a given text.
+"""Decoding with a contextual model: text that the full model verifies, and a given text that is read.
 
 `generate_verified` is speculative decoding with a part of the model as its own draft. The small matrices write `every`
 tokens, then the full model reads them in one pass. It keeps the tokens that it would have written too. At the first
@@ -11,13 +11,13 @@ With `min_probability` p a token also stays if the full model gives it at least 
 
 Cost: one pass of the full model per `every` tokens, besides the small ones. One sequence at a time.
 
-`logits_of_text` returns the numbers of a pass token by token, in two forwards where one choice after the prompt decides
-all. If a refresh would follow, or the prompt is too short for a choice, it goes token by token.
+`read_text` returns what a pass token by token does, in two forwards where one choice after the prompt decides all. If a
+refresh would follow, or the prompt is too short for a choice, it goes token by token. Logits are made when wanted.
 
-Legend: T tokens, V vocabulary.
+Legend: T tokens, N positions, V vocabulary, D hidden size.
 
     text = generate_verified(contextual, ids_1T, max_new_tokens=128, every=8)
-    logits_TV = logits_of_text(niwaki.load("OUT").contextual, ids_T, prompt=128)
+    logits_NV = read_text(niwaki.load("OUT").contextual, ids_T, prompt=128).logits(slice(128, 192))
 """
 
 from collections.abc import Collection
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from niwaki.errors import InputError
+from niwaki.model.logits import FinalStates, logits_of_part
 from niwaki.runtime.contextual.compact import cut_cache
 from niwaki.runtime.contextual.sparsity import Contextual
 
@@ -79,7 +80,7 @@ def generate_verified(
     total = ids_1T.shape[1] + max_new_tokens
 
     def step(ids: Tensor) -> Tensor:
-        logits_1V: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits_1V: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         return logits_1V
 
     next_token = step(ids_1T).argmax(-1, keepdim=True)
@@ -139,9 +140,24 @@ def _accept_draft(
     return greedy_T[None, count : count + 1]
 
 
+@dataclass(frozen=True)
+class ReadText:
+    """A text that a contextual model has read: its hidden states after the last block, and its logits on demand."""
+
+    contextual: Contextual
+    states: FinalStates
+    ids_1T: Tensor
+    x_1TD: Tensor
+
+    def logits(self, part: slice) -> Tensor:
+        """Return the logits [N, V] of the positions `part`."""
+        with self.contextual.applied(None):
+            return logits_of_part(self.states.logits, self.ids_1T, self.x_1TD, part)
+
+
 @torch.no_grad()
-def logits_of_text(contextual: Contextual, ids_T: Tensor, prompt: int) -> Tensor:
-    """Return logits [T, V] of one text, of which the first `prompt` tokens are prefill.
+def read_text(contextual: Contextual, ids_T: Tensor, prompt: int) -> ReadText:
+    """Read one text, of which the first `prompt` tokens are prefill.
 
     The last of `contextual.records` is the account of this text.
     """
@@ -149,20 +165,19 @@ def logits_of_text(contextual: Contextual, ids_T: Tensor, prompt: int) -> Tensor
 
     model, running, ids_1T = contextual.model, contextual.shadow.running, ids_T[None]
     cache, rest_1T = DynamicCache(config=model.config), ids_1T[:, prompt:]
+    states = FinalStates(model)
 
-    def logits(ids: Tensor) -> Tensor:
-        logits_TV: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
-        return logits_TV
+    def read(ids: Tensor) -> Tensor:
+        return states.run(ids, past_key_values=cache, use_cache=True)
 
-    prompt_logits_TV = logits(ids_1T[:, :prompt])
-    if not rest_1T.shape[1]:
-        return prompt_logits_TV
-    if running.refresh_tokens or prompt < running.min_prompt:
-        return torch.cat([prompt_logits_TV, *map(logits, rest_1T.split(1, dim=1))])
-    active = contextual.choose(in_place=False)  # products that read rows in place are for few tokens
-    if active is not None:
-        cut_cache(cache, active.heads_BLG)
-    with contextual.applied(active):
-        rest_logits_TV = logits(rest_1T)
-    contextual.records[-1].count(rest_1T.shape[1], sparse=active is not None)
-    return torch.cat([prompt_logits_TV, rest_logits_TV])
+    chunks = [read(ids_1T[:, :prompt])]
+    if rest_1T.shape[1] and (running.refresh_tokens or prompt < running.min_prompt):
+        chunks += map(read, rest_1T.split(1, dim=1))
+    elif rest_1T.shape[1]:
+        active = contextual.choose(in_place=False)  # products that read rows in place are for few tokens
+        if active is not None:
+            cut_cache(cache, active.heads_BLG)
+        with contextual.applied(active):
+            chunks.append(read(rest_1T))
+        contextual.records[-1].count(rest_1T.shape[1], sparse=active is not None)
+    return ReadText(contextual, states, ids_1T, torch.cat(chunks, dim=1))
