@@ -13,7 +13,7 @@ from support.models import correlated_inputs, make_block, statistics_of
 
 def anatomy_of(*sizes: tuple[int, int]) -> Anatomy:
     blocks = tuple(
-        BlockAnatomy({"m": Linear("m", "m.weight", None, False, rows, columns, "m")}, (), None)
+        BlockAnatomy({"m": Linear("m", "m.weight", None, False, rows, columns, "m")}, {}, None)
         for rows, columns in sizes
     )
     return Anatomy("layers", blocks)

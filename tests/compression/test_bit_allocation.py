@@ -40,7 +40,7 @@ def anatomy_of(*rows: int, columns: int = 4096) -> Anatomy:
     """Blocks of one matrix each."""
     return Anatomy(
         "layers",
-        tuple(BlockAnatomy({"m": Linear("m", "m.weight", None, False, r, columns, "m")}, (), None) for r in rows),
+        tuple(BlockAnatomy({"m": Linear("m", "m.weight", None, False, r, columns, "m")}, {}, None) for r in rows),
     )
 
 

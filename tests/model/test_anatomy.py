@@ -11,14 +11,11 @@ from niwaki.model.hf import build_skeleton
 from support.families import COMMON, families
 
 
-def test_unknown_block_weights_are_named() -> None:
+def test_state_space_blocks_keep_all_but_their_matrices() -> None:
     config = transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4)
-    with pytest.raises(ArchitectureError) as caught:
-        discover(build_skeleton(config, torch.float32))
-    message = str(caught.value)
-    assert "mixer.conv1d.weight [64, 1, 4]" in message
-    assert "mixer.A_log [64, 4]" in message
-    assert "in_proj" not in message  # that one is covered
+    block = discover(build_skeleton(config, torch.float32)).blocks[0]
+    assert list(block.linears) == ["mixer.in_proj", "mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"]
+    assert block.kept_dense == {"mixer.conv1d.weight": "convolution", "mixer.A_log": "used element by element"}
 
 
 def test_encoder_decoder_is_refused() -> None:

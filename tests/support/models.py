@@ -85,7 +85,7 @@ def make_block(weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -
         module.add_module(name, part)
         linears[name] = Linear(name, f"{name}.weight", None, False, *weight_OI.shape, name)
     storage = {f"{name}.weight": dtype for name in weights}
-    return Block(0, module, BlockAnatomy(linears, (), None), {}, storage)
+    return Block(0, module, BlockAnatomy(linears, {}, None), {}, storage)
 
 
 def statistics_of(x_NI: Tensor, needs: Needs) -> Statistics:

@@ -2,12 +2,13 @@
 
 The model is built on the meta device from its config. The modules outside the blocks (embeddings, norms, LM head) get
 empty memory, and one short forward runs through the model. A stub replaces each block and records its call arguments.
-The first block of each distinct structure runs under a dry `MatmulObserver`, which records the weight and the
-activation of each product and returns zeros. The result:
+The first block of each distinct structure runs under `WeightUses`, which records what every weight of two or more
+dimensions does to the activations. The result:
 
 - each matrix, its orientation and, for fused 3-D expert tensors, one matrix per expert;
 - the groups of matrices that read the same input (they share statistics);
-- the weights that stay dense on purpose: routers, gates with one output, vectors.
+- the weights that stay dense, each with its reason: routers, gates with one output, weights that several blocks share,
+  and weights that no plain product uses (convolutions, lookups, states, biases and norms of two dimensions).
 
 A block weight of two or more dimensions that met no activation is an error that names it. Nothing is skipped silently.
 Cost: address space, not memory, and the time of one 8-token forward per structure.
@@ -18,6 +19,7 @@ Cost: address space, not memory, and the time of one 8-token forward per structu
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,9 +30,14 @@ from torch import Tensor, nn
 
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.model.hf import materialize_buffers
-from niwaki.model.matmul_observer import MatmulObserver
+from niwaki.model.matmul_observer import MatmulObserver, weight_pointers
+from niwaki.model.weight_uses import Use, WeightUses
 
 PROBE_TOKENS = 8
+MAX_PROBES = 16  # of a block whose router sends no token to some experts
+ROUTER = "router"
+GATE = "gate with one output"
+SHARED = "shared by several blocks"
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,11 @@ class Linear:
 class BlockAnatomy:
     """Structure of one decoder block.
 
-    `kept_dense` names weights of two or more dimensions that stay dense on purpose.
+    `kept_dense` gives the reason for every weight of two or more dimensions that stays dense, by parameter.
     """
 
     linears: dict[str, Linear]
-    kept_dense: tuple[str, ...]
+    kept_dense: Mapping[str, str]
     tuple_size: int | None
 
     @property
@@ -175,11 +182,13 @@ def discover(skeleton: Any) -> Anatomy:
     known: dict[Any, BlockAnatomy] = {}
     found: list[BlockAnatomy] = []
 
+    shared = shared_parameters(blocks)
+
     def probe(index: int, call: Call, hidden_BTD: Tensor) -> Any:
         module = blocks[index]
-        signature = (type(module), tuple((name, p.shape) for name, p in module.named_parameters()))
+        signature = (type(module), shared[index], tuple((name, p.shape) for name, p in module.named_parameters()))
         if signature not in known:
-            known[signature] = _probe_block(skeleton, module, f"{path}.{index}", call, hidden_BTD)
+            known[signature] = _probe_block(skeleton, module, f"{path}.{index}", call, hidden_BTD, shared[index])
         found.append(known[signature])
         return found[-1].wrap(hidden_BTD)
 
@@ -313,76 +322,85 @@ def _untouched(meta: Tensor) -> nn.Parameter:
     return nn.Parameter(make(meta.shape, dtype=meta.dtype, device="cpu"), requires_grad=False)
 
 
-def _probe_block(skeleton: Any, meta: nn.Module, where: str, call: Call, hidden_BTD: Tensor) -> BlockAnatomy:
-    """Run a copy of one block under a dry observer and read its structure."""
+def shared_parameters(blocks: nn.ModuleList) -> list[frozenset[str]]:
+    """Return by block the names of the parameters that other blocks have too."""
+    owners = Counter(id(parameter) for block in blocks for parameter in block.parameters())
+    return [frozenset(name for name, p in block.named_parameters() if owners[id(p)] > 1) for block in blocks]
+
+
+def _probe_block(
+    skeleton: Any, meta: nn.Module, where: str, call: Call, hidden_BTD: Tensor, shared: frozenset[str]
+) -> BlockAnatomy:
+    """Run copies of one block under `WeightUses` and read its structure.
+
+    Tokens take other ways in each run, until every weight was used, or MAX_PROBES were not enough.
+    """
+    products: dict[str, Use] = {}
+    kept_dense = {name: SHARED for name, p in meta.named_parameters() if name in shared and p.dim() >= 2}
+    unused: dict[str, Tensor] = {}
+    for seed in range(MAX_PROBES):
+        module = _with_memory(skeleton, meta)
+        parameters = {name: p for name, p in module.named_parameters() if p.dim() >= 2}
+        uses = WeightUses(parameters, [hidden_BTD, call.args, call.kwargs], seed)
+        with torch.no_grad(), uses:
+            out = module(hidden_BTD.clone(), *call.args, **call.kwargs)
+        products = uses.products | products
+        matrices = {name.partition("[")[0] for name in products}
+        kept_dense = {n: reason for n, reason in uses.others.items() if n not in matrices} | kept_dense
+        unused = {n: p for n, p in parameters.items() if n not in matrices and n not in kept_dense}
+        if not unused:
+            break
+    if unused:
+        raise ArchitectureError(
+            f"{type(skeleton).__name__}: {where} ({type(meta).__name__}) keeps weights that niwaki would have to skip: "
+            f"{', '.join(f'{name} {list(p.shape)}' for name, p in unused.items())}. A short forward never used them, "
+            "so nothing says what they multiply"
+        )
+    found = {name: use for name, use in products.items() if name.partition("[")[0] not in kept_dense}
+    linears, gates = _read_products(parameters, found)
+    return BlockAnatomy(linears, gates | kept_dense, len(out) if isinstance(out, tuple) else None)
+
+
+def _with_memory(skeleton: Any, meta: nn.Module) -> nn.Module:
+    """Return a copy of a block on the CPU, with computed buffers and without its stub."""
     module = copy.deepcopy(meta)
     vars(module).pop("forward", None)  # the stub was copied along
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             part._parameters[name] = _untouched(parameter)
     materialize_buffers(skeleton, module, "cpu")
-
-    parameters = {name: p for name, p in module.named_parameters() if p.dim() >= 2}
-    observations: dict[str, tuple[Tensor, int, bool]] = {}
-
-    def observe(name: str, x: Tensor, transposed: bool) -> None:
-        observations.setdefault(name, (x, x._version, transposed))
-
-    with torch.no_grad(), MatmulObserver(weight_pointers(parameters), observe, dry=True):
-        out = module(hidden_BTD, *call.args, **call.kwargs)
-    linears, kept_dense = _read_observations(parameters, observations)
-    uncovered = [
-        f"{name} {list(parameters[name].shape)}"
-        for name in parameters
-        if name not in kept_dense and all(linear.parameter != name for linear in linears.values())
-    ]
-    if uncovered:
-        raise ArchitectureError(
-            f"{type(skeleton).__name__}: {where} ({type(meta).__name__}) keeps weights that niwaki would have to skip: "
-            f"{', '.join(uncovered)}. It covers matrices that multiply activations, alone or stacked by expert"
-        )
-    return BlockAnatomy(linears, kept_dense, len(out) if isinstance(out, tuple) else None)
+    return module
 
 
-def weight_pointers(parameters: Mapping[str, Tensor]) -> dict[int, str]:
-    """Map the address of the first element of each matrix to its name: `parameter` or `parameter[expert]`."""
-    pointers: dict[int, str] = {}
-    for name, parameter in parameters.items():
-        if parameter.dim() == 2:
-            pointers[parameter.data_ptr()] = name
-        elif parameter.dim() == 3:
-            for expert in range(parameter.shape[0]):
-                pointers[parameter[expert].data_ptr()] = f"{name}[{expert}]"
-    return pointers
-
-
-def _read_observations(
-    parameters: Mapping[str, Tensor], observations: Mapping[str, tuple[Tensor, int, bool]]
-) -> tuple[dict[str, Linear], tuple[str, ...]]:
-    """Return the matrices in the order of their products, and the names of routers and gates with one output."""
-    stacks = {name: p.shape[0] for name, p in parameters.items() if p.dim() == 3}
+def _read_products(
+    parameters: Mapping[str, Tensor], products: Mapping[str, Use]
+) -> tuple[dict[str, Linear], dict[str, str]]:
+    """Return the matrices in the order of their products, and the routers and gates, which stay dense."""
+    sliced = {observed.partition("[")[0] for observed in products if "[" in observed}
+    stacks = {name: parameters[name].shape[0] for name in sliced}
     leaders: dict[Any, str] = {}
     linears: dict[str, Linear] = {}
-    kept_dense: list[str] = []
-    for observed, (x, version, transposed) in observations.items():
+    kept_dense: dict[str, str] = {}
+    for observed, use in products.items():
         parameter = observed.partition("[")[0]
         shape = parameters[parameter].shape[-2:]
-        rows, columns = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-        same_input = (x.data_ptr(), x.numel(), version)
+        rows, columns = (shape[1], shape[0]) if use.transposed else (shape[0], shape[1])
+        same_input = (use.x.data_ptr(), use.x.numel(), use.version)
         if parameter in stacks:
             if linear_name(parameter, 0) in linears:
                 continue  # another expert of a stack already described
             leader = leaders.setdefault(same_input, parameter)
             for expert in range(stacks[parameter]):
                 name = linear_name(parameter, expert)
-                linears[name] = Linear(name, parameter, expert, transposed, rows, columns, linear_name(leader, expert))
+                group = linear_name(leader, expert)
+                linears[name] = Linear(name, parameter, expert, use.transposed, rows, columns, group)
         elif rows == 1 or _is_router(parameter, rows, stacks):
-            kept_dense.append(parameter)
+            kept_dense[parameter] = GATE if rows == 1 else ROUTER
         else:
             leader = leaders.setdefault(same_input, linear_name(parameter, None))
             name = linear_name(parameter, None)
-            linears[name] = Linear(name, parameter, None, transposed, rows, columns, leader)
-    return linears, tuple(kept_dense)
+            linears[name] = Linear(name, parameter, None, use.transposed, rows, columns, leader)
+    return linears, kept_dense
 
 
 def linear_name(parameter: str, expert: int | None) -> str:

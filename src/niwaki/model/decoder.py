@@ -33,13 +33,12 @@ from niwaki.model.anatomy import (
     find_blocks,
     outer_modules,
     stubbed,
-    weight_pointers,
 )
 from niwaki.model.checkpoint import STORED_DTYPES, Checkpoint
 from niwaki.model.device import return_free_memory, to_host
 from niwaki.model.hf import build_skeleton, fill, materialize_buffers, resize, split_converted, weight_names
 from niwaki.model.logits import one_position, position_slices, vocabulary_of
-from niwaki.model.matmul_observer import MatmulObserver
+from niwaki.model.matmul_observer import MatmulObserver, weight_pointers
 from niwaki.model.unread import Unread
 
 
@@ -129,7 +128,8 @@ class Block:
             if observed in names:
                 seen(names[observed], x)
 
-        pointers = weight_pointers(dict(self.module.named_parameters()))
+        matrices = dict.fromkeys(linear.parameter for linear in self.linears.values())
+        pointers = weight_pointers({name: self.module.get_parameter(name) for name in matrices})
         with torch.set_grad_enabled(x_BTD.requires_grad), MatmulObserver(pointers, observe):
             return call(self.module, x_BTD)
 

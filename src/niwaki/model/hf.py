@@ -54,7 +54,7 @@ def on_meta(config: Any, dtype: torch.dtype) -> Any:
         if not encodes:
             with torch.device("meta"):
                 return kind.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # any config may be one that its model does not accept
         reason = str(error).strip().split("\n")[0][:200]
         raise ArchitectureError(
             f"no causal language model for model_type {config.model_type!r} in this transformers ({reason})"
