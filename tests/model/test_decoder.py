@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from niwaki.model.aux_files import aux_files
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.model.files import write_shard
@@ -78,7 +79,7 @@ def test_changed_matrices_are_written_as_the_model_reads_them(family: tuple[str,
         wanted |= {decoder.anatomy.prefix(index) + key: value.clone() for key, value in block.module.named_parameters()}
         block.release()
     assert set(tensors) == set(decoder.checkpoint.tensors)
-    for companion in decoder.checkpoint.aux_files():
+    for companion in aux_files(decoder.checkpoint.folder):
         (tmp_path / companion.name).write_bytes(companion.read_bytes())
     write_shard(tmp_path / "model.safetensors", tensors)
     loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())

@@ -50,8 +50,7 @@ def contextual_job(job: Job, folder: ResultFolder, report: Report) -> RunRecord:
     index = [INDEX] if (checkpoint.folder / INDEX).is_file() else []
     for name in (*checkpoint.shards, *index):
         _link(checkpoint.folder / name, folder.path / name)
-    for source in checkpoint.aux_files():
-        copy_file(source, folder.path / source.name)
+    checkpoint.copy_aux_files(folder.path)
     write_lines(folder.path, [])
     record = record_of(job, folder, _result(job, folder.finished[PART]), {})
     finish(job, folder, report, record)

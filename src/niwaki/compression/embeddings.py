@@ -20,9 +20,9 @@ from torch import Tensor
 from niwaki.compression.run_record import ModuleRecord
 from niwaki.config.recipe import Recipe
 from niwaki.config.targets import Bits, PrunedBits, Target
-from niwaki.errors import CheckpointError, TargetError
+from niwaki.errors import TargetError
 from niwaki.formats.packed import PackedTensors
-from niwaki.formats.quantized import TILE, WEIGHT, QuantizedColumns
+from niwaki.formats.quantized import TILE, QuantizedColumns
 from niwaki.methods.shared.rounding import groups_of, nearest
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
@@ -37,7 +37,6 @@ def embeddings_to_pack(recipe: Recipe, target: Target, decoder: Decoder) -> Tens
     """Return the modules whose weights become codes, with the names of their tensors on disk; {} for none.
 
     Raises TargetError for a target or a storage without codes, and for matrices that no group of columns divides.
-    Raises CheckpointError if the config ties head and embeddings, and the checkpoint stores two different matrices.
     """
     width = recipe.embeddings
     if width == "none":
@@ -51,15 +50,7 @@ def embeddings_to_pack(recipe: Recipe, target: Target, decoder: Decoder) -> Tens
         raise TargetError(f"embeddings {width} stores codes, and pack none stores none: leave one of the two out")
     tensor_names = decoder.embedding_matrices()
     for module, names in tensor_names.items():
-        if not names:
-            raise CheckpointError(f"{decoder.checkpoint.folder} has no {module}{WEIGHT}: the checkpoint is incomplete")
         _group(module, decoder.checkpoint.tensors[names[0]].shape[1])
-        matrices = [decoder.checkpoint.read([name])[name] for name in names] if len(names) > 1 else []
-        if not all(torch.equal(matrices[0], other) for other in matrices[1:]):
-            raise CheckpointError(
-                f"{decoder.checkpoint.folder}: {' and '.join(names)} differ, but its config ties them: set "
-                "tie_word_embeddings to false there, or leave the option embeddings out"
-            )
     return tensor_names
 
 

@@ -71,7 +71,7 @@ from niwaki.formats.quantized import WEIGHT
 from niwaki.model.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, quantization, quantized_config
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.device import peak_rss_bytes
-from niwaki.model.files import copy_file, write_text
+from niwaki.model.files import write_text
 
 SCAN_PART = "allocation"  # name of the scan in the journal
 
@@ -196,8 +196,8 @@ def run(job: Job, execute: Callable[[Job, ResultFolder, Report], RunRecord]) -> 
         try:
             target = str(job.stage.target)
             report(Event.START, blocks=len(job.decoder), method=job.recipe.method, target=target)
-            if (unread := job.decoder.unread).names:
-                report(Event.WARNING, message=unread.message(dropped=job.recipe.drop_unused))
+            for text in job.decoder.warnings(drop_unused=job.recipe.drop_unused):
+                report(Event.WARNING, message=text)
             return execute(job, folder, report)
         except (InputError, NumericalError):
             folder.discard()  # no later attempt can use what is there
@@ -470,11 +470,10 @@ def _finish_walk(
 ) -> RunRecord:
     """Write everything beside the shards and put the folder in its place."""
     parts = [entry for name, entry in sorted(folder.finished.items()) if entry.lines is not None]
-    for source in job.checkpoint.aux_files():
-        copy_file(source, folder.path / source.name)
+    job.checkpoint.copy_aux_files(folder.path)
     if modules := packed_modules(parts, job.decoder.disk_module):
         stored = quantization(modules, job.checkpoint.shapes)
-        write_text(folder.path / "config.json", quantized_config(job.checkpoint.folder, stored))
+        write_text(folder.path / "config.json", quantized_config(job.checkpoint.config_content(), stored))
     allocation.storage.write_config(folder)
     write_text(folder.path / INDEX, json.dumps(shard_index(parts), indent=2) + "\n")
     write_lines(folder.path, [line for entry in parts for line in entry.matrices])

@@ -36,9 +36,10 @@ from niwaki.methods.shared.best_state import BestState, cosine
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.model.device import peak_rss_bytes, pick_device
-from niwaki.model.files import copy_file, file_sha256
+from niwaki.model.files import file_sha256
 from niwaki.model.hf import plain_loading
 from niwaki.model.logits import FinalStates, position_slices, token_losses, vocabulary_of
+from niwaki.model.unread import append_unread
 from niwaki.runtime.load import load
 
 CHECKS = 8
@@ -88,7 +89,7 @@ def recover(
     settings = {"data": list(files), "rank": rank, "rate": rate, "steps": steps, "batch": batch, "seed": seed}
     with ResultFolder(out, {"recover": digest(windows_ST)}, resume=False, overwrite=overwrite) as folder:
         try:
-            result = _write(checkpoint, merged, folder.path, loss)
+            result = _write(skeleton, merged, folder.path, loss)
         except BaseException:
             folder.discard()
             raise
@@ -244,8 +245,9 @@ def _run(adapted: Any, ids_BT: Tensor) -> tuple[FinalStates, list[slice], Tensor
 
 
 @torch.no_grad()
-def _write(checkpoint: Checkpoint, merged: dict[str, Tensor], folder: Path, loss: BestState) -> RecoveryResult:
+def _write(skeleton: Decoder, merged: dict[str, Tensor], folder: Path, loss: BestState) -> RecoveryResult:
     """Save the model with `merged` weights in its storage dtype, and return the losses, the zeros and the hashes."""
+    checkpoint = skeleton.checkpoint
     decoder = load(checkpoint.folder, device="cpu")
     zeros = weights = 0
     for name, weight in merged.items():
@@ -258,8 +260,8 @@ def _write(checkpoint: Checkpoint, merged: dict[str, Tensor], folder: Path, loss
         weights += before.numel()
     with plain_loading():
         decoder.save_pretrained(folder, max_shard_size="1GB")
-    for source in checkpoint.aux_files():
-        copy_file(source, folder / source.name)
+    append_unread(checkpoint, skeleton.unread.names, folder)
+    checkpoint.copy_aux_files(folder)
     return RecoveryResult(
         heldout_loss_before=loss.start_error,
         heldout_loss=loss.error,

@@ -44,7 +44,7 @@ def _choose_shape(job: Job, folder: ResultFolder, report: Report) -> Allocation:
     """Measure the dense blocks, then let the method search; every shape that it proposes is evaluated."""
     target, step = job.stage.target, job.stage.steps[0]
     assert isinstance(target, Sparsity)
-    config = json.loads((job.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    config = job.checkpoint.config_content()
     space = ShapeSpace(job.decoder.anatomy, job.decoder.model, config, job.stage.columns_multiple)
 
     def measure(block: Block, stream: Stream) -> tuple[float, Any]:

@@ -108,9 +108,15 @@ def write(checkpoint: Checkpoint, plan: CodesPlan, folder: Path, report: Report)
     """
     weight_map: dict[str, str] = {}
     total_bytes = code_bytes = 0
-    for source in checkpoint.aux_files():
-        copy_file(source, folder / source.name)
+    checkpoint.copy_aux_files(folder)
+    coded = {checkpoint.tensors[module + WEIGHT].shard for module in checkpoint.packed}
     for number, shard in enumerate(checkpoint.shards):
+        if shard not in coded:
+            copy_file(checkpoint.folder / shard, folder / shard)
+            own_bytes = {name: info.nbytes for name, info in checkpoint.tensors.items() if info.shard == shard}
+            weight_map |= dict.fromkeys(own_bytes, shard)
+            total_bytes += sum(own_bytes.values())
+            continue
         tensors = load_file(checkpoint.folder / shard)
         for module, about in checkpoint.packed.items():
             names = stored_names(about["parts"])
@@ -126,7 +132,7 @@ def write(checkpoint: Checkpoint, plan: CodesPlan, folder: Path, report: Report)
         report(Event.EXPORT, index=number, of=len(checkpoint.shards))
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    write_text(folder / "config.json", quantized_config(checkpoint.folder, _quantization(plan)))
+    write_text(folder / "config.json", quantized_config(checkpoint.config_content(), _quantization(plan)))
     weights = sum(math.prod(about["shape"]) for about in checkpoint.packed.values())
     return {"format": FORMAT, "versions": {LIBRARY: version(LIBRARY)}, "bits": round(8 * code_bytes / weights, 4)}
 

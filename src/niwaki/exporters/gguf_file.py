@@ -35,6 +35,7 @@ from niwaki.config.events import Event, Report
 from niwaki.errors import InputError, NumericalError, unknown
 from niwaki.exporters.gguf_shape import GgufLayout, layout_of
 from niwaki.exporters.gguf_vocabulary import Vocabulary, read_vocabulary
+from niwaki.model.aux_files import STEMS, aux_files
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.files import atomic_file, copy_file
 
@@ -92,8 +93,8 @@ def kind_of(shape: tuple[int, ...], chosen: str) -> GGMLQuantizationType:
 
 def write(checkpoint: Checkpoint, plan: GgufPlan, folder: Path, report: Report) -> dict[str, Any]:
     """Write the file, and the licence of the checkpoint beside it. Tokenizer and config are inside the file."""
-    for source in checkpoint.aux_files():
-        if source.name.upper().startswith(("LICENSE", "NOTICE")):
+    for source in aux_files(checkpoint.folder):
+        if source.name.upper().startswith(STEMS):
             copy_file(source, folder / source.name)
     with atomic_file(folder / NAME) as temporary:
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[plan.layout.arch])

@@ -15,10 +15,30 @@ from torch import Tensor
 
 from niwaki.errors import ArchitectureError, CheckpointError, InputError
 from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.decoder import names_of
+from niwaki.model.hf import WeightNames
+from niwaki.model.unread import unread_note
 
 ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 DENSE = ("ffn_gate", "ffn_up", "ffn_down")
 FACTORS = "rope_freqs.weight"
+STORED = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}  # names in a checkpoint of these families
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -89,7 +109,8 @@ def layout_of(checkpoint: Checkpoint) -> GgufLayout:
         raise ArchitectureError(f"llama.cpp computes these blocks with silu, config.json says {config.hidden_act}")
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     linear_factor, factors_R = _rotation(config, width, family)
-    sources = _named(checkpoint, family)
+    names = names_of(checkpoint, complete=False)
+    sources = _named(checkpoint, names, family)
     blocks = [_widths(checkpoint, sources, index, width, family) for index in range(config.num_hidden_layers)]
     neurons, heads, key_heads = (tuple(counts) for counts in zip(*blocks, strict=True))
     arch = family.arch if len(set(blocks)) == 1 and heads[0] else _uneven(checkpoint, family, heads)
@@ -107,6 +128,7 @@ def layout_of(checkpoint: Checkpoint) -> GgufLayout:
     window = getattr(config, "sliding_window", None)
     context = min(config.max_position_embeddings, window or config.max_position_embeddings)
     notes = [] if context == config.max_position_embeddings else [f"the context is the window of {window} tokens"]
+    notes += [unread_note(len(names.unread))] if names.unread else []
     return GgufLayout(arch, tensors, neurons, heads, key_heads, width, context, linear_factor, tuple(notes))
 
 
@@ -116,7 +138,7 @@ def paired(tensor: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).flatten(0, 2)
 
 
-def _named(checkpoint: Checkpoint, family: Family) -> dict[str, str]:
+def _named(checkpoint: Checkpoint, weights: WeightNames, family: Family) -> dict[str, str]:
     """Map GGUF names to names in the checkpoint, in the order of the file.
 
     Raises ArchitectureError for a tensor that the graph does not know, CheckpointError for a missing one.
@@ -124,12 +146,15 @@ def _named(checkpoint: Checkpoint, family: Family) -> dict[str, str]:
     config = checkpoint.config
     names = gguf.get_tensor_name_map(family.arch, config.num_hidden_layers)
     found: dict[str, str] = {}
-    for source, info in checkpoint.tensors.items():
-        if source.endswith("rotary_emb.inv_freq") or 0 in info.shape:
-            continue  # computed from the config, or pruned away
-        if source == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+    stored = set(weights.parameters.values())
+    for source, parameter in weights.parameters.items():
+        if 0 in checkpoint.tensors[source].shape:
+            continue  # pruned away
+        if parameter == HEAD and config.tie_word_embeddings:
+            if EMBEDDINGS in stored:
+                continue
+            parameter = EMBEDDINGS  # only the head is stored: it is both
+        name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
         if name is None or (name.endswith(".bias") and _part(name)[0] not in family.biased):
             raise ArchitectureError(
                 f"llama.cpp's {gguf.MODEL_ARCH_NAMES[family.arch]} has no place for {source} of {checkpoint.folder}"
@@ -183,7 +208,11 @@ def _widths(
 
 def _rows(checkpoint: Checkpoint, sources: Mapping[str, str], module: str) -> int:
     if f"{module}.weight" not in sources:
-        raise CheckpointError(f"{checkpoint.folder} has no tensor for {module}.weight, which llama.cpp needs")
+        part, index = _part(f"{module}.weight")
+        name = (f"model.layers.{index}." if index >= 0 else "") + STORED[part]
+        raise CheckpointError(
+            f"{checkpoint.folder} lacks {name}.weight: it has no tensor for {module}.weight, which llama.cpp needs"
+        )
     return checkpoint.tensors[sources[f"{module}.weight"]].shape[0]
 
 

@@ -24,8 +24,10 @@ from niwaki.compression.run_record import Record
 from niwaki.config.events import Event, Report
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.model.checkpoint import Checkpoint
-from niwaki.model.files import copy_file, sync_file
+from niwaki.model.decoder import names_of
+from niwaki.model.files import sync_file
 from niwaki.model.hf import only_errors
+from niwaki.model.unread import unread_note
 from niwaki.runtime.load import load
 
 NAME = "model.onnx"
@@ -35,9 +37,10 @@ TRACED = (2, 7)  # batch and tokens of the traced call; 0 and 1 would become con
 
 @dataclass(frozen=True)
 class OnnxPlan:
-    """Plan of a graph: the bytes of the weights in float32."""
+    """Plan of a graph: the bytes of the weights in float32, and the number of tensors that have no place in it."""
 
     nbytes: int
+    unread: int
 
 
 def check(checkpoint: Checkpoint, record: Record | None, type: str | None) -> OnnxPlan:
@@ -49,14 +52,14 @@ def check(checkpoint: Checkpoint, record: Record | None, type: str | None) -> On
             f"{checkpoint.folder} stores {len(checkpoint.packed)} matrices as codes, which ONNX has no operator for: "
             "compress with --pack none, or export to gguf"
         )
-    weights = sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
-    return OnnxPlan(4 * weights)
+    names = names_of(checkpoint)
+    weights = sum(torch.Size(checkpoint.tensors[name].shape).numel() for name in names.parameters)
+    return OnnxPlan(4 * weights, len(names.unread))
 
 
 def write(checkpoint: Checkpoint, plan: OnnxPlan, folder: Path, report: Report) -> dict[str, Any]:
     """Write the graph, a separate file of its weights, config and tokenizer."""
-    for source in checkpoint.aux_files():
-        copy_file(source, folder / source.name)
+    checkpoint.copy_aux_files(folder)
     # float() of transformers refuses each quantization_config, even one that only holds shapes
     model: Any = torch.nn.Module.float(load(checkpoint.folder, device="cpu"))
     model.config.use_cache = False
@@ -73,6 +76,7 @@ def write(checkpoint: Checkpoint, plan: OnnxPlan, folder: Path, report: Report) 
         "bits": 32.0,
         "inputs": ["input_ids", "attention_mask"],
         "outputs": ["logits"],
+        "notes": [unread_note(plan.unread)] if plan.unread else [],
     }
 
 

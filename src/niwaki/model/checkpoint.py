@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +23,9 @@ from niwaki.config.sources import model_folder
 from niwaki.errors import CheckpointError
 from niwaki.formats.packed import decode_stored, record_names
 from niwaki.formats.quantized import WEIGHT
-from niwaki.model.files import atomic_file, file_sha256
+from niwaki.model.aux_files import STEMS, SUFFIXES, aux_files
+from niwaki.model.files import atomic_file, copy_file, file_sha256, write_text
+from niwaki.model.hf import build_skeleton, tied_names, weight_names
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,8 +38,9 @@ IMPORT_NIWAKI = (
 SHARD_BYTES = 2**30
 _LENGTH_BYTES = 8  # of the header of a safetensors file, little-endian
 _COPY_BYTES = 2**24  # per read of a copy
+_COMPARED_ROWS = 4096
+TIE = "tie_word_embeddings"
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_COPIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,18 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A local folder, its transformers config and the headers of its shards."""
+    """A local folder, its transformers config and the headers of its shards.
+
+    `own_head` names the head on disk if config.json ties it to the embeddings and its values differ. `config` then says
+    that nothing is tied.
+    """
 
     folder: Path
     config: Any
     tensors: dict[str, TensorInfo]
     packed: dict[str, dict[str, Any]] = field(default_factory=dict)
     shapes: dict[str, list[int]] = field(default_factory=dict)
+    own_head: str = ""
 
     @classmethod
     def open(cls, model: str | Path) -> "Checkpoint":
@@ -72,7 +81,53 @@ class Checkpoint:
         stored = getattr(config, "quantization_config", None) or {}
         modules = stored.get("modules", {})
         tensors = _as_plain(_read_headers(folder), modules, config.dtype)
-        return cls(folder, config, tensors, modules, stored.get("shapes", {}))
+        return cls(folder, config, tensors, modules, stored.get("shapes", {}))._untied()
+
+    def _untied(self) -> "Checkpoint":
+        """Return the checkpoint, its config without ties if the file holds a head that differs from the embeddings.
+
+        transformers decides in the same way, after it has read both.
+        """
+        text = self.config.get_text_config()
+        if not (getattr(self.config, TIE, False) or getattr(text, TIE, False)):
+            return self
+        tables = [info for info in self.tensors.values() if len(info.shape) == 2 and info.shape[0] == text.vocab_size]
+        if len(tables) < 2:
+            return self
+        skeleton = build_skeleton(self.config, torch.float32)
+        pairs = tied_names(skeleton, weight_names(skeleton, self.tensors))
+        if all(self._same_values(sources[0], targets[0]) for sources, targets in pairs):
+            return self
+        for config in self.config, text:
+            setattr(config, TIE, False)
+        return replace(self, own_head=pairs[0][1][0])
+
+    def _same_values(self, one: str, other: str) -> bool:
+        """Return whether two tensors hold the same values. Reads rows at a time, to the first difference."""
+        infos = [self.tensors[name] for name in (one, other)]
+        if infos[0].shape != infos[1].shape:
+            return False
+        if any(name.removesuffix(WEIGHT) in self.packed for name in (one, other)):
+            return False  # a tied head has no codes of its own
+        with ExitStack() as stack:
+            slices = [
+                stack.enter_context(safe_open(self.folder / info.shard, framework="pt")).get_slice(name)
+                for name, info in zip((one, other), infos, strict=True)
+            ]
+            return all(
+                torch.equal(slices[0][begin : begin + _COMPARED_ROWS], slices[1][begin : begin + _COMPARED_ROWS])
+                for begin in range(0, infos[0].shape[0], _COMPARED_ROWS)
+            )
+
+    def config_content(self) -> dict[str, Any]:
+        """Return the content of config.json, with the ties as the weights have them."""
+        content: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        if self.own_head:
+            content[TIE] = False
+            for section in content.values():
+                if isinstance(section, dict) and section.get(TIE):
+                    section[TIE] = False
+        return content
 
     def require_plain(self) -> None:
         """Raise CheckpointError for a checkpoint that is quantized or packed already."""
@@ -192,15 +247,14 @@ class Checkpoint:
             hashes[shard] = {"bytes": path.stat().st_size, "header_sha256": digest}
         return hashes
 
-    def aux_files(self) -> list[Path]:
-        """Return the config, tokenizer and licence files that a result copies unchanged."""
-        return sorted(
-            path
-            for path in self.folder.iterdir()
-            if path.is_file()
-            and path.name != INDEX
-            and (path.suffix in _COPIED_SUFFIXES or path.name.upper().startswith(("LICENSE", "NOTICE")))
-        )
+    def copy_aux_files(self, folder: Path) -> None:
+        """Copy `aux_files` to a result. Its config.json has the ties as the weights have them."""
+        for source in aux_files(self.folder):
+            target = folder / source.relative_to(self.folder)
+            target.parent.mkdir(exist_ok=True)
+            copy_file(source, target)
+        if self.own_head:
+            write_text(folder / "config.json", json.dumps(self.config_content(), indent=2) + "\n")
 
 
 def cut_to_shards(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> list[list[str]]:
@@ -223,12 +277,8 @@ def local_folder(model: str) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    patterns = [
-        "*.safetensors",
-        *(f"*{suffix}" for suffix in sorted(_COPIED_SUFFIXES)),
-        "LICENSE*",
-        "NOTICE*",
-    ]
+    patterns = ["*.safetensors", "*.py", *(f"*{suffix}" for suffix in sorted(SUFFIXES))]
+    patterns += [f"{stem}*" for stem in STEMS]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, HTTP and OS errors alike
@@ -306,9 +356,8 @@ def quantization(modules: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
     return {"quant_method": QUANT_METHOD, "format": 1, "modules": dict(modules), "shapes": dict(shapes)}
 
 
-def quantized_config(folder: Path, quantization: Mapping[str, Any]) -> str:
-    """Return the text of config.json of `folder` with this `quantization_config`."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def quantized_config(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
+    """Return the text of a config.json with the content `config` and this `quantization_config`."""
     return json.dumps(with_quantization(config, quantization), indent=2) + "\n"
 
 

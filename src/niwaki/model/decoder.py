@@ -34,12 +34,23 @@ from niwaki.model.anatomy import (
     outer_modules,
     stubbed,
 )
-from niwaki.model.checkpoint import STORED_DTYPES, Checkpoint
+from niwaki.model.checkpoint import STORED_DTYPES, TIE, Checkpoint
 from niwaki.model.device import return_free_memory, to_host
-from niwaki.model.hf import build_skeleton, fill, materialize_buffers, resize, split_converted, weight_names
+from niwaki.model.hf import (
+    WeightNames,
+    build_skeleton,
+    fill,
+    materialize_buffers,
+    missing_names,
+    resize,
+    split_converted,
+    weight_names,
+)
 from niwaki.model.logits import one_position, position_slices, vocabulary_of
 from niwaki.model.matmul_observer import MatmulObserver, weight_pointers
 from niwaki.model.unread import Unread
+
+SHOWN_NAMES = 4  # of many tensors that are missing
 
 
 @dataclass
@@ -156,6 +167,46 @@ def open_decoder(
     return Decoder(checkpoint, device, dtype, logit_bytes=logit_bytes)
 
 
+def check_complete(checkpoint: Checkpoint, model: Any, names: WeightNames) -> None:
+    """Raise CheckpointError with the names of the weights of `model` that the checkpoint lacks or has in another shape.
+
+    `model` is on the meta device and has the shapes that config.json asks for.
+    """
+    parameters = model.state_dict()
+    for name, parameter in names.parameters.items():
+        found, wanted = list(checkpoint.tensors[name].shape), list(parameters[parameter].shape)
+        if name not in names.converted and found != wanted:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} has the shape {found}, and config.json asks for {wanted}: config and "
+                "weights belong to different models"
+            )
+    missing = missing_names(model, names)
+    if not missing:
+        return
+    shown = ", ".join(missing[:SHOWN_NAMES]) + (
+        f" and {len(missing) - SHOWN_NAMES} more" * (len(missing) > SHOWN_NAMES)
+    )
+    count = f"{len(missing)} tensors" if len(missing) > 1 else "1 tensor"
+    head = model.get_output_embeddings()
+    heads = {f"{name}{WEIGHT}" for name, module in model.named_modules() if module is head}
+    way = (
+        "set tie_word_embeddings to true in config.json if the embeddings are the head, or download the model again"
+        if set(missing) <= heads
+        else "the checkpoint is incomplete, or belongs to another architecture; download the model again"
+    )
+    raise CheckpointError(f"{checkpoint.folder} lacks {count} of the model: {shown}: {way}")
+
+
+def names_of(checkpoint: Checkpoint, *, complete: bool = True) -> WeightNames:
+    """Return the names of the weights of a checkpoint, and check that it is `complete`. No weight is read."""
+    skeleton = build_skeleton(checkpoint.config, checkpoint.dtype)
+    resize(skeleton, checkpoint.shapes)
+    names = weight_names(skeleton, checkpoint.tensors)
+    if complete:
+        check_complete(checkpoint, skeleton, names)
+    return names
+
+
 class Decoder:
     """A causal language model read from disk one block at a time.
 
@@ -182,6 +233,7 @@ class Decoder:
         self.names = weight_names(self.model, checkpoint.tensors)
         self.unread = Unread.of(self.names, checkpoint, self.path)
         self._check_dtypes()
+        check_complete(checkpoint, self.model, self.names)
         self._outer_loaded = False
 
     def __len__(self) -> int:
@@ -203,6 +255,16 @@ class Decoder:
         """Return the names on disk of the tensors of towers, which text alone does not run."""
         idle = tuple(f"{name}." for name in self.anatomy.idle)
         return [name for name, parameter in self.names.parameters.items() if parameter.startswith(idle)]
+
+    def warnings(self, *, drop_unused: bool) -> list[str]:
+        """Return what a user should know of the file: tensors without a place, and a head that the config denies."""
+        found = [self.unread.message(dropped=drop_unused)] if self.unread.names else []
+        if head := self.checkpoint.own_head:
+            found.append(
+                f"{head} differs from the embeddings, although config.json ties them: the head of the file is used, "
+                f"and a result says {TIE} false"
+            )
+        return found
 
     def _check_dtypes(self) -> None:
         """Raise CheckpointError for a weight that is stored in a dtype without plain arithmetic, such as fp8."""
@@ -361,12 +423,16 @@ class Decoder:
 
     def load_outer(self, stored: dict[str, Tensor] | None = None) -> None:
         """Read embeddings, final norm and LM head to the device, from `stored` (names on disk) if given."""
-        self._fill(self.checkpoint.read(self.disk_names(None)) if stored is None else stored)
-        self.model.tie_weights()
+        stored = self.checkpoint.read(self.disk_names(None)) if stored is None else stored
+        self._fill(stored)
+        present = {self.names.parameters[name] for name in stored}
+        tied = self.model.all_tied_weights_keys
+        self.model.tie_weights({*tied, *tied.values()} - present, recompute_mapping=False)
+        places = {module: name for name, module in self.model.named_modules()}
         for module in outer_modules(self.model, self.path, self.anatomy.idle):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
-                    raise CheckpointError(f"{self.checkpoint.folder} has no {type(module).__name__}.{name}")
+                    raise CheckpointError(f"{self.checkpoint.folder} has no {places[module]}.{name}")
                 parameter.data = parameter.data.to(self.device)
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:

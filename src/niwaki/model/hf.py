@@ -8,6 +8,8 @@ the meta device as always, and `resize` gives these matrices their shape.
 import copy
 import logging
 import os
+import re
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,6 +145,52 @@ def weight_names(model: Any, names: Iterable[str]) -> WeightNames:
                 modules[place] = module
             del known[place + PACKED]
     return WeightNames(parameters, frozenset(converted), modules, mapping, tuple(unread))
+
+
+def tied_names(model: Any, names: WeightNames) -> list[tuple[list[str], list[str]]]:
+    """Return the names on disk of each pair of weights that the config ties, if the checkpoint stores both."""
+    stored: dict[str, list[str]] = {}
+    for name, parameter in names.parameters.items():
+        stored.setdefault(parameter, []).append(name)
+    pairs = model.all_tied_weights_keys.items()
+    return [(stored[source], stored[target]) for target, source in pairs if source in stored and target in stored]
+
+
+def missing_names(model: Any, names: WeightNames) -> list[str]:
+    """Return the names of all weights that `model` needs and the checkpoint lacks, as the file should hold them.
+
+    Of weights that are tied, one is enough.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    given = set(names.parameters.values())
+    missing = {name for name in parameters if name not in given}
+    for target, source in model.all_tied_weights_keys.items():
+        group = {source, *(other for other, owner in model.all_tied_weights_keys.items() if owner == source)}
+        missing -= group if group & given else {target}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = {name for name in missing if not any(pattern.search(name) for pattern in ignored)}
+    lacking = list(revert_weight_conversion(model, {name: parameters[name] for name in parameters if name in missing}))
+    if base := _left_out_prefix(model, names):
+        lacking = [name.removeprefix(base) for name in lacking]
+    # A fused parameter is there as soon as one of its parts is: count all of them.
+    fused = {names.parameters[name] for name in names.converted}
+    if fused:
+        parts = revert_weight_conversion(model, {name: parameters[name] for name in parameters if name in fused})
+        owners = weight_names(model, parts).parameters
+        wanted, found = Counter(owners.values()), Counter(names.parameters.values())
+        lacking += [
+            part for part, name in owners.items() if found[name] < wanted[name] and part not in names.parameters
+        ]
+    return sorted(lacking)
+
+
+def _left_out_prefix(model: Any, names: WeightNames) -> str:
+    """Return the prefix of the base model if the checkpoint stores its tensors without it, else ""."""
+    prefix = f"{model.base_model_prefix}."
+    left_out = any(parameter == prefix + name for name, parameter in names.parameters.items())
+    return prefix if left_out else ""
 
 
 def fill(model: Any, stored: dict[str, Tensor], mapping: list[Any], dtype: torch.dtype) -> str | None:

@@ -9,12 +9,17 @@ block goes with it.
     unread.groups["model.layers.4"]
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from niwaki.model.checkpoint import Checkpoint
+from safetensors import safe_open
+
+from niwaki.model.checkpoint import INDEX, SINGLE, Checkpoint, cut_to_shards
+from niwaki.model.files import write_text
 from niwaki.model.hf import WeightNames
 
 SHOWN_GROUPS = 6
@@ -86,6 +91,31 @@ class Unread:
         return (
             f"{count} of the file ({_size(self.nbytes)}) have no place in the model and are {way}: {', '.join(named)}"
         )
+
+
+def unread_note(count: int) -> str:
+    """Return the note of an export that has no place for `count` tensors."""
+    what = f"{count} tensors" if count > 1 else "1 tensor"
+    return f"{what} of the checkpoint that its model does not read are left out"
+
+
+def append_unread(checkpoint: Checkpoint, names: Sequence[str], folder: Path) -> None:
+    """Copy the tensors `names` of `checkpoint` into further shards of the model in `folder`, and into its index."""
+    if not names:
+        return
+    index, single = folder / INDEX, folder / SINGLE
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    else:
+        with safe_open(single, framework="pt") as file:
+            weight_map = dict.fromkeys(file.keys(), SINGLE)
+    for number, part in enumerate(cut_to_shards(names, checkpoint.tensors), start=1):
+        shard = f"unread-{number:05d}.safetensors"
+        checkpoint.copy({name: name for name in part}, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    total = sum((folder / shard).stat().st_size for shard in set(weight_map.values()))
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(index, json.dumps(content, indent=2) + "\n")
 
 
 def _group(name: str, read: set[str], lists: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ import torch
 from niwaki.data.texts import load_tokenizer
 from niwaki.errors import InputError
 from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.decoder import names_of
 from niwaki.model.device import pick_device
 from niwaki.model.hf import auto_class, plain_loading
 from niwaki.runtime.contextual.decoding import generate_verified
@@ -34,6 +35,7 @@ def load(
     layout of those weights, made at the first long prompt, which takes 9 more bits per weight in memory.
     """
     checkpoint = Checkpoint.open(model)
+    names_of(checkpoint)  # transformers would make up what is missing
     with plain_loading():
         decoder: Any = auto_class(checkpoint.config).from_pretrained(
             checkpoint.folder, dtype=dtype or checkpoint.dtype, trust_remote_code=False

@@ -135,7 +135,8 @@ def _save_pretrained(model: Any, save_directory: Any, *arguments: Any, **options
     type(model).save_pretrained(model, save_directory, *arguments, **options)
     if (Path(save_directory) / "config.json").is_file():
         stored = json.loads((Path(save_directory) / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        write_text(Path(save_directory) / "config.json", quantized_config(Path(save_directory), stored))
+        path = Path(save_directory) / "config.json"
+        write_text(path, quantized_config(json.loads(path.read_text(encoding="utf-8")), stored))
 
 
 def _readable(config: Any) -> Any:

@@ -7,7 +7,6 @@ are estimated from counted work (see `estimate`) on a machine that is measured o
     plan("MODEL", method="gptq", target="4bit", gpu="h100", price_per_hour=2.5, tokens_per_day=50_000_000)
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass, replace
@@ -103,7 +102,7 @@ def plan(
     total = sum(phases.values())
     disk = sum(stage.written_bytes for stage in stages) + max(peak.scratch_bytes for _, peak in taken)
     peak = max((peak for _, peak in taken), key=lambda peak: peak.device_bytes or peak.rss_bytes)
-    warnings = [decoder.unread.message(dropped=made.drop_unused)] if decoder.unread.names else []
+    warnings = decoder.warnings(drop_unused=made.drop_unused)
     warnings += _check_memory(peak, machine.device, machine.memory_bytes, machine.name)
     if gpu is None or machine.device == "cpu":
         warnings += _check_disk(out, CERTAIN_BYTES * max(stage.written_bytes for stage in stages), disk)
@@ -177,7 +176,7 @@ def _plan_stage(decoder: Decoder, model: ModelSizes, stage: ResolvedStage, devic
         sizes = StoredSizes(nbytes, model.matrix_bits, read - skipped, 0)
         return PlannedStage(stage, model, model, work, sizes, linked=True)
     if stage.kind is MethodKind.SHAPE:
-        space, shape, candidates = shape_of(decoder, stage, _config(decoder))
+        space, shape, candidates = shape_of(decoder, stage, decoder.checkpoint.config_content())
         if stage.recipe.allocation == "searched":
             candidates += EXPECTED_ROUNDS * (2 * len(space) + len(STRIDES))
         left = shaped_sizes(model, space, shape)
@@ -273,11 +272,6 @@ def _short(value: float) -> float:
 def _itemsize(decoder: Decoder, recipe: Recipe) -> int:
     dtype = pick_dtype(recipe.dtype) or decoder.checkpoint.dtype
     return dtype.itemsize
-
-
-def _config(decoder: Decoder) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((decoder.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-    return content
 
 
 def _money(

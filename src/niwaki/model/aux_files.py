@@ -1,0 +1,63 @@
+"""Files beside the weights that a result copies unchanged.
+
+They are configs, tokenizer, processor, chat templates, licences and usage policies, and the code that an `auto_map`
+names. niwaki never runs that code. Weights, adapters, hidden files, records of niwaki and the card of the source are
+not copied.
+
+    for path in aux_files(Path("MODEL")): ...
+"""
+
+import ast
+import json
+from pathlib import Path
+
+TEMPLATES = "additional_chat_templates"
+SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"}
+STEMS = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY", "USAGE_POLICY")
+
+
+def aux_files(folder: Path) -> list[Path]:
+    """Return the files of a model that a result copies, in order."""
+    found = [path for path in folder.iterdir() if path.is_file() and _is_copied(path.name)]
+    return sorted([*found, *(folder / TEMPLATES).glob("*.jinja"), *_code_files(folder)])
+
+
+def _is_copied(name: str) -> bool:
+    """Return whether a result copies a file of this name: no weights, adapters, hidden files, or card of the source."""
+    upper = name.upper()
+    if name.startswith((".", "adapter_")) or name.endswith(".index.json") or upper.startswith("README"):
+        return False
+    return Path(name).suffix.lower() in SUFFIXES or upper.startswith(STEMS)
+
+
+def _code_files(folder: Path) -> list[Path]:
+    """Return the Python files that an `auto_map` in `folder` names, and those of the folder that they import."""
+    wanted: list[str] = []
+    for path in folder.glob("*.json"):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # its reader says what is wrong
+        named = content.get("auto_map") if isinstance(content, dict) else None
+        values = named.values() if isinstance(named, dict) else [named]
+        texts = [one for given in values for one in (given if isinstance(given, list) else [given])]
+        # A name with `--` lies in another repository.
+        wanted += [text.partition(".")[0] for text in texts if isinstance(text, str) and "--" not in text]
+    found: dict[str, Path] = {}
+    while wanted:
+        name = wanted.pop()
+        path = folder / f"{name}.py"
+        if name.isidentifier() and name not in found and path.is_file():
+            found[name] = path
+            wanted += _relative_imports(path)
+    return list(found.values())
+
+
+def _relative_imports(path: Path) -> list[str]:
+    """Return the modules of its own folder that a Python file imports. The file is parsed, and not run."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (ValueError, SyntaxError):
+        return []
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return [name for node in imports for name in ([node.module] if node.module else [one.name for one in node.names])]
