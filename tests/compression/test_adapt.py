@@ -42,7 +42,7 @@ def test_a_predictor_of_nothing_is_replaced_and_kept(out: Path, tmp_path: Path) 
     found = adapt(out, data=str(write_texts(tmp_path / "new.jsonl", first=3)), **SETTINGS)
     assert found["accepted"] and found["kept"]["new"] > found["kept"]["old"]
     assert (out / PREVIOUS).read_bytes() == broken != (out / TENSORS).read_bytes()
-    assert json.loads((out / HISTORY).read_text()) == found
+    assert json.loads((out / HISTORY).read_text()) == found and found["bos"] == "off"
     assert read_shadow(out).rule == made.rule
     assert check_weights(out), "the new one is the one that the record knows"
 
@@ -66,8 +66,11 @@ def test_a_worse_one_is_not_taken(out: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_the_commands(out: Path, tmp_path: Path) -> None:
     text = str(write_texts(tmp_path / "new.jsonl", first=3))
-    adapted = CliRunner().invoke(app, ["adapt", str(out), "--data", text, "--samples", "16", "--seq-len", "24"])
+    adapted = CliRunner().invoke(
+        app, ["adapt", str(out), "--data", text, "--samples", "16", "--seq-len", "24", "--bos", "on"]
+    )
     assert adapted.exit_code == 0 and "importance held by what is kept" in adapted.output
+    assert json.loads((out / HISTORY).read_text())["bos"] == "on"
     arguments = ["--samples", "4", "--prompt-tokens", "16", "--new-tokens", "4", "--device", "cpu"]
     gated = CliRunner().invoke(app, ["calibrate-gate", str(out), "--data", text, *arguments])
     assert gated.exit_code == 0 and "run sparse" in gated.output

@@ -102,8 +102,9 @@ def test_calibration_writes_what_the_runtime_reads(tmp_path: Path) -> None:
         options={"min_prompt": 8, "features": "last", "size_frac": 0.5},
     )  # fmt: skip
     settings = {"data": str(text), "samples": 6, "prompt_tokens": 16, "new_tokens": 8, "device": "cpu"}
+    assert calibrate_gate(tmp_path / "out", bos="on", **settings)["bos"] == "on"  # type: ignore[arg-type]
     strict = calibrate_gate(tmp_path / "out", agreement=1.0, **settings)  # type: ignore[arg-type]
-    assert strict["agreement"] == 1.0 and strict["agreement_all_sparse"] < 1.0
+    assert strict["bos"] == "off" and strict["agreement"] == 1.0 and strict["agreement_all_sparse"] < 1.0
     running = read_shadow(tmp_path / "out").running
     assert (running.max_deviation, running.min_margin) == (strict["max_deviation"], strict["min_margin"])
     assert running.max_kept_frac == 0.85 and "seconds" not in strict

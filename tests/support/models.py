@@ -40,6 +40,18 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return int(stopped.value.code or 0), printed.out, printed.err
 
 
+class Warnings:
+    """Report that keeps the messages of the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Take one event."""
+        if event == "warning":
+            self.warnings.append(str(fields["message"]))
+
+
 class _Independent(nn.Module):
     """Independent matrices; the forward pass applies the first."""
 
@@ -139,6 +151,56 @@ def add_tokenizer(folder: Path) -> None:
     """Copy the sapling's tokenizer into the folder of a model."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(sapling() / name, folder / name)
+
+
+def add_bos(
+    folder: Path, *, itself: bool = True, tokens: tuple[str, ...] = ("<bos>",), named: bool = True
+) -> list[int]:
+    """Give a tokenizer new tokens for the beginning of a text, and return their ids.
+
+    `itself`: the tokenizer puts them before every text. `named`: the first one is its bos token.
+    """
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(list(tokens))
+    ids = [tokenizer.token_to_id(token) for token in tokens]
+    if itself:
+        special = list(zip(tokens, ids, strict=True))
+        tokenizer.post_processor = TemplateProcessing(single=" ".join([*tokens, "$A"]), special_tokens=special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    described["bos_token"] = tokens[0] if named else None
+    path.write_text(json.dumps(described), encoding="utf-8")
+    return ids
+
+
+def blind_without_bos(folder: Path, **changes: Any) -> int:
+    """Save a Llama that expects one wrong token unless it attends to the bos token 4096, and return that id.
+
+    Every token of text points to axis 0, which the head reads as the wrong token. The first head attends to the bos
+    token, whose value takes axis 0 away. Then all other tokens are equally likely.
+    """
+    wrong, bos = 7, 4096
+    settings = {"vocab_size": 4160, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64}
+    config = transformers.LlamaConfig(**{**settings, "bos_token_id": bos, "eos_token_id": 0, **changes})
+    model = build(config, torch.float32)
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm, model.model.norm):
+            norm.weight.fill_(1.0)
+        model.model.embed_tokens.weight[:, :2] = 1.0  # the second axis is what asks for the bos token
+        model.model.embed_tokens.weight[bos, :3] = torch.tensor([0.0, 0.0, 1.0])
+        layer.self_attn.q_proj.weight[3, 1] = 4.0  # a dimension that rotary positions hardly turn
+        layer.self_attn.k_proj.weight[3, 2] = 4.0
+        layer.self_attn.v_proj.weight[0, 2] = 1.1 * 32**-0.5  # a little more than axis 0 holds
+        layer.self_attn.o_proj.weight[0, 0] = -1.0
+        model.lm_head.weight[wrong, 0] = 10.0
+    model.save_pretrained(folder)
+    add_tokenizer(folder)
+    return bos
 
 
 def tokenizer_like(pre: str) -> Tokenizer:

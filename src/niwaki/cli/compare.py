@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from niwaki.cli.options import (
+    Bos,
     DenseModel,
     Device,
     Dtype,
@@ -17,6 +18,7 @@ from niwaki.cli.options import (
     MaxTokens,
     SeqLen,
     Tasks,
+    check_bos,
     check_inputs,
     check_new_file,
     console,
@@ -49,6 +51,7 @@ def compare(
     update_card: Annotated[bool, typer.Option("--update-card", help=CARD_HELP)] = False,
     prompts: Annotated[Path | None, typer.Option(help=PROMPTS_HELP)] = None,
     seq_len: SeqLen = 1024,
+    bos: Bos = "auto",
     max_tokens: MaxTokens = None,
     limit: MaxQuestions = None,
     rounds: Annotated[int, typer.Option(help=ROUNDS_HELP)] = 9,
@@ -81,6 +84,7 @@ def compare(
         "dtype": dtype,
         "logit_bytes": logit_bytes,
     }
+    settings["bos"] = check_bos(bos)
     comparison = _compared(dense, out, sources | work | timed | outputs | settings)
     print_comparison(console, comparison)
     if report is not None:

@@ -23,6 +23,7 @@ def compress(
     field: options.CalibrationField = None,
     samples: options.Samples = None,
     seq_len: options.CalibrationSeqLen = None,
+    bos: options.CalibrationBos = None,
     recipe: options.RecipeFile = None,
     set_: options.SetOption = None,
     pack: options.Pack = None,
@@ -44,7 +45,8 @@ def compress(
     """Compress MODEL into OUT, block by block."""
     from niwaki.compression.result_folder import check_free, partial_of
 
-    text = given(files=tuple(calibration) if calibration else None, field=field, samples=samples, seq_len=seq_len)
+    files = tuple(calibration) if calibration else None
+    text = given(files=files, field=field, samples=samples, seq_len=seq_len, bos=bos)
     values = recipe_values(
         recipe, text, set_,
         method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks,

@@ -1,11 +1,11 @@
 """The commands `niwaki adapt` and `niwaki calibrate-gate` for results of contextual methods."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from niwaki.cli.options import Data, Device, SeqLen, check_inputs, console
+from niwaki.cli.options import Bos, Data, Device, SeqLen, check_bos, check_inputs, console
 
 Out = Annotated[Path, typer.Argument(help="A result of the method shadow.", show_default=False)]
 
@@ -20,6 +20,7 @@ def calibrate_gate(
     batch: Annotated[
         int, typer.Option(help="Also time batches of N sequences here, to set which batches run dense. 0: do not.")
     ] = 0,
+    bos: Bos = "auto",
     device: Device = "auto",
 ) -> None:
     """Set the limits beyond which a prompt of OUT runs dense."""
@@ -28,7 +29,7 @@ def calibrate_gate(
 
     gate = run(
         out, data=data or (), agreement=agreement, samples=samples, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-        batch=batch, device=device,
+        batch=batch, device=device, bos=check_bos(bos),
     )  # fmt: skip
     lines = [
         f"{out}: prompts that deviate by up to {gate['max_deviation']:.4g} with a margin of at least "
@@ -50,6 +51,7 @@ def adapt(
     data: Data = None,
     samples: Annotated[int, typer.Option(help="Windows of text. One in four is held out.")] = 128,
     seq_len: SeqLen = 512,
+    bos: Bos = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the order of the documents.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -57,7 +59,8 @@ def adapt(
     check_inputs(str(out), data=data)
     from niwaki.compression.adapt import adapt as run
 
-    result = run(out, data=data or (), samples=samples, seq_len=seq_len, seed=seed, device=device)
+    text: dict[str, Any] = {"data": data or (), "samples": samples, "seq_len": seq_len, "bos": check_bos(bos)}
+    result = run(out, **text, seed=seed, device=device)
     kept = result["kept"]
     outcome = "replaced, the old one is kept beside it" if result["accepted"] else "kept, the new one was not better"
     console.print(

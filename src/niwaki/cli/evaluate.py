@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from niwaki.cli.options import (
+    Bos,
     Data,
     Device,
     Dtype,
@@ -18,6 +19,7 @@ from niwaki.cli.options import (
     Model,
     SeqLen,
     Tasks,
+    check_bos,
     check_inputs,
     check_output_file,
     console,
@@ -42,6 +44,7 @@ def evaluate(
         str | None, typer.Option(help="Dense model to compare with: adds KL and top-1 agreement.")
     ] = None,
     seq_len: SeqLen = 1024,
+    bos: Bos = "auto",
     max_tokens: MaxTokens = None,
     limit: MaxQuestions = None,
     field: Field = "text",
@@ -67,6 +70,7 @@ def evaluate(
 
     harness: dict[str, Any] = {"lm_eval": lm_eval or (), "include_path": include_path, "num_fewshot": num_fewshot}
     windows: dict[str, Any] = {"seq_len": seq_len, "max_tokens": max_tokens, "limit": limit, "field": field}
+    windows["bos"] = check_bos(bos)
     with Display(error_console) as display:
         result = run(
             model, data=data or (), tasks=tasks or (), reference=reference, device=device, dtype=dtype,

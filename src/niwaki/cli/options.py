@@ -14,10 +14,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from niwaki.config.recipe import calibration_fields, load_recipe, make_recipe
+from niwaki.config.recipe import BOS_HELP, BOS_POLICIES, calibration_fields, load_recipe, make_recipe
 from niwaki.config.sources import check_sources, check_tasks, model_folder
 from niwaki.config.targets import WRITTEN_TARGETS_HELP, parse_target
-from niwaki.errors import InputError, OutputError
+from niwaki.errors import InputError, OutputError, unknown
 from niwaki.methods.registry import method_infos
 
 console = Console()
@@ -29,6 +29,7 @@ DTYPE_HELP = "Arithmetic: auto (float32 on the CPU, as stored elsewhere), float3
 STORED_DTYPE_HELP = "Arithmetic: auto (as stored), float32, bfloat16 or float16."
 FIELD_HELP = "Text field of .jsonl and .parquet rows."
 SEQ_LEN_HELP = "Tokens per window."
+BOS_ARGUMENT = "auto|on|off"
 TASKS_HELP = (
     'Multiple choice, JSONL, one question per line: {"pairs": [\\[context, continuation], ...], "gold": index}. '
     "Repeatable."
@@ -36,9 +37,9 @@ TASKS_HELP = (
 TARGET_HELP = f"{WRITTEN_TARGETS_HELP} Required here or in the recipe, or --target-bytes."
 
 
-def recipe_option(text: str, default: object) -> Any:
+def recipe_option(text: str, default: object, metavar: str | None = None) -> Any:
     """Return an option that a recipe may set. Its default is None, and its help shows the final default."""
-    return typer.Option(help=f"{text} [dim]\\[default: {default}][/]")
+    return typer.Option(help=f"{text} [dim]\\[default: {default}][/]", metavar=metavar)
 
 
 def hidden_alias(spelling: str) -> Any:
@@ -63,6 +64,7 @@ LogitBytes = Annotated[
     int | None, recipe_option("Max bytes of logits in float32 that are made at once.", "268435456 (256 MiB)")
 ]
 SeqLen = Annotated[int, typer.Option(help=SEQ_LEN_HELP)]
+Bos = Annotated[str, typer.Option(help=BOS_HELP, metavar=BOS_ARGUMENT)]
 MaxTokens = Annotated[int | None, typer.Option(help="Use only the first N tokens of each data file.")]
 MaxQuestions = Annotated[int | None, typer.Option(help="Use only the first N questions of each task.")]
 PrintJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -99,6 +101,7 @@ Calibration = Annotated[
 CalibrationField = Annotated[str | None, recipe_option(FIELD_HELP, "text")]
 Samples = Annotated[int | None, recipe_option("Number of calibration windows.", 128)]
 CalibrationSeqLen = Annotated[int | None, recipe_option(SEQ_LEN_HELP, 2048)]
+CalibrationBos = Annotated[str | None, recipe_option(BOS_HELP, "auto", metavar=BOS_ARGUMENT)]
 RecipeFile = Annotated[Path | None, typer.Option(help="YAML file of these options. Options on the command line win.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Option of the method, key=value. Repeatable.")]
 Pack = Annotated[
@@ -161,6 +164,13 @@ def check_inputs(*models: str, data: Sequence[str] | None = None, tasks: Sequenc
         model_folder(model)
     check_sources(data or ())
     check_tasks(tasks or ())
+
+
+def check_bos(policy: str) -> Any:
+    """Return the policy of --bos. Raises InputError for any other text."""
+    if policy not in BOS_POLICIES:
+        raise InputError(unknown("--bos", policy, BOS_POLICIES))
+    return policy
 
 
 def check_output_file(option: str, path: Path | None) -> None:

@@ -35,6 +35,7 @@ def plan(
     calibration: options.Calibration = None,
     samples: options.Samples = None,
     seq_len: options.CalibrationSeqLen = None,
+    bos: options.CalibrationBos = None,
     recipe: options.RecipeFile = None,
     set_: options.SetOption = None,
     pack: options.Pack = None,
@@ -60,8 +61,9 @@ def plan(
     json_: options.PrintJson = False,
 ) -> None:
     """Predict time, memory, bytes, decode speed and cost of a compression. Refuse a recipe that cannot work."""
+    files = tuple(calibration) if calibration else None
     values = recipe_values(
-        recipe, given(files=tuple(calibration) if calibration else None, samples=samples, seq_len=seq_len), set_,
+        recipe, given(files=files, samples=samples, seq_len=seq_len, bos=bos), set_,
         method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks,
         allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends),
         drop_unused=drop_unused or None, dtype=dtype, batch_tokens=batch_tokens, activation_bytes=activation_bytes,

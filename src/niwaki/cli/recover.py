@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from niwaki.cli.options import Data, Device, Field, Model, SeqLen, check_inputs, console, error_console
+from niwaki.cli.options import Bos, Data, Device, Field, Model, SeqLen, check_bos, check_inputs, console, error_console
 from niwaki.errors import InputError
 
 
@@ -22,6 +22,7 @@ def recover(
     batch: Annotated[int, typer.Option(help="Windows per step.")] = 4,
     samples: Annotated[int, typer.Option(help="Windows of text. One in eight is held out.")] = 256,
     seq_len: SeqLen = 512,
+    bos: Bos = "auto",
     field: Field = "text",
     seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
     device: Device = "auto",
@@ -37,6 +38,7 @@ def recover(
     out = out or Path(f"{model.rstrip('/')}-recovered")
     training: dict[str, Any] = {"rank": rank, "rate": rate, "steps": steps, "batch": batch, "seed": seed}
     text: dict[str, Any] = {"data": data, "field": field, "samples": samples, "seq_len": seq_len}
+    text["bos"] = check_bos(bos)
     with Display(error_console) as display:
         record = run(model, out, **text, **training, device=device, overwrite=overwrite, report=display)
     result = record["result"]

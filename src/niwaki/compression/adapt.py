@@ -21,8 +21,9 @@ from torch import Tensor
 from niwaki.compression.run_record import FORMAT, RunRecord, read_run, write_record
 from niwaki.compression.traces import trace
 from niwaki.config.events import Report, silent
-from niwaki.config.recipe import as_files, current_name
+from niwaki.config.recipe import BosPolicy, as_files, current_name
 from niwaki.config.sources import check_sources
+from niwaki.data.bos import find_bos
 from niwaki.data.documents import read_texts
 from niwaki.data.stream import Stream
 from niwaki.data.texts import calibration_windows, check_seq_len, load_tokenizer
@@ -48,11 +49,12 @@ def adapt(
     field: str = "text",
     seed: int = 0,
     device: str = "auto",
+    bos: BosPolicy = "auto",
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Fit a predictor to the text of `data`, and put it into `out` if it keeps more on held-out windows.
 
-    Returns the shares that both keep, and whether the new one was accepted.
+    Returns the shares that both keep, and whether the new one was accepted. `bos`: beginning of every window.
 
     Raises InputError for a folder without a predictor, or no data; CalibrationError for too little text.
     """
@@ -67,8 +69,8 @@ def adapt(
     config = _config(record)
     decoder = Decoder(Checkpoint.open(folder), pick_device(device))
     check_seq_len(seq_len, 512, decoder.positions, str(folder))
-    tokenizer = load_tokenizer(folder)
-    windows_ST = calibration_windows(read_texts(files, field), tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+    tokenizer, texts = load_tokenizer(folder), read_texts(files, field)
+    windows_ST = calibration_windows(texts, tokenizer, samples=samples, seq_len=seq_len, seed=seed, bos=bos)
 
     with tempfile.TemporaryDirectory(prefix="niwaki-") as temporary:
 
@@ -95,6 +97,7 @@ def adapt(
         current = {"format": FORMAT, "result": record.result.model_copy(update={"sha256": sha256})}
         write_record(folder, record.model_copy(update=current))
     result = {"data": list(files), "samples": len(traces), "held_out": len(judge), "kept": kept, "accepted": accepted}
+    result["bos"] = find_bos(tokenizer, bos).state
     write_text(folder / HISTORY, json.dumps(result, indent=2) + "\n")
     return result
 

@@ -83,7 +83,7 @@ def _compress_stages(
         request = replace(request, began=time.perf_counter())
         smaller = _open(shaped, whole)
         stage = resolve_stage(last, smaller, dense_stream=dense_stream)
-        before = FirstStage(record, whole, job.windows_ST, job.calibration_source)
+        before = FirstStage(record, whole, job.calibration)
         record = _run(prepare(smaller, stage, request, before))
     except (InputError, NumericalError):
         shutil.rmtree(shaped, ignore_errors=True)

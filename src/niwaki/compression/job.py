@@ -31,6 +31,7 @@ from niwaki.compression.bit_allocation import (
     sensitivity,
     spread_bits,
 )
+from niwaki.compression.bos_loss import warn_without_bos
 from niwaki.compression.embeddings import TensorNames, embeddings_to_pack, read_packed
 from niwaki.compression.model_card import model_card
 from niwaki.compression.plan.planner import check_possible
@@ -64,7 +65,7 @@ from niwaki.config.events import Event, Report
 from niwaki.config.recipe import Recipe
 from niwaki.config.targets import Bits
 from niwaki.data.stream import Stream, default_batch_tokens
-from niwaki.data.texts import digest, windows_for
+from niwaki.data.texts import CalibrationWindows, calibration_record, digest, windows_for
 from niwaki.errors import InputError, NumericalError
 from niwaki.formats.packed import decode_shard
 from niwaki.formats.quantized import WEIGHT
@@ -93,8 +94,8 @@ class Request:
 class Job:
     """One stage that is ready to run: everything was checked, nothing is written.
 
-    `recipe` names the device and the batch that are used. `windows_ST` are the calibration windows, None if nothing
-    needs any. `packed_embeddings` are the modules outside the blocks that become codes. `first` is the stage before
+    `recipe` names the device and the batch that are used. `calibration` is None if nothing needs windows.
+    `packed_embeddings` are the modules outside the blocks that become codes. `first` is the stage before
     this one.
     """
 
@@ -102,10 +103,14 @@ class Job:
     stage: ResolvedStage
     recipe: Recipe
     decoder: Decoder
-    windows_ST: Tensor | None
-    calibration_source: str
+    calibration: CalibrationWindows | None
     packed_embeddings: TensorNames
     first: FirstStage | None = None
+
+    @property
+    def windows_ST(self) -> Tensor | None:
+        """Return the calibration windows, None if nothing needs any."""
+        return None if self.calibration is None else self.calibration.ids_ST
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -174,8 +179,10 @@ def prepare(decoder: Decoder, stage: ResolvedStage, request: Request, first: Fir
     packed_embeddings = check_and_choose_embeddings(decoder, stage, request)
     batch_tokens = stage.recipe.batch_tokens or default_batch_tokens(decoder.device)
     recipe = stage.recipe.model_copy(update={"device": str(decoder.device), "batch_tokens": batch_tokens})
-    windows_ST, source = (first.windows_ST, first.source) if first else _windows(decoder, stage, request.report)
-    return Job(request, stage, recipe, decoder, windows_ST, source, packed_embeddings, first)
+    calibration = first.calibration if first else _windows(decoder, stage, request.report)
+    if calibration is not None and not first and not request.resume:
+        warn_without_bos(decoder, calibration.ids_ST, calibration.bos, request.report)
+    return Job(request, stage, recipe, decoder, calibration, packed_embeddings, first)
 
 
 def run(job: Job, execute: Callable[[Job, ResultFolder, Report], RunRecord]) -> RunRecord:
@@ -274,11 +281,7 @@ def record_of(job: Job, folder: ResultFolder, result: ResultRecord, allocation: 
         "options": {step.name: vars(step.config) for step in job.stage.steps},
         "dense_stream": job.stage.dense_stream,
         "allocation": allocation,
-        "calibration": {
-            "source": job.calibration_source,
-            "windows": None if job.windows_ST is None else list(job.windows_ST.shape),
-            "sha256": None if job.windows_ST is None else digest(job.windows_ST),
-        },
+        "calibration": calibration_record(job.calibration),
         "result": result,
         **({"unread": unread.record(kept=not job.recipe.drop_unused)} if (unread := job.decoder.unread).names else {}),
         **({"towers": towers_record(job.decoder)} if job.decoder.anatomy.idle else {}),
@@ -413,19 +416,11 @@ def _bits(job: Job) -> Bits:
     return job.stage.target
 
 
-def _windows(decoder: Decoder, stage: ResolvedStage, report: Report) -> tuple[Tensor | None, str]:
-    """Return the calibration windows [S, T] of a stage and their source; None if it needs none."""
+def _windows(decoder: Decoder, stage: ResolvedStage, report: Report) -> CalibrationWindows | None:
+    """Return the calibration windows of a stage; None if it needs none."""
     if not stage.windows:
-        return None, "none"
-    return windows_for(
-        stage.recipe.calibration,
-        decoder.checkpoint.folder,
-        positions=decoder.positions,
-        vocabulary=decoder.checkpoint.config.get_text_config().vocab_size,
-        seed=stage.recipe.seed,
-        device=str(decoder.device),
-        report=report,
-    )
+        return None
+    return windows_for(stage.recipe.calibration, decoder, seed=stage.recipe.seed, report=report)
 
 
 def _gradients(job: Job, folder: ResultFolder, report: Report) -> Callable[[int], Mapping[str, Tensor]]:

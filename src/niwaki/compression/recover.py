@@ -28,9 +28,10 @@ from niwaki.compression.run_record import (
     write_record,
 )
 from niwaki.config.events import Event, Report, silent
-from niwaki.config.recipe import as_files
+from niwaki.config.recipe import BosPolicy, as_files
+from niwaki.data.bos import find_bos
 from niwaki.data.documents import read_texts
-from niwaki.data.texts import calibration_windows, digest, load_tokenizer
+from niwaki.data.texts import CalibrationWindows, calibration_windows, digest, load_tokenizer
 from niwaki.errors import ArchitectureError, InputError, NumericalError
 from niwaki.methods.shared.best_state import BestState, cosine
 from niwaki.model.checkpoint import Checkpoint
@@ -59,13 +60,15 @@ def recover(
     seq_len: int = 512,
     seed: int = 0,
     device: str = "auto",
+    bos: BosPolicy = "auto",
     overwrite: bool = False,
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Train adapters of `rank` on the compressed `model` and write the merged model to the new folder `out`.
 
     Training takes `steps` of `batch` windows [seq_len] at learning rate `rate` (AdamW, cosine). Returns the content of
-    run.json. Raises InputError for wrong input, and if the held-out loss did not fall: then nothing is written.
+    run.json. `bos`: beginning-of-text token of every window. Raises InputError for wrong input, and if the held-out
+    loss did not fall: then nothing is written.
     """
     started, report = time.perf_counter(), report or silent
     if min(rank, steps, batch) < 1 or samples < 8 or not 0 < rate < 1:
@@ -77,7 +80,8 @@ def recover(
     check_apart(checkpoint.folder, out)
     skeleton = Decoder(checkpoint, torch.device("cpu"))
     names = _module_names(skeleton)
-    windows_ST = _windows(skeleton, files, field, samples, seq_len, seed)
+    calibration = _windows(skeleton, files, field, samples, seq_len, seed, bos)
+    windows_ST = calibration.ids_ST
     adapted, layers = _adapt(load(checkpoint.folder, device=device).float(), names, rank, seed)
     loss = _train(adapted, windows_ST, steps, batch, rate, seed, report)
     if not loss.improved:
@@ -87,6 +91,7 @@ def recover(
         )
     merged = {name: _merged(layer) for name, layer in layers.items()}
     settings = {"data": list(files), "rank": rank, "rate": rate, "steps": steps, "batch": batch, "seed": seed}
+    settings["bos"] = calibration.bos.state
     with ResultFolder(out, {"recover": digest(windows_ST)}, resume=False, overwrite=overwrite) as folder:
         try:
             result = _write(skeleton, merged, folder.path, loss)
@@ -99,13 +104,16 @@ def recover(
     return record.dump()
 
 
-def _windows(skeleton: Decoder, files: tuple[str, ...], field: str, samples: int, seq_len: int, seed: int) -> Tensor:
+def _windows(
+    skeleton: Decoder, files: tuple[str, ...], field: str, samples: int, seq_len: int, seed: int, bos: BosPolicy
+) -> CalibrationWindows:
     texts = read_texts(files, field)
     positions = skeleton.positions
     if positions is not None and seq_len > positions:
         raise InputError(f"seq_len {seq_len} is longer than the model's {positions} positions: give at most that many")
     tokenizer = load_tokenizer(skeleton.checkpoint.folder)
-    return calibration_windows(texts, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+    windows_ST = calibration_windows(texts, tokenizer, samples=samples, seq_len=seq_len, seed=seed, bos=bos)
+    return CalibrationWindows(windows_ST, ", ".join(files), find_bos(tokenizer, bos))
 
 
 def _record(

@@ -18,9 +18,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from niwaki.config.recipe import Recipe, current_fields
 from niwaki.config.targets import Bits, parse_target
@@ -172,11 +180,15 @@ class ModelRecord(_Frozen):
 
 
 class CalibrationRecord(_Frozen):
-    """Calibration windows [samples, tokens], their source and the hash of their tokens; None without windows."""
+    """Calibration windows [samples, tokens], their source and the hash of their tokens; None without windows.
+
+    `bos`: whether every window began with the beginning-of-text token. Records without the field had none.
+    """
 
     source: str = "none"
     windows: list[int] | None = None
     sha256: str | None = None
+    bos: Literal["on", "off"] | None = "off"
 
 
 class ResultRecord(_Frozen):
@@ -270,14 +282,23 @@ class RunRecord(Record):
     peak_device_bytes: int = 0
     stages: list["RunRecord"] = []
 
-    @field_validator("recipe", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _current(cls, value: Any) -> Any:
-        return current_fields(value) if isinstance(value, dict) else value
+    def _as_made(cls, value: Any) -> Any:
+        """Give the recipe its present names. Earlier versions fed no beginning-of-text token, and did not say so."""
+        if not isinstance(value, dict) or not isinstance(value.get("recipe"), dict):
+            return value
+        recipe, done = current_fields(value["recipe"]), value.get("calibration")
+        if isinstance(given := recipe.get("calibration"), dict) and not (isinstance(done, dict) and "bos" in done):
+            recipe["calibration"] = {**given, "bos": "off"}
+        return {**value, "recipe": recipe}
 
     @field_serializer("recipe")
     def _whole(self, recipe: Recipe) -> dict[str, Any]:
-        return recipe.dump()
+        content = recipe.dump()
+        if "bos" not in self.calibration.model_fields_set:
+            content["calibration"].pop("bos", None)
+        return content
 
     @property
     def file_hashes(self) -> Mapping[str, str]:

@@ -6,10 +6,9 @@ the smaller model, on the same calibration windows. Its record contains that of 
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from niwaki.compression.run_record import RunRecord
 from niwaki.config.recipe import Recipe
+from niwaki.data.texts import CalibrationWindows
 from niwaki.errors import TargetError
 from niwaki.methods.method import MethodKind
 from niwaki.methods.registry import METHODS
@@ -21,8 +20,7 @@ class FirstStage:
 
     record: RunRecord
     recipe: Recipe
-    windows_ST: Tensor | None
-    source: str
+    calibration: CalibrationWindows | None
 
 
 def split_stages(recipe: Recipe) -> list[Recipe]:

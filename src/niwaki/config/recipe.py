@@ -11,7 +11,7 @@ A recipe is YAML with the fields of `Recipe`. Options of the command line overri
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -20,6 +20,9 @@ from niwaki.config.presets import with_preset
 from niwaki.config.targets import WRITTEN_TARGETS_HELP, parse_bytes, parse_keep_blocks
 from niwaki.errors import InputError, TargetError, unknown
 
+BosPolicy = Literal["auto", "on", "off"]
+BOS_POLICIES: tuple[BosPolicy, ...] = get_args(BosPolicy)
+BOS_HELP = "Beginning-of-text token of every window: auto follows the tokenizer, on puts its bos token, off none."
 RENAMED_FIELDS = {"ends": "embeddings"}  # of a recipe, by their names in version 0.1
 ADDED_FIELDS = ("drop_unused", "logit_bytes")  # since version 0.1
 RENAMED_OPTIONS = {"stand_in": "mean_fill", "trial_windows": "candidate_windows", "trust": "shrinkage"}  # of methods
@@ -39,6 +42,7 @@ class Calibration(_Strict):
     field: Annotated[str, "Field of a JSON Lines record that holds the text."] = "text"
     samples: Annotated[int, "Number of windows."] = Field(default=128, ge=1)
     seq_len: Annotated[int, "Tokens per window."] = Field(default=2048, ge=2)
+    bos: Annotated[BosPolicy, BOS_HELP] = "auto"
 
 
 class Recipe(_Strict):
@@ -83,6 +87,8 @@ class Recipe(_Strict):
         """
         content = self.model_dump(mode="json")
         added = {name for name in ADDED_FIELDS if getattr(self, name) == type(self).model_fields[name].default}
+        if content["calibration"]["bos"] == "auto":
+            del content["calibration"]["bos"]
         return {name: value for name, value in content.items() if name not in added}
 
     @field_validator("target", mode="before")

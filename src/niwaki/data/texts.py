@@ -2,7 +2,8 @@
 
 Calibration, evaluation and benchmarks share one rule. The end token follows each document. The concatenated stream is
 cut into windows of equal length without overlap. Calibration first shuffles the documents by the seed. Evaluation
-keeps the order of the file.
+keeps the order of the file. A window begins with the beginning-of-text token where the model was trained so (`bos`).
+The token counts: a window of 512 tokens holds it and 511 tokens of text, and predicts all 511.
 
 Legend: S windows, T tokens per window.
 
@@ -13,6 +14,7 @@ Legend: S windows, T tokens per window.
 import hashlib
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +22,59 @@ import torch
 from torch import Tensor
 
 from niwaki.config.events import Event, Report, silent
-from niwaki.config.recipe import Calibration
+from niwaki.config.recipe import BosPolicy, Calibration
 from niwaki.config.sources import check_sources
+from niwaki.data.bos import Bos, find_bos
 from niwaki.data.documents import first_line, read_texts
 from niwaki.errors import CalibrationError
+from niwaki.model.decoder import Decoder
 from niwaki.model.hf import auto_class, plain_loading
 
 SAMPLE_STEPS = 32  # tokens a window grows between two reports
 
 
-def windows_for(
-    given: Calibration,
-    model: Path,
-    *,
-    positions: int | None,
-    vocabulary: int,
-    seed: int,
-    device: str,
-    report: Report,
-) -> tuple[Tensor, str]:
-    """Return the calibration windows [S, T] and a description of their source: the files of `given`, or the model.
+@dataclass(frozen=True)
+class CalibrationWindows:
+    """Windows [S, T] of a calibration, a description of their source, and their beginning-of-text tokens."""
 
-    Raises CalibrationError for files that cannot be text, too little text, and windows longer than `positions`.
-    It is raised too if the tokenizer has ids beyond the `vocabulary` of the model.
+    ids_ST: Tensor
+    source: str
+    bos: Bos
+
+
+def windows_for(given: Calibration, decoder: Decoder, *, seed: int, report: Report) -> CalibrationWindows:
+    """Return the calibration windows, from the files of `given` or from the model.
+
+    Raises CalibrationError for files that cannot be text, too little text, and windows longer than the model's
+    positions. It is raised too if the tokenizer has ids beyond the vocabulary of the model.
     """
     check_sources(given.files)
-    check_seq_len(given.seq_len, Calibration().seq_len, positions, "the model")
+    check_seq_len(given.seq_len, Calibration().seq_len, decoder.positions, "the model")
+    model, vocabulary = decoder.checkpoint.folder, decoder.checkpoint.config.get_text_config().vocab_size
     size = {"samples": given.samples, "seq_len": given.seq_len, "seed": seed}
     if not given.files:
-        return sampled_windows(model, **size, device=device, report=report), "sampled from the model"
-    windows_ST = calibration_windows(read_texts(given.files, given.field), load_tokenizer(model), **size)
+        windows_ST = sampled_windows(model, **size, device=str(decoder.device), report=report, bos=given.bos)
+        return CalibrationWindows(windows_ST, "sampled from the model", bos_of_model(model, given.bos))
+    tokenizer = load_tokenizer(model)
+    windows_ST = calibration_windows(read_texts(given.files, given.field), tokenizer, **size, bos=given.bos)
     if int(windows_ST.max()) >= vocabulary:
         raise CalibrationError(
             f"the tokenizer yields id {int(windows_ST.max())}, the model has {vocabulary} embeddings: "
             "the tokenizer belongs to another model"
         )
-    return windows_ST, ", ".join(given.files)
+    return CalibrationWindows(windows_ST, ", ".join(given.files), find_bos(tokenizer, given.bos))
+
+
+def calibration_record(calibration: CalibrationWindows | None) -> dict[str, Any]:
+    """Return the field `calibration` of run.json; None says that there are no windows."""
+    if calibration is None:
+        return {"source": "none", "windows": None, "sha256": None, "bos": None}
+    return {
+        "source": calibration.source,
+        "windows": list(calibration.ids_ST.shape),
+        "sha256": digest(calibration.ids_ST),
+        "bos": calibration.bos.state,
+    }
 
 
 def check_seq_len(seq_len: int, default: int, positions: int | None, whose: str) -> None:
@@ -84,37 +103,60 @@ def load_tokenizer(model: str | Path) -> Any:
     return tokenizer
 
 
-def calibration_windows(texts: Sequence[str], tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> Tensor:
+def bos_of_model(model: str | Path, policy: BosPolicy) -> Bos:
+    """Return the beginning-of-text tokens of a model. Without a tokenizer there are none, and `on` is an error."""
+    try:
+        tokenizer = load_tokenizer(model)
+    except CalibrationError:
+        if policy == "on":
+            raise
+        return Bos()
+    return find_bos(tokenizer, policy)
+
+
+def calibration_windows(
+    texts: Sequence[str], tokenizer: Any, *, samples: int, seq_len: int, seed: int, bos: BosPolicy = "auto"
+) -> Tensor:
     """Return int64 windows [S, T] of the documents, shuffled by `seed`. Raises CalibrationError for too little text."""
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
-    stream, ends = _token_stream((texts[i] for i in order), tokenizer, samples * seq_len)
-    if len(stream) < samples * seq_len:
+    begin = find_bos(tokenizer, bos)
+    room = begin.room(seq_len)
+    stream, ends = _token_stream((texts[i] for i in order), tokenizer, begin, samples * room)
+    if len(stream) < samples * room:
         raise CalibrationError(
             f"calibration holds {len(stream):,} tokens in {len(ends)} documents, "
-            f"{samples} windows × {seq_len} need {samples * seq_len:,}: add text, or lower --samples or --seq-len"
+            f"{samples} windows × {room} need {samples * room:,}: add text, or lower --samples or --seq-len"
         )
-    return torch.tensor(stream, dtype=torch.int64).view(samples, seq_len)
+    return begin.begin_windows(torch.tensor(stream, dtype=torch.int64).view(samples, room))
 
 
-def evaluation_windows(texts: Sequence[str], tokenizer: Any, *, seq_len: int, max_tokens: int | None = None) -> Tensor:
-    """Return int64 windows [S, T] of the first `max_tokens` tokens in file order, without an incomplete last window."""
-    return owned_windows(texts, tokenizer, seq_len=seq_len, max_tokens=max_tokens)[0]
+def evaluation_windows(
+    texts: Sequence[str], tokenizer: Any, *, seq_len: int, max_tokens: int | None = None, bos: BosPolicy = "auto"
+) -> Tensor:
+    """Return int64 windows [S, T] of up to `max_tokens` tokens in file order, without an incomplete last window."""
+    return owned_windows(texts, tokenizer, seq_len=seq_len, max_tokens=max_tokens, bos=bos)[0]
 
 
 def owned_windows(
-    texts: Sequence[str], tokenizer: Any, *, seq_len: int, max_tokens: int | None = None
+    texts: Sequence[str], tokenizer: Any, *, seq_len: int, max_tokens: int | None = None, bos: BosPolicy = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Return the windows of `evaluation_windows`, and the document number of each token [S, T]."""
-    stream, ends = _token_stream(texts, tokenizer, max_tokens)
-    count = len(stream) // seq_len
+    """Return the windows of `evaluation_windows`, and the document number of each token [S, T].
+
+    A beginning-of-text token belongs to the document of the token after it, and counts in `max_tokens`.
+    """
+    begin = find_bos(tokenizer, bos)
+    room = begin.room(seq_len)
+    stream, ends = _token_stream(texts, tokenizer, begin, _text_limit(max_tokens, seq_len, room))
+    count = len(stream) // room
     if count == 0:
         raise CalibrationError(
-            f"evaluation text holds {len(stream):,} tokens, one window needs {seq_len}: add text, or lower --seq-len"
+            f"evaluation text holds {len(stream):,} tokens, one window needs {room}: add text, or lower --seq-len"
         )
-    ids_ST = torch.tensor(stream[: count * seq_len], dtype=torch.int64).view(count, seq_len)
-    positions = torch.arange(count * seq_len)
-    return ids_ST, torch.searchsorted(torch.tensor(ends), positions, right=True).view(count, seq_len)
+    ids_ST = torch.tensor(stream[: count * room], dtype=torch.int64).view(count, room)
+    positions = torch.arange(count * room)
+    owners_ST = torch.searchsorted(torch.tensor(ends), positions, right=True).view(count, room)
+    return begin.begin_windows(ids_ST), torch.cat([owners_ST[:, :1].expand(-1, seq_len - room), owners_ST], dim=1)
 
 
 def sampled_windows(
@@ -125,17 +167,22 @@ def sampled_windows(
     seed: int,
     device: str,
     report: Report = silent,
+    bos: BosPolicy = "auto",
 ) -> Tensor:
     """Sample windows [S, T] from the model itself (temperature 1), for a recipe without calibration text.
+
+    Windows with a beginning-of-text token keep the one that they are sampled after.
 
     Cost: the whole model in memory, and about `seq_len` decode steps per batch of 16 windows. The event `sample`
     reports the tokens `done`.
     """
     from transformers import AutoConfig
 
+    begin = bos_of_model(model, bos)
+    room = begin.room(seq_len)
     report(
         Event.WARNING,
-        message=f"no calibration text given: the model samples {samples * seq_len:,} tokens of its own, one at a time, "
+        message=f"no calibration text given: the model samples {samples * room:,} tokens of its own, one at a time, "
         "which is slow (give --calibration FILE, or lower --samples and --seq-len)",
     )
 
@@ -143,36 +190,43 @@ def sampled_windows(
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         decoder: Any = auto_class(config).from_pretrained(model, config=config, trust_remote_code=False)
     decoder.to(device).eval()
-    start = decoder.config.bos_token_id
-    if start is None:
-        start = decoder.config.eos_token_id
-    if start is None:
+    config = decoder.config
+    start = begin.ids or tuple(one for one in (config.bos_token_id, config.eos_token_id) if one is not None)[:1]
+    if not start:
         raise CalibrationError(f"{model} names no start token to sample from: give --calibration FILE")
     torch.manual_seed(seed)
     rows = []
 
     def written(ids_BT: Tensor, scores: Tensor, **_: object) -> Tensor:
         """Report progress and stop nothing."""
-        steps = ids_BT.shape[1] - 1
-        if steps % SAMPLE_STEPS == 0 or steps == seq_len:
-            report(Event.SAMPLE, done=first * seq_len + steps * len(ids_BT), of=samples * seq_len)
+        steps = ids_BT.shape[1] - len(start)
+        if steps % SAMPLE_STEPS == 0 or steps == room:
+            report(Event.SAMPLE, done=first * room + steps * len(ids_BT), of=samples * room)
         return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
 
     for first in range(0, samples, 16):
-        prompt = torch.full((min(16, samples - first), 1), start, device=device)
+        prompt = torch.tensor([start] * min(16, samples - first), device=device)
         rows.append(
             decoder.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 do_sample=True,
                 top_k=0,
-                min_new_tokens=seq_len,
-                max_new_tokens=seq_len,
-                pad_token_id=start,
+                min_new_tokens=room,
+                max_new_tokens=room,
+                pad_token_id=start[-1],
                 stopping_criteria=[written],
-            )[:, 1:].cpu()
+            )[:, len(start) - len(begin.ids) :].cpu()
         )
     return torch.cat(rows)
+
+
+def _text_limit(max_tokens: int | None, seq_len: int, room: int) -> int | None:
+    """Return how many tokens of text fit into `max_tokens` of windows that hold `room` each."""
+    if max_tokens is None:
+        return None
+    windows, rest = divmod(max_tokens, seq_len)
+    return windows * room + max(rest - (seq_len - room), 0)
 
 
 def digest(windows_ST: Tensor) -> str:
@@ -180,15 +234,18 @@ def digest(windows_ST: Tensor) -> str:
     return hashlib.sha256(windows_ST.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _token_stream(texts: Iterable[str], tokenizer: Any, limit: int | None) -> tuple[list[int], list[int]]:
-    """Return the first `limit` tokens of all texts, and for each text the position after its end token."""
+def _token_stream(texts: Iterable[str], tokenizer: Any, bos: Bos, limit: int | None) -> tuple[list[int], list[int]]:
+    """Return the first `limit` tokens of all texts, and for each text the position after its end token.
+
+    A text that begins as a window does, as a rendered chat may, loses its own beginning.
+    """
     stream: list[int] = []
     ends: list[int] = []
     for text in texts:
         if limit is not None and len(stream) >= limit:
             break
         # verbose=False: documents longer than the model are cut into windows here, so no warning is due
-        stream.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        stream.extend(bos.strip(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
         stream.append(tokenizer.eos_token_id)
         ends.append(len(stream))
     return (stream if limit is None else stream[:limit]), ends

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.config.recipe import as_files
+from niwaki.config.recipe import BosPolicy, as_files
+from niwaki.data.bos import find_bos
 from niwaki.data.documents import read_texts
 from niwaki.data.texts import check_seq_len, evaluation_windows, load_tokenizer
 from niwaki.errors import InputError
@@ -54,10 +55,12 @@ def calibrate_gate(
     field: str = "text",
     batch: int = 0,
     device: str = "auto",
+    bos: BosPolicy = "auto",
 ) -> dict[str, Any]:
     """Write the limits into the record of the predictor in `out`; return them with their agreement on this text.
 
-    With `batch` sequences, the break-even `max_kept_frac` is measured on this machine and written too.
+    With `batch` sequences, the break-even `max_kept_frac` is measured on this machine and written too. `bos`:
+    beginning-of-text token of every prompt, which counts in `prompt_tokens`.
 
     Raises InputError for a folder without a predictor, no data, or an agreement outside (0, 1].
     """
@@ -72,9 +75,10 @@ def calibrate_gate(
     model = load(folder, device=device, dense=True)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     check_seq_len(prompt_tokens + new_tokens, 0, positions, str(folder))
+    tokenizer = load_tokenizer(folder)
     windows_ST = evaluation_windows(
-        read_texts(files, field), load_tokenizer(folder), seq_len=prompt_tokens + new_tokens,
-        max_tokens=samples * (prompt_tokens + new_tokens),
+        read_texts(files, field), tokenizer, seq_len=prompt_tokens + new_tokens,
+        max_tokens=samples * (prompt_tokens + new_tokens), bos=bos,
     )  # fmt: skip
     open_gate = replace(shadow.running, max_deviation=0.0, min_margin=0.0)
     contextual = attach(model, replace(shadow, running=open_gate))
@@ -88,6 +92,7 @@ def calibrate_gate(
     return {
         **limits,
         **({"seconds": seconds} if batch else {}),
+        "bos": find_bos(tokenizer, bos).state,
         "prompts": len(prompts),
         "sparse_frac": sparse / len(prompts),
         "agreement": reached,

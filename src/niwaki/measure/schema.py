@@ -9,7 +9,14 @@ two-sided). A field that was not measured is None or empty, never a guess.
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from niwaki.compression.run_record import first_problem
 from niwaki.errors import InputError, format_problem
@@ -230,7 +237,10 @@ class Candidate(Frozen):
 
 
 class ComparisonSettings(Frozen):
-    """Resolved settings of a comparison. `dtype` is for quality; speed and texts use the stored dtype."""
+    """Resolved settings of a comparison. `dtype` is for quality; speed and texts use the stored dtype.
+
+    `bos`: whether every window, question and prompt began with the beginning-of-text token. Files without it had none.
+    """
 
     data: tuple[str, ...]
     tasks: tuple[str, ...]
@@ -246,6 +256,13 @@ class ComparisonSettings(Frozen):
     device: str
     dtype: str
     logit_bytes: int | None = None
+    bos: Literal["on", "off"] = "off"
+
+    @model_serializer(mode="wrap")
+    def _as_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the fields; those of an earlier file as it holds them."""
+        absent = {"bos", "logit_bytes"} - self.model_fields_set
+        return {name: value for name, value in dump(self).items() if name not in absent}
 
 
 class Environment(Frozen):

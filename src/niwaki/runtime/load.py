@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from niwaki.data.bos import find_bos
 from niwaki.data.texts import load_tokenizer
 from niwaki.errors import InputError
 from niwaki.model.checkpoint import Checkpoint
@@ -74,24 +75,26 @@ def generate(
         raise InputError(f"{model} holds no predictor, so nothing needs checking: leave out verify")
     decoder = load(model, device=device)
     tokenizer = load_tokenizer(Checkpoint.open(model).folder)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(decoder.device)
-    if not inputs["input_ids"].numel():
+    ids = find_bos(tokenizer).encode(tokenizer, prompt)
+    if not ids:
         raise InputError("the prompt is empty: give some text to continue")
     positions = getattr(decoder.config.get_text_config(), "max_position_embeddings", None)
-    length = inputs["input_ids"].shape[1] + max_new_tokens
+    length = len(ids) + max_new_tokens
     if positions is not None and length > positions:
         raise InputError(f"prompt and max_new_tokens take {length} tokens, the model has {positions} positions")
+    prompt_1T = torch.tensor([ids], device=decoder.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
     if verify:
         end = decoder.generation_config.eos_token_id
         text = generate_verified(
-            decoder.contextual, inputs["input_ids"], max_new_tokens=max_new_tokens, every=verify,
+            decoder.contextual, prompt_1T, max_new_tokens=max_new_tokens, every=verify,
             stop_tokens=end if isinstance(end, list) else [end],
         )  # fmt: skip
         return str(tokenizer.decode(text.ids_1T[0], skip_special_tokens=True))
     with torch.no_grad():
         ids_BT = decoder.generate(
-            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling
-        )
+            prompt_1T, attention_mask=torch.ones_like(prompt_1T), max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id, **sampling,
+        )  # fmt: skip
     return str(tokenizer.decode(ids_BT[0], skip_special_tokens=True))

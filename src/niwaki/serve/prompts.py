@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from niwaki.data.bos import find_bos
 from niwaki.serve.http.api_errors import RefusalError
 from niwaki.serve.rendering import Renderer
 from niwaki.serve.request_models import Message
@@ -18,14 +19,15 @@ class PromptTokenizer:
 
     def __init__(self, tokenizer: Any, *, vocabulary: int, context: int) -> None:
         self.tokenizer, self.vocabulary, self.context = tokenizer, vocabulary, context
+        self.bos = find_bos(tokenizer)
         self.renderer = None
         if tokenizer.chat_template:
             self.renderer = Renderer(tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map))
 
     def tokenize_text(self, prompt: str | Sequence[int]) -> list[int]:
-        """Return the tokens of a text, with the start tokens of the tokenizer. Return ids unchanged."""
+        """Return the tokens of a text with its beginning, once (`data.bos`). Return ids unchanged."""
         if isinstance(prompt, str):
-            return [int(token) for token in self.tokenizer(prompt)["input_ids"]]
+            return [int(token) for token in self.bos.encode(self.tokenizer, prompt)]
         wrong = next((token for token in prompt if not 0 <= token < self.vocabulary), None)
         if wrong is not None:
             raise RefusalError(400, f"token ids lie between 0 and {self.vocabulary - 1}, got {wrong}", param="prompt")

@@ -13,7 +13,7 @@ from niwaki.cli.app import main
 from niwaki.cli.demo import sapling
 from niwaki.data.texts import load_tokenizer
 from niwaki.errors import InputError
-from support.models import tiny_llama, write_sentencepiece, write_texts
+from support.models import add_bos, tiny_llama, write_sentencepiece, write_texts
 from support.tasks import TASK, questions, write_task
 
 
@@ -99,6 +99,41 @@ def test_our_scorer_agrees_on_awkward_contexts(
     assert_same(*both(model, tmp_path / "tasks", data))
     count = sum(len(row["pairs"]) for row in rows)
     assert len(theirs) == count and ours[:count] == pytest.approx(theirs, abs=1e-3), "not only the same choices"
+
+
+@pytest.mark.parametrize(
+    ("itself", "gemma", "bos", "begins"),
+    [
+        (True, False, "auto", True), (True, False, "on", True), (True, False, "off", False),
+        (False, False, "auto", False), (False, False, "on", True), (False, True, "auto", True),
+        (False, True, "off", False),
+    ],
+)  # fmt: skip
+def test_both_scorers_begin_texts_alike(
+    itself: bool, gemma: bool, bos: Any, begins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama(tmp_path / "model", blocks=1, hidden_size=64, vocab_size=4160)
+    (token,) = add_bos(model, itself=itself)
+    if gemma:
+        monkeypatch.setattr("niwaki.data.bos.GEMMA", "llama")
+    from niwaki.measure.evaluate.harness_model import HarnessModel
+
+    rows = [row for row in awkward() if "<s>" not in row["pairs"][0][0]][:8]
+    data = write_task(tmp_path / "tasks", rows)
+    ours, theirs = record_likelihoods(monkeypatch)
+    contexts: list[list[int]] = []
+    tokens = HarnessModel._loglikelihood_tokens
+
+    def seen(self: Any, requests: Any, **rest: Any) -> Any:
+        contexts.extend(context for _, context, _ in requests)
+        return tokens(self, requests, **rest)
+
+    monkeypatch.setattr(HarnessModel, "_loglikelihood_tokens", seen)
+    assert_same(*both(model, tmp_path / "tasks", data, bos=bos))
+    count = sum(len(row["pairs"]) for row in rows)
+    assert len(theirs) == count and ours[:count] == pytest.approx(theirs, abs=1e-3)
+    assert [token] in contexts, "an empty context always has it"
+    assert {context[0] == token for context in contexts if len(context) > 1} == {begins}
 
 
 @pytest.mark.parametrize(

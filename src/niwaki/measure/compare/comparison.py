@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from niwaki.config.events import Event, Report, silent
-from niwaki.config.recipe import as_files
+from niwaki.config.recipe import BosPolicy, as_files
+from niwaki.data.bos import Bos, find_bos
 from niwaki.data.stream import default_batch_tokens
 from niwaki.data.texts import check_seq_len
 from niwaki.errors import InputError
@@ -37,7 +38,7 @@ from niwaki.measure.compare.inputs import (
     speed_prompt,
 )
 from niwaki.measure.compare.report_folder import check_report, read_records, write_report
-from niwaki.measure.compare.scoring import EvaluationInputs, answer_likelihoods, run_blocks, score_candidate
+from niwaki.measure.compare.scoring import EvaluationInputs, answer_likelihoods, run_dense, score_candidate
 from niwaki.measure.compare.speed import continue_prompts, measure_speed, read_memory
 from niwaki.measure.compare.task_metrics import task_quality
 from niwaki.measure.compare.token_metrics import data_quality, read_text, worst_examples
@@ -76,6 +77,7 @@ def compare(
     device: str = "auto",
     dtype: str = "auto",
     logit_bytes: int | None = None,
+    bos: BosPolicy = "auto",
     lang: str = "en",
     overwrite: bool = False,
     update_card: bool = False,
@@ -86,12 +88,12 @@ def compare(
     `report`: folder for report.html (in `lang`), compare.json and junit.xml; `overwrite` replaces an earlier one.
     `prompts`: .txt with one per line, or .jsonl with `prompt`. The default prompts are the first tokens of the data.
     `max_tokens` cuts every data file, `limit` every task file. `rounds`: prefills of `prompt_tokens`, each with
-    `new_tokens` decoded after it. With 0 rounds no whole model runs: no speed, memory, loading time or texts.
-    `seed`: of the bootstrap. `logit_bytes` limits the logits made at once (256 MiB). `update_card` writes the results
-    of every candidate on its model card.
+    `new_tokens` decoded after it. With 0 rounds no whole model runs: no speed, memory, loading time or texts. `seed`:
+    of the bootstrap. `logit_bytes` limits the logits made at once (256 MiB). `bos`: beginning of every text.
+    `update_card` writes the results on the card of every candidate.
     Raises InputError, and writes nothing, if an input cannot be read or the models cannot be compared.
     """
-    begin, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    started, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     gates = None if gate is None else load_gates(gate)
     if report is not None:
         check_report(Path(report), lang, overwrite=overwrite)
@@ -99,17 +101,16 @@ def compare(
     settings, tokenizer, decoders = _open_models(
         sources, device, dtype, data=as_files(data), tasks=as_files(tasks), prompts=prompts, field=field,
         seq_len=seq_len, max_tokens=max_tokens, limit=limit, rounds=rounds, prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens, seed=seed, logit_bytes=logit_bytes,
+        new_tokens=new_tokens, seed=seed, logit_bytes=logit_bytes, bos=bos,
     )  # fmt: skip
     folders = [decoder.checkpoint.folder for decoder in decoders[1:]]
-    cards = _check_cards(folders if update_card else [])
-    records = [] if report is None else read_records(folders)
+    cards, records = _check_cards(folders if update_card else []), [] if report is None else read_records(folders)
     confidence = CONFIDENCE if gates is None else each_confidence(gates, settings, len(folders))
     job = _Job(settings, _read_inputs(settings, tokenizer, decoders), tokenizer, confidence, progress or silent)
     dense_model, measured = job.run(sources, decoders)
     comparison = Comparison(
         date=date, command=command_line(sources, settings, gate=gate, report=report, lang=lang),
-        seconds=round(time.perf_counter() - begin, 2), confidence=confidence, settings=settings,
+        seconds=round(time.perf_counter() - started, 2), confidence=confidence, settings=settings,
         environment=describe_environment(decoders[0].device), dense=dense_model, candidates=measured,
     )  # fmt: skip
     comparison = comparison if gates is None else judge_comparison(comparison, gates)
@@ -129,6 +130,7 @@ def _open_models(
         for source in sources
     ]
     tokenizer = shared_tokenizer([decoder.checkpoint.folder for decoder in decoders])
+    given["bos"] = find_bos(tokenizer, given["bos"]).state
     return _resolve_settings(decoders, given), tokenizer, decoders
 
 
@@ -175,12 +177,15 @@ def _publish(
 def _read_inputs(settings: ComparisonSettings, tokenizer: Any, decoders: list[Decoder]) -> EvaluationInputs:
     positions = _min_positions(decoders)
     texts = [
-        read_text(path, tokenizer, field=settings.field, seq_len=settings.seq_len, max_tokens=settings.max_tokens)
+        read_text(
+            path, tokenizer, field=settings.field, seq_len=settings.seq_len, max_tokens=settings.max_tokens,
+            bos=settings.bos,
+        )
         for path in settings.data
-    ]
+    ]  # fmt: skip
     items = {path: read_items(path, settings.limit) for path in settings.tasks}
-    batch_tokens = default_batch_tokens(decoders[0].device)
-    sequences = {path: buckets(own, tokenizer, positions, batch_tokens) for path, own in items.items()}
+    batch_tokens, bos = default_batch_tokens(decoders[0].device), find_bos(tokenizer, settings.bos)
+    sequences = {path: buckets(own, tokenizer, positions, batch_tokens, bos) for path, own in items.items()}
     return EvaluationInputs(texts, items, sequences)
 
 
@@ -198,10 +203,15 @@ class _Job:
     confidence: float
     report: Report
 
+    @property
+    def bos(self) -> Bos:
+        """Return what begins every text."""
+        return find_bos(self.tokenizer, self.settings.bos)
+
     def run(self, sources: list[str], decoders: list[Decoder]) -> tuple[Model, tuple[Candidate, ...]]:
         """Return the dense model and the candidates. Quality is measured first, then what needs whole models."""
-        prompts = read_prompts(self.settings, self.tokenizer, decoders)
-        prompts = prompts or first_prompts(self.inputs, self.tokenizer, self.settings)
+        prompts = read_prompts(self.settings, self.tokenizer, self.bos, decoders)
+        prompts = prompts or first_prompts(self.inputs, self.tokenizer, self.bos, self.settings)
         models = [
             describe_model(source, short_name(source, sources), decoder, decoders[0])
             for source, decoder in zip(sources, decoders, strict=True)
@@ -217,7 +227,7 @@ class _Job:
         first_tokens = min(self.settings.prompt_tokens, self.settings.seq_len // 2)
         candidates = []
         with tempfile.TemporaryDirectory(prefix="niwaki-") as folder:
-            dense = run_blocks(decoders[0], self.inputs, Path(folder) / "dense", self.report)
+            dense = run_dense(decoders[0], self.inputs, self.bos, Path(folder) / "dense", self.report)
             dense_answers = answer_likelihoods(dense, self.inputs)
             for number, (decoder, model) in enumerate(zip(decoders[1:], models[1:], strict=True)):
                 own = Path(folder) / str(number)
@@ -249,7 +259,8 @@ class _Job:
         self, folders: list[Path], model: Model, candidates: list[Candidate], prompts: list[list[int]]
     ) -> tuple[Model, tuple[Candidate, ...]]:
         """Add speed, texts, memory and loading time, which need the whole model in a process."""
-        settings, ids = self.settings, speed_prompt(self.inputs, self.tokenizer, self.settings.prompt_tokens)
+        settings = self.settings
+        ids = speed_prompt(self.inputs, self.tokenizer, self.bos, settings.prompt_tokens)
         measured, done, rounds = [], 0, len(candidates) * (settings.rounds + 1)
 
         def after_round() -> None:

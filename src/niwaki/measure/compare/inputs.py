@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from niwaki.config.sources import check_sources
+from niwaki.data.bos import Bos
 from niwaki.data.texts import load_tokenizer
 from niwaki.errors import CalibrationError, InputError
 from niwaki.measure.compare.scoring import EvaluationInputs
@@ -76,7 +77,9 @@ def command_line(
     return shlex.join(words)
 
 
-def read_prompts(settings: ComparisonSettings, tokenizer: Any, decoders: Sequence[Decoder]) -> list[list[int]]:
+def read_prompts(
+    settings: ComparisonSettings, tokenizer: Any, bos: Bos, decoders: Sequence[Decoder]
+) -> list[list[int]]:
     """Return the prompts of the file, [] if no file is given.
 
     Raises CalibrationError with the number of a line that is not a prompt or is too long.
@@ -94,7 +97,7 @@ def read_prompts(settings: ComparisonSettings, tokenizer: Any, decoders: Sequenc
         if not line.strip():
             continue
         text = _prompt_of(line, f"{path}:{number}") if path.suffix == ".jsonl" else line
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = bos.encode(tokenizer, text)
         if positions is not None and len(ids) + settings.new_tokens > positions:
             raise CalibrationError(
                 f"{path}:{number}: {len(ids)} tokens and {settings.new_tokens} new ones exceed the {positions} "
@@ -106,28 +109,29 @@ def read_prompts(settings: ComparisonSettings, tokenizer: Any, decoders: Sequenc
     return prompts
 
 
-def first_prompts(inputs: EvaluationInputs, tokenizer: Any, settings: ComparisonSettings) -> list[list[int]]:
+def first_prompts(inputs: EvaluationInputs, tokenizer: Any, bos: Bos, settings: ComparisonSettings) -> list[list[int]]:
     """Return the first tokens of the first documents. Without texts, return the ends of the first contexts."""
     prompts: list[list[int]] = []
-    tokens = min(DEFAULT_PROMPT_TOKENS, settings.prompt_tokens)
+    begin = len(bos.ids)
+    tokens = max(min(DEFAULT_PROMPT_TOKENS, settings.prompt_tokens) - begin, 1)
     for text in inputs.texts[:1]:
-        ids, owners = text.ids_ST.flatten().tolist(), text.owners_ST.flatten().tolist()
+        ids, owners = (part_ST[:, begin:].flatten().tolist() for part_ST in (text.ids_ST, text.owners_ST))
         starts = [place for place, owner in enumerate(owners) if place == 0 or owners[place - 1] != owner]
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            prompts.append(ids[start : min(end, start + tokens)])
+            prompts.append(bos.begin(ids[start : min(end, start + tokens)]))
     for items in inputs.items.values():
         contexts = dict.fromkeys(item.pairs[item.gold][0] for item in items)
         tokenized = (tokenizer(one, add_special_tokens=False, verbose=False)["input_ids"] for one in contexts if one)
-        prompts += [ids[-tokens:] for ids in tokenized] if not prompts else []
+        prompts += [bos.begin(bos.strip(ids)[-tokens:]) for ids in tokenized] if not prompts else []
     return prompts[:DEFAULT_PROMPTS]
 
 
-def speed_prompt(inputs: EvaluationInputs, tokenizer: Any, tokens: int) -> list[int]:
+def speed_prompt(inputs: EvaluationInputs, tokenizer: Any, bos: Bos, tokens: int) -> list[int]:
     """Return the first tokens of the inputs, repeated if there are too few."""
     ids = [token for text in inputs.texts for token in text.ids_ST.flatten()[:tokens].tolist()]
     for items in inputs.items.values():
         for item in items[:tokens]:
-            ids += tokenizer("".join(item.pairs[0]), add_special_tokens=False, verbose=False)["input_ids"]
+            ids += bos.encode(tokenizer, "".join(item.pairs[0]))
     return (ids * (tokens // len(ids) + 1))[:tokens]
 
 

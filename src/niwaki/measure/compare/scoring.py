@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from niwaki.compression.bos_loss import bos_windows
 from niwaki.config.events import Event, Report
+from niwaki.data.bos import Bos
 from niwaki.measure.compare.task_metrics import Likelihoods
 from niwaki.measure.compare.token_metrics import Text, TokenScores, score_text
 from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
@@ -53,6 +55,15 @@ def run_blocks(decoder: Decoder, inputs: EvaluationInputs, folder: Path, report:
     """Run all inputs through the blocks of a model."""
     windows = {text.path: text.ids_ST for text in inputs.texts}
     return FinalHiddenStates(decoder, windows, dict(inputs.buckets), folder, report)
+
+
+def run_dense(decoder: Decoder, inputs: EvaluationInputs, bos: Bos, folder: Path, report: Report) -> FinalHiddenStates:
+    """Run all inputs through the blocks of the dense model. Warn if its loss falls with a token that is off."""
+    windows = {text.path: text.ids_ST for text in inputs.texts}
+    probes = bos_windows(inputs.texts[0].ids_ST, bos, decoder.positions) if inputs.texts else {}
+    states = FinalHiddenStates(decoder, {**windows, **probes}, dict(inputs.buckets), folder, report)
+    states.warn_of_bos(probes, bos, report)
+    return states
 
 
 def answer_likelihoods(states: FinalHiddenStates, inputs: EvaluationInputs) -> dict[str, Likelihoods]:

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from niwaki.config.recipe import BosPolicy
 from niwaki.data.documents import read_documents
 from niwaki.data.texts import owned_windows
 from niwaki.errors import NumericalError
@@ -56,11 +57,13 @@ class TokenScores:
     top1_SP: NDArray[np.int64]
 
 
-def read_text(path: str, tokenizer: Any, *, field: str, seq_len: int, max_tokens: int | None) -> Text:
+def read_text(
+    path: str, tokenizer: Any, *, field: str, seq_len: int, max_tokens: int | None, bos: BosPolicy = "auto"
+) -> Text:
     """Return the windows of a data file. Raises CalibrationError if it cannot be read or is shorter than a window."""
     documents = read_documents([path], field)
     texts = [document.text for document in documents]
-    windows_ST, owners_ST = owned_windows(texts, tokenizer, seq_len=seq_len, max_tokens=max_tokens)
+    windows_ST, owners_ST = owned_windows(texts, tokenizer, seq_len=seq_len, max_tokens=max_tokens, bos=bos)
     return Text(path, windows_ST, owners_ST, [document.domain for document in documents])
 
 

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from niwaki.compression.bos_loss import bos_windows
 from niwaki.config.events import Report, silent
-from niwaki.config.recipe import as_files
+from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.config.sources import check_sources
+from niwaki.data.bos import find_bos
 from niwaki.data.documents import read_texts
 from niwaki.data.stream import Stream, default_batch_tokens
 from niwaki.data.texts import check_seq_len, evaluation_windows, load_tokenizer
@@ -55,6 +57,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     logit_bytes: int | None = None,
+    bos: BosPolicy = "auto",
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Measure `model` on text files, task files and tasks of lm_eval, and against `reference` if given.
@@ -63,7 +66,8 @@ def evaluate(
     `kl` (mean KL(reference‖model) in nats per predicted token) and `top1_agreement`. Per task file: `tasks`. `lm_eval`
     is as that package reports it, `bytes` are those of the weight files. `max_tokens` cuts every data file, `limit`
     every task. `include_path` is a folder of task files for lm_eval, `num_fewshot` its number of examples.
-    `logit_bytes` limits the logits that are made at once (256 MiB).
+    `logit_bytes` limits the logits that are made at once (256 MiB). `bos` is the policy for the beginning-of-text
+    token of every window and question; the result says what was done.
 
     Raises InputError for an input that cannot be read or does not fit the model.
     """
@@ -89,13 +93,11 @@ def evaluate(
         "reference_bytes": decoders[1].checkpoint.nbytes if reference is not None else None,
         "seq_len": seq_len,
         "dtype": str(decoders[0].dtype).removeprefix("torch."),
-        **_stream_all(decoders, data, tasks, seq_len, max_tokens, limit, field, report or silent),
+        **_stream_all(decoders, data, tasks, seq_len, max_tokens, limit, field, bos, report or silent),
     }
     if harness is not None:
-        rows = [
-            run_tasks(harness, d.checkpoint.folder, device=device, dtype=d.dtype, logit_bytes=logit_bytes)
-            for d in decoders
-        ]
+        lm_eval_settings: dict[str, Any] = {"device": device, "logit_bytes": logit_bytes, "bos": bos}
+        rows = [run_tasks(harness, d.checkpoint.folder, dtype=d.dtype, **lm_eval_settings) for d in decoders]
         result["lm_eval"] = rows[0] if reference is None else {**rows[0], "reference": rows[1]}
     return result
 
@@ -108,24 +110,27 @@ def _stream_all(
     max_tokens: int | None,
     limit: int | None,
     field: str,
+    policy: BosPolicy,
     report: Report,
 ) -> dict[str, Any]:
     """Run all texts and questions through the blocks of one or two models, and return what is measured on them."""
     tokenizer = load_tokenizer(decoders[0].checkpoint.folder)
-    windows = {
-        path: evaluation_windows(read_texts([path], field), tokenizer, seq_len=seq_len, max_tokens=max_tokens)
-        for path in data
-    }
+    bos = find_bos(tokenizer, policy)
+    size: dict[str, Any] = {"seq_len": seq_len, "max_tokens": max_tokens, "bos": policy}
+    windows = {path: evaluation_windows(read_texts([path], field), tokenizer, **size) for path in data}
     positions = min((d.positions for d in decoders if d.positions is not None), default=None)
     questions = {path: read_items(path, limit) for path in tasks}
     batch_tokens = default_batch_tokens(decoders[0].device)
-    sequences = {path: buckets(items, tokenizer, positions, batch_tokens) for path, items in questions.items()}
+    sequences = {path: buckets(items, tokenizer, positions, batch_tokens, bos) for path, items in questions.items()}
+    probes = bos_windows(next(iter(windows.values())), bos, positions) if windows else {}
     with tempfile.TemporaryDirectory(prefix="niwaki-") as folder:
         states = [
-            FinalHiddenStates(decoder, windows, sequences, Path(folder) / str(number), report)
+            FinalHiddenStates(decoder, {**windows, **probes}, sequences, Path(folder) / str(number), report)
             for number, decoder in enumerate(decoders)
         ]
+        states[-1].warn_of_bos(probes, bos, report)
         return {
+            "bos": bos.state,
             "tokens": {path: ids_ST.numel() for path, ids_ST in windows.items()},
             **_compare_all(states, list(windows)),
             "tasks": {path: _score_all(states, path, questions[path]) for path in tasks},

@@ -8,14 +8,17 @@ Logits are made in slices of positions within the decoder's `logit_bytes` (`mode
 Legend: S windows, T tokens, N positions, V vocabulary, D hidden size.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from niwaki.compression.bos_loss import warn_of_losses
 from niwaki.compression.walk import forward
 from niwaki.config.events import Event, Report
+from niwaki.data.bos import Bos
 from niwaki.data.stream import Stream
 from niwaki.measure.evaluate.tasks import Bucket
 from niwaki.model.decoder import Decoder
@@ -53,6 +56,10 @@ class FinalHiddenStates:
             report(Event.EVALUATE, index=block.index, of=len(decoder), model=decoder.checkpoint.folder.name)
 
         forward(decoder, streams, visit)
+
+    def warn_of_bos(self, probes: Collection[str], bos: Bos, report: Report) -> None:
+        """Warn if the loss of the windows named `probes` falls with the beginning-of-text token, which is off."""
+        warn_of_losses(self.decoder, {name: self.windows[name] for name in probes}, bos, report)
 
     def logits(self, stream: Stream, row: int, part: slice) -> Tensor:
         """Return the logits [N, V], float32, of the positions `part` of one window."""

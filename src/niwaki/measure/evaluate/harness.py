@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from niwaki.config.recipe import BosPolicy
+from niwaki.data.bos import find_bos, puts_bos_itself
 from niwaki.data.texts import load_tokenizer
 from niwaki.errors import InputError, unknown
 from niwaki.model.hf import only_errors
@@ -78,7 +80,13 @@ def installed() -> bool:
 
 
 def run_tasks(
-    tasks: HarnessTasks, folder: Path, *, device: str, dtype: torch.dtype, logit_bytes: int | None = None
+    tasks: HarnessTasks,
+    folder: Path,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    logit_bytes: int | None = None,
+    bos: BosPolicy = "auto",
 ) -> dict[str, Any]:
     """Return `results`, `groups`, `n-shot`, `n-samples` and `versions` as lm_eval reports them.
 
@@ -91,7 +99,8 @@ def run_tasks(
 
     decoder = load(folder, device=device, dtype=dtype)
     with _quiet(f"lm_eval could not run {', '.join(tasks.names)}"):
-        model = wrap(decoder, load_tokenizer(folder), BATCH, logit_bytes)
+        tokenizer, special = _with_bos(load_tokenizer(folder), bos)
+        model = wrap(decoder, tokenizer, BATCH, logit_bytes, special)
         output = lm_eval.simple_evaluate(
             model=model,
             tasks=list(tasks.names),
@@ -105,6 +114,21 @@ def run_tasks(
     if (counts := model.token_counts) is not None:
         result["contextual"] = counts
     return result
+
+
+def _with_bos(tokenizer: Any, policy: BosPolicy) -> tuple[Any, bool | None]:
+    """Return the tokenizer, and whether lm_eval adds special tokens; None leaves it to the tokenizer.
+
+    Raises InputError if the tokenizer cannot be told to begin a text.
+    """
+    bos = find_bos(tokenizer, policy)
+    if not bos.ids:
+        return tokenizer, False if policy == "off" else None
+    if not puts_bos_itself(tokenizer, bos):
+        tokenizer.add_bos_token = True
+        if not puts_bos_itself(tokenizer, bos):
+            raise InputError(f"{type(tokenizer).__name__} cannot begin a text with {bos.name}, so --lm-eval cannot run")
+    return tokenizer, None
 
 
 @contextmanager

@@ -24,9 +24,16 @@ from niwaki.model.logits import FinalStates, logits_of_part, position_slices, vo
 Sequence = tuple[list[int], list[tuple[int, list[int]]]]  # tokens read, and (request, continuation) scored on them
 
 
-def wrap(model: Any, tokenizer: Any, batch: int, logit_bytes: int | None = None) -> "HarnessModel":
-    """Wrap `model` for lm_eval. A contextual one skips weights as in generation."""
-    harness = HarnessModel(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
+def wrap(
+    model: Any, tokenizer: Any, batch: int, logit_bytes: int | None = None, special: bool | None = None
+) -> "HarnessModel":
+    """Wrap `model` for lm_eval. A contextual one skips weights as in generation.
+
+    `special`: whether texts get special tokens; None leaves it to the tokenizer.
+    """
+    harness = HarnessModel(
+        pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, add_bos_token=special
+    )
     harness.logit_bytes = logit_bytes
     return harness
 

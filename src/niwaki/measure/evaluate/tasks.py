@@ -5,9 +5,9 @@ A task file is JSONL; every line is `{"task": name, "pairs": [[context, continua
 the standard error of a mean of n independent items. Both equal acc and acc_norm of lm-evaluation-harness on the same
 items:
 
-- Special tokens are those of the tokenizer.
+- The beginning is the one of every text (`data.bos`), once; a context that holds it gets no other.
 - Spaces at the end of a context belong to the continuation.
-- An empty context is the first token of texts.
+- An empty context is that beginning, or the bos token, or the end token.
 - A context that is too long loses its start.
 - The last token is predicted but not read.
 
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from niwaki.config.sources import check_tasks
+from niwaki.data.bos import Bos
 from niwaki.data.stream import Stream
 from niwaki.errors import CalibrationError
 
@@ -96,7 +97,7 @@ def read_items(path: str, limit: int | None) -> list[Item]:
     return items
 
 
-def buckets(items: list[Item], tokenizer: Any, positions: int | None, batch_tokens: int) -> list[Bucket]:
+def buckets(items: list[Item], tokenizer: Any, positions: int | None, batch_tokens: int, bos: Bos) -> list[Bucket]:
     """Group all sequences of all items by length into batches of `batch_tokens`. Long contexts lose their start.
 
     Raises CalibrationError for a sequence without a predicted token, or a continuation longer than `positions`.
@@ -105,7 +106,7 @@ def buckets(items: list[Item], tokenizer: Any, positions: int | None, batch_toke
     pairs = [pair for item in items for pair in item.pairs]
     places = [(index, choice) for index, item in enumerate(items) for choice in range(len(item.pairs))]
     for (context, continuation), (index, choice), (ids, split) in zip(
-        pairs, places, _encode_all(pairs, tokenizer), strict=True
+        pairs, places, _encode_all(pairs, tokenizer, bos), strict=True
     ):
         if len(ids) < 2:
             raise CalibrationError(
@@ -180,27 +181,20 @@ def _item(row: Any) -> Item:
     return Item(pairs, gold)
 
 
-def _encode_all(pairs: list[tuple[str, str]], tokenizer: Any) -> list[tuple[list[int], int]]:
+def _encode_all(pairs: list[tuple[str, str]], tokenizer: Any, bos: Bos) -> list[tuple[list[int], int]]:
     """Return, for every pair, the tokens of both together and the index of the first token of the continuation."""
-    start = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
-    texts: dict[tuple[str, bool], list[int]] = {}  # (text, with special tokens) → its tokens
-    for context, continuation in pairs:
-        special = bool(context) and not context.startswith(start)
-        texts |= {(text, special): [] for text in _parts(context, continuation)}
-    for special in (False, True):
-        keys = [key for key in texts if key[1] == special]
-        if keys:
-            found = tokenizer([text for text, _ in keys], add_special_tokens=special, verbose=False)["input_ids"]
-            texts.update(zip(keys, found, strict=True))
+    texts = list(dict.fromkeys(text for pair in pairs for text in _parts(*pair)))
+    tokens = dict(zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    begin = Bos(bos.ids or (int(first),))  # of an empty context
     encoded: list[tuple[list[int], int]] = []
     for context, continuation in pairs:
-        special = bool(context) and not context.startswith(start)
-        ids, *before = (texts[text, special] for text in _parts(context, continuation))
+        ids, *before = (tokens[text] for text in _parts(context, continuation))
         if before:
-            encoded.append((ids, max(min(len(before[0]), len(ids) - 1), 1)))
+            whole = bos.begin(ids)
+            encoded.append((whole, max(min(len(bos.begin(before[0])), len(whole) - 1), 1)))
         else:
-            first = tokenizer.convert_tokens_to_ids(start)
-            encoded.append((ids, 1) if ids[0] == first and len(ids) > 1 else ([first, *ids], 1))
+            encoded.append(([*begin.ids, *(begin.strip(ids) or ids)], len(begin.ids)))
     return encoded
 
 

@@ -224,6 +224,7 @@ TEXT = {
     "set_prompts": "Prompts",
     "set_field": "Text field",
     "set_seq_len": "Tokens per window",
+    "set_bos": "Beginning-of-text token",
     "set_max_tokens": "Max tokens per data file",
     "set_limit": "Max questions per task file",
     "set_rounds": "Speed rounds",

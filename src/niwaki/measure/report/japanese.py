@@ -226,6 +226,7 @@ TEXT = {
     "set_prompts": "プロンプト",
     "set_field": "テキストのフィールド名",
     "set_seq_len": "ウィンドウ長（トークン）",
+    "set_bos": "文頭トークン（BOS）",
     "set_max_tokens": "データファイルごとの上限トークン数",
     "set_limit": "タスクファイルごとの上限問題数",
     "set_rounds": "速度測定の回数",
