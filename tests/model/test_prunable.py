@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor
 
+from niwaki.config.targets import Kind
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.model.anatomy import discover
 from niwaki.model.hf import build_skeleton
-from niwaki.model.prunable import PrunedShape, ShapeSpace, group_indices, new_name, units_of
-from support.families import COMMON, GQA, families
+from niwaki.model.prunable import PrunedShape, ShapeSpace, new_name, unit_axes, units_of
+from niwaki.model.pruned_config import group_indices
+from support.families import COMMON, GQA, build, families
+from support.odd_families import odd_config
 
 COVERED = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt")
 
@@ -121,3 +125,113 @@ def test_places_and_names() -> None:
 
 def test_folder_names_do_not_matter(tmp_path: Path) -> None:
     assert new_name("h.2.mlp.c_fc.weight", "transformer.h", 2, (0,)) == "h.1.mlp.c_fc.weight"
+
+
+def _cut_and_masked(sizes: ShapeSpace, config: Any, kind: Kind, kept: list[int]) -> tuple[Tensor, Tensor]:
+    """Return logits of the smaller model of a config, and of the full one with zeros, without help of the trial."""
+    torch.manual_seed(0)
+    full = build(config)
+    with torch.no_grad():
+        for parameter in full.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    counts = {"neurons": sizes.neurons, "heads": sizes.heads, kind: len(kept)}
+    smaller = dict(sizes.config_for(sizes.shape(counts["neurons"], counts["heads"])))
+    small = build(transformers.AutoConfig.for_model(smaller.pop("model_type"), **smaller))
+    unit, block = sizes.units[kind], sizes.anatomy.blocks[0]
+    axes = unit_axes(unit, block, kept, sizes.followers(kind))
+    state = dict(full.state_dict())
+    for name, tensor in full.named_parameters():
+        inside = name.removeprefix(sizes.anatomy.path + ".").partition(".")[2] if sizes.anatomy.path in name else ""
+        if inside not in axes:
+            continue
+        along, places, size = axes[inside]
+        state[name] = tensor.detach().index_select(along, places)
+        if inside in {block.linears[matrix].parameter for matrix in (*unit.producers, unit.consumer)}:
+            gone = [place for place in range(size) if place not in set(places.tolist())]
+            with torch.no_grad():
+                tensor.index_fill_(along, torch.tensor(gone), 0)
+    small.load_state_dict({name: state[name] for name in small.state_dict()})
+    ids = torch.arange(12)[None] * 7 % 90
+    with torch.no_grad():
+        return small(ids, use_cache=False).logits, full(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "kept"),
+    [
+        *(
+            (family, "neurons", list(range(8, 24)))
+            for family in ("gpt_neo", "xglm", "ctrl", "olmo2", "stablelm", "bert")
+        ),
+        *((family, "heads", [1]) for family in ("granite_swa", "llama", "qwen3", "apertus")),
+    ],
+)
+def test_a_cut_model_equals_the_full_one_with_zeros(family: str, kind: Kind, kept: list[int]) -> None:
+    config = families()[family].config if family in families() else odd_config(family)
+    small, masked = _cut_and_masked(sizes_of(config), config, kind, kept)
+    torch.testing.assert_close(small, masked, rtol=1e-4, atol=1e-4)
+
+
+REFUSED: list[tuple[str, Kind, str]] = [
+    ("bitnet", "neurons", "mlp.ffn_sub_norm.weight takes all neurons together"),
+    ("bitnet", "heads", "self_attn.attn_sub_norm.weight takes all heads together"),
+    ("olmo2", "heads", "self_attn.q_norm.weight takes all heads together"),
+    ("stablelm", "heads", "self_attn.q_proj would have 32 of 32 heads"),
+    ("gpt_neo", "heads", "num_heads and intermediate_size in a config of type gpt_neo cannot express"),
+]
+
+
+@pytest.mark.parametrize(("family", "kind", "reason"), REFUSED)
+def test_a_cut_that_changes_the_function_names_the_tensor(family: str, kind: Kind, reason: str) -> None:
+    assert reason in sizes_of(odd_config(family)).even_problem(kind)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("bitnet", "attn_sub_norm.weight"),
+        ("olmo2", "q_norm.weight"),
+        ("stablelm", "q_layernorm.norms.0.weight"),
+        ("granite_swa", "self_attn.sinks"),
+    ],
+)
+def test_heads_of_single_blocks_stay_where_another_tensor_counts_them(family: str, reason: str) -> None:
+    sizes = sizes_of(odd_config(family))
+    assert reason in sizes.configs.uneven_problem("heads") and "heads" not in sizes.movable_kinds
+
+
+def test_blocks_stay_where_what_they_compute_depends_on_their_place() -> None:
+    assert "lambda_init would change" in sizes_of(odd_config("diffllama")).drop_problem
+    assert "more than add its attention" in sizes_of(odd_config("bert")).drop_problem
+    sizes = sizes_of(odd_config("gpt_neo"))
+    assert sizes.drop_problem == ""
+    assert sizes.config_for(sizes.shape(sizes.neurons, sizes.heads, (0,)))["attention_types"] == [
+        [["local"], 1],
+        [["global"], 1],
+        [["local"], 1],
+    ]
+
+
+def test_a_config_that_counts_no_heads_and_blocks_of_other_matrices_are_refused() -> None:
+    with pytest.raises(ArchitectureError, match="structured pruning needs blocks of one attention"):
+        sizes_of(odd_config("xlstm"))
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {"attention_bias", "mlp_bias"}),
+        ("ernie4_5", {"use_bias"}),
+        ("seed_oss", {"attention_out_bias", "mlp_bias"}),
+        ("opt", set()),
+    ],
+)
+def test_biases_go_where_the_config_can_hold_them(family: str, fields: set[str]) -> None:
+    config = families()[family].config if family in families() else odd_config(family, attention_bias=True)
+    found, _, problem = sizes_of(config).configs.biases
+    assert set(found) == fields and problem == ""
+
+
+def test_a_config_without_place_for_biases_says_which_matrix_lacks_it() -> None:
+    fields, _, problem = sizes_of(families()["qwen2"].config).configs.biases
+    assert fields == {} and problem == "no field of a config of type qwen2 gives mlp.down_proj a bias"

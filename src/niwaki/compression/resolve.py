@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from niwaki.compression.allocation import ALLOCATIONS, OwlConfig, Targets, owl, uniform
 from niwaki.compression.bit_allocation import bits_within, kept_targets
+from niwaki.compression.shapes import ExpectedShape, expect_shape
 from niwaki.compression.stages import split_stages
 from niwaki.config.recipe import Recipe, make_options
-from niwaki.config.targets import Target, parse_target
+from niwaki.config.targets import Sparsity, Target, parse_target
 from niwaki.data.statistics import Needs
 from niwaki.errors import CalibrationError, InputError, TargetError, unknown
 from niwaki.methods.method import MethodKind
@@ -54,7 +55,7 @@ class ResolvedStage:
     All `steps` have the same `kind`. `targets` are provisional: the job replaces those that the calibration text
     decides (`Allocation.targets`). `dense_stream`: the dense model runs beside the compressed one.
     `columns_multiple`: the next stage needs columns in multiples of it. `windows` of `tokens` are the calibration, both
-    0 if nothing needs any.
+    0 if nothing needs any. `expected` is what is known of the shape of a structured method.
     """
 
     recipe: Recipe
@@ -68,6 +69,7 @@ class ResolvedStage:
     columns_multiple: int
     windows: int
     tokens: int
+    expected: ExpectedShape | None = None
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,17 @@ def resolve_stage(
     dense_stream = dense_stream or needs.dense
     wanted = needs.anything or measured or dense_stream or bool(given.files)
     windows, tokens = (given.samples, given.seq_len) if wanted else (0, 0)
+    steps, expected = stage.steps, None
     if kind is MethodKind.CONTEXTUAL:
-        _check_contextual(stage.steps[0], decoder, windows, tokens)
+        _check_contextual(steps[0], decoder, windows, tokens)
+    if kind is MethodKind.SHAPE:
+        assert isinstance(target, Sparsity), "the target of a structured method"
+        step, expected = expect_shape(decoder, recipe, steps[0], target, columns_multiple)
+        steps = (step,)
     return ResolvedStage(
-        recipe, kind, target, stage.steps, stage.owl, targets, needs, dense_stream, columns_multiple, windows, tokens
-    )
+        recipe, kind, target, steps, stage.owl, targets, needs, dense_stream, columns_multiple, windows, tokens,
+        expected,
+    )  # fmt: skip
 
 
 def resolve_allocation(recipe: Recipe) -> Recipe:

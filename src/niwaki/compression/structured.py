@@ -18,19 +18,19 @@ from niwaki.compression.backward import next_token_losses
 from niwaki.compression.job import Allocation, FullBlocks, Job, block_part, scan, walk_model, windows_stream
 from niwaki.compression.result_folder import ResultFolder
 from niwaki.compression.run_record import JournalEntry, MatrixRecord, RunRecord
+from niwaki.compression.shapes import is_cut
 from niwaki.compression.walk import WalkPlan, collect, compress_blocks, forward
 from niwaki.compression.width_search import spread
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.targets import Sparsity
 from niwaki.data.stream import Stream
-from niwaki.errors import InputError, NumericalError, TargetError
+from niwaki.errors import NumericalError
 from niwaki.model.checkpoint import Checkpoint, quantization, with_quantization
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.files import write_text
 from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSearch, ShapeSpace, new_name, unit_axes
 
 HELD_WINDOWS = 16  # windows that shapes are evaluated on
-BIAS_FIELDS = ("attention_bias", "mlp_bias")
 # Relative squared error between the walk at full size and the stored result: other kernels, other orders of sums.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
@@ -44,8 +44,8 @@ def _choose_shape(job: Job, folder: ResultFolder, report: Report) -> Allocation:
     """Measure the dense blocks, then let the method search; every shape that it proposes is evaluated."""
     target, step = job.stage.target, job.stage.steps[0]
     assert isinstance(target, Sparsity)
-    config = job.checkpoint.config_content()
-    space = ShapeSpace(job.decoder.anatomy, job.decoder.model, config, job.stage.columns_multiple)
+    assert job.stage.expected is not None, "of a structured stage"
+    space = job.stage.expected.space
 
     def measure(block: Block, stream: Stream) -> tuple[float, Any]:
         method = step.shape_method
@@ -59,16 +59,15 @@ def _choose_shape(job: Job, folder: ResultFolder, report: Report) -> Allocation:
         search = _then_spread(search, space, target, step.shape_method.multiple(step.config))
     shape, losses = _search(search, job, folder, report, space)
     if shape is None:
-        raise TargetError(
-            f"target {target}: {job.recipe.method} finds no shape that removes this share and leaves a block, a "
-            "head and a neuron: lower the target, or let more blocks and heads go"
-        )
-    cut = shape.even or (shape.whole and job.recipe.pack != "none")
+        raise space.no_shape(target, job.recipe.method)
+    cut = is_cut(shape, job.recipe)
+    space.check(shape, cut)
     numbers = {
         "shape": _shape_record(shape),
         "removed_frac": space.removed_frac(shape),
         "cut": cut,
         "influence": [info.influence for info in infos],
+        **({"stays": list(job.stage.expected.notes)} if job.stage.expected.notes else {}),
         "trials": [_shape_record(tried) | {"loss": loss} for tried, loss in losses.items()],
     }
     report(Event.ALLOCATION, **numbers)
@@ -134,6 +133,11 @@ class PrunedBlocks:
     cut: bool
 
     @property
+    def _biased(self) -> bool:
+        step = self.job.stage.steps[0]
+        return step.shape_method.biased(step.config)
+
+    @property
     def shard_names(self) -> list[str]:
         """Return one file per block and those of the embeddings; the number of a removed block is not counted."""
         names = FullBlocks(self.job).shard_names
@@ -151,7 +155,7 @@ class PrunedBlocks:
     def tensors(self, block: Block, lines: list[MatrixRecord]) -> dict[str, Tensor]:
         """Return the block without what is gone, under its new name; {} for a removed block."""
         decoder, tensors = self.job.decoder, FullBlocks(self.job).tensors(block, lines)
-        if block.result.added:
+        if self._biased and block.index not in self.shape.dropped:
             tensors |= self._biases(block, tensors)
         if not self.cut:
             return tensors
@@ -191,15 +195,11 @@ class PrunedBlocks:
     def write_config(self, folder: ResultFolder) -> None:
         """Write the config of the new shape, as far as it can express it."""
         space, shape = self.space, self.shape
-        config = dict(space.config)
-        if shape.even:
-            config = space.config_for(shape)
-        elif self.cut:
-            full = space.config_for(space.shape(space.neurons, space.heads, shape.dropped))
+        fields = space.configs.biases[0] if self._biased else {}
+        full = space.config_for(space.shape(space.neurons, space.heads, shape.dropped if self.cut else ()), fields)
+        config = space.config_for(shape, fields) if shape.even else full
+        if not shape.even and self.cut:
             config = with_quantization(full, quantization({}, space.matrix_shapes(shape)))
-        stored = [name for entry in folder.finished.values() for name in entry.tensors]
-        if not space.config.get("mlp_bias") and any(name.endswith("down_proj.bias") for name in stored):
-            config |= dict.fromkeys(BIAS_FIELDS, True)
         write_text(folder.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def check(self, folder: ResultFolder, stream: Stream | None) -> None:
@@ -221,17 +221,13 @@ class PrunedBlocks:
             )
 
     def _biases(self, block: Block, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return biases of all matrices of a block without any: those that were added, zeros for the others."""
-        if any(field not in self.space.config for field in BIAS_FIELDS):
-            raise InputError(
-                f"a config of type {self.space.config.get('model_type')} has no {' and '.join(BIAS_FIELDS)}, and "
-                f"{self.job.recipe.method} adds biases: use --set compensate=false"
-            )
+        """Return all biases that the config asks for now: those that were added, zeros for the others."""
+        added = self.space.configs.biases[1]
         names = {self.job.decoder.parameter(name, block.index): name for name in tensors}
         biases = {}
         for linear in block.linears.values():
             bias = f"{linear.name}.bias"
-            if bias not in names:
+            if bias in added:
                 like = tensors[names[linear.parameter]]
                 own = block.result
                 given = own.parameters[bias].to("cpu", like.dtype) if bias in own.added else None
@@ -246,7 +242,7 @@ class PrunedBlocks:
         anatomy = self.job.decoder.anatomy.blocks[index]
         axes: dict[str, tuple[int, Tensor, int]] = {}
         for unit in self.space.units.values():
-            axes |= unit_axes(unit, anatomy, kept[unit.consumer])
+            axes |= unit_axes(unit, anatomy, kept[unit.consumer], self.space.followers(unit.kind))
         return axes
 
     def _new_name(self, name: str, index: int) -> str:

@@ -46,9 +46,8 @@ def spread(sizes: ShapeSpace, start: PrunedShape, removed_frac: float, multiple:
 
 def _probes(sizes: ShapeSpace, start: PrunedShape) -> Iterator[tuple[Place, PrunedShape]]:
     """Yield `start` with one unit a step narrower, for every unit that can be."""
-    kinds: tuple[Kind, ...] = ("neurons", "heads")
     for index in range(len(sizes)):
-        for kind in kinds:
+        for kind in sizes.movable_kinds:
             kept = list(start.kept(kind))
             step = max(1, round(STEP_FRAC * sizes.units[kind].count))
             if kept[index] > step:

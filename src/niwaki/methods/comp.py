@@ -132,6 +132,7 @@ def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], c
     legal_heads = sizes.legal_heads()
     steps = legal_heads[:: math.ceil(len(legal_heads) / HEAD_STEPS)][: config.try_heads + 1]
     max_blocks = min(config.try_blocks, len(sizes) - 1)
+    max_blocks = 0 if max_blocks and sizes.drop_problem else max_blocks
     shapes = {
         (blocks, step): shape
         for blocks in range(max_blocks + 1)

@@ -6,7 +6,9 @@ within every block and kind. Then one threshold holds for all; a group of heads 
 Compensation: the bias gains W_:gone · mean(x_gone). The numbers of groups come from the dense model, as published. The
 choice of groups in a block, and the means, come from its inputs in the pruned model.
 
-Widths differ between blocks, and no config can state that. The result is stored at full size, with zeros and biases.
+Widths differ between blocks, and no config can state that: niwaki stores the shape of each matrix. Heads or neurons
+that a block cannot lose (a norm goes over all of them) stay. Biases need fields of the config that give the matrices
+one. Where there are none, `bias` says what happens.
 
 Cost: three forwards of the text.
 
@@ -14,7 +16,7 @@ Cost: three forwards of the text.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 from niwaki.config.targets import KeepUnits, Kind, PrunableUnit, Sparsity, Target
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
+from niwaki.errors import InputError
 from niwaki.formats.packed import Packed
 from niwaki.methods.method import ShapeMethod
 from niwaki.methods.shared.unit_pruning import (
@@ -36,12 +39,23 @@ from niwaki.methods.shared.unit_pruning import (
 from niwaki.model.decoder import Block
 from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSearch, ShapeSpace
 
+BIASES = ("auto", "on", "off")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Options of FLAP."""
 
     compensate: Annotated[bool, "Add the mean output of the removed inputs to the bias."] = True
+    bias: Annotated[
+        str,
+        "Where the config has no place for these biases: leave them out and say so (auto), or refuse (on). "
+        "off never adds any.",
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.bias not in BIASES:
+            raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
 
 
 def needs(config: Config) -> Needs:
@@ -63,19 +77,44 @@ def block_info(
     return scores
 
 
+def settle(config: Config, sizes: ShapeSpace) -> tuple[Config, str]:
+    """Return the config with `bias` decided for a model, and a line if its biases are left out.
+
+    Raises InputError if they are asked for and the config cannot hold them.
+    """
+    if not config.compensate or config.bias == "off":
+        return replace(config, bias="off"), ""
+    *_, problem = sizes.configs.biases
+    if problem and config.bias == "on":
+        raise InputError(f"flap cannot store its biases: {problem}. Use --set bias=off, or a method without biases")
+    if problem:
+        return replace(config, bias="off"), (
+            f"flap leaves out the biases that make up for removed parts: {problem} (--set bias=on refuses instead)"
+        )
+    return replace(config, bias="on"), ""
+
+
 def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], config: Config) -> ShapeSearch:
-    """Return one shape: the lowest scores go until the budget is met; every block keeps one group of each kind."""
+    """Return one shape: the lowest scores go until the budget is met; every block keeps one step of each kind."""
     counts: dict[Kind, list[int]] = {"neurons": [sizes.neurons] * len(sizes), "heads": [sizes.heads] * len(sizes)}
+    steps: dict[Kind, int] = {"neurons": sizes.columns_multiple, "heads": sizes.heads_multiple}
     order = sorted(
-        (score, kind, index) for index, info in enumerate(looks) for kind in counts for score in info.found[kind]
+        (score, kind, index)
+        for index, info in enumerate(looks)
+        for kind in sizes.movable_kinds
+        for score in info.found[kind]
     )
+    wanted = {kind: list(own) for kind, own in counts.items()}
     left = removed_frac * len(sizes) * sizes.block_parameters
     for _, kind, index in order:
         if left <= 0:
             break
-        if counts[kind][index] > 1:
-            counts[kind][index] -= 1
-            left -= sizes.group_parameters[kind]
+        step, own = steps[kind], counts[kind]
+        wanted[kind][index] -= 1
+        kept = max(-(-wanted[kind][index] // step) * step, step)  # the next methods need multiples of the step
+        if kept < own[index]:
+            left -= (own[index] - kept) * sizes.group_parameters[kind]
+            own[index] = kept
     yield from ()
     return None if left > 0 else PrunedShape(tuple(counts["neurons"]), tuple(counts["heads"]))
 
@@ -94,7 +133,7 @@ def compress(
             return prune_by_weights(keep, weight_OI)
         kept = highest_groups(sum_by_group(_fluctuation(weight_OI, statistics), keep.unit), keep.count)
         pruned_OI = zero_other_groups(weight_OI, keep, kept)
-        bias_O = (weight_OI - pruned_OI) @ statistics.mean_I if config.compensate else None
+        bias_O = (weight_OI - pruned_OI) @ statistics.mean_I if config.compensate and config.bias != "off" else None
         return PrunedUnit(kept, pruned_OI, bias_O=bias_O)
 
     return compress_units(block, calib, targets, prune)
@@ -118,4 +157,6 @@ METHOD = ShapeMethod(
     search=search,
     info_needs=needs,
     info=block_info,
+    settle=settle,
+    biased=lambda config: config.bias == "on",
 )

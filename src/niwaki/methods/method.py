@@ -58,6 +58,14 @@ def _needs_nothing(config: Any) -> Needs:
     return Needs()
 
 
+def _never(config: Any) -> bool:
+    return False
+
+
+def _as_given(config: Any, space: ShapeSpace) -> tuple[Any, str]:
+    return config, ""
+
+
 def _no_info(
     block: Block, statistics: Mapping[str, Statistics], units: Mapping[Kind, PrunableUnit], config: Any
 ) -> None:
@@ -125,6 +133,8 @@ class ShapeMethod(Method):
 
     `info(block, statistics, units, config)` is what `search` needs of a dense block, ready for JSON, from statistics of
     `info_needs(config)`. `multiple(config)`: numbers of neurons are multiples of it, 0 for the default.
+    `settle(config, space)` decides what depends on the model, and says in one line what it leaves out.
+    `biased(config)`: the matrices that write to the residual stream get biases.
     """
 
     kind = MethodKind.SHAPE
@@ -133,6 +143,8 @@ class ShapeMethod(Method):
     info_needs: Callable[[Any], Needs] = _needs_nothing
     info: Callable[[Block, Mapping[str, Statistics], Mapping[Kind, PrunableUnit], Any], Any] = _no_info
     multiple: Callable[[Any], int] = _without_groups
+    settle: Callable[[Any, ShapeSpace], tuple[Any, str]] = _as_given
+    biased: Callable[[Any], bool] = _never
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,8 @@ def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], c
     count = min(max(round(removed_frac * len(sizes)), 1), len(sizes) - 1)
     dropped = sorted(range(len(sizes)), key=lambda index: looks[index].influence)[:count]
     yield from ()
+    if sizes.drop_problem:
+        return None
     return sizes.shape(sizes.neurons, sizes.heads, dropped)
 
 

@@ -54,8 +54,11 @@ def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], c
     def without_attention(gone: Sequence[int], neurons: int) -> PrunedShape:
         return PrunedShape((neurons,) * blocks, tuple(0 if i in gone else sizes.heads for i in range(blocks)))
 
+    step = sizes.columns_multiple
     widths = (
-        n for n in range(sizes.neurons, 0, -1) if sizes.removed_frac(without_attention(range(count), n)) >= removed_frac
+        n
+        for n in range(sizes.neurons // step * step, 0, -step)
+        if sizes.removed_frac(without_attention(range(count), n)) >= removed_frac
     )
     neurons = next(widths, None)
     if neurons is None:

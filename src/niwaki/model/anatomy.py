@@ -192,11 +192,21 @@ def discover(skeleton: Any) -> Anatomy:
         found.append(known[signature])
         return found[-1].wrap(hidden_BTD)
 
-    with (
-        _empty_outer_modules(skeleton, path) as outer,
-        stubbed(blocks, probe),
-        _observed_forwards(outer_modules(skeleton, path)) as ran,
-    ):
+    with _observed_forwards(outer_modules(skeleton, path)) as ran:
+        run_stubbed(skeleton, path, blocks, probe)
+    if len(found) != len(blocks):
+        raise ArchitectureError(
+            f"{type(skeleton).__name__} ran {len(found)} of its {len(blocks)} blocks: niwaki walks plain chains only"
+        )
+    return Anatomy(path, tuple(found), tuple(_idle_modules(skeleton, path, ran)))
+
+
+def run_stubbed(skeleton: Any, path: str, blocks: nn.ModuleList, stub: Callable[[int, Call, Tensor], Any]) -> None:
+    """Run a short forward of a skeleton on the meta device; `stub(index, call, hidden)` stands in for every block.
+
+    Matrices outside the blocks give zeros. Raises ArchitectureError for a forward that fails.
+    """
+    with _empty_outer_modules(skeleton, path) as outer, stubbed(blocks, stub):
         ids_BT = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)
         try:
             with torch.no_grad(), MatmulObserver(weight_pointers(outer), lambda name, x, transposed: None, dry=True):
@@ -208,11 +218,6 @@ def discover(skeleton: Any) -> Anatomy:
                 f"{type(skeleton).__name__}: a short forward through its blocks failed "
                 f"({type(error).__name__}: {str(error).strip().split(chr(10))[0][:200]})"
             ) from error
-    if len(found) != len(blocks):
-        raise ArchitectureError(
-            f"{type(skeleton).__name__} ran {len(found)} of its {len(blocks)} blocks: niwaki walks plain chains only"
-        )
-    return Anatomy(path, tuple(found), tuple(_idle_modules(skeleton, path, ran)))
 
 
 @contextmanager

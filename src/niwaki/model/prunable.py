@@ -6,15 +6,15 @@ group takes columns of the consumer, and rows and biases of the producers. In th
 consumer have the same effect. So a block is walked at full size and is cut when it is stored.
 
 Units are discovered from the anatomy. A consumer is the only reader of its input, and its producers are the matrices
-before it. A config holds one number for all blocks, so it expresses only a shape with equal widths. To decide if a
-config can hold a shape, the model that it describes is built. No list of families is consulted.
+before it. A config holds one number for all blocks, so it expresses only a shape with equal widths (`pruned_config`).
+No list of families is consulted.
 """
 
-import copy
 import math
 import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -22,13 +22,10 @@ import torch
 from torch import Tensor
 
 from niwaki.config.targets import KeepUnits, Kind, PrunableUnit, Target
-from niwaki.errors import ArchitectureError, InputError
+from niwaki.errors import ArchitectureError, InputError, TargetError
 from niwaki.model.anatomy import Anatomy, BlockAnatomy, Linear
-from niwaki.model.hf import build_skeleton
+from niwaki.model.pruned_config import PrunedConfigs, axis_of, group_indices
 
-NEURON_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers")
-HEAD_FIELDS = ("num_attention_heads", "num_key_value_heads")
 WIDE_NEURONS = 8192  # from this width on, widths are multiples of 256, with which large matrices run fastest
 
 
@@ -78,6 +75,29 @@ class BlockInfo:
 ShapeSearch = Generator[list[PrunedShape], list[float], PrunedShape | None]
 
 
+def block_units(block: BlockAnatomy, config: Any) -> dict[Kind, PrunableUnit]:
+    """Find the units of a block by kind; the number of its heads comes from the config of its text model.
+
+    Raises ArchitectureError for a block that has no such units.
+    """
+    text = config.get_text_config()
+    total = getattr(text, "num_attention_heads", None)
+    units = units_of(block, 1)
+    if not isinstance(total, int) or total < 1:
+        raise ArchitectureError(
+            f"a config of type {text.model_type} does not say how many heads it has: structured pruning needs one "
+            "number for all blocks"
+        )
+    consumer = block.linears[units["heads"].consumer]
+    narrowest = min(block.linears[name].rows for name in units["heads"].producers)
+    if consumer.columns % total or narrowest % (consumer.columns // total):
+        raise ArchitectureError(
+            f"{consumer.name} reads {consumer.columns} channels, which {total} heads do not share evenly: "
+            "structured pruning needs heads of one width"
+        )
+    return units_of(block, narrowest // (consumer.columns // total))
+
+
 def units_of(block: BlockAnatomy, heads: int) -> dict[Kind, PrunableUnit]:
     """Find the units of a block by kind. Its keys and values have `heads` groups.
 
@@ -116,26 +136,51 @@ def _feeds(producers: Sequence[Linear], consumer: Linear) -> bool:
 class ShapeSpace:
     """Shapes that a decoder can take: their parameter counts, and the configs that can hold them.
 
-    All widths are multiples of `columns_multiple`.
+    All widths are multiples of `columns_multiple`. `cuts`: what blocks with widths of their own lose leaves the file,
+    else zeros are stored in its place.
     """
 
-    def __init__(self, anatomy: Anatomy, skeleton: Any, config: Mapping[str, Any], columns_multiple: int = 1) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        skeleton: Any,
+        config: Mapping[str, Any],
+        columns_multiple: int = 1,
+        *,
+        cuts: bool = True,
+    ) -> None:
         if len(set(map(id, anatomy.blocks))) > 1:
             raise ArchitectureError("the blocks of this decoder differ: structured pruning needs blocks of one shape")
-        self.anatomy, self.config, self.columns_multiple = anatomy, config, columns_multiple
-        text = skeleton.config.get_text_config()
-        self.units = units_of(anatomy.blocks[0], getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+        self.anatomy, self.config, self.columns_multiple, self.cuts = anatomy, config, columns_multiple, cuts
+        self.units = block_units(anatomy.blocks[0], skeleton.config)
+        self.configs = PrunedConfigs(anatomy, self.units, skeleton.config, config)
         self.dtype: torch.dtype = skeleton.dtype
         prefix = anatomy.prefix(0)
-        shapes = {n.removeprefix(prefix): p.shape for n, p in skeleton.named_parameters() if n.startswith(prefix)}
-        self.block_parameters: int = sum(shape.numel() for shape in shapes.values())
-        self.group_parameters = {kind: self._of_group(unit, shapes) for kind, unit in self.units.items()}
+        self._shapes = {n.removeprefix(prefix): p.shape for n, p in skeleton.named_parameters() if n.startswith(prefix)}
+        self.block_parameters: int = sum(shape.numel() for shape in self._shapes.values())
 
-    def _of_group(self, unit: PrunableUnit, shapes: Mapping[str, torch.Size]) -> int:
-        names = [f"{name}.bias" for name in unit.producers]
+    @cached_property
+    def group_parameters(self) -> dict[Kind, int]:
+        """Return the parameters of one group of each kind: rows, columns, biases, and vectors with a value per head."""
+        return {kind: self._of_group(kind) for kind in self.units}
+
+    def _of_group(self, kind: Kind) -> int:
+        unit = self.units[kind]
         matrices = [self.anatomy.blocks[0].linears[name] for name in (*unit.producers, unit.consumer)]
-        lost = sum(m.rows * m.columns for m in matrices) + sum(shapes[n].numel() for n in names if n in shapes)
-        return lost // unit.count
+        lost: int = sum(m.rows * m.columns for m in matrices)
+        biases = [f"{name}.bias" for name in unit.producers]
+        lost += sum(int(self._shapes[name].numel()) for name in biases if name in self._shapes)
+        beside = sum(int(self._shapes[name].numel()) for name in self.followers(kind))
+        return (lost + beside) // unit.count
+
+    def followers(self, kind: Kind) -> dict[str, tuple[int, int]]:
+        """Return dimension of the groups and full size of parameters that are cut beside the matrices, by name."""
+        known = {linear.parameter for linear in self.anatomy.blocks[0].linears.values()}
+        known |= {f"{name}.bias" for name in self.anatomy.blocks[0].linears}
+        if all(name in known or shape.numel() < self.units[kind].count for name, shape in self._shapes.items()):
+            return {}
+        self.even_problem(kind)
+        return {n: (along, self._shapes[n][along]) for n, along in self.configs.followers.get(kind, {}).items()}
 
     def __len__(self) -> int:
         return len(self.anatomy.blocks)
@@ -190,22 +235,75 @@ class ShapeSpace:
         Its number of neurons is a multiple of `multiple`.
         """
         multiple = self.multiple(multiple)
+        exact = self.shape(self.neurons, heads, dropped)
+        if self.removed_frac(exact) >= removed_frac - 1e-9:
+            return exact
+        if self.even_problem("neurons"):
+            return None
         shapes = (self.shape(n, heads, dropped) for n in range(self.neurons // multiple * multiple, 0, -multiple))
-        exact = [self.shape(self.neurons, heads, dropped)]
-        return next((s for s in (*exact, *shapes) if self.removed_frac(s) >= removed_frac - 1e-9), None)
+        return next((s for s in shapes if self.removed_frac(s) >= removed_frac - 1e-9), None)
 
     def legal_heads(self) -> list[int]:
         """Return the numbers of groups of heads that a config can hold with legal widths. The full number is first."""
-        found = [self.heads]
-        for heads in range(self.heads - 1, 0, -1):
-            if heads % self.heads_multiple:
-                continue
-            try:
-                self.config_for(self.shape(self.neurons, heads))
-            except InputError:
-                continue
-            found.append(heads)
-        return found
+        fewer = range(self.heads - 1, 0, -1)
+        legal = [n for n in fewer if n % self.heads_multiple == 0 and not self._problem(self.shape(self.neurons, n))]
+        return [self.heads, *legal]
+
+    def even_problem(self, kind: Kind) -> str:
+        """Return why no config holds fewer groups of a kind in all blocks; empty if one does."""
+        full = self.units[kind].count
+        if kind == "heads":
+            problems = [self._problem(self.shape(self.neurons, heads)) for heads in range(full - 1, 0, -1)]
+            return problems[0] if problems and all(problems) else ""
+        return "" if full == 1 else self._problem(self.shape(full - full // 2, self.heads))
+
+    @cached_property
+    def drop_problem(self) -> str:
+        """Return why no config holds fewer blocks; empty if one does. The first goes, so that all others move."""
+        return "there is one block" if len(self) == 1 else self._problem(self.shape(self.neurons, self.heads, (0,)))
+
+    @cached_property
+    def movable_kinds(self) -> tuple[Kind, ...]:
+        """Return the kinds of which blocks can keep different numbers, as zeros or in niwaki's own form."""
+        kinds: tuple[Kind, ...] = ("neurons", "heads")
+        return tuple(kind for kind in kinds if not self.cuts or not self.configs.uneven_problem(kind))
+
+    @property
+    def problems(self) -> list[str]:
+        """Return why heads, neurons or blocks stay, as far as a search has asked."""
+        asked = self.units if self.cuts and "movable_kinds" in vars(self) else ()
+        uneven = [self.configs.uneven_problem(kind) for kind in asked]
+        return list(dict.fromkeys([*self.configs.problems, *filter(None, uneven)]))
+
+    def check(self, shape: PrunedShape, cut: bool) -> None:
+        """Raise InputError with the tensor at fault if what is left of a shape cannot be stored."""
+        if not cut:
+            return
+        self.config_for(shape if shape.even else self.shape(self.neurons, self.heads, shape.dropped))
+        if shape.even:
+            return
+        for kind, unit in self.units.items():
+            problem = self.configs.uneven_problem(kind)
+            if problem and any(count not in (0, unit.count) for count in shape.kept(kind)):
+                raise InputError(
+                    f"blocks with different numbers of {kind} cannot be cut ({problem}): use --pack none, which stores "
+                    "zeros in their place, or a method with equal widths (comp, wanda_sp)"
+                )
+
+    def no_shape(self, target: Any, method: str) -> TargetError:
+        """Return the error of a search that ended without a shape, with the reasons of what stays."""
+        stays = "".join(f"; {problem}" for problem in self.problems)
+        return TargetError(
+            f"target {target}: {method} finds no shape that removes this share and leaves a block, a head and a "
+            f"neuron: lower the target, or let more blocks and heads go{stays}"
+        )
+
+    def _problem(self, shape: PrunedShape) -> str:
+        try:
+            self.config_for(shape)
+        except InputError as error:
+            return str(error)
+        return ""
 
     def targets(self, shape: PrunedShape, cut: bool) -> list[dict[str, Target]]:
         """Return the target of each matrix of each block. With `cut`, removed groups leave the file."""
@@ -231,87 +329,26 @@ class ShapeSpace:
                     found[f"{self.anatomy.path}.{index}.{name}"] = size
         return found
 
-    def config_for(self, shape: PrunedShape) -> dict[str, Any]:
-        """Return the content of config.json for an even shape. Raises InputError for a shape that it cannot express.
+    def config_for(self, shape: PrunedShape, also: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the content of config.json for an even shape, with further fields.
 
-        A Llama whose number of heads does not divide its width is written as a Mistral without a window, which is the
-        same model.
+        Raises InputError for a shape that it cannot express.
         """
-        text = self.config.get("text_config", self.config)
-        changed = dict(text)
-        if (neurons := max(shape.neurons)) != self.neurons:
-            changed[_field(text, NEURON_FIELDS, self.neurons, "neurons")] = neurons
-        if shape.dropped:
-            changed[_field(text, DEPTH_FIELDS, len(self), "blocks")] = len(self) - len(shape.dropped)
-            for name, value in text.items():
-                if isinstance(value, list) and len(value) == len(self):
-                    changed[name] = [item for index, item in enumerate(value) if index not in shape.dropped]
-        if (heads := max(shape.heads)) != self.heads:
-            changed |= {name: text[name] // self.heads * heads for name in HEAD_FIELDS if text.get(name)}
-            changed["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        tried = [changed]
-        if text.get("model_type") == "llama" and not text.get("attention_bias") and not text.get("mlp_bias"):
-            twin = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-            tried.append(changed | twin)
-        for candidate in tried:
-            whole = {**self.config, "text_config": candidate} if "text_config" in self.config else candidate
-            if not (problem := self._problem(whole, shape)):
-                return whole
-        fields = " and ".join(name for name in (*HEAD_FIELDS, *NEURON_FIELDS) if name in text)
-        raise InputError(
-            f"{fields} in a config of type {text.get('model_type')} cannot express {shape} ({problem}): widths that "
-            "niwaki stores itself can (--allocation searched), and for Llama-like models their export --to gguf"
-        )
-
-    def _problem(self, config: Mapping[str, Any], shape: PrunedShape) -> str:
-        """Return the reason why the model of `config` does not have this shape, empty if it has it."""
-        from transformers import AutoConfig
-
-        values = copy.deepcopy(dict(config))
-        try:
-            skeleton = build_skeleton(AutoConfig.for_model(values.pop("model_type"), **values), self.dtype)
-        except Exception as error:  # configs are validated by several libraries
-            return " ".join(str(error).split())[:200]
-        parameters = dict(skeleton.named_parameters())
-        counts = {"neurons": max(shape.neurons), "heads": max(shape.heads)}
-        for kind, unit in self.units.items():
-            for name in (*unit.producers, unit.consumer):
-                linear = self.anatomy.blocks[0].linears[name]
-                built = parameters[f"{self.anatomy.path}.0.{linear.parameter}"]
-                along, size = _axis(linear, unit)
-                if built.shape[along] != size // unit.count * counts[kind]:
-                    return f"{name} would have {built.shape[along]} of {size} {kind} rows or columns"
-        return ""
+        counts: dict[Kind, int] = {"neurons": max(shape.neurons), "heads": max(shape.heads)}
+        return self.configs.find(counts, shape.dropped, also)
 
 
-def _field(config: Mapping[str, Any], names: Sequence[str], value: int, what: str) -> str:
-    for name in names:
-        if config.get(name) == value:
-            return name
-    raise InputError(
-        f"config.json says {value} {what} in none of {', '.join(names)}, so it cannot say another number: use a method "
-        f"that leaves the {what} as they are"
-    )
+def unit_axes(
+    unit: PrunableUnit, block: BlockAnatomy, groups: Sequence[int], followers: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[int, Tensor, int]]:
+    """Return dimension, indices of the groups and full size of each parameter, biases of producers included.
 
-
-def _axis(linear: Linear, unit: PrunableUnit) -> tuple[int, int]:
-    """Return the dimension of a stored matrix along which the groups of its unit lie, and its size."""
-    consumes = linear.name == unit.consumer
-    return int(consumes != linear.transposed), linear.columns if consumes else linear.rows
-
-
-def group_indices(unit: PrunableUnit, groups: Sequence[int], size: int) -> Tensor:
-    """Return the rows or columns of `groups` in a matrix that has `size` of them."""
-    width = size // unit.count
-    return (torch.tensor(groups, dtype=torch.int64)[:, None] * width + torch.arange(width)).view(-1)
-
-
-def unit_axes(unit: PrunableUnit, block: BlockAnatomy, groups: Sequence[int]) -> dict[str, tuple[int, Tensor, int]]:
-    """Return dimension, indices of the groups and full size of each parameter, biases of producers included."""
-    found = {}
+    `followers`: dimension and full size of parameters beside them that are cut too.
+    """
+    found = {name: (along, group_indices(unit, groups, size), size) for name, (along, size) in followers.items()}
     for name in (*unit.producers, unit.consumer):
         linear = block.linears[name]
-        along, size = _axis(linear, unit)
+        along, size = axis_of(linear, unit)
         found[linear.parameter] = along, group_indices(unit, groups, size), size
         if name != unit.consumer:
             found[f"{name}.bias"] = 0, group_indices(unit, groups, size), size

@@ -25,7 +25,6 @@ from niwaki.compression.plan.sizes import (
     ModelSizes,
     StoredSizes,
     beside_bytes,
-    shape_of,
     shaped_sizes,
     sizes_of,
     stored_sizes,
@@ -103,6 +102,7 @@ def plan(
     disk = sum(stage.written_bytes for stage in stages) + max(peak.scratch_bytes for _, peak in taken)
     peak = max((peak for _, peak in taken), key=lambda peak: peak.device_bytes or peak.rss_bytes)
     warnings = decoder.warnings(drop_unused=made.drop_unused)
+    warnings += [note for stage in stages for note in _notes(stage.stage)]
     warnings += _check_memory(peak, machine.device, machine.memory_bytes, machine.name)
     if gpu is None or machine.device == "cpu":
         warnings += _check_disk(out, CERTAIN_BYTES * max(stage.written_bytes for stage in stages), disk)
@@ -161,7 +161,7 @@ def check_possible(decoder: Decoder, stage: ResolvedStage, out: Path, report: Re
     # An unfinished run is there already: it is resumed, or replaced.
     there = sum(path.stat().st_size for path in partial_of(out).rglob("*") if path.is_file())
     certain, needed = max(CERTAIN_BYTES * written - there, 0), max(written + peak.scratch_bytes - there, 0)
-    for text in warnings + _check_disk(out, certain, round(needed)):
+    for text in [*_notes(stage), *warnings, *_check_disk(out, certain, round(needed))]:
         report(Event.WARNING, message=text)
 
 
@@ -176,7 +176,8 @@ def _plan_stage(decoder: Decoder, model: ModelSizes, stage: ResolvedStage, devic
         sizes = StoredSizes(nbytes, model.matrix_bits, read - skipped, 0)
         return PlannedStage(stage, model, model, work, sizes, linked=True)
     if stage.kind is MethodKind.SHAPE:
-        space, shape, candidates = shape_of(decoder, stage, decoder.checkpoint.config_content())
+        assert stage.expected is not None, "of a structured stage"
+        space, shape, candidates = stage.expected.space, stage.expected.shape, float(stage.expected.candidates)
         if stage.recipe.allocation == "searched":
             candidates += EXPECTED_ROUNDS * (2 * len(space) + len(STRIDES))
         left = shaped_sizes(model, space, shape)
@@ -217,6 +218,11 @@ def _workload(stage: ResolvedStage, model: ModelSizes, device: str, itemsize: in
         squares=needs.gradient and stage.kind is not MethodKind.CONTEXTUAL,
         writes_text=stage.windows > 0 and not recipe.calibration.files,
     )
+
+
+def _notes(stage: ResolvedStage) -> list[str]:
+    """Return what a structured method leaves out for this model."""
+    return [] if stage.expected is None else list(stage.expected.notes)
 
 
 def _estimate(planned: PlannedStage, machine: Machine) -> tuple[dict[str, float], Memory]:

@@ -1,20 +1,15 @@
 """Sizes of a decoder and of what a recipe leaves of it in the file, from headers and configs alone.
 
 The bytes of a file follow from the shapes. The method that stores codes counts them (`stored_bytes`). Weights with
-zeros in place keep their size, and packed nonzeros take their values and positions. The shape that a structured method
-finds depends on the text. Here its own search runs with equal losses: every shape that it may take removes about as
-much.
+zeros in place keep their size, and packed nonzeros take their values and positions.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from niwaki.compression.embeddings import GROUPS, WIDTHS, embeddings_to_pack
 from niwaki.compression.resolve import ResolvedStage
 from niwaki.config.recipe import Recipe
-from niwaki.config.targets import NM, Bits, KeepUnits, PrunedBits, Sparsity, Target
-from niwaki.errors import TargetError
+from niwaki.config.targets import NM, Bits, KeepUnits, PrunedBits, Target
 from niwaki.formats.quantized import WEIGHT
 from niwaki.formats.sparse import CODES, LAYOUTS, sparse_bytes
 from niwaki.formats.sparse_tiles import fits_tiles, tile_bytes
@@ -22,7 +17,7 @@ from niwaki.methods.cost import Scope
 from niwaki.methods.registry import Step
 from niwaki.methods.shared.rounding import uniform_bytes
 from niwaki.model.decoder import Decoder
-from niwaki.model.prunable import BlockInfo, PrunedShape, ShapeSpace
+from niwaki.model.prunable import PrunedShape, ShapeSpace
 from niwaki.runtime.contextual.units import find_layout
 
 TENSOR_HEADER = 80  # bytes of the entry of a tensor in the header of its file, without its name
@@ -252,33 +247,6 @@ def _packed_embeddings(decoder: Decoder, recipe: Recipe, target: Target) -> tupl
         before += sum(decoder.checkpoint.tensors[name].nbytes for name in names)
         after += uniform_bytes(module + WEIGHT, rows, columns, WIDTHS[recipe.embeddings], group, symmetric=False)
     return before, after
-
-
-def shape_of(decoder: Decoder, stage: ResolvedStage, config: Mapping[str, Any]) -> tuple[ShapeSpace, PrunedShape, int]:
-    """Return the shape that a structured method takes if all losses are equal, and how many shapes it may evaluate.
-
-    Raises TargetError if it finds none.
-    """
-    target, step = stage.target, stage.steps[0]
-    assert isinstance(target, Sparsity)
-    space = ShapeSpace(decoder.anatomy, decoder.model, config, stage.columns_multiple)
-    units = {kind: unit.count for kind, unit in space.units.items()}
-    infos = [BlockInfo(1 - index / 1e3, {kind: [0.0] * n for kind, n in units.items()}) for index in range(len(space))]
-    search = step.shape_method.search(space, target.zeros_frac, infos, step.config)
-    tried: set[PrunedShape] = set()
-    try:
-        shapes = next(search)
-        while True:
-            tried |= set(shapes)
-            shapes = search.send([0.0] * len(shapes))
-    except StopIteration as stop:
-        shape: PrunedShape | None = stop.value
-    if shape is None:
-        raise TargetError(
-            f"target {target}: {step.name} finds no shape that removes this share and leaves a block, a head and a "
-            "neuron: lower the target, or let more blocks and heads go"
-        )
-    return space, shape, len(tried)
 
 
 def shaped_sizes(model: ModelSizes, space: ShapeSpace, shape: PrunedShape) -> ModelSizes:

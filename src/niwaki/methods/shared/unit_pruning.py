@@ -23,7 +23,7 @@ from niwaki.data.statistics import Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.model.decoder import Block
-from niwaki.model.prunable import group_indices
+from niwaki.model.pruned_config import group_indices
 
 UNREACHED = "no calibration token reached this matrix: groups chosen by their weights"
 

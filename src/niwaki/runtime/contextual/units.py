@@ -19,7 +19,7 @@ from torch import Tensor
 from niwaki.config.targets import Kind, PrunableUnit
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.model.anatomy import Anatomy
-from niwaki.model.prunable import units_of
+from niwaki.model.prunable import block_units
 
 KINDS: tuple[Kind, ...] = ("heads", "neurons")
 
@@ -81,8 +81,8 @@ def find_layout(anatomy: Anatomy, skeleton: Any, width: int) -> UnitLayout:
     """
     if len(set(map(id, anatomy.blocks))) > 1:
         raise ArchitectureError("the blocks of this decoder differ: contextual sparsity needs blocks of one shape")
-    text, block = skeleton.config.get_text_config(), anatomy.blocks[0]
-    units = units_of(block, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    block = anatomy.blocks[0]
+    units = block_units(block, skeleton.config)
     if units["neurons"].count % width:
         raise InputError(f"neuron_width {width} does not divide the {units['neurons'].count} neurons of a block")
     weights: dict[Kind, int] = {}
