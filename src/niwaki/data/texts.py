@@ -25,7 +25,8 @@ from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import BosPolicy, Calibration
 from niwaki.config.sources import check_sources
 from niwaki.data.bos import Bos, find_bos
-from niwaki.data.documents import first_line, read_texts
+from niwaki.data.documents import read_texts
+from niwaki.data.text_files import first_line
 from niwaki.errors import CalibrationError
 from niwaki.model.decoder import Decoder
 from niwaki.model.hf import auto_class, plain_loading

@@ -1,6 +1,7 @@
-"""Atomic writes: a file under its final name is always complete.
+"""Files: atomic writes, and files that are not what their names say.
 
-Content goes to a temporary file in the same folder, is flushed to the disk, and is then renamed.
+A file under its final name is always complete. Content goes to a temporary file in the same folder, is flushed to the
+disk, and is then renamed.
 """
 
 import hashlib
@@ -14,10 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from niwaki.errors import OutputError
+from niwaki.errors import InputError, OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def require_content(path: Path, error: type[InputError]) -> None:
+    """Raise `error` for a Git LFS pointer: a few lines that stand for a large file which was not fetched."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise error(
+                f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download it"
+            )
 
 
 def write_shard(path: Path, tensors: "Mapping[str, Tensor]") -> str:

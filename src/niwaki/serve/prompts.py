@@ -4,13 +4,13 @@ prompts = PromptTokenizer(tokenizer, vocabulary=32000, context=2048)
 ids = prompts.tokenize_chat(messages)
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from niwaki.data.bos import find_bos
-from niwaki.serve.http.api_errors import RefusalError
-from niwaki.serve.rendering import Renderer
+from niwaki.data.chat import encode_chat, mark_messages
+from niwaki.data.rendering import DialogueRefusedError, Renderer, RendererStartError, TemplateLimitError
+from niwaki.serve.http.api_errors import INTERNAL, RefusalError
 from niwaki.serve.request_models import Message
 
 
@@ -39,13 +39,18 @@ class PromptTokenizer:
 
     def tokenize_chat(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens of a dialogue. Names of control tokens in a message are plain text."""
-        from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
-
         if self.renderer is None:
             raise RefusalError(400, "this model has no chat template: use /v1/completions", code="no_chat_template")
-        marked = mark_control_tokens([message.plain for message in messages], _control_tokens(self.tokenizer))
-        text = self.renderer.render(marked)
-        return [int(token) for token in encode_marked_chat(self.tokenizer, text)]
+        marked = mark_messages([message.plain for message in messages], self.tokenizer)
+        try:
+            text = self.renderer.render(marked)
+        except DialogueRefusedError as error:
+            raise RefusalError(400, str(error), param="messages") from error
+        except TemplateLimitError as error:
+            raise RefusalError(400, str(error)) from error
+        except RendererStartError as error:
+            raise RefusalError(500, str(error), kind=INTERNAL) from error
+        return encode_chat(text, self.tokenizer)
 
     def close(self) -> None:
         """End the process that renders."""
@@ -64,9 +69,3 @@ class PromptTokenizer:
                 code="context_length_exceeded",
             )  # fmt: skip
         return room if wanted is None else wanted
-
-
-def _control_tokens(tokenizer: Any) -> Any:
-    """Return a pattern of the special tokens."""
-    names = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
-    return re.compile("|".join(map(re.escape, names[::-1])) or "(?!)")

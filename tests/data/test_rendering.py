@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from niwaki.data.rendering import MAX_BYTES, DialogueRefusedError, Renderer, TemplateLimitError
 from niwaki.errors import InputError
-from niwaki.serve.http.api_errors import RefusalError
-from niwaki.serve.rendering import MAX_BYTES, Renderer
 from support.servers import TEMPLATE
 
 BOMBS = (
@@ -53,9 +52,10 @@ def test_a_dialogue_becomes_a_prompt(bombs: Renderer) -> None:
     ],
 )
 def test_what_a_template_may_not(bombs: Renderer, told: str, message: str) -> None:
-    with pytest.raises(RefusalError) as refused:
+    limit = TemplateLimitError if "limits" in message else DialogueRefusedError
+    with pytest.raises(limit) as refused:
         bombs.render(asked(told))
-    assert refused.value.status == 400 and message in refused.value.message
+    assert message in str(refused.value)
     assert bombs.render(asked("x")) == "<s><|user|>x\n<|assistant|>", "the next dialogue is rendered as ever"
 
 

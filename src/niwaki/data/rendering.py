@@ -3,7 +3,7 @@
 A template is a program that comes with a model, so it is not trusted. transformers renders it in the immutable sandbox
 of Jinja. The sandbox has no access to files or to Python, but a template can still loop forever or fill the memory.
 Therefore it runs in its own process. The system enforces the limits: `CPU_S`, `MEMORY_BYTES`, and `MAX_BYTES` of text.
-A request cannot bring a template.
+Neither a request nor a row of text can bring a template.
 
     renderer = Renderer(template, {"bos_token": "<s>"})
     text = renderer.render([{"role": "user", "content": "Hello"}])
@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 from niwaki.errors import InputError
-from niwaki.serve.http.api_errors import INTERNAL, RefusalError
 
 CPU_S = 0.08  # a refusal comes within 0.1 s
 COMPILE_S = 1.0  # once, before the first dialogue
@@ -30,20 +29,35 @@ MEMORY_BYTES = 2**30
 MAX_BYTES = 1_000_000  # in UTF-8
 
 
-class Renderer:
-    """Process that renders. It starts again after a template was killed."""
+class DialogueRefusedError(InputError):
+    """The template refuses a dialogue, or makes too much text of it."""
 
-    def __init__(self, template: str, names: dict[str, str]) -> None:
-        self._setup = {"template": template, "names": names}
+
+class TemplateLimitError(InputError):
+    """The template took more time or memory than its limits."""
+
+
+class RendererStartError(InputError):
+    """The process that renders does not start."""
+
+
+class Renderer:
+    """Process that renders. It starts again after a template was killed.
+
+    With `asks` the text ends where the answer of the model begins; without it, after the last message.
+    """
+
+    def __init__(self, template: str, names: dict[str, str], *, asks: bool = True) -> None:
+        self._setup = {"template": template, "names": names, "asks": asks}
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._start()
-        except RefusalError as error:
-            raise InputError(f"{error.message}: is the model's chat template sound?") from error
+        except RendererStartError as error:
+            raise InputError(f"{error}: is the model's chat template sound?") from error
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """Return the prompt. Raise RefusalError if the template refuses the dialogue or exceeds a limit."""
+    def render(self, messages: Sequence[dict[str, Any]]) -> str:
+        """Return the text. Raises DialogueRefusedError, TemplateLimitError or RendererStartError."""
         with self._lock:
             process = self._process if self._process is not None else self._start()
             assert process.stdin is not None and process.stdout is not None
@@ -53,11 +67,9 @@ class Renderer:
             except (OSError, TimeoutError, EOFError) as error:
                 self._stop()
                 limits = f"{CPU_S:g} s, {MEMORY_BYTES / 2**20:.0f} MiB"
-                raise RefusalError(400, f"the chat template exceeded its limits ({limits}): send less") from error
+                raise TemplateLimitError(f"the chat template exceeded its limits ({limits}): send less") from error
         if "refused" in answer:
-            raise RefusalError(
-                400, f"the chat template cannot render this dialogue: {answer['refused']}", param="messages"
-            )
+            raise DialogueRefusedError(f"the chat template cannot render this dialogue: {answer['refused']}")
         return str(answer["text"])
 
     def close(self) -> None:
@@ -80,7 +92,7 @@ class Renderer:
         except (OSError, TimeoutError, EOFError) as error:
             process.kill()
             process.wait()
-            raise RefusalError(500, "the process that renders chat templates does not start", kind=INTERNAL) from error
+            raise RendererStartError("the process that renders chat templates does not start") from error
         self._process = process
         return process
 
@@ -130,10 +142,10 @@ def _serve() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def _render(render_jinja_template: Any, shared: dict[str, Any], messages: list[dict[str, str]]) -> dict[str, str]:
+def _render(render_jinja_template: Any, shared: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, str]:
     try:
         texts, _ = render_jinja_template(
-            [messages], chat_template=shared["template"], add_generation_prompt=True, **shared["names"]
+            [messages], chat_template=shared["template"], add_generation_prompt=shared["asks"], **shared["names"]
         )
     except MemoryError:
         return {"refused": "it takes too much memory"}
