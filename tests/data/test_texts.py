@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from niwaki.cli.demo import sapling
-from niwaki.data.documents import read_documents, read_texts
+from niwaki.data.documents import Documents, read_texts
 from niwaki.data.texts import calibration_windows, evaluation_windows, load_tokenizer, owned_windows, sampled_windows
 from niwaki.errors import CalibrationError
 from support.models import tiny_llama, write_texts
@@ -159,13 +159,13 @@ def test_documents_keep_their_domain_and_tokens_their_document(tmp_path: Path) -
     path = tmp_path / "d.jsonl"
     rows = [{"text": "one two", "domain": "a"}, {"text": " "}, {"text": "three", "domain": 7}, {"text": "four five"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    documents = read_documents([str(path)])
+    documents = list(Documents([str(path)]))
     assert [(document.text, document.domain) for document in documents] == [
         ("one two", "a"), ("three", "7"), ("four five", None)
     ]  # fmt: skip
     table = pyarrow.table({"text": ["a", "b"], "domain": ["x", None], "more": [1, 2]})
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
-    found = read_documents([str(tmp_path / "d.parquet")])
+    found = list(Documents([str(tmp_path / "d.parquet")]))
     assert [(document.text, document.domain) for document in found] == [("a", "x"), ("b", None)]
     tokenizer = load_tokenizer(sapling())
     texts = read_texts([str(path)])

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from niwaki.cli.options import Bos, Data, Device, SeqLen, check_bos, check_inputs, console
+from niwaki.cli.options import Bos, Data, Device, Field, SeqLen, check_bos, check_inputs, console, print_warning
 
 Out = Annotated[Path, typer.Argument(help="A result of the method shadow.", show_default=False)]
 
@@ -20,6 +20,7 @@ def calibrate_gate(
     batch: Annotated[
         int, typer.Option(help="Also time batches of N sequences here, to set which batches run dense. 0: do not.")
     ] = 0,
+    field: Field = "text",
     bos: Bos = "auto",
     device: Device = "auto",
 ) -> None:
@@ -29,7 +30,7 @@ def calibrate_gate(
 
     gate = run(
         out, data=data or (), agreement=agreement, samples=samples, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-        batch=batch, device=device, bos=check_bos(bos),
+        batch=batch, field=field, device=device, bos=check_bos(bos), report=print_warning,
     )  # fmt: skip
     lines = [
         f"{out}: prompts that deviate by up to {gate['max_deviation']:.4g} with a margin of at least "
@@ -51,6 +52,7 @@ def adapt(
     data: Data = None,
     samples: Annotated[int, typer.Option(help="Windows of text. One in four is held out.")] = 128,
     seq_len: SeqLen = 512,
+    field: Field = "text",
     bos: Bos = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the order of the documents.")] = 0,
     device: Device = "auto",
@@ -59,8 +61,8 @@ def adapt(
     check_inputs(str(out), data=data)
     from niwaki.compression.adapt import adapt as run
 
-    text: dict[str, Any] = {"data": data or (), "samples": samples, "seq_len": seq_len, "bos": check_bos(bos)}
-    result = run(out, **text, seed=seed, device=device)
+    text: dict[str, Any] = {"data": data or (), "samples": samples, "seq_len": seq_len, "field": field}
+    result = run(out, **text, bos=check_bos(bos), seed=seed, device=device, report=print_warning)
     kept = result["kept"]
     outcome = "replaced, the old one is kept beside it" if result["accepted"] else "kept, the new one was not better"
     console.print(

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from niwaki.config.events import Event
 from niwaki.config.recipe import BOS_HELP, BOS_POLICIES, calibration_fields, load_recipe, make_recipe
 from niwaki.config.sources import check_sources, check_tasks, model_folder
 from niwaki.config.targets import WRITTEN_TARGETS_HELP, parse_target
@@ -23,11 +24,14 @@ from niwaki.methods.registry import method_infos
 console = Console()
 error_console = Console(stderr=True)
 
-TEXT_HELP = "Text: a .txt, .jsonl or .parquet file, or the name of a data set. Repeatable."
+TEXT_HELP = (
+    "Text: a .txt, .jsonl or .parquet file, a folder of a data set, its hub id, or c4, wikitext, ultrachat or "
+    "fineweb-edu. Repeatable."
+)
 DEVICE_HELP = "auto (CUDA if there is one), cpu, cuda or cuda:N."
 DTYPE_HELP = "Arithmetic: auto (float32 on the CPU, as stored elsewhere), float32, bfloat16 or float16."
 STORED_DTYPE_HELP = "Arithmetic: auto (as stored), float32, bfloat16 or float16."
-FIELD_HELP = "Text field of .jsonl and .parquet rows."
+FIELD_HELP = "Field of a row that holds its text. The default also takes dialogues in messages or conversations."
 SEQ_LEN_HELP = "Tokens per window."
 BOS_ARGUMENT = "auto|on|off"
 TASKS_HELP = (
@@ -197,6 +201,12 @@ def print_line(text: str, to: Console = console) -> None:
 def print_note(text: str) -> None:
     """Print a note on standard error."""
     error_console.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def print_warning(event: str, **fields: Any) -> None:
+    """Print the event of a warning as a note, for a command without a display of its progress."""
+    if event == Event.WARNING:
+        print_note(fields["message"])
 
 
 def _key_values(pairs: Sequence[str]) -> dict[str, str]:

@@ -23,10 +23,8 @@ from niwaki.compression.traces import trace
 from niwaki.config.events import Report, silent
 from niwaki.config.recipe import BosPolicy, as_files, current_name
 from niwaki.config.sources import check_sources
-from niwaki.data.bos import find_bos
-from niwaki.data.documents import read_texts
 from niwaki.data.stream import Stream
-from niwaki.data.texts import calibration_windows, check_seq_len, load_tokenizer
+from niwaki.data.texts import check_seq_len, load_tokenizer, read_calibration
 from niwaki.errors import InputError
 from niwaki.methods import shadow
 from niwaki.model.checkpoint import Checkpoint
@@ -69,8 +67,8 @@ def adapt(
     config = _config(record)
     decoder = Decoder(Checkpoint.open(folder), pick_device(device))
     check_seq_len(seq_len, 512, decoder.positions, str(folder))
-    tokenizer, texts = load_tokenizer(folder), read_texts(files, field)
-    windows_ST = calibration_windows(texts, tokenizer, samples=samples, seq_len=seq_len, seed=seed, bos=bos)
+    size: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "seed": seed, "bos": bos}
+    calibration = read_calibration(files, field, load_tokenizer(folder), **size, report=report or silent)
 
     with tempfile.TemporaryDirectory(prefix="niwaki-") as temporary:
 
@@ -78,7 +76,7 @@ def adapt(
             return Stream(decoder, ids_ST, folder=Path(temporary), name=name)
 
         activity = trace(
-            decoder, windows_ST, old.layout, config.criteria, cuts=config.cuts,
+            decoder, calibration.ids_ST, old.layout, config.criteria, cuts=config.cuts,
             gradient_windows=config.gradient_windows, make_stream=make, folder=Path(temporary),
             report=report or silent,
         )  # fmt: skip
@@ -97,7 +95,7 @@ def adapt(
         current = {"format": FORMAT, "result": record.result.model_copy(update={"sha256": sha256})}
         write_record(folder, record.model_copy(update=current))
     result = {"data": list(files), "samples": len(traces), "held_out": len(judge), "kept": kept, "accepted": accepted}
-    result["bos"] = find_bos(tokenizer, bos).state
+    result |= calibration.about
     write_text(folder / HISTORY, json.dumps(result, indent=2) + "\n")
     return result
 

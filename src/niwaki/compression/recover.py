@@ -29,9 +29,7 @@ from niwaki.compression.run_record import (
 )
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
-from niwaki.data.bos import find_bos
-from niwaki.data.documents import read_texts
-from niwaki.data.texts import CalibrationWindows, calibration_windows, digest, load_tokenizer
+from niwaki.data.texts import CalibrationWindows, digest, load_tokenizer, read_calibration
 from niwaki.errors import ArchitectureError, InputError, NumericalError
 from niwaki.methods.shared.best_state import BestState, cosine
 from niwaki.model.checkpoint import Checkpoint
@@ -80,7 +78,7 @@ def recover(
     check_apart(checkpoint.folder, out)
     skeleton = Decoder(checkpoint, torch.device("cpu"))
     names = _module_names(skeleton)
-    calibration = _windows(skeleton, files, field, samples, seq_len, seed, bos)
+    calibration = _windows(skeleton, files, field, samples=samples, seq_len=seq_len, seed=seed, bos=bos, report=report)
     windows_ST = calibration.ids_ST
     adapted, layers = _adapt(load(checkpoint.folder, device=device).float(), names, rank, seed)
     loss = _train(adapted, windows_ST, steps, batch, rate, seed, report)
@@ -91,7 +89,7 @@ def recover(
         )
     merged = {name: _merged(layer) for name, layer in layers.items()}
     settings = {"data": list(files), "rank": rank, "rate": rate, "steps": steps, "batch": batch, "seed": seed}
-    settings["bos"] = calibration.bos.state
+    settings |= calibration.about
     with ResultFolder(out, {"recover": digest(windows_ST)}, resume=False, overwrite=overwrite) as folder:
         try:
             result = _write(skeleton, merged, folder.path, loss)
@@ -105,15 +103,13 @@ def recover(
 
 
 def _windows(
-    skeleton: Decoder, files: tuple[str, ...], field: str, samples: int, seq_len: int, seed: int, bos: BosPolicy
+    skeleton: Decoder, files: tuple[str, ...], field: str, *, seq_len: int, report: Report, **size: Any
 ) -> CalibrationWindows:
-    texts = read_texts(files, field)
     positions = skeleton.positions
     if positions is not None and seq_len > positions:
         raise InputError(f"seq_len {seq_len} is longer than the model's {positions} positions: give at most that many")
     tokenizer = load_tokenizer(skeleton.checkpoint.folder)
-    windows_ST = calibration_windows(texts, tokenizer, samples=samples, seq_len=seq_len, seed=seed, bos=bos)
-    return CalibrationWindows(windows_ST, ", ".join(files), find_bos(tokenizer, bos))
+    return read_calibration(files, field, tokenizer, seq_len=seq_len, report=report, **size)
 
 
 def _record(

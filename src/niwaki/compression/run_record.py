@@ -182,13 +182,16 @@ class ModelRecord(_Frozen):
 class CalibrationRecord(_Frozen):
     """Calibration windows [samples, tokens], their source and the hash of their tokens; None without windows.
 
-    `bos`: whether every window began with the beginning-of-text token. Records without the field had none.
+    `bos`: whether every window began with the beginning-of-text token. Records without the field had none. `skipped`:
+    rows that could not be used, by source and reason. `revisions`: commits of data sets of the hub.
     """
 
     source: str = "none"
     windows: list[int] | None = None
     sha256: str | None = None
     bos: Literal["on", "off"] | None = "off"
+    skipped: dict[str, dict[str, int]] = {}
+    revisions: dict[str, str] = {}
 
 
 class ResultRecord(_Frozen):

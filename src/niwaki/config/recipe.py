@@ -37,9 +37,9 @@ class Calibration(_Strict):
     """Calibration text of a method. Without files the model samples its own text."""
 
     files: Annotated[
-        tuple[str, ...], "Text or JSON Lines files, or hf:DATASET; without any, the model writes its own text."
+        tuple[str, ...], "Files of text or rows, or data sets; without any, the model writes its own text."
     ] = ()
-    field: Annotated[str, "Field of a JSON Lines record that holds the text."] = "text"
+    field: Annotated[str, "Field of a row that holds its text."] = "text"
     samples: Annotated[int, "Number of windows."] = Field(default=128, ge=1)
     seq_len: Annotated[int, "Tokens per window."] = Field(default=2048, ge=2)
     bos: Annotated[BosPolicy, BOS_HELP] = "auto"

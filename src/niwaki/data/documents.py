@@ -69,6 +69,11 @@ class Document:
         """Yield the tokens in pieces. The only special ones are those of the text itself or of a chat template."""
         return token_pieces(self.parts, tokenizer) if self.ids is None else iter([self.ids])
 
+    def ends_itself(self, tokenizer: Any) -> bool:
+        """Check whether the chat template wrote the end token, white space after it aside."""
+        last = (token for token in reversed(self.ids or ()) if tokenizer.decode([token]).strip())
+        return bool(next(last, None) == tokenizer.eos_token_id)
+
 
 @dataclass
 class RowLog:
@@ -151,13 +156,19 @@ class Documents:
         sets = {name: source for name, source in self._sources.items() if isinstance(source, DataSet)}
         return {name: one.about.revision for name, one in sets.items() if one.about.revision is not None}
 
+    @property
+    def notes(self) -> list[str]:
+        """Return what the last iteration skipped, a line per source that had such rows."""
+        return [
+            f"{log.source}: skipped {sum(log.skipped.values()):,} of {log.rows:,} rows: {log.reasons}"
+            for log in self._logs.values()
+            if log.skipped
+        ]
+
     def warn(self, report: Report) -> None:
         """Report what the last iteration skipped, if it skipped anything."""
-        for log in self._logs.values():
-            if log.skipped:
-                total = sum(log.skipped.values())
-                message = f"{log.source}: skipped {total:,} of {log.rows:,} rows: {log.reasons}"
-                report(Event.WARNING, message=message)
+        for note in self.notes:
+            report(Event.WARNING, message=note)
 
     def _by_size(self) -> tuple[list[str], list[str]]:
         """Return the sources that fit in SHUFFLED_BYTES together, in their order, and the larger ones."""
@@ -241,11 +252,6 @@ class Documents:
 def read_texts(sources: Sequence[str], field: str = TEXT) -> list[str]:
     """Read the texts of all sources in order, without blank ones. Dialogues need `Documents`, with a tokenizer."""
     return [document.text for document in Documents(sources, field)]
-
-
-def read_documents(sources: Sequence[str], field: str = TEXT) -> list[Document]:
-    """Read documents as `read_texts` does, with the `domain` of each row that has one."""
-    return list(Documents(sources, field))
 
 
 def fields_hint(wanted: str, fields: Sequence[str], example: Mapping[str, Any]) -> str:

@@ -1,20 +1,22 @@
 """Texts → token windows.
 
 Calibration, evaluation and benchmarks share one rule. The end token follows each document. The concatenated stream is
-cut into windows of equal length without overlap. Calibration first shuffles the documents by the seed. Evaluation
-keeps the order of the file. A window begins with the beginning-of-text token where the model was trained so (`bos`).
-The token counts: a window of 512 tokens holds it and 511 tokens of text, and predicts all 511.
+cut into windows of equal length without overlap. Documents are read only as far as tokens are wanted. Calibration
+first shuffles the documents by the seed. Evaluation keeps the order of the file. A window begins with the
+beginning-of-text token where the model was trained so (`bos`). The token counts: a window of 512 tokens holds it and
+511 tokens of text, and predicts all 511.
 
 Legend: S windows, T tokens per window.
 
     tokenizer = load_tokenizer("MODEL")
-    windows_ST = calibration_windows(read_texts(["mine.jsonl"]), tokenizer, samples=64, seq_len=512, seed=0)
+    windows_ST = calibration_windows(Documents(["mine.jsonl"]), tokenizer, samples=64, seq_len=512, seed=0)
 """
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import BosPolicy, Calibration
 from niwaki.config.sources import check_sources
 from niwaki.data.bos import Bos, find_bos
-from niwaki.data.documents import read_texts
+from niwaki.data.documents import Document, Documents
 from niwaki.data.text_files import first_line
 from niwaki.errors import CalibrationError
 from niwaki.model.decoder import Decoder
@@ -36,11 +38,36 @@ SAMPLE_STEPS = 32  # tokens a window grows between two reports
 
 @dataclass(frozen=True)
 class CalibrationWindows:
-    """Windows [S, T] of a calibration, a description of their source, and their beginning-of-text tokens."""
+    """Windows [S, T] of a calibration, a description of their source, and their beginning-of-text tokens.
+
+    `skipped`: rows that could not be used, by source and reason. `revisions`: the commits of data sets of the hub.
+    """
 
     ids_ST: Tensor
     source: str
     bos: Bos
+    skipped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    revisions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Return how the windows were made, for records. Rows and commits are told only where there are some."""
+        told = {"skipped": self.skipped, "revisions": self.revisions}
+        return {"bos": self.bos.state, **{name: value for name, value in told.items() if value}}
+
+
+@dataclass(frozen=True)
+class EvaluationWindows:
+    """Windows [S, T] of a text, the document of every token [S, T], and the domain of every document.
+
+    `skipped` are the rows that could not be used, by reason; `revision` is the commit of a data set of the hub.
+    """
+
+    ids_ST: Tensor
+    owners_ST: Tensor
+    domains: list[str | None]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    revision: str | None = None
 
 
 def windows_for(given: Calibration, decoder: Decoder, *, seed: int, report: Report) -> CalibrationWindows:
@@ -52,18 +79,49 @@ def windows_for(given: Calibration, decoder: Decoder, *, seed: int, report: Repo
     check_sources(given.files)
     check_seq_len(given.seq_len, Calibration().seq_len, decoder.positions, "the model")
     model, vocabulary = decoder.checkpoint.folder, decoder.checkpoint.config.get_text_config().vocab_size
-    size = {"samples": given.samples, "seq_len": given.seq_len, "seed": seed}
+    size: dict[str, Any] = {"samples": given.samples, "seq_len": given.seq_len, "seed": seed, "bos": given.bos}
     if not given.files:
-        windows_ST = sampled_windows(model, **size, device=str(decoder.device), report=report, bos=given.bos)
+        windows_ST = sampled_windows(model, **size, device=str(decoder.device), report=report)
         return CalibrationWindows(windows_ST, "sampled from the model", bos_of_model(model, given.bos))
-    tokenizer = load_tokenizer(model)
-    windows_ST = calibration_windows(read_texts(given.files, given.field), tokenizer, **size, bos=given.bos)
-    if int(windows_ST.max()) >= vocabulary:
+    windows = read_calibration(given.files, given.field, load_tokenizer(model), **size, report=report)
+    if (highest := int(windows.ids_ST.max())) >= vocabulary:
         raise CalibrationError(
-            f"the tokenizer yields id {int(windows_ST.max())}, the model has {vocabulary} embeddings: "
+            f"the tokenizer yields id {highest}, the model has {vocabulary} embeddings: "
             "the tokenizer belongs to another model"
         )
-    return CalibrationWindows(windows_ST, ", ".join(given.files), find_bos(tokenizer, given.bos))
+    return windows
+
+
+def read_calibration(
+    files: Sequence[str], field: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int, bos: BosPolicy,
+    report: Report,
+) -> CalibrationWindows:  # fmt: skip
+    """Return the calibration windows of text files and data sets, and report the rows that were skipped."""
+    documents = Documents(files, field, tokenizer)
+    ids_ST = calibration_windows(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, bos=bos)
+    documents.warn(report)
+    begin = find_bos(tokenizer, bos)
+    return CalibrationWindows(ids_ST, ", ".join(files), begin, documents.skipped, documents.revisions)
+
+
+def read_evaluation(
+    files: Sequence[str], field: str, tokenizer: Any, *, seq_len: int, max_tokens: int | None, bos: BosPolicy,
+    report: Report,
+) -> EvaluationWindows:  # fmt: skip
+    """Return the windows of text files and data sets in their order, and report the rows that were skipped."""
+    documents, domains = Documents(files, field, tokenizer, held_out=True), []
+
+    def read() -> Iterator[Document]:
+        for document in documents:
+            domains.append(document.domain)
+            yield document
+
+    ids_ST, owners_ST = owned_windows(read(), tokenizer, seq_len=seq_len, max_tokens=max_tokens, bos=bos)
+    documents.warn(report)
+    skipped: dict[str, int] = {}
+    for counts in documents.skipped.values():
+        skipped |= {reason: skipped.get(reason, 0) + count for reason, count in counts.items()}
+    return EvaluationWindows(ids_ST, owners_ST, domains, skipped, next(iter(documents.revisions.values()), None))
 
 
 def calibration_record(calibration: CalibrationWindows | None) -> dict[str, Any]:
@@ -74,7 +132,7 @@ def calibration_record(calibration: CalibrationWindows | None) -> dict[str, Any]
         "source": calibration.source,
         "windows": list(calibration.ids_ST.shape),
         "sha256": digest(calibration.ids_ST),
-        "bos": calibration.bos.state,
+        **calibration.about,
     }
 
 
@@ -116,31 +174,55 @@ def bos_of_model(model: str | Path, policy: BosPolicy) -> Bos:
 
 
 def calibration_windows(
-    texts: Sequence[str], tokenizer: Any, *, samples: int, seq_len: int, seed: int, bos: BosPolicy = "auto"
+    texts: Sequence[str] | Documents,
+    tokenizer: Any,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    bos: BosPolicy = "auto",
 ) -> Tensor:
     """Return int64 windows [S, T] of the documents, shuffled by `seed`. Raises CalibrationError for too little text."""
-    order = list(range(len(texts)))
-    random.Random(seed).shuffle(order)
     begin = find_bos(tokenizer, bos)
     room = begin.room(seq_len)
-    stream, ends = _token_stream((texts[i] for i in order), tokenizer, begin, samples * room)
-    if len(stream) < samples * room:
+    stream_N, ends = _token_stream(_shuffled(texts, seed), tokenizer, begin, samples * room)
+    if len(stream_N) < samples * room:
+        notes = "".join(f" ({note})" for note in texts.notes) if isinstance(texts, Documents) else ""
         raise CalibrationError(
-            f"calibration holds {len(stream):,} tokens in {len(ends)} documents, "
+            f"calibration holds {len(stream_N):,} tokens in {len(ends)} documents{notes}, "
             f"{samples} windows × {room} need {samples * room:,}: add text, or lower --samples or --seq-len"
         )
-    return begin.begin_windows(torch.tensor(stream, dtype=torch.int64).view(samples, room))
+    return begin.begin_windows(stream_N.view(samples, room))
+
+
+def _shuffled(texts: Sequence[str] | Documents, seed: int) -> Iterable[str | Document]:
+    """Return texts in the order of a seed."""
+    if isinstance(texts, Documents):
+        return texts.shuffled(seed)
+    order = list(range(len(texts)))
+    random.Random(seed).shuffle(order)
+    return (texts[index] for index in order)
 
 
 def evaluation_windows(
-    texts: Sequence[str], tokenizer: Any, *, seq_len: int, max_tokens: int | None = None, bos: BosPolicy = "auto"
+    texts: Iterable[str | Document],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    max_tokens: int | None = None,
+    bos: BosPolicy = "auto",
 ) -> Tensor:
     """Return int64 windows [S, T] of up to `max_tokens` tokens in file order, without an incomplete last window."""
     return owned_windows(texts, tokenizer, seq_len=seq_len, max_tokens=max_tokens, bos=bos)[0]
 
 
 def owned_windows(
-    texts: Sequence[str], tokenizer: Any, *, seq_len: int, max_tokens: int | None = None, bos: BosPolicy = "auto"
+    texts: Iterable[str | Document],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    max_tokens: int | None = None,
+    bos: BosPolicy = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return the windows of `evaluation_windows`, and the document number of each token [S, T].
 
@@ -148,13 +230,13 @@ def owned_windows(
     """
     begin = find_bos(tokenizer, bos)
     room = begin.room(seq_len)
-    stream, ends = _token_stream(texts, tokenizer, begin, _text_limit(max_tokens, seq_len, room))
-    count = len(stream) // room
+    stream_N, ends = _token_stream(texts, tokenizer, begin, _text_limit(max_tokens, seq_len, room))
+    count = len(stream_N) // room
     if count == 0:
         raise CalibrationError(
-            f"evaluation text holds {len(stream):,} tokens, one window needs {room}: add text, or lower --seq-len"
+            f"evaluation text holds {len(stream_N):,} tokens, one window needs {room}: add text, or lower --seq-len"
         )
-    ids_ST = torch.tensor(stream[: count * room], dtype=torch.int64).view(count, room)
+    ids_ST = stream_N[: count * room].view(count, room)
     positions = torch.arange(count * room)
     owners_ST = torch.searchsorted(torch.tensor(ends), positions, right=True).view(count, room)
     return begin.begin_windows(ids_ST), torch.cat([owners_ST[:, :1].expand(-1, seq_len - room), owners_ST], dim=1)
@@ -235,18 +317,26 @@ def digest(windows_ST: Tensor) -> str:
     return hashlib.sha256(windows_ST.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _token_stream(texts: Iterable[str], tokenizer: Any, bos: Bos, limit: int | None) -> tuple[list[int], list[int]]:
-    """Return the first `limit` tokens of all texts, and for each text the position after its end token.
+def _token_stream(
+    texts: Iterable[str | Document], tokenizer: Any, bos: Bos, limit: int | None
+) -> tuple[Tensor, list[int]]:
+    """Return the first `limit` tokens of all texts [N], and for each text the position after its end token.
 
-    A text that begins as a window does, as a rendered chat may, loses its own beginning.
+    A text that begins as a window does, as a rendered chat may, loses its own beginning. No text is read or tokenized
+    further than the limit needs.
     """
-    stream: list[int] = []
-    ends: list[int] = []
+    stream, ends = array("q"), []
     for text in texts:
         if limit is not None and len(stream) >= limit:
             break
-        # verbose=False: documents longer than the model are cut into windows here, so no warning is due
-        stream.extend(bos.strip(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
-        stream.append(tokenizer.eos_token_id)
+        document = Document((text,)) if isinstance(text, str) else text
+        for number, ids in enumerate(document.tokens(tokenizer)):
+            stream.extend(bos.strip(ids) if number == 0 else ids)
+            if limit is not None and len(stream) >= limit:
+                break
+        if not document.ends_itself(tokenizer):
+            stream.append(tokenizer.eos_token_id)
         ends.append(len(stream))
-    return (stream if limit is None else stream[:limit]), ends
+    if not stream:
+        return torch.empty(0, dtype=torch.int64), ends
+    return torch.frombuffer(stream, dtype=torch.int64)[:limit].clone(), ends

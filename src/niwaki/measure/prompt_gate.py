@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from niwaki.config.events import Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.data.bos import find_bos
-from niwaki.data.documents import read_texts
-from niwaki.data.texts import check_seq_len, evaluation_windows, load_tokenizer
+from niwaki.data.texts import check_seq_len, load_tokenizer, read_evaluation
 from niwaki.errors import InputError
 from niwaki.model.logits import FinalStates, position_slices, vocabulary_of
 from niwaki.runtime.contextual.decoding import ReadText
@@ -56,6 +56,7 @@ def calibrate_gate(
     batch: int = 0,
     device: str = "auto",
     bos: BosPolicy = "auto",
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """Write the limits into the record of the predictor in `out`; return them with their agreement on this text.
 
@@ -76,10 +77,8 @@ def calibrate_gate(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     check_seq_len(prompt_tokens + new_tokens, 0, positions, str(folder))
     tokenizer = load_tokenizer(folder)
-    windows_ST = evaluation_windows(
-        read_texts(files, field), tokenizer, seq_len=prompt_tokens + new_tokens,
-        max_tokens=samples * (prompt_tokens + new_tokens), bos=bos,
-    )  # fmt: skip
+    size: dict[str, Any] = {"seq_len": prompt_tokens + new_tokens, "max_tokens": samples * (prompt_tokens + new_tokens)}
+    windows_ST = read_evaluation(files, field, tokenizer, **size, bos=bos, report=report or silent).ids_ST
     open_gate = replace(shadow.running, max_deviation=0.0, min_margin=0.0)
     contextual = attach(model, replace(shadow, running=open_gate))
     prompts = [compare_prompt(contextual, ids_T[None].to(model.device), prompt_tokens) for ids_T in windows_ST]

@@ -120,11 +120,16 @@ class Quality(Frozen):
 
 
 class DataQuality(Frozen):
-    """One data file, whole and by the `domain` of its documents (empty if no document has one)."""
+    """One data file, whole and by the `domain` of its documents (empty if no document has one).
+
+    `skipped` are the rows that could not be used, by reason; `revision` is the commit of a data set of the hub.
+    """
 
     data: str
     whole: Quality
     domains: dict[str, Quality]
+    skipped: dict[str, int] = {}
+    revision: str | None = None
 
 
 class PairedAccuracy(Frozen):

@@ -106,7 +106,8 @@ def compare(
     folders = [decoder.checkpoint.folder for decoder in decoders[1:]]
     cards, records = _check_cards(folders if update_card else []), [] if report is None else read_records(folders)
     confidence = CONFIDENCE if gates is None else each_confidence(gates, settings, len(folders))
-    job = _Job(settings, _read_inputs(settings, tokenizer, decoders), tokenizer, confidence, progress or silent)
+    inputs = _read_inputs(settings, tokenizer, decoders, progress or silent)
+    job = _Job(settings, inputs, tokenizer, confidence, progress or silent)
     dense_model, measured = job.run(sources, decoders)
     comparison = Comparison(
         date=date, command=command_line(sources, settings, gate=gate, report=report, lang=lang),
@@ -174,12 +175,14 @@ def _publish(
         put_comparison(folder, comparison, candidate)
 
 
-def _read_inputs(settings: ComparisonSettings, tokenizer: Any, decoders: list[Decoder]) -> EvaluationInputs:
+def _read_inputs(
+    settings: ComparisonSettings, tokenizer: Any, decoders: list[Decoder], report: Report
+) -> EvaluationInputs:
     positions = _min_positions(decoders)
     texts = [
         read_text(
             path, tokenizer, field=settings.field, seq_len=settings.seq_len, max_tokens=settings.max_tokens,
-            bos=settings.bos,
+            bos=settings.bos, report=report,
         )
         for path in settings.data
     ]  # fmt: skip

@@ -11,8 +11,8 @@ Legend: S windows, T tokens, V vocabulary, P predicted tokens of a window, N of 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from niwaki.config.events import Report, silent
 from niwaki.config.recipe import BosPolicy
-from niwaki.data.documents import read_documents
-from niwaki.data.texts import owned_windows
+from niwaki.data.texts import read_evaluation
 from niwaki.errors import NumericalError
 from niwaki.measure.intervals import Floats, mean_interval, share_interval
 from niwaki.measure.schema import DataQuality, Estimate, Example, Quality, SampleUnit, TokenDivergence
@@ -36,12 +36,17 @@ Logits = Callable[[int, slice], Tensor]  # of a part of the positions of one win
 
 @dataclass(frozen=True)
 class Text:
-    """A data file as windows, the document of every token, and the domain of every document."""
+    """A data file as windows, the document of every token, and the domain of every document.
+
+    `skipped` are the rows that could not be used, by reason; `revision` is the commit of a data set of the hub.
+    """
 
     path: str
     ids_ST: Tensor
     owners_ST: Tensor
     domains: list[str | None]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,12 @@ class TokenScores:
 
 
 def read_text(
-    path: str, tokenizer: Any, *, field: str, seq_len: int, max_tokens: int | None, bos: BosPolicy = "auto"
-) -> Text:
+    path: str, tokenizer: Any, *, field: str, seq_len: int, max_tokens: int | None, bos: BosPolicy = "auto",
+    report: Report = silent,
+) -> Text:  # fmt: skip
     """Return the windows of a data file. Raises CalibrationError if it cannot be read or is shorter than a window."""
-    documents = read_documents([path], field)
-    texts = [document.text for document in documents]
-    windows_ST, owners_ST = owned_windows(texts, tokenizer, seq_len=seq_len, max_tokens=max_tokens, bos=bos)
-    return Text(path, windows_ST, owners_ST, [document.domain for document in documents])
+    read = read_evaluation([path], field, tokenizer, seq_len=seq_len, max_tokens=max_tokens, bos=bos, report=report)
+    return Text(path, read.ids_ST, read.owners_ST, read.domains, read.skipped, read.revision)
 
 
 def score_text(
@@ -115,7 +119,8 @@ def data_quality(scored: TokenScores, confidence: float, rng: np.random.Generato
         for name in np.unique(names_SP):
             domains[str(name)] = _quality(scored, names_SP == name, units_SP, unit, confidence, rng)
     whole = _quality(scored, every, units_SP, unit, confidence, rng)
-    return DataQuality(data=text.path, whole=whole, domains=domains)
+    skipped = dict(text.skipped)
+    return DataQuality(data=text.path, whole=whole, domains=domains, skipped=skipped, revision=text.revision)
 
 
 def worst_examples(scored: Sequence[TokenScores], tokenizer: Any) -> tuple[Example, ...]:

@@ -26,9 +26,8 @@ from niwaki.config.events import Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.config.sources import check_sources
 from niwaki.data.bos import find_bos
-from niwaki.data.documents import read_texts
 from niwaki.data.stream import Stream, default_batch_tokens
-from niwaki.data.texts import check_seq_len, evaluation_windows, load_tokenizer
+from niwaki.data.texts import EvaluationWindows, check_seq_len, load_tokenizer, read_evaluation
 from niwaki.errors import InputError
 from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
 from niwaki.measure.evaluate.harness import find_tasks, run_tasks
@@ -116,8 +115,9 @@ def _stream_all(
     """Run all texts and questions through the blocks of one or two models, and return what is measured on them."""
     tokenizer = load_tokenizer(decoders[0].checkpoint.folder)
     bos = find_bos(tokenizer, policy)
-    size: dict[str, Any] = {"seq_len": seq_len, "max_tokens": max_tokens, "bos": policy}
-    windows = {path: evaluation_windows(read_texts([path], field), tokenizer, **size) for path in data}
+    size: dict[str, Any] = {"seq_len": seq_len, "max_tokens": max_tokens, "bos": policy, "report": report}
+    texts = {path: read_evaluation([path], field, tokenizer, **size) for path in data}
+    windows = {path: text.ids_ST for path, text in texts.items()}
     positions = min((d.positions for d in decoders if d.positions is not None), default=None)
     questions = {path: read_items(path, limit) for path in tasks}
     batch_tokens = default_batch_tokens(decoders[0].device)
@@ -132,9 +132,17 @@ def _stream_all(
         return {
             "bos": bos.state,
             "tokens": {path: ids_ST.numel() for path, ids_ST in windows.items()},
+            **_about_rows(texts),
             **_compare_all(states, list(windows)),
             "tasks": {path: _score_all(states, path, questions[path]) for path in tasks},
         }
+
+
+def _about_rows(texts: dict[str, EvaluationWindows]) -> dict[str, Any]:
+    """Return the rows that were skipped and the commits of data sets by data file, each only if there are some."""
+    skipped = {path: text.skipped for path, text in texts.items() if text.skipped}
+    revisions = {path: text.revision for path, text in texts.items() if text.revision}
+    return {name: value for name, value in (("skipped", skipped), ("revisions", revisions)) if value}
 
 
 def compare_windows(
