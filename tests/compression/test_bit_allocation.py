@@ -173,7 +173,7 @@ def test_sensitivity_is_the_mean_relative_error_of_tokens_and_changes_nothing(mo
 
     def outputs() -> torch.Tensor:
         rows = [stream.hidden.read(slice(i, i + 1)) for i in range(3)]
-        return torch.cat([block.run(stream.call(1, 0), x_BTD) for x_BTD in rows]).double()
+        return torch.cat([block.run(stream.call([0], 0), x_BTD) for x_BTD in rows]).double()
 
     y_STD = outputs()
     with torch.no_grad():

@@ -190,17 +190,3 @@ def test_non_finite_activations_name_the_block(tmp_path: Path) -> None:
     stream.hidden.store_STD.fill_(float("inf"))
     with pytest.raises(NumericalError, match="block 0 puts out NaN or infinite"):
         collect(next(loaded_blocks(decoder)), stream, Needs(sqnorm=True))
-
-
-def test_arguments_that_depend_on_tokens_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = open_decoder(tiny_llama(tmp_path))
-    embed = Decoder.embed
-
-    def with_extra(self: Decoder, ids_BT: torch.Tensor) -> Any:
-        x_BTD, calls = embed(self, ids_BT)
-        calls[1].kwargs["per_token"] = ids_BT.float()
-        return x_BTD, calls
-
-    monkeypatch.setattr(Decoder, "embed", with_extra)
-    with pytest.raises(ArchitectureError, match=r"block 1 receives an argument .* depends on the tokens"):
-        Stream(decoder, IDS, batch_tokens=12)

@@ -37,7 +37,7 @@ def test_later_batches_end_before_the_last_product(tmp_path: Path) -> None:
     first = stream.observe(block, lambda name, x: met.append((name, len(x))))
     assert made == [2]
     assert [size for name, size in met if name == "mlp.down_proj"] == [2, 2, 1]
-    assert torch.equal(first, block.run(stream.call(2, 0), stream.hidden.read(slice(0, 2))))
+    assert torch.equal(first, block.run(stream.call(slice(0, 2), 0), stream.hidden.read(slice(0, 2))))
 
 
 def test_every_batch_runs_to_its_end_where_outputs_are_kept(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_every_batch_runs_to_its_end_where_outputs_are_kept(tmp_path: Path) -> N
     made = products(block, "mlp.down_proj")
     stream.observe(block, lambda name, x: None, outputs=stream.outputs)
     assert made == [2, 2, 1] and stream.outputs is not None
-    last = block.run(stream.call(1, 0), stream.hidden.read(slice(4, 5)))
+    last = block.run(stream.call([4], 0), stream.hidden.read(slice(4, 5)))
     assert torch.equal(stream.outputs.read(slice(4, 5)), last)
 
 
@@ -80,7 +80,7 @@ def test_experts_that_come_later_are_not_missed(tmp_path: Path) -> None:
 
 def test_advancing_gives_back_what_the_first_batch_became(tmp_path: Path) -> None:
     block, stream = loaded(tiny_llama(tmp_path))
-    wanted = block.run(stream.call(2, 0), stream.hidden.read(slice(0, 2)))
+    wanted = block.run(stream.call(slice(0, 2), 0), stream.hidden.read(slice(0, 2)))
     first = stream.advance(block)
     assert torch.equal(first, wanted) and torch.equal(stream.hidden.read(slice(0, 2)), wanted)
     stream.advance(block)

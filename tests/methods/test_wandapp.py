@@ -62,7 +62,7 @@ def test_regional_gradients_equal_finite_differences_of_the_whole_block(tmp_path
     names = {name: block.weight(name) for name in block.linears}
     found = wandapp.regional_gradients(block, calib, names)
     block.module.double()
-    call = stream.call(1, 0)
+    call = stream.call([0], 0)
     kwargs = {k: tuple(t.double() for t in v) if isinstance(v, tuple) else v for k, v in call.kwargs.items()}
 
     def norm(window: int) -> float:
@@ -148,7 +148,7 @@ def test_the_gradient_of_a_step_is_that_of_the_error(tmp_path: Path) -> None:
     for name, weight in half.items():
         block.assign(name, weight)
     block.module.requires_grad_(True)
-    y = stream.call(1, 0)(block.module, stream.hidden.take([3]))
+    y = stream.call([3], 0)(block.module, stream.hidden.take([3]))
     t = task.outputs.take([3])
     ((y - t).square().sum(-1) / t.square().sum(-1)).sum().backward()
     for name, linear in block.linears.items():

@@ -122,6 +122,25 @@ def families() -> dict[str, Family]:
     }
 
 
+def sharing_families() -> dict[str, Any]:
+    """Return configs whose later blocks read keys and values of earlier ones, and inputs of every token."""
+    sharing = {
+        **GQA,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 6,
+        "vocab_size_per_layer_input": 96,
+        "hidden_size_per_layer_input": 8,
+    }
+    return {
+        "gemma4": transformers.Gemma4TextConfig(**sharing, global_head_dim=16),
+        "gemma3n": transformers.Gemma3nTextConfig(
+            **sharing, laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.5, 0.5, 0.0, 0.0]
+        ),
+    }
+
+
 def build(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """Return a model with weights so large that compression changes its outputs."""
     torch.manual_seed(seed)

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from niwaki.cli.app import main
 from niwaki.cli.demo import sapling
+from niwaki.data.call_arguments import Windows
 from niwaki.data.hidden_states import Activations
 from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.methods.method import Method
-from niwaki.model.anatomy import BlockAnatomy, Call, Linear
+from niwaki.model.anatomy import BlockAnatomy, Linear
+from niwaki.model.block_calls import Call
 from niwaki.model.decoder import Block
 from support.families import build
 
@@ -70,7 +72,7 @@ class FixedStream:
     def __len__(self) -> int:
         return len(self.hidden)
 
-    def call(self, count: int, index: int) -> Call:
+    def call(self, windows: Windows, index: int) -> Call:
         return Call((), {})
 
 

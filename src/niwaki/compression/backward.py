@@ -30,11 +30,11 @@ from niwaki.compression.result_folder import ResultFolder
 from niwaki.compression.run_record import RECORD, JournalEntry
 from niwaki.compression.walk import forward, loaded_blocks
 from niwaki.config.events import Event, Report, silent
+from niwaki.data.call_arguments import Stored
 from niwaki.data.hidden_states import Activations, choose_place
 from niwaki.data.stream import Stream
 from niwaki.errors import NumericalError
 from niwaki.methods.shared.block_training import run_deterministically
-from niwaki.model.anatomy import Call
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.files import write_shard
 from niwaki.model.logits import token_losses
@@ -81,8 +81,7 @@ def backprop_blocks(
     for block in loaded_blocks(decoder, backwards=True):
         for rows in stream.slices():
             x_BTD, grad_BTD = kept[block.index].read(rows), stream.hidden.read(rows)
-            call = stream.call(len(x_BTD), block.index)
-            grad_BTD, fields = block_gradients(block, call, x_BTD, grad_BTD, inputs, weights)
+            grad_BTD, fields = block_gradients(block, stream, rows, x_BTD, grad_BTD, inputs, weights)
             if not torch.isfinite(grad_BTD).all():
                 raise NumericalError(
                     f"the gradient of the loss is not finite at the input of block {block.index}: use a wider dtype"
@@ -143,14 +142,13 @@ def stored_inputs(
 
     `folder` holds the inputs that exceed the memory limit.
     """
-    count, tokens, width = stream.hidden.store_STD.shape
-    needed_bytes = len(decoder) * count * tokens * width * decoder.dtype.itemsize
+    shape = tuple(stream.hidden.store_STD.shape)
+    needed_bytes = len(decoder) * stream.hidden.store_STD.nbytes
     place = choose_place(needed_bytes, decoder.device, activation_bytes)
     kept: list[Activations] = []
 
     def keep(block: Block) -> None:
         name = f"inputs-{block.index:05d}.bin"
-        shape = (count, tokens, width)
         kept.append(Activations.allocate(shape, decoder.dtype, decoder.device, place, folder, name))
         for rows in stream.slices():
             kept[-1].write(rows, stream.hidden.read(rows))
@@ -174,22 +172,38 @@ def head_gradient(decoder: Decoder, ids_BT: Tensor, x_BTD: Tensor) -> tuple[Tens
 
 
 def block_gradients(
-    block: Block, call: Call, x_BTD: Tensor, grad_BTD: Tensor, inputs: Collection[str], weights: bool
+    block: Block,
+    stream: Stream,
+    rows: slice,
+    x_BTD: Tensor,
+    grad_BTD: Tensor,
+    inputs: Collection[str],
+    weights: bool,
 ) -> tuple[Tensor, tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]]:
-    """Return the gradient at the input of a block from that at its output, and the fields of its `Gradients`."""
+    """Return the gradient at the input of a block from that at its output, and the fields of its `Gradients`.
+
+    What the block reads from earlier ones gets its gradient too. What it hands on has that of all its readers.
+    """
     linears = block.linears if weights else {}
     sought = {linear.parameter: block.module.get_parameter(linear.parameter) for linear in linears.values()}
     met: dict[str, Tensor] = {}
+    read: list[Stored] = []
 
     def seen(name: str, x: Tensor) -> None:
         if name in inputs:
             met[name] = x
 
     def work() -> tuple[Tensor, ...]:
+        call = stream.call(rows, block.index)
+        read[:] = call.inherited
+        handed = [x.requires_grad_(True) for x in call.inherited.values()]
         leaf_BTD = x_BTD.detach().clone().requires_grad_(True)
-        out_BTD = block.run(call, leaf_BTD, seen)
-        leaves = [leaf_BTD, *met.values(), *sought.values()]
-        return torch.autograd.grad(out_BTD, leaves, grad_BTD, allow_unused=True, materialize_grads=True)
+        outputs, grads = [block.run(call, leaf_BTD, seen)], [grad_BTD]
+        for stored, x in stream.arguments.written(block.index, call).items():
+            outputs.append(x)
+            grads.append(stored.read(rows, stream.arguments.gradient(stored)))
+        leaves = [leaf_BTD, *met.values(), *sought.values(), *handed]
+        return torch.autograd.grad(outputs, leaves, grads, allow_unused=True, materialize_grads=True)
 
     for parameter in sought.values():
         parameter.requires_grad_(True)
@@ -198,8 +212,11 @@ def block_gradients(
     finally:
         for parameter in sought.values():
             parameter.requires_grad_(False)
+    for stored, grad in zip(read, others[len(met) + len(sought) :], strict=True):
+        total = stream.arguments.gradient(stored)
+        stored.write(rows, stored.read(rows, total) + grad, total)
     of_inputs = {name: (x.detach(), grad) for (name, x), grad in zip(met.items(), others[: len(met)], strict=True)}
-    by_parameter = dict(zip(sought, others[len(met) :], strict=True))
+    by_parameter = dict(zip(sought, others[len(met) : len(met) + len(sought)], strict=True))
     of_weights = {name: linear.view(by_parameter[linear.parameter]) for name, linear in linears.items()}
     return first_BTD, (of_inputs, of_weights)
 

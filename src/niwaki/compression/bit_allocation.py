@@ -178,7 +178,7 @@ def _errors(block: Block, stream: Stream, sets: Sequence[Sequence[str]], max_tok
         if tokens >= max_tokens:
             break
         x_BTD = stream.hidden.read(rows)
-        call = stream.call(len(x_BTD), block.index)
+        call = stream.call(rows, block.index)
         y_BTD = block.run(call, x_BTD).float()
         size_BT = y_BTD.square().sum(-1).clamp_min(1e-30)
         tokens += size_BT.numel()

@@ -255,8 +255,7 @@ def _influence(block: Block, stream: Stream) -> float:
     for rows in stream.slices():
         x_BTD = stream.hidden.read(rows)
         before_BTD = x_BTD.float().clone()
-        out_BTD = block.run(stream.call(len(x_BTD), block.index), x_BTD)
-        stream.hidden.write(rows, out_BTD)
+        out_BTD = stream.advance(block, rows)
         total += float(torch.cosine_similarity(before_BTD, out_BTD.float(), dim=-1).double().sum())
         tokens += before_BTD.shape[0] * before_BTD.shape[1]
     return 1 - total / tokens

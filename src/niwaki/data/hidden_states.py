@@ -6,6 +6,7 @@ free memory, or the caller states it.
 Legend: S windows, T tokens, D hidden size.
 """
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,7 @@ Place = Literal["device", "ram", "disk"]
 
 
 class Activations:
-    """A tensor [S, T, D] in any place, read and written in slices of windows."""
+    """A tensor [S, T, D], or [S, …], in any place, read and written in slices of windows."""
 
     def __init__(self, store_STD: Tensor, place: Place, device: torch.device) -> None:
         self.store_STD = store_STD
@@ -30,7 +31,7 @@ class Activations:
     @classmethod
     def allocate(
         cls,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
         place: Place,
@@ -41,7 +42,7 @@ class Activations:
         if place == "disk":
             if folder is None:
                 raise InputError("activations on disk need a working folder")
-            elements = shape[0] * shape[1] * shape[2]
+            elements = math.prod(shape)
             flat = torch.from_file(str(folder / name), shared=True, size=elements, dtype=dtype)
             return cls(flat.view(shape), place, device)
         where = device if place == "device" else torch.device("cpu")

@@ -3,19 +3,18 @@
 Legend: S windows, B windows in a batch, T tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from niwaki.data.call_arguments import CallArguments, Windows
 from niwaki.data.hidden_states import Activations, choose_place
 from niwaki.data.statistics import Statistics
-from niwaki.errors import ArchitectureError
 from niwaki.formats.packed import Packed
-from niwaki.model.anatomy import Call
+from niwaki.model.block_calls import Call
 from niwaki.model.decoder import Block, Decoder
 
 
@@ -26,9 +25,9 @@ class _AllMet(Exception):  # noqa: N818 (ends a forward, and is not an error)
 class Stream:
     """Hidden states of all windows, and the call arguments of all blocks.
 
-    `learn_batches`: batch sizes that a learning method draws, besides single windows. With them the outputs of the
-    dense block are kept beside its inputs. `total_tokens`: those of all streams that are in memory together, which
-    decide where the hidden states lie.
+    A method that learns draws `learn_batches` windows at a time; for it the outputs of the dense block are kept beside
+    its inputs. `total_tokens`: those of all streams that are in memory together, which decide where the hidden states
+    lie.
     """
 
     def __init__(
@@ -47,22 +46,22 @@ class Stream:
         self.ids_ST = ids_ST
         self.batch = max(1, min(count, (batch_tokens or default_batch_tokens(decoder.device)) // tokens))
 
-        def allocate(what: str) -> Activations:
-            shape = (count, tokens, decoder.hidden_size)
-            needed_bytes = (total_tokens or count * tokens) * decoder.hidden_size * decoder.dtype.itemsize
+        def allocate(what: str, x_BTD: Tensor) -> Activations:
+            shape = (count, *x_BTD.shape[1:])
+            needed_bytes = (total_tokens or count * tokens) * x_BTD[0, 0].numel() * decoder.dtype.itemsize
             place = choose_place(needed_bytes, decoder.device, activation_bytes)
             return Activations.allocate(shape, decoder.dtype, decoder.device, place, folder, f"{what}.bin")
 
-        self.hidden = allocate(name)
-        self.outputs = allocate(f"{name}-outputs") if learn_batches else None
-        self._calls: dict[int, list[Call]] = {}
+        self.outputs: Activations | None = None
         for rows in self.slices():
             x_BTD, calls = decoder.embed(ids_ST[rows])
+            if not rows.start:
+                self.hidden = allocate(name, x_BTD)
+                self.outputs = allocate(f"{name}-outputs", x_BTD) if learn_batches else None
+                nbytes = self.hidden.store_STD.nbytes
+                self.arguments = CallArguments(decoder, ids_ST, nbytes, activation_bytes, folder, name)
             self.hidden.write(rows, x_BTD)
-            _require_equal(self._calls.setdefault(len(x_BTD), calls), calls)
-        for size in sorted({min(size, count) for size in learn_batches | {1}} if learn_batches else set()):
-            if size not in self._calls:
-                self._calls[size] = decoder.embed(ids_ST[:size])[1]
+            self.arguments.record(rows, calls)
 
     def __len__(self) -> int:
         return len(self.ids_ST)
@@ -72,9 +71,9 @@ class Stream:
         for first in range(0, len(self.ids_ST), self.batch):
             yield slice(first, min(first + self.batch, len(self.ids_ST)))
 
-    def call(self, count: int, index: int) -> Call:
-        """Return the call arguments of block `index` for `count` windows."""
-        return self._calls[count][index]
+    def call(self, windows: Windows, index: int) -> Call:
+        """Return the call arguments of block `index` for `windows`, rows or a list in any order."""
+        return self.arguments.call(windows, index)
 
     def observe(
         self,
@@ -107,7 +106,7 @@ class Stream:
             x_BTD = self.hidden.read(rows)
             met.clear()
             try:
-                out_BTD = block.run(self.call(len(x_BTD), block.index), x_BTD, None if seen is None else meet)
+                out_BTD = block.run(self.call(rows, block.index), x_BTD, None if seen is None else meet)
             except _AllMet:
                 continue
             if first is None:
@@ -131,8 +130,10 @@ class Stream:
         first: Tensor | None = None
         for part in self.slices() if rows is None else [rows]:
             x_BTD = self.hidden.read(part)
-            out_BTD = block.run(self.call(len(x_BTD), block.index), x_BTD, seen)
+            call = self.call(part, block.index)
+            out_BTD = block.run(call, x_BTD, seen)
             self.hidden.write(part, out_BTD)
+            self.arguments.keep(part, block.index, call)
             first = out_BTD if first is None else first
         assert first is not None
         return first
@@ -158,26 +159,3 @@ class CalibrationData:
 def default_batch_tokens(device: torch.device) -> int:
     """Return the tokens per forward: enough to fill the device, few enough to bound its temporary tensors."""
     return 16384 if device.type == "cuda" else 2048
-
-
-def _require_equal(first: Sequence[Call], other: Sequence[Call]) -> None:
-    """Raise ArchitectureError if call arguments depend on the tokens: they are recorded once per batch shape."""
-    for index, (a, b) in enumerate(zip(first, other, strict=True)):
-        for left, right in zip(_tensors(a), _tensors(b), strict=True):
-            if left is not right and not torch.equal(left, right):
-                raise ArchitectureError(
-                    f"block {index} receives an argument of shape {list(left.shape)} that depends on the tokens: "
-                    "niwaki walks decoders whose blocks depend on the hidden state alone"
-                )
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Call):
-        return _tensors(value.args) + _tensors(value.kwargs)
-    if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in _tensors(item)]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []

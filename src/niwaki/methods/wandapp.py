@@ -171,10 +171,11 @@ def regional_gradients(block: Block, calib: CalibrationData, names: Matrices) ->
     parameters = assemble(block, {name: block.weight(name) for name in names})
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    hidden, call = calib.stream.hidden, calib.stream.call(1, block.index)
+    stream = calib.stream
 
     def gradients(window: int) -> dict[str, Tensor]:
-        y_BTD = run_with(block, parameters, call, hidden.take([window]))
+        call = stream.call([window], block.index)
+        y_BTD = run_with(block, parameters, call, stream.hidden.take([window]))
         return gradients_of(block, torch.linalg.vector_norm(y_BTD, dtype=torch.float32), parameters, names)
 
     for window in range(len(calib.stream)):

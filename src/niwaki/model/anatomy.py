@@ -22,18 +22,18 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from niwaki.errors import ArchitectureError, InputError
-from niwaki.model.hf import materialize_buffers
+from niwaki.errors import ArchitectureError, NiwakiError
+from niwaki.model.block_calls import PROBE_TOKENS, Call, Layout, has_containers, measure_layout, rebuilt, stubbed
+from niwaki.model.hf import materialize_buffers, owning_model
 from niwaki.model.matmul_observer import MatmulObserver, weight_pointers
 from niwaki.model.weight_uses import Use, WeightUses
 
-PROBE_TOKENS = 8
 MAX_PROBES = 16  # of a block whose router sends no token to some experts
 ROUTER = "router"
 GATE = "gate with one output"
@@ -66,12 +66,14 @@ class Linear:
 class BlockAnatomy:
     """Structure of one decoder block.
 
-    `kept_dense` gives the reason for every weight of two or more dimensions that stays dense, by parameter.
+    `kept_dense` gives the reason for every weight of two or more dimensions that stays dense, by parameter. The output
+    is a tensor, or a tuple of `tuple_size` with tensors at the places `extras` after the hidden state.
     """
 
     linears: dict[str, Linear]
     kept_dense: Mapping[str, str]
     tuple_size: int | None
+    extras: tuple[int, ...] = ()
 
     @property
     def groups(self) -> dict[str, tuple[Linear, ...]]:
@@ -91,21 +93,25 @@ class BlockAnatomy:
         """Return the number of weights in all matrices."""
         return sum(linear.rows * linear.columns for linear in self.linears.values())
 
-    def wrap(self, hidden: Tensor) -> Any:
-        """Return `hidden` in the form of the block output: alone, or first in a tuple."""
-        return hidden if self.tuple_size is None else (hidden, *[None] * (self.tuple_size - 1))
+    def wrap(self, hidden: Tensor, extra: Tensor | None = None) -> Any:
+        """Return `hidden` in the form of the block output: alone, or first in a tuple, `extra` for other tensors."""
+        if self.tuple_size is None:
+            return hidden
+        return (hidden, *(extra if place in self.extras else None for place in range(1, self.tuple_size)))
 
 
 @dataclass(frozen=True)
 class Anatomy:
     """Anatomy of a decoder: `path` names the module list of blocks, `blocks` holds the structure of each.
 
-    `idle` names the modules that do not run on text alone: the towers of a wrapper.
+    `idle` names the modules that do not run on text alone: the towers of a wrapper. `layout` says where the windows of
+    a batch lie in what the blocks receive.
     """
 
     path: str
     blocks: tuple[BlockAnatomy, ...]
     idle: tuple[str, ...] = ()
+    layout: Layout = field(default_factory=Layout)
 
     def prefix(self, index: int) -> str:
         """Return the name prefix of the parameters of one block, with the final dot."""
@@ -115,20 +121,6 @@ class Anatomy:
     def weights(self) -> int:
         """Return the number of weights in all matrices of all blocks."""
         return sum(block.weights for block in self.blocks)
-
-
-@dataclass(frozen=True)
-class Call:
-    """Call arguments of one block besides its hidden state, as the model passed them."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def __call__(self, module: nn.Module, x_BTD: Tensor) -> Tensor:
-        """Run the block on `x_BTD` [B, T, D] and return its hidden state of the same shape."""
-        out = module(x_BTD, *self.args, **self.kwargs)
-        hidden_BTD: Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden_BTD
 
 
 def find_blocks(skeleton: Any) -> tuple[str, nn.ModuleList]:
@@ -181,24 +173,31 @@ def discover(skeleton: Any) -> Anatomy:
     path, blocks = find_blocks(skeleton)
     known: dict[Any, BlockAnatomy] = {}
     found: list[BlockAnatomy] = []
-
     shared = shared_parameters(blocks)
+
+    def run_dry(index: int, call: Call, hidden_BTD: Tensor) -> None:
+        _run_dry(skeleton, blocks[index], call, hidden_BTD)
 
     def probe(index: int, call: Call, hidden_BTD: Tensor) -> Any:
         module = blocks[index]
         signature = (type(module), shared[index], tuple((name, p.shape) for name, p in module.named_parameters()))
         if signature not in known:
             known[signature] = _probe_block(skeleton, module, f"{path}.{index}", call, hidden_BTD, shared[index])
+        if has_containers(call):  # a later block may need what this one hands on
+            run_dry(index, call, hidden_BTD)
         found.append(known[signature])
         return found[-1].wrap(hidden_BTD)
 
-    with _observed_forwards(outer_modules(skeleton, path)) as ran:
-        run_stubbed(skeleton, path, blocks, probe)
-    if len(found) != len(blocks):
-        raise ArchitectureError(
-            f"{type(skeleton).__name__} ran {len(found)} of its {len(blocks)} blocks: niwaki walks plain chains only"
-        )
-    return Anatomy(path, tuple(found), tuple(_idle_modules(skeleton, path, ran)))
+    with _observed_forwards(outer_modules(skeleton, path)) as ran, _short_forwards(skeleton, path) as run:
+        with stubbed(blocks, probe):
+            run(1)
+        if len(found) != len(blocks):
+            raise ArchitectureError(
+                f"{type(skeleton).__name__} ran {len(found)} of its {len(blocks)} blocks: "
+                "niwaki walks plain chains only"
+            )
+        layout = measure_layout(blocks, run, run_dry, [block.wrap for block in found])
+    return Anatomy(path, tuple(found), tuple(_idle_modules(skeleton, path, ran)), layout)
 
 
 def run_stubbed(skeleton: Any, path: str, blocks: nn.ModuleList, stub: Callable[[int, Call, Tensor], Any]) -> None:
@@ -206,12 +205,25 @@ def run_stubbed(skeleton: Any, path: str, blocks: nn.ModuleList, stub: Callable[
 
     Matrices outside the blocks give zeros. Raises ArchitectureError for a forward that fails.
     """
-    with _empty_outer_modules(skeleton, path) as outer, stubbed(blocks, stub):
-        ids_BT = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)
+    with _short_forwards(skeleton, path) as run, stubbed(blocks, stub):
+        run(1)
+
+
+@contextmanager
+def _short_forwards(skeleton: Any, path: str) -> Iterator[Callable[..., None]]:
+    """Yield `run(count, tokens)`, a forward whose matrices outside the blocks give zeros.
+
+    Raises ArchitectureError for a forward that fails.
+    """
+
+    def run(count: int, tokens: int = PROBE_TOKENS) -> None:
+        skeleton(input_ids=torch.zeros(count, tokens, dtype=torch.int64), use_cache=False)
+
+    with _empty_outer_modules(skeleton, path) as outer:
         try:
             with torch.no_grad(), MatmulObserver(weight_pointers(outer), lambda name, x, transposed: None, dry=True):
-                skeleton(input_ids=ids_BT, use_cache=False)
-        except InputError:
+                yield run
+        except NiwakiError:
             raise
         except Exception as error:  # any model code may fail on a structure niwaki does not know
             raise ArchitectureError(
@@ -256,40 +268,6 @@ def _idle_modules(skeleton: Any, path: str, ran: Container[nn.Module]) -> Iterat
             yield from visit(name, child)
 
 
-@contextmanager
-def stubbed(blocks: nn.ModuleList, stub: Callable[[int, Call, Tensor], Any]) -> Iterator[None]:
-    """Replace the forward of each block: the model calls `stub(index, call, hidden)`.
-
-    Only `forward` is replaced, so the model still reads attributes of its blocks such as `attention_type`.
-    """
-
-    def make(index: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if args:
-                hidden, args = args[0], args[1:]
-            else:
-                hidden = kwargs.pop("hidden_states")
-            kwargs = {name: value for name, value in kwargs.items() if name not in _CACHE_ARGUMENTS}
-            return stub(index, Call(args, kwargs), hidden)
-
-        return forward
-
-    own = [vars(block).get("forward") for block in blocks]
-    for index, block in enumerate(blocks):
-        block.forward = make(index)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
-
-
-_CACHE_ARGUMENTS = {"past_key_values", "past_key_value", "layer_past", "use_cache", "cache_position"}
-
-
 def outer_modules(skeleton: nn.Module, path: str, idle: Iterable[str] = ()) -> Iterator[nn.Module]:
     """Yield each module outside the blocks and the `idle` modules."""
     left_out = (f"{path}.", *(f"{name}." for name in idle))
@@ -309,7 +287,7 @@ def _empty_outer_modules(skeleton: Any, path: str) -> Iterator[Mapping[str, Tens
         for part_name, buffer in module.named_buffers(recurse=False):
             module._buffers[part_name] = torch.zeros_like(buffer, device="cpu")
         if module._buffers:
-            skeleton._init_weights(module)
+            owning_model(skeleton, module)._init_weights(module)
     parameters = {
         f"{number}.{n}": p for number, m in enumerate(modules) for n, p in m._parameters.items() if p is not None
     }
@@ -348,7 +326,8 @@ def _probe_block(
         parameters = {name: p for name, p in module.named_parameters() if p.dim() >= 2}
         uses = WeightUses(parameters, [hidden_BTD, call.args, call.kwargs], seed)
         with torch.no_grad(), uses:
-            out = module(hidden_BTD.clone(), *call.args, **call.kwargs)
+            args, kwargs = rebuilt((call.args, call.kwargs))
+            out = module(hidden_BTD.clone(), *args, **kwargs)
         products = uses.products | products
         matrices = {name.partition("[")[0] for name in products}
         kept_dense = {n: reason for n, reason in uses.others.items() if n not in matrices} | kept_dense
@@ -363,7 +342,10 @@ def _probe_block(
         )
     found = {name: use for name, use in products.items() if name.partition("[")[0] not in kept_dense}
     linears, gates = _read_products(parameters, found)
-    return BlockAnatomy(linears, gates | kept_dense, len(out) if isinstance(out, tuple) else None)
+    if not isinstance(out, tuple):
+        return BlockAnatomy(linears, gates | kept_dense, None)
+    extras = tuple(place for place, part in enumerate(out) if place and isinstance(part, Tensor))
+    return BlockAnatomy(linears, gates | kept_dense, len(out), extras)
 
 
 def _with_memory(skeleton: Any, meta: nn.Module) -> nn.Module:
@@ -373,8 +355,16 @@ def _with_memory(skeleton: Any, meta: nn.Module) -> nn.Module:
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             part._parameters[name] = _untouched(parameter)
-    materialize_buffers(skeleton, module, "cpu")
+    materialize_buffers(owning_model(skeleton, meta), module, "cpu")
     return module
+
+
+def _run_dry(skeleton: Any, meta: nn.Module, call: Call, hidden_BTD: Tensor) -> None:
+    """Run a copy of one block without its products, for what it writes into the containers of the call."""
+    module = _with_memory(skeleton, meta)
+    parameters = {name: p for name, p in module.named_parameters() if p.dim() >= 2}
+    with torch.no_grad(), WeightUses(parameters, [hidden_BTD, call.args, call.kwargs], 0):
+        module(hidden_BTD.clone(), *call.args, **call.kwargs)
 
 
 def _read_products(

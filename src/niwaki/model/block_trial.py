@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from niwaki.model.anatomy import PROBE_TOKENS, Call, find_blocks, run_stubbed
+from niwaki.model.anatomy import find_blocks, run_stubbed
+from niwaki.model.block_calls import Call
 from niwaki.model.hf import Shapes, build_skeleton, materialize_buffers, resize
 
 SAME = 1e-8  # relative squared error of two orders of the same float32 sums
@@ -33,7 +34,7 @@ class TrialModel:
     path: str
     blocks: nn.ModuleList
     calls: list[Call]
-    hidden_size: int
+    shape: torch.Size
 
     @classmethod
     def of(cls, config: Any, tuple_size: int | None, shapes: Shapes | None = None) -> "TrialModel":
@@ -46,15 +47,15 @@ class TrialModel:
             resize(skeleton, shapes)
         path, blocks = find_blocks(skeleton)
         calls: list[Call] = []
-        sizes: list[int] = []
+        shapes_met: list[torch.Size] = []
 
         def record(index: int, call: Call, hidden_BTD: Tensor) -> Any:
             calls.append(call)
-            sizes.append(hidden_BTD.shape[-1])
+            shapes_met.append(hidden_BTD.shape)
             return hidden_BTD if tuple_size is None else (hidden_BTD, *[None] * (tuple_size - 1))
 
         run_stubbed(skeleton, path, blocks, record)
-        return cls(skeleton, path, blocks, calls, sizes[0])
+        return cls(skeleton, path, blocks, calls, shapes_met[0])
 
     def parameters(self, index: int) -> dict[str, Tensor]:
         """Return the parameters of a block on the meta device."""
@@ -78,7 +79,7 @@ class TrialModel:
     def input(self) -> Tensor:
         """Return the hidden states [1, T, D] that every block runs on."""
         generator = torch.Generator().manual_seed(1)
-        return torch.randn(1, PROBE_TOKENS, self.hidden_size, generator=generator)
+        return torch.randn(self.shape, generator=generator)
 
 
 def same(found: Tensor, wanted: Tensor) -> bool:

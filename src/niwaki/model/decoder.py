@@ -15,7 +15,7 @@ Legend: B windows in a batch, T tokens, D hidden size, O outputs, I inputs, V vo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,12 @@ from niwaki.formats.packed import PackedTensors
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.anatomy import (
     BlockAnatomy,
-    Call,
     Linear,
     discover,
     find_blocks,
     outer_modules,
-    stubbed,
 )
+from niwaki.model.block_calls import Call, record_calls, stubbed
 from niwaki.model.checkpoint import STORED_DTYPES, TIE, Checkpoint
 from niwaki.model.device import return_free_memory, to_host
 from niwaki.model.hf import (
@@ -46,7 +45,7 @@ from niwaki.model.hf import (
     split_converted,
     weight_names,
 )
-from niwaki.model.logits import one_position, position_slices, vocabulary_of
+from niwaki.model.logits import position_slices, vocabulary_of
 from niwaki.model.matmul_observer import MatmulObserver, weight_pointers
 from niwaki.model.unread import Unread
 
@@ -378,25 +377,23 @@ class Decoder:
 
     def embed(self, ids_BT: Tensor) -> tuple[Tensor, list[Call]]:
         """Return the hidden state [B, T, D] before the first block, and the call of each block for this batch shape."""
-        calls: list[Call] = []
-        entered: list[Tensor] = []
+        dims = self.anatomy.layout.dims
 
-        def stub(index: int, call: Call, x_BTD: Tensor) -> Any:
-            if index == 0:
-                entered.append(x_BTD)
-            calls.append(call)
-            return self.anatomy.blocks[index].wrap(x_BTD)
+        def output(index: int, call: Call, hidden: Tensor) -> Any:
+            return self.anatomy.blocks[index].wrap(hidden)
 
-        with torch.no_grad(), one_position(self.model):
-            self._run_outer(ids_BT, stub)
-        return entered[0], calls
+        with torch.no_grad():
+            self._load_outer_once()
+            met = record_calls(self._blocks, lambda: self._run_model(ids_BT), output)
+        return met[0][1].movedim(dims, (0, 1)), [replace(call, dims=dims) for call, _ in met]
 
     def logits(self, ids_BT: Tensor, x_BTD: Tensor) -> Tensor:
         """Return the logits [B, T, V] of the hidden state after the last block. They are differentiable if it is."""
         last = len(self) - 1
+        as_passed = x_BTD.movedim((0, 1), self.anatomy.layout.dims)
 
         def stub(index: int, call: Call, hidden_BTD: Tensor) -> Any:
-            return self.anatomy.blocks[index].wrap(x_BTD if index == last else hidden_BTD)
+            return self.anatomy.blocks[index].wrap(as_passed if index == last else hidden_BTD)
 
         with torch.set_grad_enabled(x_BTD.requires_grad):
             logits: Tensor = self._run_outer(ids_BT, stub).logits
@@ -416,10 +413,16 @@ class Decoder:
         self._outer_loaded = False
 
     def _run_outer(self, ids_BT: Tensor, stub: Callable[[int, Call, Tensor], Any]) -> Any:
+        self._load_outer_once()
+        with stubbed(self._blocks, stub):
+            return self._run_model(ids_BT)
+
+    def _run_model(self, ids_BT: Tensor) -> Any:
+        return self.model(input_ids=ids_BT.to(self.device), use_cache=False)
+
+    def _load_outer_once(self) -> None:
         if not self._outer_loaded:
             self.load_outer()
-        with stubbed(self._blocks, stub):
-            return self.model(input_ids=ids_BT.to(self.device), use_cache=False)
 
     def load_outer(self, stored: dict[str, Tensor] | None = None) -> None:
         """Read embeddings, final norm and LM head to the device, from `stored` (names on disk) if given."""

@@ -84,7 +84,18 @@ def materialize_buffers(skeleton: Any, module: nn.Module, device: torch.device |
             part._buffers[name] = torch.zeros_like(buffer, device=device)
         if missing:
             with torch.no_grad():
-                skeleton._init_weights(part)  # transformers computes such buffers there
+                owning_model(skeleton, part)._init_weights(part)  # transformers computes such buffers there
+
+
+def owning_model(skeleton: Any, module: nn.Module) -> Any:
+    """Return the innermost model of transformers around `module`: it knows how to initialize it."""
+    from transformers import PreTrainedModel
+
+    owner = skeleton
+    for model in skeleton.modules():  # outer ones first
+        if isinstance(model, PreTrainedModel) and any(part is module for part in model.modules()):
+            owner = model
+    return owner
 
 
 @dataclass(frozen=True)

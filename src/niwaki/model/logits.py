@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from niwaki.errors import ArchitectureError, InputError
-from niwaki.model.anatomy import Call, find_blocks, stubbed
+from niwaki.model.anatomy import find_blocks
+from niwaki.model.block_calls import Call, hidden_dims, stubbed
 
 LOGIT_BYTES = 256 * 2**20
 FLOAT_BYTES = 4
@@ -58,7 +59,7 @@ def logits_of_part(logits: Logits, ids_BT: Tensor, x_BTD: Tensor, part: slice | 
     """
     if isinstance(part, slice) and part == slice(0, ids_BT.numel()):
         return logits(ids_BT, x_BTD).flatten(0, 1)
-    x_N1D = x_BTD.flatten(-3, -2)[..., part, :].unsqueeze(-2)
+    x_N1D = x_BTD.flatten(0, 1)[part].unsqueeze(1)
     return logits(ids_BT.reshape(-1)[part, None], x_N1D).squeeze(1)
 
 
@@ -107,9 +108,10 @@ class FinalStates:
 
     model: Any
     sizes: dict[int, int | None] = field(default_factory=dict)  # of the tuple that a block returns
+    dims: tuple[int, int] = (0, 1)  # of windows and tokens in the model's own hidden states
 
     def run(self, ids_BT: Tensor, **inputs: Any) -> Tensor:
-        """Run the model and return the hidden states [B, T, D]. The LM head gets one position only."""
+        """Run the model and return the hidden states [B, T, …, D]. The LM head gets one position only."""
         blocks = find_blocks(self.model)[1]
         found: list[Tensor] = []
 
@@ -128,14 +130,20 @@ class FinalStates:
         finally:
             for hook in hooks:
                 hook.remove()
-        return found[0]
+        if found[0].dim() > 3:
+            self.dims = hidden_dims(blocks, self._embed)
+        return found[0].movedim(self.dims, (0, 1))
+
+    def _embed(self, count: int, tokens: int) -> Any:
+        ids_BT = torch.zeros(count, tokens, dtype=torch.int64, device=self.model.device)
+        return self.model(input_ids=ids_BT, use_cache=False)
 
     def logits(self, ids_BT: Tensor, x_BTD: Tensor) -> Tensor:
         """Return the logits [B, T, V] of hidden states."""
         blocks = find_blocks(self.model)[1]
 
         def stub(index: int, call: Call, hidden_BTD: Tensor) -> Any:
-            out_BTD = x_BTD if index == len(blocks) - 1 else hidden_BTD
+            out_BTD = x_BTD.movedim((0, 1), self.dims) if index == len(blocks) - 1 else hidden_BTD
             size = self.sizes[index]
             return out_BTD if size is None else (out_BTD, *[None] * (size - 1))
 

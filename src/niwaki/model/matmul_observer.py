@@ -49,7 +49,9 @@ class MatmulObserver(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._observed(func, args, kwargs) and self.dry:
-            return fake_result(func, args, kwargs)
+            fake = fake_result(func, args, kwargs)
+            followed = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
+            return fake + 0 * followed[0].sum() if followed else fake  # still follows from x for autograd
         result = func(*args, **kwargs)
         if func in CASTS and add_cast(self.pointers, args[0], result):
             self._casts.append(result)

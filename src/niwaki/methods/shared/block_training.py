@@ -30,7 +30,7 @@ from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
 from niwaki.methods.cost import Scope, Work, learning
 from niwaki.methods.shared.best_state import BestState, cosine
-from niwaki.model.anatomy import Call
+from niwaki.model.block_calls import Call
 from niwaki.model.decoder import Block
 
 TARGETS = ("block", "dense", "both")
@@ -93,7 +93,7 @@ class Reconstruction:
 
     def _token_errors(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
         """Return ‖y − t‖² / ‖t‖² of every token [B, T]."""
-        call = self.stream.call(len(windows), self.block.index)
+        call = self.stream.call(windows, self.block.index)
         y_BTD = run_with(self.block, parameters, call, self.stream.hidden.take(windows))
         t_BTD = self._target_outputs(windows)
         return (y_BTD.float() - t_BTD).square().sum(-1) / t_BTD.square().sum(-1).clamp_min(1e-12)
