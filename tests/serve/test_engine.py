@@ -100,6 +100,25 @@ def test_scores_are_those_of_a_plain_forward(engine: Engine) -> None:
         assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
+def test_scores_of_a_prompt_keep_to_the_budget_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make(build(families()["llama"].config), chunk=32)
+    sizes: list[int] = []
+    engine.model.lm_head.register_forward_hook(lambda _module, _args, out: sizes.append(out.shape[1]))
+    engine.start()
+    found = []
+    for limit, largest in ((2**28, 11), (3 * 4 * 96, 3), (4 * 96, 2)):  # one token alone would be a step of an answer
+        monkeypatch.setattr("niwaki.model.logits.LOGIT_BYTES", limit)
+        asked = Asked(list(range(1, 12)), most=1, logprobs=3, score_prompt=True)
+        engine.submit(asked.job)
+        found.append([one.logprob for event in asked.wait() if isinstance(event, Prefilled) for one in event.scored])
+        assert max(sizes) == largest
+        sizes.clear()
+    engine.close()
+    assert len(found[0]) == 11
+    for scores in found[1:]:
+        assert scores[1:] == pytest.approx(found[0][1:], abs=1e-5)
+
+
 def test_a_seed_gives_the_same_tokens_whatever_runs_beside_it(engine: Engine) -> None:
     engine.start()
     settings = {"most": 12, "temperature": 1.0, "seed": 7}

@@ -27,6 +27,7 @@ from niwaki.model.block_calls import Call, hidden_dims, stubbed
 
 LOGIT_BYTES = 256 * 2**20
 FLOAT_BYTES = 4
+PIECE_ELEMENTS = 2**22  # 16 MB in float32
 IGNORED = -100  # target of a position that predicts nothing, as in torch
 
 Logits = Callable[[Tensor, Tensor], Tensor]  # (ids_BT, x_BTD) → logits [B, T, V]
@@ -50,6 +51,12 @@ def position_slices(count: int, vocabulary: int, logit_bytes: int | None = None)
             f"({vocabulary} tokens in the vocabulary): give at least that many"
         )
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def row_pieces(values_NV: Tensor) -> tuple[Tensor, ...]:
+    """Cut a tensor into pieces of rows, because torch copies what it sums in a wider type."""
+    pieces: tuple[Tensor, ...] = values_NV.split(max(1, PIECE_ELEMENTS // values_NV.shape[-1]))
+    return pieces
 
 
 def logits_of_part(logits: Logits, ids_BT: Tensor, x_BTD: Tensor, part: slice | Tensor) -> Tensor:

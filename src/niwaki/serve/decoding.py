@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from niwaki.model.logits import position_slices, vocabulary_of
 from niwaki.serve.batch import Batch, SequenceState, batch_for
 from niwaki.serve.jobs import Decoded, Failed, Finished, Job, Prefilled
 from niwaki.serve.prometheus import Metrics
@@ -104,6 +105,8 @@ class Decoding:
         """Prefill the next chunk of a prompt. After the last chunk, choose the first token of the answer."""
         job = sequence.job
         remaining = len(job.ids) - sequence.prefilled
+        if job.score_prompt:  # logits of all its tokens; a single token would be a step of an answer
+            chunk = min(chunk, max(2, position_slices(remaining, vocabulary_of(self.model))[0].stop))
         chunks = math.ceil(remaining / chunk)
         until = sequence.prefilled + math.ceil(remaining / chunks)  # equal chunks: the last has more than one token
         try:
@@ -191,7 +194,7 @@ def _score_prompt(sequence: ActiveSequence, until: int, logits_TV: Tensor) -> No
     tokens = list(sequence.job.ids[until - len(before_TV) : until])
     if tokens:
         sequence.scored += score_all(before_TV, tokens, sequence.job.logprobs or 0)
-    sequence.last_logits_V = logits_TV[-1]
+    sequence.last_logits_V = logits_TV[-1].clone()  # a view would keep those of the whole chunk
 
 
 def _finish(sequence: ActiveSequence, reason: str) -> bool:

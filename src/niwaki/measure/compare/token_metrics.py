@@ -26,6 +26,7 @@ from niwaki.data.texts import read_evaluation
 from niwaki.errors import NumericalError
 from niwaki.measure.intervals import Floats, mean_interval, share_interval
 from niwaki.measure.schema import DataQuality, Estimate, Example, Quality, SampleUnit, TokenDivergence
+from niwaki.model.logits import row_pieces
 
 MIN_DOCUMENTS = 20
 PASSAGE_TOKENS = 32
@@ -100,7 +101,12 @@ def score_text(
 def _score_positions(dense_NV: Tensor, model_NV: Tensor, wanted_N: Tensor) -> tuple[Tensor, ...]:
     """Return both likelihoods, the KL divergence and both most likely tokens, by position, from log-probabilities."""
     wanted_N1 = wanted_N[:, None].to(dense_NV.device)
-    kl_N = (dense_NV.exp() * (dense_NV - model_NV)).sum(-1, dtype=torch.float64).clamp_min(0)  # of rounding errors
+    kl_N = torch.cat(
+        [
+            (theirs_NV - own_NV).mul_(theirs_NV.exp()).sum(-1, dtype=torch.float64)
+            for theirs_NV, own_NV in zip(row_pieces(dense_NV), row_pieces(model_NV), strict=True)
+        ]
+    ).clamp_min(0)  # of rounding errors
     nlls = (-logprobs_NV.gather(1, wanted_N1)[:, 0].double() for logprobs_NV in (dense_NV, model_NV))
     return tuple(values.cpu() for values in (*nlls, kl_N, dense_NV.argmax(-1), model_NV.argmax(-1)))
 

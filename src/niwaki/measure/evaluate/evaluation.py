@@ -13,7 +13,7 @@ Legend: S windows, T tokens, N positions, V vocabulary.
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from niwaki.measure.evaluate.tasks import buckets, read_items, score
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.model.device import pick_device, pick_dtype
+from niwaki.model.logits import row_pieces
 from niwaki.runtime.contextual.predictor_files import has_shadow
 
 SEQ_LEN = 1024
@@ -146,11 +147,11 @@ def _about_rows(texts: dict[str, EvaluationWindows]) -> dict[str, Any]:
 
 
 def compare_windows(
-    ids_ST: Tensor, logits: Callable[[int, slice], list[Tensor]], parts: Sequence[slice]
+    ids_ST: Tensor, logits: Callable[[int, slice], Iterable[Tensor]], parts: Sequence[slice]
 ) -> dict[str, float]:
     """Return perplexity, and with a reference KL and top-1 agreement, over all windows.
 
-    `logits(row, part)` returns those of a part of the positions of one window, [N, V]: of the model and, optionally, of
+    `logits(row, part)` yields those of a part of the positions of one window, [N, V]: of the model and, optionally, of
     the reference. `parts` cover the T positions of a window.
     """
     nll = reference_nll = kl = agree = 0.0
@@ -169,8 +170,11 @@ def compare_windows(
             compared = True
             reference_NV = logprobs[1]
             reference_nll -= _total(reference_NV.gather(1, wanted_N1))
-            kl += _total(reference_NV.exp() * (reference_NV - model_NV))
             agree += _total(reference_NV.argmax(-1) == model_NV.argmax(-1))
+            kl += sum(
+                _total((theirs_NV - own_NV).mul_(theirs_NV.exp()))
+                for theirs_NV, own_NV in zip(row_pieces(reference_NV), row_pieces(model_NV), strict=True)
+            )
     result = {"perplexity": math.exp(nll / count)}
     if compared:
         result |= {
@@ -190,8 +194,10 @@ def _compare_all(states: list[FinalHiddenStates], paths: list[str]) -> dict[str,
     for path in paths:
         streams = [(one, one.windows[path]) for one in states]
 
-        def logits(row: int, part: slice, streams: list[tuple[FinalHiddenStates, Stream]] = streams) -> list[Tensor]:
-            return [one.logits(stream, row, part) for one, stream in streams]
+        def logits(
+            row: int, part: slice, streams: list[tuple[FinalHiddenStates, Stream]] = streams
+        ) -> Iterable[Tensor]:
+            return (one.logits(stream, row, part) for one, stream in streams)
 
         parts = max((one.window_parts(stream) for one, stream in streams), key=len)  # the wider vocabulary decides
         for name, value in compare_windows(streams[0][1].ids_ST, logits, parts).items():
