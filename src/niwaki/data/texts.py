@@ -273,8 +273,7 @@ def sampled_windows(
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         decoder: Any = auto_class(config).from_pretrained(model, config=config, trust_remote_code=False)
     decoder.to(device).eval()
-    config = decoder.config
-    start = begin.ids or tuple(one for one in (config.bos_token_id, config.eos_token_id) if one is not None)[:1]
+    start = begin.ids or _start_token(config.get_text_config())
     if not start:
         raise CalibrationError(f"{model} names no start token to sample from: give --calibration FILE")
     torch.manual_seed(seed)
@@ -302,6 +301,12 @@ def sampled_windows(
             )[:, len(start) - len(begin.ids) :].cpu()
         )
     return torch.cat(rows)
+
+
+def _start_token(config: Any) -> tuple[int, ...]:
+    """Return the token with which a text of the model begins, or the one that ends the text before; () for none."""
+    named = (getattr(config, name, None) for name in ("bos_token_id", "eos_token_id"))
+    return tuple(one[0] if isinstance(one, list) else one for one in named if one is not None)[:1]
 
 
 def _text_limit(max_tokens: int | None, seq_len: int, room: int) -> int | None:

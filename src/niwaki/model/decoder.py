@@ -336,16 +336,18 @@ class Decoder:
 
     def packable(self, index: int) -> frozenset[str]:
         """Return the matrices that are the whole weight of an nn.Linear and lie on disk unconverted, as one tensor."""
-        prefix, anatomy = self.anatomy.prefix(index), self.anatomy.blocks[index]
-        return frozenset(
-            name
-            for name, linear in anatomy.linears.items()
-            if linear.parameter == name + WEIGHT
-            and linear.expert is None
-            and not linear.transposed
-            and prefix + name in self.names.modules
-            and isinstance(self._blocks[index].get_submodule(name), nn.Linear)
-        )
+        return frozenset(name for name in self.anatomy.blocks[index].linears if not self.dense_reason(index, name))
+
+    def dense_reason(self, index: int, name: str) -> str:
+        """Return what a matrix is that can only be stored dense; empty for a packable one."""
+        linear = self.anatomy.blocks[index].linears[name]
+        if linear.expert is not None:
+            return "slices of fused experts"
+        if linear.transposed:
+            return "stored transposed"
+        if linear.parameter != name + WEIGHT or not isinstance(self._blocks[index].get_submodule(name), nn.Linear):
+            return "outside linear layers"
+        return "" if self.anatomy.prefix(index) + name in self.names.modules else "converted when they are loaded"
 
     def disk_tensors(self, block: Block) -> dict[str, Tensor]:
         """Return all tensors of a block under their names on disk. Unchanged tensors are bit-identical.

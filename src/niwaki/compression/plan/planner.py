@@ -103,6 +103,7 @@ def plan(
     peak = max((peak for _, peak in taken), key=lambda peak: peak.device_bytes or peak.rss_bytes)
     warnings = decoder.warnings(drop_unused=made.drop_unused)
     warnings += [note for stage in stages for note in _notes(stage.stage)]
+    warnings += _dense_warnings(last.stored, first.model)
     warnings += _check_memory(peak, machine.device, machine.memory_bytes, machine.name)
     if gpu is None or machine.device == "cpu":
         warnings += _check_disk(out, CERTAIN_BYTES * max(stage.written_bytes for stage in stages), disk)
@@ -123,6 +124,7 @@ def plan(
         "money": _money(decode, total, price_per_hour, tokens_per_day),
         "unread": decoder.unread.record(kept=not made.drop_unused),
         "towers": towers_record(decoder),
+        "dense": last.stored.dense.record(),
         "warnings": warnings,
     }
 
@@ -147,6 +149,7 @@ def check_possible(decoder: Decoder, stage: ResolvedStage, out: Path, report: Re
     total = torch.cuda.get_device_properties(device).total_memory if cuda else psutil.virtual_memory().total
     base = psutil.Process().memory_info().rss
     peak = memory(model, work, device.type, total, stage.recipe, base)
+    dense: list[str] = []
     if stage.kind is MethodKind.CONTEXTUAL:
         written = 0.0
     elif stage.kind is MethodKind.SHAPE:
@@ -156,8 +159,9 @@ def check_possible(decoder: Decoder, stage: ResolvedStage, out: Path, report: Re
         blocks = model.file_bytes - outside - model.unread_bytes
         written = (1 - min(1.0, 1.3 * stage.target.zeros_frac)) * blocks + kept
     else:
-        written = stored_sizes(decoder, model, stage).file_bytes
-    warnings = _check_memory(peak, device.type, total, str(device))
+        stored = stored_sizes(decoder, model, stage)
+        written, dense = stored.file_bytes, _dense_warnings(stored, model)
+    warnings = dense + _check_memory(peak, device.type, total, str(device))
     # An unfinished run is there already: it is resumed, or replaced.
     there = sum(path.stat().st_size for path in partial_of(out).rglob("*") if path.is_file())
     certain, needed = max(CERTAIN_BYTES * written - there, 0), max(written + peak.scratch_bytes - there, 0)
@@ -254,6 +258,12 @@ def _check_disk(out: Path, certain_bytes: float, needed_bytes: int) -> list[str]
     except OutputError as error:
         return [f"{error} (with files that live only while it runs)"]
     return []
+
+
+def _dense_warnings(stored: StoredSizes, model: ModelSizes) -> list[str]:
+    """Return what matrices without a packed form cost, if there are any that the recipe would pack."""
+    matrices = sum(len(block.matrices) for block in model.blocks)
+    return [stored.dense.message(matrices)] if stored.dense.reasons else []
 
 
 def _bits(planned: PlannedStage) -> float:

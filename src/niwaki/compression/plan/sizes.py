@@ -4,7 +4,10 @@ The bytes of a file follow from the shapes. The method that stores codes counts 
 zeros in place keep their size, and packed nonzeros take their values and positions.
 """
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from niwaki.compression.embeddings import GROUPS, WIDTHS, embeddings_to_pack
 from niwaki.compression.resolve import ResolvedStage
@@ -27,14 +30,14 @@ CODE_TENSORS = 3  # per matrix of codes: planes, scales, offsets or zero codes
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a block. `packable`: it can be stored as codes. `reach`: the share of the tokens that it sees."""
+    """One matrix of a block. `dense_reason`: see `Decoder`. `reach`: the share of the tokens that it sees."""
 
     name: str
     rows: int
     columns: int
     group: str
     itemsize: int
-    packable: bool
+    dense_reason: str
     reach: float
 
     @property
@@ -102,6 +105,27 @@ class ModelSizes:
 
 
 @dataclass(frozen=True)
+class DenseSizes:
+    """Matrices that can only be stored dense: their bytes, those of their packed form, their numbers by reason."""
+
+    nbytes: int = 0
+    packed_bytes: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)
+
+    def message(self, matrices: int) -> str:
+        """Return a warning for a model with this number of `matrices`."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
+        return (
+            f"{sum(self.reasons.values())} of {matrices} matrices have no packed form ({reasons}): they take "
+            f"{self.nbytes / 1e6:,.1f} MB, packed they would take {self.packed_bytes / 1e6:,.1f} MB"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return the field `dense` of a plan."""
+        return {"bytes": self.nbytes, "packed_bytes": self.packed_bytes, "reasons": dict(self.reasons)}
+
+
+@dataclass(frozen=True)
 class StoredSizes:
     """Sizes of a result: bytes of the weight files, bits a weight in the blocks, and bytes read per token."""
 
@@ -109,6 +133,7 @@ class StoredSizes:
     matrix_bits: float
     read_bytes: float
     largest_block_bytes: int
+    dense: DenseSizes = DenseSizes()
 
 
 def sizes_of(decoder: Decoder) -> ModelSizes:
@@ -124,11 +149,10 @@ def sizes_of(decoder: Decoder) -> ModelSizes:
     blocks = []
     for index, anatomy in enumerate(decoder.anatomy.blocks):
         names = decoder.disk_names(index)
-        packable = decoder.packable(index)
         matrices = tuple(
             Matrix(
-                linear.name, linear.rows, linear.columns, linear.group, itemsize, linear.name in packable,
-                1.0 if linear.expert is None else share,
+                linear.name, linear.rows, linear.columns, linear.group, itemsize,
+                decoder.dense_reason(index, linear.name), 1.0 if linear.expert is None else share,
             )
             for linear in anatomy.linears.values()
         )  # fmt: skip
@@ -157,29 +181,36 @@ def stored_sizes(decoder: Decoder, model: ModelSizes, stage: ResolvedStage) -> S
     """Return the sizes of the files of a result. Raises TargetError for a matrix that cannot meet the target."""
     steps, target, recipe = stage.steps, stage.target, stage.recipe
     files, matrices, read, largest = 0, 0, 0.0, 0
-    known: dict[tuple[int, int, bool], int] = {}  # experts are many, and alike
+    known: dict[tuple[int, int], int | None] = {}  # experts are many, and alike
+    dense_bytes, packed_bytes, reasons = 0, 0, Counter[str]()
     by_need = recipe.allocation == "sensitivity" and _has_room(model, steps[-1], target)
     for index, block in enumerate(model.blocks):
-        total, names = block.other_bytes, block.tensors
+        total, more = block.other_bytes, 0
         met: float = block.other_bytes
         for matrix in block.matrices:
-            key = matrix.rows, matrix.columns, matrix.packable
+            key = matrix.rows, matrix.columns
             if key not in known:
                 full = f"{decoder.anatomy.prefix(index)}{matrix.name}"
-                known[key] = _matrix_bytes(full, matrix, steps[-1], target, recipe, by_need)
-            nbytes = known[key]
-            names += 0 if nbytes == matrix.dense_bytes else CODE_TENSORS - 1
+                known[key] = _packed_bytes(full, matrix, steps[-1], target, recipe, by_need)
+            packed_size = known[key]
+            nbytes = matrix.dense_bytes if packed_size is None or matrix.dense_reason else packed_size
+            if packed_size is not None and matrix.dense_reason:
+                dense_bytes, packed_bytes = dense_bytes + nbytes, packed_bytes + packed_size
+                reasons[matrix.dense_reason] += 1
+            more += 0 if nbytes == matrix.dense_bytes else CODE_TENSORS - 1
             total += nbytes
             matrices += nbytes
             met += nbytes * matrix.reach
-        files += total + _header(decoder, index, names, block.tensors)
+        files += total + _header(decoder.disk_names(index), more)
         read += met
         largest = max(largest, total)
     packed = _packed_embeddings(decoder, recipe, target)
-    files += model.embeddings_bytes - packed[0] + packed[1] + _header(decoder, None, 0, 0)
-    files += model.tower_bytes + (0 if recipe.drop_unused else model.unread_bytes)
+    files += model.embeddings_bytes - packed[0] + packed[1] + _header(decoder.disk_names(None), packed[2])
+    copied = [*decoder.tower_names, *(() if recipe.drop_unused else decoder.unread.names)]
+    files += sum(decoder.checkpoint.tensors[name].nbytes for name in copied) + (_header(copied) if copied else 0)
     head = model.head_bytes if not packed[0] else model.head_bytes * packed[1] / packed[0]
-    return StoredSizes(files, 8 * matrices / max(model.weights, 1), read + head, largest)
+    dense = DenseSizes(dense_bytes, packed_bytes, dict(reasons))
+    return StoredSizes(files, 8 * matrices / max(model.weights, 1), read + head, largest, dense)
 
 
 def _has_room(model: ModelSizes, step: Step, target: Target) -> bool:
@@ -190,7 +221,10 @@ def _has_room(model: ModelSizes, step: Step, target: Target) -> bool:
     return least < target.bits * model.weights
 
 
-def _matrix_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe: Recipe, by_need: bool) -> int:
+def _packed_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe: Recipe, by_need: bool) -> int | None:
+    """Return the bytes of the packed form that the recipe takes for a matrix, None if it takes the dense one."""
+    if recipe.pack == "none":
+        return None
     own = target
     if by_need and isinstance(target, Bits):  # the others compensate for what the smallest need
         own = Bits(max(target.bits, step.min_bits(matrix.rows, matrix.columns)))
@@ -199,7 +233,7 @@ def _matrix_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe:
         nbytes = min(nbytes, _coded_bytes(matrix, target, step.group or matrix.columns) or nbytes)
     if nbytes is None and recipe.pack == "auto":
         nbytes = _nonzero_bytes(matrix, target)
-    return matrix.dense_bytes if nbytes is None or recipe.pack == "none" or not matrix.packable else nbytes
+    return nbytes
 
 
 def _nonzero_bytes(matrix: Matrix, target: Target) -> int | None:
@@ -228,25 +262,27 @@ def _fits_two_four(zeros: Target) -> bool:
     return isinstance(zeros, NM) and zeros.group == 4 and zeros.keep <= 2
 
 
-def _header(decoder: Decoder, index: int | None, names: int, own: int) -> int:
-    """Return the bytes of the header of a shard: an entry for every tensor."""
-    tensors = decoder.disk_names(index)
-    long = sum(len(name) for name in tensors) / max(len(tensors), 1)
-    count = max(names, len(tensors)) if own else len(tensors)
-    return FILE_HEADER + round(count * (TENSOR_HEADER - 12 + long))
+def _header(names: Sequence[str], more: int = 0) -> int:
+    """Return the bytes of the header of a shard: an entry for each of `names`, and for `more` tensors of codes."""
+    long = sum(len(name) for name in names) / max(len(names), 1)
+    return FILE_HEADER + round((len(names) + more) * (TENSOR_HEADER - 12 + long))
 
 
-def _packed_embeddings(decoder: Decoder, recipe: Recipe, target: Target) -> tuple[int, int]:
-    """Return the bytes of embeddings and head before and after they become codes; zeros if they stay."""
+def _packed_embeddings(decoder: Decoder, recipe: Recipe, target: Target) -> tuple[int, int, int]:
+    """Return the bytes of embeddings and head before and after they become codes, and how many more tensors they are.
+
+    Return zeros if they stay.
+    """
     if recipe.embeddings == "none":
-        return 0, 0
-    before = after = 0
+        return 0, 0, 0
+    before = after = more = 0
     for module, names in embeddings_to_pack(recipe, target, decoder).items():
         rows, columns = decoder.checkpoint.tensors[names[0]].shape
         group = next(group for group in GROUPS if columns % group == 0)
         before += sum(decoder.checkpoint.tensors[name].nbytes for name in names)
         after += uniform_bytes(module + WEIGHT, rows, columns, WIDTHS[recipe.embeddings], group, symmetric=False)
-    return before, after
+        more += CODE_TENSORS - len(names)
+    return before, after, more
 
 
 def shaped_sizes(model: ModelSizes, space: ShapeSpace, shape: PrunedShape) -> ModelSizes:
