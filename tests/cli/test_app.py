@@ -78,7 +78,7 @@ WRONG = [
     (["compress", "{model}", "{tmp}/out", "--target", "0.5"], "method is missing: give one"),
     (["compress", "{model}", "{tmp}/out", "--method", "sparsgpt", "--target", "0.5"], "did you mean 'sparsegpt'"),
     (
-        ["compress", "{model}", "{tmp}/out", "--method", "wanda", "--target", "0.5"],
+        ["compress", "{model}", "{tmp}/out", "--method", "wanda", "--target", "0.5", "--seq-len", "65"],
         "64 positions of the model: pass --seq-len 64",
     ),
     (["compress", "{model}", "{tmp}/out", "--method", "wanda", "--target", "0.5", "--set", "a"], "expected key=value"),

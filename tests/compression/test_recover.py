@@ -90,7 +90,7 @@ def test_a_recovery_that_does_not_help_writes_nothing(pruned: Path, text: str, t
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"seq_len": 128}, InputError, "longer than the model's 64 positions"),
+        ({"seq_len": 128}, InputError, "longer than the 64 positions of the model"),
         ({"samples": 4}, InputError, "samples of at least 8"),
         ({"steps": 0}, InputError, "at least 1"),
         ({"data": "gone.jsonl"}, InputError, "gone.jsonl"),

@@ -53,9 +53,29 @@ def test_a_missing_file_is_told_before_a_window_that_is_too_long(model: Path, te
     request: dict[str, Any] = {"method": "wanda", "target": 0.5, "device": "cpu"}
     with pytest.raises(InputError, match="no such text file"):
         niwaki.compress(model, tmp_path / "out", calibration=str(tmp_path / "no.txt"), **request)
-    with pytest.raises(InputError, match=r"seq_len 2048 \(the default\) is longer than the 64 positions"):
-        niwaki.compress(model, tmp_path / "out", calibration=text, **request)
+    with pytest.raises(InputError, match="seq_len 65 is longer than the 64 positions"):
+        niwaki.compress(model, tmp_path / "out", calibration={"files": [str(text)], "seq_len": 65}, **request)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_default_window_that_is_too_long_is_lowered_and_said(model: Path, text: Path, tmp_path: Path) -> None:
+    messages: list[str] = []
+
+    def report(event: str, **fields: Any) -> None:
+        messages.append(str(fields.get("message")))
+
+    calibration = {"files": [str(text)], "samples": 4}
+    request: dict[str, Any] = {"method": "wanda", "target": 0.5, "device": "cpu", "calibration": calibration}
+    record = niwaki.compress(model, tmp_path / "out", report=report, **request)
+    assert record["calibration"]["windows"] == [4, 64]
+    assert "windows of 64 tokens: the default of 2048 is longer than the positions of the model" in messages
+    own = {"files": [str(text)], "samples": 4, "seq_len": 64}
+    niwaki.compress(model, tmp_path / "own", **{**request, "calibration": own})
+    own_files, files = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")} for name in ("own", "out")
+    )
+    assert files and files == own_files
+    niwaki.plan(str(model), method="wanda", target=0.5, calibration=calibration)
 
 
 def test_nan_weights_name_the_tensor_and_leave_nothing(model: Path, text: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from niwaki.config.events import Report, silent
 from niwaki.config.recipe import BosPolicy, as_files, current_name
 from niwaki.config.sources import check_sources
 from niwaki.data.stream import Stream
-from niwaki.data.texts import check_seq_len, load_tokenizer, read_calibration
+from niwaki.data.texts import fit_seq_len, load_tokenizer, read_calibration
 from niwaki.errors import InputError
 from niwaki.methods import shadow
 from niwaki.model.checkpoint import Checkpoint
@@ -36,6 +36,7 @@ from niwaki.runtime.contextual.predictor_files import TENSORS, has_shadow, read_
 
 PREVIOUS = "niwaki/shadow.previous.safetensors"
 HISTORY = "niwaki/adapted.json"
+SEQ_LEN = 512
 
 
 def adapt(
@@ -43,7 +44,7 @@ def adapt(
     *,
     data: str | Path | Sequence[str | Path],
     samples: int = 128,
-    seq_len: int = 512,
+    seq_len: int = SEQ_LEN,
     field: str = "text",
     seed: int = 0,
     device: str = "auto",
@@ -66,7 +67,7 @@ def adapt(
     record = read_run(folder)
     config = _config(record)
     decoder = Decoder(Checkpoint.open(folder), pick_device(device))
-    check_seq_len(seq_len, 512, decoder.positions, str(folder))
+    seq_len = fit_seq_len(seq_len, SEQ_LEN, decoder.positions, str(folder), report or silent)
     size: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "seed": seed, "bos": bos}
     calibration = read_calibration(files, field, load_tokenizer(folder), **size, report=report or silent)
 

@@ -29,7 +29,7 @@ from niwaki.compression.run_record import (
 )
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
-from niwaki.data.texts import CalibrationWindows, digest, load_tokenizer, read_calibration
+from niwaki.data.texts import CalibrationWindows, digest, fit_seq_len, load_tokenizer, read_calibration
 from niwaki.errors import ArchitectureError, InputError, NumericalError
 from niwaki.methods.shared.best_state import BestState, cosine
 from niwaki.model.checkpoint import Checkpoint
@@ -42,6 +42,7 @@ from niwaki.model.unread import append_unread
 from niwaki.runtime.load import load
 
 CHECKS = 8
+SEQ_LEN = 512
 
 
 def recover(
@@ -55,7 +56,7 @@ def recover(
     steps: int = 200,
     batch: int = 4,
     samples: int = 256,
-    seq_len: int = 512,
+    seq_len: int = SEQ_LEN,
     seed: int = 0,
     device: str = "auto",
     bos: BosPolicy = "auto",
@@ -105,9 +106,7 @@ def recover(
 def _windows(
     skeleton: Decoder, files: tuple[str, ...], field: str, *, seq_len: int, report: Report, **size: Any
 ) -> CalibrationWindows:
-    positions = skeleton.positions
-    if positions is not None and seq_len > positions:
-        raise InputError(f"seq_len {seq_len} is longer than the model's {positions} positions: give at most that many")
+    seq_len = fit_seq_len(seq_len, SEQ_LEN, skeleton.positions, "the model", report)
     tokenizer = load_tokenizer(skeleton.checkpoint.folder)
     return read_calibration(files, field, tokenizer, seq_len=seq_len, report=report, **size)
 

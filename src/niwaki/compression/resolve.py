@@ -15,9 +15,10 @@ from niwaki.compression.allocation import ALLOCATIONS, OwlConfig, Targets, owl, 
 from niwaki.compression.bit_allocation import bits_within, kept_targets
 from niwaki.compression.shapes import ExpectedShape, expect_shape
 from niwaki.compression.stages import split_stages
-from niwaki.config.recipe import Recipe, make_options
+from niwaki.config.recipe import Calibration, Recipe, make_options
 from niwaki.config.targets import Sparsity, Target, parse_target
 from niwaki.data.statistics import Needs
+from niwaki.data.texts import fit_seq_len
 from niwaki.errors import CalibrationError, InputError, TargetError, unknown
 from niwaki.methods.method import MethodKind
 from niwaki.methods.registry import METHODS, MethodInfo, Step, make_steps, merged_needs, method_infos, method_names
@@ -123,7 +124,8 @@ def resolve_stage(
     measured = recipe.allocation != "uniform" or recipe.keep_blocks == "auto" or kind is not MethodKind.WALK
     dense_stream = dense_stream or needs.dense
     wanted = needs.anything or measured or dense_stream or bool(given.files)
-    windows, tokens = (given.samples, given.seq_len) if wanted else (0, 0)
+    seq_len = fit_seq_len(given.seq_len, Calibration().seq_len, decoder.positions, "the model")
+    windows, tokens = (given.samples, seq_len) if wanted else (0, 0)
     steps, expected = stage.steps, None
     if kind is MethodKind.CONTEXTUAL:
         _check_contextual(steps[0], decoder, windows, tokens)

@@ -77,9 +77,9 @@ def windows_for(given: Calibration, decoder: Decoder, *, seed: int, report: Repo
     positions. It is raised too if the tokenizer has ids beyond the vocabulary of the model.
     """
     check_sources(given.files)
-    check_seq_len(given.seq_len, Calibration().seq_len, decoder.positions, "the model")
+    seq_len = fit_seq_len(given.seq_len, Calibration().seq_len, decoder.positions, "the model", report)
     model, vocabulary = decoder.checkpoint.folder, decoder.checkpoint.config.get_text_config().vocab_size
-    size: dict[str, Any] = {"samples": given.samples, "seq_len": given.seq_len, "seed": seed, "bos": given.bos}
+    size: dict[str, Any] = {"samples": given.samples, "seq_len": seq_len, "seed": seed, "bos": given.bos}
     if not given.files:
         windows_ST = sampled_windows(model, **size, device=str(decoder.device), report=report)
         return CalibrationWindows(windows_ST, "sampled from the model", bos_of_model(model, given.bos))
@@ -136,14 +136,21 @@ def calibration_record(calibration: CalibrationWindows | None) -> dict[str, Any]
     }
 
 
-def check_seq_len(seq_len: int, default: int, positions: int | None, whose: str) -> None:
-    """Raise CalibrationError for windows longer than the positions of the model (None: any length)."""
-    if positions is not None and seq_len > positions:
-        given = "(the default) " if seq_len == default else ""
+def fit_seq_len(seq_len: int, default: int, positions: int | None, whose: str, report: Report = silent) -> int:
+    """Return the length of windows that fits the `positions` of a model (None: any length).
+
+    The `default` is lowered to the positions, with a warning. Raises CalibrationError for another length that is too
+    long.
+    """
+    if positions is None or seq_len <= positions:
+        return seq_len
+    if seq_len != default:
         raise CalibrationError(
-            f"seq_len {seq_len} {given}is longer than the {positions} positions of {whose}: "
-            f"pass --seq-len {positions} or less"
+            f"seq_len {seq_len} is longer than the {positions} positions of {whose}: pass --seq-len {positions} or less"
         )
+    message = f"windows of {positions} tokens: the default of {default} is longer than the positions of {whose}"
+    report(Event.WARNING, message=message)
+    return positions
 
 
 def load_tokenizer(model: str | Path) -> Any:

@@ -32,7 +32,7 @@ from torch import Tensor
 from niwaki.config.events import Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.data.bos import find_bos
-from niwaki.data.texts import check_seq_len, load_tokenizer, read_evaluation
+from niwaki.data.texts import fit_seq_len, load_tokenizer, read_evaluation
 from niwaki.errors import InputError
 from niwaki.model.logits import FinalStates, position_slices, vocabulary_of
 from niwaki.runtime.contextual.decoding import ReadText
@@ -75,7 +75,7 @@ def calibrate_gate(
     shadow = read_shadow(folder)
     model = load(folder, device=device, dense=True)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    check_seq_len(prompt_tokens + new_tokens, 0, positions, str(folder))
+    fit_seq_len(prompt_tokens + new_tokens, 0, positions, str(folder))
     tokenizer = load_tokenizer(folder)
     size: dict[str, Any] = {"seq_len": prompt_tokens + new_tokens, "max_tokens": samples * (prompt_tokens + new_tokens)}
     windows_ST = read_evaluation(files, field, tokenizer, **size, bos=bos, report=report or silent).ids_ST

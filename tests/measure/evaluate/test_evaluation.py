@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import niwaki
+from niwaki.config.events import Event
 from niwaki.data.documents import read_texts
 from niwaki.data.texts import evaluation_windows, load_tokenizer
 from niwaki.errors import CalibrationError, InputError
@@ -148,9 +149,17 @@ def test_wrong_counts(models: tuple[Path, Path, Path]) -> None:
             niwaki.evaluate(models[0], data=models[2], device="cpu", **{name: value})  # type: ignore[arg-type]
 
 
-def test_a_missing_file_comes_before_the_default_window(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_missing_file_comes_first_and_a_default_window_fits(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
     dense, _, text = models
     with pytest.raises(CalibrationError, match="no such text file"):
         niwaki.evaluate(dense, data=tmp_path / "no.txt", device="cpu")
-    with pytest.raises(CalibrationError, match=r"seq_len 1024 \(the default\) is longer than the 64 positions"):
-        niwaki.evaluate(dense, data=text, device="cpu")
+    messages: list[str] = []
+
+    def report(event: Event, **fields: Any) -> None:
+        if event is Event.WARNING:
+            messages.append(fields["message"])
+
+    by_default = niwaki.evaluate(dense, data=text, device="cpu", report=report)
+    assert by_default == niwaki.evaluate(dense, data=text, device="cpu", seq_len=64)
+    assert by_default["seq_len"] == 64
+    assert messages == [f"windows of 64 tokens: the default of 1024 is longer than the positions of {dense}"]

@@ -84,7 +84,7 @@ def bench(
     place = pick_device(device)
     checkpoint, config = _open(model)
     torch_dtype = resolve_dtype(dtype, checkpoint, config)
-    _check_lengths(config, workload)
+    workload = _fit_lengths(config, workload, report)
     items = _check_outs(items, config)
     anatomy = discover(build_skeleton(config, torch_dtype))
     with _threads(threads):
@@ -198,8 +198,12 @@ def _check_numbers(workload: Workload, threads: int | None) -> None:
         raise InputError("nothing to measure: give a batch, or tokens of a prompt")
 
 
-def _check_lengths(config: Any, workload: Workload) -> None:
+def _fit_lengths(config: Any, workload: Workload, report: Report) -> Workload:
+    """Return the workload with a default prompt that the model can take. Raises InputError for a length it cannot."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and workload.prompt_tokens == PROMPT_TOKENS > positions:
+        report(Event.WARNING, message=f"a prompt of {positions} tokens: the model has no more positions")
+        workload = workload.model_copy(update={"prompt_tokens": positions})
     decoded = workload.context + workload.new_tokens
     longest = max(workload.prompt_tokens, decoded if workload.batches else 0)
     if positions is not None and longest > positions:
@@ -207,6 +211,7 @@ def _check_lengths(config: Any, workload: Workload) -> None:
             f"prompt {workload.prompt_tokens} and context + new {decoded} tokens exceed the {positions} positions of "
             "the model: lower --prompt, --context or --new"
         )
+    return workload
 
 
 def _check_outs(items: list[BenchItem], config: Any) -> list[BenchItem]:

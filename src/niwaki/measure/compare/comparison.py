@@ -26,7 +26,7 @@ from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.data.bos import Bos, find_bos
 from niwaki.data.stream import default_batch_tokens
-from niwaki.data.texts import check_seq_len
+from niwaki.data.texts import fit_seq_len
 from niwaki.errors import InputError
 from niwaki.measure.compare.gates import CONFIDENCE, each_confidence, judge_comparison, load_gates
 from niwaki.measure.compare.inputs import (
@@ -99,8 +99,8 @@ def compare(
         check_report(Path(report), lang, overwrite=overwrite)
     sources = [str(dense), *as_files(candidates)]
     settings, tokenizer, decoders = _open_models(
-        sources, device, dtype, data=as_files(data), tasks=as_files(tasks), prompts=prompts, field=field,
-        seq_len=seq_len, max_tokens=max_tokens, limit=limit, rounds=rounds, prompt_tokens=prompt_tokens,
+        sources, device, dtype, progress or silent, data=as_files(data), tasks=as_files(tasks), prompts=prompts,
+        field=field, seq_len=seq_len, max_tokens=max_tokens, limit=limit, rounds=rounds, prompt_tokens=prompt_tokens,
         new_tokens=new_tokens, seed=seed, logit_bytes=logit_bytes, bos=bos,
     )  # fmt: skip
     folders = [decoder.checkpoint.folder for decoder in decoders[1:]]
@@ -120,7 +120,7 @@ def compare(
 
 
 def _open_models(
-    sources: list[str], device: str, dtype: str, **given: Any
+    sources: list[str], device: str, dtype: str, progress: Report, **given: Any
 ) -> tuple[ComparisonSettings, Any, list[Decoder]]:
     """Return the settings that fit all models, their tokenizer, and the decoders, the dense one first."""
     counts = {name: given[name] for name in ("seq_len", "max_tokens", "limit", "rounds")}
@@ -132,15 +132,14 @@ def _open_models(
     ]
     tokenizer = shared_tokenizer([decoder.checkpoint.folder for decoder in decoders])
     given["bos"] = find_bos(tokenizer, given["bos"]).state
-    return _resolve_settings(decoders, given), tokenizer, decoders
+    return _resolve_settings(decoders, given, progress), tokenizer, decoders
 
 
-def _resolve_settings(decoders: list[Decoder], given: dict[str, Any]) -> ComparisonSettings:
+def _resolve_settings(decoders: list[Decoder], given: dict[str, Any], report: Report) -> ComparisonSettings:
     """Return the settings with sizes that fit all models. Raises InputError for a size that does not fit."""
     positions = _min_positions(decoders)
-    for decoder in decoders:
-        if given["data"]:
-            check_seq_len(given["seq_len"], SEQ_LEN, decoder.positions, str(decoder.checkpoint.folder))
+    if given["data"]:
+        given["seq_len"] = fit_seq_len(given["seq_len"], SEQ_LEN, positions, "the models", report)
     sizes = {}
     for name, default, share in (("prompt_tokens", PROMPT_TOKENS, 2), ("new_tokens", NEW_TOKENS, 4)):
         fitting = default if positions is None else min(default, positions // share)

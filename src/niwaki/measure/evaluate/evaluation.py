@@ -27,7 +27,7 @@ from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.config.sources import check_sources
 from niwaki.data.bos import find_bos
 from niwaki.data.stream import Stream, default_batch_tokens
-from niwaki.data.texts import EvaluationWindows, check_seq_len, load_tokenizer, read_evaluation
+from niwaki.data.texts import EvaluationWindows, fit_seq_len, load_tokenizer, read_evaluation
 from niwaki.errors import InputError
 from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
 from niwaki.measure.evaluate.harness import find_tasks, run_tasks
@@ -85,7 +85,7 @@ def evaluate(
     ]
     if data or tasks:
         _check_not_contextual(str(model), decoders[0])
-    _check_pair(decoders, seq_len if data else 0)
+    seq_len = _check_pair(decoders, data, seq_len, report or silent)
     result: dict[str, Any] = {
         "model": str(model),
         "reference": None if reference is None else str(reference),
@@ -219,13 +219,14 @@ def _check_not_contextual(model: str, decoder: Decoder) -> None:
         )
 
 
-def _check_pair(decoders: list[Decoder], seq_len: int) -> None:
-    """Raise InputError if the models cannot be compared, or if the windows are too long for one of them."""
+def _check_pair(decoders: list[Decoder], data: Sequence[str], seq_len: int, report: Report) -> int:
+    """Return the length of windows that fits the models. Raises InputError if the models cannot be compared."""
     vocabularies = {d.checkpoint.config.get_text_config().vocab_size for d in decoders}
     if len(vocabularies) > 1:
         raise InputError(f"model and reference have different vocabularies ({vocabularies}): they cannot be compared")
-    for decoder in decoders:
-        check_seq_len(seq_len, SEQ_LEN, decoder.positions, str(decoder.checkpoint.folder))
+    for one in decoders if data else ():
+        seq_len = fit_seq_len(seq_len, SEQ_LEN, one.positions, str(one.checkpoint.folder), report)
+    return seq_len
 
 
 def _check_counts(**counts: tuple[int | None, int]) -> None:
