@@ -33,14 +33,15 @@ def echo(*tokens: tuple[str, float | None, dict[str, float] | None]) -> dict[str
     return {"choices": [{"logprobs": {**columns, "text_offset": offsets}}]}
 
 
+TEXT = "The cat sat"
 WHOLE = echo(("The", None, None), (" cat", -1.0, {" dog": -0.5, " cat": -1.0}), (" sat", -0.1, {" sat": -0.1}))
 
 
 def test_an_echo_is_read_token_by_token() -> None:
-    assert parse_tokens(WHOLE, 11) == [ScoredToken(3, " cat", -1.0, " dog"), ScoredToken(7, " sat", -0.1, " sat")]
+    assert parse_tokens(WHOLE, TEXT) == [ScoredToken(3, " cat", -1.0, " dog"), ScoredToken(7, " sat", -0.1, " sat")]
     more = echo(*[tuple(one) for one in zip(*(WHOLE["choices"][0]["logprobs"][name] for name in
         ("tokens", "token_logprobs", "top_logprobs")), strict=True)], (" on", -3.0, {" on": -3.0}))  # type: ignore[arg-type]  # fmt: skip
-    assert parse_tokens(more, 11) == parse_tokens(WHOLE, 11)  # one new token too many is left out
+    assert parse_tokens(more, TEXT) == parse_tokens(WHOLE, TEXT)  # one new token too many is left out
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,23 @@ def test_an_echo_is_read_token_by_token() -> None:
 )  # fmt: skip
 def test_what_is_no_echo(found: dict[str, Any]) -> None:
     with pytest.raises((KeyError, TypeError, IndexError, ValueError)):
-        parse_tokens(found, 11)
+        parse_tokens(found, TEXT)
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["offsets count them", "offsets do not"])
+@pytest.mark.parametrize("names", [("<s>",), ("[gMASK]", "<sop>")])
+def test_tokens_that_the_server_put_before_the_text_are_left_out(counted: bool, names: tuple[str, ...]) -> None:
+    added = [(name, None if not place else -9.0, {name: -9.0} if place else None) for place, name in enumerate(names)]
+    found = echo(*added, ("The", -2.0, {"The": -2.0}), (" cat sat", -1.0, {" cat": -1.0}))
+    if not counted:
+        lengths = sum(map(len, names))
+        offsets = found["choices"][0]["logprobs"]["text_offset"]
+        offsets[:] = [max(offset - lengths, 0) for offset in offsets]
+    wanted = [ScoredToken(0, "The", -2.0, "The"), ScoredToken(3, " cat sat", -1.0, " cat")]
+    assert parse_tokens(found, TEXT) == wanted
+    assert [token.at for token in parse_tokens(echo(("\n", None, None), ("The", -2.0, {"The": -2.0})), "\nThe")] == [1]
+    lowered = echo(("the", None, None), (" cat sat", -1.0, {" cat": -1.0}))
+    assert [token.at for token in parse_tokens(lowered, TEXT)] == [3], "a tokenizer that changes the text"
 
 
 def test_two_readings_are_compared_on_their_own_sides_of_the_boundary() -> None:

@@ -266,6 +266,31 @@ def test_texts_are_kept_only_when_asked_for(tmp_path: Path) -> None:
         assert (b" of the " in content) == keep
 
 
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("named", [True, False], ids=["token names known", "token names unknown"])
+def test_a_rendered_chat_is_scored_with_one_beginning(tmp_path: Path, named: bool, chat: bool) -> None:
+    """With the tokenizer's names the chat is complete and the servers add nothing; without them they add the token."""
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    if named:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+
+    async def work(setup: Setup) -> None:
+        await setup.interval(4, chat=chat)
+        for model in (setup.stable, setup.canary):
+            assert len(model.echoed) == 4
+            for payload in model.echoed:
+                complete = named and chat
+                assert payload.get("add_special_tokens", True) is not complete
+                assert payload["prompt"].startswith("<s>") == complete
+                assert payload["prompt"].count("<s>") == int(complete)
+        audits = setup.gateway.controller.store.audits(None)
+        assert len(audits) == 4 and not any("<s>" in str(one["texts"]["prompt"]) for one in audits)
+
+    sampling = {"audit_frac": 1.0, "max_audits": 100, "keep_texts": True}
+    go(work, make(tmp_path, settings(policy=one_step(), sampling=sampling, chat_template=str(template))))
+
+
 def test_models_are_renamed_for_an_upstream_that_calls_them_otherwise(tmp_path: Path) -> None:
     async def work(setup: Setup) -> None:
         await setup.ask(1)

@@ -15,6 +15,8 @@ import pytest
 import torch
 from openai import AsyncOpenAI
 
+from niwaki.rollout.scoring import parse_tokens
+from support.models import add_bos
 from support.servers import Running, chat_model, running, until
 
 SCRIPT = Path(__file__).parents[1] / "system" / "serving" / "serving_fuzz.py"
@@ -288,3 +290,31 @@ def test_without_keys_it_answers_to_its_own_names_only(tiny: Running) -> None:
     with tiny.http() as http:
         for host, status in (("localhost", 200), ("127.0.0.1:1", 200), ("[::1]", 200), ("a.com:80", 403), ("[", 403)):
             assert http.get("/v1/models", headers={"Host": host}).status_code == status
+
+
+def test_a_text_begins_once_as_the_model_was_trained(tmp_path: Path) -> None:
+    """A text gets the beginning-of-text token unless it holds it, and an audit scores every token of the text."""
+    folder = chat_model(tmp_path / "model", vocab_size=4160)
+    (bos,) = add_bos(folder)
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    text = "Hello <|endoftext|> there"
+    with running(folder) as server:
+        prompts, client = server.service.prompts, server.client()
+        ids = [bos, *prompts.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        given: dict[str, Any] = {"model": "tiny", "max_tokens": 0, "echo": True, "logprobs": 1}
+        wanted_TV = plain_logprobs(server, ids)
+        wanted = [float(wanted_TV[place, token]) for place, token in enumerate(ids[1:])]
+        for prompt, more in ((text, {}), (f"<bos>{text}", {}), (f"<bos>{text}", {"add_special_tokens": False})):
+            reply = client.completions.create(prompt=prompt, extra_body=more, **given)
+            assert reply.choices[0].text == prompt and reply.usage is not None and reply.usage.prompt_tokens == len(ids)
+            scored = parse_tokens(reply.model_dump(), prompt)
+            assert [token.logprob for token in scored] == pytest.approx(wanted, abs=1e-4)
+            assert "".join(token.text for token in scored) == text
+            assert [prompt[token.at :].startswith(token.text) for token in scored] == [True] * len(scored)
+        bare = client.completions.create(prompt=text, extra_body={"add_special_tokens": False}, **given)
+        assert bare.usage is not None and bare.usage.prompt_tokens == len(ids) - 1
+        chat = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "Hello"}], max_tokens=1, temperature=0
+        )
+        assert chat.usage is not None
+        assert chat.usage.prompt_tokens == len(prompts.tokenizer("Hello", add_special_tokens=False)["input_ids"]) + 1

@@ -59,6 +59,7 @@ class Model:
     waits: Callable[[], Awaitable[None]] | None = None
     rng: random.Random = field(default_factory=lambda: random.Random(7))
     asked: list[dict[str, Any]] = field(default_factory=list)
+    echoed: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     scored: int = 0
     words: int = 8
@@ -87,6 +88,7 @@ class Model:
         payload = json.loads(body)
         if payload.get("echo"):
             self.scored += 1
+            self.echoed.append(payload)
             found = self._echo(payload) if self.scores else {"choices": [{"text": "", "logprobs": None}]}
             return _json_response(200, found)
         self.asked.append(payload)

@@ -64,21 +64,32 @@ class Background:
 
 @dataclass(frozen=True)
 class Auditor:
-    """Both servers, and the store of the results."""
+    """Both servers, and the store of the results.
+
+    `bos`: name of the beginning-of-text token in rendered chats, "" if they have none, None if the servers add it.
+    """
 
     stable: UpstreamServer
     canary: UpstreamServer
     store: Store
     keep_texts: bool
+    bos: str | None = None
     now: Callable[[], float] = time.time
 
-    async def audit(self, controller: Controller, model: str, prompt: str, answer: str, how: str) -> None:
-        """Run the audit of one answer. `how` is `served` for an answer to a client, `shadow` for one to a copy."""
+    async def audit(
+        self, controller: Controller, model: str, prompt: str, answer: str, how: str, *, rendered: bool = False
+    ) -> None:
+        """Run the audit of one answer. `how` is `served` for an answer to a client, `shadow` for one to a copy.
+
+        `rendered`: the prompt is a chat that the chat template rendered.
+        """
+        complete = rendered and self.bos is not None
         try:
-            result = await audit(self.stable, self.canary, model, prompt, answer)
+            result = await audit(self.stable, self.canary, model, prompt, answer, complete=complete)
         except UnreadableError as unread:
             controller.counters.count_skipped(f"not audited: {unread}")
             return
+        prompt = prompt.removeprefix(self.bos or "") if complete else prompt
         controller.counters.add_audit(result.values())
         controller.watch.add(prompt, result.top1_agreement, controller.counters.open.number)
         texts = _texts(prompt, answer, result) if self.keep_texts else None

@@ -175,7 +175,8 @@ class Gateway:
             return
         prompt = answers.prompt_text(question.path, question.texts, self.template)
         model = str(question.payload.get("model", ""))
-        work = self.auditor.audit(self.controller, model, prompt, answer, how)
+        rendered = question.path == answers.CHAT and self.template is not None
+        work = self.auditor.audit(self.controller, model, prompt, answer, how, rendered=rendered)
         self._submit("audit", self.settings.sampling.max_audits, work)
 
     def _submit(self, kind: str, limit: int, work: Coroutine[Any, Any, None]) -> None:

@@ -3,10 +3,12 @@
 run(settings, limits, Store.open("rollout.sqlite"), keys=(), host="127.0.0.1", port=8100)
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import uvicorn
 from jinja2 import TemplateError
@@ -75,7 +77,11 @@ def assemble(
     """Return a gateway with a new or a resumed roll-out. Tests pass `senders` of both sides and a `clock`."""
     stable = UpstreamServer(settings.stable, settings.bounds, sender=senders[0], clock=clock)
     canary = UpstreamServer(settings.canary, settings.bounds, sender=senders[1], clock=clock)
-    template = None if settings.chat_template is None else read_template(settings.chat_template)
+    template, bos = None, None
+    if settings.chat_template is not None:
+        names = token_names(settings.chat_template.parent, settings.canary.files)
+        template = read_template(settings.chat_template, names or {})
+        bos = None if names is None else names["bos_token"]
     controller = begin_or_resume(store, settings, limits, now, new=new)
     return Gateway(
         settings=settings,
@@ -83,13 +89,32 @@ def assemble(
         stable=stable,
         canary=canary,
         keys=Keys(keys),
-        auditor=Auditor(stable, canary, store, settings.sampling.keep_texts),
+        auditor=Auditor(stable, canary, store, settings.sampling.keep_texts, bos),
         template=template,
     )
 
 
-def read_template(path: Path) -> Template:
-    """Return the chat template in a file, which is rendered in a sandbox. Raise InputError if it does not work."""
+def token_names(*folders: Path | None) -> dict[str, str] | None:
+    """Return the names of begin and end token from the first tokenizer_config.json, "" for none; None without one."""
+    for folder in folders:
+        path = None if folder is None else folder / "tokenizer_config.json"
+        if path is None or not path.is_file():
+            continue
+        try:
+            described = json.loads(path.read_text(encoding="utf-8"))
+            found = {name: described.get(name) or "" for name in ("bos_token", "eos_token")}
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"cannot read {path}: expected the config of a tokenizer as JSON") from error
+        return {name: str(value["content"] if isinstance(value, dict) else value) for name, value in found.items()}
+    return None
+
+
+def read_template(path: Path, names: Mapping[str, str] = MappingProxyType({})) -> Template:
+    """Return the chat template in a file, which is rendered in a sandbox. Raise InputError if it does not work.
+
+    `names`: those of begin and end token. Without them a chat has neither, and the server puts the begin token.
+    """
+    names = {"bos_token": "", "eos_token": "", **names}
     try:
         text = path.read_text(encoding="utf-8")
         if len(text) > TEMPLATE_CHARACTERS:
@@ -97,7 +122,7 @@ def read_template(path: Path) -> Template:
         template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(text)
 
         def render(messages: list[dict[str, str]]) -> str:
-            return template.render(messages=messages, add_generation_prompt=True, bos_token="", eos_token="")
+            return template.render(messages=messages, add_generation_prompt=True, **names)
 
         render([{"role": "user", "content": "?"}])
     except (OSError, UnicodeDecodeError, TemplateError) as error:

@@ -1,10 +1,11 @@
 """Audit of one answer: both models score the same prompt and answer, token by token.
 
 The scores are teacher-forced, through `/v1/completions` with `echo`, `logprobs` and no new tokens. vLLM and
-`niwaki serve` support that; llama.cpp returns log-probabilities of new tokens only. On the tokens of the answer, an
-audit measures the gap of the log-probabilities, and the share where both models prefer the same token. On the tokens of
-the prompt, which neither model generated, it measures the ratio of perplexities. The definitions are those
-of `niwaki compare`. The answer is the one of the canary.
+`niwaki serve` support that; llama.cpp returns log-probabilities of new tokens only. A server begins the text as the
+model was trained. A chat that was rendered with the names of the model's tokens is scored as it is. On the tokens of
+the answer, an audit measures the gap of the log-probabilities, and the share where both models prefer the same token.
+On the tokens of the prompt, which neither model generated, it measures the ratio of perplexities. The definitions are
+those of `niwaki compare`. The answer is the one of the canary.
 
 Cost: two requests that prefill prompt and answer once, on servers that also answer users. At most
 `TrafficSampling.max_audits` run at once.
@@ -20,6 +21,7 @@ from niwaki.rollout.http_client import UpstreamError
 from niwaki.rollout.upstream import UpstreamServer
 
 MAX_CHARACTERS = 32_000
+MAX_ADDED = 2  # tokens that a server puts before a text
 _TIMEOUT_S = 120.0
 
 
@@ -49,12 +51,17 @@ class Audit:
         return values if self.perplexity_ratio is None else {**values, "perplexity_ratio": self.perplexity_ratio}
 
 
-async def audit(stable: UpstreamServer, canary: UpstreamServer, model: str, prompt: str, answer: str) -> Audit:
-    """Score an answer of the canary with both models. Raise UnreadableError if it cannot be scored."""
+async def audit(
+    stable: UpstreamServer, canary: UpstreamServer, model: str, prompt: str, answer: str, *, complete: bool = False
+) -> Audit:
+    """Score an answer of the canary with both models. Raise UnreadableError if it cannot be scored.
+
+    `complete`: the prompt holds its beginning-of-text token, if it has one, so the servers add none.
+    """
     if len(prompt) + len(answer) > MAX_CHARACTERS:
         raise UnreadableError("too long to audit")
-    own = await _score(canary, model, prompt + answer, "the canary")
-    dense = await _score(stable, model, prompt + answer, "the dense model")
+    own = await _score(canary, model, prompt + answer, "the canary", complete)
+    dense = await _score(stable, model, prompt + answer, "the dense model", complete)
     return compare_scores(dense, own, len(prompt))
 
 
@@ -77,40 +84,58 @@ def compare_scores(dense: Sequence[ScoredToken], own: Sequence[ScoredToken], bou
     )
 
 
-async def _score(server: UpstreamServer, model: str, text: str, name: str) -> list[ScoredToken]:
-    payload = {
+async def _score(server: UpstreamServer, model: str, text: str, name: str, complete: bool) -> list[ScoredToken]:
+    payload: dict[str, Any] = {
         "model": model, "prompt": text, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0,
         "stream": False,
     }  # fmt: skip
+    if complete:
+        payload["add_special_tokens"] = False
     try:
         reply = await server.request_json(COMPLETIONS, payload, _TIMEOUT_S)
     except UpstreamError as failure:
         raise UnreadableError(f"{name} did not score: {failure}") from failure
     try:
-        return parse_tokens(reply, len(text))
+        return parse_tokens(reply, text)
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise UnreadableError(f"{name} does not score given text (echo with logprobs)") from error
 
 
-def parse_tokens(reply: dict[str, Any], length: int) -> list[ScoredToken]:
-    """Return the scored tokens of an echoed text of `length` characters. The first has no score.
+def parse_tokens(reply: dict[str, Any], text: str) -> list[ScoredToken]:
+    """Return the scored tokens of an echoed text. The first has no score.
 
+    Tokens that the server put before the text are left out, and so are their characters, which some servers count.
     Raise KeyError, TypeError, IndexError or ValueError for any other answer.
     """
-    scored = reply["choices"][0]["logprobs"]
+    scored, length = reply["choices"][0]["logprobs"], len(text)
+    added, shift = _added_tokens(scored["tokens"], scored["text_offset"], text)
     tokens: list[ScoredToken] = []
-    for text, logprob, tops, at in zip(
-        scored["tokens"], scored["token_logprobs"], scored["top_logprobs"], scored["text_offset"], strict=True
-    ):
+    columns = (scored[name][added:] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"))
+    for name, logprob, tops, offset in zip(*columns, strict=True):
+        at = int(offset) - shift
         if at >= length and tokens:
             break  # some servers add a new token
         if logprob is not None and tops:
-            tokens.append(ScoredToken(int(at), str(text), float(logprob), str(max(tops, key=tops.__getitem__))))
+            tokens.append(ScoredToken(at, str(name), float(logprob), str(max(tops, key=tops.__getitem__))))
     if not tokens or tokens[-1].at + len(tokens[-1].text) < length:
         raise ValueError("not the whole text was scored")
     if not all(math.isfinite(token.logprob) for token in tokens):
         raise ValueError("a token is impossible")
     return tokens
+
+
+def _added_tokens(names: Sequence[str], offsets: Sequence[int], text: str) -> tuple[int, int]:
+    """Return how many of the first tokens are not in the text, and the characters that their offsets count."""
+    for added in range(min(MAX_ADDED + 1, len(names))):
+        name = names[added].strip()
+        if not name or _is_part(name) or text.lstrip().startswith(name):
+            return added, int(offsets[added]) - int(offsets[0])
+    return 0, 0
+
+
+def _is_part(name: str) -> bool:
+    """Check that a token is a part of a character, which no text begins with."""
+    return name.startswith("bytes:") or "\ufffd" in name
 
 
 def _mean(values: Sequence[float]) -> float:

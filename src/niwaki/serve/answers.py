@@ -96,12 +96,21 @@ class ChatAnswer:
 
 
 class TextAnswer:
-    """Continuation of a text. With `echo` it starts with the prompt."""
+    """Continuation of a text. With `echo` it starts with the prompt.
 
-    def __init__(self, names: TokenNames, model: str, *, logprobs: bool, echo: str) -> None:
+    `prompt_parts`: tokens of a beginning that the server added to the echoed text, and all tokens of the prompt. The
+    former have no place in the text. Control tokens of the prompt stand in it, those of the answer do not.
+    """
+
+    def __init__(
+        self, names: TokenNames, model: str, *, logprobs: bool, echo: str, prompt_parts: tuple[int, int] = (0, 0)
+    ) -> None:
         self.names, self.logprobs, self.echo = names, logprobs, echo
         self._about: dict[str, Any] = _about("cmpl", model)
         self._detokenizer, self._offset = Detokenizer(names.tokenizer), 0
+        self._verbatim = Detokenizer(names.tokenizer, control_tokens=True)
+        self._added, self._prompt = prompt_parts
+        self._seen = 0
 
     def opening(self, prompt: Sequence[TokenScore]) -> GenerationResponse | None:
         """Return the prompt, if the answer shows it."""
@@ -139,8 +148,16 @@ class TextAnswer:
             top = {self.names.of(token)[0]: _finite(logprob) for token, logprob in one.top}
             scores.top_logprobs.append(None if one.logprob is None else top)
             scores.text_offset.append(self._offset)
-            self._offset += len(self._detokenizer.feed(one.token))
+            self._offset += self._width(one.token)
         return scores
+
+    def _width(self, token: int) -> int:
+        """Return the characters of the text that end with this token."""
+        self._seen += 1
+        text = self._detokenizer.feed(token)
+        if self._seen <= self._added:
+            return 0
+        return len(self._verbatim.feed(token) if self._seen <= self._prompt else text)
 
 
 def _finite(logprob: float) -> float:

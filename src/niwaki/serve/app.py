@@ -84,12 +84,17 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         _check_name(service, body.model)
         service.engine.check()
         prompt = body.prompt
-        ids = await _in_worker(service, lambda: service.prompts.tokenize_text(prompt))
-        echo = ""
+        begin = body.add_special_tokens is not False
+        ids = await _in_worker(service, lambda: service.prompts.tokenize_text(prompt, begin=begin))
+        echo, prompt_parts = "", (0, 0)
         if body.echo:
             echo = prompt if isinstance(prompt, str) else await _in_worker(service, lambda: service.prompts.decode(ids))
+            if isinstance(prompt, str):
+                prompt_parts = await _in_worker(service, lambda: (service.prompts.added(prompt, ids), len(ids)))
         wanted = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-        answer = TextAnswer(service.names, service.name, logprobs=body.logprobs is not None, echo=echo)
+        answer = TextAnswer(
+            service.names, service.name, logprobs=body.logprobs is not None, echo=echo, prompt_parts=prompt_parts
+        )
         return await _generate(service, request, body, ids, wanted, answer, body.logprobs)
 
 

@@ -7,7 +7,7 @@ ids = prompts.tokenize_chat(messages)
 from collections.abc import Sequence
 from typing import Any
 
-from niwaki.data.bos import find_bos
+from niwaki.data.bos import Bos, find_bos
 from niwaki.data.chat import encode_chat, mark_messages
 from niwaki.data.rendering import DialogueRefusedError, Renderer, RendererStartError, TemplateLimitError
 from niwaki.serve.http.api_errors import INTERNAL, RefusalError
@@ -24,14 +24,25 @@ class PromptTokenizer:
         if tokenizer.chat_template:
             self.renderer = Renderer(tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map))
 
-    def tokenize_text(self, prompt: str | Sequence[int]) -> list[int]:
-        """Return the tokens of a text with its beginning, once (`data.bos`). Return ids unchanged."""
+    def tokenize_text(self, prompt: str | Sequence[int], *, begin: bool = True) -> list[int]:
+        """Return the tokens of a text, with its beginning (`data.bos`) once unless told otherwise.
+
+        Return ids unchanged.
+        """
         if isinstance(prompt, str):
-            return [int(token) for token in self.bos.encode(self.tokenizer, prompt)]
+            bos = self.bos if begin else Bos()
+            return [int(token) for token in bos.encode(self.tokenizer, prompt)]
         wrong = next((token for token in prompt if not 0 <= token < self.vocabulary), None)
         if wrong is not None:
             raise RefusalError(400, f"token ids lie between 0 and {self.vocabulary - 1}, got {wrong}", param="prompt")
         return list(prompt)
+
+    def added(self, prompt: str | Sequence[int], ids: Sequence[int]) -> int:
+        """Return how many of the first `ids` are a beginning that the text `prompt` does not hold itself."""
+        count = len(self.bos.ids)
+        if not isinstance(prompt, str) or not count or tuple(ids[:count]) != self.bos.ids:
+            return 0
+        return 0 if tuple(self.tokenize_text(prompt, begin=False)[:count]) == self.bos.ids else count
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return ids as text."""

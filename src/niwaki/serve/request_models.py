@@ -99,12 +99,16 @@ class GenerationRequest(Strict):
 
 
 class CompletionRequest(GenerationRequest):
-    """Request of POST /v1/completions: one prompt, as text or as token ids."""
+    """Request of POST /v1/completions: one prompt, as text or as token ids.
+
+    `add_special_tokens`: whether a text gets its beginning (as in vLLM). A rendered chat holds its own.
+    """
 
     prompt: str | list[int]
     echo: bool | None = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     best_of: Literal[1] | None = None
+    add_special_tokens: bool | None = True
 
     @field_validator("prompt", mode="before")
     @classmethod

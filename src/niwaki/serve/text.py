@@ -17,10 +17,10 @@ MAX_PENDING = 32  # max tokens that wait for the rest of a character
 
 
 class Detokenizer:
-    """Detokenizer of one text, token by token."""
+    """Detokenizer of one text, token by token. It leaves control tokens out unless `control_tokens` says otherwise."""
 
-    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, before: Sequence[int] = (), *, control_tokens: bool = False) -> None:
+        self.tokenizer, self._skip = tokenizer, not control_tokens
         self._known = list(before[-1:])  # some decoders treat the first token of a text differently
         self._pending: list[int] = []
         if REPLACEMENT in self._text(self._known):
@@ -45,7 +45,7 @@ class Detokenizer:
         return self._text(self._known + self._pending)[len(self._text(self._known)) :]
 
     def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False))
 
 
 class StopStrings:

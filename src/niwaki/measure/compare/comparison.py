@@ -212,8 +212,8 @@ class _Job:
 
     def run(self, sources: list[str], decoders: list[Decoder]) -> tuple[Model, tuple[Candidate, ...]]:
         """Return the dense model and the candidates. Quality is measured first, then what needs whole models."""
-        prompts = read_prompts(self.settings, self.tokenizer, self.bos, decoders)
-        prompts = prompts or first_prompts(self.inputs, self.tokenizer, self.bos, self.settings)
+        prompts = read_prompts(self.settings, self.tokenizer, decoders)
+        prompts = prompts or first_prompts(self.inputs, self.tokenizer, self.settings)
         models = [
             describe_model(source, short_name(source, sources), decoder, decoders[0])
             for source, decoder in zip(sources, decoders, strict=True)

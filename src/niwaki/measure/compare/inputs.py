@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from niwaki.config.sources import check_sources
-from niwaki.data.bos import Bos
+from niwaki.data.bos import Bos, find_bos
 from niwaki.data.texts import load_tokenizer
 from niwaki.errors import CalibrationError, InputError
 from niwaki.measure.compare.scoring import EvaluationInputs
@@ -77,9 +77,7 @@ def command_line(
     return shlex.join(words)
 
 
-def read_prompts(
-    settings: ComparisonSettings, tokenizer: Any, bos: Bos, decoders: Sequence[Decoder]
-) -> list[list[int]]:
+def read_prompts(settings: ComparisonSettings, tokenizer: Any, decoders: Sequence[Decoder]) -> list[list[int]]:
     """Return the prompts of the file, [] if no file is given.
 
     Raises CalibrationError with the number of a line that is not a prompt or is too long.
@@ -92,7 +90,7 @@ def read_prompts(
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"cannot read the prompts {path}: {error}") from error
     positions = min((d.positions for d in decoders if d.positions is not None), default=None)
-    prompts = []
+    prompts, bos = [], find_bos(tokenizer, settings.bos)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -109,9 +107,10 @@ def read_prompts(
     return prompts
 
 
-def first_prompts(inputs: EvaluationInputs, tokenizer: Any, bos: Bos, settings: ComparisonSettings) -> list[list[int]]:
+def first_prompts(inputs: EvaluationInputs, tokenizer: Any, settings: ComparisonSettings) -> list[list[int]]:
     """Return the first tokens of the first documents. Without texts, return the ends of the first contexts."""
     prompts: list[list[int]] = []
+    bos = find_bos(tokenizer, settings.bos)
     begin = len(bos.ids)
     tokens = max(min(DEFAULT_PROMPT_TOKENS, settings.prompt_tokens) - begin, 1)
     for text in inputs.texts[:1]:
