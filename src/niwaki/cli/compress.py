@@ -37,6 +37,7 @@ def compress(
     activation_bytes: options.ActivationBytes = None,
     logit_bytes: options.LogitBytes = None,
     dense_stream: options.DenseStream = False,
+    merge_adapter: options.MergeAdapter = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a result of niwaki at OUT after the new one is complete.")
@@ -55,9 +56,9 @@ def compress(
         activation_bytes=activation_bytes, logit_bytes=logit_bytes,
     )  # fmt: skip
     check_recipe(values)
-    check_inputs(model)
+    check_inputs(*([] if merge_adapter else [model]))
     check_free(out.absolute(), partial_of(out.absolute()), resume=resume, overwrite=overwrite)
-    _run(model, out, values, resume=resume, overwrite=overwrite, dense_stream=dense_stream)
+    _run(model, out, values, resume=resume, overwrite=overwrite, dense_stream=dense_stream, merge_adapter=merge_adapter)
 
 
 def _run(model: str, out: Path, values: dict[str, Any], **flags: bool) -> None:

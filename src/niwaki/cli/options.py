@@ -115,6 +115,14 @@ Embeddings = Annotated[
     str | None, recipe_option("Store embeddings and LM head as codes too: none, 4bit or 8bit.", "none")
 ]
 OldEnds = Annotated[str | None, hidden_alias("--ends")]
+MergeAdapter = Annotated[
+    bool,
+    typer.Option(
+        "--merge-adapter",
+        help="MODEL holds an adapter (LoRA): merge it into the weights beside it, or into the base that it names. "
+        "Takes the memory of the whole model. Needs niwaki\\[recover].",
+    ),
+]
 DropUnused = Annotated[
     bool,
     typer.Option(
@@ -163,7 +171,7 @@ def check_recipe(values: dict[str, Any]) -> None:
 
 
 def check_inputs(*models: str, data: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> None:
-    """Raise InputError if a model, a text or a task file does not exist."""
+    """Raise InputError if a model, a text or a task file does not exist, or if a model is an adapter."""
     for model in models:
         model_folder(model)
     check_sources(data or ())

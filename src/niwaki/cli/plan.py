@@ -47,6 +47,7 @@ def plan(
     activation_bytes: options.ActivationBytes = None,
     logit_bytes: options.LogitBytes = None,
     dense_stream: options.DenseStream = False,
+    merge_adapter: options.MergeAdapter = False,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -70,11 +71,11 @@ def plan(
         logit_bytes=logit_bytes,
     )  # fmt: skip
     check_recipe(values)
-    check_inputs(model)
+    check_inputs(*([] if merge_adapter else [model]))
     from niwaki.compression.plan.planner import plan as run
 
     prices: dict[str, Any] = {"price_per_hour": price_per_hour, "tokens_per_day": tokens_per_day}
-    result = run(model, gpu=gpu, out=out, dense_stream=dense_stream, **prices, **values)
+    result = run(model, gpu=gpu, out=out, dense_stream=dense_stream, merge_adapter=merge_adapter, **prices, **values)
     if json_:
         typer.echo(json.dumps(result, indent=2))
     else:

@@ -16,7 +16,7 @@ from typing import Any
 from niwaki.compression.contextual import contextual_job
 from niwaki.compression.job import Job, Request, check_and_choose_embeddings, prepare, run, walk_job
 from niwaki.compression.resolve import RecipeStage, recipe_stages, resolve, resolve_stage
-from niwaki.compression.result_folder import ResultFolder, check_free, partial_of
+from niwaki.compression.result_folder import ResultFolder, check_apart, check_free, partial_of
 from niwaki.compression.run_record import RunRecord
 from niwaki.compression.stages import FirstStage
 from niwaki.compression.structured import shape_job
@@ -26,6 +26,7 @@ from niwaki.errors import InputError, NumericalError
 from niwaki.methods.method import MethodKind
 from niwaki.model.decoder import Decoder, open_decoder
 from niwaki.model.device import pick_device, pick_dtype
+from niwaki.runtime.adapter import merged_model, open_adapter
 
 JOBS: Mapping[MethodKind, Callable[[Job, ResultFolder, Report], RunRecord]] = {
     MethodKind.WALK: walk_job,
@@ -41,6 +42,7 @@ def compress(
     resume: bool = False,
     overwrite: bool = False,
     dense_stream: bool = False,
+    merge_adapter: bool = False,
     report: Report | None = None,
     **recipe: Any,
 ) -> dict[str, Any]:
@@ -48,18 +50,32 @@ def compress(
 
     `recipe` holds the fields of `niwaki.config.recipe.Recipe` (method, target, calibration, options, seed, ...).
     `calibration` may be a file or a list of files. `report(event, **fields)` is called as the work proceeds.
+    `merge_adapter`: merge the adapter in the folder `model` into the weights beside it, or into the base that it names.
+    The merged model is a folder beside OUT, removed in the end.
 
     Raises InputError (nothing was written), OutputError (finished blocks are kept for `resume`) or NumericalError.
     """
     request = Request(Path(out).absolute(), resume, overwrite, report or silent, time.perf_counter())
     whole = make_recipe(recipe)
     stages = recipe_stages(whole)  # raises for a wrong recipe before the model is opened, or downloaded
+    if not merge_adapter:
+        return _compress(model, whole, stages, request, dense_stream).dump()
+    _check_free(request)
+    check_apart(open_adapter(model).folder, request.out)
+    with merged_model(model, request.out.with_name(f"{request.out.name}.merged"), request.report) as folder:
+        return _compress(folder, whole, stages, request, dense_stream).dump()
+
+
+def _compress(
+    model: str | Path, whole: Recipe, stages: list[RecipeStage], request: Request, dense_stream: bool
+) -> RunRecord:
+    """Run a recipe of one stage, or of two."""
     if len(stages) > 1:
-        return _compress_stages(model, whole, stages[-1], request, dense_stream).dump()
+        return _compress_stages(model, whole, stages[-1], request, dense_stream)
     _check_free(request)
     decoder = _open(model, whole)
     (stage,) = resolve(whole, decoder, dense_stream=dense_stream).stages
-    return _run(prepare(decoder, stage, request)).dump()
+    return _run(prepare(decoder, stage, request))
 
 
 def _compress_stages(

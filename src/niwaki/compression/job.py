@@ -73,6 +73,7 @@ from niwaki.model.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_sha
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.device import peak_rss_bytes
 from niwaki.model.files import write_text
+from niwaki.runtime.adapter import read_lineage
 
 SCAN_PART = "allocation"  # name of the scan in the journal
 
@@ -266,12 +267,13 @@ def finish(
 def record_of(job: Job, folder: ResultFolder, result: ResultRecord, allocation: dict[str, Any]) -> RunRecord:
     """Return the record of a run: everything that is needed to make the result again."""
     checkpoint, device = job.checkpoint, job.decoder.device
+    merged = read_lineage(checkpoint.folder)
     cuda = device.type == "cuda"
     fields = {
         "format": FORMAT,
         **provenance("torch", "transformers", "safetensors"),
         "model": {
-            "source": str(checkpoint.folder),
+            **({"source": merged["source"], "adapter": merged} if merged else {"source": str(checkpoint.folder)}),
             "type": checkpoint.config.model_type,
             "bytes": checkpoint.nbytes,
             "files": checkpoint.file_hashes(),

@@ -149,12 +149,22 @@ def _card(record: RunRecord, library: str, storage: str) -> str:
         bytes=exported.bytes if exported else result.bytes,
         bytes_before=record.model.bytes,
         calibration="none" if windows is None else f"{windows[0]} windows of {windows[1]} tokens",
-        copied=_tower_rows(record) + _unread_row(record),
+        copied=_adapter_row(record) + _tower_rows(record) + _unread_row(record),
         seed=recipe.seed,
         seconds=record.seconds,
         device=record.device,
         command="\n    ".join(_made_with(record)),
     )
+
+
+def _adapter_row(record: RunRecord) -> str:
+    """Return the row about the adapter that was merged, empty without one."""
+    adapter = record.model.adapter
+    if adapter is None:
+        return ""
+    base = adapter.base_named if adapter.base_named and adapter.base != adapter.source else Path(adapter.base).name
+    kind = f"{adapter.type}, rank {adapter.rank}, SHA-256 {adapter.sha256[:12]}…"
+    return f"| adapter merged before | `{Path(adapter.source).name}` ({kind}) into `{without_folders(base)}` |\n"
 
 
 def _tower_rows(record: RunRecord) -> str:

@@ -170,10 +170,24 @@ class AllocationRecord(_Frozen):
     trials: list[CandidateRecord] = []
 
 
+class AdapterRecord(_Frozen):
+    """Adapter that was merged into the source model: its folder and hashes, and the base, as found and as named."""
+
+    source: str
+    base: str
+    base_named: str | None = None
+    type: str | None = None
+    rank: int | None = None
+    bytes: int = 0
+    sha256: str = ""
+    config_sha256: str = ""
+
+
 class ModelRecord(_Frozen):
     """Source model."""
 
     source: str
+    adapter: AdapterRecord | None = None
     type: str = ""
     bytes: int = 0
     files: dict[str, Any] = {}

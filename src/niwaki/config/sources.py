@@ -6,12 +6,15 @@ This module needs neither torch nor transformers, so a misspelt path is refused 
     model_folder("MODEL")
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from niwaki.errors import CalibrationError, CheckpointError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+ADAPTER = "adapter_config.json"
 
 
 def model_folder(model: str) -> Path | None:
@@ -21,9 +24,49 @@ def model_folder(model: str) -> Path | None:
         if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
             raise CheckpointError(f"no model folder at {model}: expected a local folder or a hub id such as org/name")
         return None
+    refuse_adapter(path)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json: expected a Hugging Face model folder")
     return path
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise CheckpointError for a folder with an adapter: transformers would apply it, and niwaki reads weights."""
+    about = adapter_about(folder)
+    if about is None:
+        return
+    kind = f"{about.get('peft_type', 'of unknown type')}, rank {about.get('r', 'unknown')}"
+    way = f"merge it: `niwaki compress {folder} OUT --merge-adapter ...`"
+    if holds_weights(folder):
+        raise CheckpointError(
+            f"{folder} holds an adapter ({ADAPTER}: {kind}) beside its weights: {way}, or move adapter_* out "
+            "of the folder if the weights contain it already"
+        )
+    base = about.get("base_model_name_or_path")
+    raise CheckpointError(
+        f"{folder} is an adapter ({kind}) for the model {base or 'that its config does not name'} and holds no model "
+        f"itself: {way}, or give the base model"
+    )
+
+
+def adapter_about(folder: Path) -> dict[str, Any] | None:
+    """Return the adapter_config.json of a folder, None if there is none. Raises CheckpointError if it is not JSON."""
+    path = folder / ADAPTER
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): repair it, or move it out of the folder") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object: repair it, or move it out of the folder")
+    return content
+
+
+def holds_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights of a model beside those of an adapter."""
+    own = (path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    return any(not name.startswith("adapter_") and name != "training_args.bin" for name in own)
 
 
 def check_sources(sources: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from niwaki.config.sources import model_folder
+from niwaki.config.sources import model_folder, refuse_adapter
 from niwaki.errors import CheckpointError
 from niwaki.formats.packed import decode_stored, record_names
 from niwaki.formats.quantized import WEIGHT
@@ -271,10 +271,21 @@ def cut_to_shards(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> li
 
 
 def local_folder(model: str) -> Path:
-    """Return the folder of a model, which is fetched first for a hub id. Raises CheckpointError if there is none."""
-    folder = model_folder(model)
-    if folder is not None:
-        return folder
+    """Return the folder of a model, which is fetched first for a hub id.
+
+    Raises CheckpointError if there is none, or if it holds an adapter.
+    """
+    folder = model_folder(model) or fetched_folder(model)
+    refuse_adapter(folder)
+    return folder
+
+
+def fetched_folder(model: str) -> Path:
+    """Return a local folder as it is, or fetch a hub id. Raises CheckpointError if that fails."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    model_folder(model)  # raises for what cannot be a hub id
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.py", *(f"*{suffix}" for suffix in sorted(SUFFIXES))]

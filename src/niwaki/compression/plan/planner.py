@@ -41,6 +41,7 @@ from niwaki.errors import InputError, OutputError
 from niwaki.methods.method import MethodKind
 from niwaki.model.decoder import Decoder, open_decoder
 from niwaki.model.device import pick_dtype
+from niwaki.runtime.adapter import base_folder, open_adapter
 
 # What is refused must be impossible: of all measured peaks none was below 0.87 of its estimate.
 CERTAIN = 0.7
@@ -75,18 +76,23 @@ def plan(
     price_per_hour: float | None = None,
     tokens_per_day: float | None = None,
     dense_stream: bool = False,
+    merge_adapter: bool = False,
     **recipe: Any,
 ) -> dict[str, Any]:
     """Predict seconds, bytes and speeds of `niwaki.compress(model, out, **recipe)`; sizes in bytes, times in seconds.
 
     `gpu` is h100, h200, a100, 4090, or cpu for this machine; the default is the best device of this machine. Traffic is
-    one stream of tokens at a time (see `decoding`).
+    one stream of tokens at a time (see `decoding`). `merge_adapter`: the model is the base of the adapter in `model`.
 
     Raises what `compress` would raise for the recipe, and InputError or OutputError for too little memory or disk.
     """
     for name, value in ("price_per_hour", price_per_hour), ("tokens_per_day", tokens_per_day):
         if value is not None and not 0 <= value < math.inf:
             raise InputError(f"{name} must be 0 or more, got {value}")
+    if merge_adapter:
+        prices: dict[str, Any] = {"price_per_hour": price_per_hour, "tokens_per_day": tokens_per_day}
+        with base_folder(open_adapter(model)) as base:
+            return _with_merge(plan(base, gpu=gpu, out=out, dense_stream=dense_stream, **prices, **recipe))
     begin = time.perf_counter()
     out = Path("niwaki-plan" if out is None else out).absolute()
     made = make_recipe(recipe)
@@ -127,6 +133,14 @@ def plan(
         "dense": last.stored.dense.record(),
         "warnings": warnings,
     }
+
+
+def _with_merge(planned: dict[str, Any]) -> dict[str, Any]:
+    """Return a plan with the memory and the disk of a merge before it: the whole model in each."""
+    nbytes = planned["model"]["bytes"]
+    text = f"merging the adapter takes {nbytes / 1e9:.2f} GB of memory, and as much disk while it runs"
+    peak, disk = max(planned["peak_rss_bytes"], nbytes), planned["disk_bytes"] + nbytes
+    return planned | {"peak_rss_bytes": peak, "disk_bytes": disk, "warnings": [*planned["warnings"], text]}
 
 
 def plan_stages(decoder: Decoder, resolved: ResolvedPlan, device: str) -> list[PlannedStage]:
