@@ -1,6 +1,7 @@
 """Records of a result: sums over matrices, one reader and one writer."""
 
-from niwaki.compression.run_record import MatrixRecord, method_bits
+from niwaki.compression.run_record import MatrixRecord
+from niwaki.compression.totals import method_bits
 
 LINE = {
     "block": 0, "matrix": "mlp.down_proj", "shape": [2, 8], "target": "4bit", "kind": "codes", "zeros_frac": 0.0,

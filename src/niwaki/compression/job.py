@@ -52,14 +52,12 @@ from niwaki.compression.run_record import (
     MatrixRecord,
     ResultRecord,
     RunRecord,
-    packed_modules,
     provenance,
-    result_of,
-    shard_index,
     write_lines,
     write_record,
 )
 from niwaki.compression.stages import FirstStage, merged_record
+from niwaki.compression.totals import packed_modules, result_of, shard_index
 from niwaki.compression.walk import WalkPlan, collect, compress_blocks, forward
 from niwaki.config.events import Event, Report
 from niwaki.config.recipe import Recipe

@@ -14,7 +14,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -439,68 +439,3 @@ def first_problem(error: Exception) -> str:
         place = ".".join(str(part) for part in problem["loc"])
         return f"{place}: {problem['msg']}" if place else problem["msg"]
     return str(error)
-
-
-def packed_modules(entries: Iterable[JournalEntry], disk_module: Callable[[int, str], str]) -> dict[str, Any]:
-    """Return the descriptions of the packed modules by name on disk; `disk_module(block, matrix)` names a matrix."""
-    modules: dict[str, Any] = {}
-    for line in (line for entry in entries for line in entry.lines or () if line.stored is not None):
-        modules[line.module if isinstance(line, ModuleRecord) else disk_module(line.block, line.matrix)] = line.stored
-    return modules
-
-
-def shard_index(entries: Sequence[JournalEntry]) -> dict[str, Any]:
-    """Return the content of model.safetensors.index.json."""
-    weight_map = {name: entry.shard for entry in entries if entry.shard for name in entry.tensors}
-    total_bytes = sum(entry.tensor_bytes for entry in entries if entry.shard)
-    return {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def result_of(entries: Sequence[JournalEntry]) -> ResultRecord:
-    """Return the sums over the finished parts: weights, bits, and files."""
-    lines = [line for entry in entries for line in entry.matrices]
-    weights = sum(line.weights for line in lines)
-    fields = {
-        "weights": weights,
-        "zeros_frac": sum(line.zeros for line in lines) / weights,
-        "bits": round(8 * sum(line.bytes for line in lines) / weights, 4),
-        **method_bits(lines),
-        "packed": sum(line.stored is not None for line in lines),
-        **_sparse(lines),
-        "matrices": len(lines),
-        **_embeddings([line for entry in entries for line in entry.modules]),
-        "notes": sorted({line.note for line in lines if line.note}),
-        "bytes": sum(entry.bytes for entry in entries if entry.shard),
-        "sha256": {entry.shard: entry.sha256 for entry in entries if entry.shard},
-    }
-    return ResultRecord.model_validate(fields)
-
-
-def method_bits(lines: Sequence[MatrixRecord]) -> dict[str, float]:
-    """Return {"method_bits": mean over the weights of all matrices whose method counts bits itself}, or {}.
-
-    Baselines without a packed format write decoded weights, and count the bytes that a packed file would have.
-    """
-    counted = [(line.weights, line.method_bytes) for line in lines if line.method_bytes is not None]
-    if not counted:
-        return {}
-    return {"method_bits": round(8 * sum(own for _, own in counted) / sum(weights for weights, _ in counted), 4)}
-
-
-def _sparse(lines: Sequence[MatrixRecord]) -> dict[str, Any]:
-    """Return how many matrices are stored as nonzeros, by layout and by kind of values; {} if none is."""
-    kinds = [line.stored["sparse"] for line in lines if line.stored is not None and "sparse" in line.stored]
-    counts = {}
-    for field, name in ("layout", "sparse"), ("values", "sparse_values"):
-        values = [kind[field] for kind in kinds]
-        counts[name] = {value: values.count(value) for value in sorted(set(values))}
-    return counts if kinds else {}
-
-
-def _embeddings(lines: Sequence[ModuleRecord]) -> dict[str, Any]:
-    """Return the mean bits of embeddings and head that are stored as codes, and their records; {} if none are."""
-    if not lines:
-        return {}
-    bits = round(8 * sum(line.bytes for line in lines) / sum(line.weights for line in lines), 4)
-    records = [ModuleRecord.model_validate(line.model_dump(exclude={"stored"}, exclude_unset=True)) for line in lines]
-    return {"embeddings_bits": bits, "embeddings": records}

@@ -89,13 +89,19 @@ def plan(
     for name, value in ("price_per_hour", price_per_hour), ("tokens_per_day", tokens_per_day):
         if value is not None and not 0 <= value < math.inf:
             raise InputError(f"{name} must be 0 or more, got {value}")
-    if merge_adapter:
-        prices: dict[str, Any] = {"price_per_hour": price_per_hour, "tokens_per_day": tokens_per_day}
-        with base_folder(open_adapter(model)) as base:
-            return _with_merge(plan(base, gpu=gpu, out=out, dense_stream=dense_stream, **prices, **recipe))
-    begin = time.perf_counter()
     out = Path("niwaki-plan" if out is None else out).absolute()
-    made = make_recipe(recipe)
+    given = make_recipe(recipe), gpu, out, dense_stream, price_per_hour, tokens_per_day
+    if not merge_adapter:
+        return _planned(model, *given)
+    with base_folder(open_adapter(model)) as base:
+        return _with_merge(_planned(base, *given))
+
+
+def _planned(
+    model: str | Path, made: Recipe, gpu: str | None, out: Path, dense_stream: bool, price_per_hour: float | None,
+    tokens_per_day: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    begin = time.perf_counter()
     decoder = open_decoder(model, torch.device("cpu"), pick_dtype(made.dtype))
     opened = time.perf_counter() - begin
     machine = machine_named(gpu, out.parent)
