@@ -92,6 +92,7 @@ def token_losses(logits: Logits, ids_BT: Tensor, x_BTD: Tensor, parts: list[slic
             (part_BTD,) = torch.autograd.grad(loss_N.sum() / (ids_BT.shape[1] - 1), [leaf_BTD])
             grad_BTD = part_BTD if grad_BTD is None else grad_BTD.add_(part_BTD)
         losses.append(loss_N.detach())
+        del loss_N  # its graph holds logits
     loss_BT = torch.cat(losses).view(len(ids_BT), -1)[:, :-1].contiguous()
     return (loss_BT, grad_BTD) if gradient else loss_BT
 

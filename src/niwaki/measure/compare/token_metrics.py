@@ -88,14 +88,19 @@ def score_text(
             begin, end = max(part.start, first), min(part.stop, last)
             if begin < end:
                 kept = slice(begin - part.start, end - part.start)
-                dense_NV = dense(row, part)[kept].float().log_softmax(-1)
-                model_NV = candidate(row, part)[kept].float().log_softmax(-1)
-                scored.append(_score_positions(dense_NV, model_NV, text.ids_ST[row, begin + 1 : end + 1]))
+                wanted_N = text.ids_ST[row, begin + 1 : end + 1]
+                scored.append(  # without names here: what a part needs is free before the next one
+                    _score_positions(_logprobs(dense(row, part)[kept]), _logprobs(candidate(row, part)[kept]), wanted_N)
+                )
         rows.append(tuple(torch.cat(values) for values in zip(*scored, strict=True)))
     columns = [torch.stack(values).numpy() for values in zip(*rows, strict=True)]
     if not np.isfinite(columns[2]).all():
         raise NumericalError(f"{text.path}: a model returns NaN or infinite logits, so nothing can be compared")
     return TokenScores(text, first, *columns)
+
+
+def _logprobs(logits_NV: Tensor) -> Tensor:
+    return logits_NV.float().log_softmax(-1)
 
 
 def _score_positions(dense_NV: Tensor, model_NV: Tensor, wanted_N: Tensor) -> tuple[Tensor, ...]:

@@ -161,20 +161,12 @@ def compare_windows(
         wanted_N1 = ids_ST[row, part.start + 1 : part.stop + 1, None]
         if not len(wanted_N1):
             continue  # the last position of a window predicts nothing
-        logprobs = [logits_NV[: len(wanted_N1)].log_softmax(-1) for logits_NV in logits(row, part)]
-        model_NV = logprobs[0]
-        wanted_N1 = wanted_N1.to(model_NV.device)
-        count += len(model_NV)
-        nll -= _total(model_NV.gather(1, wanted_N1))
-        if len(logprobs) == 2:
+        own, *others = _score_part(wanted_N1, logits(row, part))
+        count += len(wanted_N1)
+        nll += own
+        if others:
             compared = True
-            reference_NV = logprobs[1]
-            reference_nll -= _total(reference_NV.gather(1, wanted_N1))
-            agree += _total(reference_NV.argmax(-1) == model_NV.argmax(-1))
-            kl += sum(
-                _total((theirs_NV - own_NV).mul_(theirs_NV.exp()))
-                for theirs_NV, own_NV in zip(row_pieces(reference_NV), row_pieces(model_NV), strict=True)
-            )
+            reference_nll, kl, agree = (a + b for a, b in zip((reference_nll, kl, agree), others, strict=True))
     result = {"perplexity": math.exp(nll / count)}
     if compared:
         result |= {
@@ -183,6 +175,27 @@ def compare_windows(
             "top1_agreement": agree / count,
         }
     return result
+
+
+def _score_part(wanted_N1: Tensor, logits: Iterable[Tensor]) -> list[float]:
+    """Return the summed losses of the model, and with a reference its losses, the divergence and the agreements.
+
+    Nothing of this part stays in memory when the next one begins.
+    """
+    logprobs: list[Tensor] = []
+    for logits_NV in logits:
+        logprobs.append(logits_NV[: len(wanted_N1)].log_softmax(-1))
+        del logits_NV  # before those of the reference are made
+    wanted_N1 = wanted_N1.to(logprobs[0].device)
+    losses = [-_total(own_NV.gather(1, wanted_N1)) for own_NV in logprobs]
+    if len(losses) == 1:
+        return losses
+    model_NV, reference_NV = logprobs
+    kl = sum(
+        _total((theirs_NV - own_NV).mul_(theirs_NV.exp()))
+        for theirs_NV, own_NV in zip(row_pieces(reference_NV), row_pieces(model_NV), strict=True)
+    )
+    return [*losses, kl, _total(reference_NV.argmax(-1) == model_NV.argmax(-1))]
 
 
 def _total(values: Tensor) -> float:

@@ -76,6 +76,7 @@ class FinalHiddenStates:
             x_N1D = x_ND[places.to(x_ND.device)].to(self.decoder.device)[:, None]
             logprobs_NV = self.decoder.logits(ids_N[places, None], x_N1D)[:, 0].float().log_softmax(-1)
             values.append(logprobs_NV.gather(1, wanted_N[part, None].to(logprobs_NV.device))[:, 0].cpu())
+            del logprobs_NV  # before the next slice is made
         return torch.cat(values)
 
     def window_parts(self, stream: Stream) -> list[slice]:

@@ -107,6 +107,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         for part in position_slices(len(places_N), vocabulary_of(self.model), self.logit_bytes):
             logits_NV = logits_of_part(states.logits, ids_BT, x_BTD, places_N[part])
             logprobs_NV = logits_NV.log_softmax(-1, dtype=self.softmax_dtype)
+            del logits_NV
             values.append(logprobs_NV.gather(1, wanted_N[part, None])[:, 0])
             greedy.append(logprobs_NV.argmax(-1) == wanted_N[part])
         sizes = [len(own) for _, _, own in scored]
