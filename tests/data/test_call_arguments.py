@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -18,21 +19,31 @@ from niwaki.errors import ArchitectureError
 from niwaki.methods import wandapp
 from niwaki.methods.registry import Step, get_method
 from niwaki.methods.shared.block_training import Reconstruction
+from niwaki.model.anatomy import SMALL
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.model.logits import FinalStates, logits_of_part
-from support.families import build, sharing_families
+from support.families import COMMON, build, sharing_families
 from support.models import CPU
 from support.odd_models import REFUSED, WALKED, OddConfig
 
 IDS = torch.randint(1, 96, (5, 12), generator=torch.Generator().manual_seed(0))
+# Blocks that return lists, and stacks of experts in attention.
+OTHERS = {
+    "openai-gpt": transformers.OpenAIGPTConfig(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64),
+    "jetmoe": transformers.JetMoeConfig(
+        **COMMON, num_key_value_heads=4, kv_channels=8, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2
+    ),
+}
 KINDS = ["gemma4", "gemma3n", *WALKED]
+COEFFICIENTS = ("modality_router", "prediction_coefs", "correction_coefs")
 BATCHES = (12, 24, 60)  # tokens: windows alone, in batches of 2, 2 and 1, and all together
 
 
 def saved(kind: str, folder: Path) -> Any:
     """Save a tiny model and return it."""
-    model = build(sharing_families()[kind] if kind in sharing_families() else OddConfig(kind=kind))
+    configs = sharing_families() | OTHERS
+    model = build(configs[kind] if kind in configs else OddConfig(kind=kind))
     model.save_pretrained(folder)
     return model
 
@@ -48,7 +59,7 @@ def final(decoder: Decoder, **options: Any) -> tuple[Stream, Tensor]:
     return stream, decoder.logits(IDS, stream.hidden.read(slice(0, 5)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_one_batch_and_many_give_the_logits_of_transformers(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = saved(kind, tmp_path)(input_ids=IDS, use_cache=False).logits
@@ -193,3 +204,10 @@ def test_a_whole_model_with_stacked_states_gives_logits_of_any_positions(tmp_pat
         torch.testing.assert_close(logits_of_part(states.logits, IDS, x, slice(7, 31)), wanted[7:31])
         decoder = opened(tmp_path)
         torch.testing.assert_close(logits_of_part(decoder.logits, IDS, x, slice(7, 31)), wanted[7:31])
+
+
+def test_coefficients_of_a_few_inputs_stay_dense(tmp_path: Path) -> None:
+    """Keep dense what mixes two stacked states: codes of it take more room, and no group of codes fits."""
+    saved("gemma3n", tmp_path)
+    kept = opened(tmp_path).anatomy.blocks[0].kept_dense
+    assert kept == dict.fromkeys((f"altup.{name}.weight" for name in COEFFICIENTS), SMALL)

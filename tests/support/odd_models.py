@@ -1,7 +1,8 @@
 """A tiny causal model whose blocks get more than their hidden state, in one of several ways.
 
 `token`: ids of the tokens. `flat`: a tensor of windows times heads. `handed`: a list to which every block appends, and
-from which later ones read. `stacked`: hidden states [2, B, T, D].
+from which later ones read. `stacked`: hidden states [2, B, T, D]. `reads`: ids as well, and blocks that multiply with
+the weight of a layer themselves and return a list.
 
 The others cannot be walked. `computed`: an argument made from the output of the block before. `extra`: a second output
 that goes on. `changed`: a hidden state that the model changes between blocks. `batch`: an argument that mixes windows.
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-WALKED = ("token", "flat", "handed", "stacked")
+WALKED = ("token", "flat", "handed", "stacked", "reads")
 REFUSED = ("computed", "extra", "changed", "batch")
 
 
@@ -23,9 +24,16 @@ class OddConfig(PreTrainedConfig):  # type: ignore[misc]
 
     model_type = "niwaki-odd"
 
-    def __init__(self, kind: str = "token", hidden_size: int = 16, num_hidden_layers: int = 3, **other: Any) -> None:
+    def __init__(
+        self,
+        kind: str = "token",
+        hidden_size: int = 16,
+        num_hidden_layers: int = 3,
+        vocab_size: int = 96,
+        **other: Any,
+    ) -> None:
         self.kind = kind
-        self.vocab_size = 96
+        self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         super().__init__(**other)
@@ -42,7 +50,8 @@ class OddBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, given: Any = None) -> Any:
         x = hidden_states
-        y = self.up(x.cumsum(-2) / 4)
+        x_in = x.cumsum(-2) / 4
+        y = nn.functional.linear(x_in, self.up.weight.to(x.dtype)) if self.kind == "reads" else self.up(x_in)
         if self.kind == "handed":
             y = y + sum(given, torch.zeros(()))
             given.append(y.tanh())
@@ -51,6 +60,8 @@ class OddBlock(nn.Module):
         elif isinstance(given, Tensor):
             y = y + given.float().unsqueeze(-1) if given.dim() == 2 else y + given.mean()
         x = x + self.down(torch.nn.functional.silu(y))
+        if self.kind == "reads":
+            return [x]
         return (x, x.mean(-1)) if self.kind == "extra" else x
 
 
@@ -77,6 +88,7 @@ class OddModel(PreTrainedModel):  # type: ignore[misc]
         x = self.embed_tokens(input_ids)
         given: Any = {
             "token": input_ids % 7,
+            "reads": input_ids % 7,
             "flat": (input_ids % 5).float().repeat_interleave(2, 0),
             "handed": [],
             "batch": input_ids.float().mean() / 50,
@@ -91,6 +103,8 @@ class OddModel(PreTrainedModel):  # type: ignore[misc]
             x = layer(x, given=given)
             if kind == "extra":
                 x, given = x
+            elif kind == "reads":
+                (x,) = x
         return CausalLMOutput(logits=self.lm_head(x.mean(0) if kind == "stacked" else x))
 
 

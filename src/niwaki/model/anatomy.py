@@ -37,6 +37,8 @@ from niwaki.model.weight_uses import Use, WeightUses
 MAX_PROBES = 16  # of a block whose router sends no token to some experts
 ROUTER = "router"
 GATE = "gate with one output"
+SMALL = "a few coefficients"
+MIN_SIDE = 5  # of a matrix: with fewer inputs or outputs it takes no room, and is kept dense
 SHARED = "shared by several blocks"
 
 
@@ -342,7 +344,7 @@ def _probe_block(
         )
     found = {name: use for name, use in products.items() if name.partition("[")[0] not in kept_dense}
     linears, gates = _read_products(parameters, found)
-    if not isinstance(out, tuple):
+    if not isinstance(out, tuple | list):
         return BlockAnatomy(linears, gates | kept_dense, None)
     extras = tuple(place for place, part in enumerate(out) if place and isinstance(part, Tensor))
     return BlockAnatomy(linears, gates | kept_dense, len(out), extras)
@@ -389,8 +391,10 @@ def _read_products(
                 name = linear_name(parameter, expert)
                 group = linear_name(leader, expert)
                 linears[name] = Linear(name, parameter, expert, use.transposed, rows, columns, group)
-        elif rows == 1 or _is_router(parameter, rows, stacks):
-            kept_dense[parameter] = GATE if rows == 1 else ROUTER
+        elif _is_router(parameter, rows, stacks):
+            kept_dense[parameter] = ROUTER
+        elif min(rows, columns) < MIN_SIDE:
+            kept_dense[parameter] = GATE if rows == 1 else SMALL
         else:
             leader = leaders.setdefault(same_input, linear_name(parameter, None))
             name = linear_name(parameter, None)

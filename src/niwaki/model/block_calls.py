@@ -50,7 +50,7 @@ class Call:
         out = module(x_BTD.movedim((0, 1), self.dims), *args, **kwargs)
         self.handed.clear()
         self.handed.update(containers({**dict(enumerate(args)), **kwargs}))
-        hidden: Tensor = out[0] if isinstance(out, tuple) else out
+        hidden: Tensor = out[0] if isinstance(out, tuple | list) else out
         return hidden.movedim(self.dims, (0, 1))
 
     @property

@@ -125,9 +125,9 @@ class FinalStates:
 
         def collect(index: int) -> Callable[[nn.Module, Any, Any], None]:
             def hook(_module: nn.Module, _args: Any, out: Any) -> None:
-                self.sizes[index] = len(out) if isinstance(out, tuple) else None
+                self.sizes[index] = len(out) if isinstance(out, tuple | list) else None
                 if index == len(blocks) - 1:
-                    found[:] = [out[0] if isinstance(out, tuple) else out]  # a hook may run the model before
+                    found[:] = [out[0] if isinstance(out, tuple | list) else out]  # a hook may run the model before
 
             return hook
 

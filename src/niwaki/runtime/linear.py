@@ -78,7 +78,38 @@ class _Prepared(NamedTuple):
     order_I: Tensor | None
 
 
-class PackedLinear(nn.Module):
+class ReadableLinear(nn.Module):
+    """Linear layer whose matrix is stored packed, with a `weight` for code of a model that reads it.
+
+    Some families multiply with the weight of a layer themselves, look at its dtype, or initialize it while they load.
+    """
+
+    out_features: int
+    in_features: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        # It follows casts of the model, and gives the decoded matrix its dtype.
+        self.register_buffer("_like", torch.empty(0), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """Return a decoded copy of the matrix. Writing into it changes nothing."""
+        like = self.get_buffer("_like")
+        if next(iter(self.stored().values())).is_meta:
+            return torch.empty(self.out_features, self.in_features, dtype=like.dtype, device="meta")
+        return self.weight_OI(like.dtype)
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return the tensors of the matrix by their names in the file."""
+        raise NotImplementedError
+
+    def weight_OI(self, dtype: torch.dtype) -> Tensor:
+        """Return the decoded matrix."""
+        raise NotImplementedError
+
+
+class PackedLinear(ReadableLinear):
     """Product y = x Wᵀ + b with W stored as the parts that `described` lists (see `formats.quantized`).
 
     An LM head that is tied to packed embeddings has them as `owner`. It reads their tensors, which the file holds once.

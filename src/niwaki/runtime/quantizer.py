@@ -81,13 +81,15 @@ class NiwakiQuantizer(HfQuantizer):
                 pack_embedding(module, about)
             else:
                 kind = SparseLinear if "sparse" in about else PackedLinear
-                _replace(model, name, kind(rows, columns, about, module.bias is not None))
+                _replace(model, name, kind(rows, columns, about, module.bias is not None).to(module.weight.dtype))
         # transformers ties parameters, and codes are buffers: the modules are tied instead
         for target, source in list(model.all_tied_weights_keys.items()):
             owner = source.removesuffix(WEIGHT)
             if owner in packed:
                 head = target.removesuffix(WEIGHT)
-                _replace(model, head, model.get_submodule(owner).head(model.get_submodule(head).bias is not None))
+                tied: Any = model.get_submodule(head)
+                packed_head = model.get_submodule(owner).head(tied.bias is not None)
+                _replace(model, head, packed_head.to(tied.weight.dtype))
                 del model.all_tied_weights_keys[target]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:

@@ -32,9 +32,10 @@ from niwaki.kernels.sparse_product import (
 )
 from niwaki.kernels.types import GpuRecord
 from niwaki.runtime.chunked_matmul import multiply_in_chunks
+from niwaki.runtime.linear import ReadableLinear
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(ReadableLinear):
     """Product y = x Wᵀ + b with W stored as the packed record that `described` describes (see `formats.sparse`)."""
 
     def __init__(self, rows: int, columns: int, described: Mapping[str, Any], bias: bool) -> None:
