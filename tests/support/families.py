@@ -136,7 +136,7 @@ def sharing_families() -> dict[str, Any]:
     return {
         "gemma4": transformers.Gemma4TextConfig(**sharing, global_head_dim=16),
         "gemma3n": transformers.Gemma3nTextConfig(
-            **sharing, laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.5, 0.5, 0.0, 0.0]
+            **sharing, laurel_rank=8, altup_num_inputs=2, activation_sparsity_pattern=[0.5, 0.5, 0.0, 0.0]
         ),
     }
 
