@@ -49,7 +49,8 @@ class _Reader:
     """Text that is read as far as it is needed. Places count from its beginning."""
 
     def __init__(self, parts: Iterable[str]) -> None:
-        self._parts = iter(parts)
+        starts = ((part, start) for part in parts for start in range(0, len(part), PIECE_CHARS))
+        self._parts = (part[start : start + PIECE_CHARS] for part, start in starts)
         self._text, self._dropped = "", 0
 
     def reach(self, end: int) -> int:

@@ -45,6 +45,24 @@ def check_text(path: Path) -> bytes:
     return head.removeprefix(codecs.BOM_UTF8)
 
 
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a UTF-8 file that are not blank, with their numbers.
+
+    Raises CalibrationError with the number of the first line that is not UTF-8.
+    """
+    check_text(path)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise CalibrationError(
+                    f"{path}:{number}: not UTF-8: convert the file, for example with iconv"
+                ) from error
+            if text.strip():
+                yield number, text.rstrip("\r\n")
+
+
 @dataclass(frozen=True)
 class TextParts:
     """Text of a `.txt` file as parts, read again by every iteration. It is never whole in memory."""

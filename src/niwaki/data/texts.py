@@ -31,8 +31,10 @@ from niwaki.data.documents import Document, Documents
 from niwaki.data.text_files import first_line
 from niwaki.errors import CalibrationError
 from niwaki.model.decoder import Decoder
+from niwaki.model.files import require_content
 from niwaki.model.hf import auto_class, plain_loading
 
+TOKENIZER_SUFFIXES = {".json", ".model", ".jinja", ".txt", ".tiktoken"}
 SAMPLE_STEPS = 32  # tokens a window grows between two reports
 
 
@@ -157,9 +159,12 @@ def load_tokenizer(model: str | Path) -> Any:
     """Load the tokenizer of the checkpoint. Raises CalibrationError if it is missing or has no end token."""
     from transformers import AutoTokenizer
 
+    for path in Path(model).glob("*"):
+        if path.is_file() and path.suffix in TOKENIZER_SUFFIXES:
+            require_content(path, CalibrationError)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of a broken file the package tokenizers raises no narrower one
         raise CalibrationError(
             f"no usable tokenizer in {model} ({first_line(error)}): "
             "copy tokenizer.json and tokenizer_config.json beside the weights"

@@ -24,7 +24,7 @@ from niwaki.errors import CheckpointError
 from niwaki.formats.packed import decode_stored, record_names
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.aux_files import STEMS, SUFFIXES, aux_files
-from niwaki.model.files import atomic_file, copy_file, file_sha256, write_text
+from niwaki.model.files import atomic_file, copy_file, file_sha256, require_content, write_text
 from niwaki.model.hf import build_skeleton, tied_names, weight_names
 
 INDEX = "model.safetensors.index.json"
@@ -304,6 +304,7 @@ def _read_config(folder: Path) -> Any:
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: expected a Hugging Face model folder")
+    require_content(folder / "config.json", CheckpointError)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises validation errors of several libraries here
@@ -318,6 +319,7 @@ def _read_config(folder: Path) -> Any:
 def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     index = folder / INDEX
     if index.is_file():
+        require_content(index, CheckpointError)
         try:
             weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
@@ -389,6 +391,7 @@ def _read_header(folder: Path, shard: str) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{folder / INDEX} names the shard {shard!r}: expected a plain .safetensors file name")
     if not (folder / shard).is_file():
         raise CheckpointError(f"{folder} misses the shard {shard} that its index lists")
+    require_content(folder / shard, CheckpointError)
     try:
         safe_open(folder / shard, framework="pt").__exit__(None, None, None)  # checks the header and the length
     except SafetensorError as error:

@@ -12,6 +12,8 @@ from typing import Any
 
 from niwaki.config.sources import check_sources
 from niwaki.data.bos import Bos, find_bos
+from niwaki.data.chat import RowError, require_unicode
+from niwaki.data.text_files import text_lines
 from niwaki.data.texts import load_tokenizer
 from niwaki.errors import CalibrationError, InputError
 from niwaki.measure.compare.scoring import EvaluationInputs
@@ -85,16 +87,12 @@ def read_prompts(settings: ComparisonSettings, tokenizer: Any, decoders: Sequenc
     if settings.prompts is None:
         return []
     path = Path(settings.prompts)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"cannot read the prompts {path}: {error}") from error
+    if not path.is_file():
+        raise CalibrationError(f"cannot read the prompts {path}: no such file")
     positions = min((d.positions for d in decoders if d.positions is not None), default=None)
     prompts, bos = [], find_bos(tokenizer, settings.bos)
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        text = _prompt_of(line, f"{path}:{number}") if path.suffix == ".jsonl" else line
+    for number, line in text_lines(path):
+        text = _prompt_of(line, f"{path}:{number}") if path.suffix.lower() == ".jsonl" else line
         ids = bos.encode(tokenizer, text)
         if positions is not None and len(ids) + settings.new_tokens > positions:
             raise CalibrationError(
@@ -143,7 +141,10 @@ def _prompt_of(line: str, where: str) -> str:
     try:
         row = json.loads(line)
         if isinstance(row["prompt"], str) and row["prompt"]:
+            require_unicode(row["prompt"])
             return str(row["prompt"])
-    except (ValueError, KeyError, TypeError):
+    except RowError as error:
+        raise CalibrationError(f"{where}: {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise CalibrationError(f'{where}: expected {{"prompt": text}}')

@@ -24,6 +24,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from torch import Tensor
 
 from niwaki.config.sources import check_tasks
 from niwaki.data.bos import Bos
+from niwaki.data.chat import RowError, require_unicode
 from niwaki.data.stream import Stream
+from niwaki.data.text_files import text_lines
 from niwaki.errors import CalibrationError
 
 Logprobs = Callable[[Stream, Tensor, Tensor], Tensor]  # (stream, places, tokens) → log-probabilities [N]
@@ -74,21 +77,18 @@ class _GoldError(Exception):
 
 
 def read_items(path: str, limit: int | None) -> list[Item]:
-    """Read the questions of a task file. Raises CalibrationError with the number of the first invalid line."""
+    """Read the questions of a task file. Raises CalibrationError with the number of the first invalid line.
+
+    No question is skipped: accuracies over fewer questions could not be compared with those of others.
+    """
     check_tasks([path])
     items: list[Item] = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 (byte {error.start})") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or (limit is not None and len(items) >= limit):
-            continue
+    for number, line in islice(text_lines(Path(path)), limit):
         try:
             items.append(_item(json.loads(line)))
-        except _GoldError as error:
+        except (_GoldError, RowError) as error:
             raise CalibrationError(f"{path}:{number}: {error}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CalibrationError(
                 f'{path}:{number}: expected {{"pairs": [[context, continuation], ...], "gold": index}}'
             ) from error
@@ -171,8 +171,16 @@ def choices(items: list[Item], values: list[list[float]]) -> tuple[list[int], li
     return [_best(own) for own in values], [_best(own) for own in normed]
 
 
+def _text(value: Any) -> str:
+    """Return a text, or a number as text. Raises RowError for half of a surrogate pair, TypeError for the rest."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError
+    require_unicode(str(value))
+    return str(value)
+
+
 def _item(row: Any) -> Item:
-    pairs = tuple((str(context), str(continuation)) for context, continuation in row["pairs"])
+    pairs = tuple((_text(context), _text(continuation)) for context, continuation in row["pairs"])
     gold = int(row["gold"])
     if not (len(pairs) >= 2 and all(continuation for _, continuation in pairs)):
         raise ValueError
