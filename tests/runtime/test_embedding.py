@@ -1,6 +1,7 @@
 """PackedEmbedding: the rows that are looked up are those of the decoded matrix, alone and through transformers."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,20 @@ def test_casts_change_what_comes_out_and_not_the_codes() -> None:
     assert torch.equal(found.weight_OI(torch.float32), weight)
 
 
+def test_an_index_of_the_weight_decodes_the_rows_that_it_asks_for() -> None:
+    """A wrapper reads the row of its padding at every step, and must not decode the whole matrix for it."""
+    found, _ = embedding(40, 4, "affine")
+    decoded = found.weight_OI(torch.float32)
+    assert torch.equal(found.weight[3, :], decoded[3]) and torch.equal(found.weight[-1], decoded[-1])
+    assert torch.equal(found.weight[2:5], decoded[2:5]) and torch.equal(found.weight[None, :, :], decoded[None])
+    found.bfloat16()
+    assert found.weight[3].dtype == found.weight[2:5].dtype == torch.bfloat16
+
+
 def test_a_tied_head_has_the_tensors_of_the_embeddings_and_survives_a_copy() -> None:
     found, weight = embedding(40, 4, "affine")
     pair = torch.nn.ModuleDict({"embeddings": found, "head": found.head(bias=False)})
-    assert not dict(pair["head"].named_buffers())
+    assert [name for name, _ in pair["head"].named_buffers()] == ["_like"]
     x = torch.randn(1, 64)
     for modules in (pair, copy.deepcopy(pair)):
         torch.testing.assert_close(modules["head"](x), x @ weight.T, rtol=1e-2, atol=1e-2)
@@ -89,7 +100,8 @@ def test_transformers_loads_packed_ends_of_every_family(family: str, tied: bool,
         tensors |= {f"{name}.{key}": tensor for key, tensor in stored_tensors(parts, end.weight.shape[1]).items()}
         end.weight.data.copy_(assemble(parts))
     write_shard(tmp_path / "model.safetensors", tensors)
-    (tmp_path / "config.json").write_text(quantized_config(tmp_path, quantization(modules, {})))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(quantized_config(config, quantization(modules, {})))
     packed = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert isinstance(packed.get_input_embeddings(), PackedEmbedding)
     assert isinstance(packed.get_output_embeddings(), PackedLinear)

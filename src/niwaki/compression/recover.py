@@ -261,9 +261,11 @@ def _write(skeleton: Decoder, merged: dict[str, Tensor], folder: Path, loss: Bes
             raise NumericalError(f"{name}: merging would change which weights are zero")
         zeros += int(before.sum())
         weights += before.numel()
+    idle = tuple(f"{name}." for name in skeleton.anatomy.idle)
+    own = {name: tensor for name, tensor in decoder.state_dict().items() if not name.startswith(idle)}
     with plain_loading():
-        decoder.save_pretrained(folder, max_shard_size="1GB")
-    append_unread(checkpoint, skeleton.unread.names, folder)
+        decoder.save_pretrained(folder, state_dict=own if idle else None, max_shard_size="1GB")
+    append_unread(checkpoint, [*skeleton.tower_names, *skeleton.unread.names], folder)
     checkpoint.copy_aux_files(folder)
     return RecoveryResult(
         heldout_loss_before=loss.start_error,

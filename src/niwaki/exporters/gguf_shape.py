@@ -16,7 +16,7 @@ from torch import Tensor
 from niwaki.errors import ArchitectureError, CheckpointError, InputError
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import names_of
-from niwaki.model.hf import WeightNames
+from niwaki.model.hf import WeightNames, wrapped_parts
 from niwaki.model.unread import unread_note
 
 ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
@@ -100,6 +100,11 @@ class GgufLayout:
 def layout_of(checkpoint: Checkpoint) -> GgufLayout:
     """Find the layout of a checkpoint. Raises ArchitectureError for a model without a graph in llama.cpp."""
     config = checkpoint.config
+    if towers := wrapped_parts(config):
+        raise ArchitectureError(
+            f"{checkpoint.folder} is a wrapper of type {config.model_type} ({', '.join(towers)}): niwaki writes GGUF "
+            "for decoders alone, and a file of the text part would read no images or sound: use niwaki serve"
+        )
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ArchitectureError(

@@ -26,7 +26,7 @@ from niwaki.errors import ArchitectureError, InputError
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import names_of
 from niwaki.model.files import sync_file
-from niwaki.model.hf import only_errors
+from niwaki.model.hf import only_errors, wrapped_parts
 from niwaki.model.unread import unread_note
 from niwaki.runtime.load import load
 
@@ -47,6 +47,11 @@ def check(checkpoint: Checkpoint, record: Record | None, type: str | None) -> On
     """Plan the graph. Raises InputError for codes, or for a `type` of weights."""
     if type is not None:
         raise InputError("an ONNX graph is written in float32: leave --type out")
+    if towers := wrapped_parts(checkpoint.config):
+        raise InputError(
+            f"{checkpoint.folder} is a wrapper of type {checkpoint.config.model_type} ({', '.join(towers)}): niwaki "
+            "writes ONNX for decoders alone"
+        )
     if checkpoint.packed:
         raise InputError(
             f"{checkpoint.folder} stores {len(checkpoint.packed)} matrices as codes, which ONNX has no operator for: "

@@ -31,6 +31,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 QUANT_METHOD = "niwaki"
 WEIGHTS_FIELD = "transformers_weights"
+TEXT_FIELD = "text_config"
 IMPORT_NIWAKI = (
     "these weights are packed by niwaki, and only niwaki reads them: pip install niwaki, then `import niwaki` before "
     "from_pretrained (or use niwaki.load)"
@@ -379,11 +380,17 @@ def with_quantization(config: Mapping[str, Any], quantization: Mapping[str, Any]
 
     transformers ignores a quantization it does not know, and then draws random weights. Without niwaki it must stop
     instead. `WEIGHTS_FIELD` names the file of weights. Every version from 5.0 on raises an error for a name that does
-    not end with `.safetensors`, and shows the name. `NiwakiQuantizer` removes the field again.
+    not end with `.safetensors`, and shows the name. `NiwakiQuantizer` removes the field again. The text config of a
+    wrapper has the field too, because `AutoModelForCausalLM` may load the text model with it alone.
     """
-    others = {name: value for name, value in config.items() if name != WEIGHTS_FIELD}
     stop = {WEIGHTS_FIELD: IMPORT_NIWAKI} if quantization.get("quant_method") == QUANT_METHOD else {}
-    return others | stop | {"quantization_config": dict(quantization)}
+
+    def stopped(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in part.items() if name != WEIGHTS_FIELD} | stop
+
+    text = config.get(TEXT_FIELD)
+    nested = {TEXT_FIELD: stopped(text)} if isinstance(text, Mapping) else {}
+    return stopped(config) | nested | {"quantization_config": dict(quantization)}
 
 
 def _read_header(folder: Path, shard: str) -> dict[str, TensorInfo]:

@@ -45,6 +45,13 @@ def auto_class(config: Any) -> Any:
     return next(named, None) or next(known, kinds[0])
 
 
+def wrapped_parts(config: Any) -> list[str]:
+    """Return the configs inside the config of a wrapper, such as text_config and vision_config; none for a decoder."""
+    return (
+        [] if config.get_text_config() is config else sorted(n for n in config.sub_configs if getattr(config, n, None))
+    )
+
+
 def on_meta(config: Any, dtype: torch.dtype) -> Any:
     """Build the language model of `config` on the meta device, with the towers that its class has.
 

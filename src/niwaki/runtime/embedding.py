@@ -17,13 +17,34 @@ from niwaki.runtime.linear import PackedLinear, register_buffers, stored_buffers
 DECODED_TOKENS = 2048  # rows decoded together
 
 
+class _Rows(Tensor):
+    """Stand-in [0, D] for the weight of packed embeddings: an index decodes the rows that it asks for."""
+
+    owner: "PackedEmbedding"
+
+    def __getitem__(self, index: Any) -> Tensor:
+        row, *rest = index if isinstance(index, tuple) else (index,)
+        if isinstance(row, int):  # a wrapper reads the row of its padding at every step
+            ids_1 = torch.tensor([row % self.owner.num_embeddings], device=self.device)
+            return self.owner.rows(ids_1)[(0, *rest)]
+        return self.owner.weight_OI(self.dtype)[index]
+
+
 class PackedEmbedding(nn.Embedding):
     """Embedding whose rows are stored as the parts that `described` lists (see `formats.quantized`).
 
-    `weight` is a buffer without rows. Its dtype is that of the looked-up rows, and follows casts of the model.
+    Looked-up rows have the dtype of the buffer `_like`, which follows casts of the model.
     """
 
     described: list[Mapping[str, Any]]
+    _like: Tensor
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Return a stand-in without rows, which decodes the rows that an index asks for."""
+        rows = self._like.as_subclass(_Rows)
+        rows.owner = self
+        return rows
 
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors of the matrix by their names in the file."""
@@ -34,13 +55,17 @@ class PackedEmbedding(nn.Embedding):
         return assemble(read_parts(self.stored(), self.described, self.embedding_dim)).to(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the rows [..., D] of the tokens [...], in the dtype of `weight`."""
-        stored, ids_N = self.stored(), input.reshape(-1)
-        rows_ND = self.weight.new_empty(len(ids_N), self.embedding_dim)
+        """Return the rows [..., D] of the tokens [...], in the dtype of `_like`."""
+        return self.rows(input.reshape(-1)).view(*input.shape, self.embedding_dim)
+
+    def rows(self, ids_N: Tensor) -> Tensor:
+        """Return the decoded rows [N, D] of tokens, without what a subclass does to them."""
+        stored = self.stored()
+        rows_ND = self._like.new_empty(len(ids_N), self.embedding_dim)
         for first in range(0, len(ids_N), DECODED_TOKENS):
             part = slice(first, first + DECODED_TOKENS)
             rows_ND[part] = assemble(read_parts(stored, self.described, self.embedding_dim, ids_N[part]))
-        return rows_ND.view(*input.shape, self.embedding_dim)
+        return rows_ND
 
     def head(self, bias: bool) -> PackedLinear:
         """Return the LM head that is tied to these embeddings."""
@@ -50,13 +75,13 @@ class PackedEmbedding(nn.Embedding):
 def pack_embedding(module: nn.Embedding, described: Mapping[str, Any]) -> None:
     """Make embeddings on the meta device packed ones; the rest of their class stays, such as a scale of the rows."""
     dtype = module.weight.dtype
+    del module.weight
     module.__class__ = _packed_kind(type(module))
     assert isinstance(module, PackedEmbedding)
-    del module.weight
     module.padding_idx = None  # only gradients and new weights use it
     module.described = described["parts"]
     with torch.device("meta"):
-        module.register_buffer("weight", torch.empty(0, module.embedding_dim, dtype=dtype), persistent=False)
+        module.register_buffer("_like", torch.empty(0, module.embedding_dim, dtype=dtype), persistent=False)
         register_buffers(module, module.num_embeddings, module.embedding_dim, module.described)
 
 
