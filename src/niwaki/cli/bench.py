@@ -22,7 +22,7 @@ from niwaki.errors import InputError
 if TYPE_CHECKING:
     from niwaki.measure.bench.schema import Bench, Cell, Row
 
-MODEL_HELP = "The dense model: a local folder or a hub id. Random weights if the folder holds only a config.json."
+MODEL_HELP = "The dense model: a local folder, a GGUF file or a hub id. Random weights if there is only a config.json."
 VARIANTS_HELP = "bitmap, 2:4, 2:4+4bit, 4bit, 1.6bit, structured, contextual, dense. Default without OUT: all."
 SECONDS_HELP = "Seconds after which no new round of one variant and batch begins."
 NONE = "–"

@@ -56,8 +56,10 @@ def first_given(*values: str | None) -> str | None:
     return next((value for value in values if value is not None), None)
 
 
-Model = Annotated[str, typer.Argument(help="A local model folder or a hub id.", show_default=False)]
-DenseModel = Annotated[str, typer.Argument(help="The dense model: a local folder or a hub id.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="A local model folder, a GGUF file or a hub id.", show_default=False)]
+DenseModel = Annotated[
+    str, typer.Argument(help="The dense model: a folder, a GGUF file or a hub id.", show_default=False)
+]
 Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
 Dtype = Annotated[str, typer.Option(help=DTYPE_HELP)]
 StoredDtype = Annotated[str, typer.Option(help=STORED_DTYPE_HELP)]

@@ -271,7 +271,7 @@ def record_of(job: Job, folder: ResultFolder, result: ResultRecord, allocation: 
         "format": FORMAT,
         **provenance("torch", "transformers", "safetensors"),
         "model": {
-            **({"source": merged["source"], "adapter": merged} if merged else {"source": str(checkpoint.folder)}),
+            **({"source": merged["source"], "adapter": merged} if merged else checkpoint.source),
             "type": checkpoint.config.model_type,
             "bytes": checkpoint.nbytes,
             "files": checkpoint.file_hashes(),

@@ -132,9 +132,7 @@ def _card(record: RunRecord, library: str, storage: str) -> str:
         metadata=metadata.to_yaml(),
         name=f"{hub_id or source}, {recipe.method} {target}",
         source=hub_id or source,
-        base=f"`{source}`, a local folder"
-        if hub_id is None
-        else f"[{hub_id}](https://huggingface.co/{hub_id}) at `{revision}`",
+        base=_base(record, hub_id, revision),
         begin=BEGIN,
         end=END,
         unmeasured=UNMEASURED,
@@ -165,6 +163,16 @@ def _adapter_row(record: RunRecord) -> str:
     base = adapter.base_named if adapter.base_named and adapter.base != adapter.source else Path(adapter.base).name
     kind = f"{adapter.type}, rank {adapter.rank}, SHA-256 {adapter.sha256[:12]}…"
     return f"| adapter merged before | `{Path(adapter.source).name}` ({kind}) into `{without_folders(base)}` |\n"
+
+
+def _base(record: RunRecord, hub_id: str | None, revision: str) -> str:
+    """Return what the card says of the source model."""
+    source, gguf = Path(record.model.source).name, record.model.gguf
+    if gguf is not None:
+        return f"`{source}`, a GGUF file, {gguf.note} to {gguf.dtype} (sha256 `{gguf.sha256}`)"
+    if hub_id is None:
+        return f"`{source}`, a local folder"
+    return f"[{hub_id}](https://huggingface.co/{hub_id}) at `{revision}`"
 
 
 def _tower_rows(record: RunRecord) -> str:

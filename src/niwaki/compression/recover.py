@@ -120,7 +120,7 @@ def _record(
     fields = {
         "format": FORMAT,
         **provenance("torch", "transformers", "safetensors", "peft"),
-        "model": {"source": str(checkpoint.folder), "files": checkpoint.file_hashes()},
+        "model": {**checkpoint.source, "files": checkpoint.file_hashes()},
         "recover": {**settings, "windows": list(windows_ST.shape), "sha256": digest(windows_ST)},
         "compressed_from": None if before is None else before.dump(),
         "result": result,

@@ -183,14 +183,27 @@ class AdapterRecord(_Frozen):
     config_sha256: str = ""
 
 
+class GgufRecord(_Frozen):
+    """GGUF file that the source was dequantized from. `types`: number of its tensors by quant type."""
+
+    file: str
+    bytes: int
+    sha256: str
+    architecture: str
+    types: dict[str, int]
+    dtype: str
+    note: str
+
+
 class ModelRecord(_Frozen):
-    """Source model."""
+    """Source model: a folder, or a GGUF file with its facts."""
 
     source: str
     adapter: AdapterRecord | None = None
     type: str = ""
     bytes: int = 0
     files: dict[str, Any] = {}
+    gguf: GgufRecord | None = None
 
 
 class CalibrationRecord(_Frozen):

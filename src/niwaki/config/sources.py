@@ -13,18 +13,29 @@ from typing import Any
 
 from niwaki.errors import CalibrationError, CheckpointError
 
+GGUF = ".gguf"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 ADAPTER = "adapter_config.json"
 
 
 def model_folder(model: str) -> Path | None:
-    """Return the local folder of a model, or None for a hub id. Raises CheckpointError if it is neither."""
+    """Return the local folder or GGUF file of a model, or None for a hub id.
+
+    A folder with one GGUF file and no safetensors stands for the file. Raises CheckpointError for anything else.
+    """
     path = Path(model).expanduser()
+    if path.is_file() and path.suffix.lower() == GGUF:
+        return path
     if not path.is_dir():
         if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
             raise CheckpointError(f"no model folder at {model}: expected a local folder or a hub id such as org/name")
         return None
     refuse_adapter(path)
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == GGUF)
+    if files and not any(path.glob("*.safetensors")):
+        if len(files) > 1:
+            raise CheckpointError(f"{path} holds {len(files)} GGUF files: name one, such as {files[0]}")
+        return files[0]
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} has no config.json: expected a Hugging Face model folder")
     return path

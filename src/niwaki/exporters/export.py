@@ -87,7 +87,7 @@ def export(
 
         try:
             written = exporter.write(checkpoint, plan, folder.path, tell)
-            plain = ModelRecord(source=str(checkpoint.folder), bytes=checkpoint.nbytes)
+            plain = ModelRecord.model_validate({**checkpoint.source, "bytes": checkpoint.nbytes})
             record = before if before is not None and before.model is not None else Record(model=plain)
             record = record.with_export(_export_record(to, checkpoint.folder, folder.path, written, started))
             lines = checkpoint.folder / RECORD / LINES

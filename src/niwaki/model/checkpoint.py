@@ -25,6 +25,7 @@ from niwaki.formats.packed import decode_stored, record_names
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.aux_files import STEMS, SUFFIXES, aux_files
 from niwaki.model.files import atomic_file, copy_file, file_sha256, require_content, write_text
+from niwaki.model.gguf_source import gguf_folder, gguf_source
 from niwaki.model.hf import build_skeleton, tied_names, weight_names
 
 INDEX = "model.safetensors.index.json"
@@ -72,7 +73,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model: str | Path) -> "Checkpoint":
-        """Open a local folder or hub id. Raises CheckpointError with one line for anything unusable.
+        """Open a local folder, a GGUF file or a hub id. Raises CheckpointError with one line for anything unusable.
 
         Packed modules of niwaki appear among the tensors as their decoded weights, and `packed` describes them.
         `shapes` holds the matrices whose shape differs from the config (see `niwaki.model.hf`).
@@ -119,6 +120,12 @@ class Checkpoint:
                 torch.equal(slices[0][begin : begin + _COMPARED_ROWS], slices[1][begin : begin + _COMPARED_ROWS])
                 for begin in range(0, infos[0].shape[0], _COMPARED_ROWS)
             )
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Return the place of the model for a record: its folder, or the GGUF file it was made of and its facts."""
+        gguf = gguf_source(self.folder)
+        return {"source": str(self.folder)} if gguf is None else {"source": gguf["file"], "gguf": gguf}
 
     def config_content(self) -> dict[str, Any]:
         """Return the content of config.json, with the ties as the weights have them."""
@@ -272,21 +279,22 @@ def cut_to_shards(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> li
 
 
 def local_folder(model: str) -> Path:
-    """Return the folder of a model, which is fetched first for a hub id.
+    """Return the folder of a model, which is fetched first for a hub id, or made first of a GGUF file.
 
     Raises CheckpointError if there is none, or if it holds an adapter.
     """
-    folder = model_folder(model) or fetched_folder(model)
+    folder = fetched_folder(str(model_folder(model) or model))
     refuse_adapter(folder)
     return folder
 
 
 def fetched_folder(model: str) -> Path:
-    """Return a local folder as it is, or fetch a hub id. Raises CheckpointError if that fails."""
+    """Return a local folder as it is, that of a GGUF file, or fetch a hub id. Raises CheckpointError if that fails."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    model_folder(model)  # raises for what cannot be a hub id
+    if file := model_folder(model):  # raises for what cannot be a hub id
+        return gguf_folder(file)
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.py", *(f"*{suffix}" for suffix in sorted(SUFFIXES))]

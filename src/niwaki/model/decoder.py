@@ -35,6 +35,7 @@ from niwaki.model.anatomy import (
 from niwaki.model.block_calls import Call, record_calls, stubbed
 from niwaki.model.checkpoint import STORED_DTYPES, TIE, Checkpoint
 from niwaki.model.device import return_free_memory, to_host
+from niwaki.model.gguf_source import gguf_source
 from niwaki.model.hf import (
     WeightNames,
     build_skeleton,
@@ -258,6 +259,8 @@ class Decoder:
     def warnings(self, *, drop_unused: bool) -> list[str]:
         """Return what a user should know of the file: tensors without a place, and a head that the config denies."""
         found = [self.unread.message(dropped=drop_unused)] if self.unread.names else []
+        if gguf := gguf_source(self.checkpoint.folder):
+            found.append(f"{gguf['file']} is {gguf['note']} to {gguf['dtype']}, in {self.checkpoint.folder}")
         if head := self.checkpoint.own_head:
             found.append(
                 f"{head} differs from the embeddings, although config.json ties them: the head of the file is used, "
