@@ -113,6 +113,16 @@ def spread(anatomy: Anatomy, target: float, sensitivities: list[float]) -> list[
     return [block["m"].bits for block in found]  # type: ignore[union-attr]
 
 
+def test_a_matrix_that_needs_more_than_four_bits_gets_them() -> None:
+    """Give a tiny matrix its minimum at the cost of the others, as `plan` counts it."""
+    anatomy = anatomy_of(64, 2)
+    few = {"m": Linear("m", "m.weight", None, False, 2, 8, "m")}
+    anatomy = Anatomy("layers", (anatomy.blocks[0], BlockAnatomy(few, {}, None)))
+    large, small = spread(anatomy, 2.5, [1.0, 1.0])
+    assert small == min_bits(2, 8) > KEPT_BITS
+    assert (large * 64 * 4096 + small * 16) / (64 * 4096 + 16) == pytest.approx(2.5, abs=1e-9)
+
+
 @pytest.mark.parametrize("target", [1.3, 1.75, 2.5, 3.5])
 @pytest.mark.parametrize("seed", range(3))
 def test_bits_by_sensitivity_meet_the_budget_at_the_least_error(target: float, seed: int) -> None:

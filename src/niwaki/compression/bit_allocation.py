@@ -119,7 +119,7 @@ def spread_bits(
     needs = {key: math.log(max(sensitivities[key[0]][key[1]], 1e-30) / weights[key], 4) for key in matrices}
 
     def bits(shift: float) -> dict[tuple[int, str], float]:
-        return {key: min(max(needs[key] + shift, minimum[key]), KEPT_BITS) for key in matrices}
+        return {key: max(min(needs[key] + shift, KEPT_BITS), minimum[key]) for key in matrices}
 
     low, high = KEPT_BITS * -1.0 - max(needs.values()), KEPT_BITS - min(needs.values())
     for _ in range(100):

@@ -151,9 +151,9 @@ def needs(config: Config) -> Needs:
 def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> int | None:
     """Return the bytes of codes, scales and the mask of columns; None for a choice by element, stored as weights."""
     if config.granularity == "element":
-        salient_elements(rows, columns, target)
+        salient_elements(rows, columns, target, f"{name}: ")
         return None
-    return split_columns(rows, columns, target, config).nbytes(rows, columns, config)
+    return split_columns(rows, columns, target, config, f"{name}: ").nbytes(rows, columns, config)
 
 
 def cost(scope: Scope, config: Config) -> Work:
@@ -182,7 +182,8 @@ def compress(
             if config.granularity == "element":
                 packed[name] = _by_element(weight_OI, problem, targets[name], config, generator)
                 continue
-            split = split_columns(weight_OI.shape[0], weight_OI.shape[1], targets[name], config)
+            rows, columns = weight_OI.shape
+            split = split_columns(rows, columns, targets[name], config, f"block {block.index} {name}: ")
             latents[name] = _squeeze(weight_OI, problem, split, config, generator)
             detail[name] = {"salient_columns": split.count}
     rounded = {name: latent.rounded for name, latent in latents.items()}
@@ -259,11 +260,11 @@ class Split:
         return -(-rows // TILE) * TILE * widths + 2 * rows * groups + mask
 
 
-def split_columns(rows: int, columns: int, target: Target, config: Config) -> Split:
+def split_columns(rows: int, columns: int, target: Target, config: Config, name: str = "") -> Split:
     """Return the split with the most salient columns within the target, everything counted (a multiple of 8).
 
-    Of several widths the widest that fit are taken. Raises TargetError if the narrowest width for all columns does not
-    fit.
+    Of several widths the widest that fit are taken. Raises TargetError, which begins with `name`, if the narrowest
+    width for all columns does not fit.
     """
     assert isinstance(target, Bits)
     budget_bytes = target.bits * rows * columns / 8
@@ -271,9 +272,10 @@ def split_columns(rows: int, columns: int, target: Target, config: Config) -> Sp
     splits = [Split(*widths, count) for widths in WIDTHS[config.widths] for count in counts]
     fitting = [split for split in splits if split.nbytes(rows, columns, config) <= budget_bytes]
     if not fitting:
+        needed = min_bits(rows, columns, config)
         raise TargetError(
-            f"target {target}: a {rows}×{columns} matrix needs at least {min_bits(rows, columns, config):.3f} bits "
-            "with these groups: raise the target, or widen group"
+            f"{name}target {target}: a {rows}×{columns} matrix needs at least {needed:.3f} bits with these groups: "
+            "raise the target, or widen group"
         )
     return fitting[-1]
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from niwaki.compression.bit_allocation import KEPT_BITS
 from niwaki.compression.embeddings import GROUPS, WIDTHS, embeddings_to_pack
 from niwaki.compression.resolve import ResolvedStage
 from niwaki.config.recipe import Recipe
@@ -214,11 +215,11 @@ def stored_sizes(decoder: Decoder, model: ModelSizes, stage: ResolvedStage) -> S
 
 
 def _has_room(model: ModelSizes, step: Step, target: Target) -> bool:
-    """Return whether bits can move between matrices, as in `spread_bits`: the target exceeds the minimum of all."""
+    """Return whether bits can move between matrices, as in `spread_bits`: above the minimum of all, below four bits."""
     assert isinstance(target, Bits), "fractional methods meet nothing else"
     matrices = [matrix for block in model.blocks for matrix in block.matrices]
     least = sum(m.rows * m.columns * step.min_bits(m.rows, m.columns) for m in matrices)
-    return least < target.bits * model.weights
+    return least < target.bits * model.weights and target.bits < KEPT_BITS
 
 
 def _packed_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe: Recipe, by_need: bool) -> int | None:

@@ -24,14 +24,14 @@ SCALES = 3  # per row: one-bit scale and mean, four-bit scale
 MIDDLE = 7.5  # of the four-bit codes
 
 
-def salient_elements(rows: int, columns: int, target: Target) -> int:
+def salient_elements(rows: int, columns: int, target: Target, name: str = "") -> int:
     """Return the number of weights with four bits. Raise TargetError if the mask and one bit do not fit."""
     assert isinstance(target, Bits)
     size, min_bits = rows * columns, min_element_bits(rows, columns)
     left_bytes = int((target.bits - min_bits) * size / 8 + 1e-6)
     if target.bits < min_bits:
         raise TargetError(
-            f"target {target}: a choice by element needs at least {min_bits:.3f} bits for a {rows}×{columns} "
+            f"{name}target {target}: a choice by element needs at least {min_bits:.3f} bits for a {rows}×{columns} "
             "matrix: raise the target, or use granularity=column"
         )
     return min(8 * (left_bytes // (SALIENT_BITS - 1)), size)
