@@ -14,8 +14,9 @@ from niwaki.errors import InputError
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.model.logits import LOGIT_BYTES, FinalStates, logits_of_part, position_slices, vocabulary_of
-from support.families import COMMON, GQA, build, families
+from support.families import COMMON, GQA, build, families, sharing_families
 from support.models import CPU
+from support.odd_families import odd_config
 
 IDS = torch.randint(1, 90, (3, 12), generator=torch.Generator().manual_seed(0))
 SMALL = 5 * 4 * 96  # five positions of 96 tokens
@@ -30,7 +31,8 @@ HEADS: dict[str, Any] = {  # scales, caps and biases that families() leaves out
     ),
     "opt-projected": transformers.OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=16),
 }
-CONFIGS = {**{name: family.config for name, family in families().items()}, **HEADS}
+CONFIGS = {**{name: family.config for name, family in families().items()}, **sharing_families(), **HEADS}
+CONFIGS |= {name: odd_config(name) for name in ("ctrl", "xglm", "gpt_neo", "nanochat", "cohere2")}
 
 
 def opened(model: Any, folder: Path, logit_bytes: int | None, dtype: torch.dtype | None = None) -> Decoder:
