@@ -25,7 +25,7 @@ class Skeleton(transformers.PreTrainedModel):
     """Decoder of blocks of any kind."""
 
     def __init__(self, *blocks: nn.Module) -> None:
-        super().__init__(transformers.PreTrainedConfig())
+        super().__init__(transformers.PreTrainedConfig(hidden_size=WIDTH))
         self.embed_tokens = nn.Embedding(8, WIDTH)
         self.layers = nn.ModuleList(blocks)
 

@@ -66,6 +66,9 @@ def print_inspection(to: Console, result: dict[str, Any]) -> None:
         _print_cut(to, result, title)
     if "predictor" in result:
         _print_predictor(to, result)
+    for name, weight in result["kept_dense"].get("weights", {}).items():
+        where = f"{weight['bytes']:,} bytes in {weight['blocks']} blocks"
+        print_line(f"dense: {name}, {weight['reason']}, {where}", to)
     for text in result["notes"]:
         print_line(f"note: {text}", to)
 

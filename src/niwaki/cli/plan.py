@@ -101,6 +101,7 @@ def print_plan(to: Console, result: dict[str, Any]) -> None:
         ["weight files", f"{_bytes(result['output_bytes'])} of {_bytes(model['bytes'])} ({share:.1%})"],
         ["bits a weight in the matrices of the blocks, with scales", f"{result['matrix_bits']:.2f}"],
         ["bits a weight in the files, embeddings and head included", f"{result['output_bits']:.2f} of {before:.2f}"],
+        *_kept(result["kept_dense"]),
         *([["towers that text alone does not run, copied unchanged", _bytes(towers)]] if towers else []),
         *([["tensors outside the model, copied unchanged", _bytes(unread)]] if unread and kept else []),
         ["time", f"about {_time(result['seconds'])}"],
@@ -121,6 +122,16 @@ def print_plan(to: Console, result: dict[str, Any]) -> None:
         print_line("note: without --calibration, methods that need text generate it first; the time includes that", to)
     for text in result["warnings"]:
         print_line(f"warning: {text}", to)
+
+
+def _kept(kept: dict[str, Any]) -> list[list[str]]:
+    """Return a row for all weights that stay dense, and one for each."""
+    if not kept["weights"]:
+        return []
+    rows = [["weights of the blocks that stay dense", f"{_bytes(kept['bytes'])} ({kept['share']:.2%} of the blocks)"]]
+    for name, weight in kept["weights"].items():
+        rows.append([f"  {name} ({weight['reason']})", f"{_bytes(weight['bytes'])} in {weight['blocks']} blocks"])
+    return rows
 
 
 def _phases(result: dict[str, Any]) -> list[list[str]]:

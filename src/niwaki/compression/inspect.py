@@ -46,6 +46,7 @@ def inspect(out: str | Path) -> dict[str, Any]:
         "matrices": _matrices(lines, measure),
         "blocks": _blocks(lines, measure),
         "worst": _worst(lines),
+        "kept_dense": {} if record.kept_dense is None else record.kept_dense.dump(),
         "notes": record.result.notes,
         "stages": [_made(stage) | {"allocation": _allocation(stage)} for stage in record.stages],
     }

@@ -202,6 +202,8 @@ def run(job: Job, execute: Callable[[Job, ResultFolder, Report], RunRecord]) -> 
         try:
             target = str(job.stage.target)
             report(Event.START, blocks=len(job.decoder), method=job.recipe.method, target=target)
+            if job.decoder.kept.weights and job.first is None:
+                report(Event.WARNING, message=job.decoder.kept.message())
             for text in job.decoder.warnings(drop_unused=job.recipe.drop_unused):
                 report(Event.WARNING, message=text)
             return execute(job, folder, report)
@@ -283,6 +285,7 @@ def record_of(job: Job, folder: ResultFolder, result: ResultRecord, allocation: 
         "allocation": allocation,
         "calibration": calibration_record(job.calibration),
         "result": result,
+        **({"kept_dense": job.decoder.kept.record()} if job.decoder.kept.weights else {}),
         **({"unread": unread.record(kept=not job.recipe.drop_unused)} if (unread := job.decoder.unread).names else {}),
         **({"towers": towers_record(job.decoder)} if job.decoder.anatomy.idle else {}),
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),

@@ -147,7 +147,7 @@ def _card(record: RunRecord, library: str, storage: str) -> str:
         bytes=exported.bytes if exported else result.bytes,
         bytes_before=record.model.bytes,
         calibration="none" if windows is None else f"{windows[0]} windows of {windows[1]} tokens",
-        copied=_adapter_row(record) + _tower_rows(record) + _unread_row(record),
+        copied=_kept_row(record) + _adapter_row(record) + _tower_rows(record) + _unread_row(record),
         seed=recipe.seed,
         seconds=record.seconds,
         device=record.device,
@@ -182,6 +182,15 @@ def _tower_rows(record: RunRecord) -> str:
         for name, size in record.towers.items()
     )
     return "".join(rows)
+
+
+def _kept_row(record: RunRecord) -> str:
+    """Return the row about weights of the blocks that stay dense, empty without any."""
+    kept = record.kept_dense
+    if kept is None:
+        return ""
+    names = ", ".join(f"`{name}` ({weight.reason})" for name, weight in kept.weights.items())
+    return f"| weights of the blocks that stay dense | {kept.bytes:,} bytes ({kept.share:.2%}): {names} |\n"
 
 
 def _unread_row(record: RunRecord) -> str:

@@ -240,6 +240,22 @@ class ResultRecord(_Frozen):
     predictor: dict[str, Any] | None = None
 
 
+class KeptWeightRecord(_Frozen):
+    """Weight that stays dense: its reason, the number of the blocks that have it, and its bytes in all of them."""
+
+    reason: str
+    blocks: int
+    bytes: int
+
+
+class KeptRecord(_Frozen):
+    """Weights of two or more dimensions that stay dense, by name in a block. `share`: of the bytes of the blocks."""
+
+    bytes: int
+    share: float
+    weights: dict[str, KeptWeightRecord] = {}
+
+
 class UnreadGroup(_Frozen):
     """Number and bytes of tensors below one prefix."""
 
@@ -304,6 +320,7 @@ class RunRecord(Record):
     allocation: AllocationRecord = AllocationRecord()
     calibration: CalibrationRecord = CalibrationRecord()
     result: ResultRecord
+    kept_dense: KeptRecord | None = None
     unread: UnreadRecord | None = None
     towers: dict[str, int] = {}  # bytes by module of what text alone does not run, copied unchanged
     device: str = ""

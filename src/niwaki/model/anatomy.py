@@ -19,7 +19,6 @@ Cost: address space, not memory, and the time of one 8-token forward per structu
 """
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -175,7 +174,9 @@ def discover(skeleton: Any) -> Anatomy:
     path, blocks = find_blocks(skeleton)
     known: dict[Any, BlockAnatomy] = {}
     found: list[BlockAnatomy] = []
-    shared = shared_parameters(blocks)
+
+    named = shared_names(path, blocks)
+    shared = [frozenset(n for n, _ in b.named_parameters() if f"{path}.{i}.{n}" in named) for i, b in enumerate(blocks)]
 
     def run_dry(index: int, call: Call, hidden_BTD: Tensor) -> None:
         _run_dry(skeleton, blocks[index], call, hidden_BTD)
@@ -307,10 +308,13 @@ def _untouched(meta: Tensor) -> nn.Parameter:
     return nn.Parameter(make(meta.shape, dtype=meta.dtype, device="cpu"), requires_grad=False)
 
 
-def shared_parameters(blocks: nn.ModuleList) -> list[frozenset[str]]:
-    """Return by block the names of the parameters that other blocks have too."""
-    owners = Counter(id(parameter) for block in blocks for parameter in block.parameters())
-    return [frozenset(name for name, p in block.named_parameters() if owners[id(p)] > 1) for block in blocks]
+def shared_names(path: str, blocks: nn.ModuleList) -> dict[str, tuple[str, ...]]:
+    """Return for each parameter that several blocks share all its names in the model."""
+    names: dict[int, list[str]] = {}
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            names.setdefault(id(parameter), []).append(f"{path}.{index}.{name}")
+    return {name: tuple(group) for group in names.values() if len(group) > 1 for name in group}
 
 
 def _probe_block(

@@ -31,6 +31,7 @@ from niwaki.model.anatomy import (
     discover,
     find_blocks,
     outer_modules,
+    shared_names,
 )
 from niwaki.model.block_calls import Call, record_calls, stubbed
 from niwaki.model.checkpoint import STORED_DTYPES, TIE, Checkpoint
@@ -46,6 +47,7 @@ from niwaki.model.hf import (
     split_converted,
     weight_names,
 )
+from niwaki.model.kept import Kept
 from niwaki.model.logits import position_slices, vocabulary_of
 from niwaki.model.matmul_observer import MatmulObserver, weight_pointers
 from niwaki.model.unread import Unread
@@ -230,7 +232,9 @@ class Decoder:
         resize(self.model, checkpoint.shapes)
         self.anatomy = discover(self.model)
         self.path, self._blocks = find_blocks(self.model)
+        self._shared = shared_names(self.path, self._blocks)
         self.names = weight_names(self.model, checkpoint.tensors)
+        self.kept = Kept.of(self.anatomy, self.names, checkpoint)
         self.unread = Unread.of(self.names, checkpoint, self.path)
         self._check_dtypes()
         check_complete(checkpoint, self.model, self.names)
@@ -322,6 +326,7 @@ class Decoder:
         added = {name: stored.pop(name) for name in list(stored) if name not in self.names.parameters}
         self._fill(stored)
         module = self._blocks[index]
+        self._fill_shared(index, module)
         missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
         if missing:
             raise CheckpointError(
@@ -336,6 +341,18 @@ class Decoder:
         for name, bias_O in added.items():
             block.add_bias(self.parameter(name, index).removesuffix(".bias"), bias_O.to(self.device))
         return block
+
+    def _fill_shared(self, index: int, module: nn.Module) -> None:
+        """Read the parameters of a block that the file holds once, in another block."""
+        for name, parameter in module.named_parameters():
+            others = self._shared.get(self.anatomy.prefix(index) + name, ())
+            if not parameter.is_meta or not others:
+                continue
+            stored = next((disk for disk, found in self.names.parameters.items() if found in others), None)
+            if stored is not None and stored not in self.names.converted:
+                value = self.checkpoint.read([stored])[stored].to(self.dtype)
+                part, _, leaf = name.rpartition(".")
+                module.get_submodule(part)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def packable(self, index: int) -> frozenset[str]:
         """Return the matrices that are the whole weight of an nn.Linear and lie on disk unconverted, as one tensor."""

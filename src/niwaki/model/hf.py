@@ -84,14 +84,43 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
 
 
 def materialize_buffers(skeleton: Any, module: nn.Module, device: torch.device | str, *, recurse: bool = True) -> None:
-    """Compute the buffers that no checkpoint holds, such as rotary frequencies and causal masks."""
+    """Compute the buffers that no checkpoint holds, such as rotary frequencies and causal masks.
+
+    transformers computes them where it initializes weights, for a module itself or for a module that contains it.
+    """
+    computed = []
     for part in module.modules() if recurse else [module]:
         missing = {name: buffer for name, buffer in part.named_buffers(recurse=False) if buffer.is_meta}
         for name, buffer in missing.items():
             part._buffers[name] = torch.zeros_like(buffer, device=device)
         if missing:
-            with torch.no_grad():
-                owning_model(skeleton, part)._init_weights(part)  # transformers computes such buffers there
+            computed.append(part)
+            _initialize(skeleton, part)
+    for outer in _containing(skeleton, computed):
+        _initialize(skeleton, outer)
+
+
+def _containing(skeleton: Any, parts: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the modules of `skeleton` that contain one of `parts`, the outermost first."""
+    if not parts:
+        return []
+    modules = dict(skeleton.named_modules())
+    names = [name for name, module in modules.items() if any(module is part for part in parts)]
+    outer = {name[:end] for name in names for end in range(len(name)) if name[end] == "."} | ({""} if names else set())
+    return [modules[name] for name in sorted(outer)]
+
+
+def _initialize(skeleton: Any, part: nn.Module) -> None:
+    """Initialize the buffers of a module as transformers does, while its parameters are out of reach."""
+    held = dict(part._parameters)
+    for name, parameter in held.items():
+        if parameter is not None:
+            part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    try:
+        with torch.no_grad():
+            owning_model(skeleton, part)._init_weights(part)
+    finally:
+        part._parameters.update(held)
 
 
 def owning_model(skeleton: Any, module: nn.Module) -> Any:

@@ -83,14 +83,15 @@ class Unread:
     def message(self, *, dropped: bool) -> str:
         """Return a warning that names the largest groups with their bytes."""
         largest = sorted(self.groups.items(), key=lambda item: -item[1].bytes)
-        named = [f"{name} ({group.tensors} tensors, {_size(group.bytes)})" for name, group in largest[:SHOWN_GROUPS]]
+        named = [
+            f"{name} ({group.tensors} tensors, {size_text(group.bytes)})" for name, group in largest[:SHOWN_GROUPS]
+        ]
         if len(largest) > SHOWN_GROUPS:
             named.append(f"{len(largest) - SHOWN_GROUPS} more groups")
         way = "left out as --drop-unused asks" if dropped else "copied unchanged (--drop-unused leaves them out)"
         count = f"{len(self.names)} tensors" if len(self.names) > 1 else "1 tensor"
-        return (
-            f"{count} of the file ({_size(self.nbytes)}) have no place in the model and are {way}: {', '.join(named)}"
-        )
+        size = size_text(self.nbytes)
+        return f"{count} of the file ({size}) have no place in the model and are {way}: {', '.join(named)}"
 
 
 def unread_note(count: int) -> str:
@@ -137,5 +138,6 @@ def _place(name: str, lists: Sequence[str]) -> tuple[str, int, str] | None:
     return None
 
 
-def _size(nbytes: int) -> str:
+def size_text(nbytes: int) -> str:
+    """Return bytes as MB or GB."""
     return f"{nbytes / 1e6:,.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:,.2f} GB"

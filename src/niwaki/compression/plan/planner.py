@@ -134,6 +134,7 @@ def _planned(
         "disk_bytes": disk,
         "decode": decode,
         "money": _money(decode, total, price_per_hour, tokens_per_day),
+        "kept_dense": decoder.kept.record(),
         "unread": decoder.unread.record(kept=not made.drop_unused),
         "towers": towers_record(decoder),
         "dense": last.stored.dense.record(),
