@@ -14,9 +14,9 @@ from niwaki.rollout.answers import (
     COMPLETIONS,
     UnreadableError,
     answer_text,
-    prompt_text,
     request_texts,
     starts_with_error,
+    transcript,
 )
 from niwaki.rollout.scoring import ScoredToken, audit, compare_scores, parse_tokens
 from niwaki.rollout.store import Store, export_texts
@@ -108,9 +108,8 @@ def test_audits_of_fakes_see_how_far_they_differ(tmp_path: Path) -> None:
 def test_texts_of_requests_and_answers() -> None:
     chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "!"}]}]}
     assert request_texts(CHAT, chat) == [{"role": "user", "content": "Hi!"}]
-    assert prompt_text(CHAT, request_texts(CHAT, chat), None) == "user: Hi!\nassistant: "
-    assert prompt_text(CHAT, request_texts(CHAT, chat), lambda messages: messages[0]["content"]) == "Hi!"
-    assert prompt_text(COMPLETIONS, request_texts(COMPLETIONS, {"prompt": "a"}), None) == "a"
+    assert transcript(CHAT, request_texts(CHAT, chat)) == "user: Hi!\nassistant: "
+    assert transcript(COMPLETIONS, request_texts(COMPLETIONS, {"prompt": "a"})) == "a"
     for path, payload in (
         (COMPLETIONS, {"prompt": ["a", "b"]}), (COMPLETIONS, {}), (CHAT, {}), (CHAT, {"messages": ["a"]}),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),

@@ -16,7 +16,7 @@ def go(work: Callable[[Setup], Awaitable[None]], setup: Setup) -> None:
 
     async def whole() -> None:
         await work(setup)
-        await setup.gateway.background.stop()
+        await setup.gateway.close()
 
     asyncio.run(whole())
 

@@ -5,7 +5,7 @@
 The modules, from the bottom to the top:
 
 - `histogram`, `signals`: counts; `sequential`: tests valid at any time; `decision`: a pure function; `drift`: alarms
-- `settings`, `limits`, `routing`, `answers`: what is configured, and what is read of a request
+- `settings`, `limits`, `routing`, `answers`, `chat_template`: what is configured, and what is read of a request
 - `http_client`, `upstream`, `scoring`: both servers; `store`, `counters`, `controller`, `start`: the state
 - `auditing`, `streaming`, `gateway`, `dashboard`, `app`: the gateway; `running` assembles it
 

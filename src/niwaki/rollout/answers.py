@@ -5,11 +5,10 @@ The functions read copies and change no byte. Requests and answers without one s
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-Template = Callable[[list[dict[str, str]]], str]
 
 
 class UnreadableError(Exception):
@@ -49,12 +48,10 @@ def first_text(texts: list[dict[str, str]]) -> str:
     return "\n".join(contents)
 
 
-def prompt_text(path: str, texts: list[dict[str, str]], template: Template | None) -> str:
-    """Return the text before an answer that both models score. Without a template a chat is a plain transcript."""
+def transcript(path: str, texts: list[dict[str, str]]) -> str:
+    """Return the text before an answer that both models score. A chat is a plain transcript."""
     if path == COMPLETIONS:
         return texts[0]["content"]
-    if template is not None:
-        return template(texts)
     return "".join(f"{text['role']}: {text['content']}\n" for text in texts) + "assistant: "
 
 

@@ -49,9 +49,7 @@ def build(gateway: Gateway, *, tick_s: float | None = TICK_S, now: Clock = time.
         yield
         if ticking is not None:
             ticking.cancel()
-        await gateway.background.stop()
-        await gateway.stable.close()
-        await gateway.canary.close()
+        await gateway.close()
 
     own = _Routes(gateway, now)
     routes = [

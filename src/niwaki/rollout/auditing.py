@@ -3,7 +3,7 @@
 Numbers are always kept. Texts are the prompt, the answer and the tokens on which the models differ. The dashboard and
 the store keep them only with `TrafficSampling.keep_texts`. `niwaki rollout export` writes them for `niwaki adapt`.
 
-    background.submit("audit", 2, auditor.audit(controller, model, prompt, answer, "served"))
+    background.submit("audit", 2, lambda: auditor.audit(controller, model, prompt, answer, "served"))
 """
 
 import asyncio
@@ -31,11 +31,13 @@ class Background:
         self.running: dict[str, set[asyncio.Task[None]]] = {}
         self.done: Counter[str] = Counter()
 
-    def submit(self, kind: str, limit: int, work: Coroutine[Any, Any, None]) -> bool:
-        """Start `work`. Close it and return False if `limit` tasks of its kind are running."""
+    def submit(self, kind: str, limit: int, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+        """Start `work`, or return False if `limit` tasks of its kind are running.
+
+        The task itself calls `work`, so a task that is cancelled before its first step has made no coroutine.
+        """
         tasks = self.running.setdefault(kind, set())
         if len(tasks) >= limit:
-            work.close()
             return False
         task = asyncio.create_task(self._run(kind, work))
         tasks.add(task)
@@ -54,9 +56,9 @@ class Background:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, kind: str, work: Coroutine[Any, Any, None]) -> None:
+    async def _run(self, kind: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
-            await work
+            await work()
             self.done[kind] += 1
         except Exception as error:  # the text of an error may hold prompts, its type does not
             log.error("%s failed: %s", kind, type(error).__name__)

@@ -12,16 +12,18 @@
 
 import json
 import random
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from niwaki.rollout import answers
-from niwaki.rollout.answers import Template, UnreadableError
+from niwaki.rollout.answers import UnreadableError
 from niwaki.rollout.auditing import Auditor, Background
+from niwaki.rollout.chat_template import ChatTemplate
 from niwaki.rollout.controller import Controller
 from niwaki.rollout.counters import AnswerTimes
 from niwaki.rollout.http_client import Headers, UpstreamError
@@ -56,7 +58,7 @@ class Gateway:
     canary: UpstreamServer
     keys: Keys
     auditor: Auditor
-    template: Template | None = None
+    template: ChatTemplate | None = None
     rng: random.Random = field(default_factory=random.Random)
     background: Background = field(default_factory=Background)
 
@@ -138,7 +140,8 @@ class Gateway:
         if side == "canary" and recorder.keep and complete:
             self._audit(question, recorder, reply.stream, "served")
         elif side == "stable" and copy and complete:
-            self._submit("shadow", self.settings.sampling.max_shadows, self._shadow(question, times))
+            work = partial(self._shadow, question, times)
+            self._submit("shadow", self.settings.sampling.max_shadows, work)
 
     async def _shadow(self, question: GatewayRequest, stable_times: AnswerTimes) -> None:
         """Send a copy of a request to the canary. No client waits for its answer."""
@@ -173,15 +176,34 @@ class Gateway:
         except UnreadableError as unread:
             self.controller.counters.count_skipped(f"not audited: {unread}")
             return
-        prompt = answers.prompt_text(question.path, question.texts, self.template)
-        model = str(question.payload.get("model", ""))
-        rendered = question.path == answers.CHAT and self.template is not None
-        work = self.auditor.audit(self.controller, model, prompt, answer, how, rendered=rendered)
+        work = partial(self._audit_text, question, question.texts, answer, how)
         self._submit("audit", self.settings.sampling.max_audits, work)
 
-    def _submit(self, kind: str, limit: int, work: Coroutine[Any, Any, None]) -> None:
+    async def _audit_text(self, question: GatewayRequest, texts: list[dict[str, str]], answer: str, how: str) -> None:
+        """Run the audit of an answer. The chat template renders its dialogue in another process."""
+        rendered = question.path == answers.CHAT and self.template is not None
+        try:
+            if rendered and self.template is not None:
+                prompt = await self.template.render(texts)
+            else:
+                prompt = answers.transcript(question.path, texts)
+        except UnreadableError as unread:
+            self.controller.counters.count_skipped(f"not audited: {unread}")
+            return
+        model = str(question.payload.get("model", ""))
+        await self.auditor.audit(self.controller, model, prompt, answer, how, rendered=rendered)
+
+    def _submit(self, kind: str, limit: int, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         if not self.background.submit(kind, limit, work):
             self.controller.counters.count_skipped(f"{kind} dropped: {limit} were running")
+
+    async def close(self) -> None:
+        """End the work in the background, all connections and the process of the chat template."""
+        await self.background.stop()
+        await self.stable.close()
+        await self.canary.close()
+        if self.template is not None:
+            self.template.close()
 
     def _draw(self, share: float) -> bool:
         """Return True with a probability of `share`."""
