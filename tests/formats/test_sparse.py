@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from niwaki.formats.descriptors import read_descriptor
 from niwaki.formats.packed import decode_stored, record_names
 from niwaki.formats.quantized import QuantizedColumns
-from niwaki.formats.sparse import CODES, SLACK_BYTES, VALUES, Sparse, fits_two_four, stored_shapes
+from niwaki.formats.sparse import CODES, SLACK_BYTES, VALUES, Sparse, fits_two_four
 from support.sparse_records import coded, pruned, pruned_exactly
 
 SHAPES = [(1, 1), (3, 4), (5, 7), (7, 12), (33, 40), (70, 200)]
@@ -42,7 +43,7 @@ def test_description_and_tensors_are_all_a_reader_needs() -> None:
         assert record is not None
         about, tensors = record.describe(), record.tensors()
         assert list(tensors) == record_names(about)
-        assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == stored_shapes(about)
+        assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == read_descriptor("m", about).shapes()
         assert all(not t.is_floating_point() for t in tensors.values())
         stored = {f"a.b.{name}": tensor for name, tensor in tensors.items()}
         found = decode_stored({**stored, "c": weight}, {"a.b": about, "not.here": about}, torch.float32)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from niwaki.formats.packed import decode_stored, nonzero_shapes, record_names
+from niwaki.formats.descriptors import read_descriptor
+from niwaki.formats.packed import decode_stored, record_names
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import Tiled
 from support.sparse_records import coded, pruned_exactly
@@ -20,7 +21,7 @@ def test_tiles_give_the_matrix_back(rows: int, columns: int, group: int) -> None
         assert torch.equal(tiled.rows(first, rows).decode(), weight[first:])
     about, tensors = tiled.describe(), tiled.tensors()
     assert list(tensors) == record_names(about)
-    assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == nonzero_shapes(about)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == read_descriptor("m", about).shapes()
     stored = {f"a.{name}": tensor for name, tensor in tensors.items()}
     assert torch.equal(decode_stored(stored, {"a": about}, torch.float32)["a.weight"], weight)
 

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from niwaki.compression.run_record import Record, RunRecord
 from niwaki.config.events import Event, Report
 from niwaki.errors import CheckpointError, InputError
-from niwaki.formats.quantized import WEIGHT, QuantizedColumns, read_parts, stored_names
+from niwaki.formats.descriptors import read_descriptor
+from niwaki.formats.quantized import WEIGHT, QuantizedColumns, read_parts
 from niwaki.model.checkpoint import INDEX, Checkpoint, quantized_config
 from niwaki.model.files import copy_file, write_shard, write_text
 from niwaki.model.hf import build_skeleton, weight_names
@@ -119,9 +120,11 @@ def write(checkpoint: Checkpoint, plan: CodesPlan, folder: Path, report: Report)
             continue
         tensors = load_file(checkpoint.folder / shard)
         for module, about in checkpoint.packed.items():
-            names = stored_names(about["parts"])
-            if f"{module}.{names[0]}" in tensors:
+            descriptor = read_descriptor(module, about)
+            names = [name for name in descriptor.names() if f"{module}.{name}" in tensors]
+            if names:
                 own = {name: tensors.pop(f"{module}.{name}") for name in names}
+                descriptor.check(own)
                 part = read_parts(own, about["parts"], about["shape"][1])[0]
                 packed = {f"{module}.{name}": tensor for name, tensor in _packed(part, about["shape"]).items()}
                 code_bytes += sum(tensor.nbytes for tensor in packed.values())

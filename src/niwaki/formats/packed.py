@@ -25,11 +25,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from niwaki.formats.quantized import WEIGHT, QuantizedColumns, assemble, read_parts, stored_names, stored_tensors
+from niwaki.errors import CheckpointError
+from niwaki.formats.descriptors import read_descriptor
+from niwaki.formats.quantized import WEIGHT, QuantizedColumns, assemble, read_parts, stored_tensors
 from niwaki.formats.sparse import VALUES, Sparse
-from niwaki.formats.sparse import stored_shapes as sparse_shapes
 from niwaki.formats.sparse_tiles import LAYOUT, Tiled
-from niwaki.formats.sparse_tiles import stored_shapes as tile_shapes
 
 Kind = Literal["dense", "masked", "codes", "sliced"]
 Packing = Literal["auto", "codes", "none"]
@@ -149,12 +149,7 @@ def join_notes(*notes: str) -> str:
 
 def record_names(description: Mapping[str, Any]) -> list[str]:
     """Return the names of the tensors of a packed matrix, without the name of its module."""
-    return list(nonzero_shapes(description)) if "sparse" in description else stored_names(description["parts"])
-
-
-def nonzero_shapes(description: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of every tensor of stored nonzeros."""
-    return tile_shapes(description) if description["sparse"]["layout"] == LAYOUT else sparse_shapes(description)
+    return read_descriptor("a packed matrix", description).names()
 
 
 def read_sparse(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Sparse | Tiled:
@@ -163,8 +158,11 @@ def read_sparse(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -
     return Tiled.read(tensors, description) if tiled else Sparse.read(tensors, description)
 
 
-def decode_record(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Tensor:
-    """Return the matrix [O, I] in float32."""
+def decode_record(
+    tensors: Mapping[str, Tensor], description: Mapping[str, Any], module: str = "a packed matrix"
+) -> Tensor:
+    """Return the matrix [O, I] in float32. Raises CheckpointError for a record that its format does not allow."""
+    read_descriptor(module, description).check(tensors)
     if "sparse" in description:
         return read_sparse(tensors, description).decode()
     return assemble(read_parts(tensors, description["parts"], description["shape"][1]))
@@ -176,13 +174,16 @@ def decode_stored(
     """Return the tensors of a checkpoint with packed modules as plain `module.weight` again.
 
     `modules` holds the descriptions {"shape": [O, I], ...} by module name. Modules without tensors here are skipped.
+    Raises CheckpointError for a module with some of its tensors, or with others than its description says.
     """
     plain = dict(tensors)
     for module, description in modules.items():
-        names = record_names(description)
-        if f"{module}.{names[0]}" in plain:
-            own = {name: plain.pop(f"{module}.{name}") for name in names}
-            plain[module + WEIGHT] = decode_record(own, description).to(dtype)
+        names = read_descriptor(module, description).names()
+        own = {name: plain.pop(f"{module}.{name}") for name in names if f"{module}.{name}" in plain}
+        if own and module + WEIGHT in plain:
+            raise CheckpointError(f"{module} is packed and has a plain {module}{WEIGHT} too: expected one of them")
+        if own:
+            plain[module + WEIGHT] = decode_record(own, description, module).to(dtype)
     return plain
 
 

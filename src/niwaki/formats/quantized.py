@@ -208,17 +208,6 @@ def _read_zeros(planes_KB: Tensor, shape: torch.Size, rows_N: Tensor | None) -> 
     return (((planes_KB[:, position_GN >> 3] >> (position_GN & 7)) & 1) << bits_K11).sum(0, dtype=torch.uint8)
 
 
-def stored_names(described: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the names that `stored_tensors` gives to the tensors of parts with these descriptions."""
-    extra = {"free": ["offset"], "affine": ["zero"]}
-    names = [
-        f"{name}_{number}"
-        for number, about in enumerate(described)
-        for name in ["planes", "scale", *extra.get(about["grid"], [])]
-    ]
-    return [*names, "columns"] if len(described) > 1 else names
-
-
 def assemble(parts: Sequence[QuantizedColumns]) -> Tensor:
     """Return the matrix [O, I] in float32."""
     if len(parts) == 1:

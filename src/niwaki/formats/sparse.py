@@ -156,26 +156,6 @@ class Sparse:
         return weight_OI * widen(self.scale_OG.view(SCALE_DTYPE).float(), self.group, self.columns)
 
 
-def stored_names(about: Mapping[str, Any]) -> list[str]:
-    """Return the names of the tensors of a record with this description, in the order of `tensors`."""
-    kind = about["sparse"]
-    extra = (["starts"] if kind["layout"] == "bitmap" else []) + (["scale"] if kind["values"] in CODES else [])
-    return ["places", "values", *extra]
-
-
-def stored_shapes(about: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of every tensor of a record with this description."""
-    (rows, columns), kind = about["shape"], about["sparse"]
-    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "places": (torch.uint8, (rows, -(-columns // 8))),
-        "values": (torch.uint8, (kind["bytes"],)),
-        "starts": (torch.int32, (rows,)),
-    }
-    if "group" in kind:
-        shapes["scale"] = (torch.int16, (rows, -(-columns // kind["group"])))
-    return {name: shapes[name] for name in stored_names(about)}
-
-
 def sparse_bytes(rows: int, columns: int, count: int, value_bits: int, layout: str) -> int:
     """Return the bytes of `count` values of a matrix and their metadata; two_four stores two of every four columns."""
     metadata = rows * -(-columns // 8)

@@ -99,17 +99,6 @@ def tile_bytes(rows: int, columns: int, group: int) -> int:
     return padded * (columns // 8 + columns // 4 + 2 * -(-columns // group))
 
 
-def stored_shapes(about: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of every tensor of a record with this description."""
-    (rows, columns), group = about["shape"], about["sparse"]["group"]
-    tiles = -(-rows // TILE)
-    return {
-        "places": (torch.uint8, (tiles, columns // 8, TILE)),
-        "values": (torch.uint8, (tiles, columns // 4, TILE)),
-        "scale": (torch.int16, (-(-columns // group), tiles * TILE)),
-    }
-
-
 def _side_by_side(values_OFJ: Tensor) -> Tensor:
     """Transpose [O, F, 2] to [T, 2, F, 32]: the halves of a tile, and in each the two values of 16 rows."""
     rows, fours, _ = values_OFJ.shape

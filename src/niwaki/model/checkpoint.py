@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from niwaki.config.sources import model_folder, refuse_adapter
-from niwaki.errors import CheckpointError
-from niwaki.formats.packed import decode_stored, record_names
+from niwaki.errors import CheckpointError, format_problem
+from niwaki.formats.descriptors import AGAIN, read_descriptor, read_descriptors, read_shapes
+from niwaki.formats.packed import decode_stored
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.aux_files import STEMS, SUFFIXES, aux_files
 from niwaki.model.files import atomic_file, copy_file, file_sha256, require_content, write_text
@@ -31,6 +32,7 @@ from niwaki.model.hf import build_skeleton, tied_names, weight_names
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 QUANT_METHOD = "niwaki"
+FORMAT = 1  # of `quantization_config`
 WEIGHTS_FIELD = "transformers_weights"
 TEXT_FIELD = "text_config"
 IMPORT_NIWAKI = (
@@ -60,8 +62,8 @@ class TensorInfo:
 class Checkpoint:
     """A local folder, its transformers config and the headers of its shards.
 
-    `own_head` names the head on disk if config.json ties it to the embeddings and its values differ. `config` then says
-    that nothing is tied.
+    The stored tensors of packed modules are `records`. `own_head` names the head on disk if config.json ties it to the
+    embeddings and its values differ. `config` then says that nothing is tied.
     """
 
     folder: Path
@@ -70,6 +72,7 @@ class Checkpoint:
     packed: dict[str, dict[str, Any]] = field(default_factory=dict)
     shapes: dict[str, list[int]] = field(default_factory=dict)
     own_head: str = ""
+    records: dict[str, TensorInfo] = field(default_factory=dict)
 
     @classmethod
     def open(cls, model: str | Path) -> "Checkpoint":
@@ -80,10 +83,9 @@ class Checkpoint:
         """
         folder = local_folder(str(model))
         config = _read_config(folder)
-        stored = getattr(config, "quantization_config", None) or {}
-        modules = stored.get("modules", {})
-        tensors = _as_plain(_read_headers(folder), modules, config.dtype)
-        return cls(folder, config, tensors, modules, stored.get("shapes", {}))._untied()
+        modules, shapes = read_quantization(getattr(config, "quantization_config", None) or {})
+        tensors, records = _as_plain(_read_headers(folder), modules, config.dtype)
+        return cls(folder, config, tensors, modules, shapes, records=records)._untied()
 
     def _untied(self) -> "Checkpoint":
         """Return the checkpoint, its config without ties if the file holds a head that differs from the embeddings.
@@ -151,7 +153,7 @@ class Checkpoint:
     @property
     def shards(self) -> list[str]:
         """Return the sorted file names of the shards."""
-        return sorted({info.shard for info in self.tensors.values()})
+        return sorted({info.shard for info in (*self.tensors.values(), *self.records.values())})
 
     @property
     def nbytes(self) -> int:
@@ -183,7 +185,8 @@ class Checkpoint:
             if module in self.packed:
                 packed[module] = self.packed[module]
             for stored in _stored_as(name, self.packed):
-                wanted.setdefault(self.tensors[name].shard, []).append(stored)
+                info = self.records[stored] if module in self.packed else self.tensors[name]
+                wanted.setdefault(info.shard, []).append(stored)
         found: dict[str, Tensor] = {}
         for shard, members in wanted.items():
             with safe_open(self.folder / shard, framework="pt") as file:
@@ -357,25 +360,45 @@ def _stored_as(name: str, packed: Mapping[str, Mapping[str, Any]]) -> list[str]:
     module = name.removesuffix(WEIGHT)
     if module not in packed:
         return [name]
-    return [f"{module}.{key}" for key in record_names(packed[module])]
+    return [f"{module}.{key}" for key in read_descriptor(module, packed[module]).names()]
 
 
 def _as_plain(
     tensors: dict[str, TensorInfo], packed: Mapping[str, Mapping[str, Any]], dtype: torch.dtype
-) -> dict[str, TensorInfo]:
-    """Return the headers with each packed module as one weight, whose `nbytes` are the stored ones."""
+) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
+    """Return the headers with each packed module as one weight, whose `nbytes` are the stored ones; and its own ones.
+
+    Raises CheckpointError if a tensor of a packed module is missing, or is not what its description says.
+    """
     plain = dict(tensors)
+    records: dict[str, TensorInfo] = {}
     label = next(name for name, known in STORED_DTYPES.items() if known == dtype)
-    for module, about in packed.items():
-        own = [plain.pop(name) for name in _stored_as(module + WEIGHT, packed)]
-        nbytes = sum(info.nbytes for info in own)
-        plain[module + WEIGHT] = TensorInfo(own[0].shard, label, tuple(about["shape"]), nbytes)
-    return plain
+    for module, descriptor in read_descriptors(packed).items():
+        names = descriptor.names()
+        infos = {name: plain.pop(f"{module}.{name}") for name in names if f"{module}.{name}" in plain}
+        descriptor.check_header({name: (info.dtype, info.shape) for name, info in infos.items()})
+        if module + WEIGHT in plain:
+            raise CheckpointError(f"{module} is packed and has a plain {module}{WEIGHT} too: expected one of them")
+        records |= {f"{module}.{name}": info for name, info in infos.items()}
+        own, nbytes = list(infos.values()), sum(info.nbytes for info in infos.values())
+        plain[module + WEIGHT] = TensorInfo(own[0].shard, label, (descriptor.rows, descriptor.columns), nbytes)
+    return plain, records
+
+
+def read_quantization(stored: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, list[int]]]:
+    """Return the descriptions and the shapes of a `quantization_config`. Raises CheckpointError for another content."""
+    if unknown := [name for name in stored if name not in quantization({}, {})]:
+        raise CheckpointError(f"quantization_config of config.json has an unknown field {unknown[0]!r}: {AGAIN}")
+    if stored and (problem := format_problem(stored.get("format", FORMAT), (FORMAT,))):
+        raise CheckpointError(f"the quantization_config of the model {problem}")
+    modules = stored.get("modules", {})
+    read_descriptors(modules)
+    return dict(modules), read_shapes(stored.get("shapes", {}))
 
 
 def quantization(modules: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """Return the `quantization_config` of config.json for packed modules and matrices with their own shape."""
-    return {"quant_method": QUANT_METHOD, "format": 1, "modules": dict(modules), "shapes": dict(shapes)}
+    return {"quant_method": QUANT_METHOD, "format": FORMAT, "modules": dict(modules), "shapes": dict(shapes)}
 
 
 def quantized_config(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:

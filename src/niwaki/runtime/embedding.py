@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from niwaki.errors import CheckpointError
+from niwaki.formats.descriptors import AGAIN, CodesDescriptor, read_descriptor
 from niwaki.formats.quantized import assemble, read_parts
-from niwaki.runtime.linear import PackedLinear, register_buffers, stored_buffers
+from niwaki.runtime.linear import PackedLinear
+from niwaki.runtime.stored import StoredMatrix
 
 DECODED_TOKENS = 2048  # rows decoded together
 
@@ -30,7 +33,7 @@ class _Rows(Tensor):
         return self.owner.weight_OI(self.dtype)[index]
 
 
-class PackedEmbedding(nn.Embedding):
+class PackedEmbedding(StoredMatrix, nn.Embedding):
     """Embedding whose rows are stored as the parts that `described` lists (see `formats.quantized`).
 
     Looked-up rows have the dtype of the buffer `_like`, which follows casts of the model.
@@ -46,10 +49,6 @@ class PackedEmbedding(nn.Embedding):
         rows.owner = self
         return rows
 
-    def stored(self) -> dict[str, Tensor]:
-        """Return the tensors of the matrix by their names in the file."""
-        return stored_buffers(self, self.described)
-
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
         """Return the decoded matrix."""
         return assemble(read_parts(self.stored(), self.described, self.embedding_dim)).to(dtype)
@@ -60,6 +59,7 @@ class PackedEmbedding(nn.Embedding):
 
     def rows(self, ids_N: Tensor) -> Tensor:
         """Return the decoded rows [N, D] of tokens, without what a subclass does to them."""
+        self.check()
         stored = self.stored()
         rows_ND = self._like.new_empty(len(ids_N), self.embedding_dim)
         for first in range(0, len(ids_N), DECODED_TOKENS):
@@ -72,8 +72,11 @@ class PackedEmbedding(nn.Embedding):
         return PackedLinear(self.num_embeddings, self.embedding_dim, {"parts": self.described}, bias, owner=self)
 
 
-def pack_embedding(module: nn.Embedding, described: Mapping[str, Any]) -> None:
+def pack_embedding(module: nn.Embedding, described: Mapping[str, Any], name: str = "packed embeddings") -> None:
     """Make embeddings on the meta device packed ones; the rest of their class stays, such as a scale of the rows."""
+    descriptor = read_descriptor(name, described)
+    if not isinstance(descriptor, CodesDescriptor):
+        raise CheckpointError(f"config.json describes {name} wrongly: embeddings have parts, got sparse; {AGAIN}")
     dtype = module.weight.dtype
     del module.weight
     module.__class__ = _packed_kind(type(module))
@@ -82,7 +85,7 @@ def pack_embedding(module: nn.Embedding, described: Mapping[str, Any]) -> None:
     module.described = described["parts"]
     with torch.device("meta"):
         module.register_buffer("_like", torch.empty(0, module.embedding_dim, dtype=dtype), persistent=False)
-        register_buffers(module, module.num_embeddings, module.embedding_dim, module.described)
+        module.register(descriptor)
 
 
 def _packed_kind(kind: type[nn.Embedding]) -> type[PackedEmbedding]:

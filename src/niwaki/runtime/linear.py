@@ -7,23 +7,15 @@ decoded in chunks of rows. On the CPU a chunk fits in the cache (`chunked_matmul
 Legend: N tokens, O outputs, I inputs, C columns of a part.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from niwaki.formats.quantized import (
-    TILE,
-    assemble,
-    centre,
-    pack_codes,
-    part_columns,
-    read_parts,
-    stored_names,
-    unpack_codes,
-)
+from niwaki.formats.descriptors import read_descriptor
+from niwaki.formats.quantized import TILE, assemble, centre, pack_codes, part_columns, read_parts, unpack_codes
 from niwaki.kernels.cpu_module import cpu_module
 from niwaki.kernels.planes import (
     cpu_product,
@@ -36,34 +28,10 @@ from niwaki.kernels.planes import (
 )
 from niwaki.kernels.types import PlanePart
 from niwaki.runtime.chunked_matmul import multiply_in_chunks
+from niwaki.runtime.stored import StoredMatrix
 
 # Of rows decoded on a GPU. Most matrices (8192² in bf16) are one product; several products need a copy to join.
 DECODED_BYTES = 128 * 2**20
-
-
-def register_buffers(module: nn.Module, rows: int, columns: int, described: Sequence[Mapping[str, Any]]) -> None:
-    """Register empty buffers for a matrix [rows, columns] of described parts (see `formats.quantized`)."""
-
-    def store(name: str, dtype: torch.dtype, *shape: int) -> None:
-        # Buffers: integers are not parameters, and casts of the model leave them as they are.
-        module.register_buffer(name, torch.empty(shape, dtype=dtype))
-
-    for number, about in enumerate(described):
-        width = about["columns"]
-        groups = -(-width // about["group"])
-        store(f"planes_{number}", torch.uint8, -(-rows // TILE), about["bits"], -(-width // 8), TILE)
-        store(f"scale_{number}", torch.int16, groups, rows)
-        if about["grid"] == "free":
-            store(f"offset_{number}", torch.int16, groups, rows)
-        if about["grid"] == "affine":
-            store(f"zero_{number}", torch.uint8, about["bits"], -(-rows * groups // 8))
-    if len(described) > 1:
-        store("columns", torch.uint8, -(-columns // 8))
-
-
-def stored_buffers(module: nn.Module, described: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Return the buffers of `register_buffers` by name."""
-    return {name: getattr(module, name) for name in stored_names(described)}
 
 
 class _Prepared(NamedTuple):
@@ -78,7 +46,7 @@ class _Prepared(NamedTuple):
     order_I: Tensor | None
 
 
-class ReadableLinear(nn.Module):
+class ReadableLinear(StoredMatrix):
     """Linear layer whose matrix is stored packed, with a `weight` for code of a model that reads it.
 
     Some families multiply with the weight of a layer themselves, look at its dtype, or initialize it while they load.
@@ -100,10 +68,6 @@ class ReadableLinear(nn.Module):
             return torch.empty(self.out_features, self.in_features, dtype=like.dtype, device="meta")
         return self.weight_OI(like.dtype)
 
-    def stored(self) -> dict[str, Tensor]:
-        """Return the tensors of the matrix by their names in the file."""
-        raise NotImplementedError
-
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
         """Return the decoded matrix."""
         raise NotImplementedError
@@ -115,29 +79,30 @@ class PackedLinear(ReadableLinear):
     An LM head that is tied to packed embeddings has them as `owner`. It reads their tensors, which the file holds once.
     """
 
+    _prepared: "_Prepared | None"
+
     def __init__(
-        self, rows: int, columns: int, described: Mapping[str, Any], bias: bool, owner: nn.Module | None = None
+        self,
+        rows: int,
+        columns: int,
+        described: Mapping[str, Any],
+        bias: bool,
+        owner: StoredMatrix | None = None,
+        name: str = "a packed matrix",
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = rows, columns
         self.described = described["parts"]
         self._owner = () if owner is None else (owner,)  # in a tuple: torch does not register it as a submodule
         if owner is None:
-            register_buffers(self, rows, columns, self.described)
+            self.register(read_descriptor(name, {"shape": [rows, columns], **described}))
+        else:
+            self.descriptor, self._checked, self._prepared = owner.descriptor, None, None
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
-        self._prepared: _Prepared | None = None
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Drop what was prepared from the old tensors: torch copies the new ones into the same buffers."""
-        self._prepared = None
-        super()._load_from_state_dict(*args, **kwargs)
 
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors of the matrix by their names in the file."""
-        return stored_buffers(self._source(), self.described)
-
-    def _source(self) -> nn.Module:
-        return self._owner[0] if self._owner else self
+        return self._owner[0].stored() if self._owner else super().stored()
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
         """Return the decoded matrix."""
@@ -173,8 +138,7 @@ class PackedLinear(ReadableLinear):
 
     def _chunked_product(self, x_NI: Tensor) -> Tensor:
         """Multiply in chunks of rows on the CPU; the kernels decode them if groups are whole bytes."""
-        whole = all(about["group"] >= about["columns"] or about["group"] % 8 == 0 for about in self.described)
-        layer = self._prepare().layer if whole and not torch.compiler.is_compiling() else None
+        layer = None if torch.compiler.is_compiling() else self._prepare().layer
         return multiply_in_chunks(x_NI, self.out_features, layer, self._rows)
 
     def _decoded_product(self, x_NI: Tensor) -> Tensor:
@@ -191,6 +155,9 @@ class PackedLinear(ReadableLinear):
             bias = None if self.bias is None else self.bias[first:last].to(x_NI.dtype)
             outputs.append(linear(x_NI, decode(prepared.parts, rows, first, last, x_NI.dtype), bias))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _whole_bytes(self) -> bool:
+        return all(about["group"] >= about["columns"] or about["group"] % 8 == 0 for about in self.described)
 
     def _rows(self, first: int, last: int) -> Tensor:
         """Return rows [first, last) of the matrix in float32; `first` begins a tile."""
@@ -209,11 +176,13 @@ class PackedLinear(ReadableLinear):
 
     def _prepare(self) -> _Prepared:
         """Return the parts for the kernels. Make them again if the buffers changed: after a load or a move."""
-        planes_TKBR = self._source()._buffers["planes_0"]
+        planes_TKBR = (self._owner[0] if self._owner else self)._buffers["planes_0"]
         if self._prepared is None or self._prepared.planes_TKBR is not planes_TKBR:
+            self.check()
             parts = [self._part(number, about) for number, about in enumerate(self.described)]
             on_gpu = parts[0].planes_TKBR.is_cuda
-            compiled = not on_gpu and cpu_module() is not None
+            # Without groups of whole bytes, torch decodes the matrix.
+            compiled = not on_gpu and self._whole_bytes() and cpu_module() is not None
             layer = prepared_layer(parts, self.out_features, self.in_features) if compiled else None
             self._prepared = _Prepared(planes_TKBR, parts, layer, self._order() if on_gpu else None)
         return self._prepared
@@ -240,10 +209,6 @@ class PackedLinear(ReadableLinear):
             about["group"],
         )
         return part.for_gpu() if scale_GO.is_cuda else part
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state without what is prepared; copies prepare again."""
-        return {**self.__dict__, "_prepared": None}
 
     def extra_repr(self) -> str:
         """Return shape and widths for print."""

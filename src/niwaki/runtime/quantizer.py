@@ -6,27 +6,28 @@ linear layers, and embeddings with the head that is tied to them. The dense matr
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from niwaki.errors import CheckpointError, format_problem
-from niwaki.formats.packed import record_names
+from niwaki.errors import CheckpointError
+from niwaki.formats.descriptors import read_descriptor, read_descriptors
 from niwaki.formats.quantized import WEIGHT
-from niwaki.model.checkpoint import QUANT_METHOD, WEIGHTS_FIELD, quantized_config
+from niwaki.model.checkpoint import FORMAT, QUANT_METHOD, WEIGHTS_FIELD, quantized_config, read_quantization
 from niwaki.model.files import write_text
 from niwaki.model.hf import resize, saved_name, weight_names
 from niwaki.runtime.embedding import pack_embedding
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
-
-FORMAT = 1
+from niwaki.runtime.stored import StoredMatrix
 
 
 class NiwakiConfig(QuantizationConfigMixin):
@@ -37,8 +38,10 @@ class NiwakiConfig(QuantizationConfigMixin):
         modules: dict[str, Any] | None = None,
         shapes: dict[str, list[int]] | None = None,
         format: int = FORMAT,
-        **_: Any,
+        **others: Any,
     ) -> None:
+        stored = {"modules": modules or {}, "shapes": shapes or {}, "format": format}
+        read_quantization(stored | others)
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # not a name of their list
         self.format = format
         self.modules: dict[str, Any] = modules or {}
@@ -61,12 +64,14 @@ class NiwakiQuantizer(HfQuantizer):
         return _readable(config)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for module in model.modules():
+            # Buffers that are offloaded to a disk are checked when they are back.
+            if isinstance(module, StoredMatrix) and not any(tensor.is_meta for tensor in module.stored().values()):
+                module.check()
         model.save_pretrained = MethodType(_save_pretrained, model)
         return model
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if problem := format_problem(self.quantization_config.format, (FORMAT,)):
-            raise CheckpointError(f"the quantization_config of the model {problem}")
         config = self.quantization_config
         places = _places(model, config.shapes)
         resize(model, {places.get(name, name): shape for name, shape in config.shapes.items()})
@@ -78,10 +83,13 @@ class NiwakiQuantizer(HfQuantizer):
                 here = f"{shape[0]}×{shape[1]}"
                 raise CheckpointError(f"{name} is {here} in the model and {rows}×{columns} in the file")
             if isinstance(module, nn.Embedding):
-                pack_embedding(module, about)
+                pack_embedding(module, about, name)
             else:
                 kind = SparseLinear if "sparse" in about else PackedLinear
-                _replace(model, name, kind(rows, columns, about, module.bias is not None).to(module.weight.dtype))
+                with torch.device("meta"):
+                    packed_module = kind(rows, columns, about, module.bias is not None, name=name)
+                _replace(model, name, packed_module.to(module.weight.dtype))
+        _check_files(kwargs.get("checkpoint_files"), config.modules)
         # transformers ties parameters, and codes are buffers: the modules are tied instead
         for target, source in list(model.all_tied_weights_keys.items()):
             owner = source.removesuffix(WEIGHT)
@@ -96,7 +104,7 @@ class NiwakiQuantizer(HfQuantizer):
         """Name the packed modules in the config as the file that is about to be saved does."""
         modules = {}
         for place, about in self.places.items():
-            name = f"{place}.{record_names(about)[0]}"
+            name = f"{place}.{read_descriptor(place, about).names()[0]}"
             modules[saved_name(model, name).rpartition(".")[0]] = about
         model.config.quantization_config.modules = modules
         return None, {}
@@ -124,6 +132,24 @@ def _packed_here(model: Any, packed: Mapping[str, Any]) -> dict[str, Any]:
             "with the class that config.json names"
         )
     return {places[name]: about for name, about in packed.items() if name not in lost}
+
+
+def _check_files(files: Sequence[str] | None, packed: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if the files lack a tensor of a packed module, or hold another dtype or shape.
+
+    transformers draws random numbers for a tensor that is missing.
+    """
+    if files is None or not all(str(file).endswith(".safetensors") for file in files):
+        return
+    found: dict[str, tuple[str, Sequence[int]]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # a method of the library, not a mapping
+                tensor = opened.get_slice(name)
+                found[name] = tensor.get_dtype(), tensor.get_shape()
+    for module, descriptor in read_descriptors(packed).items():
+        names = descriptor.names()
+        descriptor.check_header({name: found[f"{module}.{name}"] for name in names if f"{module}.{name}" in found})
 
 
 def _places(model: Any, names: Iterable[str]) -> dict[str, str]:

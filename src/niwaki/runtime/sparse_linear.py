@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from niwaki.formats.packed import nonzero_shapes, read_sparse
+from niwaki.formats.descriptors import read_descriptor
+from niwaki.formats.packed import read_sparse
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import LAYOUT, Tiled
 from niwaki.kernels.cpu_module import cpu_module
@@ -38,25 +39,21 @@ from niwaki.runtime.linear import ReadableLinear
 class SparseLinear(ReadableLinear):
     """Product y = x Wᵀ + b with W stored as the packed record that `described` describes (see `formats.sparse`)."""
 
-    def __init__(self, rows: int, columns: int, described: Mapping[str, Any], bias: bool) -> None:
+    def __init__(
+        self, rows: int, columns: int, described: Mapping[str, Any], bias: bool, name: str = "a packed matrix"
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = rows, columns
         self.described = described
-        for name, (dtype, shape) in nonzero_shapes(described).items():
-            self.register_buffer(name, torch.empty(shape, dtype=dtype))  # integers: casts of the model leave them
+        self.register(read_descriptor(name, described))
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
         self.fast_prompts = False
-        self._prepared: tuple[Tensor, Any] | None = None
         self._semi: tuple[torch.dtype, Any] | None = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Drop what was prepared from the old tensors."""
-        self._prepared = self._semi = None
+        """Drop what was made from the old tensors."""
+        self._semi = None
         super()._load_from_state_dict(*args, **kwargs)
-
-    def stored(self) -> dict[str, Tensor]:
-        """Return the tensors of the matrix by their names in the file."""
-        return {name: self.get_buffer(name) for name in nonzero_shapes(self.described)}
 
     def record(self) -> Sparse | Tiled:
         """Return the packed record of the matrix."""
@@ -109,6 +106,7 @@ class SparseLinear(ReadableLinear):
         """Return the matrix for the kernels. Make it again if the buffers changed: after a load or a move."""
         values = self._buffers["values"]
         if self._prepared is None or self._prepared[0] is not values:
+            self.check()
             record, self._semi = self.record(), None
             layer: Any
             if values is not None and values.is_cuda:
@@ -128,7 +126,7 @@ class SparseLinear(ReadableLinear):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without what is prepared; copies prepare again."""
-        return {**self.__dict__, "_prepared": None, "_semi": None}
+        return {**super().__getstate__(), "_semi": None}
 
     def extra_repr(self) -> str:
         """Return shape, layout and values for print."""

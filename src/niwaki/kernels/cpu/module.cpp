@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "checks.h"
 #include "kernels.h"
 
 namespace nb = nanobind;
@@ -24,21 +25,66 @@ float widened(uint16_t narrow) {
 }
 
 using niwaki::narrowed;
+using niwaki::require, niwaki::require_groups, niwaki::require_shape, niwaki::require_side;
+
+constexpr int64_t kTile = 32;    // rows of a tile
+constexpr int64_t kMaxBits = 8;  // a code is a byte
+constexpr int64_t kTables = 4;   // bytes of columns that share a table scale: groups hold whole ones
+
+// Checks one part of a packed matrix, and returns it without inputs and outputs.
+niwaki::PlaneProduct checked_part(int64_t rows, int64_t inputs, const Bytes& planes, const Shorts& scale,
+                                  const std::optional<Shorts>& offset, const std::optional<Bytes>& zero, float centre,
+                                  int64_t group_bytes, const std::optional<Ints>& column, int64_t columns) {
+    require_side(rows, "rows are out of range"), require_side(inputs, "inputs are out of range");
+    require(columns >= 1 && columns <= inputs, "a part has more columns than the matrix");
+    require(planes.ndim() == 4 && scale.ndim() == 2, "planes need four axes, and scales two");
+    const auto bits = static_cast<int64_t>(planes.shape(1)), groups = static_cast<int64_t>(scale.shape(0));
+    const int64_t bytes = niwaki::ceil_div(columns, 8);
+    require(bits >= 1 && bits <= kMaxBits, "codes need 1 to 8 bits");
+    require_shape(planes, {niwaki::ceil_div(rows, kTile), bits, bytes, kTile}, "planes do not fit rows and columns");
+    require_groups(groups, group_bytes, bytes, "groups do not fit the columns");
+    require_shape(scale, {groups, rows}, "scales do not fit groups and rows");
+    if (offset) require_shape(*offset, {groups, rows}, "offsets do not fit groups and rows");
+    if (zero) require_shape(*zero, {groups, rows}, "zero codes do not fit groups and rows");
+    if (column) {
+        require_shape(*column, {columns}, "the positions do not fit the columns");
+        std::vector<bool> seen(inputs);
+        for (int64_t i = 0; i < columns; ++i) {
+            const int64_t at = column->data()[i];
+            require(at >= 0 && at < inputs && !seen[at], "a position is out of range or occurs again");
+            seen[at] = true;
+        }
+    }
+    require(column || columns == inputs, "a part without positions needs all columns");
+    return {0, rows, columns, bits, bytes, groups, group_bytes, planes.data(),
+            reinterpret_cast<const uint16_t*>(scale.data()),
+            offset ? reinterpret_cast<const uint16_t*>(offset->data()) : nullptr, zero ? zero->data() : nullptr,
+            centre, column ? column->data() : nullptr, nullptr, inputs, nullptr};
+}
+
+bool fits_tables(const niwaki::PlaneProduct& part) { return part.groups == 1 || part.group_bytes % kTables == 0; }
+
+void require_rows(int64_t first, int64_t last, int64_t rows) {
+    require(first >= 0 && first <= last && last <= rows, "the rows are out of range");
+}
 
 // The parts of a packed matrix, which the layer keeps alive. Inputs come as addresses, so a call costs a microsecond.
 class Layer {
 public:
-    Layer(int64_t rows, int64_t inputs) : rows_(rows), inputs_(inputs) {}
+    Layer(int64_t rows, int64_t inputs) : rows_(rows), inputs_(inputs) {
+        require_side(rows, "rows are out of range"), require_side(inputs, "inputs are out of range");
+        seen_.resize(inputs);
+    }
 
     void add(Bytes planes, Shorts scale, std::optional<Shorts> offset, std::optional<Bytes> zero, float centre,
              int64_t group_bytes, std::optional<Ints> column, int64_t columns) {
-        parts_.push_back({
-            0, rows_, columns, static_cast<int64_t>(planes.shape(1)), static_cast<int64_t>(planes.shape(2)),
-            static_cast<int64_t>(scale.shape(0)), group_bytes, planes.data(),
-            reinterpret_cast<const uint16_t*>(scale.data()),
-            offset ? reinterpret_cast<const uint16_t*>(offset->data()) : nullptr, zero ? zero->data() : nullptr,
-            centre, column ? column->data() : nullptr, nullptr, inputs_, nullptr,
-        });
+        parts_.push_back(checked_part(rows_, inputs_, planes, scale, offset, zero, centre, group_bytes, column, columns));
+        tables_ = tables_ && fits_tables(parts_.back());
+        for (int64_t i = 0; i < columns; ++i) {
+            const int64_t at = column ? column->data()[i] : i;
+            twice_ = twice_ || seen_[at], seen_[at] = true;
+        }
+        covered_ += columns;
         bytes_.push_back(planes), shorts_.push_back(scale);
         if (offset) shorts_.push_back(*offset);
         if (zero) bytes_.push_back(*zero);
@@ -47,6 +93,7 @@ public:
 
     // Writes x Wᵀ to `out`. Both are contiguous float32 or bfloat16: [tokens, inputs] and [tokens, rows].
     void multiply(uintptr_t x, uintptr_t out, int64_t tokens, bool bfloat16, int threads) const {
+        require(tokens >= 0 && tables_ && whole(), "the parts do not make a matrix, or groups are not whole tables");
         nb::gil_scoped_release unlocked;
         std::vector<niwaki::PlaneProduct> parts = parts_;
         std::vector<float> wide(bfloat16 ? tokens * inputs_ : 0), sums(bfloat16 ? tokens * rows_ : 0);
@@ -63,13 +110,20 @@ public:
 
     // Writes rows [first, last) of the matrix, float32 or bfloat16, to the address `out`.
     void decode(uintptr_t out, int64_t first, int64_t last, bool bfloat16, int threads, int path) const {
+        require(whole(), "the parts do not make a matrix");
+        require_rows(first, last, rows_);
         nb::gil_scoped_release unlocked;
         const niwaki::Decoded to{first, last, inputs_, bfloat16, reinterpret_cast<void*>(out)};
         niwaki::plane_decode(parts_, to, threads, static_cast<niwaki::Path>(path));
     }
 
 private:
-    int64_t rows_, inputs_;
+    // Whether every input belongs to one part: a target is written once and completely.
+    bool whole() const { return covered_ == inputs_ && !twice_; }
+
+    int64_t rows_, inputs_, covered_ = 0;
+    bool tables_ = true, twice_ = false;
+    std::vector<bool> seen_;
     std::vector<niwaki::PlaneProduct> parts_;
     std::vector<Bytes> bytes_;
     std::vector<Shorts> shorts_;
@@ -82,6 +136,23 @@ public:
     SparseLayer(int64_t columns, int layout, int kind, Bytes places, Bytes values, std::optional<Ints> starts,
                 std::optional<Shorts> scale, int64_t group_bytes)
         : columns_(columns), places_(places), values_(values), starts_(starts), scale_(scale) {
+        require_side(columns, "columns are out of range");
+        require(layout >= 0 && layout <= 1 && kind >= 0 && kind <= 4, "layout or kind of values is unknown");
+        require(places.ndim() == 2 && values.ndim() == 1, "places need two axes, and values one");
+        const auto rows = static_cast<int64_t>(places.shape(0));
+        const int64_t bytes = niwaki::ceil_div(columns, 8);
+        require(rows >= 0 && rows <= niwaki::kMaxSide, "rows are out of range");
+        require_shape(places, {rows, bytes}, "places do not fit the columns");
+        const bool bitmap = static_cast<niwaki::SparseLayout>(layout) == niwaki::SparseLayout::bitmap;
+        require(starts.has_value() == bitmap, "a bitmap needs starts, and two-four has none");
+        if (starts) require_shape(*starts, {rows}, "starts do not fit the rows");
+        require(scale.has_value() == (kind >= 3), "codes need scales, and other values have none");
+        if (scale) {
+            require(scale->ndim() == 2, "scales need two axes");
+            const auto groups = static_cast<int64_t>(scale->shape(1));
+            require_shape(*scale, {rows, groups}, "scales do not fit the rows");
+            require_groups(groups, group_bytes, bytes, "groups do not fit the columns");
+        }
         product_ = {
             0, static_cast<int64_t>(places.shape(0)), static_cast<int64_t>(places.shape(1)),
             static_cast<niwaki::SparseLayout>(layout), static_cast<niwaki::SparseValues>(kind), places.data(),
@@ -90,10 +161,12 @@ public:
             scale ? static_cast<int64_t>(scale->shape(1)) : 1, scale ? group_bytes : product_bytes(places), nullptr,
             nullptr, nullptr, (static_cast<int64_t>(places.shape(1)) + 3) / 4 * 32,
         };
+        niwaki::require_values(product_, static_cast<int64_t>(values.shape(0)));
     }
 
     // Writes x Wᵀ to `out`. Both are contiguous float32 or bfloat16: [tokens, columns] and [tokens, rows].
     void multiply(uintptr_t x, uintptr_t out, int64_t tokens, bool bfloat16, int threads, int path) const {
+        require(tokens >= 0, "tokens are out of range");
         nb::gil_scoped_release unlocked;
         niwaki::SparseProduct product = product_;
         const int64_t width = product.bytes * 8;
@@ -117,6 +190,7 @@ public:
 
     // Writes rows [first, last) of the matrix, float32 or bfloat16, to the address `out`.
     void decode(uintptr_t out, int64_t first, int64_t last, bool bfloat16, int threads, int path) const {
+        require_rows(first, last, product_.rows);
         nb::gil_scoped_release unlocked;
         const niwaki::Decoded to{first, last, columns_, bfloat16, reinterpret_cast<void*>(out)};
         niwaki::sparse_decode(product_, to, threads, static_cast<niwaki::Path>(path));
@@ -137,12 +211,21 @@ class TileLayer {
 public:
     TileLayer(int64_t rows, int64_t columns, int64_t group, Bytes places, Bytes codes, Shorts scale)
         : places_(places), codes_(codes), scale_(scale) {
+        require_side(rows, "rows are out of range"), require_side(columns, "columns are out of range");
+        require(columns % kTile == 0, "tiles need whole blocks of columns");
+        require(group >= 1 && (group >= columns || group % kTile == 0), "groups are not whole blocks of columns");
+        group = std::min(group, columns);
+        const int64_t tiles = niwaki::ceil_div(rows, kTile);
+        require_shape(places, {tiles, columns / 8, kTile}, "places do not fit rows and columns");
+        require_shape(codes, {tiles, columns / 4, kTile}, "codes do not fit rows and columns");
+        require_shape(scale, {niwaki::ceil_div(columns, group), tiles * kTile}, "scales do not fit groups and rows");
         product_ = {0, rows, static_cast<int64_t>(scale.shape(1)), columns, group, places.data(), codes.data(),
                     reinterpret_cast<const uint16_t*>(scale.data()), nullptr, nullptr};
     }
 
     // Same contract as SparseLayer::multiply.
     void multiply(uintptr_t x, uintptr_t out, int64_t tokens, bool bfloat16, int threads, int path) const {
+        require(tokens >= 0, "tokens are out of range");
         nb::gil_scoped_release unlocked;
         niwaki::TileProduct product = product_;
         std::vector<float> wide(bfloat16 ? tokens * product.columns : 0), sums(bfloat16 ? tokens * product.rows : 0);
@@ -155,6 +238,7 @@ public:
 
     // Same contract as SparseLayer::decode.
     void decode(uintptr_t out, int64_t first, int64_t last, bool bfloat16, int threads, int) const {
+        require_rows(first, last, product_.rows);
         nb::gil_scoped_release unlocked;
         niwaki::tile_decode(product_, {first, last, product_.columns, bfloat16, reinterpret_cast<void*>(out)}, threads);
     }
@@ -172,6 +256,21 @@ NB_MODULE(_cpu, module) {
     module.def("sweep_codes", [](Floats wanted, Floats base, bool has_base, Floats feed, Floats scale, Floats offset,
                                  Ints group, Floats top, std::optional<Bytes> keep, Bytes code, Floats change,
                                  int threads) {
+        require(wanted.ndim() == 2 && scale.ndim() == 2, "weights and scales need two axes");
+        const auto rows = static_cast<int64_t>(wanted.shape(0)), columns = static_cast<int64_t>(wanted.shape(1));
+        const auto groups = static_cast<int64_t>(scale.shape(1));
+        require_shape(wanted, {rows, columns}, "weights are not aligned");
+        if (has_base) require_shape(base, {rows, columns}, "base does not fit the weights");
+        require_shape(feed, {columns, columns}, "feed does not fit the columns");
+        require_shape(scale, {rows, groups}, "scales do not fit the rows");
+        require_shape(offset, {rows, groups}, "offsets do not fit the rows");
+        require_shape(group, {columns}, "groups do not fit the columns");
+        require_shape(top, {columns}, "highest codes do not fit the columns");
+        if (keep) require_shape(*keep, {rows, columns}, "the mask does not fit the weights");
+        require_shape(code, {rows, columns}, "codes do not fit the weights");
+        require_shape(change, {rows, columns}, "changes do not fit the weights");
+        for (int64_t i = 0; i < columns; ++i)
+            require(group.data()[i] >= 0 && group.data()[i] < groups, "a group is out of range");
         const niwaki::SweepCodes sweep{
             static_cast<int64_t>(wanted.shape(0)), static_cast<int64_t>(wanted.shape(1)),
             static_cast<int64_t>(scale.shape(1)), wanted.data(), base.data(), has_base, feed.data(), scale.data(),
@@ -184,14 +283,12 @@ NB_MODULE(_cpu, module) {
     module.def("plane_product", [](Bytes planes, Shorts scale, std::optional<Shorts> offset, std::optional<Bytes> zero,
                                    float centre, int64_t group_bytes, std::optional<Ints> column, int64_t columns,
                                    Floats x, Floats out, int threads, int path) {
-        const std::vector<niwaki::PlaneProduct> products{{
-            static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(out.shape(1)), columns,
-            static_cast<int64_t>(planes.shape(1)), static_cast<int64_t>(planes.shape(2)),
-            static_cast<int64_t>(scale.shape(0)), group_bytes,
-            planes.data(), reinterpret_cast<const uint16_t*>(scale.data()),
-            offset ? reinterpret_cast<const uint16_t*>(offset->data()) : nullptr, zero ? zero->data() : nullptr,
-            centre, column ? column->data() : nullptr, x.data(), static_cast<int64_t>(x.shape(1)), out.data(),
-        }};
+        require(x.ndim() == 2 && out.ndim() == 2 && x.shape(0) == out.shape(0), "inputs and outputs do not fit");
+        std::vector<niwaki::PlaneProduct> products{
+            checked_part(static_cast<int64_t>(out.shape(1)), static_cast<int64_t>(x.shape(1)), planes, scale, offset,
+                         zero, centre, group_bytes, column, columns)};
+        require(fits_tables(products[0]), "groups are not whole tables");
+        products[0].tokens = static_cast<int64_t>(x.shape(0)), products[0].x = x.data(), products[0].out = out.data();
         nb::gil_scoped_release unlocked;
         niwaki::plane_products(products, threads, static_cast<niwaki::Path>(path));
     }, nb::arg("planes"), nb::arg("scale"), nb::arg("offset").none(), nb::arg("zero").none(), nb::arg("centre"),

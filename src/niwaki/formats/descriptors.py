@@ -1,0 +1,409 @@
+"""Descriptors of packed matrices: the fields of a stored format, their ranges, and the tensors that follow from them.
+
+A result comes from anyone, and kernels trust what they read. So every reader of a packed matrix goes through here:
+
+    stored = read_descriptor("model.layers.0.mlp.up_proj", {"shape": [48, 32], "parts": [...]})
+    stored.shapes()         # name → dtype and shape, of the tensors in the file
+    stored.check(tensors)   # raises CheckpointError with the module and the field
+
+No descriptor with a field out of its range exists: the constructors refuse it.
+
+Legend: O outputs, I inputs, G groups of columns that share a scale, B bytes of eight columns.
+"""
+
+import reprlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from niwaki.errors import CheckpointError
+from niwaki.formats.quantized import GRIDS, TILE, unpack_codes
+from niwaki.formats.sparse import BITS, CODES, LAYOUTS, MAX_VALUES, SLACK_BYTES, VALUES
+from niwaki.formats.sparse_tiles import BLOCK_COLUMNS, LAYOUT
+
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+MAX_SIDE = 2**31 - 1  # rows, columns or columns of a group: kernels count them in 32 bits
+MAX_BITS = 8
+MAX_PARTS = 2
+AGAIN = "download the result again, or compress again"
+NOT_FINITE = "holds NaN or infinite values: expected finite ones"
+NOT_ASCENDING = "places holds a pair of columns that does not ascend: expected two different ones of every four"
+_HALF_EXPONENT = 0x7C00  # all ones in NaN and infinite float16 numbers
+_FIRST_OF_FOUR = 0x1111111111111111  # the lowest bit of every half byte of a word
+
+
+class FieldError(ValueError):
+    """A field of a description is not what its format allows. The reader adds the module."""
+
+
+@dataclass(frozen=True)
+class PartDescriptor:
+    """Columns of one width: K `bits`, the `grid` of their levels, columns per `group`, and number of `columns`."""
+
+    bits: int
+    grid: str
+    group: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        _whole("bits", self.bits, 1, MAX_BITS)
+        _choice("grid", self.grid, GRIDS)
+        _whole("group", self.group, 1, MAX_SIDE)
+        _whole("columns", self.columns, 1, MAX_SIDE)
+
+    @property
+    def groups(self) -> int:
+        """Return the number of groups of columns."""
+        return -(-self.columns // self.group)
+
+    @classmethod
+    def read(cls, value: object) -> "PartDescriptor":
+        """Return the part with this description."""
+        return cls(**_object("parts", value, [field.name for field in fields(cls)]))
+
+
+@dataclass(frozen=True)
+class Descriptor(ABC):
+    """Stored form of the matrix [rows, columns] called `module`."""
+
+    module: str
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        _whole("shape", self.rows, 1, MAX_SIDE)
+        _whole("shape", self.columns, 1, MAX_SIDE)
+
+    @abstractmethod
+    def shapes(self) -> Shapes:
+        """Return dtype and shape of every tensor by its name in the file, in the order of the file."""
+
+    @abstractmethod
+    def _content(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Return what the values of tensors of the right shapes violate: their name, what was expected and found."""
+
+    def names(self) -> list[str]:
+        """Return the names of the tensors, without the name of the module."""
+        return list(self.shapes())
+
+    def empty(self) -> dict[str, Tensor]:
+        """Return a tensor of dtype and shape for every name, on the default device."""
+        return {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in self.shapes().items()}
+
+    def check_header(self, found: Mapping[str, tuple[str, Sequence[int]]]) -> None:
+        """Raise CheckpointError if a tensor is missing, or has another dtype or shape. Dtypes as in safetensors."""
+        labels = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}
+        for name, (dtype, shape) in self.shapes().items():
+            if name not in found:
+                self._refuse(f"{name} is missing: expected {labels[dtype]} {list(shape)}")
+            label, own = found[name]
+            if label != labels[dtype] or tuple(own) != shape:
+                self._refuse(f"{name} is {label} {list(own)}: expected {labels[dtype]} {list(shape)}")
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise CheckpointError if a tensor is missing, or does not hold what the format and the kernels need."""
+        for name, (dtype, shape) in self.shapes().items():
+            expected = f"expected {str(dtype).removeprefix('torch.')} {list(shape)}"
+            own = tensors.get(name)
+            if own is None:
+                self._refuse(f"{name} is missing: {expected}")
+            if own.is_meta:
+                self._refuse(f"{name} has no values: {expected}")
+            if own.dtype != dtype or tuple(own.shape) != shape:
+                self._refuse(f"{name} is {str(own.dtype).removeprefix('torch.')} {list(own.shape)}: {expected}")
+        if problem := self._content(tensors):
+            self._refuse(problem)
+
+    def _refuse(self, problem: str) -> NoReturn:
+        raise CheckpointError(f"{self.module}.{problem}; {AGAIN}")
+
+
+@dataclass(frozen=True)
+class CodesDescriptor(Descriptor):
+    """Quantized columns in bit planes (see `quantized`), in one part, or in two with a mask of the first one's."""
+
+    parts: tuple[PartDescriptor, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= len(self.parts) <= MAX_PARTS:
+            raise FieldError(f"parts has {len(self.parts)} entries: expected 1 or 2")
+        if (total := sum(part.columns for part in self.parts)) != self.columns:
+            raise FieldError(f"columns of the parts add up to {total}: expected {self.columns}, as in shape")
+
+    def shapes(self) -> Shapes:
+        """Return dtype and shape of every tensor."""
+        shapes: Shapes = {}
+        for number, part in enumerate(self.parts):
+            tiles, width = -(-self.rows // TILE), -(-part.columns // 8)
+            shapes[f"planes_{number}"] = torch.uint8, (tiles, part.bits, width, TILE)
+            shapes[f"scale_{number}"] = torch.int16, (part.groups, self.rows)
+            if part.grid == "free":
+                shapes[f"offset_{number}"] = torch.int16, (part.groups, self.rows)
+            if part.grid == "affine":
+                shapes[f"zero_{number}"] = torch.uint8, (part.bits, -(-self.rows * part.groups // 8))
+        if len(self.parts) > 1:
+            shapes["columns"] = torch.uint8, (-(-self.columns // 8),)
+        return shapes
+
+    def _content(self, tensors: Mapping[str, Tensor]) -> str | None:
+        for name in self.names():
+            if name.startswith(("scale", "offset")) and not _finite_halves(tensors[name]):
+                return f"{name} {NOT_FINITE}"
+        if len(self.parts) == 1:
+            return None
+        mask = tensors["columns"]
+        picked, beyond = _inside_and_beyond(mask, self.columns)
+        if beyond:
+            return f"columns sets {beyond} bits after the last of {self.columns} columns: expected none"
+        if picked != self.parts[0].columns:
+            return f"columns picks {picked} columns: expected {self.parts[0].columns}, as part 0 has"
+        return None
+
+
+@dataclass(frozen=True)
+class NonzerosDescriptor(Descriptor):
+    """Nonzeros in row order with their places (see `sparse`). Only codes have groups; other values have `group` 0."""
+
+    layout: str
+    values: str
+    nbytes: int
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choice("layout", self.layout, LAYOUTS)
+        _choice("values", self.values, tuple(BITS))
+        _whole("bytes", self.nbytes, SLACK_BYTES, MAX_VALUES * 4 + SLACK_BYTES)
+        if self.values in CODES:
+            _whole("group", self.group, 1, MAX_SIDE)
+            if self.group < self.columns and self.group % 8:
+                raise FieldError(f"group is {self.group}: expected a multiple of 8, or at least {self.columns}")
+        elif self.group:
+            raise FieldError(f"group is {self.group}: expected none for {self.values} values")
+        if self.layout == "two_four" and self.nbytes != (needed := self._bytes_of(4 * self.rows * self._width)):
+            raise FieldError(f"bytes is {self.nbytes}: expected {needed} for {self.values} in this shape")
+
+    @property
+    def _width(self) -> int:
+        return -(-self.columns // 8)
+
+    def _bytes_of(self, count: int) -> int:
+        return -(-count * BITS[self.values] // 8) + SLACK_BYTES
+
+    def shapes(self) -> Shapes:
+        """Return dtype and shape of every tensor."""
+        shapes: Shapes = {
+            "places": (torch.uint8, (self.rows, self._width)),
+            "values": (torch.uint8, (self.nbytes,)),
+        }
+        if self.layout == "bitmap":
+            shapes["starts"] = torch.int32, (self.rows,)
+        if self.values in CODES:
+            shapes["scale"] = torch.int16, (self.rows, -(-self.columns // self.group))
+        return shapes
+
+    def _content(self, tensors: Mapping[str, Tensor]) -> str | None:
+        places = tensors["places"]
+        count = 4 * self.rows * self._width
+        if self.layout == "two_four":
+            if not pairs_ascend(places):
+                return NOT_ASCENDING
+        else:
+            counts_O = row_counts(places)
+            count = int(counts_O.sum())
+            if (needed := self._bytes_of(count)) != self.nbytes:
+                return f"places marks {count} values of {needed} bytes: expected {self.nbytes}, as bytes says"
+            if count > MAX_VALUES:
+                return f"places marks {count} values: expected at most {MAX_VALUES}"
+            if self.columns % 8 and bool((places[:, -1] >> (self.columns % 8)).any()):
+                return f"places marks values after the last of {self.columns} columns: expected none"
+            if not torch.equal(counts_O.cumsum(0) - counts_O, tensors["starts"].long()):
+                return "starts does not count the values before each row: expected the sums of places"
+        if self.values in CODES:
+            return None if _finite_halves(tensors["scale"]) else f"scale {NOT_FINITE}"
+        own = tensors["values"][: count * VALUES[self.values].itemsize]
+        return (
+            None if _finite(own, VALUES[self.values]) else "values holds NaN or infinite values: expected finite ones"
+        )
+
+
+@dataclass(frozen=True)
+class TilesDescriptor(Descriptor):
+    """Two-four matrix of 4-bit codes in tiles of 32 rows (see `sparse_tiles`)."""
+
+    nbytes: int
+    group: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _whole("group", self.group, 1, MAX_SIDE)
+        if self.columns % BLOCK_COLUMNS:
+            raise FieldError(f"shape has {self.columns} columns: expected a multiple of {BLOCK_COLUMNS} in tiles")
+        if self.group < self.columns and self.group % BLOCK_COLUMNS:
+            raise FieldError(
+                f"group is {self.group}: expected a multiple of {BLOCK_COLUMNS}, or at least {self.columns}"
+            )
+        _whole("bytes", self.nbytes, 1, MAX_VALUES * 4)
+        if self.nbytes != (needed := self._tiles * self.columns // 4 * TILE):
+            raise FieldError(f"bytes is {self.nbytes}: expected {needed} for this shape in tiles")
+
+    @property
+    def _tiles(self) -> int:
+        return -(-self.rows // TILE)
+
+    def shapes(self) -> Shapes:
+        """Return dtype and shape of every tensor."""
+        return {
+            "places": (torch.uint8, (self._tiles, self.columns // 8, TILE)),
+            "values": (torch.uint8, (self._tiles, self.columns // 4, TILE)),
+            "scale": (torch.int16, (-(-self.columns // self.group), self._tiles * TILE)),
+        }
+
+    def _content(self, tensors: Mapping[str, Tensor]) -> str | None:
+        if not _finite_halves(tensors["scale"]):
+            return f"scale {NOT_FINITE}"
+        places = tensors["places"]
+        halves = torch.stack([places & 15, places >> 4])  # for every four columns: row r in the lower lanes of a tile
+        first = (halves[..., ::2] & 3, halves[..., 1::2] & 3)
+        last = (halves[..., ::2] >> 2, halves[..., 1::2] >> 2)
+        rows = torch.arange(self._tiles * TILE, device=places.device).view(self._tiles, 2, TILE // 2) < self.rows
+        for half, (low, high) in enumerate((first, last)):
+            if bool(((low >= high) & rows[:, None, half]).any()):
+                return NOT_ASCENDING
+        return None
+
+
+def read_descriptor(module: str, description: object) -> Descriptor:
+    """Return the descriptor of a packed matrix.
+
+    Raises CheckpointError with the module and the field for anything that its format does not allow.
+    """
+    try:
+        return _descriptor(module, description)
+    except FieldError as error:
+        raise CheckpointError(f"config.json describes {module} wrongly: {error}; {AGAIN}") from error
+
+
+def read_descriptors(modules: object) -> dict[str, Descriptor]:
+    """Return the descriptors of all packed modules of a config by name. Raises CheckpointError as above."""
+    if not isinstance(modules, Mapping):
+        raise CheckpointError(f"quantization_config.modules is {reprlib.repr(modules)}: expected an object; {AGAIN}")
+    return {name: read_descriptor(name, about) for name, about in modules.items()}
+
+
+def read_shapes(shapes: object) -> dict[str, list[int]]:
+    """Return the matrices with other shapes of a config: name → [O, I]. Raises CheckpointError as above."""
+    if not isinstance(shapes, Mapping):
+        raise CheckpointError(f"quantization_config.shapes is {reprlib.repr(shapes)}: expected an object; {AGAIN}")
+    try:
+        return {name: list(_shape(shape)) for name, shape in shapes.items()}
+    except FieldError as error:
+        raise CheckpointError(f"quantization_config.shapes of config.json: {error}; {AGAIN}") from error
+
+
+def _descriptor(module: str, description: object) -> Descriptor:
+    if not isinstance(description, Mapping) or ("parts" in description) == ("sparse" in description):
+        raise FieldError(f"got {reprlib.repr(description)}, expected an object with shape, and parts or sparse")
+    if "parts" in description:
+        about = _object("", description, ["shape", "parts"])
+        if not isinstance(about["parts"], list | tuple):
+            raise FieldError(f"parts is {reprlib.repr(about['parts'])}: expected a list")
+        parts = tuple(PartDescriptor.read(part) for part in about["parts"])
+        return CodesDescriptor(module, *_shape(about["shape"]), parts)
+    about = _object("", description, ["shape", "sparse"])
+    rows, columns = _shape(about["shape"])
+    stored = _object("sparse", about["sparse"], ["layout", "values", "bytes"], ["group"])
+    if stored["layout"] == LAYOUT:
+        _choice("values", stored["values"], ("int4",))
+        return TilesDescriptor(module, rows, columns, stored["bytes"], stored.get("group"))  # type: ignore[arg-type]
+    if stored.get("group", 1) == 0:
+        raise FieldError("group is 0: expected at least 1, or no group")
+    return NonzerosDescriptor(
+        module, rows, columns, stored["layout"], stored["values"], stored["bytes"], stored.get("group", 0)
+    )
+
+
+def _object(name: str, value: object, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the fields of an object of JSON, all of which are known."""
+    if not isinstance(value, Mapping):
+        raise FieldError(f"{name} is {reprlib.repr(value)}: expected an object")
+    known = [*required, *optional]
+    prefix = f"{name}." if name else ""
+    for key in value:
+        if key not in known:
+            raise FieldError(f"{prefix}{reprlib.repr(key)} is unknown: expected {', '.join(known)}")
+    for key in required:
+        if key not in value:
+            raise FieldError(f"{prefix}{key} is missing")
+    return dict(value)
+
+
+def _shape(value: object) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise FieldError(f"shape is {reprlib.repr(value)}: expected two whole numbers, [rows, columns]")
+    for side in value:
+        _whole("shape", side, 1, MAX_SIDE)
+    return value[0], value[1]
+
+
+def _whole(name: str, value: object, least: int, most: int) -> None:
+    """Raise FieldError unless the value is an int in its range; true and 4.0 are none."""
+    if type(value) is not int or not least <= value <= most:
+        raise FieldError(f"{name} is {reprlib.repr(value)}: expected a whole number from {least} to {most}")
+
+
+def _choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise FieldError(f"{name} is {reprlib.repr(value)}: expected {' or '.join(choices)}")
+
+
+def _words(bytes_OB: Tensor) -> Tensor:
+    """Return rows of bytes as rows of 64-bit words; the last word is filled with zeros."""
+    short = -bytes_OB.shape[-1] % 8
+    whole = torch.nn.functional.pad(bytes_OB, (0, short)) if short else bytes_OB.contiguous()
+    return (whole if whole.storage_offset() % 8 == 0 else whole.clone()).view(torch.int64)
+
+
+def row_counts(bytes_OB: Tensor) -> Tensor:
+    """Return the number of set bits of every row, int64 [O]."""
+    words = _words(bytes_OB)
+    words = words - ((words >> 1) & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((words * 0x0101010101010101) >> 56).sum(1)  # a byte holds at most 64, so its sign bit is never set
+
+
+def pairs_ascend(places_OB: Tensor) -> bool:
+    """Return whether both indices of every pair ascend: bits 0 and 1 of a half byte are less than bits 2 and 3."""
+    words = _words(places_OB)
+    low, high, low_2, high_2 = words, words >> 1, words >> 2, words >> 3
+    ascends = (high_2 & ~high) | (~(high ^ high_2) & low_2 & ~low)
+    missing = ~ascends & _FIRST_OF_FOUR
+    if short := -places_OB.shape[-1] % 8:  # the filled bytes hold no pairs
+        missing[:, -1] &= (1 << (8 * (8 - short))) - 1
+    return not bool(missing.any())
+
+
+def _inside_and_beyond(mask_B: Tensor, count: int) -> tuple[int, int]:
+    """Return the number of set bits among the first `count`, and after them."""
+    bits = unpack_codes(mask_B[None], 8 * len(mask_B)).long()
+    return int(bits[:count].sum()), int(bits[count:].sum())
+
+
+def _finite_halves(values: Tensor) -> bool:
+    """Return whether all numbers are finite: float16 stored as int16."""
+    return not bool(((values & _HALF_EXPONENT) == _HALF_EXPONENT).any())
+
+
+def _finite(bytes_N: Tensor, dtype: torch.dtype) -> bool:
+    if not len(bytes_N):
+        return True
+    whole = bytes_N if bytes_N.storage_offset() % dtype.itemsize == 0 else bytes_N.clone()
+    # Min and max of a tensor are NaN or infinite exactly if an element is.
+    return bool(torch.stack(whole.view(dtype).aminmax()).isfinite().all())
