@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.kernels.cpu_module import BEST, GFNI, cpu_module
+from niwaki.kernels.cpu_module import BEST, GFNI, as_array, cpu_module
 from niwaki.kernels.types import PlanePart
 
 TABLE_COLUMNS = 32  # columns that share a table scale: groups of the CPU kernel hold whole blocks
@@ -77,8 +77,8 @@ def cpu_product(layer: Any, x_NI: Tensor, rows: int) -> Tensor:
 
 
 def _compiled_arguments(part: PlanePart) -> tuple[Any, ...]:
-    """Return the arguments of C++ for a part. NumPy views convert ten times as fast as tensors."""
-    planes, scale, offset, zero, columns = (None if tensor is None else tensor.numpy() for tensor in part[:5])
+    """Return the arguments of C++ for a part."""
+    planes, scale, offset, zero, columns = (as_array(tensor) for tensor in part[:5])
     group_bytes = part.group // 8 if len(part.scale_GO) > 1 else max(part.planes_TKBR.shape[2], 1)
     return planes, scale, offset, zero, part.centre, group_bytes, columns, part.columns
 

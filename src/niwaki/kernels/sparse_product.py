@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from niwaki.formats.sparse import KINDS, LAYOUTS
-from niwaki.kernels.cpu_module import AVX2, BEST, BF16, cpu_module
+from niwaki.kernels.cpu_module import AVX2, BEST, BF16, as_array, cpu_module
 
 # With more tokens, decoding the matrix and a torch product take less time than the kernels. Two threads, 4096 × 2048 in
 # float32: 16 tokens 2.4 to 2.8 ms by the kernel and 3.0 to 3.3 decoded, 32 tokens 4.8 to 5.5 and 4.9; tiles always win.
@@ -50,7 +50,7 @@ def prepared_layer(
     """Return the tensors of `sparse.Sparse` as one object of the compiled kernels, for `product`."""
     compiled = cpu_module()
     assert compiled is not None, "callers check `reaches` first"
-    tensors = [None if t is None else t.numpy() for t in (places_OB, values, starts_O, scale_OG)]
+    tensors = [as_array(t) for t in (places_OB, values, starts_O, scale_OG)]
     whole = scale_OG is None or scale_OG.shape[1] == 1
     group_bytes = max(places_OB.shape[1], 1) if whole else group // 8
     return compiled.SparseLayer(columns, LAYOUTS.index(layout), KINDS.index(kind), *tensors, group_bytes)
@@ -62,7 +62,8 @@ def prepared_tiles(
     """Return the tensors of `sparse_tiles.Tiled` as one object of the compiled kernels, for `product`."""
     compiled = cpu_module()
     assert compiled is not None, "callers check `reaches` first"
-    return compiled.TileLayer(rows, columns, group, places_TBR.numpy(), values_TFR.numpy(), scale_GO.numpy())
+    tensors = [as_array(t) for t in (places_TBR, values_TFR, scale_GO)]
+    return compiled.TileLayer(rows, columns, group, *tensors)
 
 
 def product(layer: Any, x_NI: Tensor, rows: int, path: int = BEST) -> Tensor:
