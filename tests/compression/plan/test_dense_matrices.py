@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import niwaki
 from niwaki.compression.plan.planner import plan
@@ -72,3 +73,17 @@ def test_the_bytes_of_the_packed_form_are_those_of_a_model_that_has_it(tmp_path:
     packed_bytes = record["result"]["weights"] * record["result"]["bits"] / 8 - gate
     assert dense["packed_bytes"] == pytest.approx(packed_bytes, rel=0.02)
     assert dense["bytes"] == 3 * 12 * 32 * 32 * 2
+
+
+def test_a_tower_of_another_dtype_does_not_change_the_sizes_of_the_text_model(tmp_path: Path) -> None:
+    """Most bytes of the file are float32, and the text model is bfloat16."""
+    folder = family("llava", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    towers = [name for name in tensors if "vision_tower" in name]
+    wide = {name: tensors[name].float() if name in towers else tensors[name] for name in tensors}
+    wide["spare"] = torch.zeros(2**20)  # more float32, which no module reads
+    save_file(wide, folder / "model.safetensors", {"format": "pt"})
+    planned = plan(folder, **CODES)
+    record = niwaki.compress(folder, tmp_path / "out", device="cpu", **CODES)
+    assert planned["output_bytes"] == pytest.approx(record["result"]["bytes"], rel=0.01)
+    assert planned["matrix_bits"] == pytest.approx(record["result"]["bits"], rel=0.02)

@@ -20,6 +20,7 @@ from niwaki.formats.sparse_tiles import fits_tiles, tile_bytes
 from niwaki.methods.cost import Scope
 from niwaki.methods.registry import Step
 from niwaki.methods.shared.rounding import uniform_bytes
+from niwaki.model.checkpoint import STORED_DTYPES, TensorInfo
 from niwaki.model.decoder import Decoder
 from niwaki.model.prunable import PrunedShape, ShapeSpace
 from niwaki.runtime.contextual.units import find_layout
@@ -146,10 +147,10 @@ def sizes_of(decoder: Decoder) -> ModelSizes:
     text = decoder.checkpoint.config.get_text_config()
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
     share = (getattr(text, "num_experts_per_tok", None) or experts) / experts
-    itemsize = decoder.checkpoint.dtype.itemsize
     blocks = []
     for index, anatomy in enumerate(decoder.anatomy.blocks):
         names = decoder.disk_names(index)
+        itemsize = _itemsize([tensors[name] for name in names])
         matrices = tuple(
             Matrix(
                 linear.name, linear.rows, linear.columns, linear.group, itemsize,
@@ -166,6 +167,15 @@ def sizes_of(decoder: Decoder) -> ModelSizes:
         sum(end.nbytes for end in ends) // itemsize, head, decoder.checkpoint.nbytes,
         decoder.unread.nbytes, sum(towers_record(decoder).values()),
     )  # fmt: skip
+
+
+def _itemsize(infos: Sequence[TensorInfo]) -> int:
+    """Return the bytes of an element in the dtype with the most bytes; a tower may have another one than the text."""
+    totals: Counter[str] = Counter()
+    for info in infos:
+        totals[info.dtype] += info.nbytes
+    ((dtype, _),) = totals.most_common(1)
+    return STORED_DTYPES[dtype].itemsize
 
 
 def towers_record(decoder: Decoder) -> dict[str, int]:
