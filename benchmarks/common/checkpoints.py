@@ -31,9 +31,12 @@ class Shape:
         """Return rows and columns of every matrix of a block."""
         narrow = self.hidden // self.heads * self.key_value_heads
         return {
-            "self_attn.q_proj": (self.hidden, self.hidden), "self_attn.k_proj": (narrow, self.hidden),
-            "self_attn.v_proj": (narrow, self.hidden), "self_attn.o_proj": (self.hidden, self.hidden),
-            "mlp.gate_proj": (self.middle, self.hidden), "mlp.up_proj": (self.middle, self.hidden),
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (narrow, self.hidden),
+            "self_attn.v_proj": (narrow, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.middle, self.hidden),
+            "mlp.up_proj": (self.middle, self.hidden),
             "mlp.down_proj": (self.hidden, self.middle),
         }
 
@@ -54,9 +57,16 @@ def make_checkpoint(folder: Path, blocks: int, device: str, shape: Shape = SHAPE
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config = transformers.LlamaConfig(
-        hidden_size=shape.hidden, intermediate_size=shape.middle, num_hidden_layers=blocks,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.key_value_heads, vocab_size=VOCABULARY,
-        max_position_embeddings=4096, dtype="bfloat16", bos_token_id=0, eos_token_id=0,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.middle,
+        num_hidden_layers=blocks,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=4096,
+        dtype="bfloat16",
+        bos_token_id=0,
+        eos_token_id=0,
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(folder)
@@ -80,11 +90,14 @@ def make_checkpoint(folder: Path, blocks: int, device: str, shape: Shape = SHAPE
         tensors = {f"{prefix}{name}.weight": normal(*size) for name, size in shape.matrices.items()}
         norms = ("input_layernorm", "post_attention_layernorm")
         save(index + 1, tensors | {f"{prefix}{n}.weight": ones.clone() for n in norms})
-    save(blocks + 1, {
-        "model.embed_tokens.weight": normal(VOCABULARY, shape.hidden),
-        "lm_head.weight": normal(VOCABULARY, shape.hidden),
-        "model.norm.weight": ones.clone(),
-    })
+    save(
+        blocks + 1,
+        {
+            "model.embed_tokens.weight": normal(VOCABULARY, shape.hidden),
+            "lm_head.weight": normal(VOCABULARY, shape.hidden),
+            "model.norm.weight": ones.clone(),
+        },
+    )
     index_file = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
 

@@ -69,13 +69,21 @@ def measure_cpu(args: argparse.Namespace) -> list[dict]:
                 times = cpu_timing.interleaved(works, args.rounds)
             for name, layer in layers.items():
                 nbytes = sum(buffer.nbytes for buffer in layer.buffers())
-                rows_out.append({
-                    "layer": name, "shape": [rows, columns], "tokens": tokens, "threads": threads, "bytes": nbytes,
-                    "dense_bytes": dense.weight.nbytes, "ms": round(times[name] * 1e3, 3),
-                    "dense_ms": round(times["dense"] * 1e3, 3), "speedup": round(times["dense"] / times[name], 2),
-                    "bandwidth_gb_s": round(bytes_per_s / 1e9, 1),
-                    "share_of_bandwidth": round(nbytes / bytes_per_s / times[name], 2),
-                })
+                rows_out.append(
+                    {
+                        "layer": name,
+                        "shape": [rows, columns],
+                        "tokens": tokens,
+                        "threads": threads,
+                        "bytes": nbytes,
+                        "dense_bytes": dense.weight.nbytes,
+                        "ms": round(times[name] * 1e3, 3),
+                        "dense_ms": round(times["dense"] * 1e3, 3),
+                        "speedup": round(times["dense"] / times[name], 2),
+                        "bandwidth_gb_s": round(bytes_per_s / 1e9, 1),
+                        "share_of_bandwidth": round(nbytes / bytes_per_s / times[name], 2),
+                    }
+                )
                 print(rows_out[-1], flush=True)
     return rows_out
 

@@ -77,15 +77,26 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
                 niwaki.compress(
-                    str(args.model), out, method="squeeze10", target=args.target, seed=seed,
-                    options=options | {"learn_rounds": 0}, allocation="uniform", device=args.device, dtype="float32",
+                    str(args.model),
+                    out,
+                    method="squeeze10",
+                    target=args.target,
+                    seed=seed,
+                    options=options | {"learn_rounds": 0},
+                    allocation="uniform",
+                    device=args.device,
+                    dtype="float32",
                     calibration={"files": (text,), "samples": 64, "seq_len": 512},
                 )
-                rows.append({
-                    "label": label, "options": options, "seed": seed,
-                    "calibration": drift(args.model, out, seen_ST[:32], device),
-                    "unseen": drift(args.model, out, unseen_ST, device),
-                })
+                rows.append(
+                    {
+                        "label": label,
+                        "options": options,
+                        "seed": seed,
+                        "calibration": drift(args.model, out, seen_ST[:32], device),
+                        "unseen": drift(args.model, out, unseen_ST, device),
+                    }
+                )
             print(label, seed, *(round(rows[-1][on][-1], 4) for on in ("calibration", "unseen")), flush=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n")
 

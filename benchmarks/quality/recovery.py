@@ -24,8 +24,14 @@ def measure(model: str, data: Path, recipe: dict, target: str, seed: int, device
     with tempfile.TemporaryDirectory() as folder:
         pruned, recovered = Path(folder) / "pruned", Path(folder) / "recovered"
         niwaki.compress(
-            model, pruned, target=target, calibration={"files": (text,), "samples": 64, "seq_len": 512}, seed=seed,
-            device=device, dtype="float32", **recipe,
+            model,
+            pruned,
+            target=target,
+            calibration={"files": (text,), "samples": 64, "seq_len": 512},
+            seed=seed,
+            device=device,
+            dtype="float32",
+            **recipe,
         )
         record = niwaki.recover(pruned, recovered, data=text, seed=seed + 100, device=device, **settings)
         return {

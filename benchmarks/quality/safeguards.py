@@ -61,10 +61,12 @@ def writing(model, windows, prompt, new):
     ways = {"dense": lambda ids: (plain(model, ids, new, False), None)}
     ways["part alone"] = lambda ids: (plain(model, ids, new, True), None)
     for rule, every, least in RULES:
+
         def checked(ids, every=every, least=least):
             """Generate with checks."""
             found = generate_verified(model.contextual, ids, max_new_tokens=new, every=every, min_probability=least)
             return found.ids_1T, found
+
         ways[f"{rule}, every {every}"] = checked
     rows = {name: {"agreement": 0.0, "passes": 0.0, "small_steps": 0.0, "kl": 0.0, "seconds": 0.0} for name in ways}
     for ids_T in windows:

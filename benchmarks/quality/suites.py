@@ -58,16 +58,28 @@ def ablation_wandapp() -> list[Case]:
     published = {"alpha": 100.0, "rounds": 5, "batch": 1, "optimizer": "rmsprop", "rate_frac": 1e-5}
     found = wandas("2:4", "0.5")
     for target in ("2:4", "0.5"):
-        found += varied("wandapp", target, {
-            "": {}, "as published": published | {"enforce_mask": False},
-            "score alone": {"rounds": 0}, "score alone alpha 0.1": {"rounds": 0, "alpha": 0.1},
-            "score alone alpha 10": {"rounds": 0, "alpha": 10.0},
-            "score alone alpha 100": {"rounds": 0, "alpha": 100.0},
-            "alpha 0": {"alpha": 0.0}, "alpha 100": {"alpha": 100.0}, "mask free": {"enforce_mask": False},
-            "rmsprop": {"optimizer": "rmsprop", "rate_frac": 0.0125},
-            "rate .0125": {"rate_frac": 0.0125}, "rate .05": {"rate_frac": 0.05},
-            "K 5": {"rounds": 5}, "K 20": {"rounds": 20}, "dense": {"target": "dense"}, "both": {"target": "both"},
-        })
+        found += varied(
+            "wandapp",
+            target,
+            {
+                "": {},
+                "as published": published | {"enforce_mask": False},
+                "score alone": {"rounds": 0},
+                "score alone alpha 0.1": {"rounds": 0, "alpha": 0.1},
+                "score alone alpha 10": {"rounds": 0, "alpha": 10.0},
+                "score alone alpha 100": {"rounds": 0, "alpha": 100.0},
+                "alpha 0": {"alpha": 0.0},
+                "alpha 100": {"alpha": 100.0},
+                "mask free": {"enforce_mask": False},
+                "rmsprop": {"optimizer": "rmsprop", "rate_frac": 0.0125},
+                "rate .0125": {"rate_frac": 0.0125},
+                "rate .05": {"rate_frac": 0.05},
+                "K 5": {"rounds": 5},
+                "K 20": {"rounds": 20},
+                "dense": {"target": "dense"},
+                "both": {"target": "both"},
+            },
+        )
     return found
 
 
@@ -75,13 +87,25 @@ def ablation_besa() -> list[Case]:
     """Return variants of granularity, target, balance, steps, rates, budgets, and chains after besa."""
     found = wandas("0.5", "0.7")
     for target in ("0.5", "0.7"):
-        found += varied("besa", target, {
-            "": {}, "layer": {"granularity": "layer"}, "dense": {"target": "dense"}, "both": {"target": "both"},
-            "shift": {"balance": "shift"}, "segments 4": {"segments": 4},
-            "steps 256 batch 1": {"steps": 256, "batch": 1}, "steps 512 batch 2": {"steps": 512, "batch": 2},
-            "width .1": {"width_frac": 0.1}, "rate .1": {"rate": 0.1}, "rate .4": {"rate": 0.4},
-            "4 bit": {"quant_bits": 4}, "4 bit groups of 128": {"quant_bits": 4, "quant_group": 128},
-        })
+        found += varied(
+            "besa",
+            target,
+            {
+                "": {},
+                "layer": {"granularity": "layer"},
+                "dense": {"target": "dense"},
+                "both": {"target": "both"},
+                "shift": {"balance": "shift"},
+                "segments 4": {"segments": 4},
+                "steps 256 batch 1": {"steps": 256, "batch": 1},
+                "steps 512 batch 2": {"steps": 512, "batch": 2},
+                "width .1": {"width_frac": 0.1},
+                "rate .1": {"rate": 0.1},
+                "rate .4": {"rate": 0.4},
+                "4 bit": {"quant_bits": 4},
+                "4 bit groups of 128": {"quant_bits": 4, "quant_group": 128},
+            },
+        )
         for spread in (0.02, 0.04, 0.06):
             options = {"owl_spread_frac": spread}
             found.append(case(f"besa owl {spread}", target, "besa", allocation="owl", options=options))
@@ -115,34 +139,57 @@ def ablation_squeeze10() -> list[Case]:
     choices = {f"choose {name}": four | {"choose": name} for name in ("activation", "surgeon", "magnitude", "random")}
     bare = four | {"rounds": 0}
     published = {
-        "4 bits": four, **choices, "4 bits by eights": four | {"choose_columns": 8}, "direct": four | {"staged": False},
-        "salient last": four | {"salient_first": False}, "no mean": four | {"mean": False},
-        "groups of 128": four | {"group": 128}, "rounds 2": four | {"rounds": 2}, "rounds 20": four | {"rounds": 20},
-        "full inputs": four | {"supervise": "inputs"}, "full outputs": four | {"supervise": "outputs"},
+        "4 bits": four,
+        **choices,
+        "4 bits by eights": four | {"choose_columns": 8},
+        "direct": four | {"staged": False},
+        "salient last": four | {"salient_first": False},
+        "no mean": four | {"mean": False},
+        "groups of 128": four | {"group": 128},
+        "rounds 2": four | {"rounds": 2},
+        "rounds 20": four | {"rounds": 20},
+        "full inputs": four | {"supervise": "inputs"},
+        "full outputs": four | {"supervise": "outputs"},
         "learn": four | learn,
     }
     swept = {
-        "no rounds": bare, **{f"no rounds {label}": given | bare for label, given in choices.items()},
-        "no rounds direct": bare | {"staged": False}, "no rounds by eights": bare | {"choose_columns": 8},
+        "no rounds": bare,
+        **{f"no rounds {label}": given | bare for label, given in choices.items()},
+        "no rounds direct": bare | {"staged": False},
+        "no rounds by eights": bare | {"choose_columns": 8},
         "no rounds full inputs": bare | {"supervise": "inputs"},
         "no rounds full outputs": bare | {"supervise": "outputs"},
     }
     ours = {
-        "": {}, "3 bits": {"widths": "1+3"}, "2 bits no mean": {"mean": False},
-        "2 bits salient last": {"salient_first": False}, "2 bits rounds 20": {"rounds": 20},
-        "2 bits activation": {"choose": "activation"}, "2 bits damping .05": {"damping_frac": 0.05},
-        "2 bits full inputs": {"supervise": "inputs"}, "2 bits full outputs": {"supervise": "outputs"},
+        "": {},
+        "3 bits": {"widths": "1+3"},
+        "2 bits no mean": {"mean": False},
+        "2 bits salient last": {"salient_first": False},
+        "2 bits rounds 20": {"rounds": 20},
+        "2 bits activation": {"choose": "activation"},
+        "2 bits damping .05": {"damping_frac": 0.05},
+        "2 bits full inputs": {"supervise": "inputs"},
+        "2 bits full outputs": {"supervise": "outputs"},
         "2 bits half outputs": {"supervise": "outputs", "supervise_frac": 0.5},
-        "2 bits learn": learn, "2 bits learn block": learn | {"target": "block"},
-        "2 bits learn dense": learn | {"target": "dense"}, "2 bits learn rate .01": learn | {"rate_frac": 0.01},
-        "2 bits learn rate .02": learn | {"rate_frac": 0.02}, "2 bits learn 60": learn | {"learn_rounds": 60},
+        "2 bits learn": learn,
+        "2 bits learn block": learn | {"target": "block"},
+        "2 bits learn dense": learn | {"target": "dense"},
+        "2 bits learn rate .01": learn | {"rate_frac": 0.01},
+        "2 bits learn rate .02": learn | {"rate_frac": 0.02},
+        "2 bits learn 60": learn | {"learn_rounds": 60},
         "2 bits learn half outputs": learn | {"supervise": "outputs", "supervise_frac": 0.5},
     }
     element = bare | {"granularity": "element"}
-    by_element = varied("squeeze10", "2.7bit", {
-        "by element": element, "by element random": element | {"choose": "random"}, "at the same bits": {},
-        "at the same bits, one sweep": bare,
-    })
+    by_element = varied(
+        "squeeze10",
+        "2.7bit",
+        {
+            "by element": element,
+            "by element random": element | {"choose": "random"},
+            "at the same bits": {},
+            "at the same bits, one sweep": bare,
+        },
+    )
     cases = varied("squeeze10", "1.75bit", published | swept | ours) + by_element
     return [
         replace(c, recipe=c.recipe | {"allocation": "uniform", "options": {"learn_rounds": 0} | c.recipe["options"]})
@@ -172,11 +219,19 @@ def ablation_comp() -> list[Case]:
     """Return variants of score, tuning, target, split and damping at 30 % and 50 %. Only the last cases try splits."""
     fixed = {"try_blocks": 0, "try_heads": 0}
     variants = {
-        "neurons alone": {}, "energy": {"score": "energy"}, "leverage": {"score": "leverage"},
-        "random": {"score": "random"}, "scales": {"tune": "scales"}, "untuned": {"tune": "none"},
-        "energy, scales": {"score": "energy", "tune": "scales"}, "outputs": {"supervise": "outputs"},
-        "half outputs": {"supervise": "outputs", "supervise_frac": 0.5}, "one at a time": {"at_once": 1},
-        "32 at once": {"at_once": 32}, "128 at once": {"at_once": 128}, "damping .001": {"damping_frac": 0.001},
+        "neurons alone": {},
+        "energy": {"score": "energy"},
+        "leverage": {"score": "leverage"},
+        "random": {"score": "random"},
+        "scales": {"tune": "scales"},
+        "untuned": {"tune": "none"},
+        "energy, scales": {"score": "energy", "tune": "scales"},
+        "outputs": {"supervise": "outputs"},
+        "half outputs": {"supervise": "outputs", "supervise_frac": 0.5},
+        "one at a time": {"at_once": 1},
+        "32 at once": {"at_once": 32},
+        "128 at once": {"at_once": 128},
+        "damping .001": {"damping_frac": 0.001},
         "damping .1": {"damping_frac": 0.1},
     }
     found = []

@@ -122,7 +122,8 @@ def main() -> None:
         named = {"preset": method} if method in PRESETS else {"method": method}
         case = named | {"options": options} if options else named
         case = case | {
-            "target": target, "device": args.device,
+            "target": target,
+            "device": args.device,
             "calibration": {"files": (str(text),), "samples": args.samples, "seq_len": args.seq_len},
         }
         if args.profile:
@@ -131,16 +132,22 @@ def main() -> None:
         record = niwaki.compress(args.work / "model", args.work / "out", overwrite=True, **case)
         block_s, scan_s = _block_seconds(args.work / "out")
         floor_s = floor_seconds(case, shape, blocks, rate)
-        rows.append({
-            "method": method, "options": options, "target": target,
-            "seconds": record["seconds"], "floor_s": round(floor_s, 2), "median_block_s": block_s,
-            "median_scan_s": round(scan_s, 3),
-            "extrapolated_s": round(record["seconds"] + (block_s + scan_s) * (shape.blocks - blocks), 1),
-            "multiple_of_floor": round(record["seconds"] / floor_s, 2),
-            "block_multiple": round((block_s + scan_s) * blocks / floor_s, 2),
-            "peak_device_gb": round(record["peak_device_bytes"] / 1e9, 2),
-            "zeros_frac": record["result"]["zeros_frac"],
-        })
+        rows.append(
+            {
+                "method": method,
+                "options": options,
+                "target": target,
+                "seconds": record["seconds"],
+                "floor_s": round(floor_s, 2),
+                "median_block_s": block_s,
+                "median_scan_s": round(scan_s, 3),
+                "extrapolated_s": round(record["seconds"] + (block_s + scan_s) * (shape.blocks - blocks), 1),
+                "multiple_of_floor": round(record["seconds"] / floor_s, 2),
+                "block_multiple": round((block_s + scan_s) * blocks / floor_s, 2),
+                "peak_device_gb": round(record["peak_device_bytes"] / 1e9, 2),
+                "zeros_frac": record["result"]["zeros_frac"],
+            }
+        )
         print(rows[-1], flush=True)
     if args.profile:
         return

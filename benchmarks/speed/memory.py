@@ -25,8 +25,24 @@ from niwaki.cli.demo import sapling
 def compress(model: Path, out: Path, text: Path, samples: int, seq_len: int, method: str, target: str) -> dict:
     """Run the command line and return run.json."""
     command = [
-        sys.executable, "-m", "niwaki.cli", "compress", str(model), str(out), "--method", method, "--target", target,
-        "--calibration", str(text), "--samples", str(samples), "--seq-len", str(seq_len), "--device", "cpu",
+        sys.executable,
+        "-m",
+        "niwaki.cli",
+        "compress",
+        str(model),
+        str(out),
+        "--method",
+        method,
+        "--target",
+        target,
+        "--calibration",
+        str(text),
+        "--samples",
+        str(samples),
+        "--seq-len",
+        str(seq_len),
+        "--device",
+        "cpu",
         "--overwrite",
     ]
     subprocess.run(command, check=True)
@@ -39,8 +55,14 @@ def deep_model(folder: Path, blocks: int) -> None:
     """Write a bf16 Llama of 1024 × `blocks` with the sapling's tokenizer."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=blocks, num_attention_heads=16, vocab_size=4096,
-        max_position_embeddings=2048, bos_token_id=0, eos_token_id=0,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=blocks,
+        num_attention_heads=16,
+        vocab_size=4096,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="100MB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -75,8 +97,11 @@ def main() -> None:
     record = compress(model, args.work / "out", text, 8, 256, args.method, args.target)
     shutil.rmtree(model)
     seven_b = {
-        "blocks": args.seven_b_blocks, "checkpoint_gb": round(record["model"]["bytes"] / 1e9, 2), "tokens": 8 * 256,
-        "peak_rss_gb": round(record["peak_rss_bytes"] / 1e9, 2), "seconds": record["seconds"],
+        "blocks": args.seven_b_blocks,
+        "checkpoint_gb": round(record["model"]["bytes"] / 1e9, 2),
+        "tokens": 8 * 256,
+        "peak_rss_gb": round(record["peak_rss_bytes"] / 1e9, 2),
+        "seconds": record["seconds"],
     }
     print(seven_b, flush=True)
     result = {

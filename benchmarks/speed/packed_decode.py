@@ -49,7 +49,8 @@ from benchmarks.common.random_layers import LAYERS, random_layer
 from niwaki.compression.embeddings import round_rows
 from niwaki.formats.packed import Packed, PackedTensors
 from niwaki.methods.shared.rounding import groups_of, nearest
-from niwaki.model.checkpoint import INDEX, quantization, quantized_config
+from niwaki.model.checkpoint import quantization, quantized_config
+from niwaki.model.shards import INDEX
 from niwaki.runtime.linear import PackedLinear
 
 SHAPE = Shape("TinyLlama-1.1B", 2048, 5632, 32, 4, 22)
@@ -105,9 +106,15 @@ def load(folder: Path) -> Any:
 
 def weigh(folder: Path) -> None:
     """Print the resident bytes that loading and a few tokens add, and those after a read of every weight."""
-    AutoModelForCausalLM.from_config(transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=64,
-    ))
+    AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            vocab_size=64,
+        )
+    )
     importlib.import_module("niwaki.runtime.quantizer")
     before = resident_bytes()
     model = load(folder)
@@ -174,11 +181,15 @@ def measure(folders: dict[str, Path], threads: list[int], tokens: int, rounds: i
                     times[name].append(seconds)
         speeds = {name: tokens / statistics.median(found) for name, found in times.items()}
         for name, model in models.items():
-            rows.append({
-                "model": name, "threads": count, "tokens_per_s": round(speeds[name], 2),
-                "speedup": round(speeds[name] / speeds["dense bf16"], 2),
-                "ms_a_token": profile(model, min(tokens, 16)),
-            })
+            rows.append(
+                {
+                    "model": name,
+                    "threads": count,
+                    "tokens_per_s": round(speeds[name], 2),
+                    "speedup": round(speeds[name] / speeds["dense bf16"], 2),
+                    "ms_a_token": profile(model, min(tokens, 16)),
+                }
+            )
             print(rows[-1], flush=True)
     return rows
 
@@ -249,6 +260,7 @@ def main() -> None:
         "speed": measure(folders, args.threads, args.tokens, args.rounds),
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
+
 
 def run_gpu(args: argparse.Namespace) -> None:
     """Measure decoding on a GPU, and write the result."""

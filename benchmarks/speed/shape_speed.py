@@ -161,13 +161,12 @@ def run_cpu(args: argparse.Namespace) -> None:
         result = {"what": what, **provenance("cpu"), "models": weights, "rows": rows}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
+
 def run_gpu(args: argparse.Namespace) -> None:
     """Measure the 7B shape on a GPU, and write the result."""
     configs = gpu_shapes(args.blocks, args.removed_frac)
     with torch.inference_mode():
-        models = {
-            name: make_model(config, "cuda") for name, (config, _) in configs.items()
-        }
+        models = {name: make_model(config, "cuda") for name, (config, _) in configs.items()}
         decoded = decode_in_turns(models, args.tokens, args.rounds)
     prompted = prompts(models, args.prompt_tokens, args.rounds)
     rows = []

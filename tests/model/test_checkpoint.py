@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from niwaki.errors import CheckpointError
-from niwaki.model.checkpoint import Checkpoint, TensorInfo, cut_to_shards
+from niwaki.model.checkpoint import Checkpoint, cut_to_shards
+from niwaki.model.shards import TensorInfo
 from support.models import tiny_llama
 
 

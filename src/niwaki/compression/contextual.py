@@ -30,9 +30,9 @@ from niwaki.config.events import Event, Report, silent
 from niwaki.config.targets import Sparsity
 from niwaki.data.stream import Stream
 from niwaki.methods.method import ContextualMethod
-from niwaki.model.checkpoint import INDEX
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.files import copy_file, file_sha256
+from niwaki.model.shards import INDEX
 from niwaki.runtime.contextual.predictor_files import TENSORS, Running, Shadow, write_shadow
 from niwaki.runtime.contextual.selection import Variant
 from niwaki.runtime.contextual.traces import Traces, prompt_lengths

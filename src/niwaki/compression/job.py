@@ -67,10 +67,11 @@ from niwaki.data.texts import CalibrationWindows, calibration_record, digest, wi
 from niwaki.errors import InputError, NumericalError
 from niwaki.formats.packed import decode_shard
 from niwaki.formats.quantized import WEIGHT
-from niwaki.model.checkpoint import INDEX, STORED_DTYPES, Checkpoint, cut_to_shards, quantization, quantized_config
+from niwaki.model.checkpoint import STORED_DTYPES, Checkpoint, cut_to_shards, quantization, quantized_config
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.device import peak_rss_bytes
 from niwaki.model.files import write_text
+from niwaki.model.shards import INDEX
 from niwaki.runtime.adapter import read_lineage
 
 SCAN_PART = "allocation"  # name of the scan in the journal

@@ -419,7 +419,7 @@ def read_record(folder: Path) -> Record | None:
             raise CheckpointError(f"{path} {problem}")
         kind = RecoveryRecord if "recover" in content else RunRecord if "recipe" in content else Record
         return kind.model_validate(content)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({first_problem(error)}): compress again") from error
 
 

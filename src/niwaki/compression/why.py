@@ -13,7 +13,7 @@ from niwaki.compression.inspect import both, kind_of, mean, measure_of, methods_
 from niwaki.compression.run_record import AllocationRecord, MatrixRecord, RunRecord, read_lines, read_run
 from niwaki.errors import InputError
 from niwaki.formats.quantized import WEIGHT
-from niwaki.model.checkpoint import INDEX
+from niwaki.model.shards import INDEX
 
 ERRORS = ("error_before_update", "error", "block_error", "drift", "heldout_error_start", "heldout_error")
 COUNTED = ("salient_columns", "salient_weights", "method_bits", "kept_groups", "row_zeros")

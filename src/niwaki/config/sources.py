@@ -67,7 +67,7 @@ def adapter_about(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): repair it, or move it out of the folder") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object: repair it, or move it out of the folder")

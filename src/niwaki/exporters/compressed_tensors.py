@@ -32,9 +32,10 @@ from niwaki.config.events import Event, Report
 from niwaki.errors import CheckpointError, InputError
 from niwaki.formats.descriptors import read_descriptor
 from niwaki.formats.quantized import WEIGHT, QuantizedColumns, read_parts
-from niwaki.model.checkpoint import INDEX, Checkpoint, quantized_config
+from niwaki.model.checkpoint import Checkpoint, quantized_config
 from niwaki.model.files import copy_file, write_shard, write_text
 from niwaki.model.hf import build_skeleton, weight_names
+from niwaki.model.shards import INDEX
 
 LIBRARY = "compressed-tensors"
 FORMAT = "pack-quantized"

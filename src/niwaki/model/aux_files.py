@@ -36,7 +36,7 @@ def _code_files(folder: Path) -> list[Path]:
     for path in folder.glob("*.json"):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue  # its reader says what is wrong
         named = content.get("auto_map") if isinstance(content, dict) else None
         values = named.values() if isinstance(named, dict) else [named]
@@ -57,7 +57,7 @@ def _relative_imports(path: Path) -> list[str]:
     """Return the modules of its own folder that a Python file imports. The file is parsed, and not run."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the parser has limits
         return []
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
     return [name for node in imports for name in ([node.module] if node.module else [one.name for one in node.names])]

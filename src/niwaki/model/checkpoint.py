@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from niwaki.config.sources import model_folder, refuse_adapter
@@ -25,12 +25,12 @@ from niwaki.formats.descriptors import AGAIN, read_descriptor, read_descriptors,
 from niwaki.formats.packed import decode_stored
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.aux_files import STEMS, SUFFIXES, aux_files
-from niwaki.model.files import atomic_file, copy_file, file_sha256, require_content, write_text
+from niwaki.model.config_file import CONFIG, config_faults, read_config
+from niwaki.model.files import atomic_file, copy_file, file_sha256, write_text
 from niwaki.model.gguf_source import gguf_folder, gguf_source
 from niwaki.model.hf import build_skeleton, tied_names, weight_names
+from niwaki.model.shards import LENGTH_BYTES, TensorInfo, check_link, read_headers, read_json
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 QUANT_METHOD = "niwaki"
 FORMAT = 1  # of `quantization_config`
 WEIGHTS_FIELD = "transformers_weights"
@@ -40,22 +40,10 @@ IMPORT_NIWAKI = (
     "from_pretrained (or use niwaki.load)"
 )
 SHARD_BYTES = 2**30
-_LENGTH_BYTES = 8  # of the header of a safetensors file, little-endian
 _COPY_BYTES = 2**24  # per read of a copy
 _COMPARED_ROWS = 4096
 TIE = "tie_word_embeddings"
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Header of a tensor: its shard, dtype and shape. `nbytes` counts its stored bytes, which begin at `begin`."""
-
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    begin: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,17 +63,25 @@ class Checkpoint:
     records: dict[str, TensorInfo] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, model: str | Path) -> "Checkpoint":
+    def open(cls, model: str | Path, linked_to: Path | None = None) -> "Checkpoint":
         """Open a local folder, a GGUF file or a hub id. Raises CheckpointError with one line for anything unusable.
+
+        Links out of the folder are refused, except to the folder `linked_to` and in the cache of the hub.
 
         Packed modules of niwaki appear among the tensors as their decoded weights, and `packed` describes them.
         `shapes` holds the matrices whose shape differs from the config (see `niwaki.model.hf`).
         """
         folder = local_folder(str(model))
-        config = _read_config(folder)
-        modules, shapes = read_quantization(getattr(config, "quantization_config", None) or {})
-        tensors, records = _as_plain(_read_headers(folder), modules, config.dtype)
-        return cls(folder, config, tensors, modules, shapes, records=records)._untied()
+        for path in (folder / CONFIG, *aux_files(folder)):
+            check_link(folder, path, linked_to)
+        content = read_json(folder / CONFIG)
+        stored = _stored_packed(folder, content)
+        modules, shapes = read_quantization(stored)
+        headers = read_headers(folder, None if stored else content.get(WEIGHTS_FIELD), linked_to)
+        config = read_config(folder, content, headers)
+        with config_faults(folder):
+            tensors, records = _as_plain(headers, modules, config.dtype)
+            return cls(folder, config, tensors, modules, shapes, records=records)._untied()
 
     def _untied(self) -> "Checkpoint":
         """Return the checkpoint, its config without ties if the file holds a head that differs from the embeddings.
@@ -218,10 +214,10 @@ class Checkpoint:
             begin, end = end, end + infos[new].nbytes
             header[new] = {"dtype": infos[new].dtype, "shape": infos[new].shape, "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % _LENGTH_BYTES)
+        text += b" " * (-len(text) % LENGTH_BYTES)
         with atomic_file(path) as temporary:
             with temporary.open("wb") as target:
-                target.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+                target.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
                 for new in order:
                     self._copy_bytes(infos[new], target)
             return file_sha256(temporary)
@@ -252,7 +248,7 @@ class Checkpoint:
         for shard in self.shards:
             path = self.folder / shard
             with path.open("rb") as file:
-                prefix = file.read(_LENGTH_BYTES)
+                prefix = file.read(LENGTH_BYTES)
                 header = file.read(int.from_bytes(prefix, "little"))
             digest = hashlib.sha256(prefix + header).hexdigest()
             hashes[shard] = {"bytes": path.stat().st_size, "header_sha256": digest}
@@ -311,49 +307,14 @@ def fetched_folder(model: str) -> Path:
         ) from error
 
 
-def _read_config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: expected a Hugging Face model folder")
-    require_content(folder / "config.json", CheckpointError)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises validation errors of several libraries here
-        reason = str(error).strip().split("\n")[0][:200]
-        raise CheckpointError(f"{folder}/config.json cannot be used ({reason})") from error
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and quantization.get("quant_method") != QUANT_METHOD:
+def _stored_packed(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `quantization_config` of niwaki in the content of config.json, {} for a plain model."""
+    stored = content.get("quantization_config")
+    if stored is None:
+        return {}
+    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{folder} is already quantized: start from the bf16, fp16 or fp32 checkpoint")
-    return config
-
-
-def _read_headers(folder: Path) -> dict[str, TensorInfo]:
-    index = folder / INDEX
-    if index.is_file():
-        require_content(index, CheckpointError)
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index} is not a shard index: expected an object with weight_map") from error
-        shards = sorted(set(weight_map.values()))
-    elif (folder / SINGLE).is_file():
-        shards = [SINGLE]
-    else:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".pkl"})
-        if pickles:
-            raise CheckpointError(
-                f"{folder} holds only pickled weights ({pickles[0]}), which can run code and are never loaded: "
-                "convert them to safetensors (save_pretrained does it)"
-            )
-        raise CheckpointError(f"{folder} has no {SINGLE} and no {INDEX}")
-    tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        tensors.update(_read_header(folder, shard))
-    missing = sorted(set(weight_map) - set(tensors)) if index.is_file() else []
-    if missing:
-        raise CheckpointError(f"{folder}: the index lists {missing[0]}, but no shard holds it")
-    return tensors
+    return stored
 
 
 def _stored_as(name: str, packed: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -372,7 +333,11 @@ def _as_plain(
     """
     plain = dict(tensors)
     records: dict[str, TensorInfo] = {}
-    label = next(name for name, known in STORED_DTYPES.items() if known == dtype)
+    label = next((name for name, known in STORED_DTYPES.items() if known == dtype), "") if packed else ""
+    if packed and not label:
+        raise CheckpointError(
+            f"config.json gives packed weights the dtype {dtype}: expected float32, float16 or bfloat16"
+        )
     for module, descriptor in read_descriptors(packed).items():
         names = descriptor.names()
         infos = {name: plain.pop(f"{module}.{name}") for name in names if f"{module}.{name}" in plain}
@@ -422,23 +387,3 @@ def with_quantization(config: Mapping[str, Any], quantization: Mapping[str, Any]
     text = config.get(TEXT_FIELD)
     nested = {TEXT_FIELD: stopped(text)} if isinstance(text, Mapping) else {}
     return stopped(config) | nested | {"quantization_config": dict(quantization)}
-
-
-def _read_header(folder: Path, shard: str) -> dict[str, TensorInfo]:
-    if Path(shard).name != shard or not shard.endswith(".safetensors"):
-        raise CheckpointError(f"{folder / INDEX} names the shard {shard!r}: expected a plain .safetensors file name")
-    if not (folder / shard).is_file():
-        raise CheckpointError(f"{folder} misses the shard {shard} that its index lists")
-    require_content(folder / shard, CheckpointError)
-    try:
-        safe_open(folder / shard, framework="pt").__exit__(None, None, None)  # checks the header and the length
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder / shard} is not a complete safetensors file ({error})") from error
-    with (folder / shard).open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-    found = {}
-    for name in sorted(header.keys() - {"__metadata__"}):
-        begin, end = (_LENGTH_BYTES + length + offset for offset in header[name]["data_offsets"])
-        found[name] = TensorInfo(shard, header[name]["dtype"], tuple(header[name]["shape"]), end - begin, begin)
-    return found

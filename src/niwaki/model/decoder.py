@@ -14,7 +14,7 @@ Legend: B windows in a batch, T tokens, D hidden size, O outputs, I inputs, V vo
     logits_BTV = decoder.logits(ids_BT, x_BTD)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from niwaki.model.anatomy import (
 )
 from niwaki.model.block_calls import Call, record_calls, stubbed
 from niwaki.model.checkpoint import STORED_DTYPES, TIE, Checkpoint
+from niwaki.model.config_file import config_faults
 from niwaki.model.device import return_free_memory, to_host
 from niwaki.model.gguf_source import gguf_source
 from niwaki.model.hf import (
@@ -161,10 +162,14 @@ class Block:
 
 
 def open_decoder(
-    model: str | Path, device: torch.device, dtype: torch.dtype | None = None, *, logit_bytes: int | None = None
-) -> "Decoder":
-    """Return the decoder of a checkpoint. Raises CheckpointError if its weights are packed or quantized."""
-    checkpoint = Checkpoint.open(model)
+    model: str | Path, device: torch.device, dtype: torch.dtype | None = None, *, logit_bytes: int | None = None,
+    linked_to: Path | None = None,
+) -> "Decoder":  # fmt: skip
+    """Return the decoder of a checkpoint. Raises CheckpointError if its weights are packed or quantized.
+
+    `linked_to` is the folder that links in `model` may lead to (see `Checkpoint.open`).
+    """
+    checkpoint = Checkpoint.open(model, linked_to)
     checkpoint.require_plain()
     return Decoder(checkpoint, device, dtype, logit_bytes=logit_bytes)
 
@@ -201,12 +206,29 @@ def check_complete(checkpoint: Checkpoint, model: Any, names: WeightNames) -> No
 
 def names_of(checkpoint: Checkpoint, *, complete: bool = True) -> WeightNames:
     """Return the names of the weights of a checkpoint, and check that it is `complete`. No weight is read."""
-    skeleton = build_skeleton(checkpoint.config, checkpoint.dtype)
-    resize(skeleton, checkpoint.shapes)
-    names = weight_names(skeleton, checkpoint.tensors)
-    if complete:
-        check_complete(checkpoint, skeleton, names)
+    with config_faults(checkpoint.folder):
+        skeleton = build_skeleton(checkpoint.config, checkpoint.dtype)
+        resize(skeleton, checkpoint.shapes)
+        names = weight_names(skeleton, checkpoint.tensors)
+        if complete:
+            check_dtypes(checkpoint, skeleton, names)
+            check_complete(checkpoint, skeleton, names)
     return names
+
+
+def check_dtypes(checkpoint: Checkpoint, model: Any, names: WeightNames, idle: Collection[str] = ()) -> None:
+    """Raise CheckpointError for a weight in a dtype without plain arithmetic, such as fp8, or in float64.
+
+    The tensors `idle`, which nothing reads, may have any dtype.
+    """
+    floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for name, parameter in names.parameters.items():
+        dtype = checkpoint.tensors[name].dtype
+        if name not in idle and parameter in floating and dtype not in STORED_DTYPES:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} is stored as {dtype}: expected F32, F16 or BF16; start from the "
+                "checkpoint before quantization, or convert it"
+            )
 
 
 class Decoder:
@@ -228,16 +250,17 @@ class Decoder:
         self.device = device
         self.logit_bytes = logit_bytes
         self.dtype = dtype or (torch.float32 if device.type == "cpu" else checkpoint.dtype)
-        self.model = build_skeleton(checkpoint.config, self.dtype)
-        resize(self.model, checkpoint.shapes)
-        self.anatomy = discover(self.model)
-        self.path, self._blocks = find_blocks(self.model)
-        self._shared = shared_names(self.path, self._blocks)
-        self.names = weight_names(self.model, checkpoint.tensors)
-        self.kept = Kept.of(self.anatomy, self.names, checkpoint)
-        self.unread = Unread.of(self.names, checkpoint, self.path)
-        self._check_dtypes()
-        check_complete(checkpoint, self.model, self.names)
+        with config_faults(checkpoint.folder):
+            self.model = build_skeleton(checkpoint.config, self.dtype)
+            resize(self.model, checkpoint.shapes)
+            self.anatomy = discover(self.model)
+            self.path, self._blocks = find_blocks(self.model)
+            self._shared = shared_names(self.path, self._blocks)
+            self.names = weight_names(self.model, checkpoint.tensors)
+            self.kept = Kept.of(self.anatomy, self.names, checkpoint)
+            self.unread = Unread.of(self.names, checkpoint, self.path)
+            check_dtypes(checkpoint, self.model, self.names, set(self.tower_names))
+            check_complete(checkpoint, self.model, self.names)
         self._outer_loaded = False
 
     def __len__(self) -> int:
@@ -271,18 +294,6 @@ class Decoder:
                 f"and a result says {TIE} false"
             )
         return found
-
-    def _check_dtypes(self) -> None:
-        """Raise CheckpointError for a weight that is stored in a dtype without plain arithmetic, such as fp8."""
-        floating = {name for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
-        towers = set(self.tower_names)
-        for name, parameter in self.names.parameters.items():
-            dtype = self.checkpoint.tensors[name].dtype
-            if name not in towers and parameter in floating and dtype not in STORED_DTYPES:
-                raise CheckpointError(
-                    f"{self.checkpoint.folder}: {name} is stored as {dtype}: expected F32, F16 or BF16; start from the "
-                    "checkpoint before quantization"
-                )
 
     def disk_names(self, index: int | None) -> list[str]:
         """Return the names on disk of the tensors of block `index`, or outside blocks and towers for None."""

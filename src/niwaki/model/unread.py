@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from niwaki.model.checkpoint import INDEX, SINGLE, Checkpoint, cut_to_shards
+from niwaki.model.checkpoint import Checkpoint, cut_to_shards
 from niwaki.model.files import write_text
 from niwaki.model.hf import WeightNames
+from niwaki.model.shards import INDEX, SINGLE, UNREAD
 
 SHOWN_GROUPS = 6
 
@@ -111,7 +112,7 @@ def append_unread(checkpoint: Checkpoint, names: Sequence[str], folder: Path) ->
         with safe_open(single, framework="pt") as file:
             weight_map = dict.fromkeys(file.keys(), SINGLE)
     for number, part in enumerate(cut_to_shards(names, checkpoint.tensors), start=1):
-        shard = f"unread-{number:05d}.safetensors"
+        shard = f"{UNREAD}{number:05d}.safetensors"
         checkpoint.copy({name: name for name in part}, folder / shard)
         weight_map |= dict.fromkeys(part, shard)
     total = sum((folder / shard).stat().st_size for shard in set(weight_map.values()))

@@ -37,7 +37,7 @@ from niwaki.model.decoder import names_of
 from niwaki.model.files import copy_file, file_sha256, write_text
 from niwaki.model.hf import plain_loading
 from niwaki.model.unread import append_unread
-from niwaki.runtime.load import load
+from niwaki.runtime.load import load_checkpoint
 
 WEIGHTS = "adapter_model.safetensors"
 LINEAGE = "niwaki/merged.json"
@@ -120,7 +120,7 @@ def merged_model(model: str | Path, place: Path, report: Report) -> Iterator[Pat
     """
     adapter = open_adapter(model)
     with base_folder(adapter) as base:
-        lineage = {"adapter": adapter.lineage, "base_files": Checkpoint.open(base).fingerprint()}
+        lineage = {"adapter": adapter.lineage, "base_files": Checkpoint.open(base, adapter.base).fingerprint()}
         if place.exists() and not (place / LINEAGE).is_file():
             raise OutputError(f"{place} exists and is not a merged model of niwaki: choose another OUT")
         if not place.exists() or json.loads((place / LINEAGE).read_text(encoding="utf-8")) != lineage:
@@ -137,7 +137,7 @@ def merged_model(model: str | Path, place: Path, report: Report) -> Iterator[Pat
 
 def _merge_to(adapter: Adapter, base: Path, place: Path, lineage: dict[str, Any], report: Report) -> None:
     """Write the merged model to `place`, complete or not at all."""
-    nbytes, partial = Checkpoint.open(base).nbytes, place.with_name(place.name + ".partial")
+    nbytes, partial = Checkpoint.open(base, adapter.base).nbytes, place.with_name(place.name + ".partial")
     if (free := shutil.disk_usage(place.parent).free) < nbytes:
         raise OutputError(f"{place.parent} has {free / 1e9:.2f} GB free, the merged model needs {nbytes / 1e9:.2f} GB")
     message = (
@@ -147,7 +147,7 @@ def _merge_to(adapter: Adapter, base: Path, place: Path, lineage: dict[str, Any]
     report(Event.WARNING, message=message)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        checkpoint = Checkpoint.open(base)
+        checkpoint = Checkpoint.open(base, adapter.base)
         merged = _merged(adapter, base)
         with plain_loading():
             merged.save_pretrained(partial, max_shard_size="1GB")
@@ -171,7 +171,7 @@ def _merged(adapter: Adapter, base: Path) -> Any:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise InputError("merging an adapter needs the package peft: pip install peft") from error
-    model = load(base, device="cpu")
+    model = load_checkpoint(Checkpoint.open(base, adapter.base), device="cpu")
     tied = _grow_and_untie(adapter, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of ties, which are handled here, and of missing keys, which are checked

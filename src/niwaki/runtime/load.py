@@ -1,6 +1,7 @@
 """Loading of results, and text generation with them."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ import torch
 
 from niwaki.data.bos import find_bos
 from niwaki.data.texts import load_tokenizer
-from niwaki.errors import InputError
+from niwaki.errors import CheckpointError, InputError
+from niwaki.formats.quantized import WEIGHT
 from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.config_file import config_faults
 from niwaki.model.decoder import names_of
 from niwaki.model.device import pick_device
-from niwaki.model.hf import auto_class, plain_loading
+from niwaki.model.hf import WeightNames, auto_class, plain_loading
 from niwaki.runtime.contextual.decoding import generate_verified
 from niwaki.runtime.contextual.predictor_files import has_shadow, read_shadow
 from niwaki.runtime.contextual.sparsity import attach
@@ -35,19 +38,66 @@ def load(
     `fast_prompts` (2:4 weights stored packed, on a GPU): long prompts run on sparse tensor cores. They read another
     layout of those weights, made at the first long prompt, which takes 9 more bits per weight in memory.
     """
-    checkpoint = Checkpoint.open(model)
-    names_of(checkpoint)  # transformers would make up what is missing
-    with plain_loading():
-        decoder: Any = auto_class(checkpoint.config).from_pretrained(
-            checkpoint.folder, dtype=dtype or checkpoint.dtype, trust_remote_code=False
+    return load_checkpoint(
+        Checkpoint.open(model), device=device, dense=dense, dtype=dtype, fast_prompts=fast_prompts
+    )  # fmt: skip
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    device: str = "auto",
+    dense: bool = False,
+    dtype: torch.dtype | None = None,
+    fast_prompts: bool = False,
+) -> Any:
+    """Return the model of an open checkpoint as `load` does.
+
+    Raises CheckpointError for weights that are missing, not finite, or in a dtype that `Decoder` refuses as well.
+    """
+    names = names_of(checkpoint)  # transformers would make up what is missing
+    with plain_loading(), config_faults(checkpoint.folder):
+        decoder: Any
+        decoder, found = auto_class(checkpoint.config).from_pretrained(
+            checkpoint.folder, dtype=dtype or checkpoint.dtype, trust_remote_code=False, output_loading_info=True
         )
+    _check_loaded(checkpoint, found)
     decoder = decoder.to(pick_device(device)).eval()
+    _check_finite(checkpoint, decoder, names)
     for module in decoder.modules():
         if isinstance(module, SparseLinear):
             module.fast_prompts = fast_prompts
     if has_shadow(checkpoint.folder) and not dense:
         decoder.contextual = attach(decoder, read_shadow(checkpoint.folder))
     return decoder
+
+
+def _check_loaded(checkpoint: Checkpoint, found: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a weight that transformers did not find, or found in another shape."""
+    wrong = [*found.get("missing_keys", ()), *(str(key) for key in found.get("mismatched_keys", ()))]
+    wrong += found.get("conversion_errors", ()) or ()
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint.folder}: transformers found no weights for {sorted(map(str, wrong))[0]}: the checkpoint is "
+            "incomplete, or belongs to another architecture; download the model again"
+        )
+
+
+@torch.no_grad()
+def _check_finite(checkpoint: Checkpoint, decoder: Any, names: WeightNames) -> None:
+    """Raise CheckpointError for a loaded tensor that is not finite, with its name on disk, as `Checkpoint.read`."""
+    disk = {parameter: name for name, parameter in names.parameters.items()}
+    for place, tensor in decoder.state_dict().items():
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or tensor.dtype.itemsize < 2:
+            continue
+        if not torch.stack(tensor.aminmax()).isfinite().all():
+            module, _, last = place.rpartition(".")
+            name = disk.get(place) or f"{disk.get(module + WEIGHT, module + WEIGHT).removesuffix(WEIGHT)}.{last}"
+            shard = checkpoint.tensors[name].shard if name in checkpoint.tensors else ""
+            raise CheckpointError(
+                f"{checkpoint.folder / shard}: {name} holds NaN or infinite values in {tensor.dtype}: repair or "
+                "download the checkpoint again"
+            )
 
 
 def generate(

@@ -93,16 +93,17 @@ def plan(
     given = make_recipe(recipe), gpu, out, dense_stream, price_per_hour, tokens_per_day
     if not merge_adapter:
         return _planned(model, *given)
-    with base_folder(open_adapter(model)) as base:
-        return _with_merge(_planned(base, *given))
+    adapter = open_adapter(model)
+    with base_folder(adapter) as base:
+        return _with_merge(_planned(base, *given, linked_to=adapter.base))
 
 
 def _planned(
     model: str | Path, made: Recipe, gpu: str | None, out: Path, dense_stream: bool, price_per_hour: float | None,
-    tokens_per_day: float | None,
+    tokens_per_day: float | None, linked_to: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     begin = time.perf_counter()
-    decoder = open_decoder(model, torch.device("cpu"), pick_dtype(made.dtype))
+    decoder = open_decoder(model, torch.device("cpu"), pick_dtype(made.dtype), linked_to=linked_to)
     opened = time.perf_counter() - begin
     machine = machine_named(gpu, out.parent)
     stages = plan_stages(decoder, resolve(made, decoder, dense_stream=dense_stream), machine.device)

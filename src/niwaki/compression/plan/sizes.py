@@ -20,9 +20,10 @@ from niwaki.formats.sparse_tiles import fits_tiles, tile_bytes
 from niwaki.methods.cost import Scope
 from niwaki.methods.registry import Step
 from niwaki.methods.shared.rounding import uniform_bytes
-from niwaki.model.checkpoint import STORED_DTYPES, TensorInfo
+from niwaki.model.checkpoint import STORED_DTYPES
 from niwaki.model.decoder import Decoder
 from niwaki.model.prunable import PrunedShape, ShapeSpace
+from niwaki.model.shards import TensorInfo
 from niwaki.runtime.contextual.units import find_layout
 
 TENSOR_HEADER = 80  # bytes of the entry of a tensor in the header of its file, without its name

@@ -1,0 +1,83 @@
+"""config.json of a model folder: what it says, and what is refused before a model is built from it.
+
+A config is a few bytes that decide how much is built. So its counts are compared with the tensors of the file first.
+A model with 10⁹ layers is refused before transformers makes a list of them.
+
+    config = read_config(folder, read_json(folder / CONFIG), tensors)
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from niwaki.errors import CheckpointError, NiwakiError
+from niwaki.model.shards import TensorInfo, numbered
+
+CONFIG = "config.json"
+# Fields that say how many modules a model has. Towers may have more layers than the file, so there is a margin.
+_LAYERS = re.compile(
+    r"(num_(hidden_|decoder_|encoder_)?layers|n_layers?|(en|de)coder_layers|depth|num_nextn\w*_layers)"
+)
+_COUNTS = re.compile(r"(num|n)_\w+|\w*(layers|experts|heads|blocks|labels|groups)")
+_SIZES = re.compile(r"\w+_size|\w*(dim|embd|channels)")
+_UNBOUNDED = re.compile(r"\w*(position|ctx|token|embeddings|param|step|train|seq|window|chunk)\w*")
+_LAYER_MARGIN = 4, 256  # times the length of the longest list of the file, and on top of that
+_MAX_SIZE = 10**8  # without a tensor of that size
+
+
+def read_config(folder: Path, content: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Any:
+    """Return the transformers config of a folder. Raises CheckpointError for one that does not fit its tensors."""
+    from transformers import AutoConfig
+
+    _check_counts(folder / CONFIG, content, tensors)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises validation errors of several libraries here
+        raise CheckpointError(f"{folder / CONFIG} cannot be used ({_reason(error)})") from error
+    return config
+
+
+@contextmanager
+def config_faults(folder: Path) -> Iterator[None]:
+    """Turn what transformers and torch raise for a config that describes no model into a CheckpointError."""
+    try:
+        yield
+    except (NiwakiError, MemoryError):
+        raise
+    except Exception as error:  # any field of a stranger's config may have any type and value
+        if "can't allocate memory" in str(error):
+            raise
+        raise CheckpointError(
+            f"{folder / CONFIG} describes no model that can be read ({type(error).__name__}: {_reason(error)}): "
+            "download the model again, or use the transformers version that it names"
+        ) from error
+
+
+def _check_counts(path: Path, content: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise CheckpointError for a count in config.json, at any depth, that the tensors of the file rule out."""
+    longest = numbered(list(tensors))
+    largest = max((size for info in tensors.values() for size in info.shape), default=0)
+    times, more = _LAYER_MARGIN
+    bounds = (
+        (_LAYERS, times * longest + more, f"the longest list of layers in the file has {longest:,}"),
+        (_COUNTS, times * max(largest, len(tensors)) + more, f"no tensor of the file is longer than {largest:,}"),
+        (_SIZES, max(_MAX_SIZE, largest), f"no tensor of the file is longer than {largest:,}"),
+    )
+    pending: list[Any] = [content]
+    while pending:
+        part = pending.pop()
+        pending.extend(part if isinstance(part, list) else part.values() if isinstance(part, Mapping) else ())
+        for name, value in part.items() if isinstance(part, Mapping) else ():
+            if isinstance(value, int | float) and not _UNBOUNDED.fullmatch(name):
+                for pattern, bound, why in bounds:
+                    if pattern.fullmatch(name) and value > bound:
+                        raise CheckpointError(
+                            f"{path}: {name} is {value:,}, and {why}: config and weights belong to different models"
+                        )
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
