@@ -28,6 +28,10 @@ def serve(
     queue_timeout: Annotated[float, typer.Option(help="Max seconds that a request waits for a slot.")] = 30.0,
     first_token_timeout: Annotated[float, typer.Option(help="Max seconds from the slot to the first token.")] = 60.0,
     timeout: Annotated[float, typer.Option(help="Max seconds of a request in all.")] = 600.0,
+    connections: Annotated[int, typer.Option(help="Max open connections. Others get status 503.")] = 1000,
+    connections_per_address: Annotated[
+        int, typer.Option(help="Max open connections of one address, such as that of a proxy.")
+    ] = 250,
     drain: Annotated[float, typer.Option(help="Max seconds that requests get to finish after SIGTERM.")] = 30.0,
     api_key_file: ApiKeyFile = None,
     without_keys: Annotated[
@@ -47,6 +51,7 @@ def serve(
 
     try:
         from niwaki.serve.event_queue import Timeouts
+        from niwaki.serve.http.protocol import ConnectionLimits
         from niwaki.serve.server import ServerSettings
         from niwaki.serve.server import serve as run
     except ModuleNotFoundError as error:
@@ -57,6 +62,7 @@ def serve(
             f"serving needs the package {package.replace('_', '-')}: pip install {package.replace('_', '-')}"
         ) from error
     limits: dict[str, Any] = {"slots": slots, "queue": queue, "context": context, "drain_s": drain}
+    limits["connections"] = ConnectionLimits(connections, connections_per_address)
     timeouts = Timeouts(queue_timeout, first_token_timeout, timeout)
     access: dict[str, Any] = {"keys": read_keys(api_key_file), "without_keys": without_keys, "log_prompts": log_prompts}
     settings = ServerSettings(

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -26,11 +26,11 @@ from starlette.routing import Route
 from niwaki.errors import NiwakiError
 from niwaki.rollout import dashboard
 from niwaki.rollout.answers import CHAT, COMPLETIONS
-from niwaki.rollout.controller import Controller
 from niwaki.rollout.gateway import Gateway, no_answer
 from niwaki.rollout.http_client import UpstreamError
 from niwaki.serve.http.api_errors import RefusalError
 from niwaki.serve.http.limits import BodyLimits, LimitsMiddleware
+from niwaki.serve.http.protocol import REFUSALS
 
 log = logging.getLogger("niwaki.rollout")
 TICK_S = 1.0
@@ -94,7 +94,7 @@ class _Routes:
         return Response(reply.first, reply.status, media_type="application/json")
 
     async def metrics(self, _: Request) -> Response:
-        return Response(exposition(self.gateway.controller), media_type="text/plain; version=0.0.4")
+        return Response(exposition(self.gateway), media_type="text/plain; version=0.0.4")
 
     async def page(self, _: Request) -> Response:
         return Response(dashboard.page(), media_type="text/html", headers=dashboard.HEADERS)
@@ -146,8 +146,8 @@ async def _tick_forever(gateway: Gateway, tick_s: float, now: Clock) -> None:
 class _RolloutCollector(Collector):
     """Prometheus collector of the counters and the state of a roll-out."""
 
-    def __init__(self, controller: Controller) -> None:
-        self.controller = controller
+    def __init__(self, gateway: Gateway) -> None:
+        self.controller, self.refusals = gateway.controller, gateway.refusals
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric of the current roll-out."""
@@ -163,6 +163,14 @@ class _RolloutCollector(Collector):
         for reason, count in sorted(skipped.items()):
             left_out.add_metric([reason], count)
         yield left_out
+        refused = CounterMetricFamily(
+            "niwaki_refused_connections",
+            "Connections that were refused before a route saw a request.",
+            labels=["reason"],
+        )
+        for reason in REFUSALS:
+            refused.add_metric([reason], self.refusals[reason])
+        yield refused
         yield GaugeMetricFamily("niwaki_rollout_share", "Share of traffic of the canary.", value=controller.share)
         yield GaugeMetricFamily("niwaki_rollout_number", "Number of the roll-out.", value=controller.state.id)
         for finding in controller.verdict.findings if controller.verdict else ():
@@ -170,8 +178,8 @@ class _RolloutCollector(Collector):
                 yield GaugeMetricFamily(f"niwaki_rollout_{finding.signal}", "Value of a signal.", value=finding.value)
 
 
-def exposition(controller: Controller) -> bytes:
+def exposition(gateway: Gateway) -> bytes:
     """Return the metrics in the exposition format."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_RolloutCollector(controller))
+    registry.register(_RolloutCollector(gateway))
     return generate_latest(registry)

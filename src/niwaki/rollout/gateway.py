@@ -12,6 +12,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,6 +62,11 @@ class Gateway:
     template: ChatTemplate | None = None
     rng: random.Random = field(default_factory=random.Random)
     background: Background = field(default_factory=Background)
+    refusals: Counter[str] = field(default_factory=Counter)
+
+    def count_refusal(self, reason: str) -> None:
+        """Count a connection that the protocol refused, by one of its REFUSALS."""
+        self.refusals[reason] += 1
 
     async def answer(self, request: Request, path: str) -> Response:
         """Answer a request to one of the two paths of the interface. Raise RefusalError."""

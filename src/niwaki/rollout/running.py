@@ -20,7 +20,7 @@ from niwaki.rollout.store import Store
 from niwaki.rollout.upstream import Clock, UpstreamServer
 from niwaki.serve.http.keys import Keys
 from niwaki.serve.http.limits import check_host, check_port
-from niwaki.serve.http.protocol import HttpProtocol
+from niwaki.serve.http.protocol import ConnectionLimits, limited_protocol
 
 
 def run(
@@ -42,11 +42,13 @@ def run(
     say(f"roll-out {state.id}, {state.status}: {gateway.controller.share:.0%} of requests to the canary")
     say(f"gateway: http://{host}:{port}/v1   dashboard: http://{host}:{port}/rollout")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    bounds = settings.bounds
+    connections = ConnectionLimits(bounds.connections, bounds.connections_per_address)
     uvicorn.run(
         build(gateway),
         host=host,
         port=port,
-        http=HttpProtocol,
+        http=limited_protocol(connections, gateway.count_refusal),
         ws="none",
         access_log=False,
         log_level="warning",

@@ -80,7 +80,7 @@ class TrafficSampling(_Frozen):
 
 
 class RequestLimits(_Frozen):
-    """Max bytes of a request, and max seconds of its parts.
+    """Max bytes of a request, max seconds of its parts, and max open connections: all, and those of one address.
 
     A streamed canary answer must begin within `canary_first_byte_s`; every other answer within `answer_s`. If the
     canary is late, dense answers. `silence_s` is the longest pause in a stream.
@@ -92,6 +92,8 @@ class RequestLimits(_Frozen):
     canary_first_byte_s: float = Field(default=30.0, gt=0)
     answer_s: float = Field(default=300.0, gt=0)
     silence_s: float = Field(default=120.0, gt=0)
+    connections: int = Field(default=1000, ge=1)
+    connections_per_address: int = Field(default=1000, ge=1)
 
 
 class RolloutSettings(_Frozen):

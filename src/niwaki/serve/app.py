@@ -137,7 +137,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def disconnected(request: Request, _error: ClientDisconnect) -> Response:
-        request.scope.setdefault("state", {})["outcome"] = "cancelled"
+        request.scope.setdefault("state", {}).setdefault("outcome", "cancelled")  # or invalid, by the protocol
         return Response(status_code=CLIENT_CLOSED)
 
     @app.exception_handler(HTTPException)

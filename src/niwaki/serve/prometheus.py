@@ -10,6 +10,7 @@ from collections.abc import Callable
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from niwaki.runtime.contextual.sequence import Decision, Record
+from niwaki.serve.http.protocol import REFUSALS
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 ROUTES = ("chat", "completions")
@@ -66,6 +67,10 @@ class Metrics:
             "niwaki_gate_decisions_total", "Decisions of a contextual model: sparse, or the reason for dense.",
             ["decision"], registry=self.registry,
         )  # fmt: skip
+        self._refusals = Counter(
+            "niwaki_refused_connections_total", "Connections that were refused before a route saw a request.",
+            ["reason"], registry=self.registry,
+        )  # fmt: skip
         self._create_series()
 
     def _create_series(self) -> None:
@@ -76,6 +81,8 @@ class Metrics:
             self._seconds.labels(route)
         for decision in Decision:
             self._decisions.labels(decision)
+        for reason in REFUSALS:
+            self._refusals.labels(reason)
         for weights in ("part", "all"):
             self._contextual_tokens.labels(weights)
 
@@ -87,6 +94,10 @@ class Metrics:
         """Count a request that ended."""
         self._requests.labels(route, outcome).inc()
         self._seconds.labels(route).observe(seconds)
+
+    def count_refusal(self, reason: str) -> None:
+        """Count a connection that the protocol refused, by one of REFUSALS."""
+        self._refusals.labels(reason).inc()
 
     def count_contextual(self, record: Record) -> None:
         """Count a finished sequence of a contextual model."""

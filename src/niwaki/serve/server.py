@@ -28,7 +28,7 @@ from niwaki.serve.engine import Engine, EngineLimits
 from niwaki.serve.event_queue import Timeouts
 from niwaki.serve.http.keys import Keys
 from niwaki.serve.http.limits import BodyLimits, LimitsMiddleware, check_host, check_port, is_loopback
-from niwaki.serve.http.protocol import HttpProtocol
+from niwaki.serve.http.protocol import ConnectionLimits, limited_protocol
 from niwaki.serve.prometheus import Metrics
 from niwaki.serve.prompts import PromptTokenizer
 from niwaki.serve.request_metrics import RequestMetricsMiddleware
@@ -52,6 +52,7 @@ class ServerSettings:
     context: int | None = None
     timeouts: Timeouts = field(default_factory=Timeouts)
     drain_s: float = 30.0
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     keys: tuple[str, ...] = ()
     without_keys: bool = False
     log_prompts: bool = False
@@ -75,6 +76,7 @@ def check(settings: ServerSettings) -> None:
     for name, (value, minimum) in counts.items():
         if value < minimum:
             raise InputError(f"{name} must be at least {minimum}, got {value}")
+    settings.connections.check()
     seconds = (*vars(settings.timeouts).values(), settings.drain_s)
     if min(seconds) <= 0:
         raise InputError(f"expected times above 0 s, got {min(seconds):g}")
@@ -112,9 +114,10 @@ class Server(uvicorn.Server):
         keys = Keys(settings.keys)
         limited = LimitsMiddleware(create_app(service), keys, BodyLimits(), loopback_only=is_loopback(settings.host))
         app = RequestMetricsMiddleware(limited, service.metrics)
+        protocol = limited_protocol(settings.connections, service.metrics.count_refusal)
         super().__init__(
             uvicorn.Config(
-                app, host=settings.host, port=settings.port, http=HttpProtocol, ws="none", lifespan="off",
+                app, host=settings.host, port=settings.port, http=protocol, ws="none", lifespan="off",
                 access_log=False, log_config=None, server_header=False, timeout_graceful_shutdown=5, backlog=1024,
             )
         )  # fmt: skip
