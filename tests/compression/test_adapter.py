@@ -16,7 +16,7 @@ import niwaki
 from niwaki.compression.run_record import read_run
 from niwaki.config.events import silent
 from niwaki.config.recipe import Calibration
-from niwaki.errors import CheckpointError, InputError
+from niwaki.errors import CheckpointError, InputError, NumericalError
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.runtime.adapter import merged_model
 from support.models import run, tiny_llama, weights_of, write_texts
@@ -183,6 +183,18 @@ def test_an_interrupted_run_resumes_on_the_same_merge(
         patched.setattr(adapter, "_merge_to", killed)  # the merged model of the first attempt serves
         niwaki.compress(beside[0], tmp_path / "out", resume=True, **arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_merge_that_loses_the_adapter_is_named_and_not_used(
+    beside: tuple[Path, Tensor], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora.layer import Linear
+
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda layer, name: torch.zeros_like(layer.get_base_layer().weight))
+    calibration = Calibration(files=(text,), samples=8, seq_len=32)
+    with pytest.raises(NumericalError, match=r"the merged model\.layers\.0\.\S+ computes something else than base"):
+        niwaki.compress(beside[0], tmp_path / "out", merge_adapter=True, calibration=calibration, **WANDA)
+    assert not list(tmp_path.iterdir())
 
 
 def test_plan_reads_the_base(beside: tuple[Path, Tensor], base: Path) -> None:
