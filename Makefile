@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-engines test-browser docs lint format clean
+.PHONY: demo test fuzz test-sanitized test-engines test-browser docs lint format clean
 
 # Runtime packages only; sizes measured with a CPU build of torch.
 $(VENV)/.runtime: pyproject.toml constraints.txt
@@ -25,7 +25,22 @@ demo: $(VENV)/.runtime
 
 # Two processes of one thread each, split by file, so that each fixture is made once.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m "not engines and not browser"
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m "not engines and not browser and not fuzz"
+
+# 10,000 mutations of every kind of record: some minutes.
+fuzz: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 -m fuzz tests
+
+# Kernels that report every wrong access to memory (GCC); FUZZ=1 runs the 10,000 mutations instead. Python itself and
+# torch are not built so: their leaks do not count.
+SANITIZED := build/sanitized
+MUTATED := tests/formats tests/model/test_mutated_files.py tests/kernels/test_sparse_product.py
+test-sanitized: $(VENV)/.installed
+	cmake -S . -B $(SANITIZED) -DPython_EXECUTABLE=$(CURDIR)/$(RUN)/python -DNIWAKI_SANITIZE=ON
+	cmake --build $(SANITIZED)
+	NIWAKI_TEST_KERNELS=$$(ls $(SANITIZED)/_cpu*.so) OMP_NUM_THREADS=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	$(RUN)/python -m pytest -m $(if $(FUZZ),fuzz,"not fuzz") $(MUTATED)
 
 # llama-cpp-python is built from source, once: some minutes, and a C++ compiler.
 $(VENV)/.engines: $(VENV)/.installed

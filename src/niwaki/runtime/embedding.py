@@ -74,7 +74,8 @@ class PackedEmbedding(StoredMatrix, nn.Embedding):
 
 def pack_embedding(module: nn.Embedding, described: Mapping[str, Any], name: str = "packed embeddings") -> None:
     """Make embeddings on the meta device packed ones; the rest of their class stays, such as a scale of the rows."""
-    descriptor = read_descriptor(name, described)
+    shape = [module.num_embeddings, module.embedding_dim]
+    descriptor = read_descriptor(name, {"shape": shape, **described})
     if not isinstance(descriptor, CodesDescriptor):
         raise CheckpointError(f"config.json describes {name} wrongly: embeddings have parts, got sparse; {AGAIN}")
     dtype = module.weight.dtype
