@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import strategies
+from hypothesis import HealthCheck, settings, strategies
 from torch import Tensor
 
 NUMBERS = [
@@ -22,6 +22,13 @@ WORDS = [
 ]  # fmt: skip
 OTHERS: list[Any] = [True, False, None, 0.0, 1.5, 4.0, -0.5, math.inf, math.nan, [], {}, [1, 2], [[]], {"a": 1}]
 DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.bfloat16, torch.bool]
+
+
+FEW, MANY = 200, 10_000
+QUICK = settings(
+    max_examples=FEW, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+LONG = settings(QUICK, max_examples=MANY, derandomize=False)
 
 
 @dataclass(frozen=True)

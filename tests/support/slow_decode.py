@@ -10,15 +10,16 @@ from niwaki.formats.packed import PackedTensors
 Matrix = NDArray[np.float64]
 
 
-def slow_decode(record: PackedTensors) -> Matrix:
-    """Return the matrix [O, I] of a record that its format allows, in float64."""
+def slow_decode(record: PackedTensors) -> tuple[Matrix, Matrix]:
+    """Return the matrix [O, I] of a record that its format allows, in float64, and the size of what it adds up."""
     tensors = {name: np.array(tensor.numpy()) for name, tensor in record.tensors.items()}
     rows, columns = record.description["shape"]
     if "parts" in record.description:
         return _codes(tensors, record.description["parts"], rows, columns)
     stored = record.description["sparse"]
     decode = _tiles if stored["layout"] == "two_four_tiles" else _nonzeros
-    return decode(tensors, stored, rows, columns)
+    matrix = decode(tensors, stored, rows, columns)
+    return matrix, np.abs(matrix)
 
 
 def _half(values: NDArray[Any]) -> Matrix:
@@ -30,8 +31,10 @@ def _bits(values: NDArray[Any]) -> NDArray[Any]:
     return np.unpackbits(values[..., None], axis=-1, bitorder="little")
 
 
-def _codes(tensors: dict[str, NDArray[Any]], parts: list[dict[str, Any]], rows: int, columns: int) -> Matrix:
-    matrix = np.full((rows, columns), np.nan)
+def _codes(
+    tensors: dict[str, NDArray[Any]], parts: list[dict[str, Any]], rows: int, columns: int
+) -> tuple[Matrix, Matrix]:
+    matrix, size = np.full((rows, columns), np.nan), np.full((rows, columns), np.nan)
     first = _bits(tensors["columns"]).reshape(-1)[:columns].astype(bool) if len(parts) > 1 else np.ones(columns, bool)
     for number, part in enumerate(parts):
         own = np.flatnonzero(first if number == 0 else ~first)
@@ -52,7 +55,8 @@ def _codes(tensors: dict[str, NDArray[Any]], parts: list[dict[str, Any]], rows: 
                     middle = sum(((zero[k, at // 8] >> (at % 8)) & 1).astype(int) << k for k in range(part["bits"]))
                 offset = -middle * scale[group, row]
             matrix[row, own] = code * scale[group, row] + offset
-    return matrix
+            size[row, own] = np.abs(code * scale[group, row]) + np.abs(offset)
+    return matrix, size
 
 
 def _value(values: NDArray[Any], kind: str, at: int) -> float:
