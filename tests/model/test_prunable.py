@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from niwaki.config.targets import Kind
 from niwaki.errors import ArchitectureError, InputError
+from niwaki.model import block_trial
 from niwaki.model.anatomy import discover
 from niwaki.model.hf import build_skeleton
 from niwaki.model.prunable import PrunedShape, ShapeSpace, new_name, unit_axes, units_of
@@ -235,3 +237,28 @@ def test_biases_go_where_the_config_can_hold_them(family: str, fields: set[str])
 def test_a_config_without_place_for_biases_says_which_matrix_lacks_it() -> None:
     fields, _, problem = sizes_of(families()["qwen2"].config).configs.biases
     assert fields == {} and problem == "no field of a config of type qwen2 gives mlp.down_proj a bias"
+
+
+def test_a_block_of_seventy_billion_is_tried_in_little_time_and_memory() -> None:
+    """Products of trial blocks never make the matrices, which would take 3.4 GB here."""
+    large = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+    sizes = sizes_of(transformers.LlamaConfig(**{**COMMON, **large}))
+    before = psutil.Process().memory_info().rss
+    assert sizes.legal_heads() == [8, 7, 6, 5, 4, 3, 2, 1] and sizes.drop_problem == ""
+    assert sizes.movable_kinds == ("neurons", "heads")
+    assert psutil.Process().memory_info().rss - before < 3e8
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
+def test_products_with_random_matrices_are_those_of_the_matrices(shape: tuple[int, int]) -> None:
+    weight = block_trial._random("name", torch.Size(shape))
+    x, bias = torch.randn(2, 3, shape[1]), torch.randn(shape[0])
+    wanted = torch.nn.functional.linear(x, weight.clone(), bias)
+    masked = torch.nn.functional.linear(torch.cat([x[..., :4] * 0, x[..., 4:]], -1), weight.clone())
+    with block_trial._HankelProducts({}):
+        torch.testing.assert_close(torch.nn.functional.linear(x, weight, bias), wanted)
+        torch.testing.assert_close(torch.addmm(bias, x[0], weight.T), wanted[0])
+    with block_trial._HankelProducts({weight.data_ptr(): (True, 4)}):
+        torch.testing.assert_close(x @ weight.T, masked)
+    with block_trial._HankelProducts({weight.data_ptr(): (False, 4)}):
+        assert not (x @ weight.T)[..., :4].any()

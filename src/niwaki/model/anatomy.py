@@ -37,6 +37,7 @@ MAX_PROBES = 16  # of a block whose router sends no token to some experts
 ROUTER = "router"
 GATE = "gate with one output"
 SMALL = "a few coefficients"
+TABLE_ENTRIES = 2**20  # of a table, such as one of positions, that call arguments may be made of
 MIN_SIDE = 5  # of a matrix: with fewer inputs or outputs it takes no room, and is kept dense
 SHARED = "shared by several blocks"
 
@@ -303,8 +304,8 @@ def _empty_outer_modules(skeleton: Any, path: str) -> Iterator[Mapping[str, Tens
 
 
 def _untouched(meta: Tensor) -> nn.Parameter:
-    """Allocate memory in the shape of a meta parameter. Matrices stay unwritten: a dry observer never reads them."""
-    make = torch.zeros if meta.dim() < 2 else torch.empty
+    """Allocate memory in the shape of a meta parameter. Large ones stay unwritten: a dry observer never reads them."""
+    make = torch.zeros if meta.dim() < 2 or meta.numel() <= TABLE_ENTRIES else torch.empty
     return nn.Parameter(make(meta.shape, dtype=meta.dtype, device="cpu"), requires_grad=False)
 
 

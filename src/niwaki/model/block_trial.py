@@ -1,8 +1,9 @@
 """Trial runs of one block without its weights: does a smaller block compute what the full one with zeros does?
 
 A skeleton on the meta device says which tensors a block has, and not what it does with them. Here the block runs on a
-few random hidden states with random weights. Entry [o, i] of a random matrix is element o + i of a short random row.
-So a matrix of any size takes almost no memory, and only the product itself makes a copy of it.
+few random hidden states with random weights. Entry [o, i] of a random matrix is element o + i of a short random row
+(a Hankel matrix). So a matrix of any size takes almost no memory, and its products are correlations, which a Fourier
+transform makes without the matrix. A block of 70B takes as long as a small one.
 
     full = TrialModel.of(config)
     weights = full.random_weights()
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from niwaki.model.anatomy import find_blocks, run_stubbed
 from niwaki.model.block_calls import Call
@@ -65,21 +67,68 @@ class TrialModel:
         """Return random values of all parameters of the first block: near 1 for vectors, small for matrices."""
         return {name: _random(name, p.shape) for name, p in self.parameters(0).items()}
 
-    def run(self, index: int, weights: Mapping[str, Tensor]) -> Tensor:
-        """Return the output [1, T, D] of a block with these weights for one fixed random input."""
+    def run(
+        self, index: int, weights: Mapping[str, Tensor], zeros: Mapping[str, tuple[bool, int]] | None = None
+    ) -> Tensor:
+        """Return the output [1, T, D] of a block with these weights for one fixed random input.
+
+        `zeros`: matrices by name whose first inputs (True) or outputs (False) count as zero, and how many.
+        """
+        masks = {weights[name].data_ptr(): mask for name, mask in (zeros or {}).items()}
         module = copy.deepcopy(self.blocks[index])
         vars(module).pop("forward", None)
         materialize_buffers(self.skeleton, module, "cpu")
         for name, weight in weights.items():
             owner, _, leaf = name.rpartition(".")
             module.get_submodule(owner)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
-        with torch.no_grad():
+        with torch.no_grad(), _HankelProducts(masks):
             return self.calls[index](module, self.input())
 
     def input(self) -> Tensor:
         """Return the hidden states [1, T, D] that every block runs on."""
         generator = torch.Generator().manual_seed(1)
         return torch.randn(self.shape, generator=generator)
+
+
+class _HankelProducts(TorchFunctionMode):
+    """Function mode that multiplies with Hankel matrices by Fourier transforms.
+
+    `masks`: address of a matrix → whether its first inputs or its first outputs count as zero, and how many.
+    """
+
+    def __init__(self, masks: Mapping[int, tuple[bool, int]]) -> None:
+        super().__init__()
+        self.masks = masks
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        x, weight, bias, inputs = None, None, None, 0
+        if func is torch.nn.functional.linear:
+            x, weight, inputs = args[0], args[1] if len(args) > 1 else kwargs["weight"], 1
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        elif func is torch.addmm and len(args) == 3:
+            bias, x, weight = args
+        elif func in _PRODUCTS and len(args) == 2:
+            x, weight = args
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.stride() != (1, 1) or x is None:
+            return func(*args, **kwargs)
+        out = self._product(x, weight, weight.shape[inputs])
+        return out if bias is None else out + bias
+
+    def _product(self, x: Tensor, weight: Tensor, inputs: int) -> Tensor:
+        reads, count = self.masks.get(weight.data_ptr(), (True, 0))
+        if reads and count:
+            x = torch.cat([torch.zeros_like(x[..., :count]), x[..., count:]], dim=-1)
+        row = weight.as_strided((sum(weight.shape) - 1,), (1,))
+        size = 1 << (len(row) - 1).bit_length()
+        spectrum = torch.fft.rfft(row.double(), size) * torch.fft.rfft(x.double(), size).conj()
+        out: Tensor = torch.fft.irfft(spectrum, size)[..., : sum(weight.shape) - inputs].to(x.dtype)
+        if not reads:
+            out[..., :count] = 0
+        return out
+
+
+_PRODUCTS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm}
 
 
 def same(found: Tensor, wanted: Tensor) -> bool:

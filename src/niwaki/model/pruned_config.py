@@ -158,14 +158,14 @@ class PrunedConfigs:
     @cached_property
     def identity_problem(self) -> str:
         """Return why a block whose attention and dense layer give zeros changes its input; empty if it does not."""
-        silent = dict(self._weights)
+        silent, zeros = dict(self._weights), {}
         for unit in self.units.values():
             name = self._linears[unit.consumer].parameter
-            silent[name] = torch.zeros_like(silent[name])
+            zeros[name] = True, self._linears[unit.consumer].columns
             bias = name.removesuffix(WEIGHT) + ".bias"
             if bias in silent:
                 silent[bias] = torch.zeros_like(silent[bias])
-        if same(self._full.run(0, silent), self._full.input()):
+        if same(self._one.run(0, silent, zeros), self._one.input()):
             return ""
         linears = {linear.parameter for linear in self._linears.values()}
         rest = [name for name in self._weights if name not in linears and not name.endswith(".bias")]
@@ -203,7 +203,8 @@ class PrunedConfigs:
         if not fields:
             return {}, frozenset(), ""
         added = self._added_biases(fields)
-        model = self._open(self._whole({**self.text, **fields}))
+        changed = {**self.text, **fields}
+        model = self._shallow(changed) or self._open(self._whole(changed))
         zeros = {name: torch.zeros(model.parameters(0)[name].shape) for name in added}
         if not added or not same(model.run(0, {**self._weights, **zeros}), self._dense_output):
             return {}, frozenset(), f"{', '.join(fields)} change more than the biases of a block"
@@ -212,11 +213,12 @@ class PrunedConfigs:
     def _added_biases(self, fields: Values) -> frozenset[str]:
         """Return the parameters that fields add to a block if they are biases of its matrices and nothing else."""
         try:
-            model = self._open(self._whole({**self.text, **fields}))
+            changed = {**self.text, **fields}
+            model = self._shallow(changed) or self._open(self._whole(changed))
         except Exception:  # any library may refuse such a value
             return frozenset()
         inside = f"{self.anatomy.path}."
-        outer = [{n for n, _ in m.skeleton.named_parameters() if not n.startswith(inside)} for m in (model, self._full)]
+        outer = [{n for n, _ in m.skeleton.named_parameters() if not n.startswith(inside)} for m in (model, self._one)]
         added = frozenset(model.parameters(0)) - set(self._weights)
         known = {f"{name}.bias" for name in self._linears}
         same_rest = all(
@@ -323,9 +325,15 @@ class PrunedConfigs:
         return text if self.nested is None else {**self.source, self.nested: text}
 
     def _shaped(self, text: Values, counts: Counts, blocks: int) -> tuple[TrialModel | None, str]:
-        """Return the model of a config if it has these widths and this many blocks, else the reason why not."""
+        """Return the model of a config if it has these widths and this many blocks, else the reason why not.
+
+        If all blocks stay, one of them is enough, as far as the config can say so.
+        """
+        model = None
+        if blocks == len(self.anatomy.blocks) and (model := self._shallow(text)) is not None:
+            blocks = 1
         try:
-            model = self._open(self._whole(text))
+            model = model or self._open(self._whole(text))
         except Exception as error:  # configs are validated by several libraries
             return None, " ".join(str(error).split())[:200]
         if len(model.blocks) != blocks:
@@ -341,6 +349,20 @@ class PrunedConfigs:
                     return None, f"{name} would have {has} of {size} {kind} rows or columns"
         return model, ""
 
+    def _shallow(self, text: Values) -> TrialModel | None:
+        """Return the first block of a config as a model of its own, None if no field asks for it."""
+        count = len(self.anatomy.blocks)
+        for name in (self.names.get("num_hidden_layers", "num_hidden_layers"), *DEPTH_FIELDS):
+            if self.every.get(name) == count:
+                try:
+                    model = self._open(
+                        self._whole({**text, **self._shorter_lists({**self.every, **text}, [0]), name: 1})
+                    )
+                except Exception:  # the whole model says why
+                    return None
+                return model if len(model.blocks) == 1 else None
+        return None
+
     def _trial_problem(self, model: TrialModel, counts: Counts, changed: Sequence[Kind], dropped: Sequence[int]) -> str:
         """Return why a model of the right shape is not the smaller one; several changes were tried one by one."""
         if len(changed) + bool(dropped) != 1:
@@ -353,7 +375,6 @@ class PrunedConfigs:
         The last groups of the kind stay. What is cut beside the matrices is kept in `followers`.
         """
         unit = self.units[kind]
-        kept = range(unit.count - count, unit.count)
         axes = self._axes(unit)
         cut, followers = {}, {}
         for name, built in model.parameters(0).items():
@@ -367,7 +388,8 @@ class PrunedConfigs:
                     return f"{name} would have the shape {list(built.shape)}"
                 along = followers[name] = differing[0]
             if along is not None:
-                weight = weight.index_select(along, group_indices(unit, kept, weight.shape[along]))
+                width = weight.shape[along] // unit.count * count
+                weight = weight.narrow(along, weight.shape[along] - width, width)
             if weight.shape != built.shape:
                 return f"{name} would have the shape {list(built.shape)}"
             cut[name] = weight
@@ -377,7 +399,7 @@ class PrunedConfigs:
             found = model.run(0, cut)
         except Exception:  # any model code may fail
             return self._mixing(kind, followers)
-        if not same(found, self._full.run(0, self._masked(unit, kept))):
+        if not same(found, self._one.run(0, self._weights, self._zeros(unit, unit.count - count))):
             return self._mixing(kind, followers)
         self.followers[kind] = followers
         return ""
@@ -411,18 +433,13 @@ class PrunedConfigs:
                 return f"block {index} would become block {place}, and what it computes depends on its number"
         return ""
 
-    def _masked(self, unit: PrunableUnit, kept: Sequence[int]) -> dict[str, Tensor]:
-        """Return the weights with zeros in the rows and columns of all groups but `kept`, as the walk leaves them."""
-        masked = dict(self._weights)
+    def _zeros(self, unit: PrunableUnit, gone: int) -> dict[str, tuple[bool, int]]:
+        """Return the inputs and outputs that are zero without the first groups of a unit, as the walk leaves them."""
+        zeros = {}
         for name in (*unit.producers, unit.consumer):
-            linear = self._linears[name]
-            along, size = axis_of(linear, unit)
-            whole = masked[linear.parameter]
-            places = group_indices(unit, kept, size)
-            masked[linear.parameter] = torch.zeros(whole.shape).index_copy_(
-                along, places, whole.index_select(along, places)
-            )
-        return masked
+            linear, reads = self._linears[name], name == unit.consumer
+            zeros[linear.parameter] = reads, (linear.columns if reads else linear.rows) // unit.count * gone
+        return zeros
 
     def _axes(self, unit: PrunableUnit) -> dict[str, int]:
         """Return the dimension of the groups in every matrix of a unit and every bias of a producer."""
@@ -459,12 +476,16 @@ class PrunedConfigs:
         return TrialModel.of(self.config, self._tuple_size)
 
     @cached_property
+    def _one(self) -> TrialModel:
+        return self._shallow(self.text) or self._full
+
+    @cached_property
     def _weights(self) -> dict[str, Tensor]:
-        return self._full.random_weights()
+        return self._one.random_weights()
 
     @cached_property
     def _dense_output(self) -> Tensor:
-        return self._full.run(0, self._weights)
+        return self._one.run(0, self._weights)
 
 
 def _per_block(value: Any, count: int) -> list[Any] | None:
