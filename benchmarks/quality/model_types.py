@@ -27,6 +27,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import niwaki
 from benchmarks.common.provenance import provenance
+from niwaki.compression.walk import forward
+from niwaki.data.stream import Stream
 from niwaki.errors import InputError, NiwakiError
 from niwaki.model.anatomy import discover
 from niwaki.model.decoder import open_decoder
@@ -67,11 +69,15 @@ SIZES: dict[str, Any] = {
     "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2,
     "global_head_dim": 16,
 }  # fmt: skip
+ALL_SHARED = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+MAX_WEIGHTS = 100_000_000  # of a model that is tried
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MIXED = ["linear_attention", "full_attention"] * 2
 OWN: dict[str, dict[str, Any]] = {  # more that a few types need
     "bamba": {"attn_layer_indices": [1, 3], "attn_rotary_emb": 4},
     "dbrx": {"ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
-             "attn_config": {"kv_n_heads": 2}, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+             "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dots3_note": {"vision_config": {"num_hidden_layers": 42}},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "laurel_rank": 8,
@@ -89,7 +95,7 @@ OWN: dict[str, dict[str, Any]] = {  # more that a few types need
     "mamba2": {"head_dim": 8, "num_heads": 8},
     "moshi": {"audio_vocab_size": 96},
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mlp"]},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "use_mamba_kernels": False},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1, "use_mem_eff_path": False},
@@ -100,7 +106,10 @@ OWN: dict[str, dict[str, Any]] = {  # more that a few types need
     "qwen3_5_moe_text": {"layer_types": MIXED},
     "qwen3_5_text": {"layer_types": MIXED},
     "qwen3_next": {"layer_types": MIXED},
-    "qwen4_exp_text": {"layer_types": MIXED},
+    "qwen4_exp_text": {"layer_types": MIXED, "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8,
+                       "indexer_budget": 8, "indexer_compress_ratio": 4, "ple_layer_ids": [1], "ple_embed_dim": 32,
+                       "ngram_vocab_size_base": 97, "make_ngram_vocab_size_divisible_by": 1, "split_ngram_parts": 4,
+                       "heads_per_ngram": 2, "hc_lowrank": 8},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
@@ -112,17 +121,21 @@ def tiny_config(model_type: str) -> Any:
 
 def _values(kind: Any) -> dict[str, Any]:
     """Return the arguments of a config class that make it tiny, with those of the configs inside it."""
-    broken = kind.model_type == "gemma4_assistant"  # its defaults contradict each other
-    fields = kind(**OWN[kind.model_type] if broken else {}).to_dict()
+    own = OWN.get(kind.model_type, {})
+    default = kind(**own if kind.model_type == "gemma4_assistant" else {})  # its defaults contradict each other
+    fields = default.to_dict()
     found: dict[str, Any] = {name: value for name, value in SIZES.items() if name in fields}
     if "kv_lora_rank" in found:
         found["num_key_value_heads"] = 4
     if (fields.get("pad_token_id") or 0) >= SIZES["vocab_size"]:
         found["pad_token_id"] = 1
-    for name, part in kind.sub_configs.items():
-        if hasattr(part, "model_type"):
-            found[name] = _values(part)
-    for name, value in OWN.get(kind.model_type, {}).items():
+    for name in kind.sub_configs:
+        part = type(getattr(default, name, None))
+        if issubclass(part, transformers.PreTrainedConfig):
+            found[name] = {"model_type": part.model_type, **_values(part)}
+    if kind.model_type.endswith("_assistant"):
+        own = {"text_config": {"num_kv_shared_layers": SIZES["num_hidden_layers"], **ALL_SHARED}}
+    for name, value in own.items():
         found[name] = found[name] | value if isinstance(value, dict) and name in found else value
     return found
 
@@ -157,6 +170,8 @@ def prove(model_type: str, tokenizer: Path, text: Path, work: Path) -> str:
     """Compress random weights of a model type as a user would. Return why that cannot be done, empty if it can."""
     config = _with_vocabulary(tiny_config(model_type), 4096)
     torch.manual_seed(0)
+    skeleton = build_skeleton(config, torch.float32)
+    assert sum(p.numel() for p in skeleton.parameters()) < MAX_WEIGHTS, f"{model_type} is not tiny: add sizes to OWN"
     model: Any = niwaki.model.hf.auto_class(config).from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -194,12 +209,9 @@ def _with_vocabulary(config: Any, size: int) -> Any:
 def _walked(folder: Path, ids_BT: torch.Tensor) -> torch.Tensor:
     """Return the logits after a walk over the dense blocks."""
     decoder = open_decoder(folder, CPU)
-    x_BTD, calls = decoder.embed(ids_BT)
-    for index in range(len(decoder)):
-        block = decoder.load(index)
-        x_BTD = block.run(calls[index], x_BTD)
-        block.release()
-    return decoder.logits(ids_BT, x_BTD)
+    stream = Stream(decoder, ids_BT)
+    forward(decoder, [stream])
+    return decoder.logits(ids_BT, stream.hidden.read(slice(0, len(ids_BT))))
 
 
 def _logits(folder: Path, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -236,7 +248,9 @@ def main() -> None:
             row = replace(classified, status=REFUSED, reason=problem) if problem else classified
         rows[model_type] = asdict(row) | {"found": classified.status}
         print(f"{model_type}: {row.status} {row.reason}", flush=True)
-    result = {"what": "all causal model types", **provenance("cpu"), "rows": rows}
+    if options.out is not None and options.out.is_file():  # some types are made again
+        rows = json.loads(options.out.read_text(encoding="utf-8"))["rows"] | rows
+    result = {"what": "all causal model types", **provenance("cpu"), "rows": dict(sorted(rows.items()))}
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

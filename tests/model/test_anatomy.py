@@ -12,7 +12,9 @@ from support.families import COMMON, families
 
 
 def test_state_space_blocks_keep_all_but_their_matrices() -> None:
-    config = transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4)
+    config = transformers.MambaConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=6
+    )
     block = discover(build_skeleton(config, torch.float32)).blocks[0]
     assert list(block.linears) == ["mixer.in_proj", "mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"]
     assert block.kept_dense == {"mixer.conv1d.weight": "convolution", "mixer.A_log": "used element by element"}

@@ -83,9 +83,9 @@ KEPT: dict[str, tuple[Callable[[Any, Tensor], Tensor], nn.Module | nn.Parameter,
         lambda m, x: (m.w[x[0].argmax(-1) % EXPERTS] @ x[0][..., None]), parameter(EXPERTS, HIDDEN, WIDTH), "w",
         MULTIPLIED,
     ),
-    "diagonal blocks": (
-        lambda m, x: torch.bmm(x.view(-1, 2, 3).mT.reshape(2, -1, 3), m.w.view(2, 2, 3).mT), parameter(4, 3), "w",
-        MULTIPLIED,
+    "diagonal blocks by columns": (
+        lambda m, x: torch.bmm(x.view(-1, 2, 3).mT.reshape(2, -1, 3), m.w.view(4, 2, 3).transpose(0, 1).mT),
+        parameter(4, 6), "w", MULTIPLIED,
     ),
     "scaled first": (lambda m, x: x @ (m.w * 2).T, parameter(HIDDEN, WIDTH), "w", MULTIPLIED),
 }  # fmt: skip
@@ -198,3 +198,20 @@ def test_routers_and_gates_are_told_apart() -> None:
     block = anatomy_of(lambda m, x: m.mlp(x), mlp=Mixture())
     assert dict(block.kept_dense) == {"mlp.router.weight": ROUTER, "mlp.gate.weight": GATE}
     assert list(block.linears) == [f"mlp.experts.{expert}.up" for expert in range(EXPERTS)]
+
+
+PARTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "experts in one matrix": lambda m, x: torch.stack([x @ w.T for w in m.w.view(EXPERTS, HIDDEN, WIDTH)]),
+    "one expert": lambda m, x: x @ m.w.view(EXPERTS, HIDDEN, WIDTH)[2].T,
+    "diagonal blocks": lambda m, x: torch.bmm(x.expand(EXPERTS, -1, -1), m.w.view(EXPERTS, HIDDEN, WIDTH).mT),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_equal_parts_of_the_rows_are_matrices(case: str) -> None:
+    block = anatomy_of(PARTS[case], w=parameter(EXPERTS * HIDDEN, WIDTH))
+    assert list(block.linears) == [f".{expert}.w" for expert in range(EXPERTS)] and not block.kept_dense
+    weight = parameter(EXPERTS * HIDDEN, WIDTH)
+    linear = block.linears[".2.w"]
+    assert (linear.rows, linear.columns) == (HIDDEN, WIDTH)
+    assert torch.equal(linear.view(weight), weight[2 * HIDDEN : 3 * HIDDEN])

@@ -46,8 +46,8 @@ SHARED = "shared by several blocks"
 class Linear:
     """One matrix of a block, with [rows, columns] = [outputs, inputs] in any storage order.
 
-    `expert` is the index into a fused [E, ., .] parameter. `group` names the first matrix that reads the same input,
-    which may be this one.
+    `expert` is the index into a fused [E, ., .] parameter. If `stacked` is set, the rows of a parameter of two
+    dimensions are that many experts. `group` names the first matrix that reads the same input, which may be this one.
     """
 
     name: str
@@ -57,10 +57,12 @@ class Linear:
     rows: int
     columns: int
     group: str
+    stacked: int | None = None
 
     def view(self, parameter: Tensor) -> Tensor:
         """Return the matrix as an [O, I] view of its parameter, or of the gradient of the parameter."""
-        stored = parameter if self.expert is None else parameter[self.expert]
+        stack = parameter if self.stacked is None else parameter.unflatten(0, (self.stacked, -1))
+        stored = stack if self.expert is None else stack[self.expert]
         return stored.T if self.transposed else stored
 
 
@@ -197,8 +199,8 @@ def discover(skeleton: Any) -> Anatomy:
             run(1)
         if len(found) != len(blocks):
             raise ArchitectureError(
-                f"{type(skeleton).__name__} ran {len(found)} of its {len(blocks)} blocks: "
-                "niwaki walks plain chains only"
+                f"{type(skeleton).__name__} has {len(blocks)} blocks and ran {len(found)} in one forward: niwaki walks "
+                "decoders that run every block once"
             )
         layout = measure_layout(blocks, run, run_dry, [block.wrap for block in found])
     return Anatomy(path, tuple(found), tuple(_idle_modules(skeleton, path, ran)), layout)
@@ -378,24 +380,23 @@ def _read_products(
     parameters: Mapping[str, Tensor], products: Mapping[str, Use]
 ) -> tuple[dict[str, Linear], dict[str, str]]:
     """Return the matrices in the order of their products, and the routers and gates, which stay dense."""
-    sliced = {observed.partition("[")[0] for observed in products if "[" in observed}
-    stacks = {name: parameters[name].shape[0] for name in sliced}
+    sliced = {observed.partition("[")[0]: use for observed, use in products.items() if "[" in observed}
+    stacks = {name: parameters[name].numel() // use.shape.numel() for name, use in sliced.items()}
     leaders: dict[Any, str] = {}
     linears: dict[str, Linear] = {}
     kept_dense: dict[str, str] = {}
     for observed, use in products.items():
         parameter = observed.partition("[")[0]
-        shape = parameters[parameter].shape[-2:]
-        rows, columns = (shape[1], shape[0]) if use.transposed else (shape[0], shape[1])
+        rows, columns = use.shape[::-1] if use.transposed else use.shape
         same_input = (use.x.data_ptr(), use.x.numel(), use.version)
         if parameter in stacks:
             if linear_name(parameter, 0) in linears:
                 continue  # another expert of a stack already described
-            leader = leaders.setdefault(same_input, parameter)
-            for expert in range(stacks[parameter]):
-                name = linear_name(parameter, expert)
-                group = linear_name(leader, expert)
-                linears[name] = Linear(name, parameter, expert, use.transposed, rows, columns, group)
+            leader, count = leaders.setdefault(same_input, parameter), stacks[parameter]
+            stacked = count if parameters[parameter].dim() == 2 else None
+            for expert in range(count):
+                name, group = linear_name(parameter, expert), linear_name(leader, expert)
+                linears[name] = Linear(name, parameter, expert, use.transposed, rows, columns, group, stacked)
         elif _is_router(parameter, rows, stacks):
             kept_dense[parameter] = ROUTER
         elif min(rows, columns) < MIN_SIDE:

@@ -50,7 +50,7 @@ from niwaki.model.hf import (
 )
 from niwaki.model.kept import Kept
 from niwaki.model.logits import position_slices, vocabulary_of
-from niwaki.model.matmul_observer import MatmulObserver, weight_pointers
+from niwaki.model.matmul_observer import MatmulObserver, Pointers, Slice
 from niwaki.model.unread import Unread
 
 SHOWN_NAMES = 4  # of many tensors that are missing
@@ -142,8 +142,11 @@ class Block:
             if observed in names:
                 seen(names[observed], x)
 
-        matrices = dict.fromkeys(linear.parameter for linear in self.linears.values())
-        pointers = weight_pointers({name: self.module.get_parameter(name) for name in matrices})
+        pointers: Pointers = {}
+        for linear in self.linears.values():
+            weight_OI = self.weight(linear.name)
+            shape = weight_OI.T.shape if linear.transposed else weight_OI.shape
+            pointers[weight_OI.data_ptr()] = Slice(self._observed_name(linear), shape)
         with torch.set_grad_enabled(x_BTD.requires_grad), MatmulObserver(pointers, observe):
             return call(self.module, x_BTD)
 

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from niwaki.model.matmul_observer import CASTS, add_cast, fake_result, find_products, meta_result, weight_pointers
+from niwaki.model.matmul_observer import (
+    CASTS,
+    Slice,
+    add_cast,
+    fake_result,
+    find_products,
+    meta_result,
+    weight_pointers,
+)
 
 CONVOLVED = "convolution"
 LOOKED_UP = "lookup"
@@ -34,11 +42,12 @@ _MIN_FAKED = 2**20  # elements of a weight from which on its copy in another dty
 
 @dataclass(frozen=True)
 class Use:
-    """Input of the first product of a matrix. `version` tells values apart that lie at one address."""
+    """First product of a matrix of a stored shape. `version` tells inputs apart that lie at one address."""
 
     x: Tensor
     version: int
     transposed: bool
+    shape: torch.Size
 
 
 class WeightUses(TorchFunctionMode):
@@ -54,7 +63,7 @@ class WeightUses(TorchFunctionMode):
         self.others: dict[str, str] = {}
         self._pointers = weight_pointers(parameters)
         self._weights = {place: {name} for name, p in parameters.items() if (place := _place(p))}
-        self._stored = frozenset(self._weights)
+        self._stored = {place: (name, p) for name, p in parameters.items() if (place := _place(p))}
         self._activations = set(_places(activations))
         self._held: list[Tensor] = []  # an address tells values apart only while all of them live
         self._generator = torch.Generator().manual_seed(seed)
@@ -70,9 +79,11 @@ class WeightUses(TorchFunctionMode):
             if active and (result is None or _IN_PLACE.search(_name(func))):
                 self._note(args[0], met, active=True)
             return self._note(result, met, active=active)
+        if _PRODUCT.search(_name(func)):
+            self._find_parts([args, kwargs])
         if products := list(find_products(func, args, kwargs, self._pointers)):
             for product in products:
-                use = Use(product.x, product.x._version, product.transposed)
+                use = Use(product.x, product.x._version, product.transposed, product.slice.shape)
                 self.products.setdefault(product.slice.name, use)
             for bias in met - {product.slice.name.partition("[")[0] for product in products}:
                 self.others.setdefault(bias, ELEMENTS)
@@ -86,6 +97,20 @@ class WeightUses(TorchFunctionMode):
         if not self._weights.keys() >= set(_places(result)) and (active or looked_up):
             self._describe(func, met)
         return self._note(result, met, active=active and not looked_up)
+
+    def _find_parts(self, given: Any) -> None:
+        """Note which parameters of two dimensions are multiplied as equal parts of their rows."""
+        for operand in _tensors(given):
+            name, weight = self._stored.get(_place(operand) or 0, ("", operand))
+            if not name or weight.dim() != 2 or not weight.is_contiguous() or operand.dim() not in (2, 3):
+                continue
+            part = operand[0] if operand.dim() == 3 else operand
+            part = part if part.stride(-1) == 1 else part.T
+            first, step = part.storage_offset() - weight.storage_offset(), part.numel()
+            whole = part.is_contiguous() and part.shape[1] == weight.shape[1] and step < weight.numel()
+            if whole and weight.numel() % step == 0 and first % step == 0:
+                for index, one in enumerate(weight.unflatten(0, (-1, part.shape[0]))):
+                    self._pointers[one.data_ptr()] = Slice(f"{name}[{index}]", one.shape)
 
     def _describe(self, func: Any, met: set[str]) -> None:
         """Note how `func` uses the parameters `met`: the first use counts, and a product more than any other."""
