@@ -23,6 +23,7 @@ from niwaki.serve.event_queue import EventQueue, Timeouts
 from niwaki.serve.http.api_errors import INTERNAL, RefusalError
 from niwaki.serve.http.disconnect import CLIENT_CLOSED
 from niwaki.serve.jobs import Job
+from niwaki.serve.openapi import openapi_document
 from niwaki.serve.prometheus import CONTENT_TYPE, Metrics
 from niwaki.serve.prompts import PromptTokenizer
 from niwaki.serve.request_handler import RequestHandler
@@ -56,11 +57,11 @@ class Service:
         self.workers.shutdown(wait=False, cancel_futures=True)
 
 
-def create_app(service: Service) -> FastAPI:
-    """Return the application with routes and error handlers; `server` adds the middleware."""
+def create_app(service: Service, *, keyed: bool = False) -> FastAPI:
+    """Return the application with routes and error handlers; `server` adds the middleware, with keys if `keyed`."""
     app = FastAPI(title="niwaki", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_generation_routes(app, service)
-    _add_status_routes(app, service)
+    _add_status_routes(app, service, openapi_document(service.name, keyed=keyed))
     _add_error_handlers(app)
     return app
 
@@ -98,7 +99,7 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         return await _generate(service, request, body, ids, wanted, answer, body.logprobs)
 
 
-def _add_status_routes(app: FastAPI, service: Service) -> None:
+def _add_status_routes(app: FastAPI, service: Service, document: dict[str, Any]) -> None:
     """Add the routes about the server."""
     engine = service.engine
     about = {"id": service.name, "object": "model", "created": service.created, "owned_by": "niwaki"}
@@ -122,6 +123,10 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
         """Return 200 while the server takes requests, else 503."""
         is_ready = engine.healthy and not engine.draining
         return JSONResponse({"status": "ready" if is_ready else "draining"}, 200 if is_ready else 503)
+
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return JSONResponse(document)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -112,7 +112,9 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, settings: ServerSettings) -> None:
         keys = Keys(settings.keys)
-        limited = LimitsMiddleware(create_app(service), keys, BodyLimits(), loopback_only=is_loopback(settings.host))
+        limited = LimitsMiddleware(
+            create_app(service, keyed=bool(keys)), keys, BodyLimits(), loopback_only=is_loopback(settings.host)
+        )
         app = RequestMetricsMiddleware(limited, service.metrics)
         protocol = limited_protocol(settings.connections, service.metrics.count_refusal)
         super().__init__(
