@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy as sql
 
 from niwaki.errors import InputError, OutputError
+from niwaki.rollout.dense_mark import mark_of
 from niwaki.rollout.start import apply_command, begin_or_resume, identity_of
 from niwaki.rollout.store import Change, StaleError, Store
 from support.rollouts import LIMITS, begun, feed, settings
@@ -207,14 +208,17 @@ def test_a_return_survives_a_kill_right_after_it_was_decided(where: str) -> None
     assert again.store.decisions(again.state)[1]["action"] == "return"
 
 
-def test_a_kill_between_two_writes_leaves_neither(where: str) -> None:
+def test_a_kill_between_two_writes_leaves_neither_and_the_file_keeps_the_return(where: str) -> None:
     run_until_killed(BETWEEN, where)
+    store = Store.open(where)
+    left = store.current()
+    assert left is not None and left.status == "running" and left.version == 1
+    assert [one["action"] for one in store.decisions(left)] == ["begin"]
     again = begun(where, now=61.0)
-    assert again.state.status == "running" and again.state.version == 1
-    assert [one["action"] for one in again.store.decisions(again.state)] == ["restart", "begin"]
-    feed(again, failed=True)  # the canary is still what it was
-    again.tick(121.0)
-    assert again.state.status == "returned"
+    assert again.state.status == "returned" and again.share == 0
+    decisions = store.decisions(again.state)
+    assert [one["action"] for one in decisions] == ["restart", "return", "begin"]
+    assert decisions[1]["at"] == 60.0 and not mark_of(where).path.exists()
 
 
 def test_decisions_and_audits_are_read_back(where: str) -> None:

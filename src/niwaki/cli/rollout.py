@@ -16,6 +16,13 @@ app = typer.Typer(
     no_args_is_help=True, help="Send traffic to a compressed model in steps, and back to dense when it is worse."
 )
 State = Annotated[str, typer.Option(help="Store of the state: a file, or postgresql+psycopg://USER@HOST/DATABASE.")]
+DenseFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File that keeps a return to dense or an abort while the database is away. "
+        "[dim]\\[default: beside the SQLite file, in the current folder with PostgreSQL][/]"
+    ),
+]
 STATE = "rollout.sqlite"
 LIMITS_HELP = "Limits: a gate file, or the compare.json of a report."
 FILES_HELP = "Folder that the canary serves. A changed file makes it another canary."
@@ -43,6 +50,7 @@ def run(
         str, typer.Option(help="Address to listen on. Addresses other than loopback need keys.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8100,
+    dense_file: DenseFile = None,
     new: Annotated[bool, typer.Option("--new", help="Start a new roll-out of the same canary.")] = False,
 ) -> None:
     """Run the gateway: start a roll-out, or continue the one of this canary."""
@@ -69,7 +77,7 @@ def run(
     check_host(host, own_keys)
     serve(
         settings, own_limits, Store.open(state), keys=own_keys, host=host, port=port, new=new,
-        say=print_line,
+        dense_file=dense_file, say=print_line,
     )  # fmt: skip
 
 
@@ -108,13 +116,25 @@ def promote(
     full: Annotated[bool, typer.Option("--full", help="Go to the last step at once.")] = False,
 ) -> None:
     """Take the next step now, without more evidence. A worse canary still goes back to dense."""
-    _manual(state, "promote", full=full)
+    _check_packages()
+    from niwaki.rollout.start import apply_command
+    from niwaki.rollout.store import Store
+
+    after = apply_command(Store.open(state, create=False), "promote", time.time(), full=full)
+    print_line(f"roll-out {after.id}: {after.status}, {after.share:.0%} of requests to the canary")
 
 
 @app.command()
-def abort(state: State = STATE) -> None:
-    """Send all traffic to the dense model, within a second."""
-    _manual(state, "abort", full=False)
+def abort(state: State = STATE, dense_file: DenseFile = None) -> None:
+    """Send all traffic to the dense model, within a second, also while the database does not answer."""
+    _check_packages()
+    from niwaki.rollout.start import abort_by_mark
+
+    after = abort_by_mark(state, time.time(), dense_file)
+    if isinstance(after, Path):
+        print_line(f"the database does not answer: the abort is in {after}, which the gateway reads and stores later")
+    else:
+        print_line(f"roll-out {after.id}: {after.status}, {after.share:.0%} of requests to the canary")
 
 
 @app.command()
@@ -129,15 +149,6 @@ def export(
 
     count = export_texts(Store.open(state, create=False), out, overwrite=overwrite)
     print_line(f"{out}: {count} texts")
-
-
-def _manual(state: str, action: str, *, full: bool) -> None:
-    _check_packages()
-    from niwaki.rollout.start import apply_command
-    from niwaki.rollout.store import Store
-
-    after = apply_command(Store.open(state, create=False), action, time.time(), full=full)
-    print_line(f"roll-out {after.id}: {after.status}, {after.share:.0%} of requests to the canary")
 
 
 def _parse_limits(pairs: list[str]) -> dict[str, float]:

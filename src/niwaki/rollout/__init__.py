@@ -6,7 +6,8 @@ The modules, from the bottom to the top:
 
 - `histogram`, `signals`: counts; `sequential`: tests valid at any time; `decision`: a pure function; `drift`: alarms
 - `settings`, `limits`, `routing`, `answers`, `chat_template`: what is configured, and what is read of a request
-- `http_client`, `upstream`, `scoring`: both servers; `store`, `counters`, `controller`, `start`: the state
+- `http_client`, `upstream`, `scoring`: both servers
+- `store`, `journal`, `dense_mark`, `counters`, `controller`, `start`: the state
 - `auditing`, `streaming`, `gateway`, `dashboard`, `app`: the gateway; `running` assembles it
 
 Limits and keys of requests are in `niwaki.serve.http`.

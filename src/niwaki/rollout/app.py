@@ -12,7 +12,10 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -23,18 +26,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from niwaki.errors import NiwakiError
+from niwaki.errors import OutputError
 from niwaki.rollout import dashboard
 from niwaki.rollout.answers import CHAT, COMPLETIONS
 from niwaki.rollout.gateway import Gateway, no_answer
 from niwaki.rollout.http_client import UpstreamError
-from niwaki.serve.http.api_errors import RefusalError
+from niwaki.serve.http.api_errors import OVERLOADED, RefusalError
 from niwaki.serve.http.limits import BodyLimits, LimitsMiddleware
 from niwaki.serve.http.protocol import REFUSALS
 
 log = logging.getLogger("niwaki.rollout")
 TICK_S = 1.0
 CHALLENGE = 'Basic realm="niwaki rollout", charset="UTF-8"'  # a browser asks for the key as a password
+READ_S = 2.0  # max wait of the dashboard for the state database
+MAX_READING = 2  # reads of the dashboard at once. A database that hangs costs these threads and no other
 METRICS_S = 0.5  # max wait of the dashboard for the metrics of the canary
 SIDES = ("stable", "canary", "fallback", "important", "shadow")
 Clock = Callable[[], float]
@@ -78,6 +83,8 @@ class _Routes:
 
     gateway: Gateway
     now: Clock
+    readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(MAX_READING, "niwaki-dashboard"))
+    reading: set[asyncio.Future[dict[str, Any]]] = field(default_factory=set)
 
     async def completions(self, request: Request) -> Response:
         return await self.gateway.answer(request, COMPLETIONS)
@@ -109,8 +116,23 @@ class _Routes:
         gateway, keep_texts = self.gateway, self.gateway.settings.sampling.keep_texts
         skipped = await gateway.canary.skipped_frac(METRICS_S) if gateway.controller.active else None
         state = dashboard.snapshot(gateway.controller)
-        view = await asyncio.to_thread(dashboard.view, state, self.now(), keep_texts=keep_texts, skipped_frac=skipped)
+        if len(self.reading) >= MAX_READING:
+            raise _state_is_away()
+        view_of = partial(dashboard.view, state, self.now(), keep_texts=keep_texts, skipped_frac=skipped)
+        work = asyncio.get_running_loop().run_in_executor(self.readers, view_of)
+        self.reading.add(work)
+        work.add_done_callback(self._read)
+        try:
+            view = await asyncio.wait_for(asyncio.shield(work), READ_S)
+        except (TimeoutError, OutputError):
+            raise _state_is_away() from None
         return JSONResponse(view, headers={"Cache-Control": "no-store"})
+
+    def _read(self, work: asyncio.Future[dict[str, Any]]) -> None:
+        """Remove a read that ended. Its error is lost if the dashboard did not wait for it."""
+        self.reading.discard(work)
+        if not work.cancelled():
+            work.exception()
 
     async def health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -122,6 +144,10 @@ class _Routes:
             return JSONResponse({"status": "the dense model does not answer"}, 503)
         up = reply.status < 500  # 401 counts as an answer, because /ready has no key of a client
         return JSONResponse({"status": "ok" if up else "the dense model is not ready"}, 200 if up else 503)
+
+
+def _state_is_away() -> RefusalError:
+    return RefusalError(503, "the state database does not answer", kind=OVERLOADED, retry_s=2)
 
 
 async def _not_found(_: Request, __: Exception) -> Response:
@@ -137,8 +163,6 @@ async def _tick_forever(gateway: Gateway, tick_s: float, now: Clock) -> None:
             at = now()
             verdict = await asyncio.to_thread(controller.judge, controller.snapshot(at), at)
             controller.apply(verdict, at)
-        except NiwakiError as error:
-            log.error("%s", error)
         except Exception:
             log.exception("the roll-out could not decide")
 
@@ -171,6 +195,9 @@ class _RolloutCollector(Collector):
         for reason in REFUSALS:
             refused.add_metric([reason], self.refusals[reason])
         yield refused
+        journal = controller.journal
+        yield GaugeMetricFamily("niwaki_rollout_kept", "Writes that wait for the database.", value=journal.kept)
+        yield GaugeMetricFamily("niwaki_rollout_dropped", "Writes that were too many to keep.", value=journal.dropped)
         yield GaugeMetricFamily("niwaki_rollout_share", "Share of traffic of the canary.", value=controller.share)
         yield GaugeMetricFamily("niwaki_rollout_number", "Number of the roll-out.", value=controller.state.id)
         for finding in controller.verdict.findings if controller.verdict else ():

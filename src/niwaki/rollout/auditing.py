@@ -12,13 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from niwaki.errors import OutputError
 from niwaki.rollout.answers import UnreadableError
 from niwaki.rollout.controller import Controller
 from niwaki.rollout.scoring import Audit, audit
-from niwaki.rollout.store import Store
 from niwaki.rollout.upstream import UpstreamServer
 
 log = logging.getLogger("niwaki.rollout")
@@ -66,14 +65,13 @@ class Background:
 
 @dataclass(frozen=True)
 class Auditor:
-    """Both servers, and the store of the results.
+    """Both servers that are audited. The journal of the controller stores the results.
 
     `bos`: name of the beginning-of-text token in rendered chats, "" if they have none, None if the servers add it.
     """
 
     stable: UpstreamServer
     canary: UpstreamServer
-    store: Store
     keep_texts: bool
     bos: str | None = None
     now: Callable[[], float] = time.time
@@ -95,12 +93,8 @@ class Auditor:
         controller.counters.add_audit(result.values())
         controller.watch.add(prompt, result.top1_agreement, controller.counters.open.number)
         texts = _texts(prompt, answer, result) if self.keep_texts else None
-        try:
-            await asyncio.to_thread(
-                self.store.add_audit, controller.state, self.now(), how, result.tokens, result.values(), texts
-            )
-        except OutputError as error:
-            log.error("%s", error)
+        keep = partial(controller.store.add_audit, controller.state, self.now(), how, result.tokens)
+        controller.journal.submit("audit", partial(keep, result.values(), texts))
 
 
 def _texts(prompt: str, answer: str, result: Audit) -> dict[str, object]:

@@ -1,22 +1,25 @@
 """Controller of a running roll-out: it stores each decision, then changes the traffic.
 
-A decision to widen has no effect if it cannot be stored. A decision to return is stored first too. If the store fails,
-traffic goes back to dense in any case, because safety does not wait for a disk. The controller tries to store it again
-at each tick. After a restart the store holds the state, so a return is never lost.
+A decision to widen has no effect if it cannot be stored. A decision to return acts at once, because safety does not
+wait for a database. It is in a file (`dense_mark`) before it is in the store, so a restart does not lose it. All writes
+go through the `journal`: while the database is away they are kept, and written later in the same order.
 
     controller.tick(now)      about every second; it also reads the effect of `niwaki rollout promote` and `abort`
 """
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from niwaki.errors import InputError, OutputError
 from niwaki.rollout.counters import RolloutCounters, copy_interval
 from niwaki.rollout.decision import Verdict, decide
+from niwaki.rollout.dense_mark import DenseMark
 from niwaki.rollout.drift import DriftWatch
 from niwaki.rollout.histogram import Interval
+from niwaki.rollout.journal import Journal
 from niwaki.rollout.store import Change, RolloutState, StaleError, Status, Store
 
 log = logging.getLogger("niwaki.rollout")
@@ -41,9 +44,13 @@ class Controller:
     watch: DriftWatch
     files_of: Callable[[], str]
     last_look: float
+    mark: DenseMark
     verdict: Verdict | None = None
     unstored: Change | None = None
     alarms_noted: int = 0
+    journal: Journal = field(default_factory=Journal)
+    saved_to: int = 0
+    was_away: bool = False
 
     @property
     def share(self) -> float:
@@ -61,8 +68,9 @@ class Controller:
         return self.state.status in ("running", "promoted") and self.unstored is None
 
     def tick(self, now: float) -> None:
-        """Read the store, and decide at the end of an interval."""
+        """Read the store, and decide at the end of an interval. Raise OutputError if something is not stored."""
         self.apply(self.judge(self.snapshot(now), now), now)
+        self.journal.check()
 
     def intervals_now(self) -> list[Interval]:
         """Return all intervals, with a copy of the open one."""
@@ -76,14 +84,10 @@ class Controller:
         return Snapshot(self.intervals_now(), self.watch.as_json())
 
     def judge(self, snapshot: Snapshot | None, now: float) -> Verdict | None:
-        """Store and decide: all work that waits for the disk or computes. Raise OutputError if the store fails."""
-        try:
-            self._store_unstored(now)
-            stored = self.store.current()
-            if stored is not None and stored.id == self.state.id and stored.version != self.state.version:
-                self.state = stored
-        except OutputError as error:
-            log.error("%s", error)  # a broken canary must still be found
+        """Decide, and store the decision. It waits for the database only for moments."""
+        self._read_mark()
+        self.journal.submit("poll", self._read_state)
+        self._note_absence(self.journal.flush())
         if snapshot is None or not self.active:
             return None
         if not self._same_canary():
@@ -91,9 +95,45 @@ class Controller:
             self._return(Change("return", "returned", self.state.step, reason), now)
             return None
         verdict = decide(self.state.policy, self.limits, self.state.step, snapshot.intervals, snapshot.drift["since"])
-        self._carry_out(verdict, snapshot, now)
-        self.store.save(self.state, snapshot.intervals[-2:], snapshot.drift)
-        return verdict
+        applied = self._carry_out(verdict, snapshot, now)
+        self._save(snapshot)
+        self._note_absence(self.journal.flush())
+        return verdict if applied else None
+
+    def _read_mark(self) -> None:
+        """Carry out an abort that the command line kept in the file because the database is away."""
+        kept = self.mark.read() if self.active else None
+        if kept is not None and kept.rollout in (None, self.state.id):
+            self._return(kept.change, kept.at)
+
+    def _read_state(self) -> None:
+        """Read the effect of the command line."""
+        stored = self.store.current()
+        if stored is not None and stored.id == self.state.id and stored.version != self.state.version:
+            self.state = stored
+
+    def _note_absence(self, stored: bool) -> None:
+        """Log once that the database is away, and once that it is back."""
+        if not stored and not self.was_away:
+            reason = self.journal.error or "it does not answer"
+            log.error("the state database is away (%s): %d writes are kept", reason, self.journal.kept)
+        elif stored and self.was_away:
+            log.warning("the state database is back: all decisions are stored")
+        self.was_away = not stored
+
+    def _save(self, snapshot: Snapshot) -> None:
+        """Store the counts of all intervals since the last time."""
+        unsaved = [one for one in snapshot.intervals if one.number >= self.saved_to - 1]
+        state = self.state
+
+        def save() -> None:
+            self.store.save(state, unsaved, snapshot.drift)
+            self.saved_to = unsaved[-1].number
+
+        self.journal.submit("save", save)
+
+    def _note(self, change: Change, now: float) -> None:
+        self.journal.submit("note", partial(self.store.note, self.state, change, now))
 
     def _same_canary(self) -> bool:
         try:
@@ -114,8 +154,9 @@ class Controller:
             interval.histogram("error_rate").total >= self.state.policy.min_requests
         )
 
-    def _carry_out(self, verdict: Verdict, snapshot: Snapshot, now: float) -> None:
-        state, findings = self.state, [finding.as_json() for finding in verdict.findings]
+    def _carry_out(self, verdict: Verdict, snapshot: Snapshot, now: float) -> bool:
+        """Carry out a verdict. Return False if it has no effect, because it is not stored."""
+        state, findings, applied = self.state, [finding.as_json() for finding in verdict.findings], True
         complete = self._complete(snapshot.intervals[-1])
         if verdict.action == "return":
             self._return(Change("return", "returned", state.step, verdict.reason, findings), now)
@@ -123,31 +164,55 @@ class Controller:
             done = state.step == state.last_step
             status: Status = "promoted" if done else "running"
             change = Change("promote" if done else "widen", status, state.step + (not done), verdict.reason, findings)
+            applied = self._widen(change, now)
+        elif complete:
+            self._note(Change("hold", state.status, state.step, verdict.reason, findings), now)
+        for alarm in snapshot.drift["alarms"][self.alarms_noted :]:
+            self._note(Change("alarm", self.state.status, self.state.step, alarm), now)
+            self.alarms_noted += 1
+        return applied
+
+    def _widen(self, change: Change, now: float) -> bool:
+        """Store more traffic, then send it. Return False if it is not stored in time: it is decided again."""
+        state = self.state
+
+        def widen() -> None:
             try:
                 self.state = self.store.change(state, change, now)
             except StaleError:
                 log.warning("the roll-out changed at the same time: not widened")
-        elif complete:
-            self.store.note(state, Change("hold", state.status, state.step, verdict.reason, findings), now)
-        for alarm in snapshot.drift["alarms"][self.alarms_noted :]:
-            self.store.note(state, Change("alarm", self.state.status, self.state.step, alarm), now)
-            self.alarms_noted += 1
+
+        if not self.journal.flush():
+            return False
+        write = self.journal.submit("widen", widen)
+        self.journal.flush()
+        if not write.done:
+            self.journal.withdraw(write)  # else it hangs: its effect is read when the database is back
+        return write.done
 
     def _return(self, change: Change, now: float) -> None:
-        self.unstored = change  # the share is 0 from now on, also if the store fails
-        self._store_unstored(now)
-
-    def _store_unstored(self, now: float) -> None:
-        if self.unstored is None:
+        if self.unstored is not None:
             return
+        self.unstored = change  # the share is 0 from now on
+        log.warning("to the dense model: %s", change.reason)
+        try:
+            self.mark.keep(change, now, self.state.id)
+        except OutputError as error:
+            log.error("%s: a restart before the database has it would lose it", error)
+        self.journal.submit("dense", partial(self._store_dense, change, now))
+        self._note_absence(self.journal.flush())
+
+    def _store_dense(self, change: Change, now: float) -> None:
+        state = self.state
         while True:
             try:
-                self.state = self.store.change(self.state, self.unstored, now)
+                state = self.store.change(state, change, now)
             except StaleError:
-                self.state = self.store.current() or self.state
-                if self.state.status in ("returned", "aborted"):
-                    break  # another process returned to dense
-            else:
-                break
-        log.warning("returned to the dense model: %s", self.unstored.reason)
+                state = self.store.current() or state
+                if state.id == self.state.id and state.status in ("running", "promoted"):
+                    continue  # another process changed the step
+            break
+        if state.id == self.state.id:
+            self.state = state
         self.unstored = None
+        self.mark.clear()

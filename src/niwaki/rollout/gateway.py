@@ -10,7 +10,9 @@
     gateway = Gateway(settings, controller, stable, canary, keys, auditor); app.build(gateway)
 """
 
+import asyncio
 import json
+import logging
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -35,6 +37,9 @@ from niwaki.rollout.upstream import UpstreamResponse, UpstreamServer
 from niwaki.serve.http.api_errors import RefusalError
 from niwaki.serve.http.disconnect import CLIENT_CLOSED, DisconnectedError, run_until_disconnect
 from niwaki.serve.http.keys import Keys
+
+CLOSE_S = 5.0  # for the last writes to the state
+log = logging.getLogger("niwaki.rollout")
 
 
 @dataclass
@@ -204,12 +209,14 @@ class Gateway:
             self.controller.counters.count_skipped(f"{kind} dropped: {limit} were running")
 
     async def close(self) -> None:
-        """End the work in the background, all connections and the process of the chat template."""
+        """End the work in the background, all connections and the chat template, and write what is not stored yet."""
         await self.background.stop()
         await self.stable.close()
         await self.canary.close()
         if self.template is not None:
             self.template.close()
+        if not await asyncio.to_thread(self.controller.journal.flush, CLOSE_S):
+            log.error("%d writes to the roll-out state are lost", self.controller.journal.kept)
 
     def _draw(self, share: float) -> bool:
         """Return True with a probability of `share`."""

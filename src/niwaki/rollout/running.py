@@ -6,12 +6,14 @@ run(settings, limits, Store.open("rollout.sqlite"), keys=(), host="127.0.0.1", p
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import uvicorn
 
 from niwaki.rollout.app import build
 from niwaki.rollout.auditing import Auditor
 from niwaki.rollout.chat_template import read_template, token_names
+from niwaki.rollout.dense_mark import mark_of
 from niwaki.rollout.gateway import Gateway
 from niwaki.rollout.http_client import HttpSender
 from niwaki.rollout.settings import RolloutSettings
@@ -32,12 +34,13 @@ def run(
     host: str = "127.0.0.1",
     port: int = 8100,
     new: bool = False,
+    dense_file: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Run the gateway until it is stopped. Raise InputError before the roll-out starts."""
     check_host(host, keys)
     check_port(host, port)
-    gateway = assemble(settings, limits, store, keys=keys, now=time.time(), new=new)
+    gateway = assemble(settings, limits, store, keys=keys, now=time.time(), new=new, dense_file=dense_file)
     state = gateway.controller.state
     say(f"roll-out {state.id}, {state.status}: {gateway.controller.share:.0%} of requests to the canary")
     say(f"gateway: http://{host}:{port}/v1   dashboard: http://{host}:{port}/rollout")
@@ -65,6 +68,7 @@ def assemble(
     keys: Sequence[str] = (),
     now: float,
     new: bool = False,
+    dense_file: Path | None = None,
     senders: tuple[HttpSender | None, HttpSender | None] = (None, None),
     clock: Clock = time.perf_counter,
 ) -> Gateway:
@@ -76,13 +80,14 @@ def assemble(
         names = token_names(settings.chat_template.parent, settings.canary.files)
         template = read_template(settings.chat_template, names or {})
         bos = None if names is None else names["bos_token"]
-    controller = begin_or_resume(store, settings, limits, now, new=new)
+    mark = mark_of(store.where, dense_file)
+    controller = begin_or_resume(store, settings, limits, now, new=new, mark=mark)
     return Gateway(
         settings=settings,
         controller=controller,
         stable=stable,
         canary=canary,
         keys=Keys(keys),
-        auditor=Auditor(stable, canary, store, settings.sampling.keep_texts, bos),
+        auditor=Auditor(stable, canary, settings.sampling.keep_texts, bos),
         template=template,
     )

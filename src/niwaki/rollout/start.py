@@ -9,19 +9,29 @@
 import hashlib
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from niwaki.errors import InputError
+from niwaki.errors import InputError, OutputError
 from niwaki.rollout.controller import Controller
 from niwaki.rollout.counters import RolloutCounters
+from niwaki.rollout.dense_mark import DenseMark, mark_of
 from niwaki.rollout.drift import DriftWatch
 from niwaki.rollout.settings import RolloutSettings
 from niwaki.rollout.store import Change, RolloutState, StaleError, Store
 
+REQUESTED = "requested on the command line"
+
 
 def begin_or_resume(
-    store: Store, settings: RolloutSettings, limits: Mapping[str, float], now: float, *, new: bool = False
+    store: Store,
+    settings: RolloutSettings,
+    limits: Mapping[str, float],
+    now: float,
+    *,
+    new: bool = False,
+    mark: DenseMark | None = None,
 ) -> Controller:
     """Return the controller of this canary. Raise InputError if its plan changed since the start."""
 
@@ -29,7 +39,8 @@ def begin_or_resume(
         return identity_of(settings)
 
     plan = plan_of(settings, limits)
-    state, identity = store.current(), files_of()
+    mark = mark or mark_of(store.where)
+    state, identity = _apply_kept(store, mark, store.current()), files_of()
     if state is None or state.identity != identity or new:
         before = "" if state is None else f", after roll-out {state.id} ({state.status})"
         state = store.begin(identity, plan, now, f"a new roll-out{before}")
@@ -43,8 +54,24 @@ def begin_or_resume(
     stored = store.drift(state)
     watch = DriftWatch() if stored is None else DriftWatch.from_json(stored, random.Random())
     counters = RolloutCounters.resumed(store.intervals(state), state.step, now)
-    noted = len(watch.alarms)
-    return Controller(store, state, limits, counters, watch, files_of, last_look=now, alarms_noted=noted)
+    return Controller(
+        store, state, limits, counters, watch, files_of, last_look=now, mark=mark, alarms_noted=len(watch.alarms),
+        saved_to=counters.open.number,
+    )  # fmt: skip
+
+
+def _apply_kept(store: Store, mark: DenseMark, state: RolloutState | None) -> RolloutState | None:
+    """Store the return or abort that a gateway or the command line kept while the database was away."""
+    kept = mark.read()
+    while kept is not None and state is not None and kept.rollout in (None, state.id):
+        if state.status not in ("running", "promoted"):
+            break
+        try:
+            state = store.change(state, replace(kept.change, step=state.step), kept.at)
+        except StaleError:
+            state = store.current()
+    mark.clear()
+    return state
 
 
 def plan_of(settings: RolloutSettings, limits: Mapping[str, float]) -> dict[str, Any]:
@@ -74,22 +101,49 @@ def _stamp(path: Path) -> str:
 
 def apply_command(store: Store, action: str, now: float, *, full: bool = False) -> RolloutState:
     """Apply `promote` (one step, or to the last) or `abort` by hand. Raise InputError if it cannot apply."""
+    again = False
     while True:
         state = store.current()
         if state is None:
             raise InputError("no roll-out yet: `niwaki rollout run` starts one")
+        if again and action == "abort" and state.status in ("aborted", "returned"):
+            return state  # the gateway did it
         try:
             return store.change(state, _command_change(state, action, full), now)
         except StaleError:
-            continue  # the gateway decided at the same time: read again
+            again = True  # the gateway decided at the same time: read again
+
+
+def abort_by_mark(where: str, now: float, dense_file: Path | None = None) -> RolloutState | Path:
+    """Apply an abort by the file that the gateway reads, then by the store. Return the file if the store is away.
+
+    Raise InputError if there is nothing to abort. Raise OutputError if the gateway would not find the file: its place
+    is certain beside an SQLite file, or where `dense_file` says.
+    """
+    mark, shared = mark_of(where, dense_file), "://" not in where or dense_file is not None
+    if shared and ("://" in where or Path(where).is_file()):
+        mark.keep(Change("abort", "aborted", 0, REQUESTED), now, None)
+    try:
+        after = apply_command(Store.open(where, create=False), "abort", now)
+    except OutputError:
+        if not shared:
+            raise
+        return mark.path
+    except InputError:
+        mark.clear()
+        raise
+    mark.clear()
+    return after
 
 
 def _command_change(state: RolloutState, action: str, full: bool) -> Change:
     if state.status != "running" and not (action == "abort" and state.status == "promoted"):
-        raise InputError(f"roll-out {state.id} is {state.status}: only a running one can be {action}d")
+        raise InputError(
+            f"roll-out {state.id} is {state.status}: only a running one can be {action.removesuffix('e')}ed"
+        )
     if action == "abort":
-        return Change("abort", "aborted", state.step, "requested on the command line")
+        return Change("abort", "aborted", state.step, REQUESTED)
     if state.step == state.last_step:
-        return Change("promote", "promoted", state.step, "requested on the command line")
+        return Change("promote", "promoted", state.step, REQUESTED)
     step = state.last_step if full else state.step + 1
-    return Change("promote", "running", step, "requested on the command line")
+    return Change("promote", "running", step, REQUESTED)

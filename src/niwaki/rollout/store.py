@@ -25,7 +25,7 @@ from niwaki.model.files import write_text
 from niwaki.rollout.decision import Policy
 from niwaki.rollout.histogram import Interval
 
-WAIT_S = 5  # for a database on the network
+WAIT_S = 5.0  # for a database on the network, or a file that another process locks
 Status = Literal["running", "promoted", "returned", "aborted"]
 _META = sql.MetaData()
 _ROLLOUTS = sql.Table(
@@ -269,7 +269,7 @@ def _engine(address: str) -> Engine:
         url = sql.make_url(address)
         networked = url.get_backend_name() == "postgresql"
         # A decision cannot wait for a broken network. A connection that a restart closed is opened again.
-        timeouts = {"connect_timeout": WAIT_S, "tcp_user_timeout": 1000 * WAIT_S} if networked else {}
+        timeouts = {"connect_timeout": round(WAIT_S), "tcp_user_timeout": round(1000 * WAIT_S)} if networked else {}
         engine = sql.create_engine(url, connect_args=timeouts, pool_pre_ping=networked)
     except ModuleNotFoundError as error:
         raise InputError(
@@ -287,14 +287,14 @@ def _engine(address: str) -> Engine:
 def _limit_statements(connection: Any, _: Any) -> None:
     """Limit the time of each statement on a new connection."""
     with connection.cursor() as cursor:
-        cursor.execute(f"SET statement_timeout = {1000 * WAIT_S}")
+        cursor.execute(f"SET statement_timeout = {1000 * WAIT_S:.0f}")
     connection.commit()
 
 
 def _make_durable(connection: Any, _: Any) -> None:
     """Set up a connection whose commits are on the disk when they return, and whose readers never wait."""
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
+    for pragma in (f"busy_timeout={1000 * WAIT_S:.0f}", "journal_mode=WAL", "synchronous=FULL"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
