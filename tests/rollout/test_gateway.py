@@ -308,6 +308,9 @@ def test_counts_are_those_of_the_client(tmp_path: Path) -> None:
         text = (await setup.client.get("/metrics")).text
         counts = [float(line.split()[-1]) for line in text.splitlines() if line.startswith("niwaki_rollout_requests{")]
         assert sum(counts) == 150 and 'side="fallback"' in text
+        assert 'niwaki_refused_connections_total{reason="late"} 0.0' in text
+        setup.gateway.count_refusal("late")
+        assert 'niwaki_refused_connections_total{reason="late"} 1.0' in (await setup.client.get("/metrics")).text
         own = [line for line in text.splitlines() if 'side="fallback"' in line]
         assert float(own[0].split()[-1]) == sum(payload is not None for payload in setup.stable.asked) - counts[0]
 

@@ -148,6 +148,8 @@ def test_headers_that_never_end_and_bodies_that_never_come(slow: Running, monkey
     assert raw(slow, b"GET /health HTTP/1.1\r\nX-Slow: ").startswith(b"HTTP/1.1 408 ")
     assert raw(slow, b"GET /health HTTP/1.1\r\nX-Big: " + b"x" * 40_000).startswith(b"HTTP/1.1 431 ")
     assert raw(slow, b"\x16\x03\x01 nonsense\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+    series = "niwaki_refused_connections_total"
+    assert [slow.metric(f'{series}{{reason="{reason}"}}') for reason in ("late", "large", "malformed")] == [1, 1, 1]
     middleware = slow.server.config.loaded_app
     while not isinstance(middleware, LimitsMiddleware):
         middleware = middleware.app
@@ -156,6 +158,18 @@ def test_headers_that_never_end_and_bodies_that_never_come(slow: Running, monkey
         f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
     )
     assert raw(slow, half.encode() + b"Content-Length: 90\r\n\r\n{").startswith(b"HTTP/1.1 408 ")
+
+
+def test_broken_chunks_of_a_body_are_an_invalid_request(slow: Running, caplog: pytest.LogCaptureFixture) -> None:
+    invalid = 'niwaki_requests_total{outcome="invalid",route="completions"}'
+    for kind, counted_now in (("application/json", 1), ("text/plain", 2)):  # the second is refused before its body
+        before, head = slow.metric(invalid), f"Authorization: Bearer {KEY}\r\nContent-Type: {kind}\r\n"
+        sent = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{head}Transfer-Encoding: chunked\r\n\r\n-5\r\n{{"
+        answer = raw(slow, sent.encode())
+        assert answer.startswith(b"HTTP/1.1 400 ") and b'"invalid_request_error"' in answer
+        until(lambda before=before: slow.metric(invalid) == before + 1)  # type: ignore[misc]
+        assert slow.metric('niwaki_refused_connections_total{reason="malformed"}') >= counted_now
+    assert not any(record.exc_info for record in caplog.records), "no traceback"
 
 
 def test_bodies_that_arrive_at_once_have_a_limit_together(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
