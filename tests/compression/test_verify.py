@@ -2,12 +2,14 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import niwaki
-from niwaki.compression.verify import check_weights
+from niwaki.compression import verify
+from niwaki.compression.verify import UNVERIFIED, check_weights, replace_files, state_of
 from niwaki.errors import CheckpointError
 from support.models import tiny_llama, write_texts
 
@@ -73,6 +75,80 @@ def test_a_record_without_hashes(out: Path, text: str) -> None:
         check_weights(out)
     path.write_text(before)
     assert check_weights(out)
+
+
+DECIDING = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+            "model.safetensors.index.json", "niwaki/blocks.jsonl"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_one_byte_changed_beside_the_weights_is_found(out: Path, name: str) -> None:
+    path = out / name
+    before = path.read_bytes()
+    path.write_bytes(before.replace(b"0", b"1", 1) if b"0" in before else before + b" ")
+    with pytest.raises(CheckpointError, match=rf"{name} is not the file that niwaki wrote"):
+        check_weights(out)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=f"misses {name}"):
+        check_weights(out)
+    path.write_bytes(before)
+    assert check_weights(out)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "vocab.json", "adapter_config.json", "niwaki/shadow.json"])
+def test_a_file_of_a_stranger_is_found(out: Path, name: str) -> None:
+    (out / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"{name}: .* has no SHA-256 of it"):
+        check_weights(out)
+    (out / name).unlink()
+    (out / "README.md").write_text((out / "README.md").read_text() + "\nmine\n")
+    assert check_weights(out), "the card is for people"
+
+
+def test_an_older_result_says_what_was_not_verified(out: Path) -> None:
+    path = out / "niwaki/run.json"
+    before = path.read_text()
+    content = json.loads(before)
+    assert UNVERIFIED not in state_of(out, check_weights(out))
+    path.write_text(json.dumps({name: value for name, value in content.items() if name != "files"}))
+    assert UNVERIFIED in state_of(out, check_weights(out))
+    path.write_text(before)
+
+
+def test_a_replacement_that_is_killed_at_any_step_still_passes(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill at every rename and every record that `replace_files` writes; the files change together in the end."""
+
+    def write(place: Path) -> None:
+        (place / "niwaki").mkdir()
+        for name in ("niwaki/blocks.jsonl", "niwaki/evaluation.json"):
+            (place / name).write_text(f"{stop}\n")
+
+    class Killed(BaseException):
+        pass
+
+    def counted(step: Callable[..., object]) -> Callable[..., object]:
+        def run(*given: object, **named: object) -> object:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return step(*given, **named)
+
+        return run
+
+    monkeypatch.setattr(verify, "write_record", counted(verify.write_record))
+    monkeypatch.setattr(Path, "replace", counted(Path.replace))
+    stop, finished = 0, False
+    while not finished:
+        left = stop
+        try:
+            replace_files(out, write)
+            finished = True
+        except Killed:
+            stop += 1
+        assert check_weights(out)
+    assert stop >= 5 and (out / "niwaki/evaluation.json").read_text() == f"{stop}\n"
+    assert json.loads((out / "niwaki/run.json").read_text())["pending"] == {}
 
 
 def test_the_model_and_the_predictor_of_a_contextual_result(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from niwaki.compression.run_record import FORMAT, RunRecord, read_run, write_record
+from niwaki.compression.run_record import RunRecord, read_run
 from niwaki.compression.traces import trace
+from niwaki.compression.verify import replace_files
 from niwaki.config.events import Report, silent
 from niwaki.config.recipe import BosPolicy, as_files, current_name
 from niwaki.config.sources import check_sources
@@ -90,14 +91,17 @@ def adapt(
         name: kept_share(one, judge, old.layout, share) for name, one in (("old", old.predictor), ("new", predictor))
     }
     accepted = kept["new"] > kept["old"]
-    if accepted:
-        copy_file(folder / TENSORS, folder / PREVIOUS)
-        sha256 = record.result.sha256 | {TENSORS: write_shadow(folder, replace(old, predictor=predictor))}
-        current = {"format": FORMAT, "result": record.result.model_copy(update={"sha256": sha256})}
-        write_record(folder, record.model_copy(update=current))
     result = {"data": list(files), "samples": len(traces), "held_out": len(judge), "kept": kept, "accepted": accepted}
     result |= calibration.about
-    write_text(folder / HISTORY, json.dumps(result, indent=2) + "\n")
+
+    def write(place: Path) -> None:
+        (place / HISTORY).parent.mkdir()
+        write_text(place / HISTORY, json.dumps(result, indent=2) + "\n")
+        if accepted:
+            copy_file(folder / TENSORS, place / PREVIOUS)
+            write_shadow(place, replace(old, predictor=predictor))
+
+    replace_files(folder, write)
     return result
 
 

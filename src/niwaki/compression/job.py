@@ -58,6 +58,7 @@ from niwaki.compression.run_record import (
 )
 from niwaki.compression.stages import FirstStage, merged_record
 from niwaki.compression.totals import packed_modules, result_of, shard_index
+from niwaki.compression.verify import hashed_files
 from niwaki.compression.walk import WalkPlan, collect, compress_blocks, forward
 from niwaki.config.events import Event, Report
 from niwaki.config.recipe import Recipe
@@ -286,6 +287,7 @@ def record_of(job: Job, folder: ResultFolder, result: ResultRecord, allocation: 
         "allocation": allocation,
         "calibration": calibration_record(job.calibration),
         "result": result,
+        "files": hashed_files(folder.path),
         **({"kept_dense": job.decoder.kept.record()} if job.decoder.kept.weights else {}),
         **({"unread": unread.record(kept=not job.recipe.drop_unused)} if (unread := job.decoder.unread).names else {}),
         **({"towers": towers_record(job.decoder)} if job.decoder.anatomy.idle else {}),

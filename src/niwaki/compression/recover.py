@@ -27,6 +27,7 @@ from niwaki.compression.run_record import (
     read_record,
     write_record,
 )
+from niwaki.compression.verify import hashed_files
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.data.texts import CalibrationWindows, digest, fit_seq_len, load_tokenizer, read_calibration
@@ -98,6 +99,7 @@ def recover(
             folder.discard()
             raise
         record = _record(checkpoint, windows_ST, settings, result, device, started)
+        record = record.model_copy(update={"files": hashed_files(folder.path)})
         write_record(folder.path, record)
         folder.complete()
     return record.dump()

@@ -285,7 +285,11 @@ class ExportRecord(_Frozen):
 
 
 class Record(_Frozen):
-    """run.json of any folder that niwaki wrote: versions, date and command, and the export if it is one."""
+    """run.json of any folder that niwaki wrote: versions, date and command, and the export if it is one.
+
+    `files`: SHA-256 of the files beside the weights, None in results before version 0.2. `pending`: the hashes before
+    a replacement that is in progress, "" for a new file (see `verify.replace_files`).
+    """
 
     format: int = 0
     niwaki: str = ""
@@ -295,6 +299,8 @@ class Record(_Frozen):
     command: list[str] = []
     model: ModelRecord | None = None
     export: ExportRecord | None = None
+    files: dict[str, str] | None = None
+    pending: dict[str, str] = {}
 
     @property
     def file_hashes(self) -> Mapping[str, str] | None:

@@ -24,6 +24,7 @@ from niwaki.compression.run_record import (
     read_record,
     write_record,
 )
+from niwaki.compression.verify import hashed_files
 from niwaki.config.events import Report
 from niwaki.errors import InputError, OutputError, unknown
 from niwaki.exporters.formats import FORMATS, ExportFormat
@@ -96,6 +97,7 @@ def export(
             write_text(
                 folder.path / "README.md", export_card(record, library=FORMATS[to].library, storage=FORMATS[to].storage)
             )
+            record = record.model_copy(update={"files": hashed_files(folder.path), "pending": {}})
             write_record(folder.path, record)
         except BaseException:
             folder.discard()

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from niwaki.compression.verify import replace_files
 from niwaki.config.events import Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.data.bos import find_bos
@@ -87,7 +88,8 @@ def calibrate_gate(
     if batch:
         seconds = measure_break_even(contextual, windows_ST[:1].expand(batch, -1).to(model.device), prompt_tokens)
         limits["max_kept_frac"] = seconds["max_kept_frac"]
-    write_about(folder, replace(shadow, running=replace(shadow.running, **limits)))
+    gated = replace(shadow, running=replace(shadow.running, **limits))
+    replace_files(folder, lambda place: write_about(place, gated))
     return {
         **limits,
         **({"seconds": seconds} if batch else {}),

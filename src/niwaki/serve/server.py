@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import uvicorn
 
-from niwaki.compression.verify import check_weights
+from niwaki.compression.verify import check_weights, state_of
 from niwaki.data.texts import load_tokenizer
 from niwaki.errors import InputError
 from niwaki.model.checkpoint import local_folder
@@ -89,9 +89,7 @@ def make_service(model: str | Path, settings: ServerSettings) -> Service:
     """Load the model and start its engine. Compare its weights with run.json first."""
     folder = local_folder(str(model))
     if settings.verify:
-        checked = check_weights(folder)
-        state = "not a result of niwaki" if checked is None else f"{checked:,} bytes match run.json"
-        log.info("weights of %s: %s", model, state)
+        log.info("files of %s: %s", model, state_of(folder, check_weights(folder)))
     tokenizer = load_tokenizer(folder)
     decoder = load(folder, device=settings.device, dense=settings.dense, dtype=settings.dtype)
     config = decoder.config.get_text_config()

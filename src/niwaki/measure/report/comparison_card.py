@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult
 
 from niwaki.compression.model_card import without_folders
 from niwaki.compression.run_record import RECORD
+from niwaki.compression.verify import replace_files
 from niwaki.measure.report.evaluation_card import check_card, entry, write_card_section
 from niwaki.measure.schema import BUSY_SPREAD, Candidate, Comparison, Estimate, Throughput, write_comparison
 
@@ -25,7 +26,12 @@ def put_comparison(folder: Path, comparison: Comparison, candidate: Candidate) -
     """Write the results of `candidate` into README.md and niwaki/comparison.json of `folder`."""
     check_card(folder)
     alone = comparison.model_copy(update={"candidates": (candidate,), "passed": candidate.passed})
-    write_comparison(folder / RECORD / COMPARISON, alone)
+
+    def write(place: Path) -> None:
+        (place / RECORD).mkdir()
+        write_comparison(place / RECORD / COMPARISON, alone)
+
+    replace_files(folder, write)
     write_card_section(folder, _text(comparison, candidate), list(_entries(candidate)))
 
 

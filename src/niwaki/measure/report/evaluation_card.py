@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from niwaki.compression.model_card import BEGIN, END
 from niwaki.compression.run_record import RECORD, RUN
+from niwaki.compression.verify import replace_files
 from niwaki.errors import InputError
 from niwaki.model.files import write_text
 
@@ -32,7 +33,12 @@ def check_card(folder: Path) -> None:
 def put_evaluation(folder: Path, result: dict[str, Any]) -> None:
     """Write the result of `niwaki.evaluate` into README.md and niwaki/evaluation.json of `folder`."""
     check_card(folder)
-    write_text(folder / RECORD / "evaluation.json", json.dumps(result, indent=2) + "\n")
+
+    def write(place: Path) -> None:
+        (place / RECORD).mkdir()
+        write_text(place / RECORD / "evaluation.json", json.dumps(result, indent=2) + "\n")
+
+    replace_files(folder, write)
     write_card_section(folder, _table(result), list(_entries(result)))
 
 

@@ -71,6 +71,7 @@ def write_about(folder: Path, shadow: Shadow) -> None:
         "rule": asdict(shadow.rule),
         "running": asdict(shadow.running),
     }
+    (folder / ABOUT).parent.mkdir(parents=True, exist_ok=True)
     write_text(folder / ABOUT, json.dumps(about, indent=2) + "\n")
 
 
