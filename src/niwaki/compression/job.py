@@ -257,11 +257,15 @@ def walk_model(job: Job, folder: ResultFolder, report: Report, allocate: Allocat
 def finish(
     job: Job, folder: ResultFolder, report: Report, record: RunRecord, check: Callable[[], None] | None = None
 ) -> None:
-    """Write model card and run.json, check the folder, and move it to its place."""
+    """Write model card and run.json, check the folder, and move it to its place.
+
+    Raises CheckpointError if the source model changed since it was read.
+    """
     write_text(folder.path / "README.md", model_card(record))
     write_record(folder.path, record)
     if check is not None:
         check()
+    job.checkpoint.log.check()
     report(Event.DONE, seconds=record.seconds, out=str(job.request.out))
     folder.complete()
 
@@ -269,6 +273,7 @@ def finish(
 def record_of(job: Job, folder: ResultFolder, result: ResultRecord, allocation: dict[str, Any]) -> RunRecord:
     """Return the record of a run: everything that is needed to make the result again."""
     checkpoint, device = job.checkpoint, job.decoder.device
+    checkpoint.log.check()
     merged = read_lineage(checkpoint.folder)
     cuda = device.type == "cuda"
     fields = {

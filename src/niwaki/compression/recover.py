@@ -95,6 +95,7 @@ def recover(
     with ResultFolder(out, {"recover": digest(windows_ST)}, resume=False, overwrite=overwrite) as folder:
         try:
             result = _write(skeleton, merged, folder.path, loss)
+            checkpoint.log.check()
         except BaseException:
             folder.discard()
             raise

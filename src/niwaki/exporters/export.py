@@ -99,6 +99,7 @@ def export(
             )
             record = record.model_copy(update={"files": hashed_files(folder.path), "pending": {}})
             write_record(folder.path, record)
+            checkpoint.log.check()
         except BaseException:
             folder.discard()
             raise

@@ -29,6 +29,7 @@ from niwaki.model.config_file import CONFIG, config_faults, read_config
 from niwaki.model.files import atomic_file, copy_file, file_sha256, write_text
 from niwaki.model.gguf_source import gguf_folder, gguf_source
 from niwaki.model.hf import build_skeleton, tied_names, weight_names
+from niwaki.model.read_log import ReadLog, read_tensor
 from niwaki.model.shards import LENGTH_BYTES, TensorInfo, check_link, read_headers, read_json
 
 QUANT_METHOD = "niwaki"
@@ -61,6 +62,7 @@ class Checkpoint:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     own_head: str = ""
     records: dict[str, TensorInfo] = field(default_factory=dict)
+    log: ReadLog = field(default_factory=ReadLog, compare=False)
 
     @classmethod
     def open(cls, model: str | Path, linked_to: Path | None = None) -> "Checkpoint":
@@ -72,7 +74,8 @@ class Checkpoint:
         `shapes` holds the matrices whose shape differs from the config (see `niwaki.model.hf`).
         """
         folder = local_folder(str(model))
-        for path in (folder / CONFIG, *aux_files(folder)):
+        files = [folder / CONFIG, *aux_files(folder)]
+        for path in files:
             check_link(folder, path, linked_to)
         content = read_json(folder / CONFIG)
         stored = _stored_packed(folder, content)
@@ -81,7 +84,9 @@ class Checkpoint:
         config = read_config(folder, content, headers)
         with config_faults(folder):
             tensors, records = _as_plain(headers, modules, config.dtype)
-            return cls(folder, config, tensors, modules, shapes, records=records)._untied()
+        log = ReadLog.of(files, [folder / shard for shard in sorted({info.shard for info in headers.values()})])
+        with config_faults(folder):
+            return cls(folder, config, tensors, modules, shapes, records=records, log=log)._untied()
 
     def _untied(self) -> "Checkpoint":
         """Return the checkpoint, its config without ties if the file holds a head that differs from the embeddings.
@@ -174,22 +179,17 @@ class Checkpoint:
 
         Raises CheckpointError with the name of the first tensor that is not finite.
         """
-        wanted: dict[str, list[str]] = {}
         packed: dict[str, dict[str, Any]] = {}
+        found: dict[str, Tensor] = {}
         for name in names:
             module = name.removesuffix(WEIGHT)
             if module in self.packed:
                 packed[module] = self.packed[module]
             for stored in _stored_as(name, self.packed):
                 info = self.records[stored] if module in self.packed else self.tensors[name]
-                wanted.setdefault(info.shard, []).append(stored)
-        found: dict[str, Tensor] = {}
-        for shard, members in wanted.items():
-            with safe_open(self.folder / shard, framework="pt") as file:
-                for name in members:
-                    mapped = file.get_tensor(name)
-                    # A copy, so that the mapping of the file and its pages are freed here.
-                    found[name] = torch.empty_like(mapped, pin_memory=pinned).copy_(mapped)
+                path = self.folder / info.shard
+                found[stored] = read_tensor(path, stored, info.dtype, info.shape, info.begin, pinned=pinned)
+                self.log.note(path, info.begin, found[stored])
         found = decode_stored(found, packed, self.dtype) if packed else found
         for name, tensor in found.items():
             # Min and max of a tensor are NaN or infinite exactly if an element is.

@@ -109,6 +109,8 @@ def compare(
     inputs = _read_inputs(settings, tokenizer, decoders, progress or silent)
     job = _Job(settings, inputs, tokenizer, confidence, progress or silent)
     dense_model, measured = job.run(sources, decoders)
+    for decoder in decoders:
+        decoder.checkpoint.log.check()
     comparison = Comparison(
         date=date, command=command_line(sources, settings, gate=gate, report=report, lang=lang),
         seconds=round(time.perf_counter() - started, 2), confidence=confidence, settings=settings,

@@ -99,6 +99,8 @@ def evaluate(
         lm_eval_settings: dict[str, Any] = {"device": device, "logit_bytes": logit_bytes, "bos": bos}
         rows = [run_tasks(harness, d.checkpoint.folder, dtype=d.dtype, **lm_eval_settings) for d in decoders]
         result["lm_eval"] = rows[0] if reference is None else {**rows[0], "reference": rows[1]}
+    for decoder in decoders:
+        decoder.checkpoint.log.check()
     return result
 
 

@@ -1,0 +1,115 @@
+"""Noticing of a model that changes while it is read.
+
+Every tensor is hashed as it is read. A second read must give the same bytes. In the end, a file with the inode, size
+and times of the beginning is unchanged. For a write updates the change time, which no program can set. Of any other
+file, the ranges that were read are hashed again. So a touched, copied or linked file with the same bytes passes.
+
+    log = ReadLog.of(folder, [folder / "config.json"], [folder / "model.safetensors"])
+    log.note(folder / "model.safetensors", begin, tensor)
+    log.check()
+
+Cost: one SHA-256 of what is read (about 1.5 GB/s), and nothing in the end if no file was written.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from niwaki.errors import CheckpointError
+from niwaki.model.files import file_sha256
+
+_READ_BYTES = 2**24
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+State = tuple[int, ...]
+
+
+@dataclass
+class ReadLog:
+    """States and hashes of the files of a model: whole small files, and the ranges of shards that were read."""
+
+    files: dict[Path, tuple[State, str]] = field(default_factory=dict)
+    shards: dict[Path, State] = field(default_factory=dict)
+    ranges: dict[tuple[Path, int, int], str] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
+
+    @classmethod
+    def of(cls, files: Iterable[Path], shards: Iterable[Path]) -> "ReadLog":
+        """Begin with the present states, and the hashes of `files`."""
+        return cls({path: (_state(path), file_sha256(path)) for path in files}, {path: _state(path) for path in shards})
+
+    def note(self, path: Path, begin: int, tensor: Tensor) -> None:
+        """Record the bytes of a tensor that begins at `begin`. Raises CheckpointError if an earlier read had others."""
+        sha256 = hashlib.sha256(bytes_of(tensor)).hexdigest()
+        with self._lock:
+            if self.ranges.setdefault((path, begin, tensor.nbytes), sha256) != sha256:
+                raise _changed(path)
+
+    def check(self) -> None:
+        """Raise CheckpointError if what was read is no longer what the files hold."""
+        for path, (state, sha256) in self.files.items():
+            if not path.is_file() or (_state(path) != state and file_sha256(path) != sha256):
+                raise _changed(path)
+        for path, state in self.shards.items():
+            if not path.is_file():
+                raise _changed(path)
+            if _state(path) != state:
+                self._check_ranges(path, state)
+
+    def _check_ranges(self, path: Path, state: State) -> None:
+        ranges = {key: sha256 for key, sha256 in self.ranges.items() if key[0] == path}
+        # Without a hash, only a new change time is known to be harmless: a link to a file changes it.
+        if not ranges and _state(path)[:-1] != state[:-1]:
+            raise _changed(path)
+        with path.open("rb") as file:
+            for (_, begin, nbytes), sha256 in ranges.items():
+                file.seek(begin)
+                found = hashlib.sha256()
+                for done in range(0, nbytes, _READ_BYTES):
+                    found.update(file.read(min(_READ_BYTES, nbytes - done)))
+                if found.hexdigest() != sha256:
+                    raise _changed(path)
+
+
+def read_tensor(path: Path, name: str, dtype: str, shape: tuple[int, ...], begin: int, *, pinned: bool) -> Tensor:
+    """Read one tensor of a safetensors file, without mapping the file: a file that is cut would end the process."""
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name} is stored as {dtype}, which this torch cannot read")
+    tensor = torch.empty(shape, dtype=DTYPES[dtype], pin_memory=pinned)
+    if not path.is_file():
+        raise _changed(path)
+    with path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        view = bytes_of(tensor)
+        done = 0
+        while done < tensor.nbytes:
+            count = file.readinto(view[done : done + _READ_BYTES])
+            if not count:
+                raise _changed(path)
+            done += count
+    return tensor
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _state(path: Path) -> State:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} changed while it was read, so nothing is published: let its download or copy finish, and run again"
+    )
