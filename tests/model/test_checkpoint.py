@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import niwaki
 from niwaki.errors import CheckpointError
 from niwaki.model.checkpoint import Checkpoint, cut_to_shards
 from niwaki.model.shards import TensorInfo
@@ -108,3 +109,33 @@ def test_shards_are_cut_by_bytes_in_order(monkeypatch: pytest.MonkeyPatch) -> No
     tensors = {name: TensorInfo("s", "U8", (size,), size) for name, size in zip("abcde", [6, 4, 11, 1, 9], strict=True)}
     assert cut_to_shards("abcde", tensors) == [["a", "b"], ["c"], ["d", "e"]]
     assert cut_to_shards([], tensors) == []
+
+
+def test_a_revision_of_the_hub_is_fetched_and_its_commit_recorded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run a compression of ORG/NAME@REVISION with a stub of the hub."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--org--name" / "snapshots" / commit
+    snapshot.parent.mkdir(parents=True)
+    model.rename(snapshot)
+    asked: list[tuple[str, str | None]] = []
+
+    def fetch(name: str, *, revision: str | None = None, **_: object) -> str:
+        asked.append((name, revision))
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    for wanted, revision in ("org/name@v1.0", "v1.0"), ("org/name@refs/pr/3", "refs/pr/3"), ("org/name", None):
+        niwaki.compress(
+            wanted, tmp_path / "out", method="magnitude", target="0.5", device="cpu", overwrite=True
+        )  # fmt: skip
+        assert asked.pop() == ("org/name", revision)
+        record = json.loads((tmp_path / "out/niwaki/run.json").read_text())["model"]
+        assert (record["hub_id"], record["revision"]) == ("org/name", commit)
+
+
+@pytest.mark.parametrize("wrong", ["org/name@", "org@v1", "org/name@v 1", "a/b/c@v1", "@v1"])
+def test_a_malformed_hub_id_is_refused_before_any_fetch(wrong: str) -> None:
+    with pytest.raises(CheckpointError, match="org/name@REVISION"):
+        Checkpoint.open(wrong)

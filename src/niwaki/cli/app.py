@@ -5,7 +5,9 @@ crash of niwaki itself, 130 an interrupt, and 141 a reader of the output that we
 """
 
 import errno
+import importlib.abc
 import platform
+import resource
 import shlex
 import sys
 import tempfile
@@ -14,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -34,7 +36,7 @@ from niwaki.cli.options import console, error_console
 from niwaki.cli.plan import plan
 from niwaki.cli.recover import recover
 from niwaki.cli.serve import serve
-from niwaki.errors import NiwakiError
+from niwaki.errors import InputError, NiwakiError
 from niwaki.version import __version__
 
 app = typer.Typer(name="niwaki", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -72,12 +74,16 @@ _MACHINE_FAULTS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
     errno.ENAMETOOLONG, errno.ELOOP, errno.ENOMEM, errno.EADDRINUSE,
 }  # fmt: skip
+TORCH_BYTES = 1 << 30  # of address space to import torch; with less, its libraries abort the process or hang
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc")
 _SECRET_WORDS = ("key", "token", "password", "secret")
 
 
 def main() -> None:
     """Run the command line. Print one line for an error and exit with the code of its kind."""
     try:
+        if 0 <= (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) < TORCH_BYTES:
+            sys.meta_path.insert(0, _NoRoom(limit))
         app()
     except NiwakiError as error:
         _refuse(str(error))
@@ -99,6 +105,20 @@ def main() -> None:
         sys.exit(CRASHED)
 
 
+class _NoRoom(importlib.abc.MetaPathFinder):
+    """Finder that refuses to import torch under a limit of the address space."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name == "torch":
+            raise InputError(
+                f"this process may use {self.limit / 1e9:.2f} GB of address space (ulimit -v), and torch alone needs "
+                f"{TORCH_BYTES / 1e9:.2f} GB: raise the limit"
+            )
+
+
 def _refuse(problem: str) -> None:
     """Print `problem` in one line and exit with 2."""
     error_console.print(f"[red]error:[/] {escape(problem)}", highlight=False, soft_wrap=True)
@@ -111,8 +131,8 @@ def machine_problem(error: Exception) -> str | None:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{(error.strerror or str(error)).lower()}: free space or change the rights, then run again"
     torch = sys.modules.get("torch")  # an error of torch needs torch to be loaded
-    out_of_memory = isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
-    if out_of_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+    named = isinstance(error, RuntimeError | OSError | ImportError) and any(word in str(error) for word in _NO_MEMORY)
+    if named or isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return (
             "not enough memory for this work: `niwaki plan` says what it needs. Lower --samples, --seq-len or "
             "--batch-tokens, or use a machine with more"

@@ -56,7 +56,12 @@ def first_given(*values: str | None) -> str | None:
     return next((value for value in values if value is not None), None)
 
 
-Model = Annotated[str, typer.Argument(help="A local model folder, a GGUF file or a hub id.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A local model folder, a GGUF file or a hub id (org/name or org/name@REVISION).", show_default=False
+    ),
+]
 DenseModel = Annotated[
     str, typer.Argument(help="The dense model: a folder, a GGUF file or a hub id.", show_default=False)
 ]

@@ -39,11 +39,7 @@ def serve(
     ] = False,
     dense: Annotated[bool, typer.Option("--dense", help="Contextual models: run with all of the weights.")] = False,
     verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify/--no-verify",
-            help="Compare weights, configs, tokenizer and records with the SHA-256 in run.json first.",
-        ),
+        bool, typer.Option("--verify/--no-verify", help="Compare all files with the SHA-256 in run.json first.")
     ] = True,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
     device: Device = "auto",

@@ -33,7 +33,7 @@ from niwaki.model.decoder import Decoder
 from niwaki.model.device import pick_device
 from niwaki.model.files import copy_file, write_text
 from niwaki.runtime.contextual.predictor import kept_share
-from niwaki.runtime.contextual.predictor_files import TENSORS, has_shadow, read_shadow, write_shadow
+from niwaki.runtime.contextual.predictor_files import TENSORS, Shadow, has_shadow, read_shadow, write_shadow
 
 PREVIOUS = "niwaki/shadow.previous.safetensors"
 HISTORY = "niwaki/adapted.json"
@@ -93,16 +93,21 @@ def adapt(
     accepted = kept["new"] > kept["old"]
     result = {"data": list(files), "samples": len(traces), "held_out": len(judge), "kept": kept, "accepted": accepted}
     result |= calibration.about
+    _put(folder, result, replace(old, predictor=predictor) if accepted else None)
+    return result
+
+
+def _put(folder: Path, result: dict[str, Any], new: Shadow | None) -> None:
+    """Write what was found, and the new predictor if it was accepted, with the old one beside it."""
 
     def write(place: Path) -> None:
         (place / HISTORY).parent.mkdir()
         write_text(place / HISTORY, json.dumps(result, indent=2) + "\n")
-        if accepted:
+        if new is not None:
             copy_file(folder / TENSORS, place / PREVIOUS)
-            write_shadow(place, replace(old, predictor=predictor))
+            write_shadow(place, new)
 
     replace_files(folder, write)
-    return result
 
 
 def _config(record: RunRecord) -> Any:

@@ -257,10 +257,7 @@ def walk_model(job: Job, folder: ResultFolder, report: Report, allocate: Allocat
 def finish(
     job: Job, folder: ResultFolder, report: Report, record: RunRecord, check: Callable[[], None] | None = None
 ) -> None:
-    """Write model card and run.json, check the folder, and move it to its place.
-
-    Raises CheckpointError if the source model changed since it was read.
-    """
+    """Write model card and run.json, check the folder and the source, and move the folder to its place."""
     write_text(folder.path / "README.md", model_card(record))
     write_record(folder.path, record)
     if check is not None:

@@ -196,9 +196,11 @@ class GgufRecord(_Frozen):
 
 
 class ModelRecord(_Frozen):
-    """Source model: a folder, or a GGUF file with its facts."""
+    """Source model: a folder, or a GGUF file with its facts. Of a model of the hub: its id, and the commit read."""
 
     source: str
+    hub_id: str | None = None
+    revision: str | None = None
     adapter: AdapterRecord | None = None
     type: str = ""
     bytes: int = 0

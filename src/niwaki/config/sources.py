@@ -7,6 +7,7 @@ This module needs neither torch nor transformers, so a misspelt path is refused 
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from niwaki.errors import CalibrationError, CheckpointError
 
 GGUF = ".gguf"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 ADAPTER = "adapter_config.json"
 
@@ -27,8 +29,11 @@ def model_folder(model: str) -> Path | None:
     if path.is_file() and path.suffix.lower() == GGUF:
         return path
     if not path.is_dir():
-        if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-            raise CheckpointError(f"no model folder at {model}: expected a local folder or a hub id such as org/name")
+        if path.exists() or not _HUB_ID.fullmatch(model):
+            raise CheckpointError(
+                f"no model folder at {model}: expected a local folder, or a hub id such as org/name or "
+                "org/name@REVISION (a branch, a tag or a commit)"
+            )
         return None
     refuse_adapter(path)
     files = sorted(file for file in path.iterdir() if file.suffix.lower() == GGUF)

@@ -30,7 +30,7 @@ from niwaki.model.files import atomic_file, copy_file, file_sha256, write_text
 from niwaki.model.gguf_source import gguf_folder, gguf_source
 from niwaki.model.hf import build_skeleton, tied_names, weight_names
 from niwaki.model.read_log import ReadLog, read_tensor
-from niwaki.model.shards import LENGTH_BYTES, TensorInfo, check_link, read_headers, read_json
+from niwaki.model.shards import LENGTH_BYTES, TensorInfo, check_link, hub_commit, read_headers, read_json
 
 QUANT_METHOD = "niwaki"
 FORMAT = 1  # of `quantization_config`
@@ -126,9 +126,11 @@ class Checkpoint:
 
     @property
     def source(self) -> dict[str, Any]:
-        """Return the place of the model for a record: its folder, or the GGUF file it was made of and its facts."""
+        """Return the place of the model for a record: its folder or GGUF file, and the facts or the commit of it."""
         gguf = gguf_source(self.folder)
-        return {"source": str(self.folder)} if gguf is None else {"source": gguf["file"], "gguf": gguf}
+        if gguf is not None:
+            return {"source": gguf["file"], "gguf": gguf}
+        return {"source": str(self.folder), **hub_commit(self.folder)}
 
     def config_content(self) -> dict[str, Any]:
         """Return the content of config.json, with the ties as the weights have them."""
@@ -298,8 +300,9 @@ def fetched_folder(model: str) -> Path:
 
     patterns = ["*.safetensors", "*.py", *(f"*{suffix}" for suffix in sorted(SUFFIXES))]
     patterns += [f"{stem}*" for stem in STEMS]
+    name, _, revision = model.partition("@")
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, HTTP and OS errors alike
         reason = str(error).strip().split("\n")[0][:160]
         raise CheckpointError(

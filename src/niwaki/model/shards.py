@@ -116,6 +116,15 @@ def check_link(folder: Path, path: Path, also: Path | None = None) -> None:
         )
 
 
+def hub_commit(folder: Path) -> dict[str, str]:
+    """Return {"hub_id": ORG/NAME, "revision": commit} of a folder in the cache of the hub, {} for another folder."""
+    *_, repository, snapshots, commit = ("", "", "", *folder.resolve().parts)
+    kind, *name = repository.split("--")
+    if snapshots != "snapshots" or kind != "models" or not name:
+        return {}
+    return {"hub_id": "/".join(name), "revision": commit}
+
+
 def _read_index(path: Path) -> dict[str, str]:
     """Return the shard of every tensor that an index lists."""
     weight_map = read_json(path).get("weight_map")

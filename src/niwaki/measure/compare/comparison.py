@@ -109,8 +109,6 @@ def compare(
     inputs = _read_inputs(settings, tokenizer, decoders, progress or silent)
     job = _Job(settings, inputs, tokenizer, confidence, progress or silent)
     dense_model, measured = job.run(sources, decoders)
-    for decoder in decoders:
-        decoder.checkpoint.log.check()
     comparison = Comparison(
         date=date, command=command_line(sources, settings, gate=gate, report=report, lang=lang),
         seconds=round(time.perf_counter() - started, 2), confidence=confidence, settings=settings,
@@ -221,6 +219,8 @@ class _Job:
             for source, decoder in zip(sources, decoders, strict=True)
         ]
         candidates = self._measure_quality(decoders, models)
+        for decoder in decoders:
+            decoder.checkpoint.log.check()
         if not self.settings.rounds:
             return models[0], tuple(candidates)
         if torch.cuda.is_available():

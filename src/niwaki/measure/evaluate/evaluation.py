@@ -99,8 +99,6 @@ def evaluate(
         lm_eval_settings: dict[str, Any] = {"device": device, "logit_bytes": logit_bytes, "bos": bos}
         rows = [run_tasks(harness, d.checkpoint.folder, dtype=d.dtype, **lm_eval_settings) for d in decoders]
         result["lm_eval"] = rows[0] if reference is None else {**rows[0], "reference": rows[1]}
-    for decoder in decoders:
-        decoder.checkpoint.log.check()
     return result
 
 
@@ -132,13 +130,16 @@ def _stream_all(
             for number, decoder in enumerate(decoders)
         ]
         states[-1].warn_of_bos(probes, bos, report)
-        return {
+        found = {
             "bos": bos.state,
             "tokens": {path: ids_ST.numel() for path, ids_ST in windows.items()},
             **_about_rows(texts),
             **_compare_all(states, list(windows)),
             "tasks": {path: _score_all(states, path, questions[path]) for path in tasks},
         }
+    for decoder in decoders:
+        decoder.checkpoint.log.check()
+    return found
 
 
 def _about_rows(texts: dict[str, EvaluationWindows]) -> dict[str, Any]:
