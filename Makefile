@@ -34,7 +34,8 @@ fuzz: $(VENV)/.installed
 # Kernels that report every wrong access to memory (GCC); FUZZ=1 runs the 10,000 mutations instead. Python itself and
 # torch are not built so: their leaks do not count.
 SANITIZED := build/sanitized
-MUTATED := tests/formats tests/model/test_mutated_files.py tests/kernels/test_sparse_product.py
+MUTATED := tests/formats tests/model/test_mutated_files.py tests/runtime/contextual/test_mutated_predictors.py \
+	tests/kernels/test_sparse_product.py
 test-sanitized: $(VENV)/.installed
 	cmake -S . -B $(SANITIZED) -DPython_EXECUTABLE=$(CURDIR)/$(RUN)/python -DNIWAKI_SANITIZE=ON
 	cmake --build $(SANITIZED)

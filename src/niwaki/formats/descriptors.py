@@ -33,6 +33,11 @@ MAX_PARTS = 2
 AGAIN = "download the result again, or compress again"
 NOT_FINITE = "holds NaN or infinite values: expected finite ones"
 NOT_ASCENDING = "places holds a pair of columns that does not ascend: expected two different ones of every four"
+# Names that a tensor of any packed matrix may have, after the name of its module.
+RECORD_NAMES = (
+    *[f"{name}_{number}" for name in ("planes", "scale", "offset", "zero") for number in range(MAX_PARTS)],
+    *["columns", "places", "values", "starts", "scale"],
+)
 _HALF_EXPONENT = 0x7C00  # all ones in NaN and infinite float16 numbers
 _FIRST_OF_FOUR = 0x1111111111111111  # the lowest bit of every half byte of a word
 
@@ -98,6 +103,7 @@ class Descriptor(ABC):
     def check_header(self, found: Mapping[str, tuple[str, Sequence[int]]]) -> None:
         """Raise CheckpointError if a tensor is missing, or has another dtype or shape. Dtypes as in safetensors."""
         labels = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}
+        self._refuse_others(found)
         for name, (dtype, shape) in self.shapes().items():
             if name not in found:
                 self._refuse(f"{name} is missing: expected {labels[dtype]} {list(shape)}")
@@ -107,6 +113,7 @@ class Descriptor(ABC):
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise CheckpointError if a tensor is missing, or does not hold what the format and the kernels need."""
+        self._refuse_others(tensors)
         for name, (dtype, shape) in self.shapes().items():
             expected = f"expected {str(dtype).removeprefix('torch.')} {list(shape)}"
             own = tensors.get(name)
@@ -118,6 +125,10 @@ class Descriptor(ABC):
                 self._refuse(f"{name} is {str(own.dtype).removeprefix('torch.')} {list(own.shape)}: {expected}")
         if problem := self._content(tensors):
             self._refuse(problem)
+
+    def _refuse_others(self, found: Mapping[str, object]) -> None:
+        if others := sorted((found.keys() & set(RECORD_NAMES)) - self.shapes().keys()):
+            self._refuse(f"{others[0]} is stored, and the description in config.json has no such tensor")
 
     def _refuse(self, problem: str) -> NoReturn:
         raise CheckpointError(f"{self.module}.{problem}; {AGAIN}")

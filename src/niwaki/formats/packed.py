@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from niwaki.errors import CheckpointError
-from niwaki.formats.descriptors import read_descriptor
+from niwaki.formats.descriptors import RECORD_NAMES, read_descriptor
 from niwaki.formats.quantized import WEIGHT, QuantizedColumns, assemble, read_parts, stored_tensors
 from niwaki.formats.sparse import VALUES, Sparse
 from niwaki.formats.sparse_tiles import LAYOUT, Tiled
@@ -178,8 +178,7 @@ def decode_stored(
     """
     plain = dict(tensors)
     for module, description in modules.items():
-        names = read_descriptor(module, description).names()
-        own = {name: plain.pop(f"{module}.{name}") for name in names if f"{module}.{name}" in plain}
+        own = {name: plain.pop(f"{module}.{name}") for name in RECORD_NAMES if f"{module}.{name}" in plain}
         if own and module + WEIGHT in plain:
             raise CheckpointError(f"{module} is packed and has a plain {module}{WEIGHT} too: expected one of them")
         if own:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from niwaki.config.sources import model_folder, refuse_adapter
 from niwaki.errors import CheckpointError, format_problem
-from niwaki.formats.descriptors import AGAIN, read_descriptor, read_descriptors, read_shapes
+from niwaki.formats.descriptors import AGAIN, RECORD_NAMES, read_descriptor, read_descriptors, read_shapes
 from niwaki.formats.packed import decode_stored
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.aux_files import STEMS, SUFFIXES, aux_files
@@ -342,13 +342,12 @@ def _as_plain(
             f"config.json gives packed weights the dtype {dtype}: expected float32, float16 or bfloat16"
         )
     for module, descriptor in read_descriptors(packed).items():
-        names = descriptor.names()
-        infos = {name: plain.pop(f"{module}.{name}") for name in names if f"{module}.{name}" in plain}
+        infos = {name: plain.pop(f"{module}.{name}") for name in RECORD_NAMES if f"{module}.{name}" in plain}
         descriptor.check_header({name: (info.dtype, info.shape) for name, info in infos.items()})
         if module + WEIGHT in plain:
             raise CheckpointError(f"{module} is packed and has a plain {module}{WEIGHT} too: expected one of them")
         records |= {f"{module}.{name}": info for name, info in infos.items()}
-        own, nbytes = list(infos.values()), sum(info.nbytes for info in infos.values())
+        own, nbytes = [infos[name] for name in descriptor.names()], sum(info.nbytes for info in infos.values())
         plain[module + WEIGHT] = TensorInfo(own[0].shard, label, (descriptor.rows, descriptor.columns), nbytes)
     return plain, records
 

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from niwaki.errors import CheckpointError
-from niwaki.formats.descriptors import read_descriptor, read_descriptors
+from niwaki.formats.descriptors import RECORD_NAMES, read_descriptor, read_descriptors
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.checkpoint import FORMAT, QUANT_METHOD, WEIGHTS_FIELD, quantized_config, read_quantization
 from niwaki.model.files import write_text
@@ -148,8 +148,8 @@ def _check_files(files: Sequence[str] | None, packed: Mapping[str, Any]) -> None
                 tensor = opened.get_slice(name)
                 found[name] = tensor.get_dtype(), tensor.get_shape()
     for module, descriptor in read_descriptors(packed).items():
-        names = descriptor.names()
-        descriptor.check_header({name: found[f"{module}.{name}"] for name in names if f"{module}.{name}" in found})
+        names = [name for name in RECORD_NAMES if f"{module}.{name}" in found]
+        descriptor.check_header({name: found[f"{module}.{name}"] for name in names})
 
 
 def _places(model: Any, names: Iterable[str]) -> dict[str, str]:

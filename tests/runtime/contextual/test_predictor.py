@@ -168,6 +168,19 @@ def test_the_files_bring_everything_back(layout: UnitLayout, tmp_path: Path) -> 
     (tmp_path / ABOUT).write_text(about.replace('"format": 1', '"format": 9'))
     with pytest.raises(CheckpointError, match="has format 9, this niwaki reads 1"):
         read_shadow(tmp_path)
+    for before, after, message in (
+        ('"blocks": 3', '"blocks": true', "layout.blocks: "),
+        ('"skip_frac": 0.5', '"skip_frac": 1.5', "rule.skip_frac: "),
+        ('"mean_fill": 0.0', '"mean_fill": NaN', "running.mean_fill: "),
+        ('"scope": "local"', '"scope": "here"', "rule.scope: "),
+        ('"refresh_tokens"', '"refreshed"', "running.refreshed: "),
+        ('"width": 1', '"width": 7', "layout.width 7 does not divide"),
+    ):
+        if before in about:
+            (tmp_path / ABOUT).write_text(about.replace(before, after))
+            with pytest.raises(CheckpointError, match=message) as caught:
+                read_shadow(tmp_path)
+            assert "\n" not in str(caught.value)
     (tmp_path / ABOUT).write_text(about)
     (tmp_path / TENSORS).unlink()
     with pytest.raises(CheckpointError, match="are not complete"):

@@ -134,13 +134,27 @@ def _exchange(swaps: list[Swap]) -> list[Swap]:
 
 
 def check_linears(blocks: nn.ModuleList, layout: UnitLayout) -> None:
-    """Raise ArchitectureError for matrices that are not an nn.Linear."""
+    """Raise ArchitectureError for matrices that are not an nn.Linear, or whose sides are not multiples of the units."""
     for block in blocks:
-        for unit in layout.units.values():
-            for name in (*unit.producers, unit.consumer):
-                part = block.get_submodule(name)
-                if not isinstance(part, nn.Linear):
-                    raise ArchitectureError(f"{name} is a {type(part).__name__}: only plain linear layers are cut")
+        for kind, unit in layout.units.items():
+            parts = [_linear(block, name) for name in (*unit.producers, unit.consumer)]
+            sides = [*(part.out_features for part in parts[:-1]), parts[-1].in_features]
+            units = layout.count(kind)
+            for name, side in zip((*unit.producers, unit.consumer), sides, strict=True):
+                if side % units or (kind == "neurons" and side != sides[-1]):
+                    raise ArchitectureError(
+                        f"{name} has {side} rows or columns of {kind}: the predictor is of {units} per block"
+                    )
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    try:
+        part = block.get_submodule(name)
+    except AttributeError as error:
+        raise ArchitectureError(f"the predictor names {name}, which the blocks of this model lack") from error
+    if not isinstance(part, nn.Linear):
+        raise ArchitectureError(f"{name} is a {type(part).__name__}: only plain linear layers are cut")
+    return part
 
 
 @torch.no_grad()

@@ -10,20 +10,73 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from niwaki.config.recipe import current_name
+from niwaki.config.targets import Kind
 from niwaki.errors import CheckpointError, format_problem
 from niwaki.model.files import write_shard, write_text
 from niwaki.runtime.contextual.predictor import Predictor
 from niwaki.runtime.contextual.selection import Rule
-from niwaki.runtime.contextual.units import UnitLayout, read_layout
+from niwaki.runtime.contextual.units import KINDS, UnitLayout, read_layout
 
 TENSORS, ABOUT = "niwaki/shadow.safetensors", "niwaki/shadow.json"
 FORMAT = 1
+AGAIN = "download the result again, or compress again"
+
+_Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Stored(BaseModel):
+    """Base of what the file of settings holds: no unknown field, no converted type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class _Unit(_Stored):
+    kind: Kind
+    consumer: Annotated[str, Field(min_length=1)]
+    producers: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    count: _Count
+
+
+class _Layout(_Stored):
+    blocks: Annotated[int, Field(ge=1, le=2**20)]
+    width: _Count
+    weights: dict[Kind, Annotated[int, Field(ge=1)]]
+    units: dict[Kind, _Unit]
+
+
+class _Rule(_Stored):
+    skip_frac: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+    scope: Literal["local", "global"] = "local"
+    floor_frac: _Share = 0.1
+
+
+class _Running(_Stored):
+    refresh_tokens: Annotated[int, Field(ge=0)] = 0
+    min_prompt: Annotated[int, Field(ge=0)] = 0
+    max_kept_frac: _Bound = 0
+    batch: Literal["union", "shared"] = "union"
+    mean_fill: Annotated[float, Field(allow_inf_nan=False)] = 0
+    max_deviation: _Bound = 0
+    min_margin: Annotated[float, Field(allow_inf_nan=False)] = 0
+
+
+class _About(_Stored):
+    format: int
+    features: list[Literal["last", "mean", "prompt"]]
+    layout: _Layout
+    rule: _Rule
+    running: _Running
 
 
 @dataclass(frozen=True)
@@ -86,16 +139,61 @@ def has_shadow(folder: Path) -> bool:
 
 
 def read_shadow(folder: Path) -> Shadow:
-    """Read what `write_shadow` wrote. Raises CheckpointError if it is incomplete or of another format."""
+    """Read what `write_shadow` wrote.
+
+    Raises CheckpointError if it is incomplete or of another format. Also for a field or a tensor that a predictor of
+    these units cannot have.
+    """
     try:
         about: Mapping[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if problem := format_problem(about["format"], (FORMAT,)):
             raise CheckpointError(f"{folder / ABOUT} {problem}")
+        _check_about(folder / ABOUT, about)
         layout, rule, running = read_layout(about["layout"]), Rule(**about["rule"]), read_running(about["running"])
-        heads = layout.blocks * layout.count("heads")
-        predictor = Predictor(tuple(about["features"]), heads, **load_file(folder / TENSORS))
+        tensors = load_file(folder / TENSORS)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder / ABOUT} and its tensors are not complete ({error}): compress again") from error
-    if len(predictor.prior_U) != layout.size:
-        raise CheckpointError(f"{folder / TENSORS} scores {len(predictor.prior_U)} units, not {layout.size}")
+    _check_tensors(folder / TENSORS, tensors, layout, bool(about["features"]))
+    predictor = Predictor(tuple(about["features"]), layout.blocks * layout.count("heads"), **tensors)
     return Shadow(predictor, layout, rule, running)
+
+
+def _check_about(path: Path, about: Mapping[str, Any]) -> None:
+    """Raise CheckpointError with the field that is unknown, missing, or out of its range."""
+    renamed = {**about, "running": {current_name(name): value for name, value in dict(about["running"]).items()}}
+    try:
+        layout = _About.model_validate(renamed).layout
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: {field}: {first['msg']}; {AGAIN}") from error
+    if set(layout.units) != set(KINDS) or set(layout.weights) != set(KINDS):
+        raise CheckpointError(f"{path}: layout has not the units {' and '.join(KINDS)}; {AGAIN}")
+    if wrong := [kind for kind, unit in layout.units.items() if unit.kind != kind]:
+        raise CheckpointError(f"{path}: layout.units.{wrong[0]}.kind is {layout.units[wrong[0]].kind}; {AGAIN}")
+    if (count := layout.units["neurons"].count) % layout.width:
+        raise CheckpointError(f"{path}: layout.width {layout.width} does not divide {count} neurons; {AGAIN}")
+    if len(set(about["features"])) != len(about["features"]):
+        raise CheckpointError(f"{path}: features repeats a name; {AGAIN}")
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], layout: UnitLayout, learned: bool) -> None:
+    """Raise CheckpointError with the tensor that is missing, or that has not the shape or values of a predictor."""
+    units = layout.size
+    features = tensors["center_F"].numel() if learned and "center_F" in tensors else 0
+    rank = tensors["out_RU"].shape[0] if learned and "out_RU" in tensors and tensors["out_RU"].dim() else 0
+    shapes = {
+        "prior_U": (units,), "typical_U": (units,), "trust_K2": (2, 2), "center_F": (features,),
+        "scale_F": (features,), "into_FR": (features, rank), "out_RU": (rank, units if learned else 0),
+    }  # fmt: skip
+    if unknown := sorted(tensors.keys() ^ shapes.keys()):
+        raise CheckpointError(f"{path}: {unknown[0]} is {'unknown' if unknown[0] in tensors else 'missing'}; {AGAIN}")
+    for name, shape in shapes.items():
+        own = tensors[name]
+        if own.dtype != torch.float32 or tuple(own.shape) != shape:
+            found = f"{str(own.dtype).removeprefix('torch.')} {list(own.shape)}"
+            raise CheckpointError(f"{path}: {name} is {found}: expected float32 {list(shape)}; {AGAIN}")
+        if not bool(own.isfinite().all()):
+            raise CheckpointError(f"{path}: {name} holds NaN or infinite values: expected finite ones; {AGAIN}")
+    if not bool((tensors["typical_U"] > 0).all()):
+        raise CheckpointError(f"{path}: typical_U holds values that are not positive: they divide; {AGAIN}")

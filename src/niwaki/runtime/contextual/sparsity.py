@@ -36,12 +36,14 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.errors import InputError
-from niwaki.model.anatomy import find_blocks
+from niwaki.model.anatomy import discover, find_blocks
+from niwaki.model.hf import build_skeleton, resize
 from niwaki.runtime.contextual.compact import Buffers, check_linears, compact
 from niwaki.runtime.contextual.predictor_files import Shadow
 from niwaki.runtime.contextual.prefill import PrefillStatistics, real_tokens
 from niwaki.runtime.contextual.selection import for_batch, margin
 from niwaki.runtime.contextual.sequence import ActiveUnits, ContextualSequence, Decision, Phase, Record
+from niwaki.runtime.contextual.units import UnitLayout, find_layout
 
 MAX_RECORDS = 1000
 
@@ -301,6 +303,29 @@ def attach(model: Any, shadow: Shadow, *, in_place: bool | None = None) -> Conte
             f"the predictor is of a model with {shadow.layout.blocks} blocks, this one has {len(contextual.blocks)}"
         )
     check_linears(contextual.blocks, shadow.layout)
+    _check_units(model, contextual.blocks, shadow.layout)
+    consumer: Any = contextual.blocks[0].get_submodule(shadow.layout.units["heads"].consumer)
+    width: int = consumer.in_features
+    sizes = {"last": width, "mean": width, "prompt": shadow.layout.size}
+    if (inputs := sum(sizes[name] for name in shadow.predictor.features)) != len(shadow.predictor.center_F):
+        raise InputError(f"the predictor takes {len(shadow.predictor.center_F)} features, this model has {inputs}")
     model.register_forward_pre_hook(contextual.before, with_kwargs=True)
     model.register_forward_hook(contextual.after, with_kwargs=True, always_call=True)
     return contextual
+
+
+def _check_units(model: Any, blocks: nn.ModuleList, layout: UnitLayout) -> None:
+    """Raise InputError if the units are not those of this model: kernels would read rows that it lacks."""
+    skeleton = build_skeleton(model.config, torch.float32)
+    path, own_blocks = find_blocks(skeleton)
+    shapes = {}
+    for name, module in blocks.named_modules():
+        if isinstance(module, nn.Linear):
+            like: Any = own_blocks.get_submodule(name)
+            if (module.out_features, module.in_features) != (like.out_features, like.in_features):
+                shapes[f"{path}.{name}"] = [module.out_features, module.in_features]
+    resize(skeleton, shapes)
+    own = find_layout(discover(skeleton), skeleton, layout.width)
+    for kind, unit in own.units.items():
+        if unit != layout.units[kind] or own.weights[kind] != layout.weights[kind]:
+            raise InputError(f"the predictor has other {kind} than this model: compress the model again")
