@@ -31,7 +31,7 @@ def serve(
     connections: Annotated[int, typer.Option(help="Max open connections. Others get status 503.")] = 1000,
     connections_per_address: Annotated[
         int, typer.Option(help="Max open connections of one address, such as that of a proxy.")
-    ] = 250,
+    ] = 1000,
     drain: Annotated[float, typer.Option(help="Max seconds that requests get to finish after SIGTERM.")] = 30.0,
     api_key_file: ApiKeyFile = None,
     without_keys: Annotated[

@@ -30,7 +30,7 @@ class ConnectionLimits:
     """Max open connections: all together, and those of one address."""
 
     total: int = 1000
-    per_address: int = 250
+    per_address: int = 1000
 
     def check(self) -> None:
         """Raise InputError for a limit that lets no client in."""
