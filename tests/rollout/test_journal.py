@@ -22,9 +22,10 @@ from niwaki.rollout import journal as journal_module
 from niwaki.rollout import store as store_module
 from niwaki.rollout.dense_mark import mark_of
 from niwaki.rollout.journal import Journal
+from niwaki.rollout.running import assemble
 from niwaki.rollout.start import abort_by_mark
 from niwaki.rollout.store import Change, Store
-from support.rollouts import Setup, begun, feed, make, settings
+from support.rollouts import LIMITS, Setup, begun, feed, make, settings
 from support.servers import until
 
 STEP = {"steps": [0.5, 1.0], "interval_s": 60, "min_requests": 40, "min_audits": 5}
@@ -229,6 +230,16 @@ def test_a_file_that_cannot_be_read_asks_for_dense(tmp_path: Path) -> None:
     mark_of(str(where)).path.write_text('{"rollout": nul')
     controller.tick(1.0)
     assert controller.share == 0 and controller.state.status == "aborted"
+
+
+def test_the_file_has_a_place_before_a_roll_out_starts(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "s.sqlite")
+    with pytest.raises(InputError, match=r"cannot write .*gone/x, .*: choose --dense-file"):
+        assemble(settings(), LIMITS, store, now=0.0, dense_file=tmp_path / "gone" / "x")
+    assert store.current() is None
+    own = mark_of("postgresql+psycopg://user:secret@db/one")
+    assert own == mark_of("postgresql+psycopg://user:***@db/one") and own != mark_of("postgresql+psycopg://user@db/two")
+    assert "secret" not in str(own.path)
 
 
 def test_a_frozen_database_delays_no_request(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ lies beside an SQLite file, else in the current folder (`--dense-file`). The gat
 import contextlib
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ class DenseMark:
     """File of one store."""
 
     path: Path
+
+    def check(self) -> None:
+        """Raise InputError if the file could not be written, before a return needs it."""
+        folder = self.path.absolute().parent
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"cannot write {self.path}, which keeps a return to dense: choose --dense-file")
 
     def keep(self, change: Change, now: float, rollout: int | None) -> None:
         """Write a change, on the disk when this returns. Raise OutputError."""
@@ -68,7 +75,7 @@ class DenseMark:
 
 
 def mark_of(where: str, chosen: Path | None = None) -> DenseMark:
-    """Return the mark of a store, by its path or address. Raise InputError for a folder that does not exist."""
+    """Return the mark of a store, by its path or address. Raise InputError for an address of nothing."""
     path = chosen
     if path is None and "://" not in where:
         path = Path(f"{where}.dense")

@@ -81,6 +81,7 @@ def assemble(
         template = read_template(settings.chat_template, names or {})
         bos = None if names is None else names["bos_token"]
     mark = mark_of(store.where, dense_file)
+    mark.check()
     controller = begin_or_resume(store, settings, limits, now, new=new, mark=mark)
     return Gateway(
         settings=settings,
