@@ -10,6 +10,7 @@ from niwaki.config.recipe import make_recipe
 from niwaki.config.targets import Bits, PrunedBits, Sparsity
 from niwaki.errors import CalibrationError, InputError, NiwakiError, TargetError
 from niwaki.methods.method import MethodKind
+from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder, open_decoder
 from support.models import CPU, tiny_llama
 
@@ -93,10 +94,16 @@ def test_the_allocation_follows_from_the_method() -> None:
     assert resolve_allocation(recipe_of(method="squeeze10", target="2bit", keep_blocks="0")).allocation == "uniform"
 
 
-def test_resolution_reads_no_file(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("a resolution opens nothing")
+def test_resolution_reads_no_weights_and_no_text(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
 
-    monkeypatch.setattr(Path, "open", never)
-    monkeypatch.setattr("builtins.open", never)
+    def watched(path: object, *arguments: object, **options: object) -> object:
+        opened.append(Path(str(path)).name)
+        return original(path, *arguments, **options)  # type: ignore[call-overload]
+
+    original = open
+    monkeypatch.setattr(Path, "open", watched)
+    monkeypatch.setattr("builtins.open", watched)
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a resolution reads no weights"))
     assert len(resolve(recipe_of(method="comp+rtn", target="0.3+4bit", options={"rtn.group": 0}), decoder).stages) == 2
+    assert set(opened) <= {"config.json"}, "no text is touched"

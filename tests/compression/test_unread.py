@@ -162,7 +162,7 @@ def test_plan_counts_their_bytes(model: Path, more: dict[str, Tensor]) -> None:
         dropped = niwaki.plan(
             model, method=method, target=target, gpu="cpu", drop_unused=True, **GROUPS.get(method, {})
         )
-        assert kept["output_bytes"] - dropped["output_bytes"] == nbytes
+        assert nbytes <= kept["output_bytes"] - dropped["output_bytes"] < nbytes + 1024, "with their header"
         assert kept["output_bits"] == dropped["output_bits"]
 
 

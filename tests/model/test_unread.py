@@ -75,7 +75,8 @@ def test_a_dtype_that_torch_does_not_know_is_copied(tmp_path: Path) -> None:
     header = b'{"six.bits":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'.ljust(72)
     (folder / "more.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"abc")
     names = Checkpoint.open(folder).tensors
-    weight_map = "".join(f'"{name}":"model.safetensors",' for name in names)
+    (folder / "model.safetensors").rename(folder / "first.safetensors")
+    weight_map = "".join(f'"{name}":"first.safetensors",' for name in names)
     (folder / "model.safetensors.index.json").write_text(
         '{"weight_map":{' + weight_map + '"six.bits":"more.safetensors"}}'
     )

@@ -109,8 +109,10 @@ def append_unread(checkpoint: Checkpoint, names: Sequence[str], folder: Path) ->
     if index.is_file():
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     else:
-        with safe_open(single, framework="pt") as file:
-            weight_map = dict.fromkeys(file.keys(), SINGLE)
+        first = "model-00001-of-00001.safetensors"  # transformers reads SINGLE alone if it is there
+        single.rename(folder / first)
+        with safe_open(folder / first, framework="pt") as file:
+            weight_map = dict.fromkeys(file.keys(), first)
     for number, part in enumerate(cut_to_shards(names, checkpoint.tensors), start=1):
         shard = f"{UNREAD}{number:05d}.safetensors"
         checkpoint.copy({name: name for name in part}, folder / shard)
