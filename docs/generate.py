@@ -163,6 +163,39 @@ def methods(_: str) -> str:
     return _table(["method", "spends", "meaning"], rows)
 
 
+def model_types(_: str) -> str:
+    """Return all causal model types of transformers by class, from benchmarks/results/quality/model-types.json."""
+    path = RESULTS / "quality/model-types.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = found["rows"].items()
+    parts = []
+    for status, head in (
+        ("works", "stays dense"),
+        ("works without shape pruning", "why heads, neurons and blocks stay"),
+        ("refused", "why"),
+    ):
+        own = [(name, row) for name, row in rows if row["status"] == status]
+        cells = [
+            [f"`{name}`", _kept(row["kept_dense"]) if status == "works" else _cut(row["reason"])] for name, row in own
+        ]
+        title = f"## {status[0].upper()}{status[1:]}: {len(own)} of {len(rows)}"
+        parts.append(f"{title}\n\n{_table(['type', head], cells)}")
+    source = f"{_link(path, '..')}, transformers {found['versions']['transformers']}, {found['date']}"
+    return f"Source: {source}.\n\n" + "\n".join(parts)
+
+
+def _cut(reason: str, length: int = 240) -> str:
+    return reason if len(reason) <= length else f"{reason[:length].rpartition(' ')[0]} …"
+
+
+def _kept(weights: Mapping[str, str]) -> str:
+    """Return the weights that stay dense by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in weights.items():
+        by_reason.setdefault(reason, []).append(f"`{name}`")
+    return "; ".join(f"{reason}: {', '.join(names)}" for reason, names in by_reason.items())
+
+
 def presets(_: str) -> str:
     """Return the presets with their methods and options."""
     rows = []
@@ -212,6 +245,7 @@ KINDS = {
     "ranking": ranking,
     "whole_model": whole_model,
     "methods": methods,
+    "model_types": model_types,
     "presets": presets,
     "commands": commands,
 }
