@@ -44,7 +44,7 @@ def compress(
     ] = False,
 ) -> None:
     """Compress MODEL into OUT, block by block."""
-    from niwaki.compression.result_folder import check_free, partial_of
+    from niwaki.compression.places import check_free, place_of
 
     files = tuple(calibration) if calibration else None
     text = given(files=files, field=field, samples=samples, seq_len=seq_len, bos=bos)
@@ -57,7 +57,7 @@ def compress(
     )  # fmt: skip
     check_recipe(values)
     check_inputs(*([] if merge_adapter else [model]))
-    check_free(out.absolute(), partial_of(out.absolute()), resume=resume, overwrite=overwrite)
+    check_free(place_of(out), resume=resume, overwrite=overwrite)
     _run(model, out, values, resume=resume, overwrite=overwrite, dense_stream=dense_stream, merge_adapter=merge_adapter)
 
 
@@ -65,14 +65,15 @@ def _run(model: str, out: Path, values: dict[str, Any], **flags: bool) -> None:
     """Compress with progress on standard error, and print a summary. Say after Ctrl-C whether a run can resume."""
     from niwaki.cli.progress import Display
     from niwaki.compression.compress import compress as run
-    from niwaki.compression.result_folder import resumable
+    from niwaki.compression.places import keeps_parts, place_of
 
     try:
         with Display(error_console) as display:
             record = run(model, out, report=display, **flags, **values)
     except KeyboardInterrupt:
         kept = "finished blocks are kept, repeat the same command with --resume"
-        error_console.print(f"interrupted: {kept if resumable(out) else 'nothing was finished, nothing is kept'}")
+        kept = kept if keeps_parts(place_of(out)) else "nothing was finished, nothing is kept"
+        error_console.print(f"interrupted: {kept}")
         raise typer.Exit(130) from None
     _print_record(out, RunRecord.model_validate(record))
 

@@ -51,7 +51,7 @@ def demo_texts() -> tuple[list[str], list[str]]:
 def run_demo(out: Path, *, overwrite: bool = False, report: Report | None = None) -> dict[str, Any]:
     """Compress the sapling into `out`, evaluate both models, and return the numbers of the table."""
     from niwaki.compression.compress import compress
-    from niwaki.compression.result_folder import check_apart
+    from niwaki.compression.places import check_apart
     from niwaki.measure.evaluate.evaluation import evaluate
     from niwaki.model.files import write_text
 
@@ -90,9 +90,10 @@ def run_demo(out: Path, *, overwrite: bool = False, report: Report | None = None
 
 def _check_free(out: Path, contents: dict[Path, str], overwrite: bool) -> None:
     """Raise OutputError if a file or folder of this demo exists, unless `overwrite` is set."""
-    from niwaki.compression.result_folder import check_free, partial_of
+    from niwaki.compression.places import check_free, partial_of
 
-    check_free(out, partial_of(out), resume=False, overwrite=True)  # refuses a folder that niwaki did not write
+    if out.parent.is_dir():
+        check_free(out, resume=False, overwrite=True)  # refuses a folder that niwaki did not write
     taken = [folder for folder in (out, partial_of(out)) if folder.is_dir() and any(folder.iterdir())]
     taken += [path for path, content in contents.items() if _differs(path, content)]
     if taken and not overwrite:

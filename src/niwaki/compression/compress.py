@@ -6,7 +6,6 @@ A structured method may come before others (`comp+gptq`, target `0.25+4bit`). It
 methods after it need a model that already has its shape. Its result is a folder beside OUT, removed in the end.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,15 +13,37 @@ from pathlib import Path
 from typing import Any
 
 from niwaki.compression.contextual import contextual_job
-from niwaki.compression.job import Job, Request, check_and_choose_embeddings, prepare, run, walk_job
-from niwaki.compression.resolve import RecipeStage, recipe_stages, resolve, resolve_stage
-from niwaki.compression.result_folder import ResultFolder, check_apart, check_free, partial_of
-from niwaki.compression.run_record import RunRecord
+from niwaki.compression.job import (
+    Job,
+    Request,
+    check_and_choose_embeddings,
+    fingerprint_of,
+    prepare,
+    run,
+    walk_job,
+)
+from niwaki.compression.places import (
+    check_apart,
+    check_free,
+    drop_unfinished,
+    is_result,
+    merged_of,
+    partial_of,
+    place_of,
+    replaced_of,
+    resumable,
+    retire,
+    shaped_of,
+    sweep,
+)
+from niwaki.compression.resolve import RecipeStage, ResolvedStage, recipe_stages, resolve, resolve_stage
+from niwaki.compression.result_folder import OTHER_INPUTS, ResultFolder, current_hashes, require_same
+from niwaki.compression.run_record import RunRecord, read_run
 from niwaki.compression.stages import FirstStage
 from niwaki.compression.structured import shape_job
-from niwaki.config.events import Report, silent
+from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import Recipe, make_recipe
-from niwaki.errors import InputError, NumericalError
+from niwaki.errors import InputError, NumericalError, ResumeError
 from niwaki.methods.method import MethodKind
 from niwaki.model.decoder import Decoder, open_decoder
 from niwaki.model.device import pick_device, pick_dtype
@@ -55,15 +76,18 @@ def compress(
 
     Raises InputError (nothing was written), OutputError (finished blocks are kept for `resume`) or NumericalError.
     """
-    request = Request(Path(out).absolute(), resume, overwrite, report or silent, time.perf_counter())
+    request = Request(place_of(out), resume, overwrite, report or silent, time.perf_counter())
     whole = make_recipe(recipe)
     stages = recipe_stages(whole)  # raises for a wrong recipe before the model is opened, or downloaded
+    check_free(request.out, resume=resume, overwrite=overwrite)
     if not merge_adapter:
-        return _compress(model, whole, stages, request, dense_stream).dump()
-    _check_free(request)
-    check_apart(open_adapter(model).folder, request.out)
-    with merged_model(model, request.out.with_name(f"{request.out.name}.merged"), request.report) as folder:
-        return _compress(folder, whole, stages, request, dense_stream).dump()
+        record = _compress(model, whole, stages, request, dense_stream)
+    else:
+        check_apart(open_adapter(model).folder, request.out)
+        with merged_model(model, merged_of(request.out), request.report) as folder:
+            record = _compress(folder, whole, stages, request, dense_stream)
+    sweep(request.out)
+    return record.dump()
 
 
 def _compress(
@@ -72,10 +96,17 @@ def _compress(
     """Run a recipe of one stage, or of two."""
     if len(stages) > 1:
         return _compress_stages(model, whole, stages[-1], request, dense_stream)
-    _check_free(request)
+    shaped = shaped_of(request.out)
+    if request.resume and (is_result(shaped) or resumable(partial_of(shaped))):
+        raise ResumeError(
+            f"{shaped} is the first stage of another recipe: repeat that one with --resume, or start again with "
+            "--overwrite instead of --resume"
+        )
     decoder = _open(model, whole)
     (stage,) = resolve(whole, decoder, dense_stream=dense_stream).stages
-    return _run(prepare(decoder, stage, request))
+    job = prepare(decoder, stage, request)
+    _drop_unfinished(request, model)
+    return _run(job)
 
 
 def _compress_stages(
@@ -86,14 +117,21 @@ def _compress_stages(
     The second stage is resolved twice. On the dense model, so that a wrong recipe is refused before the first stage
     runs. On the smaller model, because its shapes are not known before.
     """
-    shaped = request.out.with_name(f"{request.out.name}.shaped")
+    out, shaped = request.out, shaped_of(request.out)
     shaping = replace(request, out=shaped)
-    _check_free(shaping)
-    _check_free(request)
     decoder = _open(model, whole)
     first, second = resolve(whole, decoder, dense_stream=dense_stream).stages
     check_and_choose_embeddings(decoder, second, request)
     job = prepare(decoder, first, shaping)
+    if request.resume and not (is_result(shaped) or resumable(partial_of(shaped))):
+        if resumable(partial_of(out)):
+            raise ResumeError(
+                f"{partial_of(out)} goes on from {shaped}, which does not exist: repeat the recipe that it began with, "
+                "or start again with --overwrite instead of --resume"
+            )
+        if is_result(out) and not request.overwrite:
+            return _finished_chain(job, second, request)
+    _drop_unfinished(request, model)
     try:
         record = _run(job)
         request = replace(request, began=time.perf_counter())
@@ -102,10 +140,32 @@ def _compress_stages(
         before = FirstStage(record, whole, job.calibration)
         record = _run(prepare(smaller, stage, request, before))
     except (InputError, NumericalError):
-        shutil.rmtree(shaped, ignore_errors=True)
+        retire(shaped, replaced_of(shaped))
         raise
-    shutil.rmtree(shaped)
+    retire(shaped, replaced_of(shaped))
     return record
+
+
+def _finished_chain(job: Job, last: ResolvedStage, request: Request) -> RunRecord:
+    """Return the record of a finished OUT of two stages; `job` is the first one, whose result is gone.
+
+    Raises ResumeError if OUT was made from other inputs. The shapes after the first stage follow from its inputs.
+    """
+    record, message = read_run(request.out), OTHER_INPUTS.format(request.out)
+    first = record.stages[0].fingerprint if record.stages else record.fingerprint
+    require_same(current_hashes(first), fingerprint_of(job), message)
+    recipe = last.recipe.model_copy(update={"device": job.recipe.device, "batch_tokens": job.recipe.batch_tokens})
+    both = (current_hashes(record.fingerprint), fingerprint_of(replace(job, stage=last, recipe=recipe)))
+    before, now = ({name: value for name, value in one.items() if not name.startswith("model (")} for one in both)
+    require_same(before, now, message)
+    request.report(Event.COMPLETE, out=str(request.out))
+    return record
+
+
+def _drop_unfinished(request: Request, model: str | Path) -> None:
+    """Remove what earlier runs left, if --overwrite says so. Everything was checked by now."""
+    if request.overwrite and not request.resume:
+        drop_unfinished(request.out, keep_merged=Path(model) == merged_of(request.out))
 
 
 def _open(model: str | Path, recipe: Recipe) -> Decoder:
@@ -114,7 +174,3 @@ def _open(model: str | Path, recipe: Recipe) -> Decoder:
 
 def _run(job: Job) -> RunRecord:
     return run(job, JOBS[job.stage.kind])
-
-
-def _check_free(request: Request) -> None:
-    check_free(request.out, partial_of(request.out), resume=request.resume, overwrite=request.overwrite)

@@ -34,16 +34,15 @@ from niwaki.compression.bit_allocation import (
 from niwaki.compression.bos_loss import warn_without_bos
 from niwaki.compression.embeddings import TensorNames, embeddings_to_pack, read_packed
 from niwaki.compression.model_card import model_card
+from niwaki.compression.places import check_apart, partial_of, resumable
 from niwaki.compression.plan.planner import check_possible
 from niwaki.compression.plan.sizes import towers_record
 from niwaki.compression.resolve import ResolvedStage
 from niwaki.compression.result_folder import (
     ResultFolder,
     Writer,
-    check_apart,
     fingerprint,
     finished_record,
-    partial_of,
 )
 from niwaki.compression.run_record import (
     FORMAT,
@@ -191,8 +190,9 @@ def run(job: Job, execute: Callable[[Job, ResultFolder, Report], RunRecord]) -> 
 
     `execute(job, folder, report)` does the work of its kind. Its events also go to events.jsonl.
     """
-    request, hashes = job.request, _fingerprint(job)
-    if request.resume and not partial_of(request.out).exists() and (record := finished_record(request.out, hashes)):
+    request, hashes = job.request, fingerprint_of(job)
+    fresh = request.resume and not resumable(partial_of(request.out))
+    if fresh and (record := finished_record(request.out, hashes, overwrite=request.overwrite)):
         request.report(Event.COMPLETE, out=str(request.out))
         return record
     with ResultFolder(request.out, hashes, resume=request.resume, overwrite=request.overwrite) as folder:
@@ -202,8 +202,7 @@ def run(job: Job, execute: Callable[[Job, ResultFolder, Report], RunRecord]) -> 
             request.report(event, **fields)
 
         try:
-            target = str(job.stage.target)
-            report(Event.START, blocks=len(job.decoder), method=job.recipe.method, target=target)
+            report(Event.START, blocks=len(job.decoder), method=job.recipe.method, target=str(job.stage.target))
             if job.decoder.kept.weights and job.first is None:
                 report(Event.WARNING, message=job.decoder.kept.message())
             for text in job.decoder.warnings(drop_unused=job.recipe.drop_unused):
@@ -224,7 +223,7 @@ def walk_model(job: Job, folder: ResultFolder, report: Report, allocate: Allocat
     decoder, stage = job.decoder, job.stage
     if decoder.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(decoder.device)
-    with Writer(folder, report) as writer:
+    with Writer(folder, report, 2 if decoder.device.type == "cuda" else 1) as writer:
         allocation = allocate(job, folder, report)
         storage, shard_names = allocation.storage, allocation.storage.shard_names
         _write_outer(job, folder, writer, shard_names[len(decoder) :])
@@ -485,7 +484,8 @@ def _finish_walk(
     return record
 
 
-def _fingerprint(job: Job) -> dict[str, str]:
+def fingerprint_of(job: Job) -> dict[str, str]:
+    """Return the hashes of what decides the bytes of the result of a job."""
     return fingerprint(
         job.checkpoint.fingerprint(),
         "none" if job.windows_ST is None else digest(job.windows_ST),

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from niwaki.compression.result_folder import ResultFolder, check_apart, check_free, partial_of
+from niwaki.compression.places import check_apart, check_free, place_of, sweep
+from niwaki.compression.result_folder import ResultFolder
 from niwaki.compression.run_record import (
     FORMAT,
     RecoveryRecord,
@@ -73,8 +74,8 @@ def recover(
     started, report = time.perf_counter(), report or silent
     if min(rank, steps, batch) < 1 or samples < 8 or not 0 < rate < 1:
         raise InputError("expected rank, steps and batch of at least 1, samples of at least 8 and a rate in (0, 1)")
-    out, files = Path(out).absolute(), as_files(data)
-    check_free(out, partial_of(out), resume=False, overwrite=overwrite)
+    out, files = place_of(out), as_files(data)
+    check_free(out, resume=False, overwrite=overwrite, resumes=False)
     checkpoint = Checkpoint.open(model)
     checkpoint.require_plain()
     check_apart(checkpoint.folder, out)
@@ -103,6 +104,7 @@ def recover(
         record = record.model_copy(update={"files": hashed_files(folder.path)})
         write_record(folder.path, record)
         folder.complete()
+    sweep(out)
     return record.dump()
 
 

@@ -24,9 +24,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from niwaki.compression.places import (
+    FINGERPRINT,
+    JOURNAL,
+    LOCK,
+    check_ours,
+    is_result,
+    partial_of,
+    remove,
+    replaced_of,
+    resumable,
+)
 from niwaki.compression.run_record import (
     RECORD,
-    RUN,
     JournalEntry,
     MatrixRecord,
     ModuleRecord,
@@ -44,9 +54,8 @@ if TYPE_CHECKING:
 
     from niwaki.model.checkpoint import Checkpoint
 
-FINGERPRINT = "fingerprint.json"
-LOCK = "lock"
-MAX_WRITES = 2  # parts that are written at the same time
+EVENTS = "events.jsonl"
+OTHER_INPUTS = "{} is finished, from other inputs: changed since then"
 
 
 class ResultFolder:
@@ -58,18 +67,22 @@ class ResultFolder:
         self.fingerprint = fingerprint
         self.overwrite = overwrite
         self.finished: dict[str, JournalEntry] = {}
-        check_free(out, self.path, resume=resume, overwrite=overwrite)
-        self._continuing = resume and (self._journal / FINGERPRINT).is_file()  # without it, nothing was done
+        check_ours(out)
+        left = resumable(self.path)
+        if left and not (resume or overwrite):  # it began after the check of the command
+            raise OutputError(f"{self.path} holds an unfinished run: continue it with --resume")
+        self._continuing = resume and left
         if self._continuing:
             self._check_fingerprint()
         elif self.path.exists():
             if (self._journal / LOCK).is_file():
                 self._take_lock().close()  # raises if another process writes there
-            shutil.rmtree(self.path)
+            remove(self.path)
         try:
             self._journal.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
-            self._log: TextIO = (self.path / RECORD / "events.jsonl").open("a", encoding="utf-8")
+            _cut_torn_line(self.path / RECORD / EVENTS)
+            self._log: TextIO = (self.path / RECORD / EVENTS).open("a", encoding="utf-8")
         except OSError as error:
             raise OutputError(f"cannot write to {self.path}: {error.strerror}. Choose another place") from error
         if self._continuing:
@@ -79,7 +92,7 @@ class ResultFolder:
 
     @property
     def _journal(self) -> Path:
-        return self.path / RECORD / "journal"
+        return self.path / RECORD / JOURNAL
 
     def __enter__(self) -> "ResultFolder":
         return self
@@ -87,7 +100,7 @@ class ResultFolder:
     def __exit__(self, *_: object) -> None:
         self._log.close()
         if not (self.finished or self._continuing or self._lock.closed):  # nothing here is worth a resume
-            shutil.rmtree(self.path, ignore_errors=True)
+            remove(self.path)
         self._lock.close()
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -108,10 +121,12 @@ class ResultFolder:
         """
         self._log.flush()
         os.fsync(self._log.fileno())
-        retired = self.out.with_name(self.out.name + ".replaced")
-        shutil.rmtree(retired, ignore_errors=True)
+        retired, journal = replaced_of(self.out), self.out / RECORD / JOURNAL
+        if not resumable(self.path):  # no resume would remove the journal after a kill
+            shutil.rmtree(self._journal)
         try:
             if self.out.exists():
+                remove(retired)
                 self.out.rename(retired)
             self.path.rename(self.out)
             sync_folder(self.out.parent)
@@ -119,13 +134,13 @@ class ResultFolder:
             raise OutputError(
                 f"the result is complete in {self.path} but cannot move to {self.out}: {error}"
             ) from error
-        shutil.rmtree(self.out / RECORD / "journal")
-        shutil.rmtree(retired, ignore_errors=True)
+        shutil.rmtree(journal, ignore_errors=True)
+        remove(retired)
 
     def discard(self) -> None:
         """Remove the working folder; no later run can use it."""
         self.__exit__()
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove(self.path)
 
     def _check_fingerprint(self) -> None:
         path = self._journal / FINGERPRINT
@@ -133,13 +148,16 @@ class ResultFolder:
             before = current_hashes(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError) as error:
             raise ResumeError(f"{self.path} has no readable journal: start again with --overwrite") from error
-        _require_same(before, self.fingerprint, f"cannot resume {self.path}: changed since it began")
+        require_same(before, self.fingerprint, f"cannot resume {self.path}: changed since it began")
 
     def _read_journal(self) -> None:
         for entry_path in self._journal.glob("*.json"):
             if entry_path.name == FINGERPRINT:
                 continue
-            entry = JournalEntry.model_validate_json(entry_path.read_text(encoding="utf-8"))
+            try:
+                entry = JournalEntry.model_validate_json(entry_path.read_text(encoding="utf-8"))
+            except ValueError:  # the part is made again
+                continue
             if entry.shard is None or _same_content(self.path / entry.shard, entry.sha256):
                 self.finished[entry_path.stem.replace("ends-", "embeddings-")] = entry  # its name in version 0.1
         for pattern in (".*.tmp", ".tmp*"):  # temporary files of niwaki and of safetensors
@@ -161,14 +179,15 @@ class ResultFolder:
 class Writer:
     """Background writer of finished parts. Each enters the journal, in order, when it is on the disk.
 
-    At most two parts are written at the same time: one is written while the other is hashed. Each step takes about as
-    long, and both take longer than a GPU needs for a block. A kill loses two parts at most.
+    At most `max_writes` parts are written at the same time, and a kill loses no more of them. With two, one is written
+    while the other is hashed. Each step takes about as long, and both take longer than a GPU needs for a block.
     """
 
-    def __init__(self, folder: ResultFolder, report: Report) -> None:
+    def __init__(self, folder: ResultFolder, report: Report, max_writes: int = 1) -> None:
         self.folder = folder
         self.report = report
-        self._pool = ThreadPoolExecutor(MAX_WRITES, thread_name_prefix="save")
+        self._max_writes = max_writes
+        self._pool = ThreadPoolExecutor(max_writes, thread_name_prefix="save")
         self._pending: deque[tuple[str, Future[JournalEntry]]] = deque()
 
     def __enter__(self) -> "Writer":
@@ -187,7 +206,7 @@ class Writer:
     def write(
         self, part: str, shard: str, tensors: "dict[str, Tensor]", lines: Sequence[MatrixRecord | ModuleRecord]
     ) -> None:
-        """Start to write one shard, after one of two earlier writes is complete."""
+        """Start to write one shard, after enough earlier writes are complete."""
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self._start(part, shard, lambda path: write_shard(path, tensors), sorted(tensors), nbytes, lines)
 
@@ -208,7 +227,7 @@ class Writer:
                 shard=shard, sha256=sha256, bytes=size, tensors=names, tensor_bytes=nbytes, lines=lines
             )  # fmt: skip
 
-        self.flush(MAX_WRITES - 1)
+        self.flush(self._max_writes - 1)
         self._pending.append((part, self._pool.submit(finish)))
 
     def flush(self, left: int = 0) -> None:
@@ -244,84 +263,28 @@ def current_hashes(hashes: Mapping[str, str]) -> dict[str, str]:
     return {renamed.get(name, name): value for name, value in hashes.items()}
 
 
-def partial_of(out: Path) -> Path:
-    """Return the working folder of `out`."""
-    return out.with_name(out.name + ".partial")
-
-
-def check_free(out: Path, partial: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse an OUT that exists, or an unfinished run, unless `resume` or `overwrite` allows it.
-
-    Only folders that niwaki wrote are replaced. With `resume`, a finished OUT without an unfinished run beside it
-    passes: `finished_record` compares its inputs. Raises OutputError or ResumeError.
-    """
-    retired = out.with_name(out.name + ".replaced")
-    if out.is_file():
-        raise OutputError(f"{out} is a file: expected a folder name for the result")
-    complete = _is_result(out)
-    for folder, ours in ((out, complete), (partial, (partial / RECORD).is_dir()), (retired, _is_result(retired))):
-        if not (ours or _is_empty(folder)):
-            raise OutputError(
-                f"{folder} exists and is not a niwaki result, so it will not be replaced: choose another OUT"
-            )
-    if not _is_empty(out) and not (overwrite or (resume and complete and not partial.exists())):
-        both = " (add --resume to finish the run that was to replace it)" if partial.exists() else ""
-        raise OutputError(f"{out} already exists: choose another OUT, or replace it with --overwrite{both}")
-    if not (_is_empty(partial) or resume or overwrite):
-        raise OutputError(f"{partial} holds an unfinished run: continue it with --resume, or drop it with --overwrite")
-    if resume and not partial.exists() and not complete:
-        raise ResumeError(f"nothing to resume: {partial} does not exist")
-
-
-def check_apart(model: Path, out: Path) -> None:
-    """Refuse an OUT, or a working folder beside it, that is the model, lies in it or contains it."""
-    source = model.resolve()
-    for folder in (out, partial_of(out), out.with_name(out.name + ".replaced")):
-        place = folder.resolve()
-        if source == place or source in place.parents or place in source.parents:
-            raise OutputError(
-                f"OUT {out} and the model {model} share a folder, and writing one would destroy the other: "
-                "choose an OUT outside the model"
-            )
-
-
-def check_space(out: Path, needed_bytes: int) -> None:
-    """Refuse an OUT whose parent folder does not exist or has no room for the result."""
-    parent = out.parent
-    if not parent.is_dir():
-        raise OutputError(f"{parent} does not exist: create it, or choose another OUT")
-    free_bytes = shutil.disk_usage(parent).free
-    if free_bytes < needed_bytes:
-        raise OutputError(
-            f"{parent} has {free_bytes / 1e9:.2f} GB free, the result needs {needed_bytes / 1e9:.2f} GB: "
-            "free space or choose another OUT"
-        )
-
-
-def finished_record(out: Path, fingerprint: dict[str, str]) -> RunRecord | None:
+def finished_record(out: Path, fingerprint: dict[str, str], *, overwrite: bool) -> RunRecord | None:
     """Return the record of a finished OUT that was made from the same inputs, None if there is no finished OUT.
 
-    Raises ResumeError naming what differs.
+    Raises ResumeError naming what differs. With `overwrite`, an OUT that differs is to be replaced: None.
     """
-    if not _is_result(out):
+    if not is_result(out):
         return None
     try:
         record = read_run(out)
     except InputError as error:
+        if overwrite:
+            return None
         raise ResumeError(f"{out} is finished, but its run.json cannot be compared: use --overwrite") from error
-    _require_same(
-        current_hashes(record.fingerprint), fingerprint, f"{out} is finished, from other inputs: changed since then"
-    )
+    before = current_hashes(record.fingerprint)
+    if overwrite and before != fingerprint:
+        return None
+    require_same(before, fingerprint, OTHER_INPUTS.format(out))
     return record
 
 
-def resumable(out: Path) -> bool:
-    """Return whether an unfinished run of `out` has finished parts that a resume keeps."""
-    journal = partial_of(out) / RECORD / "journal"
-    return any(path.name != FINGERPRINT for path in journal.glob("*.json"))
-
-
-def _require_same(before: dict[str, str], now: dict[str, str], message: str) -> None:
+def require_same(before: dict[str, str], now: dict[str, str], message: str) -> None:
+    """Raise ResumeError with the names of the hashes that differ."""
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
         raise ResumeError(
@@ -329,17 +292,11 @@ def _require_same(before: dict[str, str], now: dict[str, str], message: str) -> 
         )
 
 
-def _is_result(folder: Path) -> bool:
-    return (folder / RECORD / RUN).is_file()
-
-
-def _is_empty(folder: Path) -> bool:
-    """Return whether nothing is there, or only an empty folder."""
-    try:
-        return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    except OSError:  # an unreadable folder may not be empty
-        return False
-
-
 def _same_content(path: Path, sha256: str) -> bool:
     return path.is_file() and file_sha256(path) == sha256
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut the half line off that a kill left at the end of a file of lines."""
+    if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)

@@ -11,6 +11,7 @@ Cost: every byte is read and hashed once, several files in parallel, about 1.5 G
 """
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -84,6 +85,8 @@ def replace_files(folder: Path, write: Callable[[Path], object]) -> None:
     `check_weights` even if the process is killed between two steps.
     """
     try:
+        for left in (folder / RECORD).glob(".next-*"):  # of a killed process
+            shutil.rmtree(left, ignore_errors=True)
         with TemporaryDirectory(dir=folder / RECORD, prefix=".next-") as temporary:
             write(Path(temporary))
             _put(folder, Path(temporary))

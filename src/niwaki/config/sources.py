@@ -18,6 +18,7 @@ GGUF = ".gguf"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 ADAPTER = "adapter_config.json"
+LINEAGE = "niwaki/merged.json"  # of a model with an adapter merged into it
 
 
 def model_folder(model: str) -> Path | None:

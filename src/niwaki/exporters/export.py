@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from niwaki.compression.model_card import export_card
-from niwaki.compression.result_folder import ResultFolder, check_apart, check_free, check_space, partial_of
+from niwaki.compression.places import check_apart, check_free, check_space, place_of, sweep
+from niwaki.compression.result_folder import ResultFolder
 from niwaki.compression.run_record import (
     LINES,
     RECORD,
@@ -72,8 +73,8 @@ def export(
     if to not in FORMATS:
         raise InputError(unknown("export format", to, FORMATS))
     exporter = _exporter(to)
-    dest = Path(dest).absolute()
-    check_free(dest, partial_of(dest), resume=False, overwrite=overwrite)
+    dest = place_of(dest)
+    check_free(dest, resume=False, overwrite=overwrite, resumes=False)
     checkpoint = Checkpoint.open(out)
     before = read_record(checkpoint.folder)
     plan = exporter.check(checkpoint, before, type)
@@ -104,6 +105,7 @@ def export(
             folder.discard()
             raise
         folder.complete()
+    sweep(dest)
     return record.dump()
 
 

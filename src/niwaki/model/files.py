@@ -82,6 +82,28 @@ def atomic_file(path: Path) -> Any:
         raise
 
 
+def remove_folder(folder: Path, last: str) -> None:
+    """Remove a folder, what is at the path `last` below it after all others. A link is left alone.
+
+    `last` shows who wrote the folder, also after a kill in the middle.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    kept = folder / last
+    for parent in dict.fromkeys((folder, kept.parent)):
+        for path in parent.iterdir() if parent.is_dir() else ():
+            if path not in (kept, kept.parent):
+                _delete(path)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def sync_file(path: Path) -> None:
     """Wait until the content of a file is on the disk."""
     with path.open("rb") as file:

@@ -9,13 +9,16 @@ transformers drops tensors and settings of the file that it has no place for. A 
 for this reason is refused.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from niwaki.model.hf import only_errors, plain_loading
 
 SOURCE = "gguf-source"  # no suffix: files that a result copies have one
 MAGIC = b"GGUF"
+LOCK = "lock"
 BIAS = "attention_bias"
 CACHE = "NIWAKI_CACHE"
 # Names of word splitters in GGUF: plain GPT-2 words, and the same after every digit stands alone.
@@ -52,10 +56,12 @@ def gguf_folder(file: Path) -> Path:
         reader = _open(file)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as made:
-                _convert(file, reader, Path(made) / "model")
+            with _converting(folder.parent) as made:
+                _convert(file, reader, made / "model")
+                for path in (made / "model").glob("*.safetensors"):  # the same file looks the same to a resume
+                    os.utime(path, ns=(status.st_mtime_ns, status.st_mtime_ns))
                 try:
-                    (Path(made) / "model").rename(folder)
+                    (made / "model").rename(folder)
                 except OSError:
                     if not (folder / SOURCE).is_file():  # else another process was faster
                         raise
@@ -73,6 +79,18 @@ def gguf_source(folder: Path) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+@contextmanager
+def _converting(cache: Path) -> Iterator[Path]:
+    """Yield a new folder that is removed in the end, after those of killed processes, whose locks are free."""
+    for left in cache.glob(".converting-*"):
+        with suppress(OSError), (left / LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".converting-", dir=cache) as made, (Path(made) / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Path(made)
 
 
 def _cache() -> Path:

@@ -28,19 +28,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from niwaki.config.events import Event, Report
-from niwaki.config.sources import ADAPTER, adapter_about, holds_weights
+from niwaki.config.sources import ADAPTER, LINEAGE, adapter_about, holds_weights
 from niwaki.errors import CheckpointError, InputError, NumericalError, OutputError
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.aux_files import aux_files
 from niwaki.model.checkpoint import TIE, Checkpoint, fetched_folder, local_folder
 from niwaki.model.decoder import names_of
-from niwaki.model.files import copy_file, file_sha256, write_text
+from niwaki.model.files import copy_file, file_sha256, remove_folder, write_text
 from niwaki.model.hf import plain_loading
 from niwaki.model.unread import append_unread
 from niwaki.runtime.load import load_checkpoint
 
 WEIGHTS = "adapter_model.safetensors"
-LINEAGE = "niwaki/merged.json"
 TOKENIZER_STEMS = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 2e-2}  # relative error of a module's output
 
@@ -130,9 +129,18 @@ def merged_model(model: str | Path, place: Path, report: Report) -> Iterator[Pat
     except KeyboardInterrupt:
         raise
     except BaseException:
-        shutil.rmtree(place)
+        _retire(place)
         raise
-    shutil.rmtree(place)
+    _retire(place)
+
+
+def _retire(place: Path) -> None:
+    """Remove the merged model. It is renamed first: after a kill, a part of it never counts as the whole."""
+    partial = place.with_name(place.name + ".partial")
+    remove_folder(partial, LINEAGE)
+    if place.is_dir():
+        place.rename(partial)
+        remove_folder(partial, LINEAGE)
 
 
 def _merge_to(adapter: Adapter, base: Path, place: Path, lineage: dict[str, Any], report: Report) -> None:
@@ -145,8 +153,9 @@ def _merge_to(adapter: Adapter, base: Path, place: Path, lineage: dict[str, Any]
         "memory and as much disk while it runs"
     )
     report(Event.WARNING, message=message)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_folder(partial, LINEAGE)
     try:
+        (partial / LINEAGE).parent.mkdir(parents=True)  # shows who writes here
         checkpoint = Checkpoint.open(base, adapter.base)
         merged = _merged(adapter, base)
         with plain_loading():
@@ -156,12 +165,15 @@ def _merge_to(adapter: Adapter, base: Path, place: Path, lineage: dict[str, Any]
         written = (adapter.folder / WEIGHTS).stat().st_mtime_ns  # the same merge looks the same to a resume
         for shard in partial.glob("*.safetensors"):
             os.utime(shard, ns=(written, written))
-        (partial / LINEAGE).parent.mkdir()
         write_text(partial / LINEAGE, json.dumps(lineage, indent=2) + "\n")
-        shutil.rmtree(place, ignore_errors=True)
+        if place.is_dir():
+            aside = place.with_name(place.name + ".replaced")
+            remove_folder(aside, LINEAGE)
+            place.rename(aside)
+            remove_folder(aside, LINEAGE)
         partial.rename(place)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_folder(partial, LINEAGE)
         raise
 
 

@@ -18,6 +18,7 @@ import torch
 
 from niwaki.compression.allocation import SCAN_FORWARDS
 from niwaki.compression.bit_allocation import KEEP_SCAN_FORWARDS, SCAN_TOKENS
+from niwaki.compression.places import check_space, partial_of
 from niwaki.compression.plan.decoding import decoding
 from niwaki.compression.plan.estimate import Memory, Workload, memory, seconds
 from niwaki.compression.plan.machines import Machine, machine_named
@@ -31,7 +32,6 @@ from niwaki.compression.plan.sizes import (
     towers_record,
 )
 from niwaki.compression.resolve import ResolvedPlan, ResolvedStage, resolve
-from niwaki.compression.result_folder import check_space, partial_of
 from niwaki.compression.width_search import EXPECTED_ROUNDS, STRIDES
 from niwaki.config.events import Event, Report
 from niwaki.config.recipe import Recipe, make_recipe

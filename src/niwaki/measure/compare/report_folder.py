@@ -7,14 +7,16 @@ import json
 import xml.etree.ElementTree as Xml
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from niwaki.errors import OutputError
 from niwaki.measure.report.layers import Layers, read_layers
 from niwaki.measure.report.strings import check_language
 from niwaki.measure.schema import Candidate, Comparison, write_comparison
-from niwaki.model.files import write_text
+from niwaki.model.files import remove_folder, sync_folder, write_text
 
 COMPARISON, JUNIT = "compare.json", "junit.xml"
+MADE = ".niwaki-report-"  # begins the name of a folder in which a report is made
 
 
 def check_report(folder: Path, language: str, *, overwrite: bool) -> None:
@@ -23,6 +25,8 @@ def check_report(folder: Path, language: str, *, overwrite: bool) -> None:
     Raises InputError for an unknown language, OutputError if the folder cannot be created or holds other files.
     """
     check_language(language)
+    if folder.is_symlink() and not folder.exists():
+        raise OutputError(f"--report {folder} is a link to {folder.readlink()}, which does not exist: create it")
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"--report {folder} is a file: expected a new folder, or that of an earlier report")
     if not folder.parent.is_dir():
@@ -40,16 +44,26 @@ def read_records(outs: Sequence[Path]) -> list[Layers | None]:
 
 
 def write_report(folder: Path, comparison: Comparison, records: Sequence[Layers | None], language: str) -> None:
-    """Write all files, each one complete or not at all. `records`: see `read_records`."""
+    """Write all files, each one complete or not at all. `records`: see `read_records`.
+
+    compare.json shows that a report is complete: that of an earlier report goes first, and the new one comes last.
+    """
     from niwaki.measure.report.page import PAGE, write_page  # plotly takes a second to import
 
     try:
         folder.mkdir(exist_ok=True)
+        for left in folder.glob(f"{MADE}*"):  # of a killed run
+            remove_folder(left, COMPARISON)
     except OSError as error:
         raise OutputError(f"cannot create {folder}: {error.strerror}. Choose another folder with --report") from error
-    write_text(folder / JUNIT, junit(comparison))
-    write_comparison(folder / COMPARISON, comparison)
-    write_page(folder / PAGE, comparison, records, language)
+    with TemporaryDirectory(prefix=MADE, dir=folder) as made:
+        write_page(Path(made) / PAGE, comparison, records, language)
+        write_text(Path(made) / JUNIT, junit(comparison))
+        write_comparison(Path(made) / COMPARISON, comparison)
+        (folder / COMPARISON).unlink(missing_ok=True)
+        for name in (PAGE, JUNIT, COMPARISON):
+            (Path(made) / name).replace(folder / name)
+    sync_folder(folder)
 
 
 def junit(comparison: Comparison) -> str:
