@@ -111,7 +111,7 @@ def _mutated(file: bytes, change: Mutation) -> bytes:
     """Return the file with a change; a change that needs a header leaves a file without one as it is."""
     try:
         return mutate_bytes(file, change)
-    except (ValueError, IndexError):  # an earlier change broke the header
+    except (ValueError, IndexError, OverflowError):  # an earlier change broke the header
         return file
 
 

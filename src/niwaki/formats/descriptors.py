@@ -279,15 +279,7 @@ class TilesDescriptor(Descriptor):
     def _content(self, tensors: Mapping[str, Tensor]) -> str | None:
         if not _finite_halves(tensors["scale"]):
             return f"scale {NOT_FINITE}"
-        places = tensors["places"]
-        halves = torch.stack([places & 15, places >> 4])  # for every four columns: row r in the lower lanes of a tile
-        first = (halves[..., ::2] & 3, halves[..., 1::2] & 3)
-        last = (halves[..., ::2] >> 2, halves[..., 1::2] >> 2)
-        rows = torch.arange(self._tiles * TILE, device=places.device).view(self._tiles, 2, TILE // 2) < self.rows
-        for half, (low, high) in enumerate((first, last)):
-            if bool(((low >= high) & rows[:, None, half]).any()):
-                return NOT_ASCENDING
-        return None
+        return None if tile_pairs_ascend(tensors["places"], self.rows) else NOT_ASCENDING
 
 
 def read_descriptor(module: str, description: object) -> Descriptor:
@@ -399,6 +391,17 @@ def pairs_ascend(places_OB: Tensor) -> bool:
     if short := -places_OB.shape[-1] % 8:  # the filled bytes hold no pairs
         missing[:, -1] &= (1 << (8 * (8 - short))) - 1
     return not bool(missing.any())
+
+
+def tile_pairs_ascend(places_TBR: Tensor, rows: int) -> bool:
+    """Return whether both indices of every pair in tiles ascend: those of neighbouring bytes, two bits each."""
+    words = _words(places_TBR)
+    low, high, low_2, high_2 = words, words >> 1, words >> 8, words >> 9
+    ascends = (high_2 & ~high) | (~(high ^ high_2) & low_2 & ~low)
+    # Row r has the first and the third index of a byte, row 16 + r the others. Missing rows have no pairs.
+    here = torch.arange(len(words) * TILE, device=words.device).view(-1, 2, TILE // 2) < rows
+    needed = (here[:, 0] * 0x11 | here[:, 1] * 0x44).to(torch.int16).view(torch.int64)
+    return not bool((~ascends & needed[:, None]).any())
 
 
 def _inside_and_beyond(mask_B: Tensor, count: int) -> tuple[int, int]:
