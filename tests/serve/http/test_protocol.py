@@ -74,9 +74,12 @@ def refusal(answer: bytes, status: int) -> str:
     ],
 )  # fmt: skip
 def test_chunks_that_are_none_are_one_400_and_no_traceback(
-    body: bytes, method: bytes, caplog: pytest.LogCaptureFixture
+    body: bytes, method: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.INFO)
+    uvicorn_log = logging.getLogger("uvicorn.error")  # other tests configure it
+    monkeypatch.setattr(uvicorn_log, "handlers", [caplog.handler])
+    monkeypatch.setattr(uvicorn_log, "propagate", False)
+    caplog.set_level(logging.INFO, logger="uvicorn.error")
 
     async def work(port: int) -> None:
         assert refusal(await raw(port, CHUNKED % (method, body)), 400)
