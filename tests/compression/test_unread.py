@@ -163,7 +163,7 @@ def test_plan_counts_their_bytes(model: Path, more: dict[str, Tensor]) -> None:
             model, method=method, target=target, gpu="cpu", drop_unused=True, **GROUPS.get(method, {})
         )
         assert nbytes <= kept["output_bytes"] - dropped["output_bytes"] < nbytes + 1024, "with their header"
-        assert kept["output_bits"] == dropped["output_bits"]
+        assert kept["output_bits"] == pytest.approx(dropped["output_bits"], rel=1e-3), "headers count"
 
 
 def test_methods_that_link_the_files_cannot_leave_them_out(model: Path, text: str, tmp_path: Path) -> None:
