@@ -13,7 +13,8 @@ NiwakiError                 the CLI prints it in one line and exits with 2
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class NiwakiError(Exception):
@@ -54,6 +55,23 @@ class NumericalError(NiwakiError):
 
 class MeasuringError(NiwakiError):
     """A model could not be run where it was to be measured."""
+
+
+@contextmanager
+def faults_of(what: str, step: str) -> Iterator[None]:
+    """Turn what code raises for a stranger's file, whose fields may have any type and value, into a CheckpointError.
+
+    Errors of niwaki and missing memory pass. `what` is the file and its problem, `step` what the user may do.
+    """
+    try:
+        yield
+    except (NiwakiError, MemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
+        lines = str(error).strip().splitlines() or [""]
+        raise CheckpointError(f"{what} ({type(error).__name__}: {lines[0][:200]}): {step}") from error
 
 
 def unknown(what: str, name: str, choices: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from niwaki.config.recipe import BosPolicy, as_files, current_name
 from niwaki.config.sources import check_sources
 from niwaki.data.stream import Stream
 from niwaki.data.texts import fit_seq_len, load_tokenizer, read_calibration
-from niwaki.errors import InputError
+from niwaki.errors import InputError, faults_of
 from niwaki.methods import shadow
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
@@ -112,6 +112,7 @@ def _put(folder: Path, result: dict[str, Any], new: Shadow | None) -> None:
 
 def _config(record: RunRecord) -> Any:
     """Return the options that the predictor of a result was fitted with, its criteria as they were chosen."""
-    options = {current_name(name): value for name, value in record.options["shadow"].items()}
-    predictor = record.result.predictor or {}
-    return shadow.Config(**options | {name: predictor[name] for name in shadow.CANDIDATES})
+    with faults_of("niwaki/run.json does not name the options of the predictor", "compress again"):
+        options = {current_name(name): value for name, value in record.options["shadow"].items()}
+        predictor = record.result.predictor or {}
+        return shadow.Config(**options | {name: predictor[name] for name in shadow.CANDIDATES})

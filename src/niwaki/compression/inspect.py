@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from niwaki.compression.run_record import MatrixRecord, RunRecord, read_lines, read_run
+from niwaki.compression.run_record import RECORD, MatrixRecord, RunRecord, read_lines, read_run
 from niwaki.config.targets import parse_target
-from niwaki.errors import CheckpointError
+from niwaki.errors import CheckpointError, faults_of
 from niwaki.methods.registry import get_method
 
 WORST = 5  # matrices that the summary names
@@ -33,6 +33,11 @@ def inspect(out: str | Path) -> dict[str, Any]:
     """
     folder = Path(out)
     record, lines = read_run(folder), read_lines(folder)
+    with faults_of(f"{folder / RECORD} holds records that do not fit together", "compress again"):
+        return _summary(folder, record, lines)
+
+
+def _summary(folder: Path, record: RunRecord, lines: Sequence[MatrixRecord]) -> dict[str, Any]:
     measure = measure_of(record, lines)
     summary = {
         "out": str(folder),

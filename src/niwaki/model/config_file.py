@@ -7,12 +7,12 @@ A model with 10⁹ layers is refused before transformers makes a list of them.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from niwaki.errors import CheckpointError, NiwakiError
+from niwaki.errors import CheckpointError, faults_of
 from niwaki.model.shards import TensorInfo, numbered
 
 CONFIG = "config.json"
@@ -20,6 +20,7 @@ CONFIG = "config.json"
 _LAYERS = re.compile(
     r"(num_(hidden_|decoder_|encoder_)?layers|n_layers?|(en|de)coder_layers|depth|num_nextn\w*_layers)"
 )
+_NEEDED = re.compile(r"num_(hidden_)?layers|n_layers?")
 _COUNTS = re.compile(r"(num|n)_\w+|\w*(layers|experts|heads|blocks|labels|groups)")
 _SIZES = re.compile(r"\w+_size|\w*(dim|embd|channels)")
 _UNBOUNDED = re.compile(r"\w*(position|ctx|token|embeddings|param|step|train|seq|window|chunk)\w*")
@@ -39,20 +40,10 @@ def read_config(folder: Path, content: Mapping[str, Any], tensors: Mapping[str, 
     return config
 
 
-@contextmanager
-def config_faults(folder: Path) -> Iterator[None]:
+def config_faults(folder: Path) -> AbstractContextManager[None]:
     """Turn what transformers and torch raise for a config that describes no model into a CheckpointError."""
-    try:
-        yield
-    except (NiwakiError, MemoryError):
-        raise
-    except Exception as error:  # any field of a stranger's config may have any type and value
-        if "can't allocate memory" in str(error):
-            raise
-        raise CheckpointError(
-            f"{folder / CONFIG} describes no model that can be read ({type(error).__name__}: {_reason(error)}): "
-            "download the model again, or use the transformers version that it names"
-        ) from error
+    step = "download the model again, or use the transformers version that it names"
+    return faults_of(f"{folder / CONFIG} describes no model that can be read", step)
 
 
 def _check_counts(path: Path, content: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
@@ -70,6 +61,8 @@ def _check_counts(path: Path, content: Mapping[str, Any], tensors: Mapping[str, 
         part = pending.pop()
         pending.extend(part if isinstance(part, list) else part.values() if isinstance(part, Mapping) else ())
         for name, value in part.items() if isinstance(part, Mapping) else ():
+            if _NEEDED.fullmatch(name) and isinstance(value, int | float) and value < 1 <= longest:
+                raise CheckpointError(f"{path}: {name} is {value:,}, and the file holds layers: download it again")
             if isinstance(value, int | float) and not _UNBOUNDED.fullmatch(name):
                 for pattern, bound, why in bounds:
                     if pattern.fullmatch(name) and value > bound:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from niwaki.errors import CheckpointError, OutputError
+from niwaki.errors import CheckpointError, OutputError, faults_of
 from niwaki.model.files import file_sha256
 from niwaki.model.hf import only_errors, plain_loading
 
@@ -77,8 +77,9 @@ def gguf_source(folder: Path) -> dict[str, Any] | None:
     path = folder / SOURCE
     if not path.is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    with faults_of(f"{path} is not a record of niwaki", "remove it"):
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {**found, **{name: str(found[name]) for name in ("file", "note", "dtype")}}
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from niwaki.config.events import Event, Report
 from niwaki.config.sources import ADAPTER, LINEAGE, adapter_about, holds_weights
-from niwaki.errors import CheckpointError, InputError, NumericalError, OutputError
+from niwaki.errors import CheckpointError, InputError, NumericalError, OutputError, faults_of
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.aux_files import aux_files
 from niwaki.model.checkpoint import TIE, Checkpoint, fetched_folder, local_folder
@@ -98,7 +98,11 @@ def open_adapter(model: str | Path) -> Adapter:
 def read_lineage(folder: Path) -> dict[str, Any] | None:
     """Return the lineage of a merged model, None for any other folder."""
     path = folder / LINEAGE
-    return json.loads(path.read_text(encoding="utf-8"))["adapter"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    with faults_of(f"{path} is not a record of niwaki", "remove it, or merge again"):
+        lineage: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["adapter"]
+        return {**lineage, "source": str(lineage["source"])}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 
 from niwaki.data.bos import find_bos
 from niwaki.data.texts import load_tokenizer
-from niwaki.errors import CheckpointError, InputError
+from niwaki.errors import CheckpointError, InputError, faults_of
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.config_file import config_faults
@@ -17,7 +17,7 @@ from niwaki.model.decoder import names_of
 from niwaki.model.device import pick_device
 from niwaki.model.hf import WeightNames, auto_class, plain_loading
 from niwaki.runtime.contextual.decoding import generate_verified
-from niwaki.runtime.contextual.predictor_files import has_shadow, read_shadow
+from niwaki.runtime.contextual.predictor_files import ABOUT, has_shadow, read_shadow
 from niwaki.runtime.contextual.sparsity import attach
 from niwaki.runtime.sparse_linear import SparseLinear
 
@@ -68,7 +68,8 @@ def load_checkpoint(
         if isinstance(module, SparseLinear):
             module.fast_prompts = fast_prompts
     if has_shadow(checkpoint.folder) and not dense:
-        decoder.contextual = attach(decoder, read_shadow(checkpoint.folder))
+        with faults_of(f"{checkpoint.folder / ABOUT} does not fit the model", "compress again"):
+            decoder.contextual = attach(decoder, read_shadow(checkpoint.folder))
     return decoder
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from niwaki.compression.run_record import LINES, RECORD, MatrixRecord, read_lines
+from niwaki.errors import faults_of
 
 _KEPT = re.compile(r"^(\d+) of (\d+) ")
 _EXPERT = re.compile(r"\.\d+\.")
@@ -55,7 +56,10 @@ def read_layers(folder: Path) -> Layers | None:
 
     Raises CheckpointError for a broken record.
     """
-    return layers_of(read_lines(folder)) if (folder / RECORD / LINES).is_file() else None
+    if not (folder / RECORD / LINES).is_file():
+        return None
+    with faults_of(f"{folder / RECORD / LINES} holds lines that do not fit together", "compress again"):
+        return layers_of(read_lines(folder))
 
 
 def layers_of(lines: Sequence[MatrixRecord]) -> Layers:

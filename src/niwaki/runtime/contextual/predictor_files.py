@@ -14,13 +14,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from niwaki.config.recipe import current_name
 from niwaki.config.targets import Kind
-from niwaki.errors import CheckpointError, format_problem
+from niwaki.errors import CheckpointError, faults_of, format_problem
 from niwaki.model.files import write_shard, write_text
 from niwaki.runtime.contextual.predictor import Predictor
 from niwaki.runtime.contextual.selection import Rule
@@ -144,17 +143,15 @@ def read_shadow(folder: Path) -> Shadow:
     Raises CheckpointError if it is incomplete or of another format. Also for a field or a tensor that a predictor of
     these units cannot have.
     """
-    try:
+    with faults_of(f"{folder / ABOUT} and its tensors are not complete", "compress again"):
         about: Mapping[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if problem := format_problem(about["format"], (FORMAT,)):
             raise CheckpointError(f"{folder / ABOUT} {problem}")
         _check_about(folder / ABOUT, about)
         layout, rule, running = read_layout(about["layout"]), Rule(**about["rule"]), read_running(about["running"])
         tensors = load_file(folder / TENSORS)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / ABOUT} and its tensors are not complete ({error}): compress again") from error
-    _check_tensors(folder / TENSORS, tensors, layout, bool(about["features"]))
-    predictor = Predictor(tuple(about["features"]), layout.blocks * layout.count("heads"), **tensors)
+        _check_tensors(folder / TENSORS, tensors, layout, bool(about["features"]))
+        predictor = Predictor(tuple(about["features"]), layout.blocks * layout.count("heads"), **tensors)
     return Shadow(predictor, layout, rule, running)
 
 
