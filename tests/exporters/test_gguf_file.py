@@ -124,7 +124,7 @@ def test_codes_are_decoded_and_the_record_says_so(tmp_path: Path) -> None:
 
 def test_a_model_that_niwaki_did_not_make(tmp_path: Path) -> None:
     record = niwaki.export(sapling(), tmp_path / "dest", to="gguf", type="f16")
-    assert sorted(record) == ["export", "format", "model"]
+    assert sorted(record) == ["export", "files", "format", "model"]
     assert record["export"]["vocabulary"] == {"model": "gpt2", "pre": "gpt-2"}
     card = (tmp_path / "dest/README.md").read_text()
     assert "# sapling, gguf" in card and f"{record['export']['bytes']:,} bytes" in card
