@@ -98,7 +98,8 @@ def export(
             write_text(
                 folder.path / "README.md", export_card(record, library=FORMATS[to].library, storage=FORMATS[to].storage)
             )
-            record = record.model_copy(update={"files": hashed_files(folder.path), "pending": {}})
+            settled: dict[str, Any] = {"pending": {}} if record.pending else {}  # of the result that is exported
+            record = record.model_copy(update={"files": hashed_files(folder.path), **settled})
             write_record(folder.path, record)
             checkpoint.log.check()
         except BaseException:
