@@ -131,6 +131,12 @@ class DataQuality(Frozen):
     skipped: dict[str, int] = {}
     revision: str | None = None
 
+    @model_serializer(mode="wrap")
+    def _where_it_says_something(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the fields without rows that were not skipped, and without a commit that there is not."""
+        absent = {name for name in ("skipped", "revision") if not getattr(self, name)}
+        return {name: value for name, value in dump(self).items() if name not in absent}
+
 
 class PairedAccuracy(Frozen):
     """Answers of both models to the same questions. `loss`: dense accuracy − candidate accuracy.
