@@ -100,7 +100,10 @@ WRONG: list[tuple[list[str], str]] = [
     (["compare", "{folder}/dense", "{folder}/out"], "give --data FILE or --tasks FILE"),
     (["compare", "{folder}/dense", "{folder}/out", "--data", "no.txt"], "no such text file"),
     (["compare", "{folder}/dense", "{folder}/out", "--tasks", "no.jsonl"], "no such task file"),
-    (["compare", "{folder}/dense", "{folder}/out", "--data", "{folder}/data.jsonl"], "pass --seq-len 64 or less"),
+    (
+        ["compare", "{folder}/dense", "{folder}/out", "--data", "{folder}/data.jsonl", "--seq-len", "65"],
+        "pass --seq-len 64 or less",
+    ),
     (["compare", "{folder}/dense", "{folder}/out", "--data", "x.txt", "--gate", "{folder}/bad.yaml"], "did you mean"),
     (["gate", "{tmp}/gate.yaml", "--init"], "give --baseline REPORT/compare.json"),
     (["gate", "{tmp}/gate.yaml", "--init", "--baseline", "{folder}/bad.yaml"], "is not a comparison"),

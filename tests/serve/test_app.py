@@ -258,7 +258,8 @@ def test_health_and_readiness(tiny: Running) -> None:
         lost = http.get("/v2/other")
         assert lost.status_code == 404 and lost.json()["error"]["type"] == "invalid_request_error"
         assert http.get("/v1/completions").status_code == 405
-        assert http.get("/docs").status_code == http.get("/openapi.json").status_code == 404
+        assert http.get("/docs").status_code == 404
+        assert http.get("/openapi.json").json()["openapi"].startswith("3.")
 
 
 def fuzz() -> ModuleType:

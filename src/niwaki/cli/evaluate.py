@@ -58,10 +58,10 @@ def evaluate(
     ] = False,
 ) -> None:
     """Measure perplexity, distance to a reference, and tasks."""
-    from niwaki.measure.report.evaluation_card import check_card, put_evaluation
-
     check_output_file("--json", json_)
     check_inputs(*filter(None, (model, reference)), data=data, tasks=tasks)
+    from niwaki.measure.report.evaluation_card import check_card, put_evaluation
+
     if update_card:
         check_card(Path(model))
     from niwaki.cli.progress import Display

@@ -226,6 +226,7 @@ TEXT = {
     "set_seq_len": "Tokens per window",
     "set_bos": "Beginning-of-text token",
     "set_max_tokens": "Max tokens per data file",
+    "set_logit_bytes": "Max bytes of logits at once",
     "set_limit": "Max questions per task file",
     "set_rounds": "Speed rounds",
     "set_prompt_tokens": "Prefill tokens of the speed test",

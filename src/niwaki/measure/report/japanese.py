@@ -228,6 +228,7 @@ TEXT = {
     "set_seq_len": "ウィンドウ長（トークン）",
     "set_bos": "文頭トークン（BOS）",
     "set_max_tokens": "データファイルごとの上限トークン数",
+    "set_logit_bytes": "一度に作るロジットの上限（バイト）",
     "set_limit": "タスクファイルごとの上限問題数",
     "set_rounds": "速度測定の回数",
     "set_prompt_tokens": "速度測定のプロンプト長（トークン）",
