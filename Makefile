@@ -37,8 +37,8 @@ SANITIZED := build/sanitized
 MUTATED := tests/formats tests/model/test_mutated_files.py tests/runtime/contextual/test_mutated_predictors.py \
 	tests/kernels/test_sparse_product.py
 test-sanitized: $(VENV)/.installed
-	cmake -S . -B $(SANITIZED) -DPython_EXECUTABLE=$(CURDIR)/$(RUN)/python -DNIWAKI_SANITIZE=ON
-	cmake --build $(SANITIZED)
+	$(RUN)/cmake -S . -B $(SANITIZED) -DPython_EXECUTABLE=$(CURDIR)/$(RUN)/python -DNIWAKI_SANITIZE=ON
+	$(RUN)/cmake --build $(SANITIZED)
 	NIWAKI_TEST_KERNELS=$$(ls $(SANITIZED)/_cpu*.so) OMP_NUM_THREADS=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	$(RUN)/python -m pytest -m $(if $(FUZZ),fuzz,"not fuzz") $(MUTATED)
