@@ -122,10 +122,11 @@ def generate(
         raise InputError(f"temperature must be 0 (greedy) or more, got {temperature}")
     if verify and (temperature or verify < 0):
         raise InputError(f"verify must be 0 or more tokens, and needs greedy text (temperature 0), got {verify}")
-    if verify and not has_shadow(Checkpoint.open(model).folder):
+    checkpoint = Checkpoint.open(model)
+    if verify and not has_shadow(checkpoint.folder):
         raise InputError(f"{model} holds no predictor, so nothing needs checking: leave out verify")
-    decoder = load(model, device=device)
-    tokenizer = load_tokenizer(Checkpoint.open(model).folder)
+    decoder = load_checkpoint(checkpoint, device=device)
+    tokenizer = load_tokenizer(checkpoint.folder)
     ids = find_bos(tokenizer).encode(tokenizer, prompt)
     if not ids:
         raise InputError("the prompt is empty: give some text to continue")
