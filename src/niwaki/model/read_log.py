@@ -8,7 +8,7 @@ file, the ranges that were read are hashed again. So a touched, copied or linked
     log.note(folder / "model.safetensors", begin, tensor)
     log.check()
 
-Cost: one SHA-256 of what is read (about 1.5 GB/s), and nothing in the end if no file was written.
+Cost: one SHA-256 of what is read, measured at 0.48 GB/s on one core. In the end nothing is read if no file was written.
 """
 
 import hashlib
