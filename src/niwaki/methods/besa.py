@@ -46,7 +46,9 @@ from niwaki.methods.shared.best_state import BestState, cosine
 from niwaki.methods.shared.block_training import (
     LearningTarget,
     Matrices,
+    Reconstruct,
     Reconstruction,
+    attention_cost,
     check_learning_options,
     learning_needs,
 )
@@ -69,6 +71,7 @@ class Config:
     candidates: Annotated[int, "D: the candidate rates are 0, 1/D, …, 1."] = 100
     width_frac: Annotated[float, "Standard deviation of the first distribution over the rates."] = 0.2
     target: LearningTarget = "block"
+    reconstruct: Reconstruct = "block"
     balance: Annotated[str, "How the rates meet the target: the published penalty, or a common shift of all rates."] = (
         "penalty"
     )
@@ -79,7 +82,7 @@ class Config:
     quant_group: Annotated[int, "Columns that share a scale; 0 for the whole row."] = 0
 
     def __post_init__(self) -> None:
-        check_learning_options(self.target)
+        check_learning_options(self.target, reconstruct=self.reconstruct)
         if self.granularity not in ("row", "layer"):
             raise ValueError(f"granularity must be row or layer, got {self.granularity!r}")
         if self.balance not in ("shift", "penalty"):
@@ -104,7 +107,8 @@ def cost(scope: Scope, config: Config) -> Work:
         product_flops=2 * config.steps * scope.weights * (config.candidates + 1),
         passed=12 * config.steps * scope.weights,
     )
-    return rates + learning(scope, config.steps, config.batch, checks=MAX_CHECKS, copies=2.5)
+    apart = attention_cost(scope, config.steps * config.batch, config.reconstruct)
+    return rates + apart + learning(scope, config.steps, config.batch, checks=MAX_CHECKS, copies=2.5)
 
 
 def compress(
@@ -125,7 +129,7 @@ def compress(
     detail: dict[str, float] = {}
     learned = ""
     if any(calib.statistics[name].tokens for name in targets):
-        task = Reconstruction(block, calib, config.target, generator)
+        task = Reconstruction(block, calib, config.target, generator, config.reconstruct)
         best = _learn(task, weights, rates, clipping, config, generator)
         detail = best.detail
         learned = "" if best.improved else KEPT_START

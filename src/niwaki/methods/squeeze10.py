@@ -57,6 +57,7 @@ from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.block_training import (
     LearningTarget,
+    Reconstruct,
     Reconstruction,
     Schedule,
     check_learning_options,
@@ -115,9 +116,10 @@ class Config:
     batch: Annotated[int, "Windows per step."] = 2
     rate_frac: Annotated[float, "Length of a step as a share of the RMS of a parameter."] = 0.005
     target: LearningTarget = "both"
+    reconstruct: Reconstruct = "block"
 
     def __post_init__(self) -> None:
-        check_learning_options(self.target)
+        check_learning_options(self.target, reconstruct=self.reconstruct)
         for name, known in (
             ("choose", CHOICES),
             ("supervise", SUPERVISIONS),
@@ -160,7 +162,9 @@ def cost(scope: Scope, config: Config) -> Work:
     """Count a factor per group and per matrix, two sweeps, rounds on the codes, and learning."""
     own = gram_factors(Scope(tuple((matrix,) for matrix in scope.matrices), scope.windows, scope.tokens))
     sweeping = (sweeps(scope) + grids(scope, clip=True)) * 2
-    learned = learning_cost(scope, config.learn_rounds, config.samples, config.batch, copies=7, passes=36)
+    learned = learning_cost(
+        scope, config.learn_rounds, config.samples, config.batch, copies=7, passes=36, reconstruct=config.reconstruct
+    )
     return gram_factors(scope) + own + sweeping + rounds_of(scope, config.rounds) + learned
 
 
@@ -189,7 +193,7 @@ def compress(
     rounded = {name: latent.rounded for name, latent in latents.items()}
     note = ""
     if config.learn_rounds and any(calib.statistics[name].tokens for name in targets):
-        task = Reconstruction(block, calib, config.target, generator)
+        task = Reconstruction(block, calib, config.target, generator, config.reconstruct)
         rounded, best = learn(task, latents, Schedule.of(config, config.learn_rounds), generator)
         note = "" if best.improved else KEPT_START
         for name in targets:

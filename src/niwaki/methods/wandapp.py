@@ -48,6 +48,7 @@ from niwaki.methods.shared.block_training import (
     LearningTarget,
     Matrices,
     Prune,
+    Reconstruct,
     Reconstruction,
     Schedule,
     assemble,
@@ -76,12 +77,13 @@ class Config:
     rate_frac: Annotated[float, "Length of a step as a share of the RMS of a matrix."] = 0.025
     optimizer: Annotated[str, "Optimizer: adam, or the published rmsprop."] = "adam"
     target: LearningTarget = "block"
+    reconstruct: Reconstruct = "block"
     enforce_mask: Annotated[
         bool, "Keep the first mask while weights learn; false lets weights regrow and prunes again after each round."
     ] = True
 
     def __post_init__(self) -> None:
-        check_learning_options(self.target, self.optimizer)
+        check_learning_options(self.target, self.optimizer, self.reconstruct)
         if self.alpha < 0 or self.rounds < 0 or self.samples < 1 or self.batch < 1 or not 0 < self.rate_frac < 1:
             raise ValueError("expected alpha ≥ 0, rounds ≥ 0, samples ≥ 1, batch ≥ 1 and 0 < rate_frac < 1")
 
@@ -98,7 +100,7 @@ def cost(scope: Scope, config: Config) -> Work:
         passed=3 * scope.windows * scope.weights,
         started=100 * scope.windows,
     )
-    optimization = learning_cost(scope, config.rounds, config.samples, config.batch)
+    optimization = learning_cost(scope, config.rounds, config.samples, config.batch, reconstruct=config.reconstruct)
     return masks(scope) + optimization + (regional if config.alpha else Work())
 
 
@@ -114,7 +116,7 @@ def compress(
     notes = {name: "" if calib.statistics[name].tokens else UNREACHED for name in targets}
     detail: dict[str, float] = {}
     if config.rounds and any(record.tokens for record in calib.statistics.values()):
-        task = Reconstruction(block, calib, config.target, generator)
+        task = Reconstruction(block, calib, config.target, generator, config.reconstruct)
         schedule = Schedule.of(config, config.rounds, config.optimizer)
         weights, best = train_block(task, weights, keep, schedule, generator, prune)
         keep = {name: weight_OI != 0 for name, weight_OI in weights.items()}

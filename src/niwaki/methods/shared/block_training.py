@@ -6,6 +6,10 @@ gradients. The model around the block never takes part, so the memory is that of
 The error of a token is ‖y − t‖² / ‖t‖², averaged over tokens. Without the division, a few tokens with massive
 activations would dominate the loss. An eighth of the windows is held out and decides which state is kept.
 
+`reconstruct=parts` matches attention and MLP apart (arXiv 2510.14444, by its abstract). The matrices of attention learn
+the dense output of attention on the same inputs. The other matrices learn the output of the block, on what attention
+puts out now. `both` adds the two errors.
+
     for batch in training_batches(task, schedule, generator):
         ...                                       # set the gradients for batch.windows
         take_step(optimizer, batch.rate)
@@ -28,12 +32,14 @@ from torch.func import functional_call
 
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
+from niwaki.errors import ArchitectureError
 from niwaki.methods.cost import Scope, Work, learning
 from niwaki.methods.shared.best_state import BestState, cosine
 from niwaki.model.block_calls import Call
 from niwaki.model.decoder import Block
 
 TARGETS = ("block", "dense", "both")
+RECONSTRUCTIONS = ("block", "parts", "both")
 MAX_CHECKS = 5  # held-out measurements; with a cosine schedule the last is nearly always the best
 OPTIMIZERS = ("adam", "rmsprop")
 Matrices = Mapping[str, Tensor]
@@ -42,6 +48,11 @@ LearningTarget = Annotated[
     "Output to learn: that of the dense block on the same inputs (block), "
     "that in the dense model (dense), or the mean of both (both).",
 ]
+Reconstruct = Annotated[
+    str,
+    "Output that weights are learned from: that of the block (block), that of attention for its matrices and that of "
+    "the block for all others (parts), or both errors together (both).",
+]
 Result = TypeVar("Result")
 
 
@@ -49,16 +60,26 @@ class Reconstruction:
     """Task of one block: inputs, target outputs, and gradients of the error between output and target.
 
     `target` is the output to learn: `block`, that of the dense block on the same inputs; `dense`, that of the block in
-    the dense model; or `both`, their mean.
+    the dense model; or `both`, their mean. With `reconstruct` parts or both, the gradients of attention come from its
+    own output. Raises ArchitectureError if the block has no attention apart from the rest.
     """
 
-    def __init__(self, block: Block, calib: CalibrationData, target: str, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        block: Block,
+        calib: CalibrationData,
+        target: str,
+        generator: torch.Generator,
+        reconstruct: str = "block",
+    ) -> None:
         assert calib.stream is not None and calib.stream.outputs is not None, "needs() must ask for windows"
         self.block = block
         self.stream = calib.stream
         self.outputs = calib.stream.outputs
         self.dense = calib.dense if target != "block" else None
         self.target = target
+        self.reconstruct = reconstruct
+        self.writer = "" if reconstruct == "block" else attention_writer(block, self.outputs.store_STD.shape[-1])
         order = torch.randperm(len(calib.stream), generator=generator).tolist()
         count = len(order) // 8
         self.held, self.train = order[:count] or order, order[count:]
@@ -87,16 +108,35 @@ class Reconstruction:
         parameters = assemble(self.block, matrices)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
+        if self.writer:
+            return run_deterministically(lambda: self._gradients_by_part(parameters, windows, matrices))
         return run_deterministically(
             lambda: gradients_of(self.block, self._token_errors(parameters, windows).sum(), parameters, matrices)
         )
+
+    def _gradients_by_part(
+        self, parameters: dict[str, Tensor], windows: list[int], names: Matrices
+    ) -> dict[str, Tensor]:
+        """Return the gradients of attention's own error for all that it depends on, and of the block's for the rest."""
+        call, x_BTD = self.stream.call(windows, self.block.index), self.stream.hidden.take(windows)
+        wanted_BTD = _dense_output(self.block, self.writer, call, x_BTD)
+        with _captured(self.block, self.writer) as found:
+            y_BTD = run_with(self.block, parameters, call, x_BTD)
+        of_attention = relative_errors(found[0], wanted_BTD.float()).sum()
+        of_block = relative_errors(y_BTD, self._target_outputs(windows)).sum()
+        own = torch.autograd.grad(of_attention, list(parameters.values()), retain_graph=True, allow_unused=True)
+        gradients = {name: gradient for name, gradient in zip(parameters, own, strict=True) if gradient is not None}
+        left = {name: p for name, p in parameters.items() if self.reconstruct == "both" or name not in gradients}
+        others = torch.autograd.grad(of_block, list(left.values()), allow_unused=True, materialize_grads=True)
+        for name, gradient in zip(left, others, strict=True):
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        return by_matrix(self.block, gradients, names)
 
     def _token_errors(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
         """Return ‖y − t‖² / ‖t‖² of every token [B, T]."""
         call = self.stream.call(windows, self.block.index)
         y_BTD = run_with(self.block, parameters, call, self.stream.hidden.take(windows))
-        t_BTD = self._target_outputs(windows)
-        return (y_BTD.float() - t_BTD).square().sum(-1) / t_BTD.square().sum(-1).clamp_min(1e-12)
+        return relative_errors(y_BTD, self._target_outputs(windows))
 
     def _target_outputs(self, windows: list[int]) -> Tensor:
         """Return the outputs [B, T, D] to learn."""
@@ -267,8 +307,63 @@ def assemble(block: Block, matrices: Matrices) -> dict[str, Tensor]:
 def gradients_of(block: Block, loss: Tensor, parameters: dict[str, Tensor], names: Matrices) -> dict[str, Tensor]:
     """Return the gradients of `loss` as [O, I] by matrix; zero for one that took no part (an unreached expert)."""
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-    by_parameter = dict(zip(parameters, gradients, strict=True))
+    return by_matrix(block, dict(zip(parameters, gradients, strict=True)), names)
+
+
+def by_matrix(block: Block, by_parameter: Mapping[str, Tensor], names: Matrices) -> dict[str, Tensor]:
+    """Return views [O, I] of tensors that have the layout of parameters, by matrix."""
     return {name: block.linears[name].view(by_parameter[block.linears[name].parameter]) for name in names}
+
+
+def relative_errors(y_BTD: Tensor, t_BTD: Tensor) -> Tensor:
+    """Return ‖y − t‖² / ‖t‖² of every token [B, T] in float32."""
+    return (y_BTD.float() - t_BTD).square().sum(-1) / t_BTD.square().sum(-1).clamp_min(1e-12)
+
+
+def attention_writer(block: Block, width: int) -> str:
+    """Return the matrix that writes the output of attention: the first that reads an input alone and puts out D.
+
+    Raises ArchitectureError if there is none before the last matrix.
+    """
+    *before, _ = block.anatomy.groups.values()
+    for members in before:
+        if len(members) == 1 and members[0].rows == width and members[0].expert is None:
+            return members[0].name
+    raise ArchitectureError(
+        f"block {block.index} has no attention apart from the rest ({', '.join(block.linears)}): use reconstruct=block"
+    )
+
+
+class _Reached(Exception):  # noqa: N818 (ends a forward, and is not an error)
+    """Signal that the matrix whose output is wanted has run."""
+
+
+@contextlib.contextmanager
+def _captured(block: Block, name: str, *, last: bool = False) -> Iterator[list[Tensor]]:
+    """Yield a list that receives the output of the matrix `name`; `last` ends the forward there."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        found.append(output)
+        if last:
+            raise _Reached
+
+    hook = block.module.get_submodule(block.linears[name].parameter.rpartition(".")[0]).register_forward_hook(keep)
+    try:
+        yield found
+    except _Reached:
+        return
+    finally:
+        hook.remove()
+    if not found:
+        raise ArchitectureError(f"block {block.index} uses {name} without a call of its module: use reconstruct=block")
+
+
+def _dense_output(block: Block, name: str, call: Call, x_BTD: Tensor) -> Tensor:
+    """Return the output of the dense matrix `name` in a forward that ends there."""
+    with _captured(block, name, last=True) as found, torch.no_grad():
+        call(block.module, x_BTD)
+    return found[0]
 
 
 def run_with(block: Block, parameters: dict[str, Tensor], call: Call, x_BTD: Tensor) -> Tensor:
@@ -334,19 +429,34 @@ def learning_needs(batch: int, target: str) -> Needs:
 
 
 def learning_cost(
-    scope: Scope, rounds: int, samples: int, batch: int, *, copies: float = 3.5, passes: float = 14
+    scope: Scope,
+    rounds: int,
+    samples: int,
+    batch: int,
+    *,
+    copies: float = 3.5,
+    passes: float = 14,
+    reconstruct: str = "block",
 ) -> Work:
     """Count the work of the training of one block with its measurements (see `cost.learning`); none without rounds."""
     if not rounds:
         return Work()
     held = scope.windows // 8 or scope.windows
     batch = min(batch, max(1, scope.windows - held))
-    checks = min(MAX_CHECKS, rounds)
-    return learning(scope, rounds * math.ceil(samples / batch), batch, checks=checks, copies=copies, passes=passes)
+    steps, checks = rounds * math.ceil(samples / batch), min(MAX_CHECKS, rounds)
+    work = learning(scope, steps, batch, checks=checks, copies=copies, passes=passes)
+    return work + attention_cost(scope, steps * batch, reconstruct)
 
 
-def check_learning_options(target: str, optimizer: str = "adam") -> None:
-    """Raise ValueError unless the target and the optimizer are known ones."""
+def attention_cost(scope: Scope, windows: int, reconstruct: str) -> Work:
+    """Count the forward of dense attention, about a third of a block, if `windows` learn it apart."""
+    return Work() if reconstruct == "block" else Work(forward_tokens=windows * scope.tokens / 3)
+
+
+def check_learning_options(target: str, optimizer: str = "adam", reconstruct: str = "block") -> None:
+    """Raise ValueError unless all three are known ones."""
+    if reconstruct not in RECONSTRUCTIONS:
+        raise ValueError(f"reconstruct must be one of {', '.join(RECONSTRUCTIONS)}, got {reconstruct!r}")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     if target not in TARGETS:
