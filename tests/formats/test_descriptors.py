@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from niwaki.errors import CheckpointError
-from niwaki.formats.descriptors import read_descriptor, read_descriptors, read_shapes, row_counts
+from niwaki.formats.descriptors import read_descriptor, read_descriptors, read_shapes
 from niwaki.formats.packed import PackedTensors, decode_record, decode_stored
 from niwaki.kernels.cpu_module import cpu_module
 from niwaki.kernels.planes import prepared_layer
@@ -140,13 +140,6 @@ def test_a_plain_weight_beside_a_packed_one_is_refused() -> None:
     tensors = {f"m.{name}": tensor for name, tensor in record.tensors.items()} | {"m.weight": torch.zeros(40, 72)}
     with pytest.raises(CheckpointError, match=r"m is packed and has a plain m\.weight too"):
         decode_stored(tensors, {"m": record.description}, torch.float32)
-
-
-def test_bits_are_counted_by_row() -> None:
-    for width in (1, 7, 8, 13, 64):
-        bytes_OB = torch.randint(0, 256, (5, width), dtype=torch.uint8)
-        counts = [sum(int(byte).bit_count() for byte in row) for row in bytes_OB]
-        assert row_counts(bytes_OB).tolist() == counts
 
 
 def test_the_kernels_refuse_what_would_touch_memory() -> None:

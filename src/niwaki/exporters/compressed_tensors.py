@@ -32,6 +32,7 @@ from niwaki.config.events import Event, Report
 from niwaki.errors import CheckpointError, InputError
 from niwaki.formats.descriptors import read_descriptor
 from niwaki.formats.quantized import WEIGHT, QuantizedColumns, read_parts
+from niwaki.kernels.scans import scans_for
 from niwaki.model.checkpoint import Checkpoint, quantized_config
 from niwaki.model.files import copy_file, write_shard, write_text
 from niwaki.model.hf import build_skeleton, weight_names
@@ -125,7 +126,7 @@ def write(checkpoint: Checkpoint, plan: CodesPlan, folder: Path, report: Report)
             names = [name for name in descriptor.names() if f"{module}.{name}" in tensors]
             if names:
                 own = {name: tensors.pop(f"{module}.{name}") for name in names}
-                descriptor.check(own)
+                descriptor.check(own, scans_for(own))
                 part = read_parts(own, about["parts"], about["shape"][1])[0]
                 packed = {f"{module}.{name}": tensor for name, tensor in _packed(part, about["shape"]).items()}
                 code_bytes += sum(tensor.nbytes for tensor in packed.values())

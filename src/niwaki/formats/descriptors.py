@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from niwaki.errors import CheckpointError
-from niwaki.formats.quantized import GRIDS, TILE, unpack_codes
-from niwaki.formats.sparse import BITS, CODES, LAYOUTS, MAX_VALUES, SLACK_BYTES, VALUES
+from niwaki.formats.quantized import GRIDS, TILE
+from niwaki.formats.scans import Scans, TorchScans
+from niwaki.formats.sparse import BITS, CODES, LAYOUTS, MAX_VALUES, SLACK_BYTES
 from niwaki.formats.sparse_tiles import BLOCK_COLUMNS, LAYOUT
 
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -38,8 +39,6 @@ RECORD_NAMES = (
     *[f"{name}_{number}" for name in ("planes", "scale", "offset", "zero") for number in range(MAX_PARTS)],
     *["columns", "places", "values", "starts", "scale"],
 )
-_HALF_EXPONENT = 0x7C00  # all ones in NaN and infinite float16 numbers
-_FIRST_OF_FOUR = 0x1111111111111111  # the lowest bit of every half byte of a word
 
 
 class FieldError(ValueError):
@@ -89,7 +88,7 @@ class Descriptor(ABC):
         """Return dtype and shape of every tensor by its name in the file, in the order of the file."""
 
     @abstractmethod
-    def _content(self, tensors: Mapping[str, Tensor]) -> str | None:
+    def _content(self, tensors: Mapping[str, Tensor], scans: Scans) -> str | None:
         """Return what the values of tensors of the right shapes violate: their name, what was expected and found."""
 
     def names(self) -> list[str]:
@@ -103,31 +102,38 @@ class Descriptor(ABC):
     def check_header(self, found: Mapping[str, tuple[str, Sequence[int]]]) -> None:
         """Raise CheckpointError if a tensor is missing, or has another dtype or shape. Dtypes as in safetensors."""
         labels = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}
-        self._refuse_others(found)
-        for name, (dtype, shape) in self.shapes().items():
+        shapes = self.shapes()
+        self._refuse_others(found, shapes)
+        for name, (dtype, shape) in shapes.items():
             if name not in found:
                 self._refuse(f"{name} is missing: expected {labels[dtype]} {list(shape)}")
             label, own = found[name]
             if label != labels[dtype] or tuple(own) != shape:
                 self._refuse(f"{name} is {label} {list(own)}: expected {labels[dtype]} {list(shape)}")
 
-    def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise CheckpointError if a tensor is missing, or does not hold what the format and the kernels need."""
-        self._refuse_others(tensors)
-        for name, (dtype, shape) in self.shapes().items():
-            expected = f"expected {str(dtype).removeprefix('torch.')} {list(shape)}"
+    def check(self, tensors: Mapping[str, Tensor], scans: Scans | None = None) -> None:
+        """Raise CheckpointError if a tensor is missing, or does not hold what the format and the kernels need.
+
+        The values are read by `scans`, by default in torch.
+        """
+        shapes = self.shapes()
+        self._refuse_others(tensors, shapes)
+        for name, (dtype, shape) in shapes.items():
             own = tensors.get(name)
-            if own is None:
-                self._refuse(f"{name} is missing: {expected}")
-            if own.is_meta:
-                self._refuse(f"{name} has no values: {expected}")
-            if own.dtype != dtype or tuple(own.shape) != shape:
-                self._refuse(f"{name} is {str(own.dtype).removeprefix('torch.')} {list(own.shape)}: {expected}")
-        if problem := self._content(tensors):
+            if own is None or own.is_meta or own.dtype != dtype or tuple(own.shape) != shape:
+                self._refuse_tensor(name, own, f"expected {str(dtype).removeprefix('torch.')} {list(shape)}")
+        if problem := self._content(tensors, scans or TorchScans()):
             self._refuse(problem)
 
-    def _refuse_others(self, found: Mapping[str, object]) -> None:
-        if others := sorted((found.keys() & set(RECORD_NAMES)) - self.shapes().keys()):
+    def _refuse_tensor(self, name: str, own: Tensor | None, expected: str) -> NoReturn:
+        if own is None:
+            self._refuse(f"{name} is missing: {expected}")
+        if own.is_meta:
+            self._refuse(f"{name} has no values: {expected}")
+        self._refuse(f"{name} is {str(own.dtype).removeprefix('torch.')} {list(own.shape)}: {expected}")
+
+    def _refuse_others(self, found: Mapping[str, object], shapes: Shapes) -> None:
+        if others := sorted((found.keys() & set(RECORD_NAMES)) - shapes.keys()):
             self._refuse(f"{others[0]} is stored, and the description in config.json has no such tensor")
 
     def _refuse(self, problem: str) -> NoReturn:
@@ -162,9 +168,9 @@ class CodesDescriptor(Descriptor):
             shapes["columns"] = torch.uint8, (-(-self.columns // 8),)
         return shapes
 
-    def _content(self, tensors: Mapping[str, Tensor]) -> str | None:
+    def _content(self, tensors: Mapping[str, Tensor], scans: Scans) -> str | None:
         for name in self.names():
-            if name.startswith(("scale", "offset")) and not _finite_halves(tensors[name]):
+            if name.startswith(("scale", "offset")) and not scans.halves_finite(tensors[name]):
                 return f"{name} {NOT_FINITE}"
         if len(self.parts) == 1:
             return None
@@ -219,29 +225,25 @@ class NonzerosDescriptor(Descriptor):
             shapes["scale"] = torch.int16, (self.rows, -(-self.columns // self.group))
         return shapes
 
-    def _content(self, tensors: Mapping[str, Tensor]) -> str | None:
+    def _content(self, tensors: Mapping[str, Tensor], scans: Scans) -> str | None:
         places = tensors["places"]
         count = 4 * self.rows * self._width
         if self.layout == "two_four":
-            if not pairs_ascend(places):
+            if not scans.pairs_ascend(places):
                 return NOT_ASCENDING
         else:
-            counts_O = row_counts(places)
-            count = int(counts_O.sum())
+            count, beyond, ordered = scans.bitmap(places, self.columns, tensors["starts"])
             if (needed := self._bytes_of(count)) != self.nbytes:
                 return f"places marks {count} values of {needed} bytes: expected {self.nbytes}, as bytes says"
             if count > MAX_VALUES:
                 return f"places marks {count} values: expected at most {MAX_VALUES}"
-            if self.columns % 8 and bool((places[:, -1] >> (self.columns % 8)).any()):
+            if beyond:
                 return f"places marks values after the last of {self.columns} columns: expected none"
-            if not torch.equal(counts_O.cumsum(0) - counts_O, tensors["starts"].long()):
+            if not ordered:
                 return "starts does not count the values before each row: expected the sums of places"
         if self.values in CODES:
-            return None if _finite_halves(tensors["scale"]) else f"scale {NOT_FINITE}"
-        own = tensors["values"][: count * VALUES[self.values].itemsize]
-        return (
-            None if _finite(own, VALUES[self.values]) else "values holds NaN or infinite values: expected finite ones"
-        )
+            return None if scans.halves_finite(tensors["scale"]) else f"scale {NOT_FINITE}"
+        return None if scans.values_finite(tensors["values"], count, self.values) else f"values {NOT_FINITE}"
 
 
 @dataclass(frozen=True)
@@ -276,10 +278,10 @@ class TilesDescriptor(Descriptor):
             "scale": (torch.int16, (-(-self.columns // self.group), self._tiles * TILE)),
         }
 
-    def _content(self, tensors: Mapping[str, Tensor]) -> str | None:
-        if not _finite_halves(tensors["scale"]):
+    def _content(self, tensors: Mapping[str, Tensor], scans: Scans) -> str | None:
+        if not scans.halves_finite(tensors["scale"]):
             return f"scale {NOT_FINITE}"
-        return None if tile_pairs_ascend(tensors["places"], self.rows) else NOT_ASCENDING
+        return None if scans.tile_pairs_ascend(tensors["places"], self.rows) else NOT_ASCENDING
 
 
 def read_descriptor(module: str, description: object) -> Descriptor:
@@ -366,58 +368,7 @@ def _choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise FieldError(f"{name} is {reprlib.repr(value)}: expected {' or '.join(choices)}")
 
 
-def _words(bytes_OB: Tensor) -> Tensor:
-    """Return rows of bytes as rows of 64-bit words; the last word is filled with zeros."""
-    short = -bytes_OB.shape[-1] % 8
-    whole = torch.nn.functional.pad(bytes_OB, (0, short)) if short else bytes_OB.contiguous()
-    return (whole if whole.storage_offset() % 8 == 0 else whole.clone()).view(torch.int64)
-
-
-def row_counts(bytes_OB: Tensor) -> Tensor:
-    """Return the number of set bits of every row, int64 [O]."""
-    words = _words(bytes_OB)
-    words = words - ((words >> 1) & 0x5555555555555555)
-    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
-    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return ((words * 0x0101010101010101) >> 56).sum(1)  # a byte holds at most 64, so its sign bit is never set
-
-
-def pairs_ascend(places_OB: Tensor) -> bool:
-    """Return whether both indices of every pair ascend: bits 0 and 1 of a half byte are less than bits 2 and 3."""
-    words = _words(places_OB)
-    low, high, low_2, high_2 = words, words >> 1, words >> 2, words >> 3
-    ascends = (high_2 & ~high) | (~(high ^ high_2) & low_2 & ~low)
-    missing = ~ascends & _FIRST_OF_FOUR
-    if short := -places_OB.shape[-1] % 8:  # the filled bytes hold no pairs
-        missing[:, -1] &= (1 << (8 * (8 - short))) - 1
-    return not bool(missing.any())
-
-
-def tile_pairs_ascend(places_TBR: Tensor, rows: int) -> bool:
-    """Return whether both indices of every pair in tiles ascend: those of neighbouring bytes, two bits each."""
-    words = _words(places_TBR)
-    low, high, low_2, high_2 = words, words >> 1, words >> 8, words >> 9
-    ascends = (high_2 & ~high) | (~(high ^ high_2) & low_2 & ~low)
-    # Row r has the first and the third index of a byte, row 16 + r the others. Missing rows have no pairs.
-    here = torch.arange(len(words) * TILE, device=words.device).view(-1, 2, TILE // 2) < rows
-    needed = (here[:, 0] * 0x11 | here[:, 1] * 0x44).to(torch.int16).view(torch.int64)
-    return not bool((~ascends & needed[:, None]).any())
-
-
 def _inside_and_beyond(mask_B: Tensor, count: int) -> tuple[int, int]:
-    """Return the number of set bits among the first `count`, and after them."""
-    bits = unpack_codes(mask_B[None], 8 * len(mask_B)).long()
-    return int(bits[:count].sum()), int(bits[count:].sum())
-
-
-def _finite_halves(values: Tensor) -> bool:
-    """Return whether all numbers are finite: float16 stored as int16."""
-    return not bool(((values & _HALF_EXPONENT) == _HALF_EXPONENT).any())
-
-
-def _finite(bytes_N: Tensor, dtype: torch.dtype) -> bool:
-    if not len(bytes_N):
-        return True
-    whole = bytes_N if bytes_N.storage_offset() % dtype.itemsize == 0 else bytes_N.clone()
-    # Min and max of a tensor are NaN or infinite exactly if an element is.
-    return bool(torch.stack(whole.view(dtype).aminmax()).isfinite().all())
+    """Return the number of set bits among the first `count`, and after them: a mask has at most some kilobytes."""
+    bits = int.from_bytes(bytes(mask_B.tolist()), "little")
+    return (bits & ((1 << count) - 1)).bit_count(), (bits >> count).bit_count()

@@ -97,12 +97,19 @@ class PackedLinear(ReadableLinear):
         if owner is None:
             self.register(read_descriptor(name, {"shape": [rows, columns], **described}))
         else:
-            self.descriptor, self._checked, self._prepared = owner.descriptor, None, None
+            self.descriptor, self._names, self._checked, self._prepared = owner.descriptor, owner._names, None, None
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
 
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors of the matrix by their names in the file."""
         return self._owner[0].stored() if self._owner else super().stored()
+
+    def check(self) -> None:
+        """Raise CheckpointError if the tensors are not what their format allows; the owner checks its own."""
+        if self._owner:
+            self._owner[0].check()
+        else:
+            super().check()
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
         """Return the decoded matrix."""

@@ -1,4 +1,5 @@
-// Checks of what a matrix brings along, before a kernel follows its pointers. They run once per matrix.
+// Checks of what a matrix brings along, before a kernel follows its pointers. They run once per matrix: constructors
+// check what would touch memory, and the functions at the end serve the descriptor of a format, which checks the rest.
 
 #pragma once
 
@@ -39,5 +40,20 @@ inline void require_groups(int64_t groups, int64_t group_bytes, int64_t bytes, c
 
 // Requires of every row that its values lie before the last 64 bytes, which kernels may read.
 void require_values(const SparseProduct& product, int64_t value_bytes);
+
+// Whether `count` numbers are finite, from any address. The kind is one of floats.
+bool all_finite(const uint8_t* bytes, int64_t count, SparseValues kind);
+
+// Whether both indices of every pair of a two-four matrix ascend; in tiles of [lines, 32] bytes, those of `rows`.
+bool pairs_ascend(const uint8_t* places, int64_t count);
+bool tile_pairs_ascend(const uint8_t* places, int64_t lines, int64_t rows);
+
+// Number of values of a bitmap, whether one lies after the last column, and whether `starts` counts them.
+struct BitmapScan {
+    int64_t count;
+    bool beyond, ordered;
+};
+
+BitmapScan scan_bitmap(const uint8_t* places, int64_t rows, int64_t columns, const int32_t* starts);
 
 }  // namespace niwaki

@@ -31,10 +31,11 @@ constexpr int64_t kTile = 32;    // rows of a tile
 constexpr int64_t kMaxBits = 8;  // a code is a byte
 constexpr int64_t kTables = 4;   // bytes of columns that share a table scale: groups hold whole ones
 
-// Checks one part of a packed matrix, and returns it without inputs and outputs.
+// Checks one part of a packed matrix, and returns it without inputs and outputs. `seen` marks the positions so far.
 niwaki::PlaneProduct checked_part(int64_t rows, int64_t inputs, const Bytes& planes, const Shorts& scale,
                                   const std::optional<Shorts>& offset, const std::optional<Bytes>& zero, float centre,
-                                  int64_t group_bytes, const std::optional<Ints>& column, int64_t columns) {
+                                  int64_t group_bytes, const std::optional<Ints>& column, int64_t columns,
+                                  std::vector<uint8_t>& seen) {
     require_side(rows, "rows are out of range"), require_side(inputs, "inputs are out of range");
     require(columns >= 1 && columns <= inputs, "a part has more columns than the matrix");
     require(planes.ndim() == 4 && scale.ndim() == 2, "planes need four axes, and scales two");
@@ -48,11 +49,11 @@ niwaki::PlaneProduct checked_part(int64_t rows, int64_t inputs, const Bytes& pla
     if (zero) require_shape(*zero, {groups, rows}, "zero codes do not fit groups and rows");
     if (column) {
         require_shape(*column, {columns}, "the positions do not fit the columns");
-        std::vector<bool> seen(inputs);
+        seen.resize(inputs);
         for (int64_t i = 0; i < columns; ++i) {
             const int64_t at = column->data()[i];
             require(at >= 0 && at < inputs && !seen[at], "a position is out of range or occurs again");
-            seen[at] = true;
+            seen[at] = 1;
         }
     }
     require(column || columns == inputs, "a part without positions needs all columns");
@@ -73,17 +74,13 @@ class Layer {
 public:
     Layer(int64_t rows, int64_t inputs) : rows_(rows), inputs_(inputs) {
         require_side(rows, "rows are out of range"), require_side(inputs, "inputs are out of range");
-        seen_.resize(inputs);
     }
 
     void add(Bytes planes, Shorts scale, std::optional<Shorts> offset, std::optional<Bytes> zero, float centre,
              int64_t group_bytes, std::optional<Ints> column, int64_t columns) {
-        parts_.push_back(checked_part(rows_, inputs_, planes, scale, offset, zero, centre, group_bytes, column, columns));
+        parts_.push_back(
+            checked_part(rows_, inputs_, planes, scale, offset, zero, centre, group_bytes, column, columns, seen_));
         tables_ = tables_ && fits_tables(parts_.back());
-        for (int64_t i = 0; i < columns; ++i) {
-            const int64_t at = column ? column->data()[i] : i;
-            twice_ = twice_ || seen_[at], seen_[at] = true;
-        }
         covered_ += columns;
         bytes_.push_back(planes), shorts_.push_back(scale);
         if (offset) shorts_.push_back(*offset);
@@ -118,12 +115,12 @@ public:
     }
 
 private:
-    // Whether every input belongs to one part: a target is written once and completely.
-    bool whole() const { return covered_ == inputs_ && !twice_; }
+    // Whether every input belongs to one part, for no position occurs twice: a target is written once and completely.
+    bool whole() const { return covered_ == inputs_; }
 
     int64_t rows_, inputs_, covered_ = 0;
-    bool tables_ = true, twice_ = false;
-    std::vector<bool> seen_;
+    bool tables_ = true;
+    std::vector<uint8_t> seen_;  // of positions; empty without them
     std::vector<niwaki::PlaneProduct> parts_;
     std::vector<Bytes> bytes_;
     std::vector<Shorts> shorts_;
@@ -284,9 +281,10 @@ NB_MODULE(_cpu, module) {
                                    float centre, int64_t group_bytes, std::optional<Ints> column, int64_t columns,
                                    Floats x, Floats out, int threads, int path) {
         require(x.ndim() == 2 && out.ndim() == 2 && x.shape(0) == out.shape(0), "inputs and outputs do not fit");
+        std::vector<uint8_t> seen;
         std::vector<niwaki::PlaneProduct> products{
             checked_part(static_cast<int64_t>(out.shape(1)), static_cast<int64_t>(x.shape(1)), planes, scale, offset,
-                         zero, centre, group_bytes, column, columns)};
+                         zero, centre, group_bytes, column, columns, seen)};
         require(fits_tables(products[0]), "groups are not whole tables");
         products[0].tokens = static_cast<int64_t>(x.shape(0)), products[0].x = x.data(), products[0].out = out.data();
         nb::gil_scoped_release unlocked;
@@ -311,6 +309,30 @@ NB_MODULE(_cpu, module) {
              nb::arg("starts").none(), nb::arg("scale").none(), nb::arg("group_bytes"))
         .def("multiply", &SparseLayer::multiply)
         .def("decode", &SparseLayer::decode);
+    module.def("all_finite", [](Bytes bytes, int64_t count, int kind) {
+        require(kind >= 0 && kind <= 2, "the kind of values is unknown");
+        require(count >= 0 && count <= static_cast<int64_t>(bytes.size()) / (kind == 2 ? 4 : 2), "too few bytes");
+        return niwaki::all_finite(bytes.data(), count, static_cast<niwaki::SparseValues>(kind));
+    }, nb::arg("bytes"), nb::arg("count"), nb::arg("kind"));
+    module.def("pairs_ascend", [](Bytes places) {
+        return niwaki::pairs_ascend(places.data(), static_cast<int64_t>(places.size()));
+    }, nb::arg("places"));
+    module.def("tile_pairs_ascend", [](Bytes places, int64_t rows) {
+        require(places.ndim() == 3, "places of tiles need three axes");
+        require_side(rows, "rows are out of range");
+        const auto lines = static_cast<int64_t>(places.shape(1));
+        require_shape(places, {niwaki::ceil_div(rows, kTile), lines, kTile}, "places do not fit the rows");
+        return niwaki::tile_pairs_ascend(places.data(), lines, rows);
+    }, nb::arg("places"), nb::arg("rows"));
+    module.def("scan_bitmap", [](Bytes places, int64_t columns, Ints starts) {
+        require(places.ndim() == 2, "places need two axes");
+        require_side(columns, "columns are out of range");
+        const auto rows = static_cast<int64_t>(places.shape(0));
+        require_shape(places, {rows, niwaki::ceil_div(columns, 8)}, "places do not fit the columns");
+        require_shape(starts, {rows}, "starts do not fit the rows");
+        const niwaki::BitmapScan found = niwaki::scan_bitmap(places.data(), rows, columns, starts.data());
+        return nb::make_tuple(found.count, found.beyond, found.ordered);
+    }, nb::arg("places"), nb::arg("columns"), nb::arg("starts"));
     // Numbers of `Path`: 0 best, 1 portable, 2 AVX2, 3 AVX-512, 4 AVX-512 with VBMI2 and BF16, 5 with VBMI2 and GFNI.
     module.def("supported", [](int path) { return niwaki::supported(static_cast<niwaki::Path>(path)); });
 }
