@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import niwaki
 from niwaki.cli.app import without_secrets
@@ -214,6 +215,9 @@ def test_a_crash_of_our_own_ends_with_3_and_keeps_its_trace(
     [
         (OSError(errno.ENOSPC, "No space left on device", "/full/file"), "/full/file: no space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: permission denied"),
+        (OSError(errno.EFBIG, "File too large"), "file too large"),
+        (SafetensorError("Error while serializing: I/O error: Full (os error 28)"), "no space left on device"),
+        (Exception("Read-only (os error 30)"), "read-only file system"),  # as tokenizers raises it
         (MemoryError(), "not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), "not enough memory"),

@@ -1,5 +1,6 @@
 """A GGUF read back: every tensor, every type, every byte. llama.cpp itself: test_llama_cpp.py."""
 
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,15 @@ def test_a_missing_library_and_a_failure_in_the_middle(tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(InputError, match=r"to gguf needs the package gguf: pip install gguf"):
         niwaki.export(model, tmp_path / "dest", to="gguf")
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """numpy's own `tofile` would say how many bytes it wrote, and not why it stopped."""
+    model, before = tiny_llama(tmp_path / "model"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"model\.gguf: File too large\. Free space"):
+            niwaki.export(model, tmp_path / "dest", to="gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

@@ -6,7 +6,9 @@ crash of niwaki itself, 130 an interrupt, and 141 a reader of the output that we
 
 import errno
 import importlib.abc
+import os
 import platform
+import re
 import resource
 import shlex
 import sys
@@ -72,7 +74,7 @@ REFUSED, CRASHED, BROKEN_PIPE = 2, 3, 141
 # Faults of the machine: the user can mend them, and a trace would not help.
 _MACHINE_FAULTS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE,
-    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOMEM, errno.EADDRINUSE,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOMEM, errno.EADDRINUSE, errno.EFBIG,
 }  # fmt: skip
 TORCH_BYTES = 1 << 30  # of address space to import torch; with less, its libraries abort the process or hang
 _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc")
@@ -127,9 +129,9 @@ def _refuse(problem: str) -> None:
 
 def machine_problem(error: Exception) -> str | None:
     """Return one line for an error whose cause is the machine (disk, rights, memory), None for any other error."""
-    if isinstance(error, OSError) and error.errno in _MACHINE_FAULTS:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{(error.strerror or str(error)).lower()}: free space or change the rights, then run again"
+    if (fault := _fault(error)) is not None:
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        return f"{where}{os.strerror(fault).lower()}: free space or change the rights, then run again"
     torch = sys.modules.get("torch")  # an error of torch needs torch to be loaded
     named = isinstance(error, RuntimeError | OSError | ImportError) and any(word in str(error) for word in _NO_MEMORY)
     if named or isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
@@ -138,6 +140,13 @@ def machine_problem(error: Exception) -> str | None:
             "--batch-tokens, or use a machine with more"
         )
     return None
+
+
+def _fault(error: Exception) -> int | None:
+    """Return the number of a fault of the machine. Libraries written in Rust name it in their text alone."""
+    named = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(named[1]) if named else None
+    return number if number in _MACHINE_FAULTS else None
 
 
 def write_trace(error: Exception, argv: Sequence[str]) -> Path:

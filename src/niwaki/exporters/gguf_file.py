@@ -115,12 +115,20 @@ def write(checkpoint: Checkpoint, plan: GgufPlan, folder: Path, report: Report) 
     return _record(plan)
 
 
+class _Written(np.ndarray):
+    """Array that is written by Python: numpy's own `tofile` says of a full disk only how much it wrote."""
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        """Write the bytes to an open file."""
+        fid.write(np.ascontiguousarray(self).view(np.ndarray).data.cast("B"))
+
+
 def _encoded(name: str, values: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
     with np.errstate(over="ignore"):
         data: np.ndarray = gguf.quants.quantize(np.ascontiguousarray(values.float().numpy()), kind)
     if kind is GGMLQuantizationType.F16 and not np.isfinite(data).all():
         raise NumericalError(f"{name} holds values beyond float16: export with --type bf16 or f32")
-    return data
+    return data.view(_Written)
 
 
 def _describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint, plan: GgufPlan) -> None:
