@@ -1,5 +1,6 @@
 """One reader for all: a broken folder is refused with one line wherever it is read."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -135,6 +136,32 @@ def test_every_reader_refuses_it(model: Path, tmp_path: Path, kind: str) -> None
             read()
             pytest.fail(f"{name} read it")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "generation_config.json", "modeling_own.py", "more.py"]
+)
+def test_a_file_outside_is_refused_before_it_is_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The files that an `auto_map` names are looked for early, in all the JSON and in the imports of the code."""
+    set_config(model, auto_map={"AutoModel": "modeling_own.Own"})
+    (model / "modeling_own.py").write_text("from .more import thing")
+    (model / "more.py").write_text("")
+    (model / name).rename(tmp_path / name)
+    (model / name).symlink_to(tmp_path / name)
+    opened, real = [], io.open
+
+    def noted(file: Any, *args: Any, **more: Any) -> Any:
+        opened.append(Path(file).resolve() if isinstance(file, str | Path) else file)
+        return real(file, *args, **more)
+
+    monkeypatch.setattr(io, "open", noted)
+    with pytest.raises(CheckpointError, match=rf"{name} is a link out of its folder"):
+        Checkpoint.open(model)
+    assert tmp_path / name not in opened
+    (tmp_path / name).read_text()
+    assert tmp_path / name in opened
 
 
 def test_shards_with_an_index_read_the_same(plain: Path, model: Path) -> None:

@@ -9,6 +9,7 @@ not copied.
 
 import ast
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 TEMPLATES = "additional_chat_templates"
@@ -16,10 +17,10 @@ SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"}
 STEMS = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY", "USAGE_POLICY")
 
 
-def aux_files(folder: Path) -> list[Path]:
-    """Return the files of a model that a result copies, in order."""
+def aux_files(folder: Path, check: Callable[[Path], object] | None = None) -> list[Path]:
+    """Return the files of a model that a result copies, in order. `check` sees every file before it is read."""
     found = [path for path in folder.iterdir() if path.is_file() and _is_copied(path.name)]
-    return sorted([*found, *(folder / TEMPLATES).glob("*.jinja"), *_code_files(folder)])
+    return sorted([*found, *(folder / TEMPLATES).glob("*.jinja"), *_code_files(folder, check or Path)])
 
 
 def _is_copied(name: str) -> bool:
@@ -30,10 +31,11 @@ def _is_copied(name: str) -> bool:
     return Path(name).suffix.lower() in SUFFIXES or upper.startswith(STEMS)
 
 
-def _code_files(folder: Path) -> list[Path]:
+def _code_files(folder: Path, check: Callable[[Path], object]) -> list[Path]:
     """Return the Python files that an `auto_map` in `folder` names, and those of the folder that they import."""
     wanted: list[str] = []
     for path in folder.glob("*.json"):
+        check(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -49,6 +51,7 @@ def _code_files(folder: Path) -> list[Path]:
         path = folder / f"{name}.py"
         if name.isidentifier() and name not in found and path.is_file():
             found[name] = path
+            check(path)
             wanted += _relative_imports(path)
     return list(found.values())
 

@@ -74,7 +74,7 @@ class Checkpoint:
         `shapes` holds the matrices whose shape differs from the config (see `niwaki.model.hf`).
         """
         folder = local_folder(str(model))
-        files = [folder / CONFIG, *aux_files(folder)]
+        files = [folder / CONFIG, *aux_files(folder, lambda path: check_link(folder, path, linked_to))]
         for path in files:
             check_link(folder, path, linked_to)
         content = read_json(folder / CONFIG)
