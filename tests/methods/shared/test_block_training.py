@@ -84,3 +84,20 @@ def test_a_block_without_attention_apart_is_refused() -> None:
 def test_unknown_parts_are_refused() -> None:
     with pytest.raises(ValueError, match="reconstruct must be one of block, parts, both"):
         wandapp.Config(reconstruct="halves")
+
+
+def test_products_are_rounded_while_gradients_are_made_and_never_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, stream = first_block(tmp_path)
+    task = _task(block, stream, "block")
+    matrices = {name: block.weight(name) for name in block.linears}
+    seen = []
+    errors = task._token_errors
+    monkeypatch.setattr(
+        task, "_token_errors", lambda *given: seen.append(torch.backends.cuda.matmul.allow_tf32) or errors(*given)
+    )
+    task.gradients(matrices, [3, 5])
+    task.error(matrices)
+    assert seen[0] and not any(seen[1:]) and len(seen) > 1
+    assert not torch.backends.cuda.matmul.allow_tf32

@@ -108,11 +108,12 @@ class Reconstruction:
         parameters = assemble(self.block, matrices)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        if self.writer:
-            return run_deterministically(lambda: self._gradients_by_part(parameters, windows, matrices))
-        return run_deterministically(
-            lambda: gradients_of(self.block, self._token_errors(parameters, windows).sum(), parameters, matrices)
-        )
+        with _fast_products():
+            if self.writer:
+                return run_deterministically(lambda: self._gradients_by_part(parameters, windows, matrices))
+            return run_deterministically(
+                lambda: gradients_of(self.block, self._token_errors(parameters, windows).sum(), parameters, matrices)
+            )
 
     def _gradients_by_part(
         self, parameters: dict[str, Tensor], windows: list[int], names: Matrices
@@ -383,6 +384,20 @@ class _BlockCall(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.call(self.module, x_BTD)
+
+
+@contextlib.contextmanager
+def _fast_products() -> Iterator[None]:
+    """Compute float32 products on a GPU with factors rounded to TF32 (10 bits), which is several times as fast.
+
+    Only gradients are made so: a random batch changes them far more. What is measured and stored stays in float32.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def run_deterministically(work: Callable[[], Result]) -> Result:

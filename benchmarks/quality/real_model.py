@@ -1,0 +1,202 @@
+"""The table of a real model: every method at its targets, with perplexity, divergence and the accuracy of four tasks.
+
+    python -m benchmarks.quality.real_model MODEL DATA --jobs 7 --out benchmarks/results/quality/real-model-NAME.json
+
+DATA holds calibration.jsonl, eval_reviews.jsonl, wikitext2_test.txt and the folder tasks. Calibration: 128 windows of
+512 tokens per seed. Arithmetic is float32. Accuracies are paired with those of the dense model, with intervals of
+95 %; hellaswag counts by likelihood per character. `--cases FILE` adds cases from lines of JSON: recipes
+with a `label`.
+In a case, `rotate` holds options of a new basis before it, and `recover` those of a recovery after it. Finished runs of
+an earlier OUT are kept.
+With `--jobs` over 1, seconds are those of a shared machine.
+The model and the texts are not part of this repository.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import niwaki
+from benchmarks.common.perplexity import TEXTS, spread
+from benchmarks.common.provenance import provenance
+from benchmarks.quality.suites import SUITES, Case
+from niwaki.measure.schema import Estimate
+
+BY_CHARACTER = ("hellaswag",)  # tasks whose usual figure is the accuracy by likelihood per character
+SAMPLES, WINDOW, TOKENS = 128, 512, 50_000
+
+
+def score(dense: str, candidate: Path, data: Path, device: str, limit: int | None) -> dict[str, Any]:
+    """Return the paired scores of a candidate on both texts and all tasks."""
+    files = {name: str(data / file) for name, file in TEXTS.items()}
+    tasks = {path.stem.split("_")[0]: str(path) for path in sorted((data / "tasks").glob("*.jsonl"))}
+    found = niwaki.compare(
+        dense, str(candidate), data=list(files.values()), tasks=list(tasks.values()) if limit != 0 else [],
+        limit=limit or None, max_tokens=TOKENS, rounds=0, device=device, dtype="float32",
+    ).candidates[0]  # fmt: skip
+    texts = {}
+    for name, quality in zip(files, found.data, strict=True):
+        whole = quality.whole
+        texts[name] = {
+            "perplexity": whole.perplexity,
+            "dense": whole.dense_perplexity,
+            "ratio": interval(whole.perplexity_ratio),
+            "kl": interval(whole.kl),
+            "top1": interval(whole.top1_agreement),
+        }
+    answers = {}
+    for name, task in zip(tasks, found.tasks, strict=False):
+        own = task.accuracy_norm if name in BY_CHARACTER else task.accuracy
+        answers[name] = {
+            "questions": task.questions,
+            "dense": own.dense_accuracy,
+            "accuracy": own.accuracy,
+            "loss": interval(own.loss),
+        }
+    return {"texts": texts, "tasks": answers}
+
+
+def interval(estimate: Estimate) -> list[float | None]:
+    """Return value, low and high of an estimate."""
+    return [estimate.value, estimate.low, estimate.high]
+
+
+def measure(model: str, data: Path, case: Case, seed: int, device: str, limit: int | None) -> dict[str, Any]:
+    """Compress with a case and a seed, recover where the case says so, and return sizes, seconds and scores."""
+    recipe = dict(case.recipe)
+    rotation, recovery = recipe.pop("rotate", None), recipe.pop("recover", None)
+    own_text = str(data / "calibration.jsonl")
+    text = {"files": (own_text,), "samples": SAMPLES, "seq_len": WINDOW} | recipe.pop("calibration", {})
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        source: str | Path = model
+        if rotation is not None:
+            with clock(seconds, "rotate_s"):
+                source = place / "rotated"
+                niwaki.rotate(model, source, calibration=text, target=recipe["target"], device=device, **rotation)
+        with clock(seconds, "compress_s"):
+            out = place / "out"
+            given = {"dtype": "float32", **recipe}
+            record = niwaki.compress(source, out, calibration=text, seed=seed, device=device, **given)
+        if recovery is not None:
+            with clock(seconds, "recover_s"):
+                compressed, out = out, place / "recovered"
+                niwaki.recover(compressed, out, data=own_text, teacher=model, seed=seed, device=device, **recovery)
+        with clock(seconds, "score_s"):
+            scores = score(model, out, data, device, limit)
+    result = record["result"]
+    bits = result.get("method_bits", result["bits"])  # of baselines whose files hold decoded weights
+    size = {"zeros_frac": result["zeros_frac"], "bits": bits, "bytes": result["bytes"]}
+    return {"seed": seed, **size, "seconds": seconds, **scores}
+
+
+@contextlib.contextmanager
+def clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Put the seconds of the block under `name`."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - started, 1)
+
+
+def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the row of a case: its recipe, its runs, and the ratios and accuracies over its seeds."""
+    runs = sorted(runs, key=lambda run: run["seed"])
+    row: dict[str, Any] = {"label": case.label, **case.recipe, "runs": runs}
+    row["ratio"] = {name: spread([run["texts"][name]["ratio"][0] for run in runs]) for name in TEXTS}
+    row["accuracy"] = {task: spread([run["tasks"][task]["accuracy"] for run in runs]) for task in runs[0]["tasks"]}
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row as printed: target, label, bits, ratios, divergence, accuracies, seconds."""
+    runs = row["runs"]
+    ratios = " / ".join(f"{row['ratio'][name]['mean']:.3f}" for name in TEXTS)
+    kl, top1 = (statistics.mean(run["texts"]["reviews"][key][0] for run in runs) for key in ("kl", "top1"))
+    tasks = " ".join(f"{name} {found['mean']:.3f}" for name, found in row["accuracy"].items())
+    took = ", ".join(
+        f"{name} {statistics.mean(run['seconds'][name] for run in runs):.0f}" for name in runs[0]["seconds"]
+    )
+    size = f"{row['target']:>8} | {row['label']:<34} | {runs[0]['bits']}"
+    return f"{size} | {ratios} | {kl:.3f} {top1:.3f} | {tasks} | {took}"
+
+
+def read_cases(args: argparse.Namespace) -> list[Case]:
+    """Return the cases of the suites and of the file that are asked for."""
+    found = [case for suite in args.suite for case in SUITES[suite]]
+    if args.cases:
+        rows = [json.loads(text) for text in args.cases.read_text().splitlines() if text.strip()]
+        found += [Case(row.pop("label"), row) for row in rows]
+    found = [case for case in found if not args.targets or case.recipe["target"] in args.targets]
+    return [case for case in found if not args.labels or case.label in args.labels]
+
+
+def main() -> None:
+    """Measure every case and seed, and write the result after each run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--suite", nargs="*", choices=sorted(SUITES), default=[])
+    parser.add_argument("--cases", type=Path, help="lines of JSON")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--targets", nargs="*", help="only these")
+    parser.add_argument("--labels", nargs="*", help="only these")
+    parser.add_argument("--limit", type=int, help="questions of each task, 0 for none")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--stop", type=float, default=float("inf"), help="begin no run after these seconds")
+    args = parser.parse_args()
+    started, cases = time.time(), read_cases(args)
+    about = {"model": Path(args.model).name, **provenance(args.device), "samples": SAMPLES, "window": WINDOW}
+    earlier = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in earlier:
+        runs[row["target"], row["label"]] += row["runs"]
+    wanted = [
+        (case, seed)
+        for seed in range(args.seeds)
+        for case in cases
+        if seed not in {run["seed"] for run in runs[case.recipe["target"], case.label]}
+    ]
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        work = {pool.submit(begin, started + args.stop, args, case, seed): (case, seed) for case, seed in wanted}
+        for future in as_completed(work):
+            case, seed = work[future]
+            key, error = (case.recipe["target"], case.label), future.exception()
+            if error is not None:
+                print(f"{key} seed {seed}: {error}", *traceback.format_exception(error)[-1:], flush=True)
+                continue
+            if (run := future.result()) is None:
+                print(f"{key} seed {seed}: not begun, the time is over", flush=True)
+                continue
+            runs[key].append(run)
+            print(line(summary(case, [run])), flush=True)
+            now = {(c.recipe["target"], c.label): c for c in cases}
+            rows = [row for row in earlier if (row["target"], row["label"]) not in now]
+            rows += [summary(c, runs[name]) for name, c in now.items() if runs[name]]
+            result = about | {"seconds": round(time.time() - started, 1), "rows": rows}
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def begin(until: float, args: argparse.Namespace, case: Case, seed: int) -> dict[str, Any] | None:
+    """Measure a run, unless the time is over."""
+    if time.time() > until:
+        return None
+    return measure(args.model, args.data, case, seed, args.device, args.limit)
+
+
+if __name__ == "__main__":
+    main()
