@@ -9,7 +9,7 @@ from torch import Tensor
 
 from niwaki.formats.sparse import KINDS, LAYOUTS, VALUES, Sparse
 from niwaki.kernels.cpu_module import cpu_module
-from niwaki.kernels.sparse_product import prepared_layer, product, sparse_product_op
+from niwaki.kernels.sparse_product import prepared_layer, product
 from niwaki.runtime.chunked_matmul import decode_rows
 from support.sparse_records import record_of
 
@@ -128,15 +128,6 @@ def test_empty_and_full_rows() -> None:
         for path in PATHS:
             y = product(layer_of(record), torch.eye(64)[:16], 4, path)
             assert torch.equal(y, weight.to(dtype).float().T[:16]), kind
-
-
-@pytest.mark.parametrize("kind", ["bfloat16", "int4"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_operator_is_the_function(layout: str, kind: str) -> None:
-    record = record_of(40, 64, kind, layout)
-    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    through = sparse_product_op(x, *arguments(record), record.layout, record.values, record.group)
-    assert torch.equal(through, product(layer_of(record), x, 40))
 
 
 def test_wide_vectors_are_the_walk_over_the_values_where_the_processor_has_them() -> None:

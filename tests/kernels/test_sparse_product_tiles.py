@@ -9,7 +9,7 @@ from torch import Tensor
 
 from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import Tiled
-from niwaki.kernels.sparse_product import prepared_tiles, product, tile_product_op
+from niwaki.kernels.sparse_product import prepared_tiles, product
 from niwaki.runtime.chunked_matmul import decode_rows
 from support.sparse_records import coded
 
@@ -77,13 +77,6 @@ def test_paths_agree_and_sums_do_not_overflow() -> None:
     poisoned[0, 7] = torch.nan
     y = product(layer, poisoned, 64)
     assert y[0].isnan().all() and y[1].isfinite().all()
-
-
-def test_the_operator_is_the_function() -> None:
-    tiled, _ = tiled_of(40, 64, 32)
-    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    through = tile_product_op(x, *tiled.tensors().values(), tiled.size, tiled.group)
-    assert torch.equal(through, product(layer_of(tiled), x, 40))
 
 
 def in_worker(queue: Any) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ OTHERS: list[Any] = [True, False, None, 0.0, 1.5, 4.0, -0.5, math.inf, math.nan,
 DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.bfloat16, torch.bool]
 
 
-FEW, MANY = 200, 10_000
+# Shards of a long run have their share of the mutations, and other seeds: pytest --hypothesis-seed=SHARD.
+FEW, MANY = 200, int(os.environ.get("NIWAKI_TEST_MUTATIONS", "10000"))
 QUICK = settings(
     max_examples=FEW, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )

@@ -108,14 +108,6 @@ def plane_product(
     compiled.plane_product(*_compiled_arguments(part), x, out, torch.get_num_threads(), BEST)
 
 
-plane_product_op = torch.library.custom_op("niwaki::plane_product", plane_product, mutates_args={"out_NO"})
-
-
-@plane_product_op.register_fake
-def _(*_: object) -> None:
-    """Return nothing: the caller gives the output."""
-
-
 def layer_product(
     x_NI: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[float], bias_O: Tensor | None, rows: int
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""Products with matrices stored as nonzeros: the CPU kernels as a torch operator, and the limits of their use.
+"""Products with matrices stored as nonzeros: the CPU kernels, and the limits of their use.
 
 Legend: N tokens, O outputs, I inputs, B bytes of eight columns, G groups of columns that share a scale.
 """
@@ -74,44 +74,3 @@ def product(layer: Any, x_NI: Tensor, rows: int, path: int = BEST) -> Tensor:
     for some_NI, some_NO in zip(given_NI.split(CHUNK_TOKENS), out_NO.split(CHUNK_TOKENS), strict=True):
         layer.multiply(some_NI.data_ptr(), some_NO.data_ptr(), len(some_NI), narrow, threads, path)
     return out_NO.to(x_NI.dtype)
-
-
-def sparse_product(
-    x_NI: Tensor,
-    places_OB: Tensor,
-    values: Tensor,
-    starts_O: Tensor | None,
-    scale_OG: Tensor | None,
-    layout: str,
-    kind: str,
-    group: int,
-) -> Tensor:
-    """Compute `product` from the tensors themselves, which a traced graph holds."""
-    layer = prepared_layer(places_OB, values, starts_O, scale_OG, x_NI.shape[1], layout, kind, group)
-    return product(layer, x_NI.detach(), len(places_OB))
-
-
-sparse_product_op = torch.library.custom_op("niwaki::sparse_product", sparse_product, mutates_args=())
-
-
-@sparse_product_op.register_fake
-def _(x_NI: Tensor, places_OB: Tensor, *_: object) -> Tensor:
-    """Return an empty tensor with shape and dtype of the product."""
-    return x_NI.new_empty(len(x_NI), len(places_OB))
-
-
-def tile_product(
-    x_NI: Tensor, places_TBR: Tensor, values_TFR: Tensor, scale_GO: Tensor, rows: int, group: int
-) -> Tensor:
-    """Compute `product` from the tensors of tiles."""
-    layer = prepared_tiles(places_TBR, values_TFR, scale_GO, rows, x_NI.shape[1], group)
-    return product(layer, x_NI.detach(), rows)
-
-
-tile_product_op = torch.library.custom_op("niwaki::tile_product", tile_product, mutates_args=())
-
-
-@tile_product_op.register_fake
-def _(x_NI: Tensor, _places: Tensor, _values: Tensor, _scale: Tensor, rows: int, _group: int) -> Tensor:
-    """Return an empty tensor with shape and dtype of the product."""
-    return x_NI.new_empty(len(x_NI), rows)

@@ -22,13 +22,12 @@ from niwaki.kernels.planes import (
     decode,
     decoding_pays,
     multiply,
-    plane_product_op,
     prepared_layer,
     reaches,
 )
 from niwaki.kernels.types import PlanePart
 from niwaki.runtime.chunked_matmul import multiply_in_chunks
-from niwaki.runtime.stored import StoredMatrix
+from niwaki.runtime.stored import StoredMatrix, stored_product_op
 
 # Of rows decoded on a GPU. Most matrices (8192² in bf16) are one product; several products need a copy to join.
 DECODED_BYTES = 128 * 2**20
@@ -118,35 +117,28 @@ class PackedLinear(ReadableLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: [..., I] → [..., O] in the dtype of `x`."""
         x_NI = x.reshape(-1, self.in_features)
-        few = all(reaches(x_NI, about["group"], about["columns"]) for about in self.described)
         if x_NI.is_cuda:
-            y_NO = self._kernel_product(x_NI) if few else self._decoded_product(x_NI)
-        elif few and (torch.compiler.is_compiling() or not decoding_pays(x_NI, self.described)):
-            y_NO = self._kernel_product(x_NI)
+            y_NO = self._kernel_product(x_NI) if self._few(x_NI) else self._decoded_product(x_NI)
+        elif torch.compiler.is_compiling():
+            y_NO = stored_product_op(x_NI, self._ticket, self.out_features)
         else:
-            y_NO = self._chunked_product(x_NI)
-            y_NO = y_NO if self.bias is None else y_NO + self.bias
+            y_NO = self.cpu_product(x_NI)
         return y_NO.view(*x.shape[:-1], self.out_features)
 
-    def _kernel_product(self, x_NI: Tensor) -> Tensor:
-        """Multiply with the codes, with float32 sums over the parts: on a GPU one kernel, on the CPU one call."""
-        prepared = self._prepare()
-        if x_NI.is_cuda:
-            return multiply(x_NI, prepared.parts, self.bias, self.out_features)
-        if torch.compiler.is_compiling():
-            exact_NI = x_NI.float().contiguous()
-            out_NO = exact_NI.new_zeros(len(x_NI), self.out_features)
-            for part in prepared.parts:
-                plane_product_op(exact_NI, *part, out_NO)
-            y_NO = out_NO.to(x_NI.dtype)
+    def cpu_product(self, x_NI: Tensor) -> Tensor:
+        """Return x Wᵀ + b on the CPU: few tokens with the codes and float32 sums over the parts, many decoded."""
+        if self._few(x_NI) and not decoding_pays(x_NI, self.described):
+            y_NO = cpu_product(self._prepare().layer, x_NI, self.out_features)
         else:
-            y_NO = cpu_product(prepared.layer, x_NI, self.out_features)
+            y_NO = multiply_in_chunks(x_NI, self.out_features, self._prepare().layer, self._rows)
         return y_NO if self.bias is None else y_NO + self.bias
 
-    def _chunked_product(self, x_NI: Tensor) -> Tensor:
-        """Multiply in chunks of rows on the CPU; the kernels decode them if groups are whole bytes."""
-        layer = None if torch.compiler.is_compiling() else self._prepare().layer
-        return multiply_in_chunks(x_NI, self.out_features, layer, self._rows)
+    def _few(self, x_NI: Tensor) -> bool:
+        return all(reaches(x_NI, about["group"], about["columns"]) for about in self.described)
+
+    def _kernel_product(self, x_NI: Tensor) -> Tensor:
+        """Multiply with the codes on a GPU, by one kernel with float32 sums over the parts."""
+        return multiply(x_NI, self._prepare().parts, self.bias, self.out_features)
 
     def _decoded_product(self, x_NI: Tensor) -> Tensor:
         """Multiply on a GPU: one kernel decodes at most `DECODED_BYTES` of rows per product."""

@@ -23,17 +23,11 @@ from niwaki.formats.sparse import Sparse
 from niwaki.formats.sparse_tiles import LAYOUT, Tiled
 from niwaki.kernels.cpu_module import cpu_module
 from niwaki.kernels.sparse_gpu import MIN_SEMI_TOKENS, gpu_record, multiply, semi_structured
-from niwaki.kernels.sparse_product import (
-    prepared_layer,
-    prepared_tiles,
-    product,
-    reaches,
-    sparse_product_op,
-    tile_product_op,
-)
+from niwaki.kernels.sparse_product import prepared_layer, prepared_tiles, product, reaches
 from niwaki.kernels.types import GpuRecord
 from niwaki.runtime.chunked_matmul import multiply_in_chunks
 from niwaki.runtime.linear import ReadableLinear
+from niwaki.runtime.stored import stored_product_op
 
 
 class SparseLinear(ReadableLinear):
@@ -68,11 +62,22 @@ class SparseLinear(ReadableLinear):
         x_NI = x.reshape(-1, self.in_features)
         if x_NI.is_cuda:
             y_NO = self._gpu_product(x_NI)
+        elif torch.compiler.is_compiling():
+            y_NO = stored_product_op(x_NI, self._ticket, self.out_features)
         else:
-            tiles = self.described["sparse"]["layout"] == LAYOUT
-            y_NO = self._kernel_product(x_NI) if reaches(x_NI, tiles) else self._chunked_product(x_NI)
-            y_NO = y_NO if self.bias is None else y_NO + self.bias
+            y_NO = self.cpu_product(x_NI)
         return y_NO.view(*x.shape[:-1], self.out_features)
+
+    def cpu_product(self, x_NI: Tensor) -> Tensor:
+        """Return x Wᵀ + b on the CPU: few tokens with the nonzeros, many with decoded rows."""
+        if reaches(x_NI, self.described["sparse"]["layout"] == LAYOUT):
+            y_NO = product(self._prepare(), x_NI, self.out_features)
+        else:
+            layer = None if cpu_module() is None else self._prepare()
+            y_NO = multiply_in_chunks(
+                x_NI, self.out_features, layer, lambda first, last: self.record().rows(first, last).decode()
+            )
+        return y_NO if self.bias is None else y_NO + self.bias
 
     def _gpu_product(self, x_NI: Tensor) -> Tensor:
         record = self._prepare()
@@ -82,25 +87,6 @@ class SparseLinear(ReadableLinear):
             if self._semi[1] is not None:
                 return linear(x_NI, self._semi[1], None if self.bias is None else self.bias.to(x_NI.dtype))
         return multiply(x_NI, record, self.bias)
-
-    def _kernel_product(self, x_NI: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            record = self.record()
-            if isinstance(record, Tiled):
-                tiled_NO: Tensor = tile_product_op(x_NI, *record.tensors().values(), record.size, record.group)
-                return tiled_NO
-            sparse_NO: Tensor = sparse_product_op(
-                x_NI, record.metadata_OB, record.values_N, record.starts_O, record.scale_OG,
-                record.layout, record.values, record.group,
-            )  # fmt: skip
-            return sparse_NO
-        return product(self._prepare(), x_NI, self.out_features)
-
-    def _chunked_product(self, x_NI: Tensor) -> Tensor:
-        layer = None if torch.compiler.is_compiling() or cpu_module() is None else self._prepare()
-        return multiply_in_chunks(
-            x_NI, self.out_features, layer, lambda first, last: self.record().rows(first, last).decode()
-        )
 
     def _prepare(self) -> Any:
         """Return the matrix for the kernels. Make it again if the buffers changed: after a load or a move."""
