@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import niwaki
 from niwaki.errors import CheckpointError
 from niwaki.model.checkpoint import Checkpoint
+from support.changes import cut, replace, write_in_place, write_with_old_times
 from support.models import tiny_llama, write_texts
 
 SHARD = "model.safetensors"
@@ -21,28 +22,6 @@ SHARD = "model.safetensors"
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return tiny_llama(tmp_path / "model")
-
-
-def write_in_place(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.seek(-10, os.SEEK_END)
-        file.write(b"\x01\x02")
-
-
-def write_with_old_times(path: Path) -> None:
-    status = path.stat()
-    write_in_place(path)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def replace(path: Path) -> None:
-    tensors = {name: tensor + 0.5 for name, tensor in load_file(path).items()}
-    save_file(tensors, path.with_name("new"), metadata={"format": "pt"})
-    path.with_name("new").replace(path)
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
 
 
 def remove(path: Path) -> None:
@@ -83,16 +62,57 @@ def test_a_change_during_a_run_publishes_nothing(
     assert done and not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-def test_the_same_bytes_under_other_times_pass(model: Path, tmp_path: Path) -> None:
+def touch(path: Path) -> None:
+    os.utime(path)
+
+
+def put_copy(path: Path) -> None:
+    shutil.copy(path, path.with_name("copy"))
+    path.with_name("copy").replace(path)
+
+
+def touch_tokenizer(path: Path) -> None:
+    os.utime(path.with_name("tokenizer.json"))
+
+
+@pytest.mark.parametrize("same", [touch, put_copy, touch_tokenizer])
+def test_the_same_bytes_under_other_times_pass_after_the_read(model: Path, same: Callable[[Path], None]) -> None:
+    checkpoint = Checkpoint.open(model)
+    checkpoint.read(checkpoint.tensors)
+    same(model / SHARD)
+    checkpoint.read(checkpoint.tensors)
+    checkpoint.log.check()
+
+
+@pytest.mark.parametrize("change", [touch, put_copy, write_in_place, write_with_old_times, replace])
+def test_what_is_read_first_after_a_change_is_refused(model: Path, change: Callable[[Path], None]) -> None:
+    """The bytes that were read before may be those of both files, and say nothing of the others."""
+    checkpoint = Checkpoint.open(model)
+    first, *others = checkpoint.tensors
+    checkpoint.read([first])
+    change(model / SHARD)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        checkpoint.read(others)
+
+
+def test_links_and_modes_write_nothing(model: Path, tmp_path: Path) -> None:
     def report(event: str, **fields: Any) -> None:
         if event == "saved":
-            os.utime(model / SHARD)
-            shutil.copy(model / SHARD, tmp_path / "copy")
-            (tmp_path / "copy").replace(model / SHARD)
-            os.utime(model / "tokenizer.json")
+            (model / SHARD).chmod(0o600 if (model / SHARD).stat().st_mode & 0o077 else 0o644)
+            os.link(model / SHARD, tmp_path / str(len(list(tmp_path.iterdir()))))
 
     niwaki.compress(model, tmp_path / "out", method="magnitude", target="0.5", device="cpu", report=report)
     assert (tmp_path / "out").is_dir()
+
+
+def test_an_unread_tensor_that_is_copied_belongs_to_the_log(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model")
+    checkpoint = Checkpoint.open(model)
+    name = min(checkpoint.tensors)
+    checkpoint.copy({name: name}, tmp_path / "copy.safetensors")
+    write_with_old_times(model / SHARD)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        checkpoint.copy({"last": max(checkpoint.tensors)}, tmp_path / "copy.safetensors")
 
 
 def test_two_reads_of_one_tensor_must_agree(model: Path) -> None:

@@ -93,6 +93,7 @@ def adapt(
     accepted = kept["new"] > kept["old"]
     result = {"data": list(files), "samples": len(traces), "held_out": len(judge), "kept": kept, "accepted": accepted}
     result |= calibration.about
+    decoder.checkpoint.log.check()
     _put(folder, result, replace(old, predictor=predictor) if accepted else None)
     return result
 

@@ -41,7 +41,7 @@ from niwaki.model.files import file_sha256
 from niwaki.model.hf import plain_loading
 from niwaki.model.logits import FinalStates, position_slices, token_losses, vocabulary_of
 from niwaki.model.unread import append_unread
-from niwaki.runtime.load import load
+from niwaki.runtime.load import load_checkpoint
 
 CHECKS = 8
 SEQ_LEN = 512
@@ -83,7 +83,7 @@ def recover(
     names = _module_names(skeleton)
     calibration = _windows(skeleton, files, field, samples=samples, seq_len=seq_len, seed=seed, bos=bos, report=report)
     windows_ST = calibration.ids_ST
-    adapted, layers = _adapt(load(checkpoint.folder, device=device).float(), names, rank, seed)
+    adapted, layers = _adapt(load_checkpoint(checkpoint, device=device, hashed=True).float(), names, rank, seed)
     loss = _train(adapted, windows_ST, steps, batch, rate, seed, report)
     if not loss.improved:
         raise InputError(
@@ -256,7 +256,7 @@ def _run(adapted: Any, ids_BT: Tensor) -> tuple[FinalStates, list[slice], Tensor
 def _write(skeleton: Decoder, merged: dict[str, Tensor], folder: Path, loss: BestState) -> RecoveryResult:
     """Save the model with `merged` weights in its storage dtype, and return the losses, the zeros and the hashes."""
     checkpoint = skeleton.checkpoint
-    decoder = load(checkpoint.folder, device="cpu")
+    decoder = load_checkpoint(checkpoint, device="cpu", hashed=True)
     zeros = weights = 0
     for name, weight in merged.items():
         parameter = decoder.get_parameter(f"{name}.weight")

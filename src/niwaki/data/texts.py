@@ -33,6 +33,7 @@ from niwaki.errors import CalibrationError
 from niwaki.model.decoder import Decoder
 from niwaki.model.files import require_content
 from niwaki.model.hf import auto_class, plain_loading
+from niwaki.model.own_reader import own_reader
 
 TOKENIZER_SUFFIXES = {".json", ".model", ".jinja", ".txt", ".tiktoken"}
 SAMPLE_STEPS = 32  # tokens a window grows between two reports
@@ -83,7 +84,8 @@ def windows_for(given: Calibration, decoder: Decoder, *, seed: int, report: Repo
     model, vocabulary = decoder.checkpoint.folder, decoder.checkpoint.config.get_text_config().vocab_size
     size: dict[str, Any] = {"samples": given.samples, "seq_len": seq_len, "seed": seed, "bos": given.bos}
     if not given.files:
-        windows_ST = sampled_windows(model, **size, device=str(decoder.device), report=report)
+        with own_reader(decoder.checkpoint.log, hashed=True):
+            windows_ST = sampled_windows(model, **size, device=str(decoder.device), report=report)
         return CalibrationWindows(windows_ST, "sampled from the model", bos_of_model(model, given.bos))
     windows = read_calibration(given.files, given.field, load_tokenizer(model), **size, report=report)
     if (highest := int(windows.ids_ST.max())) >= vocabulary:

@@ -28,7 +28,7 @@ from niwaki.model.decoder import names_of
 from niwaki.model.files import sync_file
 from niwaki.model.hf import only_errors, wrapped_parts
 from niwaki.model.unread import unread_note
-from niwaki.runtime.load import load
+from niwaki.runtime.load import load_checkpoint
 
 NAME = "model.onnx"
 LIBRARIES = ("onnx", "onnxscript", "torch", "transformers")
@@ -66,7 +66,7 @@ def write(checkpoint: Checkpoint, plan: OnnxPlan, folder: Path, report: Report) 
     """Write the graph, a separate file of its weights, config and tokenizer."""
     checkpoint.copy_aux_files(folder)
     # float() of transformers refuses each quantization_config, even one that only holds shapes
-    model: Any = torch.nn.Module.float(load(checkpoint.folder, device="cpu"))
+    model: Any = torch.nn.Module.float(load_checkpoint(checkpoint, device="cpu", hashed=True))
     model.config.use_cache = False
     program = _traced(model, checkpoint)
     report(Event.EXPORT, index=0, of=2)

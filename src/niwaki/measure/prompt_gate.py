@@ -35,11 +35,12 @@ from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.data.bos import find_bos
 from niwaki.data.texts import fit_seq_len, load_tokenizer, read_evaluation
 from niwaki.errors import InputError
+from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.logits import FinalStates, position_slices, vocabulary_of
 from niwaki.runtime.contextual.decoding import ReadText
 from niwaki.runtime.contextual.predictor_files import has_shadow, read_shadow, write_about
 from niwaki.runtime.contextual.sparsity import Contextual, attach
-from niwaki.runtime.load import load
+from niwaki.runtime.load import load_checkpoint
 
 CLOSED = 1e-9  # a max_deviation that lets no prompt run sparse; 0 means no limit
 TIMED_STEPS = 12  # the first of them includes the selection
@@ -74,7 +75,8 @@ def calibrate_gate(
     if not 0 < agreement <= 1 or min(samples, prompt_tokens) < 1 or new_tokens < 3 or batch < 0:
         raise InputError("expected agreement in (0, 1], samples and prompt_tokens ≥ 1, new_tokens ≥ 3, batch ≥ 0")
     shadow = read_shadow(folder)
-    model = load(folder, device=device, dense=True)
+    checkpoint = Checkpoint.open(folder)
+    model = load_checkpoint(checkpoint, device=device, dense=True, hashed=True)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     fit_seq_len(prompt_tokens + new_tokens, 0, positions, str(folder))
     tokenizer = load_tokenizer(folder)
@@ -88,6 +90,7 @@ def calibrate_gate(
     if batch:
         seconds = measure_break_even(contextual, windows_ST[:1].expand(batch, -1).to(model.device), prompt_tokens)
         limits["max_kept_frac"] = seconds["max_kept_frac"]
+    checkpoint.log.check()
     gated = replace(shadow, running=replace(shadow.running, **limits))
     replace_files(folder, lambda place: write_about(place, gated))
     return {

@@ -29,7 +29,7 @@ from niwaki.model.config_file import CONFIG, config_faults, read_config
 from niwaki.model.files import atomic_file, copy_file, file_sha256, write_text
 from niwaki.model.gguf_source import gguf_folder, gguf_source
 from niwaki.model.hf import build_skeleton, tied_names, weight_names
-from niwaki.model.read_log import ReadLog, read_tensor
+from niwaki.model.read_log import ReadLog, changed, read_tensor
 from niwaki.model.shards import LENGTH_BYTES, TensorInfo, check_link, hub_commit, read_headers, read_json
 
 QUANT_METHOD = "niwaki"
@@ -226,10 +226,16 @@ class Checkpoint:
 
     def _copy_bytes(self, info: TensorInfo, target: BinaryIO) -> None:
         """Append the bytes of one tensor to `target`."""
-        with (self.folder / info.shard).open("rb") as source:
+        path, digest = self.folder / info.shard, hashlib.sha256()
+        with path.open("rb") as source:
             source.seek(info.begin)
             for done in range(0, info.nbytes, _COPY_BYTES):
-                target.write(source.read(min(_COPY_BYTES, info.nbytes - done)))
+                wanted = min(_COPY_BYTES, info.nbytes - done)
+                if len(part := source.read(wanted)) != wanted:
+                    raise changed(path)
+                digest.update(part)
+                target.write(part)
+        self.log.note_hash(path, info.begin, info.nbytes, digest.hexdigest())
 
     def fingerprint(self) -> dict[str, str]:
         """Return a hash per file that changes with its content: size, modification time and header, or content."""

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from niwaki.errors import CheckpointError, OutputError, faults_of
-from niwaki.model.files import file_sha256
 from niwaki.model.hf import only_errors, plain_loading
+from niwaki.model.read_log import ReadLog
 
 SOURCE = "gguf-source"  # no suffix: files that a result copies have one
 MAGIC = b"GGUF"
@@ -155,6 +155,7 @@ def _field(reader: Any, name: str) -> Any:
 
 def _convert(file: Path, reader: Any, out: Path) -> None:
     """Dequantize a file to `out`. Raises CheckpointError if transformers cannot read all that counts."""
+    log = ReadLog.of([file], [])
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     matrices = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)
     dtype = _DTYPES.get(next(iter(matrices)), torch.float16) if len(matrices) == 1 else torch.float16
@@ -173,12 +174,13 @@ def _convert(file: Path, reader: Any, out: Path) -> None:
     known = {
         "file": str(file),
         "bytes": file.stat().st_size,
-        "sha256": file_sha256(file),
+        "sha256": log.files[file][1],
         "architecture": _field(reader, "general.architecture"),
         "types": dict(sorted(types.items())),
         "dtype": str(dtype).removeprefix("torch."),
         "note": f"dequantized from {', '.join(name for name, _ in matrices.most_common())}",
     }
+    log.check()
     (out / SOURCE).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 

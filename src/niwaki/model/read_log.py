@@ -1,8 +1,9 @@
 """Noticing of a model that changes while it is read.
 
-Every tensor is hashed as it is read. A second read must give the same bytes. In the end, a file with the inode, size
-and times of the beginning is unchanged. For a write updates the change time, which no program can set. Of any other
-file, the ranges that were read are hashed again. So a touched, copied or linked file with the same bytes passes.
+Every tensor is hashed as it is read. At its first read the file must be as it was in the beginning: inode, size and
+times. For a write updates the change time, which no program can set. A second read must give the same bytes. In the
+end, a file as in the beginning is unchanged, and of any other the ranges that were read are hashed again. So a file
+that is touched or copied with the same bytes passes once it was read, and is refused before that.
 
     log = ReadLog.of(folder, [folder / "config.json"], [folder / "model.safetensors"])
     log.note(folder / "model.safetensors", begin, tensor)
@@ -47,29 +48,45 @@ class ReadLog:
         """Begin with the present states, and the hashes of `files`."""
         return cls({path: (_state(path), file_sha256(path)) for path in files}, {path: _state(path) for path in shards})
 
+    def add(self, paths: Iterable[Path]) -> None:
+        """Record the present content of further small files, those that are not known yet."""
+        for path in paths:
+            if path not in self.files:
+                self.files[path] = _state(path), file_sha256(path)
+
     def note(self, path: Path, begin: int, tensor: Tensor) -> None:
         """Record the bytes of a tensor that begins at `begin`. Raises CheckpointError if an earlier read had others."""
-        sha256 = hashlib.sha256(bytes_of(tensor)).hexdigest()
+        self.note_hash(path, begin, tensor.nbytes, hashlib.sha256(bytes_of(tensor)).hexdigest())
+
+    def note_hash(self, path: Path, begin: int, nbytes: int, sha256: str) -> None:
+        """Record the hash of a range. Raises CheckpointError if an earlier read had other bytes."""
+        key = path, begin, nbytes
         with self._lock:
-            if self.ranges.setdefault((path, begin, tensor.nbytes), sha256) != sha256:
-                raise _changed(path)
+            if key not in self.ranges:
+                self.confirm(path)
+            if self.ranges.setdefault(key, sha256) != sha256:
+                raise changed(path)
+
+    def confirm(self, path: Path) -> None:
+        """Raise CheckpointError if a shard may have other bytes than in the beginning."""
+        if path in self.shards and not (path.is_file() and _as_before(self.shards[path], _state(path))):
+            raise changed(path)
 
     def check(self) -> None:
         """Raise CheckpointError if what was read is no longer what the files hold."""
         for path, (state, sha256) in self.files.items():
             if not path.is_file() or (_state(path) != state and file_sha256(path) != sha256):
-                raise _changed(path)
+                raise changed(path)
         for path, state in self.shards.items():
             if not path.is_file():
-                raise _changed(path)
+                raise changed(path)
             if _state(path) != state:
-                self._check_ranges(path, state)
+                self._check_ranges(path)
 
-    def _check_ranges(self, path: Path, state: State) -> None:
+    def _check_ranges(self, path: Path) -> None:
         ranges = {key: sha256 for key, sha256 in self.ranges.items() if key[0] == path}
-        # Without a hash, only a new change time is known to be harmless: a link to a file changes it.
-        if not ranges and _state(path)[:-1] != state[:-1]:
-            raise _changed(path)
+        if not ranges:
+            self.confirm(path)
         with path.open("rb") as file:
             for (_, begin, nbytes), sha256 in ranges.items():
                 file.seek(begin)
@@ -77,7 +94,7 @@ class ReadLog:
                 for done in range(0, nbytes, _READ_BYTES):
                     found.update(file.read(min(_READ_BYTES, nbytes - done)))
                 if found.hexdigest() != sha256:
-                    raise _changed(path)
+                    raise changed(path)
 
 
 def read_tensor(path: Path, name: str, dtype: str, shape: tuple[int, ...], begin: int, *, pinned: bool) -> Tensor:
@@ -86,7 +103,7 @@ def read_tensor(path: Path, name: str, dtype: str, shape: tuple[int, ...], begin
         raise CheckpointError(f"{path}: {name} is stored as {dtype}, which this torch cannot read")
     tensor = torch.empty(shape, dtype=DTYPES[dtype], pin_memory=pinned)
     if not path.is_file():
-        raise _changed(path)
+        raise changed(path)
     with path.open("rb", buffering=0) as file:
         file.seek(begin)
         view = bytes_of(tensor)
@@ -94,7 +111,7 @@ def read_tensor(path: Path, name: str, dtype: str, shape: tuple[int, ...], begin
         while done < tensor.nbytes:
             count = file.readinto(view[done : done + _READ_BYTES])
             if not count:
-                raise _changed(path)
+                raise changed(path)
             done += count
     return tensor
 
@@ -106,10 +123,17 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def _state(path: Path) -> State:
     status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, *times, status.st_nlink, status.st_mode
 
 
-def _changed(path: Path) -> CheckpointError:
+def _as_before(before: State, now: State) -> bool:
+    """Check that only a link or a mode explains what is new in a state: both set the change time, and write nothing."""
+    return before == now or (before[:4] == now[:4] and before[5:] != now[5:])
+
+
+def changed(path: Path) -> CheckpointError:
+    """Return the error for a file that changed during a run."""
     return CheckpointError(
         f"{path} changed while it was read, so nothing is published: let its download or copy finish, and run again"
     )

@@ -80,7 +80,7 @@ def read_headers(folder: Path, named: object = None, linked_to: Path | None = No
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         check_link(folder, folder / shard, linked_to)
-        header = _read_header(folder / shard)
+        header = read_header(folder / shard)
         if twice := sorted(header.keys() & tensors.keys()):
             name = twice[0]
             raise CheckpointError(
@@ -148,7 +148,8 @@ def _refuse_without_weights(folder: Path) -> None:
     raise CheckpointError(f"{folder} has no {SINGLE} and no {INDEX}")
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Return the headers of the tensors of one file. Raises CheckpointError if it is not complete."""
     try:
         require_content(path, CheckpointError)
         safe_open(path, framework="pt").__exit__(None, None, None)  # checks the header and the length

@@ -161,7 +161,8 @@ def _merge_to(adapter: Adapter, base: Path, place: Path, lineage: dict[str, Any]
     try:
         (partial / LINEAGE).parent.mkdir(parents=True)  # shows who writes here
         checkpoint = Checkpoint.open(base, adapter.base)
-        merged = _merged(adapter, base)
+        checkpoint.log.add(adapter.folder / name for name in (WEIGHTS, ADAPTER))
+        merged = _merged(adapter, checkpoint)
         with plain_loading():
             merged.save_pretrained(partial, max_shard_size="1GB")
         append_unread(checkpoint, names_of(checkpoint).unread, partial)
@@ -170,6 +171,7 @@ def _merge_to(adapter: Adapter, base: Path, place: Path, lineage: dict[str, Any]
         for shard in partial.glob("*.safetensors"):
             os.utime(shard, ns=(written, written))
         write_text(partial / LINEAGE, json.dumps(lineage, indent=2) + "\n")
+        checkpoint.log.check()
         if place.is_dir():
             aside = place.with_name(place.name + ".replaced")
             remove_folder(aside, LINEAGE)
@@ -181,13 +183,13 @@ def _merge_to(adapter: Adapter, base: Path, place: Path, lineage: dict[str, Any]
         raise
 
 
-def _merged(adapter: Adapter, base: Path) -> Any:
+def _merged(adapter: Adapter, checkpoint: Checkpoint) -> Any:
     """Return the model with the adapter merged. Raises an error for an adapter that does not fit."""
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise InputError("merging an adapter needs the package peft: pip install peft") from error
-    model = load_checkpoint(Checkpoint.open(base, adapter.base), device="cpu")
+    model = load_checkpoint(checkpoint, device="cpu", hashed=True)
     tied = _grow_and_untie(adapter, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of ties, which are handled here, and of missing keys, which are checked

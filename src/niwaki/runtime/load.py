@@ -16,8 +16,9 @@ from niwaki.model.config_file import config_faults
 from niwaki.model.decoder import names_of
 from niwaki.model.device import pick_device
 from niwaki.model.hf import WeightNames, auto_class, plain_loading
+from niwaki.model.own_reader import own_reader
 from niwaki.runtime.contextual.decoding import generate_verified
-from niwaki.runtime.contextual.predictor_files import ABOUT, has_shadow, read_shadow
+from niwaki.runtime.contextual.predictor_files import ABOUT, TENSORS, has_shadow, read_shadow
 from niwaki.runtime.contextual.sparsity import attach
 from niwaki.runtime.sparse_linear import SparseLinear
 
@@ -50,23 +51,29 @@ def load_checkpoint(
     dense: bool = False,
     dtype: torch.dtype | None = None,
     fast_prompts: bool = False,
+    hashed: bool = False,
 ) -> Any:
     """Return the model of an open checkpoint as `load` does.
 
-    Raises CheckpointError for weights that are missing, not finite, or in a dtype that `Decoder` refuses as well.
+    With `hashed`, the log of the checkpoint records the weights, so that a later change can be told from a touch.
+    Raises CheckpointError for weights that are missing, not finite, or in a dtype that `Decoder` refuses as well. So it
+    does if a file changed since the checkpoint was opened.
     """
     names = names_of(checkpoint)  # transformers would make up what is missing
-    with plain_loading(), config_faults(checkpoint.folder):
+    with plain_loading(), config_faults(checkpoint.folder), own_reader(checkpoint.log, hashed=hashed):
         decoder: Any
         decoder, found = auto_class(checkpoint.config).from_pretrained(
             checkpoint.folder, dtype=dtype or checkpoint.dtype, trust_remote_code=False, output_loading_info=True
         )
+    checkpoint.log.check()
     _check_loaded(checkpoint, found)
     decoder = decoder.to(pick_device(device)).eval()
     _check_finite(checkpoint, decoder, names)
     for module in decoder.modules():
         if isinstance(module, SparseLinear):
             module.fast_prompts = fast_prompts
+    if has_shadow(checkpoint.folder):
+        checkpoint.log.add(checkpoint.folder / name for name in (ABOUT, TENSORS))
     if has_shadow(checkpoint.folder) and not dense:
         with faults_of(f"{checkpoint.folder / ABOUT} does not fit the model", "compress again"):
             decoder.contextual = attach(decoder, read_shadow(checkpoint.folder))

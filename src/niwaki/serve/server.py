@@ -21,8 +21,8 @@ import uvicorn
 from niwaki.compression.verify import check_weights, state_of
 from niwaki.data.texts import load_tokenizer
 from niwaki.errors import InputError
-from niwaki.model.checkpoint import local_folder
-from niwaki.runtime.load import load
+from niwaki.model.checkpoint import Checkpoint
+from niwaki.runtime.load import load_checkpoint
 from niwaki.serve.app import Service, create_app
 from niwaki.serve.engine import Engine, EngineLimits
 from niwaki.serve.event_queue import Timeouts
@@ -87,11 +87,12 @@ def check(settings: ServerSettings) -> None:
 
 def make_service(model: str | Path, settings: ServerSettings) -> Service:
     """Load the model and start its engine. Compare its weights with run.json first."""
-    folder = local_folder(str(model))
+    checkpoint = Checkpoint.open(model)  # what is verified from here on is what is loaded
+    folder = checkpoint.folder
     if settings.verify:
         log.info("files of %s: %s", model, state_of(folder, check_weights(folder)))
     tokenizer = load_tokenizer(folder)
-    decoder = load(folder, device=settings.device, dense=settings.dense, dtype=settings.dtype)
+    decoder = load_checkpoint(checkpoint, device=settings.device, dense=settings.dense, dtype=settings.dtype)
     config = decoder.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     context = settings.context or positions or DEFAULT_CONTEXT

@@ -42,9 +42,9 @@ def log_everything(**settings: Any) -> None:
     configure(**{**settings, "level": 1})
 
 
-load, configure = server.load, logging.basicConfig
+load, configure = server.load_checkpoint, logging.basicConfig
 if __name__ == "__main__":
-    server.load = load_slowly
+    server.load_checkpoint = load_slowly
     if "REACH_LOG" in os.environ:
         logging.basicConfig = log_everything  # type: ignore[assignment]
     signal.signal(signal.SIGUSR1, kill_engine)

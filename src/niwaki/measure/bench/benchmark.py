@@ -32,7 +32,7 @@ from niwaki.model.anatomy import Anatomy, discover
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.device import pick_device, return_free_memory
 from niwaki.model.hf import build_skeleton
-from niwaki.runtime.load import load
+from niwaki.runtime.load import load_checkpoint
 from niwaki.version import __version__
 
 BATCHES, CONTEXT, NEW_TOKENS, PROMPT_TOKENS = (1, 4, 16), 128, 64, 2048
@@ -43,11 +43,12 @@ QUALITY = f"{NO_QUALITY}: variants are made for speed alone, by magnitude and ro
 
 @dataclass(frozen=True)
 class BenchItem:
-    """A variant to measure: one that is made here, or the folder `source` of a result."""
+    """A variant to measure: one that is made here, or the result `source`, which is opened before all work."""
 
     name: str
     about: str
     source: str | None = None
+    checkpoint: Checkpoint | None = None
 
 
 def bench(
@@ -72,7 +73,7 @@ def bench(
 
     `batches`: numbers of sequences that decode `new_tokens` each after `context` tokens. `prompt_tokens`: length of the
     prefill, 0 for none. `keep` gets the benchmark after every variant. `forms` is the old name of `variants`.
-    Raises InputError before the first measurement.
+    Raises InputError before the first measurement, and CheckpointError if a model changes meanwhile.
     """
     outs = [outs] if isinstance(outs, str | Path) else list(outs)
     items = _items(variants if forms is None else forms, outs)
@@ -88,7 +89,7 @@ def bench(
     items = _check_outs(items, config)
     anatomy = discover(build_skeleton(config, torch_dtype))
     with _threads(threads):
-        dense = _load_dense(model, None if checkpoint else config, torch_dtype, place)
+        dense = _load_dense(checkpoint, config, torch_dtype, place)
         graphs = place.type == "cuda" and not has_window(dense)
         result = Bench(
             version=__version__,
@@ -102,7 +103,10 @@ def bench(
             environment=describe_environment(place),
             settings=_settings(workload, place, torch_dtype, graphs),
         )
+        logs = [one.log for one in (checkpoint, *(item.checkpoint for item in items)) if one is not None]
         for rows in _measure_all(dense, anatomy, items, workload, graphs, report):
+            for log in logs:
+                log.check()
             result = result.model_copy(update={"rows": rows})
             keep(result)
     return result
@@ -118,11 +122,11 @@ def _open(model: str | Path) -> tuple[Checkpoint | None, Any]:
     return checkpoint, checkpoint.config
 
 
-def _load_dense(model: str | Path, config: Any, dtype: torch.dtype, place: torch.device) -> Any:
-    """Load the dense model, or create one of random weights if `config` is given."""
-    if config is not None:
+def _load_dense(checkpoint: Checkpoint | None, config: Any, dtype: torch.dtype, place: torch.device) -> Any:
+    """Load the dense model, or create one of random weights from its config if there is no checkpoint."""
+    if checkpoint is None:
         return random_model(config, dtype, place)
-    return load(model, device=str(place), dense=True, dtype=dtype)
+    return load_checkpoint(checkpoint, device=str(place), dense=True, dtype=dtype, hashed=True)
 
 
 def _measure_all(
@@ -154,9 +158,9 @@ def _measure_all(
 
 
 def _make(item: BenchItem, dense: Any, anatomy: Anatomy) -> VariantModel:
-    if item.source is None:
+    if item.checkpoint is None:
         return VARIANTS[item.name].make(dense, anatomy)
-    loaded = load(item.source, device=str(dense.device), dtype=dense.dtype)
+    loaded = load_checkpoint(item.checkpoint, device=str(dense.device), dtype=dense.dtype, hashed=True)
     contextual = getattr(loaded, "contextual", None)
     predictor = () if contextual is None else tuple(contextual.shadow.predictor.tensors().values())
     return VariantModel(loaded, "", predictor)
@@ -227,7 +231,7 @@ def _check_outs(items: list[BenchItem], config: Any) -> list[BenchItem]:
             raise InputError(f"{item.source} has {own} tokens in its vocabulary, the model {dense}: not its result")
         recipe = read_recipe(checkpoint.folder)
         about = " ".join(str(recipe[key]) for key in ("method", "target") if recipe.get(key)) or "as it is"
-        checked.append(BenchItem(item.name, about, item.source))
+        checked.append(BenchItem(item.name, about, item.source, checkpoint))
     return checked
 
 

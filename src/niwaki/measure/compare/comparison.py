@@ -219,13 +219,15 @@ class _Job:
             for source, decoder in zip(sources, decoders, strict=True)
         ]
         candidates = self._measure_quality(decoders, models)
-        for decoder in decoders:
-            decoder.checkpoint.log.check()
+        _check_unchanged(decoders)
         if not self.settings.rounds:
             return models[0], tuple(candidates)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the worker processes need it now
-        return self._measure_whole([decoder.checkpoint.folder for decoder in decoders], models[0], candidates, prompts)
+        folders = [decoder.checkpoint.folder for decoder in decoders]
+        measured = self._measure_whole(folders, models[0], candidates, prompts)
+        _check_unchanged(decoders)
+        return measured
 
     def _measure_quality(self, decoders: list[Decoder], models: list[Model]) -> list[Candidate]:
         first_tokens = min(self.settings.prompt_tokens, self.settings.seq_len // 2)
@@ -282,6 +284,12 @@ class _Job:
                     changes = {"model": _with_loading(candidate.model, own), "speed": speed, "generations": texts}
                 measured.append(candidate.model_copy(update=changes))
             return _with_loading(model, dense), tuple(measured)
+
+
+def _check_unchanged(decoders: Sequence[Decoder]) -> None:
+    """Raise CheckpointError if a model is no longer the one that was opened."""
+    for decoder in decoders:
+        decoder.checkpoint.log.check()
 
 
 def _with_loading(model: Model, worker: Worker) -> Model:

@@ -30,7 +30,7 @@ from niwaki.model.logits import position_slices, vocabulary_of
 from niwaki.runtime.contextual.decoding import ReadText, read_text
 from niwaki.runtime.contextual.predictor_files import has_shadow, read_shadow
 from niwaki.runtime.contextual.sparsity import Contextual, attach
-from niwaki.runtime.load import load
+from niwaki.runtime.load import load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _score_contextual(
 ) -> CandidateScores:
     """Score windows after a prompt of `first_tokens`, and every answer after its question."""
     folder = decoder.checkpoint.folder
-    model = load(folder, device=str(decoder.device), dense=True).to(decoder.dtype)
+    model = load_checkpoint(decoder.checkpoint, device=str(decoder.device), dense=True, hashed=True).to(decoder.dtype)
     runtime = _Runtime(attach(model, read_shadow(folder)), decoder.logit_bytes)
     skipped: list[float] = []
     windows = sum(len(text.ids_ST) for text in inputs.texts)

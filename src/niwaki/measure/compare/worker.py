@@ -115,14 +115,15 @@ def serve(model_name: str, device: str, answer: Callable[[dict[str, Any]], None]
     from niwaki.model.checkpoint import Checkpoint
     from niwaki.model.device import peak_rss_bytes, pick_device
     from niwaki.model.hf import build_skeleton
-    from niwaki.runtime.load import load
+    from niwaki.runtime.load import load_checkpoint
 
     process, on_cuda = psutil.Process(), pick_device(device).type == "cuda"
-    build_skeleton(Checkpoint.open(model_name).config, torch.float32)  # imports are not part of loading
+    checkpoint = Checkpoint.open(model_name)
+    build_skeleton(checkpoint.config, torch.float32)  # imports are not part of loading
     torch.zeros(1, device=pick_device(device))  # nor is the creation of the GPU context
     before = process.memory_info().rss
     begin = time.perf_counter()
-    model = load(model_name, device=device)
+    model = load_checkpoint(checkpoint, device=device)
     seconds = _now(model) - begin
     answer(
         {

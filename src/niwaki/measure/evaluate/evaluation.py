@@ -97,7 +97,9 @@ def evaluate(
     }
     if harness is not None:
         lm_eval_settings: dict[str, Any] = {"device": device, "logit_bytes": logit_bytes, "bos": bos}
-        rows = [run_tasks(harness, d.checkpoint.folder, dtype=d.dtype, **lm_eval_settings) for d in decoders]
+        rows = [run_tasks(harness, d.checkpoint, dtype=d.dtype, **lm_eval_settings) for d in decoders]
+        for decoder in decoders:
+            decoder.checkpoint.log.check()
         result["lm_eval"] = rows[0] if reference is None else {**rows[0], "reference": rows[1]}
     return result
 

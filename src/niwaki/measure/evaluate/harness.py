@@ -23,6 +23,7 @@ from niwaki.config.recipe import BosPolicy
 from niwaki.data.bos import find_bos, puts_bos_itself
 from niwaki.data.texts import load_tokenizer
 from niwaki.errors import InputError, unknown
+from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.hf import only_errors
 
 BATCH = 8  # of generated texts
@@ -81,7 +82,7 @@ def installed() -> bool:
 
 def run_tasks(
     tasks: HarnessTasks,
-    folder: Path,
+    checkpoint: Checkpoint,
     *,
     device: str,
     dtype: torch.dtype,
@@ -90,16 +91,17 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Return `results`, `groups`, `n-shot`, `n-samples` and `versions` as lm_eval reports them.
 
-    For a contextual model, `contextual` counts the sparse and the dense tokens.
+    For a contextual model, `contextual` counts the sparse and the dense tokens. Raises CheckpointError if the model
+    changed meanwhile.
     """
     import lm_eval
 
     from niwaki.measure.evaluate.harness_model import wrap
-    from niwaki.runtime.load import load
+    from niwaki.runtime.load import load_checkpoint
 
-    decoder = load(folder, device=device, dtype=dtype)
+    decoder = load_checkpoint(checkpoint, device=device, dtype=dtype, hashed=True)
     with _quiet(f"lm_eval could not run {', '.join(tasks.names)}"):
-        tokenizer, special = _with_bos(load_tokenizer(folder), bos)
+        tokenizer, special = _with_bos(load_tokenizer(checkpoint.folder), bos)
         model = wrap(decoder, tokenizer, BATCH, logit_bytes, special)
         output = lm_eval.simple_evaluate(
             model=model,
@@ -109,6 +111,7 @@ def run_tasks(
             task_manager=tasks.manager,
             log_samples=False,
         )
+    checkpoint.log.check()
     kept = {name: output[name] for name in ("results", "groups", "n-shot", "n-samples", "versions") if name in output}
     result: dict[str, Any] = {"lm_eval": version("lm-eval"), **_plain(kept)}
     if (counts := model.token_counts) is not None:

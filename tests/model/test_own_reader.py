@@ -1,0 +1,96 @@
+"""What transformers loads for niwaki is a copy: no later change of the file reaches it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import modeling_utils
+
+import niwaki
+from niwaki.errors import CheckpointError
+from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.own_reader import own_reader
+from niwaki.runtime.load import load_checkpoint
+from support.changes import cut, replace, write_in_place, write_with_old_times
+from support.models import tiny_llama
+
+SHARD = "model.safetensors"
+
+
+@pytest.fixture(params=["plain", "packed", "shards"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    folder = tiny_llama(tmp_path / "model", dtype=torch.bfloat16)
+    if request.param == "packed":
+        niwaki.compress(folder, tmp_path / "out", method="rtn", target="4bit", options={"group": 16}, device="cpu")
+        return tmp_path / "out"
+    if request.param == "shards":
+        transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(
+            tmp_path / "cut", max_shard_size="100KB"
+        )
+        return tmp_path / "cut"
+    return folder
+
+
+def shards_of(model: Path) -> list[Path]:
+    return sorted(model.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("change", [write_in_place, cut])
+def test_a_loaded_model_does_not_follow_its_file(model: Path, change: Callable[[Path], None]) -> None:
+    loaded = niwaki.load(model, device="cpu")
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    assert not [line for line in Path("/proc/self/maps").read_text().splitlines() if str(model) in line]
+    for path in shards_of(model):
+        change(path)
+    ids_BT = torch.arange(8)[None]
+    assert torch.isfinite(loaded(ids_BT).logits).all()  # a cut map would end the process
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [write_in_place, write_with_old_times, replace, cut])
+def test_a_change_during_loading_is_noticed(
+    tmp_path: Path, change: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama(tmp_path / "model")
+    checkpoint = Checkpoint.open(model)
+    read, count = niwaki.model.own_reader.read_tensor, 0
+
+    def reads(*given: object, **options: object) -> torch.Tensor:
+        nonlocal count
+        tensor = read(*given, **options)  # type: ignore[arg-type]
+        count += 1
+        if count == len(checkpoint.tensors):  # the last: nothing but the log can notice it
+            change(model / SHARD)
+        return tensor
+
+    monkeypatch.setattr("niwaki.model.own_reader.read_tensor", reads)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        load_checkpoint(checkpoint, device="cpu", hashed=True)
+    assert count == len(checkpoint.tensors)
+
+
+def test_what_is_read_twice_must_be_the_same(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model")
+    checkpoint = Checkpoint.open(model)
+    load_checkpoint(checkpoint, device="cpu", hashed=True)
+    assert len(checkpoint.log.ranges) == len(checkpoint.tensors)
+    replace(model / SHARD)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        load_checkpoint(checkpoint, device="cpu", hashed=True)
+
+
+def test_files_of_others_are_opened_as_ever(tmp_path: Path) -> None:
+    mine, other = tiny_llama(tmp_path / "mine"), tiny_llama(tmp_path / "other", hidden_size=16)
+    opener, log = modeling_utils.safe_open, Checkpoint.open(mine).log
+    with own_reader(log, hashed=True):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(other)
+    assert loaded.config.hidden_size == 16 and not log.ranges and modeling_utils.safe_open is opener
+
+
+def test_a_transformers_that_opens_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(tmp_path / "model")
+    monkeypatch.delattr(modeling_utils, "safe_open")
+    with pytest.raises(CheckpointError, match="opens files of weights in a way that niwaki does not know"):
+        niwaki.load(model, device="cpu")
