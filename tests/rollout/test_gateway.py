@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
+from niwaki.rollout.gateway import ROUTE_S
 from niwaki.rollout.http_client import UpstreamError
 from support.rollouts import Setup, make, settings
 
@@ -213,6 +215,32 @@ def test_important_requests_stay_on_dense_and_are_no_evidence(tmp_path: Path) ->
 
     rules = [{"prompt": "(?i)law"}, {"min_characters": 500}, {"model": "^big"}, {"header": "x-priority: high"}]
     go(work, make(tmp_path, settings(policy=one_step(), important=rules, sampling={"shadow_frac": 1.0})))
+
+
+def test_a_pattern_that_takes_forever_holds_up_nobody(tmp_path: Path) -> None:
+    """Ten prompts that it takes forever for are answered by dense, and others are answered meanwhile."""
+
+    async def work(setup: Setup) -> None:
+        async def timed(**more: object) -> tuple[float, str]:
+            begin = time.perf_counter()
+            model = (await setup.ask(1, **more)).json()["model"]
+            return time.perf_counter() - begin, model
+
+        slow = [asyncio.create_task(timed(prompt="a" * 60 + "!")) for _ in range(10)]
+        pauses = []
+        while not all(task.done() for task in slow):
+            begin = time.perf_counter()
+            await asyncio.sleep(0.01)
+            pauses.append(time.perf_counter() - begin)
+        found = [await task for task in slow]
+        assert {model for _, model in found} == {"dense"} and max(seconds for seconds, _ in found) < ROUTE_S + 4
+        assert len(pauses) > 5 and sorted(pauses)[len(pauses) // 2] < 0.2  # the loop went on
+        assert (await timed(prompt="fine"))[1] == "small"
+        await setup.gateway.background.idle()
+        skipped = setup.gateway.controller.counters.open.skipped
+        assert skipped["to dense: the rules of important requests took too long"] == 10
+
+    go(work, make(tmp_path, settings(policy=one_step(), important=[{"prompt": "(a|aa)+$"}])))
 
 
 def test_users_stay_where_they_are_while_the_share_widens(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Who goes where: stable, sticky, in the right shares; importance; settings and limits as they are given."""
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from niwaki.errors import InputError
 from niwaki.measure.schema import Comparison
 from niwaki.rollout.limits import DEFAULTS, limits_from, quality_of
-from niwaki.rollout.routing import RoutedRequest, choose, position, sticky_key
+from niwaki.rollout.routing import PATTERN_S, UNDECIDED, RoutedRequest, choose, position, sticky_key
 from niwaki.rollout.settings import Important, settings_from
 from support.reports import comparison
 
@@ -55,6 +57,39 @@ def test_what_a_request_is_known_by() -> None:
 def test_importance(rule: dict[str, object], ask: RoutedRequest, expected: bool) -> None:
     route = choose(ask, share=1.0, salt="1", important=[Important(**rule)])  # type: ignore[arg-type]
     assert (route.important, route.side) == ((True, "stable") if expected else (False, "canary"))
+
+
+BAD = {  # patterns that take forever, and texts that they take it for
+    r"(a|a)*$": "a" * 40 + "!", r"(a|aa)+$": "a" * 80 + "!", r"(x+x+)+y": "x" * 3000, r"\s+$": " " * 300_000 + "x",
+    r"(?:a{1,100}){1,100}b": "a" * 5000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", BAD)
+@pytest.mark.parametrize("place", ["prompt", "model", "header"])
+def test_what_a_pattern_cannot_decide_in_time_stays_on_dense(pattern: str, place: str) -> None:
+    rule = {"header": f"x-tier: {pattern}"} if place == "header" else {place: pattern}
+    texts = {"prompt": "p", "model": "m", place: BAD[pattern]}
+    ask = RoutedRequest(texts["model"], texts["prompt"], {"x-tier": BAD[pattern]}, "k")
+    # A thread that must run meanwhile: a search that holds the interpreter would freeze every request.
+    gaps: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        last = time.perf_counter()
+        while not over.wait(0.002):
+            gaps.append(time.perf_counter() - last)
+            last = time.perf_counter()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begin = time.process_time()
+    route = choose(ask, share=1.0, salt="1", important=[Important(**rule), Important(**rule)])  # type: ignore[arg-type]
+    spent = time.process_time() - begin
+    over.set()
+    watcher.join()
+    assert (route.side, route.important, route.reason) == ("stable", True, UNDECIDED)
+    assert spent < 3 * PATTERN_S and len(gaps) > 3
 
 
 def test_settings_of_a_file_and_flags_over_them(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class ReadLog:
     def add(self, paths: Iterable[Path]) -> None:
         """Record the present content of further small files, those that are not known yet."""
         for path in paths:
-            if path not in self.files:
+            if path not in self.files and path.is_file():
                 self.files[path] = _state(path), file_sha256(path)
 
     def note(self, path: Path, begin: int, tensor: Tensor) -> None:

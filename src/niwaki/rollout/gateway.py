@@ -6,6 +6,7 @@
 - Copies go to the canary after the answer is complete. Only a limited number runs at once; others are dropped and
   counted.
 - When a client disconnects, its upstream is told at once.
+- Rules of important requests run in a thread. What they have not decided within `ROUTE_S` goes to dense.
 
     gateway = Gateway(settings, controller, stable, canary, keys, auditor); app.build(gateway)
 """
@@ -16,6 +17,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,7 +32,7 @@ from niwaki.rollout.chat_template import ChatTemplate
 from niwaki.rollout.controller import Controller
 from niwaki.rollout.counters import AnswerTimes
 from niwaki.rollout.http_client import Headers, UpstreamError
-from niwaki.rollout.routing import Route, RoutedRequest, choose, sticky_key
+from niwaki.rollout.routing import UNDECIDED, Route, RoutedRequest, choose, sticky_key
 from niwaki.rollout.settings import RolloutSettings
 from niwaki.rollout.streaming import AnswerRecorder, ForwardedResponse
 from niwaki.rollout.upstream import UpstreamResponse, UpstreamServer
@@ -39,6 +41,8 @@ from niwaki.serve.http.disconnect import CLIENT_CLOSED, DisconnectedError, run_u
 from niwaki.serve.http.keys import Keys
 
 CLOSE_S = 5.0  # for the last writes to the state
+ROUTE_S = 1.0  # for the rules of one request, which may wait for those of others
+ROUTE_THREADS = 2
 log = logging.getLogger("niwaki.rollout")
 
 
@@ -68,6 +72,7 @@ class Gateway:
     rng: random.Random = field(default_factory=random.Random)
     background: Background = field(default_factory=Background)
     refusals: Counter[str] = field(default_factory=Counter)
+    rules: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, ROUTE_THREADS, "niwaki-rules"))
 
     def count_refusal(self, reason: str) -> None:
         """Count a connection that the protocol refused, by one of its REFUSALS."""
@@ -79,7 +84,7 @@ class Gateway:
             body = await request.body()
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED)
-        question = self._question(request, path, body, parse_payload(body))
+        question = await self._question(request, path, body, parse_payload(body))
         try:
             return await run_until_disconnect(request.receive, self._respond(question))
         except DisconnectedError:
@@ -215,6 +220,7 @@ class Gateway:
         await self.canary.close()
         if self.template is not None:
             self.template.close()
+        self.rules.shutdown(wait=False, cancel_futures=True)
         if not await asyncio.to_thread(self.controller.journal.flush, CLOSE_S):
             log.error("%d writes to the roll-out state are lost", self.controller.journal.kept)
 
@@ -222,7 +228,7 @@ class Gateway:
         """Return True with a probability of `share`."""
         return self.rng.random() < share
 
-    def _question(self, request: Request, path: str, body: bytes, payload: dict[str, Any]) -> GatewayRequest:
+    async def _question(self, request: Request, path: str, body: bytes, payload: dict[str, Any]) -> GatewayRequest:
         headers = {name.lower(): value for name, value in request.headers.items()}
         try:
             texts = answers.request_texts(path, payload)
@@ -232,13 +238,26 @@ class Gateway:
         prompt = "\n".join(text["content"] for text in texts) if texts else body.decode("utf-8", "replace")
         key = sticky_key(payload, headers, self.settings.key_header, first)
         routed = RoutedRequest(str(payload.get("model", "")), prompt, headers, key)
-        route = choose(
-            routed, share=self.controller.share, salt=self.controller.salt, important=self.settings.important
-        )
+        route = await self._route(routed)
         passed: Headers = request.headers.raw
         if self.keys:  # an upstream must not get a key of this gateway
             passed = [(name, value) for name, value in passed if name.lower() != b"authorization"]
         return GatewayRequest(path, body, payload, passed, texts, route)
+
+    async def _route(self, routed: RoutedRequest) -> Route:
+        """Return the route of a request. Rules with patterns run in a thread, and never hold up other requests."""
+        state = self.controller
+        work = partial(choose, routed, share=state.share, salt=state.salt, important=self.settings.important)
+        if not self.settings.important:
+            return work()
+        deciding = asyncio.get_running_loop().run_in_executor(self.rules, work)
+        try:
+            route = await asyncio.wait_for(deciding, ROUTE_S)
+        except TimeoutError:
+            route = Route("stable", UNDECIDED, important=True)
+        if route.reason == UNDECIDED:
+            state.counters.count_skipped("to dense: the rules of important requests took too long")
+        return route
 
 
 def parse_payload(body: bytes) -> dict[str, Any]:

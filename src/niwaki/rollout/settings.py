@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import regex
 import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -53,8 +54,8 @@ class Important(_Frozen):
     @classmethod
     def _pattern(cls, pattern: str | None) -> str | None:
         try:
-            re.compile(pattern or "")
-        except re.error as error:
+            regex.compile(pattern or "")
+        except regex.error as error:
             raise ValueError(f"expected a regular expression: {error}") from error
         return pattern
 
