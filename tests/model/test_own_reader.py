@@ -81,7 +81,7 @@ def test_what_is_read_twice_must_be_the_same(tmp_path: Path) -> None:
         load_checkpoint(checkpoint, device="cpu", hashed=True)
 
 
-def test_files_of_others_are_opened_as_ever(tmp_path: Path) -> None:
+def test_files_of_others_are_opened_by_safetensors(tmp_path: Path) -> None:
     mine, other = tiny_llama(tmp_path / "mine"), tiny_llama(tmp_path / "other", hidden_size=16)
     opener, log = modeling_utils.safe_open, Checkpoint.open(mine).log
     with own_reader(log, hashed=True):

@@ -1,7 +1,7 @@
 """Loading by transformers through niwaki's reader of files.
 
-transformers maps a file into memory. On a CPU its weights stay views of that map: a later write to the file changes the
-loaded model, and a cut of the file ends the process. Here it reads copies, and what it reads can be hashed as well.
+transformers maps a file into memory. On a CPU its weights stay views of that map. So a later write to the file changes
+the loaded model, and a cut of the file ends the process. Here it reads copies, and what it reads can be hashed as well.
 
     with own_reader(checkpoint.log, hashed=True):
         model = AutoModelForCausalLM.from_pretrained(checkpoint.folder)
@@ -29,9 +29,9 @@ _lock = RLock()  # the loader belongs to the whole process
 
 @contextmanager
 def own_reader(log: ReadLog, *, hashed: bool = False) -> Iterator[None]:
-    """Let transformers read the shards of `log` through `read_tensor`. With `hashed`, the log records what it read.
+    """Open the shards of `log` for transformers through `read_tensor`. With `hashed`, the log records what it read.
 
-    Other files, such as those that another thread loads, are opened as ever.
+    Other files, such as those that another thread loads, are opened by safetensors.
 
     Raises CheckpointError for a version of transformers that opens files in another way.
     """
