@@ -30,7 +30,7 @@ from niwaki.data.stream import Stream, default_batch_tokens
 from niwaki.data.texts import EvaluationWindows, fit_seq_len, load_tokenizer, read_evaluation
 from niwaki.errors import InputError
 from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
-from niwaki.measure.evaluate.harness import find_tasks, run_tasks
+from niwaki.measure.evaluate.harness import HarnessTasks, find_tasks, run_tasks
 from niwaki.measure.evaluate.tasks import buckets, read_items, score
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
@@ -96,12 +96,21 @@ def evaluate(
         **_stream_all(decoders, data, tasks, seq_len, max_tokens, limit, field, bos, report or silent),
     }
     if harness is not None:
-        lm_eval_settings: dict[str, Any] = {"device": device, "logit_bytes": logit_bytes, "bos": bos}
-        rows = [run_tasks(harness, d.checkpoint, dtype=d.dtype, **lm_eval_settings) for d in decoders]
-        for decoder in decoders:
-            decoder.checkpoint.log.check()
-        result["lm_eval"] = rows[0] if reference is None else {**rows[0], "reference": rows[1]}
+        result["lm_eval"] = _run_harness(harness, decoders, device=device, logit_bytes=logit_bytes, bos=bos)
     return result
+
+
+def _run_harness(tasks: HarnessTasks, decoders: list[Decoder], **settings: Any) -> dict[str, Any]:
+    """Return what lm_eval reports of a model, and of its reference if there is one."""
+    found, *others = [run_tasks(tasks, one.checkpoint, dtype=one.dtype, **settings) for one in decoders]
+    _check_unchanged(decoders)
+    return {**found, "reference": others[0]} if others else found
+
+
+def _check_unchanged(decoders: list[Decoder]) -> None:
+    """Raise CheckpointError if a model is no longer the one that was opened."""
+    for decoder in decoders:
+        decoder.checkpoint.log.check()
 
 
 def _stream_all(
@@ -139,8 +148,7 @@ def _stream_all(
             **_compare_all(states, list(windows)),
             "tasks": {path: _score_all(states, path, questions[path]) for path in tasks},
         }
-    for decoder in decoders:
-        decoder.checkpoint.log.check()
+    _check_unchanged(decoders)
     return found
 
 
