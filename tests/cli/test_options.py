@@ -55,6 +55,9 @@ SLIPS = [
     ["generate", "nowhere", "text"],
     ["export", "nowhere", "out", "--to", "gguf"],
     ["recover", "nowhere", "--data", "text.txt"],
+    ["rotate", "nowhere", "out", "--target", "2:4", "--calibration", "text.txt"],
+    ["rotate", "SAPLING", "out", "--target", "2:4"],
+    ["rotate", "SAPLING", "out", "--target", "two", "--calibration", "text.txt"],
     ["methods", "wandaa"],
 ]
 RUN = """

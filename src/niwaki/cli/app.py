@@ -37,6 +37,7 @@ from niwaki.cli.methods import methods
 from niwaki.cli.options import console, error_console
 from niwaki.cli.plan import plan
 from niwaki.cli.recover import recover
+from niwaki.cli.rotate import rotate
 from niwaki.cli.serve import serve
 from niwaki.errors import InputError, NiwakiError
 from niwaki.version import __version__
@@ -61,8 +62,8 @@ def _common(
 
 # The order of this list is the order of `niwaki --help`.
 COMMANDS: tuple[Callable[..., None], ...] = (
-    compress, recover, export, generate, methods, demo, evaluate, bench, compare, gate, adapt, calibrate_gate, inspect,
-    plan,
+    compress, rotate, recover, export, generate, methods, demo, evaluate, bench, compare, gate, adapt, calibrate_gate,
+    inspect, plan,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

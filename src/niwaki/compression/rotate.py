@@ -1,0 +1,544 @@
+"""Rotation: another basis for the residual stream, the heads and the neurons of a model that computes the same.
+
+The result is an ordinary model. Every method compresses it as it would the source, and loses less
+(`methods.shared.rotation`). Three changes are merged into the weights:
+
+- `residual`: the stream gets another basis. The gains of the norms move into the matrices after them, because a norm
+  without a gain commutes with a rotation. A tied head moves too, so that it needs weights of its own.
+- `heads`: the values of each head get another basis. Rows of the value matrix and columns of the output matrix turn.
+- `neurons`: an order of the neurons in which groups of N:M keep more.
+
+Which norm feeds which matrix is found in a short forward. The logits must agree before and after. What cannot be turned
+is refused: norms that subtract a mean or add a bias, fused experts, towers, other ways into the stream.
+
+Cost: the model in float32 in memory, two forwards of the windows, and a Gram matrix per norm and head input.
+
+    niwaki rotate MODEL OUT --target 2:4 --calibration mine.txt
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from niwaki.compression.places import check_apart, check_free, partial_of, place_of
+from niwaki.compression.run_record import FORMAT, RECORD, provenance
+from niwaki.config.events import Event, Report, silent
+from niwaki.config.recipe import BosPolicy, as_files
+from niwaki.config.targets import NM, Bits, PrunedBits, Target, parse_target
+from niwaki.data.texts import digest, fit_seq_len, load_tokenizer, read_calibration
+from niwaki.errors import ArchitectureError, InputError, NumericalError, TargetError, unknown
+from niwaki.formats.quantized import WEIGHT
+from niwaki.methods.shared.rotation import (
+    ROWS,
+    Reads,
+    Writes,
+    learn_rotation,
+    lost_share,
+    principal_basis,
+    random_hadamard,
+    regroup,
+)
+from niwaki.model.checkpoint import TIE, Checkpoint
+from niwaki.model.decoder import Decoder
+from niwaki.model.device import pick_device
+from niwaki.model.files import remove_folder, write_text
+from niwaki.model.hf import plain_loading
+from niwaki.model.prunable import block_units
+from niwaki.model.unread import append_unread
+from niwaki.runtime.load import load_checkpoint
+
+ROTATED = f"{RECORD}/rotated.json"
+SEQ_LEN = 512
+WAYS = {"residual": ("learned", "hadamard", "none"), "heads": ("learned", "hadamard", "none")}
+PROBE_TOKENS = 16
+TOLERANCE = 1e-3  # relative error of the logits in float32
+REGROUP_ROUNDS = 300
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Choice of what is turned, for which target, and how long is learned."""
+
+    target: Target
+    residual: str = "learned"
+    heads: str = "learned"
+    neurons: bool = True
+    steps: int = 300
+    rate: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in WAYS.items():
+            if getattr(self, name) not in known:
+                raise InputError(unknown(name, getattr(self, name), known))
+        if self.steps < 0 or not 0 < self.rate < 1:
+            raise InputError("expected steps ≥ 0 and a rate in (0, 1)")
+
+    @property
+    def grouped(self) -> NM | None:
+        """Return the N:M part of the target, None without one."""
+        zeros = self.target.zeros if isinstance(self.target, PrunedBits) else self.target
+        return zeros if isinstance(zeros, NM) else None
+
+
+@dataclass(frozen=True)
+class BlockSites:
+    """Names of the modules of a block: the norms with the matrices that read them, and those that write to the stream.
+
+    `values` and `output` are the matrices of the values and after attention, of `width` channels per head.
+    """
+
+    readers: Mapping[str, Sequence[str]]
+    writers: Sequence[str]
+    values: str = ""
+    output: str = ""
+    width: int = 0
+    producers: Sequence[str] = ()
+    consumer: str = ""
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Sites of a model: blocks, final norm, embeddings and head."""
+
+    blocks: Sequence[BlockSites]
+    final: str
+    embeddings: str
+    head: str
+
+    def norms(self) -> dict[str, Sequence[str]]:
+        """Return every norm with the matrices that read it, the head included."""
+        found = {norm: names for block in self.blocks for norm, names in block.readers.items()}
+        return {**found, self.final: [self.head]}
+
+
+Notes = dict[str, list[tuple[float, float]]]  # lost shares before and after, by what was turned
+
+
+@dataclass
+class Rotated:
+    """Outcome: the lost share of importance before and after, by what was turned, and the error of the logits."""
+
+    lost: dict[str, tuple[float, float]] = field(default_factory=dict)
+    logit_error: float = 0.0
+    untied: bool = False
+
+
+def rotate(
+    model: str | Path,
+    out: str | Path,
+    *,
+    target: str,
+    calibration: str | Path | Sequence[str | Path] = (),
+    field: str = "text",
+    samples: int = 64,
+    seq_len: int = SEQ_LEN,
+    bos: BosPolicy = "auto",
+    device: str = "auto",
+    report: Report | None = None,
+    **ways: Any,
+) -> dict[str, Any]:
+    """Write `model` in another basis to the new folder `out`, and return the content of its record.
+
+    `target` is what the result will be compressed to. `ways` are the fields of `Ways`. Raises ArchitectureError for a
+    model that does not allow a rotation, with the reason; then nothing is written.
+    """
+    started, report = time.perf_counter(), report or silent
+    chosen, files, out = Ways(parse_target(target), **ways), as_files(calibration), place_of(out)
+    if not files:
+        raise InputError("no text to measure importance on: give --calibration FILE")
+    check_free(out, resume=False, overwrite=False, resumes=False)
+    checkpoint = Checkpoint.open(model)
+    checkpoint.require_plain()
+    check_apart(checkpoint.folder, out)
+    decoder = Decoder(checkpoint, torch.device("cpu"))
+    seq_len = fit_seq_len(seq_len, SEQ_LEN, decoder.positions, "the model", report)
+    size: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "seed": chosen.seed, "bos": bos}
+    if decoder.anatomy.idle:
+        raise ArchitectureError(f"{checkpoint.folder} has towers ({', '.join(decoder.anatomy.idle)}): rotate decoders")
+    windows = read_calibration(files, field, load_tokenizer(checkpoint.folder), **size, report=report)
+    whole = load_checkpoint(checkpoint, device=device, dtype=torch.float32)
+    done = turn(whole, decoder, windows.ids_ST.to(pick_device(device)), chosen, report)
+    record = {
+        "format": FORMAT,
+        **provenance("torch", "transformers", "safetensors"),
+        "model": {**checkpoint.source, "bytes": checkpoint.nbytes, "files": checkpoint.file_hashes()},
+        "rotate": {**vars(chosen), "target": target, "data": list(files), **size, **windows.about},
+        "windows": {"shape": list(windows.ids_ST.shape), "sha256": digest(windows.ids_ST)},
+        "result": vars(done),
+    }
+    _write(whole, decoder, out, record, started)
+    return json.loads((out / ROTATED).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def turn(model: Any, decoder: Decoder, ids_ST: Tensor, ways: Ways, report: Report = silent) -> Rotated:
+    """Turn `model` in place, and check that it computes the same. Raises ArchitectureError for one that cannot turn."""
+    sites = find_sites(model, decoder, ids_ST[:1, :PROBE_TOKENS], residual=ways.residual != "none")
+    before = model(ids_ST[:1, :PROBE_TOKENS]).logits
+    done, generator = Rotated(), torch.Generator().manual_seed(ways.seed)
+    notes: Notes = {}
+    if ways.residual != "none":
+        _fold_gains(model, sites)
+        done.untied = _untie(model)
+    grams = _grams(model, sites, ids_ST, report)
+    if ways.residual != "none":
+        _turn_residual(model, sites, grams, ways, generator, notes)
+    for number, block in enumerate(sites.blocks):
+        if ways.heads != "none" and block.values:
+            _turn_heads(model, block, grams, ways, generator, notes)
+        if ways.neurons and ways.grouped and block.consumer:
+            _order_neurons(model, block, grams, ways.grouped, generator, notes)
+        report(Event.SCAN, index=number, of=len(sites.blocks))
+    for name, pairs in notes.items():
+        befores, afters = zip(*pairs, strict=True)
+        done.lost[name] = (sum(befores) / len(pairs), sum(afters) / len(pairs))
+    after = model(ids_ST[:1, :PROBE_TOKENS]).logits
+    done.logit_error = float((after - before).norm() / before.norm())
+    if not done.logit_error <= TOLERANCE:
+        raise ArchitectureError(
+            f"{type(model).__name__} computes something else in another basis (relative error of the logits "
+            f"{done.logit_error:.1e}): its blocks use the residual stream or the heads in a way that does not turn. "
+            "Turn less (--residual none, --heads none), or compress the model as it is"
+        )
+    return done
+
+
+def find_sites(model: Any, decoder: Decoder, ids_BT: Tensor, *, residual: bool) -> Sites:
+    """Find what reads and writes the stream by one forward. Raises ArchitectureError for what cannot turn."""
+    path = decoder.path
+    names = {module: name for name, module in model.named_modules()}
+    embeddings, head = names[model.get_input_embeddings()], names[model.get_output_embeddings()]
+    inputs, sources = _observed(model, ids_BT)
+    width = model.get_input_embeddings().weight.shape[1]
+    blocks = []
+    for index, block in enumerate(decoder.anatomy.blocks):
+        prefix = decoder.anatomy.prefix(index)
+        readers: dict[str, list[str]] = {}
+        writers = []
+        for parameter, tensor in model.get_submodule(f"{path}.{index}").named_parameters():
+            name = f"{prefix}{parameter.removesuffix(WEIGHT)}"
+            if tensor.dim() < 2:
+                continue
+            if name not in inputs:
+                if residual:
+                    raise ArchitectureError(
+                        f"{prefix}{parameter} does not belong to a plain matrix, so it cannot turn: use --residual none"
+                    )
+                continue
+            if source := sources.get(inputs[name]):
+                readers.setdefault(source, []).append(name)
+            elif tensor.shape[0] == width:
+                writers.append(name)
+        blocks.append(_with_units(BlockSites(readers, writers), decoder, index, block, model))
+    final = sources.get(inputs.get(head, 0), "")
+    if residual and not final:
+        raise ArchitectureError(f"{head} does not read a norm directly, so its input cannot turn: use --residual none")
+    sites = Sites(blocks, final, embeddings, head)
+    if residual:
+        for norm in sites.norms():
+            _check_norm(norm, model.get_submodule(norm), width)
+    return sites
+
+
+def _observed(model: Any, ids_BT: Tensor) -> tuple[dict[str, int], dict[int, str]]:
+    """Return the address of the input of every linear module that ran, and the module that put out each address."""
+    inputs: dict[str, int] = {}
+    sources: dict[int, str] = {}
+    alive: list[Tensor] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def seen(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            given = args[0] if args and isinstance(args[0], Tensor) else None
+            if isinstance(module, nn.Linear) and given is not None:
+                inputs[name] = given.data_ptr()
+                alive.append(given)
+            elif isinstance(output, Tensor) and not isinstance(module, nn.Embedding):
+                if given is not None and output.data_ptr() != given.data_ptr():
+                    sources[output.data_ptr()] = name
+                alive.append(output)
+
+        return seen
+
+    leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in leaves]
+    try:
+        model(ids_BT, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    activations = {name for name, module in leaves if not list(module.parameters()) and _elementwise(module)}
+    return inputs, {address: name for address, name in sources.items() if name not in activations}
+
+
+def _elementwise(module: nn.Module) -> bool:
+    """Return whether a module without parameters acts on every channel alone, as activations and dropout do."""
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    try:
+        changed = x.clone()
+        changed[:, 0] += 1
+        return torch.equal(module(x)[:, 1:], module(changed)[:, 1:])
+    except (TypeError, RuntimeError, IndexError):
+        return True
+
+
+def _with_units(sites: BlockSites, decoder: Decoder, index: int, block: Any, model: Any) -> BlockSites:
+    """Add the heads and neurons of a block, if it has such units."""
+    prefix = decoder.anatomy.prefix(index)
+    try:
+        units = block_units(block, decoder.model.config)
+    except ArchitectureError:
+        return sites
+    heads, neurons = units["heads"], units["neurons"]
+    text = decoder.model.config.get_text_config()
+    columns = block.linears[heads.consumer].columns
+    width = getattr(text, "head_dim", None) or columns // text.num_attention_heads
+    values = [name for name in heads.producers if name.rpartition(".")[2].startswith("v")]
+    plain = all(isinstance(model.get_submodule(prefix + n), nn.Linear) for n in (*neurons.producers, neurons.consumer))
+    return BlockSites(
+        sites.readers,
+        sites.writers,
+        prefix + values[0] if len(values) == 1 else "",
+        prefix + heads.consumer,
+        width,
+        [prefix + name for name in neurons.producers] if plain else (),
+        prefix + neurons.consumer if plain else "",
+    )
+
+
+def _check_norm(name: str, norm: nn.Module, width: int) -> None:
+    """Raise ArchitectureError unless a norm without its gain commutes with a rotation."""
+    kept = dict(norm.named_parameters(recurse=False))
+    if any(tensor.shape != (width,) for tensor in kept.values()) or kept.keys() - {"weight"}:
+        extra = ", ".join(sorted(kept.keys() - {"weight"})) or "a gain of another width"
+        raise ArchitectureError(f"{name} ({type(norm).__name__}) has {extra}, which does not turn: use --residual none")
+    generator, like = torch.Generator().manual_seed(0), next(iter(kept.values()), torch.zeros(0))
+    x_ND = torch.randn(4, width, generator=generator).add_(0.5).to(like)
+    turn_DD = random_hadamard(width, generator).to(like)
+    with _plain(norm):
+        error = float((norm(x_ND @ turn_DD) - norm(x_ND) @ turn_DD).norm() / norm(x_ND).norm())
+    if not error < TOLERANCE:
+        raise ArchitectureError(
+            f"{name} ({type(norm).__name__}) depends on the basis, as a norm that subtracts the mean does: "
+            "use --residual none"
+        )
+
+
+@contextmanager
+def _plain(norm: nn.Module) -> Iterator[None]:
+    """Set the gain of a norm to 1 for a while."""
+    held = {name: tensor.clone() for name, tensor in norm.named_parameters(recurse=False)}
+    _set_plain(norm)
+    try:
+        yield
+    finally:
+        for name, tensor in norm.named_parameters(recurse=False):
+            tensor.data.copy_(held[name])
+
+
+@torch.no_grad()
+def _set_plain(norm: nn.Module) -> Tensor | None:
+    """Set the gain of a norm to 1 and return what it was. Some families store gain − 1."""
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return None
+    was_D, ones = weight.clone(), torch.ones(1, len(weight), device=weight.device, dtype=weight.dtype)
+    weight.zero_()
+    offset = 1.0 if bool(norm(ones).any()) else 0.0
+    weight.fill_(1.0 - offset)
+    gain: Tensor = was_D + offset
+    return gain
+
+
+def _fold_gains(model: Any, sites: Sites) -> None:
+    """Move the gain of every norm into the matrices that read it. A tied head gets weights of its own first."""
+    _untie_head(model)
+    for norm, readers in sites.norms().items():
+        gain_D = _set_plain(model.get_submodule(norm))
+        for name in readers if gain_D is not None else ():
+            model.get_submodule(name).weight.mul_(gain_D)
+
+
+def _untie_head(model: Any) -> None:
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is table.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
+def _untie(model: Any) -> bool:
+    """Say in the config that the head has weights of its own; return whether it was tied."""
+    tied = bool(model.all_tied_weights_keys)
+    model.all_tied_weights_keys.clear()
+    for config in model.config, model.config.get_text_config():
+        setattr(config, TIE, False)
+    return tied
+
+
+def _grams(model: Any, sites: Sites, ids_ST: Tensor, report: Report) -> dict[str, Tensor]:
+    """Return the mean Gram matrix of the input of the first reader of each norm, and of outputs of heads and neurons.
+
+    Those of inputs to neurons are cut to `ROWS` columns, with their whole diagonal under the name with `.diagonal`.
+    """
+    wanted = {readers[0] for block in sites.blocks for readers in block.readers.values()}
+    wanted |= {name for block in sites.blocks for name in (*block.writers, block.output, block.consumer) if name}
+    grams: dict[str, Tensor] = {}
+    heads = {block.output for block in sites.blocks}
+
+    def watch(name: str) -> Callable[..., None]:
+        def seen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x_NI = args[0].reshape(-1, args[0].shape[-1]).float() / ids_ST.numel() ** 0.5
+            some_NI = x_NI if name in heads or name in firsts else x_NI[:, :ROWS]
+            for key, value in ((name, some_NI.T @ some_NI), (f"{name}.diagonal", x_NI.square().sum(0))):
+                grams[key] = grams[key].add_(value) if key in grams else value
+
+        return seen
+
+    firsts = {readers[0] for block in sites.blocks for readers in block.readers.values()}
+    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in sorted(wanted)]
+    try:
+        for ids_BT in ids_ST.split(4):
+            model(ids_BT, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, gram in grams.items():
+        if not torch.isfinite(gram).all():
+            raise NumericalError(f"the inputs of {name} are not finite on the calibration text: check the checkpoint")
+    return grams
+
+
+def _turn_residual(
+    model: Any, sites: Sites, grams: Mapping[str, Tensor], ways: Ways, generator: torch.Generator, notes: Notes
+) -> None:
+    """Turn the residual stream."""
+    seen: list[Reads | Writes] = []
+    total_DD: Tensor | None = None
+    for block in sites.blocks:
+        for readers in block.readers.values():
+            gram_DD = grams[readers[0]]
+            stacked_RD = torch.cat([model.get_submodule(name).weight for name in readers])
+            seen.append(Reads.of(stacked_RD, gram_DD, generator))
+            scaled_DD = gram_DD / gram_DD.diagonal().mean()
+            total_DD = scaled_DD if total_DD is None else total_DD + scaled_DD
+        seen += [Writes.of(model.get_submodule(name).weight, grams[name]) for name in block.writers]
+    assert total_DD is not None, "blocks read norms"
+    turn_DD = _choose(seen, total_DD, ways.residual, ways, generator, notes, "residual")
+    for module in (model.get_submodule(sites.embeddings), model.get_submodule(sites.head)):
+        _turn_columns(module, turn_DD)
+    for block in sites.blocks:
+        for name in (name for readers in block.readers.values() for name in readers):
+            _turn_columns(model.get_submodule(name), turn_DD)
+        for name in block.writers:
+            writer = model.get_submodule(name)
+            writer.weight.copy_(turn_DD.T @ writer.weight.double())
+            if writer.bias is not None:
+                writer.bias.copy_(writer.bias.double() @ turn_DD)
+
+
+def _choose(
+    seen: Sequence[Reads | Writes], gram_DD: Tensor, way: str, ways: Ways, generator: torch.Generator, notes: Notes,
+    what: str,
+) -> Tensor:  # fmt: skip
+    """Return a rotation [D, D] float64, and note the lost share before and after."""
+    width, device = len(gram_DD), gram_DD.device
+    identity_DD = torch.eye(width, device=device)
+    before = float(lost_share(seen, identity_DD, ways.target))
+    if way == "hadamard":
+        turn_DD = random_hadamard(width, generator).to(device)
+        lost = float(lost_share(seen, turn_DD.float(), ways.target))
+    else:
+        if isinstance(ways.target, Bits):
+            start_DD = random_hadamard(width, generator).to(device)
+        else:
+            start_DD = principal_basis(gram_DD, 1 if ways.grouped is None else ways.grouped.group)
+        with torch.enable_grad():
+            turn_DD, lost = learn_rotation(seen, start_DD, ways.target, steps=ways.steps, rate=ways.rate)
+    notes.setdefault(what, []).append((before, lost))
+    return turn_DD
+
+
+def _turn_columns(module: Any, turn_DD: Tensor) -> None:
+    module.weight.copy_(module.weight.double() @ turn_DD)
+
+
+def _turn_heads(
+    model: Any, block: BlockSites, grams: Mapping[str, Tensor], ways: Ways, generator: torch.Generator, notes: Notes
+) -> None:
+    """Turn the values of each group of heads, and the columns of the output matrix that read them."""
+    values, output = model.get_submodule(block.values), model.get_submodule(block.output)
+    width, gram_II = block.width, grams[block.output]
+    groups = values.weight.shape[0] // width
+    shared = output.weight.shape[1] // (groups * width)  # heads that read the same values
+    reader = next(readers[0] for readers in block.readers.values() if block.values in readers)
+    for group in range(groups):
+        rows = slice(group * width, (group + 1) * width)
+        heads = [slice(h * width, (h + 1) * width) for h in range(group * shared, (group + 1) * shared)]
+        seen: list[Reads | Writes] = [Reads.of(output.weight[:, h], gram_II[h, h], generator) for h in heads]
+        if reader in grams and len(grams[reader]) == values.weight.shape[1]:
+            seen.append(Writes.of(values.weight[rows], grams[reader]))
+        total_DD = sum((gram_II[h, h] for h in heads), torch.zeros(width, width, device=gram_II.device))
+        turn_DD = _choose(seen, total_DD, ways.heads, ways, generator, notes, "heads")
+        values.weight[rows] = (turn_DD.T @ values.weight[rows].double()).to(values.weight.dtype)
+        if values.bias is not None:
+            values.bias[rows] = (values.bias[rows].double() @ turn_DD).to(values.bias.dtype)
+        for h in heads:
+            output.weight[:, h] = (output.weight[:, h].double() @ turn_DD).to(output.weight.dtype)
+
+
+def _order_neurons(
+    model: Any, block: BlockSites, grams: Mapping[str, Tensor], target: NM, generator: torch.Generator, notes: Notes
+) -> None:
+    """Order the neurons so that groups of N:M along the consumer keep more."""
+    consumer = model.get_submodule(block.consumer)
+    importance_RC = consumer.weight.square() * grams[f"{block.consumer}.diagonal"]
+    if importance_RC.shape[1] % target.group:
+        raise TargetError(f"target {target} does not divide the {importance_RC.shape[1]} columns of {block.consumer}")
+    rows = torch.randperm(len(importance_RC), generator=generator)[:ROWS].to(importance_RC.device)
+    order_C = regroup(importance_RC[rows], target, generator, REGROUP_ROUNDS)
+    lost = (_lost_groups(importance_RC, target), _lost_groups(importance_RC[:, order_C], target))
+    notes.setdefault("neurons", []).append(lost)
+    consumer.weight.copy_(consumer.weight[:, order_C])
+    for name in block.producers:
+        producer = model.get_submodule(name)
+        producer.weight.copy_(producer.weight[order_C])
+        if producer.bias is not None:
+            producer.bias.copy_(producer.bias[order_C])
+
+
+def _lost_groups(importance_RC: Tensor, target: NM) -> float:
+    groups = importance_RC.unflatten(1, (-1, target.group))
+    lost = groups.topk(target.group - target.keep, dim=-1, largest=False).values.sum()
+    return float(lost / importance_RC.sum())
+
+
+def _write(model: Any, decoder: Decoder, out: Path, record: Mapping[str, Any], started: float) -> None:
+    """Write the model in the dtype of its checkpoint with its record, complete or not at all."""
+    checkpoint, partial = decoder.checkpoint, partial_of(out)
+    remove_folder(partial, ROTATED)
+    try:
+        (partial / ROTATED).parent.mkdir(parents=True)
+        with plain_loading():
+            model.to(checkpoint.dtype).save_pretrained(partial, max_shard_size="1GB")
+        append_unread(checkpoint, decoder.unread.names, partial)
+        checkpoint.copy_aux_files(partial)
+        if record["result"]["untied"]:
+            content = checkpoint.config_content()
+            for section in (content, *(value for value in content.values() if isinstance(value, dict))):
+                if section is content or TIE in section:
+                    section[TIE] = False
+            write_text(partial / "config.json", json.dumps(content, indent=2) + "\n")
+        nbytes = Checkpoint.open(partial).nbytes
+        done = {**record, "bytes": nbytes, "seconds": round(time.perf_counter() - started, 2)}
+        write_text(partial / ROTATED, json.dumps(done, indent=2) + "\n")
+        checkpoint.log.check()
+        partial.rename(out)
+    except BaseException:
+        remove_folder(partial, ROTATED)
+        raise
