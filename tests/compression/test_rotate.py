@@ -8,7 +8,8 @@ import torch
 import transformers
 
 import niwaki
-from niwaki.compression.rotate import ROTATED, Ways, rotate, turn
+from niwaki.compression.rotate import Ways, rotate, turn
+from niwaki.config.sources import ROTATED
 from niwaki.config.targets import parse_target
 from niwaki.errors import ArchitectureError, InputError, OutputError
 from niwaki.model.checkpoint import Checkpoint
@@ -88,7 +89,12 @@ def test_the_result_is_an_ordinary_model_that_compresses(tmp_path: Path, capsys:
     with torch.no_grad():
         torch.testing.assert_close(one(ids).logits, other(ids).logits, rtol=1e-3, atol=1e-4)
     calibration = {"files": (str(text),), "samples": 4, "seq_len": 16}
-    niwaki.compress(tmp_path / "out", tmp_path / "pruned", method="sparsegpt", target="2:4", calibration=calibration)
+    pruned = niwaki.compress(
+        tmp_path / "out", tmp_path / "pruned", method="sparsegpt", target="2:4", calibration=calibration
+    )
+    assert pruned["model"]["rotated"]["source"] == str(model) and pruned["model"]["rotated"]["residual"] == "learned"
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert "turned before into another basis | `model`" in card and f"{record['model']['bytes']:,}" in card
     up = weights_of(tmp_path / "pruned")["model.layers.0.mlp.up_proj.weight"]
     assert int((up == 0).sum()) == up.numel() // 2
     with pytest.raises(OutputError):

@@ -93,7 +93,7 @@ def _print_record(out: Path, record: RunRecord) -> None:
         zeros = f", {result.predictor['skipped_frac']:.0%} of heads and neurons skipped by input"
     console.print(
         f"{out}: {result.matrices} matrices{codes}{zeros}, {result.bytes:,} bytes "
-        f"(dense {record.model.bytes:,}), {record.seconds} s, "
+        f"(dense {record.model.dense_bytes:,}), {record.seconds} s, "
         f"peak RSS {record.peak_rss_bytes / 1e9:.2f} GB",
         highlight=False,
         soft_wrap=True,

@@ -117,7 +117,7 @@ def _measured(record: RunRecord) -> dict[str, Any]:
     """Return measured bytes, zeros, bits, time and memory."""
     names = {"bytes", "zeros_frac", "bits", "method_bits", "embeddings_bits", "packed", "matrices", "weights"}
     return {
-        "dense_bytes": record.model.bytes,
+        "dense_bytes": record.model.dense_bytes,
         **{name: value for name, value in record.result.dump().items() if name in names},
         **{name: getattr(record, name) for name in ("seconds", "peak_rss_bytes", "peak_device_bytes")},
     }

@@ -145,9 +145,13 @@ def _card(record: RunRecord, library: str, storage: str) -> str:
         embeddings="as they were" if result.embeddings_bits is None else f"{result.embeddings_bits:.3f}",
         storage=storage.format_map(_storage_fields(record)),
         bytes=exported.bytes if exported else result.bytes,
-        bytes_before=record.model.bytes,
+        bytes_before=record.model.dense_bytes,
         calibration="none" if windows is None else f"{windows[0]} windows of {windows[1]} tokens",
-        copied=_kept_row(record) + _adapter_row(record) + _tower_rows(record) + _unread_row(record),
+        copied=_kept_row(record)
+        + _adapter_row(record)
+        + _basis_row(record)
+        + _tower_rows(record)
+        + _unread_row(record),
         seed=recipe.seed,
         seconds=record.seconds,
         device=record.device,
@@ -163,6 +167,15 @@ def _adapter_row(record: RunRecord) -> str:
     base = adapter.base_named if adapter.base_named and adapter.base != adapter.source else Path(adapter.base).name
     kind = f"{adapter.type}, rank {adapter.rank}, SHA-256 {adapter.sha256[:12]}…"
     return f"| adapter merged before | `{Path(adapter.source).name}` ({kind}) into `{without_folders(base)}` |\n"
+
+
+def _basis_row(record: RunRecord) -> str:
+    """Return the row about the basis of the source, empty for a model that was not turned."""
+    rotated = record.model.rotated
+    if rotated is None:
+        return ""
+    parts = f"residual {rotated.residual}, heads {rotated.heads}, for {rotated.target}"
+    return f"| turned before into another basis | `{Path(rotated.source).name}` ({parts}) |\n"
 
 
 def _base(record: RunRecord, hub_id: str | None, revision: str) -> str:

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.compression.places import check_apart, check_free, partial_of, place_of
-from niwaki.compression.run_record import FORMAT, RECORD, provenance
+from niwaki.compression.run_record import FORMAT, provenance
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
+from niwaki.config.sources import ROTATED
 from niwaki.config.targets import NM, Bits, PrunedBits, Target, parse_target
 from niwaki.data.texts import digest, fit_seq_len, load_tokenizer, read_calibration
 from niwaki.errors import ArchitectureError, InputError, NumericalError, TargetError, unknown
@@ -54,7 +55,6 @@ from niwaki.model.prunable import block_units
 from niwaki.model.unread import append_unread
 from niwaki.runtime.load import load_checkpoint
 
-ROTATED = f"{RECORD}/rotated.json"
 SEQ_LEN = 512
 WAYS = {"residual": ("learned", "hadamard", "none"), "heads": ("learned", "hadamard", "none")}
 PROBE_TOKENS = 16

@@ -195,6 +195,17 @@ class GgufRecord(_Frozen):
     note: str
 
 
+class RotatedRecord(_Frozen):
+    """Model that the source is in another basis: its folder and bytes, and what was turned for which target."""
+
+    source: str
+    bytes: int
+    target: str = ""
+    residual: str = ""
+    heads: str = ""
+    seed: int = 0
+
+
 class ModelRecord(_Frozen):
     """Source model: a folder, or a GGUF file with its facts. Of a model of the hub: its id, and the commit read."""
 
@@ -206,6 +217,12 @@ class ModelRecord(_Frozen):
     bytes: int = 0
     files: dict[str, Any] = {}
     gguf: GgufRecord | None = None
+    rotated: RotatedRecord | None = None
+
+    @property
+    def dense_bytes(self) -> int:
+        """Return the bytes before any change: a basis of its own unties the head, which only adds some."""
+        return self.bytes if self.rotated is None else self.rotated.bytes
 
 
 class CalibrationRecord(_Frozen):

@@ -19,6 +19,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 ADAPTER = "adapter_config.json"
 LINEAGE = "niwaki/merged.json"  # of a model with an adapter merged into it
+ROTATED = "niwaki/rotated.json"  # of a model in another basis
 
 
 def model_folder(model: str) -> Path | None:

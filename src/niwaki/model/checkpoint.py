@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from niwaki.config.sources import model_folder, refuse_adapter
-from niwaki.errors import CheckpointError, format_problem
+from niwaki.config.sources import ROTATED, model_folder, refuse_adapter
+from niwaki.errors import CheckpointError, faults_of, format_problem
 from niwaki.formats.descriptors import AGAIN, RECORD_NAMES, read_descriptor, read_descriptors, read_shapes
 from niwaki.formats.packed import decode_stored
 from niwaki.formats.quantized import WEIGHT
@@ -130,7 +130,19 @@ class Checkpoint:
         gguf = gguf_source(self.folder)
         if gguf is not None:
             return {"source": gguf["file"], "gguf": gguf}
-        return {"source": str(self.folder), **hub_commit(self.folder)}
+        return {"source": str(self.folder), **hub_commit(self.folder), **self._rotation()}
+
+    def _rotation(self) -> dict[str, Any]:
+        """Return where a model in another basis came from, as the field `rotated`; {} for any other model."""
+        path = self.folder / ROTATED
+        if not path.is_file():
+            return {}
+        with faults_of(f"{path} is not a record of niwaki", "remove it, or rotate again"):
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            about = {"source": record["model"]["source"], "bytes": record["model"]["bytes"]}
+            return {
+                "rotated": about | {name: record["rotate"][name] for name in ("target", "residual", "heads", "seed")}
+            }
 
     def config_content(self) -> dict[str, Any]:
         """Return the content of config.json, with the ties as the weights have them."""
