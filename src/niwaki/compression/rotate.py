@@ -404,7 +404,7 @@ def _grams(model: Any, sites: Sites, ids_ST: Tensor, report: Report) -> dict[str
     hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in sorted(wanted)]
     try:
         for ids_BT in ids_ST.split(4):
-            model(ids_BT, use_cache=False, logits_to_keep=1)
+            model.base_model(ids_BT, use_cache=False)  # the head is not needed
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from niwaki.config.targets import NM, Bits, Sparsity, Target
+from niwaki.methods import sparsegpt
 from niwaki.methods.shared.rotation import (
     Reads,
     Writes,
@@ -18,7 +19,7 @@ from niwaki.methods.shared.rotation import (
     random_hadamard,
     regroup,
 )
-from support.models import correlated_inputs
+from support.models import correlated_inputs, run_method
 
 
 def reference(weight: np.ndarray, h: np.ndarray, target: Target) -> float:
@@ -59,6 +60,22 @@ def test_a_learned_rotation_is_orthogonal_and_loses_less(target: Target) -> None
     torch.testing.assert_close(turn @ turn.T, start, rtol=0, atol=1e-12)
     kept, same = learn_rotation(sites, turn, target, steps=0, rate=0.02)
     assert torch.equal(kept, turn) and same == pytest.approx(lost, rel=1e-3)
+
+
+def test_a_sweep_loses_less_in_the_learned_basis() -> None:
+    """Prune 2:4 with SparseGPT: the error of the output falls, because importance gathers in fewer weights."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = correlated_inputs(400, 32), torch.randn(48, 32, generator=generator)
+    gram = x.T @ x / 400
+    reads, target = Reads.of(weight, gram, generator), NM(2, 4)
+    turn, _ = learn_rotation([reads], principal_basis(gram, 4), target, steps=80, rate=0.02)
+
+    def lost(weight_OI: torch.Tensor, x_NI: torch.Tensor) -> float:
+        pruned = run_method(sparsegpt, weight_OI, x_NI, target)
+        assert int((pruned == 0).sum()) >= pruned.numel() // 2
+        return float(((pruned - weight_OI) @ x_NI.T).square().sum())
+
+    assert lost(weight @ turn.float(), x @ turn.float()) < 0.75 * lost(weight, x)
 
 
 def test_a_start_that_no_step_improves_is_kept() -> None:
