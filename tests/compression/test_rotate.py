@@ -16,7 +16,7 @@ from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.runtime.load import load_checkpoint
 from support.families import build, families
-from support.models import CPU, run, tiny_llama, weights_of, write_texts
+from support.models import CPU, Warnings, run, tiny_llama, weights_of, write_texts
 
 QUICK = {"steps": 3}
 
@@ -67,6 +67,16 @@ def test_heads_and_neurons_turn_where_the_stream_cannot(tmp_path: Path, family: 
     before, after, done = _turned(_saved(tmp_path, family), ways)
     assert float((after - before).norm() / before.norm()) < 1e-6
     assert done.lost.keys() == {"heads", "neurons"} and not done.untied
+
+
+def test_parts_that_a_model_lacks_are_named(tmp_path: Path) -> None:
+    """Fuse queries, keys and values, and gate and up: neither heads nor neurons are matrices of their own."""
+    checkpoint, warned = Checkpoint.open(_saved(tmp_path, "phi3")), Warnings()
+    model = load_checkpoint(checkpoint, device="cpu", dtype=torch.float32)
+    turn(
+        model, Decoder(checkpoint, CPU), torch.ones(1, 8, dtype=torch.int64), Ways(parse_target("2:4"), **QUICK), warned
+    )
+    assert [message.split()[0] for message in warned.warnings] == ["heads", "neurons"]
 
 
 @pytest.mark.parametrize("target", ["2:4", "0.5", "3bit"])

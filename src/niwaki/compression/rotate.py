@@ -18,8 +18,7 @@ Cost: the model in float32 in memory, two forwards of the windows, and a Gram ma
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ from niwaki.config.sources import ROTATED
 from niwaki.config.targets import NM, Bits, PrunedBits, Target, parse_target
 from niwaki.data.texts import digest, fit_seq_len, load_tokenizer, read_calibration
 from niwaki.errors import ArchitectureError, InputError, NumericalError, TargetError, unknown
-from niwaki.formats.quantized import WEIGHT
 from niwaki.methods.shared.rotation import (
     ROWS,
     Reads,
@@ -51,7 +49,7 @@ from niwaki.model.decoder import Decoder
 from niwaki.model.device import pick_device
 from niwaki.model.files import remove_folder, write_text
 from niwaki.model.hf import plain_loading
-from niwaki.model.prunable import block_units
+from niwaki.model.rotation_sites import BlockSites, Sites, find_sites, set_plain
 from niwaki.model.unread import append_unread
 from niwaki.runtime.load import load_checkpoint
 
@@ -86,37 +84,6 @@ class Ways:
         """Return the N:M part of the target, None without one."""
         zeros = self.target.zeros if isinstance(self.target, PrunedBits) else self.target
         return zeros if isinstance(zeros, NM) else None
-
-
-@dataclass(frozen=True)
-class BlockSites:
-    """Names of the modules of a block: the norms with the matrices that read them, and those that write to the stream.
-
-    `values` and `output` are the matrices of the values and after attention, of `width` channels per head.
-    """
-
-    readers: Mapping[str, Sequence[str]]
-    writers: Sequence[str]
-    values: str = ""
-    output: str = ""
-    width: int = 0
-    producers: Sequence[str] = ()
-    consumer: str = ""
-
-
-@dataclass(frozen=True)
-class Sites:
-    """Sites of a model: blocks, final norm, embeddings and head."""
-
-    blocks: Sequence[BlockSites]
-    final: str
-    embeddings: str
-    head: str
-
-    def norms(self) -> dict[str, Sequence[str]]:
-        """Return every norm with the matrices that read it, the head included."""
-        found = {norm: names for block in self.blocks for norm, names in block.readers.items()}
-        return {**found, self.final: [self.head]}
 
 
 Notes = dict[str, list[tuple[float, float]]]  # lost shares before and after, by what was turned
@@ -191,9 +158,20 @@ def turn(model: Any, decoder: Decoder, ids_ST: Tensor, ways: Ways, report: Repor
     grams = _grams(model, sites, ids_ST, report)
     if ways.residual != "none":
         _turn_residual(model, sites, grams, ways, generator, notes)
+    for part, wanted, there in (
+        ("heads", ways.heads != "none", any(block.values for block in sites.blocks)),
+        ("neurons", ways.neurons and ways.grouped is not None, any(block.consumer for block in sites.blocks)),
+    ):
+        if wanted and not there:
+            report(Event.WARNING, message=f"{part} stay as they are: blocks do not have them as matrices of their own")
+    if ways.heads != "none":
+        shapes: dict[tuple[Any, ...], list[BlockSites]] = {}
+        for block in (block for block in sites.blocks if block.values):
+            values, output = model.get_submodule(block.values), model.get_submodule(block.output)
+            shapes.setdefault((values.weight.shape, output.weight.shape, block.width), []).append(block)
+        for alike in shapes.values():
+            _turn_heads(model, alike, grams, ways, generator, notes)
     for number, block in enumerate(sites.blocks):
-        if ways.heads != "none" and block.values:
-            _turn_heads(model, block, grams, ways, generator, notes)
         if ways.neurons and ways.grouped and block.consumer:
             _order_neurons(model, block, grams, ways.grouped, generator, notes)
         report(Event.SCAN, index=number, of=len(sites.blocks))
@@ -211,157 +189,11 @@ def turn(model: Any, decoder: Decoder, ids_ST: Tensor, ways: Ways, report: Repor
     return done
 
 
-def find_sites(model: Any, decoder: Decoder, ids_BT: Tensor, *, residual: bool) -> Sites:
-    """Find what reads and writes the stream by one forward. Raises ArchitectureError for what cannot turn."""
-    path = decoder.path
-    names = {module: name for name, module in model.named_modules()}
-    embeddings, head = names[model.get_input_embeddings()], names[model.get_output_embeddings()]
-    inputs, sources = _observed(model, ids_BT)
-    width = model.get_input_embeddings().weight.shape[1]
-    blocks = []
-    for index, block in enumerate(decoder.anatomy.blocks):
-        prefix = decoder.anatomy.prefix(index)
-        readers: dict[str, list[str]] = {}
-        writers = []
-        for parameter, tensor in model.get_submodule(f"{path}.{index}").named_parameters():
-            name = f"{prefix}{parameter.removesuffix(WEIGHT)}"
-            if tensor.dim() < 2:
-                continue
-            if name not in inputs:
-                if residual:
-                    raise ArchitectureError(
-                        f"{prefix}{parameter} does not belong to a plain matrix, so it cannot turn: use --residual none"
-                    )
-                continue
-            if source := sources.get(inputs[name]):
-                readers.setdefault(source, []).append(name)
-            elif tensor.shape[0] == width:
-                writers.append(name)
-        blocks.append(_with_units(BlockSites(readers, writers), decoder, index, block, model))
-    final = sources.get(inputs.get(head, 0), "")
-    if residual and not final:
-        raise ArchitectureError(f"{head} does not read a norm directly, so its input cannot turn: use --residual none")
-    sites = Sites(blocks, final, embeddings, head)
-    if residual:
-        for norm in sites.norms():
-            _check_norm(norm, model.get_submodule(norm), width)
-    return sites
-
-
-def _observed(model: Any, ids_BT: Tensor) -> tuple[dict[str, int], dict[int, str]]:
-    """Return the address of the input of every linear module that ran, and the module that put out each address."""
-    inputs: dict[str, int] = {}
-    sources: dict[int, str] = {}
-    alive: list[Tensor] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def seen(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            given = args[0] if args and isinstance(args[0], Tensor) else None
-            if isinstance(module, nn.Linear) and given is not None:
-                inputs[name] = given.data_ptr()
-                alive.append(given)
-            elif isinstance(output, Tensor) and not isinstance(module, nn.Embedding):
-                if given is not None and output.data_ptr() != given.data_ptr():
-                    sources[output.data_ptr()] = name
-                alive.append(output)
-
-        return seen
-
-    leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
-    hooks = [module.register_forward_hook(watch(name)) for name, module in leaves]
-    try:
-        model(ids_BT, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    activations = {name for name, module in leaves if not list(module.parameters()) and _elementwise(module)}
-    return inputs, {address: name for address, name in sources.items() if name not in activations}
-
-
-def _elementwise(module: nn.Module) -> bool:
-    """Return whether a module without parameters acts on every channel alone, as activations and dropout do."""
-    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
-    try:
-        changed = x.clone()
-        changed[:, 0] += 1
-        return torch.equal(module(x)[:, 1:], module(changed)[:, 1:])
-    except (TypeError, RuntimeError, IndexError):
-        return True
-
-
-def _with_units(sites: BlockSites, decoder: Decoder, index: int, block: Any, model: Any) -> BlockSites:
-    """Add the heads and neurons of a block, if it has such units."""
-    prefix = decoder.anatomy.prefix(index)
-    try:
-        units = block_units(block, decoder.model.config)
-    except ArchitectureError:
-        return sites
-    heads, neurons = units["heads"], units["neurons"]
-    text = decoder.model.config.get_text_config()
-    columns = block.linears[heads.consumer].columns
-    width = getattr(text, "head_dim", None) or columns // text.num_attention_heads
-    values = [name for name in heads.producers if name.rpartition(".")[2].startswith("v")]
-    plain = all(isinstance(model.get_submodule(prefix + n), nn.Linear) for n in (*neurons.producers, neurons.consumer))
-    return BlockSites(
-        sites.readers,
-        sites.writers,
-        prefix + values[0] if len(values) == 1 else "",
-        prefix + heads.consumer,
-        width,
-        [prefix + name for name in neurons.producers] if plain else (),
-        prefix + neurons.consumer if plain else "",
-    )
-
-
-def _check_norm(name: str, norm: nn.Module, width: int) -> None:
-    """Raise ArchitectureError unless a norm without its gain commutes with a rotation."""
-    kept = dict(norm.named_parameters(recurse=False))
-    if any(tensor.shape != (width,) for tensor in kept.values()) or kept.keys() - {"weight"}:
-        extra = ", ".join(sorted(kept.keys() - {"weight"})) or "a gain of another width"
-        raise ArchitectureError(f"{name} ({type(norm).__name__}) has {extra}, which does not turn: use --residual none")
-    generator, like = torch.Generator().manual_seed(0), next(iter(kept.values()), torch.zeros(0))
-    x_ND = torch.randn(4, width, generator=generator).add_(0.5).to(like)
-    turn_DD = random_hadamard(width, generator).to(like)
-    with _plain(norm):
-        error = float((norm(x_ND @ turn_DD) - norm(x_ND) @ turn_DD).norm() / norm(x_ND).norm())
-    if not error < TOLERANCE:
-        raise ArchitectureError(
-            f"{name} ({type(norm).__name__}) depends on the basis, as a norm that subtracts the mean does: "
-            "use --residual none"
-        )
-
-
-@contextmanager
-def _plain(norm: nn.Module) -> Iterator[None]:
-    """Set the gain of a norm to 1 for a while."""
-    held = {name: tensor.clone() for name, tensor in norm.named_parameters(recurse=False)}
-    _set_plain(norm)
-    try:
-        yield
-    finally:
-        for name, tensor in norm.named_parameters(recurse=False):
-            tensor.data.copy_(held[name])
-
-
-@torch.no_grad()
-def _set_plain(norm: nn.Module) -> Tensor | None:
-    """Set the gain of a norm to 1 and return what it was. Some families store gain − 1."""
-    weight = getattr(norm, "weight", None)
-    if weight is None:
-        return None
-    was_D, ones = weight.clone(), torch.ones(1, len(weight), device=weight.device, dtype=weight.dtype)
-    weight.zero_()
-    offset = 1.0 if bool(norm(ones).any()) else 0.0
-    weight.fill_(1.0 - offset)
-    gain: Tensor = was_D + offset
-    return gain
-
-
 def _fold_gains(model: Any, sites: Sites) -> None:
     """Move the gain of every norm into the matrices that read it. A tied head gets weights of its own first."""
     _untie_head(model)
     for norm, readers in sites.norms().items():
-        gain_D = _set_plain(model.get_submodule(norm))
+        gain_D = set_plain(model.get_submodule(norm))
         for name in readers if gain_D is not None else ():
             model.get_submodule(name).weight.mul_(gain_D)
 
@@ -446,21 +278,18 @@ def _choose(
     seen: Sequence[Reads | Writes], gram_DD: Tensor, way: str, ways: Ways, generator: torch.Generator, notes: Notes,
     what: str,
 ) -> Tensor:  # fmt: skip
-    """Return a rotation [D, D] float64, and note the lost share before and after."""
-    width, device = len(gram_DD), gram_DD.device
-    identity_DD = torch.eye(width, device=device)
-    before = float(lost_share(seen, identity_DD, ways.target))
-    if way == "hadamard":
-        turn_DD = random_hadamard(width, generator).to(device)
-        lost = float(lost_share(seen, turn_DD.float(), ways.target))
+    """Return rotations [..., D, D] float64, and note the lost share before and after."""
+    width, device = gram_DD.shape[-1], gram_DD.device
+    before = lost_share(seen, torch.eye(width, device=device).expand_as(gram_DD), ways.target)
+    if way == "hadamard" or isinstance(ways.target, Bits):
+        turn_DD = random_hadamard(width, generator).to(device).expand_as(gram_DD)
+        lost = lost_share(seen, turn_DD.float(), ways.target)
     else:
-        if isinstance(ways.target, Bits):
-            start_DD = random_hadamard(width, generator).to(device)
-        else:
-            start_DD = principal_basis(gram_DD, 1 if ways.grouped is None else ways.grouped.group)
+        turn_DD = principal_basis(gram_DD, 1 if ways.grouped is None else ways.grouped.group)
+    if way == "learned":
         with torch.enable_grad():
-            turn_DD, lost = learn_rotation(seen, start_DD, ways.target, steps=ways.steps, rate=ways.rate)
-    notes.setdefault(what, []).append((before, lost))
+            turn_DD, lost = learn_rotation(seen, turn_DD, ways.target, steps=ways.steps, rate=ways.rate)
+    notes.setdefault(what, []).append((float(before.mean()), float(lost.mean())))
     return turn_DD
 
 
@@ -469,27 +298,51 @@ def _turn_columns(module: Any, turn_DD: Tensor) -> None:
 
 
 def _turn_heads(
-    model: Any, block: BlockSites, grams: Mapping[str, Tensor], ways: Ways, generator: torch.Generator, notes: Notes
+    model: Any,
+    blocks: Sequence[BlockSites],
+    grams: Mapping[str, Tensor],
+    ways: Ways,
+    generator: torch.Generator,
+    notes: Notes,
 ) -> None:
-    """Turn the values of each group of heads, and the columns of the output matrix that read them."""
-    values, output = model.get_submodule(block.values), model.get_submodule(block.output)
-    width, gram_II = block.width, grams[block.output]
-    groups = values.weight.shape[0] // width
-    shared = output.weight.shape[1] // (groups * width)  # heads that read the same values
-    reader = next(readers[0] for readers in block.readers.values() if block.values in readers)
-    for group in range(groups):
-        rows = slice(group * width, (group + 1) * width)
-        heads = [slice(h * width, (h + 1) * width) for h in range(group * shared, (group + 1) * shared)]
-        seen: list[Reads | Writes] = [Reads.of(output.weight[:, h], gram_II[h, h], generator) for h in heads]
-        if reader in grams and len(grams[reader]) == values.weight.shape[1]:
-            seen.append(Writes.of(values.weight[rows], grams[reader]))
-        total_DD = sum((gram_II[h, h] for h in heads), torch.zeros(width, width, device=gram_II.device))
-        turn_DD = _choose(seen, total_DD, ways.heads, ways, generator, notes, "heads")
-        values.weight[rows] = (turn_DD.T @ values.weight[rows].double()).to(values.weight.dtype)
-        if values.bias is not None:
-            values.bias[rows] = (values.bias[rows].double() @ turn_DD).to(values.bias.dtype)
-        for h in heads:
-            output.weight[:, h] = (output.weight[:, h].double() @ turn_DD).to(output.weight.dtype)
+    """Turn the values of each group of heads, and the columns of the output matrix that read them.
+
+    The groups of all blocks are learned together. Legend here: N groups, S heads of a group, D channels of a head.
+    """
+    width = blocks[0].width
+    values, outputs = ([model.get_submodule(getattr(b, name)) for b in blocks] for name in ("values", "output"))
+    groups = values[0].weight.shape[0] // width
+    by_head = [output.weight.unflatten(1, (groups, -1, width)).permute(1, 2, 0, 3) for output in outputs]
+    read_NSRD = torch.cat(by_head)
+    gram_NSDD = torch.cat([_head_grams(grams[block.output], groups, width) for block in blocks])
+    seen: list[Reads | Writes] = [
+        Reads.of(read_NSRD[:, head], gram_NSDD[:, head], generator) for head in range(read_NSRD.shape[1])
+    ]
+    if all(map(_reader, blocks)):
+        inputs = [grams[_reader(block)] for block in blocks]
+        written_NDC = torch.cat([module.weight.unflatten(0, (groups, width)) for module in values])
+        seen.append(Writes.of(written_NDC, torch.stack(inputs).repeat_interleave(groups, 0)))
+    turn_NDD = _choose(seen, gram_NSDD.sum(1), ways.heads, ways, generator, notes, "heads")
+    for number, (module, output) in enumerate(zip(values, outputs, strict=True)):
+        own_NDD = turn_NDD[number * groups : (number + 1) * groups]
+        rows = module.weight.double().unflatten(0, (groups, width))
+        module.weight.copy_((own_NDD.mT @ rows).flatten(0, 1))
+        if module.bias is not None:
+            module.bias.copy_((module.bias.double().view(groups, 1, width) @ own_NDD).flatten())
+        columns = output.weight.double().unflatten(1, (groups, -1, width))
+        output.weight.copy_(torch.einsum("rgsd,gde->rgse", columns, own_NDD).flatten(1))
+
+
+def _reader(block: BlockSites) -> str:
+    """Return the matrix whose inputs were summed for the values of a block, empty if no norm feeds them."""
+    return next((readers[0] for readers in block.readers.values() if block.values in readers), "")
+
+
+def _head_grams(gram_II: Tensor, groups: int, width: int) -> Tensor:
+    """Return the diagonal blocks of a Gram matrix by group and head [N, S, D, D]."""
+    heads = len(gram_II) // width
+    blocks_HDD = gram_II.view(heads, width, heads, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return blocks_HDD.reshape(groups, heads // groups, width, width)
 
 
 def _order_neurons(

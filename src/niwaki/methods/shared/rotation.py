@@ -10,6 +10,8 @@ importance stays (Pool & Yu 2021, "Channel Permutations for N:M Sparsity").
 
 Cost of a step: 6·R·D² operations for R rows, at most `ROWS` of each site, and one solve of D³.
 
+Leading dimensions are rotations that are learned together, such as those of all heads.
+
 Legend: R rows of all matrices that read a site, D width of the site, C columns of a matrix that writes to it, G groups.
 """
 
@@ -28,92 +30,97 @@ ROWS = 1024  # of a site that the loss sees
 
 @dataclass(frozen=True)
 class Reads:
-    """Matrices that read one site, stacked: weights [R, D], the mean Gram matrix of their input, and tr(WHWᵀ)."""
+    """Matrices that read one site, stacked: weights [..., R, D], the mean Gram matrix of their input, and tr(WHWᵀ)."""
 
     weight_RD: Tensor
     gram_DD: Tensor
-    energy: float
+    energy: Tensor
 
     @classmethod
     def of(cls, weight_RD: Tensor, gram_DD: Tensor, generator: torch.Generator) -> "Reads":
         """Take at most ROWS rows at random."""
-        rows = torch.randperm(len(weight_RD), generator=generator)[:ROWS].to(weight_RD.device)
-        some_RD = weight_RD[rows].float()
-        return cls(some_RD, gram_DD, float(((some_RD @ gram_DD) * some_RD).sum()))
+        rows = torch.randperm(weight_RD.shape[-2], generator=generator)[:ROWS].to(weight_RD.device)
+        some_RD = weight_RD[..., rows, :].float()
+        return cls(some_RD, gram_DD, ((some_RD @ gram_DD) * some_RD).sum((-2, -1)))
 
     def lost(self, turn_DD: Tensor, target: Target) -> Tensor:
-        """Return the lost share in the basis `turn_DD`."""
-        input_D = ((self.gram_DD @ turn_DD) * turn_DD).sum(0)
-        lost: Tensor = lost_importance(self.weight_RD @ turn_DD, input_D, target) / self.energy
-        return lost
+        """Return the lost share [...] in the basis `turn_DD`."""
+        input_D = ((self.gram_DD @ turn_DD) * turn_DD).sum(-2)
+        return lost_importance(self.weight_RD @ turn_DD, input_D, target) / self.energy
 
 
 @dataclass(frozen=True)
 class Writes:
-    """Matrix that writes to a site: weights [D, C], the mean squares of its inputs [C], and tr(WHWᵀ)."""
+    """Matrix that writes to a site: weights [..., D, C], the mean squares of its inputs [..., C], and tr(WHWᵀ)."""
 
     weight_DC: Tensor
     input_C: Tensor
-    energy: float
+    energy: Tensor
 
     @classmethod
     def of(cls, weight_DC: Tensor, gram_CC: Tensor) -> "Writes":
         """Take the first ROWS columns, which are whole groups of any usual N:M."""
-        some_DC, some_CC = weight_DC[:, :ROWS].float(), gram_CC[:ROWS, :ROWS]
-        return cls(some_DC, some_CC.diagonal(), float(((some_DC @ some_CC) * some_DC).sum()))
+        some_DC, some_CC = weight_DC[..., :ROWS].float(), gram_CC[..., :ROWS, :ROWS]
+        energy = ((some_DC @ some_CC) * some_DC).sum((-2, -1))
+        return cls(some_DC, some_CC.diagonal(dim1=-2, dim2=-1), energy)
 
     def lost(self, turn_DD: Tensor, target: Target) -> Tensor:
-        """Return the lost share in the basis `turn_DD`."""
-        lost: Tensor = lost_importance(turn_DD.T @ self.weight_DC, self.input_C, target) / self.energy
-        return lost
+        """Return the lost share [...] in the basis `turn_DD`."""
+        return lost_importance(turn_DD.mT @ self.weight_DC, self.input_C, target) / self.energy
 
 
 def lost_importance(weight_RC: Tensor, input_C: Tensor, target: Target, group: int = 128) -> Tensor:
-    """Return Σ w²·h of the weights that the target removes; for bits, the mean squared range of groups times h."""
+    """Return Σ w²·h [...] of the weights that the target removes; for bits, squared ranges of groups times h."""
     if isinstance(target, PrunedBits):
         target = target.zeros
+    lost: Tensor
     if isinstance(target, Bits):
-        width = group if weight_RC.shape[1] % group == 0 else weight_RC.shape[1]
-        range_RG = weight_RC.unflatten(1, (-1, width)).abs().amax(-1)
-        lost: Tensor = (range_RG.square() * input_C.view(-1, width).sum(1)).sum() / 4.0**target.bits
+        width = group if weight_RC.shape[-1] % group == 0 else weight_RC.shape[-1]
+        range_RG = weight_RC.unflatten(-1, (-1, width)).abs().amax(-1)
+        input_G = input_C.unflatten(-1, (-1, width)).sum(-1)
+        lost = (range_RG.square() * input_G.unsqueeze(-2)).sum((-2, -1)) / 4.0**target.bits
         return lost
-    importance_RC = weight_RC.square() * input_C
+    importance_RC = weight_RC.square() * input_C.unsqueeze(-2)
     if isinstance(target, NM):
-        groups = importance_RC.unflatten(1, (-1, target.group))
-        lowest: Tensor = groups.topk(target.group - target.keep, dim=-1, largest=False).values.sum()
-        return lowest
+        groups = importance_RC.unflatten(-1, (-1, target.group))
+        lost = groups.topk(target.group - target.keep, dim=-1, largest=False).values.sum((-3, -2, -1))
+        return lost
     assert isinstance(target, Sparsity), "a target that a text can ask for"
-    count = max(1, target.zeros_in(*importance_RC.shape))
-    bound = importance_RC.detach().flatten().kthvalue(count).values
-    return torch.where(importance_RC <= bound, importance_RC, 0.0).sum()
+    flat = importance_RC.flatten(-2)
+    count = max(1, target.zeros_in(*importance_RC.shape[-2:]))
+    bound = flat.detach().kthvalue(count, dim=-1, keepdim=True).values
+    lost = torch.where(flat <= bound, flat, 0.0).sum(-1)
+    return lost
 
 
 def lost_share(sites: Sequence[Reads | Writes], turn_DD: Tensor, target: Target) -> Tensor:
-    """Return the mean lost share of all sites."""
-    return torch.stack([site.lost(turn_DD, target) for site in sites]).mean()
+    """Return the mean lost share [...] of all sites."""
+    return torch.stack([site.lost(turn_DD, target) for site in sites]).mean(0)
 
 
 def learn_rotation(
     sites: Sequence[Reads | Writes], start_DD: Tensor, target: Target, *, steps: int, rate: float
-) -> tuple[Tensor, float]:
-    """Learn the rotation [D, D] float64 that lowers the lost share, and return it with that share.
+) -> tuple[Tensor, Tensor]:
+    """Learn rotations [..., D, D] float64 that lower the lost share, and return them with that share [...].
 
-    Adam, cosine schedule. The start is kept if no step is better.
+    Adam, cosine schedule. Each rotation is that of its best step, or its start if no step is better.
     """
     skew_DD = torch.zeros_like(start_DD, dtype=torch.float32, requires_grad=True)
     start = start_DD.float()
     optimizer = torch.optim.Adam([skew_DD])
     with torch.no_grad():
-        best, kept_DD = float(lost_share(sites, start, target)), skew_DD.detach().clone()
+        best, kept_DD = lost_share(sites, start, target), skew_DD.detach().clone()
     for step in range(steps + 1):
-        loss = lost_share(sites, start @ cayley(skew_DD), target)
-        if (lost := float(loss.detach())) < best:
-            best, kept_DD = lost, skew_DD.detach().clone()
+        lost = lost_share(sites, start @ cayley(skew_DD), target)
+        with torch.no_grad():
+            better = lost < best
+            best = torch.where(better, lost, best)
+            kept_DD = torch.where(better[..., None, None], skew_DD, kept_DD)
         if step == steps:
             break
         optimizer.param_groups[0]["lr"] = rate * cosine(step, steps)
         optimizer.zero_grad()
-        loss.backward()
+        lost.sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     turn_DD: Tensor = start_DD.double() @ cayley(kept_DD.double())
     return turn_DD, best
@@ -128,16 +135,16 @@ def cayley(free_DD: Tensor) -> Tensor:
 
 
 def principal_basis(gram_DD: Tensor, groups: int) -> Tensor:
-    """Return the principal directions [D, D] float64, dealt out so that neighbors have unlike energy.
+    """Return the principal directions [..., D, D] float64, dealt out so that neighbors have unlike energy.
 
     Neighbors in groups of `groups` columns come from as many parts of the spectrum. With 1 the energy falls.
     """
-    basis_DD: Tensor = torch.linalg.eigh(gram_DD.double())[1].flip(1)
-    width = len(gram_DD)
+    basis_DD: Tensor = torch.linalg.eigh(gram_DD.double())[1].flip(-1)
+    width = gram_DD.shape[-1]
     if width % groups:
         return basis_DD
     order_D = torch.arange(width, device=gram_DD.device).view(groups, -1).T.reshape(-1)
-    return basis_DD[:, order_D]
+    return basis_DD[..., order_D]
 
 
 def random_hadamard(width: int, generator: torch.Generator) -> Tensor:
