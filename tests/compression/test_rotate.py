@@ -107,8 +107,13 @@ def test_the_result_is_an_ordinary_model_that_compresses(tmp_path: Path, capsys:
     assert "turned before into another basis | `model`" in card and f"{record['model']['bytes']:,}" in card
     up = weights_of(tmp_path / "pruned")["model.layers.0.mlp.up_proj.weight"]
     assert int((up == 0).sum()) == up.numel() // 2
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match="already exists"):
         rotate(model, tmp_path / "out", target="2:4", calibration=text)
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="was not left by"):
+        rotate(model, tmp_path / "new", target="2:4", calibration=text)
+    assert (tmp_path / "new.partial" / "mine.txt").is_file()
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ Cost: the model in float32 in memory, two forwards of the windows, and a Gram ma
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,14 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from niwaki.compression.places import check_apart, check_free, partial_of, place_of
+from niwaki.compression.places import check_apart, check_space, is_empty, partial_of, place_of, resumable
 from niwaki.compression.run_record import FORMAT, provenance
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.config.sources import ROTATED
 from niwaki.config.targets import NM, Bits, PrunedBits, Target, parse_target
 from niwaki.data.texts import digest, fit_seq_len, load_tokenizer, read_calibration
-from niwaki.errors import ArchitectureError, InputError, NumericalError, TargetError, unknown
+from niwaki.errors import ArchitectureError, InputError, NumericalError, OutputError, TargetError, unknown
 from niwaki.methods.shared.rotation import (
     ROWS,
     Reads,
@@ -121,10 +122,11 @@ def rotate(
     chosen, files, out = Ways(parse_target(target), **ways), as_files(calibration), place_of(out)
     if not files:
         raise InputError("no text to measure importance on: give --calibration FILE")
-    check_free(out, resume=False, overwrite=False, resumes=False)
+    _check_place(out)
     checkpoint = Checkpoint.open(model)
     checkpoint.require_plain()
     check_apart(checkpoint.folder, out)
+    check_space(out, checkpoint.nbytes)
     decoder = Decoder(checkpoint, torch.device("cpu"))
     seq_len = fit_seq_len(seq_len, SEQ_LEN, decoder.positions, "the model", report)
     size: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "seed": chosen.seed, "bos": bos}
@@ -143,6 +145,15 @@ def rotate(
     }
     _write(whole, decoder, out, record, started)
     return json.loads((out / ROTATED).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def _check_place(out: Path) -> None:
+    """Refuse an OUT that exists, and a working folder that another program or run left."""
+    partial = partial_of(out)
+    if not is_empty(out):
+        raise OutputError(f"{out} already exists: choose another OUT, or remove it")
+    if resumable(partial) or not (is_empty(partial) or (partial / ROTATED).parent.is_dir()):
+        raise OutputError(f"{partial} exists and was not left by `niwaki rotate`: choose another OUT, or remove it")
 
 
 @torch.no_grad()
@@ -391,6 +402,8 @@ def _write(model: Any, decoder: Decoder, out: Path, record: Mapping[str, Any], s
         done = {**record, "bytes": nbytes, "seconds": round(time.perf_counter() - started, 2)}
         write_text(partial / ROTATED, json.dumps(done, indent=2) + "\n")
         checkpoint.log.check()
+        if out.is_dir():
+            shutil.rmtree(out)  # it holds empty folders only
         partial.rename(out)
     except BaseException:
         remove_folder(partial, ROTATED)
