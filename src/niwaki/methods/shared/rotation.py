@@ -120,7 +120,7 @@ def learn_rotation(
             break
         optimizer.param_groups[0]["lr"] = rate * cosine(step, steps)
         optimizer.zero_grad()
-        lost.sum().backward()  # type: ignore[no-untyped-call]
+        lost.sum().backward()
         optimizer.step()
     turn_DD: Tensor = start_DD.double() @ cayley(kept_DD.double())
     return turn_DD, best
