@@ -3,21 +3,27 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test fuzz test-sanitized test-engines test-browser docs lint format clean
+.PHONY: demo test fuzz test-sanitized test-engines test-browser docs lint format lock audit clean
+
+# Every file is compared with its SHA-256 in dependencies/*.lock. What these need, they hold: nothing else is resolved.
+HASHED := -m pip install --quiet --require-hashes --no-deps --no-build-isolation --requirement
 
 # Runtime packages only; sizes measured with a CPU build of torch.
-$(VENV)/.runtime: pyproject.toml constraints.txt
+$(VENV)/.runtime: pyproject.toml constraints.txt dependencies/build.lock dependencies/runtime.lock
 	@echo "Installing into $(VENV): torch, transformers and niwaki, whose kernels are compiled. With a CPU build of torch"
 	@echo "0.26 GB to download, 1.2 GB on disk, about 5 minutes on two cores; a CUDA build is several times larger."
 	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python $(HASHED) dependencies/build.lock
+	$(RUN)/python $(HASHED) dependencies/runtime.lock
+	# By version alone: see dependencies/lock.py. A CUDA build brings what it needs, by exact versions.
 	$(RUN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
-	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(RUN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 # Packages of tests, linters and the handbook too.
-$(VENV)/.installed: $(VENV)/.runtime
+$(VENV)/.installed: $(VENV)/.runtime dependencies/dev.lock
 	@echo "Adding the packages of tests, linters and the handbook: about 2.5 GB on disk with the above."
-	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(RUN)/python $(HASHED) dependencies/dev.lock
 	touch $@
 
 demo: $(VENV)/.runtime
@@ -65,13 +71,23 @@ test-browser: $(VENV)/.browser
 	$(RUN)/python -m pytest -m browser tests/measure/report tests/rollout
 
 lint: $(VENV)/.installed
-	$(RUN)/ruff check src tests benchmarks docs
-	$(RUN)/ruff format --check src tests docs
+	$(RUN)/ruff check src tests benchmarks docs dependencies
+	$(RUN)/ruff format --check src tests docs dependencies
 	$(RUN)/mypy
 
 format: $(VENV)/.installed
-	$(RUN)/ruff check --fix src tests benchmarks docs
-	$(RUN)/ruff format src tests docs
+	$(RUN)/ruff check --fix src tests benchmarks docs dependencies
+	$(RUN)/ruff format src tests docs dependencies
+
+# Needs PyPI. Changed ranges in pyproject.toml or versions in constraints.txt ask for it.
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet "uv==0.13.9"
+	build/lock/bin/python dependencies/lock.py
+
+# Versions against the advisories in dependencies/advisories.json, without a network.
+audit: $(VENV)/.installed
+	$(RUN)/python dependencies/audit.py
 
 clean:
 	rm -rf $(VENV) site niwaki-demo niwaki-demo-*.jsonl

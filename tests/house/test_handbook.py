@@ -1,5 +1,6 @@
 """Agreement of handbook and code: generated parts are fresh, links work, commands exist."""
 
+import ast
 import importlib
 import importlib.util
 import json
@@ -169,6 +170,36 @@ def test_links_between_files_of_the_repository_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def tests_of(path: Path) -> set[str]:
+    """Return the names of the test functions of a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return {node.name for node in ast.walk(tree) if isinstance(node, kinds) and node.name.startswith("test_")}
+
+
+@pytest.mark.parametrize("name", ["security.md", "inputs.md"])
+def test_every_line_of_a_page_of_promises_names_a_test_that_exists(name: str) -> None:
+    text = (DOCS / name).read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w./-]+\.py)(?:::(\w+))?[^`]*`", text)
+    assert len(named) > 20
+    for path, test in named:
+        found = tests_of(ROOT / path)
+        assert found and (not test or test in found), f"{name}: {path}::{test}"
+    tables = re.findall(r"^\|.*\| Test \|\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.M)
+    assert tables
+    for row in (row for table in tables for row in table.splitlines()):
+        cell = row.rsplit(" | ", 1)[1]
+        assert "`tests/" in cell, f"{name}: {row}"
+        whole = re.sub(r"`tests/[\w./-]+\.py(::\w+)?`|`make [\w-]+`|, | \|", "", cell)
+        assert not whole.strip(), f"{name}: {cell}"
+
+
+def test_the_page_of_security_names_tests_and_not_only_files() -> None:
+    text = (DOCS / "security.md").read_text(encoding="utf-8")
+    named = re.findall(r"`tests/[\w./-]+\.py(::\w+)?`", text)
+    assert named.count("") <= 1, "a line of the threat model names its test: path::name"
 
 
 def test_names_and_paths_on_the_pages_exist() -> None:

@@ -84,6 +84,23 @@ def awkward() -> list[dict[str, Any]]:
     return rows
 
 
+def test_no_pickled_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm_eval can keep requests and answers as pickles; niwaki asks for neither, whatever lies in its folder."""
+    import dill
+    import sqlitedict
+
+    def refuse(*given: object, **options: object) -> None:
+        raise AssertionError("a pickle was read")
+
+    monkeypatch.setattr(dill, "load", refuse)
+    monkeypatch.setattr(dill, "loads", refuse)
+    monkeypatch.setattr(sqlitedict.SqliteDict, "__init__", refuse)
+    data = write_task(tmp_path / "tasks", questions(2))
+    model = tiny_llama(tmp_path / "model", blocks=1)
+    found = niwaki.evaluate(model, lm_eval=data.stem, include_path=data.parent, device="cpu")
+    assert found["lm_eval"]["results"][data.stem]
+
+
 @pytest.mark.parametrize("first_token", [False, True], ids=["byte pairs", "a first token, ▁ for spaces"])
 def test_our_scorer_agrees_on_awkward_contexts(
     first_token: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
