@@ -101,7 +101,7 @@ def test_ranges_are_those_of_osv(events: list[dict[str, str]], inside: list[str]
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small repository without a hit."""
+    """Return a small repository without a hit."""
     (tmp_path / "dependencies").mkdir()
     for name in ("build", "runtime", "dev"):
         (tmp_path / f"dependencies/{name}.lock").write_text("torch==2.13.0 \\\n    --hash=sha256:00\n")

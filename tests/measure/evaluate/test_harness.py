@@ -19,12 +19,12 @@ from support.tasks import TASK, questions, write_task
 
 @pytest.fixture(autouse=True)
 def _no_survey(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm_eval looks for compilers, drivers and packages in every run, by calling them; nothing of that is kept here."""
+    """Spare the survey: lm_eval looks for compilers, drivers and packages in every run, by calling them; nothing of that is kept here."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 def both(model: Path, folder: Path, data: Path, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what our scorer says, what lm_eval says) of the same items."""
+    """Return (what our scorer says, what lm_eval says) of the same items."""
     found = niwaki.evaluate(model, tasks=data, lm_eval=data.stem, include_path=folder, device="cpu", **more)
     return found["tasks"][str(data)], found["lm_eval"]["results"][data.stem]
 
@@ -36,7 +36,7 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def record_likelihoods(monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[float]]:
-    """Log-likelihoods of all continuations, ours and lm_eval's, filled while both score."""
+    """Return the log-likelihoods of all continuations, ours and lm_eval's, filled while both score."""
     from niwaki.measure.evaluate import tasks
     from niwaki.measure.evaluate.harness_model import HarnessModel
 
@@ -67,7 +67,7 @@ def test_our_scorer_agrees_on_the_sapling(tmp_path: Path) -> None:
 
 
 def awkward() -> list[dict[str, Any]]:
-    """Contexts that end in spaces, none at all, too long for the model, beginning with the first token of texts."""
+    """Return contexts that end in spaces, none at all, too long for the model, beginning with the first token of texts."""
     rows = questions(30, words=80)
     for i, row in enumerate(rows):
         change = [
@@ -85,7 +85,7 @@ def awkward() -> list[dict[str, Any]]:
 
 
 def test_no_pickled_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm_eval can keep requests and answers as pickles; niwaki asks for neither, whatever lies in its folder."""
+    """Check that niwaki asks for neither cache of lm_eval: requests and answers, both pickled."""
     import dill
     import sqlitedict
 
@@ -179,7 +179,7 @@ def test_packed_and_smaller_models_beside_their_dense_one(
 
 
 def test_contextual_models_are_scored_as_they_write(tmp_path: Path) -> None:
-    """The first token of a continuation comes from the whole model, the others from a part: a loop says the same."""
+    """Check that the first token of a continuation comes from the whole model, the others from a part: a loop says the same."""
     model, text = tmp_path / "out", write_texts(tmp_path / "text.jsonl")
     niwaki.compress(
         tiny_llama(tmp_path / "model", num_key_value_heads=4), model, method="shadow", target="0.5", device="cpu",
@@ -213,7 +213,7 @@ def test_contextual_models_are_scored_as_they_write(tmp_path: Path) -> None:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `niwaki evaluate ARGUMENTS`."""
+    """Return (exit code, stdout, stderr) of `niwaki evaluate ARGUMENTS`."""
     sys.argv = ["niwaki", "evaluate", *map(str, arguments)]
     code = 0
     try:
