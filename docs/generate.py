@@ -235,9 +235,21 @@ def rollouts(_: str) -> str:
     return _table(["canary", "ends", "returned within two intervals of the change"], rows)
 
 
+def reliability(_: str) -> str:
+    """Return what was asked and reached, from benchmarks/results/serving/reliability-cpu.json."""
+    found = json.loads((RESULTS / "serving/reliability-cpu.json").read_text(encoding="utf-8"))["rows"]
+    rows = []
+    for number, row in found.items():
+        kept = "not run" if row["passed"] is None else "yes" if row["passed"] else "**no**"
+        missing = f" Not run: {row['not_run']}." if row.get("not_run") and row["passed"] is not None else ""
+        rows.append([number, row["asked"], row["reached"].rstrip(".") + "." + missing, kept])
+    return _table(["row", "asked", "reached", "kept"], rows)
+
+
 KINDS = {
     "facts": facts,
     "rollout": rollouts,
+    "reliability": reliability,
     "options": options,
     "numbers": numbers,
     "speed": speed,

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -79,19 +80,14 @@ async def measured(urls: dict[str, str], requests: int) -> dict[str, list[float]
     return found
 
 
-def main() -> None:
-    """Start the servers, measure, and write the result."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--upstream-ms", type=float, default=20.0)
-    asked = parser.parse_args()
+def compared(requests: int, upstream_ms: float) -> dict[str, Any]:
+    """Start the servers, send the requests, and return what the gateway and what copies cost."""
     ports = {name: free_port() for name in ("upstream", "gateway", "shadow")}
     urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
     started = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            upstream = [sys.executable, "-c", UPSTREAM, str(ports["upstream"]), str(asked.upstream_ms)]
+            upstream = [sys.executable, "-c", UPSTREAM, str(ports["upstream"]), str(upstream_ms)]
             started.append(subprocess.Popen(upstream))
             for name, share in (("gateway", "0"), ("shadow", "1")):
                 steps = Path(folder) / f"{name}.yaml"
@@ -101,21 +97,30 @@ def main() -> None:
                 started.append(subprocess.Popen([sys.executable, *GATEWAY, str(ports[name]), *both, *state]))
             for url in urls.values():
                 asyncio.run(up(url))
-            found = asyncio.run(measured(urls, asked.requests))
+            found = asyncio.run(measured(urls, requests))
         finally:
             for process in started:
                 process.terminate()
                 process.wait()
     at = {name: {f"p{p}_ms": round(float(np.percentile(v, p)), 3) for p in (50, 99)} for name, v in found.items()}
-    result = {
-        "what": f"{asked.requests} requests one after the other, upstream {asked.upstream_ms} ms",
-        **provenance("cpu"),
+    return {
         "direct": at["upstream"],
         "gateway": at["gateway"],
         "gateway, all copied": at["shadow"],
         "overhead_p50_ms": round(at["gateway"]["p50_ms"] - at["upstream"]["p50_ms"], 3),
         "shadow_p99_change": round(at["shadow"]["p99_ms"] / at["gateway"]["p99_ms"] - 1, 4),
     }
+
+
+def main() -> None:
+    """Measure, and write the result."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--upstream-ms", type=float, default=20.0)
+    asked = parser.parse_args()
+    what = f"{asked.requests} requests one after the other, upstream {asked.upstream_ms} ms"
+    result = {"what": what, **provenance("cpu"), **compared(asked.requests, asked.upstream_ms)}
     asked.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 

@@ -49,8 +49,8 @@ def test_recorded_commands_get_the_modules_of_today() -> None:
     module, out = "benchmarks.kernels.packed_linear --device cuda", "benchmarks/results/kernels/packed-linear-h100.json"
     assert index.modern(old) == f"OMP_NUM_THREADS=2 python -m {module} --out {out}"
     assert index.modern(index.modern(old)) == index.modern(old)
-    assert index.modern("python serving_reach.py --out results/none.json") == (
-        "python -m tests.system.serving.serving_reach --out results/none.json"
+    assert index.modern("python rollout_real.py --out results/none.json") == (
+        "python -m tests.system.serving.reach_rollout --out results/none.json"
     )
 
 

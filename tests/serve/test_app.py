@@ -19,7 +19,7 @@ from niwaki.rollout.scoring import parse_tokens
 from support.models import add_bos
 from support.servers import Running, chat_model, running, until
 
-SCRIPT = Path(__file__).parents[1] / "system" / "serving" / "serving_fuzz.py"
+SCRIPT = Path(__file__).parents[1] / "system" / "serving" / "reach_fuzz.py"
 HELLO: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello, who is there?"}]
 GREEDY: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 12, "temperature": 0}
 
@@ -31,7 +31,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def plain_logprobs(tiny: Running, ids: list[int]) -> torch.Tensor:
-    """What a plain forward says [T, V]."""
+    """Return what a plain forward says [T, V]."""
     with torch.no_grad():
         logits: torch.Tensor = tiny.service.engine.model(input_ids=torch.tensor([ids])).logits[0]
     return logits.log_softmax(-1)
@@ -103,7 +103,7 @@ def test_logprobs_of_a_chat_are_those_of_a_plain_forward(tiny: Running) -> None:
 
 
 def test_a_given_text_is_scored(tiny: Running) -> None:
-    """echo, logprobs and max_tokens=0: what a gateway asks to judge the answer of another model."""
+    """Score with echo, logprobs and max_tokens=0, as a gateway judges the answer of another model."""
     text = "Hello there, 庭木 grows."
     client, tokenizer = tiny.client(), tiny.service.prompts.tokenizer
     ids = tokenizer(text)["input_ids"]
@@ -230,7 +230,7 @@ def test_control_tokens_in_what_a_user_wrote_are_plain_text(tiny: Running) -> No
 
 
 def test_counts_of_the_server_are_those_of_its_clients(tmp_path: Path) -> None:
-    """On a server of its own: what other tests broke off is counted some time later."""
+    """Count on a server of its own: what other tests broke off is counted some time later."""
     with running(chat_model(tmp_path / "model")) as served:
 
         def counts() -> list[float]:
@@ -263,16 +263,16 @@ def test_health_and_readiness(tiny: Running) -> None:
 
 
 def fuzz() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("serving_fuzz", SCRIPT)
+    spec = importlib.util.spec_from_file_location("reach_fuzz", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["serving_fuzz"] = module  # dataclasses look there
+    sys.modules["reach_fuzz"] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
 
 
 def test_malformed_requests_are_refused_and_change_nothing(tiny: Running) -> None:
-    """Some hundred of the requests of tests/system/serving/serving_fuzz.py."""
+    """Send some hundred of the requests of tests/system/serving/reach_fuzz.py."""
     script = fuzz()
     statuses: Counter[int] = Counter()
     wrong = []
@@ -287,14 +287,14 @@ def test_malformed_requests_are_refused_and_change_nothing(tiny: Running) -> Non
 
 
 def test_without_keys_it_answers_to_its_own_names_only(tiny: Running) -> None:
-    """A page of the web could point a name of its own at this address."""
+    """Refuse other names: a page of the web could point one of its own at this address."""
     with tiny.http() as http:
         for host, status in (("localhost", 200), ("127.0.0.1:1", 200), ("[::1]", 200), ("a.com:80", 403), ("[", 403)):
             assert http.get("/v1/models", headers={"Host": host}).status_code == status
 
 
 def test_a_text_begins_once_as_the_model_was_trained(tmp_path: Path) -> None:
-    """A text gets the beginning-of-text token unless it holds it, and an audit scores every token of the text."""
+    """Add the beginning-of-text token unless the text holds it; an audit scores every token of the text."""
     folder = chat_model(tmp_path / "model", vocab_size=4160)
     (bos,) = add_bos(folder)
     (folder / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")

@@ -20,6 +20,7 @@ from tests.system.serving.served import Call, Reply, ask, free_port, metrics_of,
 
 NAME, PATH = "tiny", "/v1/completions"
 SHORT: dict[str, Any] = {"model": NAME, "prompt": "The garden", "max_tokens": 1, "temperature": 0}
+CRASHED = 3  # exit code of a server whose engine ended
 TOKEN_S = 0.03  # on top of what a token takes
 SCRIPT = [sys.executable, "-m", "tests.system.serving.served_slowly"]
 Row = dict[str, Any]
@@ -80,7 +81,7 @@ def timeouts(rounds: int = 3) -> Row:
     wanted = {"queue": [503], "first token": [504], "whole answer": [504], "stream": [504]}
     return {
         "what": f"time limits, {rounds} times each",
-        "limit": "fire within 10 %",
+        "reached": f"{rounds} × {len(limits)} limits, at most {max(off.values()):.1%} off",
         "figure": {
             "limits_s": limits, "statuses": statuses,
             "max_off": {name: round(value, 4) for name, value in off.items()},
@@ -92,7 +93,7 @@ def timeouts(rounds: int = 3) -> Row:
 def terminated() -> Row:
     """Run test 20: two streams run, two requests wait, then SIGTERM."""
     port = free_port()
-    body = {**SHORT, "max_tokens": 120}
+    body = {**SHORT, "max_tokens": 60}
 
     async def answered(process: subprocess.Popen[bytes]) -> dict[str, Any]:
         streams = [await Call.send(port, written(PATH, {**body, "stream": True})) for _ in range(2)]
@@ -123,11 +124,12 @@ def terminated() -> Row:
         ended = time.monotonic()
         gone, left = psutil.wait_procs(everyone[1:], timeout=10)
         orphans_s = time.monotonic() - ended
-    complete = [_complete(reply, 120) for reply in found["replies"]]
+    complete = [_complete(reply, 60) for reply in found["replies"]]
     refused = found["refused"]
     return {
         "what": "SIGTERM while two streams run and two requests wait",
-        "limit": "readiness 503 <= 1 s, in-flight requests finish <= 30 s, no orphans <= 10 s",
+        "reached": f"readiness 503 after {found['unready_s']:.3f} s, {sum(complete)} of {len(complete)} requests "
+        f"finished in {found['finished_s']:.1f} s, {len(left)} orphans",
         "figure": {
             "unready_s": round(found["unready_s"], 3), "health_meanwhile": found["health"],
             "new_request": refused.status, "with_retry_after": "retry-after:" in refused.headers,
@@ -191,9 +193,13 @@ def killed() -> Row:
             supervisor.stop()
     return {
         "what": "the engine's thread killed, then the process with SIGKILL, under a stream; a supervisor that restarts",
-        "limit": "health no longer 200 <= 5 s, restarted, no hang",
+        "reached": "; ".join(
+            f"{name} killed: health {one['health_became']} after {one['unhealthy_s']:.2f} s, stream ended after "
+            f"{one['stream_ended_s']:.2f} s, healthy again after {one['healthy_again_s']:.0f} s"
+            for name, one in found.items()
+        ),
         "figure": {**found, "exit_codes": supervisor.codes},
-        "passed": supervisor.codes == [1, -signal.SIGKILL]
+        "passed": supervisor.codes == [CRASHED, -signal.SIGKILL]
         and all(max(one["unhealthy_s"], one["stream_ended_s"]) <= 5 for one in found.values())
         and all(one["answers_again"] and not one["orphans_after_10_s"] for one in found.values()),
     }  # fmt: skip
@@ -237,7 +243,7 @@ def _until_not_healthy(port: int) -> str:
 
 
 def _until_health(port: int, status: int) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while _health(port) != status:
         if time.monotonic() > until:
             raise RuntimeError("the server did not start again")

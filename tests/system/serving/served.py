@@ -49,7 +49,7 @@ def serving(
     given = ["serve", str(model), "--port", str(port), "--device", "cpu", *options]
     process = subprocess.Popen([*command, *given], stderr=log or subprocess.DEVNULL, env=environment)
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while not _ready(port):
             if time.monotonic() > until or process.poll() is not None:
                 raise RuntimeError("the server did not start")

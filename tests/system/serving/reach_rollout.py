@@ -1,22 +1,18 @@
-"""Whole roll-outs with real processes: two `niwaki serve`, the gateway between them and its clients, faults in a proxy.
+"""Test 25: whole roll-outs with real processes: two servers, the gateway, its clients, and faults in a proxy.
 
 The dense model is the sapling. There are four canaries:
 
 - `equal`: the same model
 - `errors`: the same model behind a proxy that answers 2 % of the requests with 500
 - `slow`: the same model behind a proxy that doubles the time of every byte
-- `degraded`: the sapling without 70 % of its weights by magnitude
+- `worse`: the sapling without some weights, so that its perplexity is about 5 % higher
 
-Limits are those of a pilot, the sapling at 4 bits, from the compare.json of `niwaki compare`. Clients send one request
-after the other, half of them as streams, each as another user.
-
-    python -m tests.system.serving.rollout_real --out benchmarks/results/serving/rollout-real-cpu.json
-
-Two cores answer some dozens of requests per second, so decision intervals are short. They end after INTERVAL_S seconds
-and the default of 500 requests of the canary. Shares are 50 and 100 %. Cost: five to ten minutes on two cores.
+Limits are those of a pilot, the sapling at 4 bits, from the compare.json of `niwaki compare`, and 2 % of perplexity.
+Clients send one request after the other, half of them as streams, each as another user. Intervals end after INTERVAL_S
+seconds and `min_requests` of the canary. Every answer of the canary is audited, since 5 % of perplexity take some
+hundred audits to be certain.
 """
 
-import argparse
 import asyncio
 import json
 import random
@@ -25,70 +21,31 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import aiohttp
-import uvicorn
 import yaml
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
 
-from benchmarks.common.provenance import provenance
+from benchmarks.serving.rollout_overhead import compared
 from niwaki.cli.demo import sapling
 from niwaki.rollout.store import Store
+from tests.system.serving.reach_fuzz import listening
 from tests.system.serving.served import free_port, serving
-from tests.system.serving.serving_fuzz import listening
 
 NAME = "sapling"
 INTERVAL_S = 10.0
-POLICY = {"steps": [0.5, 1.0], "interval_s": INTERVAL_S, "min_requests": 500}
-SAMPLING = {"audit_frac": 0.25, "max_audits": 4}
-PROXIED = {"errors": {"errors": 0.02}, "slow": {"slow": 2.0}}
+POLICY = {"steps": [0.05, 0.5], "interval_s": INTERVAL_S, "min_requests": 250}
+SAMPLING = {"audit_frac": 1.0, "max_audits": 8}
+KINDS = ("equal", "errors", "slow", "worse")
+PROXIED = {"errors": (0.02, 1.0), "slow": (0.0, 2.0)}
+WORSE = "20%"  # of the weights of each matrix
+MAX_PERPLEXITY = 1.02
 TEXTS = [text for text in topics.values() if len(text) > 500]
 COMMAND = [sys.executable, "-m", "niwaki.cli"]
-
-
-def proxy(port: int, url: str, errors: float, slow: float) -> None:
-    """Serve a proxy: a share of 500s, and answers that take `slow` times as long."""
-    rng = random.Random(1)
-
-    async def passed(request: Request) -> Response:
-        body, began = await request.body(), time.perf_counter()
-        if request.method == "POST" and rng.random() < errors:
-            return JSONResponse({"error": {"message": "injected"}}, 500)
-        session = aiohttp.ClientSession()
-        answer = await session.request(
-            request.method, url + request.url.path, data=body, headers={"content-type": "application/json"}
-        )
-
-        async def chunks() -> AsyncIterator[bytes]:
-            async with session, answer:
-                arrived: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
-
-                async def read() -> None:
-                    while chunk := await answer.content.readany():
-                        arrived.put_nowait((time.perf_counter(), chunk))
-                    arrived.put_nowait((time.perf_counter(), b""))
-
-                reading = asyncio.create_task(read())
-                while True:
-                    at, chunk = await arrived.get()
-                    await asyncio.sleep(max(began + slow * (at - began) - time.perf_counter(), 0))
-                    if not chunk:
-                        break
-                    yield chunk
-                await reading
-
-        return StreamingResponse(chunks(), answer.status, media_type=answer.content_type)
-
-    app = Starlette(routes=[Route("/{path:path}", passed, methods=["GET", "POST"])])
-    uvicorn.run(app, port=port, log_level="error")
 
 
 @contextmanager
@@ -107,17 +64,20 @@ def running(command: list[str], port: int) -> Iterator[None]:
         process.wait(timeout=120)
 
 
-def made(folder: Path) -> Path:
-    """Make the pilot and the degraded canary, and return the compare.json of the pilot."""
-    for name, method, target in (("pilot", "rtn", "4bit"), ("degraded", "magnitude", "70%")):
-        own = ["compress", str(sapling()), str(folder / name), "--method", method, "--target", target]
-        subprocess.run([*COMMAND, *own], check=True, capture_output=True)
+def made(folder: Path) -> tuple[Path, float]:
+    """Make the pilot and the worse canary; return the pilot's compare.json and the canary's ratio of perplexities."""
     data = folder / "held-out.jsonl"
     data.write_text("".join(json.dumps({"text": text[:2000]}) + "\n" for text in TEXTS), encoding="utf-8")
-    own = ["compare", str(sapling()), str(folder / "pilot"), "--data", str(data), "--rounds", "0", "--seq-len", "256"]
-    own += ["--max-tokens", "20000"]
-    subprocess.run([*COMMAND, *own, "--report", str(folder / "report")], check=True, capture_output=True)
-    return folder / "report" / "compare.json"
+    for name, method, target in (("pilot", "rtn", "4bit"), ("worse", "magnitude", WORSE)):
+        own = ["compress", str(sapling()), str(folder / name), "--method", method, "--target", target]
+        subprocess.run([*COMMAND, *own], check=True, capture_output=True)
+    own = ["compare", str(sapling()), str(folder / "pilot"), str(folder / "worse"), "--data", str(data)]
+    own += ["--rounds", "0", "--seq-len", "256", "--max-tokens", "20000", "--report", str(folder / "report")]
+    subprocess.run([*COMMAND, *own], check=True, capture_output=True)
+    path = folder / "report" / "compare.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["candidates"]
+    (worse,) = (one for one in found if "worse" in json.dumps(one.get("model", one)))
+    return path, round(float(worse["quality"][0]["perplexity_ratio"]["value"]), 4)
 
 
 async def client(session: aiohttp.ClientSession, seed: int, ending: asyncio.Event, seen: Counter[str]) -> None:
@@ -128,7 +88,7 @@ async def client(session: aiohttp.ClientSession, seed: int, ending: asyncio.Even
         number += 1
         text, stream = rng.choice(TEXTS), rng.random() < 0.5
         start = rng.randrange(len(text) - 200)
-        ask = {"model": NAME, "prompt": text[start : start + 200], "max_tokens": 8, "temperature": 0, "stream": stream}
+        ask = {"model": NAME, "prompt": text[start : start + 200], "max_tokens": 4, "temperature": 0, "stream": stream}
         try:
             async with session.post("/v1/completions", json={**ask, "user": f"{seed}-{number}"}) as answer:
                 whole = await answer.read()
@@ -160,7 +120,7 @@ async def asked(port: int, store: Store, clients: int, max_s: float) -> dict[str
 def rolled_out(kind: str, folder: Path, limits: Path, clients: int, max_s: float) -> dict[str, Any]:
     """Run one roll-out from its first step to its end."""
     ports = {name: free_port() for name in ("dense", "canary", "proxy", "gateway")}
-    model = folder / "degraded" if kind == "degraded" else sapling()
+    model = folder / "worse" if kind == "worse" else sapling()
     config, where = folder / f"{kind}.yaml", folder / f"{kind}.sqlite"
     config.write_text(yaml.safe_dump({"policy": POLICY, "sampling": SAMPLING}), encoding="utf-8")
     with ExitStack() as stack:
@@ -168,14 +128,12 @@ def rolled_out(kind: str, folder: Path, limits: Path, clients: int, max_s: float
         stack.enter_context(serving(model, ports["canary"], "--name", NAME, "--dtype", "float32"))
         before = "canary"
         if kind in PROXIED:
-            before, how = "proxy", {"errors": 0.0, "slow": 1.0, **PROXIED[kind]}
-            own = ["--proxy", str(ports["proxy"]), str(ports["canary"]), str(how["errors"]), str(how["slow"])]
-            stack.enter_context(
-                running([sys.executable, "-m", "tests.system.serving.rollout_real", *own], ports["proxy"])
-            )
+            before, own = "proxy", [str(ports["proxy"]), str(ports["canary"]), *map(str, PROXIED[kind])]
+            script = [sys.executable, "-m", "tests.system.serving.faulty_proxy", *own]
+            stack.enter_context(running(script, ports["proxy"]))
         own = ["rollout", "run", "--stable", f"http://127.0.0.1:{ports['dense']}", "--limits", str(limits)]
         own += ["--canary", f"http://127.0.0.1:{ports[before]}", "--candidate", "pilot", "--config", str(config)]
-        own += ["--state", str(where), "--port", str(ports["gateway"])]
+        own += ["--state", str(where), "--port", str(ports["gateway"]), "--limit", f"perplexity_ratio={MAX_PERPLEXITY}"]
         stack.enter_context(running([*COMMAND, *own], ports["gateway"]))
         store = Store.open(where)
         seen = asyncio.run(asked(ports["gateway"], store, clients, max_s))
@@ -215,41 +173,32 @@ def record_of(store: Store, seen: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Run every kind and write the result. Exit with 1 if one did not end as expected."""
-    if sys.argv[1:2] == ["--proxy"]:
-        port, server, errors, slow = sys.argv[2:]
-        proxy(int(port), f"http://127.0.0.1:{server}", float(errors), float(slow))
-        return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--kinds", nargs="*", default=["equal", "errors", "slow", "degraded"])
-    parser.add_argument("--clients", type=int, default=2)
-    parser.add_argument("--max-s", "--most-s", type=float, default=600)
-    given = parser.parse_args()
+def rolled_out_all(clients: int = 8, max_s: float = 500) -> dict[str, Any]:
+    """Run test 25: each kind of canary, then the waits of users beside copies."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        limits = made(Path(temporary))
-        for kind in given.kinds:
-            found[kind] = rolled_out(kind, Path(temporary), limits, given.clients, given.max_s)
-            print(kind, json.dumps(found[kind]), flush=True)
-    right = [
-        one["client_errors"] == 0
+        folder = Path(temporary)
+        limits, ratio = made(folder)
+        for kind in KINDS:
+            found[kind] = rolled_out(kind, folder, limits, clients, max_s)
+            print(kind, json.dumps(found[kind]), file=sys.stderr, flush=True)
+    shadow = compared(2000, 20.0)
+    right = {
+        kind: one["client_errors"] == 0
         and (one["ended"] == "promoted" if kind == "equal" else one["ended"] == "returned" and one["intervals"] <= 2)
         for kind, one in found.items()
-    ]
-    result = {
-        "what": "roll-outs of the sapling with real servers; returned within two decision intervals, or promoted",
-        **provenance("cpu"),
-        "policy": POLICY,
-        "sampling": SAMPLING,
-        "clients": given.clients,
-        "as_expected": all(right),
-        "roll-outs": found,
     }
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.exit(not all(right))
-
-
-if __name__ == "__main__":
-    main()
+    told = "; ".join(f"{kind}: {one['ended']} in interval {one['intervals']}" for kind, one in found.items())
+    errors = sum(one["client_errors"] for one in found.values())
+    seen = sum(one["clients"].get("answered", 0) for one in found.values())
+    change = shadow["shadow_p99_change"]
+    return {
+        "what": "roll-outs of the sapling with real servers at 5 and 50 %, faults by a proxy or by pruning; then 2,000 "
+        "requests in turns with and without copies",
+        "reached": f"{told}; {errors} errors for clients in {seen:,} requests; copies change P99 by {change:+.1%}",
+        "figure": {
+            "policy": POLICY, "sampling": SAMPLING, "clients": clients, "perplexity_of_worse": ratio,
+            "as_wanted": right, "roll-outs": found, "shadow": shadow,
+        },
+        "passed": all(right.values()) and change <= 0.02,
+    }  # fmt: skip

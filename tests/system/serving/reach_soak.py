@@ -1,31 +1,27 @@
-"""`niwaki serve` under mixed load for an hour: no failure, no growing memory, no slower answers.
+"""Test 26: `niwaki serve` under mixed load for a long time: no failure, no growing memory, no slower answers.
 
 Clients ask for texts and chats, whole and as streams, hang up in the middle, and send wrong requests. The server is a
 process of its own. Its resident memory and that of its children is read every few seconds. The slope of a line through
-the values after the first tenth counts.
-
-    python -m tests.system.serving.serving_soak --seconds 3600 --out benchmarks/results/serving/serving-soak-cpu.json
+the values after the first tenth counts. A control says what the machine did meanwhile: a fixed computation here, timed
+beside each reading of the memory.
 """
 
-import argparse
-import json
 import random
 import statistics
-import sys
 import threading
 import time
 from collections import Counter
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
 import psutil
 
-from benchmarks.common.provenance import provenance
 from tests.system.serving.served import computed, free_port, resident, served_sapling
 
-NAME = "tiny"
+NAME, CLIENTS, PAUSE_S = "tiny", 6, 3.0
 WORDS = ("garden", "tree", "import", "class", "value", "return", "exception", "module", "string", "walk", "water")
+Row = dict[str, Any]
 
 
 class Load:
@@ -96,62 +92,62 @@ def _words(chosen: random.Random) -> str:
     return " ".join(chosen.choices(WORDS, k=chosen.randint(1, 120)))
 
 
-def drift(first_tokens: list[tuple[float, float]]) -> dict[str, float]:
-    """Return P99 of the time to the first token, in the first and the last quarter."""
-    ordered = [seconds for _, seconds in sorted(first_tokens)]
+def drift(timed: list[tuple[float, float]]) -> dict[str, float]:
+    """Return P99 of (when, seconds) in the first and the last quarter."""
+    ordered = [seconds for _, seconds in sorted(timed)]
     quarter = max(len(ordered) // 4, 2)
     first, last = (statistics.quantiles(part, n=100)[98] for part in (ordered[:quarter], ordered[-quarter:]))
     return {"first_quarter_s": round(first, 4), "last_quarter_s": round(last, 4), "drift": round(last / first - 1, 3)}
 
 
-def main() -> None:
-    """Run the load, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3600)
-    parser.add_argument("--clients", type=int, default=6)
-    parser.add_argument("--pause", type=float, default=1.0, help="mean seconds between requests of a client")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    port = free_port()
+def soaked(minutes: float) -> Row:
+    """Run test 26 for some minutes."""
+    port, span = free_port(), 60 * minutes
     with served_sapling(port, NAME, "--slots", "4", "--dtype", "float32") as process:
-        load, watched = Load(port, args.pause), psutil.Process(process.pid)
-        threads = [threading.Thread(target=load.run, args=(seed,)) for seed in range(args.clients)]
+        load, watched = Load(port, PAUSE_S), psutil.Process(process.pid)
+        threads = [threading.Thread(target=load.run, args=(seed,)) for seed in range(CLIENTS)]
         for thread in threads:
             thread.start()
-        began, seen, used = time.monotonic(), [], computed(watched)
-        between, gaps = min(5.0, args.seconds / 20), []
-        while time.monotonic() - began < args.seconds and process.poll() is None:
-            slept = time.monotonic()
-            time.sleep(between)
-            gaps.append(time.monotonic() - slept - between)
+        began, used = time.monotonic(), computed(watched)
+        seen: list[tuple[float, int]] = []
+        control: list[tuple[float, float]] = []
+        while time.monotonic() - began < span and process.poll() is None:
+            time.sleep(min(5.0, span / 20))
             seen.append((time.monotonic() - began, resident(watched)))
+            control.append((time.monotonic(), _computing()))
         used, elapsed = computed(watched) - used, time.monotonic() - began
         load.ending.set()
         for thread in threads:
             thread.join()
         alive = process.poll() is None
-    kept = np.array([(when, size) for when, size in seen if when > args.seconds / 10])
+    kept = np.array([(when, size) for when, size in seen if when > span / 10])
     slope = float(np.polyfit(kept[:, 0] / 3600, kept[:, 1] / 1e6, 1)[0])
-    result = {
-        "what": "mixed load on `niwaki serve` of the sapling; slope of the resident memory after the first tenth",
-        **provenance("cpu"),
-        "seconds": args.seconds,
-        "clients": args.clients,
-        "pause_s": args.pause,
-        "outcomes": dict(load.outcomes),
-        "failures": load.failures[:20],
-        "failed": len(load.failures),
-        "alive": alive,
-        "cpu_share_of_one_core": round(used / elapsed, 3),
-        "longest_stop_of_this_process_s": round(max(gaps), 1),  # by the system: time limits pass meanwhile
+    return _row(load, elapsed, slope, alive, {
+        "clients": CLIENTS, "pause_s": PAUSE_S, "outcomes": dict(load.outcomes), "failures": load.failures[:20],
+        "alive": alive, "cpu_share_of_one_core": round(used / elapsed, 3),
         "rss_mb": {"first": round(kept[0, 1] / 1e6, 1), "last": round(kept[-1, 1] / 1e6, 1)},
-        "rss_slope_mb_per_hour": round(slope, 2),
-        "first_token_p99": drift(load.first_tokens),
-    }
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-    sys.exit(bool(load.failures) or not alive)
+        "control_p99": drift(control),
+    })  # fmt: skip
 
 
-if __name__ == "__main__":
-    main()
+def _row(load: Load, elapsed: float, slope: float, alive: bool, more: dict[str, Any]) -> Row:
+    waits, answered = drift(load.first_tokens), sum(load.outcomes.values())
+    control = more["control_p99"]["drift"]
+    return {
+        "what": "mixed load on `niwaki serve` of the sapling; slope of the resident memory after the first tenth",
+        "reached": f"{elapsed / 60:.0f} minutes, {answered:,} requests: {len(load.failures)} failures, {slope:+.1f} "
+        f"MB/h, P99 of the first token {waits['drift']:+.0%}, of a fixed computation beside it {control:+.0%}",
+        "figure": {
+            "minutes": round(elapsed / 60, 1), "failed": len(load.failures), "rss_slope_mb_per_hour": round(slope, 2),
+            "first_token_p99": waits, **more,
+        },
+        "passed": alive and not load.failures and slope <= 10 and waits["drift"] <= 0.1,
+        **({} if elapsed >= 7 * 3600 else {"not_run": f"7 h: {elapsed / 60:.0f} minutes were run"}),
+    }  # fmt: skip
+
+
+def _computing() -> float:
+    """Return the seconds of a fixed computation."""
+    began = time.perf_counter()
+    sum(range(400_000))
+    return time.perf_counter() - began
