@@ -15,12 +15,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 import niwaki as api
-from model.test_mutated_files import packed_folder, try_folder
 from niwaki.cli.demo import sapling
 from niwaki.errors import CheckpointError, NiwakiError
 from niwaki.serve.server import ServerSettings, make_service
 from support.models import tiny_llama
 from support.mutations import NUMBERS, OTHERS, WORDS, Mutation, mutate_bytes
+from support.packed_folders import packed_folder, try_folder
 from tests.system.reliability.commands import Row, forked, niwaki, waited
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
