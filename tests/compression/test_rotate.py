@@ -69,6 +69,22 @@ def test_heads_and_neurons_turn_where_the_stream_cannot(tmp_path: Path, family: 
     assert done.lost.keys() == {"heads", "neurons"} and not done.untied
 
 
+@pytest.mark.parametrize(("family", "residual"), [
+    ("llama", "learned"), ("llama", "none"), ("qwen2", "none"), ("opt", "none"), ("gemma2", "none"), ("phi3", "none"),
+])  # fmt: skip
+def test_scales_keep_the_function_and_lower_the_loss(tmp_path: Path, family: str, residual: str) -> None:
+    ways = Ways(parse_target("3bit"), residual=residual, heads="none", scales=True, **QUICK)
+    before, after, done = _turned(_saved(tmp_path, family), ways)
+    assert float((after - before).norm() / before.norm()) < 1e-6
+    lost = done.lost["scales"]
+    assert lost[1] < lost[0]
+
+
+def test_scales_are_for_bits_alone() -> None:
+    with pytest.raises(InputError, match="scales help rounding only"):
+        Ways(parse_target("2:4"), scales=True)
+
+
 def test_parts_that_a_model_lacks_are_named(tmp_path: Path) -> None:
     """Fuse queries, keys and values, and gate and up: neither heads nor neurons are matrices of their own."""
     checkpoint, warned = Checkpoint.open(_saved(tmp_path, "phi3")), Warnings()

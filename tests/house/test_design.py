@@ -25,7 +25,6 @@ SIZE_EXCEPTIONS: dict[str, str] = {
     "cli.export": "each command has a file of its own",
     "cli.generate": "each command has a file of its own",
     "cli.recover": "each command has a file of its own",
-    "cli.rotate": "each command has a file of its own",
 }
 
 

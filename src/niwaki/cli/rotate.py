@@ -25,6 +25,7 @@ def rotate(
         str, typer.Option(help="Basis of the values of each head: learned, hadamard or none.")
     ] = "learned",
     neurons: Annotated[bool, typer.Option(help="Order the neurons for N:M targets.")] = True,
+    scales: Annotated[bool, typer.Option("--scales", help="Scale channels so that rounding loses less (AWQ).")] = False,
     steps: Annotated[int, typer.Option(help="Steps that a learned basis takes.")] = 300,
     rate: Annotated[float, typer.Option(help="Rate of these steps.")] = 0.01,
     samples: Annotated[int, typer.Option(help="Windows of text that importance is measured on.")] = 64,
@@ -42,7 +43,14 @@ def rotate(
     from niwaki.cli.progress import Display
     from niwaki.compression.rotate import rotate as run
 
-    ways: dict[str, Any] = {"residual": residual, "heads": heads, "neurons": neurons, "steps": steps, "rate": rate}
+    ways: dict[str, Any] = {
+        "residual": residual,
+        "heads": heads,
+        "neurons": neurons,
+        "scales": scales,
+        "steps": steps,
+        "rate": rate,
+    }
     text: dict[str, Any] = {"calibration": calibration, "field": field, "samples": samples, "seq_len": seq_len}
     text["bos"] = check_bos(bos)
     with Display(error_console) as display:

@@ -1,12 +1,14 @@
 """Rotation: another basis for the residual stream, the heads and the neurons of a model that computes the same.
 
 The result is an ordinary model. Every method compresses it as it would the source, and loses less
-(`methods.shared.rotation`). Three changes are merged into the weights:
+(`methods.shared.rotation`). Four changes are merged into the weights:
 
 - `residual`: the stream gets another basis. The gains of the norms move into the matrices after them, because a norm
   without a gain commutes with a rotation. A tied head moves too, so that it needs weights of its own.
 - `heads`: the values of each head get another basis. Rows of the value matrix and columns of the output matrix turn.
 - `neurons`: an order of the neurons in which groups of N:M keep more.
+- `scales`: channels are scaled so that those with large inputs lose less by rounding (AWQ). Norms, values and the
+  matrix beside the gate take the inverse.
 
 Which norm feeds which matrix is found in a short forward. The logits must agree before and after. What cannot be turned
 is refused: norms that subtract a mean or add a bias, fused experts, towers, other ways into the stream.
@@ -44,13 +46,14 @@ from niwaki.methods.shared.rotation import (
     principal_basis,
     random_hadamard,
     regroup,
+    search_scales,
 )
 from niwaki.model.checkpoint import TIE, Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.model.device import pick_device
 from niwaki.model.files import remove_folder, write_text
 from niwaki.model.hf import plain_loading
-from niwaki.model.rotation_sites import BlockSites, Sites, find_sites, set_plain
+from niwaki.model.rotation_sites import BlockSites, Sites, divide_gain, find_sites, linear_producer, set_plain
 from niwaki.model.unread import append_unread
 from niwaki.runtime.load import load_checkpoint
 
@@ -69,6 +72,7 @@ class Ways:
     residual: str = "learned"
     heads: str = "learned"
     neurons: bool = True
+    scales: bool = False
     steps: int = 300
     rate: float = 0.01
     seed: int = 0
@@ -77,6 +81,8 @@ class Ways:
         for name, known in WAYS.items():
             if getattr(self, name) not in known:
                 raise InputError(unknown(name, getattr(self, name), known))
+        if self.scales and not isinstance(self.target, Bits):
+            raise InputError(f"scales help rounding only: expected a target such as 4bit, got {self.target}")
         if self.steps < 0 or not 0 < self.rate < 1:
             raise InputError("expected steps ≥ 0 and a rate in (0, 1)")
 
@@ -186,6 +192,8 @@ def turn(model: Any, decoder: Decoder, ids_ST: Tensor, ways: Ways, report: Repor
         if ways.neurons and ways.grouped and block.consumer:
             _order_neurons(model, block, grams, ways.grouped, generator, notes)
         report(Event.SCAN, index=number, of=len(sites.blocks))
+    if ways.scales:
+        _scale(model, sites, ids_ST, ways, generator, notes, report)
     for name, pairs in notes.items():
         befores, afters = zip(*pairs, strict=True)
         done.lost[name] = (sum(befores) / len(pairs), sum(afters) / len(pairs))
@@ -354,6 +362,57 @@ def _head_grams(gram_II: Tensor, groups: int, width: int) -> Tensor:
     heads = len(gram_II) // width
     blocks_HDD = gram_II.view(heads, width, heads, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     return blocks_HDD.reshape(groups, heads // groups, width, width)
+
+
+def _scale(
+    model: Any,
+    sites: Sites,
+    ids_ST: Tensor,
+    ways: Ways,
+    generator: torch.Generator,
+    notes: Notes,
+    report: Report,
+) -> None:
+    """Scale the channels that norms, values and neurons feed, block by block."""
+    assert isinstance(ways.target, Bits), "checked by Ways"
+    grams, bits = _grams(model, sites, ids_ST, report), max(2, round(ways.target.bits))
+
+    def search(weight_RD: Tensor, input_D: Tensor) -> Tensor:
+        rows = torch.randperm(len(weight_RD), generator=generator)[:ROWS].to(weight_RD.device)
+        scale_D, before, after = search_scales(weight_RD[rows].float(), input_D, bits)
+        notes.setdefault("scales", []).append((before, after))
+        return scale_D
+
+    for block in sites.blocks:
+        for norm, readers in block.readers.items():
+            if getattr(model.get_submodule(norm), "weight", None) is None:
+                continue
+            matrices = [model.get_submodule(name) for name in readers]
+            scale_D = search(torch.cat([m.weight for m in matrices]), grams[f"{readers[0]}.diagonal"])
+            divide_gain(model.get_submodule(norm), scale_D)
+            for matrix in matrices:
+                matrix.weight.mul_(scale_D)
+        if block.values:
+            values, output = model.get_submodule(block.values), model.get_submodule(block.output)
+            groups = len(values.weight) // block.width
+            # Heads that read the same values have the same scales.
+            input_GSD = grams[f"{block.output}.diagonal"].view(groups, -1, block.width)
+            scale_I = search(output.weight, input_GSD.mean(1, keepdim=True).expand_as(input_GSD).flatten())
+            own_O = scale_I.view_as(input_GSD)[:, 0].flatten()
+            output.weight.mul_(scale_I)
+            _divide_rows(values, own_O)
+        producer = linear_producer(model, block, ids_ST[:1, :PROBE_TOKENS]) if block.consumer else ""
+        if producer:
+            consumer = model.get_submodule(block.consumer)
+            scale_I = search(consumer.weight, grams[f"{block.consumer}.diagonal"])
+            consumer.weight.mul_(scale_I)
+            _divide_rows(model.get_submodule(producer), scale_I)
+
+
+def _divide_rows(module: Any, scale_O: Tensor) -> None:
+    module.weight.div_(scale_O[:, None])
+    if module.bias is not None:
+        module.bias.div_(scale_O)
 
 
 def _order_neurons(

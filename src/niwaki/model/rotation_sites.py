@@ -187,13 +187,55 @@ def _plain(norm: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def set_plain(norm: nn.Module) -> Tensor | None:
-    """Set the gain of a norm to 1 and return what it was. Some families store gain − 1."""
+    """Set the gain of a norm to 1 and return what it was."""
     weight = getattr(norm, "weight", None)
     if weight is None:
         return None
-    was_D, ones = weight.clone(), torch.ones(1, len(weight), device=weight.device, dtype=weight.dtype)
-    weight.zero_()
-    offset = 1.0 if bool(norm(ones).any()) else 0.0
+    offset = _gain_offset(norm)
+    gain_D: Tensor = weight + offset
     weight.fill_(1.0 - offset)
-    gain: Tensor = was_D + offset
-    return gain
+    return gain_D
+
+
+@torch.no_grad()
+def divide_gain(norm: Any, scale_D: Tensor) -> None:
+    """Divide the output of a norm by scales: its gain, and its bias if it has one."""
+    offset = _gain_offset(norm)
+    norm.weight.copy_((norm.weight + offset) / scale_D - offset)
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.div_(scale_D)
+
+
+def _gain_offset(norm: Any) -> float:
+    """Return what a norm adds to its weight: some families store gain − 1."""
+    was_D, bias_D = norm.weight.clone(), getattr(norm, "bias", None)
+    x_1D = torch.linspace(1, 2, len(was_D), device=was_D.device, dtype=was_D.dtype)[None]
+    norm.weight.zero_()
+    varies = bool((norm(x_1D) - (0 if bias_D is None else bias_D)).abs().max() > 0)
+    norm.weight.copy_(was_D)
+    return 1.0 if varies else 0.0
+
+
+@torch.no_grad()
+def linear_producer(model: Any, block: BlockSites, ids_BT: Tensor) -> str:
+    """Return the matrix before the neurons whose output passes through no curve, empty if there is none.
+
+    Twice its output is twice the input of the consumer.
+    """
+    seen: list[Tensor] = []
+    consumer = model.get_submodule(block.consumer)
+    hook = consumer.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    try:
+        model.base_model(ids_BT, use_cache=False)
+        for name in block.producers:
+            producer = model.get_submodule(name)
+            double = producer.register_forward_hook(lambda module, args, output: output * 2)
+            try:
+                model.base_model(ids_BT, use_cache=False)
+            finally:
+                double.remove()
+            if torch.allclose(seen[-1], seen[0] * 2, rtol=1e-3, atol=1e-6 * float(seen[0].abs().max())):
+                return name
+    finally:
+        hook.remove()
+    return ""

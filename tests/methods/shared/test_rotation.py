@@ -18,6 +18,7 @@ from niwaki.methods.shared.rotation import (
     principal_basis,
     random_hadamard,
     regroup,
+    search_scales,
 )
 from support.models import correlated_inputs, run_method
 
@@ -142,3 +143,28 @@ def test_rotations_of_a_batch_are_those_of_each_alone() -> None:
         alone, own = learn_rotation(sites, starts[number], NM(2, 4), steps=20, rate=0.02)
         torch.testing.assert_close(together[number], alone, rtol=1e-3, atol=1e-3)
         assert float(lost[number]) == pytest.approx(float(own), rel=1e-3)
+
+
+def test_scales_lose_least_of_all_powers() -> None:
+    """Give one channel large inputs: its weights must lose less than without scales, as a loop in float64 finds."""
+    generator = torch.Generator().manual_seed(0)
+    weight, h = torch.randn(24, 32, generator=generator), torch.rand(32, generator=generator) + 0.1
+    h[5] = 400.0
+    scales, before, after = search_scales(weight, h, bits=3, group=16)
+
+    def lost(s: np.ndarray) -> float:
+        scaled, total = weight.double().numpy() * s, 0.0
+        for start in (0, 16):
+            part = scaled[:, start : start + 16]
+            low, high = np.minimum(part.min(1), 0)[:, None], np.maximum(part.max(1), 0)[:, None]
+            step = (high - low) / 7
+            code = np.clip(np.round(part / step) + np.round(-low / step), 0, 7)
+            back = (code - np.round(-low / step)) * step / s[start : start + 16]
+            missed = back - weight.double().numpy()[:, start : start + 16]
+            total += float((missed**2 * h.double().numpy()[start : start + 16]).sum())
+        return total / float((weight.double().square() * h).sum())
+
+    found = [lost(np.sqrt(h.double().numpy()) ** (power / 20)) for power in range(21)]
+    assert after < 0.7 * before
+    assert before == pytest.approx(found[0], rel=0.02) and after == pytest.approx(min(found), rel=0.02)
+    assert lost(scales.double().numpy()) == pytest.approx(after, rel=0.02)

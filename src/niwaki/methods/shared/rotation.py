@@ -5,6 +5,9 @@ The importance of a weight is w²·h; h is the mean square of its input in the n
 lowers the share of importance that the target removes. For bits it lowers the squared step of the grids. Q is Q₀ times
 the Cayley transform of a skew matrix, so that every step is orthogonal.
 
+Rounding also gains from scales (AWQ, Lin et al. 2024, arXiv 2306.00978). A channel with large inputs gets larger
+weights, and what feeds it becomes smaller. A scale is the RMS of the input to a power, searched on a grid.
+
 Neurons have a nonlinearity, so only their order is free. `regroup` exchanges columns between groups of N:M while more
 importance stays (Pool & Yu 2021, "Channel Permutations for N:M Sparsity").
 
@@ -24,8 +27,10 @@ from torch import Tensor
 
 from niwaki.config.targets import NM, Bits, PrunedBits, Sparsity, Target
 from niwaki.methods.shared.best_state import cosine
+from niwaki.methods.shared.rounding import groups_of, nearest
 
 ROWS = 1024  # of a site that the loss sees
+SCALE_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,10 @@ def lost_importance(weight_RC: Tensor, input_C: Tensor, target: Target, group: i
     importance_RC = weight_RC.square() * input_C.unsqueeze(-2)
     if isinstance(target, NM):
         groups = importance_RC.unflatten(-1, (-1, target.group))
+        if target == NM(2, 4):  # the two lowest of four are a pair, or the lower ones of both: far faster than topk
+            a, b, c, d = groups.unbind(-1)
+            pairs = torch.minimum(a + b, c + d)
+            return torch.minimum(pairs, torch.minimum(a, b) + torch.minimum(c, d)).sum((-2, -1))
         lost = groups.topk(target.group - target.keep, dim=-1, largest=False).values.sum((-3, -2, -1))
         return lost
     assert isinstance(target, Sparsity), "a target that a text can ask for"
@@ -163,6 +172,29 @@ def random_hadamard(width: int, generator: torch.Generator) -> Tensor:
         matrix = torch.kron(matrix, torch.linalg.qr(drawn)[0].contiguous())
     signs_D = torch.randint(0, 2, (width,), generator=generator).double() * 2 - 1
     return signs_D[:, None] * matrix
+
+
+def search_scales(weight_RD: Tensor, input_D: Tensor, bits: int, group: int = 128) -> tuple[Tensor, float, float]:
+    """Return the scales [D] that lose least when W·s is rounded to nearest, and the lost shares before and after.
+
+    The share is Σ (Q(W·s)/s − W)²·h over Σ W²·h, for affine grids of `group` columns.
+    """
+    width = weight_RD.shape[1]
+    groups = groups_of(0, width, bits, "affine", 0 if width % group else group)
+    size_D = input_D.clamp_min(1e-12 * float(input_D.max()) + torch.finfo(torch.float32).tiny).sqrt()
+
+    def lost(scale_D: Tensor) -> float:
+        rounded_RD = nearest(weight_RD * scale_D, groups, clip=False).values_OI / scale_D
+        return float(((rounded_RD - weight_RD).square() * input_D).sum() / (weight_RD.square() * input_D).sum())
+
+    best_D, before = torch.ones_like(size_D), lost(torch.ones_like(size_D))
+    best = before
+    for step in range(1, SCALE_STEPS + 1):
+        scale_D = size_D ** (step / SCALE_STEPS)
+        scale_D /= (scale_D.max() * scale_D.min()).sqrt()
+        if (now := lost(scale_D)) < best:
+            best_D, best = scale_D, now
+    return best_D, before, best
 
 
 def regroup(importance_RC: Tensor, target: NM, generator: torch.Generator, rounds: int) -> Tensor:
