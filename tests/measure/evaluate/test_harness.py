@@ -19,7 +19,7 @@ from support.tasks import TASK, questions, write_task
 
 @pytest.fixture(autouse=True)
 def _no_survey(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the survey: lm_eval looks for compilers, drivers and packages in every run, by calling them; nothing of that is kept here."""
+    """Replace the survey of lm_eval: in every run it calls compilers, drivers and packages. Nothing of it is kept."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
@@ -67,7 +67,7 @@ def test_our_scorer_agrees_on_the_sapling(tmp_path: Path) -> None:
 
 
 def awkward() -> list[dict[str, Any]]:
-    """Return contexts that end in spaces, none at all, too long for the model, beginning with the first token of texts."""
+    """Return contexts that end in spaces, none at all, too long for the model, with the first token of texts."""
     rows = questions(30, words=80)
     for i, row in enumerate(rows):
         change = [
@@ -179,7 +179,7 @@ def test_packed_and_smaller_models_beside_their_dense_one(
 
 
 def test_contextual_models_are_scored_as_they_write(tmp_path: Path) -> None:
-    """Check that the first token of a continuation comes from the whole model, the others from a part: a loop says the same."""
+    """Check scores against a loop: the first token of a continuation is the whole model's, the others a part's."""
     model, text = tmp_path / "out", write_texts(tmp_path / "text.jsonl")
     niwaki.compress(
         tiny_llama(tmp_path / "model", num_key_value_heads=4), model, method="shadow", target="0.5", device="cpu",
