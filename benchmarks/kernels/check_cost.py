@@ -11,6 +11,7 @@ check must look at, once, from memory.
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -97,6 +98,7 @@ def serve(folder: Path, unchecked: bool) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         name = line.strip()
+        gc.collect()  # the model before, which would count
         begin = time.perf_counter()
         if name in described:
             matrix(name)

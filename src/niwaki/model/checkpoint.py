@@ -25,7 +25,7 @@ from niwaki.formats.descriptors import AGAIN, RECORD_NAMES, read_descriptor, rea
 from niwaki.formats.packed import decode_stored
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.aux_files import STEMS, SUFFIXES, aux_files
-from niwaki.model.config_file import CONFIG, config_faults, read_config
+from niwaki.model.config_file import CONFIG, check_generation, config_faults, read_config
 from niwaki.model.files import atomic_file, copy_file, file_sha256, write_text
 from niwaki.model.gguf_source import gguf_folder, gguf_source
 from niwaki.model.hf import build_skeleton, tied_names, weight_names
@@ -82,6 +82,7 @@ class Checkpoint:
         modules, shapes = read_quantization(stored)
         headers = read_headers(folder, None if stored else content.get(WEIGHTS_FIELD), linked_to)
         config = read_config(folder, content, headers)
+        check_generation(folder)
         with config_faults(folder):
             tensors, records = _as_plain(headers, modules, config.dtype)
         log = ReadLog.of(files, [folder / shard for shard in sorted({info.shard for info in headers.values()})])

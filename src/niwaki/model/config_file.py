@@ -7,13 +7,14 @@ A model with 10⁹ layers is refused before transformers makes a list of them.
 """
 
 import re
+import reprlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from niwaki.errors import CheckpointError, faults_of
-from niwaki.model.shards import TensorInfo, numbered
+from niwaki.model.shards import TensorInfo, numbered, read_json
 
 CONFIG = "config.json"
 # Fields that say how many modules a model has. Towers may have more layers than the file, so there is a margin.
@@ -26,6 +27,30 @@ _SIZES = re.compile(r"\w+_size|\w*(dim|embd|channels)")
 _UNBOUNDED = re.compile(r"\w*(position|ctx|token|embeddings|param|step|train|seq|window|chunk)\w*")
 _LAYER_MARGIN = 4, 256  # times the length of the longest list of the file, and on top of that
 _MAX_SIZE = 10**8  # without a tensor of that size
+
+GENERATION = "generation_config.json"
+_MAX_WHOLE = 2**31 - 1
+_MAX_COPIES = 1024  # beams or answers of one prompt, which take memory each
+# Fields of generation_config.json that decide what is computed: least and most of a number. Null is always fine.
+_WHOLE = {  # -1 is off
+    **dict.fromkeys(("top_k", "max_length", "min_length", "min_new_tokens", "no_repeat_ngram_size",
+                     "encoder_no_repeat_ngram_size", "num_assistant_tokens"), (-1, _MAX_WHOLE)),
+    "max_new_tokens": (1, _MAX_WHOLE),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (1, _MAX_COPIES)),
+}  # fmt: skip
+_NUMBERS = {
+    **dict.fromkeys(("top_p", "typical_p", "min_p", "epsilon_cutoff", "eta_cutoff"), (0.0, 1.0)),
+    **dict.fromkeys(("temperature", "repetition_penalty", "encoder_repetition_penalty", "guidance_scale",
+                     "diversity_penalty", "max_time"), (0.0, 1e9)),
+    "length_penalty": (-1e9, 1e9),
+}  # fmt: skip
+_FLAGS = ("do_sample", "use_cache", "remove_invalid_values", "renormalize_logits", "output_scores", "output_logits",
+          "output_attentions", "output_hidden_states", "return_dict_in_generate", "low_memory")  # fmt: skip
+_TOKEN = re.compile(r"\w*_token_id|(begin_)?suppress_tokens")
+# What would run other code or another model beside this one, or needs a tokenizer: niwaki generates without it.
+_FOREIGN = ("custom_generate", "assistant_model", "constraints", "force_words_ids", "sequence_bias", "stop_strings",
+            "dola_layers", "penalty_alpha", "prompt_lookup_num_tokens", "exponential_decay_length_penalty",
+            "forced_decoder_ids")  # fmt: skip
 
 
 def read_config(folder: Path, content: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Any:
@@ -44,6 +69,37 @@ def config_faults(folder: Path) -> AbstractContextManager[None]:
     """Turn what transformers and torch raise for a config that describes no model into a CheckpointError."""
     step = "download the model again, or use the transformers version that it names"
     return faults_of(f"{folder / CONFIG} describes no model that can be read", step)
+
+
+def check_generation(folder: Path) -> None:
+    """Raise CheckpointError for a field of generation_config.json with a value that no generation can use."""
+    path = folder / GENERATION
+    if not path.is_file():
+        return
+    for name, value in read_json(path).items():
+        if expected := None if value is None else _expected(name, value):
+            raise CheckpointError(f"{path}: {name} is {reprlib.repr(value)}: expected {expected}; download it again")
+
+
+def _expected(name: str, value: Any) -> str | None:
+    """Return what a field of generation_config.json must be, None if it is."""
+    if name in _FOREIGN:
+        return "null, for niwaki generates without it"
+    if name in _FLAGS:
+        return None if isinstance(value, bool) else "true or false"
+    if name in _WHOLE:
+        least, most = _WHOLE[name]
+        fits = type(value) is int and least <= value <= most
+        return None if fits else f"a whole number from {least:,} to {most:,}"
+    if name in _NUMBERS:
+        low, high = _NUMBERS[name]
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        return None if fits else f"a number from {low:g} to {high:g}"
+    if _TOKEN.fullmatch(name):
+        tokens = value if isinstance(value, list) else [value]
+        fits = all(type(token) is int and -1 <= token <= _MAX_WHOLE for token in tokens)
+        return None if fits else "a token id, or a list of them"
+    return None
 
 
 def _check_counts(path: Path, content: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:

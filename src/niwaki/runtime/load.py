@@ -11,8 +11,10 @@ from niwaki.data.bos import find_bos
 from niwaki.data.texts import load_tokenizer
 from niwaki.errors import CheckpointError, InputError, faults_of
 from niwaki.formats.quantized import WEIGHT
+from niwaki.formats.sparse import VALUES
+from niwaki.kernels.scans import scans_for
 from niwaki.model.checkpoint import Checkpoint
-from niwaki.model.config_file import config_faults
+from niwaki.model.config_file import GENERATION, config_faults
 from niwaki.model.decoder import names_of
 from niwaki.model.device import pick_device
 from niwaki.model.hf import WeightNames, auto_class, plain_loading
@@ -98,7 +100,7 @@ def _check_finite(checkpoint: Checkpoint, decoder: Any, names: WeightNames) -> N
     for place, tensor in decoder.state_dict().items():
         if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or tensor.dtype.itemsize < 2:
             continue
-        if not torch.stack(tensor.aminmax()).isfinite().all():
+        if not _finite(tensor):
             module, _, last = place.rpartition(".")
             name = disk.get(place) or f"{disk.get(module + WEIGHT, module + WEIGHT).removesuffix(WEIGHT)}.{last}"
             shard = checkpoint.tensors[name].shard if name in checkpoint.tensors else ""
@@ -106,6 +108,14 @@ def _check_finite(checkpoint: Checkpoint, decoder: Any, names: WeightNames) -> N
                 f"{checkpoint.folder / shard}: {name} holds NaN or infinite values in {tensor.dtype}: repair or "
                 "download the checkpoint again"
             )
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Return whether all numbers are finite, on the CPU by the pass of the compiled kernels."""
+    kind = next((name for name, dtype in VALUES.items() if dtype == tensor.dtype), None)
+    if kind is None or not tensor.is_contiguous():
+        return bool(torch.stack(tensor.aminmax()).isfinite().all())
+    return scans_for({"": tensor}).values_finite(tensor.view(-1).view(torch.uint8), tensor.numel(), kind)
 
 
 def generate(
@@ -151,7 +161,8 @@ def generate(
             stop_tokens=end if isinstance(end, list) else [end],
         )  # fmt: skip
         return str(tokenizer.decode(text.ids_1T[0], skip_special_tokens=True))
-    with torch.no_grad():
+    odd = f"{checkpoint.folder}: the model cannot continue the prompt as {GENERATION} says"
+    with torch.no_grad(), faults_of(odd, "correct that file, or download it again"):
         ids_BT = decoder.generate(
             prompt_1T, attention_mask=torch.ones_like(prompt_1T), max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.eos_token_id, **sampling,
