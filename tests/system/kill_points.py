@@ -1,25 +1,32 @@
-"""Runs of every kind that are killed (SIGKILL) at every write, or at random moments, and then repeated.
+"""Runs of every kind that are killed (SIGKILL) at writes, or at random moments, and then repeated.
 
-A run is a forked child. A hook, here alone, counts what changes the disk (fsync, rename, unlink, mkdir, …), and kills
-the child before the n-th of these. A random kill comes from the parent, by the clock. Then OUT is absent or whole.
-The same command, with --resume where it exists, ends at the same bytes with nothing beside OUT and one block at most
-compressed again.
+Torch is imported once. Every run is a forked child with a process group of its own, which is killed as a whole. A hook,
+here alone, counts what changes the disk (fsync, rename, unlink, mkdir, …), and kills the child before the n-th of
+these. A random kill comes from the parent, by the clock. Then OUT is absent or whole, and so is what it was before.
+The same command, with --resume where it exists, ends at the same bytes with nothing beside OUT.
 
-    python -m tests.system.kill_points --moments 50 --out benchmarks/results/speed/kill-points-cpu.json
+    python -m tests.system.kill_points --moments 50 --workers 16 --out benchmarks/results/speed/kill-points-cpu.json
 """
 
+import gc
+import hashlib
+import importlib
 import json
 import os
+import platform
 import random
+import re
 import shutil
 import signal
 import tempfile
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,222 +34,121 @@ import torch
 import transformers
 import typer
 
-import niwaki
-from niwaki.compression.adapt import adapt
-from niwaki.compression.recover import recover
-from niwaki.compression.run_record import read_run, write_record
-from niwaki.errors import OutputError, ResumeError
-from niwaki.measure.compare.comparison import compare
-from niwaki.runtime.contextual.predictor_files import TENSORS, read_shadow, write_shadow
-from support.models import file_bytes, tiny_llama, write_texts
+from niwaki.compression.result_folder import ResultFolder
+from niwaki.compression.verify import check_weights
+from niwaki.errors import NiwakiError, OutputError, ResumeError
+from system.kill_kinds import KINDS, World, make_world
 
 CHANGES = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "link", "truncate")
-HELD = ("niwaki/journal", "niwaki/events.jsonl")
 FAILED = 13  # exit status of a child that raised an error
+CHUNK = 5  # moments of one task
+# What is compared without: the log of events, and fields that are times or measured memory.
+LOGS = ("niwaki/journal", "niwaki/events.jsonl")
+TIMES = ("seconds", "date", "load_seconds", "peak_rss_bytes", "peak_device_bytes")
+STAMPS = re.compile(rb'<p class="meta">[^<]*</p>|\| time \|[^\n]*|timestamp="[^"]*"|\b\d+\.\d+ s\b')
+TIMED = "niwaki/evaluation.json"  # holds seconds, so its hash in run.json differs
+# A killed `adapt` may have put the better predictor: the repetition then finds nothing better, and says that.
+ADAPTED = "niwaki/adapted.json"
+ONNX = "export onnx"
+Moment = tuple[str, float]  # ("change", number) or ("clock", seconds)
 
 
-@dataclass(frozen=True)
-class World:
-    """Models and texts that the runs read."""
-
-    folder: Path
-
-    @property
-    def text(self) -> str:
-        return str(self.folder / "text.jsonl")
-
-    def calibration(self, samples: int = 6, seq_len: int = 16) -> dict[str, Any]:
-        return {"files": (self.text,), "samples": samples, "seq_len": seq_len}
-
-
-Run = Callable[[World, Path, bool], Any]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of run: `run(world, out, resume)`. `resumes`: it has --resume. `begin` makes OUT before the run."""
-
-    run: Run
-    resumes: bool = True
-    begin: Callable[[World, Path], Any] | None = None
-
-
-def _compress(method: str | None, target: str, model: str = "model", **changes: Any) -> Kind:
-    def run(world: World, out: Path, resume: bool) -> Any:
-        text = {} if changes.get("plain") else {"calibration": world.calibration(**changes.get("size", {}))}
-        more = {key: value for key, value in changes.items() if key not in ("plain", "size")}
-        return niwaki.compress(
-            world.folder / model, out, method=method, target=target, device="cpu", resume=resume, **text, **more
-        )
-
-    return Kind(run)
-
-
-def _recover(world: World, out: Path, _: bool) -> Any:
-    small: dict[str, Any] = {"steps": 4, "batch": 4, "samples": 16, "seq_len": 32, "rank": 4, "rate": 0.02}
-    return recover(world.folder / "pruned", out, data=world.text, device="cpu", **small)
-
-
-def _export(to: str, model: str, **more: Any) -> Kind:
-    def run(world: World, out: Path, _: bool) -> Any:
-        return niwaki.export(world.folder / model, out, to=to, **more)
-
-    return Kind(run, resumes=False)
-
-
-def _compare(world: World, out: Path, _: bool) -> Any:
-    model, pruned = world.folder / "model", world.folder / "pruned"
-    return compare(model, [pruned], data=[world.text], report=out, rounds=0, seq_len=16, max_tokens=96, device="cpu")
-
-
-def _adapt(world: World, out: Path, _: bool) -> Any:
-    size: dict[str, Any] = {"samples": 16, "seq_len": 24, "device": "cpu"}
-    return adapt(out, data=str(world.folder / "new.jsonl"), **size)
-
-
-def _blinded(world: World, out: Path) -> None:
-    """Make OUT with a predictor that knows nothing, so that every new one is better."""
-    shutil.copytree(world.folder / "shadow", out)
-    made, record = read_shadow(out), read_run(out)
-    prior_U = torch.rand(made.layout.size, generator=torch.Generator().manual_seed(0))
-    sha256 = write_shadow(out, replace(made, predictor=replace(made.predictor, prior_U=prior_U)))
-    result = record.result.model_copy(update={"sha256": record.result.sha256 | {TENSORS: sha256}})
-    write_record(out, record.model_copy(update={"result": result}))
-
-
-SHADOW = {"min_prompt": 8, "features": "last", "size_frac": 0.5}
-COMP = {"try_heads": 0}
-KINDS: Mapping[str, Kind] = {
-    "walk": _compress("sparsegpt", "2:4"),
-    "rtn without text": _compress("rtn", "4bit", plain=True, pack="auto", options={"group": 16}),
-    "walk on disk": _compress("wanda", "0.6", allocation="owl", dense_stream=True, activation_bytes=0),
-    "squeeze10": _compress("squeeze10", "3bit", pack="auto", options={"rounds": 1, "learn_rounds": 1, "samples": 4}),
-    "learning": _compress("besa", "0.5", options={"steps": 2}),
-    "preset": _compress(None, "2:4", preset="fast"),
-    "one walk of two methods": _compress("sparsegpt+gptq", "2:4+4bit", pack="auto", options={"gptq.group": 16}),
-    "comp": _compress("comp", "0.3", "wide", options=COMP),
-    "comp uneven": _compress("comp", "0.3", "wide", allocation="searched", options=COMP),
-    "flap": _compress("flap", "0.3", "wide"),
-    "shortgpt": _compress("shortgpt", "0.34", "wide"),
-    "chain": _compress("comp+gptq", "0.25+4bit", "wide", pack="auto", options={"comp.try_heads": 0, "gptq.group": 8}),
-    "shadow": _compress("shadow", "0.5", "heads", size={"samples": 12, "seq_len": 24}, options=SHADOW),
-    "merge adapter": _compress("wanda", "0.5", "adapter", merge_adapter=True),
-    "merge adapter, chain": _compress(
-        "comp+wanda", "0.3+0.5", "wide adapter", merge_adapter=True, options={"comp.try_heads": 0}
-    ),
-    "gguf": _compress("wanda", "0.5", "model.gguf"),
-    "overwrite": Kind(
-        lambda world, out, resume: _compress("wanda", "0.5", overwrite=True).run(world, out, resume),
-        begin=lambda world, out: shutil.copytree(world.folder / "pruned", out),
-    ),
-    "recover": Kind(_recover, resumes=False),
-    "export gguf": _export("gguf", "pruned", type="f16"),
-    "export compressed-tensors": _export("compressed-tensors", "coded"),
-    "compare": Kind(_compare, resumes=False),
-    "adapt": Kind(_adapt, resumes=False, begin=_blinded),
-}
-
-
-def make_world(folder: Path) -> World:
-    """Write models, an adapter, a GGUF file and results to `folder`."""
-    world = World(folder)
-    write_texts(folder / "text.jsonl")
-    write_texts(folder / "new.jsonl", first=3)
-    tiny_llama(folder / "model", blocks=4)
-    tiny_llama(folder / "wide", intermediate_size=96, hidden_size=64)
-    tiny_llama(folder / "heads", num_attention_heads=8, num_key_value_heads=4)
-    _adapter(folder / "model", folder / "adapter")
-    _adapter(folder / "wide", folder / "wide adapter")
-    given: dict[str, Any] = {"device": "cpu"}
-    niwaki.compress(folder / "model", folder / "pruned", method="magnitude", target="2:4", **given)
-    niwaki.compress(
-        folder / "model", folder / "coded", method="rtn", target="4bit", pack="auto", options={"group": 16}, **given
-    )
-    niwaki.export(folder / "model", folder / "gguf", to="gguf", type="f16")
-    next((folder / "gguf").glob("*.gguf")).rename(folder / "model.gguf")
-    shutil.rmtree(folder / "gguf")
-    KINDS["shadow"].run(world, folder / "shadow", False)
-    return world
-
-
-def _adapter(base: Path, folder: Path) -> None:
-    import peft
-
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    torch.manual_seed(1)
-    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted.save_pretrained(folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(base)}))
-
-
+@dataclass
 class Bench:
-    """One kind of run, with the bytes of an uninterrupted one, its disk changes and its seconds."""
+    """One kind of run in the folder `place`, with the hashes of an uninterrupted one, its changes and its seconds."""
 
-    def __init__(self, world: World, name: str, place: Path) -> None:
-        self.world, self.name, self.kind, self.place = world, name, KINDS[name], place
-        os.environ["NIWAKI_CACHE"] = str(place / "cache")
-        self._begin("straight")
-        counted, began = place / "count", time.perf_counter()
-        assert self._child(self.place / "straight/out", False, count_to=counted) == 0
-        self.seconds = time.perf_counter() - began
-        self.changes = int(counted.read_text())
-        self.wanted = _bytes(place / "straight/out")
+    world: World
+    name: str
+    place: Path
+    wanted: dict[str, str] = field(default_factory=dict)
+    before: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0
+    changes: int = 0
 
-    def kill_before(self, change: int) -> int:
-        """Kill a run before its n-th change of the disk; return how many blocks a repetition compressed again."""
-        out = self._begin("killed")
-        status = self._child(out, False, kill_at=change)
-        assert status in (-signal.SIGKILL, 0), f"{self.name}: the run failed before change {change}"
-        return self._check(out, f"change {change} of {self.changes}")
+    @classmethod
+    def of(cls, world: World, name: str, place: Path) -> "Bench":
+        """Run the kind once, without a kill."""
+        bench = cls(world, name, place)
+        out = bench._begin()
+        if out.exists():
+            bench.before = contents(out)
+        began = time.perf_counter()
+        answer = place / "answer"
+        status = bench._child(out, False, count_to=place / "count", answer_to=answer)
+        assert status == 0, f"{name} fails without a kill: {answer.read_text() if answer.is_file() else status}"
+        bench.seconds = time.perf_counter() - began
+        bench.changes = int((place / "count").read_text())
+        bench.wanted = contents(out)
+        return bench
 
-    def kill_after(self, seconds: float) -> int:
-        """Kill a run after some seconds; return how many blocks a repetition compressed again."""
-        out = self._begin("killed")
-        status = self._child(out, False, kill_after=seconds)
-        assert status in (-signal.SIGKILL, 0), f"{self.name}: the run failed within {seconds} s"
-        return self._check(out, f"{seconds:.4f} s of {self.seconds:.4f} s")
+    def at(self, place: Path) -> "Bench":
+        """Return the bench with another folder for its runs."""
+        return Bench(self.world, self.name, place, self.wanted, self.before, self.seconds, self.changes)
 
-    def _begin(self, name: str) -> Path:
-        """Return OUT in a new folder."""
-        shutil.rmtree(self.place / name, ignore_errors=True)
-        shutil.rmtree(self.place / "cache", ignore_errors=True)
-        (self.place / name).mkdir(parents=True)
-        if self.kind.begin is not None:
-            self.kind.begin(self.world, self.place / name / "out")
-        return self.place / name / "out"
-
-    def _check(self, out: Path, moment: str) -> int:
-        where = f"{self.name}, killed at {moment}"
-        if self.kind.begin is None and self.name != "compare" and out.exists():
-            assert _bytes(out) == self.wanted, f"{where}: OUT is there and not whole"
-        done = self._repeat(out, where)
-        found = _bytes(out)
-        different = [name for name in {**found, **self.wanted} if found.get(name) != self.wanted.get(name)]
+    def kill(self, moment: Moment) -> dict[str, int]:
+        """Kill a run, repeat it and compare. Return whether the kill met it, and how many blocks were made twice."""
+        kind, value = moment
+        out = self._begin()
+        given: dict[str, Any] = {"kill_at": int(value)} if kind == "change" else {"kill_after": value}
+        status = self._child(out, False, **given)
+        where = f"{self.name}, killed at {kind} {value:.4g} of {self.changes if kind == 'change' else self.seconds:.4g}"
+        assert status in (-signal.SIGKILL, 0), f"{where}: the run failed before"
+        self._check_left(out, where)
+        self._repeat(out, where)
+        found = contents(out)
+        free = {ADAPTED, "niwaki/run.json"} if self.name == "adapt" else set()
+        different = {key for key in found | self.wanted if found.get(key) != self.wanted.get(key)} - free
         assert not different, f"{where}: other bytes in {sorted(different)}"
         left = sorted(path.name for path in out.parent.iterdir() if path.name != "out")
         assert not left, f"{where}: {left} stay beside OUT"
         assert not list(out.glob("niwaki/journal")), f"{where}: the journal stays in OUT"
-        return done
+        return {"killed": int(status != 0), "redone": self._redone()}
 
-    def _repeat(self, out: Path, where: str) -> int:
+    def _begin(self) -> Path:
+        """Return OUT in an empty folder."""
+        shutil.rmtree(self.place, ignore_errors=True)
+        (self.place / "runs").mkdir(parents=True)
+        (self.place / "tmp").mkdir()
+        os.environ["NIWAKI_CACHE"] = str(self.place / "cache")
+        out = self.place / "runs/out"
+        if begin := KINDS[self.name].begin:
+            begin(self.world, out)
+        return out
+
+    def _check_left(self, out: Path, where: str) -> None:
+        """Check what a kill left: OUT is absent, or whole as it was or as it was to become."""
+        if KINDS[self.name].in_place:
+            try:
+                check_weights(out)
+            except NiwakiError as error:
+                raise AssertionError(f"{where}: {error}") from error
+            return
+        if self.name.startswith("compare"):  # compare.json comes last, so a report without it is not one
+            assert not (out / "compare.json").exists() or contents(out) in (self.wanted, self.before), where
+            return
+        there = [contents(place) for place in (out, out.with_name("out.replaced")) if place.exists()]
+        assert not out.exists() or there[0] in (self.wanted, self.before), f"{where}: OUT is there and not whole"
+        assert not self.before or any(one in (self.wanted, self.before) for one in there), (
+            f"{where}: the old OUT is lost"
+        )
+
+    def _repeat(self, out: Path, where: str) -> None:
         """Repeat the command, and follow what its message says."""
-        steps = [True, False] if self.kind.resumes else [False]
-        for resume in steps:
-            status = self._child(out, resume, answer_to=self.place / "answer")
-            if status == 0:
-                return _redone(out) if resume else 0
+        for resume in [True, False] if KINDS[self.name].resumes else [False]:
+            if self._child(out, resume, answer_to=self.place / "answer") == 0:
+                return
             answer = (self.place / "answer").read_text()
-            if (not self.kind.resumes and "already exists" in answer) or "holds a report" in answer:
-                return 0
+            if not KINDS[self.name].resumes and ("already exists" in answer or "holds a report" in answer):
+                return
             assert "nothing to resume" in answer and resume, f"{where}: {answer}"
         raise AssertionError(f"{where}: no way to go on")
+
+    def _redone(self) -> int:
+        """Return how many blocks a stage compressed more than once, as the events of the killed and next run say."""
+        lines = (self.place / "blocks").read_text().split() if (self.place / "blocks").is_file() else []
+        stages = {line.partition(":")[0] for line in lines}
+        twice = [[line for line in lines if line.startswith(f"{stage}:")] for stage in stages]
+        return max((len(of) - len(set(of)) for of in twice), default=0)
 
     def _child(
         self, out: Path, resume: bool, *, kill_at: int | None = None, kill_after: float | None = None,
@@ -251,12 +157,14 @@ class Bench:
         """Run in a forked child; return its exit status, negative for a signal."""
         child = os.fork()
         if not child:
+            os.setpgid(0, 0)
             status = FAILED
             try:
                 quiet = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(quiet, 1)
-                with _killed_at(kill_at) as counted:
-                    self.kind.run(self.world, out, resume)
+                tempfile.tempdir = str(self.place / "tmp")
+                with _blocks_to(self.place / "blocks"), _killed_at(kill_at) as counted:
+                    KINDS[self.name].run(self.world, out, resume)
                 if count_to is not None:
                     count_to.write_text(str(counted[0]))
                 status = 0
@@ -273,20 +181,22 @@ class Bench:
                 os._exit(status)
         if kill_after is not None:
             time.sleep(kill_after)
+            with suppress(ProcessLookupError):  # it has not made its group, or has ended
+                os.killpg(child, signal.SIGKILL)
             os.kill(child, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @contextmanager
 def _killed_at(change: int | None) -> Iterator[list[int]]:
-    """Kill this process before its n-th change of the disk; the list counts them."""
+    """Kill this process group before its n-th change of the disk; the list counts them."""
     counted, real = [0], {name: getattr(os, name) for name in CHANGES}
 
     def hooked(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             counted[0] += 1
             if counted[0] == change:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.killpg(0, signal.SIGKILL)
             return real[name](*args, **kwargs)
 
         return call
@@ -300,55 +210,197 @@ def _killed_at(change: int | None) -> Iterator[list[int]]:
             setattr(os, name, function)
 
 
-def _bytes(folder: Path) -> dict[str, bytes]:
-    """Return what identifies a result; a report holds times, so its files are compared by name."""
-    found = {name: content for name, content in file_bytes(folder).items() if not name.startswith(HELD)}
-    timed = ("report.html", "compare.json", "junit.xml", "niwaki/adapted.json")
-    return {name: b"" if name in timed else content for name, content in found.items()}
+@contextmanager
+def _blocks_to(path: Path) -> Iterator[None]:
+    """Append a line STAGE:BLOCK for every block that a run compresses."""
+    real = ResultFolder.event
+
+    def event(self: ResultFolder, kind: str, **fields: Any) -> None:
+        if kind == "block" and not fields["replayed"]:
+            with path.open("a") as file:
+                file.write(f"{self.out.name}:{fields['index']}\n")
+        real(self, kind, **fields)
+
+    ResultFolder.event = event  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ResultFolder.event = real  # type: ignore[method-assign]
 
 
-def _redone(out: Path) -> int:
-    """Return how many blocks the events of a run name more than once as compressed."""
-    events = out / "niwaki/events.jsonl"
-    lines = [json.loads(line) for line in events.read_text().splitlines()] if events.is_file() else []
-    compressed = [line["index"] for line in lines if line["event"] == "block" and not line["replayed"]]
-    return len(compressed) - len(set(compressed))
+def contents(folder: Path) -> dict[str, str]:
+    """Return the hash of every file of a result, without what is a time in it."""
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    own = str(folder).encode(), str(folder.with_name("out")).encode()
+    found = {}
+    for name, path in files.items():
+        if name.startswith(LOGS):
+            continue
+        content = path.read_bytes()
+        if name.endswith(".json") and b'"seconds"' in content:
+            parsed = _without_times(json.loads(content))
+            parsed.get("files", {}).pop(TIMED, None)
+            content = json.dumps(parsed).encode()
+        elif name in ("report.html", "junit.xml", "README.md"):
+            content = STAMPS.sub(b"", content)
+        for place in own:
+            content = content.replace(place, b"OUT")
+        found[name] = hashlib.sha256(content).hexdigest()
+    return found
 
 
-def measure(bench: Bench, moments: int, rng: random.Random) -> dict[str, Any]:
-    """Kill before every change of the disk, and at `moments` random moments; return counts and failures."""
-    failures, redone = [], 0
-    times = [rng.uniform(0, bench.seconds) for _ in range(moments)]
-    for attempt, value in [(bench.kill_before, n + 1) for n in range(bench.changes)] + [
-        (bench.kill_after, seconds) for seconds in times
-    ]:
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_times(one) for key, one in value.items() if key not in TIMES}
+    return [_without_times(one) for one in value] if isinstance(value, list) else value
+
+
+def _straight(world: World, name: str, place: Path) -> Bench | str:
+    """Return the bench of a kind, or why it cannot run here."""
+    if find_spec(KINDS[name].needs) is None:
+        return f"{KINDS[name].needs} is not installed"
+    try:
+        return Bench.of(world, name, place)
+    except AssertionError as error:
+        return str(error)
+
+
+def _kill_all(bench: Bench, moments: Sequence[Moment], place: Path) -> list[dict[str, Any]]:
+    """Kill at all moments; return one line each."""
+    found: list[dict[str, Any]] = []
+    for moment in moments:
         try:
-            redone = max(redone, attempt(value))  # type: ignore[operator]
+            found.append({"at": moment[0], **bench.at(place).kill(moment)})
         except AssertionError as error:
-            failures.append(str(error))
+            found.append({"at": moment[0], "failure": str(error)[:2000]})
+    shutil.rmtree(place, ignore_errors=True)
+    return found
+
+
+@dataclass
+class Campaign:
+    """Kills of many kinds on several processes, until all moments are done or the time is over."""
+
+    folder: Path
+    workers: int
+    ends: float
+    benches: dict[str, Bench] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def run(self, world: World, kinds: Sequence[str], moments: int, writes: int) -> None:
+        """Kill every kind at `writes` of its writes (0: all) and at random moments, a few of each kind at a time."""
+        with ProcessPoolExecutor(self.workers, mp_context=get_context("fork")) as pool:
+            straight = {name: pool.submit(_straight, world, name, self._place(name)) for name in kinds}
+            for name, one in straight.items():
+                bench = one.result()
+                if isinstance(bench, Bench):
+                    self.benches[name] = bench
+                else:
+                    self.skipped[name] = bench
+            chosen = {name: _moments(bench, moments, writes) for name, bench in self.benches.items()}
+            tasks = [
+                (name, chosen[name][begin : begin + CHUNK])
+                for begin in range(0, max(map(len, chosen.values()), default=0), CHUNK)
+                for name in chosen
+                if chosen[name][begin:]
+            ]
+            waiting: list[tuple[str, Future[list[dict[str, Any]]]]] = []
+            while tasks or waiting:
+                while tasks and len(waiting) < 2 * self.workers and time.monotonic() < self.ends:
+                    name, part = tasks.pop(0)
+                    place = self._place(f"{name}-{len(tasks)}")
+                    waiting.append((name, pool.submit(_kill_all, self.benches[name], part, place)))
+                if not waiting:
+                    break  # the time is over
+                name, done = waiting.pop(0)
+                self.found.setdefault(name, []).extend(done.result())
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """Return the counts of every kind."""
+        return {name: _counts(bench, self.found.get(name, [])) for name, bench in self.benches.items()}
+
+    def _place(self, name: str) -> Path:
+        return self.folder / name.replace(" ", "-").replace(",", "")
+
+
+def _moments(bench: Bench, moments: int, writes: int) -> list[Moment]:
+    rng = random.Random(bench.name)
+    clock: list[Moment] = [("clock", rng.uniform(0, bench.seconds)) for _ in range(moments)]
+    numbers = range(1, bench.changes + 1)
+    chosen = sorted(rng.sample(numbers, writes)) if 0 < writes < len(numbers) else list(numbers)
+    change: list[Moment] = [("change", number) for number in chosen]
+    mixed: list[Moment] = []
+    while clock or change:  # alternate, so that a run that ends early has both
+        mixed += clock[:1] + change[:1]
+        clock, change = clock[1:], change[1:]
+    return mixed
+
+
+def _counts(bench: Bench, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    failures = [one["failure"] for one in found if "failure" in one]
+    by_clock, by_change = ([one for one in found if one["at"] == at] for at in ("clock", "change"))
     return {
-        "changes": bench.changes, "moments": moments, "seconds": round(bench.seconds, 2), "blocks_redone_max": redone,
+        "seconds": round(bench.seconds, 2),
+        "changes": bench.changes,
+        "killed_at_changes": len(by_change),
+        "moments": len(by_clock),
+        "killed_by_the_clock": sum(one.get("killed", 0) for one in by_clock),
+        "same_bytes": len(found) - len(failures),
+        "blocks_redone_max": max((one.get("redone", 0) for one in found), default=0),
         "failures": failures,
-    }  # fmt: skip
+    }
+
+
+def _import_all(world: World, kinds: Sequence[str]) -> None:
+    """Import here what runs import late, so that no child does."""
+    for name in ("peft", "plotly", "gguf", "niwaki.measure.report.page", "niwaki.exporters.compressed_tensors"):
+        with suppress(ImportError):
+            importlib.import_module(name)
+    if ONNX in kinds and find_spec(KINDS[ONNX].needs) is not None:
+        KINDS[ONNX].run(world, world.folder / "onnx", False)  # it imports while it works
+    gc.collect()
+    gc.freeze()
 
 
 def main(
     moments: Annotated[int, typer.Option(help="Random moments per kind.")] = 50,
+    writes: Annotated[int, typer.Option(help="Kills at writes per kind, drawn at random; 0: at every write.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that work at the same time.")] = 1,
+    limit: Annotated[float, typer.Option(help="Seconds after which no more kills begin.")] = 7200,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="JSON file for the counts.")] = None,
     kind: Annotated[list[str] | None, typer.Option(help="Kinds; all if none is given.")] = None,
 ) -> None:
-    """Kill every kind of run at every change of the disk and at random moments."""
-    rng = random.Random(0)
-    kinds: dict[str, Any] = {}
+    """Kill every kind of run at writes and at random moments; exit with 1 if a repetition ended elsewhere."""
+    began = time.monotonic()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="kill-points-") as folder:
         (Path(folder) / "world").mkdir()
-        world = make_world(Path(folder) / "world")
-        for name in kind or KINDS:
-            kinds[name] = measure(Bench(world, name, Path(folder) / "runs" / name), moments, rng)
-            print(name, json.dumps(kinds[name]), flush=True)
-            if out is not None:
-                command = f"python -m tests.system.kill_points --moments {moments} --out {out}"
-                out.write_text(json.dumps({"command": command, "kinds": kinds}, indent=1) + "\n")
+        os.environ["NIWAKI_CACHE"] = str(Path(folder) / "cache")
+        world = make_world(Path(folder) / "world", device)
+        kinds = kind or list(KINDS)
+        _import_all(world, kinds)
+        print(f"models after {time.monotonic() - began:.0f} s", flush=True)
+        campaign = Campaign(Path(folder) / "runs", workers, began + limit)
+        campaign.run(world, kinds, moments, writes)
+    counts = campaign.counts()
+    for name, one in counts.items():
+        print(name, json.dumps(one), flush=True)
+    wall = round(time.monotonic() - began)
+    print(f"{wall} s; skipped: {campaign.skipped}; failures: {sum(len(one['failures']) for one in counts.values())}")
+    if out is not None:
+        command = f"python -m tests.system.kill_points --moments {moments} --writes {writes} --workers {workers}"
+        versions = {
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
+        }  # fmt: skip
+        about = {"command": f"{command} --limit {limit:.0f} --device {device} --out {out}", "wall_seconds": wall}
+        about |= {"versions": versions, "skipped": campaign.skipped, "kinds": counts}
+        out.write_text(json.dumps(about, indent=1) + "\n")
+    missing = [text for text in campaign.skipped.values() if not text.endswith("is not installed")]
+    if missing or any(one["failures"] for one in counts.values()):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

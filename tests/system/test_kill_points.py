@@ -13,10 +13,11 @@ import niwaki
 from niwaki.compression.places import check_free
 from niwaki.errors import OutputError, ResumeError
 from support.models import file_bytes, run, tiny_llama
-from system.kill_points import KINDS, Bench, World, make_world
+from system.kill_kinds import KINDS, World, make_world
+from system.kill_points import Bench, Moment
 
-# Longer runs are for `python -m tests.system.kill_points`.
-QUICK = ("walk", "rtn without text", "chain", "shadow", "overwrite", "recover", "export gguf", "compare", "adapt")
+# All kinds, at every write and at many moments, are for `python -m tests.system.kill_points`.
+QUICK = ("walk", "rtn without text", "chain", "shadow", "overwrite", "export gguf", "adapt")
 
 
 @pytest.fixture(scope="module")
@@ -24,22 +25,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("TOKENIZERS_PARALLELISM", "false")
         patched.setenv("NIWAKI_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield make_world(tmp_path_factory.mktemp("kills"))
+        yield make_world(tmp_path_factory.mktemp("kills"), whole=False)
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_a_run_that_is_killed_at_a_write_ends_at_the_same_bytes(name: str, world: World, tmp_path: Path) -> None:
-    bench = Bench(world, name, tmp_path)
-    middle = bench.changes // 2
-    assert middle > 4, "the hook counts"
-    for change in (middle, bench.changes - 1) if name in ("chain", "recover") else (middle,):
-        assert bench.kill_before(change) <= 1
-
-
-def test_a_run_that_is_killed_by_the_clock_ends_at_the_same_bytes(world: World, tmp_path: Path) -> None:
-    bench = Bench(world, "chain", tmp_path)
-    for share in (0.3, 0.6):
-        assert bench.kill_after(share * bench.seconds) <= 1
+def test_a_killed_run_ends_at_the_same_bytes(name: str, world: World, tmp_path: Path) -> None:
+    bench = Bench.of(world, name, tmp_path / "runs")
+    assert bench.changes > 8, "the hook counts"
+    moments: list[Moment] = [("change", bench.changes // 2)]
+    if name == "chain":
+        moments += [("change", bench.changes - 1), ("clock", 0.6 * bench.seconds)]
+    for moment in moments:
+        assert bench.kill(moment)["redone"] <= 1
 
 
 @pytest.fixture(scope="module")

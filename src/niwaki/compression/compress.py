@@ -23,6 +23,7 @@ from niwaki.compression.job import (
     walk_job,
 )
 from niwaki.compression.places import (
+    alone_at,
     check_apart,
     check_free,
     drop_unfinished,
@@ -37,7 +38,7 @@ from niwaki.compression.places import (
     sweep,
 )
 from niwaki.compression.resolve import RecipeStage, ResolvedStage, recipe_stages, resolve, resolve_stage
-from niwaki.compression.result_folder import OTHER_INPUTS, ResultFolder, current_hashes, require_same
+from niwaki.compression.result_folder import MODEL, OTHER_INPUTS, ResultFolder, current_hashes, require_same
 from niwaki.compression.run_record import RunRecord, read_run
 from niwaki.compression.stages import FirstStage
 from niwaki.compression.structured import shape_job
@@ -56,6 +57,7 @@ JOBS: Mapping[MethodKind, Callable[[Job, ResultFolder, Report], RunRecord]] = {
 }
 
 
+@alone_at("out")
 def compress(
     model: str | Path,
     out: str | Path,
@@ -153,10 +155,11 @@ def _finished_chain(job: Job, last: ResolvedStage, request: Request) -> RunRecor
     """
     record, message = read_run(request.out), OTHER_INPUTS.format(request.out)
     first = record.stages[0].fingerprint if record.stages else record.fingerprint
-    require_same(current_hashes(first), fingerprint_of(job), message)
+    require_same(current_hashes(first), fingerprint_of(job, first), message)
     recipe = last.recipe.model_copy(update={"device": job.recipe.device, "batch_tokens": job.recipe.batch_tokens})
-    both = (current_hashes(record.fingerprint), fingerprint_of(replace(job, stage=last, recipe=recipe)))
-    before, now = ({name: value for name, value in one.items() if not name.startswith("model (")} for one in both)
+    second = fingerprint_of(replace(job, stage=last, recipe=recipe), record.fingerprint)
+    both = (current_hashes(record.fingerprint), second)
+    before, now = ({name: value for name, value in one.items() if not name.startswith(MODEL)} for one in both)
     require_same(before, now, message)
     request.report(Event.COMPLETE, out=str(request.out))
     return record

@@ -38,12 +38,7 @@ from niwaki.compression.places import check_apart, partial_of, resumable
 from niwaki.compression.plan.planner import check_possible
 from niwaki.compression.plan.sizes import towers_record
 from niwaki.compression.resolve import ResolvedStage
-from niwaki.compression.result_folder import (
-    ResultFolder,
-    Writer,
-    fingerprint,
-    finished_record,
-)
+from niwaki.compression.result_folder import ResultFolder, Writer, fingerprint, finished_record, stored_fingerprint
 from niwaki.compression.run_record import (
     FORMAT,
     RECORD,
@@ -190,7 +185,8 @@ def run(job: Job, execute: Callable[[Job, ResultFolder, Report], RunRecord]) -> 
 
     `execute(job, folder, report)` does the work of its kind. Its events also go to events.jsonl.
     """
-    request, hashes = job.request, fingerprint_of(job)
+    request = job.request
+    hashes = fingerprint_of(job, stored_fingerprint(request.out) if request.resume else {})
     fresh = request.resume and not resumable(partial_of(request.out))
     if fresh and (record := finished_record(request.out, hashes, overwrite=request.overwrite)):
         request.report(Event.COMPLETE, out=str(request.out))
@@ -484,14 +480,15 @@ def _finish_walk(
     return record
 
 
-def fingerprint_of(job: Job) -> dict[str, str]:
-    """Return the hashes of what decides the bytes of the result of a job."""
+def fingerprint_of(job: Job, like: Mapping[str, str]) -> dict[str, str]:
+    """Return the hashes of what decides the bytes of the result of a job, in the form of the fingerprint `like`."""
     return fingerprint(
-        job.checkpoint.fingerprint(),
+        job.checkpoint,
         "none" if job.windows_ST is None else digest(job.windows_ST),
         job.recipe.dump(),
         dense_stream=job.stage.dense_stream,
         threads=torch.get_num_threads() if job.decoder.device.type == "cpu" else None,
+        like=like,
     )
 
 

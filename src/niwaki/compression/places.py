@@ -5,18 +5,22 @@
     OUT.replaced            the old OUT for the moment in which the new one takes its place
     OUT.shaped              the first stage of a chain, with `.partial` and `.replaced` of its own
     OUT.merged              the model of --merge-adapter, with `.partial` of its own
+    .OUT.lock               there while a process works on OUT, locked by it
 
 Every removal deletes last what shows that niwaki wrote the folder. So after a kill at any point, the next run knows its
 own folders.
 """
 
 import fcntl
+import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TextIO, TypeVar
 
 from niwaki.compression.run_record import RECORD, RUN
 from niwaki.config.sources import LINEAGE
@@ -27,6 +31,8 @@ JOURNAL = "journal"
 FINGERPRINT = "fingerprint.json"
 LOCK = "lock"
 ONE_STEP = ("export", "recover")  # fingerprints of runs that start from the beginning again
+P = ParamSpec("P")
+Value = TypeVar("Value")
 MAX_NAME = 255 - len(".shaped.replaced")  # bytes; file systems allow 255
 
 
@@ -49,6 +55,43 @@ def place_of(out: str | Path) -> Path:
         raise OutputError(f"{path}: expected a folder name of 1 to {MAX_NAME} bytes for the result")
     _check_parent(path)
     return path
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep other runs away from OUT, in all of their stages. Raises OutputError if one is working there, or nobody can.
+
+    The lock is a hidden file beside OUT. It ends with the process; the file is removed here, or by the next run.
+    """
+    path = out.with_name(f".{out.name}.lock")
+    try:
+        lock = _taken(path)
+    except BlockingIOError as error:
+        raise OutputError(f"another niwaki is working on {out}: wait for it, or choose another place") from error
+    except OSError as error:
+        raise OutputError(f"cannot write to {out.parent}: {error.strerror}. Choose another place") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        lock.close()
+
+
+def alone_at(name: str) -> Callable[[Callable[P, Value]], Callable[P, Value]]:
+    """Return a decorator: the function runs `alone` at the OUT that its argument `name` names."""
+
+    def decorate(function: Callable[P, Value]) -> Callable[P, Value]:
+        bind = inspect.signature(function).bind
+
+        @wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> Value:
+            with alone(place_of(bind(*args, **kwargs).arguments[name])):
+                return function(*args, **kwargs)
+
+        return run
+
+    return decorate
 
 
 def partial_of(out: Path) -> Path:
@@ -217,6 +260,21 @@ def _check_parent(out: Path) -> None:
     if not out.parent.is_dir():
         there = "is not a folder" if out.parent.exists() else "does not exist: create it"
         raise OutputError(f"{out.parent} {there}, or choose another OUT")
+
+
+def _taken(path: Path) -> TextIO:
+    """Return the locked file at `path`. An earlier holder may have removed the file that was opened: then again."""
+    while True:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def _remove_stages(out: Path, keep_merged: bool) -> None:

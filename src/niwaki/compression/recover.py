@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from niwaki.compression.places import check_apart, check_free, place_of, sweep
+from niwaki.compression.places import alone_at, check_apart, check_free, place_of, sweep
 from niwaki.compression.result_folder import ResultFolder
 from niwaki.compression.run_record import (
     FORMAT,
@@ -47,6 +47,7 @@ CHECKS = 8
 SEQ_LEN = 512
 
 
+@alone_at("out")
 def recover(
     model: str | Path,
     out: str | Path,

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -29,6 +30,7 @@ from niwaki.compression.places import (
     JOURNAL,
     LOCK,
     check_ours,
+    is_empty,
     is_result,
     partial_of,
     remove,
@@ -46,6 +48,7 @@ from niwaki.compression.run_record import (
 from niwaki.config.events import Event, Report
 from niwaki.config.recipe import RENAMED_FIELDS
 from niwaki.errors import InputError, OutputError, ResumeError
+from niwaki.model.config_file import CONFIG
 from niwaki.model.files import file_sha256, sync_folder, write_shard, write_text
 from niwaki.version import __version__
 
@@ -55,6 +58,8 @@ if TYPE_CHECKING:
     from niwaki.model.checkpoint import Checkpoint
 
 EVENTS = "events.jsonl"
+MODEL = "model"  # begins the names of hashes of the model in version 0.1
+CONTENT = "model content"
 OTHER_INPUTS = "{} is finished, from other inputs: changed since then"
 
 
@@ -84,7 +89,7 @@ class ResultFolder:
             _cut_torn_line(self.path / RECORD / EVENTS)
             self._log: TextIO = (self.path / RECORD / EVENTS).open("a", encoding="utf-8")
         except OSError as error:
-            raise OutputError(f"cannot write to {self.path}: {error.strerror}. Choose another place") from error
+            raise self._cannot_write(error) from error
         if self._continuing:
             self._read_journal()
         else:
@@ -98,7 +103,8 @@ class ResultFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._log.close()
+        with suppress(OSError):  # of a last line for which there is no room
+            self._log.close()
         if not (self.finished or self._continuing or self._lock.closed):  # nothing here is worth a resume
             remove(self.path)
         self._lock.close()
@@ -106,8 +112,11 @@ class ResultFolder:
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to events.jsonl."""
         line = {"time": round(time.time(), 3), "event": kind, **fields}
-        self._log.write(json.dumps(line) + "\n")
-        self._log.flush()
+        try:
+            self._log.write(json.dumps(line) + "\n")
+            self._log.flush()
+        except OSError as error:
+            raise self._cannot_write(error) from error
 
     def finish_part(self, name: str, entry: JournalEntry) -> None:
         """Record a complete part (a block, the embeddings, the allocation) in the journal and in `finished`."""
@@ -119,8 +128,11 @@ class ResultFolder:
 
         After a kill at any point, the old OUT, the new one, or a working folder to resume exists.
         """
-        self._log.flush()
-        os.fsync(self._log.fileno())
+        self._check_place()
+        try:
+            os.fsync(self._log.fileno())
+        except OSError as error:
+            raise self._cannot_write(error) from error
         retired, journal = replaced_of(self.out), self.out / RECORD / JOURNAL
         if not resumable(self.path):  # no resume would remove the journal after a kill
             shutil.rmtree(self._journal)
@@ -141,6 +153,18 @@ class ResultFolder:
         """Remove the working folder; no later run can use it."""
         self.__exit__()
         remove(self.path)
+
+    def _check_place(self) -> None:
+        """Refuse to replace what appeared at OUT during the run."""
+        if not (self.overwrite or is_empty(self.out)):
+            raise OutputError(
+                f"{self.out} appeared during this run and is not replaced; the result is complete in {self.path}: "
+                "move one of them, or repeat the command with --overwrite"
+            )
+        check_ours(self.out)
+
+    def _cannot_write(self, error: OSError) -> OutputError:
+        return OutputError(f"cannot write to {self.path}: {error.strerror}. Free space or choose another place")
 
     def _check_fingerprint(self) -> None:
         path = self._journal / FINGERPRINT
@@ -239,14 +263,20 @@ class Writer:
 
 
 def fingerprint(
-    model_hashes: Mapping[str, str], tokens: str, recipe: Mapping[str, Any], *, dense_stream: bool, threads: int | None
+    checkpoint: "Checkpoint",
+    tokens: str,
+    recipe: Mapping[str, Any],
+    *,
+    dense_stream: bool,
+    threads: int | None,
+    like: Mapping[str, str],
 ) -> dict[str, str]:
     """Return hashes of everything that decides the bytes of a result, by the names that a refused resume shows.
 
-    Takes the hashes of the model files, the hash of the calibration `tokens`, and the recipe as JSON. `threads` is None
-    if the result does not depend on them.
+    Takes the hash of the calibration `tokens`, and the recipe as JSON. `threads` is None if the result does not depend
+    on them. `like`: the fingerprint to compare with, see `_model_hashes`.
     """
-    inputs = {f"model ({name})": text for name, text in model_hashes.items()}
+    inputs = _model_hashes(checkpoint, like)
     inputs["data (calibration tokens)"] = tokens
     inputs |= {f"config ({name})": json.dumps(value) for name, value in recipe.items() if name != "calibration"}
     inputs["seed"] = inputs.pop("config (seed)")
@@ -255,6 +285,17 @@ def fingerprint(
     inputs["version (niwaki)"] = __version__
     inputs["threads"] = "" if threads is None else str(threads)
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in inputs.items()}
+
+
+def stored_fingerprint(out: Path) -> dict[str, str]:
+    """Return the fingerprint of the unfinished run of OUT, else of the finished one, {} if there is no readable one."""
+    try:
+        if resumable(partial_of(out)):
+            path = partial_of(out) / RECORD / JOURNAL / FINGERPRINT
+            return current_hashes(json.loads(path.read_text(encoding="utf-8")))
+        return current_hashes(read_run(out).fingerprint) if is_result(out) else {}
+    except (OSError, ValueError, AttributeError, InputError):
+        return {}  # the resume says what is wrong with it
 
 
 def current_hashes(hashes: Mapping[str, str]) -> dict[str, str]:
@@ -290,6 +331,16 @@ def require_same(before: dict[str, str], now: dict[str, str], message: str) -> N
         raise ResumeError(
             f"{message}: {', '.join(sorted(changed))}. Restore it, or start again with --overwrite instead of --resume"
         )
+
+
+def _model_hashes(checkpoint: "Checkpoint", like: Mapping[str, str]) -> dict[str, str]:
+    """Return the part of a fingerprint that is of the model: hashes of contents.
+
+    If `like` is a fingerprint of version 0.1, which knows modification times instead, they are as it has them.
+    """
+    dated = f"{MODEL} ({CONFIG})" in like
+    hashes = checkpoint.dated_fingerprint() if dated else checkpoint.fingerprint()
+    return {f"{MODEL if dated else CONTENT} ({name})": value for name, value in hashes.items()}
 
 
 def _same_content(path: Path, sha256: str) -> bool:

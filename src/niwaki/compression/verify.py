@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from niwaki.compression.places import alone
 from niwaki.compression.run_record import FORMAT, RECORD, RUN, Record, RunRecord, read_record, write_record
 from niwaki.errors import CheckpointError, OutputError
 from niwaki.model.aux_files import STEMS, aux_files
@@ -82,16 +83,21 @@ def replace_files(folder: Path, write: Callable[[Path], object]) -> None:
     """Replace files of a result by those that `write(place)` writes below another folder, and their hashes in run.json.
 
     run.json first accepts the old and the new content, and only the new one in the end. So a result passes
-    `check_weights` even if the process is killed between two steps.
+    `check_weights` even if the process is killed between two steps. One process at a time may do this.
     """
     try:
-        for left in (folder / RECORD).glob(".next-*"):  # of a killed process
-            shutil.rmtree(left, ignore_errors=True)
-        with TemporaryDirectory(dir=folder / RECORD, prefix=".next-") as temporary:
-            write(Path(temporary))
-            _put(folder, Path(temporary))
+        with alone(folder / RECORD):
+            _replace(folder, write)
     except OSError as error:
         raise OutputError(f"cannot write to {folder / RECORD}: {error.strerror or error}") from error
+
+
+def _replace(folder: Path, write: Callable[[Path], object]) -> None:
+    for left in (folder / RECORD).glob(".next-*"):  # of a killed process
+        shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(dir=folder / RECORD, prefix=".next-") as temporary:
+        write(Path(temporary))
+        _put(folder, Path(temporary))
 
 
 def _put(folder: Path, place: Path) -> None:

@@ -7,6 +7,7 @@ Legend: S windows, T tokens, D hidden size.
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from niwaki.errors import InputError
+from niwaki.errors import InputError, OutputError
 from niwaki.model.device import free_device_bytes, usable_device_bytes
 
 Place = Literal["device", "ram", "disk"]
@@ -43,6 +44,7 @@ class Activations:
             if folder is None:
                 raise InputError("activations on disk need a working folder")
             elements = math.prod(shape)
+            _reserve(folder / name, elements * dtype.itemsize)
             flat = torch.from_file(str(folder / name), shared=True, size=elements, dtype=dtype)
             return cls(flat.view(shape), place, device)
         where = device if place == "device" else torch.device("cpu")
@@ -65,6 +67,19 @@ class Activations:
         """Replace windows `rows`."""
         # Only the stream that writes pinned memory reads it, so the host need not wait for the copy.
         self.store_STD[rows].copy_(x_BTD, non_blocking=self.place == "ram")
+
+
+def _reserve(path: Path, nbytes: int) -> None:
+    """Take the room of a file before it is mapped: a disk that fills later would end the process by a signal."""
+    try:
+        with path.open("ab") as file:
+            if hasattr(os, "posix_fallocate") and nbytes:
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot hold {nbytes / 1e9:.2f} GB of hidden states: {error.strerror}. Free space, or lower the "
+            "samples"
+        ) from error
 
 
 def choose_place(needed_bytes: int, device: torch.device, budget_bytes: int | None = None) -> Place:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from niwaki.compression.model_card import export_card
-from niwaki.compression.places import check_apart, check_free, check_space, place_of, sweep
+from niwaki.compression.places import alone_at, check_apart, check_free, check_space, place_of, sweep
 from niwaki.compression.result_folder import ResultFolder
 from niwaki.compression.run_record import (
     LINES,
@@ -53,6 +53,7 @@ class Exporter(Protocol):
         """Write the files of the export to `folder`. `plan` comes from `check`. Return the fields of its record."""
 
 
+@alone_at("dest")
 def export(
     out: str | Path,
     dest: str | Path,

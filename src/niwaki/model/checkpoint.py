@@ -251,12 +251,15 @@ class Checkpoint:
         self.log.note_hash(path, info.begin, info.nbytes, digest.hexdigest())
 
     def fingerprint(self) -> dict[str, str]:
-        """Return a hash per file that changes with its content: size, modification time and header, or content."""
-        hashes = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()}
+        """Return a hash of the content of every file that decides or becomes a part of a result, by relative path."""
+        return {str(path.relative_to(self.folder)): sha256 for path, sha256 in self.log.contents().items()}
+
+    def dated_fingerprint(self) -> dict[str, str]:
+        """Return the fingerprint of version 0.1: the hash of a shard is of its size, modification time and header."""
+        hashes = {CONFIG: self.log.files[self.folder / CONFIG][1]}
         for shard in self.shards:
-            path = (self.folder / shard).resolve()
             header = json.dumps(sorted((n, i.dtype, i.shape) for n, i in self.tensors.items() if i.shard == shard))
-            status = path.stat()
+            status = (self.folder / shard).stat()
             state = f"{status.st_size}:{status.st_mtime_ns}:{header}"
             hashes[shard] = hashlib.sha256(state.encode()).hexdigest()
         return hashes

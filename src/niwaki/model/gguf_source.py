@@ -49,8 +49,7 @@ def gguf_folder(file: Path) -> Path:
     Raises CheckpointError with one line for a file that does not hold a whole language model.
     """
     file = file.resolve()
-    status = file.stat()
-    state = f"{file}:{status.st_size}:{status.st_mtime_ns}"
+    state = _state(file)
     folder = _cache() / f"{file.stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
     if not (folder / SOURCE).is_file():
         reader = _open(file)
@@ -58,8 +57,8 @@ def gguf_folder(file: Path) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _converting(folder.parent) as made:
                 _convert(file, reader, made / "model")
-                for path in (made / "model").glob("*.safetensors"):  # the same file looks the same to a resume
-                    os.utime(path, ns=(status.st_mtime_ns, status.st_mtime_ns))
+                if _state(file) != state:
+                    raise CheckpointError(f"{file} changed while it was read: let its download or copy finish")
                 try:
                     (made / "model").rename(folder)
                 except OSError:
@@ -80,6 +79,12 @@ def gguf_source(folder: Path) -> dict[str, Any] | None:
     with faults_of(f"{path} is not a record of niwaki", "remove it"):
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return {**found, **{name: str(found[name]) for name in ("file", "note", "dtype")}}
+
+
+def _state(file: Path) -> str:
+    """Return what changes if a file does. No program can set its change time (`st_ctime_ns`)."""
+    status = file.stat()
+    return f"{file}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
 @contextmanager

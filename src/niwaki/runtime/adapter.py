@@ -13,7 +13,6 @@ Cost: the whole model in memory in its dtype, the adapter beside it, and the byt
 """
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -167,9 +166,6 @@ def _merge_to(adapter: Adapter, base: Path, place: Path, lineage: dict[str, Any]
             merged.save_pretrained(partial, max_shard_size="1GB")
         append_unread(checkpoint, names_of(checkpoint).unread, partial)
         _copy_files(adapter, checkpoint, merged, partial)
-        written = (adapter.folder / WEIGHTS).stat().st_mtime_ns  # the same merge looks the same to a resume
-        for shard in partial.glob("*.safetensors"):
-            os.utime(shard, ns=(written, written))
         write_text(partial / LINEAGE, json.dumps(lineage, indent=2) + "\n")
         checkpoint.log.check()
         if place.is_dir():
