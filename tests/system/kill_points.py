@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -41,7 +41,7 @@ from system.kill_kinds import KINDS, World, make_world
 
 CHANGES = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "link", "truncate")
 FAILED = 13  # exit status of a child that raised an error
-CHUNK = 5  # moments of one task
+CHUNK = 3  # moments of one task
 # What is compared without: the log of events, and fields that are times or measured memory.
 LOGS = ("niwaki/journal", "niwaki/events.jsonl")
 TIMES = ("seconds", "date", "load_seconds", "peak_rss_bytes", "peak_device_bytes")
@@ -305,16 +305,16 @@ class Campaign:
                 for name in chosen
                 if chosen[name][begin:]
             ]
-            waiting: list[tuple[str, Future[list[dict[str, Any]]]]] = []
+            waiting: dict[Future[list[dict[str, Any]]], str] = {}
             while tasks or waiting:
                 while tasks and len(waiting) < 2 * self.workers and time.monotonic() < self.ends:
                     name, part = tasks.pop(0)
                     place = self._place(f"{name}-{len(tasks)}")
-                    waiting.append((name, pool.submit(_kill_all, self.benches[name], part, place)))
+                    waiting[pool.submit(_kill_all, self.benches[name], part, place)] = name
                 if not waiting:
                     break  # the time is over
-                name, done = waiting.pop(0)
-                self.found.setdefault(name, []).extend(done.result())
+                for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    self.found.setdefault(waiting.pop(done), []).extend(done.result())
 
     def counts(self) -> dict[str, dict[str, Any]]:
         """Return the counts of every kind."""
