@@ -147,8 +147,8 @@ KINDS: Mapping[str, Kind] = {
     "squeeze10": _compress("squeeze10", "3bit", pack="auto", options=QUICK_CODES),
     "squeeze10 by block": _compress("squeeze10", "3bit", allocation="sensitivity", options=QUICK_CODES),
     "billm": _compress("billm", "5bit", "wide"),
-    "arb": _compress("arb", "5bit", "wide"),
-    "ptq161": _compress("ptq161", "3bit", "wide"),
+    "arb": _compress("arb", "5bit", "wide", options={"iterations": 2}),
+    "ptq161": _compress("ptq161", "3bit", "wide", options={"rounds": 1, "samples": 4}),
     # zeros and codes
     "one walk of two methods": _compress("sparsegpt+gptq", "2:4+4bit", pack="auto", options={"gptq.group": 16}),
     # shapes, and chains that begin with them
@@ -176,7 +176,7 @@ KINDS: Mapping[str, Kind] = {
     "export gguf": _export("gguf", "pruned", "gguf", type="f16"),
     "export gguf over a result": _over(_export("gguf", "pruned", "gguf", type="f16", overwrite=True)),
     "export compressed-tensors": _export("compressed-tensors", "coded", "compressed_tensors"),
-    "export onnx": _export("onnx", "pruned", "onnxscript"),
+    "export onnx": _export("onnx", "small", "onnxscript"),
     "compare": _compare(overwrite=False),
     "compare over a report": _over(_compare(overwrite=True), "report"),
     "evaluate to the card": Kind(_card, resumes=False, begin=_copied("pruned"), in_place=True),
@@ -200,6 +200,7 @@ def make_world(folder: Path, device: str = "cpu", *, whole: bool = True) -> Worl
         _adapter(folder / "wide", folder / "wide adapter")
         KINDS["rtn without text"].run(world, folder / "coded", False)
         KINDS["compare"].run(world, folder / "report", False)
+        tiny_llama(folder / "small", blocks=1)
         niwaki.export(folder / "model", folder / "gguf", to="gguf", type="f16")
         next((folder / "gguf").glob("*.gguf")).rename(folder / "model.gguf")
         shutil.rmtree(folder / "gguf")

@@ -17,10 +17,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TextIO, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 from niwaki.compression.run_record import RECORD, RUN
 from niwaki.config.sources import LINEAGE
@@ -59,7 +59,7 @@ def place_of(out: str | Path) -> Path:
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Keep other runs away from OUT, in all of their stages. Raises OutputError if one is working there, or nobody can.
+    """Keep other runs away from OUT, in all of their stages. Raises OutputError if one works there, or none can.
 
     The lock is a hidden file beside OUT. It ends with the process; the file is removed here, or by the next run.
     """
@@ -78,15 +78,19 @@ def alone(out: Path) -> Iterator[None]:
         lock.close()
 
 
-def alone_at(name: str) -> Callable[[Callable[P, Value]], Callable[P, Value]]:
-    """Return a decorator: the function runs `alone` at the OUT that its argument `name` names."""
+def alone_at(
+    name: str, place: Callable[[Any], Path | None] = place_of
+) -> Callable[[Callable[P, Value]], Callable[P, Value]]:
+    """Return a decorator: the function runs `alone` at the place of its argument `name`, if it is given."""
 
     def decorate(function: Callable[P, Value]) -> Callable[P, Value]:
         bind = inspect.signature(function).bind
 
         @wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> Value:
-            with alone(place_of(bind(*args, **kwargs).arguments[name])):
+            given = bind(*args, **kwargs).arguments.get(name)
+            out = None if given is None else place(given)
+            with nullcontext() if out is None else alone(out):
                 return function(*args, **kwargs)
 
         return run

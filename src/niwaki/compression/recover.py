@@ -37,7 +37,7 @@ from niwaki.methods.shared.best_state import BestState, cosine
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.model.device import peak_rss_bytes, pick_device
-from niwaki.model.files import file_sha256
+from niwaki.model.files import file_sha256, writing
 from niwaki.model.hf import plain_loading
 from niwaki.model.logits import FinalStates, position_slices, token_losses, vocabulary_of
 from niwaki.model.unread import append_unread
@@ -269,7 +269,7 @@ def _write(skeleton: Decoder, merged: dict[str, Tensor], folder: Path, loss: Bes
         weights += before.numel()
     idle = tuple(f"{name}." for name in skeleton.anatomy.idle)
     own = {name: tensor for name, tensor in decoder.state_dict().items() if not name.startswith(idle)}
-    with plain_loading():
+    with plain_loading(), writing(folder):
         decoder.save_pretrained(folder, state_dict=own if idle else None, max_shard_size="1GB")
     append_unread(checkpoint, [*skeleton.tower_names, *skeleton.unread.names], folder)
     checkpoint.copy_aux_files(folder)

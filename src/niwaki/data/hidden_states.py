@@ -77,8 +77,8 @@ def _reserve(path: Path, nbytes: int) -> None:
                 os.posix_fallocate(file.fileno(), 0, nbytes)
     except OSError as error:
         raise OutputError(
-            f"{path} cannot hold {nbytes / 1e9:.2f} GB of hidden states: {error.strerror}. Free space, or lower the "
-            "samples"
+            f"cannot write {path}: {error.strerror}; it needs {nbytes / 1e9:.2f} GB for hidden states. Free space, or "
+            "take fewer samples"
         ) from error
 
 

@@ -7,7 +7,7 @@ disk, and is then renamed.
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +80,15 @@ def atomic_file(path: Path) -> Any:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what another library raises on a full or read-only disk into an OutputError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {folder}: {_reason(error)}. Free space or choose another place") from error
 
 
 def remove_folder(folder: Path, last: str) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from niwaki.errors import CheckpointError, OutputError, faults_of
 from niwaki.model.hf import only_errors, plain_loading
@@ -64,9 +65,10 @@ def gguf_folder(file: Path) -> Path:
                 except OSError:
                     if not (folder / SOURCE).is_file():  # else another process was faster
                         raise
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise OutputError(
-                f"cannot write {folder}: {error.strerror or error}. Free space, or set {CACHE} to another folder"
+                f"cannot write {folder}: {reason}. Free space, or set {CACHE} to another folder"
             ) from error
     return folder
 

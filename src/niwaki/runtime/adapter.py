@@ -33,7 +33,7 @@ from niwaki.formats.quantized import WEIGHT
 from niwaki.model.aux_files import aux_files
 from niwaki.model.checkpoint import TIE, Checkpoint, fetched_folder, local_folder
 from niwaki.model.decoder import names_of
-from niwaki.model.files import copy_file, file_sha256, remove_folder, write_text
+from niwaki.model.files import copy_file, file_sha256, remove_folder, write_text, writing
 from niwaki.model.hf import plain_loading
 from niwaki.model.unread import append_unread
 from niwaki.runtime.load import load_checkpoint
@@ -162,7 +162,7 @@ def _merge_to(adapter: Adapter, base: Path, place: Path, lineage: dict[str, Any]
         checkpoint = Checkpoint.open(base, adapter.base)
         checkpoint.log.add(adapter.folder / name for name in (WEIGHTS, ADAPTER))
         merged = _merged(adapter, checkpoint)
-        with plain_loading():
+        with plain_loading(), writing(partial):
             merged.save_pretrained(partial, max_shard_size="1GB")
         append_unread(checkpoint, names_of(checkpoint).unread, partial)
         _copy_files(adapter, checkpoint, merged, partial)
