@@ -14,7 +14,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from niwaki.compression.places import alone
+from niwaki.compression.places import alone_at
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.data.bos import Bos, find_bos
@@ -39,7 +38,7 @@ from niwaki.measure.compare.inputs import (
     shared_tokenizer,
     speed_prompt,
 )
-from niwaki.measure.compare.report_folder import check_report, read_records, write_report
+from niwaki.measure.compare.report_folder import check_report, read_records, report_place, write_report
 from niwaki.measure.compare.scoring import EvaluationInputs, answer_likelihoods, run_dense, score_candidate
 from niwaki.measure.compare.speed import continue_prompts, measure_speed, read_memory
 from niwaki.measure.compare.task_metrics import task_quality
@@ -59,6 +58,7 @@ ROUNDS = 9  # at 95 % the interval of the median then excludes the fastest and t
 PROMPT_TOKENS, NEW_TOKENS = 128, 32
 
 
+@alone_at("report", report_place)
 def compare(
     dense: str | Path,
     candidates: str | Path | Sequence[str | Path],
@@ -99,27 +99,26 @@ def compare(
     gates = None if gate is None else load_gates(gate)
     if report is not None:
         check_report(Path(report), lang, overwrite=overwrite)
-    with nullcontext() if report is None else alone(Path(report).absolute()):
-        sources = [str(dense), *as_files(candidates)]
-        settings, tokenizer, decoders = _open_models(
-            sources, device, dtype, progress or silent, data=as_files(data), tasks=as_files(tasks), prompts=prompts,
-            field=field, seq_len=seq_len, max_tokens=max_tokens, limit=limit, rounds=rounds,
-            prompt_tokens=prompt_tokens, new_tokens=new_tokens, seed=seed, logit_bytes=logit_bytes, bos=bos,
-        )  # fmt: skip
-        folders = [decoder.checkpoint.folder for decoder in decoders[1:]]
-        cards, records = _check_cards(folders if update_card else []), [] if report is None else read_records(folders)
-        confidence = CONFIDENCE if gates is None else each_confidence(gates, settings, len(folders))
-        inputs = _read_inputs(settings, tokenizer, decoders, progress or silent)
-        job = _Job(settings, inputs, tokenizer, confidence, progress or silent)
-        dense_model, measured = job.run(sources, decoders)
-        comparison = Comparison(
-            date=date, command=command_line(sources, settings, gate=gate, report=report, lang=lang),
-            seconds=round(time.perf_counter() - started, 2), confidence=confidence, settings=settings,
-            environment=describe_environment(decoders[0].device), dense=dense_model, candidates=measured,
-        )  # fmt: skip
-        comparison = comparison if gates is None else judge_comparison(comparison, gates)
-        _publish(comparison, None if report is None else Path(report), records, lang, cards)
-        return comparison
+    sources = [str(dense), *as_files(candidates)]
+    settings, tokenizer, decoders = _open_models(
+        sources, device, dtype, progress or silent, data=as_files(data), tasks=as_files(tasks), prompts=prompts,
+        field=field, seq_len=seq_len, max_tokens=max_tokens, limit=limit, rounds=rounds, prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens, seed=seed, logit_bytes=logit_bytes, bos=bos,
+    )  # fmt: skip
+    folders = [decoder.checkpoint.folder for decoder in decoders[1:]]
+    cards, records = _check_cards(folders if update_card else []), [] if report is None else read_records(folders)
+    confidence = CONFIDENCE if gates is None else each_confidence(gates, settings, len(folders))
+    inputs = _read_inputs(settings, tokenizer, decoders, progress or silent)
+    job = _Job(settings, inputs, tokenizer, confidence, progress or silent)
+    dense_model, measured = job.run(sources, decoders)
+    comparison = Comparison(
+        date=date, command=command_line(sources, settings, gate=gate, report=report, lang=lang),
+        seconds=round(time.perf_counter() - started, 2), confidence=confidence, settings=settings,
+        environment=describe_environment(decoders[0].device), dense=dense_model, candidates=measured,
+    )  # fmt: skip
+    comparison = comparison if gates is None else judge_comparison(comparison, gates)
+    _publish(comparison, None if report is None else Path(report), records, lang, cards)
+    return comparison
 
 
 def _open_models(

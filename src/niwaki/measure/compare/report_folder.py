@@ -38,6 +38,12 @@ def check_report(folder: Path, language: str, *, overwrite: bool) -> None:
         raise OutputError(f"--report {folder} holds a report: choose another folder, or replace it with --overwrite")
 
 
+def report_place(folder: str | Path) -> Path | None:
+    """Return the path of a report, None if `check_report` refuses it for want of a folder around it."""
+    path = Path(folder).absolute()
+    return path if path.parent.is_dir() else None
+
+
 def read_records(outs: Sequence[Path]) -> list[Layers | None]:
     """Return niwaki's record of every matrix of every candidate. Raises CheckpointError for a broken record."""
     return [read_layers(out) for out in outs]
