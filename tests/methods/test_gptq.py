@@ -13,6 +13,8 @@ from niwaki.formats.quantized import stored_tensors
 from niwaki.methods import gptq, rtn
 from support.models import calibration_of, correlated_inputs, make_block, run_method, tiny_llama, write_texts
 
+PUBLISHED = {"clip": False, "act_order": False, "rounds": 0, "damping_frac": 0.01}
+
 
 def output_error(found: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> float:
     return float((x @ (found - weight).T).square().sum())
@@ -28,16 +30,28 @@ def test_gptq_beats_rounding_and_rounds_beat_gptq(bits: str, group: int) -> None
     weight, x = matrix()
     target = parse_target(bits)
     plain = run_method(rtn, weight, x, target, group=group)
-    swept = run_method(gptq, weight, x, target, group=group)
-    better = run_method(gptq, weight, x, target, group=group, rounds=4)
+    swept = run_method(gptq, weight, x, target, group=group, rounds=0)
+    better = run_method(gptq, weight, x, target, group=group)
     errors = [output_error(found, weight, x) for found in (plain, swept, better)]
     assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("bits", ["2bit", "3bit", "4bit"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group", [0, 16])
+def test_the_defaults_beat_the_published_form_on_other_inputs(bits: str, symmetric: bool, group: int) -> None:
+    weight, x = matrix()
+    others = correlated_inputs(1300, 64)[300:]
+    grid = {"symmetric": symmetric, "group": group}
+    found = run_method(gptq, weight, x, parse_target(bits), **grid)
+    published = run_method(gptq, weight, x, parse_target(bits), **grid, **PUBLISHED)
+    assert output_error(found, weight, others) < 0.9 * output_error(published, weight, others)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_rtn_is_within_half_a_step(symmetric: bool) -> None:
     weight, x = matrix()
-    found = run_method(rtn, weight, x, parse_target("4bit"), group=0, symmetric=symmetric)
+    found = run_method(rtn, weight, x, parse_target("4bit"), group=0, symmetric=symmetric, clip=False)
     top = weight.abs().amax(1) / 7 if symmetric else (weight.amax(1) - weight.amin(1)) / 15
     # The symmetric grid has one level less above zero: what lies beyond it is cut.
     inside = weight.abs() <= (7.4 * top)[:, None] if symmetric else torch.ones_like(weight, dtype=torch.bool)
@@ -48,7 +62,9 @@ def test_act_order_helps_where_inputs_differ_in_size() -> None:
     weight, x = matrix()
     x = x * torch.logspace(-1.5, 1.5, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(4))]
     errors = [
-        output_error(run_method(gptq, weight, x, parse_target("3bit"), group=0, act_order=order), weight, x)
+        output_error(
+            run_method(gptq, weight, x, parse_target("3bit"), group=0, **PUBLISHED | {"act_order": order}), weight, x
+        )
         for order in (False, True)
     ]
     assert errors[1] < errors[0]

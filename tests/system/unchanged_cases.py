@@ -5,6 +5,9 @@ BRIEF = "--calibration calibration.jsonl --samples 6 --seq-len 32"
 # The learned steps stay, in fewer rounds.
 BESA = "--set besa.steps=3"
 WANDAPP = "--set wandapp.rounds=1 --set wandapp.samples=4"
+# Since 30 November 2026 the defaults of gptq and rtn are not the published forms. These are, with the bytes of before.
+RTN, GPTQ = "--set clip=false", "--set clip=false --set act_order=false --set rounds=0 --set damping_frac=0.01"
+CHAINED_RTN, CHAINED_GPTQ = RTN.replace("--set ", "--set rtn."), GPTQ.replace("--set ", "--set gptq.")
 SQUEEZE = "--set rounds=2 --set learn_rounds=1 --set samples=4"
 
 ZEROS = {
@@ -38,14 +41,16 @@ ZEROS = {
     "gblm 2:4": "short --method gblm --target 2:4 --set alpha=10",
 }
 BITS = {
-    **{f"rtn {bits}bit": f"short --method rtn --target {bits}bit" for bits in (2, 3, 4, 8)},
+    **{f"rtn {bits}bit": f"short --method rtn --target {bits}bit {RTN}" for bits in (2, 3, 4, 8)},
     "rtn 4bit options": "short --method rtn --target 4bit --set group=32 --set symmetric=true --set clip=true",
-    "rtn 4bit pack none": "short --method rtn --target 4bit --pack none",
-    **{f"gptq {bits}bit": f"short --method gptq --target {bits}bit" for bits in (2, 3, 4, 8)},
-    "gptq 4bit options": "short1 --method gptq --target 4bit --set group=32 --set act_order=true --set clip=true",
-    "gptq 3bit rounds": "short1 --method gptq --target 3bit --set rounds=1",
-    "gptq 4bit ends": "short --method gptq --target 4bit --ends 4bit",
-    "rtn 4bit untied ends": "llama-wide --method rtn --target 4bit --set group=0 --ends 8bit",
+    "rtn 4bit pack none": f"short --method rtn --target 4bit --pack none {RTN}",
+    **{f"gptq {bits}bit": f"short --method gptq --target {bits}bit {GPTQ}" for bits in (2, 3, 4, 8)},
+    "gptq 4bit options": "short1 --method gptq --target 4bit --set group=32",
+    "gptq 2bit learned": "short1 --method gptq --target 2bit --set learn_rounds=1 --set samples=4",
+    "rtn 2bit fitted": "short1 --method rtn --target 2bit",
+    "gptq 3bit rounds": f"short1 --method gptq --target 3bit {GPTQ} --set rounds=1",
+    "gptq 4bit ends": f"short --method gptq --target 4bit --ends 4bit {GPTQ}",
+    "rtn 4bit untied ends": "llama-wide --method rtn --target 4bit --set group=0 --ends 8bit --set clip=false",
     "squeeze10 1.6bit": f"short --method squeeze10 --target 1.6bit {SQUEEZE}",
     "squeeze10 1.6bit uniform": f"short1 --method squeeze10 --target 1.6bit --allocation uniform {SQUEEZE}",
     "squeeze10 2.2bit keep": f"short --method squeeze10 --target 2.2bit --keep-blocks 1 {SQUEEZE}",
@@ -73,20 +78,22 @@ SHAPES = {
 }
 CHAINS = {
     "besa+wandapp 0.5": f"short1 --method besa+wandapp --target 0.5 {BESA} {WANDAPP}",
-    "sparsegpt+gptq 2:4+4bit": "short --method sparsegpt+gptq --target 2:4+4bit",
-    "sparsegpt+gptq 2:4+4bit pack": "short --method sparsegpt+gptq --target 2:4+4bit --pack auto",
-    "sparsegpt+gptq 0.5+3bit pack": "short --method sparsegpt+gptq --target 0.5+3bit --pack auto",
-    "sparsegpt+rtn 0.5+8bit pack": "short --method sparsegpt+rtn --target 0.5+8bit --pack auto",
-    "wanda+gptq joint pack": "short --method wanda+gptq --target 2:4+4bit --pack auto --set gptq.joint=true",
-    "wandapp+gptq pack": f"short1 --method wandapp+gptq --target 0.5+4bit --pack auto {WANDAPP}",
-    "besa+gptq pack": f"short1 --method besa+gptq --target 0.5+4bit --pack auto {BESA}",
-    "magnitude+sparsegpt+rtn pack": "short --method magnitude+sparsegpt+rtn --target 4:8+4bit --pack auto",
+    "sparsegpt+gptq 2:4+4bit": f"short --method sparsegpt+gptq --target 2:4+4bit {CHAINED_GPTQ}",
+    "sparsegpt+gptq 2:4+4bit pack": f"short --method sparsegpt+gptq --target 2:4+4bit --pack auto {CHAINED_GPTQ}",
+    "sparsegpt+gptq 0.5+3bit pack": f"short --method sparsegpt+gptq --target 0.5+3bit --pack auto {CHAINED_GPTQ}",
+    "sparsegpt+rtn 0.5+8bit pack": f"short --method sparsegpt+rtn --target 0.5+8bit --pack auto {CHAINED_RTN}",
+    "wanda+gptq joint pack": "short --method wanda+gptq --target 2:4+4bit --pack auto --set gptq.joint=true "
+    f"{CHAINED_GPTQ}",
+    "wandapp+gptq pack": f"short1 --method wandapp+gptq --target 0.5+4bit --pack auto {WANDAPP} {CHAINED_GPTQ}",
+    "besa+gptq pack": f"short1 --method besa+gptq --target 0.5+4bit --pack auto {BESA} {CHAINED_GPTQ}",
+    "magnitude+sparsegpt+rtn pack": "short --method magnitude+sparsegpt+rtn --target 4:8+4bit --pack auto "
+    f"{CHAINED_RTN}",
     "magnitude+sparsegpt 0.5": "short1 --method magnitude+sparsegpt --target 0.5",
-    "comp+gptq 0.25+4bit": "short --method comp+gptq --target 0.25+4bit --set comp.try_blocks=0",
+    "comp+gptq 0.25+4bit": f"short --method comp+gptq --target 0.25+4bit --set comp.try_blocks=0 {CHAINED_GPTQ}",
     "comp+magnitude+rtn": "short --method comp+magnitude+rtn --target 0.3+2:4+4bit --pack auto "
-    "--set comp.try_blocks=0 --set comp.try_heads=0",
+    f"--set comp.try_blocks=0 --set comp.try_heads=0 {CHAINED_RTN}",
     "wanda_sp+sparsegpt 0.2+2:4": "short --method wanda_sp+sparsegpt --target 0.2+2:4",
-    "flap+rtn 0.2+8bit": "short --method flap+rtn --target 0.2+8bit --set rtn.group=0",
+    "flap+rtn 0.2+8bit": f"short --method flap+rtn --target 0.2+8bit --set rtn.group=0 {CHAINED_RTN}",
     "preset fast 2:4": "short --preset fast --target 2:4",
     "preset balanced 2:4": f"short1 --preset balanced --target 2:4 {WANDAPP}",
     "preset best 0.5": f"short1 --preset best --target 0.5 {WANDAPP} --set wandapp.batch=2",
@@ -94,7 +101,7 @@ CHAINS = {
 FAMILIES = {
     f"family {name} {method}": f"{name} --method {method} --target {target} {more}"
     for name in ("llama-untied", "qwen2", "gemma2", "phi3", "opt", "gpt2", "gpt_neox", "bloom", "mixtral")
-    for method, target, more in (("sparsegpt", "2:4", "--pack auto"), ("gptq", "4bit", "--set group=0"))
+    for method, target, more in (("sparsegpt", "2:4", "--pack auto"), ("gptq", "4bit", f"--set group=0 {GPTQ}"))
 }
 OTHER = {
     "recipe file": "short --recipe recipe.yaml",

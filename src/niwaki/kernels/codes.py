@@ -13,12 +13,12 @@ PANEL_COLUMNS = 128
 
 
 def span(weight_OC: Tensor, fit: Fit, share: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return scale and offset [O, 1] of levels that cover `share` of the range of the weights."""
+    """Return scale and offset [O, 1] of levels that cover `share` of the range of the weights (the last dimension)."""
     if fit.centre is not None:
-        reach_O1 = weight_OC.abs().amax(1, keepdim=True) * share
+        reach_O1 = weight_OC.abs().amax(-1, keepdim=True) * share
         scale_O1 = (reach_O1 / (fit.top - fit.centre)).clamp_min(fit.smallest)
         return scale_O1, -fit.centre * scale_O1
-    low_O1, high_O1 = torch.aminmax(weight_OC, dim=1, keepdim=True)
+    low_O1, high_O1 = torch.aminmax(weight_OC, dim=-1, keepdim=True)
     low_O1, high_O1 = low_O1.clamp_max(0) * share, high_O1.clamp_min(0) * share
     scale_O1 = ((high_O1 - low_O1) / fit.top).clamp_min(fit.smallest)
     return scale_O1, -(-low_O1 / scale_O1).round().clamp(0, fit.top) * scale_O1

@@ -1,12 +1,22 @@
 """GPTQ: round column by column and let the remaining columns make up for each error.
 
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (ICLR 2023),
-Algorithm 1, with `rounding.round_by_sweep`. `act_order` takes the columns with the largest inputs first. Groups then
-keep the grids of the unswept weights, so that the columns of a group stay neighbors in the file.
+Algorithm 1. The defaults go beyond it; `clip=false act_order=false rounds=0 damping_frac=0.01` is the published form:
 
-Not in the paper, and off by default: `rounds` of refitted scales and coordinate descent on the codes
-(`rounding.improve`), and `clip`, the range search of `rtn`. A matrix that no token reached is rounded to nearest; its
-line in blocks.jsonl notes it.
+| | Paper | Here |
+| --- | --- | --- |
+| Scale and zero code | min to max, when the sweep reaches the group | `clip`: least error Σ(w − q)²/U_jj² |
+| Order of the columns | from left to right | `act_order`: largest inputs first, on grids fitted before |
+| After the sweep | nothing | `rounds` of refitted scales and coordinate descent |
+| Damping λ | 1 % of the mean diagonal | `damping_frac`: 3 % |
+
+U is the factor of the inverse Gram matrix, H⁻¹ = UᵀU. In the sweep, an error of column j costs (w − q)²/U_jj². The
+columns of a group stay neighbors in the file in any order of the sweep.
+
+`learn_rounds` learn codes, scales and zero codes block by block (`learned_rounding`), so that the output of the block
+survives. An eighth of the windows is held out and decides which state is kept: the start, if none is better.
+
+A matrix that no token reached is rounded to nearest; its line in blocks.jsonl notes it.
 
 After a pruning method (`sparsegpt+gptq`, target `2:4+4bit`) its zeros stay. The sweep gives a pruned weight the code of
 zero only; the error that reached it from the left moves on to the right. Grids are fitted to kept weights alone. The
@@ -16,12 +26,13 @@ in that pass, here it is given.
 
 Matrices that read the same input are swept together, their rows stacked.
 
-Cost: two forwards, one Gram matrix, one factor and one sweep per group of matrices: O·I² operations for all their rows.
+Cost: two forwards, one Gram matrix, one factor and one sweep per group of matrices: O·I² operations for all their rows,
+and about half as many for each round. With learning also `learn_rounds` · `samples` forwards and backwards of a window.
 
     niwaki compress MODEL OUT --method gptq --target 4bit --set group=128 --calibration mine.txt --seq-len 512
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Annotated
@@ -32,12 +43,22 @@ from torch import Tensor
 from niwaki.config.targets import Bits, Target
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData
-from niwaki.formats.packed import Packed
+from niwaki.formats.packed import Packed, join_notes
 from niwaki.kernels.codes import sweep_codes
 from niwaki.kernels.types import Grid
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
 from niwaki.methods.method import WalkMethod
+from niwaki.methods.shared.block_training import (
+    LearningTarget,
+    Reconstruct,
+    Reconstruction,
+    Schedule,
+    check_learning_options,
+    learning_cost,
+    learning_needs,
+)
 from niwaki.methods.shared.column_sweep import check_damping, inverse_factor
+from niwaki.methods.shared.learned_rounding import KEPT_START, Latent, learn
 from niwaki.methods.shared.rounding import (
     ROUNDED_UNREACHED,
     Group,
@@ -63,21 +84,35 @@ class Config:
 
     group: Annotated[int, "Columns that share a scale; 0 for the whole row."] = 128
     symmetric: Annotated[bool, "Center the levels on zero: no zero codes are stored."] = False
-    act_order: Annotated[bool, "Round the columns with the largest inputs first."] = False
-    clip: Annotated[bool, "Search for the range of a group that loses least (not in the paper)."] = False
-    rounds: Annotated[int, "Rounds of refitted scales and coordinate descent on the codes (not in the paper)."] = 0
+    act_order: Annotated[
+        bool, "Round the columns with the largest inputs first, on grids fitted before; false: from left to right."
+    ] = True
+    clip: Annotated[
+        bool, "Search for the scale and zero code that lose least in the sweep; false: from min to max."
+    ] = True
+    rounds: Annotated[int, "Rounds of refitted scales and coordinate descent on the codes after the sweep."] = 4
     joint: Annotated[bool, "After a pruning method, begin at the dense weights and not at those that it left."] = False
-    damping_frac: Annotated[float, "A share of the mean diagonal of XᵀX, added to the diagonal (λ)."] = 0.01
+    damping_frac: Annotated[float, "A share of the mean diagonal of XᵀX, added to the diagonal (λ)."] = 0.03
+    learn_rounds: Annotated[int, "Rounds of block-wise learning of codes, scales and zero codes; 0 for none."] = 0
+    samples: Annotated[int, "Windows per round of learning."] = 32
+    batch: Annotated[int, "Windows per step of learning."] = 2
+    rate_frac: Annotated[float, "Length of a step of learning as a share of the step between two levels."] = 0.01
+    target: LearningTarget = "both"
+    reconstruct: Reconstruct = "block"
 
     def __post_init__(self) -> None:
-        if self.group < 0 or self.rounds < 0:
-            raise ValueError("expected group ≥ 0 and rounds ≥ 0")
+        if min(self.group, self.rounds, self.learn_rounds) < 0:
+            raise ValueError("expected group, rounds and learn_rounds ≥ 0")
+        if self.samples < 1 or self.batch < 1 or self.rate_frac <= 0:
+            raise ValueError("expected samples and batch ≥ 1, rate_frac > 0")
+        check_learning_options(self.target, reconstruct=self.reconstruct)
         check_damping(self.damping_frac)
 
 
 def needs(config: Config) -> Needs:
-    """Ask for Gram matrices of the inputs."""
-    return Needs(gram=True)
+    """Ask for Gram matrices of the inputs, and windows to learn from."""
+    learning = learning_needs(config.batch, config.target) if config.learn_rounds else Needs()
+    return Needs(gram=True) | learning
 
 
 def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> int:
@@ -86,11 +121,13 @@ def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Con
 
 
 def cost(scope: Scope, config: Config) -> Work:
-    """Count a factor per group, a sweep per matrix, and rounds on the codes."""
-    return gram_factors(scope) + sweeps(scope) + grids(scope, config.clip) + rounds_of(scope, config.rounds)
+    """Count a factor per group, a sweep per matrix, rounds on the codes, and learning."""
+    swept = gram_factors(scope) + sweeps(scope) + grids(scope, config.clip) + rounds_of(scope, config.rounds)
+    return swept + learning_cost(
+        scope, config.learn_rounds, config.samples, config.batch, copies=7, passes=36, reconstruct=config.reconstruct
+    )
 
 
-@torch.no_grad()
 def compress(
     block: Block,
     calib: CalibrationData,
@@ -98,34 +135,53 @@ def compress(
     config: Config,
     generator: torch.Generator,
 ) -> dict[str, Packed]:
-    """Round every group of matrices that read the same input with one factor and one sweep."""
-    packed: dict[str, Packed] = {}
+    """Round matrix by matrix, then learn the block as a whole."""
+    learns = config.learn_rounds > 0 and any(calib.statistics[name].tokens for name in targets)
+    rounded: dict[str, Rounded] = {}
+    latents: dict[str, Latent] = {}
+    for name, codes, weight_OI, keep_OI in _sweep(block, calib, targets, config):
+        rounded[name] = codes
+        if learns:
+            order_I = torch.arange(weight_OI.shape[1], device=weight_OI.device)
+            latents[name] = Latent.start(codes, weight_OI, order_I, keep_OI)
+    note, detail = "", {}
+    if learns:
+        task = Reconstruction(block, calib, config.target, generator, config.reconstruct)
+        rounded, best = learn(task, latents, Schedule.of(config, config.learn_rounds), generator)
+        note, detail = "" if best.improved else KEPT_START, best.detail
+    packed = {}
+    for name, codes in rounded.items():
+        unreached = "" if calib.statistics[name].tokens else ROUNDED_UNREACHED
+        columns_I = torch.arange(codes.code_OI.shape[1], device=codes.code_OI.device)
+        packed[name] = Packed.codes(codes.parts(columns_I), join_notes(note, unreached), dict(detail))
+    return packed
+
+
+@torch.no_grad()
+def _sweep(
+    block: Block, calib: CalibrationData, targets: Mapping[str, Target], config: Config
+) -> Iterator[tuple[str, Rounded, Tensor, Tensor | None]]:
+    """Yield every matrix with its codes, the weights that they stand for, and its mask.
+
+    Matrices that read the same input are rounded with one factor and one sweep.
+    """
     for names in block.anatomy.sharing(targets):
         group = calib.statistics[names[0]]
-        order_I, upper_II, damping_frac = _factor(group.gram_II, config) if group.tokens else (None, None, 0.0)
-        note = "" if group.tokens else ROUNDED_UNREACHED
+        problem = _Problem.of(group.gram_II, config) if group.tokens else None
         for bits, alike in groupby(names, key=lambda name: code_width(targets[name])):
             together = list(alike)
-            sources = [_source(block, calib, name, config.joint and upper_II is not None) for name in together]
+            sources = [_source(block, calib, name, config.joint and problem is not None) for name in together]
             columns = sources[0].shape[1]
             check_group(columns, config.group, together[0])
-            grid = "symmetric" if config.symmetric else "affine"
-            groups = groups_of(0, columns, bits, grid, config.group)
-            keep_OI = torch.cat([calib.start[name].weight_OI != 0 for name in together]) if calib.start else None
+            groups = groups_of(0, columns, bits, "symmetric" if config.symmetric else "affine", config.group)
+            keeps = [calib.start[name].weight_OI != 0 if calib.start else None for name in together]
+            keep_OI = torch.cat([keep for keep in keeps if keep is not None]) if calib.start else None
             weight_OI = torch.cat(sources)
-            if upper_II is None:
+            if problem is None:
                 rounded = nearest(weight_OI, groups, config.clip).storable()
             else:
-                if order_I is None:
-                    rounded = round_by_sweep(weight_OI, upper_II, groups, config.clip, keep_OI)
-                else:
-                    rounded = _sweep_in_order(weight_OI, upper_II, groups, order_I, config.clip, keep_OI)
-                gram_II = damped(group.gram_II, damping_frac) if config.rounds else group.gram_II  # else it is not read
-                rounded = improve(rounded, weight_OI, gram_II, config.rounds, keep_OI)
-            columns_I = torch.arange(columns, device=weight_OI.device)
-            for name, own in zip(together, rounded.split([len(source) for source in sources]), strict=True):
-                packed[name] = Packed.codes(own.parts(columns_I), note)
-    return packed
+                rounded = problem.round(weight_OI, groups, config, keep_OI)
+            yield from zip(together, rounded.split([len(source) for source in sources]), sources, keeps, strict=True)
 
 
 def _source(block: Block, calib: CalibrationData, name: str, joint: bool) -> Tensor:
@@ -135,25 +191,48 @@ def _source(block: Block, calib: CalibrationData, name: str, joint: bool) -> Ten
     return block.weight(name).float()
 
 
-def _factor(gram_II: Tensor, config: Config) -> tuple[Tensor | None, Tensor, float]:
-    """Return the order of the columns (None: unchanged), U in that order, and the damping that was needed."""
-    order_I = gram_II.diagonal().argsort(descending=True, stable=True) if config.act_order else None
-    ordered_II = gram_II if order_I is None else gram_II[order_I][:, order_I]
-    return order_I, *inverse_factor(ordered_II, config.damping_frac)
+@dataclass(frozen=True)
+class _Problem:
+    """Objective of matrices with the same input: XᵀX, its damping, U in the order of the sweep (None: unchanged)."""
 
+    gram_II: Tensor
+    damping_frac: float
+    order_I: Tensor | None
+    upper_II: Tensor
 
-def _sweep_in_order(
-    weight_OI: Tensor, upper_II: Tensor, groups: list[Group], order_I: Tensor, clip: bool, keep_OI: Tensor | None
-) -> Rounded:
-    """Round in one pass over permuted columns, with grids that are fixed before."""
-    fixed = nearest(weight_OI if keep_OI is None else weight_OI * keep_OI, groups, clip)
-    grid = fixed.grid
-    ordered = Grid(grid.scale_OG, grid.offset_OG, grid.group_I[order_I], grid.top_I[order_I])
-    keep_OI = None if keep_OI is None else keep_OI[:, order_I]
-    swept_OI, _ = sweep_codes(weight_OI[:, order_I].contiguous(), None, error_propagation(upper_II), ordered, keep_OI)
-    code_OI = torch.empty_like(swept_OI)
-    code_OI[:, order_I] = swept_OI
-    return replace(fixed, code_OI=code_OI)
+    @classmethod
+    def of(cls, gram_II: Tensor, config: Config) -> "_Problem":
+        """Return the problem of a Gram matrix."""
+        order_I = gram_II.diagonal().argsort(descending=True, stable=True) if config.act_order else None
+        ordered_II = gram_II if order_I is None else gram_II[order_I][:, order_I]
+        upper_II, damping_frac = inverse_factor(ordered_II, config.damping_frac)
+        return cls(gram_II, damping_frac, order_I, upper_II)
+
+    def round(self, weight_OI: Tensor, groups: list[Group], config: Config, keep_OI: Tensor | None) -> Rounded:
+        """Round by a sweep, then by rounds of refits and coordinate descent."""
+        if self.order_I is None:
+            importance_I = 1 / self.upper_II.diagonal().square()
+            rounded = round_by_sweep(weight_OI, self.upper_II, groups, config.clip, keep_OI, importance_I)
+        else:
+            rounded = self._round_in_order(weight_OI, groups, config.clip, keep_OI)
+        # without rounds the Gram matrix is not read
+        gram_II = damped(self.gram_II, self.damping_frac) if config.rounds else self.gram_II
+        return improve(rounded, weight_OI, gram_II, config.rounds, keep_OI)
+
+    def _round_in_order(self, weight_OI: Tensor, groups: list[Group], clip: bool, keep_OI: Tensor | None) -> Rounded:
+        """Round in one pass over permuted columns, with grids that are fixed before."""
+        assert self.order_I is not None
+        importance_I = torch.empty_like(self.upper_II[0])
+        importance_I[self.order_I] = 1 / self.upper_II.diagonal().square()
+        fixed = nearest(weight_OI if keep_OI is None else weight_OI * keep_OI, groups, clip, importance_I)
+        grid = fixed.grid
+        ordered = Grid(grid.scale_OG, grid.offset_OG, grid.group_I[self.order_I], grid.top_I[self.order_I])
+        keep_OI = None if keep_OI is None else keep_OI[:, self.order_I]
+        propagation_II = error_propagation(self.upper_II)
+        swept_OI, _ = sweep_codes(weight_OI[:, self.order_I].contiguous(), None, propagation_II, ordered, keep_OI)
+        code_OI = torch.empty_like(swept_OI)
+        code_OI[:, self.order_I] = swept_OI
+        return replace(fixed, code_OI=code_OI)
 
 
 METHOD = WalkMethod(

@@ -1,6 +1,9 @@
 """Rounding to nearest: every weight takes the closest of 2^b levels of its group.
 
 Source: the baseline that every quantizer must beat (Frantar et al. 2023, GPTQ, section 4). Needs no data.
+Scale and zero code of each group are searched for the least squared error of its weights. With `clip=false` the range
+is min to max, as published. An error |w − q|^p with p below one, as in HQQ, cuts outliers and loses more (the log).
+
 Scales are float16, and zero codes of asymmetric grids take b bits; both are counted and stored. After a pruning method
 (`wanda+rtn`, target `2:4+4bit`) it rounds the kept weights on symmetric grids, where zeros stay zero.
 
@@ -31,7 +34,9 @@ class Config:
 
     group: Annotated[int, "Columns that share a scale; 0 for the whole row."] = 128
     symmetric: Annotated[bool, "Center the levels on zero: no zero codes are stored."] = False
-    clip: Annotated[bool, "Search for the range of a group that loses least."] = False
+    clip: Annotated[
+        bool, "Search for the scale and zero code with the least squared error; false: from min to max."
+    ] = True
 
     def __post_init__(self) -> None:
         if self.group < 0:

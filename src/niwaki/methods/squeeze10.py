@@ -66,7 +66,7 @@ from niwaki.methods.shared.block_training import (
 )
 from niwaki.methods.shared.column_sweep import check_damping, inverse_factor
 from niwaki.methods.shared.element_bits import min_element_bits, pack_elements, salient_elements
-from niwaki.methods.shared.learned_rounding import Latent, learn
+from niwaki.methods.shared.learned_rounding import KEPT_START, Latent, learn
 from niwaki.methods.shared.rounding import (
     ROUNDED_UNREACHED,
     Group,
@@ -80,7 +80,6 @@ from niwaki.methods.shared.rounding import (
 )
 from niwaki.model.decoder import Block
 
-KEPT_START = "learning did not lower the held-out block error: the codes found before it were kept"
 CHOICES = ("robustness", "surgeon", "activation", "magnitude", "random")
 SUPERVISIONS = ("prefix", "inputs", "outputs")
 WIDTHS = {"auto": ((1, 2), (2, 3), (3, 4)), "1+2": ((1, 2),), "1+3": ((1, 3),), "1+4": ((1, 4),)}

@@ -67,7 +67,8 @@ def reference(weight: Tensor, x: Tensor, keep: Tensor, bits: int, group: int, da
 def test_gptq_with_a_mask_is_the_definition(target: NM | Sparsity, group: int, joint: bool) -> None:
     weight, x, keep = problem(target)
     begin = weight if joint else weight * keep
-    found = chained(gptq, weight, x, weight * keep, group=group, joint=joint).weight_OI
+    published = {"clip": False, "act_order": False, "rounds": 0, "damping_frac": 0.01}
+    found = chained(gptq, weight, x, weight * keep, group=group, joint=joint, **published).weight_OI
     expected = torch.from_numpy(reference(begin, x, keep, 4, group or 32))
     assert (found[~keep] == 0).all()
     # A tie that turns changes what follows it in its row; all other rows agree.
@@ -80,23 +81,34 @@ def test_gptq_with_a_mask_is_the_definition(target: NM | Sparsity, group: int, j
 def test_nearest_takes_the_grid_of_what_was_left(target: NM | Sparsity, bits: int) -> None:
     weight, x, keep = problem(target)
     start = weight * keep * 0.5  # what the step before learned, not the dense weights
-    found = chained(rtn, weight, x, start, bits, group=8).weight_OI
+    found = chained(rtn, weight, x, start, bits, group=8, clip=False).weight_OI
     largest = start.view(12, 4, 8).abs().amax(2, keepdim=True).expand(12, 4, 8).reshape(12, 32)
     step = largest / (2 ** (bits - 1) - 1)
     assert (found[~keep] == 0).all()
     assert ((found - start).abs() <= 0.51 * step + 1e-3 * largest).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"rounds": 3}, {"clip": True}, {"joint": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"act_order": False},
+        {"rounds": 0, "clip": False},
+        {"clip": False},
+        {"joint": True},
+        {"learn_rounds": 3, "target": "block"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("target", TARGETS[:2], ids=str)
 def test_every_option_leaves_zeros_alone_and_beats_rounding(target: NM | Sparsity, options: dict) -> None:
     weight, x, keep = problem(target, rows=24)
     start = weight * keep
-    wanted = weight if options.get("joint") else start
+    wanted = weight if options.keys() & {"joint", "learn_rounds"} else start  # learning looks at the dense block
     swept = chained(gptq, weight, x, start, group=0, **options)
     assert (swept.weight_OI[~keep] == 0).all()
-    errors = [float((x @ (found - wanted).T).square().sum()) for found in (
-        swept.weight_OI, chained(rtn, weight, x, start, group=0).weight_OI)]  # fmt: skip
+    plain = chained(rtn, weight, x, start, group=0, clip=options.get("clip", True))
+    errors = [float((x @ (found.weight_OI - wanted).T).square().sum()) for found in (swept, plain)]
     assert errors[0] < errors[1]
     assert swept.parts[0].grid == "symmetric"
 

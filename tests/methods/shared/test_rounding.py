@@ -6,6 +6,7 @@ from torch import Tensor
 
 from niwaki.methods.shared.column_sweep import inverse_factor
 from niwaki.methods.shared.rounding import (
+    CLIPS,
     Group,
     Rounded,
     coordinate_descent,
@@ -137,6 +138,45 @@ def test_stored_scales_are_float16_and_zero_codes_whole() -> None:
     (part,) = rounded.parts(torch.arange(32))
     assert torch.equal(part.scale_OG.float(), rounded.scale_OG)
     torch.testing.assert_close(part.decode(), rounded.values_OI)
+
+
+def searched_reference(weight: Tensor, group: Group, importance: Tensor) -> float:
+    """Return the least Σ h·(w − q)² of one row, in float64, over all ranges and zero codes that the search may try."""
+    row, h, top = weight.double().tolist(), importance.double().tolist(), 2**group.bits - 1
+    least = float("inf")
+    for share in CLIPS:
+        if group.grid == "affine":
+            low, high = min(0.0, *row) * share, max(0.0, *row) * share
+            scale = (high - low) / top
+            zeros = [
+                min(max(round(-low / scale) + shift, 0), top) for shift in ((-1, 0, 1) if group.bits < 4 else (0,))
+            ]
+        else:
+            middle = 2.0 ** (group.bits - 1) if group.grid == "symmetric" else top / 2
+            scale, zeros = max(map(abs, row)) * share / (top - middle), [middle]
+        for zero in zeros:
+            codes = [min(max(round(w / scale + zero), 0), top) for w in row]
+            least = min(least, sum(k * (w - (c - zero) * scale) ** 2 for w, c, k in zip(row, codes, h, strict=True)))
+    return least
+
+
+@pytest.mark.parametrize("grid", ["affine", "symmetric", "midrise"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_search_finds_the_scale_and_zero_code_of_least_weighted_error(grid: str, bits: int) -> None:
+    weight, _ = problem(12, 32)
+    weight[::2] += 0.7  # rows that are not centered on zero
+    importance = torch.logspace(-1, 1, 32)
+    groups = groups_of(0, 32, bits, grid, 16)
+    found = nearest(weight, groups, clip=True, importance_I=importance)
+    for number, group in enumerate(groups):
+        part = weight[:, group.slice]
+        fitted = fit_grid(part, group, True, importance[group.slice])
+        torch.testing.assert_close(found.scale_OG[:, number], fitted[0][:, 0])
+        error = (importance * (found.values_OI - weight).square())[:, group.slice].sum(1)
+        expected = [searched_reference(row, group, importance[group.slice]) for row in part]
+        torch.testing.assert_close(error.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-6)
+        plain = nearest(weight, groups, clip=True)
+        assert error.sum() < (importance * (plain.values_OI - weight).square())[:, group.slice].sum()
 
 
 def test_clip_lowers_the_error_of_the_weights() -> None:

@@ -2,7 +2,8 @@
 
 Every matrix keeps latent weights V, its scales and its free offsets. The forward uses what would be stored: code =
 round((V − offset) / scale), clamped to the levels. The backward passes the gradient g of the weight straight to V
-(Bengio et al. 2013). To scale and offset it passes Σ g · code and Σ g over a group. All parameters of a block train
+(Bengio et al. 2013). To scale and offset it passes Σ g · code and Σ g over a group. A zero code of an affine grid gets
+the gradient of the weights outside the levels, which alone move with the range. All parameters of a block train
 together, as in EfficientQAT (Chen et al. 2025). V starts at the point of its code's cell that is nearest to the
 dense weight. So codes from coordinate descent are kept, and doubtful ones change first.
 
@@ -23,6 +24,7 @@ from niwaki.methods.shared.best_state import BestState
 from niwaki.methods.shared.block_training import Reconstruction, Schedule, take_step, training_batches
 from niwaki.methods.shared.rounding import SMALLEST_SCALE, Rounded
 
+KEPT_START = "learning did not lower the held-out block error: the codes found before it were kept"
 CELL_FRAC = 0.45  # how far from its level a latent weight may start, in steps
 SCALE_RATE = 0.1  # of the weights' rate, both relative to their size
 
@@ -32,42 +34,53 @@ class Latent:
     """Learned tensors of one matrix: V, scales and offsets. The rest stays as `rounded` has it.
 
     `groups` says which columns share a scale, and which column of the matrix each column here is. `free_G`: groups that
-    learn an offset of their own; `fixed_OG`: offset over scale of the others, 0 for free ones.
+    learn an offset of their own. `zero_OG`: code of zero of the others, 0 for free ones. Affine groups learn it: the
+    nearest whole code is stored. Where `keep_OI` is false, V stays zero, and so does the weight.
     """
 
     rounded: Rounded
     groups: ColumnGroups
     free_G: Tensor
-    fixed_OG: Tensor
+    affine: bool
     weight_OI: Tensor
     scale_OG: Tensor
     offset_OG: Tensor
+    zero_OG: Tensor
+    keep_OI: Tensor | None = None
 
     @classmethod
-    def start(cls, rounded: Rounded, weight_OI: Tensor, order_I: Tensor) -> "Latent":
-        """Start from the codes of `rounded` and the dense weights, columns in the order `order_I`."""
+    def start(cls, rounded: Rounded, weight_OI: Tensor, order_I: Tensor, keep_OI: Tensor | None = None) -> "Latent":
+        """Start from the codes of `rounded` and the dense weights, columns in the order `order_I`.
+
+        A mask needs grids with a code of zero.
+        """
         groups, device = rounded.groups, weight_OI.device
         bounds = [group.start for group in groups] + [groups[-1].end]
         tops_G = torch.tensor([2.0**group.bits - 1 for group in groups], device=device)
         free_G = torch.tensor([group.grid == "free" for group in groups], device=device)
-        fixed_OG = torch.where(free_G, 0.0, rounded.offset_OG / rounded.scale_OG)
+        zero_OG = torch.where(free_G, 0.0, -rounded.offset_OG / rounded.scale_OG)
         group_I = rounded.grid.group_I.long()
         values_OI, scale_OI = rounded.values_OI, rounded.scale_OG[:, group_I]
         # The outer cells have no outer wall; one step is far enough to be sure.
         down_OI = torch.where(rounded.code_OI == 0, 1.0, CELL_FRAC) * scale_OI
         up_OI = torch.where(rounded.code_OI == rounded.grid.top_I, 1.0, CELL_FRAC) * scale_OI
         latent_OI = torch.minimum(torch.maximum(weight_OI, values_OI - down_OI), values_OI + up_OI)
+        if keep_OI is not None:
+            latent_OI *= keep_OI
         column_groups = ColumnGroups(
             tuple(bounds), torch.tensor(bounds, dtype=torch.int32, device=device), tops_G, order_I
         )
-        return cls(
-            rounded, column_groups, free_G, fixed_OG, latent_OI, rounded.scale_OG.clone(), rounded.offset_OG.clone()
-        )
+        scale_OG, offset_OG = rounded.scale_OG.clone(), rounded.offset_OG.clone()
+        affine = all(group.grid == "affine" for group in groups)
+        return cls(rounded, column_groups, free_G, affine, latent_OI, scale_OG, offset_OG, zero_OG, keep_OI)
 
     def levels(self) -> Levels:
         """Return scales and offsets as they would be stored now."""
         scale_OG = self.scale_OG.to(SCALE_DTYPE).float().clamp_min(SMALLEST_SCALE)
-        offset_OG = torch.where(self.free_G, self.offset_OG.to(SCALE_DTYPE).float(), self.fixed_OG * scale_OG)
+        zero_OG = self.zero_OG
+        if self.affine:
+            zero_OG = torch.minimum(zero_OG.round().clamp_min(0), self.groups.tops_G)
+        offset_OG = torch.where(self.free_G, self.offset_OG.to(SCALE_DTYPE).float(), -zero_OG * scale_OG)
         return Levels(self.groups, scale_OG, offset_OG)
 
     def current(self) -> Rounded:
@@ -79,9 +92,24 @@ class Latent:
     def set_gradients(self, gradient_OI: Tensor, levels: Levels) -> None:
         """Set the gradients of V, scales and offsets from that of the matrix."""
         by_latent_OI, by_code_OG, by_one_OG = gradients_of(self.weight_OI, levels, gradient_OI)
-        self.weight_OI.grad = by_latent_OI
-        self.scale_OG.grad = by_code_OG + self.fixed_OG * by_one_OG
+        self.weight_OI.grad = by_latent_OI if self.keep_OI is None else by_latent_OI * self.keep_OI
+        fixed_OG = torch.where(self.free_G, 0.0, levels.offset_OG / levels.scale_OG)
+        self.scale_OG.grad = by_code_OG + fixed_OG * by_one_OG
         self.offset_OG.grad = by_one_OG * self.free_G
+        if self.affine:
+            self.zero_OG.grad = self._zero_gradients(levels, gradient_OI)
+
+    def _zero_gradients(self, levels: Levels, gradient_OI: Tensor) -> Tensor:
+        """Return the gradients of the zero codes [O, G].
+
+        A step of the zero code moves the range, so it changes the weights at its ends only, each by one scale.
+        """
+        rows, groups = self.zero_OG.shape
+        exact_OGC = self.weight_OI.view(rows, groups, -1) - levels.offset_OG[:, :, None]
+        exact_OGC /= levels.scale_OG[:, :, None]
+        outside_OGC = (exact_OGC < -0.5) | (exact_OGC > self.groups.tops_G[:, None] + 0.5)
+        gradient_OGC = gradient_OI[:, self.groups.order_I].view(rows, groups, -1).float()
+        return -(gradient_OGC * outside_OGC).sum(2) * levels.scale_OG
 
 
 def learn(
@@ -97,6 +125,8 @@ def learn(
         scale = float(latent.scale_OG.square().mean().sqrt())
         groups.append({"params": [latent.weight_OI], "size": size})
         groups.append({"params": [latent.scale_OG, latent.offset_OG], "size": scale * SCALE_RATE})
+        if latent.affine:
+            groups.append({"params": [latent.zero_OG], "size": 1.0})
     optimizer = schedule.make_optimizer(groups)
 
     def matrices(levels: Mapping[str, Levels]) -> dict[str, Tensor]:

@@ -14,8 +14,10 @@ With a mask (`keep_OI`) a pruned weight has the code of zero and no other. On a 
 Legend: O rows, I columns, C columns of a group, G groups, K unknowns of a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,8 @@ ROUNDED_UNREACHED = "no calibration token reached this matrix: rounded to neares
 WIDTHS = (2, 3, 4, 8)
 SMALLEST_SCALE = 2.0**-24  # of float16: no stored scale may become zero
 CLIPS = torch.linspace(0.4, 1.0, 25).tolist()
+ZERO_SHIFTS = (0, -1, 1)  # of the zero code that a range has by itself
+FITTED_ON_CPU, FITTED_ON_GPU = 2**17, 2**26  # weights whose grids are fitted at a time
 CHANGED_FRAC = 0.1  # of the codes, in a round: a code that does not change has no error to pass on
 
 
@@ -80,9 +84,12 @@ def uniform_bytes(name: str, rows: int, columns: int, bits: int, group: int, sym
 
 
 def grids(scope: Scope, clip: bool) -> Work:
-    """Count the fit of a grid to every group (at all `CLIPS` ranges with `clip`), the rounding and the packing."""
+    """Count the fit of a grid to every group, the rounding and the packing.
+
+    With `clip`, the ranges and zero codes of `fit_grid` as of a grid of at most three bits.
+    """
     largest = max((rows * columns for rows, columns in scope.matrices), default=0)
-    passed = (10 + 7 * (len(CLIPS) if clip else 1)) * scope.weights
+    passed = (10 + 7 * (len(CLIPS) * len(ZERO_SHIFTS) if clip else 1)) * scope.weights
     return Work(passed=passed, started=60 * len(scope.matrices), held_bytes=6 * largest * FLOAT_BYTES)
 
 
@@ -157,29 +164,36 @@ class Rounded:
         return replace(self, scale_OG=scale_OG, offset_OG=offset_OG)
 
 
-def fit_grid(weight_OC: Tensor, group: Group, clip: bool) -> tuple[Tensor, Tensor]:
-    """Fit scale and offset [O, 1] for the columns of one group.
+def fit_grid(weight_OC: Tensor, group: Group, clip: bool, importance_C: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Fit scale and offset [O, 1] for the columns of one group, or [O, G, 1] for [O, G, C] of equal groups.
 
-    The range is min to max. With `clip` it is the one of 25 shrunk ranges (0.4 to 1) that has the least squared error
-    of the weights. One bit has its levels at mean ± mean deviation, the least squares choice for the signs.
+    The range is min to max. With `clip` it is one of 25 shrunk ranges (0.4 to 1): that of the least error Σ h·(w − q)².
+    Without `importance_C`, h is one. An affine grid of at most three bits tries every range with its own zero code and
+    with both neighbors. One bit has its levels at mean ± mean deviation, the least
+    squares choice for the signs.
     """
     if group.bits == 1:
-        middle_O1 = weight_OC.mean(1, keepdim=True) if group.grid == "free" else torch.zeros_like(weight_OC[:, :1])
-        spread_O1 = (weight_OC - middle_O1).abs().mean(1, keepdim=True).clamp_min(SMALLEST_SCALE)
+        middle_O1 = weight_OC.mean(-1, keepdim=True) if group.grid == "free" else torch.zeros_like(weight_OC[..., :1])
+        spread_O1 = (weight_OC - middle_O1).abs().mean(-1, keepdim=True).clamp_min(SMALLEST_SCALE)
         return 2 * spread_O1, middle_O1 - spread_O1
+    fit = _levels_fit(group)
+    best = span(weight_OC, fit)
     if not clip:
-        return span(weight_OC, _levels_fit(group))
-    best: tuple[Tensor, Tensor] | None = None
-    min_O1 = torch.full_like(weight_OC[:, :1], torch.inf)
+        return best
+    min_O1 = torch.full_like(best[0], torch.inf)
     for share in CLIPS:
-        scale_O1, offset_O1 = span(weight_OC, _levels_fit(group), share)
-        code_OC = ((weight_OC - offset_O1) / scale_O1).round_().clamp_(0, 2**group.bits - 1)
-        error_O1 = (code_OC * scale_O1 + offset_O1 - weight_OC).square().sum(1, keepdim=True)
-        better_O1 = error_O1 < min_O1
-        min_O1 = torch.where(better_O1, error_O1, min_O1)
-        best = best or (scale_O1, offset_O1)
-        best = torch.where(better_O1, scale_O1, best[0]), torch.where(better_O1, offset_O1, best[1])
-    assert best is not None
+        scale_O1, own_O1 = span(weight_OC, fit, share)
+        for shift in ZERO_SHIFTS if group.grid == "affine" and group.bits <= 3 else (0,):
+            zero_O1 = (shift - own_O1 / scale_O1).round_().clamp_(0, fit.top)
+            offset_O1 = -zero_O1 * scale_O1 if shift else own_O1
+            miss_OC = ((weight_OC - offset_O1) / scale_O1).round_().clamp_(0, fit.top).mul_(scale_O1).add_(offset_O1)
+            miss_OC.sub_(weight_OC).square_()
+            if importance_C is not None:
+                miss_OC.mul_(importance_C)
+            error_O1 = miss_OC.sum(-1, keepdim=True)
+            better_O1 = error_O1 < min_O1
+            min_O1 = torch.where(better_O1, error_O1, min_O1)
+            best = torch.where(better_O1, scale_O1, best[0]), torch.where(better_O1, offset_O1, best[1])
     return best
 
 
@@ -189,14 +203,24 @@ def _levels_fit(group: Group) -> Fit:
     return Fit(2**group.bits - 1, None if grid == "affine" else centre(group.bits, grid), SMALLEST_SCALE)
 
 
-def nearest(weight_OI: Tensor, groups: Sequence[Group], clip: bool) -> Rounded:
-    """Round every weight to its nearest level."""
+def nearest(weight_OI: Tensor, groups: Sequence[Group], clip: bool, importance_I: Tensor | None = None) -> Rounded:
+    """Round every weight to its nearest level, on grids of `fit_grid`.
+
+    Equal groups are fitted together, as many rows at a time as a cache holds, or as a GPU needs to be busy.
+    """
     rounded = _empty(weight_OI, groups)
-    for number, group in enumerate(groups):
-        weight_OC = weight_OI[:, group.slice]
-        scale_O1, offset_O1 = fit_grid(weight_OC, group, clip)
-        code_OC = ((weight_OC - offset_O1) / scale_O1).round().clamp(0, 2**group.bits - 1)
-        _put(rounded, number, code_OC, scale_O1, offset_O1)
+    step = max(1, (FITTED_ON_GPU if weight_OI.is_cuda else FITTED_ON_CPU) // max(1, weight_OI.shape[1]))
+    for numbers in _equal_runs(groups):
+        first, width = groups[numbers[0]], groups[numbers[0]].end - groups[numbers[0]].start
+        columns, own = slice(first.start, groups[numbers[-1]].end), slice(numbers[0], numbers[-1] + 1)
+        importance_GC = None if importance_I is None else importance_I[columns].reshape(len(numbers), width)
+        for start in range(0, len(weight_OI), step):
+            rows = slice(start, start + step)
+            weight_OGC = weight_OI[rows, columns].unflatten(1, (len(numbers), width))
+            scale_OG1, offset_OG1 = fit_grid(weight_OGC, first, clip, importance_GC)
+            code_OGC = ((weight_OGC - offset_OG1) / scale_OG1).round_().clamp_(0, 2**first.bits - 1)
+            rounded.code_OI[rows, columns] = code_OGC.flatten(1).to(torch.uint8)
+            rounded.scale_OG[rows, own], rounded.offset_OG[rows, own] = scale_OG1[..., 0], offset_OG1[..., 0]
     return rounded
 
 
@@ -206,7 +230,12 @@ def error_propagation(upper_II: Tensor) -> Tensor:
 
 
 def round_by_sweep(
-    weight_OI: Tensor, upper_II: Tensor, groups: Sequence[Group], clip: bool, keep_OI: Tensor | None = None
+    weight_OI: Tensor,
+    upper_II: Tensor,
+    groups: Sequence[Group],
+    clip: bool,
+    keep_OI: Tensor | None = None,
+    importance_I: Tensor | None = None,
 ) -> Rounded:
     """Round in one pass from left to right; a group's grid is fitted when the pass reaches it.
 
@@ -221,7 +250,9 @@ def round_by_sweep(
         keep_OC = None if keep_OI is None else keep_OI[:, group.slice]
         if clip or group.bits == 1:
             wanted_OC = wanted_OC.contiguous()
-            scale_O1, offset_O1 = fit_grid(wanted_OC if keep_OC is None else wanted_OC * keep_OC, group, clip)
+            importance_C = None if importance_I is None else importance_I[group.slice]
+            kept_OC = wanted_OC if keep_OC is None else wanted_OC * keep_OC
+            scale_O1, offset_O1 = fit_grid(kept_OC, group, clip, importance_C)
             same_C = torch.zeros(group.end - group.start, dtype=torch.int32, device=weight_OI.device)
             grid = Grid(scale_O1, offset_O1, same_C, torch.full_like(same_C, 2**group.bits - 1, dtype=torch.float32))
             code_OC, change_OC = sweep_codes(wanted_OC, None, propagation_CC, grid, keep_OC)
@@ -319,11 +350,13 @@ def _put(rounded: Rounded, number: int, code_OC: Tensor, scale_O1: Tensor, offse
 
 def _runs(groups: Sequence[Group]) -> list[list[int]]:
     """Return the numbers of neighboring groups with the same bits and grid, run by run."""
-    runs: list[list[int]] = []
-    for number, group in enumerate(groups):
-        before = groups[number - 1]
-        if runs and (before.bits, before.grid) == (group.bits, group.grid):
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return runs
+    return _alike(groups, lambda group: (group.bits, group.grid))
+
+
+def _equal_runs(groups: Sequence[Group]) -> list[list[int]]:
+    """Return the numbers of neighboring groups with the same bits, grid and width, run by run."""
+    return _alike(groups, lambda group: (group.bits, group.grid, group.end - group.start))
+
+
+def _alike(groups: Sequence[Group], key: Callable[[Group], Any]) -> list[list[int]]:
+    return [list(numbers) for _, numbers in groupby(range(len(groups)), key=lambda number: key(groups[number]))]
