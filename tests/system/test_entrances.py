@@ -89,13 +89,14 @@ def test_a_broken_result_is_refused_by_every_command(
 ) -> None:
     if command in ("compare", "bench") and broken in ("group", "no_object", "cut"):
         pytest.skip("these two start processes, and the others show that the reader refuses it")
-    if (command, broken) == ("bench", "not_finite"):
-        pytest.skip("bench measures speed, and does not look at the values")
     result = shutil.copytree(world / "packed", tmp_path / "result")
     shutil.copytree(world / "model", tmp_path / "model")
     BROKEN[broken](result)
     before = sorted(path.name for path in tmp_path.iterdir())
     code, printed, error = run(capsys, *COMMANDS[command](result, world / "text.jsonl", tmp_path / "out"))
+    if (command, broken) == ("bench", "not_finite"):  # noticed at its turn: a line below the table, without a number
+        assert code == 0 and f"{MODULE}.scale_0 holds NaN" in printed.replace("\n", " "), (printed, error)
+        return
     assert code == 2, (printed, error)
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in error + printed, error
