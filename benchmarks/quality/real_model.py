@@ -4,10 +4,10 @@
 
 DATA holds calibration.jsonl, eval_reviews.jsonl, wikitext2_test.txt and the folder tasks. Calibration: 128 windows of
 512 tokens per seed. Arithmetic is float32. Accuracies are paired with those of the dense model, with intervals of
-95 %; hellaswag counts by likelihood per character. `--cases FILE` adds cases from lines of JSON: recipes
-with a `label`.
-In a case, `rotate` holds options of a new basis before it, and `recover` those of a recovery after it. Finished runs of
-an earlier OUT are kept.
+95 %; hellaswag counts by likelihood per character. `--cases FILE` adds cases from lines of JSON: recipes with a
+`label`. In a case, `rotate` holds options of a new basis before it, and `recover` those of a recovery after it.
+Finished runs of an earlier OUT are kept.
+
 With `--jobs` over 1, seconds are those of a shared machine.
 The model and the texts are not part of this repository.
 """
@@ -85,7 +85,10 @@ def measure(model: str, data: Path, case: Case, seed: int, device: str, limit: i
         if rotation is not None:
             with clock(seconds, "rotate_s"):
                 source = place / "rotated"
-                niwaki.rotate(model, source, calibration=text, target=recipe["target"], device=device, **rotation)
+                niwaki.rotate(
+                    model, source, target=recipe["target"], calibration=own_text, device=device,
+                    **{"seq_len": WINDOW, "seed": seed, **rotation},
+                )  # fmt: skip
         with clock(seconds, "compress_s"):
             out = place / "out"
             given = {"dtype": "float32", **recipe}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from niwaki.compression.inspect import inspect
     from niwaki.compression.plan.planner import plan
     from niwaki.compression.recover import recover
+    from niwaki.compression.rotate import rotate
     from niwaki.exporters.export import export
     from niwaki.measure.bench.benchmark import bench
     from niwaki.measure.compare.comparison import compare
@@ -55,6 +56,7 @@ __all__ = [
     "load",
     "plan",
     "recover",
+    "rotate",
 ]
 
 _LAZY = {
@@ -68,6 +70,7 @@ _LAZY = {
     "load": "niwaki.runtime.load",
     "plan": "niwaki.compression.plan.planner",
     "recover": "niwaki.compression.recover",
+    "rotate": "niwaki.compression.rotate",
 }
 
 
