@@ -14,6 +14,7 @@ import transformers
 import niwaki
 from niwaki.compression.adapt import adapt
 from niwaki.compression.recover import recover
+from niwaki.compression.rotate import rotate
 from niwaki.compression.run_record import read_run, write_record
 from niwaki.measure.compare.comparison import compare
 from niwaki.measure.evaluate.evaluation import evaluate
@@ -78,6 +79,11 @@ def _recover(overwrite: bool) -> Kind:
         return recover(world.folder / "pruned", out, **given)
 
     return Kind(run, resumes=False, needs="peft")
+
+
+def _rotate(world: World, out: Path, _: bool) -> Any:
+    size: dict[str, Any] = {"samples": 4, "seq_len": 16, "steps": 4, "device": world.device}
+    return rotate(world.folder / "model", out, target="2:4", calibration=world.text, **size)
 
 
 def _export(to: str, model: str, needs: str, **more: Any) -> Kind:
@@ -171,6 +177,7 @@ KINDS: Mapping[str, Kind] = {
     "overwrite by a chain": _over(
         _compress("comp+gptq", "0.25+4bit", "wide", pack="auto", options=CHAIN, overwrite=True)
     ),
+    "rotate": Kind(_rotate, resumes=False),
     "recover": _recover(overwrite=False),
     "recover over a result": _over(_recover(overwrite=True)),
     "export gguf": _export("gguf", "pruned", "gguf", type="f16"),

@@ -13,6 +13,7 @@ import pytest
 
 import niwaki
 from niwaki.compression.places import alone
+from niwaki.compression.rotate import rotate
 from niwaki.compression.verify import check_weights, replace_files
 from niwaki.errors import NiwakiError, OutputError
 from niwaki.measure.compare.comparison import compare
@@ -138,6 +139,7 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_the_work(
         ["compress", model, place, "--method", "magnitude", "--target", "0.5"],
         ["export", model, place, "--to", "gguf"],
         ["recover", model, place, "--data", text],
+        ["rotate", model, place, "--target", "2:4", "--calibration", text],
         ["compare", model, model, "--data", text, "--report", place],
     ):
         code, _, error = run(capsys, *command)
@@ -152,6 +154,7 @@ def test_one_run_at_a_time_holds_a_place(model: Path, text: Path, tmp_path: Path
             lambda: niwaki.compress(model, out, resume=True, overwrite=True, **settings(text)),
             lambda: niwaki.export(model, out, to="gguf", overwrite=True),
             lambda: compare(model, model, data=str(text), report=out),
+            lambda: rotate(model, out, target="2:4", calibration=str(text)),
         ):
             with pytest.raises(OutputError, match="another niwaki is working on"):
                 again()

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from niwaki.compression.places import check_apart, check_space, is_empty, partial_of, place_of, resumable
+from niwaki.compression.places import alone_at, check_apart, check_space, is_empty, partial_of, place_of, resumable
 from niwaki.compression.run_record import FORMAT, provenance
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
@@ -51,7 +51,7 @@ from niwaki.methods.shared.rotation import (
 from niwaki.model.checkpoint import TIE, Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.model.device import pick_device
-from niwaki.model.files import remove_folder, write_text
+from niwaki.model.files import remove_folder, write_text, writing
 from niwaki.model.hf import plain_loading
 from niwaki.model.rotation_sites import BlockSites, Sites, divide_gain, find_sites, linear_producer, set_plain
 from niwaki.model.unread import append_unread
@@ -105,6 +105,7 @@ class Rotated:
     untied: bool = False
 
 
+@alone_at("out")
 def rotate(
     model: str | Path,
     out: str | Path,
@@ -447,7 +448,7 @@ def _write(model: Any, decoder: Decoder, out: Path, record: Mapping[str, Any], s
     remove_folder(partial, ROTATED)
     try:
         (partial / ROTATED).parent.mkdir(parents=True)
-        with plain_loading():
+        with plain_loading(), writing(partial):
             model.to(checkpoint.dtype).save_pretrained(partial, max_shard_size="1GB")
         append_unread(checkpoint, decoder.unread.names, partial)
         checkpoint.copy_aux_files(partial)
@@ -461,6 +462,8 @@ def _write(model: Any, decoder: Decoder, out: Path, record: Mapping[str, Any], s
         done = {**record, "bytes": nbytes, "seconds": round(time.perf_counter() - started, 2)}
         write_text(partial / ROTATED, json.dumps(done, indent=2) + "\n")
         checkpoint.log.check()
+        if not is_empty(out):
+            raise OutputError(f"{out} appeared during this run and is not replaced: choose another OUT, or remove it")
         if out.is_dir():
             shutil.rmtree(out)  # it holds empty folders only
         partial.rename(out)
