@@ -1,4 +1,4 @@
-"""What a resume takes for the same model: the same bytes, whatever the place and the times of its files."""
+"""Identity of a model for a resume: the same bytes, at any place and with any times of its files."""
 
 import os
 import shutil
@@ -88,7 +88,7 @@ def test_a_change_with_restored_times_is_named(
 
 
 def test_a_changed_tokenizer_is_named(model: Path, tmp_path: Path, text: Path) -> None:
-    """A method without text does not read it, but its result holds a copy."""
+    """Check a file that a method without text does not read, and that its result copies."""
     interrupt_after(1, model, tmp_path / "out", text, method="magnitude", calibration={})
     (model / "tokenizer_config.json").write_text((model / "tokenizer_config.json").read_text() + " ")
     with pytest.raises(ResumeError, match=r"model content \(tokenizer_config\.json\)\. Restore"):
@@ -148,7 +148,7 @@ def test_large_files_are_hashed_in_pieces(model: Path, monkeypatch: pytest.Monke
 
 
 def test_a_change_between_the_hash_and_the_read_publishes_nothing(model: Path, text: Path, tmp_path: Path) -> None:
-    """The weights that were read then are those of the end, but not those that the record names."""
+    """Check weights that are read as they are in the end, but not as the record names them."""
 
     def report(event: str, **fields: Any) -> None:
         if event == "start":

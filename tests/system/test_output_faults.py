@@ -40,7 +40,7 @@ def text(model: Path) -> Path:
 
 @contextmanager
 def failing_from(change: int) -> Iterator[list[int]]:
-    """Let every change of the disk from the n-th on fail, as on a disk that has become full."""
+    """Make every change of the disk from the n-th on fail, as on a disk that has become full."""
     counted = [0]
 
     def hooked(real: Any) -> Any:
@@ -59,7 +59,7 @@ def failing_from(change: int) -> Iterator[list[int]]:
 
 
 def test_savers_of_other_libraries_are_one_line(model: Path, tmp_path: Path) -> None:
-    """`save_pretrained` raises errors of safetensors that are no OSError."""
+    """Check the errors of safetensors, which Python does not count among its own of files."""
     import torch
     from safetensors.torch import save_file
 
@@ -115,7 +115,7 @@ def refused_with_small_files(limit: int, work: Callable[[], Any], answer: Path) 
 
 
 def test_files_that_cannot_grow_are_one_line(model: Path, text: Path, tmp_path: Path) -> None:
-    """The limit of the size of a file meets every writer, also those of safetensors, of the log and of mapped files."""
+    """Check every writer against a limit of the size of a file: safetensors, the log and mapped files too."""
     disk = settings(text, activation_bytes=0, **RUNS["walk"])
     works: dict[str, tuple[int, Callable[[Path], Any]]] = {
         "shard": (50_000, lambda out: niwaki.compress(model, out, method="magnitude", target="0.5", device="cpu")),
@@ -134,7 +134,7 @@ def test_files_that_cannot_grow_are_one_line(model: Path, text: Path, tmp_path: 
 def test_a_place_where_nothing_can_be_written_is_refused_before_the_work(
     model: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place = Path("/proc/out")  # nobody can write there, root neither
+    place = Path("/proc/out")  # where even root writes nothing
     for command in (
         ["compress", model, place, "--method", "magnitude", "--target", "0.5"],
         ["export", model, place, "--to", "gguf"],
