@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from niwaki.config.targets import NM, Bits, Sparsity, Target
-from niwaki.data.statistics import Needs
+from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.errors import NumericalError, TargetError
 from niwaki.methods import sparsegpt
-from niwaki.methods.shared.column_sweep import inverse_factor
+from niwaki.methods.shared.column_sweep import inverse_factor, pull_to_dense
 from support.models import calibration_of, correlated_inputs, make_block, run_method, statistics_of
 
 
@@ -143,3 +143,41 @@ def test_one_factor_serves_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_kind_of_target_that_the_sweep_cannot_meet_is_refused() -> None:
     with pytest.raises(TargetError, match="no mask of scores meets target 4bit"):
         run_method(sparsegpt, torch.randn(4, 8), torch.randn(16, 8), Bits(4))
+
+
+def _paired() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs [N, I] in the dense model, and those of the same tokens in the compressed one."""
+    full = correlated_inputs(300, 16)
+    return full, 0.9 * full + 0.4 * torch.randn(full.shape, generator=torch.Generator().manual_seed(9))
+
+
+def test_the_pull_solves_the_asymmetric_least_squares_in_float64() -> None:
+    full, x = _paired()
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    gram, cross = x.T @ x, full.T @ x
+    damped_II = gram + 3.0 * torch.eye(16)
+    found = weight @ pull_to_dense(cross, gram, damped_II, 1.0)
+    w, f, h = weight.double().numpy(), full.double().numpy(), x.double().numpy()
+    rows = np.concatenate([h, np.sqrt(3.0) * np.eye(16)])
+    goals = np.concatenate([f @ w.T, np.sqrt(3.0) * w.T])
+    wanted = np.linalg.lstsq(rows, goals, rcond=None)[0].T
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-4)
+    half = weight @ pull_to_dense(cross, gram, damped_II, 0.5)
+    torch.testing.assert_close(half, (found + weight) / 2, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"refit": True}, {"exchanges": 2}])
+def test_toward_dense_comes_nearer_to_the_outputs_of_the_dense_model(options: dict[str, object]) -> None:
+    full, x = _paired()
+    weight = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
+    statistics = Statistics(Needs(gram=True, full=True))
+    statistics.add(x, full)
+    block, calib = make_block({"m": weight}), CalibrationData({"m": statistics})
+    errors = []
+    for share in (0.0, 0.5, 1.0):
+        config = sparsegpt.Config(toward_dense=share, **options)
+        assert sparsegpt.needs(config).full == (share > 0)
+        found = sparsegpt.compress(block, calib, {"m": NM(2, 4)}, config, torch.Generator())["m"].weight_OI
+        assert int((found == 0).sum()) == found.numel() // 2
+        errors.append(float((x @ found.T - full @ weight.T).square().sum()))
+    assert errors[2] < errors[1] < errors[0]

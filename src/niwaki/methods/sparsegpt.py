@@ -5,9 +5,9 @@ Source: Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accuratel
 for 128 columns at a time across all rows, N:M masks when the sweep reaches a group.
 
 Deviations: the number of zeros is exact, spread evenly over the panels. Features that never fired are the cheapest to
-prune, but are not zeroed beyond the target. The released code zeroes them all, which exceeds the budget. Two options
-are not in the paper (`refit`, `exchanges`). In a chain the masks of the method before stay, and only the weights are
-solved for. A matrix that no token reached is pruned by magnitude; its line in blocks.jsonl notes it.
+prune, but are not zeroed beyond the target. The released code zeroes them all, which exceeds the budget. Three options
+are not in the paper (`refit`, `exchanges`, `toward_dense`). In a chain the masks of the method before stay, and only
+the weights are solved for. A matrix that no token reached is pruned by magnitude; its line in blocks.jsonl notes it.
 
 Matrices that read the same input are swept together, their rows stacked: a third fewer steps.
 
@@ -17,7 +17,7 @@ float32 for each group (and its factor while it is used).
     niwaki compress MODEL OUT --method sparsegpt --target 2:4 --calibration mine.txt --seq-len 512
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from niwaki.config.targets import NM, Sparsity, Target
-from niwaki.data.statistics import UNREACHED, Needs
+from niwaki.data.statistics import UNREACHED, Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.methods.cost import Scope, Work, gram_factors, masks, products, sweeps
@@ -39,9 +39,11 @@ from niwaki.methods.shared.column_sweep import (
     exchange,
     inverse_factor,
     prune_by_sweep,
+    pull_to_dense,
     refit_kept,
 )
 from niwaki.methods.shared.masks import choose_by_panel, keep_by_matrix, require_unstructured
+from niwaki.methods.shared.rounding import damped
 from niwaki.model.decoder import Block
 
 
@@ -56,9 +58,14 @@ class Config:
         int,
         "Rounds in which removed weights may return in place of kept ones; each includes a refit (not in the paper).",
     ] = 0
+    toward_dense: Annotated[
+        float, "Share of the way to weights whose outputs are those in the dense model, before the sweep (GPTAQ)."
+    ] = 0.0
 
     def __post_init__(self) -> None:
         check_damping(self.damping_frac)
+        if not 0 <= self.toward_dense <= 1:
+            raise ValueError(f"toward_dense must lie between 0 and 1, got {self.toward_dense}")
         if self.panel_columns < 1:
             raise ValueError(f"panel_columns must be positive, got {self.panel_columns}")
         if self.exchanges < 0:
@@ -66,8 +73,9 @@ class Config:
 
 
 def needs(config: Config) -> Needs:
-    """Ask for Gram matrices of the inputs."""
-    return Needs(gram=True)
+    """Ask for Gram matrices of the inputs, also with those in the dense model if the weights go toward its outputs."""
+    full = config.toward_dense > 0
+    return Needs(gram=True, full=full, dense=full)
 
 
 def cost(scope: Scope, config: Config) -> Work:
@@ -101,13 +109,14 @@ def compress(
         upper_II, damping_frac = inverse_factor(group.gram_II, config.damping_frac)
         raised = damping_frac != config.damping_frac
         note = f"XᵀX was singular in float32: damping_frac raised to {damping_frac:g}" if raised else ""
+        wanted = partial(_wanted, block, _pull(group, config, damping_frac))
         for _, alike in groupby(names, key=lambda name: _pattern(targets[name])):
             together = list(alike)
             for name, weight_OI, keep_OI in _sweep_together(
-                block, calib, together, targets, upper_II, config.panel_columns
+                wanted, calib, together, targets, upper_II, config.panel_columns
             ):
                 if config.refit or config.exchanges:
-                    dense_OI = block.weight(name).float()
+                    dense_OI = wanted(name)
                     weight_OI = refit_kept(dense_OI, weight_OI, keep_OI, group.gram_II, damping_frac)
                 if config.exchanges and not calib.start:
                     choose = partial(keep_by_matrix, target=targets[name])
@@ -116,6 +125,20 @@ def compress(
                     )
                 packed[name] = Packed.masked(weight_OI, keep_OI, note)
     return packed
+
+
+def _pull(group: Statistics, config: Config, damping_frac: float) -> Tensor | None:
+    """Return what moves the weights of a group toward the outputs in the dense model, None if they stay."""
+    if not config.toward_dense:
+        return None
+    damped_II = damped(group.gram_II, damping_frac)
+    return pull_to_dense(group.full_II[1], group.gram_II, damped_II, config.toward_dense)
+
+
+def _wanted(block: Block, pull_II: Tensor | None, name: str) -> Tensor:
+    """Return the weights that the sweep approximates."""
+    weight_OI = block.weight(name).float()
+    return weight_OI if pull_II is None else weight_OI @ pull_II
 
 
 def _prune_by_magnitude(weight_OI: Tensor, target: Target) -> Packed:
@@ -129,7 +152,7 @@ def _pattern(target: Target) -> Target | None:
 
 
 def _sweep_together(
-    block: Block,
+    wanted: Callable[[str], Tensor],
     calib: CalibrationData,
     names: Sequence[str],
     targets: Mapping[str, Target],
@@ -137,7 +160,7 @@ def _sweep_together(
     panel_columns: int,
 ) -> list[tuple[str, Tensor, Tensor]]:
     """Sweep the stacked rows of all matrices. Return every matrix and its mask; a mask of the step before stays."""
-    weights = [block.weight(name).float() for name in names]
+    weights = [wanted(name) for name in names]
     rows, columns = [len(weight_OI) for weight_OI in weights], weights[0].shape[1]
     weight_OI = torch.cat(weights)
 

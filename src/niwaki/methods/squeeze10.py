@@ -64,7 +64,7 @@ from niwaki.methods.shared.block_training import (
     learning_cost,
     learning_needs,
 )
-from niwaki.methods.shared.column_sweep import check_damping, inverse_factor
+from niwaki.methods.shared.column_sweep import check_damping, inverse_factor, pull_to_dense
 from niwaki.methods.shared.element_bits import min_element_bits, pack_elements, salient_elements
 from niwaki.methods.shared.learned_rounding import KEPT_START, Latent, learn
 from niwaki.methods.shared.rounding import (
@@ -225,10 +225,7 @@ class RoundingProblem:
         upper_II, damping_frac = inverse_factor(gram_II, config.damping_frac)
         damped_II, pull_II = damped(gram_II, damping_frac), None
         if config.supervise == "outputs":
-            cross_II = statistics.full_II[1].clone()
-            cross_II.diagonal().add_(damped_II.diagonal() - gram_II.diagonal())  # λ pulls to W itself
-            pull_II = torch.cholesky_solve(cross_II.T, torch.linalg.cholesky(damped_II)).T * config.supervise_frac
-            pull_II.diagonal().add_(1 - config.supervise_frac)
+            pull_II = pull_to_dense(statistics.full_II[1], gram_II, damped_II, config.supervise_frac)
         return cls(gram_II, damping_frac, damped_II, upper_II, pull_II)
 
     def wanted(self, weight_OI: Tensor) -> Tensor:

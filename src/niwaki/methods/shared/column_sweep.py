@@ -89,6 +89,19 @@ def inverse(gram_II: Tensor, damping_frac: float) -> tuple[Tensor, float]:
     return _damped_until(gram_II, damping_frac, inverted)
 
 
+def pull_to_dense(cross_II: Tensor, gram_II: Tensor, damped_II: Tensor, share: float) -> Tensor:
+    """Return P [I, I]: W·P on the inputs X of the compressed model comes nearest to W on those of the dense model.
+
+    ‖V·X − W·F‖² + λ‖V − W‖² is least for V = W·(FᵀX + λI)(XᵀX + λI)⁻¹. `cross_II` is FᵀX and `damped_II` is XᵀX + λI.
+    A sweep that starts from V minimizes the objective of GPTAQ (Li et al. 2025). P goes `share` of the way from I.
+    """
+    cross_II = cross_II.clone()
+    cross_II.diagonal().add_(damped_II.diagonal() - gram_II.diagonal())  # λ pulls to W itself
+    pull_II: Tensor = torch.cholesky_solve(cross_II.T, torch.linalg.cholesky(damped_II)).T * share
+    pull_II.diagonal().add_(1 - share)
+    return pull_II
+
+
 def _damped_until(
     gram_II: Tensor, damping_frac: float, solve: Callable[[float], Tensor | None]
 ) -> tuple[Tensor, float]:
