@@ -29,6 +29,7 @@ def compress(
     pack: options.Pack = None,
     embeddings: options.Embeddings = None,
     ends: options.OldEnds = None,
+    rotate: options.Rotate = None,
     drop_unused: options.DropUnused = False,
     seed: options.Seed = None,
     device: options.RecipeDevice = None,
@@ -51,7 +52,7 @@ def compress(
     values = recipe_values(
         recipe, text, set_,
         method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks,
-        allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends),
+        allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends), rotate=rotate,
         drop_unused=drop_unused or None, seed=seed, device=device, dtype=dtype, batch_tokens=batch_tokens,
         activation_bytes=activation_bytes, logit_bytes=logit_bytes,
     )  # fmt: skip

@@ -122,6 +122,9 @@ Embeddings = Annotated[
     str | None, recipe_option("Store embeddings and LM head as codes too: none, 4bit or 8bit.", "none")
 ]
 OldEnds = Annotated[str | None, hidden_alias("--ends")]
+Rotate = Annotated[
+    str | None, recipe_option("Change the basis first, so that less is lost: none, heads, all or auto.", "none")
+]
 MergeAdapter = Annotated[
     bool,
     typer.Option(

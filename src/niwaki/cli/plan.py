@@ -41,6 +41,7 @@ def plan(
     pack: options.Pack = None,
     embeddings: options.Embeddings = None,
     ends: options.OldEnds = None,
+    rotate: options.Rotate = None,
     drop_unused: options.DropUnused = False,
     dtype: options.RecipeDtype = None,
     batch_tokens: options.BatchTokens = None,
@@ -66,7 +67,7 @@ def plan(
     values = recipe_values(
         recipe, given(files=files, samples=samples, seq_len=seq_len, bos=bos), set_,
         method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks,
-        allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends),
+        allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends), rotate=rotate,
         drop_unused=drop_unused or None, dtype=dtype, batch_tokens=batch_tokens, activation_bytes=activation_bytes,
         logit_bytes=logit_bytes,
     )  # fmt: skip

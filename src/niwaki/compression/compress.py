@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from niwaki.compression.basis import rotated_model
 from niwaki.compression.contextual import contextual_job
 from niwaki.compression.job import (
     Job,
@@ -34,6 +35,7 @@ from niwaki.compression.places import (
     replaced_of,
     resumable,
     retire,
+    rotated_of,
     shaped_of,
     sweep,
 )
@@ -83,8 +85,11 @@ def compress(
     stages = recipe_stages(whole)  # raises for a wrong recipe before the model is opened, or downloaded
     check_free(request.out, resume=resume, overwrite=overwrite)
     if not merge_adapter:
-        record = _compress(model, whole, stages, request, dense_stream)
+        with rotated_model(model, request.out, whole, request.report) as folder:
+            record = _compress(folder, whole, stages, request, dense_stream)
     else:
+        if whole.rotate != "none":
+            raise InputError("--rotate and --merge-adapter do not go together: merge first, with `niwaki rotate` after")
         check_apart(open_adapter(model).folder, request.out)
         with merged_model(model, merged_of(request.out), request.report) as folder:
             record = _compress(folder, whole, stages, request, dense_stream)
@@ -168,7 +173,7 @@ def _finished_chain(job: Job, last: ResolvedStage, request: Request) -> RunRecor
 def _drop_unfinished(request: Request, model: str | Path) -> None:
     """Remove what earlier runs left, if --overwrite says so. Everything was checked by now."""
     if request.overwrite and not request.resume:
-        drop_unfinished(request.out, keep_merged=Path(model) == merged_of(request.out))
+        drop_unfinished(request.out, keep_source=Path(model) in (merged_of(request.out), rotated_of(request.out)))
 
 
 def _open(model: str | Path, recipe: Recipe) -> Decoder:

@@ -5,6 +5,7 @@
     OUT.replaced            the old OUT for the moment in which the new one takes its place
     OUT.shaped              the first stage of a chain, with `.partial` and `.replaced` of its own
     OUT.merged              the model of --merge-adapter, with `.partial` of its own
+    OUT.rotated             the model of --rotate, with `.partial` of its own
     .OUT.lock               there while a process works on OUT, locked by it
 
 Every removal deletes last what shows that niwaki wrote the folder. So after a kill at any point, the next run knows its
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TextIO, TypeVar
 
 from niwaki.compression.run_record import RECORD, RUN
-from niwaki.config.sources import LINEAGE
+from niwaki.config.sources import LINEAGE, ROTATED
 from niwaki.errors import OutputError, ResumeError
 from niwaki.model.files import remove_folder
 
@@ -33,7 +34,7 @@ LOCK = "lock"
 ONE_STEP = ("export", "recover")  # fingerprints of runs that start from the beginning again
 P = ParamSpec("P")
 Value = TypeVar("Value")
-MAX_NAME = 255 - len(".shaped.replaced")  # bytes; file systems allow 255
+MAX_NAME = 255 - len(".rotated.replaced")  # bytes; file systems allow 255
 
 
 def place_of(out: str | Path) -> Path:
@@ -118,6 +119,11 @@ def merged_of(out: Path) -> Path:
     return out.with_name(out.name + ".merged")
 
 
+def rotated_of(out: Path) -> Path:
+    """Return the model of --rotate."""
+    return out.with_name(out.name + ".rotated")
+
+
 def is_result(folder: Path) -> bool:
     """Return whether a folder is a result that niwaki wrote."""
     return (folder / RECORD / RUN).is_file()
@@ -165,7 +171,8 @@ def check_free(out: Path, *, resume: bool, overwrite: bool, resumes: bool = True
     if unfinished and not (resume or overwrite):
         go_on = "continue it with --resume" if resumes else "finish it with `niwaki compress`, choose another OUT"
         raise OutputError(f"{unfinished} holds an unfinished run: {go_on}, or drop it with --overwrite")
-    begun = (out, partial_of(out), merged_of(out), partial_of(merged_of(out)))
+    sources = (merged_of(out), rotated_of(out))
+    begun = (out, partial_of(out), *sources, *map(partial_of, sources))
     if resume and not unfinished and all(map(is_empty, begun)):
         raise ResumeError(f"nothing to resume: {partial_of(out)} does not exist. Start without --resume")
 
@@ -219,13 +226,13 @@ def retire(folder: Path, aside: Path) -> None:
     remove(aside)
 
 
-def drop_unfinished(out: Path, *, keep_merged: bool) -> None:
+def drop_unfinished(out: Path, *, keep_source: bool) -> None:
     """Remove what earlier runs left beside OUT. An old OUT that was set aside by a killed run comes back."""
     with _locks(out):
         if not out.exists() and is_result(replaced_of(out)):
             replaced_of(out).rename(out)
         remove(partial_of(out))
-        _remove_stages(out, keep_merged)
+        _remove_stages(out, keep_source)
 
 
 def sweep(out: Path) -> None:
@@ -235,7 +242,7 @@ def sweep(out: Path) -> None:
             remove(partial_of(out))
         shutil.rmtree(out / RECORD / JOURNAL, ignore_errors=True)
         remove(replaced_of(out))
-        _remove_stages(out, keep_merged=False)
+        _remove_stages(out, keep_source=False)
 
 
 def _folders(out: Path) -> Iterator[tuple[Path, str]]:
@@ -250,6 +257,10 @@ def _folders(out: Path) -> Iterator[tuple[Path, str]]:
     yield merged, LINEAGE
     yield partial_of(merged), RECORD
     yield replaced_of(merged), RECORD
+    rotated = rotated_of(out)
+    yield rotated, ROTATED
+    yield partial_of(rotated), RECORD
+    yield replaced_of(rotated), RECORD
 
 
 def _unfinished(out: Path) -> Path | None:
@@ -281,12 +292,12 @@ def _taken(path: Path) -> TextIO:
         file.close()
 
 
-def _remove_stages(out: Path, keep_merged: bool) -> None:
+def _remove_stages(out: Path, keep_source: bool) -> None:
     remove(partial_of(shaped_of(out)))
     retire(shaped_of(out), replaced_of(shaped_of(out)))
-    if not keep_merged:
-        retire(merged_of(out), partial_of(merged_of(out)))
-        remove(replaced_of(merged_of(out)))
+    for source in () if keep_source else (merged_of(out), rotated_of(out)):
+        retire(source, partial_of(source))
+        remove(replaced_of(source))
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def rotate(
     `target` is what the result will be compressed to. `ways` are the fields of `Ways`. Raises ArchitectureError for a
     model that does not allow a rotation, with the reason; then nothing is written.
     """
-    started, report = time.perf_counter(), report or silent
+    report = report or silent
     chosen, files, out = Ways(parse_target(target), **ways), as_files(calibration), place_of(out)
     if not files:
         raise InputError("no text to measure importance on: give --calibration FILE")
@@ -133,25 +133,35 @@ def rotate(
     checkpoint = Checkpoint.open(model)
     checkpoint.require_plain()
     check_apart(checkpoint.folder, out)
-    check_space(out, checkpoint.nbytes)
     decoder = Decoder(checkpoint, torch.device("cpu"))
     seq_len = fit_seq_len(seq_len, SEQ_LEN, decoder.positions, "the model", report)
     size: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "seed": chosen.seed, "bos": bos}
+    windows = read_calibration(files, field, load_tokenizer(checkpoint.folder), **size, report=report)
+    about = {"data": list(files), **size, **windows.about}
+    return rotate_to(out, decoder, chosen, windows.ids_ST, about, device, report)
+
+
+def rotate_to(
+    out: Path, decoder: Decoder, ways: Ways, ids_ST: Tensor, about: Mapping[str, Any], device: str, report: Report
+) -> dict[str, Any]:
+    """Write the model of `decoder` in another basis to `out`, and return its record with `about` the windows."""
+    started, checkpoint = time.perf_counter(), decoder.checkpoint
     if decoder.anatomy.idle:
         raise ArchitectureError(f"{checkpoint.folder} has towers ({', '.join(decoder.anatomy.idle)}): rotate decoders")
-    windows = read_calibration(files, field, load_tokenizer(checkpoint.folder), **size, report=report)
+    check_space(out, checkpoint.nbytes)
     whole = load_checkpoint(checkpoint, device=device, dtype=torch.float32)
-    done = turn(whole, decoder, windows.ids_ST.to(pick_device(device)), chosen, report)
+    done = turn(whole, decoder, ids_ST.to(pick_device(device)), ways, report)
     record = {
         "format": FORMAT,
         **provenance("torch", "transformers", "safetensors"),
         "model": {**checkpoint.source, "bytes": checkpoint.nbytes, "files": checkpoint.file_hashes()},
-        "rotate": {**vars(chosen), "target": target, "data": list(files), **size, **windows.about},
-        "windows": {"shape": list(windows.ids_ST.shape), "sha256": digest(windows.ids_ST)},
+        "rotate": {**vars(ways), "target": str(ways.target), **about},
+        "windows": {"shape": list(ids_ST.shape), "sha256": digest(ids_ST)},
         "result": vars(done),
     }
     _write(whole, decoder, out, record, started)
-    return json.loads((out / ROTATED).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    written: dict[str, Any] = json.loads((out / ROTATED).read_text(encoding="utf-8"))
+    return written
 
 
 def _check_place(out: Path) -> None:

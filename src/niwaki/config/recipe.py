@@ -24,7 +24,7 @@ BosPolicy = Literal["auto", "on", "off"]
 BOS_POLICIES: tuple[BosPolicy, ...] = get_args(BosPolicy)
 BOS_HELP = "Beginning-of-text token of every window: auto follows the tokenizer, on puts its bos token, off none."
 RENAMED_FIELDS = {"ends": "embeddings"}  # of a recipe, by their names in version 0.1
-ADDED_FIELDS = ("drop_unused", "logit_bytes")  # since version 0.1
+ADDED_FIELDS = ("drop_unused", "logit_bytes", "rotate")  # since version 0.1
 RENAMED_OPTIONS = {"stand_in": "mean_fill", "trial_windows": "candidate_windows", "trust": "shrinkage"}  # of methods
 RENAMED_PREFIXES = {"most_": "max_", "least_": "min_"}
 
@@ -65,6 +65,10 @@ class Recipe(_Strict):
     ] = "codes"
     embeddings: Annotated[
         Literal["none", "4bit", "8bit"], "Codes of the embeddings and the LM head; they do not count in the target."
+    ] = "none"
+    rotate: Annotated[
+        Literal["none", "heads", "all", "auto"],
+        "Basis that loses less: of the heads, of all (which unties the head), or of what the model allows (auto).",
     ] = "none"
     drop_unused: Annotated[bool, "Leave out tensors that the model does not read, instead of copying them."] = False
     seed: Annotated[int, "Seed of every random number."] = 0

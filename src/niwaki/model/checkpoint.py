@@ -140,10 +140,12 @@ class Checkpoint:
             return {}
         with faults_of(f"{path} is not a record of niwaki", "remove it, or rotate again"):
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            about = {"source": record["model"]["source"], "bytes": record["model"]["bytes"]}
-            return {
-                "rotated": about | {name: record["rotate"][name] for name in ("target", "residual", "heads", "seed")}
-            }
+            before = record["model"]
+            about = {"source": before["source"], "bytes": before["bytes"]}
+            about |= {name: record["rotate"][name] for name in ("target", "residual", "heads", "seed")}
+            # The folder of a first step is gone when its record is read, so the model before stands for it.
+            first = ("source", "hub_id", "revision", "gguf") if "identity" in record else ()
+            return {name: before[name] for name in first if name in before} | {"rotated": about}
 
     def config_content(self) -> dict[str, Any]:
         """Return the content of config.json, with the ties as the weights have them."""

@@ -1,0 +1,122 @@
+"""Another basis as the first step of a compression: the record, what stays, resumes, and what is refused."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import niwaki
+from niwaki.compression import basis
+from niwaki.compression.rotate import Ways, rotate
+from niwaki.errors import ArchitectureError, InputError, OutputError
+from support.families import build, families
+from support.models import Warnings, add_tokenizer, tiny_llama, weights_of, write_texts
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(basis, "Ways", partial(Ways, steps=2))
+
+
+def _recipe(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    text = write_texts(tmp_path / "text.jsonl")
+    calibration = {"files": (str(text),), "samples": 4, "seq_len": 16}
+    return {"method": "sparsegpt", "target": "2:4", "calibration": calibration, "device": "cpu", **changes}
+
+
+def test_the_step_is_a_rotation_before_and_names_the_source(tmp_path: Path) -> None:
+    model, recipe = tiny_llama(tmp_path / "model", tie_word_embeddings=True), _recipe(tmp_path)
+    record = niwaki.compress(model, tmp_path / "out", rotate="all", **recipe)
+    assert record["model"]["source"] == str(model) and record["recipe"]["rotate"] == "all"
+    assert record["model"]["rotated"]["residual"] == "learned"
+    files = recipe["calibration"]["files"]
+    rotate(model, tmp_path / "turned", target="2:4", device="cpu", calibration=files, samples=4, seq_len=16, steps=2)
+    niwaki.compress(tmp_path / "turned", tmp_path / "apart", **recipe)
+    one, other = weights_of(tmp_path / "out"), weights_of(tmp_path / "apart")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out", "turned", "apart", "text.jsonl"}
+
+
+def test_heads_alone_keep_the_tie(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model", tie_word_embeddings=True)
+    record = niwaki.compress(model, tmp_path / "out", rotate="heads", **_recipe(tmp_path))
+    assert record["model"]["rotated"]["residual"] == "none"
+    assert "lm_head.weight" not in weights_of(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_an_old_recipe_has_no_such_field(tmp_path: Path) -> None:
+    record = niwaki.compress(tiny_llama(tmp_path / "model"), tmp_path / "out", **_recipe(tmp_path))
+    assert "rotate" not in record["recipe"] and "rotated" not in record["model"]
+
+
+def test_auto_turns_the_heads_where_the_stream_cannot_turn(tmp_path: Path) -> None:
+    config = families()["opt"].config
+    config.vocab_size = 4096
+    build(config).save_pretrained(tmp_path / "model")
+    add_tokenizer(tmp_path / "model")
+    warned, recipe = Warnings(), _recipe(tmp_path)
+    record = niwaki.compress(tmp_path / "model", tmp_path / "out", rotate="auto", report=warned, **recipe)
+    assert record["model"]["rotated"]["residual"] == "none"
+    assert any("the residual stream keeps its basis" in text for text in warned.warnings)
+    with pytest.raises(ArchitectureError, match="does not turn"):
+        niwaki.compress(tmp_path / "model", tmp_path / "other", rotate="all", **recipe)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("other")]
+
+
+def test_auto_leaves_a_model_that_memory_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(basis, "MEMORY_FACTOR", 1e9)
+    warned, model = Warnings(), tiny_llama(tmp_path / "model")
+    record = niwaki.compress(model, tmp_path / "out", rotate="auto", report=warned, **_recipe(tmp_path))
+    assert "rotated" not in record["model"] and any("GB are free" in text for text in warned.warnings)
+
+
+def test_a_wide_stream_keeps_its_basis_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(basis, "MAX_CPU_WIDTH", 8)
+    warned, model = Warnings(), tiny_llama(tmp_path / "model")
+    record = niwaki.compress(model, tmp_path / "out", rotate="auto", report=warned, **_recipe(tmp_path))
+    assert record["model"]["rotated"]["residual"] == "none"
+    assert any("takes a CPU too long" in text for text in warned.warnings)
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"calibration": {"samples": 4, "seq_len": 16}}, "text of yours"),
+    ({"method": "shortgpt", "target": "0.34"}, "neither prunes single weights"),
+    ({"method": "squeeze10", "target": None, "target_bytes": 200_000}, "target_bytes"),
+])  # fmt: skip
+def test_what_a_basis_cannot_help_is_refused(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        niwaki.compress(tiny_llama(tmp_path / "m"), tmp_path / "out", rotate="all", **_recipe(tmp_path, **changes))
+
+
+def test_a_resume_goes_on_with_the_same_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, recipe = tiny_llama(tmp_path / "model"), _recipe(tmp_path, rotate="all")
+    niwaki.compress(model, tmp_path / "whole", **recipe)
+
+    class Stopping:
+        def __call__(self, event: str, **fields: Any) -> None:
+            if event == "block" and fields["index"] == 1:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        niwaki.compress(model, tmp_path / "out", report=Stopping(), **recipe)
+    assert (tmp_path / "out.rotated").is_dir()
+    with pytest.raises(OutputError, match="unfinished run"):
+        niwaki.compress(model, tmp_path / "out", **recipe)
+    monkeypatch.setattr(basis, "rotate_to", None)  # it must not run again
+    niwaki.compress(model, tmp_path / "out", resume=True, **recipe)
+    one, other = weights_of(tmp_path / "out"), weights_of(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    assert not (tmp_path / "out.rotated").exists()
+
+
+def test_a_folder_of_the_user_is_not_taken(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model")
+    (tmp_path / "out.rotated").mkdir()
+    (tmp_path / "out.rotated" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="will not be replaced"):
+        niwaki.compress(model, tmp_path / "out", rotate="all", **_recipe(tmp_path))
+    assert (tmp_path / "out.rotated" / "mine.txt").is_file()
