@@ -172,7 +172,7 @@ def test_links_between_files_of_the_repository_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def tests_of(path: Path) -> set[str]:
+def functions_of(path: Path) -> set[str]:
     """Return the names of the test functions of a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -185,7 +185,7 @@ def test_every_line_of_a_page_of_promises_names_a_test_that_exists(name: str) ->
     named = re.findall(r"`(tests/[\w./-]+\.py)(?:::(\w+))?[^`]*`", text)
     assert len(named) > 20
     for path, test in named:
-        found = tests_of(ROOT / path)
+        found = functions_of(ROOT / path)
         assert found and (not test or test in found), f"{name}: {path}::{test}"
     tables = re.findall(r"^\|.*\| Test \|\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.M)
     assert tables

@@ -119,11 +119,29 @@ def test_a_conversion_that_ends_early_leaves_nothing(
 ) -> None:
     _, file = exported()
 
-    def stop(_: Path) -> str:
+    def stop(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gguf_source, "file_sha256", stop)
+    monkeypatch.setattr(gguf_source.ReadLog, "check", stop)  # all is written by then
     with pytest.raises(KeyboardInterrupt):
+        Checkpoint.open(file)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_file_that_changes_during_its_conversion_leaves_nothing(
+    exported: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, file = exported()
+    complete = gguf_source._complete_tokenizer
+
+    def change(path: Path, reader: Any, tokenizer: Any) -> None:
+        complete(path, reader, tokenizer)
+        with path.open("r+b") as opened:
+            opened.seek(-1, 2)
+            opened.write(b"\x55")
+
+    monkeypatch.setattr(gguf_source, "_complete_tokenizer", change)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
         Checkpoint.open(file)
     assert list(cache.iterdir()) == []
 
@@ -152,7 +170,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"architecture": "clip"}, "is the projector of images or sound"),
     ({"general__type": "mmproj"}, "is the projector of images or sound"),
     ({"split__count": 2, "split__no": 0}, "is part 1 of 2 of a model: join them first"),
-    ({"architecture": "nobody-knows"}, "transformers cannot read this GGUF .*nobody-knows"),
+    ({"architecture": "unknown-here"}, "transformers cannot read this GGUF .*unknown-here"),
 ]
 
 
@@ -188,7 +206,7 @@ def test_parts_broken_files_and_a_missing_package_are_refused(
 
 
 def test_positions_that_are_scaled_linearly_stay_so(exported: Any, tmp_path: Path) -> None:
-    """The settings of other scalings are not in transformers' reader, and change every output."""
+    """Check it, for the settings of other scalings are not in transformers' reader, and change every output."""
     _, file = exported()
     for kind in ("linear", "yarn"):
         reader = gguf.GGUFReader(file)
@@ -243,7 +261,7 @@ def test_an_unknown_word_splitter_is_refused_and_digits_stand_alone_where_they_s
 ) -> None:
     _, file = exported()
     real = gguf_source._field
-    for splitter in "nobody-knows", "smollm":
+    for splitter in "unknown-here", "smollm":
         told = lambda reader, name, splitter=splitter: splitter if name == "tokenizer.ggml.pre" else real(reader, name)  # noqa: E731
         monkeypatch.setattr(gguf_source, "_field", told)
         if splitter == "smollm":
@@ -251,5 +269,5 @@ def test_an_unknown_word_splitter_is_refused_and_digits_stand_alone_where_they_s
             words = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 12")
             assert [word for word, _ in words] == ["a", "Ġ", "1", "2"]
             continue
-        with pytest.raises(CheckpointError, match="cuts words by the rule 'nobody-knows'"):
+        with pytest.raises(CheckpointError, match="cuts words by the rule 'unknown-here'"):
             Checkpoint.open(file)
