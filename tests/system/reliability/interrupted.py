@@ -2,10 +2,10 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,26 +19,20 @@ from safetensors.torch import load_file, save_file
 
 from support.compressions import folder_bytes
 from support.models import file_bytes, tiny_llama, write_texts
-from system.kill_points import Bench, make_world, measure
 from tests.system.reliability.commands import Ended, Row, begin, niwaki, waited
 
-MEASURED = Path(__file__).parents[3] / "benchmarks/results/speed/kill-points-cpu.json"
+ROOT = Path(__file__).parents[3]
+MEASURED = ROOT / "benchmarks/results/speed/kill-points-cpu.json"
 METHOD = ["--method", "sparsegpt", "--target", "2:4"]
 OTHER_USER = 65534
 
 
 def killed(moments: int = 20) -> Row:
     """Run test 1, from the result of `tests.system.kill_points` where there is one."""
-    if MEASURED.is_file():
-        found = json.loads(MEASURED.read_text(encoding="utf-8"))["kinds"]
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "world").mkdir()
-            bench = Bench(make_world(Path(folder) / "world"), "walk", Path(folder) / "runs")
-            found = {"walk": measure(bench, moments, random.Random(0))}
+    found = json.loads((MEASURED if MEASURED.is_file() else _killed(moments)).read_text(encoding="utf-8"))["kinds"]
     redone = max(one["blocks_redone_max"] for one in found.values())
     failures = [failure for one in found.values() for failure in one["failures"]]
-    points = sum(one["changes"] + one["moments"] for one in found.values())
+    points = sum(one["killed_at_changes"] + one["killed_by_the_clock"] for one in found.values())
     least = min(one["moments"] for one in found.values())
     return {
         "what": "SIGKILL at random moments and before every change of the disk, then --resume or a repetition",
@@ -47,6 +41,15 @@ def killed(moments: int = 20) -> Row:
         "figure": {"kills": points, "kinds": list(found), "blocks_redone_max": redone, "failures": failures[:10]},
         "passed": not failures and redone <= 1 and least >= moments,
     }
+
+
+def _killed(moments: int) -> Path:
+    """Repeat one kind of run, killed at every change of the disk and at random moments; return its counts."""
+    out = Path(tempfile.mkdtemp()) / "killed.json"
+    command = [sys.executable, "-m", "tests.system.kill_points", "--kind", "walk", "--moments", str(moments)]
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    subprocess.run([*command, "--out", str(out)], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": path})
+    return out
 
 
 def _compression(model: Path, out: Path, text: Path, *more: object) -> list[object]:
@@ -199,7 +202,7 @@ def _commands(folder: Path) -> dict[str, Callable[[Path], list[object]]]:
         "export gguf": lambda out: ["export", pruned, out, "--to", "gguf", "--overwrite"],
         "export compressed-tensors": lambda out: ["export", coded, out, "--to", "compressed-tensors", "--overwrite"],
         "recover": lambda out: ["recover", pruned, out, "--data", text, *small],
-        "compare": lambda out: ["compare", model, pruned, *read, "--rounds", 0, "--report", out],
+        "compare": lambda out: ["compare", model, pruned, *read, "--rounds", 0, "--report", out, "--overwrite"],
     }
 
 

@@ -104,7 +104,9 @@ def _outcome(code: int, last: str, out: Path) -> str:
         tensors = [tensor for path in out.rglob("*.safetensors") for tensor in load_file(path).values()]
         real = [tensor for tensor in tensors if tensor.is_floating_point()]
         return "finite" if real and all(bool(tensor.isfinite().all()) for tensor in real) else "not finite"
-    named = code == 2 and any(word in last for word in ("finite", "NaN", "infinite", "model.layers", "block"))
+    named = code == 2 and any(
+        word in last for word in ("finite", "NaN", "infinite", "model.layers", "block", "windows")
+    )
     return f"{'named error' if named else f'code {code}'}: {last[-200:]}"
 
 
