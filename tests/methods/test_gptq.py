@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import niwaki
-from niwaki.config.targets import parse_target
+from niwaki.config.targets import Bits, parse_target
+from niwaki.data.statistics import Needs, Statistics
+from niwaki.data.stream import CalibrationData
 from niwaki.errors import TargetError
 from niwaki.formats.quantized import stored_tensors
 from niwaki.methods import gptq, rtn
@@ -115,3 +117,20 @@ def test_lines_tell_bits_and_bytes(tmp_path: Path) -> None:
         rows, columns = line["shape"]
         assert line["kind"] == "codes" and line["bits"] == 8 * line["bytes"] / (rows * columns)
         assert line["bits"] > 4
+
+
+@pytest.mark.parametrize("options", [{"rounds": 0}, {"rounds": 0, "act_order": False}, {}, {"symmetric": True}])
+def test_toward_dense_comes_nearer_to_the_outputs_of_the_dense_model(options: dict[str, object]) -> None:
+    full = correlated_inputs(300, 32)
+    x = 0.9 * full + 0.4 * torch.randn(full.shape, generator=torch.Generator().manual_seed(9))
+    weight = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
+    statistics = Statistics(Needs(gram=True, full=True))
+    statistics.add(x, full)
+    block, calib = make_block({"m": weight}), CalibrationData({"m": statistics})
+    errors = []
+    for share in (0.0, 0.5, 1.0):
+        config = gptq.Config(toward_dense=share, group=16, **options)
+        assert gptq.needs(config).full == gptq.needs(config).dense == (share > 0)
+        found = gptq.compress(block, calib, {"m": Bits(4)}, config, torch.Generator())["m"].weight_OI
+        errors.append(float((x @ found.T - full @ weight.T).square().sum()))
+    assert errors[2] < errors[1] < errors[0]

@@ -16,6 +16,9 @@ columns of a group stay neighbors in the file in any order of the sweep.
 `learn_rounds` learn codes, scales and zero codes block by block (`learned_rounding`), so that the output of the block
 survives. An eighth of the windows is held out and decides which state is kept: the start, if none is better.
 
+With `toward_dense` the sweep starts from weights whose outputs on the compressed inputs are nearest to those in the
+dense model. That is the objective of GPTAQ (Li et al. 2025).
+
 A matrix that no token reached is rounded to nearest; its line in blocks.jsonl notes it.
 
 After a pruning method (`sparsegpt+gptq`, target `2:4+4bit`) its zeros stay. The sweep gives a pruned weight the code of
@@ -41,7 +44,7 @@ import torch
 from torch import Tensor
 
 from niwaki.config.targets import Bits, Target
-from niwaki.data.statistics import Needs
+from niwaki.data.statistics import Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed, join_notes
 from niwaki.kernels.codes import sweep_codes
@@ -57,7 +60,7 @@ from niwaki.methods.shared.block_training import (
     learning_cost,
     learning_needs,
 )
-from niwaki.methods.shared.column_sweep import check_damping, inverse_factor
+from niwaki.methods.shared.column_sweep import check_damping, inverse_factor, pull_to_dense
 from niwaki.methods.shared.learned_rounding import KEPT_START, Latent, learn
 from niwaki.methods.shared.rounding import (
     ROUNDED_UNREACHED,
@@ -93,6 +96,9 @@ class Config:
     rounds: Annotated[int, "Rounds of refitted scales and coordinate descent on the codes after the sweep."] = 4
     joint: Annotated[bool, "After a pruning method, begin at the dense weights and not at those that it left."] = False
     damping_frac: Annotated[float, "A share of the mean diagonal of XᵀX, added to the diagonal (λ)."] = 0.03
+    toward_dense: Annotated[
+        float, "Share of the way to weights whose outputs are those in the dense model, before the sweep (GPTAQ)."
+    ] = 0.0
     learn_rounds: Annotated[int, "Rounds of block-wise learning of codes, scales and zero codes; 0 for none."] = 0
     samples: Annotated[int, "Windows per round of learning."] = 32
     batch: Annotated[int, "Windows per step of learning."] = 2
@@ -107,12 +113,15 @@ class Config:
             raise ValueError("expected samples and batch ≥ 1, rate_frac > 0")
         check_learning_options(self.target, reconstruct=self.reconstruct)
         check_damping(self.damping_frac)
+        if not 0 <= self.toward_dense <= 1:
+            raise ValueError(f"toward_dense must lie between 0 and 1, got {self.toward_dense}")
 
 
 def needs(config: Config) -> Needs:
-    """Ask for Gram matrices of the inputs, and windows to learn from."""
+    """Ask for Gram matrices of the inputs, with those in the dense model if it pulls, and windows to learn from."""
     learning = learning_needs(config.batch, config.target) if config.learn_rounds else Needs()
-    return Needs(gram=True) | learning
+    full = config.toward_dense > 0
+    return Needs(gram=True, full=full, dense=full) | learning
 
 
 def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> int:
@@ -167,10 +176,12 @@ def _sweep(
     """
     for names in block.anatomy.sharing(targets):
         group = calib.statistics[names[0]]
-        problem = _Problem.of(group.gram_II, config) if group.tokens else None
+        problem = _Problem.of(group, config) if group.tokens else None
         for bits, alike in groupby(names, key=lambda name: code_width(targets[name])):
             together = list(alike)
             sources = [_source(block, calib, name, config.joint and problem is not None) for name in together]
+            if problem is not None and problem.pull_II is not None:
+                sources = [source @ problem.pull_II for source in sources]
             columns = sources[0].shape[1]
             check_group(columns, config.group, together[0])
             groups = groups_of(0, columns, bits, "symmetric" if config.symmetric else "affine", config.group)
@@ -193,20 +204,28 @@ def _source(block: Block, calib: CalibrationData, name: str, joint: bool) -> Ten
 
 @dataclass(frozen=True)
 class _Problem:
-    """Objective of matrices with the same input: XᵀX, its damping, U in the order of the sweep (None: unchanged)."""
+    """Objective of matrices with the same input: XᵀX, its damping, U in the order of the sweep (None: unchanged).
+
+    `pull_II` moves the weights toward the outputs in the dense model, None: they stay.
+    """
 
     gram_II: Tensor
     damping_frac: float
     order_I: Tensor | None
     upper_II: Tensor
+    pull_II: Tensor | None
 
     @classmethod
-    def of(cls, gram_II: Tensor, config: Config) -> "_Problem":
-        """Return the problem of a Gram matrix."""
+    def of(cls, statistics: Statistics, config: Config) -> "_Problem":
+        """Return the problem of a group of matrices."""
+        gram_II, pull_II = statistics.gram_II, None
         order_I = gram_II.diagonal().argsort(descending=True, stable=True) if config.act_order else None
         ordered_II = gram_II if order_I is None else gram_II[order_I][:, order_I]
         upper_II, damping_frac = inverse_factor(ordered_II, config.damping_frac)
-        return cls(gram_II, damping_frac, order_I, upper_II)
+        if config.toward_dense:
+            damped_II = damped(gram_II, damping_frac)
+            pull_II = pull_to_dense(statistics.full_II[1], gram_II, damped_II, config.toward_dense)
+        return cls(gram_II, damping_frac, order_I, upper_II, pull_II)
 
     def round(self, weight_OI: Tensor, groups: list[Group], config: Config, keep_OI: Tensor | None) -> Rounded:
         """Round by a sweep, then by rounds of refits and coordinate descent."""
