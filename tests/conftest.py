@@ -3,11 +3,15 @@
 import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if "NIWAKI_CACHE" not in os.environ:
+    cache = tempfile.TemporaryDirectory(prefix="niwaki-cache-")  # removed at the end of the process
+    os.environ["NIWAKI_CACHE"] = cache.name
 
 
 def use_kernels(path: Path) -> None:
@@ -15,7 +19,7 @@ def use_kernels(path: Path) -> None:
     import niwaki.kernels
 
     found = importlib.util.spec_from_file_location("niwaki.kernels._cpu", path)
-    assert found is not None and found.loader is not None, f"{path} is no module"
+    assert found is not None and found.loader is not None, f"expected a module at {path}"
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     sys.modules["niwaki.kernels._cpu"] = niwaki.kernels._cpu = module

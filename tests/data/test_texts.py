@@ -134,7 +134,8 @@ def test_suffixes_may_be_upper_case(tmp_path: Path) -> None:
     assert read_texts([str(tmp_path / "A.TXT")]) == ["hello"]
 
 
-def test_sampling_says_that_it_is_slow_and_how_far_it_is(tmp_path: Path) -> None:
+def test_sampling_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIWAKI_CACHE", str(tmp_path / "cache"))
     folder = tiny_llama(tmp_path / "model", blocks=1)
     events = []
 
@@ -143,12 +144,10 @@ def test_sampling_says_that_it_is_slow_and_how_far_it_is(tmp_path: Path) -> None
 
     sampled_windows(folder, samples=18, seq_len=40, seed=0, device="cpu", report=report)
     event, fields = events[0]
-    assert event == "warning" and "720 tokens of its own" in str(fields["message"])
+    assert event == "warning" and "writes 32 windows of 40 tokens itself" in str(fields["message"])
     assert [(event, fields["done"], fields["of"]) for event, fields in events[1:]] == [
-        ("sample", 512, 720),
-        ("sample", 640, 720),
-        ("sample", 704, 720),
-        ("sample", 720, 720),
+        ("sample", 32 * 32, 32 * 40),
+        ("sample", 32 * 40, 32 * 40),
     ]
 
 

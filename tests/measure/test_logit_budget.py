@@ -44,7 +44,7 @@ def spy() -> Iterator[Spy]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A dense model, a pruned one, a contextual one, a text and a task."""
+    """Return a dense model, a pruned one, a contextual one, a text and a task."""
     folder = tmp_path_factory.mktemp("budget")
     dense = tiny_llama(folder / "dense", num_key_value_heads=4)
     text = write_texts(folder / "text.jsonl")
@@ -65,7 +65,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def numbers(value: Any) -> Iterator[float]:
-    """All numbers of a result, in order."""
+    """Yield all numbers of a result, in order."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name not in ("date", "seconds", "command", "logit_bytes"):
@@ -156,7 +156,7 @@ def test_recovery(world: dict[str, Path], spy: Spy, monkeypatch: pytest.MonkeyPa
         if limit is not None:
             monkeypatch.setattr("niwaki.model.logits.LOGIT_BYTES", limit)
         record = recover(
-            world["pruned"], tmp_path / str(limit), data=str(world["text"]), steps=2, batch=2, samples=8, seq_len=32,
+            world["pruned"], tmp_path / str(limit), data=str(world["text"]), steps=2, batch=2, seq_len=32,
             rank=2, rate=0.02, device="cpu",
         )  # fmt: skip
         return [record["result"]["heldout_loss"], record["result"]["heldout_loss_before"], record["result"]["zeros"]]

@@ -89,7 +89,7 @@ def test_evaluation_of_a_wrapper_is_that_of_transformers(text: str, tmp_path: Pa
 
 
 def test_the_old_names_of_a_wrapper_are_kept(text: str, tmp_path: Path) -> None:
-    """Checkpoints of older versions have the blocks at `model.layers` and the tower at `visual`."""
+    """Read older checkpoints, which have the blocks at `model.layers` and the tower at `visual`."""
     names = {"model.language_model.": "model.", "model.visual.": "visual."}
     folder = rename(write(wrappers()["qwen2_vl"], tmp_path / "m"), names)
     compressed(folder, tmp_path / "out", text, **RECIPES["gptq"])
@@ -103,7 +103,7 @@ def test_the_old_names_of_a_wrapper_are_kept(text: str, tmp_path: Path) -> None:
 
 
 def test_the_text_class_reads_the_result_of_a_wrapper_or_stops_without_niwaki(tmp_path: Path) -> None:
-    """transformers loads some wrappers as their text model alone, with the text config alone."""
+    """Load wrappers that transformers loads as their text model alone, with the text config alone."""
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
     layers = {**linear, "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}
     config = transformers.Qwen3_5Config(
@@ -129,7 +129,7 @@ def test_recovery_keeps_towers_of_another_dtype(text: str, tmp_path: Path) -> No
     save_file({**tensors, tower: tensors[tower].float() + 1e-4}, folder / "model.safetensors", {"format": "pt"})
     compressed(folder, tmp_path / "out", text, method="magnitude", target="50%")
     niwaki.recover(
-        tmp_path / "out", tmp_path / "recovered", data=text, samples=32, seq_len=48, steps=24, batch=4, rate=5e-3,
+        tmp_path / "out", tmp_path / "recovered", data=text, seq_len=48, steps=24, batch=4, rate=5e-3,
         device="cpu",
     )  # fmt: skip
     before, after = stored(folder), stored(tmp_path / "recovered")

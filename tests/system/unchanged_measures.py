@@ -190,7 +190,7 @@ def python_case() -> Values:
 
 def recover_case() -> Values:
     """Train a pruned model a little."""
-    work = "--data calibration.jsonl --steps 4 --batch 2 --samples 16 --seq-len 32 --rank 4 --device cpu"
+    work = "--data calibration.jsonl --steps 4 --batch 2 --seq-len 32 --device cpu"
     passed("recover", result("sparsegpt 2:4"), "recovered", *work.split())
     record = read(Path("recovered/niwaki/run.json"))
     return {"weights": tensors_hash(Path("recovered")), **under("result", numbers(record["result"]))}
@@ -220,7 +220,7 @@ def export_case() -> Values:
 
 
 def adapt_case() -> Values:
-    """Learn the predictor of a contextual model anew."""
+    """Learn the predictor of a contextual model again."""
     out = Path("adapted")
     shutil.copytree(result("shadow 0.5"), out)
     text = passed("adapt", out, "--data", "calibration.jsonl", "--samples", 8, "--seq-len", 32, "--device", "cpu")
@@ -228,7 +228,7 @@ def adapt_case() -> Values:
 
 
 def kill_and_resume(name: str, blocks: int) -> Values:
-    """Kill a compression once some of its blocks are safe, go on with it, and compare with a straight run."""
+    """Stop a compression by a kill once some of its blocks are safe, go on with it, and compare with a straight run."""
     source, flags = flags_of(name)
     out = Path(f"killed-{blocks}")
     partial = out.with_name(f"{out.name}.partial")
@@ -258,7 +258,7 @@ def kill_and_resume(name: str, blocks: int) -> Values:
 
 
 def refusals_case() -> Values:
-    """Return the exit codes of what must be refused, and whether anything was left behind."""
+    """Return the exit codes of what must be refused, and whether anything was left."""
     short, calibrated = model("short"), CALIBRATED.split()
     wrong = {
         "unknown method": ["compress", short, "x1", "--method", "wandaa", "--target", "0.5"],
@@ -290,7 +290,7 @@ def refusals_case() -> Values:
         "unknown form": ["bench", short, "--forms", "5:3"],
     }
     found: Values = {name: command(*arguments)[0] for name, arguments in wrong.items()}
-    found["left behind"] = ", ".join(sorted(path.name for path in Path().glob("x*")))
+    found["left"] = ", ".join(sorted(path.name for path in Path().glob("x*")))
     return found
 
 

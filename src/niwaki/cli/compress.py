@@ -24,6 +24,7 @@ def compress(
     samples: options.Samples = None,
     seq_len: options.CalibrationSeqLen = None,
     bos: options.CalibrationBos = None,
+    mix: options.Mix = None,
     recipe: options.RecipeFile = None,
     set_: options.SetOption = None,
     pack: options.Pack = None,
@@ -48,7 +49,7 @@ def compress(
     from niwaki.compression.places import check_free, place_of
 
     files = tuple(calibration) if calibration else None
-    text = given(files=files, field=field, samples=samples, seq_len=seq_len, bos=bos)
+    text = given(files=files, field=field, samples=samples, seq_len=seq_len, bos=bos, mix=mix or None)
     values = recipe_values(
         recipe, text, set_,
         method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks,

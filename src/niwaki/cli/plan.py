@@ -36,6 +36,7 @@ def plan(
     samples: options.Samples = None,
     seq_len: options.CalibrationSeqLen = None,
     bos: options.CalibrationBos = None,
+    mix: options.Mix = None,
     recipe: options.RecipeFile = None,
     set_: options.SetOption = None,
     pack: options.Pack = None,
@@ -65,7 +66,7 @@ def plan(
     """Predict time, memory, bytes, decode speed and cost of a compression. Refuse a recipe that cannot work."""
     files = tuple(calibration) if calibration else None
     values = recipe_values(
-        recipe, given(files=files, samples=samples, seq_len=seq_len, bos=bos), set_,
+        recipe, given(files=files, samples=samples, seq_len=seq_len, bos=bos, mix=mix or None), set_,
         method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks,
         allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends), rotate=rotate,
         drop_unused=drop_unused or None, dtype=dtype, batch_tokens=batch_tokens, activation_bytes=activation_bytes,

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from niwaki.compression.bos_loss import warn_without_bos
 from niwaki.compression.run_record import RunRecord, read_run
 from niwaki.compression.traces import trace
 from niwaki.compression.verify import replace_files
@@ -71,6 +72,7 @@ def adapt(
     seq_len = fit_seq_len(seq_len, SEQ_LEN, decoder.positions, str(folder), report or silent)
     size: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "seed": seed, "bos": bos}
     calibration = read_calibration(files, field, load_tokenizer(folder), **size, report=report or silent)
+    warn_without_bos(decoder, calibration.ids_ST, calibration.bos, report or silent)
 
     with tempfile.TemporaryDirectory(prefix="niwaki-") as temporary:
 

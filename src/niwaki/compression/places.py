@@ -31,7 +31,7 @@ from niwaki.model.files import remove_folder
 JOURNAL = "journal"
 FINGERPRINT = "fingerprint.json"
 LOCK = "lock"
-ONE_STEP = ("export", "recover")  # fingerprints of runs that start from the beginning again
+ONE_STEP = ("export", "recover")  # fingerprints of runs that start again: exports, and recoveries of version 0.1
 P = ParamSpec("P")
 Value = TypeVar("Value")
 MAX_NAME = 255 - len(".rotated.replaced")  # bytes; file systems allow 255

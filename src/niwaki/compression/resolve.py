@@ -123,7 +123,7 @@ def resolve_stage(
     kind, given = stage.steps[0].kind, recipe.calibration
     measured = recipe.allocation != "uniform" or recipe.keep_blocks == "auto" or kind is not MethodKind.WALK
     dense_stream = dense_stream or needs.dense
-    wanted = needs.anything or measured or dense_stream or bool(given.files)
+    wanted = needs.anything or measured or dense_stream or bool(given.files or given.mix)
     seq_len = fit_seq_len(given.seq_len, Calibration().seq_len, decoder.positions, "the model")
     windows, tokens = (given.samples, seq_len) if wanted else (0, 0)
     steps, expected = stage.steps, None

@@ -28,7 +28,7 @@ from pydantic import (
     ValidationError,
     field_serializer,
     model_validator,
-)
+)  # fmt: skip
 
 from niwaki.config.recipe import Recipe, current_fields
 from niwaki.config.targets import Bits, parse_target
@@ -229,7 +229,7 @@ class CalibrationRecord(_Frozen):
     """Calibration windows [samples, tokens], their source and the hash of their tokens; None without windows.
 
     `bos`: whether every window began with the beginning-of-text token. Records without the field had none. `skipped`:
-    rows that could not be used, by source and reason. `revisions`: commits of data sets of the hub.
+    rows that could not be used, by source and reason. `revisions`: commits of data sets. `mix`: windows by source.
     """
 
     source: str = "none"
@@ -238,6 +238,7 @@ class CalibrationRecord(_Frozen):
     bos: Literal["on", "off"] | None = "off"
     skipped: dict[str, dict[str, int]] = {}
     revisions: dict[str, str] = {}
+    mix: dict[str, dict[str, Any]] = {}
 
 
 class ResultRecord(_Frozen):
@@ -393,13 +394,14 @@ class RunRecord(Record):
 
 
 class RecoveryResult(_Frozen):
-    """Losses before and after a recovery, and the zeros that it kept."""
+    """Losses before and after a recovery, its steps, and the zeros of plain matrices. Packed ones add `packed_bits`."""
 
     heldout_loss_before: float
     heldout_loss: float
     matrices: int
     zeros: int
     zeros_frac: float
+    steps: int = 0
     sha256: dict[str, str]
 
 
@@ -407,12 +409,14 @@ class RecoveryRecord(Record):
     """run.json of a recovery. `compressed_from` is the run.json of the model that it began with."""
 
     model: ModelRecord
+    fingerprint: dict[str, str] = {}
     recover: dict[str, Any]
     compressed_from: dict[str, Any] | None = None
     result: RecoveryResult
     device: str = ""
     seconds: float = 0
     peak_rss_bytes: int = 0
+    peak_device_bytes: int = 0
 
     @property
     def file_hashes(self) -> Mapping[str, str]:

@@ -17,12 +17,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from niwaki.config.presets import with_preset
+from niwaki.config.sources import SELF, parse_mix
 from niwaki.config.targets import WRITTEN_TARGETS_HELP, parse_bytes, parse_keep_blocks
 from niwaki.errors import InputError, TargetError, unknown
 
 BosPolicy = Literal["auto", "on", "off"]
 BOS_POLICIES: tuple[BosPolicy, ...] = get_args(BosPolicy)
 BOS_HELP = "Beginning-of-text token of every window: auto follows the tokenizer, on puts its bos token, off none."
+MIX_HELP = (
+    "Other sources of text with their share of the windows, SOURCE:SHARE; self is text that the dense model writes: "
+    "self:0.5."
+)
 RENAMED_FIELDS = {"ends": "embeddings"}  # of a recipe, by their names in version 0.1
 ADDED_FIELDS = ("drop_unused", "logit_bytes", "rotate")  # since version 0.1
 RENAMED_OPTIONS = {"stand_in": "mean_fill", "trial_windows": "candidate_windows", "trust": "shrinkage"}  # of methods
@@ -43,6 +48,17 @@ class Calibration(_Strict):
     samples: Annotated[int, "Number of windows."] = Field(default=128, ge=1)
     seq_len: Annotated[int, "Tokens per window."] = Field(default=2048, ge=2)
     bos: Annotated[BosPolicy, BOS_HELP] = "auto"
+    mix: Annotated[tuple[str, ...], MIX_HELP] = ()
+
+    @property
+    def writes_text(self) -> bool:
+        """Return whether the model writes some or all of the text itself."""
+        return SELF in parse_mix(self.mix, self.files) or not (self.files or self.mix)
+
+    @field_validator("mix", mode="before")
+    @classmethod
+    def _entries(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class Recipe(_Strict):
@@ -91,8 +107,9 @@ class Recipe(_Strict):
         """
         content = self.model_dump(mode="json")
         added = {name for name in ADDED_FIELDS if getattr(self, name) == type(self).model_fields[name].default}
-        if content["calibration"]["bos"] == "auto":
-            del content["calibration"]["bos"]
+        for name, default in (("bos", "auto"), ("mix", [])):
+            if content["calibration"][name] == default:
+                del content["calibration"][name]
         return {name: value for name, value in content.items() if name not in added}
 
     @field_validator("target", mode="before")

@@ -8,7 +8,7 @@ This module needs neither torch nor transformers, so a misspelt path is refused 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from niwaki.errors import CalibrationError, CheckpointError
 GGUF = ".gguf"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+SELF = "self"  # source of text that the model writes itself
 ADAPTER = "adapter_config.json"
 LINEAGE = "niwaki/merged.json"  # of a model with an adapter merged into it
 ROTATED = "niwaki/rotated.json"  # of a model in another basis
@@ -98,6 +99,37 @@ def check_sources(sources: Sequence[str]) -> None:
         # What is left can only be the name of a data set: at most org/name, never a path.
         if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise CalibrationError(f"no such text file: {source}")
+
+
+def parse_mix(entries: Sequence[str], files: Sequence[str]) -> Mapping[str, float]:
+    """Return the share of the windows of each source of a mix; what is left is the share of `files`.
+
+    An entry is `SOURCE:SHARE`, such as `self:0.5` or `c4:0.25`. The source is text, or `self`. Raises CalibrationError.
+    """
+    shares: dict[str, float] = {}
+    for entry in entries:
+        source, _, text = entry.rpartition(":")
+        try:
+            share = float(text)
+        except ValueError:
+            share = 0.0
+        if not source or not 0 < share <= 1:
+            raise CalibrationError(f"mix {entry!r}: expected SOURCE:SHARE with a share in (0, 1], such as {SELF}:0.5")
+        if source in shares or source in files:
+            raise CalibrationError(f"mix names {source} twice: expected every source of text once")
+        shares[source] = share
+    total = sum(shares.values())
+    if total > 1 + 1e-9:
+        raise CalibrationError(f"the shares of the mix add up to {total:g}: expected 1 at most")
+    if not files and shares and total < 1 - 1e-9:
+        raise CalibrationError(
+            f"the shares of the mix add up to {total:g}, and there is no other text for the rest: give --calibration "
+            "FILE, or shares that add up to 1"
+        )
+    if files and total > 1 - 1e-9:
+        raise CalibrationError(f"the mix leaves no window for {files[0]}: expected shares that add up to less than 1")
+    check_sources([source for source in shares if source != SELF])
+    return shares
 
 
 def check_tasks(files: Sequence[str]) -> None:

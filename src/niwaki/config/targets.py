@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from niwaki.errors import TargetError
+from niwaki.errors import InputError, TargetError
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ class KeepUnits:
 Target = Sparsity | NM | Bits | PrunedBits | KeepUnits
 WRITTEN_TARGETS: tuple[type[Target], ...] = (Sparsity, NM, Bits, PrunedBits)  # those that a text can ask for
 WRITTEN_TARGETS_HELP = f"One of: {', '.join(f'{kind.words} ({kind.example})' for kind in WRITTEN_TARGETS)}."
+_COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _BYTE_UNITS = {"": 1, "B": 1} | {
     f"{prefix}{ending}": base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -212,6 +213,15 @@ def parse_bytes(text: str) -> int:
     if found is None or unit is None or not float(found[1]):
         raise TargetError(f"target_bytes {text!r}: expected a number of bytes such as 1700000000, 1.7GB or 800MiB")
     return int(float(found[1]) * unit)
+
+
+def parse_count(text: str) -> int:
+    """Parse `1000000`, `300k` or `1.5M` as a count. Raises InputError for any other text."""
+    found = re.fullmatch(r"([\d,_]*\d(?:\.\d+)?)([kmb]?)", text.strip().lower())
+    count = float(re.sub("[,_]", "", found[1])) * _COUNT_UNITS[found[2]] if found else 0.0
+    if count < 1:
+        raise InputError(f"{text!r} is not a count: expected a number such as 1000000, 300k or 1.5M")
+    return int(count)
 
 
 def parse_keep_blocks(value: Any) -> str | tuple[int, ...]:

@@ -25,18 +25,18 @@ from torch import Tensor
 
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import BosPolicy, Calibration
-from niwaki.config.sources import check_sources
+from niwaki.config.sources import SELF, check_sources, parse_mix
 from niwaki.data.bos import Bos, find_bos
 from niwaki.data.documents import Document, Documents
+from niwaki.data.self_text import self_windows
 from niwaki.data.text_files import first_line
 from niwaki.errors import CalibrationError
 from niwaki.model.decoder import Decoder
 from niwaki.model.files import require_content
-from niwaki.model.hf import auto_class, plain_loading
 from niwaki.model.own_reader import own_reader
 
 TOKENIZER_SUFFIXES = {".json", ".model", ".jinja", ".txt", ".tiktoken"}
-SAMPLE_STEPS = 32  # tokens a window grows between two reports
+SAMPLED = "sampled from the model"
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class CalibrationWindows:
     """Windows [S, T] of a calibration, a description of their source, and their beginning-of-text tokens.
 
     `skipped`: rows that could not be used, by source and reason. `revisions`: the commits of data sets of the hub.
+    `mix`: the windows of each source of a mix.
     """
 
     ids_ST: Tensor
@@ -51,11 +52,13 @@ class CalibrationWindows:
     bos: Bos
     skipped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     revisions: Mapping[str, str] = field(default_factory=dict)
+    mix: Mapping[str, "CalibrationWindows"] = field(default_factory=dict)
 
     @property
     def about(self) -> dict[str, Any]:
         """Return how the windows were made, for records. Rows and commits are told only where there are some."""
-        told = {"skipped": self.skipped, "revisions": self.revisions}
+        mix = {name: {"windows": len(one.ids_ST), "sha256": digest(one.ids_ST)} for name, one in self.mix.items()}
+        told = {"skipped": self.skipped, "revisions": self.revisions, "mix": mix}
         return {"bos": self.bos.state, **{name: value for name, value in told.items() if value}}
 
 
@@ -73,21 +76,50 @@ class EvaluationWindows:
     revision: str | None = None
 
 
-def windows_for(given: Calibration, decoder: Decoder, *, seed: int, report: Report) -> CalibrationWindows:
-    """Return the calibration windows, from the files of `given` or from the model.
+def windows_for(
+    given: Calibration, decoder: Decoder, *, seed: int, report: Report, at_most: bool = False
+) -> CalibrationWindows:
+    """Return the calibration windows, from the files of `given`, from the model, or from a mix in a random order.
 
-    Raises CalibrationError for files that cannot be text, too little text, and windows longer than the model's
-    positions. It is raised too if the tokenizer has ids beyond the vocabulary of the model.
+    `at_most`: files may hold fewer windows than they should give. Raises CalibrationError for files that cannot be
+    text, too little text, and windows longer than the model's positions. It is raised too if the tokenizer has ids
+    beyond the vocabulary of the model.
     """
+    shares = parse_mix(given.mix, given.files)
     check_sources(given.files)
     seq_len = fit_seq_len(given.seq_len, Calibration().seq_len, decoder.positions, "the model", report)
+    left, found = given.samples, {}
+    for source, share in shares.items():
+        count = min(left, max(1, round(share * given.samples)))
+        if not count:
+            raise CalibrationError(f"{given.samples} windows are too few for the mix {', '.join(given.mix)}")
+        left -= count
+        size = given.model_copy(update={"samples": count, "seq_len": seq_len})
+        found[source] = _of_source((source,), size, decoder, seed, report, at_most)
+    if left or not shares:
+        size = given.model_copy(update={"samples": left, "seq_len": seq_len})
+        found[", ".join(given.files)] = _of_source(given.files, size, decoder, seed, report, at_most)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    ids_ST = torch.cat([one.ids_ST for one in found.values()])
+    order = torch.randperm(len(ids_ST), generator=torch.Generator().manual_seed(seed))
+    skipped = {name: counts for one in found.values() for name, counts in one.skipped.items()}
+    revisions = {name: revision for one in found.values() for name, revision in one.revisions.items()}
+    first = next(iter(found.values()))
+    return CalibrationWindows(ids_ST[order], ", ".join(found), first.bos, skipped, revisions, found)
+
+
+def _of_source(
+    files: tuple[str, ...], given: Calibration, decoder: Decoder, seed: int, report: Report, at_most: bool
+) -> CalibrationWindows:
+    """Return the windows of one source: files, or the model itself for none or SELF."""
     model, vocabulary = decoder.checkpoint.folder, decoder.checkpoint.config.get_text_config().vocab_size
-    size: dict[str, Any] = {"samples": given.samples, "seq_len": seq_len, "seed": seed, "bos": given.bos}
-    if not given.files:
+    size: dict[str, Any] = {"samples": given.samples, "seq_len": given.seq_len, "seed": seed, "bos": given.bos}
+    if files in ((), (SELF,)):
         with own_reader(decoder.checkpoint.log, hashed=True):
             windows_ST = sampled_windows(model, **size, device=str(decoder.device), report=report)
-        return CalibrationWindows(windows_ST, "sampled from the model", bos_of_model(model, given.bos))
-    windows = read_calibration(given.files, given.field, load_tokenizer(model), **size, report=report)
+        return CalibrationWindows(windows_ST, SAMPLED, bos_of_model(model, given.bos))
+    windows = read_calibration(files, given.field, load_tokenizer(model), **size, report=report, at_most=at_most)
     if (highest := int(windows.ids_ST.max())) >= vocabulary:
         raise CalibrationError(
             f"the tokenizer yields id {highest}, the model has {vocabulary} embeddings: "
@@ -98,11 +130,15 @@ def windows_for(given: Calibration, decoder: Decoder, *, seed: int, report: Repo
 
 def read_calibration(
     files: Sequence[str], field: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int, bos: BosPolicy,
-    report: Report,
+    report: Report, at_most: bool = False,
 ) -> CalibrationWindows:  # fmt: skip
-    """Return the calibration windows of text files and data sets, and report the rows that were skipped."""
+    """Return the calibration windows of text files and data sets, and report the rows that were skipped.
+
+    `at_most`: as many windows as there are, up to `samples`.
+    """
     documents = Documents(files, field, tokenizer)
-    ids_ST = calibration_windows(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, bos=bos)
+    size: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "at_most": at_most}
+    ids_ST = calibration_windows(documents, tokenizer, **size, seed=seed, bos=bos)
     documents.warn(report)
     begin = find_bos(tokenizer, bos)
     return CalibrationWindows(ids_ST, ", ".join(files), begin, documents.skipped, documents.revisions)
@@ -195,11 +231,18 @@ def calibration_windows(
     seq_len: int,
     seed: int,
     bos: BosPolicy = "auto",
+    at_most: bool = False,
 ) -> Tensor:
-    """Return int64 windows [S, T] of the documents, shuffled by `seed`. Raises CalibrationError for too little text."""
+    """Return int64 windows [S, T] of the documents, shuffled by `seed`. Raises CalibrationError for too little text.
+
+    `at_most`: as many windows as there are, up to `samples`.
+    """
     begin = find_bos(tokenizer, bos)
     room = begin.room(seq_len)
     stream_N, ends = _token_stream(_shuffled(texts, seed), tokenizer, begin, samples * room)
+    if at_most and len(stream_N) >= room:
+        samples = min(samples, len(stream_N) // room)
+        stream_N = stream_N[: samples * room]
     if len(stream_N) < samples * room:
         notes = "".join(f" ({note})" for note in texts.notes) if isinstance(texts, Documents) else ""
         raise CalibrationError(
@@ -266,55 +309,19 @@ def sampled_windows(
     report: Report = silent,
     bos: BosPolicy = "auto",
 ) -> Tensor:
-    """Sample windows [S, T] from the model itself (temperature 1), for a recipe without calibration text.
+    """Return windows [S, T] that the model itself writes (see `data.self_text`).
 
     Windows with a beginning-of-text token keep the one that they are sampled after.
-
-    Cost: the whole model in memory, and about `seq_len` decode steps per batch of 16 windows. The event `sample`
-    reports the tokens `done`.
     """
     from transformers import AutoConfig
 
     begin = bos_of_model(model, bos)
-    room = begin.room(seq_len)
-    report(
-        Event.WARNING,
-        message=f"no calibration text given: the model samples {samples * room:,} tokens of its own, one at a time, "
-        "which is slow (give --calibration FILE, or lower --samples and --seq-len)",
-    )
-
-    with plain_loading():
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        decoder: Any = auto_class(config).from_pretrained(model, config=config, trust_remote_code=False)
-    decoder.to(device).eval()
-    start = begin.ids or _start_token(config.get_text_config())
+    start = begin.ids or _start_token(AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config())
     if not start:
         raise CalibrationError(f"{model} names no start token to sample from: give --calibration FILE")
-    torch.manual_seed(seed)
-    rows = []
-
-    def written(ids_BT: Tensor, scores: Tensor, **_: object) -> Tensor:
-        """Report progress and stop nothing."""
-        steps = ids_BT.shape[1] - len(start)
-        if steps % SAMPLE_STEPS == 0 or steps == room:
-            report(Event.SAMPLE, done=first * room + steps * len(ids_BT), of=samples * room)
-        return torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
-
-    for first in range(0, samples, 16):
-        prompt = torch.tensor([start] * min(16, samples - first), device=device)
-        rows.append(
-            decoder.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                top_k=0,
-                min_new_tokens=room,
-                max_new_tokens=room,
-                pad_token_id=start[-1],
-                stopping_criteria=[written],
-            )[:, len(start) - len(begin.ids) :].cpu()
-        )
-    return torch.cat(rows)
+    room = begin.room(seq_len)
+    ids_ST = self_windows(model, start, samples=samples, seq_len=room, seed=seed, device=device, report=report)
+    return begin.begin_windows(ids_ST)
 
 
 def _start_token(config: Any) -> tuple[int, ...]:

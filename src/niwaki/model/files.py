@@ -20,7 +20,15 @@ from niwaki.errors import InputError, OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+CACHE = "NIWAKI_CACHE"
 POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def cache_folder(part: str) -> Path:
+    """Return the folder `part` in the cache of the user: of NIWAKI_CACHE, XDG_CACHE_HOME/niwaki, ~/.cache/niwaki."""
+    given = os.environ.get(CACHE)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "niwaki"
+    return (Path(given).expanduser() if given else base) / part
 
 
 def require_content(path: Path, error: type[InputError]) -> None:

@@ -12,7 +12,6 @@ for this reason is refused.
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -27,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 
 from niwaki.errors import CheckpointError, OutputError, faults_of
+from niwaki.model.files import CACHE, cache_folder
 from niwaki.model.hf import only_errors, plain_loading
 from niwaki.model.read_log import ReadLog
 
@@ -34,7 +34,6 @@ SOURCE = "gguf-source"  # no suffix: files that a result copies have one
 MAGIC = b"GGUF"
 LOCK = "lock"
 BIAS = "attention_bias"
-CACHE = "NIWAKI_CACHE"
 # Names of word splitters in GGUF: plain GPT-2 words, and the same after every digit stands alone.
 PLAIN_WORDS = ("default", "gpt-2", "mpt", "olmo", "jais", "phi-2", "gigachat")
 DIGITS_ALONE = ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b")
@@ -51,7 +50,7 @@ def gguf_folder(file: Path) -> Path:
     """
     file = file.resolve()
     state = _state(file)
-    folder = _cache() / f"{file.stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
+    folder = cache_folder("gguf") / f"{file.stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
     if not (folder / SOURCE).is_file():
         reader = _open(file)
         try:
@@ -99,12 +98,6 @@ def _converting(cache: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=cache) as made, (Path(made) / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield Path(made)
-
-
-def _cache() -> Path:
-    given = os.environ.get(CACHE)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "niwaki"
-    return (Path(given).expanduser() if given else base) / "gguf"
 
 
 def _open(file: Path) -> Any:

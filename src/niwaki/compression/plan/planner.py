@@ -242,7 +242,7 @@ def _workload(stage: ResolvedStage, model: ModelSizes, device: str, itemsize: in
         scan_tokens=min(SCAN_TOKENS, every) * matrices if recipe.allocation == "sensitivity" else 0,
         candidates=candidates,
         squares=needs.gradient and stage.kind is not MethodKind.CONTEXTUAL,
-        writes_text=stage.windows > 0 and not recipe.calibration.files,
+        writes_text=stage.windows > 0 and recipe.calibration.writes_text,
     )
 
 

@@ -29,6 +29,11 @@ class BestState:
         self._kept = [keep(tensor.detach()) for tensor in tensors]
 
     @property
+    def kept(self) -> list[Tensor]:
+        """Return the kept state."""
+        return self._kept
+
+    @property
     def improved(self) -> bool:
         """Return whether any offered error was lower than the first."""
         return self.error < self.start_error
