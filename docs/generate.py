@@ -199,10 +199,11 @@ def _kept(weights: Mapping[str, str]) -> str:
 def presets(_: str) -> str:
     """Return the presets with their methods and options."""
     rows = []
-    for name, recipe in PRESETS.items():
-        chosen = " ".join(f"--set {option}={value}" for option, value in recipe["options"].items())
-        rows.append([f"`{name}`", f"`{recipe['method']}`", f"`{chosen}`"])
-    return _table(["preset", "method", "options"], rows)
+    for name, recipes in PRESETS.items():
+        for kind, recipe in recipes.items():
+            chosen = " ".join(f"--set {option}={value}" for option, value in recipe["options"].items())
+            rows.append([f"`{name}`", kind, f"`{recipe['method']}`", f"`{chosen}`"])
+    return _table(["preset", "target", "method", "options"], rows)
 
 
 def commands(_: str) -> str:

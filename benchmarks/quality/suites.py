@@ -126,10 +126,19 @@ def quantized() -> list[Case]:
     found.append(case("squeeze10 not learned, uniform", "1.75bit", "squeeze10", options=plain, allocation="uniform"))
     found.append(case("squeeze10 not learned, 1+4", "1.75bit", "squeeze10", options=plain | {"widths": "1+4"}))
     found += [case("billm", "3bit"), case("arb", "3.5bit"), case("ptq161", "2bit")]
-    for bits in (2, 3, 4):
-        found += [case(f"{name} g64", f"{bits}bit", name, options={"group": 64}) for name in ("rtn", "gptq")]
-        found.append(case("gptq g64 rounds", f"{bits}bit", "gptq", options={"group": 64, "rounds": 8, "clip": True}))
-    return found
+    return found + grids()
+
+
+def grids() -> list[Case]:
+    """Return codes of one width in groups of 64: as published, by default, and learned in the block."""
+    plain = {"rtn": {"clip": False}, "gptq": {"clip": False, "act_order": False, "rounds": 0, "damping_frac": 0.01}}
+    found = []
+    for target in ("2bit", "3bit", "4bit"):
+        for name, options in plain.items():
+            found.append(case(f"{name} g64", target, name, options={"group": 64, **options}))
+            found.append(case(f"{name} g64 searched", target, name, options={"group": 64}))
+        found += [case(preset, target, preset=preset) for preset in ("balanced", "best")]
+    return found + [case("squeeze10", f"{bits}bit") for bits in (2.28, 3.3)]
 
 
 def ablation_squeeze10() -> list[Case]:
@@ -249,5 +258,6 @@ SUITES = {
     "ablation-wandapp": ablation_wandapp(),
     "ablation-besa": ablation_besa(),
     "quantized": quantized(),
+    "grids": grids(),
     "ablation-squeeze10": ablation_squeeze10(),
 }

@@ -15,10 +15,35 @@ from support.models import tiny_llama, write_texts
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
-@pytest.mark.parametrize("target", ["0.5", "2:4"])
+@pytest.mark.parametrize("target", ["0.5", "2:4", "2bit", "4bit", "1.75bit", "2:4+4bit"])
 def test_every_preset_is_a_valid_recipe(name: str, target: str) -> None:
     recipe = make_recipe({"preset": name, "target": target})
-    assert make_steps(recipe.method, recipe.options, parse_target(target))
+    steps = make_steps(recipe.method, recipe.options, parse_target(target))
+    assert steps[-1].part(parse_target(target)) is not None
+
+
+@pytest.mark.parametrize(
+    ("target", "method"),
+    [
+        ({"target": "2:4"}, "sparsegpt+wandapp"),
+        ({"target": 0.5}, "sparsegpt+wandapp"),
+        ({"target": "4bit"}, "gptq"),
+        ({"target": "1.75bit"}, "squeeze10"),
+        ({"target_bytes": "600KB"}, "squeeze10"),
+        ({"target": "0.5+3bit"}, "sparsegpt+wandapp+gptq"),
+    ],
+)
+def test_the_target_decides_the_chain_of_a_preset(target: dict[str, Any], method: str) -> None:
+    recipe = make_recipe({"preset": "best", **target})
+    assert recipe.method == method
+    rounds = [value for name, value in recipe.options.items() if name.endswith("rounds")]
+    assert rounds and min(rounds) > 0
+
+
+def test_a_target_that_a_preset_cannot_read_is_refused_as_without_one() -> None:
+    for target, message in (("4 planes", "target"), (124, "YAML reads")):
+        with pytest.raises(InputError, match=message):
+            make_recipe({"preset": "best", "target": target})
 
 
 def test_single_options_win_over_the_preset() -> None:

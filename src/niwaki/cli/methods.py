@@ -32,9 +32,11 @@ def print_methods(to: Console) -> None:
         what = method.doc.split("\n")[0].partition(": ")[2]
         table.add_row(name, what, _needs(method.needs(method.config())), method.paper)
     to.print(table)
-    for preset, recipe in PRESETS.items():
-        options = " ".join(f"{name}={value}" for name, value in recipe["options"].items())
-        to.print(f"--preset {preset}: {recipe['method']} with {options}", markup=False, highlight=False)
+    for preset, recipes in PRESETS.items():
+        for kind, recipe in recipes.items():
+            options = " ".join(f"{name}={value}" for name, value in recipe["options"].items())
+            line = f"--preset {preset}, {kind}: {recipe['method']} with {options}"
+            to.print(line, markup=False, highlight=False)
 
 
 def print_method(to: Console, name: str) -> None:

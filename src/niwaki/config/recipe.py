@@ -147,7 +147,8 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
     """Validate a recipe and fill in its preset. Raises InputError with one line for the first problem."""
-    values = with_preset(current_fields(values))
+    values = current_fields(values)
+    values = with_preset(values | {"target": _target_text(values.get("target"))})
     _require_known(values)
     targets = [name for name in ("target", "target_bytes") if values.get(name) is not None]
     if len(targets) > 1:

@@ -62,6 +62,9 @@ class NM:
         return rows * columns // self.group * (self.group - self.keep)
 
 
+CODE_WIDTHS = (2, 3, 4, 8)  # of codes that all have one width
+
+
 @dataclass(frozen=True)
 class Bits:
     """Quantization: bits per weight.

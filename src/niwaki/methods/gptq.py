@@ -102,7 +102,7 @@ class Config:
     learn_rounds: Annotated[int, "Rounds of block-wise learning of codes, scales and zero codes; 0 for none."] = 0
     samples: Annotated[int, "Windows per round of learning."] = 32
     batch: Annotated[int, "Windows per step of learning."] = 2
-    rate_frac: Annotated[float, "Length of a step of learning as a share of the step between two levels."] = 0.01
+    rate_frac: Annotated[float, "Length of a step of learning as a share of the step between two levels."] = 0.005
     target: LearningTarget = "both"
     reconstruct: Reconstruct = "block"
 

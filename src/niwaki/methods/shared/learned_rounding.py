@@ -25,6 +25,7 @@ from niwaki.methods.shared.block_training import Reconstruction, Schedule, take_
 from niwaki.methods.shared.rounding import SMALLEST_SCALE, Rounded
 
 KEPT_START = "learning did not lower the held-out block error: the codes found before it were kept"
+EVEN = ("affine", "symmetric")  # grids with one width for all columns
 CELL_FRAC = 0.45  # how far from its level a latent weight may start, in steps
 SCALE_RATE = 0.1  # of the weights' rate, both relative to their size
 
@@ -74,6 +75,13 @@ class Latent:
         affine = all(group.grid == "affine" for group in groups)
         return cls(rounded, column_groups, free_G, affine, latent_OI, scale_OG, offset_OG, zero_OG, keep_OI)
 
+    @property
+    def size(self) -> float:
+        """Return what the rate of V is a share of: the step between levels on `EVEN` grids, else the RMS of V."""
+        even = all(group.grid in EVEN for group in self.rounded.groups)
+        tensor = self.scale_OG if even else self.weight_OI
+        return float(tensor.square().mean().sqrt())
+
     def levels(self) -> Levels:
         """Return scales and offsets as they would be stored now."""
         scale_OG = self.scale_OG.to(SCALE_DTYPE).float().clamp_min(SMALLEST_SCALE)
@@ -121,9 +129,8 @@ def learn(
     """Learn, and return the codes with the lowest held-out error; the start, if learning never lowered it."""
     groups: list[dict[str, Any]] = []
     for latent in start.values():
-        size = float(latent.weight_OI.square().mean().sqrt())
         scale = float(latent.scale_OG.square().mean().sqrt())
-        groups.append({"params": [latent.weight_OI], "size": size})
+        groups.append({"params": [latent.weight_OI], "size": latent.size})
         groups.append({"params": [latent.scale_OG, latent.offset_OG], "size": scale * SCALE_RATE})
         if latent.affine:
             groups.append({"params": [latent.zero_OG], "size": 1.0})

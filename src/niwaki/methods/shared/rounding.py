@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.config.targets import Bits, Target
+from niwaki.config.targets import CODE_WIDTHS, Bits, Target
 from niwaki.errors import TargetError
 from niwaki.formats.quantized import SCALE_DTYPE, TILE, QuantizedColumns, centre
 from niwaki.kernels.codes import span, sweep_codes, sweep_fitted
@@ -30,7 +30,6 @@ from niwaki.kernels.types import Fit, Grid
 from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, products
 
 ROUNDED_UNREACHED = "no calibration token reached this matrix: rounded to nearest"
-WIDTHS = (2, 3, 4, 8)
 SMALLEST_SCALE = 2.0**-24  # of float16: no stored scale may become zero
 CLIPS = torch.linspace(0.4, 1.0, 25).tolist()
 ZERO_SHIFTS = (0, -1, 1)  # of the zero code that a range has by itself
@@ -70,7 +69,7 @@ def check_group(columns: int, width: int, name: str) -> None:
 def code_width(target: Target) -> int:
     """Return the bits of a target as one width for all codes. Raise TargetError for widths other than 2, 3, 4 and 8."""
     assert isinstance(target, Bits)
-    if target.bits not in WIDTHS:
+    if target.bits not in CODE_WIDTHS:
         raise TargetError(f"target {target}: this method rounds to 2, 3, 4 or 8 bits (squeeze10 mixes widths)")
     return int(target.bits)
 
