@@ -42,7 +42,7 @@ POLICY = {"steps": [0.05, 0.5], "interval_s": INTERVAL_S, "min_requests": 250}
 SAMPLING = {"audit_frac": 1.0, "max_audits": 8}
 KINDS = ("equal", "errors", "slow", "worse")
 PROXIED = {"errors": (0.02, 1.0), "slow": (0.0, 2.0)}
-WORSE = "20%"  # of the weights of each matrix
+WORSE = "14%"  # of the weights of each matrix
 MAX_PERPLEXITY = 1.02
 TEXTS = [text for text in topics.values() if len(text) > 500]
 COMMAND = [sys.executable, "-m", "niwaki.cli"]
@@ -77,7 +77,7 @@ def made(folder: Path) -> tuple[Path, float]:
     path = folder / "report" / "compare.json"
     found = json.loads(path.read_text(encoding="utf-8"))["candidates"]
     (worse,) = (one for one in found if "worse" in json.dumps(one.get("model", one)))
-    return path, round(float(worse["quality"][0]["perplexity_ratio"]["value"]), 4)
+    return path, round(float(worse["data"][0]["whole"]["perplexity_ratio"]["value"]), 4)
 
 
 async def client(session: aiohttp.ClientSession, seed: int, ending: asyncio.Event, seen: Counter[str]) -> None:
