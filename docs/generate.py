@@ -201,7 +201,8 @@ def presets(_: str) -> str:
     rows = []
     for name, recipes in PRESETS.items():
         for kind, recipe in recipes.items():
-            chosen = " ".join(f"--set {option}={value}" for option, value in recipe["options"].items())
+            flags = [f"--rotate {recipe['rotate']}"] if "rotate" in recipe else []
+            chosen = " ".join(flags + [f"--set {option}={value}" for option, value in recipe["options"].items()])
             rows.append([f"`{name}`", kind, f"`{recipe['method']}`", f"`{chosen}`"])
     return _table(["preset", "target", "method", "options"], rows)
 

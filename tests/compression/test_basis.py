@@ -10,6 +10,7 @@ import torch
 
 import niwaki
 from niwaki.compression import basis
+from niwaki.compression import rotate as rotation
 from niwaki.compression.rotate import Ways, rotate
 from niwaki.errors import ArchitectureError, InputError, OutputError
 from support.families import build, families
@@ -53,18 +54,28 @@ def test_an_old_recipe_has_no_such_field(tmp_path: Path) -> None:
     assert "rotate" not in record["recipe"] and "rotated" not in record["model"]
 
 
-def test_auto_turns_the_heads_where_the_stream_cannot_turn(tmp_path: Path) -> None:
+def test_auto_turns_the_heads_and_says_if_it_cannot(tmp_path: Path) -> None:
+    warned, recipe = Warnings(), _recipe(tmp_path)
+    turned = niwaki.compress(tiny_llama(tmp_path / "model"), tmp_path / "out", rotate="auto", **recipe)
+    assert turned["model"]["rotated"]["residual"] == "none" and turned["model"]["rotated"]["heads"] == "learned"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rotation, "TOLERANCE", -1.0)  # no model computes the same now
+        left = niwaki.compress(tmp_path / "model", tmp_path / "left", rotate="auto", report=warned, **recipe)
+        assert "rotated" not in left["model"]
+        with pytest.raises(ArchitectureError, match="in another basis"):
+            niwaki.compress(tmp_path / "model", tmp_path / "other", rotate="heads", **recipe)
+    assert any("the basis stays as it is" in text for text in warned.warnings)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("other")]
+
+
+def test_a_stream_that_cannot_turn_is_refused(tmp_path: Path) -> None:
     config = families()["opt"].config
     config.vocab_size = 4096
     build(config).save_pretrained(tmp_path / "model")
     add_tokenizer(tmp_path / "model")
-    warned, recipe = Warnings(), _recipe(tmp_path)
-    record = niwaki.compress(tmp_path / "model", tmp_path / "out", rotate="auto", report=warned, **recipe)
-    assert record["model"]["rotated"]["residual"] == "none"
-    assert any("the residual stream keeps its basis" in text for text in warned.warnings)
     with pytest.raises(ArchitectureError, match="does not turn"):
-        niwaki.compress(tmp_path / "model", tmp_path / "other", rotate="all", **recipe)
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("other")]
+        niwaki.compress(tmp_path / "model", tmp_path / "out", rotate="all", **_recipe(tmp_path))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
 
 
 def test_auto_leaves_a_model_that_memory_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,14 +83,6 @@ def test_auto_leaves_a_model_that_memory_cannot_hold(tmp_path: Path, monkeypatch
     warned, model = Warnings(), tiny_llama(tmp_path / "model")
     record = niwaki.compress(model, tmp_path / "out", rotate="auto", report=warned, **_recipe(tmp_path))
     assert "rotated" not in record["model"] and any("GB are free" in text for text in warned.warnings)
-
-
-def test_a_wide_stream_keeps_its_basis_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(basis, "MAX_CPU_WIDTH", 8)
-    warned, model = Warnings(), tiny_llama(tmp_path / "model")
-    record = niwaki.compress(model, tmp_path / "out", rotate="auto", report=warned, **_recipe(tmp_path))
-    assert record["model"]["rotated"]["residual"] == "none"
-    assert any("takes a CPU too long" in text for text in warned.warnings)
 
 
 @pytest.mark.parametrize(("changes", "reason"), [

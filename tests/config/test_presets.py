@@ -79,3 +79,9 @@ def test_a_preset_runs_and_records_what_it_stood_for(tmp_path: Path) -> None:
     assert record["recipe"]["method"] == "sparsegpt+wandapp"
     assert record["options"]["wandapp"]["target"] == "both" and record["dense_stream"]
     assert record["result"]["zeros_frac"] == 0.5
+
+
+def test_a_basis_of_your_own_wins_over_that_of_the_preset() -> None:
+    assert make_recipe({"preset": "best", "target": "0.5"}).rotate == "auto"
+    assert make_recipe({"preset": "best", "target": "0.5", "rotate": "none"}).rotate == "none"
+    assert make_recipe({"preset": "fast", "target": "0.5"}).rotate == "none"

@@ -34,7 +34,8 @@ def print_methods(to: Console) -> None:
     to.print(table)
     for preset, recipes in PRESETS.items():
         for kind, recipe in recipes.items():
-            options = " ".join(f"{name}={value}" for name, value in recipe["options"].items())
+            given = {**({"--rotate": recipe["rotate"]} if "rotate" in recipe else {}), **recipe["options"]}
+            options = " ".join(f"{name}={value}" for name, value in given.items())
             line = f"--preset {preset}, {kind}: {recipe['method']} with {options}"
             to.print(line, markup=False, highlight=False)
 

@@ -122,7 +122,10 @@ Embeddings = Annotated[
 ]
 OldEnds = Annotated[str | None, hidden_alias("--ends")]
 Rotate = Annotated[
-    str | None, recipe_option("Change the basis first, so that less is lost: none, heads, all or auto.", "none")
+    str | None,
+    recipe_option(
+        "Change the basis first, so that less is lost: none, heads, auto (heads where it can) or all.", "none"
+    ),
 ]
 MergeAdapter = Annotated[
     bool,

@@ -1,8 +1,8 @@
 """Another basis as the first step of a compression (`--rotate`): OUT.rotated takes the place of the model.
 
-`heads` costs nothing. `all` also turns the residual stream, for which a tied head gets weights of its own. `auto` turns
-what the model allows and the machine can hold, and says what it leaves. The whole model must fit in float32. On a CPU a
-wide residual stream would take hours, so it stays.
+`heads` turns the values of the heads and orders the neurons, and costs nothing. `all` also turns the residual stream,
+for which a tied head gets weights of its own. `auto` is `heads` where the model allows it and fits in memory in
+float32; it says if the basis stays.
 
 The folder is removed in the end. After an interruption it stays for the next run with the same model and recipe.
 
@@ -33,7 +33,6 @@ from niwaki.model.device import free_device_bytes, pick_device
 from niwaki.model.files import remove_folder, write_text
 
 MAX_TOKENS = 32_768  # of the calibration windows, from which importance is measured
-MAX_CPU_WIDTH = 1024  # of a residual stream that a CPU learns a basis for in minutes
 MEMORY_FACTOR = 1.5  # of the weights in float32: Gram matrices and activations
 
 
@@ -77,47 +76,37 @@ def _target(recipe: Recipe, report: Report) -> Target | None:
 def _rotated(model: str | Path, place: Path, recipe: Recipe, target: Target, report: Report) -> Path | None:
     """Return `place` with the model in another basis; None if `auto` cannot turn it."""
     decoder = open_decoder(model, torch.device("cpu"))
-    ways = _ways(decoder, recipe, target, report)
-    identity = {"model": decoder.checkpoint.fingerprint(), "recipe": recipe.dump(), "ways": [str(way) for way in ways]}
+    ways = Ways(target, residual="learned" if recipe.rotate == "all" else "none", seed=recipe.seed)
+    identity = {"model": decoder.checkpoint.fingerprint(), "recipe": recipe.dump(), "ways": str(ways)}
     if (place / ROTATED).is_file() and _identity(place) == json.loads(json.dumps(identity)):
         return place
     _retire(place)
+    if recipe.rotate == "auto" and (reason := _too_large(decoder, recipe)):
+        report(Event.WARNING, message=f"the basis stays as it is: {reason}")
+        return None
     windows = windows_for(recipe.calibration, decoder, seed=recipe.seed, report=report)
     ids_ST = windows.ids_ST[: max(1, MAX_TOKENS // windows.ids_ST.shape[1])]
     about = {"data": list(recipe.calibration.files), **windows.about}
-    for number, way in enumerate(ways):
-        try:
-            rotate_to(place, decoder, way, ids_ST, about, recipe.device, report)
-        except ArchitectureError as error:
-            if recipe.rotate != "auto":
-                raise
-            left = "the residual stream keeps its basis" if number + 1 < len(ways) else "the basis stays as it is"
-            report(Event.WARNING, message=f"{left}: {error}")
-            continue
-        record = json.loads((place / ROTATED).read_text(encoding="utf-8")) | {"identity": identity}
-        write_text(place / ROTATED, json.dumps(record, indent=2) + "\n")
-        return place
-    return None
+    try:
+        rotate_to(place, decoder, ways, ids_ST, about, recipe.device, report)
+    except ArchitectureError as error:
+        if recipe.rotate != "auto":
+            raise
+        report(Event.WARNING, message=f"the basis stays as it is: {error}")
+        return None
+    record = json.loads((place / ROTATED).read_text(encoding="utf-8")) | {"identity": identity}
+    write_text(place / ROTATED, json.dumps(record, indent=2) + "\n")
+    return place
 
 
-def _ways(decoder: Decoder, recipe: Recipe, target: Target, report: Report) -> list[Ways]:
-    """Return what to try, best first."""
-    everything = Ways(target, seed=recipe.seed)
-    heads = Ways(target, residual="none", seed=recipe.seed)
-    if recipe.rotate != "auto":
-        return [everything if recipe.rotate == "all" else heads]
+def _too_large(decoder: Decoder, recipe: Recipe) -> str:
+    """Return why the whole model does not fit in memory, empty if it does."""
     device = pick_device(recipe.device)
     needed = MEMORY_FACTOR * 4 * sum(parameter.numel() for parameter in decoder.model.parameters())
     free = free_device_bytes(device) if device.type == "cuda" else psutil.virtual_memory().available
-    if needed > free:
-        gigabytes = f"{needed / 1e9:.1f} GB in float32, and {free / 1e9:.1f} GB are free"
-        report(Event.WARNING, message=f"the basis stays as it is: the model takes {gigabytes}")
-        return []
-    if device.type == "cpu" and decoder.hidden_size > MAX_CPU_WIDTH:
-        message = f"a width of {decoder.hidden_size} takes a CPU too long (--rotate all does it)"
-        report(Event.WARNING, message=f"the residual stream keeps its basis: {message}")
-        return [heads]
-    return [everything, heads]
+    if needed <= free:
+        return ""
+    return f"the model takes {needed / 1e9:.1f} GB in float32, and {free / 1e9:.1f} GB are free"
 
 
 def _identity(place: Path) -> Any:

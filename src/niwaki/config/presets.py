@@ -1,7 +1,8 @@
 """Named recipes: the best chain for each time budget, by the kind of target.
 
 Zeros: chosen from `benchmarks/results/quality/tuning-llama-28m.json`. `fast` is one closed-form pass. `balanced` adds
-regional optimization at about the cost of Wanda++. `best` has three times the rounds of `balanced`.
+regional optimization at about the cost of Wanda++. `best` has six times the rounds of `balanced` and longer
+steps, in a basis that loses less where the model allows one (docs/log/2026-11-30-another-basis.md).
 
 Codes of one width: `fast` is gptq; the others also learn in the block. Mixed widths do the same with squeeze10. A
 target of zeros and bits takes the chain for zeros, then gptq. No preset trains the whole model.
@@ -14,6 +15,7 @@ from niwaki.errors import InputError, unknown
 
 _EXCHANGE = {"exchanges": 6}
 _LEARN = {"target": "both", "optimizer": "adam", "rate_frac": 0.0075}
+_LONG = _LEARN | {"rate_frac": 0.015, "rounds": 30, "samples": 64, "batch": 4}
 _GRID = {"group": 64}
 
 
@@ -23,6 +25,10 @@ def _options(**steps: dict[str, Any]) -> dict[str, Any]:
 
 def _recipe(method: str, **steps: dict[str, Any]) -> dict[str, Any]:
     return {"method": method, "options": _options(**steps)}
+
+
+def _turned(method: str, **steps: dict[str, Any]) -> dict[str, Any]:
+    return {**_recipe(method, **steps), "rotate": "auto"}
 
 
 # {preset: {targets that it is for: recipe}}
@@ -47,15 +53,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         ),
     },
     "best": {
-        "zeros": _recipe(
-            "sparsegpt+wandapp", sparsegpt=_EXCHANGE, wandapp=_LEARN | {"rounds": 15, "samples": 64, "batch": 8}
-        ),
+        "zeros": _turned("sparsegpt+wandapp", sparsegpt=_EXCHANGE, wandapp=_LONG),
         "2, 3, 4 or 8 bits": _recipe("gptq", gptq=_GRID | {"learn_rounds": 16, "samples": 64, "batch": 4}),
         "other bits": _recipe("squeeze10", squeeze10={"learn_rounds": 16, "samples": 56}),
-        "zeros and bits": _recipe(
+        "zeros and bits": _turned(
             "sparsegpt+wandapp+gptq",
             sparsegpt=_EXCHANGE,
-            wandapp=_LEARN | {"rounds": 15, "samples": 64, "batch": 8},
+            wandapp=_LONG,
             gptq=_GRID | {"learn_rounds": 16, "samples": 64, "batch": 4},
         ),
     },
@@ -75,7 +79,8 @@ def with_preset(values: dict[str, Any]) -> dict[str, Any]:
             f"preset {name} brings its own method, got method {values['method']} as well: give one of them"
         )
     preset = PRESETS[name][_kind_of(values)]
-    return {**values, "method": preset["method"], "options": {**preset["options"], **(values.get("options") or {})}}
+    options = {**preset["options"], **(values.pop("options", None) or {})}
+    return {**preset, **values, "method": preset["method"], "options": options}
 
 
 def _kind_of(values: dict[str, Any]) -> str:

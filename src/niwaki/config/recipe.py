@@ -84,7 +84,7 @@ class Recipe(_Strict):
     ] = "none"
     rotate: Annotated[
         Literal["none", "heads", "all", "auto"],
-        "Basis that loses less: of the heads, of all (which unties the head), or of what the model allows (auto).",
+        "Basis that loses less: of heads and neurons (heads; auto where it can) or of all, which unties the head.",
     ] = "none"
     drop_unused: Annotated[bool, "Leave out tensors that the model does not read, instead of copying them."] = False
     seed: Annotated[int, "Seed of every random number."] = 0
