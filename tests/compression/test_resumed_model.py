@@ -117,6 +117,22 @@ def test_a_chain_in_its_second_stage_knows_its_first_model(text: Path, tmp_path:
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "straight")
 
 
+def test_a_chain_that_replaced_its_place_is_finished(text: Path, tmp_path: Path) -> None:
+    model, out = tiny_llama(tmp_path / "model", intermediate_size=96, hidden_size=64), tmp_path / "out"
+    chain = {"method": "shortgpt+wanda", "target": "0.34+0.5"}
+
+    def events(**given: Any) -> list[str]:
+        seen: list[str] = []
+        again = {"overwrite": True, "resume": True, "report": lambda event, **fields: seen.append(event)}
+        niwaki.compress(model, out, **again, **settings(text, **chain | given))
+        return seen
+
+    niwaki.compress(model, out, **settings(text, **chain))
+    before = folder_bytes(out)
+    assert "block" not in events() and folder_bytes(out) == before
+    assert "block" in events(target="0.34+0.25") and folder_bytes(out) != before
+
+
 def test_a_gguf_file_with_restored_times_is_converted_again(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ import typer
 from niwaki.compression.result_folder import ResultFolder
 from niwaki.compression.verify import check_weights
 from niwaki.errors import NiwakiError, OutputError, ResumeError
+from niwaki.measure.compare.report_folder import MADE
 from system.kill_kinds import KINDS, World, make_world
 
 CHANGES = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "link", "truncate")
@@ -234,7 +235,7 @@ def contents(folder: Path) -> dict[str, str]:
     own = str(folder).encode(), str(folder.with_name("out")).encode()
     found = {}
     for name, path in files.items():
-        if name.startswith(LOGS):
+        if name.startswith((*LOGS, MADE)):
             continue
         content = path.read_bytes()
         if name.endswith(".json") and b'"seconds"' in content:

@@ -136,8 +136,8 @@ def _compress_stages(
                 f"{partial_of(out)} goes on from {shaped}, which does not exist: repeat the recipe that it began with, "
                 "or start again with --overwrite instead of --resume"
             )
-        if is_result(out) and not request.overwrite:
-            return _finished_chain(job, second, request)
+        if is_result(out) and (finished := _finished_chain(job, second, request)):
+            return finished
     _drop_unfinished(request, model)
     try:
         record = _run(job)
@@ -153,11 +153,24 @@ def _compress_stages(
     return record
 
 
-def _finished_chain(job: Job, last: ResolvedStage, request: Request) -> RunRecord:
+def _finished_chain(job: Job, last: ResolvedStage, request: Request) -> RunRecord | None:
     """Return the record of a finished OUT of two stages; `job` is the first one, whose result is gone.
 
-    Raises ResumeError if OUT was made from other inputs. The shapes after the first stage follow from its inputs.
+    Raises ResumeError if OUT was made from other inputs; one that is to be overwritten gives None. The shapes after the
+    first stage follow from its inputs.
     """
+    try:
+        record = _require_finished(job, last, request)
+    except (InputError, ResumeError):
+        if request.overwrite:
+            return None
+        raise
+    request.report(Event.COMPLETE, out=str(request.out))
+    return record
+
+
+def _require_finished(job: Job, last: ResolvedStage, request: Request) -> RunRecord:
+    """Return the record of OUT. Raises ResumeError if it was made from other inputs, InputError if it has none."""
     record, message = read_run(request.out), OTHER_INPUTS.format(request.out)
     first = record.stages[0].fingerprint if record.stages else record.fingerprint
     require_same(current_hashes(first), fingerprint_of(job, first), message)
@@ -166,7 +179,6 @@ def _finished_chain(job: Job, last: ResolvedStage, request: Request) -> RunRecor
     both = (current_hashes(record.fingerprint), second)
     before, now = ({name: value for name, value in one.items() if not name.startswith(MODEL)} for one in both)
     require_same(before, now, message)
-    request.report(Event.COMPLETE, out=str(request.out))
     return record
 
 
