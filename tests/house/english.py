@@ -38,9 +38,9 @@ dump embed emit empty encode end enforce enter escape estimate evaluate exclude 
 express extend extract fail fake feed fetch fill filter find finish fit fix flatten flush fold follow force format
 forward free freeze fuse gather generate get give go group guard guess handle hash hold identify ignore implement import
 include
-increase infer initialize insert inspect install interleave intersect invert iterate join judge keep kill label launch lay
-learn leave limit link list load locate lock log look lower make map mark mask match measure merge minimize mix move
-multiply name narrow negotiate normalize note number observe offer open order pack pad pair parse partition pass patch
+increase infer initialize insert inspect install interleave intersect invert iterate join judge keep kill label
+launch lay learn leave limit link list load locate lock log look lower make map mark mask match measure merge minimize
+mix move multiply name narrow negotiate normalize note number observe offer open order pack pad pair parse partition pass patch
 pause permute pick place plan play plot point pool pop post predict prefill prepare print process produce promote prompt
 propagate propose protect prove prune publish pull push put quantize query queue quote raise rank reach read rebuild
 receive recommend reconstruct record recover reduce refine refuse register reject release reload remember remove rename
