@@ -29,29 +29,27 @@ IS_NO = re.compile(
 )
 VERBS = set(
     """
-accept accumulate add adjust advance allocate answer append apply approximate ask assemble assert assign attach average
-back balance begin bench bind binarize bound break build bytes cache calibrate call cancel cap carry cast change check
-choose clamp clear close code collect combine compare compile complete compose compress compute concatenate configure
-connect consume continue convert copy correct count cover create cut decide declare decode decompress dequantize defer
-delete deliver derive describe descend detach detect determine discard distribute divide download draw drain drive drop
-dump embed emit empty encode end enforce enter escape estimate evaluate exclude execute exit expand explain export
-express extend extract fail fake feed fetch fill filter find finish fit fix flatten flush fold follow force format
-forward free freeze fuse gather generate get give go group guard guess handle hash hold identify ignore implement import
-include
-increase infer initialize insert inspect install interleave intersect invert iterate join judge keep kill label
-launch lay learn leave limit link list load locate lock log look lower make map mark mask match measure merge minimize
-mix move multiply name narrow negotiate normalize note number observe offer open order pack pad pair parse partition pass patch
-pause permute pick place plan play plot point pool pop post predict prefill prepare print process produce promote prompt
-propagate propose protect prove prune publish pull push put quantize query queue quote raise rank reach read rebuild
-receive recommend reconstruct record recover reduce refine refuse register reject release reload remember remove rename
-render repair repeat replace replay report represent request require rescale reset reshape resize resolve respond
-restart restore restrict resume retire retry return reuse reverse rewrite rotate round route run sample satisfy save
-say scale scan score search seed select send separate serialize serve set share shift show shrink shuffle shut silence
-simulate skip slice slide smooth solve sort spend split spread stack start state step stop store stream strip subtract
-suggest sum supply swap sweep switch take tell test tie time tokenize total touch trace track train transform translate
-transpose try tune turn undo unpack update upload use validate verify visit wait walk warn watch weigh widen wrap write
-yield zero do exchange
-discover
+accept accumulate add adjust advance allocate answer append apply approximate ask assemble assert assign attach
+average back balance begin bench bind binarize bound break build bytes cache calibrate call cancel cap carry cast
+change check choose clamp clear close code collect combine compare compile complete compose compress compute
+concatenate configure connect consume continue convert copy correct count cover create cut decide declare decode
+decompress dequantize defer delete deliver derive describe descend detach detect determine discard distribute divide
+download draw drain drive drop dump embed emit empty encode end enforce enter escape estimate evaluate exclude execute
+exit expand explain export express extend extract fail fake feed fetch fill filter find finish fit fix flatten flush
+fold follow force format forward free freeze fuse gather generate get give go group guard guess handle hash hold
+identify ignore implement import include increase infer initialize insert inspect install interleave intersect invert
+iterate join judge keep kill label launch lay learn leave limit link list load locate lock log look lower make map
+mark mask match measure merge minimize mix move multiply name narrow negotiate normalize note number observe offer
+open order pack pad pair parse partition pass patch pause permute pick place plan play plot point pool pop post
+predict prefill prepare print process produce promote prompt propagate propose protect prove prune publish pull push
+put quantize query queue quote raise rank reach read rebuild receive recommend reconstruct record recover reduce
+refine refuse register reject release reload remember remove rename render repair repeat replace replay report
+represent request require rescale reset reshape resize resolve respond restart restore restrict resume retire retry
+return reuse reverse rewrite rotate round route run sample satisfy save say scale scan score search seed select send
+separate serialize serve set share shift show shrink shuffle shut silence simulate skip slice slide smooth solve sort
+spend split spread stack start state step stop store stream strip subtract suggest sum supply swap sweep switch take
+tell test tie time tokenize total touch trace track train transform translate transpose try tune turn undo unpack
+update upload use validate verify visit wait walk warn watch weigh widen wrap write yield zero do exchange discover
 submit interrupt reorder
 """.split()  # noqa: SIM905
 )
