@@ -144,7 +144,7 @@ def auto_map() -> Row:
             }
         executed = sung.exists()
     runs = [end for codes in found.values() for end in codes.values()]
-    foreign = {end for name, codes in found.items() if "own" in name for end in codes.values()}
+    foreign = {end for name, codes in found.items() if "of its own" in name for end in codes.values()}
     return {
         "what": "folders whose config and tokenizer name code in `auto_map`, with that code in them: a known type and "
         "an unknown one, in Python and `python -O`",

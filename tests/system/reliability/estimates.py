@@ -46,7 +46,8 @@ def preflight() -> Row:
         "what": f"`niwaki plan`, then `niwaki compress` of the sapling, {len(ratios)} methods and chains, fresh "
         f"processes; then jobs that cannot be done (fastest of {TRIES}, imports included)",
         "reached": f"RAM within {off['peak_rss_bytes']:.1%}, disk within {off['output_bytes']:.1%} in {len(ratios)} "
-        f"cases; {sum(quick)} of {len(refused)} impossible jobs refused, the slowest in {slowest:.1f} s",
+        f"cases; {sum(one['code'] == 2 for one in refused.values())} of {len(refused)} impossible jobs refused, "
+        f"{sum(quick)} within {LIMIT_S:.0f} s, the slowest in {slowest:.1f} s",
         "figure": {"predicted_over_measured": ratios, "refused": refused},
         "passed": max(off.values()) <= 0.15 and all(quick),
         "not_run": "VRAM: this machine has no GPU",
