@@ -50,6 +50,22 @@ def test_the_defaults_beat_the_published_form_on_other_inputs(bits: str, symmetr
     assert output_error(found, weight, others) < 0.9 * output_error(published, weight, others)
 
 
+@pytest.mark.parametrize("tokens", [80, 600])
+def test_the_damping_is_that_of_least_error_on_held_out_tokens(tokens: int) -> None:
+    """Choose among fixed dampings by float64 errors on the last eighth of the tokens, codes from all others."""
+    weight, x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), correlated_inputs(tokens, 64)
+    others, held = x[: tokens - tokens // 8], x[tokens - tokens // 8 :]
+    target = parse_target("3bit")
+    errors = {}
+    for damping_frac in gptq.DAMPINGS:
+        found = run_method(gptq, weight, others, target, group=16, damping_frac=damping_frac)
+        errors[damping_frac] = float((held.double() @ (found - weight).double().T).square().sum())
+    best = min(errors, key=errors.__getitem__)
+    chosen = run_method(gptq, weight, x, target, group=16, damping_frac=0)
+    assert torch.equal(chosen, run_method(gptq, weight, x, target, group=16, damping_frac=best))
+    assert best >= 0.1 or tokens > 100, "few tokens need much damping"
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_rtn_is_within_half_a_step(symmetric: bool) -> None:
     weight, x = matrix()

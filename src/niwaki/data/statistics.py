@@ -23,7 +23,8 @@ class Needs:
     `sqnorm` and `gram`: sums per group of matrices. `learn_batches`: batch sizes that a learning method draws from
     the inputs and outputs of the dense block (empty: it does not learn). `dense`: also the outputs of the same block
     in the dense model. `full`: Gram matrices with the inputs of the same tokens in the dense model. `mean`: sums of
-    the inputs. `gradient`: squared gradients of the loss of each window in the dense model.
+    the inputs. `gradient`: squared gradients of the loss of each window in the dense model. `held`: Gram matrices of
+    every eighth part of the tokens too, to judge by.
     """
 
     sqnorm: bool = False
@@ -33,6 +34,7 @@ class Needs:
     full: bool = False
     mean: bool = False
     gradient: bool = False
+    held: bool = False
 
     @property
     def windows(self) -> bool:
@@ -53,6 +55,7 @@ class Needs:
             self.full or other.full,
             self.mean or other.mean,
             self.gradient or other.gradient,
+            self.held or other.held,
         )
 
 
@@ -71,6 +74,7 @@ class Statistics:
         self._mirrored = False  # until then only the strips up to the diagonal are valid
         self._full: tuple[Tensor, Tensor] | None = None
         self._sum_I: Tensor | None = None
+        self._held_II: Tensor | None = None
 
     def add(self, x: Tensor, full: Tensor | None = None) -> None:
         """Add inputs of shape [..., I]. Sums are float32, in which products of bf16 inputs are exact.
@@ -89,6 +93,10 @@ class Statistics:
         elif self.needs.sqnorm:
             sqnorm_I = torch.linalg.vector_norm(x_NI, dim=0, dtype=torch.float32).square_()
             self._sqnorm_I = sqnorm_I if self._sqnorm_I is None else self._sqnorm_I.add_(sqnorm_I)
+        if self.needs.held:
+            held_NI = x_NI[len(x_NI) - len(x_NI) // 8 :]
+            held_II = _product(held_NI, held_NI)
+            self._held_II = held_II if self._held_II is None else self._held_II.add_(held_II)
         if self.needs.mean:
             sum_I = x_NI.sum(0, dtype=torch.float32)
             self._sum_I = sum_I if self._sum_I is None else self._sum_I.add_(sum_I)
@@ -133,6 +141,13 @@ class Statistics:
                 self._gram_II[:first, first:last] = self._gram_II[first:last, :first].T
             self._mirrored = True
         return self._gram_II
+
+    @property
+    def held_II(self) -> Tensor:
+        """Return XᵀX of the last eighth of every batch of tokens, [I, I] float32; `gram_II` includes them."""
+        if self._held_II is None:
+            raise KeyError("no held-out Gram matrix: no token reached this group, or it was not needed")
+        return self._held_II
 
     @property
     def full_II(self) -> tuple[Tensor, Tensor]:

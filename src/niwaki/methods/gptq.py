@@ -8,7 +8,7 @@ Algorithm 1. The defaults go beyond it; `clip=false act_order=false rounds=0 dam
 | Scale and zero code | min to max, when the sweep reaches the group | `clip`: least error Σ(w − q)²/U_jj² |
 | Order of the columns | from left to right | `act_order`: largest inputs first, on grids fitted before |
 | After the sweep | nothing | `rounds` of refitted scales and coordinate descent |
-| Damping λ | 1 % of the mean diagonal | `damping_frac`: 3 % |
+| Damping λ | 1 % of the mean diagonal | `damping_frac`: 3 %, or of least held-out error |
 
 U is the factor of the inverse Gram matrix, H⁻¹ = UᵀU. In the sweep, an error of column j costs (w − q)²/U_jj². The
 columns of a group stay neighbors in the file in any order of the sweep.
@@ -35,7 +35,7 @@ and about half as many for each round. With learning also `learn_rounds` · `sam
     niwaki compress MODEL OUT --method gptq --target 4bit --set group=128 --calibration mine.txt --seq-len 512
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Annotated
@@ -80,6 +80,9 @@ from niwaki.methods.shared.rounding import (
 )
 from niwaki.model.decoder import Block
 
+DAMPINGS = (0.03, 0.003, 0.01, 0.1, 0.3)  # the first of equal ones is taken
+JUDGED_ROWS = 256  # at least, of the matrices that share a damping
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -95,7 +98,9 @@ class Config:
     ] = True
     rounds: Annotated[int, "Rounds of refitted scales and coordinate descent on the codes after the sweep."] = 4
     joint: Annotated[bool, "After a pruning method, begin at the dense weights and not at those that it left."] = False
-    damping_frac: Annotated[float, "A share of the mean diagonal of XᵀX, added to the diagonal (λ)."] = 0.03
+    damping_frac: Annotated[
+        float, "A share of the mean diagonal of XᵀX, added to the diagonal (λ); 0 chooses it by held-out tokens."
+    ] = 0.03
     toward_dense: Annotated[
         float, "Share of the way to weights whose outputs are those in the dense model, before the sweep (GPTAQ)."
     ] = 0.0
@@ -112,7 +117,8 @@ class Config:
         if self.samples < 1 or self.batch < 1 or self.rate_frac <= 0:
             raise ValueError("expected samples and batch ≥ 1, rate_frac > 0")
         check_learning_options(self.target, reconstruct=self.reconstruct)
-        check_damping(self.damping_frac)
+        if self.damping_frac:
+            check_damping(self.damping_frac)
         if not 0 <= self.toward_dense <= 1:
             raise ValueError(f"toward_dense must lie between 0 and 1, got {self.toward_dense}")
 
@@ -121,7 +127,7 @@ def needs(config: Config) -> Needs:
     """Ask for Gram matrices of the inputs, with those in the dense model if it pulls, and windows to learn from."""
     learning = learning_needs(config.batch, config.target) if config.learn_rounds else Needs()
     full = config.toward_dense > 0
-    return Needs(gram=True, full=full, dense=full) | learning
+    return Needs(gram=True, full=full, dense=full, held=not config.damping_frac) | learning
 
 
 def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> int:
@@ -130,8 +136,9 @@ def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Con
 
 
 def cost(scope: Scope, config: Config) -> Work:
-    """Count a factor per group, a sweep per matrix, rounds on the codes, and learning."""
-    swept = gram_factors(scope) + sweeps(scope) + grids(scope, config.clip) + rounds_of(scope, config.rounds)
+    """Count a factor per group and tried damping, a sweep per matrix, rounds on the codes, and learning."""
+    factors = gram_factors(scope) * (1 if config.damping_frac else 1 + len(DAMPINGS))
+    swept = factors + sweeps(scope) + grids(scope, config.clip) + rounds_of(scope, config.rounds)
     return swept + learning_cost(
         scope, config.learn_rounds, config.samples, config.batch, copies=7, passes=36, reconstruct=config.reconstruct
     )
@@ -176,7 +183,10 @@ def _sweep(
     """
     for names in block.anatomy.sharing(targets):
         group = calib.statistics[names[0]]
-        problem = _Problem.of(group, config) if group.tokens else None
+        problem = None
+        if group.tokens:
+            damping_frac = config.damping_frac or _chosen_damping(block, names, targets, group, config)
+            problem = _Problem.of(group, config, damping_frac)
         for bits, alike in groupby(names, key=lambda name: code_width(targets[name])):
             together = list(alike)
             sources = [_source(block, calib, name, config.joint and problem is not None) for name in together]
@@ -202,6 +212,27 @@ def _source(block: Block, calib: CalibrationData, name: str, joint: bool) -> Ten
     return block.weight(name).float()
 
 
+def _chosen_damping(
+    block: Block, names: Sequence[str], targets: Mapping[str, Target], statistics: Statistics, config: Config
+) -> float:
+    """Return the damping whose codes have the least error on held-out tokens.
+
+    The codes are those of some rows of all matrices, rounded by the other tokens.
+    """
+    stacked_OI = torch.cat([block.weight(name).float() for name in names])
+    weight_OI = stacked_OI[:: max(1, len(stacked_OI) // JUDGED_ROWS)].contiguous()
+    columns, grid = weight_OI.shape[1], "symmetric" if config.symmetric else "affine"
+    check_group(columns, config.group, names[0])
+    groups = groups_of(0, columns, code_width(targets[names[0]]), grid, config.group)
+    other_II = statistics.gram_II - statistics.held_II
+    errors = {}
+    for damping_frac in DAMPINGS:
+        rounded = _Problem.of_gram(other_II, config, damping_frac).round(weight_OI, groups, config, None)
+        missing_OI = rounded.values_OI - weight_OI
+        errors[damping_frac] = float(((missing_OI @ statistics.held_II) * missing_OI).sum(dtype=torch.float64))
+    return min(errors, key=errors.__getitem__)
+
+
 @dataclass(frozen=True)
 class _Problem:
     """Objective of matrices with the same input: XᵀX, its damping, U in the order of the sweep (None: unchanged).
@@ -216,16 +247,22 @@ class _Problem:
     pull_II: Tensor | None
 
     @classmethod
-    def of(cls, statistics: Statistics, config: Config) -> "_Problem":
+    def of(cls, statistics: Statistics, config: Config, damping_frac: float) -> "_Problem":
         """Return the problem of a group of matrices."""
-        gram_II, pull_II = statistics.gram_II, None
+        problem = cls.of_gram(statistics.gram_II, config, damping_frac)
+        if not config.toward_dense:
+            return problem
+        damped_II = damped(problem.gram_II, problem.damping_frac)
+        pull_II = pull_to_dense(statistics.full_II[1], problem.gram_II, damped_II, config.toward_dense)
+        return replace(problem, pull_II=pull_II)
+
+    @classmethod
+    def of_gram(cls, gram_II: Tensor, config: Config, damping_frac: float) -> "_Problem":
+        """Return the problem of a Gram matrix, without a pull."""
         order_I = gram_II.diagonal().argsort(descending=True, stable=True) if config.act_order else None
         ordered_II = gram_II if order_I is None else gram_II[order_I][:, order_I]
-        upper_II, damping_frac = inverse_factor(ordered_II, config.damping_frac)
-        if config.toward_dense:
-            damped_II = damped(gram_II, damping_frac)
-            pull_II = pull_to_dense(statistics.full_II[1], gram_II, damped_II, config.toward_dense)
-        return cls(gram_II, damping_frac, order_I, upper_II, pull_II)
+        upper_II, damping_frac = inverse_factor(ordered_II, damping_frac)
+        return cls(gram_II, damping_frac, order_I, upper_II, None)
 
     def round(self, weight_OI: Tensor, groups: list[Group], config: Config, keep_OI: Tensor | None) -> Rounded:
         """Round by a sweep, then by rounds of refits and coordinate descent."""

@@ -193,9 +193,8 @@ def _block_bytes(block: BlockSizes, model: ModelSizes, load: Workload, index: in
     copies = 2 * (computed + (block.dense_bytes if on_cpu else 0))
     largest = max((m.rows * m.columns for m in block.matrices), default=0)
     records = FLOAT_BYTES * block.weights
-    grams = (
-        FLOAT_BYTES * sum(width**2 for width in scope.inputs) * (3 if load.needs.full else 1) if load.needs.gram else 0
-    )
+    per_group = (3 if load.needs.full else 1) + load.needs.held
+    grams = FLOAT_BYTES * sum(width**2 for width in scope.inputs) * per_group if load.needs.gram else 0
     widest_input = max(scope.inputs, default=0)
     added = FLOAT_BYTES * widest_input * (widest_input if load.needs.full else STRIP_COLUMNS) if grams else 0
     gradients = FLOAT_BYTES * block.weights if load.squares else 0
