@@ -61,7 +61,7 @@ SEQ_LEN = 512
 WAYS = {"residual": ("learned", "hadamard", "none"), "heads": ("learned", "hadamard", "none")}
 PROBE_TOKENS = 16
 TOLERANCE = 1e-3  # relative error of the logits in float32
-REGROUP_ROUNDS = 300
+REGROUP_ROUNDS = 60
 
 
 @dataclass(frozen=True)
