@@ -54,13 +54,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "best": {
         "zeros": _turned("sparsegpt+wandapp", sparsegpt=_EXCHANGE, wandapp=_LONG),
-        "2, 3, 4 or 8 bits": _recipe("gptq", gptq=_GRID | {"learn_rounds": 16, "samples": 64, "batch": 4}),
+        "2, 3, 4 or 8 bits": _recipe("gptq", gptq=_GRID | {"learn_rounds": 24, "samples": 64, "batch": 4}),
         "other bits": _recipe("squeeze10", squeeze10={"learn_rounds": 16, "samples": 56}),
         "zeros and bits": _turned(
             "sparsegpt+wandapp+gptq",
             sparsegpt=_EXCHANGE,
             wandapp=_LONG,
-            gptq=_GRID | {"learn_rounds": 16, "samples": 64, "batch": 4},
+            gptq=_GRID | {"learn_rounds": 24, "samples": 64, "batch": 4},
         ),
     },
 }
