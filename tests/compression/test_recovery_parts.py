@@ -10,7 +10,7 @@ from torch import Tensor
 from niwaki.compression.recovery.memory import Learning, Size, choose, plan_memory
 from niwaki.compression.recovery.teacher import Resident, Student, Text, divergence, likely, likely_divergence
 from niwaki.compression.recovery.trained import _Decode, _Part, prepare
-from niwaki.compression.recovery.training import Windows, batch_windows, recompute_blocks
+from niwaki.compression.recovery.training import Windows, batch_windows, default_rate, recompute_blocks
 from niwaki.errors import InputError
 from niwaki.formats.quantized import QuantizedColumns
 from niwaki.model.checkpoint import Checkpoint
@@ -170,6 +170,11 @@ def test_steps_take_every_window_once_before_any_again_and_shares_hold() -> None
 )
 def test_steps_grow_with_the_budget(tokens: int, windows: int) -> None:
     assert batch_windows(tokens, 512) == windows
+
+
+def test_few_steps_are_long_ones() -> None:
+    found = [default_rate(steps) for steps in (1, 24, 100, 400, 1600, 10_000)]
+    assert found == pytest.approx([0.01, 0.01, 0.006, 0.003, 0.0015, 0.001])
 
 
 def test_a_cached_teacher_learns_as_a_resident_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

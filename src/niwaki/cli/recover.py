@@ -25,7 +25,10 @@ Train = Annotated[
         metavar="auto|weights|low-rank|scales",
     ),
 ]
-Rate = Annotated[float | None, typer.Option(help="Learning rate, relative to the size of each matrix. Default: 0.002.")]
+Rate = Annotated[
+    float | None,
+    typer.Option(help="Learning rate, relative to the size of each matrix. Default: 0.001 to 0.01, by the steps."),
+]
 Batch = Annotated[int | None, typer.Option(help="Windows per step. Default: 2,048 to 32,768 tokens, by --tokens.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps, in place of --tokens.")]
 

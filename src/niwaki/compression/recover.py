@@ -35,7 +35,7 @@ from niwaki.compression.places import (
 from niwaki.compression.recovery.memory import Learning, MemoryPlan, Size, budget, choose
 from niwaki.compression.recovery.teacher import Resident, Student, Teacher, Text, cached
 from niwaki.compression.recovery.trained import MODES, Mode, Trained, prepare
-from niwaki.compression.recovery.training import HELD_OUT, Schedule, Trainer, Windows, batch_windows
+from niwaki.compression.recovery.training import HELD_OUT, Schedule, Trainer, Windows, batch_windows, default_rate
 from niwaki.compression.recovery.written import packed_bits, stored_dtypes, write_result
 from niwaki.compression.result_folder import OTHER_INPUTS, ResultFolder, require_same
 from niwaki.compression.run_record import (
@@ -65,7 +65,6 @@ from niwaki.runtime.load import load_checkpoint
 SEQ_LEN = 512
 TOKENS = 1_000_000
 RANK = 16
-RATES: dict[Mode, float] = {"weights": 2e-3, "low-rank": 2e-3, "scales": 2e-3}
 CPU_MICRO_TOKENS = 512
 WIDE_LOGIT_BYTES, WIDE_DEVICE_BYTES = 2**30, 2**36  # of one slice on a device with this free memory
 NO_TEACHER = "none"
@@ -125,7 +124,8 @@ def recover(
     `tokens` are those that training reads, in steps of `batch` windows [seq_len]; `steps` may stand in their place.
     Text is `data` and `mix` (see `Calibration`), repeated if it is shorter. `teacher` is the dense model, by default
     the one that run.json names; "none" trains on the next token of the text. `train`: weights, low-rank (of `rank`),
-    scales, or auto, which is weights if they fit in memory. `rate` is relative to the size of what a step changes.
+    scales, or auto, which is weights if they fit in memory. `rate` is relative to the size of what a step changes;
+    by default it follows from the number of steps.
 
     Returns the content of run.json. Raises InputError for wrong input, and if the held-out loss did not fall: then
     nothing is written. An interrupted run goes on with `resume`.
@@ -312,7 +312,7 @@ def _run(inputs: _Inputs, folder: ResultFolder, report: Report, started: float) 
         model, skeleton, mode=plan.mode, rank=inputs.settings["rank"], seed=inputs.settings["seed"],
         pruned=_is_pruned(skeleton.checkpoint.folder),
     )  # fmt: skip
-    rate = inputs.settings["rate"] or RATES[plan.mode]
+    rate = inputs.settings["rate"] or default_rate(len(inputs.windows.steps))
     micro = max(1, plan.micro_tokens // inputs.settings["seq_len"])
     schedule = Schedule(rate, micro, plan.recompute, autocast=device.type == "cuda")
     wide = device.type == "cuda" and budget(device) > WIDE_DEVICE_BYTES

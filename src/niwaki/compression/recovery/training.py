@@ -12,6 +12,7 @@ After PATIENCE points without a lower loss the training ends.
 Legend: S windows, B windows of a batch, T tokens.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -40,6 +41,8 @@ WARMUP_FRAC = 0.05
 MAX_NORM = 1.0
 BETAS = (0.9, 0.98)
 STEPS_WANTED = 400
+RATE_AT = 0.003  # at STEPS_WANTED
+RATES = (0.001, 0.01)  # at least and at most
 BATCH_TOKENS = (2048, 32768)  # of a step, at least and at most
 HELD_OUT = 64  # windows at most
 PART = "training"
@@ -104,6 +107,12 @@ def batch_windows(tokens: int, seq_len: int) -> int:
     low, high = BATCH_TOKENS
     wanted = min(max(tokens // STEPS_WANTED, low), high)
     return max(1, round(wanted / seq_len))
+
+
+def default_rate(steps: int) -> float:
+    """Return the rate for a number of steps: few steps are long ones, because together they must reach as far."""
+    low, high = RATES
+    return min(max(RATE_AT * math.sqrt(STEPS_WANTED / steps), low), high)
 
 
 class Trainer:
