@@ -14,7 +14,7 @@ from niwaki.compression.adapt import HISTORY, PREVIOUS, adapt
 from niwaki.compression.verify import check_weights
 from niwaki.errors import InputError
 from niwaki.runtime.contextual.predictor_files import TENSORS, read_shadow, write_shadow
-from support.models import tiny_llama, write_texts
+from support.models import Warnings, add_bos, tiny_llama, write_texts
 
 SETTINGS: dict[str, Any] = {"samples": 16, "seq_len": 24, "device": "cpu"}
 
@@ -48,7 +48,7 @@ def test_a_predictor_of_nothing_is_replaced_and_kept(out: Path, tmp_path: Path) 
 
 
 def test_a_worse_one_is_not_taken(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learned from shuffled scores, a predictor knows less than the one that is there."""
+    """Learn from shuffled scores: that predictor knows less than the one that is there."""
     from niwaki.methods import shadow
 
     learn = shadow.learn
@@ -78,3 +78,20 @@ def test_the_commands(out: Path, tmp_path: Path) -> None:
         adapt(out, data=())
     with pytest.raises(InputError, match="holds no predictor"):
         adapt(tmp_path / "model", data=text)
+
+
+def test_a_missing_first_token_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warn at any loss with the token: no small model that needs it has predictors worth a test."""
+    tiny_llama(tmp_path / "model", num_attention_heads=8, num_key_value_heads=4, vocab_size=4160)
+    add_bos(tmp_path / "model", itself=False)
+    text = str(write_texts(tmp_path / "text.jsonl"))
+    niwaki.compress(
+        tmp_path / "model", tmp_path / "out", method="shadow", target="0.5", device="cpu",
+        calibration={"files": (text,), "samples": 12, "seq_len": 24},
+        options={"min_prompt": 8, "features": "last", "size_frac": 0.5},
+    )  # fmt: skip
+    monkeypatch.setattr("niwaki.compression.bos_loss.MAX_FALL", -10.0)
+    told: dict[str, Warnings] = {"auto": Warnings(), "on": Warnings()}
+    adapt(tmp_path / "out", data=text, report=told["auto"], **SETTINGS)
+    adapt(tmp_path / "out", data=text, report=told["on"], bos="on", **SETTINGS)
+    assert [len(one.warnings) for one in told.values()] == [1, 0] and "pass --bos on" in told["auto"].warnings[0]
