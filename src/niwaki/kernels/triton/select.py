@@ -49,7 +49,7 @@ def _part(about, width, start, columns):
 def _key(score):
     """Return unsigned numbers in the order of the scores. Both zeros have the same number."""
     bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
+    return tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
