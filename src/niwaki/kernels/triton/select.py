@@ -49,6 +49,7 @@ def _part(about, width, start, columns):
 def _key(score):
     """Return unsigned numbers in the order of the scores. Both zeros have the same number."""
     bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)
+    # Not ~bits: the interpreter of Triton 3.7 cannot invert unsigned numbers.
     return tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
@@ -112,6 +113,6 @@ def _mask(scores, about, counts, each, many, width, start, columns, keep, bound,
             stays = stays | (tied & (before + tl.cumsum(tied.to(tl.int32), 0) > left))
         tl.store(keep + first + place, stays.to(tl.uint8), mask=here)
         if tl.program_id(0) == 0:
-            bits = tl.where(lowest >> 31 == 1, lowest & 0x7FFFFFFF, ~lowest)
+            bits = tl.where(lowest >> 31 == 1, lowest & 0x7FFFFFFF, lowest ^ 0xFFFFFFFF)
             score = bits.to(tl.float32, bitcast=True)
             tl.store(bound + tl.program_id(1), tl.where(goes == 0, float("-inf"), score))
