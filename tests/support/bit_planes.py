@@ -28,6 +28,11 @@ def quantized_matrix(rows: int, columns: int, bits: int, grid: str, group: int, 
 
 def planes_of(parts: list[QuantizedColumns]) -> list[PlanePart]:
     """Return the parts as the GPU kernels take them."""
+    return [part.for_gpu() for part in cpu_planes_of(parts)]
+
+
+def cpu_planes_of(parts: list[QuantizedColumns]) -> list[PlanePart]:
+    """Return the parts as the CPU kernels take them."""
     found = []
     for part in parts:
         tensors = part.tensors()
@@ -41,7 +46,7 @@ def planes_of(parts: list[QuantizedColumns]) -> list[PlanePart]:
             len(part.columns_C),
             part.group,
         )
-        found.append(given.for_gpu())
+        found.append(given)
     return found
 
 

@@ -30,7 +30,7 @@ from niwaki.errors import ArchitectureError, InputError, faults_of
 from niwaki.methods.method import MethodKind
 from niwaki.model.decoder import Decoder, open_decoder
 from niwaki.model.device import free_device_bytes, pick_device
-from niwaki.model.files import remove_folder, write_text
+from niwaki.model.files import kept_by_interruption, remove_folder, retire_folder, write_text
 
 MAX_TOKENS = 32_768  # of the calibration windows, from which importance is measured
 MEMORY_FACTOR = 1.5  # of the weights in float32: Gram matrices and activations
@@ -45,14 +45,8 @@ def rotated_model(model: str | Path, out: Path, recipe: Recipe, report: Report) 
     place = rotated_of(out)
     target = _target(recipe, report)
     folder = None if target is None else _rotated(model, place, recipe, target, report)
-    try:
+    with kept_by_interruption(lambda: _retire(place)):
         yield model if folder is None else folder
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        _retire(place)
-        raise
-    _retire(place)
 
 
 def _target(recipe: Recipe, report: Report) -> Target | None:
@@ -115,9 +109,6 @@ def _identity(place: Path) -> Any:
 
 
 def _retire(place: Path) -> None:
-    """Remove the model of this step. It is renamed first: after a kill, a part of it never counts as the whole."""
-    for left in (partial_of(place), replaced_of(place)):
-        remove_folder(left, ROTATED)
-    if place.is_dir():
-        place.rename(replaced_of(place))
-        remove_folder(replaced_of(place), ROTATED)
+    """Remove the model of this step, and what a killed run left of one."""
+    remove_folder(partial_of(place), ROTATED)
+    retire_folder(place, replaced_of(place), ROTATED)

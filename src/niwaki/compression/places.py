@@ -26,7 +26,7 @@ from typing import Any, ParamSpec, TextIO, TypeVar
 from niwaki.compression.run_record import RECORD, RUN
 from niwaki.config.sources import LINEAGE, ROTATED
 from niwaki.errors import OutputError, ResumeError
-from niwaki.model.files import remove_folder
+from niwaki.model.files import remove_folder, retire_folder
 
 JOURNAL = "journal"
 FINGERPRINT = "fingerprint.json"
@@ -219,11 +219,8 @@ def remove(folder: Path) -> None:
 
 
 def retire(folder: Path, aside: Path) -> None:
-    """Remove a complete folder: it goes `aside` first, so that it is never taken for complete when it is not."""
-    if folder.is_dir():
-        remove(aside)
-        folder.rename(aside)
-    remove(aside)
+    """Remove a complete folder of a run, by way of `aside`, and what a killed run left there."""
+    retire_folder(folder, aside, f"{RECORD}/{RUN}")
 
 
 def drop_unfinished(out: Path, *, keep_source: bool) -> None:

@@ -7,7 +7,7 @@ disk, and is then renamed.
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,6 +112,27 @@ def remove_folder(folder: Path, last: str) -> None:
             if path not in (kept, kept.parent):
                 _delete(path)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def retire_folder(folder: Path, aside: Path, last: str) -> None:
+    """Remove a folder by way of `aside`, and what is there: after a kill, a part of it never counts as the whole."""
+    remove_folder(aside, last)
+    if folder.is_dir():
+        folder.rename(aside)
+        remove_folder(aside, last)
+
+
+@contextmanager
+def kept_by_interruption(retire: Callable[[], None]) -> Iterator[None]:
+    """Call `retire` after the block, also if it fails. After an interruption, what it removes serves the next run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        retire()
+        raise
+    retire()
 
 
 def _delete(path: Path) -> None:

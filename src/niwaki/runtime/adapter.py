@@ -33,7 +33,15 @@ from niwaki.formats.quantized import WEIGHT
 from niwaki.model.aux_files import aux_files
 from niwaki.model.checkpoint import TIE, Checkpoint, fetched_folder, local_folder
 from niwaki.model.decoder import names_of
-from niwaki.model.files import copy_file, file_sha256, remove_folder, write_text, writing
+from niwaki.model.files import (
+    copy_file,
+    file_sha256,
+    kept_by_interruption,
+    remove_folder,
+    retire_folder,
+    write_text,
+    writing,
+)
 from niwaki.model.hf import plain_loading
 from niwaki.model.unread import append_unread
 from niwaki.runtime.load import load_checkpoint
@@ -127,23 +135,8 @@ def merged_model(model: str | Path, place: Path, report: Report) -> Iterator[Pat
             raise OutputError(f"{place} exists and is not a merged model of niwaki: choose another OUT")
         if not place.exists() or json.loads((place / LINEAGE).read_text(encoding="utf-8")) != lineage:
             _merge_to(adapter, base, place, lineage, report)
-    try:
+    with kept_by_interruption(lambda: retire_folder(place, place.with_name(place.name + ".partial"), LINEAGE)):
         yield place
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        _retire(place)
-        raise
-    _retire(place)
-
-
-def _retire(place: Path) -> None:
-    """Remove the merged model. It is renamed first: after a kill, a part of it never counts as the whole."""
-    partial = place.with_name(place.name + ".partial")
-    remove_folder(partial, LINEAGE)
-    if place.is_dir():
-        place.rename(partial)
-        remove_folder(partial, LINEAGE)
 
 
 def _merge_to(adapter: Adapter, base: Path, place: Path, lineage: dict[str, Any], report: Report) -> None:
@@ -169,10 +162,7 @@ def _merge_to(adapter: Adapter, base: Path, place: Path, lineage: dict[str, Any]
         write_text(partial / LINEAGE, json.dumps(lineage, indent=2) + "\n")
         checkpoint.log.check()
         if place.is_dir():
-            aside = place.with_name(place.name + ".replaced")
-            remove_folder(aside, LINEAGE)
-            place.rename(aside)
-            remove_folder(aside, LINEAGE)
+            retire_folder(place, place.with_name(place.name + ".replaced"), LINEAGE)
         partial.rename(place)
     except BaseException:
         remove_folder(partial, LINEAGE)

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 import niwaki.kernels
 from niwaki.formats.packed import PackedTensors
-from niwaki.formats.quantized import centre
 from niwaki.kernels.cpu_module import cpu_module
 from niwaki.kernels.planes import _compiled_arguments
-from niwaki.kernels.types import PlanePart
 from niwaki.runtime.chunked_matmul import decode_rows
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
-from support.bit_planes import quantized_matrix
+from support.bit_planes import cpu_planes_of, quantized_matrix
 from support.slow_decode import slow_decode
 from support.sparse_records import record_of, tiled
 from tests.system.reliability.commands import Row
@@ -145,18 +143,7 @@ def _paths(errors: Errors, compiled: Any, name: str, record: Any, layer: Any, we
 
 
 def _planes(compiled: Any, record: Any, x: Tensor, out: Tensor, path: int) -> None:
-    for part in record:
-        tensors = part.tensors()
-        given = PlanePart(
-            tensors["planes"],
-            tensors["scale"],
-            tensors.get("offset"),
-            None if part.zero_OG is None else part.zero_OG.T.contiguous(),
-            part.columns_C.int() if len(record) > 1 else None,
-            0.0 if part.grid in ("free", "affine") else centre(part.bits, part.grid),
-            len(part.columns_C),
-            part.group,
-        )
+    for given in cpu_planes_of(record):
         compiled.plane_product(*_compiled_arguments(given), x.numpy(), out.numpy(), 1, path)
 
 
