@@ -50,6 +50,12 @@ def test_which_files_a_result_copies(tmp_path: Path) -> None:
     assert found == {*COPIED, "config.json"}
 
 
+def test_an_escaped_name_is_the_same_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(r'{"auto\u005fmap": {"AutoModel": "modeling_x.Model"}}')
+    (tmp_path / "modeling_x.py").touch()
+    assert tmp_path / "modeling_x.py" in aux_files(tmp_path)
+
+
 def test_a_copy_keeps_folders_and_bytes(tmp_path: Path) -> None:
     model, out = tiny_llama(tmp_path / "m"), tmp_path / "out"
     (model / "additional_chat_templates").mkdir()

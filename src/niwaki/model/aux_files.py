@@ -37,7 +37,10 @@ def _code_files(folder: Path, check: Callable[[Path], object]) -> list[Path]:
     for path in folder.glob("*.json"):
         check(path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            written = path.read_text(encoding="utf-8")
+            if "auto_map" not in written and r"\u" not in written:  # an escape could hide the name
+                continue
+            content = json.loads(written)
         except (OSError, ValueError, RecursionError):
             continue  # its reader says what is wrong
         named = content.get("auto_map") if isinstance(content, dict) else None
