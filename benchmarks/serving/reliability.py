@@ -135,7 +135,7 @@ def main() -> None:
         row = run(number, given.soak_minutes)
         print(number, "passed" if row["passed"] else "FAILED", row["reached"], flush=True)
         found = json.loads(given.out.read_text(encoding="utf-8"))["rows"] if given.out.is_file() else {}
-        found[str(number)] = {**row, "date": about["date"], "command": about["command"]}
+        found[str(number)] = {**row, **{key: about[key] for key in ("date", "device", "command")}}
         found = {str(other): {"asked": asked, **NOT_ASKED} for other, (asked, _) in ROWS.items()} | found
         result = {
             "what": "the 26 demands on reliability, on the sapling, tiny models and real processes over loopback",

@@ -50,25 +50,23 @@ def niwaki(*arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def case(name: str, model: Path, text: Path, out: Path) -> dict:
+def case(name: str, model: Path, text: Path, out: Path, device: str = "cpu") -> dict:
     """Return one row: predictions, measurements, and their ratios."""
     method, target, *more = CASES[name].split()
     chosen = ["--preset", method] if method == "fast" else ["--method", method]
     arguments = [*chosen, "--target", target, *more, "--calibration", str(text)]
     arguments += ["--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN)]
-    planned = json.loads(niwaki("plan", str(model), *arguments, "--gpu", "cpu", "--out", str(out), "--json"))
+    gpu = ["--gpu", "cpu"] if device == "cpu" else []  # otherwise the one of this machine
+    planned = json.loads(niwaki("plan", str(model), *arguments, *gpu, "--out", str(out), "--json"))
     load = os.getloadavg()[0]
     used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-    niwaki("compress", str(model), str(out), *arguments, "--device", "cpu", "--overwrite")
+    niwaki("compress", str(model), str(out), *arguments, "--device", device, "--overwrite")
     used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - used
     record = json.loads((out / "niwaki/run.json").read_text())
     shutil.rmtree(out)
-    predicted = {key: planned[key] for key in ("seconds", "peak_rss_bytes", "output_bytes")}
-    measured = {
-        "seconds": record["seconds"],
-        "peak_rss_bytes": record["peak_rss_bytes"],
-        "output_bytes": record["result"]["bytes"],
-    }
+    memory = "peak_rss_bytes" if device == "cpu" else "peak_device_bytes"
+    predicted = {key: planned[key] for key in ("seconds", memory, "output_bytes")}
+    measured = {"seconds": record["seconds"], memory: record[memory], "output_bytes": record["result"]["bytes"]}
     ratios = {key: round(predicted[key] / measured[key], 4) for key in predicted}
     phases = planned["seconds_by_phase"]
     return {
