@@ -30,14 +30,14 @@ from niwaki.model.anatomy import Anatomy, BlockAnatomy, Linear
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from support.families import build, families
-from support.models import CPU, add_tokenizer, file_bytes, tiny_llama, write_texts
+from support.models import CPU, Warnings, add_tokenizer, file_bytes, tiny_llama, write_texts
 
 BLOCKS = 4
 QUICK = {"rounds": 0, "learn_rounds": 0}  # what is learned changes no number of bits
 
 
 def anatomy_of(*rows: int, columns: int = 4096) -> Anatomy:
-    """Blocks of one matrix each."""
+    """Return blocks of one matrix each."""
     return Anatomy(
         "layers",
         tuple(BlockAnatomy({"m": Linear("m", "m.weight", None, False, r, columns, "m")}, {}, None) for r in rows),
@@ -45,7 +45,7 @@ def anatomy_of(*rows: int, columns: int = 4096) -> Anatomy:
 
 
 def min_bits(rows: int, columns: int) -> float:
-    """What squeeze10 needs with its defaults."""
+    """Return what squeeze10 needs with its defaults."""
     return squeeze10.min_bits(rows, columns, squeeze10.Config())
 
 
@@ -126,7 +126,7 @@ def test_a_matrix_that_needs_more_than_four_bits_gets_them() -> None:
 @pytest.mark.parametrize("target", [1.3, 1.75, 2.5, 3.5])
 @pytest.mark.parametrize("seed", range(3))
 def test_bits_by_sensitivity_meet_the_budget_at_the_least_error(target: float, seed: int) -> None:
-    """Against every step of bits from one matrix to another: none lowers Σ s·4^(−bits)."""
+    """Compare with every step of bits from one matrix to another: none lowers Σ s·4^(−bits)."""
     anatomy = anatomy_of(64, 128, 32, 64, 96)
     weights = [block.weights for block in anatomy.blocks]
     values = (torch.randn(5, generator=torch.Generator().manual_seed(seed)) * 2).exp().tolist()
@@ -239,7 +239,7 @@ def settings(text: Path, **changes: Any) -> dict[str, Any]:
 
 
 def bits_of(out: Path) -> list[float]:
-    """Stored bits a weight of every block, everything counted."""
+    """Return stored bits a weight of every block, everything counted."""
     lines = [json.loads(line) for line in (out / "niwaki/blocks.jsonl").read_text().splitlines()]
     found = []
     for index in range(1 + max(line["block"] for line in lines)):
@@ -249,7 +249,7 @@ def bits_of(out: Path) -> list[float]:
 
 
 def test_the_budget_is_met_to_the_last_column(text: Path, tmp_path: Path) -> None:
-    """Eight columns more or less are 24 / 1024 bits here, so that the budget is met within 0.02 on average."""
+    """Compare with the target, within 0.02 on average: eight columns more or less are 24 / 1024 bits here."""
     model = tiny_llama(
         tmp_path / "model", blocks=3, hidden_size=1024, intermediate_size=1024, num_key_value_heads=1, vocab_size=4096
     )
@@ -365,6 +365,15 @@ WRONG: list[tuple[list[str], str]] = [
     ),
     (["--target-bytes", "2MB"], "give 73,728 to 589,824 bytes"),
     (["--target-bytes", "a lot"], "expected a number of bytes such as 1700000000, 1.7GB or 800MiB"),
+    (["--set", "salient_frac=0.2", "--target", "1.6bit"], "salient_frac takes 2.1250 bits a weight in this model"),
+    (["--set", "salient_frac=0.2", "--target-bytes", "150KB"], "target_bytes and salient_frac both say where the bits"),
+    (["--set", "salient_frac=0.2", "--keep-blocks", "0"], "keep_blocks and salient_frac both say where the bits go"),
+    (["--set", "salient_frac=0.2", "--allocation", "sensitivity"], "allocation sensitivity and salient_frac both say"),
+    (["--set", "salient_frac=0.2", "--target", "2:4"], "method squeeze10 meets bits such as 4bit, got target 2:4"),
+    (["--set", "salient_frac=1.2"], "salient_frac must lie between 0 and 1, got 1.2"),
+    (["--set", "salient_frac=many"], "option salient_frac: expected float, got 'many'"),
+    (["--set", "salient_frac=0"], "target is missing: give one"),
+    (["--set", "salient_frac=0.2", "--method", "ptq161"], "target is missing: give one"),
     (["--target-bytes", "150KB", "--pack", "none"], "target_bytes counts stored codes, and --pack none stores none"),
     (
         ["--target-bytes", "150KB", "--set", "granularity=element", "--set", "widths=1+4"],
@@ -400,6 +409,31 @@ def test_bytes_of_matrices_that_are_stored_dense_are_refused(text: Path, tmp_pat
     with pytest.raises(TargetError, match=r"model\.layers\.0\.mlp\.experts\.0\.\w+ can only be stored dense"):
         niwaki.compress(tmp_path / "model", tmp_path / "out", **settings(text, target=None, target_bytes=50_000))
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_named_share_needs_no_target_and_a_target_is_its_ceiling(model: Path, text: Path, tmp_path: Path) -> None:
+    options = {**QUICK, "salient_frac": 0.2}
+    record = niwaki.compress(model, tmp_path / "out", **settings(text, target=None, options=options))
+    lines = [json.loads(line) for line in (tmp_path / "out/niwaki/blocks.jsonl").read_text().splitlines()]
+    assert all(line["salient_columns"] == round(0.2 * line["shape"][1]) for line in lines)
+    assert {(part["bits"], part["columns"]) for part in lines[0]["stored"]["parts"]} == {(4, 26), (1, 102)}
+    bits = record["result"]["bits"]
+    assert record["recipe"]["target"] == "2.125bit" and bits == 2.125
+    assert record["recipe"]["allocation"] == "uniform" and record["options"]["squeeze10"]["salient_frac"] == 0.2
+    planned = niwaki.plan(model, out=tmp_path / "out", **settings(text, target=None, options=options))
+    assert planned["matrix_bits"] == pytest.approx(bits, abs=1e-4) and planned["recipe"]["target"] == "2.125bit"
+
+    heard = Warnings()
+    with_target = settings(text, target="3bit", options=options)
+    niwaki.compress(model, tmp_path / "ceiling", report=heard, **with_target)
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "ceiling")
+    assert heard.warnings == ["salient_frac takes 2.125 bits a weight of target 3bit: the rest is not used"]
+    again = niwaki.compress(model, tmp_path / "again", **settings(text, target="2.125bit", options=options))
+    assert again["result"]["bits"] == bits
+    both = {"squeeze10.salient_frac": 0.2, "squeeze10.learn_rounds": 0, "squeeze10.rounds": 0}
+    preset = settings(text, target=None, options=both) | {"method": None, "preset": "fast"}
+    niwaki.compress(model, tmp_path / "preset", **preset)
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "preset")
 
 
 def test_a_recipe_needs_a_target_of_either_kind(model: Path, text: Path, tmp_path: Path) -> None:

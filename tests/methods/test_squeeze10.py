@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -222,3 +223,92 @@ def test_without_tokens_the_matrix_is_rounded_and_the_note_says_so() -> None:
     h = damped(x.T @ x, 0.01)
     assert quadratic_error(packed.weight_OI, weight, h) < quadratic_error(torch.zeros_like(weight), weight, h)
     assert run_method(squeeze10, weight, x[:0], Bits(1.75)).shape == weight.shape
+
+
+def published(weight: np.ndarray, inputs: np.ndarray, salient: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the salient columns and the weights of the published form in float64, entry by entry.
+
+    Stage 1 rounds all to four bits, PBAR picks the columns, one sweep rounds the salient columns first.
+    """
+    rows, columns = weight.shape
+    gram = inputs.T @ inputs
+    gram += 0.01 * np.trace(gram) / columns * np.eye(columns)
+
+    def four_bits(row: np.ndarray) -> np.ndarray:
+        """Return the step of the least squared error of 25 shrunk ranges."""
+        best = (np.inf, 0.0)
+        for share in np.linspace(0.4, 1.0, 25):
+            step = max(2 * share * np.abs(row).max() / 15, 2.0**-24)
+            levels = (np.clip(np.round(row / step + 7.5), 0, 15) - 7.5) * step
+            best = min(best, (float(((levels - row) ** 2).sum()), step))
+        return np.array([(code - 7.5) * best[1] for code in range(16)])
+
+    def one_bit(row: np.ndarray) -> np.ndarray:
+        return row.mean() + np.array([-1, 1]) * np.abs(row - row.mean()).mean()
+
+    def swept(start: np.ndarray, order: list[int], parts: list[tuple[list[int], object]]) -> np.ndarray:
+        """Round column after column; the error of each moves to those after it (GPTQ)."""
+        left, out = start.copy(), np.zeros_like(start)
+        for part, fit in parts:
+            levels = [fit(left[row, part]) for row in range(rows)]
+            for column in part:
+                after = order[order.index(column) + 1 :]
+                inverse = np.linalg.inv(gram[np.ix_([column, *after], [column, *after])])
+                for row in range(rows):
+                    out[row, column] = min(levels[row], key=lambda level: abs(level - left[row, column]))
+                    left[row, after] -= (left[row, column] - out[row, column]) * inverse[0, 1:] / inverse[0, 0]
+        return out
+
+    every = list(range(columns))
+    staged = swept(weight, every, [(every, four_bits)])
+    binary = np.array([[min(one_bit(row), key=lambda level: abs(level - entry)) for entry in row] for row in staged])
+    scores = ((staged - binary) ** 2).sum(0) * gram.diagonal()
+    picked = sorted(sorted(every, key=lambda column: -scores[column])[:salient])
+    rest = [column for column in every if column not in picked]
+    return np.array(picked), swept(staged, picked + rest, [(picked, four_bits), (rest, one_bit)])
+
+
+def test_the_published_split_is_what_a_slow_reference_makes_of_its_definition() -> None:
+    weight = torch.randn(7, 40, generator=torch.Generator().manual_seed(3))
+    x = correlated_inputs(160, 40)
+    x[:, ::7] *= 6
+    packed = squeeze(weight, x, 8.0, salient_frac=0.2, rounds=0)
+    columns, wanted = published(weight.double().numpy(), x.double().numpy(), salient=8)
+    assert packed.parts[0].columns_C.tolist() == columns.tolist()
+    assert [(part.bits, len(part.columns_C)) for part in packed.parts] == [(4, 8), (1, 32)]
+    np.testing.assert_allclose(packed.weight_OI.numpy(), wanted, rtol=2e-3, atol=2e-3)  # scales are float16
+
+
+@pytest.mark.parametrize(("rows", "columns", "frac"), [(96, 256, 0.2), (64, 100, 0.2), (33, 64, 0.07), (40, 48, 0.9)])
+@pytest.mark.parametrize("widths", ["auto", "1+2"])
+def test_a_named_share_is_kept_and_its_bits_are_those_of_the_file(
+    rows: int, columns: int, frac: float, widths: str
+) -> None:
+    weight, x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)), correlated_inputs(300, columns)
+    config = Config(salient_frac=frac, widths=widths)
+    packed = squeeze(weight, x, 1.0, salient_frac=frac, widths=widths, rounds=1)
+    count = round(frac * columns)
+    assert packed.detail["salient_columns"] == count
+    assert [(part.bits, len(part.columns_C)) for part in packed.parts] == [
+        (4 if widths == "auto" else 2, count),
+        (1, columns - count),
+    ]
+    assert squeeze10.named_bits(rows, columns, config) == 8 * packed.nbytes(torch.bfloat16) / weight.numel()
+    stored = packed.pack(torch.float32, "codes")
+    assert stored is not None and torch.equal(packed.decode(torch.float32), packed.weight_OI)
+
+
+def test_a_named_share_of_single_weights_counts_its_mask() -> None:
+    weight, x = wide()
+    packed = squeeze(weight, x, 1.0, salient_frac=0.2, granularity="element", rounds=0)
+    assert packed.detail["salient_weights"] == round(0.2 * weight.numel())
+    config = Config(salient_frac=0.2, granularity="element", rounds=0, learn_rounds=0)
+    assert (
+        packed.detail["method_bits"] == squeeze10.named_bits(96, 256, config) == pytest.approx(2.6 + 0.1875, abs=1e-3)
+    )
+
+
+@pytest.mark.parametrize("frac", [-0.1, 1.0, 2])
+def test_a_share_that_is_none_is_refused(frac: float) -> None:
+    with pytest.raises(ValueError, match="salient_frac must lie between 0 and 1"):
+        Config(salient_frac=frac)

@@ -87,7 +87,7 @@ def plan(
 def print_plan(to: Console, result: dict[str, Any]) -> None:
     """Print the result of `niwaki.plan`: model, recipe and machine, then its tables."""
     model, recipe, machine = result["model"], result["recipe"], result["machine"]
-    target = recipe["target"] or f"{recipe['target_bytes']:,} bytes"
+    target = recipe["target"] or (f"{recipe['target_bytes']:,} bytes" if recipe["target_bytes"] else "")
     about = (
         "measured now" if machine["measured"] else "published rates times the share that we reached on H100 and H200"
     )

@@ -10,18 +10,21 @@ opens nothing and prints nothing, and raises an error for everything that can be
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from niwaki.compression.allocation import ALLOCATIONS, OwlConfig, Targets, owl, uniform
 from niwaki.compression.bit_allocation import bits_within, kept_targets
 from niwaki.compression.shapes import ExpectedShape, expect_shape
 from niwaki.compression.stages import split_stages
-from niwaki.config.recipe import Calibration, Recipe, make_options
-from niwaki.config.targets import Sparsity, Target, parse_target
+from niwaki.config.presets import BITS_OPTION
+from niwaki.config.recipe import MISSING, Calibration, Recipe, make_options
+from niwaki.config.targets import Bits, Sparsity, Target, parse_target
 from niwaki.data.statistics import Needs
 from niwaki.data.texts import fit_seq_len
 from niwaki.errors import CalibrationError, InputError, TargetError, unknown
 from niwaki.methods.method import MethodKind
 from niwaki.methods.registry import METHODS, MethodInfo, Step, make_steps, merged_needs, method_infos, method_names
+from niwaki.model.anatomy import Anatomy
 from niwaki.model.decoder import Decoder
 from niwaki.runtime.contextual.traces import prompt_lengths
 from niwaki.runtime.contextual.units import find_layout
@@ -90,6 +93,8 @@ def recipe_stages(recipe: Recipe) -> list[RecipeStage]:
             raise InputError(unknown("allocation", part.allocation, ALLOCATIONS))
         part = resolve_allocation(part)
         owl_config, steps = _split_options(part, target)
+        if target is None and part.target_bytes is None and not bits_are_named(part, method_infos(part.method)):
+            raise InputError(MISSING.format("target"))
         stages.append(RecipeStage(part, target, tuple(steps), owl_config))
     return stages
 
@@ -111,11 +116,13 @@ def resolve_stage(
     """Return one stage for a model. Raises TargetError for a matrix that the target does not fit."""
     recipe, anatomy = stage.recipe, decoder.anatomy
     needs = merged_needs(stage.steps)
-    target = stage.target
-    if target is None:
+    target, named = stage.target, _named_targets(stage, anatomy)
+    if named is not None:
+        recipe, target = _within(recipe, target, _average_bits(anatomy, named))
+    elif target is None:
         assert recipe.target_bytes is not None, "a recipe has a target or target_bytes"
         target = bits_within(recipe.target_bytes, decoder)
-    targets = uniform(anatomy, target)
+    targets = uniform(anatomy, target) if named is None else named
     if recipe.allocation == "owl":
         owl(anatomy, target, [0.0] * len(decoder), stage.owl)  # raises for targets that it cannot spread
     if recipe.keep_blocks:
@@ -146,7 +153,9 @@ def resolve_allocation(recipe: Recipe) -> Recipe:
     """
     infos = method_infos(recipe.method)
     if recipe.allocation == "auto":
-        by_need = all(info.fractional_bits for info in infos) and not recipe.keep_blocks
+        by_need = all(info.fractional_bits for info in infos) and not (
+            recipe.keep_blocks or bits_are_named(recipe, infos)
+        )
         recipe = recipe.model_copy(update={"allocation": "sensitivity" if by_need else "uniform"})
     if recipe.allocation == "searched" and infos[0].kind is not MethodKind.SHAPE:
         names = ", ".join(method_names(MethodKind.SHAPE))
@@ -156,6 +165,61 @@ def resolve_allocation(recipe: Recipe) -> Recipe:
     _check_alone(recipe, infos)
     _check_bit_budget(recipe, infos)
     return recipe
+
+
+def bits_are_named(recipe: Recipe, infos: Sequence[MethodInfo]) -> bool:
+    """Return whether an option of a method with fractional bits decides the bits in place of a target."""
+    for info in infos:
+        named = [f"{info.name}.{BITS_OPTION}", *([BITS_OPTION] if len(infos) == 1 else [])]
+        for value in (recipe.options[key] for key in named if key in recipe.options):
+            if info.fractional_bits and _not_zero(value):
+                return True
+    return False
+
+
+def _not_zero(value: Any) -> bool:
+    """Return whether an option is not zero. Any other text counts: `make_options` refuses it."""
+    try:
+        return float(value) != 0
+    except (TypeError, ValueError):
+        return True
+
+
+def _named_targets(stage: RecipeStage, anatomy: Anatomy) -> Targets | None:
+    """Return the bits of every matrix that the options of a method name, None if a target decides them."""
+    step = stage.steps[-1]
+    if step.kind is not MethodKind.WALK or not bits_are_named(stage.recipe, [METHODS[s.name] for s in stage.steps]):
+        return None
+    targets: Targets = []
+    for block in anatomy.blocks:
+        bits = {name: step.named_bits(linear.rows, linear.columns) for name, linear in block.linears.items()}
+        targets.append({name: Bits(own) for name, own in bits.items() if own is not None})
+    return targets
+
+
+def _average_bits(anatomy: Anatomy, targets: Targets) -> float:
+    """Return the average of the bits of all matrices over their weights."""
+    total = 0.0
+    for block, own in zip(anatomy.blocks, targets, strict=True):
+        for name, linear in block.linears.items():
+            target = own[name]
+            assert isinstance(target, Bits)
+            total += target.bits * linear.rows * linear.columns
+    return total / anatomy.weights
+
+
+def _within(recipe: Recipe, ceiling: Target | None, bits: float) -> tuple[Recipe, Bits]:
+    """Return the recipe, `bits` its target if it has none, and the target. Raises TargetError above `ceiling`."""
+    if ceiling is None:
+        written = f"{math.ceil(bits * 1e4) / 1e4:g}bit"
+        return recipe.model_copy(update={"target": written}), Bits(bits)
+    assert isinstance(ceiling, Bits), "methods with fractional bits meet bits"
+    if bits > ceiling.bits:
+        raise TargetError(
+            f"target {ceiling}: {BITS_OPTION} takes {bits:.4f} bits a weight in this model, scales and mask included: "
+            f"leave the target out, raise it, or lower {BITS_OPTION}"
+        )
+    return recipe, Bits(bits)
 
 
 def _check_alone(recipe: Recipe, infos: Sequence[MethodInfo]) -> None:
@@ -195,6 +259,8 @@ def _check_bit_budget(recipe: Recipe, infos: Sequence[MethodInfo]) -> None:
     for given, what in (recipe.pack, "--pack none"), (recipe.options.get("granularity"), "granularity element"):
         if recipe.target_bytes is not None and given == what.split()[-1]:
             raise TargetError(f"target_bytes counts stored codes, and {what} stores none: give --target in bits")
+    if bits_are_named(recipe, infos) and (other := next((name for name, given in budgets.items() if given), None)):
+        raise TargetError(f"{other} and {BITS_OPTION} both say where the bits go: drop one of them")
     if by_need and recipe.keep_blocks:
         raise TargetError("keep_blocks and allocation sensitivity both say where the bits go: drop one of them")
 

@@ -13,6 +13,7 @@ from typing import Any
 from niwaki.config.targets import CODE_WIDTHS, Bits, PrunedBits, Target, parse_target
 from niwaki.errors import InputError, unknown
 
+BITS_OPTION = "salient_frac"  # of a method with fractional bits: the bits follow from it, without a target
 _EXCHANGE = {"exchanges": 6}
 _LEARN = {"target": "both", "optimizer": "adam", "rate_frac": 0.0075}
 _LONG = _LEARN | {"rate_frac": 0.015, "rounds": 30, "samples": 64, "batch": 4}
@@ -66,6 +67,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def names_bits(options: Any) -> bool:
+    """Return whether one of the options is BITS_OPTION, of any method."""
+    return isinstance(options, dict) and any(str(key).rpartition(".")[2] == BITS_OPTION for key in options)
+
+
 def with_preset(values: dict[str, Any]) -> dict[str, Any]:
     """Return recipe fields with their preset filled in. Options that stand beside the preset win."""
     values = dict(values)
@@ -84,10 +90,10 @@ def with_preset(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kind_of(values: dict[str, Any]) -> str:
-    """Return the kind of the target of a recipe; of bytes it is other bits."""
-    if values.get("target_bytes") is not None:
-        return "other bits"
+    """Return the kind of the target of a recipe; of bytes, or of an option that names the bits, it is other bits."""
     target = values.get("target")
+    if values.get("target_bytes") is not None or (target is None and names_bits(values.get("options"))):
+        return "other bits"
     return "zeros" if target is None else kind_of(parse_target(str(target)))
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from niwaki.config.presets import with_preset
+from niwaki.config.presets import names_bits, with_preset
 from niwaki.config.sources import SELF, parse_mix
 from niwaki.config.targets import WRITTEN_TARGETS_HELP, parse_bytes, parse_keep_blocks
 from niwaki.errors import InputError, TargetError, unknown
@@ -28,6 +28,7 @@ MIX_HELP = (
     "Other sources of text with their share of the windows, SOURCE:SHARE; self is text that the dense model writes: "
     "self:0.5."
 )
+MISSING = "{} is missing: give one, for example --method sparsegpt --target 2:4 (see `niwaki methods`)"
 RENAMED_FIELDS = {"ends": "embeddings"}  # of a recipe, by their names in version 0.1
 ADDED_FIELDS = ("drop_unused", "logit_bytes", "rotate")  # since version 0.1
 RENAMED_OPTIONS = {"stand_in": "mean_fill", "trial_windows": "candidate_windows", "trust": "shrinkage"}  # of methods
@@ -155,11 +156,10 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
         raise TargetError(
             f"target {values['target']} and target_bytes {values['target_bytes']} are two budgets: give one of them"
         )
-    for name, given in (("method", values.get("method") is not None), ("target", targets)):
+    has_target = bool(targets) or names_bits(values.get("options"))  # `recipe_stages` asks the method
+    for name, given in (("method", values.get("method") is not None), ("target", has_target)):
         if not given:
-            raise InputError(
-                f"{name} is missing: give one, for example --method sparsegpt --target 2:4 (see `niwaki methods`)"
-            )
+            raise InputError(MISSING.format(name))
     try:
         return Recipe(**{**values, "calibration": calibration_fields(values.get("calibration"))})
     except ValidationError as error:

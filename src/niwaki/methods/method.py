@@ -52,6 +52,10 @@ def _without_groups(config: Any) -> int:
     return 0
 
 
+def _a_target_decides(rows: int, columns: int, config: Any) -> None:
+    return None
+
+
 def _needs_nothing(config: Any) -> Needs:
     from niwaki.data.statistics import Needs
 
@@ -114,7 +118,8 @@ class WalkMethod(Method):
 
     `group(config)`: columns that share a scale, 0 for the whole row. `masked_options` are the options that a mask of an
     earlier step requires. A method that spends any number of bits states `min_bits(rows, columns, config)`, the min
-    bits per weight for a matrix of this shape.
+    bits per weight for a matrix of this shape. `named_bits(rows, columns, config)` are the bits that its options alone
+    decide, None if a target does.
     """
 
     kind = MethodKind.WALK
@@ -122,6 +127,7 @@ class WalkMethod(Method):
     group: Callable[[Any], int] = _without_groups
     masked_options: Mapping[str, Any] = field(default_factory=dict)
     min_bits: Callable[[int, int, Any], float] | None = None
+    named_bits: Callable[[int, int, Any], float | None] = _a_target_decides
 
 
 @dataclass(frozen=True, kw_only=True)

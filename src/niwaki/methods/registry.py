@@ -120,6 +120,10 @@ class Step:
         assert isinstance(self.method, WalkMethod) and self.method.min_bits, f"{self.name} has no fractional bits"
         return self.method.min_bits(rows, columns, self.config)
 
+    def named_bits(self, rows: int, columns: int) -> float | None:
+        """Return the bits a weight that the options alone give a matrix, None if a target decides."""
+        return self.method.named_bits(rows, columns, self.config) if isinstance(self.method, WalkMethod) else None
+
     def cost(self, scope: Scope) -> Work:
         """Count the work of the method on one block."""
         return self.method.cost(scope, self.config)

@@ -34,6 +34,9 @@ Whole columns are chosen, so that the choice costs one bit per column. The targe
 (codes, scales, offsets, the mask of columns) and decides how many columns are salient. With `granularity=element` the
 weights are chosen one by one, and the mask costs one bit per weight. It exists for comparison (see `element_bits`).
 
+`salient_frac=0.2` is the published split without a target: a fifth of the columns at four bits, the others at one. The
+average bits follow, scales and mask included. A target beside it is a ceiling.
+
 Cost: two forwards, one Gram matrix and factor per group of matrices, another factor, two sweeps and `rounds` + 1
 passes per matrix. With learning also `learn_rounds` · `samples` forwards and backwards of a window.
 
@@ -65,7 +68,7 @@ from niwaki.methods.shared.block_training import (
     learning_needs,
 )
 from niwaki.methods.shared.column_sweep import check_damping, inverse_factor, pull_to_dense
-from niwaki.methods.shared.element_bits import min_element_bits, pack_elements, salient_elements
+from niwaki.methods.shared.element_bits import element_bits, pack_elements, salient_elements
 from niwaki.methods.shared.learned_rounding import KEPT_START, Latent, learn
 from niwaki.methods.shared.rounding import (
     ROUNDED_UNREACHED,
@@ -95,8 +98,15 @@ class Config:
     choose_columns: Annotated[int, "Neighboring columns that are chosen together: 1, 2, 4 or 8."] = 1
     staged: Annotated[bool, "Round everything to 4 bits first."] = True
     salient_first: Annotated[bool, "Sweep the salient columns first; false sweeps them last."] = True
+    salient_frac: Annotated[
+        float,
+        "Share of the salient columns, or weights; the bits follow, and no target is needed (0.2 in the paper). 0 lets "
+        "the target decide.",
+    ] = 0.0
     widths: Annotated[
-        str, "Bits of the other and of the salient columns: 1+2, 1+3, 1+4, or auto for neighbors around the target."
+        str,
+        "Bits of the other and of the salient columns: 1+2, 1+3, 1+4, or auto: neighbors around the target, 1+4 with "
+        "salient_frac.",
     ] = "auto"
     granularity: Annotated[str, "What is chosen: columns, or single weights (element, for comparison only)."] = "column"
     supervise: Annotated[
@@ -127,7 +137,9 @@ class Config:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.granularity == "element" and (self.widths != "1+4" or self.rounds or self.learn_rounds):
+        if not 0 <= self.salient_frac < 1:
+            raise ValueError(f"salient_frac must lie between 0 and 1, got {self.salient_frac}")
+        if self.granularity == "element" and (self.splits[0] != (1, 4) or self.rounds or self.learn_rounds):
             raise ValueError(
                 "granularity=element is the paper's claim alone: it needs widths=1+4, rounds=0 and learn_rounds=0"
             )
@@ -141,6 +153,12 @@ class Config:
             raise ValueError(f"supervise_frac must lie in (0, 1], got {self.supervise_frac}")
         check_damping(self.damping_frac)
 
+    @property
+    def splits(self) -> tuple[tuple[int, int], ...]:
+        """Return the widths of the other and of the salient columns that a target may choose from, ascending."""
+        published = self.widths == "auto" and self.salient_frac
+        return WIDTHS["1+4" if published else self.widths]
+
 
 def needs(config: Config) -> Needs:
     """Ask for Gram matrices of the inputs, also of the dense model if it supervises, and windows to learn from."""
@@ -152,7 +170,7 @@ def needs(config: Config) -> Needs:
 def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> int | None:
     """Return the bytes of codes, scales and the mask of columns; None for a choice by element, stored as weights."""
     if config.granularity == "element":
-        salient_elements(rows, columns, target, f"{name}: ")
+        _element_count(rows, columns, target, config, f"{name}: ")
         return None
     return split_columns(rows, columns, target, config, f"{name}: ").nbytes(rows, columns, config)
 
@@ -264,12 +282,14 @@ def split_columns(rows: int, columns: int, target: Target, config: Config, name:
     """Return the split with the most salient columns within the target, everything counted (a multiple of 8).
 
     Of several widths the widest that fit are taken. Raises TargetError, which begins with `name`, if the narrowest
-    width for all columns does not fit.
+    width for all columns does not fit. With `salient_frac` the share alone decides.
     """
+    if config.salient_frac:
+        return named_split(columns, config)
     assert isinstance(target, Bits)
     budget_bytes = target.bits * rows * columns / 8
     counts = [*range(0, columns, 8), columns]
-    splits = [Split(*widths, count) for widths in WIDTHS[config.widths] for count in counts]
+    splits = [Split(*widths, count) for widths in config.splits for count in counts]
     fitting = [split for split in splits if split.nbytes(rows, columns, config) <= budget_bytes]
     if not fitting:
         needed = min_bits(rows, columns, config)
@@ -280,11 +300,27 @@ def split_columns(rows: int, columns: int, target: Target, config: Config, name:
     return fitting[-1]
 
 
+def named_split(columns: int, config: Config) -> Split:
+    """Return the split that `salient_frac` names."""
+    together = config.choose_columns
+    count = round(config.salient_frac * columns / together) * together
+    return Split(*config.splits[0], min(count, columns))
+
+
+def named_bits(rows: int, columns: int, config: Config) -> float | None:
+    """Return the bits per weight that `salient_frac` gives a matrix, everything counted; None if a target decides."""
+    if not config.salient_frac:
+        return None
+    if config.granularity == "element":
+        return element_bits(rows, columns, _named_elements(rows, columns, config))
+    return 8 * named_split(columns, config).nbytes(rows, columns, config) / (rows * columns)
+
+
 def min_bits(rows: int, columns: int, config: Config) -> float:
     """Return the bits per weight of a matrix without any salient column, or weight."""
     if config.granularity == "element":
-        return min_element_bits(rows, columns)
-    base_bits, salient_bits = WIDTHS[config.widths][0]
+        return element_bits(rows, columns, 0)
+    base_bits, salient_bits = config.splits[0]
     return 8 * Split(base_bits, salient_bits, 0).nbytes(rows, columns, config) / (rows * columns)
 
 
@@ -324,13 +360,24 @@ def _by_element(
     weight_OI: Tensor, problem: RoundingProblem | None, target: Target, config: Config, generator: torch.Generator
 ) -> Packed:
     """Round with a choice of single weights, for comparison: one sweep, stored as decoded weights."""
-    count = salient_elements(weight_OI.shape[0], weight_OI.shape[1], target)
+    count = _element_count(weight_OI.shape[0], weight_OI.shape[1], target, config)
     if problem is None:
         return pack_elements(weight_OI, None, weight_OI.square(), count)
     weight_OI = problem.wanted(weight_OI)
     start_OI = _four_bit_stage(weight_OI, problem, config)
     scores_OI = _element_scores(start_OI, problem, 1, config, generator)
     return pack_elements(start_OI if config.staged else weight_OI, problem.upper_II, scores_OI, count)
+
+
+def _element_count(rows: int, columns: int, target: Target, config: Config, name: str = "") -> int:
+    """Return the number of single weights at four bits. Raises TargetError, which begins with `name`."""
+    if config.salient_frac:
+        return _named_elements(rows, columns, config)
+    return salient_elements(rows, columns, target, name)
+
+
+def _named_elements(rows: int, columns: int, config: Config) -> int:
+    return round(config.salient_frac * rows * columns)
 
 
 def _sum_neighbors(scores_I: Tensor, width: int) -> Tensor:
@@ -379,4 +426,5 @@ METHOD = WalkMethod(
     stored_bytes=stored_bytes,
     group=lambda config: config.group,
     min_bits=min_bits,
+    named_bits=named_bits,
 )

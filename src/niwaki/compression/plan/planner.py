@@ -34,8 +34,9 @@ from niwaki.compression.plan.sizes import (
 from niwaki.compression.resolve import ResolvedPlan, ResolvedStage, resolve
 from niwaki.compression.width_search import EXPECTED_ROUNDS, STRIDES
 from niwaki.config.events import Event, Report
+from niwaki.config.presets import BITS_OPTION
 from niwaki.config.recipe import Recipe, make_recipe
-from niwaki.config.targets import Sparsity
+from niwaki.config.targets import Bits, Sparsity, parse_target
 from niwaki.data.stream import default_batch_tokens
 from niwaki.errors import InputError, OutputError
 from niwaki.methods.method import MethodKind
@@ -46,6 +47,7 @@ from niwaki.runtime.adapter import base_folder, open_adapter
 # What is refused must be impossible: of all measured peaks none was below 0.87 of its estimate.
 CERTAIN = 0.7
 CERTAIN_BYTES = 0.97  # of a predicted file
+NAMED_ROOM = 0.02  # bits: a target this far above the bits that an option names leaves room that is told
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def _planned(
     decode = decoding(first.model, last.stored, last.stage.target, machine)
     return {
         "model": _model_facts(decoder, first.model),
-        "recipe": made.model_dump(mode="json"),
+        "recipe": made.model_dump(mode="json") | {"target": made.target or last.stage.recipe.target},
         "machine": vars(machine),
         "seconds": round(total, 2),
         "seconds_by_phase": {name: round(value, 3) for name, value in phases.items() if value},
@@ -247,7 +249,13 @@ def _workload(stage: ResolvedStage, model: ModelSizes, device: str, itemsize: in
 
 
 def _notes(stage: ResolvedStage) -> list[str]:
-    """Return what a structured method leaves out for this model."""
+    """Return what a structured method leaves out for this model, or how far named bits stay below a target."""
+    if stage.kind is MethodKind.WALK and isinstance(stage.target, Bits) and stage.recipe.target is not None:
+        asked = parse_target(stage.recipe.target)
+        if isinstance(asked, Bits) and stage.target.bits < asked.bits - NAMED_ROOM:
+            return [
+                f"{BITS_OPTION} takes {stage.target.bits:.3f} bits a weight of target {asked}: the rest is not used"
+            ]
     return [] if stage.expected is None else list(stage.expected.notes)
 
 

@@ -27,7 +27,7 @@ MIDDLE = 7.5  # of the four-bit codes
 def salient_elements(rows: int, columns: int, target: Target, name: str = "") -> int:
     """Return the number of weights with four bits. Raise TargetError if the mask and one bit do not fit."""
     assert isinstance(target, Bits)
-    size, min_bits = rows * columns, min_element_bits(rows, columns)
+    size, min_bits = rows * columns, element_bits(rows, columns, 0)
     left_bytes = int((target.bits - min_bits) * size / 8 + 1e-6)
     if target.bits < min_bits:
         raise TargetError(
@@ -37,9 +37,10 @@ def salient_elements(rows: int, columns: int, target: Target, name: str = "") ->
     return min(8 * (left_bytes // (SALIENT_BITS - 1)), size)
 
 
-def min_element_bits(rows: int, columns: int) -> float:
-    """Return the bits per weight of one bit, the mask and the scales."""
-    return 8 * (2 * -(-rows * columns // 8) + 2 * SCALES * rows) / (rows * columns)
+def element_bits(rows: int, columns: int, count: int) -> float:
+    """Return the bits per weight with `count` salient weights: one bit, the mask, the scales, and the higher bits."""
+    nbytes = 2 * -(-rows * columns // 8) + 2 * SCALES * rows + (SALIENT_BITS - 1) * -(-count // 8)
+    return 8 * nbytes / (rows * columns)
 
 
 def pack_elements(weight_OI: Tensor, upper_II: Tensor | None, scores_OI: Tensor, count: int) -> Packed:
