@@ -56,6 +56,14 @@ def varied(method: str, target: str, variants: dict[str, dict]) -> list[Case]:
 def ablation_wandapp() -> list[Case]:
     """Return variants of score, mask, rate, rounds and target. `as published` keeps the published choices."""
     published = {"alpha": 100.0, "rounds": 5, "batch": 1, "optimizer": "rmsprop", "rate_frac": 1e-5}
+    means: dict[str, dict] = {
+        "": {},
+        "score alone": {"rounds": 0},
+        "score alone alpha 100": {"rounds": 0, "alpha": 100.0},
+        "alpha 100": {"alpha": 100.0},
+        "mask free": {"enforce_mask": False},
+        "mask free alpha 100": {"enforce_mask": False, "alpha": 100.0},
+    }
     found = wandas("2:4", "0.5")
     for target in ("2:4", "0.5"):
         found += varied(
@@ -78,6 +86,8 @@ def ablation_wandapp() -> list[Case]:
                 "K 20": {"rounds": 20},
                 "dense": {"target": "dense"},
                 "both": {"target": "both"},
+                "mask free alpha 100": {"enforce_mask": False, "alpha": 100.0},
+                **{f"mean {label}".strip(): given | {"gradient": "mean"} for label, given in means.items()},
             },
         )
     return found
@@ -104,6 +114,17 @@ def ablation_besa() -> list[Case]:
                 "rate .4": {"rate": 0.4},
                 "4 bit": {"quant_bits": 4},
                 "4 bit groups of 128": {"quant_bits": 4, "quant_group": 128},
+                "channel": {"normalize": "channel"},
+                "released loss": {"normalize": "released"},
+                "released loss batch 1": {"normalize": "released", "batch": 1},
+                "batch 1": {"batch": 1},
+                "surgeon": {"score": "surgeon"},
+                "surgeon segments 4": {"score": "surgeon", "segments": 4},
+                **{f"rank {rank}": {"lora_rank": rank} for rank in (4, 16, 64)},
+                "rank 16 rate .003": {"lora_rank": 16, "lora_rate": 0.003},
+                "rank 16 rate .03": {"lora_rank": 16, "lora_rate": 0.03},
+                "rank 16 released loss": {"lora_rank": 16, "normalize": "released"},
+                "rank 16 surgeon": {"lora_rank": 16, "score": "surgeon"},
             },
         )
         for spread in (0.02, 0.04, 0.06):

@@ -1,5 +1,6 @@
 """BESA: the straight-through gradient against brute-force autograd, exact budgets, and learning that never hurts."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from niwaki.config.targets import Sparsity
 from niwaki.data.statistics import Needs
 from niwaki.methods import besa
 from niwaki.methods.besa import Config, Rates
+from niwaki.methods.shared.block_training import Reconstruction
 from support.blocks import calibration_with_gradients, first_block
 from support.models import calibration_of, correlated_inputs, make_block, run_method
 
@@ -20,7 +22,8 @@ def rates_of(weights: dict[str, Tensor], share: float, **options: Any) -> Rates:
     columns = next(iter(weights.values())).shape[1]
     calib = calibration_of(block, correlated_inputs(64, columns), Needs(sqnorm=True))
     zeros = round(share * sum(weight.numel() for weight in weights.values()))
-    return Rates(weights, calib.statistics, zeros, Config(**options))
+    scores = partial(besa._scores, weights, calib.statistics, "wanda")
+    return Rates(weights, scores, zeros, Config(**options))
 
 
 def randomize(rates: Rates, scale: float = 2.0) -> None:
@@ -158,6 +161,11 @@ def test_quantization_stays_on_its_levels_and_learns_its_clipping() -> None:
         ({"quant_bits": 5}, "quant_bits"),
         ({"steps": 0}, "steps"),
         ({"segments": 0}, "segments"),
+        ({"normalize": "row"}, "normalize must be one of token, channel, released"),
+        ({"normalize": "released", "reconstruct": "parts"}, "it needs reconstruct=block"),
+        ({"score": "taylor"}, "score must be one of wanda, surgeon, magnitude"),
+        ({"lora_rank": -1}, "lora_rank"),
+        ({"lora_rank": 4, "quant_bits": 4}, "both change the weights"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
@@ -168,3 +176,73 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
 def test_one_row_that_does_not_divide_into_segments_stays_whole() -> None:
     found = run_method(besa, torch.randn(3, 10), correlated_inputs(40, 10), Sparsity(0.5), segments=4, steps=2)
     assert int((found == 0).sum()) == 15
+
+
+@pytest.mark.parametrize("normalize", ["token", "channel", "released"])
+def test_the_loss_divides_by_what_its_name_says(normalize: str) -> None:
+    """Compare gradients with those of the loss written out in float64 for one matrix."""
+    weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(2))
+    weight[0] *= 30  # one channel with large outputs
+    block, x = make_block({"m": weight}), correlated_inputs(64, 10)
+    calib = calibration_of(block, x, besa.needs(Config()))
+    task = Reconstruction(block, calib, "block", torch.Generator(), normalize=normalize)
+    pruned = weight * (torch.rand(6, 10, generator=torch.Generator().manual_seed(1)) > 0.5)
+    found = task.gradients({"m": pruned}, [1, 4])["m"]
+    leaf = pruned.double().requires_grad_(True)
+    inputs = x.double().view(8, 8, 10)[[1, 4]].reshape(16, 10)
+    wanted = inputs @ weight.double().T
+    lost = (inputs @ leaf.T - wanted).square()
+    loss = {
+        "token": (lost.sum(1) / wanted.square().sum(1)).mean(),
+        "channel": (lost.sum(0) / wanted.square().sum(0)).mean(),
+        "released": (lost.sum(0) / wanted.norm(dim=0)).mean(),
+    }[normalize]
+    loss.backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(found.double() / 16, leaf.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["surgeon", "magnitude"])
+def test_rows_lose_the_lowest_of_the_named_score(score: str) -> None:
+    weight = torch.randn(9, 24, generator=torch.Generator().manual_seed(2))
+    x = correlated_inputs(200, 24)
+    found = run_method(besa, weight, x, Sparsity(0.5), score=score, steps=2)
+    gram = (x.double().T @ x.double()) + 0.01 * x.double().square().sum(0).mean() * torch.eye(24, dtype=torch.float64)
+    of_surgeon = weight.double().square() / torch.linalg.inv(gram).diagonal()
+    scores = of_surgeon if score == "surgeon" else weight.double().abs()
+    for row in range(9):
+        dropped = found[row] == 0
+        assert scores[row][dropped].max() < scores[row][~dropped].min()
+
+
+def test_a_low_rank_update_learns_with_the_rates_and_keeps_the_mask(tmp_path: Path) -> None:
+    block, stream = first_block(tmp_path, windows=17)
+    targets = dict.fromkeys(block.linears, Sparsity(0.5))
+    errors = {}
+    for rank in (0, 4):
+        config = Config(steps=40, lora_rank=rank)
+        packed = besa.compress(block, calibration_with_gradients(block, stream), targets, config, torch.Generator())
+        errors[rank] = packed["mlp.down_proj"].detail["heldout_error"]
+        zeros = 0
+        for name, record in packed.items():
+            kept = record.weight_OI != 0
+            change = (record.weight_OI - block.weight(name))[kept].abs().max()
+            assert (change > 0) == (rank > 0)
+            assert record.detail["row_zeros"] == (~kept).sum(1).tolist()
+            zeros += int((~kept).sum())
+        assert zeros == sum(target.zeros_in(*block.weight(name).shape) for name, target in targets.items())
+    assert errors[4] < 0.9 * errors[0]
+
+
+def test_gradients_of_a_low_rank_update_equal_autograd() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = {"m": torch.randn(5, 12, generator=generator)}
+    change = besa.LowRank(weights, 3, 0.01, generator)
+    with torch.no_grad():
+        change.up["m"].normal_(generator=generator)
+    gradient = torch.randn(5, 12, generator=generator)
+    values = change.applied(weights)
+    torch.testing.assert_close(values["m"], weights["m"] + change.up["m"] @ change.down["m"])
+    change.backward(values, {"m": gradient})
+    torch.testing.assert_close(change.up["m"].grad, gradient @ change.down["m"].detach().T)
+    torch.testing.assert_close(change.down["m"].grad, change.up["m"].detach().T @ gradient)

@@ -24,14 +24,14 @@ from support.models import CPU, calibration_of, correlated_inputs, make_block, r
 SCORE_ONLY = {"rounds": 0}
 
 
-def reference(weight: np.ndarray, x_STI: np.ndarray, target: Target, alpha: float) -> np.ndarray:
+def reference(weight: np.ndarray, x_STI: np.ndarray, target: Target, alpha: float, mean: str = "rms") -> np.ndarray:
     """Prune in float64, row by row: f(X) = XWᵀ, so ∂‖f(X_n)‖/∂W = (X_nWᵀ)ᵀX_n / ‖X_nWᵀ‖."""
     w, x = weight.astype(np.float64), x_STI.astype(np.float64)
-    squares = np.zeros_like(w)
+    slopes = []
     for window in x:
         out = window @ w.T
-        squares += (out.T @ window / np.linalg.norm(out)) ** 2
-    gradient = np.sqrt(squares / len(x))
+        slopes.append(out.T @ window / np.linalg.norm(out))
+    gradient = np.abs(slopes).mean(0) if mean == "mean" else np.sqrt(np.square(slopes).mean(0))
     norm = np.sqrt((x**2).sum(axis=(0, 1)) / len(x))
     scores = (alpha * gradient + norm) * np.abs(w)
     result = w.copy()
@@ -46,13 +46,26 @@ def reference(weight: np.ndarray, x_STI: np.ndarray, target: Target, alpha: floa
 
 
 @pytest.mark.parametrize("target", [Sparsity(0.5), Sparsity(0.75), NM(2, 4), NM(1, 4)])
-@pytest.mark.parametrize("alpha", [0.0, 1.0, 100.0])
-def test_the_score_equals_the_reference(target: Target, alpha: float) -> None:
+@pytest.mark.parametrize(
+    ("alpha", "mean"), [(0.0, "rms"), (1.0, "rms"), (100.0, "rms"), (1.0, "mean"), (100.0, "mean")]
+)
+def test_the_score_equals_the_reference(target: Target, alpha: float, mean: str) -> None:
     weight = torch.randn(10, 16, generator=torch.Generator().manual_seed(0))
     x = correlated_inputs(40, 16)
-    found = run_method(wandapp, weight, x, target, alpha=alpha, **SCORE_ONLY)
-    wanted = reference(weight.numpy(), x.reshape(8, 5, 16).numpy(), target, alpha)
+    found = run_method(wandapp, weight, x, target, alpha=alpha, gradient=mean, **SCORE_ONLY)
+    wanted = reference(weight.numpy(), x.reshape(8, 5, 16).numpy(), target, alpha, mean)
     np.testing.assert_array_equal(found.numpy(), wanted.astype(np.float32))
+
+
+def test_the_two_means_of_the_gradients_choose_different_weights() -> None:
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    x = correlated_inputs(40, 64) * torch.logspace(-1, 1, 40)[:, None]  # windows of very different sizes
+    rms, mean = (
+        run_method(wandapp, weight, x, Sparsity(0.5), alpha=1e4, gradient=g, **SCORE_ONLY) for g in ("rms", "mean")
+    )
+    assert not torch.equal(rms, mean)
+    with pytest.raises(ValueError, match="gradient must be one of rms, mean, got 'median'"):
+        wandapp.Config(gradient="median")
 
 
 def test_regional_gradients_equal_finite_differences_of_the_whole_block(tmp_path: Path) -> None:

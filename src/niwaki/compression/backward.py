@@ -34,7 +34,7 @@ from niwaki.data.call_arguments import Stored
 from niwaki.data.hidden_states import Activations, choose_place
 from niwaki.data.stream import Stream
 from niwaki.errors import NumericalError
-from niwaki.methods.shared.block_training import run_deterministically
+from niwaki.methods.shared.determinism import run_deterministically
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.files import write_shard
 from niwaki.model.logits import token_losses

@@ -15,21 +15,32 @@ The full text was not at hand. Differences from the released code, and their rea
   the component along the mean rate out of the gradient.
 - ∂L/∂β is summed in rank order (`kernels.select`), on a GPU without leaving the row. Unlike a scatter-add, this sum is
   the same in every run.
-- Held-out windows choose between the states on the way, the uniform start included.
+- The loss is the error of a token relative to its energy. There it is the error of a channel over the L2 norm of the
+  channel in the batch (`normalize=released`). Few tokens have outliers in few channels: neither sees only these.
+- The optimizer is AdamW with a cosine schedule. There it is Prodigy, whose `d_coef` was set by hand for each model.
+- A step takes two windows. There it takes one, 128 steps as well (`batch=1`).
+- An eighth of the windows is held out, and chooses between the states on the way, the uniform start included. There all
+  windows are learned from, and the last state is the result.
+
+`lora_rank` learns an update W + BA of low rank together with the rates, the idea of its `--lora-rank`. That part of the
+code was not at hand. In the end the update is added, and the mask applied. `score` ranks by another score: the released
+code has |W| and W²/[H⁻¹]_jj too.
 
 `quant_bits` learns the clipping of quantized weights together with the rates (γ of `Clipping`). The result is stored
 dequantized. N:M is not in the paper and is refused: there every row keeps the same share.
 
 Cost: `steps` · `batch` forwards and backwards of a window. Memory: the block twice in float32, ranks and order, and the
 block's inputs and outputs for all windows. Ranks and order take 10 bytes per weight, on a GPU 4 in rows of up to 16384.
+`lora_rank` adds the block twice in float32, and three products of its rank per step.
 
     niwaki compress MODEL OUT --method besa --target 0.5 --calibration mine.txt --seq-len 512
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -39,7 +50,7 @@ from niwaki.data.statistics import UNREACHED, Needs, Statistics
 from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed, join_notes
 from niwaki.kernels.select import drop_lowest, fused, sums_below
-from niwaki.methods.cost import Scope, Work, learning
+from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, gram_factors, learning
 from niwaki.methods.mask_scores import record_choice
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.best_state import BestState, cosine
@@ -52,11 +63,14 @@ from niwaki.methods.shared.block_training import (
     check_learning_options,
     learning_needs,
 )
+from niwaki.methods.shared.column_sweep import inverse
 from niwaki.methods.shared.masks import wanda_scores
 from niwaki.model.decoder import Block
 
 MAX_CHECKS = 4  # held-out measurements over the course of learning
+DAMPING_FRAC = 0.01  # of the mean diagonal of XᵀX, for its inverse
 FIRST_GAMMA = 4.0  # σ(4) = 0.98: nearly no clipping at first
+SCORES = ("wanda", "surgeon", "magnitude")
 KEPT_START = "learning did not lower the held-out block error: uniform rates were kept"
 
 
@@ -72,6 +86,14 @@ class Config:
     width_frac: Annotated[float, "Standard deviation of the first distribution over the rates."] = 0.2
     target: LearningTarget = "block"
     reconstruct: Reconstruct = "block"
+    normalize: Annotated[
+        str,
+        "Divisor of the squared error: energy of the token (token) or of the channel (channel), or the norm of the "
+        "channel (released).",
+    ] = "token"
+    score: Annotated[str, "Score that ranks the weights of a row: wanda, surgeon (W²/[H⁻¹]_jj) or magnitude."] = "wanda"
+    lora_rank: Annotated[int, "Rank of an update of the weights, learned with the rates; 0 keeps the weights."] = 0
+    lora_rate: Annotated[float, "Length of a step of the update as a share of the RMS of a matrix."] = 0.01
     balance: Annotated[str, "How the rates meet the target: the published penalty, or a common shift of all rates."] = (
         "penalty"
     )
@@ -82,13 +104,19 @@ class Config:
     quant_group: Annotated[int, "Columns that share a scale; 0 for the whole row."] = 0
 
     def __post_init__(self) -> None:
-        check_learning_options(self.target, reconstruct=self.reconstruct)
+        check_learning_options(self.target, reconstruct=self.reconstruct, normalize=self.normalize)
         if self.granularity not in ("row", "layer"):
             raise ValueError(f"granularity must be row or layer, got {self.granularity!r}")
         if self.balance not in ("shift", "penalty"):
             raise ValueError(f"balance must be shift or penalty, got {self.balance!r}")
         if self.steps < 1 or self.batch < 1 or self.candidates < 2 or self.rate <= 0 or self.width_frac <= 0:
             raise ValueError("expected steps and batch ≥ 1, candidates ≥ 2, rate and width_frac > 0")
+        if self.score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {self.score!r}")
+        if self.lora_rank < 0 or self.lora_rate <= 0:
+            raise ValueError("expected lora_rank ≥ 0 and lora_rate > 0")
+        if self.lora_rank and self.quant_bits:
+            raise ValueError("lora_rank and quant_bits both change the weights: give one of them")
         if self.segments < 1:
             raise ValueError(f"segments must be positive, got {self.segments}")
         if self.quant_bits not in (0, 2, 3, 4, 8) or self.quant_group < 0:
@@ -97,7 +125,7 @@ class Config:
 
 def needs(config: Config) -> Needs:
     """Ask for norms for the ranking, and windows to learn from."""
-    return learning_needs(config.batch, config.target)
+    return learning_needs(config.batch, config.target) | Needs(gram=config.score == "surgeon")
 
 
 def cost(scope: Scope, config: Config) -> Work:
@@ -108,6 +136,14 @@ def cost(scope: Scope, config: Config) -> Work:
         passed=12 * config.steps * scope.weights,
     )
     apart = attention_cost(scope, config.steps * config.batch, config.reconstruct)
+    if config.score == "surgeon":
+        apart = apart + gram_factors(scope)
+    if config.lora_rank:
+        apart = apart + Work(
+            product_flops=6 * config.steps * config.lora_rank * scope.weights,
+            passed=4 * config.steps * scope.weights,
+            held_bytes=2 * FLOAT_BYTES * scope.weights,
+        )
     return rates + apart + learning(scope, config.steps, config.batch, checks=MAX_CHECKS, copies=2.5)
 
 
@@ -121,26 +157,30 @@ def compress(
     """Rank every matrix, learn the rates of the block, and prune to exact counts."""
     weights = {name: block.weight(name) for name in targets}
     zeros = sum(target.zeros_in(*weights[name].shape) for name, target in targets.items())
-    rates = Rates(weights, calib.statistics, zeros, config)
-    clipping = None
-    if config.quant_bits:
+    scores = partial(_scores, weights, calib.statistics, config.score)
+    rates = Rates(weights, scores, zeros, config)
+    change: Clipping | LowRank | None = None
+    if config.quant_bits or config.lora_rank:
         weights = {name: weight_OI.float() for name, weight_OI in weights.items()}
-        clipping = Clipping(weights, config.quant_bits, config.quant_group)
+    if config.quant_bits:
+        change = Clipping(weights, config.quant_bits, config.quant_group)
+    elif config.lora_rank:
+        change = LowRank(weights, config.lora_rank, config.lora_rate, generator)
     detail: dict[str, float] = {}
     learned = ""
     if any(calib.statistics[name].tokens for name in targets):
-        task = Reconstruction(block, calib, config.target, generator, config.reconstruct)
-        best = _learn(task, weights, rates, clipping, config, generator)
+        task = Reconstruction(block, calib, config.target, generator, config.reconstruct, config.normalize)
+        best = _learn(task, weights, rates, change, config, generator)
         detail = best.detail
         learned = "" if best.improved else KEPT_START
     with torch.no_grad():
         counts = rates.exact_counts()
-        values = clipping.quantized(weights) if clipping else weights
+        values = change.applied(weights) if change else weights
     packed = {}
     for name, weight_OI in values.items():
         unreached = "" if calib.statistics[name].tokens else UNREACHED
         keep_OI = rates.keep(name, counts[name])
-        scores_OI = wanda_scores(weights[name], calib.statistics[name])
+        scores_OI = scores(name)
         record_choice(targets[name], scores_OI, keep_OI, torch.where(keep_OI, -torch.inf, scores_OI).amax(1))
         packed[name] = Packed.masked(
             weight_OI.float(),
@@ -155,18 +195,20 @@ def _learn(
     task: Reconstruction,
     weights: Matrices,
     rates: "Rates",
-    clipping: "Clipping | None",
+    change: "Clipping | LowRank | None",
     config: Config,
     generator: torch.Generator,
 ) -> BestState:
-    """Train θ (and γ) with AdamW, and leave them at the lowest held-out error of all checks."""
-    learned = [rates.logits_GD, *(clipping.parameters if clipping else [])]
-    optimizer = torch.optim.AdamW(learned, lr=config.rate, betas=(0.9, 0.95), weight_decay=0.0)
+    """Train θ (and what changes the weights) with AdamW, and leave both at the lowest held-out error of all checks."""
+    learned = [rates.logits_GD, *(change.parameters if change else [])]
+    groups: list[dict[str, Any]] = [{"params": [rates.logits_GD], "size": config.rate}]
+    groups += change.groups(config.rate) if change else []
+    optimizer = torch.optim.AdamW(groups, lr=config.rate, betas=(0.9, 0.95), weight_decay=0.0)
 
     def heldout() -> float:
         with torch.no_grad():
             counts = rates.exact_counts()
-            values = clipping.quantized(weights) if clipping else weights
+            values = change.applied(weights) if change else weights
             return task.error({name: values[name] * rates.keep(name, counts[name]) for name in weights})
 
     best = BestState(learned, heldout())
@@ -175,17 +217,18 @@ def _learn(
     check_every = math.ceil(config.steps / MAX_CHECKS)
     for step in range(config.steps):
         windows = drawn[step * batch : (step + 1) * batch]
-        optimizer.param_groups[0]["lr"] = config.rate * cosine(step, config.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["size"] * cosine(step, config.steps)
         optimizer.zero_grad()
-        values = clipping.quantized(weights) if clipping else weights
+        values = change.applied(weights) if change else weights
         with torch.no_grad():
             zeros = rates.current_zeros()
             pruned = {name: rates.pruned(name, values[name], zeros[name]) for name in weights}
         gradients = task.gradients(pruned, windows)
-        if clipping is not None:
-            kept = {name: (g * rates.keep(name, zeros[name])).float() for name, g in gradients.items()}
-            clipping.backward(values, kept)
         tokens = batch * task.outputs.store_STD.shape[1]
+        if change is not None:
+            kept = {name: (g * rates.keep(name, zeros[name])).float() for name, g in gradients.items()}
+            change.backward(values, kept)
         rates.backward(gradients, {name: value_OI.detach() for name, value_OI in values.items()}, tokens)
         optimizer.step()
         if (step + 1) % check_every == 0 or step + 1 == config.steps:
@@ -204,7 +247,7 @@ class Rates:
     per matrix).
     """
 
-    def __init__(self, weights: Matrices, statistics: Mapping[str, Statistics], zeros: int, config: Config) -> None:
+    def __init__(self, weights: Matrices, scores: Callable[[str], Tensor], zeros: int, config: Config) -> None:
         self.matrix_shapes = {name: (weight_OI.shape[0], weight_OI.shape[1]) for name, weight_OI in weights.items()}
         self.shapes = {
             name: (rows * config.segments, columns // config.segments)
@@ -219,8 +262,8 @@ class Rates:
         device = next(iter(weights.values())).device
         self.order: dict[str, Tensor] = {}
         self.rank: dict[str, Tensor] = {}
-        for name, weight_OI in weights.items():
-            scores_OI = wanda_scores(weight_OI, statistics[name]).reshape(self.shapes[name])
+        for name in weights:
+            scores_OI = scores(name).reshape(self.shapes[name])
             columns = scores_OI.shape[1]
             order_OI = scores_OI.argsort(dim=1, stable=True)
             small = torch.int16 if columns < 2**15 else torch.int32
@@ -333,7 +376,11 @@ class Clipping:
         """Return the tensors that are learned."""
         return list(self.gamma.values())
 
-    def quantized(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def groups(self, rate: float) -> list[dict[str, Any]]:
+        """Return the parameter groups of the optimizer; θ learns at `rate`."""
+        return [{"params": self.parameters, "size": rate}]
+
+    def applied(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the matrices [O, I] rounded to their levels, differentiable in γ."""
         return {name: self._quantize(weights[name], self.gamma[name], self.width[name]) for name in weights}
 
@@ -350,6 +397,58 @@ class Clipping:
         code_OGM = (_round(weight_OGM / step_OG1) + zero_OG1).clamp(0, self.levels)
         rounded_OGM: Tensor = (code_OGM - zero_OG1) * step_OG1
         return rounded_OGM.view_as(weight_OI)
+
+
+class LowRank:
+    """Learnable update W + BA of every matrix, with B [O, R] zero and A [R, I] normal at first.
+
+    A step of the optimizer moves the entries of BA by about `rate_frac` of the RMS of W.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], rank: int, rate_frac: float, generator: torch.Generator) -> None:
+        self.down: dict[str, Tensor] = {}
+        self.up: dict[str, Tensor] = {}
+        self.rates: dict[str, tuple[float, float]] = {}
+        for name, weight_OI in weights.items():
+            rows, columns = weight_OI.shape
+            own = min(rank, rows, columns)
+            start_RI = torch.randn(own, columns, generator=generator).to(weight_OI.device)
+            self.down[name] = start_RI.requires_grad_(True)
+            self.up[name] = weight_OI.new_zeros(rows, own).requires_grad_(True)
+            size = float(weight_OI.square().mean().sqrt()) or 1.0
+            self.rates[name] = rate_frac, rate_frac * size / own**0.5
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Return the tensors that are learned."""
+        return [*self.down.values(), *self.up.values()]
+
+    def groups(self, rate: float) -> list[dict[str, Any]]:
+        """Return the parameter groups of the optimizer, two per matrix, at rates of their own."""
+        return [
+            {"params": [factor], "size": size}
+            for name, sizes in self.rates.items()
+            for factor, size in zip((self.down[name], self.up[name]), sizes, strict=True)
+        ]
+
+    def applied(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the matrices [O, I] with their updates, differentiable in both factors."""
+        return {name: torch.addmm(weights[name], self.up[name], self.down[name]) for name in weights}
+
+    def backward(self, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        """Accumulate the gradients of both factors from ∂L/∂(matrix) [O, I]."""
+        torch.autograd.backward([values[name] for name in gradients], list(gradients.values()))
+
+
+def _scores(weights: Matrices, statistics: Mapping[str, Statistics], score: str, name: str) -> Tensor:
+    """Return the score [O, I] that ranks the weights of a row; magnitudes for a matrix that no token reached."""
+    weight_OI, own = weights[name], statistics[name]
+    if score == "magnitude":
+        return weight_OI.float().abs()
+    if score == "surgeon" and own.tokens:
+        inverse_II, _ = inverse(own.gram_II, DAMPING_FRAC)
+        return weight_OI.float().square() / inverse_II.diagonal()
+    return wanda_scores(weight_OI, own)
 
 
 def _round(x: Tensor) -> Tensor:

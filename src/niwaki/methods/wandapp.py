@@ -3,7 +3,7 @@
 Source: Yang et al., "Wanda++: Pruning Large Language Models via Regional Gradients" (Findings of ACL 2025).
 
 1. The importance of a weight is α·G_ij + ‖X_j‖. G_ij is the root mean square over the calibration windows n of
-   ∂‖f(X_n)‖₂/∂W_ij; f is the whole dense block. G is computed once.
+   ∂‖f(X_n)‖₂/∂W_ij; f is the whole dense block. G is computed once. `gradient=mean` takes the mean of |∂‖f‖₂/∂W_ij|.
 2. The mask drops the lowest scores S_ij = (α·G_ij + ‖X_j‖)·|W_ij| of each output row, or of each group for N:M.
 3. Regional optimization lowers the squared error between the pruned and the dense block on the same inputs (those of
    the already pruned prefix). It takes K rounds; each draws its windows again.
@@ -56,13 +56,14 @@ from niwaki.methods.shared.block_training import (
     gradients_of,
     learning_cost,
     learning_needs,
-    run_deterministically,
     run_with,
     train_block,
 )
+from niwaki.methods.shared.determinism import run_deterministically
 from niwaki.methods.shared.masks import keep_by_row
 from niwaki.model.decoder import Block
 
+GRADIENTS = ("rms", "mean")
 KEPT_START = "learning did not lower the held-out block error: its start was kept"
 
 
@@ -71,6 +72,9 @@ class Config:
     """Options of Wanda++."""
 
     alpha: Annotated[float, "α: weight of the regional gradients; 0 is Wanda's score."] = 1.0
+    gradient: Annotated[str, "G over the windows: rms, their root mean square, or mean, the mean of |gradient|."] = (
+        "rms"
+    )
     rounds: Annotated[int, "K: rounds of regional optimization; 0 prunes by the score alone."] = 10
     samples: Annotated[int, "Windows per round."] = 32
     batch: Annotated[int, "Windows per step."] = 2
@@ -84,6 +88,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_learning_options(self.target, self.optimizer, self.reconstruct)
+        if self.gradient not in GRADIENTS:
+            raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {self.gradient!r}")
         if self.alpha < 0 or self.rounds < 0 or self.samples < 1 or self.batch < 1 or not 0 < self.rate_frac < 1:
             raise ValueError("expected alpha ≥ 0, rounds ≥ 0, samples ≥ 1, batch ≥ 1 and 0 < rate_frac < 1")
 
@@ -140,7 +146,7 @@ def _start(
             return weights, keep, None
     else:
         weights = {name: block.weight(name).float() for name in targets}
-    importance = _importance(block, calib, config.alpha, weights)
+    importance = _importance(block, calib, config, weights)
 
     def prune(masters: Matrices) -> dict[str, Tensor]:
         return {name: keep_by_row(importance[name] * masters[name].abs(), targets[name]) for name in targets}
@@ -150,10 +156,11 @@ def _start(
     return weights, keep, None if config.enforce_mask else prune
 
 
-def _importance(block: Block, calib: CalibrationData, alpha: float, weights: Matrices) -> dict[str, Tensor]:
+def _importance(block: Block, calib: CalibrationData, config: Config, weights: Matrices) -> dict[str, Tensor]:
     """Return α·G + ‖X‖/√N per weight, [O, I] or [1, I]; ones for a matrix that no token reached."""
+    alpha = config.alpha
     reached = any(calib.statistics[name].tokens for name in weights)
-    gradients = regional_gradients(block, calib, weights) if alpha and reached else {}
+    gradients = regional_gradients(block, calib, weights, config.gradient) if alpha and reached else {}
     importance = {}
     for name, weight_OI in weights.items():
         statistics = calib.statistics[name]
@@ -166,8 +173,11 @@ def _importance(block: Block, calib: CalibrationData, alpha: float, weights: Mat
     return importance
 
 
-def regional_gradients(block: Block, calib: CalibrationData, names: Matrices) -> dict[str, Tensor]:
-    """Return G [O, I] float32 of every matrix: the RMS over windows of the gradient of ‖f(X_n)‖₂, f the dense block."""
+def regional_gradients(block: Block, calib: CalibrationData, names: Matrices, mean: str = "rms") -> dict[str, Tensor]:
+    """Return G [O, I] float32 of every matrix: a mean over windows of the gradient of ‖f(X_n)‖₂, f the dense block.
+
+    `mean`: `rms`, the root mean square, or `mean`, that of the absolute values.
+    """
     assert calib.stream is not None
     total = {name: torch.zeros_like(weight_OI, dtype=torch.float32) for name, weight_OI in names.items()}
     parameters = assemble(block, {name: block.weight(name) for name in names})
@@ -182,8 +192,12 @@ def regional_gradients(block: Block, calib: CalibrationData, names: Matrices) ->
 
     for window in range(len(calib.stream)):
         for name, gradient_OI in run_deterministically(functools.partial(gradients, window)).items():
-            total[name].addcmul_(gradient_OI, gradient_OI)
-    return {name: (sum_OI / len(calib.stream)).sqrt_() for name, sum_OI in total.items()}
+            if mean == "mean":
+                total[name].add_(gradient_OI.abs())
+            else:
+                total[name].addcmul_(gradient_OI, gradient_OI)
+    means = {name: sum_OI / len(calib.stream) for name, sum_OI in total.items()}
+    return means if mean == "mean" else {name: mean_OI.sqrt_() for name, mean_OI in means.items()}
 
 
 METHOD = WalkMethod(

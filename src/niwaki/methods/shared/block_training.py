@@ -6,6 +6,9 @@ gradients. The model around the block never takes part, so the memory is that of
 The error of a token is ‖y − t‖² / ‖t‖², averaged over tokens. Without the division, a few tokens with massive
 activations would dominate the loss. An eighth of the windows is held out and decides which state is kept.
 
+`normalize` divides the squared error otherwise: `channel` by the energy of each output channel in the batch, `released`
+by its root, as the released code of BESA does. Both are means over channels. Held-out errors stay those of tokens.
+
 `reconstruct=parts` matches attention and MLP apart (arXiv 2510.14444, by its abstract). The matrices of attention learn
 the dense output of attention on the same inputs. The other matrices learn the output of the block, on what attention
 puts out now. `both` adds the two errors.
@@ -21,10 +24,9 @@ Legend: O outputs, I inputs, B windows, T tokens, D hidden size.
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +37,13 @@ from niwaki.data.stream import CalibrationData
 from niwaki.errors import ArchitectureError
 from niwaki.methods.cost import Scope, Work, learning
 from niwaki.methods.shared.best_state import BestState, cosine
+from niwaki.methods.shared.determinism import fast_products, run_deterministically
 from niwaki.model.block_calls import Call
 from niwaki.model.decoder import Block
 
 TARGETS = ("block", "dense", "both")
 RECONSTRUCTIONS = ("block", "parts", "both")
+NORMALIZATIONS = ("token", "channel", "released")
 MAX_CHECKS = 5  # held-out measurements; with a cosine schedule the last is nearly always the best
 OPTIMIZERS = ("adam", "rmsprop")
 Matrices = Mapping[str, Tensor]
@@ -53,7 +57,6 @@ Reconstruct = Annotated[
     "Output that weights are learned from: that of the block (block), that of attention for its matrices and that of "
     "the block for all others (parts), or both errors together (both).",
 ]
-Result = TypeVar("Result")
 
 
 class Reconstruction:
@@ -61,7 +64,8 @@ class Reconstruction:
 
     `target` is the output to learn: `block`, that of the dense block on the same inputs; `dense`, that of the block in
     the dense model; or `both`, their mean. With `reconstruct` parts or both, the gradients of attention come from its
-    own output. Raises ArchitectureError if the block has no attention apart from the rest.
+    own output. `normalize`: what divides the squared error that is learned. Raises ArchitectureError if the block has
+    no attention apart from the rest.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Reconstruction:
         target: str,
         generator: torch.Generator,
         reconstruct: str = "block",
+        normalize: str = "token",
     ) -> None:
         assert calib.stream is not None and calib.stream.outputs is not None, "needs() must ask for windows"
         self.block = block
@@ -79,6 +84,7 @@ class Reconstruction:
         self.dense = calib.dense if target != "block" else None
         self.target = target
         self.reconstruct = reconstruct
+        self.normalize = normalize
         self.writer = "" if reconstruct == "block" else attention_writer(block, self.outputs.store_STD.shape[-1])
         order = torch.randperm(len(calib.stream), generator=generator).tolist()
         count = len(order) // 8
@@ -108,11 +114,11 @@ class Reconstruction:
         parameters = assemble(self.block, matrices)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        with _fast_products():
+        with fast_products():
             if self.writer:
                 return run_deterministically(lambda: self._gradients_by_part(parameters, windows, matrices))
             return run_deterministically(
-                lambda: gradients_of(self.block, self._token_errors(parameters, windows).sum(), parameters, matrices)
+                lambda: gradients_of(self.block, self._loss(parameters, windows), parameters, matrices)
             )
 
     def _gradients_by_part(
@@ -133,11 +139,20 @@ class Reconstruction:
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
         return by_matrix(self.block, gradients, names)
 
+    def _loss(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
+        """Return the error that is learned, times the number of tokens."""
+        y_BTD, t_BTD = self._outputs(parameters, windows), self._target_outputs(windows)
+        if self.normalize == "token":
+            return relative_errors(y_BTD, t_BTD).sum()
+        return channel_error(y_BTD, t_BTD, 1.0 if self.normalize == "channel" else 0.5) * t_BTD[..., 0].numel()
+
     def _token_errors(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
         """Return ‖y − t‖² / ‖t‖² of every token [B, T]."""
+        return relative_errors(self._outputs(parameters, windows), self._target_outputs(windows))
+
+    def _outputs(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
         call = self.stream.call(windows, self.block.index)
-        y_BTD = run_with(self.block, parameters, call, self.stream.hidden.take(windows))
-        return relative_errors(y_BTD, self._target_outputs(windows))
+        return run_with(self.block, parameters, call, self.stream.hidden.take(windows))
 
     def _target_outputs(self, windows: list[int]) -> Tensor:
         """Return the outputs [B, T, D] to learn."""
@@ -321,6 +336,12 @@ def relative_errors(y_BTD: Tensor, t_BTD: Tensor) -> Tensor:
     return (y_BTD.float() - t_BTD).square().sum(-1) / t_BTD.square().sum(-1).clamp_min(1e-12)
 
 
+def channel_error(y_BTD: Tensor, t_BTD: Tensor, power: float) -> Tensor:
+    """Return the mean over channels of ‖y − t‖² / (‖t‖²)^power, sums over all tokens, in float32."""
+    lost_D = (y_BTD.float() - t_BTD).square().sum((0, 1))
+    return (lost_D / t_BTD.square().sum((0, 1)).clamp_min(1e-12) ** power).mean()
+
+
 def attention_writer(block: Block, width: int) -> str:
     """Return the matrix that writes the output of attention: the first that reads an input alone and puts out D.
 
@@ -386,58 +407,6 @@ class _BlockCall(nn.Module):
         return self.call(self.module, x_BTD)
 
 
-@contextlib.contextmanager
-def _fast_products() -> Iterator[None]:
-    """Compute float32 products on a GPU with factors rounded to TF32 (10 bits), which is several times as fast.
-
-    Only gradients are made so: a random batch changes them far more. What is measured and stored stays in float32.
-    """
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def run_deterministically(work: Callable[[], Result]) -> Result:
-    """Run `work` so that the same seed gives the same bytes.
-
-    By default, attention's backward on CUDA adds in any order. An operation without a deterministic form runs as it
-    is; torch warns and names it.
-    """
-    try:
-        with _deterministic(warn_only=False):
-            return work()
-    except RuntimeError as error:
-        if "deterministic" not in str(error):
-            raise
-    with _deterministic(warn_only=True):
-        return work()
-
-
-@contextlib.contextmanager
-def _deterministic(*, warn_only: bool) -> Iterator[None]:
-    """Set torch's deterministic algorithms, without cuDNN's attention, which has no such setting.
-
-    With `warn_only`, torch keeps attention that adds in any order.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
-    before = torch.are_deterministic_algorithms_enabled()
-    before_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.use_deterministic_algorithms(True, warn_only=warn_only)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        torch.use_deterministic_algorithms(before, warn_only=before_warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-
-
 def learning_needs(batch: int, target: str) -> Needs:
     """Ask for norms to rank by, windows to learn from, and the dense stream if the target uses it."""
     return Needs(sqnorm=True, learn_batches=frozenset({1, batch}), dense=target != "block")
@@ -468,8 +437,14 @@ def attention_cost(scope: Scope, windows: int, reconstruct: str) -> Work:
     return Work() if reconstruct == "block" else Work(forward_tokens=windows * scope.tokens / 3)
 
 
-def check_learning_options(target: str, optimizer: str = "adam", reconstruct: str = "block") -> None:
-    """Raise ValueError unless all three are known ones."""
+def check_learning_options(
+    target: str, optimizer: str = "adam", reconstruct: str = "block", normalize: str = "token"
+) -> None:
+    """Raise ValueError unless all four are known, and go together."""
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"normalize must be one of {', '.join(NORMALIZATIONS)}, got {normalize!r}")
+    if normalize != "token" and reconstruct != "block":
+        raise ValueError(f"normalize={normalize} divides the error of the whole block: it needs reconstruct=block")
     if reconstruct not in RECONSTRUCTIONS:
         raise ValueError(f"reconstruct must be one of {', '.join(RECONSTRUCTIONS)}, got {reconstruct!r}")
     if optimizer not in OPTIMIZERS:
