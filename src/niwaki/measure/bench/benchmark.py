@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from niwaki.config.events import Event, Report, silent
-from niwaki.errors import InputError, NiwakiError, unknown
+from niwaki.errors import CheckpointError, InputError, NiwakiError, unknown
 from niwaki.measure.bench.models import config_only_folder, random_model, read_config, resolve_dtype
 from niwaki.measure.bench.prefill_decode import has_window
 from niwaki.measure.bench.schema import DENSE, Bench, BenchSettings, Row, Workload, with_all_rounds
@@ -73,7 +73,7 @@ def bench(
 
     `batches`: numbers of sequences that decode `new_tokens` each after `context` tokens. `prompt_tokens`: length of the
     prefill, 0 for none. `keep` gets the benchmark after every variant. `forms` is the old name of `variants`.
-    Raises InputError before the first measurement, and CheckpointError if a model changes meanwhile.
+    Raises InputError before the first measurement, and CheckpointError if a model changes meanwhile or a file is broken.
     """
     outs = [outs] if isinstance(outs, str | Path) else list(outs)
     items = _items(variants if forms is None else forms, outs)
@@ -146,6 +146,8 @@ def _measure_all(
             row = row.model_copy(update={"detail": variant.detail, **own_fields})
             dense_row = dense_row if dense_row.cells else dense_row.model_copy(update=dense_fields)
             del variant, own_side
+        except CheckpointError:
+            raise  # a broken file, not a form that this machine cannot run
         except (NiwakiError, torch.OutOfMemoryError) as error:
             row = row.model_copy(update={"reason": str(error).strip().split("\n")[0]})
         rows.append(row)
