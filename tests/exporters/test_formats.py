@@ -7,7 +7,8 @@ import pytest
 
 import niwaki
 from niwaki.compression.model_card import export_card
-from niwaki.compression.run_record import ExportRecord, ModelRecord, Record
+from niwaki.compression.run_record import ExportRecord, Record
+from niwaki.compression.source_records import ModelRecord
 from niwaki.errors import OutputError
 from niwaki.exporters.export import weight_files
 from niwaki.exporters.formats import FORMATS, ExportFormat

@@ -12,7 +12,7 @@ import pytest
 
 from niwaki.errors import NiwakiError
 from niwaki.model.checkpoint import Checkpoint
-from niwaki.model.decoder import names_of
+from niwaki.model.complete import names_of
 from support.models import tiny_llama
 
 ABSURD: dict[str, Any] = {

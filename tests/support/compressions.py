@@ -21,7 +21,7 @@ def settings(text: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def interrupt_after(blocks: int, model: Path, out: Path, text: Path, **changes: Any) -> None:
+def interrupt_after(blocks: int, model: Path, out: Path, text: Path, /, **changes: Any) -> None:
     """Interrupt a run as a user does, after `blocks` blocks are on the disk."""
 
     def report(event: str, **fields: Any) -> None:

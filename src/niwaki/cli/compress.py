@@ -8,6 +8,7 @@ import typer
 from niwaki.cli import options
 from niwaki.cli.options import check_inputs, check_recipe, console, error_console, first_given, given, recipe_values
 from niwaki.compression.run_record import RunRecord
+from niwaki.config.targets import format_blocks
 
 
 def compress(
@@ -17,6 +18,7 @@ def compress(
     preset: options.Preset = None,
     target: options.Target = None,
     target_bytes: options.TargetBytes = None,
+    blocks: options.Blocks = None,
     keep_blocks: options.KeepBlocks = None,
     allocation: options.Allocation = None,
     calibration: options.Calibration = None,
@@ -52,10 +54,10 @@ def compress(
     text = given(files=files, field=field, samples=samples, seq_len=seq_len, bos=bos, mix=mix or None)
     values = recipe_values(
         recipe, text, set_,
-        method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks,
-        allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends), rotate=rotate,
-        drop_unused=drop_unused or None, seed=seed, device=device, dtype=dtype, batch_tokens=batch_tokens,
-        activation_bytes=activation_bytes, logit_bytes=logit_bytes,
+        method=method, preset=preset, target=target, target_bytes=target_bytes, blocks=blocks,
+        keep_blocks=keep_blocks, allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends),
+        rotate=rotate, drop_unused=drop_unused or None, seed=seed, device=device, dtype=dtype,
+        batch_tokens=batch_tokens, activation_bytes=activation_bytes, logit_bytes=logit_bytes,
     )  # fmt: skip
     check_recipe(values)
     check_inputs(*([] if merge_adapter else [model]))
@@ -83,19 +85,24 @@ def _run(model: str, out: Path, values: dict[str, Any], **flags: bool) -> None:
 def _print_record(out: Path, record: RunRecord) -> None:
     """Print matrices, bits or zeros, bytes, time and peak memory of a result, then its notes."""
     result, coded = record.result, record.asks_for_bits
-    codes = f", {result.bits:.3f} true bits a weight in {result.packed} of them" if result.packed else ""
+    own = result.named or result
+    codes = f", {own.bits:.3f} true bits a weight in {own.packed} of them" if own.packed else ""
     if coded and not codes:
-        counted = result.bits if result.method_bits is None else result.method_bits
+        counted = own.bits if own.method_bits is None else own.method_bits
         codes = f", {counted:.3f} true bits a weight by the method's count, stored as plain weights"
     codes += "" if result.embeddings_bits is None else f", {result.embeddings_bits:.3f} in embeddings and head"
-    zeros = "" if coded else f", {result.zeros_frac:.4%} zeros"
+    zeros = "" if coded else f", {own.zeros_frac:.4%} zeros"
     if record.shaping and (removed := record.shaping.removed_frac):
         zeros = f", {removed:.2%} of the blocks removed" + (zeros if result.zeros_frac else "")
     if result.predictor is not None:
         zeros = f", {result.predictor['skipped_frac']:.0%} of heads and neurons skipped by input"
+    where = whole = ""
+    if result.named is not None:
+        where = f" of blocks {format_blocks(result.named.blocks)}"
+        whole = f", {result.bits:.3f} bits and {result.zeros_frac:.4%} zeros in all {result.matrices} matrices"
     console.print(
-        f"{out}: {result.matrices} matrices{codes}{zeros}, {result.bytes:,} bytes "
-        f"(dense {record.model.dense_bytes:,}), {record.seconds} s, "
+        f"{out}: {own.matrices} matrices{where}{codes}{zeros}{whole}, {result.bytes:,} bytes "
+        f"(dense {record.origin.dense_bytes:,}), {record.seconds} s, "
         f"peak RSS {record.peak_rss_bytes / 1e9:.2f} GB",
         highlight=False,
         soft_wrap=True,

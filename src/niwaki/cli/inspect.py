@@ -48,10 +48,14 @@ def inspect(
 def print_inspection(to: Console, result: dict[str, Any]) -> None:
     """Print the result of `niwaki.inspect`."""
     made = result["made"]
-    print_line(f"{result['out']}: {result['kind']}, {made['method']} {made['target']}, {made['date']}", to)
+    where = f" in blocks {made['blocks']}" if "blocks" in made else ""
+    print_line(f"{result['out']}: {result['kind']}, {made['method']} {made['target']}{where}, {made['date']}", to)
     for line in result["methods"]:
         print_line(f"  {line}", to)
     print_table(to, ["measured", "value"], _facts(result))
+    for run in result["earlier"]:
+        where = f"blocks {run['blocks']}" if "blocks" in run else "all blocks"
+        print_line(f"earlier run: {run['method']} {run['target']} in {where}, {run['date']}", to)
     for stage in result["stages"]:
         print_line(f"before that: {stage['method']} {stage['target']}, {_shape_text(stage['allocation'])}", to)
     if text := _shape_text(result["allocation"]):
@@ -117,8 +121,11 @@ def _facts(result: dict[str, Any]) -> list[list[str]]:
         ["matrices", f"{measured['matrices']:,}, {measured['weights']:,} weights"],
         ["bits a weight in them as stored, with scales", f"{measured['bits']:.3f}, {measured['packed']} packed"],
     ]
-    if result["measure"] != "bits":
+    if result["measure"] != "bits" or result["kind"] == "pruned and quantized":
         rows.insert(2, ["zeros in them", f"{measured['zeros_frac']:.4%}"])
+    if named := result["named"]:
+        text = f"{named['bits']:.3f} bits a weight, {named['zeros_frac']:.4%} zeros"
+        rows.append([f"{named['matrices']:,} matrices of blocks {made['blocks']}", text])
     if "method_bits" in measured:
         rows.append(["bits a weight as the method counts", f"{measured['method_bits']:.3f}"])
     if "embeddings_bits" in measured:
@@ -215,7 +222,7 @@ def _print_cut(to: Console, result: dict[str, Any], title: str) -> None:
     print_table(to, headers, [row[: len(headers)] for row in rows])
     rows = [
         [
-            f"{block['block']}{' removed' if block['gone'] else ''}",
+            f"{block['block']}{' removed' if block['gone'] else _by_run(result['runs'][block['block']])}",
             _number(block[measure], title),
             f"{block['bytes']:,}",
             _error(block["error"]),
@@ -230,6 +237,11 @@ def _print_cut(to: Console, result: dict[str, Any], title: str) -> None:
         before = line["error_before_update"] if measure != "bits" else None
         was = "" if before in (None, line["error"]) else f", {before:.4g} before the other weights were updated"
         print_line(f"largest error: block {line['block']} {line['matrix']}, {line['error']:.4g}{was}", to)
+
+
+def _by_run(number: int | None) -> str:
+    """Return a mark of a block that this run did not compress."""
+    return " as it was" if number is None else " earlier run" if number else ""
 
 
 def _print_predictor(to: Console, result: dict[str, Any]) -> None:

@@ -95,6 +95,12 @@ TargetBytes = Annotated[
     str | None,
     typer.Option(help="squeeze10 only: bytes of all matrices together, in place of a target: 1.7GB or 800MiB."),
 ]
+Blocks = Annotated[
+    str | None,
+    recipe_option(
+        "Blocks to compress, such as 8-23 or 0,3,5-7. The others stay byte for byte, and a later run can go on.", "all"
+    ),
+]
 KeepBlocks = Annotated[
     str | None,
     recipe_option("squeeze10 only: blocks that stay at 4 bits while the others compensate: auto, none or 0,7.", "none"),

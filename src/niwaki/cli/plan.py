@@ -11,6 +11,7 @@ from rich.console import Console
 from niwaki.cli import options
 from niwaki.cli.options import check_inputs, check_recipe, console, first_given, given, print_line, recipe_values
 from niwaki.cli.tables import print_table
+from niwaki.config.targets import format_blocks
 
 PHASES = {
     "walk": "compressing the blocks",
@@ -30,6 +31,7 @@ def plan(
     preset: options.Preset = None,
     target: options.Target = None,
     target_bytes: options.TargetBytes = None,
+    blocks: options.Blocks = None,
     keep_blocks: options.KeepBlocks = None,
     allocation: options.Allocation = None,
     calibration: options.Calibration = None,
@@ -67,10 +69,10 @@ def plan(
     files = tuple(calibration) if calibration else None
     values = recipe_values(
         recipe, given(files=files, samples=samples, seq_len=seq_len, bos=bos, mix=mix or None), set_,
-        method=method, preset=preset, target=target, target_bytes=target_bytes, keep_blocks=keep_blocks,
-        allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends), rotate=rotate,
-        drop_unused=drop_unused or None, dtype=dtype, batch_tokens=batch_tokens, activation_bytes=activation_bytes,
-        logit_bytes=logit_bytes,
+        method=method, preset=preset, target=target, target_bytes=target_bytes, blocks=blocks,
+        keep_blocks=keep_blocks, allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends),
+        rotate=rotate, drop_unused=drop_unused or None, dtype=dtype, batch_tokens=batch_tokens,
+        activation_bytes=activation_bytes, logit_bytes=logit_bytes,
     )  # fmt: skip
     check_recipe(values)
     check_inputs(*([] if merge_adapter else [model]))
@@ -92,7 +94,8 @@ def print_plan(to: Console, result: dict[str, Any]) -> None:
         "measured now" if machine["measured"] else "published rates times the share that we reached on H100 and H200"
     )
     print_line(f"{model['type']}, {model['blocks']} blocks, {_count(model['weights'])} weights", to)
-    print_line(f"{recipe['method']} {target} on {machine['name']} ({about})", to)
+    where = f" in blocks {format_blocks(named)}" if (named := recipe.get("blocks")) else ""
+    print_line(f"{recipe['method']} {target}{where} on {machine['name']} ({about})", to)
     towers = sum(result["towers"].values())
     share, before = (
         result["output_bytes"] / model["bytes"],

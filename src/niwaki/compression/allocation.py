@@ -61,18 +61,20 @@ def owl(anatomy: Anatomy, target: Target, outlier_shares: list[float], config: O
     """
     if not isinstance(target, Sparsity):
         raise TargetError(f"owl moves unstructured sparsity between blocks, got {target}: use --allocation uniform")
-    low, high = min(outlier_shares), max(outlier_shares)
+    shares = {index: outlier_shares[index] for index, block in enumerate(anatomy.blocks) if block.linears}
+    low, high = min(shares.values()), max(shares.values())
     span = (high - low) or 1.0
-    raised = [(share - low) / span * 2 * config.spread_frac for share in outlier_shares]
-    weights = [block.weights for block in anatomy.blocks]
-    mean = sum(r * w for r, w in zip(raised, weights, strict=True)) / sum(weights)
-    zeros = [target.zeros_frac + mean - r for r in raised]
-    if not all(0 < fraction < 1 for fraction in zeros):
+    raised = {index: (share - low) / span * 2 * config.spread_frac for index, share in shares.items()}
+    mean = sum(r * anatomy.blocks[index].weights for index, r in raised.items()) / anatomy.weights
+    zeros = {index: target.zeros_frac + mean - r for index, r in raised.items()}
+    if not all(0 < fraction < 1 for fraction in zeros.values()):
         raise TargetError(
-            f"owl would give a block {min(zeros):.2f} to {max(zeros):.2f} zeros at target {target}: lower spread_frac"
+            f"owl would give a block {min(zeros.values()):.2f} to {max(zeros.values()):.2f} zeros at target {target}: "
+            "lower spread_frac"
         )
     return [
-        dict.fromkeys(block.linears, Sparsity(fraction)) for block, fraction in zip(anatomy.blocks, zeros, strict=True)
+        dict.fromkeys(block.linears, Sparsity(zeros[index])) if block.linears else {}
+        for index, block in enumerate(anatomy.blocks)
     ]
 
 

@@ -45,12 +45,11 @@ KEEP_SCAN_FORWARDS = 3.0  # forwards of all blocks that `keep_blocks` auto takes
 NORMAL_STEP = 0.9957  # standard deviations between four even levels of minimal squared error (Max 1960)
 
 
-def bits_within(total_bytes: int, decoder: Decoder) -> Bits:
-    """Return the average bits with which all matrices of `decoder` together take at most `total_bytes`.
+def bits_within(total_bytes: int, decoder: Decoder, anatomy: Anatomy) -> Bits:
+    """Return the average bits with which all matrices of `anatomy` together take at most `total_bytes`.
 
     Raises TargetError for bytes that are not 1 to 8 bits a weight, or matrices that cannot be stored as codes.
     """
-    anatomy = decoder.anatomy
     for index, block in enumerate(anatomy.blocks):
         if dense := sorted(set(block.linears) - decoder.packable(index)):
             raise TargetError(
@@ -78,6 +77,8 @@ def kept_targets(anatomy: Anatomy, target: Target, kept: Collection[int]) -> Tar
     last = len(anatomy.blocks) - 1
     if missing := [index for index in kept if not 0 <= index <= last]:
         raise TargetError(f"keep_blocks {missing[0]}: the model has blocks 0 to {last}")
+    if missing := [index for index in kept if not anatomy.blocks[index].linears]:
+        raise TargetError(f"keep_blocks {missing[0]}: blocks leaves this one as it is, so it cannot become codes")
     rest = rest_bits(anatomy, target, kept)
     if rest < 1:
         raise TargetError(
@@ -134,7 +135,8 @@ def choose_kept(
     anatomy: Anatomy, target: Bits, sensitivities: Sequence[float], min_bits: Callable[[int, int], float]
 ) -> list[int]:
     """Return the blocks to keep at 4 bits, ascending (see above); none if that predicts the smallest error."""
-    order = sorted(range(len(sensitivities)), key=lambda index: -sensitivities[index] / anatomy.blocks[index].weights)
+    weights = {index: block.weights for index, block in enumerate(anatomy.blocks) if block.linears}
+    order = sorted(weights, key=lambda index: -sensitivities[index] / weights[index])
     floor = max(min_bits(m.rows, m.columns) for block in anatomy.blocks for m in block.linears.values())
     best: list[int] = []
     min_error = _predicted(sensitivities, best, target.bits)

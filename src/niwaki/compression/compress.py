@@ -189,7 +189,8 @@ def _drop_unfinished(request: Request, model: str | Path) -> None:
 
 
 def _open(model: str | Path, recipe: Recipe) -> Decoder:
-    return open_decoder(model, pick_device(recipe.device), pick_dtype(recipe.dtype), logit_bytes=recipe.logit_bytes)
+    device, dtype = pick_device(recipe.device), pick_dtype(recipe.dtype)
+    return open_decoder(model, device, dtype, logit_bytes=recipe.logit_bytes, blocks=recipe.blocks)
 
 
 def _run(job: Job) -> RunRecord:

@@ -49,6 +49,8 @@ def embeddings_to_pack(recipe: Recipe, target: Target, decoder: Decoder) -> Tens
     if recipe.pack == "none":
         raise TargetError(f"embeddings {width} stores codes, and pack none stores none: leave one of the two out")
     tensor_names = decoder.embedding_matrices()
+    if done := next((module for module in tensor_names if module in decoder.checkpoint.packed), None):
+        raise TargetError(f"embeddings {width}: {done} is codes already, and stays so: leave the option embeddings out")
     for module, names in tensor_names.items():
         _group(module, decoder.checkpoint.tensors[names[0]].shape[1])
     return tensor_names

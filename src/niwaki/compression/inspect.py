@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from niwaki.compression.run_record import RECORD, MatrixRecord, RunRecord, read_lines, read_run
-from niwaki.config.targets import parse_target
+from niwaki.config.targets import format_blocks, parse_target
 from niwaki.errors import CheckpointError, faults_of
 from niwaki.methods.registry import get_method
 
@@ -41,7 +41,7 @@ def _summary(folder: Path, record: RunRecord, lines: Sequence[MatrixRecord]) -> 
     measure = measure_of(record, lines)
     summary = {
         "out": str(folder),
-        "kind": "pruned and quantized" if any(both(line) for line in lines) else _KINDS[measure],
+        "kind": "pruned and quantized" if _two_kinds(lines) else _KINDS[measure],
         "measure": measure,
         "made": _made(record),
         "measured": _measured(record),
@@ -54,6 +54,9 @@ def _summary(folder: Path, record: RunRecord, lines: Sequence[MatrixRecord]) -> 
         "kept_dense": {} if record.kept_dense is None else record.kept_dense.dump(),
         "notes": record.result.notes,
         "stages": [_made(stage) | {"allocation": _allocation(stage)} for stage in record.stages],
+        "named": None if record.result.named is None else record.result.named.dump(),
+        "earlier": [_made(run) for run in record.earlier if isinstance(run, RunRecord)],
+        "runs": {block: run_of(record, block) for block in sorted({line.block for line in lines})},
     }
     if measure == "run_frac":
         summary |= _contextual(folder, record)
@@ -84,6 +87,11 @@ def both(line: MatrixRecord) -> bool:
     return "+" in line.target
 
 
+def _two_kinds(lines: Sequence[MatrixRecord]) -> bool:
+    """Return whether the result has zeros and codes, in the same matrices or in different ones."""
+    return {"masked", "codes"} <= {line.kind for line in lines} or any(both(line) for line in lines)
+
+
 def methods_line(name: str) -> str:
     """Return the first sentence of the description of a method, by its name."""
     return f"{name}: {get_method(name).doc.partition(chr(10))[0].partition(': ')[2]}"
@@ -106,6 +114,7 @@ def _made(record: RunRecord) -> dict[str, Any]:
         "calibration": None if windows is None else {"windows": windows[0], "tokens": windows[1]},
         "pack": recipe.pack,
         "embeddings": recipe.embeddings,
+        **({} if recipe.blocks is None else {"blocks": format_blocks(recipe.blocks)}),
         "seed": recipe.seed,
         "device": record.device,
         "date": record.date,
@@ -117,7 +126,7 @@ def _measured(record: RunRecord) -> dict[str, Any]:
     """Return measured bytes, zeros, bits, time and memory."""
     names = {"bytes", "zeros_frac", "bits", "method_bits", "embeddings_bits", "packed", "matrices", "weights"}
     return {
-        "dense_bytes": record.model.dense_bytes,
+        "dense_bytes": record.origin.dense_bytes,
         **{name: value for name, value in record.result.dump().items() if name in names},
         **{name: getattr(record, name) for name in ("seconds", "peak_rss_bytes", "peak_device_bytes")},
     }
@@ -145,6 +154,14 @@ def _matrices(lines: Sequence[MatrixRecord], measure: str) -> dict[str, dict[str
             "max_error": max(errors, default=None),
         }
     return rows
+
+
+def run_of(record: RunRecord, block: int) -> int | None:
+    """Return which run compressed a block last: 0 for this one, 1 for the one before, …; None if none did."""
+    for number, run in enumerate((record, *record.earlier[::-1])):
+        if isinstance(run, RunRecord) and (run.recipe.blocks is None or block in run.recipe.blocks):
+            return number
+    return None
 
 
 def _blocks(lines: Sequence[MatrixRecord], measure: str) -> list[dict[str, Any]]:

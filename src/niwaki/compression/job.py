@@ -32,8 +32,10 @@ from niwaki.compression.bit_allocation import (
     spread_bits,
 )
 from niwaki.compression.bos_loss import warn_without_bos
-from niwaki.compression.embeddings import TensorNames, embeddings_to_pack, read_packed
+from niwaki.compression.carried import Carried, earlier_runs
+from niwaki.compression.embeddings import TensorNames, embeddings_to_pack
 from niwaki.compression.model_card import model_card
+from niwaki.compression.outer_files import OuterFiles
 from niwaki.compression.places import check_apart, partial_of, resumable
 from niwaki.compression.plan.planner import check_possible
 from niwaki.compression.plan.sizes import towers_record
@@ -62,7 +64,7 @@ from niwaki.data.texts import CalibrationWindows, calibration_record, digest, wi
 from niwaki.errors import InputError, NumericalError
 from niwaki.formats.packed import decode_shard
 from niwaki.formats.quantized import WEIGHT
-from niwaki.model.checkpoint import STORED_DTYPES, Checkpoint, cut_to_shards, quantization, quantized_config
+from niwaki.model.checkpoint import STORED_DTYPES, Checkpoint, quantization, quantized_config
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.device import peak_rss_bytes
 from niwaki.model.files import write_text
@@ -113,15 +115,13 @@ class Job:
         return self.decoder.checkpoint
 
     @property
-    def outer_parts(self) -> list[list[str]]:
-        """Return the names of all tensors outside the blocks (embeddings, norms, head), one list per file."""
-        return cut_to_shards(self.decoder.disk_names(None), self.checkpoint.tensors)
+    def outer_files(self) -> OuterFiles:
+        """Return the tensors outside the blocks, by file."""
+        return OuterFiles.of(self.decoder, self.packed_embeddings, self.recipe)
 
-    @property
-    def copied_parts(self) -> list[list[str]]:
-        """Return the names of copied tensors, one list per file: towers, and what no module reads if it is kept."""
-        names = () if self.recipe.drop_unused else self.decoder.unread.names
-        return cut_to_shards([*self.decoder.tower_names, *names], self.checkpoint.tensors)
+    def leaves(self, index: int) -> bool:
+        """Return whether the recipe leaves a block as it is."""
+        return self.recipe.blocks is not None and index not in self.recipe.blocks
 
 
 class BlockStorage(Protocol):
@@ -222,13 +222,13 @@ def walk_model(job: Job, folder: ResultFolder, report: Report, allocate: Allocat
     with Writer(folder, report, 2 if decoder.device.type == "cuda" else 1) as writer:
         allocation = allocate(job, folder, report)
         storage, shard_names = allocation.storage, allocation.storage.shard_names
-        _write_outer(job, folder, writer, shard_names[len(decoder) :])
-        _write_copied(job, folder, writer, storage)
+        outer = job.outer_files
+        outer.write(folder, writer, storage.shard_names[len(decoder) :], storage.copied)
         # A dense stream starts from the dense embeddings, so it is made before the stored ones replace them.
         dense = windows_stream(job, folder, "dense") if stage.dense_stream else None
         if job.packed_embeddings:
             writer.flush()
-            decoder.load_outer(_stored_outer(job, folder))
+            decoder.load_outer(outer.stored(folder))
         stream = windows_stream(job, folder, "compressed", learn_batches=stage.needs.learn_batches)
         gradients = _gradients(job, folder, report)
         decoder.release_outer()
@@ -238,13 +238,22 @@ def walk_model(job: Job, folder: ResultFolder, report: Report, allocate: Allocat
             if block_part(index) in folder.finished
         }
 
+        carried = None if job.recipe.blocks is None else Carried.of(decoder)
+
         def save(block: Block, lines: list[MatrixRecord]) -> None:
-            if tensors := storage.tensors(block, lines):
+            if carried is not None and job.leaves(block.index):
+                names = {name: name for name in decoder.disk_names(block.index)}
+                part, shard = block_part(block.index), shard_names[block.index]
+                writer.copy(part, shard, job.checkpoint, names, carried.lines(block))
+            elif tensors := storage.tensors(block, lines):
                 writer.write(block_part(block.index), shard_names[block.index], tensors, lines)
             else:
                 folder.finish_part(block_part(block.index), JournalEntry(lines=lines))
 
-        plan = WalkPlan(stage.steps, allocation.targets, job.recipe.seed, job.recipe.pack, gradients=gradients)
+        last = None if job.recipe.blocks is None else max(job.recipe.blocks)
+        plan = WalkPlan(
+            stage.steps, allocation.targets, job.recipe.seed, job.recipe.pack, gradients=gradients, last=last
+        )
         compress_blocks(decoder, plan, stream, dense, save=save, report=report, finished=finished)
     return _finish_walk(job, folder, report, allocation, stream)
 
@@ -292,6 +301,7 @@ def record_of(job: Job, folder: ResultFolder, result: ResultRecord, allocation: 
         "seconds": round(time.perf_counter() - job.request.began, 2),
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": torch.cuda.max_memory_allocated(device) if cuda else 0,
+        **({"earlier": before} if job.first is None and (before := earlier_runs(checkpoint.folder)) else {}),
     }
     record = RunRecord.model_validate(fields)
     return record if job.first is None else merged_record(record, job.first)
@@ -362,7 +372,7 @@ class FullBlocks:
     @property
     def shard_names(self) -> list[str]:
         """Return one file per block, then all other tensors in files of about 1 GiB, the copied ones last."""
-        count = len(self.job.decoder) + len(self.job.outer_parts) + len(self.job.copied_parts)
+        count = len(self.job.decoder) + len(self.job.outer_files)
         return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
     def copied(self, names: Sequence[str]) -> Mapping[str, str]:
@@ -390,7 +400,7 @@ class FullBlocks:
 
 def _allocate(job: Job, folder: ResultFolder, report: Report) -> Allocation:
     """Return the targets of all matrices; those that the calibration text decides are measured first."""
-    anatomy, stage, kept = job.decoder.anatomy, job.stage, job.recipe.keep_blocks
+    anatomy, stage, kept = job.stage.anatomy, job.stage, job.recipe.keep_blocks
     target, targets, min_bits = stage.target, stage.targets, stage.steps[-1].min_bits
     numbers: dict[str, Any] = {} if job.recipe.target_bytes is None else {"target_bits": _bits(job).bits}
     if job.recipe.allocation == "owl":
@@ -398,20 +408,26 @@ def _allocate(job: Job, folder: ResultFolder, report: Report) -> Allocation:
         def outliers(block: Block, stream: Stream) -> float:
             return outlier_share(block, collect(block, stream, OWL_NEEDS)[0], stage.owl)
 
-        shares = numbers["outlier_shares"] = scan(job, folder, "outlier_shares", outliers, report)
+        measure = _of_named(job, outliers, 0.0)
+        shares = numbers["outlier_shares"] = scan(job, folder, "outlier_shares", measure, report)
         targets = owl(anatomy, target, shares, stage.owl)
     if job.recipe.allocation == "sensitivity":
-        numbers["sensitivities"] = scan(job, folder, "sensitivities", sensitivities, report)
+        numbers["sensitivities"] = scan(job, folder, "sensitivities", _of_named(job, sensitivities, {}), report)
         targets = spread_bits(anatomy, target, numbers["sensitivities"], min_bits)
     if kept:
         if kept == "auto":
-            numbers["sensitivities"] = scan(job, folder, "sensitivities", sensitivity, report)
+            numbers["sensitivities"] = scan(job, folder, "sensitivities", _of_named(job, sensitivity, 0.0), report)
             kept = tuple(choose_kept(anatomy, _bits(job), numbers["sensitivities"], min_bits))
         targets = kept_targets(anatomy, target, kept)
         numbers |= {"kept_blocks": list(kept), "rest_bits": rest_bits(anatomy, _bits(job), kept)}
     if numbers:
         report(Event.ALLOCATION, **numbers)
     return Allocation(targets, numbers, FullBlocks(job))
+
+
+def _of_named(job: Job, measure: Callable[[Block, Stream], Value], other: Value) -> Callable[[Block, Stream], Value]:
+    """Return a `measure` of the blocks that the recipe names, which gives `other` for all others."""
+    return lambda block, stream: other if job.leaves(block.index) else measure(block, stream)
 
 
 def _bits(job: Job) -> Bits:
@@ -434,35 +450,6 @@ def _gradients(job: Job, folder: ResultFolder, report: Report) -> Callable[[int]
     return squared_gradients(folder, job.decoder, job.windows_ST, job.recipe.activation_bytes, report)
 
 
-def _write_outer(job: Job, folder: ResultFolder, writer: Writer, shard_names: list[str]) -> None:
-    for number, names in enumerate(job.outer_parts):
-        part = _outer_part(number)
-        if part not in folder.finished:
-            tensors, lines = read_packed(
-                job.checkpoint, names, job.packed_embeddings, job.recipe.embeddings, job.decoder.device
-            )
-            writer.write(part, shard_names[number], tensors, lines)
-
-
-def _write_copied(job: Job, folder: ResultFolder, writer: Writer, storage: BlockStorage) -> None:
-    """Copy towers and what no module reads. A file whose tensors all belong to removed blocks is not written."""
-    shard_names = storage.shard_names[len(job.decoder) + len(job.outer_parts) :]
-    for number, (names, shard) in enumerate(zip(job.copied_parts, shard_names, strict=True)):
-        part = f"copied-{number:05d}"
-        if part not in folder.finished and (left := storage.copied(names)):
-            writer.copy(part, shard, job.checkpoint, left)
-
-
-def _stored_outer(job: Job, folder: ResultFolder) -> dict[str, Tensor]:
-    """Return embeddings, final norm and head as every reader of the result will see them."""
-    tensors: dict[str, Tensor] = {}
-    for number in range(len(job.outer_parts)):
-        entry = folder.finished[_outer_part(number)]
-        modules = packed_modules([entry], job.decoder.disk_module)
-        tensors |= decode_shard(folder.path / str(entry.shard), modules, job.checkpoint.dtype)
-    return tensors
-
-
 def _finish_walk(
     job: Job, folder: ResultFolder, report: Report, allocation: Allocation, stream: Stream | None
 ) -> RunRecord:
@@ -475,7 +462,7 @@ def _finish_walk(
     allocation.storage.write_config(folder)
     write_text(folder.path / INDEX, json.dumps(shard_index(parts), indent=2) + "\n")
     write_lines(folder.path, [line for entry in parts for line in entry.matrices])
-    record = record_of(job, folder, result_of(parts), allocation.numbers)
+    record = record_of(job, folder, result_of(parts, job.recipe.blocks), allocation.numbers)
     finish(job, folder, report, record, lambda: allocation.storage.check(folder, stream))
     return record
 
@@ -490,8 +477,3 @@ def fingerprint_of(job: Job, like: Mapping[str, str]) -> dict[str, str]:
         threads=torch.get_num_threads() if job.decoder.device.type == "cpu" else None,
         like=like,
     )
-
-
-def _outer_part(number: int) -> str:
-    """Return the name of a file of `outer_parts` in the journal."""
-    return f"embeddings-{number:05d}"

@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from niwaki.compression.run_record import ExportRecord, Record, ResultRecord, RunRecord
+from niwaki.compression.run_record import ExportRecord, Record, RecoveryRecord, ResultRecord, RunRecord
+from niwaki.config.targets import format_blocks
 
 # `niwaki evaluate` and `niwaki compare` with --update-card write between these (niwaki.measure.report.evaluation_card).
 BEGIN, END = "<!-- niwaki: measured -->", "<!-- niwaki: end -->"
@@ -25,7 +26,7 @@ _BODY = """---
 | base model | {base} |
 | matrices compressed | {matrices} |
 {zeros}| true bits a weight in them, scales and all | {bits:.3f} |
-| true bits a weight in embeddings and head | {embeddings} |
+{whole}| true bits a weight in embeddings and head | {embeddings} |
 | bytes of the weight files | {bytes:,} (before: {bytes_before:,}) |
 {copied}| calibration | {calibration} |
 | seed | {seed} |
@@ -117,8 +118,9 @@ def model_card(record: RunRecord) -> str:
 
 def _card(record: RunRecord, library: str, storage: str) -> str:
     recipe, result, exported = record.recipe, record.result, record.export
-    source = Path(record.model.source).name
-    hub_id, revision = _hub_source(record.model.source)
+    source = Path(record.origin.source).name
+    hub_id, revision = _hub_source(record.origin.source)
+    counted = result.named or result
     # eval_results stays empty on purpose: nothing was evaluated here.
     metadata = ModelCardData(
         base_model=hub_id,
@@ -127,7 +129,7 @@ def _card(record: RunRecord, library: str, storage: str) -> str:
         tags=["niwaki", *_kinds(result), recipe.method] + ([exported.to] if exported else []),
     )
     windows, kept = record.calibration.windows, record.allocation.kept_blocks
-    target = recipe.target or f"{recipe.target_bytes:,} bytes"
+    target = _target_of(record)
     return _BODY.format(
         metadata=metadata.to_yaml(),
         name=f"{hub_id or source}, {recipe.method} {target}",
@@ -139,13 +141,14 @@ def _card(record: RunRecord, library: str, storage: str) -> str:
         version=record.niwaki,
         method=recipe.method,
         target=target + (f", blocks {', '.join(map(str, kept))} kept at 4 bits" if kept else ""),
-        matrices=result.matrices,
-        zeros="" if record.asks_for_bits else f"| measured zeros in them | {result.zeros_frac:.4%} |\n",
-        bits=exported.bits if exported else result.bits,
+        matrices=_matrices(result),
+        zeros="" if record.asks_for_bits else f"| measured zeros in them | {counted.zeros_frac:.4%} |\n",
+        bits=exported.bits if exported else counted.bits,
+        whole=_whole_row(result) + _earlier_rows(record),
         embeddings="as they were" if result.embeddings_bits is None else f"{result.embeddings_bits:.3f}",
         storage=storage.format_map(_storage_fields(record)),
         bytes=exported.bytes if exported else result.bytes,
-        bytes_before=record.model.dense_bytes,
+        bytes_before=record.origin.dense_bytes,
         calibration="none" if windows is None else f"{windows[0]} windows of {windows[1]} tokens",
         copied=_kept_row(record)
         + _adapter_row(record)
@@ -157,6 +160,38 @@ def _card(record: RunRecord, library: str, storage: str) -> str:
         device=record.device,
         command="\n    ".join(_made_with(record)),
     )
+
+
+def _matrices(result: ResultRecord) -> str:
+    """Return how many matrices the run compressed, and in which blocks if these were named."""
+    named = result.named
+    if named is None:
+        return str(result.matrices)
+    return f"{named.matrices} of {result.matrices}: blocks {format_blocks(named.blocks)}"
+
+
+def _whole_row(result: ResultRecord) -> str:
+    """Return the row about the matrices of all blocks, empty if the run compressed all."""
+    if result.named is None:
+        return ""
+    return f"| in the matrices of all blocks | {result.bits:.3f} bits a weight, {result.zeros_frac:.4%} zeros |\n"
+
+
+def _earlier_rows(record: RunRecord) -> str:
+    """Return a row for each run that made the source, the first one first."""
+    rows = []
+    for run in record.earlier:
+        what = "recovered by training"
+        if isinstance(run, RunRecord):
+            named = run.recipe.blocks
+            where = "all blocks" if named is None else f"blocks {format_blocks(named)}"
+            what = f"{where}: `{run.recipe.method}`, `{_target_of(run)}`"
+        rows.append(f"| run before this one | {what} |\n")
+    return "".join(rows)
+
+
+def _target_of(record: RunRecord) -> str:
+    return record.recipe.target or f"{record.recipe.target_bytes:,} bytes"
 
 
 def _adapter_row(record: RunRecord) -> str:
@@ -180,7 +215,7 @@ def _basis_row(record: RunRecord) -> str:
 
 def _base(record: RunRecord, hub_id: str | None, revision: str) -> str:
     """Return what the card says of the source model."""
-    source, gguf = Path(record.model.source).name, record.model.gguf
+    source, gguf = Path(record.origin.source).name, record.origin.gguf
     if gguf is not None:
         return f"`{source}`, a GGUF file, {gguf.note} to {gguf.dtype} (sha256 `{gguf.sha256}`)"
     if hub_id is None:
@@ -255,11 +290,21 @@ def _storage_text(record: RunRecord) -> str:
     return _WIDTHS if isinstance(shaping.shape.neurons, list) else _SMALLER
 
 
-def _made_with(record: RunRecord) -> list[str]:
-    """Return the command line, or the recipe of a call from Python, without the folders of the machine it ran on."""
+def _made_with(record: RunRecord | RecoveryRecord) -> list[str]:
+    """Return the command line, or the recipe of a call from Python, without the folders of the machine it ran on.
+
+    The lines of the runs that made the source come first.
+    """
+    before = record.earlier if isinstance(record, RunRecord) else []
+    return [line for run in (*before, record) for line in _own_command(run)]
+
+
+def _own_command(record: RunRecord | RecoveryRecord) -> list[str]:
     program, *arguments = record.command
     if Path(program).stem in ("niwaki", "cli") and arguments:
         command = [shlex.join(["niwaki", *map(without_folders, arguments)])]
+    elif isinstance(record, RecoveryRecord):
+        command = yaml.safe_dump({"recover": record.recover}, sort_keys=False).splitlines()
     else:
         recipe = record.recipe.model_dump(mode="json")
         files = [without_folders(file) for file in record.recipe.calibration.files]

@@ -186,14 +186,15 @@ def dense_model_of(folder: Path) -> str:
         record = None if record.compressed_from is None else RunRecord.model_validate(record.compressed_from)
     if not isinstance(record, RunRecord):
         raise InputError(f"{folder} does not say which dense model it was made from: {step}")
-    if record.model.adapter is not None:
+    model = record.origin
+    if model.adapter is not None:
         raise InputError(f"{folder} was made from a model with an adapter merged into it: {step}")
-    source, hub_id = record.model.source, record.model.hub_id
+    source, hub_id = model.source, model.hub_id
     if not Path(source).exists():
         if hub_id is None:
             raise InputError(f"{folder} was made from {source}, which does not exist any more: {step}")
-        return f"{hub_id}@{record.model.revision}" if record.model.revision else hub_id
-    if record.model.files and Checkpoint.open(source).file_hashes() != record.model.files:
+        return f"{hub_id}@{model.revision}" if model.revision else hub_id
+    if model.files and Checkpoint.open(source).file_hashes() != model.files:
         raise InputError(f"{folder} was made from {source}, which has changed since then: {step}")
     return source
 

@@ -18,7 +18,7 @@ from niwaki.compression.shapes import ExpectedShape, expect_shape
 from niwaki.compression.stages import split_stages
 from niwaki.config.presets import BITS_OPTION
 from niwaki.config.recipe import MISSING, Calibration, Recipe, make_options
-from niwaki.config.targets import Bits, Sparsity, Target, parse_target
+from niwaki.config.targets import Bits, Sparsity, Target, format_blocks, parse_target
 from niwaki.data.statistics import Needs
 from niwaki.data.texts import fit_seq_len
 from niwaki.errors import CalibrationError, InputError, TargetError, unknown
@@ -56,6 +56,8 @@ class RecipeStage:
 class ResolvedStage:
     """One stage of a recipe for a model.
 
+    `anatomy` has the matrices of the blocks that the stage compresses; the other blocks have none there.
+
     All `steps` have the same `kind`. `targets` are provisional: the job replaces those that the calibration text
     decides (`Allocation.targets`). `dense_stream`: the dense model runs beside the compressed one.
     `columns_multiple`: the next stage needs columns in multiples of it. `windows` of `tokens` are the calibration, both
@@ -63,6 +65,7 @@ class ResolvedStage:
     """
 
     recipe: Recipe
+    anatomy: Anatomy
     kind: MethodKind
     target: Target
     steps: tuple[Step, ...]
@@ -114,14 +117,14 @@ def resolve_stage(
     stage: RecipeStage, decoder: Decoder, *, dense_stream: bool = False, columns_multiple: int = 1
 ) -> ResolvedStage:
     """Return one stage for a model. Raises TargetError for a matrix that the target does not fit."""
-    recipe, anatomy = stage.recipe, decoder.anatomy
+    recipe, anatomy = stage.recipe, _named_blocks(stage.recipe, decoder.anatomy)
     needs = merged_needs(stage.steps)
     target, named = stage.target, _named_targets(stage, anatomy)
     if named is not None:
         recipe, target = _within(recipe, target, _average_bits(anatomy, named))
     elif target is None:
         assert recipe.target_bytes is not None, "a recipe has a target or target_bytes"
-        target = bits_within(recipe.target_bytes, decoder)
+        target = bits_within(recipe.target_bytes, decoder, anatomy)
     targets = uniform(anatomy, target) if named is None else named
     if recipe.allocation == "owl":
         owl(anatomy, target, [0.0] * len(decoder), stage.owl)  # raises for targets that it cannot spread
@@ -141,9 +144,22 @@ def resolve_stage(
         step, expected = expect_shape(decoder, recipe, steps[0], target, columns_multiple)
         steps = (step,)
     return ResolvedStage(
-        recipe, kind, target, steps, stage.owl, targets, needs, dense_stream, columns_multiple, windows, tokens,
-        expected,
+        recipe, anatomy, kind, target, steps, stage.owl, targets, needs, dense_stream, columns_multiple, windows,
+        tokens, expected,
     )  # fmt: skip
+
+
+def _named_blocks(recipe: Recipe, anatomy: Anatomy) -> Anatomy:
+    """Return the anatomy of the blocks that the recipe names. Raises TargetError for blocks that do not exist."""
+    if recipe.blocks is None:
+        return anatomy
+    count = len(anatomy.blocks)
+    if missing := [index for index in recipe.blocks if index >= count]:
+        raise TargetError(f"blocks {format_blocks(missing)}: the model has blocks 0 to {count - 1}")
+    named = anatomy.only(recipe.blocks)
+    if not named.weights:
+        raise TargetError(f"blocks {format_blocks(recipe.blocks)}: these have no matrices to compress")
+    return named
 
 
 def resolve_allocation(recipe: Recipe) -> Recipe:
@@ -162,6 +178,11 @@ def resolve_allocation(recipe: Recipe) -> Recipe:
         raise TargetError(f"searched widths need a structured method ({names}), got {recipe.method}")
     if recipe.drop_unused and infos[0].kind is MethodKind.CONTEXTUAL:
         raise InputError(f"{recipe.method} keeps the files of the weights as they are: leave drop_unused out")
+    if recipe.rotate != "none" and recipe.blocks is not None:
+        raise InputError(
+            f"rotate {recipe.rotate} changes the weights of every block, and blocks {format_blocks(recipe.blocks)} "
+            "keeps the others as they are: set rotate to none (--rotate none), or leave blocks out"
+        )
     _check_alone(recipe, infos)
     _check_bit_budget(recipe, infos)
     return recipe
@@ -228,6 +249,9 @@ def _check_alone(recipe: Recipe, infos: Sequence[MethodInfo]) -> None:
     if alone is None:
         return
     shapes = alone.kind is MethodKind.SHAPE
+    if recipe.blocks is not None:
+        what = "changes the shape of all blocks together" if shapes else "learns what all blocks together need"
+        raise InputError(f"{alone.name} {what}: leave blocks {format_blocks(recipe.blocks)} out")
     if len(infos) > 1:
         why = (
             "changes the shape of the model: put it first in the chain, with a target of its own (comp+gptq, 0.25+4bit)"

@@ -234,10 +234,14 @@ class Writer:
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self._start(part, shard, lambda path: write_shard(path, tensors), sorted(tensors), nbytes, lines)
 
-    def copy(self, part: str, shard: str, checkpoint: "Checkpoint", names: Mapping[str, str]) -> None:
+    def copy(
+        self, part: str, shard: str, checkpoint: "Checkpoint", names: Mapping[str, str],
+        lines: Sequence[MatrixRecord | ModuleRecord] = (),
+    ) -> None:  # fmt: skip
         """Start to copy the tensors `names` (new name → name in `checkpoint`) to one shard, byte for byte."""
-        nbytes = sum(checkpoint.tensors[name].nbytes for name in names.values())
-        self._start(part, shard, lambda path: checkpoint.copy(names, path), sorted(names), nbytes, [])
+        infos = checkpoint.stored_infos(names)
+        nbytes = sum(info.nbytes for info in infos.values())
+        self._start(part, shard, lambda path: checkpoint.copy(names, path), sorted(infos), nbytes, lines)
 
     def _start(
         self, part: str, shard: str, save: Callable[[Path], str], names: list[str], nbytes: int,

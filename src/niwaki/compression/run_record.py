@@ -18,18 +18,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_serializer,
-    model_validator,
-)  # fmt: skip
+from pydantic import AliasChoices, Field, ValidationError, field_serializer, model_validator
 
+from niwaki.compression.source_records import CalibrationRecord, Frozen, KeptRecord, ModelRecord, UnreadRecord
 from niwaki.config.recipe import Recipe, current_fields
 from niwaki.config.targets import Bits, parse_target
 from niwaki.errors import CheckpointError, InputError, format_problem
@@ -41,17 +34,7 @@ RECORD = "niwaki"  # folder of the records inside a result
 RUN, LINES = "run.json", "blocks.jsonl"
 
 
-class _Frozen(BaseModel):
-    """Frozen record. Unknown fields are kept: methods add their own, and so may a later version."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=(), ser_json_inf_nan="constants")
-
-    def dump(self) -> dict[str, Any]:
-        """Return the fields that are set, as JSON has them."""
-        return self.model_dump(mode="json", exclude_unset=True)
-
-
-class MatrixRecord(_Frozen):
+class MatrixRecord(Frozen):
     """Line of blocks.jsonl: one matrix, how it is stored, and its errors.
 
     Errors are relative squared errors of outputs. `error_before_update` is the error if weights are only removed,
@@ -93,14 +76,14 @@ class MatrixRecord(_Frozen):
         return {name: value for name, value in own.items() if value is not None} | (self.model_extra or {})
 
 
-class ModuleRecord(_Frozen):
-    """Embeddings or head that became codes. `error` is the relative squared error of the weights."""
+class ModuleRecord(Frozen):
+    """Embeddings or head that became codes. `error`: relative squared error of the weights, None if it is unknown."""
 
     module: str
     shape: list[int]
     bytes: int
     bits: float
-    error: float
+    error: float | None
     stored: dict[str, Any] | None = None
 
     @property
@@ -109,7 +92,7 @@ class ModuleRecord(_Frozen):
         return math.prod(self.shape)
 
 
-class JournalEntry(_Frozen):
+class JournalEntry(Frozen):
     """Finished part of a run: a shard with its records, or the numbers of a scan or a candidate that a resume needs.
 
     A block that was removed has lines and no shard. `loss` is that of a candidate, `found` what a predictor learned.
@@ -141,7 +124,7 @@ class JournalEntry(_Frozen):
         return values
 
 
-class ShapeRecord(_Frozen):
+class ShapeRecord(Frozen):
     """Shape of a pruned model: neurons and heads per block (a list if blocks differ), and the removed blocks."""
 
     neurons: int | list[int]
@@ -155,7 +138,7 @@ class CandidateRecord(ShapeRecord):
     loss: float
 
 
-class AllocationRecord(_Frozen):
+class AllocationRecord(Frozen):
     """Numbers that decided the target of each block."""
 
     target_bits: float | None = None
@@ -170,79 +153,24 @@ class AllocationRecord(_Frozen):
     trials: list[CandidateRecord] = []
 
 
-class AdapterRecord(_Frozen):
-    """Adapter that was merged into the source model: its folder and hashes, and the base, as found and as named."""
+class NamedBlocksRecord(Frozen):
+    """Sums over the matrices of the blocks that a run was asked to compress (recipe field `blocks`)."""
 
-    source: str
-    base: str
-    base_named: str | None = None
-    type: str | None = None
-    rank: int | None = None
-    bytes: int = 0
-    sha256: str = ""
-    config_sha256: str = ""
-
-
-class GgufRecord(_Frozen):
-    """GGUF file that the source was dequantized from. `types`: number of its tensors by quant type."""
-
-    file: str
-    bytes: int
-    sha256: str
-    architecture: str
-    types: dict[str, int]
-    dtype: str
-    note: str
+    blocks: list[int]
+    matrices: int
+    weights: int
+    zeros_frac: float
+    bits: float
+    method_bits: float | None = None
+    packed: int = 0
 
 
-class RotatedRecord(_Frozen):
-    """Model that the source is in another basis: its folder and bytes, and what was turned for which target."""
+class ResultRecord(Frozen):
+    """Sums over the matrices of a result, and its files. `bits` and `bytes` count all scales and metadata.
 
-    source: str
-    bytes: int
-    target: str = ""
-    residual: str = ""
-    heads: str = ""
-    seed: int = 0
-
-
-class ModelRecord(_Frozen):
-    """Source model: a folder, or a GGUF file with its facts. Of a model of the hub: its id, and the commit read."""
-
-    source: str
-    hub_id: str | None = None
-    revision: str | None = None
-    adapter: AdapterRecord | None = None
-    type: str = ""
-    bytes: int = 0
-    files: dict[str, Any] = {}
-    gguf: GgufRecord | None = None
-    rotated: RotatedRecord | None = None
-
-    @property
-    def dense_bytes(self) -> int:
-        """Return the bytes before any change: a basis of its own unties the head, which only adds some."""
-        return self.bytes if self.rotated is None else self.rotated.bytes
-
-
-class CalibrationRecord(_Frozen):
-    """Calibration windows [samples, tokens], their source and the hash of their tokens; None without windows.
-
-    `bos`: whether every window began with the beginning-of-text token. Records without the field had none. `skipped`:
-    rows that could not be used, by source and reason. `revisions`: commits of data sets. `mix`: windows by source.
+    A run that was asked for some blocks still counts the matrices of all blocks, as they are stored. The sums over the
+    blocks that it compressed are `named`.
     """
-
-    source: str = "none"
-    windows: list[int] | None = None
-    sha256: str | None = None
-    bos: Literal["on", "off"] | None = "off"
-    skipped: dict[str, dict[str, int]] = {}
-    revisions: dict[str, str] = {}
-    mix: dict[str, dict[str, Any]] = {}
-
-
-class ResultRecord(_Frozen):
-    """Sums over the matrices of a result, and its files. `bits` and `bytes` count all scales and metadata."""
 
     weights: int
     zeros_frac: float
@@ -258,41 +186,10 @@ class ResultRecord(_Frozen):
     bytes: int
     sha256: dict[str, str] = {}
     predictor: dict[str, Any] | None = None
+    named: NamedBlocksRecord | None = None
 
 
-class KeptWeightRecord(_Frozen):
-    """Weight that stays dense: its reason, the number of the blocks that have it, and its bytes in all of them."""
-
-    reason: str
-    blocks: int
-    bytes: int
-
-
-class KeptRecord(_Frozen):
-    """Weights of two or more dimensions that stay dense, by name in a block. `share`: of the bytes of the blocks."""
-
-    bytes: int
-    share: float
-    weights: dict[str, KeptWeightRecord] = {}
-
-
-class UnreadGroup(_Frozen):
-    """Number and bytes of tensors below one prefix."""
-
-    tensors: int
-    bytes: int
-
-
-class UnreadRecord(_Frozen):
-    """Tensors of the source that its model has no place for, by prefix. `kept`: the result holds them unchanged."""
-
-    kept: bool
-    tensors: int
-    bytes: int
-    groups: dict[str, UnreadGroup] = {}
-
-
-class ExportRecord(_Frozen):
+class ExportRecord(Frozen):
     """Files that an export wrote."""
 
     to: str
@@ -304,7 +201,7 @@ class ExportRecord(_Frozen):
     type: str | None = None
 
 
-class Record(_Frozen):
+class Record(Frozen):
     """run.json of any folder that niwaki wrote: versions, date and command, and the export if it is one.
 
     `files`: SHA-256 of the files beside the weights, None in results before version 0.2. `pending`: the hashes before
@@ -332,68 +229,7 @@ class Record(_Frozen):
         return self.model_copy(update={"format": FORMAT, "export": export})
 
 
-class RunRecord(Record):
-    """run.json of a compression: everything that is needed to make it again, and its result.
-
-    `recipe` is resolved. A recipe that begins with a structured method has the record of that stage in `stages`.
-    """
-
-    model: ModelRecord
-    fingerprint: dict[str, str] = {}
-    recipe: Recipe
-    options: dict[str, dict[str, Any]] = {}
-    dense_stream: bool = False
-    allocation: AllocationRecord = AllocationRecord()
-    calibration: CalibrationRecord = CalibrationRecord()
-    result: ResultRecord
-    kept_dense: KeptRecord | None = None
-    unread: UnreadRecord | None = None
-    towers: dict[str, int] = {}  # bytes by module of what text alone does not run, copied unchanged
-    device: str = ""
-    seconds: float = 0
-    peak_rss_bytes: int = 0
-    peak_device_bytes: int = 0
-    stages: list["RunRecord"] = []
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_made(cls, value: Any) -> Any:
-        """Give the recipe its present names. Earlier versions fed no beginning-of-text token, and did not say so."""
-        if not isinstance(value, dict) or not isinstance(value.get("recipe"), dict):
-            return value
-        recipe, done = current_fields(value["recipe"]), value.get("calibration")
-        if isinstance(given := recipe.get("calibration"), dict) and not (isinstance(done, dict) and "bos" in done):
-            recipe["calibration"] = {**given, "bos": "off"}
-        return {**value, "recipe": recipe}
-
-    @field_serializer("recipe")
-    def _whole(self, recipe: Recipe) -> dict[str, Any]:
-        content = recipe.dump()
-        if "bos" not in self.calibration.model_fields_set:
-            content["calibration"].pop("bos", None)
-        return content
-
-    @property
-    def file_hashes(self) -> Mapping[str, str]:
-        """Return the SHA-256 of the weight files by name."""
-        return super().file_hashes or self.result.sha256
-
-    @property
-    def shaping(self) -> AllocationRecord | None:
-        """Return the allocation of the stage that changed the shape, None if no stage did."""
-        first = (self.stages or [self])[0].allocation
-        return first if first.shape is not None else None
-
-    @property
-    def asks_for_bits(self) -> bool:
-        """Return whether the last stage made codes and no zeros besides. A code that is 0 is not a pruned weight."""
-        target = self.recipe.target
-        if target is None:
-            return True
-        return isinstance(parse_target(target.partition("+")[2] if self.stages else target), Bits)
-
-
-class RecoveryResult(_Frozen):
+class RecoveryResult(Frozen):
     """Losses before and after a recovery, its steps, and the zeros of plain matrices. Packed ones add `packed_bits`."""
 
     heldout_loss_before: float
@@ -422,6 +258,74 @@ class RecoveryRecord(Record):
     def file_hashes(self) -> Mapping[str, str]:
         """Return the SHA-256 of the weight files by name."""
         return super().file_hashes or self.result.sha256
+
+
+class RunRecord(Record):
+    """run.json of a compression: everything that is needed to make it again, and its result.
+
+    `recipe` is resolved. A recipe that begins with a structured method has the record of that stage in `stages`.
+    `earlier`: the runs that made the source, if niwaki made it, the first one first. Their blocks may live on here.
+    """
+
+    model: ModelRecord
+    fingerprint: dict[str, str] = {}
+    recipe: Recipe
+    options: dict[str, dict[str, Any]] = {}
+    dense_stream: bool = False
+    allocation: AllocationRecord = AllocationRecord()
+    calibration: CalibrationRecord = CalibrationRecord()
+    result: ResultRecord
+    kept_dense: KeptRecord | None = None
+    unread: UnreadRecord | None = None
+    towers: dict[str, int] = {}  # bytes by module of what text alone does not run, copied unchanged
+    device: str = ""
+    seconds: float = 0
+    peak_rss_bytes: int = 0
+    peak_device_bytes: int = 0
+    stages: list["RunRecord"] = []
+    earlier: list["RunRecord | RecoveryRecord"] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_made(cls, value: Any) -> Any:
+        """Give the recipe its present names. Earlier versions fed no beginning-of-text token, and did not say so."""
+        if not isinstance(value, dict) or not isinstance(value.get("recipe"), dict):
+            return value
+        recipe, done = current_fields(value["recipe"]), value.get("calibration")
+        if isinstance(given := recipe.get("calibration"), dict) and not (isinstance(done, dict) and "bos" in done):
+            recipe["calibration"] = {**given, "bos": "off"}
+        return {**value, "recipe": recipe}
+
+    @field_serializer("recipe")
+    def _whole(self, recipe: Recipe) -> dict[str, Any]:
+        content = recipe.dump()
+        if "bos" not in self.calibration.model_fields_set:
+            content["calibration"].pop("bos", None)
+        return content
+
+    @property
+    def file_hashes(self) -> Mapping[str, str]:
+        """Return the SHA-256 of the weight files by name."""
+        return super().file_hashes or self.result.sha256
+
+    @property
+    def origin(self) -> ModelRecord:
+        """Return the model before the first of all runs."""
+        return self.earlier[0].model if self.earlier else self.model
+
+    @property
+    def shaping(self) -> AllocationRecord | None:
+        """Return the allocation of the stage that changed the shape, None if no stage did."""
+        first = (self.stages or [self])[0].allocation
+        return first if first.shape is not None else None
+
+    @property
+    def asks_for_bits(self) -> bool:
+        """Return whether the last stage made codes and no zeros besides. A code that is 0 is not a pruned weight."""
+        target = self.recipe.target
+        if target is None:
+            return True
+        return isinstance(parse_target(target.partition("+")[2] if self.stages else target), Bits)
 
 
 def provenance(*packages: str) -> dict[str, Any]:

@@ -26,24 +26,39 @@ def shard_index(entries: Sequence[JournalEntry]) -> dict[str, Any]:
     return {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def result_of(entries: Sequence[JournalEntry]) -> ResultRecord:
-    """Return the sums over the finished parts: weights, bits, and files."""
+def result_of(entries: Sequence[JournalEntry], blocks: Sequence[int] | None = None) -> ResultRecord:
+    """Return the sums over the finished parts: weights, bits, and files; and over the named `blocks`, if any."""
     lines = [line for entry in entries for line in entry.matrices]
-    weights = sum(line.weights for line in lines)
+    named = {} if blocks is None else {"blocks": list(blocks), **_sums([one for one in lines if one.block in blocks])}
+    if "method_bits" in named:  # what this run leaves counts as it is stored
+        lines = [one if one.block in named["blocks"] else _counted(one) for one in lines]
     fields = {
+        **_sums(lines),
+        **_sparse(lines),
+        **_embeddings([line for entry in entries for line in entry.modules]),
+        "notes": sorted({line.note for line in lines if line.note}),
+        "bytes": sum(entry.bytes for entry in entries if entry.shard),
+        "sha256": {entry.shard: entry.sha256 for entry in entries if entry.shard},
+        **({"named": named} if named else {}),
+    }
+    return ResultRecord.model_validate(fields)
+
+
+def _counted(line: MatrixRecord) -> MatrixRecord:
+    """Return the line with the bytes that its method counts; those of the file if it counts none."""
+    return line if line.method_bytes is not None else line.model_copy(update={"method_bytes": line.bytes})
+
+
+def _sums(lines: Sequence[MatrixRecord]) -> dict[str, Any]:
+    weights = sum(line.weights for line in lines)
+    return {
         "weights": weights,
         "zeros_frac": sum(line.zeros for line in lines) / weights,
         "bits": round(8 * sum(line.bytes for line in lines) / weights, 4),
         **method_bits(lines),
         "packed": sum(line.stored is not None for line in lines),
-        **_sparse(lines),
         "matrices": len(lines),
-        **_embeddings([line for entry in entries for line in entry.modules]),
-        "notes": sorted({line.note for line in lines if line.note}),
-        "bytes": sum(entry.bytes for entry in entries if entry.shard),
-        "sha256": {entry.shard: entry.sha256 for entry in entries if entry.shard},
     }
-    return ResultRecord.model_validate(fields)
 
 
 def method_bits(lines: Sequence[MatrixRecord]) -> dict[str, float]:

@@ -122,6 +122,8 @@ def collect(
 class WalkPlan:
     """Work of the walk on each block: one method after another, with their targets and their seed.
 
+    Without targets, a block passes as it is. `last` is the last block that a stream has to pass; by default all are.
+
     `pack` selects which matrices are stored packed (see `Packed.pack`). Without `records`, blocks are only replaced, to
     evaluate a candidate. `gradients` reads the squared gradients of a block, if a step needs them.
     """
@@ -132,6 +134,7 @@ class WalkPlan:
     pack: Packing = "codes"
     records: bool = True
     gradients: Callable[[int], Mapping[str, Tensor]] = lambda index: {}
+    last: int | None = None
 
     @property
     def needs(self) -> Needs:
@@ -154,25 +157,28 @@ def compress_blocks(
 
     The records describe the new weights. The weights themselves are in `block.result`, and `save` turns them into the
     tensors of a file (`Decoder.disk_tensors`). `finished` has a reader for each block that an earlier run completed.
-    Such a block is only replayed, and its reader is called once.
+    Such a block is only replayed, and its reader is called once. A block without targets is saved as it is.
 
     `stream` may be None for a method without data. A `dense` stream follows the dense model and yields the drift of
     the compressed prefix at every depth. The `riders` only pass the compressed blocks.
     """
     for block in loaded_blocks(decoder, finished):
         started = time.perf_counter()
-        replayed = block.index in finished
-        if dense is not None and (replayed or not plan.needs.full):
+        replayed, passes = block.index in finished, plan.last is None or block.index <= plan.last
+        changes = bool(plan.targets[block.index]) and not replayed
+        if dense is not None and passes and not (changes and plan.needs.full):
             _advance_dense(decoder, dense, block, replayed)
-        if not replayed:
+        if changes:
             compressed = _compress_block(block, plan, stream, dense)
-        after_BTD = None if stream is None else stream.advance(block)
+        after_BTD = stream.advance(block) if stream is not None and passes else None
         for rider in riders:
             rider.advance(block)
-        if not replayed:
+        if changes:
             late = _block_error(compressed.before_BTD, after_BTD)
             late["drift"] = None if dense is None or stream is None else _relative_error(stream.hidden, dense.hidden)
             save(block, compressed.complete(late))
+        elif not replayed:
+            save(block, [])
         block.release()
         seconds = time.perf_counter() - started
         report(Event.BLOCK, index=block.index, of=len(decoder), replayed=replayed, seconds=round(seconds, 3))

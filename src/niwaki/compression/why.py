@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from niwaki.compression.inspect import both, kind_of, mean, measure_of, methods_line, value_of
+from niwaki.compression.inspect import both, kind_of, mean, measure_of, methods_line, run_of, value_of
 from niwaki.compression.run_record import AllocationRecord, MatrixRecord, RunRecord, read_lines, read_run
 from niwaki.errors import InputError
 from niwaki.formats.quantized import WEIGHT
@@ -38,6 +38,9 @@ def why(out: str | Path, matrix: str) -> dict[str, Any]:
     prefix = _prefix(folder, lines)
     line = _find(lines, prefix, matrix)
     measure = measure_of(record, lines)
+    number = run_of(record, line.block)
+    made = record if not number else record.earlier[-number]
+    assert isinstance(made, RunRecord), "only these compress blocks"
     rows, columns = line.shape
     fields = line.dump()
     errors = {name: fields[name] for name in ERRORS if fields.get(name) is not None}
@@ -61,8 +64,8 @@ def why(out: str | Path, matrix: str) -> dict[str, Any]:
         "errors": errors,
         "error_elsewhere": mean([other.error for other in others if other.error is not None]),
         "scores": line.scores,
-        "chosen_by": _chosen_by(record, line),
-        "reasons": [*_reasons(record, line), *filter(None, [line.note])],
+        "chosen_by": "no run compressed this block" if number is None else _chosen_by(made, line),
+        "reasons": [*([] if number is None else _reasons(made, line)), *filter(None, [line.note])],
         "detail": {name: fields[name] for name in COUNTED if name in fields} | _stored(line),
     }
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from niwaki.config.presets import names_bits, with_preset
 from niwaki.config.sources import SELF, parse_mix
-from niwaki.config.targets import WRITTEN_TARGETS_HELP, parse_bytes, parse_keep_blocks
+from niwaki.config.targets import WRITTEN_TARGETS_HELP, parse_blocks, parse_bytes, parse_keep_blocks
 from niwaki.errors import InputError, TargetError, unknown
 
 BosPolicy = Literal["auto", "on", "off"]
@@ -30,7 +30,7 @@ MIX_HELP = (
 )
 MISSING = "{} is missing: give one, for example --method sparsegpt --target 2:4 (see `niwaki methods`)"
 RENAMED_FIELDS = {"ends": "embeddings"}  # of a recipe, by their names in version 0.1
-ADDED_FIELDS = ("drop_unused", "logit_bytes", "rotate")  # since version 0.1
+ADDED_FIELDS = ("blocks", "drop_unused", "logit_bytes", "rotate")  # since version 0.1
 RENAMED_OPTIONS = {"stand_in": "mean_fill", "trial_windows": "candidate_windows", "trust": "shrinkage"}  # of methods
 RENAMED_PREFIXES = {"most_": "max_", "least_": "min_"}
 
@@ -68,6 +68,9 @@ class Recipe(_Strict):
     method: Annotated[str, "A method, or several joined by +, in the order in which they run."]
     target: Annotated[str | None, WRITTEN_TARGETS_HELP] = None
     target_bytes: Annotated[int | None, "Bytes of all compressed matrices together, instead of a target."] = None
+    blocks: Annotated[
+        tuple[int, ...] | None, "Blocks that are compressed, such as 8-23 or 0,3,5-7; the others stay as they are."
+    ] = None
     keep_blocks: Annotated[
         Literal["auto"] | tuple[int, ...], "Blocks that stay at 4 bits: their numbers, auto or none."
     ] = ()
@@ -122,6 +125,11 @@ class Recipe(_Strict):
     @classmethod
     def _bytes_of(cls, value: Any) -> Any:
         return parse_bytes(value) if isinstance(value, str) else value
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return parse_blocks(value)
 
     @field_validator("keep_blocks", mode="before")
     @classmethod

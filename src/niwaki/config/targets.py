@@ -6,6 +6,7 @@ parse_target("2:4+4bit")
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -239,3 +240,35 @@ def parse_keep_blocks(value: Any) -> str | tuple[int, ...]:
     if not all(number.isdecimal() for number in numbers):
         raise TargetError(f"keep_blocks {value!r}: expected auto, none or numbers of blocks such as 0,7")
     return tuple(sorted({int(number) for number in numbers}))
+
+
+def parse_blocks(value: Any) -> tuple[int, ...] | None:
+    """Parse block numbers and ranges such as `8-23` or `0,3,5-7`, a list of them, or `all` (None).
+
+    Raises TargetError for anything else.
+    """
+    if value is None or value == "all":
+        return None
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    numbers: set[int] = set()
+    for item in items:
+        found = re.fullmatch(r"(\d{1,6})(?: ?- ?(\d{1,6}))?", str(item).strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            what = f", got {str(item).strip()!r}" if len(items) > 1 else ""
+            raise TargetError(f"blocks {value!r}: expected numbers and ranges such as 8-23 or 0,3,5-7{what}")
+        numbers.update(range(first, last + 1))
+    if not numbers:
+        raise TargetError("blocks: expected at least one block such as 0, got none; leave the option out for all")
+    return tuple(sorted(numbers))
+
+
+def format_blocks(blocks: Iterable[int]) -> str:
+    """Return block numbers as ranges: `0,3,5-7`."""
+    ranges: list[list[int]] = []
+    for index in sorted(blocks):
+        if ranges and index == ranges[-1][1] + 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

@@ -19,12 +19,12 @@ from niwaki.compression.run_record import (
     LINES,
     RECORD,
     ExportRecord,
-    ModelRecord,
     Record,
     provenance,
     read_record,
     write_record,
 )
+from niwaki.compression.source_records import ModelRecord
 from niwaki.compression.verify import hashed_files
 from niwaki.config.events import Report
 from niwaki.errors import InputError, OutputError, unknown

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from niwaki.errors import ArchitectureError, CheckpointError, InputError
 from niwaki.model.checkpoint import Checkpoint
-from niwaki.model.decoder import names_of
+from niwaki.model.complete import names_of
 from niwaki.model.hf import WeightNames, wrapped_parts
 from niwaki.model.unread import unread_note
 

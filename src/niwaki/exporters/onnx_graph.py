@@ -24,7 +24,7 @@ from niwaki.compression.run_record import Record
 from niwaki.config.events import Event, Report
 from niwaki.errors import ArchitectureError, InputError
 from niwaki.model.checkpoint import Checkpoint
-from niwaki.model.decoder import names_of
+from niwaki.model.complete import names_of
 from niwaki.model.files import sync_file
 from niwaki.model.hf import only_errors, wrapped_parts
 from niwaki.model.unread import unread_note

@@ -21,7 +21,7 @@ Cost: address space, not memory, and the time of one 8-token forward per structu
 import copy
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -125,6 +125,11 @@ class Anatomy:
     def weights(self) -> int:
         """Return the number of weights in all matrices of all blocks."""
         return sum(block.weights for block in self.blocks)
+
+    def only(self, indices: Container[int]) -> "Anatomy":
+        """Return the anatomy with the matrices of these blocks alone; the other blocks have none."""
+        blocks = enumerate(self.blocks)
+        return replace(self, blocks=tuple(b if i in indices else replace(b, linears={}) for i, b in blocks))
 
 
 def find_blocks(skeleton: Any) -> tuple[str, nn.ModuleList]:

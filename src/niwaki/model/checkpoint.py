@@ -220,9 +220,9 @@ class Checkpoint:
     def copy(self, names: Mapping[str, str], path: Path) -> str:
         """Write one shard with the tensors `names` (new name → name here), byte for byte. Return its SHA-256.
 
-        Any dtype passes, also one that torch does not know. Memory stays small.
+        Any dtype passes, also one that torch does not know, and packed modules stay packed. Memory stays small.
         """
-        infos = {new: self.tensors[name] for new, name in names.items()}
+        infos = self.stored_infos(names)
         # Wide elements first, as the format asks for: every tensor then begins at a multiple of its element.
         order = sorted(infos, key=lambda new: (-infos[new].nbytes // max(1, math.prod(infos[new].shape)), new))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -238,6 +238,19 @@ class Checkpoint:
                 for new in order:
                     self._copy_bytes(infos[new], target)
             return file_sha256(temporary)
+
+    def stored_infos(self, names: Mapping[str, str]) -> dict[str, TensorInfo]:
+        """Return the tensors in the files by new name, for `names` (new name → name here).
+
+        A packed module has several, which keep their names.
+        """
+        infos: dict[str, TensorInfo] = {}
+        for new, name in names.items():
+            if name.removesuffix(WEIGHT) in self.packed:
+                infos |= {stored: self.records[stored] for stored in _stored_as(name, self.packed)}
+            else:
+                infos[new] = self.tensors[name]
+        return infos
 
     def _copy_bytes(self, info: TensorInfo, target: BinaryIO) -> None:
         """Append the bytes of one tensor to `target`."""

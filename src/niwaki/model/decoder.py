@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from niwaki.config.targets import format_blocks
 from niwaki.errors import CheckpointError
 from niwaki.formats.packed import PackedTensors
 from niwaki.formats.quantized import WEIGHT
@@ -34,16 +35,15 @@ from niwaki.model.anatomy import (
     shared_names,
 )
 from niwaki.model.block_calls import Call, record_calls, stubbed
-from niwaki.model.checkpoint import STORED_DTYPES, TIE, Checkpoint
+from niwaki.model.checkpoint import TIE, Checkpoint
+from niwaki.model.complete import check_complete, check_dtypes
 from niwaki.model.config_file import config_faults
 from niwaki.model.device import return_free_memory, to_host
 from niwaki.model.gguf_source import gguf_source
 from niwaki.model.hf import (
-    WeightNames,
     build_skeleton,
     fill,
     materialize_buffers,
-    missing_names,
     resize,
     split_converted,
     weight_names,
@@ -52,8 +52,6 @@ from niwaki.model.kept import Kept
 from niwaki.model.logits import position_slices, vocabulary_of
 from niwaki.model.matmul_observer import MatmulObserver, Pointers, Slice
 from niwaki.model.unread import Unread
-
-SHOWN_NAMES = 4  # of many tensors that are missing
 
 
 @dataclass
@@ -166,72 +164,35 @@ class Block:
 
 def open_decoder(
     model: str | Path, device: torch.device, dtype: torch.dtype | None = None, *, logit_bytes: int | None = None,
-    linked_to: Path | None = None,
+    linked_to: Path | None = None, blocks: Collection[int] | None = None,
 ) -> "Decoder":  # fmt: skip
-    """Return the decoder of a checkpoint. Raises CheckpointError if its weights are packed or quantized.
+    """Return the decoder of a checkpoint. Raises CheckpointError if weights that must be plain are packed or quantized.
 
-    `linked_to` is the folder that links in `model` may lead to (see `Checkpoint.open`).
+    Those of `blocks` must be plain, by default all weights of the model. `linked_to` is the folder that links in
+    `model` may lead to (see `Checkpoint.open`).
     """
     checkpoint = Checkpoint.open(model, linked_to)
-    checkpoint.require_plain()
-    return Decoder(checkpoint, device, dtype, logit_bytes=logit_bytes)
+    decoder = Decoder(checkpoint, device, dtype, logit_bytes=logit_bytes)
+    if checkpoint.packed:
+        _require_plain(decoder, blocks)
+    return decoder
 
 
-def check_complete(checkpoint: Checkpoint, model: Any, names: WeightNames) -> None:
-    """Raise CheckpointError with the names of the weights of `model` that the checkpoint lacks or has in another shape.
-
-    `model` is on the meta device and has the shapes that config.json asks for.
-    """
-    parameters = model.state_dict()
-    for name, parameter in names.parameters.items():
-        found, wanted = list(checkpoint.tensors[name].shape), list(parameters[parameter].shape)
-        if name not in names.converted and found != wanted:
-            raise CheckpointError(
-                f"{checkpoint.folder}: {name} has the shape {found}, and config.json asks for {wanted}: config and "
-                "weights belong to different models"
-            )
-    missing = missing_names(model, names)
-    if not missing:
+def _require_plain(decoder: "Decoder", blocks: Collection[int] | None) -> None:
+    """Raise CheckpointError if a matrix of `blocks` is packed already; None means every weight of the model."""
+    every = range(len(decoder))
+    packed = [index for index in every if decoder.packed_matrices(index)]
+    wrong = [index for index in packed if blocks is None or index in blocks]
+    plain = [index for index in every if index not in packed]
+    if not wrong and blocks is not None:
         return
-    shown = ", ".join(missing[:SHOWN_NAMES]) + (
-        f" and {len(missing) - SHOWN_NAMES} more" * (len(missing) > SHOWN_NAMES)
+    if not plain:
+        decoder.checkpoint.require_plain()
+    where = f"in blocks {format_blocks(wrong)}" if wrong else "in its embeddings"
+    raise CheckpointError(
+        f"{decoder.checkpoint.folder} is already packed or quantized {where}: choose from the other blocks with blocks "
+        f"(--blocks {format_blocks(plain)}), or start from the dense checkpoint"
     )
-    count = f"{len(missing)} tensors" if len(missing) > 1 else "1 tensor"
-    head = model.get_output_embeddings()
-    heads = {f"{name}{WEIGHT}" for name, module in model.named_modules() if module is head}
-    way = (
-        "set tie_word_embeddings to true in config.json if the embeddings are the head, or download the model again"
-        if set(missing) <= heads
-        else "the checkpoint is incomplete, or belongs to another architecture; download the model again"
-    )
-    raise CheckpointError(f"{checkpoint.folder} lacks {count} of the model: {shown}: {way}")
-
-
-def names_of(checkpoint: Checkpoint, *, complete: bool = True) -> WeightNames:
-    """Return the names of the weights of a checkpoint, and check that it is `complete`. No weight is read."""
-    with config_faults(checkpoint.folder):
-        skeleton = build_skeleton(checkpoint.config, checkpoint.dtype)
-        resize(skeleton, checkpoint.shapes)
-        names = weight_names(skeleton, checkpoint.tensors)
-        if complete:
-            check_dtypes(checkpoint, skeleton, names)
-            check_complete(checkpoint, skeleton, names)
-    return names
-
-
-def check_dtypes(checkpoint: Checkpoint, model: Any, names: WeightNames, idle: Collection[str] = ()) -> None:
-    """Raise CheckpointError for a weight in a dtype without plain arithmetic, such as fp8, or in float64.
-
-    The tensors `idle`, which nothing reads, may have any dtype.
-    """
-    floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    for name, parameter in names.parameters.items():
-        dtype = checkpoint.tensors[name].dtype
-        if name not in idle and parameter in floating and dtype not in STORED_DTYPES:
-            raise CheckpointError(
-                f"{checkpoint.folder}: {name} is stored as {dtype}: expected F32, F16 or BF16; start from the "
-                "checkpoint before quantization, or convert it"
-            )
 
 
 class Decoder:
@@ -371,6 +332,11 @@ class Decoder:
     def packable(self, index: int) -> frozenset[str]:
         """Return the matrices that are the whole weight of an nn.Linear and lie on disk unconverted, as one tensor."""
         return frozenset(name for name in self.anatomy.blocks[index].linears if not self.dense_reason(index, name))
+
+    def packed_matrices(self, index: int) -> dict[str, str]:
+        """Return the matrices of a block that the checkpoint holds packed, with the names of their modules on disk."""
+        names = {name: self.names.modules.get(self.anatomy.prefix(index) + name, "") for name in self.packable(index)}
+        return {name: module for name, module in names.items() if module in self.checkpoint.packed}
 
     def dense_reason(self, index: int, name: str) -> str:
         """Return what a matrix is that can only be stored dense; empty for a packable one."""

@@ -32,7 +32,7 @@ from niwaki.errors import CheckpointError, InputError, NumericalError, OutputErr
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.aux_files import aux_files
 from niwaki.model.checkpoint import TIE, Checkpoint, fetched_folder, local_folder
-from niwaki.model.decoder import names_of
+from niwaki.model.complete import names_of
 from niwaki.model.files import (
     copy_file,
     file_sha256,

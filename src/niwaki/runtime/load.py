@@ -14,8 +14,8 @@ from niwaki.formats.quantized import WEIGHT
 from niwaki.formats.sparse import VALUES
 from niwaki.kernels.scans import scans_for
 from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.complete import names_of
 from niwaki.model.config_file import GENERATION, config_faults
-from niwaki.model.decoder import names_of
 from niwaki.model.device import pick_device
 from niwaki.model.hf import WeightNames, auto_class, plain_loading
 from niwaki.model.own_reader import own_reader

@@ -34,6 +34,8 @@ WRITTEN_AT_ONCE = 16  # windows that a model writes in parallel
 class Workload:
     """Work on every block: `needs` and `own` work of all methods, over `windows` of `tokens`.
 
+    A block without `own` work stays as it is, and the windows end after the last block that has some.
+
     `batch` windows run together; `itemsize` is that of the compute dtype. `dense`: a dense stream runs beside it.
     `scans` are further forwards of all blocks, and `scan_tokens` tokens more. `candidates` are walks that evaluate a
     shape. `squares`: gradients of all weights are kept on disk. `writes_text`: the model writes its own calibration
@@ -60,7 +62,7 @@ def seconds(model: ModelSizes, load: Workload, machine: Machine, written_bytes: 
     walk = candidates = scan = 0.0
     for index, block in enumerate(model.blocks):
         scope = block.scope(load.windows, load.tokens)
-        compute = _spent(_walk(block, scope, load) + load.own[index], scope, model, load, machine)
+        compute = _spent(_on_block(index, block, scope, load), scope, model, load, machine)
         share = block.dense_bytes / max(model.file_bytes, 1)
         save = machine.shard_s + written_bytes * share / machine.disk
         walk += max(compute + share * reading, save)
@@ -78,6 +80,14 @@ def seconds(model: ModelSizes, load: Workload, machine: Machine, written_bytes: 
     if load.needs.gradient:
         phases["gradients"] = _gradients(model, load, machine)
     return phases
+
+
+def _on_block(index: int, block: BlockSizes, scope: Scope, load: Workload) -> Work:
+    """Count the work on a block; those that stay as they are only pass the windows on, if a later one needs them."""
+    if index in load.own:
+        return _walk(block, scope, load) + load.own[index]
+    passes = index < max(load.own, default=0)
+    return Work(forward_tokens=passes * (1 + load.dense) * load.windows * load.tokens, passed=block.weights)
 
 
 def _walk(block: BlockSizes, scope: Scope, load: Workload) -> Work:
@@ -202,7 +212,7 @@ def _block_bytes(block: BlockSizes, model: ModelSizes, load: Workload, index: in
     widest = max((rows for rows, _ in scope.matrices), default=0)
     between = 6 * model.hidden + 3 * widest * min(1.0, scope.reach * 2)
     forward = batch * load.itemsize * between * (CPU_FORWARD if on_cpu else 1) + added
-    own = load.own[index]
+    own = load.own.get(index, Work())
     held: float = max(own.held_bytes + own.held_values * load.itemsize, 4.0 * FLOAT_BYTES * largest)
     if load.needs.gradient:
         held = max(held, graph(scope, _at_once(load)) * load.itemsize)

@@ -105,7 +105,7 @@ def _planned(
     tokens_per_day: float | None, linked_to: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     begin = time.perf_counter()
-    decoder = open_decoder(model, torch.device("cpu"), pick_dtype(made.dtype), linked_to=linked_to)
+    decoder = open_decoder(model, torch.device("cpu"), pick_dtype(made.dtype), linked_to=linked_to, blocks=made.blocks)
     opened = time.perf_counter() - begin
     machine = machine_named(gpu, out.parent)
     stages = plan_stages(decoder, resolve(made, decoder, dense_stream=dense_stream), machine.device)
@@ -224,6 +224,8 @@ def _workload(stage: ResolvedStage, model: ModelSizes, device: str, itemsize: in
     recipe, needs = stage.recipe, stage.needs
     works = {}
     for index, block in enumerate(model.blocks):
+        if recipe.blocks is not None and index not in recipe.blocks:
+            continue
         scope = block.scope(stage.windows, stage.tokens)
         first, *rest = [step.cost(scope) for step in stage.steps]
         works[index] = sum(rest, first)

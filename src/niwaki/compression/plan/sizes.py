@@ -33,7 +33,10 @@ CODE_TENSORS = 3  # per matrix of codes: planes, scales, offsets or zero codes
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a block. `dense_reason`: see `Decoder`. `reach`: the share of the tokens that it sees."""
+    """One matrix of a block. `dense_reason`: see `Decoder`. `reach`: the share of the tokens that it sees.
+
+    `packed_bytes`: those of a matrix that the checkpoint holds packed.
+    """
 
     name: str
     rows: int
@@ -42,11 +45,12 @@ class Matrix:
     itemsize: int
     dense_reason: str
     reach: float
+    packed_bytes: int | None = None
 
     @property
     def dense_bytes(self) -> int:
         """Return the bytes in the checkpoint."""
-        return self.rows * self.columns * self.itemsize
+        return self.packed_bytes if self.packed_bytes is not None else self.rows * self.columns * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -152,10 +156,12 @@ def sizes_of(decoder: Decoder) -> ModelSizes:
     for index, anatomy in enumerate(decoder.anatomy.blocks):
         names = decoder.disk_names(index)
         itemsize = _itemsize([tensors[name] for name in names])
+        packed = {name: tensors[own + WEIGHT].nbytes for name, own in decoder.packed_matrices(index).items()}
         matrices = tuple(
             Matrix(
                 linear.name, linear.rows, linear.columns, linear.group, itemsize,
                 decoder.dense_reason(index, linear.name), 1.0 if linear.expert is None else share,
+                packed.get(linear.name),
             )
             for linear in anatomy.linears.values()
         )  # fmt: skip
@@ -195,11 +201,16 @@ def stored_sizes(decoder: Decoder, model: ModelSizes, stage: ResolvedStage) -> S
     files, matrices, read, largest = 0, 0, 0.0, 0
     known: dict[tuple[int, int], int | None] = {}  # experts are many, and alike
     dense_bytes, packed_bytes, reasons = 0, 0, Counter[str]()
-    by_need = recipe.allocation == "sensitivity" and _has_room(model, steps[-1], target)
+    by_need = recipe.allocation == "sensitivity" and _has_room(stage, steps[-1], target)
     for index, block in enumerate(model.blocks):
         total, more = block.other_bytes, 0
         met: float = block.other_bytes
+        left = recipe.blocks is not None and index not in recipe.blocks
         for matrix in block.matrices:
+            if left:
+                total, matrices = total + matrix.dense_bytes, matrices + matrix.dense_bytes
+                met += matrix.dense_bytes * matrix.reach
+                continue
             key = matrix.rows, matrix.columns
             if key not in known:
                 full = f"{decoder.anatomy.prefix(index)}{matrix.name}"
@@ -225,12 +236,12 @@ def stored_sizes(decoder: Decoder, model: ModelSizes, stage: ResolvedStage) -> S
     return StoredSizes(files, 8 * matrices / max(model.weights, 1), read + head, largest, dense)
 
 
-def _has_room(model: ModelSizes, step: Step, target: Target) -> bool:
+def _has_room(stage: ResolvedStage, step: Step, target: Target) -> bool:
     """Return whether bits can move between matrices, as in `spread_bits`: above the minimum of all, below four bits."""
     assert isinstance(target, Bits), "fractional methods meet nothing else"
-    matrices = [matrix for block in model.blocks for matrix in block.matrices]
+    matrices = [linear for block in stage.anatomy.blocks for linear in block.linears.values()]
     least = sum(m.rows * m.columns * step.min_bits(m.rows, m.columns) for m in matrices)
-    return least < target.bits * model.weights and target.bits < KEPT_BITS
+    return least < target.bits * stage.anatomy.weights and target.bits < KEPT_BITS
 
 
 def _packed_bytes(name: str, matrix: Matrix, step: Step, target: Target, recipe: Recipe, by_need: bool) -> int | None:
