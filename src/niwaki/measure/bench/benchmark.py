@@ -73,7 +73,7 @@ def bench(
 
     `batches`: numbers of sequences that decode `new_tokens` each after `context` tokens. `prompt_tokens`: length of the
     prefill, 0 for none. `keep` gets the benchmark after every variant. `forms` is the old name of `variants`.
-    Raises InputError before the first measurement, and CheckpointError if a model changes meanwhile or a file is broken.
+    Raises InputError before the first measurement, and CheckpointError if a model changes or a file is broken.
     """
     outs = [outs] if isinstance(outs, str | Path) else list(outs)
     items = _items(variants if forms is None else forms, outs)
