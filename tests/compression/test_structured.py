@@ -44,7 +44,7 @@ def saved(family: str, folder: Path) -> Path:
 
 
 def parameters(folder: Path) -> int:
-    """Of all blocks, as plain transformers builds them."""
+    """Count those of all blocks, as plain transformers builds them."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     return sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
 
@@ -63,7 +63,7 @@ assert "niwaki" not in sys.modules
 
 @pytest.fixture(scope="module")
 def smaller(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int, Any]]:
-    """Of every family: the result, the parameters before, the record. Plain transformers, in one process of its own,
+    """Return result, parameters before and record of every family. Plain transformers, in one process of its own,
     has written the logits of each beside it."""
     folder = tmp_path_factory.mktemp("smaller")
     found = {}
@@ -128,7 +128,7 @@ def test_same_seed_same_bytes(method: str, model: Path, text: Path, tmp_path: Pa
 RESUMED: list[dict[str, Any]] = [
     {"options": {"try_blocks": 0}},
     {"options": {"try_blocks": 2, "try_heads": 0}, "target": "0.6"},
-    {"options": {"try_blocks": 0, "learn_rounds": 2}, "allocation": "searched"},
+    {"options": {"try_blocks": 0, "learn_rounds": 2, "target": "both"}, "allocation": "searched"},
     {"method": "flap"},
     {"method": "flap", "pack": "none"},
 ]

@@ -55,7 +55,9 @@ def test_the_search_begins_where_a_shape_exists_and_ends_without_one() -> None:
     assert kept is not None and tried == [] and not kept.dropped
 
 
-@pytest.mark.parametrize("options", [{}, {"score": "energy"}, {"tune": "scales"}, {"supervise_frac": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"score": "energy"}, {"score": "pca"}, {"tune": "scales"}, {"supervise_frac": 0.5}]
+)
 def test_tuning_beats_leaving_the_columns_as_they_are(options: dict) -> None:
     weight = torch.randn(16, 48, generator=torch.Generator().manual_seed(0))
     x = correlated_inputs(400, 48)
@@ -72,6 +74,24 @@ def test_tuning_beats_leaving_the_columns_as_they_are(options: dict) -> None:
     assert tuned < left and tuned < random
 
 
+@pytest.mark.parametrize("tune", ["full", "none"])
+@pytest.mark.parametrize(("score", "condition"), [("gram_condition", "gram"), ("weight_condition", "weights")])
+def test_a_score_by_condition_leaves_a_better_one_than_chance(score: str, condition: str, tune: str) -> None:
+    weight = torch.randn(16, 48, generator=torch.Generator().manual_seed(0))
+    x = correlated_inputs(400, 48)
+    block = make_block({"m": weight})
+
+    def kept_condition(score: str) -> float:
+        config = Config(score=score, tune=tune, at_once=1)
+        calib = calibration_of(block, x, comp.needs(config))
+        found = comp.compress(block, calib, {"m": KeepUnits(UNIT, 30)}, config, torch.Generator().manual_seed(1))["m"]
+        left = weight[:, found.detail["kept_groups"]].double()
+        scaled = x[:, found.detail["kept_groups"]].double() * left.norm(dim=0)
+        return float(torch.linalg.cond(scaled.T @ scaled if condition == "gram" else left @ left.T))
+
+    assert kept_condition(score) < 0.8 * kept_condition("random")
+
+
 def test_groups_that_no_token_reached_go_by_their_weights() -> None:
     weight = torch.randn(8, 48, generator=torch.Generator().manual_seed(0))
     weight[:, 10:] *= 0.01
@@ -85,6 +105,7 @@ def test_groups_that_no_token_reached_go_by_their_weights() -> None:
 @pytest.mark.parametrize(("options", "message"), [
     ({"score": "best"}, "score must be one of surgeon"), ({"tune": "all"}, "tune must be one of full"),
     ({"supervise": "x"}, "supervise must be one of"), ({"supervise_frac": 0.0}, r"supervise_frac must lie in \(0, 1\]"),
+    ({"target": "x"}, "target must be one of"), ({"reconstruct": "x"}, "reconstruct must be one of"),
     ({"damping_frac": 0.0}, "damping_frac must lie in"), ({"at_once": -1}, "at_once ≥ 0"),
 ])  # fmt: skip
 def test_wrong_options_say_what_is_expected(options: dict, message: str) -> None:

@@ -17,6 +17,9 @@ Source: "COMP" (arXiv 2501.15255). Only its abstract could be read: a reconstruc
 | `score` | of the columns g of the matrix W that writes to the residual stream |
 | --- | --- |
 | `surgeon` | tr(W_g [H⁻¹]_gg⁻¹ W_gᵀ), computed again after every `at_once` removals |
+| `gram_condition` | condition of the Gram matrix of all other inputs, scaled by their columns' norms; again as above |
+| `weight_condition` | condition of W_S W_Sᵀ + λI for all other columns S, which needs no data; again as above |
+| `pca` | energy of W_g x_g in the first principal components of all such parts, as many as groups stay |
 | `leverage` | w_jᵀ(WWᵀ + λI)⁻¹w_j, which needs no data |
 | `energy` | ‖W_g‖² · E[x_g²] |
 | `random` | for comparison |
@@ -51,7 +54,16 @@ from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, gram_factors, products
 from niwaki.methods.method import ShapeMethod
-from niwaki.methods.shared.block_training import Reconstruction, Schedule, learning_cost, learning_needs, train_block
+from niwaki.methods.shared.block_training import (
+    LearningTarget,
+    Reconstruct,
+    Reconstruction,
+    Schedule,
+    check_learning_options,
+    learning_cost,
+    learning_needs,
+    train_block,
+)
 from niwaki.methods.shared.column_sweep import check_damping, inverse
 from niwaki.methods.shared.rounding import damped
 from niwaki.methods.shared.unit_pruning import (
@@ -65,10 +77,12 @@ from niwaki.methods.shared.unit_pruning import (
     sum_by_group,
     zero_other_groups,
 )
+from niwaki.methods.shared.unit_scores import gram_condition_costs, keep_conditioned, principal_energy
 from niwaki.model.decoder import Block
 from niwaki.model.prunable import BlockInfo, ShapeSearch, ShapeSpace
 
-SCORES = ("surgeon", "energy", "leverage", "random")
+SCORES = ("surgeon", "gram_condition", "weight_condition", "pca", "energy", "leverage", "random")
+PRODUCTS = {"surgeon": 2, "weight_condition": 12}  # with the Gram matrix; 3 for all others
 TUNES = ("full", "scales", "none")
 SUPERVISIONS = ("prefix", "outputs")
 AT_ONCE_SHARE = 64
@@ -79,7 +93,7 @@ HEAD_STEPS = 8  # from all heads to none, where a model has more groups of them
 class Config:
     """Options of COMP."""
 
-    score: Annotated[str, "Score of a group of columns: surgeon, energy, leverage or random."] = "surgeon"
+    score: Annotated[str, f"Score of a group of columns: {', '.join(SCORES)}."] = "surgeon"
     tune: Annotated[str, "How the kept weights are refitted: full, one scale per group (scales), or none."] = "full"
     supervise: Annotated[
         str,
@@ -96,6 +110,8 @@ class Config:
     samples: Annotated[int, "Windows per round of learning."] = 32
     batch: Annotated[int, "Windows per step."] = 2
     rate_frac: Annotated[float, "Length of a step as a share of the RMS of a matrix."] = 0.004
+    target: LearningTarget = "block"
+    reconstruct: Reconstruct = "block"
 
     def __post_init__(self) -> None:
         for name, known in (("score", SCORES), ("tune", TUNES), ("supervise", SUPERVISIONS)):
@@ -108,12 +124,13 @@ class Config:
         if not 0 < self.supervise_frac <= 1:
             raise ValueError(f"supervise_frac must lie in (0, 1], got {self.supervise_frac}")
         check_damping(self.damping_frac)
+        check_learning_options(self.target, reconstruct=self.reconstruct)
 
 
 def needs(config: Config) -> Needs:
     """Ask for Gram matrices of the inputs, also of the dense model if it supervises, and windows to learn from."""
     full = config.supervise == "outputs"
-    learning = learning_needs(config.batch, "block") if config.learn_rounds else Needs()
+    learning = learning_needs(config.batch, config.target) if config.learn_rounds else Needs()
     return Needs(gram=True, full=full, dense=full) | learning
 
 
@@ -161,9 +178,9 @@ def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], c
 def cost(scope: Scope, config: Config) -> Work:
     """Count H⁻¹ and the removal or the fit, for the matrices that alone read their input, and the learning."""
     alone = Scope(tuple(group for group in scope.groups if len(group) == 1), scope.windows, scope.tokens)
-    learned = learning_cost(scope, config.learn_rounds, config.samples, config.batch)
+    learned = learning_cost(scope, config.learn_rounds, config.samples, config.batch, reconstruct=config.reconstruct)
     inverses = replace(gram_factors(alone), held_bytes=2 * FLOAT_BYTES * max(alone.inputs, default=0) ** 2)
-    return inverses + products(alone, 2 if config.score == "surgeon" else 3) + learned
+    return inverses + products(alone, PRODUCTS.get(config.score, 3)) + learned
 
 
 def compress(
@@ -199,7 +216,8 @@ def _learn(
     if not reached or not any(bool(kept_OI.any()) for kept_OI in keep.values()):
         return dict(packed)
     schedule = Schedule.of(config, config.learn_rounds)
-    weights, best = train_block(Reconstruction(block, calib, "block", generator), start, keep, schedule, generator)
+    task = Reconstruction(block, calib, config.target, generator, config.reconstruct)
+    weights, best = train_block(task, start, keep, schedule, generator)
     return {
         name: replace(record, weight_OI=weights[name], detail={**record.detail, **best.detail})
         for name, record in packed.items()
@@ -227,20 +245,25 @@ def _prune(
 ) -> tuple[list[int], Tensor]:
     """Return the groups that stay, and the matrix for them."""
     inverse_II, damping_frac = inverse(statistics.gram_II, config.damping_frac)
-    if config.score == "surgeon":
-        at_once = config.at_once if keep.unit.kind == "neurons" else 1
-        at_once = at_once or max(1, keep.unit.count // AT_ONCE_SHARE)
-        kept, pruned_OI = remove_groups(wanted_OI, inverse_II, keep.unit, keep.count, at_once)
+    damped_II = damped(statistics.gram_II, damping_frac)
+    unit, at_once = keep.unit, config.at_once if keep.unit.kind == "neurons" else 1
+    at_once = at_once or max(1, unit.count // AT_ONCE_SHARE)
+    if config.score in ("surgeon", "gram_condition"):
+        costs = None if config.score == "surgeon" else gram_condition_costs(weight_OI, damped_II, unit)
+        kept, pruned_OI = remove_groups(wanted_OI, inverse_II, unit, keep.count, at_once, costs)
         if config.tune == "full":
             return kept, pruned_OI
+    elif config.score == "weight_condition":
+        kept = keep_conditioned(weight_OI, unit, keep.count, at_once, config.damping_frac)
+    elif config.score == "pca":
+        kept = highest_groups(principal_energy(weight_OI, statistics.gram_II, unit, keep.count), keep.count)
     else:
         scores_I = _scores(weight_OI, statistics, config, generator)
-        kept = highest_groups(sum_by_group(scores_I, keep.unit), keep.count)
-    damped_II = damped(statistics.gram_II, damping_frac)
+        kept = highest_groups(sum_by_group(scores_I, unit), keep.count)
     if config.tune == "full":
-        return kept, fit_kept(wanted_OI, damped_II, kept, keep.unit)
+        return kept, fit_kept(wanted_OI, damped_II, kept, unit)
     if config.tune == "scales":
-        return kept, fit_scales(wanted_OI, damped_II, kept, keep.unit)
+        return kept, fit_scales(wanted_OI, damped_II, kept, unit)
     return kept, zero_other_groups(wanted_OI, keep, kept)
 
 

@@ -106,20 +106,26 @@ def sum_by_group(scores_I: Tensor, unit: PrunableUnit) -> Tensor:
     return scores_I.view(unit.count, -1).sum(1)
 
 
+# (matrix [O, I], H⁻¹ of what is left [I, I], groups that are left [G]) → cost of the removal of each group [G]
+Costs = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 @torch.no_grad()
 def remove_groups(
-    weight_OI: Tensor, inverse_II: Tensor, unit: PrunableUnit, count: int, at_once: int
+    weight_OI: Tensor, inverse_II: Tensor, unit: PrunableUnit, count: int, at_once: int, costs: Costs | None = None
 ) -> tuple[list[int], Tensor]:
     """Remove groups until `count` are left. Return those and the matrix, zero in the others.
 
-    `inverse_II` = H⁻¹ is changed in place. `at_once` groups go between two computations of the costs.
+    `inverse_II` = H⁻¹ is changed in place. `at_once` groups go between two computations of the costs, which are
+    `removal_costs` unless `costs` are given.
     """
     weight_OI = weight_OI.clone()
+    costs = costs or (lambda now_OI, now_II, _: removal_costs(now_OI, now_II, unit))
     alive_G = torch.ones(unit.count, dtype=torch.bool, device=weight_OI.device)
     left = unit.count - count
     within_S = torch.arange(weight_OI.shape[1] // unit.count, device=weight_OI.device)
     while left > 0:  # nothing in this loop waits for the device
-        scores_G = torch.where(alive_G, removal_costs(weight_OI, inverse_II, unit), torch.inf)
+        scores_G = torch.where(alive_G, costs(weight_OI, inverse_II, alive_G), torch.inf)
         gone = lowest_groups(scores_G, min(at_once, left))
         columns_R = (gone[:, None] * len(within_S) + within_S).view(-1)
         rows_RI = inverse_II[columns_R]
