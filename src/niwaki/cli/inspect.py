@@ -1,11 +1,6 @@
-"""The command `niwaki inspect`: tables, a heatmap over depth, error growth. Colour needs a terminal.
-
-A heatmap has a row per kind of matrix and a character per block. A higher character is a larger value. On a narrow
-terminal several neighbouring blocks share one character, their mean. Piped output shows every block.
-"""
+"""The command `niwaki inspect`: tables, a heatmap over depth, error growth. Colour needs a terminal."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,27 +8,52 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from niwaki.cli import options
+from niwaki.cli.heatmap import BARS, cells, fewer, print_heatmap
 from niwaki.cli.options import PrintJson, console, print_line
 from niwaki.cli.tables import print_table
+from niwaki.errors import InputError
 
-BARS = "▁▂▃▄▅▆▇█"
-COLOURS = ("#2c7fb8", "#41b6c4", "#7fcdbb", "#c7e9b4", "#fed976", "#feb24c", "#fc8d59", "#d7301f")
 ERROR = "error: relative loss of an output on the calibration text, ‖changed − dense‖² / ‖dense‖²; 0 is none, 1 is all"
 TITLES = {"zeros_frac": "zeros", "bits": "bits a weight", "removed_frac": "removed", "run_frac": "run"}
 
 
 def inspect(
-    out: Annotated[Path, typer.Argument(help="A result of `niwaki compress`.", show_default=False)],
+    out: Annotated[
+        str, typer.Argument(help="A result of `niwaki compress`; with --sensitivity a dense model.", show_default=False)
+    ],
     why: Annotated[
         str | None, typer.Option(help="One matrix in full, for example model.layers.3.mlp.down_proj.")
     ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Measure which blocks and matrices of a dense model bear what.")
+    ] = False,
+    calibration: options.Calibration = None,
+    field: options.CalibrationField = None,
+    samples: Annotated[int | None, options.recipe_option("Number of calibration windows.", 32)] = None,
+    seq_len: Annotated[int | None, options.recipe_option(options.SEQ_LEN_HELP, 512)] = None,
+    bos: options.CalibrationBos = None,
+    mix: options.Mix = None,
+    seed: options.Seed = None,
+    device: options.RecipeDevice = None,
+    dtype: options.RecipeDtype = None,
     json_: PrintJson = False,
 ) -> None:
-    """Explain OUT: what was removed, where, why, and at what error."""
+    """Explain OUT: what was removed, where, why, and at what error. Or measure a dense model with --sensitivity."""
+    files = tuple(calibration) if calibration else None
+    text = options.given(files=files, field=field, samples=samples, seq_len=seq_len, bos=bos, mix=mix or None)
+    flags = options.given(seed=seed, device=device, dtype=dtype)
+    if sensitivity:
+        if why is not None:
+            raise InputError("--why explains a result, --sensitivity measures a dense model: give one of them")
+        _measure(out, text, flags, json_)
+        return
+    if text or flags:
+        raise InputError("text, seed, device and dtype belong to --sensitivity: add it, or leave them out")
     from niwaki.compression.inspect import inspect as run
     from niwaki.compression.run_record import read_run
 
-    read_run(out)  # refuses any other folder before torch is loaded
+    read_run(Path(out))  # refuses any other folder before torch is loaded
     from niwaki.compression.why import why as explain
 
     result = run(out) if why is None else explain(out, why)
@@ -43,6 +63,22 @@ def inspect(
         print_inspection(console, result)
     else:
         print_why(console, result)
+
+
+def _measure(model: str, text: dict[str, Any], flags: dict[str, Any], json_: bool) -> None:
+    """Measure a dense model on a text, and print what its blocks and matrices lose."""
+    from niwaki.cli.progress import Display
+    from niwaki.cli.sensitivity import print_sensitivity
+
+    options.check_inputs(model, data=text.get("files"))
+    from niwaki.compression.sensitivity import measure_sensitivity
+
+    with Display(options.error_console) as display:
+        result = measure_sensitivity(model, calibration=text, report=display, **flags)
+    if json_:
+        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        print_sensitivity(console, result)
 
 
 def print_inspection(to: Console, result: dict[str, Any]) -> None:
@@ -64,7 +100,8 @@ def print_inspection(to: Console, result: dict[str, Any]) -> None:
     title = TITLES[result["measure"]]
     if result["matrices"]:
         print_line(f"\n{title} by depth, first block to last", to)
-        _print_heatmap(to, {name: (row["values"], row["value"]) for name, row in result["matrices"].items()}, title)
+        rows = {name: (row["values"], row["value"]) for name, row in result["matrices"].items()}
+        print_heatmap(to, rows, lambda value: _number(value, title))
     if result["blocks"]:
         _print_depth(to, result["blocks"])
         _print_cut(to, result, title)
@@ -156,44 +193,6 @@ def _span(value: int | list[int]) -> str:
     return f"{min(value)} to {max(value)}" if isinstance(value, list) else str(value)
 
 
-def _print_heatmap(to: Console, rows: dict[str, tuple[list[float | None], float]], title: str) -> None:
-    known = [value for values, _ in rows.values() for value in values if value is not None]
-    low, high = min(known), max(known)
-    wide = max(map(len, rows))
-    room = max(8, to.width - wide - 24) if to.is_terminal else 10**6
-    for name, (values, value) in rows.items():
-        line = Text(f"  {name:<{wide}}  ")
-        line.append(_cells(_fewer(values, room), low, high, to.is_terminal))
-        line.append(f"  {_number(value, title)}")
-        to.print(line, soft_wrap=True, highlight=False)
-    same = ", the same everywhere" if high - low < 1e-9 else ""
-    print_line(f"  {BARS[0]} {_number(low, title)}   {BARS[-1]} {_number(high, title)}{same}", to)
-
-
-def _cells(values: Sequence[float | None], low: float, high: float, colour: bool) -> Text:
-    """Return a character for each value, and · for an unknown one."""
-    text, span = Text(), high - low
-    for value in values:
-        if value is None:
-            text.append("·")
-            continue
-        step = min(int((value - low) / span * len(BARS)), len(BARS) - 1) if span > 1e-12 else len(BARS) // 2
-        text.append(BARS[step], style=COLOURS[step] if colour else "")
-    return text
-
-
-def _fewer(values: Sequence[float | None], room: int) -> list[float | None]:
-    """Return at most `room` values, each the mean of its neighbours."""
-    if len(values) <= room:
-        return list(values)
-    means: list[float | None] = []
-    for place in range(room):
-        part = values[place * len(values) // room : (place + 1) * len(values) // room]
-        known = [value for value in part if value is not None]
-        means.append(sum(known) / len(known) if known else None)
-    return means
-
-
 def _number(value: float, title: str) -> str:
     return f"{value:.3f}" if title == TITLES["bits"] else f"{value:.2%}"
 
@@ -205,7 +204,7 @@ def _print_depth(to: Console, blocks: list[dict[str, Any]]) -> None:
         if known := [value for value in values if value is not None]:
             line = Text(f"\n{title}, {known[0]:.3g} in the first to {known[-1]:.3g} in the last\n  ")
             room = max(8, to.width - 4) if to.is_terminal else len(values)
-            line.append(_cells(_fewer(values, room), 0.0, max(known), to.is_terminal))
+            line.append(cells(fewer(values, room), 0.0, max(known), to.is_terminal))
             line.append(f"  max {max(known):.3g}")
             to.print(line, soft_wrap=True, highlight=False)
 
@@ -261,7 +260,7 @@ def _print_predictor(to: Console, result: dict[str, Any]) -> None:
     print_table(to, ["predictor", "value"], rows)
     for kind, row in result["matrices"].items():
         line = Text(f"  importance of the {kind} that run: ")
-        line.append(_cells(row["importance"], 0.0, 1.0, to.is_terminal))
+        line.append(cells(row["importance"], 0.0, 1.0, to.is_terminal))
         to.print(line, soft_wrap=True, highlight=False)
 
 

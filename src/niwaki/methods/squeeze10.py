@@ -380,6 +380,14 @@ def _named_elements(rows: int, columns: int, config: Config) -> int:
     return round(config.salient_frac * rows * columns)
 
 
+def robustness(weight_OI: Tensor, statistics: Statistics, config: Config) -> Tensor:
+    """Return PBAR of each column [I]: the energy of the outputs that one bit would lose, by stage 1 and its scores."""
+    problem = RoundingProblem.of(statistics, config)
+    assert problem is not None, "no token reached this matrix"
+    start_OI = _four_bit_stage(weight_OI, problem, config)
+    return _scores(start_OI, problem, 1, config, torch.Generator())
+
+
 def _sum_neighbors(scores_I: Tensor, width: int) -> Tensor:
     """Return the sum of the scores of every `width` neighbors, for each of them; the last group may be shorter."""
     numbers_I = torch.arange(len(scores_I), device=scores_I.device) // width
