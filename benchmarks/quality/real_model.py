@@ -8,7 +8,12 @@ DATA holds calibration.jsonl, eval_reviews.jsonl, wikitext2_test.txt and the fol
 `label`. In a case, `rotate` holds options of a new basis before it, and `recover` those of a recovery after it.
 Finished runs of an earlier OUT are kept.
 
-With `--jobs` over 1, seconds are those of a shared machine.
+A case with `peer` runs another project (peers.py) on the same tokens. `--peers FOLDER` says where they are installed,
+each in a folder of its own, so that none changes what another one imports:
+
+    for p in auto_round hqq llmcompressor gptqmodel; do pip install --no-deps --target FOLDER/$p ...; done
+
+With `--jobs` over 1, seconds are those of a shared machine. `processor_s` counts those of all threads of a run.
 The model and the texts are not part of this repository.
 """
 
@@ -18,32 +23,59 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 import niwaki
 from benchmarks.common.perplexity import TEXTS, spread
 from benchmarks.common.provenance import provenance
 from benchmarks.quality.suites import SUITES, Case
+from niwaki.data.documents import read_texts
+from niwaki.data.texts import calibration_windows, load_tokenizer
 from niwaki.measure.schema import Estimate
 
 BY_CHARACTER = ("hellaswag",)  # tasks whose usual figure is the accuracy by likelihood per character
 SAMPLES, WINDOW, TOKENS = 128, 512, 50_000
 
 
-def score(dense: str, candidate: Path, data: Path, device: str, limit: int | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Setting:
+    """Model, texts, device and amounts that all runs share."""
+
+    model: str
+    data: Path
+    device: str
+    limit: int | None  # questions of each task
+    tokens: int  # of each text
+    samples: int  # windows of calibration
+    peers: Path | None  # where peers are installed
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """Return the calibration of every recipe that says nothing else."""
+        return {"files": (str(self.data / "calibration.jsonl"),), "samples": self.samples, "seq_len": WINDOW}
+
+
+def score(setting: Setting, candidate: Path) -> dict[str, Any]:
     """Return the paired scores of a candidate on both texts and all tasks."""
+    data, limit = setting.data, setting.limit
     files = {name: str(data / file) for name, file in TEXTS.items()}
     tasks = {path.stem.split("_")[0]: str(path) for path in sorted((data / "tasks").glob("*.jsonl"))}
     found = niwaki.compare(
-        dense, str(candidate), data=list(files.values()), tasks=list(tasks.values()) if limit != 0 else [],
-        limit=limit or None, max_tokens=TOKENS, rounds=0, device=device, dtype="float32",
+        setting.model, str(candidate), data=list(files.values()), tasks=list(tasks.values()) if limit != 0 else [],
+        limit=limit or None, max_tokens=setting.tokens, rounds=0, device=setting.device, dtype="float32",
     ).candidates[0]  # fmt: skip
     texts = {}
     for name, quality in zip(files, found.data, strict=True):
@@ -72,37 +104,70 @@ def interval(estimate: Estimate) -> list[float | None]:
     return [estimate.value, estimate.low, estimate.high]
 
 
-def measure(model: str, data: Path, case: Case, seed: int, device: str, limit: int | None) -> dict[str, Any]:
-    """Compress with a case and a seed, recover where the case says so, and return sizes, seconds and scores."""
-    recipe = dict(case.recipe)
-    rotation, recovery = recipe.pop("rotate", None), recipe.pop("recover", None)
-    own_text = str(data / "calibration.jsonl")
-    text = {"files": (own_text,), "samples": SAMPLES, "seq_len": WINDOW} | recipe.pop("calibration", {})
+def measure(setting: Setting, case: Case, seed: int) -> dict[str, Any]:
+    """Run a case with a seed, and return sizes, seconds and scores."""
+    compress = run_peer if "peer" in case.recipe else run_niwaki
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        source: str | Path = model
-        if rotation is not None:
-            with clock(seconds, "rotate_s"):
-                source = place / "rotated"
-                niwaki.rotate(
-                    model, source, target=recipe["target"], calibration=own_text, device=device,
-                    **{"seq_len": WINDOW, "seed": seed, **rotation},
-                )  # fmt: skip
-        with clock(seconds, "compress_s"):
-            out = place / "out"
-            given = {"dtype": "float32", **recipe}
-            record = niwaki.compress(source, out, calibration=text, seed=seed, device=device, **given)
-        if recovery is not None:
-            with clock(seconds, "recover_s"):
-                compressed, out = out, place / "recovered"
-                niwaki.recover(compressed, out, data=own_text, teacher=model, seed=seed, device=device, **recovery)
+        out, size = compress(setting, case, seed, Path(folder), seconds)
         with clock(seconds, "score_s"):
-            scores = score(model, out, data, device, limit)
+            scores = score(setting, out)
+    return {"seed": seed, **size, "seconds": seconds, **scores}
+
+
+Run = tuple[Path, dict[str, Any]]  # a result and its sizes
+
+
+def run_niwaki(setting: Setting, case: Case, seed: int, place: Path, seconds: dict[str, float]) -> Run:
+    """Compress with a recipe, in another basis and with a recovery where the case says so."""
+    recipe = dict(case.recipe)
+    rotation, recovery = recipe.pop("rotate", None), recipe.pop("recover", None)
+    text = setting.calibration | recipe.pop("calibration", {})
+    own_text, device = setting.calibration["files"][0], setting.device
+    source: str | Path = setting.model
+    if rotation is not None:
+        with clock(seconds, "rotate_s"):
+            source = place / "rotated"
+            niwaki.rotate(
+                setting.model, source, target=recipe["target"], calibration=own_text, device=device,
+                **{"seq_len": WINDOW, "seed": seed, **rotation},
+            )  # fmt: skip
+    processor = time.process_time()
+    with clock(seconds, "compress_s"):
+        out = place / "out"
+        given = {"dtype": "float32", **recipe}
+        record = niwaki.compress(source, out, calibration=text, seed=seed, device=device, **given)
+    seconds["processor_s"] = round(time.process_time() - processor, 1)
+    if recovery is not None:
+        with clock(seconds, "recover_s"):
+            compressed, out = out, place / "recovered"
+            niwaki.recover(compressed, out, data=own_text, teacher=setting.model, seed=seed, device=device, **recovery)
     result = record["result"]
     bits = result.get("method_bits", result["bits"])  # of baselines whose files hold decoded weights
-    size = {"zeros_frac": result["zeros_frac"], "bits": bits, "bytes": result["bytes"]}
-    return {"seed": seed, **size, "seconds": seconds, **scores}
+    return out, {"zeros_frac": result["zeros_frac"], "bits": bits, "bytes": result["bytes"]}
+
+
+def run_peer(setting: Setting, case: Case, seed: int, place: Path, seconds: dict[str, float]) -> Run:
+    """Compress with a peer on the tokens that niwaki would read, in a process that imports it first."""
+    assert setting.peers, f"expected --peers, the folder where {case.recipe['peer']} is installed"
+    text = setting.calibration | case.recipe.get("calibration", {})
+    tokenizer, windows, out = load_tokenizer(setting.model), place / "windows.safetensors", place / "out"
+    ids_ST = calibration_windows(
+        read_texts(list(text["files"])), tokenizer, samples=text["samples"], seq_len=text["seq_len"], seed=seed
+    )
+    save_file({"ids": ids_ST}, windows)
+    path = [str(setting.peers.resolve() / case.recipe["peer"]), str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
+    device = "cuda" if setting.device == "auto" and torch.cuda.is_available() else setting.device.replace("auto", "cpu")
+    command = [sys.executable, "-m", "benchmarks.quality.peers", str(Path(setting.model).resolve())]
+    done = subprocess.run(
+        [*command, str(windows), str(out), "--device", device, "--case", json.dumps({**case.recipe, "seed": seed})],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}, cwd=place, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{case.label} ended with code {done.returncode}: {done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    seconds |= {name: round(value, 1) for name, value in found["seconds"].items()}
+    return out, {"zeros_frac": found["zeros_frac"], "bits": found["bits"], "version": found["version"]}
 
 
 @contextlib.contextmanager
@@ -158,11 +223,16 @@ def main() -> None:
     parser.add_argument("--targets", nargs="*", help="only these")
     parser.add_argument("--labels", nargs="*", help="only these")
     parser.add_argument("--limit", type=int, help="questions of each task, 0 for none")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each text")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"calibration windows of {WINDOW} tokens")
+    parser.add_argument("--peers", type=Path, help="folder with a folder for each peer")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--stop", type=float, default=float("inf"), help="begin no run after these seconds")
     args = parser.parse_args()
     started, cases = time.time(), read_cases(args)
-    about = {"model": Path(args.model).name, **provenance(args.device), "samples": SAMPLES, "window": WINDOW}
+    setting = Setting(args.model, args.data, args.device, args.limit, args.tokens, args.samples, args.peers)
+    shared = {"samples": args.samples, "window": WINDOW, "tokens": args.tokens}
+    about = {"model": Path(args.model).name, **provenance(args.device), **shared}
     earlier = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     runs: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in earlier:
@@ -175,7 +245,7 @@ def main() -> None:
     ]
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        work = {pool.submit(begin, started + args.stop, args, case, seed): (case, seed) for case, seed in wanted}
+        work = {pool.submit(begin, started + args.stop, setting, case, seed): (case, seed) for case, seed in wanted}
         for future in as_completed(work):
             case, seed = work[future]
             key, error = (case.recipe["target"], case.label), future.exception()
@@ -194,11 +264,9 @@ def main() -> None:
             args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def begin(until: float, args: argparse.Namespace, case: Case, seed: int) -> dict[str, Any] | None:
+def begin(until: float, setting: Setting, case: Case, seed: int) -> dict[str, Any] | None:
     """Measure a run, unless the time is over."""
-    if time.time() > until:
-        return None
-    return measure(args.model, args.data, case, seed, args.device, args.limit)
+    return None if time.time() > until else measure(setting, case, seed)
 
 
 if __name__ == "__main__":

@@ -271,7 +271,34 @@ def ablation_comp() -> list[Case]:
     return found
 
 
+def peers() -> list[Case]:
+    """Return peers and niwaki at equal bits in groups of 64, the slowest first, and llm-compressor's pruning."""
+    grids = [(bits, sym) for bits in (2, 3, 4) for sym in (False, True)]
+
+    def on_grids(label: str, **recipe: object) -> list[Case]:
+        """Return a case for every width, symmetric or not."""
+        names = {(bits, sym): f"{label} symmetric" if sym else label for bits, sym in grids}
+        if "peer" in recipe:
+            own = {(bits, sym): {"bits": bits, "group": 64, "sym": sym} for bits, sym in grids}
+        else:
+            own = {(bits, sym): {"options": {"gptq.group": 64, "gptq.symmetric": sym}} for bits, sym in grids}
+        return [Case(names[grid], {"target": f"{grid[0]}bit", **recipe, **own[grid]}) for grid in grids]
+
+    found = on_grids("auto_round", peer="auto_round") + on_grids("best", preset="best")
+    found += [case("squeeze10", f"{bits}bit") for bits in (2.28, 3.3, 4.3)]
+    found += on_grids("gptqmodel", peer="gptqmodel") + on_grids("llmcompressor", peer="llmcompressor", method="gptq")
+    found += on_grids("gptq", method="gptq")
+    found += [Case("hqq", {"target": f"{bits}bit", "peer": "hqq", "bits": bits, "group": 64}) for bits in (2, 3, 4)]
+    for target in ("2:4", "0.5"):
+        mask = {"sparsity": 0.5} | ({"mask_structure": target} if ":" in target else {})
+        for method in ("sparsegpt", "wanda"):
+            peer = {"peer": "llmcompressor", "method": method, "options": mask}
+            found += [Case(f"llmcompressor {method}", {"target": target, **peer}), case(method, target)]
+    return found
+
+
 SUITES = {
+    "peers": peers(),
     "structured": structured(),
     "ablation-comp": ablation_comp(),
     "classic": classic(),
