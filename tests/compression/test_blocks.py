@@ -17,14 +17,18 @@ from niwaki.config.recipe import make_recipe
 from niwaki.config.targets import format_blocks
 from niwaki.errors import CheckpointError, InputError, ResumeError, TargetError
 from support.compressions import interrupt_after, settings
-from support.models import file_bytes, tiny_llama, weights_of
+from support.models import Warnings, file_bytes, run, tiny_llama, weights_of
 
 CODES = {"method": "gptq", "target": "4bit", "options": {"group": 16}}
+LEARNED = {"method": "squeeze10", "target": "3.5bit", "options": {"learn_rounds": 1}, "allocation": "uniform"}
 RECIPES: dict[str, dict[str, Any]] = {
     "zeros": {"method": "sparsegpt", "target": "2:4"},
     "bitmap": {"method": "wanda", "target": "0.6", "pack": "auto"},
     "codes": CODES,
     "both": {"method": "sparsegpt+gptq", "target": "2:4+4bit", "options": {"gptq.group": 16}, "pack": "auto"},
+    "from the dense model": LEARNED,
+    "with its gradients": {"method": "gblm", "target": "0.5"},
+    "on its text": {"method": "wanda", "target": "0.5", "calibration": {"samples": 3, "seq_len": 16}},
 }
 
 
@@ -63,6 +67,24 @@ def test_two_stages_give_the_bytes_of_one_run(model: Path, text: Path, tmp_path:
     assert configs[0] == configs[1]
     assert [line.dump() for line in read_lines(tmp_path / "whole")] == [
         line.dump() for line in read_lines(tmp_path / "both")
+    ]
+
+
+def test_without_the_dense_model_the_source_stands_for_it(model: Path, text: Path, tmp_path: Path) -> None:
+    niwaki.compress(model, tmp_path / "first", **settings(text, **LEARNED), blocks="0")
+    report = Warnings()
+    used = niwaki.compress(
+        tmp_path / "first", tmp_path / "used", **settings(text, **LEARNED), blocks="1", report=report
+    )
+    assert used["dense_source"] == str(model) and not report.warnings
+    model.rename(tmp_path / "elsewhere")
+    left = niwaki.compress(
+        tmp_path / "first", tmp_path / "left", **settings(text, **LEARNED), blocks="1", report=report
+    )
+    assert "dense_source" not in left
+    assert report.warnings == [
+        f"{model}, the dense model before the first run, does not exist any more: blocks that earlier runs compressed "
+        "count as dense for what this run learns from the dense model"
     ]
 
 
@@ -214,3 +236,21 @@ def test_blocks_are_numbers_and_ranges(given: Any, blocks: tuple[int, ...] | Non
     recipe = make_recipe({"method": "wanda", "target": "0.5", "blocks": given})
     assert recipe.blocks == blocks and format_blocks(recipe.blocks or ()) == written
     assert ("blocks" in recipe.dump()) is (blocks is not None)
+
+
+def test_the_command_line_says_what_was_compressed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--method", "rtn", "--target", "4bit", "--set", "group=16")
+    code, out, _ = run(capsys, "compress", model, tmp_path / "first", *common, "--blocks", "2-3")
+    assert code == 0 and "14 matrices of blocks 2-3, 6.317 true bits a weight in 14 of them, 19.158 bits and" in out
+    code, out, _ = run(capsys, "compress", tmp_path / "first", tmp_path / "second", *common, "--blocks", "0")
+    assert code == 0 and "7 matrices of blocks 0," in out
+    _, out, _ = run(capsys, "inspect", tmp_path / "second")
+    assert "rtn 4bit in blocks 0, " in out and "earlier run: rtn 4bit in blocks 2-3, " in out
+    marks = [line for line in out.splitlines() if "as it was" in line or "earlier run " in line]
+    assert [line.split("│")[1].strip() for line in marks] == ["1 as it was", "2 earlier run", "3 earlier run"]
+    code, _, error = run(capsys, "compress", model, tmp_path / "no", *common, "--blocks", "-3")
+    assert code == 2 and error.count("\n") == 1 and "expected numbers and ranges such as 8-23" in error
+    _, out, _ = run(capsys, "plan", model, *common, "--blocks", "3")
+    assert "rtn 4bit in blocks 3 on" in out

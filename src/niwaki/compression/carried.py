@@ -8,7 +8,7 @@ line for each of their matrices, which stays as it is. For any other matrix the 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from niwaki.compression.run_record import (
     read_lines,
     read_record,
 )
+from niwaki.config.events import Event, Report
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Block, Decoder
@@ -95,6 +96,41 @@ def earlier_runs(folder: Path) -> list[RunRecord | RecoveryRecord]:
     before = record.compressed_from
     runs = [] if before is None else _with_earlier(RunRecord.model_validate(before))
     return [*runs, record.model_copy(update={"compressed_from": None})]
+
+
+def open_origin(decoder: Decoder, report: Report) -> Decoder | None:
+    """Return the dense model before the first of all runs that made the model of `decoder`, with the same settings.
+
+    Return None if no run made it. If the dense model cannot be read as it was, return None with a warning. The source,
+    in which some blocks are compressed, then stands for it.
+    """
+    runs = earlier_runs(decoder.checkpoint.folder)
+    if not runs:
+        return None
+    problem = _unlike_the_first(runs)
+    if not problem:
+        checkpoint = Checkpoint.open(runs[0].model.source)
+        return Decoder(checkpoint, decoder.device, decoder.dtype, logit_bytes=decoder.logit_bytes)
+    message = (
+        f"{runs[0].model.source}, the dense model before the first run, {problem}: blocks that earlier runs compressed "
+        "count as dense for what this run learns from the dense model"
+    )
+    report(Event.WARNING, message=message)
+    return None
+
+
+def _unlike_the_first(runs: Sequence[RunRecord | RecoveryRecord]) -> str:
+    """Return why the model before the first run cannot stand for what the runs made of it; empty if it can."""
+    model = runs[0].model
+    if model.adapter is not None or model.rotated is not None:
+        return "was merged with an adapter or changed its basis"
+    if any(isinstance(run, RunRecord) and run.shaping is not None for run in runs):
+        return "had another shape"
+    if not Path(model.source).exists():
+        return "does not exist any more"
+    if model.files and Checkpoint.open(model.source).file_hashes() != model.files:
+        return "has changed since then"
+    return ""
 
 
 def _with_earlier(record: RunRecord) -> list[RunRecord | RecoveryRecord]:

@@ -9,6 +9,7 @@ to `walk_model`: how targets are allocated, and in which form blocks are stored.
     record = run(prepare(decoder, stage, request), walk_job)
 """
 
+import hashlib
 import json
 import platform
 import time
@@ -32,7 +33,7 @@ from niwaki.compression.bit_allocation import (
     spread_bits,
 )
 from niwaki.compression.bos_loss import warn_without_bos
-from niwaki.compression.carried import Carried, earlier_runs
+from niwaki.compression.carried import Carried, earlier_runs, open_origin
 from niwaki.compression.embeddings import TensorNames, embeddings_to_pack
 from niwaki.compression.model_card import model_card
 from niwaki.compression.outer_files import OuterFiles
@@ -93,7 +94,7 @@ class Job:
 
     `recipe` names the device and the batch that are used. `calibration` is None if nothing needs windows.
     `packed_embeddings` are the modules outside the blocks that become codes. `first` is the stage before
-    this one.
+    this one. `origin` is the dense model before earlier runs that made the source, if the method learns from it.
     """
 
     request: Request
@@ -103,6 +104,7 @@ class Job:
     calibration: CalibrationWindows | None
     packed_embeddings: TensorNames
     first: FirstStage | None = None
+    origin: Decoder | None = None
 
     @property
     def windows_ST(self) -> Tensor | None:
@@ -174,10 +176,12 @@ def prepare(decoder: Decoder, stage: ResolvedStage, request: Request, first: Fir
     packed_embeddings = check_and_choose_embeddings(decoder, stage, request)
     batch_tokens = stage.recipe.batch_tokens or default_batch_tokens(decoder.device)
     recipe = stage.recipe.model_copy(update={"device": str(decoder.device), "batch_tokens": batch_tokens})
-    calibration = first.calibration if first else _windows(decoder, stage, request.report)
+    learns = stage.dense_stream or stage.needs.gradient or (stage.windows and recipe.calibration.writes_text)
+    origin = open_origin(decoder, request.report) if recipe.blocks is not None and learns else None
+    calibration = first.calibration if first else _windows(origin or decoder, stage, request.report)
     if calibration is not None and not first and not request.resume:
         warn_without_bos(decoder, calibration.ids_ST, calibration.bos, request.report)
-    return Job(request, stage, recipe, decoder, calibration, packed_embeddings, first)
+    return Job(request, stage, recipe, decoder, calibration, packed_embeddings, first, origin)
 
 
 def run(job: Job, execute: Callable[[Job, ResultFolder, Report], RunRecord]) -> RunRecord:
@@ -225,13 +229,14 @@ def walk_model(job: Job, folder: ResultFolder, report: Report, allocate: Allocat
         outer = job.outer_files
         outer.write(folder, writer, storage.shard_names[len(decoder) :], storage.copied)
         # A dense stream starts from the dense embeddings, so it is made before the stored ones replace them.
-        dense = windows_stream(job, folder, "dense") if stage.dense_stream else None
+        dense = windows_stream(job, folder, "dense", decoder=job.origin) if stage.dense_stream else None
         if job.packed_embeddings:
             writer.flush()
             decoder.load_outer(outer.stored(folder))
         stream = windows_stream(job, folder, "compressed", learn_batches=stage.needs.learn_batches)
         gradients = _gradients(job, folder, report)
-        decoder.release_outer()
+        for model in filter(None, (decoder, job.origin)):
+            model.release_outer()
         finished = {
             index: partial(storage.read, folder, index)
             for index in range(len(decoder))
@@ -254,7 +259,7 @@ def walk_model(job: Job, folder: ResultFolder, report: Report, allocate: Allocat
         plan = WalkPlan(
             stage.steps, allocation.targets, job.recipe.seed, job.recipe.pack, gradients=gradients, last=last
         )
-        compress_blocks(decoder, plan, stream, dense, save=save, report=report, finished=finished)
+        compress_blocks(decoder, plan, stream, dense, save=save, report=report, finished=finished, origin=job.origin)
     return _finish_walk(job, folder, report, allocation, stream)
 
 
@@ -301,6 +306,7 @@ def record_of(job: Job, folder: ResultFolder, result: ResultRecord, allocation: 
         "seconds": round(time.perf_counter() - job.request.began, 2),
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": torch.cuda.max_memory_allocated(device) if cuda else 0,
+        **({} if job.origin is None else {"dense_source": str(job.origin.checkpoint.folder)}),
         **({"earlier": before} if job.first is None and (before := earlier_runs(checkpoint.folder)) else {}),
     }
     record = RunRecord.model_validate(fields)
@@ -314,13 +320,17 @@ def windows_stream(
     ids_ST: Tensor | None = None,
     *,
     learn_batches: frozenset[int] = frozenset(),
+    decoder: Decoder | None = None,
 ) -> Stream | None:
-    """Return the windows `ids_ST`, or all of the job, before the first block; None without calibration."""
+    """Return the windows `ids_ST`, or all of the job, before the first block; None without calibration.
+
+    `decoder` embeds them, by default that of the job.
+    """
     ids_ST = job.windows_ST if ids_ST is None else ids_ST
     if ids_ST is None:
         return None
     return Stream(
-        job.decoder,
+        decoder or job.decoder,
         ids_ST,
         batch_tokens=job.recipe.batch_tokens,
         activation_bytes=job.recipe.activation_bytes,
@@ -447,7 +457,7 @@ def _gradients(job: Job, folder: ResultFolder, report: Report) -> Callable[[int]
     if not job.stage.needs.gradient:
         return lambda index: {}
     assert job.windows_ST is not None, "gradients are needs of windows"
-    return squared_gradients(folder, job.decoder, job.windows_ST, job.recipe.activation_bytes, report)
+    return squared_gradients(folder, job.origin or job.decoder, job.windows_ST, job.recipe.activation_bytes, report)
 
 
 def _finish_walk(
@@ -469,7 +479,7 @@ def _finish_walk(
 
 def fingerprint_of(job: Job, like: Mapping[str, str]) -> dict[str, str]:
     """Return the hashes of what decides the bytes of the result of a job, in the form of the fingerprint `like`."""
-    return fingerprint(
+    hashes = fingerprint(
         job.checkpoint,
         "none" if job.windows_ST is None else digest(job.windows_ST),
         job.recipe.dump(),
@@ -477,3 +487,7 @@ def fingerprint_of(job: Job, like: Mapping[str, str]) -> dict[str, str]:
         threads=torch.get_num_threads() if job.decoder.device.type == "cpu" else None,
         like=like,
     )
+    if job.origin is not None:
+        headers = json.dumps(job.origin.checkpoint.file_hashes(), sort_keys=True)
+        hashes["dense model"] = hashlib.sha256(headers.encode()).hexdigest()
+    return hashes

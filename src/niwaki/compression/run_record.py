@@ -265,6 +265,7 @@ class RunRecord(Record):
 
     `recipe` is resolved. A recipe that begins with a structured method has the record of that stage in `stages`.
     `earlier`: the runs that made the source, if niwaki made it, the first one first. Their blocks may live on here.
+    `dense_source`: the model before them, if the method learned from the dense model.
     """
 
     model: ModelRecord
@@ -272,6 +273,7 @@ class RunRecord(Record):
     recipe: Recipe
     options: dict[str, dict[str, Any]] = {}
     dense_stream: bool = False
+    dense_source: str | None = None
     allocation: AllocationRecord = AllocationRecord()
     calibration: CalibrationRecord = CalibrationRecord()
     result: ResultRecord

@@ -152,6 +152,7 @@ def compress_blocks(
     report: Report,
     finished: Mapping[int, ReadBlock] = MappingProxyType({}),
     riders: Sequence[Stream] = (),
+    origin: Decoder | None = None,
 ) -> None:
     """Compress every block on the stream and hand it to `save`, with a record of each of its matrices.
 
@@ -160,14 +161,16 @@ def compress_blocks(
     Such a block is only replayed, and its reader is called once. A block without targets is saved as it is.
 
     `stream` may be None for a method without data. A `dense` stream follows the dense model and yields the drift of
-    the compressed prefix at every depth. The `riders` only pass the compressed blocks.
+    the compressed prefix at every depth. It passes the blocks of `origin` where those of the decoder stay as they are.
+    The `riders` only pass the compressed blocks.
     """
     for block in loaded_blocks(decoder, finished):
         started = time.perf_counter()
         replayed, passes = block.index in finished, plan.last is None or block.index <= plan.last
         changes = bool(plan.targets[block.index]) and not replayed
         if dense is not None and passes and not (changes and plan.needs.full):
-            _advance_dense(decoder, dense, block, replayed)
+            passed = decoder if plan.targets[block.index] else origin or decoder
+            _advance_dense(decoder, dense, block, replayed, passed)
         if changes:
             compressed = _compress_block(block, plan, stream, dense)
         after_BTD = stream.advance(block) if stream is not None and passes else None
@@ -312,8 +315,16 @@ def _storage_note(record: Packed, packed: PackedTensors | None, packing: Packing
     return NO_FAST_PATH if "sparse" in packed.description and not fast_path() else ""
 
 
-def _advance_dense(decoder: Decoder, dense: Stream, block: Block, replayed: bool) -> None:
-    """Advance the dense stream past `block`; a replayed block is compressed already, so its source is read."""
+def _advance_dense(decoder: Decoder, dense: Stream, block: Block, replayed: bool, passed: Decoder) -> None:
+    """Advance the dense stream past `block`, or past that of the other decoder `passed`.
+
+    A replayed block is compressed already, so its source is read.
+    """
+    if passed is not decoder:
+        other = passed.load(block.index)
+        dense.advance(other)
+        other.release()
+        return
     if not replayed:
         dense.advance(block)
         return
