@@ -173,7 +173,7 @@ def record_of(store: Store, seen: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def rolled_out_all(clients: int = 8, max_s: float = 500) -> dict[str, Any]:
+def rolled_out_all(clients: int = 8, max_s: float = 1500) -> dict[str, Any]:
     """Run test 25: each kind of canary, then the waits of users beside copies."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
