@@ -110,7 +110,7 @@ def main() -> None:
     dense = {name: loss(model, ids) for name, ids in texts.items()}
     lost = [[entry["lost"] or 0.0 for entry in block["matrices"].values()] for block in found["blocks"]]
     measures = {
-        "damage (KL with the block at two bits)": [block["damage"] for block in found["blocks"]],
+        "damage (rise of the loss on the calibration text)": [block["damage"] for block in found["blocks"]],
         "2-bit error of the block": [block["error"] for block in found["blocks"]],
         "1-bit loss of its matrices (PBAR), mean": [sum(own) / len(own) for own in lost],
     }

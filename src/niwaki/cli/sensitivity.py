@@ -13,10 +13,11 @@ from niwaki.cli.tables import print_table
 COLUMNS = 80
 CELLS = 40  # of a row of the heatmap
 MEANING = (
-    "Damage: KL divergence of the next token in nats, with this block alone at two bits. 2-bit error: relative error "
-    "of the output of a block, with all its matrices or with one of them rounded to two bits. "
-    "1-bit loss: share of the energy of a matrix's own output that one bit loses (PBAR). In a fifth: the part of it in "
-    "the worst fifth of the columns, which --set salient_frac=0.2 protects."
+    "Damage: rise of the loss, in nats per token, with this block alone in the published form of squeeze10 (a fifth of "
+    "the columns at four bits, the others at one, rounded to nearest). 2-bit error: relative error of the output of a "
+    "block, with all its matrices or with one of them rounded to two bits. 1-bit loss: share of the energy of the "
+    "output of a matrix that one bit loses (PBAR). In a fifth: the part of it in the worst fifth of the columns, "
+    "which --set salient_frac=0.2 protects."
 )
 
 

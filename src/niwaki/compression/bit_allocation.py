@@ -26,9 +26,8 @@ Cost: three forwards of the calibration windows for `auto`. For `sensitivity` on
     niwaki compress MODEL OUT --method squeeze10 --target-bytes 1.7GB --allocation sensitivity --calibration mine.txt
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -155,18 +154,6 @@ def _predicted(sensitivities: Sequence[float], kept: Collection[int], rest: floa
     """Return the predicted error if the `kept` blocks have 4 bits and the others `rest`."""
     bits = (KEPT_BITS if index in kept else rest for index in range(len(sensitivities)))
     return sum(s * 4.0 ** (2 - b) for s, b in zip(sensitivities, bits, strict=True))
-
-
-@contextlib.contextmanager
-def at_two_bits(block: Block) -> Iterator[None]:
-    """Round all matrices of the block to two bits inside the context."""
-    dense = {name: block.weight(name).clone() for name in block.linears}
-    with torch.no_grad():
-        _fill(block, {name: _two_bits(weight_OI) for name, weight_OI in dense.items()}, list(dense))
-        try:
-            yield
-        finally:
-            _fill(block, dense, list(dense))
 
 
 def sensitivity(block: Block, stream: Stream) -> float:

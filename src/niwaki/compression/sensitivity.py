@@ -2,8 +2,9 @@
 
 One pass over the calibration windows, block by block; nothing is written. Three measures:
 
-- `damage` of a block: KL divergence of the model's next-token distribution, in nats per token, with this block alone at
-  two bits. A copy of the first windows per block passes the whole model, so that later blocks have their say.
+- `damage` of a block: the rise of the model's loss, in nats per token, with this block alone in the published form of
+  squeeze10. That is a fifth of the columns at four bits, chosen by PBAR, and the others at one, rounded to nearest. A
+  copy of the first windows per block passes the whole model, so that later blocks have their say.
 - `error` of a block, or of one matrix in it: the mean relative error of the block's output, all its matrices, or that
   one, rounded to two bits (see `bit_allocation`).
 - `lost` of a matrix: PBAR, the score of squeeze10 for its columns, summed over them. It is the energy of the outputs
@@ -16,10 +17,9 @@ One pass over the calibration windows, block by block; nothing is written. Three
     found = measure_sensitivity("MODEL", calibration=["mine.txt"])
     found["blocks"][3]["damage"], found["kinds"]["mlp.down_proj"]["lost"]
 
-Legend: S windows, T tokens, D hidden size, V vocabulary.
+Legend: S windows, T tokens, O outputs, I inputs.
 """
 
-import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.compression.bit_allocation import at_two_bits, choose_kept, sensitivities, sensitivity, spread_bits
+from niwaki.compression.bit_allocation import choose_kept, sensitivities, sensitivity, spread_bits
 from niwaki.compression.inspect import kind_of, mean
 from niwaki.compression.walk import collect, forward
 from niwaki.config.events import Event, Report, silent
@@ -42,11 +42,11 @@ from niwaki.methods import squeeze10
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.decoder import Block, Decoder, open_decoder
 from niwaki.model.device import pick_device, pick_dtype
-from niwaki.model.logits import logits_of_part
+from niwaki.model.logits import token_losses
 
 SALIENT_FRAC = 0.2
 TARGETS = (1.75, 2.0, 2.5, 3.0)
-PROBE_TOKENS = 1024  # of the windows that the damage is measured on
+PROBE_TOKENS = 2048  # of the windows that the damage is measured on
 NAMED = 3  # blocks that are named as the most and the least sensitive
 SAMPLES, SEQ_LEN = 32, 512
 
@@ -76,8 +76,9 @@ def measure_sensitivity(
 
         def visit(block: Block) -> None:
             statistics, _ = collect(block, stream, Needs(gram=True))
-            found.append(_measure_block(block, stream, statistics))
-            probe.advance(block)
+            loss, coarse = _measure_block(block, stream, statistics)
+            found.append(loss)
+            probe.advance(block, coarse)
             report(Event.SCAN, index=block.index, of=len(decoder))
 
         forward(decoder, [stream], visit)
@@ -115,7 +116,7 @@ class _BlockLoss:
         return {
             "block": index,
             "damage": damages[index],
-            "share": damages[index] / (sum(damages) or 1.0),
+            "share": max(damages[index], 0.0) / (sum(max(damage, 0.0) for damage in damages) or 1.0),
             "error": self.error,
             "worst": worst,
             "matrices": matrices,
@@ -123,7 +124,7 @@ class _BlockLoss:
 
 
 class _Probe:
-    """Copies of the first windows, one per block and a dense one: copy b passes block b at two bits."""
+    """Copies of the first windows, one per block and a dense one: copy b passes block b in a coarse form."""
 
     def __init__(self, decoder: Decoder, ids_ST: Tensor, folder: Path) -> None:
         self.decoder = decoder
@@ -135,48 +136,57 @@ class _Probe:
         """Return the windows of a copy; the dense one is the last."""
         return slice(copy * self.count, (copy + 1) * self.count)
 
-    def advance(self, block: Block) -> None:
-        """Move every copy past the block, its own one at two bits."""
+    @torch.no_grad()
+    def advance(self, block: Block, coarse: Mapping[str, Tensor]) -> None:
+        """Move every copy past the block; that of the block passes the `coarse` weights [O, I]."""
+        dense = {name: block.weight(name).clone() for name in coarse}
         for copy in range(len(self.decoder) + 1):
-            with at_two_bits(block) if copy == block.index else contextlib.nullcontext():
-                self.stream.advance(block, self.rows(copy))
+            for name in coarse if copy in (block.index, block.index + 1) else ():
+                block.weight(name).copy_(coarse[name] if copy == block.index else dense[name])
+            self.stream.advance(block, self.rows(copy))
+
+    def damages(self) -> list[float]:
+        """Return the rise of the mean loss of every copy over that of the dense one, after the last block."""
+        self.decoder.load_outer()
+        parts = self.decoder.position_slices(self.stream.ids_ST.shape[1])
+        *losses, dense = [self._loss(self.rows(copy), parts) for copy in range(len(self.decoder) + 1)]
+        return [loss - dense for loss in losses]
 
     @torch.no_grad()
-    def damages(self) -> list[float]:
-        """Return KL(dense ‖ copy) in nats per token, for every copy after the last block."""
-        self.decoder.load_outer()
-        totals = [0.0] * len(self.decoder)
-        for window in range(self.count):
-            for part in self.decoder.position_slices(self.stream.ids_ST.shape[1]):
-                dense_NV = self._logprobs(self.rows(len(self.decoder)).start + window, part)
-                for copy in range(len(self.decoder)):
-                    miss_NV = dense_NV - self._logprobs(self.rows(copy).start + window, part)
-                    totals[copy] += float((dense_NV.exp() * miss_NV).sum(dtype=torch.float64))
-        tokens = self.count * self.stream.ids_ST.shape[1]
-        return [total / tokens for total in totals]
-
-    def _logprobs(self, row: int, part: slice) -> Tensor:
-        """Return the log-probabilities [N, V] of some positions of a window."""
-        rows = slice(row, row + 1)
-        logits_NV = logits_of_part(self.decoder.logits, self.stream.ids_ST[rows], self.stream.hidden.read(rows), part)
-        return logits_NV.float().log_softmax(-1)
+    def _loss(self, windows: slice, parts: list[slice]) -> float:
+        total = 0.0
+        for row in range(windows.start, windows.stop):
+            own = slice(row, row + 1)
+            loss_BT = token_losses(self.decoder.logits, self.stream.ids_ST[own], self.stream.hidden.read(own), parts)
+            total += float(loss_BT.double().mean())
+        return total / self.count
 
 
-def _measure_block(block: Block, stream: Stream, statistics: Mapping[str, Statistics]) -> _BlockLoss:
-    """Return what a dense block loses at its inputs. The block does not change, and the stream does not advance."""
+def _measure_block(
+    block: Block, stream: Stream, statistics: Mapping[str, Statistics]
+) -> tuple[_BlockLoss, dict[str, Tensor]]:
+    """Return what a dense block loses at its inputs, and its weights in the published form of squeeze10.
+
+    The block does not change, and the stream does not advance.
+    """
     config = squeeze10.Config(salient_frac=SALIENT_FRAC)
     lost: dict[str, float | None] = {}
     salient_lost: dict[str, float | None] = {}
+    coarse: dict[str, Tensor] = {}
     for name in block.linears:
+        weight_OI = block.weight(name).float()
         lost[name] = salient_lost[name] = None
+        scores_I = weight_OI.square().sum(0)
         if statistics[name].tokens:
-            weight_OI = block.weight(name).float()
-            scores_I = squeeze10.robustness(weight_OI, statistics[name], config).sort(descending=True).values
+            scores_I = squeeze10.robustness(weight_OI, statistics[name], config)
             energy = float(((weight_OI @ statistics[name].gram_II) * weight_OI).sum())
             count = squeeze10.named_split(len(scores_I), config).count
-            lost[name] = float(scores_I.sum()) / (energy or 1.0)
-            salient_lost[name] = float(scores_I[:count].sum()) / (float(scores_I.sum()) or 1.0)
-    return _BlockLoss(sensitivity(block, stream), sensitivities(block, stream), lost, salient_lost)
+            total = float(scores_I.sum())
+            lost[name] = total / (energy or 1.0)
+            salient_lost[name] = float(scores_I.sort(descending=True).values[:count].sum()) / (total or 1.0)
+        coarse[name] = squeeze10.coarse_form(weight_OI, scores_I, config).to(block.weight(name).dtype)
+    errors = sensitivities(block, stream)
+    return _BlockLoss(sensitivity(block, stream), errors, lost, salient_lost), coarse
 
 
 def _by_kind(anatomy: Anatomy, found: Sequence[_BlockLoss]) -> dict[str, dict[str, Any]]:

@@ -388,6 +388,14 @@ def robustness(weight_OI: Tensor, statistics: Statistics, config: Config) -> Ten
     return _scores(start_OI, problem, 1, config, torch.Generator())
 
 
+def coarse_form(weight_OI: Tensor, scores_I: Tensor, config: Config) -> Tensor:
+    """Return the matrix with the named share of its columns at the higher width, all rounded to nearest at once."""
+    split = named_split(len(scores_I), config)
+    order_I = scores_I.argsort(descending=True, stable=True)
+    rounded = nearest(weight_OI[:, order_I].contiguous(), split.groups(len(order_I), config), clip=True)
+    return torch.empty_like(weight_OI).index_copy_(1, order_I, rounded.values_OI)
+
+
 def _sum_neighbors(scores_I: Tensor, width: int) -> Tensor:
     """Return the sum of the scores of every `width` neighbors, for each of them; the last group may be shorter."""
     numbers_I = torch.arange(len(scores_I), device=scores_I.device) // width
