@@ -144,7 +144,10 @@ def run_niwaki(setting: Setting, case: Case, seed: int, place: Path, seconds: di
             niwaki.recover(compressed, out, data=own_text, teacher=setting.model, seed=seed, device=device, **recovery)
     result = record["result"]
     bits = result.get("method_bits", result["bits"])  # of baselines whose files hold decoded weights
-    return out, {"zeros_frac": result["zeros_frac"], "bits": bits, "bytes": result["bytes"]}
+    size = {"zeros_frac": result["zeros_frac"], "bits": bits, "bytes": result["bytes"]}
+    if "shape" in record["allocation"]:
+        size |= {key: record["allocation"][key] for key in ("removed_frac", "shape")}
+    return out, size
 
 
 def run_peer(setting: Setting, case: Case, seed: int, place: Path, seconds: dict[str, float]) -> Run:

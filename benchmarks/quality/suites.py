@@ -297,8 +297,24 @@ def peers() -> list[Case]:
     return found
 
 
+def scores_comp() -> list[Case]:
+    """Return comp with every score on a fixed shape, and with widths of each block and learning; flap to compare."""
+    fixed = {"try_blocks": 0, "try_heads": 0}
+    learn = {"learn_rounds": 16, "samples": 64, "batch": 4, "rate_frac": 0.008, "target": "both"}
+    found = []
+    for target in ("0.2", "0.3"):
+        scores = ("surgeon", "gram_condition", "weight_condition", "pca", "energy", "leverage")
+        found += varied("comp", target, {score: fixed | {"score": score, "learn_rounds": 0} for score in scores})
+        found.append(case("comp learned longer", target, "comp", options=learn))
+        found.append(case("comp damage", target, "comp", allocation="damage", options={"learn_rounds": 0}))
+        found.append(case("comp damage, learned longer", target, "comp", allocation="damage", options=learn))
+        found.append(case("flap", target))
+    return found
+
+
 SUITES = {
     "peers": peers(),
+    "scores-comp": scores_comp(),
     "structured": structured(),
     "ablation-comp": ablation_comp(),
     "classic": classic(),

@@ -129,6 +129,7 @@ RESUMED: list[dict[str, Any]] = [
     {"options": {"try_blocks": 0}},
     {"options": {"try_blocks": 2, "try_heads": 0}, "target": "0.6"},
     {"options": {"try_blocks": 0, "learn_rounds": 2, "target": "both"}, "allocation": "searched"},
+    {"options": {"try_blocks": 0, "supervise": "outputs"}, "allocation": "damage"},
     {"method": "flap"},
     {"method": "flap", "pack": "none"},
 ]

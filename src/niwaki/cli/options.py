@@ -108,7 +108,7 @@ KeepBlocks = Annotated[
 Allocation = Annotated[
     str | None,
     recipe_option(
-        "How the blocks share the target: uniform, owl (zeros), searched (structured), sensitivity (bits) or auto.",
+        "How blocks share the target: uniform, owl (zeros), damage, searched (structured), sensitivity (bits) or auto.",
         "auto",
     ),
 ]

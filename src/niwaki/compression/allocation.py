@@ -1,7 +1,8 @@
 """Allocation of one overall target to all matrices (bits by `sensitivity`: see `bit_allocation`).
 
-`auto` is `sensitivity` for methods that spend any number of bits, and `uniform` for all others. `searched` gives blocks
-widths of their own (see `width_search`). `uniform` gives every matrix the same target.
+`auto` is `sensitivity` for methods that spend any number of bits, and `uniform` for all others. `searched` and
+`damage` give blocks widths of their own (see `width_search`, `unit_damage`). `uniform` gives every matrix the same
+target.
 
 `owl` gives blocks with more outlier weights less sparsity: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL)" (ICML
 2024), equations 2 and 3. The outlier share of a block is the fraction of its Wanda scores |W|·‖X‖ that exceed M times
@@ -23,7 +24,8 @@ from niwaki.errors import TargetError
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.decoder import Block
 
-ALLOCATIONS = ("auto", "owl", "searched", "sensitivity", "uniform")
+OWN_WIDTHS = ("damage", "searched")  # blocks of a structured method get widths of their own
+ALLOCATIONS = ("auto", "damage", "owl", "searched", "sensitivity", "uniform")
 OWL_NEEDS = Needs(sqnorm=True)
 SCAN_FORWARDS = {"owl": 2.0, "sensitivity": 1.0}  # forwards of all blocks that an allocation takes
 

@@ -164,6 +164,16 @@ def next_token_losses(decoder: Decoder, ids_BT: Tensor, x_BTD: Tensor) -> Tensor
     return loss_BT
 
 
+def mean_loss(decoder: Decoder, stream: Stream) -> float:
+    """Return the mean negative log-likelihood of a predicted token, after the last block."""
+    total = 0.0
+    for row in range(len(stream.ids_ST)):
+        rows = slice(row, row + 1)
+        loss_1T = next_token_losses(decoder, stream.ids_ST[rows], stream.hidden.read(rows))
+        total += float(loss_1T.double().mean())
+    return total / len(stream.ids_ST)
+
+
 def head_gradient(decoder: Decoder, ids_BT: Tensor, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss of every window [B], and the gradient of their sum at the output of the last block [B, T, D]."""
     parts = decoder.position_slices(ids_BT.numel())

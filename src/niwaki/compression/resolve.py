@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from niwaki.compression.allocation import ALLOCATIONS, OwlConfig, Targets, owl, uniform
+from niwaki.compression.allocation import ALLOCATIONS, OWN_WIDTHS, OwlConfig, Targets, owl, uniform
 from niwaki.compression.bit_allocation import bits_within, kept_targets
 from niwaki.compression.shapes import ExpectedShape, expect_shape
 from niwaki.compression.stages import split_stages
@@ -173,9 +173,9 @@ def resolve_allocation(recipe: Recipe) -> Recipe:
             recipe.keep_blocks or bits_are_named(recipe, infos)
         )
         recipe = recipe.model_copy(update={"allocation": "sensitivity" if by_need else "uniform"})
-    if recipe.allocation == "searched" and infos[0].kind is not MethodKind.SHAPE:
+    if recipe.allocation in OWN_WIDTHS and infos[0].kind is not MethodKind.SHAPE:
         names = ", ".join(method_names(MethodKind.SHAPE))
-        raise TargetError(f"searched widths need a structured method ({names}), got {recipe.method}")
+        raise TargetError(f"{recipe.allocation} widths need a structured method ({names}), got {recipe.method}")
     if recipe.drop_unused and infos[0].kind is MethodKind.CONTEXTUAL:
         raise InputError(f"{recipe.method} keeps the files of the weights as they are: leave drop_unused out")
     if recipe.rotate != "none" and recipe.blocks is not None:
@@ -259,7 +259,7 @@ def _check_alone(recipe: Recipe, infos: Sequence[MethodInfo]) -> None:
             else "learns what a finished model needs: run it alone, on the result of other methods"
         )
         raise InputError(f"{alone.name} {why}")
-    if recipe.allocation != "uniform" and not (shapes and recipe.allocation == "searched"):
+    if recipe.allocation != "uniform" and not (shapes and recipe.allocation in OWN_WIDTHS):
         chosen = "the shape" if shapes else "what runs"
         raise TargetError(f"{alone.name} chooses {chosen} itself: drop allocation {recipe.allocation}")
 

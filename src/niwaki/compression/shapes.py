@@ -6,6 +6,7 @@ take removes about as much, and changes the same kinds of parts. So what cannot 
 
 from dataclasses import dataclass, replace
 
+from niwaki.compression.allocation import OWN_WIDTHS
 from niwaki.config.recipe import Recipe
 from niwaki.config.targets import Sparsity
 from niwaki.errors import InputError
@@ -57,10 +58,10 @@ def expect_shape(
     if shape is None:
         raise space.no_shape(target, step.name)
     space.check(shape, is_cut(shape, recipe))
-    if recipe.allocation == "searched" and not space.movable_kinds:
+    if recipe.allocation in OWN_WIDTHS and not space.movable_kinds:
         raise InputError(
-            f"blocks with widths of their own cannot be cut ({'; '.join(space.problems)}): drop --allocation searched, "
-            "or use --pack none"
+            f"blocks with widths of their own cannot be cut ({'; '.join(space.problems)}): "
+            f"drop --allocation {recipe.allocation}, or use --pack none"
         )
     stays = tuple(f"{recipe.method} leaves a part as it is: {problem}" for problem in space.problems)
     return step, ExpectedShape(space, shape, len(tried), (*filter(None, [note]), *stays))

@@ -6,6 +6,7 @@ the smaller model, on the same calibration windows. Its record contains that of 
 
 from dataclasses import dataclass
 
+from niwaki.compression.allocation import OWN_WIDTHS
 from niwaki.compression.run_record import RunRecord
 from niwaki.config.recipe import Recipe
 from niwaki.data.texts import CalibrationWindows
@@ -38,12 +39,12 @@ def split_stages(recipe: Recipe) -> list[Recipe]:
             f"{recipe.target or recipe.target_bytes}"
         )
     own = {key: value for key, value in recipe.options.items() if key.partition(".")[0] == first}
-    searched = recipe.allocation == "searched"
+    widths = recipe.allocation in OWN_WIDTHS
     shaping = {
         "method": first,
         "target": targets[0],
         "options": own,
-        "allocation": "searched" if searched else "auto",
+        "allocation": recipe.allocation if widths else "auto",
         "keep_blocks": (),
         "embeddings": "none",
     }
@@ -51,7 +52,7 @@ def split_stages(recipe: Recipe) -> list[Recipe]:
         "method": rest,
         "target": targets[1],
         "options": {key: value for key, value in recipe.options.items() if key not in own},
-        "allocation": "auto" if searched else recipe.allocation,
+        "allocation": "auto" if widths else recipe.allocation,
     }
     return [recipe.model_copy(update=shaping), recipe.model_copy(update=after)]
 

@@ -14,13 +14,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from niwaki.compression.backward import next_token_losses
+from niwaki.compression.allocation import OWN_WIDTHS
+from niwaki.compression.backward import mean_loss
 from niwaki.compression.job import Allocation, FullBlocks, Job, block_part, scan, walk_model, windows_stream
 from niwaki.compression.result_folder import ResultFolder
 from niwaki.compression.run_record import JournalEntry, MatrixRecord, RunRecord
 from niwaki.compression.shapes import is_cut
+from niwaki.compression.unit_damage import damages, probes, spread_by_damage
 from niwaki.compression.walk import WalkPlan, collect, compress_blocks, forward
-from niwaki.compression.width_search import spread
+from niwaki.compression.width_search import Place, spread
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.targets import Sparsity
 from niwaki.data.stream import Stream
@@ -55,8 +57,9 @@ def _choose_shape(job: Job, folder: ResultFolder, report: Report) -> Allocation:
 
     infos = [BlockInfo(*values) for values in scan(job, folder, "looks", measure, report, advances=True)]
     search = step.shape_method.search(space, target.zeros_frac, infos, step.config)
-    if job.recipe.allocation == "searched":
-        search = _then_spread(search, space, target, step.shape_method.multiple(step.config))
+    rises: dict[Place, float] = {}
+    if job.recipe.allocation in OWN_WIDTHS:
+        search = _then_spread(search, job, folder, report, space, rises)
     shape, losses = _search(search, job, folder, report, space)
     if shape is None:
         raise space.no_shape(target, job.recipe.method)
@@ -68,6 +71,11 @@ def _choose_shape(job: Job, folder: ResultFolder, report: Report) -> Allocation:
         "cut": cut,
         "influence": [info.influence for info in infos],
         **({"stays": list(job.stage.expected.notes)} if job.stage.expected.notes else {}),
+        **(
+            {"damages": [{"block": i, "kind": kind, "rise": rise} for (i, kind), rise in rises.items()]}
+            if rises
+            else {}
+        ),
         "trials": [_shape_record(tried) | {"loss": loss} for tried, loss in losses.items()],
     }
     report(Event.ALLOCATION, **numbers)
@@ -90,12 +98,28 @@ def _search(
         return stop.value, losses
 
 
-def _then_spread(search: ShapeSearch, space: ShapeSpace, target: Sparsity, multiple: int) -> ShapeSearch:
-    """Give every block widths of its own, from the even shape that the method found."""
+def _then_spread(
+    search: ShapeSearch, job: Job, folder: ResultFolder, report: Report, space: ShapeSpace, rises: dict[Place, float]
+) -> ShapeSearch:
+    """Give every block widths of its own, from the even shape that the method found. `rises` receives the damages."""
     shape = yield from search
     if shape is None or not shape.even:
         return shape
-    return (yield from spread(space, shape, target.zeros_frac, multiple))
+    target, step = job.stage.target, job.stage.steps[0]
+    assert isinstance(target, Sparsity)
+    multiple = step.shape_method.multiple(step.config)
+    if job.recipe.allocation == "searched":
+        return (yield from spread(space, shape, target.zeros_frac, multiple))
+    rises |= damages(job, folder, space, probes(space, shape), _judged_windows(job), report)
+    return (yield from spread_by_damage(space, shape, rises, target.zeros_frac, multiple))
+
+
+def _judged_windows(job: Job) -> tuple[Tensor, Tensor]:
+    """Return the windows that candidates are made with, and those that they are evaluated on."""
+    assert job.windows_ST is not None, "structured methods ask for windows"
+    held = max(1, min(HELD_WINDOWS, len(job.windows_ST) // 4))
+    fitted_ST = job.windows_ST[:-held] if len(job.windows_ST) > held else job.windows_ST
+    return fitted_ST, job.windows_ST[-held:]
 
 
 def _evaluate(
@@ -107,16 +131,14 @@ def _evaluate(
     """
     part = f"trial-{number:05d}"
     if part not in folder.finished:
-        assert job.windows_ST is not None, "structured methods ask for windows"
-        held = max(1, min(HELD_WINDOWS, len(job.windows_ST) // 4))
-        fitted_ST = job.windows_ST[:-held] if len(job.windows_ST) > held else job.windows_ST
+        fitted_ST, held_ST = _judged_windows(job)
         stream = windows_stream(job, folder, "trial", fitted_ST)
-        judge = windows_stream(job, folder, "held", job.windows_ST[-held:])
+        judge = windows_stream(job, folder, "held", held_ST)
         dense = windows_stream(job, folder, "trial-dense", fitted_ST) if job.stage.dense_stream else None
         assert judge is not None
         plan = WalkPlan(job.stage.steps, space.targets(shape, False), job.recipe.seed, records=False)
         compress_blocks(job.decoder, plan, stream, dense, riders=[judge], save=lambda block, lines: None, report=silent)
-        folder.finish_part(part, JournalEntry(loss=_loss(job.decoder, judge)))
+        folder.finish_part(part, JournalEntry(loss=mean_loss(job.decoder, judge)))
         report(Event.CANDIDATE, shape=_shape_record(shape), loss=folder.finished[part].loss)
     loss = folder.finished[part].loss
     assert loss is not None, "the entry of a candidate"
@@ -259,16 +281,6 @@ def _influence(block: Block, stream: Stream) -> float:
         total += float(torch.cosine_similarity(before_BTD, out_BTD.float(), dim=-1).double().sum())
         tokens += before_BTD.shape[0] * before_BTD.shape[1]
     return 1 - total / tokens
-
-
-def _loss(decoder: Decoder, stream: Stream) -> float:
-    """Return the mean negative log-likelihood of a predicted token."""
-    total = 0.0
-    for row in range(len(stream.ids_ST)):
-        rows = slice(row, row + 1)
-        loss_1T = next_token_losses(decoder, stream.ids_ST[rows], stream.hidden.read(rows))
-        total += float(loss_1T.double().mean())
-    return total / len(stream.ids_ST)
 
 
 def _shape_record(shape: PrunedShape) -> dict[str, Any]:

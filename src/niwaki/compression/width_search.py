@@ -33,8 +33,12 @@ def spread(sizes: ShapeSpace, start: PrunedShape, removed_frac: float, multiple:
         probes = dict(_probes(sizes, start))
         losses = yield list(probes.values())
         rises = {place: loss - least for place, loss in zip(probes, losses, strict=True)}
-        wanted = _balanced(sizes, start, probes, rises, removed_frac)
-        near = [_toward(sizes, start, wanted, stride, removed_frac, multiple) for stride in STRIDES]
+        stiff = {
+            place: rise / (_gone(sizes, probes[place], place) ** 2 - _gone(sizes, start, place) ** 2)
+            for place, rise in rises.items()
+        }
+        wanted = balanced(sizes, start, stiff, removed_frac)
+        near = [toward(sizes, start, wanted, stride, removed_frac, multiple) for stride in STRIDES]
         fitting = [shape for shape in near if sizes.removed_frac(shape) >= removed_frac - 1e-9]
         losses = yield fitting
         if min(losses, default=least) >= least:
@@ -57,21 +61,18 @@ def _probes(sizes: ShapeSpace, start: PrunedShape) -> Iterator[tuple[Place, Prun
 
 def _gone(sizes: ShapeSpace, shape: PrunedShape, place: Place) -> float:
     index, kind = place
-    return 1 - shape.kept(kind)[index] / sizes.units[kind].count
+    return gone_share(sizes, shape.kept(kind)[index], place)
 
 
-def _balanced(
-    sizes: ShapeSpace,
-    start: PrunedShape,
-    probes: Mapping[Place, PrunedShape],
-    rises: Mapping[Place, float],
-    removed_frac: float,
+def gone_share(sizes: ShapeSpace, kept: int, place: Place) -> float:
+    """Return the share of the groups of a unit that is gone if it keeps `kept`."""
+    return 1 - kept / sizes.units[place[1]].count
+
+
+def balanced(
+    sizes: ShapeSpace, start: PrunedShape, stiff: Mapping[Place, float], removed_frac: float
 ) -> dict[Place, float]:
-    """Return the share of every probed unit that is gone where Σ a·r² is minimal."""
-    stiff = {
-        place: rise / (_gone(sizes, probes[place], place) ** 2 - _gone(sizes, start, place) ** 2)
-        for place, rise in rises.items()
-    }
+    """Return the share of every unit in `stiff` (a by unit) that is gone where Σ a·r² is minimal."""
     floor = MIN_STIFFNESS * sum(max(a, 0.0) for a in stiff.values()) / len(stiff)
     stiff = {place: max(a, floor, 1e-12) for place, a in stiff.items()}
     size = {kind: unit.count * sizes.group_parameters[kind] for kind, unit in sizes.units.items()}
@@ -89,7 +90,7 @@ def _balanced(
     return shares(high)
 
 
-def _toward(
+def toward(
     sizes: ShapeSpace,
     start: PrunedShape,
     wanted: Mapping[Place, float],

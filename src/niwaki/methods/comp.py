@@ -11,7 +11,9 @@ Source: "COMP" (arXiv 2501.15255). Only its abstract could be read: a reconstruc
    The paper's formula is not verified.
 3. Least squares tune the kept weights (`tune`). C are the second moments of the inputs x in the compressed model, C_fx
    those with the inputs f in the dense model.
-4. Not in the paper, and off by default (`learn_rounds`): gradients through one block pull its output back to the dense
+4. Not in the paper: with `--allocation damage` each block has widths of its own. One walk measures the rise of the
+   loss for each unit that is pruned alone, and more goes where that costs less.
+5. Not in the paper, and off by default (`learn_rounds`): gradients through one block pull its output back to the dense
    one's on the same inputs. All its weights learn together.
 
 | `score` | of the columns g of the matrix W that writes to the residual stream |

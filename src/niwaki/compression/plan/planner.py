@@ -208,6 +208,8 @@ def _plan_stage(decoder: Decoder, model: ModelSizes, stage: ResolvedStage, devic
         space, shape, candidates = stage.expected.space, stage.expected.shape, float(stage.expected.candidates)
         if stage.recipe.allocation == "searched":
             candidates += EXPECTED_ROUNDS * (2 * len(space) + len(STRIDES))
+        elif stage.recipe.allocation == "damage":
+            candidates += 2 + len(STRIDES)  # a walk and the forwards of the riders count as two
         left = shaped_sizes(model, space, shape)
         if stage.recipe.drop_unused:
             left = replace(left, file_bytes=left.file_bytes - left.unread_bytes, unread_bytes=0)
