@@ -27,10 +27,9 @@ from support.models import tiny_llama, write_texts
 
 @dataclass(frozen=True)
 class World:
-    """Models and texts that the runs read, and the device that they use."""
+    """Models and texts that the runs read."""
 
     folder: Path
-    device: str = "cpu"
 
     @property
     def text(self) -> str:
@@ -61,7 +60,7 @@ def _compress(method: str | None, target: str | None, model: str = "model", **ch
     def run(world: World, out: Path, resume: bool) -> Any:
         text = {} if changes.get("plain") else {"calibration": world.calibration(**changes.get("size", {}))}
         more = {key: value for key, value in changes.items() if key not in ("plain", "size")}
-        given = {"method": method, "target": target, "device": world.device, "resume": resume, **text, **more}
+        given = {"method": method, "target": target, "device": "cpu", "resume": resume, **text, **more}
         return niwaki.compress(world.folder / model, out, **given)
 
     return Kind(run)
@@ -78,14 +77,14 @@ def _recover(overwrite: bool) -> Kind:
 
     def run(world: World, out: Path, resume: bool) -> Any:
         training.SAVE_SECONDS = 0.0
-        given = {"data": world.text, "device": world.device, "overwrite": overwrite, "resume": resume, **small}
+        given = {"data": world.text, "device": "cpu", "overwrite": overwrite, "resume": resume, **small}
         return recover(world.folder / "pruned", out, **given)
 
     return Kind(run)
 
 
 def _rotate(world: World, out: Path, _: bool) -> Any:
-    size: dict[str, Any] = {"samples": 4, "seq_len": 16, "steps": 4, "device": world.device}
+    size: dict[str, Any] = {"samples": 4, "seq_len": 16, "steps": 4, "device": "cpu"}
     return rotate(world.folder / "model", out, target="2:4", calibration=world.text, **size)
 
 
@@ -101,24 +100,24 @@ def _compare(overwrite: bool) -> Kind:
 
     def run(world: World, out: Path, _: bool) -> Any:
         model, pruned = world.folder / "model", world.folder / "pruned"
-        given = {"data": [world.text], "report": out, "device": world.device, "overwrite": overwrite, **size}
+        given = {"data": [world.text], "report": out, "device": "cpu", "overwrite": overwrite, **size}
         return compare(model, [pruned], **given)
 
     return Kind(run, resumes=False, needs="plotly")
 
 
 def _adapt(world: World, out: Path, _: bool) -> Any:
-    size: dict[str, Any] = {"samples": 16, "seq_len": 24, "device": world.device}
+    size: dict[str, Any] = {"samples": 16, "seq_len": 24, "device": "cpu"}
     return adapt(out, data=str(world.folder / "new.jsonl"), **size)
 
 
 def _gate(world: World, out: Path, _: bool) -> Any:
-    size: dict[str, Any] = {"samples": 4, "prompt_tokens": 8, "new_tokens": 4, "device": world.device}
+    size: dict[str, Any] = {"samples": 4, "prompt_tokens": 8, "new_tokens": 4, "device": "cpu"}
     return calibrate_gate(out, data=world.text, **size)
 
 
 def _card(world: World, out: Path, _: bool) -> None:
-    size: dict[str, Any] = {"seq_len": 16, "max_tokens": 64, "device": world.device}
+    size: dict[str, Any] = {"seq_len": 16, "max_tokens": 64, "device": "cpu"}
     put_evaluation(out, evaluate(str(out), data=(world.text,), **size))
 
 
@@ -195,7 +194,7 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
-def make_world(folder: Path, device: str = "cpu", *, whole: bool = True) -> World:
+def make_world(folder: Path, *, whole: bool = True) -> World:
     """Write models, an adapter, a GGUF file and results to `folder`; without `whole` only what quick tests need."""
     world = World(folder)
     write_texts(folder / "text.jsonl")
@@ -214,7 +213,7 @@ def make_world(folder: Path, device: str = "cpu", *, whole: bool = True) -> Worl
         niwaki.export(folder / "model", folder / "gguf", to="gguf", type="f16")
         next((folder / "gguf").glob("*.gguf")).rename(folder / "model.gguf")
         shutil.rmtree(folder / "gguf")
-    return replace(world, device=device)
+    return world
 
 
 def _adapter(base: Path, folder: Path) -> None:

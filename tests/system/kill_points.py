@@ -2,8 +2,9 @@
 
 Torch is imported once. Every run is a forked child with a process group of its own, which is killed as a whole. A hook,
 here alone, counts what changes the disk (fsync, rename, unlink, mkdir, …), and kills the child before the n-th of
-these. A random kill comes from the parent, by the clock. Then OUT is absent or whole, and so is what it was before.
-The same command, with --resume where it exists, ends at the same bytes with nothing beside OUT.
+these. A random kill comes from the parent, by the clock. Then OUT is absent or whole, and so is what it was before. The
+same command, with --resume where it exists, ends at the same bytes with nothing beside OUT. All runs are on the CPU: a
+child cannot use CUDA that its parent has begun.
 
     python -m tests.system.kill_points --moments 50 --workers 16 --out benchmarks/results/speed/kill-points-cpu.json
 """
@@ -369,7 +370,6 @@ def main(
     writes: Annotated[int, typer.Option(help="Kills at writes per kind, drawn at random; 0: at every write.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes that work at the same time.")] = 1,
     limit: Annotated[float, typer.Option(help="Seconds after which no more kills begin.")] = 7200,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="JSON file for the counts.")] = None,
     kind: Annotated[list[str] | None, typer.Option(help="Kinds; all if none is given.")] = None,
 ) -> None:
@@ -380,7 +380,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="kill-points-") as folder:
         (Path(folder) / "world").mkdir()
         os.environ["NIWAKI_CACHE"] = str(Path(folder) / "cache")
-        world = make_world(Path(folder) / "world", device)
+        world = make_world(Path(folder) / "world")
         kinds = kind or list(KINDS)
         _import_all(world, kinds)
         print(f"models after {time.monotonic() - began:.0f} s", flush=True)
@@ -396,7 +396,7 @@ def main(
         versions = {
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
         }  # fmt: skip
-        about = {"command": f"{command} --limit {limit:.0f} --device {device} --out {out}", "wall_seconds": wall}
+        about = {"command": f"{command} --limit {limit:.0f} --out {out}", "wall_seconds": wall}
         about |= {"versions": versions, "skipped": campaign.skipped, "kinds": counts}
         out.write_text(json.dumps(about, indent=1) + "\n")
     missing = [text for text in campaign.skipped.values() if not text.endswith("is not installed")]
