@@ -32,6 +32,7 @@ def compress(
     pack: options.Pack = None,
     embeddings: options.Embeddings = None,
     ends: options.OldEnds = None,
+    expert_tokens: options.ExpertTokens = None,
     rotate: options.Rotate = None,
     drop_unused: options.DropUnused = False,
     seed: options.Seed = None,
@@ -56,8 +57,8 @@ def compress(
         recipe, text, set_,
         method=method, preset=preset, target=target, target_bytes=target_bytes, blocks=blocks,
         keep_blocks=keep_blocks, allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends),
-        rotate=rotate, drop_unused=drop_unused or None, seed=seed, device=device, dtype=dtype,
-        batch_tokens=batch_tokens, activation_bytes=activation_bytes, logit_bytes=logit_bytes,
+        expert_tokens=expert_tokens, rotate=rotate, drop_unused=drop_unused or None, seed=seed, device=device,
+        dtype=dtype, batch_tokens=batch_tokens, activation_bytes=activation_bytes, logit_bytes=logit_bytes,
     )  # fmt: skip
     check_recipe(values)
     check_inputs(*([] if merge_adapter else [model]))

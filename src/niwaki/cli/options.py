@@ -127,6 +127,10 @@ Embeddings = Annotated[
     str | None, recipe_option("Store embeddings and LM head as codes too: none, 4bit or 8bit.", "none")
 ]
 OldEnds = Annotated[str | None, hidden_alias("--ends")]
+ExpertTokens = Annotated[
+    int | None,
+    recipe_option("Mixtures: tokens of other experts that count beside the own ones of each expert, 0 for none.", 0),
+]
 Rotate = Annotated[
     str | None,
     recipe_option(

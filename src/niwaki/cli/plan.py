@@ -44,6 +44,7 @@ def plan(
     pack: options.Pack = None,
     embeddings: options.Embeddings = None,
     ends: options.OldEnds = None,
+    expert_tokens: options.ExpertTokens = None,
     rotate: options.Rotate = None,
     drop_unused: options.DropUnused = False,
     dtype: options.RecipeDtype = None,
@@ -71,8 +72,8 @@ def plan(
         recipe, given(files=files, samples=samples, seq_len=seq_len, bos=bos, mix=mix or None), set_,
         method=method, preset=preset, target=target, target_bytes=target_bytes, blocks=blocks,
         keep_blocks=keep_blocks, allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends),
-        rotate=rotate, drop_unused=drop_unused or None, dtype=dtype, batch_tokens=batch_tokens,
-        activation_bytes=activation_bytes, logit_bytes=logit_bytes,
+        expert_tokens=expert_tokens, rotate=rotate, drop_unused=drop_unused or None, dtype=dtype,
+        batch_tokens=batch_tokens, activation_bytes=activation_bytes, logit_bytes=logit_bytes,
     )  # fmt: skip
     check_recipe(values)
     check_inputs(*([] if merge_adapter else [model]))

@@ -35,6 +35,7 @@ from niwaki.compression.bit_allocation import (
 from niwaki.compression.bos_loss import warn_without_bos
 from niwaki.compression.carried import Carried, earlier_runs, open_origin
 from niwaki.compression.embeddings import TensorNames, embeddings_to_pack
+from niwaki.compression.experts import experts_record
 from niwaki.compression.model_card import model_card
 from niwaki.compression.outer_files import OuterFiles
 from niwaki.compression.places import check_apart, partial_of, resumable
@@ -257,8 +258,9 @@ def walk_model(job: Job, folder: ResultFolder, report: Report, allocate: Allocat
 
         last = None if job.recipe.blocks is None else max(job.recipe.blocks)
         plan = WalkPlan(
-            stage.steps, allocation.targets, job.recipe.seed, job.recipe.pack, gradients=gradients, last=last
-        )
+            stage.steps, allocation.targets, job.recipe.seed, job.recipe.pack, gradients=gradients, last=last,
+            expert_tokens=job.recipe.expert_tokens,
+        )  # fmt: skip
         compress_blocks(decoder, plan, stream, dense, save=save, report=report, finished=finished, origin=job.origin)
     return _finish_walk(job, folder, report, allocation, stream)
 
@@ -471,8 +473,11 @@ def _finish_walk(
         write_text(folder.path / "config.json", quantized_config(job.checkpoint.config_content(), stored))
     allocation.storage.write_config(folder)
     write_text(folder.path / INDEX, json.dumps(shard_index(parts), indent=2) + "\n")
-    write_lines(folder.path, [line for entry in parts for line in entry.matrices])
-    record = record_of(job, folder, result_of(parts, job.recipe.blocks), allocation.numbers)
+    lines = [line for entry in parts for line in entry.matrices]
+    write_lines(folder.path, lines)
+    made = [line for line in lines if job.stage.needs.anything and not job.leaves(line.block)]
+    experts = experts_record(job.decoder.anatomy, made, report)
+    record = record_of(job, folder, result_of(parts, job.recipe.blocks), allocation.numbers).model_copy(update=experts)
     finish(job, folder, report, record, lambda: allocation.storage.check(folder, stream))
     return record
 

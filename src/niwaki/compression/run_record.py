@@ -285,6 +285,7 @@ class RunRecord(Record):
     peak_rss_bytes: int = 0
     peak_device_bytes: int = 0
     stages: list["RunRecord"] = []
+    experts: dict[str, list[int]] = {}  # calibration tokens of every expert of a mixture, by block
     earlier: list["RunRecord | RecoveryRecord"] = []
 
     @model_validator(mode="before")

@@ -136,7 +136,10 @@ def _evaluate(
         judge = windows_stream(job, folder, "held", held_ST)
         dense = windows_stream(job, folder, "trial-dense", fitted_ST) if job.stage.dense_stream else None
         assert judge is not None
-        plan = WalkPlan(job.stage.steps, space.targets(shape, False), job.recipe.seed, records=False)
+        plan = WalkPlan(
+            job.stage.steps, space.targets(shape, False), job.recipe.seed, records=False,
+            expert_tokens=job.recipe.expert_tokens,
+        )  # fmt: skip
         compress_blocks(job.decoder, plan, stream, dense, riders=[judge], save=lambda block, lines: None, report=silent)
         folder.finish_part(part, JournalEntry(loss=mean_loss(job.decoder, judge)))
         report(Event.CANDIDATE, shape=_shape_record(shape), loss=folder.finished[part].loss)

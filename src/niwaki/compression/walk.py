@@ -17,6 +17,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from niwaki.compression.experts import shrink_experts
 from niwaki.compression.run_record import MatrixRecord
 from niwaki.config.events import Event, Report
 from niwaki.config.targets import KeepUnits, Target
@@ -123,6 +124,7 @@ class WalkPlan:
     """Work of the walk on each block: one method after another, with their targets and their seed.
 
     Without targets, a block passes as it is. `last` is the last block that a stream has to pass; by default all are.
+    `expert_tokens`: see `experts`.
 
     `pack` selects which matrices are stored packed (see `Packed.pack`). Without `records`, blocks are only replaced, to
     evaluate a candidate. `gradients` reads the squared gradients of a block, if a step needs them.
@@ -135,6 +137,7 @@ class WalkPlan:
     records: bool = True
     gradients: Callable[[int], Mapping[str, Tensor]] = lambda index: {}
     last: int | None = None
+    expert_tokens: int = 0
 
     @property
     def needs(self) -> Needs:
@@ -218,6 +221,7 @@ def _compress_block(block: Block, plan: WalkPlan, stream: Stream | None, dense: 
     before_BTD = None
     if stream is not None:
         statistics, before_BTD = collect(block, stream, plan.needs, dense)
+        shrink_experts(block, stream, statistics, plan.needs, plan.expert_tokens)
     packed: dict[str, Packed] = {}
     chosen: dict[str, list[MaskChoice]] = {}
     masks: dict[str, Tensor] = {}  # a later quantizer rounds some of the kept weights to zero
@@ -283,7 +287,7 @@ def _store(
         "zeros_frac": zeros / max(count, 1),
         "bytes": nbytes,
         "bits": 8 * nbytes / max(count, 1),
-        "tokens": statistics.tokens,
+        "tokens": statistics.own_tokens,
         "error_before_update": error_before_update,
         "error": error,
         "note": join_notes(record.note, _storage_note(record, packed, packing, name in block.packable)),

@@ -30,7 +30,7 @@ MIX_HELP = (
 )
 MISSING = "{} is missing: give one, for example --method sparsegpt --target 2:4 (see `niwaki methods`)"
 RENAMED_FIELDS = {"ends": "embeddings"}  # of a recipe, by their names in version 0.1
-ADDED_FIELDS = ("blocks", "drop_unused", "logit_bytes", "rotate")  # since version 0.1
+ADDED_FIELDS = ("blocks", "drop_unused", "expert_tokens", "logit_bytes", "rotate")  # since version 0.1
 RENAMED_OPTIONS = {"stand_in": "mean_fill", "trial_windows": "candidate_windows", "trust": "shrinkage"}  # of methods
 RENAMED_PREFIXES = {"most_": "max_", "least_": "min_"}
 
@@ -86,6 +86,9 @@ class Recipe(_Strict):
     embeddings: Annotated[
         Literal["none", "4bit", "8bit"], "Codes of the embeddings and the LM head; they do not count in the target."
     ] = "none"
+    expert_tokens: Annotated[
+        int, "Tokens of the other experts that count beside the own ones of each expert of a mixture; 0 for none."
+    ] = Field(default=0, ge=0)
     rotate: Annotated[
         Literal["none", "heads", "all", "auto"],
         "Basis that loses less: of heads and neurons (heads; auto where it can) or of all, which unties the head.",

@@ -62,12 +62,14 @@ class Needs:
 class Statistics:
     """Sums over the calibration tokens that reached one group of matrices.
 
-    `tokens` counts them. `sample_NI` keeps the first SAMPLE_TOKENS inputs, for the measurement of output errors.
+    `own_tokens` counts them, and `tokens` also those that `lean_on` lends. `sample_NI` keeps the first SAMPLE_TOKENS
+    inputs, for the measurement of output errors.
     """
 
     def __init__(self, needs: Needs) -> None:
         self.needs = needs
         self.tokens = 0
+        self.own_tokens = 0
         self.sample_NI: Tensor | None = None
         self._sqnorm_I: Tensor | None = None
         self._gram_II: Tensor | None = None
@@ -88,6 +90,7 @@ class Statistics:
             room = SAMPLE_TOKENS - len(self.sample_NI)
             self.sample_NI = torch.cat([self.sample_NI, x_NI[:room].clone()])
         self.tokens += len(x_NI)
+        self.own_tokens += len(x_NI)
         if self.needs.gram:
             self._add_gram(x_NI)
         elif self.needs.sqnorm:
@@ -113,6 +116,18 @@ class Statistics:
         for first in range(0, width, STRIP_COLUMNS):
             last = min(first + STRIP_COLUMNS, width)
             self._gram_II[first:last, :last] += _product(x_NI[:, first:last], x_NI[:, :last])
+        self._mirrored = False
+
+    def lean_on(self, other: "Statistics", tokens: int) -> None:
+        """Add the sums of `other` with the weight of `tokens` tokens; nothing if it has met none."""
+        if not other.tokens:
+            return
+        share = tokens / other.tokens
+        for name in ("_sqnorm_I", "_gram_II", "_sum_I", "_held_II"):
+            own, lent = getattr(self, name), getattr(other, name)
+            if lent is not None:
+                setattr(self, name, lent * share if own is None else own.add_(lent, alpha=share))
+        self.tokens += tokens
         self._mirrored = False
 
     @property
