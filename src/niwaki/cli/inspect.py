@@ -20,7 +20,8 @@ TITLES = {"zeros_frac": "zeros", "bits": "bits a weight", "removed_frac": "remov
 
 def inspect(
     out: Annotated[
-        str, typer.Argument(help="A result of `niwaki compress`; with --sensitivity a dense model.", show_default=False)
+        Path,
+        typer.Argument(help="A result of `niwaki compress`; with --sensitivity a dense model.", show_default=False),
     ],
     why: Annotated[
         str | None, typer.Option(help="One matrix in full, for example model.layers.3.mlp.down_proj.")
@@ -46,14 +47,14 @@ def inspect(
     if sensitivity:
         if why is not None:
             raise InputError("--why explains a result, --sensitivity measures a dense model: give one of them")
-        _measure(out, text, flags, json_)
+        _measure(str(out), text, flags, json_)
         return
     if text or flags:
         raise InputError("text, seed, device and dtype belong to --sensitivity: add it, or leave them out")
     from niwaki.compression.inspect import inspect as run
     from niwaki.compression.run_record import read_run
 
-    read_run(Path(out))  # refuses any other folder before torch is loaded
+    read_run(out)  # refuses any other folder before torch is loaded
     from niwaki.compression.why import why as explain
 
     result = run(out) if why is None else explain(out, why)
