@@ -8,10 +8,10 @@ Legend: S windows, B windows in a batch, T tokens, D hidden size, N tokens, O ou
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import zip_longest
 from types import MappingProxyType
 
 import torch
@@ -46,9 +46,13 @@ STORED_DENSE = "codes are stored as the weights they stand for, so the file is n
 
 
 def loaded_blocks(
-    decoder: Decoder, finished: Mapping[int, ReadBlock] = MappingProxyType({}), *, backwards: bool = False
+    decoder: Decoder,
+    finished: Mapping[int, ReadBlock] = MappingProxyType({}),
+    *,
+    backwards: bool = False,
+    ahead: int = 0,
 ) -> Iterator[Block]:
-    """Yield every block in turn, from `finished` where it has a reader.
+    """Yield every block in turn, from `finished` where it has a reader, with `ahead` following blocks in memory.
 
     The next block is read while the caller works. The caller releases the blocks.
     """
@@ -58,11 +62,12 @@ def loaded_blocks(
         def load(index: int) -> Block:
             return decoder.load(index, finished[index]() if index in finished else None)
 
-        upcoming: Future[Block] = reader.submit(load, order[0])
-        for _, following in zip_longest(order, order[1:]):
-            block = upcoming.result()
-            if following is not None:
-                upcoming = reader.submit(load, following)
+        upcoming: deque[Future[Block]] = deque(reader.submit(load, index) for index in order[: ahead + 1])
+        for place in range(len(order)):
+            block = upcoming.popleft().result()
+            if place + ahead + 1 < len(order):
+                upcoming.append(reader.submit(load, order[place + ahead + 1]))
+            block.following = [future.result() for future in list(upcoming)[:ahead]]
             yield block
 
 
@@ -167,7 +172,7 @@ def compress_blocks(
     the compressed prefix at every depth. It passes the blocks of `origin` where those of the decoder stay as they are.
     The `riders` only pass the compressed blocks.
     """
-    for block in loaded_blocks(decoder, finished):
+    for block in loaded_blocks(decoder, finished, ahead=plan.needs.ahead):
         started = time.perf_counter()
         replayed, passes = block.index in finished, plan.last is None or block.index <= plan.last
         changes = bool(plan.targets[block.index]) and not replayed

@@ -24,7 +24,7 @@ class Needs:
     the inputs and outputs of the dense block (empty: it does not learn). `dense`: also the outputs of the same block
     in the dense model. `full`: Gram matrices with the inputs of the same tokens in the dense model. `mean`: sums of
     the inputs. `gradient`: squared gradients of the loss of each window in the dense model. `held`: Gram matrices of
-    every eighth part of the tokens too, to judge by.
+    every eighth part of the tokens too, to judge by. `ahead`: how many dense blocks after this one are needed.
     """
 
     sqnorm: bool = False
@@ -35,6 +35,7 @@ class Needs:
     mean: bool = False
     gradient: bool = False
     held: bool = False
+    ahead: int = 0
 
     @property
     def windows(self) -> bool:
@@ -56,6 +57,7 @@ class Needs:
             self.mean or other.mean,
             self.gradient or other.gradient,
             self.held or other.held,
+            max(self.ahead, other.ahead),
         )
 
 

@@ -52,6 +52,7 @@ from niwaki.kernels.types import Grid
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.block_training import (
+    Ahead,
     LearningTarget,
     Reconstruct,
     Reconstruction,
@@ -110,13 +111,14 @@ class Config:
     rate_frac: Annotated[float, "Length of a step of learning as a share of the step between two levels."] = 0.005
     target: LearningTarget = "both"
     reconstruct: Reconstruct = "block"
+    ahead: Ahead = 0
 
     def __post_init__(self) -> None:
         if min(self.group, self.rounds, self.learn_rounds) < 0:
             raise ValueError("expected group, rounds and learn_rounds ≥ 0")
         if self.samples < 1 or self.batch < 1 or self.rate_frac <= 0:
             raise ValueError("expected samples and batch ≥ 1, rate_frac > 0")
-        check_learning_options(self.target, reconstruct=self.reconstruct)
+        check_learning_options(self.target, reconstruct=self.reconstruct, ahead=self.ahead)
         if self.damping_frac:
             check_damping(self.damping_frac)
         if not 0 <= self.toward_dense <= 1:
@@ -125,7 +127,7 @@ class Config:
 
 def needs(config: Config) -> Needs:
     """Ask for Gram matrices of the inputs, with those in the dense model if it pulls, and windows to learn from."""
-    learning = learning_needs(config.batch, config.target) if config.learn_rounds else Needs()
+    learning = learning_needs(config.batch, config.target, config.ahead) if config.learn_rounds else Needs()
     full = config.toward_dense > 0
     return Needs(gram=True, full=full, dense=full, held=not config.damping_frac) | learning
 
@@ -140,7 +142,14 @@ def cost(scope: Scope, config: Config) -> Work:
     factors = gram_factors(scope) * (1 if config.damping_frac else 1 + len(DAMPINGS))
     swept = factors + sweeps(scope) + grids(scope, config.clip) + rounds_of(scope, config.rounds)
     return swept + learning_cost(
-        scope, config.learn_rounds, config.samples, config.batch, copies=7, passes=36, reconstruct=config.reconstruct
+        scope,
+        config.learn_rounds,
+        config.samples,
+        config.batch,
+        copies=7,
+        passes=36,
+        reconstruct=config.reconstruct,
+        ahead=config.ahead,
     )
 
 
@@ -162,7 +171,7 @@ def compress(
             latents[name] = Latent.start(codes, weight_OI, order_I, keep_OI)
     note, detail = "", {}
     if learns:
-        task = Reconstruction(block, calib, config.target, generator, config.reconstruct)
+        task = Reconstruction(block, calib, config.target, generator, config.reconstruct, ahead=config.ahead)
         rounded, best = learn(task, latents, Schedule.of(config, config.learn_rounds), generator)
         note, detail = "" if best.improved else KEPT_START, best.detail
     packed = {}

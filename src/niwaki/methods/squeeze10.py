@@ -59,6 +59,7 @@ from niwaki.formats.quantized import TILE
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.block_training import (
+    Ahead,
     LearningTarget,
     Reconstruct,
     Reconstruction,
@@ -126,9 +127,10 @@ class Config:
     rate_frac: Annotated[float, "Length of a step as a share of the RMS of a parameter."] = 0.005
     target: LearningTarget = "both"
     reconstruct: Reconstruct = "block"
+    ahead: Ahead = 0
 
     def __post_init__(self) -> None:
-        check_learning_options(self.target, reconstruct=self.reconstruct)
+        check_learning_options(self.target, reconstruct=self.reconstruct, ahead=self.ahead)
         for name, known in (
             ("choose", CHOICES),
             ("supervise", SUPERVISIONS),
@@ -163,7 +165,7 @@ class Config:
 def needs(config: Config) -> Needs:
     """Ask for Gram matrices of the inputs, also of the dense model if it supervises, and windows to learn from."""
     full = config.supervise != "prefix"
-    learning = learning_needs(config.batch, config.target) if config.learn_rounds else Needs()
+    learning = learning_needs(config.batch, config.target, config.ahead) if config.learn_rounds else Needs()
     return Needs(gram=True, full=full, dense=full) | learning
 
 
@@ -180,7 +182,14 @@ def cost(scope: Scope, config: Config) -> Work:
     own = gram_factors(Scope(tuple((matrix,) for matrix in scope.matrices), scope.windows, scope.tokens))
     sweeping = (sweeps(scope) + grids(scope, clip=True)) * 2
     learned = learning_cost(
-        scope, config.learn_rounds, config.samples, config.batch, copies=7, passes=36, reconstruct=config.reconstruct
+        scope,
+        config.learn_rounds,
+        config.samples,
+        config.batch,
+        copies=7,
+        passes=36,
+        reconstruct=config.reconstruct,
+        ahead=config.ahead,
     )
     return gram_factors(scope) + own + sweeping + rounds_of(scope, config.rounds) + learned
 
@@ -210,7 +219,7 @@ def compress(
     rounded = {name: latent.rounded for name, latent in latents.items()}
     note = ""
     if config.learn_rounds and any(calib.statistics[name].tokens for name in targets):
-        task = Reconstruction(block, calib, config.target, generator, config.reconstruct)
+        task = Reconstruction(block, calib, config.target, generator, config.reconstruct, ahead=config.ahead)
         rounded, best = learn(task, latents, Schedule.of(config, config.learn_rounds), generator)
         note = "" if best.improved else KEPT_START
         for name in targets:

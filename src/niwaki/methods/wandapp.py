@@ -45,6 +45,7 @@ from niwaki.formats.packed import Packed, join_notes
 from niwaki.methods.cost import Scope, Work, masks
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.block_training import (
+    Ahead,
     LearningTarget,
     Matrices,
     Prune,
@@ -82,12 +83,13 @@ class Config:
     optimizer: Annotated[str, "Optimizer: adam, or the published rmsprop."] = "adam"
     target: LearningTarget = "block"
     reconstruct: Reconstruct = "block"
+    ahead: Ahead = 0
     enforce_mask: Annotated[
         bool, "Keep the first mask while weights learn; false lets weights regrow and prunes again after each round."
     ] = True
 
     def __post_init__(self) -> None:
-        check_learning_options(self.target, self.optimizer, self.reconstruct)
+        check_learning_options(self.target, self.optimizer, self.reconstruct, ahead=self.ahead)
         if self.gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {self.gradient!r}")
         if self.alpha < 0 or self.rounds < 0 or self.samples < 1 or self.batch < 1 or not 0 < self.rate_frac < 1:
@@ -96,7 +98,7 @@ class Config:
 
 def needs(config: Config) -> Needs:
     """Ask for norms for the score, and windows to learn from."""
-    return learning_needs(config.batch, config.target)
+    return learning_needs(config.batch, config.target, config.ahead)
 
 
 def cost(scope: Scope, config: Config) -> Work:
@@ -106,7 +108,9 @@ def cost(scope: Scope, config: Config) -> Work:
         passed=3 * scope.windows * scope.weights,
         started=100 * scope.windows,
     )
-    optimization = learning_cost(scope, config.rounds, config.samples, config.batch, reconstruct=config.reconstruct)
+    optimization = learning_cost(
+        scope, config.rounds, config.samples, config.batch, reconstruct=config.reconstruct, ahead=config.ahead
+    )
     return masks(scope) + optimization + (regional if config.alpha else Work())
 
 
@@ -122,7 +126,7 @@ def compress(
     notes = {name: "" if calib.statistics[name].tokens else UNREACHED for name in targets}
     detail: dict[str, float] = {}
     if config.rounds and any(record.tokens for record in calib.statistics.values()):
-        task = Reconstruction(block, calib, config.target, generator, config.reconstruct)
+        task = Reconstruction(block, calib, config.target, generator, config.reconstruct, ahead=config.ahead)
         schedule = Schedule.of(config, config.rounds, config.optimizer)
         weights, best = train_block(task, weights, keep, schedule, generator, prune)
         keep = {name: weight_OI != 0 for name, weight_OI in weights.items()}

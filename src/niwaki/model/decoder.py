@@ -14,7 +14,7 @@ Legend: B windows in a batch, T tokens, D hidden size, O outputs, I inputs, V vo
     logits_BTV = decoder.logits(ids_BT, x_BTD)
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class Block:
     """One decoder layer on the compute device.
 
     Its tensors as in the checkpoint, by names on disk, are `stored`. Its changes are `result`. Matrices in `packable`
-    can be stored packed.
+    can be stored packed. `following`: the blocks after this one, as far as the walk holds them.
     """
 
     index: int
@@ -83,6 +83,7 @@ class Block:
     storage_dtypes: dict[str, torch.dtype]
     packable: frozenset[str] = frozenset()
     result: BlockResult = field(default_factory=BlockResult)
+    following: Sequence["Block"] = ()
 
     @property
     def linears(self) -> dict[str, Linear]:

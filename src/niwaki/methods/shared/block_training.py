@@ -25,7 +25,7 @@ Legend: O outputs, I inputs, B windows, T tokens, D hidden size.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
@@ -58,6 +58,10 @@ Reconstruct = Annotated[
     "the block for all others (parts), or both errors together (both).",
 ]
 
+Ahead = Annotated[
+    int, "Blocks after this one, dense, whose outputs count as well; each costs about as much time as the block."
+]
+
 
 class Reconstruction:
     """Task of one block: inputs, target outputs, and gradients of the error between output and target.
@@ -76,6 +80,7 @@ class Reconstruction:
         generator: torch.Generator,
         reconstruct: str = "block",
         normalize: str = "token",
+        ahead: int = 0,
     ) -> None:
         assert calib.stream is not None and calib.stream.outputs is not None, "needs() must ask for windows"
         self.block = block
@@ -85,6 +90,7 @@ class Reconstruction:
         self.target = target
         self.reconstruct = reconstruct
         self.normalize = normalize
+        self.following = block.following[:ahead]
         self.writer = "" if reconstruct == "block" else attention_writer(block, self.outputs.store_STD.shape[-1])
         order = torch.randperm(len(calib.stream), generator=generator).tolist()
         count = len(order) // 8
@@ -141,14 +147,22 @@ class Reconstruction:
 
     def _loss(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
         """Return the error that is learned, times the number of tokens."""
-        y_BTD, t_BTD = self._outputs(parameters, windows), self._target_outputs(windows)
         if self.normalize == "token":
-            return relative_errors(y_BTD, t_BTD).sum()
+            return self._token_errors(parameters, windows).sum()
+        y_BTD, t_BTD = self._outputs(parameters, windows), self._target_outputs(windows)
         return channel_error(y_BTD, t_BTD, 1.0 if self.normalize == "channel" else 0.5) * t_BTD[..., 0].numel()
 
     def _token_errors(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
-        """Return ‖y − t‖² / ‖t‖² of every token [B, T]."""
-        return relative_errors(self._outputs(parameters, windows), self._target_outputs(windows))
+        """Return ‖y − t‖² / ‖t‖² of every token [B, T], the mean over the outputs of this block and the following."""
+        y_BTD, t_BTD = self._outputs(parameters, windows), self._target_outputs(windows)
+        errors_BT = relative_errors(y_BTD, t_BTD)
+        for block in self.following:
+            call = self.stream.call(windows, block.index)
+            y_BTD = call(block.module, y_BTD)
+            with torch.no_grad():
+                t_BTD = call(block.module, t_BTD.to(y_BTD.dtype)).float()
+            errors_BT = errors_BT + relative_errors(y_BTD, t_BTD)
+        return errors_BT / (1 + len(self.following))
 
     def _outputs(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
         call = self.stream.call(windows, self.block.index)
@@ -407,9 +421,9 @@ class _BlockCall(nn.Module):
         return self.call(self.module, x_BTD)
 
 
-def learning_needs(batch: int, target: str) -> Needs:
-    """Ask for norms to rank by, windows to learn from, and the dense stream if the target uses it."""
-    return Needs(sqnorm=True, learn_batches=frozenset({1, batch}), dense=target != "block")
+def learning_needs(batch: int, target: str, ahead: int = 0) -> Needs:
+    """Ask for norms to rank by, windows to learn from, the dense stream if the target uses it, and blocks `ahead`."""
+    return Needs(sqnorm=True, learn_batches=frozenset({1, batch}), dense=target != "block", ahead=ahead)
 
 
 def learning_cost(
@@ -421,14 +435,21 @@ def learning_cost(
     copies: float = 3.5,
     passes: float = 14,
     reconstruct: str = "block",
+    ahead: int = 0,
 ) -> Work:
-    """Count the work of the training of one block with its measurements (see `cost.learning`); none without rounds."""
+    """Count the work of the training of one block with its measurements (see `cost.learning`); none without rounds.
+
+    A block `ahead` costs as much as the block: a forward of the outputs and one of the targets, and a backward pass.
+    """
     if not rounds:
         return Work()
     held = scope.windows // 8 or scope.windows
     batch = min(batch, max(1, scope.windows - held))
     steps, checks = rounds * math.ceil(samples / batch), min(MAX_CHECKS, rounds)
     work = learning(scope, steps, batch, checks=checks, copies=copies, passes=passes)
+    further = learning(scope, steps, batch, checks=2 * checks, copies=0, passes=0) * ahead
+    held_values = work.held_values + ahead * (scope.weights + further.held_values)
+    work = replace(work + further, held_values=held_values)
     return work + attention_cost(scope, steps * batch, reconstruct)
 
 
@@ -438,9 +459,11 @@ def attention_cost(scope: Scope, windows: int, reconstruct: str) -> Work:
 
 
 def check_learning_options(
-    target: str, optimizer: str = "adam", reconstruct: str = "block", normalize: str = "token"
+    target: str, optimizer: str = "adam", reconstruct: str = "block", normalize: str = "token", ahead: int = 0
 ) -> None:
-    """Raise ValueError unless all four are known, and go together."""
+    """Raise ValueError unless all are known, and go together."""
+    if ahead < 0 or (ahead and reconstruct != "block"):
+        raise ValueError(f"expected ahead ≥ 0, and reconstruct=block with it, got {ahead} and {reconstruct}")
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {', '.join(NORMALIZATIONS)}, got {normalize!r}")
     if normalize != "token" and reconstruct != "block":
