@@ -1,4 +1,4 @@
-"""What every method in the registry must do, on tiny random models."""
+"""Rules for every method in the registry, on tiny random models."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,9 @@ METHODS = method_names(MethodKind.WALK)
 QUANTIZERS = [name for name in METHODS if Bits in get_method(name).accepts]
 PRUNERS = [name for name in METHODS if name not in QUANTIZERS]
 OWN = dict.fromkeys(QUANTIZERS, "4bit") | dict.fromkeys(PRUNERS, "0.5")  # a target that each accepts
-OWN |= dict.fromkeys(("arb", "billm", "ptq161"), "8bit")  # a few rows and columns need as many scales as weights
+OWN |= dict.fromkeys(
+    ("arb", "billm", "ptq161", "trellis"), "8bit"
+)  # a few rows and columns need as many scales as weights
 SMALL: dict[str, dict[str, Any]] = {  # groups of 128 columns are more than these have; less to learn is enough
     "gptq": {"group": 0},
     "rtn": {"group": 0},
@@ -28,6 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {  # groups of 128 columns are more than thes
     "ptq161": {"rounds": 2, "samples": 4},
     "besa": {"steps": 24},
     "squeeze10": {"rounds": 2, "learn_rounds": 1, "samples": 4},
+    "trellis": {"rounds": 1, "learn_rounds": 1, "samples": 4},
     "wandapp": {"rounds": 2, "samples": 4},
 }
 TARGETS = ["0.05", "0.5", "0.95", "2:4", "4:8", "1:4", "3:4"]
@@ -63,7 +66,7 @@ def on_matrix(method: str, weight_OI: torch.Tensor, tokens: int, target: Target)
 
 
 def pairs(targets: list[str]) -> list[tuple[str, str]]:
-    """Every method with each of `targets` that it accepts."""
+    """Return every method with each of `targets` that it accepts."""
     return [(m, t) for m in METHODS for t in targets if isinstance(parse_target(t), get_method(m).accepts)]
 
 
@@ -143,7 +146,7 @@ def test_resume_equals_a_straight_run(method: str, model: Path, text: Path, tmp_
 
 @pytest.mark.parametrize("method", PRUNERS)
 def test_experts_without_tokens_are_noted(method: str, text: Path, tmp_path: Path) -> None:
-    """With 16 experts and few tokens some expert stays unreached; its line says so where data was needed."""
+    """Leave some of 16 experts without tokens: their lines say so where data was needed."""
     config = families()["qwen3_moe"].config
     config.vocab_size, config.num_experts = 4096, 16
     build(config).save_pretrained(tmp_path / "model")

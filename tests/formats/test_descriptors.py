@@ -35,6 +35,10 @@ def _part(**fields: Any) -> Edit:
     return lambda about: about["parts"][0].update(fields)
 
 
+def _trellis(**fields: Any) -> Edit:
+    return lambda about: about["trellis"][0].update(fields)
+
+
 def _sparse(**fields: Any) -> Edit:
     return lambda about: about["sparse"].update(fields)
 
@@ -59,7 +63,15 @@ FIELDS: list[tuple[str, Edit, str]] = [
     ("codes", lambda about: about.update(shape=[40]), "shape is"),
     ("codes", lambda about: about.update(shape=[40, 2**40]), "shape is 1099511627776"),
     ("codes", lambda about: about.update(shape=[-1, 72]), "shape is -1"),
-    ("codes", lambda about: about.update(sparse={}), "expected an object with shape, and parts or sparse"),
+    ("codes", lambda about: about.update(sparse={}), "expected an object with shape, and parts, sparse or trellis"),
+    ("trellis", _trellis(bits=0), "bits is 0: expected a whole number from 1 to 4"),
+    ("trellis", _trellis(bits=5), "bits is 5"),
+    ("trellis", _trellis(bits=True), "bits is True"),
+    ("trellis", _trellis(columns=36), "columns of the parts add up to 36: expected 37"),
+    ("trellis", _trellis(group=8), "trellis.'group' is unknown: expected bits, columns"),
+    ("trellis", lambda about: about.update(trellis=[]), "trellis has 0 entries"),
+    ("trellis", lambda about: about.update(trellis={}), "trellis is {}: expected a list"),
+    ("trellis", lambda about: about.update(parts=[]), "expected an object with shape, and parts, sparse or trellis"),
     ("mixed", lambda about: about["parts"].append(about["parts"][0]), "parts has 3 entries"),
     ("bitmap-int4", _sparse(group=4), "group is 4: expected a multiple of 8"),
     ("bitmap-int4", _sparse(group=0), "group is 0"),
@@ -143,7 +155,7 @@ def test_a_plain_weight_beside_a_packed_one_is_refused() -> None:
 
 
 def test_the_kernels_refuse_what_would_touch_memory() -> None:
-    """The descriptor is in front of them; here it is left out."""
+    """Call them without the descriptor, which is in front of them."""
     from niwaki.runtime.linear import PackedLinear
 
     compiled = cpu_module()

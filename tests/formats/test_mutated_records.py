@@ -16,8 +16,7 @@ from torch import Tensor
 from niwaki.errors import NiwakiError
 from niwaki.formats.descriptors import read_descriptor
 from niwaki.formats.packed import PackedTensors, decode_stored
-from niwaki.runtime.linear import PackedLinear
-from niwaki.runtime.sparse_linear import SparseLinear
+from niwaki.runtime.trellis_linear import packed_class
 from support.mutations import LONG, QUICK, Mutation, mutate_json, mutate_tensors, mutations
 from support.packed_records import KINDS, example
 from support.slow_decode import slow_decode
@@ -28,6 +27,7 @@ GROUPS = {
     "bitmap": [kind for kind in KINDS if kind.startswith("bitmap")],
     "two_four": [kind for kind in KINDS if kind.startswith("two_four")],
     "tiles": ["tiles"],
+    "trellis": [kind for kind in KINDS if kind.startswith("trellis")],
 }
 
 
@@ -73,8 +73,7 @@ def refuses_or_skips(stored: dict[str, Tensor], description: Any) -> None:
 def multiply(record: PackedTensors, expected: np.ndarray, size: np.ndarray) -> None:
     """Compare the products of every path of the CPU."""
     rows, columns = expected.shape
-    kind = SparseLinear if "sparse" in record.description else PackedLinear
-    layer = kind(rows, columns, record.description, False)
+    layer = packed_class(record.description)(rows, columns, record.description, False)
     layer.load_state_dict(dict(record.tensors))
     generator = torch.Generator().manual_seed(0)
     for tokens in (1, 3, 9, 70):

@@ -5,6 +5,7 @@ from functools import cache
 from niwaki.formats.packed import PackedTensors
 from support.bit_planes import quantized_matrix
 from support.sparse_records import record_of, tiled
+from support.trellis_records import trellis_matrix
 
 CODES = {
     "codes": (4, "affine", 16, False),
@@ -19,7 +20,8 @@ NONZEROS = [
     for layout in ("bitmap", "two_four")
     for kind in ("bfloat16", "float16", "float32", "int8", "int4")
 ]
-KINDS = [*CODES, *NONZEROS, "tiles"]
+TRELLIS = {"trellis": (2, None), "trellis-1": (1, None), "trellis-4": (4, None), "trellis-mixed": (2, 3)}
+KINDS = [*CODES, *NONZEROS, "tiles", *TRELLIS]
 
 
 @cache
@@ -29,6 +31,9 @@ def example(kind: str) -> PackedTensors:
         bits, grid, group, mixed = CODES[kind]
         rows, columns = 45, 76 if mixed else 72
         return PackedTensors.of_codes(quantized_matrix(rows, columns, bits, grid, group, mixed), (rows, columns))
+    if kind in TRELLIS:
+        rows, columns = 45, 37
+        return PackedTensors.of_trellis(trellis_matrix(rows, columns, *TRELLIS[kind]), (rows, columns))
     if kind == "tiles":
         return PackedTensors.of_nonzeros(tiled(40, 96, 32))
     layout, _, values = kind.partition("-")

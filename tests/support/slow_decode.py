@@ -16,6 +16,9 @@ def slow_decode(record: PackedTensors) -> tuple[Matrix, Matrix]:
     rows, columns = record.description["shape"]
     if "parts" in record.description:
         return _codes(tensors, record.description["parts"], rows, columns)
+    if "trellis" in record.description:
+        matrix = _trellis(tensors, record.description["trellis"], rows, columns)
+        return matrix, np.abs(matrix)
     stored = record.description["sparse"]
     decode = _tiles if stored["layout"] == "two_four_tiles" else _nonzeros
     matrix = decode(tensors, stored, rows, columns)
@@ -57,6 +60,20 @@ def _codes(
             matrix[row, own] = code * scale[group, row] + offset
             size[row, own] = np.abs(code * scale[group, row]) + np.abs(offset)
     return matrix, size
+
+
+def _trellis(tensors: dict[str, NDArray[Any]], parts: list[dict[str, Any]], rows: int, columns: int) -> Matrix:
+    matrix = np.full((rows, columns), np.nan)
+    first = _bits(tensors["columns"]).reshape(-1)[:columns].astype(bool) if len(parts) > 1 else np.ones(columns, bool)
+    for number, part in enumerate(parts):
+        levels, scale = tensors[f"levels_{number}"].view(np.int8), _half(tensors[f"scale_{number}"])[0]
+        for own, column in enumerate(np.flatnonzero(first if number == 0 else ~first)):
+            for row in range(rows):
+                ring = int.from_bytes(tensors[f"rings_{number}"][row // 32, own].tobytes(), "little")
+                begin, length = part["bits"] * (row % 32), 32 * part["bits"]
+                state = ((ring >> begin) | (ring << (length - begin))) & 255
+                matrix[row, column] = float(levels[state]) * scale[row]
+    return matrix
 
 
 def _value(values: NDArray[Any], kind: str, at: int) -> float:

@@ -302,6 +302,8 @@ def _detail(name: str, value: Any) -> str:
         return "; ".join(
             f"{p['columns']} columns at {p['bits']} bits, {p['grid']}, groups of {p['group']}" for p in value
         )
+    if name == "trellis":
+        return "; ".join(f"{p['columns']} columns at {p['bits']} bits, trellis" for p in value)
     if name == "sparse":
         return f"{value['layout']} of {value['values']}, {value['bytes']:,} bytes of values"
     if isinstance(value, list):

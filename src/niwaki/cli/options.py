@@ -93,7 +93,7 @@ Preset = Annotated[str | None, typer.Option(help="fast, balanced or best, in pla
 Target = Annotated[str | None, typer.Option(help=TARGET_HELP)]
 TargetBytes = Annotated[
     str | None,
-    typer.Option(help="squeeze10 only: bytes of all matrices together, in place of a target: 1.7GB or 800MiB."),
+    typer.Option(help="squeeze10 and trellis: bytes of all matrices together, in place of a target: 1.7GB or 800MiB."),
 ]
 Blocks = Annotated[
     str | None,
@@ -103,7 +103,9 @@ Blocks = Annotated[
 ]
 KeepBlocks = Annotated[
     str | None,
-    recipe_option("squeeze10 only: blocks that stay at 4 bits while the others compensate: auto, none or 0,7.", "none"),
+    recipe_option(
+        "squeeze10 and trellis: blocks that stay at 4 bits while the others compensate: auto, none or 0,7.", "none"
+    ),
 ]
 Allocation = Annotated[
     str | None,

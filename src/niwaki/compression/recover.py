@@ -261,6 +261,11 @@ def _check_kind(checkpoint: Checkpoint) -> None:
     folder = checkpoint.folder
     if has_shadow(folder):
         raise InputError(f"{folder} skips parts of a dense model by input, so its weights lost nothing to recover")
+    if trellis := [module for module, about in checkpoint.packed.items() if "trellis" in about]:
+        raise InputError(
+            f"{folder} stores {trellis[0]} coded by a trellis, whose codes and scales cannot be trained here: compress "
+            "with --method gptq or squeeze10, which can"
+        )
     record = read_record(folder)
     if isinstance(record, RunRecord) and (folder / "niwaki/blocks.jsonl").is_file():
         for line in read_lines(folder):

@@ -318,7 +318,7 @@ def _output_errors(old_OI: Tensor, new_OI: Tensor, statistics: Statistics) -> tu
 def _storage_note(record: Packed, packed: PackedTensors | None, packing: Packing, packable: bool) -> str:
     """Return a note if the stored form is larger or slower than a reader may expect."""
     if packed is None:
-        if record.parts:
+        if record.coded:
             return STORED_DENSE
         return (NOT_SMALLER if packable else NOT_PACKABLE) if record.kind == "masked" and packing == "auto" else ""
     return NO_FAST_PATH if "sparse" in packed.description and not fast_path() else ""

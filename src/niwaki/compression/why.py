@@ -12,6 +12,7 @@ from typing import Any
 from niwaki.compression.inspect import both, kind_of, mean, measure_of, methods_line, run_of, value_of
 from niwaki.compression.run_record import AllocationRecord, MatrixRecord, RunRecord, read_lines, read_run
 from niwaki.errors import InputError
+from niwaki.formats.descriptors import FORMS
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.shards import INDEX
 
@@ -175,4 +176,4 @@ def _removed(record: RunRecord, line: MatrixRecord) -> int:
 
 
 def _stored(line: MatrixRecord) -> dict[str, Any]:
-    return {name: value for name, value in (line.stored or {}).items() if name in ("parts", "sparse")}
+    return {name: value for name, value in (line.stored or {}).items() if name in FORMS}

@@ -144,6 +144,11 @@ def write(checkpoint: Checkpoint, plan: CodesPlan, folder: Path, report: Report)
 
 def _kind(module: str, about: Mapping[str, Any]) -> tuple[int, str]:
     """Return bits and grid of a matrix. Raises InputError with its name if the format has no such codes."""
+    if "trellis" in about:
+        raise InputError(
+            f"{module} is coded by a trellis, which {LIBRARY} has no format for: compress with --method gptq or "
+            "rtn, or export to gguf"
+        )
     if "parts" not in about:
         raise InputError(
             f"{module} is stored as nonzeros, which {LIBRARY} has no format for in this version: compress with "

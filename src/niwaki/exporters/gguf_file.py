@@ -79,7 +79,7 @@ def check(checkpoint: Checkpoint, record: Record | None, type: str | None) -> Gg
     layout = layout_of(checkpoint)
     kinds = {name: kind_of(tensor.shape, chosen) for name, tensor in layout.tensors.items()}
     rows = layout.tensors["token_embd.weight"].shape[0]
-    codes = sum("parts" in about for about in checkpoint.packed.values())
+    codes = sum("sparse" not in about for about in checkpoint.packed.values())
     return GgufPlan(layout, chosen, kinds, read_vocabulary(checkpoint.folder, rows), codes)
 
 

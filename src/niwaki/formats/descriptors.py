@@ -25,18 +25,24 @@ from niwaki.formats.quantized import GRIDS, TILE
 from niwaki.formats.scans import Scans, TorchScans
 from niwaki.formats.sparse import BITS, CODES, LAYOUTS, MAX_VALUES, SLACK_BYTES
 from niwaki.formats.sparse_tiles import BLOCK_COLUMNS, LAYOUT
+from niwaki.formats.trellis import MAX_TRELLIS_BITS, RING, STATES
 
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 MAX_SIDE = 2**31 - 1  # rows, columns or columns of a group: kernels count them in 32 bits
 MAX_BITS = 8
 MAX_PARTS = 2
+FORMS = ("parts", "sparse", "trellis")  # fields of a description, one of which says how the matrix is stored
 AGAIN = "download the result again, or compress again"
 NOT_FINITE = "holds NaN or infinite values: expected finite ones"
 NOT_ASCENDING = "places holds a pair of columns that does not ascend: expected two different ones of every four"
 # Names that a tensor of any packed matrix may have, after the name of its module.
 RECORD_NAMES = (
-    *[f"{name}_{number}" for name in ("planes", "scale", "offset", "zero") for number in range(MAX_PARTS)],
+    *[
+        f"{name}_{number}"
+        for name in ("planes", "scale", "offset", "zero", "rings", "levels")
+        for number in range(MAX_PARTS)
+    ],
     *["columns", "places", "values", "starts", "scale"],
 )
 
@@ -148,10 +154,7 @@ class CodesDescriptor(Descriptor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= len(self.parts) <= MAX_PARTS:
-            raise FieldError(f"parts has {len(self.parts)} entries: expected 1 or 2")
-        if (total := sum(part.columns for part in self.parts)) != self.columns:
-            raise FieldError(f"columns of the parts add up to {total}: expected {self.columns}, as in shape")
+        _check_parts("parts", self.parts, self.columns)
 
     def shapes(self) -> Shapes:
         """Return dtype and shape of every tensor."""
@@ -169,18 +172,50 @@ class CodesDescriptor(Descriptor):
         return shapes
 
     def _content(self, tensors: Mapping[str, Tensor], scans: Scans) -> str | None:
-        for name in self.names():
-            if name.startswith(("scale", "offset")) and not scans.halves_finite(tensors[name]):
-                return f"{name} {NOT_FINITE}"
-        if len(self.parts) == 1:
-            return None
-        mask = tensors["columns"]
-        picked, beyond = _inside_and_beyond(mask, self.columns)
-        if beyond:
-            return f"columns sets {beyond} bits after the last of {self.columns} columns: expected none"
-        if picked != self.parts[0].columns:
-            return f"columns picks {picked} columns: expected {self.parts[0].columns}, as part 0 has"
-        return None
+        return _content_of_parts(self, self.parts, tensors, scans)
+
+
+@dataclass(frozen=True)
+class TrellisPart:
+    """Columns of a trellis of K `bits`, and their number."""
+
+    bits: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        _whole("bits", self.bits, 1, MAX_TRELLIS_BITS)
+        _whole("columns", self.columns, 1, MAX_SIDE)
+
+    @classmethod
+    def read(cls, value: object) -> "TrellisPart":
+        """Return the part with this description."""
+        return cls(**_object("trellis", value, [field.name for field in fields(cls)]))
+
+
+@dataclass(frozen=True)
+class TrellisDescriptor(Descriptor):
+    """Columns coded by a trellis (see `trellis`), in one part, or in two with a mask of the first one's."""
+
+    parts: tuple[TrellisPart, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_parts("trellis", self.parts, self.columns)
+
+    def shapes(self) -> Shapes:
+        """Return dtype and shape of every tensor."""
+        shapes: Shapes = {}
+        for number, part in enumerate(self.parts):
+            rings = -(-self.rows // RING), part.columns, RING * part.bits // 8
+            shapes[f"rings_{number}"] = torch.uint8, rings
+            shapes[f"levels_{number}"] = torch.uint8, (STATES,)
+            shapes[f"scale_{number}"] = torch.int16, (1, self.rows)
+        if len(self.parts) > 1:
+            shapes["columns"] = torch.uint8, (-(-self.columns // 8),)
+        return shapes
+
+    def _content(self, tensors: Mapping[str, Tensor], scans: Scans) -> str | None:
+        return _content_of_parts(self, self.parts, tensors, scans)
 
 
 @dataclass(frozen=True)
@@ -313,14 +348,17 @@ def read_shapes(shapes: object) -> dict[str, list[int]]:
 
 
 def _descriptor(module: str, description: object) -> Descriptor:
-    if not isinstance(description, Mapping) or ("parts" in description) == ("sparse" in description):
-        raise FieldError(f"got {reprlib.repr(description)}, expected an object with shape, and parts or sparse")
-    if "parts" in description:
-        about = _object("", description, ["shape", "parts"])
-        if not isinstance(about["parts"], list | tuple):
-            raise FieldError(f"parts is {reprlib.repr(about['parts'])}: expected a list")
-        parts = tuple(PartDescriptor.read(part) for part in about["parts"])
-        return CodesDescriptor(module, *_shape(about["shape"]), parts)
+    forms = [form for form in FORMS if isinstance(description, Mapping) and form in description]
+    if not isinstance(description, Mapping) or len(forms) != 1:
+        raise FieldError(
+            f"got {reprlib.repr(description)}, expected an object with shape, and parts, sparse or trellis"
+        )
+    if forms == ["parts"]:
+        shape, entries = _listed(description, "parts")
+        return CodesDescriptor(module, *shape, tuple(PartDescriptor.read(part) for part in entries))
+    if forms == ["trellis"]:
+        shape, entries = _listed(description, "trellis")
+        return TrellisDescriptor(module, *shape, tuple(TrellisPart.read(part) for part in entries))
     about = _object("", description, ["shape", "sparse"])
     rows, columns = _shape(about["shape"])
     stored = _object("sparse", about["sparse"], ["layout", "values", "bytes"], ["group"])
@@ -332,6 +370,39 @@ def _descriptor(module: str, description: object) -> Descriptor:
     return NonzerosDescriptor(
         module, rows, columns, stored["layout"], stored["values"], stored["bytes"], stored.get("group", 0)
     )
+
+
+def _listed(description: Mapping[str, Any], form: str) -> tuple[tuple[int, int], Sequence[object]]:
+    """Return the shape and the parts of a matrix whose parts are listed under `form`."""
+    about = _object("", description, ["shape", form])
+    if not isinstance(about[form], list | tuple):
+        raise FieldError(f"{form} is {reprlib.repr(about[form])}: expected a list")
+    return _shape(about["shape"]), about[form]
+
+
+def _check_parts(form: str, parts: Sequence[PartDescriptor | TrellisPart], columns: int) -> None:
+    """Raise FieldError unless one or two parts have all columns together."""
+    if not 1 <= len(parts) <= MAX_PARTS:
+        raise FieldError(f"{form} has {len(parts)} entries: expected 1 or 2")
+    if (total := sum(part.columns for part in parts)) != columns:
+        raise FieldError(f"columns of the parts add up to {total}: expected {columns}, as in shape")
+
+
+def _content_of_parts(
+    descriptor: Descriptor, parts: Sequence[PartDescriptor | TrellisPart], tensors: Mapping[str, Tensor], scans: Scans
+) -> str | None:
+    """Return what scales, offsets or the mask of the first part's columns violate."""
+    for name in descriptor.names():
+        if name.startswith(("scale", "offset")) and not scans.halves_finite(tensors[name]):
+            return f"{name} {NOT_FINITE}"
+    if len(parts) == 1:
+        return None
+    picked, beyond = _inside_and_beyond(tensors["columns"], descriptor.columns)
+    if beyond:
+        return f"columns sets {beyond} bits after the last of {descriptor.columns} columns: expected none"
+    if picked != parts[0].columns:
+        return f"columns picks {picked} columns: expected {parts[0].columns}, as part 0 has"
+    return None
 
 
 def _object(name: str, value: object, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:

@@ -4,7 +4,7 @@ The result of a method for one matrix, in memory, is a `Packed`. It has a kind:
 
 - `dense`: every weight is kept
 - `masked`: zeros in place, or packed as nonzeros (see `sparse`)
-- `codes`: quantized columns (see `quantized`)
+- `codes`: quantized columns (see `quantized`), or columns coded by a trellis (see `trellis`)
 - `sliced`: rows or columns are removed (see `niwaki.model.prunable`)
 
 The form of a packed matrix in a file is a `PackedTensors`. A matrix without one is stored as a plain weight.
@@ -30,6 +30,7 @@ from niwaki.formats.descriptors import RECORD_NAMES, read_descriptor
 from niwaki.formats.quantized import WEIGHT, QuantizedColumns, assemble, read_parts, stored_tensors
 from niwaki.formats.sparse import VALUES, Sparse
 from niwaki.formats.sparse_tiles import LAYOUT, Tiled
+from niwaki.formats.trellis import TrellisColumns, assemble_trellis, read_trellis, stored_trellis
 
 Kind = Literal["dense", "masked", "codes", "sliced"]
 Packing = Literal["auto", "codes", "none"]
@@ -49,6 +50,12 @@ class PackedTensors:
         return cls(stored_tensors(parts, shape[1]), description)
 
     @classmethod
+    def of_trellis(cls, parts: Sequence[TrellisColumns], shape: Sequence[int]) -> "PackedTensors":
+        """Return trellis-coded columns of a matrix of `shape` [O, I] as they are stored."""
+        description = {"shape": list(shape), "trellis": [part.describe() for part in parts]}
+        return cls(stored_trellis(parts, shape[1]), description)
+
+    @classmethod
     def of_nonzeros(cls, record: Sparse | Tiled) -> "PackedTensors":
         """Return nonzeros as they are stored."""
         return cls(record.tensors(), record.describe())
@@ -63,8 +70,8 @@ class PackedTensors:
 class Packed:
     """A compressed matrix. `weight_OI` is the matrix that every consumer must see after decoding.
 
-    The quantized columns of `codes` are `parts`. The stored shape of a `sliced` matrix is `cut`; its removed rows or
-    columns are zero in `weight_OI`. The bias beside the matrix grows by `bias_O`.
+    The quantized columns of `codes` are `parts`, or `trellis` if a trellis codes them. The stored shape of a `sliced`
+    matrix is `cut`; its removed rows or columns are zero in `weight_OI`. The bias beside the matrix grows by `bias_O`.
 
     A remark for readers of blocks.jsonl is `note`. Further fields of the line of the matrix there are `detail`.
     """
@@ -74,6 +81,7 @@ class Packed:
     note: str = ""
     detail: Mapping[str, Any] = field(default_factory=dict)
     parts: Sequence[QuantizedColumns] = ()
+    trellis: Sequence[TrellisColumns] = ()
     cut: tuple[int, int] | None = None
     bias_O: Tensor | None = None
 
@@ -85,6 +93,13 @@ class Packed:
         return cls("codes", assemble(parts), note, detail or {}, parts)
 
     @classmethod
+    def of_trellis(
+        cls, parts: Sequence[TrellisColumns], note: str = "", detail: Mapping[str, Any] | None = None
+    ) -> "Packed":
+        """Return a record of trellis-coded columns."""
+        return cls("codes", assemble_trellis(parts), note, detail or {}, trellis=parts)
+
+    @classmethod
     def masked(
         cls, weight_OI: Tensor, keep_OI: Tensor, note: str = "", detail: Mapping[str, Any] | None = None
     ) -> "Packed":
@@ -94,6 +109,11 @@ class Packed:
     def after(self, earlier: "Packed") -> "Packed":
         """Return this record with the note and the detail of an earlier step of a chain."""
         return replace(self, note=join_notes(earlier.note, self.note), detail={**earlier.detail, **self.detail})
+
+    @property
+    def coded(self) -> bool:
+        """Return whether the matrix has codes to store."""
+        return bool(self.parts or self.trellis)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,7 +131,7 @@ class Packed:
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of this record in a file that stores unquantized values as `dtype`."""
-        return self.packed_codes().nbytes if self.parts else self.plain_nbytes(dtype)
+        return self.packed_codes().nbytes if self.coded else self.plain_nbytes(dtype)
 
     def pack(self, dtype: torch.dtype, packing: Packing) -> PackedTensors | None:
         """Return the packed form of the matrix, None if it is stored as a plain weight of `dtype`.
@@ -120,15 +140,17 @@ class Packed:
         """
         if packing == "none":
             return None
-        forms = [self.packed_codes()] if self.parts else []
+        forms = [self.packed_codes()] if self.coded else []
         nonzeros = self._nonzeros(dtype) if packing == "auto" else None
         if nonzeros is not None:
             forms.append(PackedTensors.of_nonzeros(nonzeros))
         best = min(forms, key=lambda form: form.nbytes, default=None)
-        return best if self.parts or (best is not None and best.nbytes < self.plain_nbytes(dtype)) else None
+        return best if self.coded or (best is not None and best.nbytes < self.plain_nbytes(dtype)) else None
 
     def packed_codes(self) -> PackedTensors:
         """Return the stored form of a record of codes."""
+        if self.trellis:
+            return PackedTensors.of_trellis(self.trellis, self.weight_OI.shape)
         return PackedTensors.of_codes(self.parts, self.weight_OI.shape)
 
     def _nonzeros(self, dtype: torch.dtype) -> Sparse | Tiled | None:
@@ -165,6 +187,8 @@ def decode_record(
     read_descriptor(module, description).check(tensors)
     if "sparse" in description:
         return read_sparse(tensors, description).decode()
+    if "trellis" in description:
+        return assemble_trellis(read_trellis(tensors, description["trellis"], description["shape"][1]))
     return assemble(read_parts(tensors, description["parts"], description["shape"][1]))
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-# In the order of `enum class Path` in cpu/kernels.h. BF16 and GFNI include AVX-512 with VBMI2.
-BEST, PORTABLE, AVX2, AVX512, BF16, GFNI = range(6)
+# In the order of `enum class Path` in cpu/kernels.h. BF16 and GFNI include AVX-512 with VBMI2, and VBMI includes VNNI.
+BEST, PORTABLE, AVX2, AVX512, BF16, GFNI, VBMI = range(7)
 
 
 @cache

@@ -130,6 +130,23 @@ class PlanePart(NamedTuple):
         return self._replace(scale_GO=scale_GO, offset_GO=offset_GO, zero_GO=zero_GO, columns_C=places)
 
 
+class TrellisPart(NamedTuple):
+    """One part of a matrix that a trellis codes: the stored tensors [T, C, 4·K], [256] and [O] (see `formats.trellis`).
+
+    `columns_C` (int32) maps the columns to inputs; None means all inputs in order.
+    """
+
+    rings_TCB: Tensor
+    levels_S: Tensor
+    scale_O: Tensor
+    columns_C: Tensor | None
+
+    @property
+    def bits(self) -> int:
+        """Return the bits of a weight."""
+        return self.rings_TCB.shape[2] // 4
+
+
 def _whole_words(values_GO: Tensor | None) -> Tensor | None:
     if values_GO is None or values_GO.shape[1] % 4 == 0:
         return values_GO

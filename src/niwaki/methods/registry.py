@@ -57,6 +57,7 @@ METHODS: Mapping[str, MethodInfo] = {
         MethodInfo("rtn"),
         MethodInfo("sparsegpt"),
         MethodInfo("squeeze10", fractional_bits=True),
+        MethodInfo("trellis", fractional_bits=True),
         MethodInfo("wanda"),
         MethodInfo("wandapp"),
         MethodInfo("comp", MethodKind.SHAPE),

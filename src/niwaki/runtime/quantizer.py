@@ -25,9 +25,8 @@ from niwaki.model.checkpoint import FORMAT, QUANT_METHOD, WEIGHTS_FIELD, quantiz
 from niwaki.model.files import write_text
 from niwaki.model.hf import resize, saved_name, weight_names
 from niwaki.runtime.embedding import pack_embedding
-from niwaki.runtime.linear import PackedLinear
-from niwaki.runtime.sparse_linear import SparseLinear
 from niwaki.runtime.stored import StoredMatrix
+from niwaki.runtime.trellis_linear import packed_class
 
 
 class NiwakiConfig(QuantizationConfigMixin):
@@ -85,7 +84,7 @@ class NiwakiQuantizer(HfQuantizer):
             if isinstance(module, nn.Embedding):
                 pack_embedding(module, about, name)
             else:
-                kind = SparseLinear if "sparse" in about else PackedLinear
+                kind = packed_class(about)
                 with torch.device("meta"):
                     packed_module = kind(rows, columns, about, module.bias is not None, name=name)
                 _replace(model, name, packed_module.to(module.weight.dtype))

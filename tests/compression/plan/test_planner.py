@@ -34,6 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "billm": {"salient": 8},
     "ptq161": {"rounds": 1, "samples": 2},
     "squeeze10": {"rounds": 1, "learn_rounds": 1, "samples": 2},
+    "trellis": {"rounds": 1, "learn_rounds": 1, "samples": 2},
     "besa": {"steps": 2},
     "wandapp": {"rounds": 1, "samples": 2},
     "comp": {"try_blocks": 1, "try_heads": 0},
@@ -47,6 +48,8 @@ def target_of(method: str) -> list[str]:
         return ["8bit"]
     if method == "squeeze10":
         return ["1.9bit", "3.3bit"]
+    if method == "trellis":  # the levels of a second width are a third of a bit of such small matrices
+        return ["3.3bit", "8bit"]
     kinds = ["0.3"] if METHODS[method].kind is not MethodKind.WALK else ["0.5", "2:4", "2bit", "4bit"]
     return [target for target in kinds if isinstance(parse_target(target), get_method(method).accepts)]
 

@@ -19,14 +19,16 @@ from tests.system.reliability.commands import Row, niwaki
 
 WEIGHTS = "model.safetensors"
 TARGETS: dict[str, str] = {
-    **dict.fromkeys(("arb", "billm", "ptq161"), "8bit"), **dict.fromkeys(("gptq", "rtn", "squeeze10"), "4bit"),
+    **dict.fromkeys(("arb", "billm", "ptq161", "trellis"), "8bit"),
+    **dict.fromkeys(("gptq", "rtn", "squeeze10"), "4bit"),
     **dict.fromkeys(("comp", "flap", "two_ssp", "wanda_sp"), "0.3"), "shortgpt": "0.34",
 }  # fmt: skip
 OPTIONS: dict[str, tuple[str, ...]] = {  # the groups of a small model, and less to learn
     "arb": ("salient=8", "iterations=3"), "besa": ("steps=8",), "billm": ("salient=8",), "comp": ("try_heads=0",),
     "gptq": ("group=0",), "ptq161": ("rounds=1", "samples=4"), "rtn": ("group=0",),
     "shadow": ("min_prompt=8", "features=last", "size_frac=0.5", "gradient_windows=4"),
-    "squeeze10": ("rounds=1", "learn_rounds=1", "samples=4"), "wandapp": ("rounds=2", "samples=4"),
+    "squeeze10": ("rounds=1", "learn_rounds=1", "samples=4"), "trellis": ("rounds=1", "learn_rounds=1", "samples=4"),
+    "wandapp": ("rounds=2", "samples=4"),
 }  # fmt: skip
 FRESH = ("besa", "comp", "shadow", "sparsegpt", "squeeze10")  # also in a process of its own
 SIZE = ("--samples", 12, "--seq-len", 24)

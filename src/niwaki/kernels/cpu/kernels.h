@@ -34,6 +34,17 @@ struct SweepCodes {
 
 void sweep_codes(const SweepCodes& sweep, int threads);
 
+// Finds the states of every ring whose levels miss the wanted values least (kernels/trellis.py).
+struct TrellisEncode {
+    int64_t rows, columns, bits;
+    const float* wanted;  // [rows, columns]
+    const float* weight;  // [rows], of a squared miss
+    const float* level;   // [256], of every state
+    uint8_t* state;       // [rows in whole rings of 32, columns]
+};
+
+void trellis_encode(const TrellisEncode& encode, int threads);
+
 // Adds x Wᵀ of one part of a packed matrix (formats/quantized.py). Scales and offsets are float16: [groups, rows].
 struct PlaneProduct {
     int64_t tokens, rows, columns, bits, bytes, groups, group_bytes;
@@ -49,7 +60,7 @@ struct PlaneProduct {
 };
 
 // Instruction set of a product. All but `best` are for tests.
-enum class Path { best, portable, avx2, avx512, bf16, gfni };
+enum class Path { best, portable, avx2, avx512, bf16, gfni, vbmi };
 
 bool supported(Path path);
 
@@ -64,6 +75,21 @@ struct Decoded {
 };
 
 void plane_decode(const std::vector<PlaneProduct>& parts, const Decoded& to, int threads, Path path);
+
+// Adds x Wᵀ of one part of a matrix that a trellis codes (formats/trellis.py). Rings have 4 · bits bytes.
+struct TrellisProduct {
+    int64_t tokens, rows, columns, bits;
+    const uint8_t* rings;   // [tiles, columns, 4 · bits]
+    const int8_t* levels;   // [256]
+    const uint16_t* scale;  // float16 [rows]
+    const int32_t* column;  // [columns], position in a row of x; or null for all in order
+    const float* x;         // [tokens, inputs]
+    int64_t inputs;
+    float* out;             // [tokens, rows]
+};
+
+void trellis_products(const std::vector<TrellisProduct>& parts, int threads, Path path);
+void trellis_decode(const std::vector<TrellisProduct>& parts, const Decoded& to, int threads, Path path);
 
 enum class SparseLayout { bitmap, two_four };
 enum class SparseValues { bf16, fp16, fp32, int8, int4 };

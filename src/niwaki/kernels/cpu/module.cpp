@@ -31,6 +31,21 @@ constexpr int64_t kTile = 32;    // rows of a tile
 constexpr int64_t kMaxBits = 8;  // a code is a byte
 constexpr int64_t kTables = 4;   // bytes of columns that share a table scale: groups hold whole ones
 
+// Requires that the columns of a part have positions in range, none of which `seen` marks, and marks them.
+void require_positions(const std::optional<Ints>& column, int64_t columns, int64_t inputs,
+                       std::vector<uint8_t>& seen) {
+    if (column) {
+        require_shape(*column, {columns}, "the positions do not fit the columns");
+        seen.resize(inputs);
+        for (int64_t i = 0; i < columns; ++i) {
+            const int64_t at = column->data()[i];
+            require(at >= 0 && at < inputs && !seen[at], "a position is out of range or occurs again");
+            seen[at] = 1;
+        }
+    }
+    require(column || columns == inputs, "a part without positions needs all columns");
+}
+
 // Checks one part of a packed matrix, and returns it without inputs and outputs. `seen` marks the positions so far.
 niwaki::PlaneProduct checked_part(int64_t rows, int64_t inputs, const Bytes& planes, const Shorts& scale,
                                   const std::optional<Shorts>& offset, const std::optional<Bytes>& zero, float centre,
@@ -47,16 +62,7 @@ niwaki::PlaneProduct checked_part(int64_t rows, int64_t inputs, const Bytes& pla
     require_shape(scale, {groups, rows}, "scales do not fit groups and rows");
     if (offset) require_shape(*offset, {groups, rows}, "offsets do not fit groups and rows");
     if (zero) require_shape(*zero, {groups, rows}, "zero codes do not fit groups and rows");
-    if (column) {
-        require_shape(*column, {columns}, "the positions do not fit the columns");
-        seen.resize(inputs);
-        for (int64_t i = 0; i < columns; ++i) {
-            const int64_t at = column->data()[i];
-            require(at >= 0 && at < inputs && !seen[at], "a position is out of range or occurs again");
-            seen[at] = 1;
-        }
-    }
-    require(column || columns == inputs, "a part without positions needs all columns");
+    require_positions(column, columns, inputs, seen);
     return {0, rows, columns, bits, bytes, groups, group_bytes, planes.data(),
             reinterpret_cast<const uint16_t*>(scale.data()),
             offset ? reinterpret_cast<const uint16_t*>(offset->data()) : nullptr, zero ? zero->data() : nullptr,
@@ -122,6 +128,64 @@ private:
     bool tables_ = true;
     std::vector<uint8_t> seen_;  // of positions; empty without them
     std::vector<niwaki::PlaneProduct> parts_;
+    std::vector<Bytes> bytes_;
+    std::vector<Shorts> shorts_;
+    std::vector<Ints> ints_;
+};
+
+// The parts of a matrix that a trellis codes, which the layer keeps alive. Inputs come as addresses.
+class TrellisLayer {
+public:
+    TrellisLayer(int64_t rows, int64_t inputs) : rows_(rows), inputs_(inputs) {
+        require_side(rows, "rows are out of range"), require_side(inputs, "inputs are out of range");
+    }
+
+    void add(Bytes rings, Bytes levels, Shorts scale, std::optional<Ints> column) {
+        require(rings.ndim() == 3, "rings need three axes");
+        const auto columns = static_cast<int64_t>(rings.shape(1)), bits = static_cast<int64_t>(rings.shape(2)) / 4;
+        require(columns >= 1 && columns <= inputs_, "a part has more columns than the matrix");
+        require(bits >= 1 && bits <= 4, "a trellis has 1 to 4 bits");
+        require_shape(rings, {niwaki::ceil_div(rows_, kTile), columns, 4 * bits}, "rings do not fit rows and columns");
+        require_shape(levels, {256}, "a trellis has 256 levels");
+        require_shape(scale, {1, rows_}, "scales do not fit the rows");
+        require_positions(column, columns, inputs_, seen_);
+        parts_.push_back({0, rows_, columns, bits, rings.data(), reinterpret_cast<const int8_t*>(levels.data()),
+                          reinterpret_cast<const uint16_t*>(scale.data()), column ? column->data() : nullptr, nullptr,
+                          inputs_, nullptr});
+        covered_ += columns;
+        bytes_.push_back(rings), bytes_.push_back(levels), shorts_.push_back(scale);
+        if (column) ints_.push_back(*column);
+    }
+
+    // Same contract as Layer::multiply.
+    void multiply(uintptr_t x, uintptr_t out, int64_t tokens, bool bfloat16, int threads, int path) const {
+        require(tokens >= 0 && covered_ == inputs_, "the parts do not make a matrix");
+        nb::gil_scoped_release unlocked;
+        std::vector<niwaki::TrellisProduct> parts = parts_;
+        std::vector<float> wide(bfloat16 ? tokens * inputs_ : 0), sums(bfloat16 ? tokens * rows_ : 0);
+        for (size_t i = 0; i < wide.size(); ++i) wide[i] = widened(reinterpret_cast<const uint16_t*>(x)[i]);
+        float* to = bfloat16 ? sums.data() : reinterpret_cast<float*>(out);
+        if (!bfloat16) std::fill_n(to, tokens * rows_, 0.0f);
+        for (niwaki::TrellisProduct& part : parts)
+            part.tokens = tokens, part.x = bfloat16 ? wide.data() : reinterpret_cast<const float*>(x), part.out = to;
+        niwaki::trellis_products(parts, threads, static_cast<niwaki::Path>(path));
+        for (size_t i = 0; i < sums.size(); ++i) reinterpret_cast<uint16_t*>(out)[i] = narrowed(sums[i]);
+    }
+
+    // Same contract as Layer::decode.
+    void decode(uintptr_t out, int64_t first, int64_t last, bool bfloat16, int threads, int path) const {
+        require(covered_ == inputs_, "the parts do not make a matrix");
+        require_rows(first, last, rows_);
+        require(first % kTile == 0, "the first row begins a tile");
+        nb::gil_scoped_release unlocked;
+        const niwaki::Decoded to{first, last, inputs_, bfloat16, reinterpret_cast<void*>(out)};
+        niwaki::trellis_decode(parts_, to, threads, static_cast<niwaki::Path>(path));
+    }
+
+private:
+    int64_t rows_, inputs_, covered_ = 0;
+    std::vector<uint8_t> seen_;  // of positions; empty without them
+    std::vector<niwaki::TrellisProduct> parts_;
     std::vector<Bytes> bytes_;
     std::vector<Shorts> shorts_;
     std::vector<Ints> ints_;
@@ -277,6 +341,17 @@ NB_MODULE(_cpu, module) {
         niwaki::sweep_codes(sweep, threads);
     }, nb::arg("wanted"), nb::arg("base"), nb::arg("has_base"), nb::arg("feed"), nb::arg("scale"), nb::arg("offset"),
        nb::arg("group"), nb::arg("top"), nb::arg("keep").none(), nb::arg("code"), nb::arg("change"), nb::arg("threads"));
+    module.def("trellis_encode", [](Floats wanted, Floats weight, Floats level, int64_t bits, Bytes state, int threads) {
+        require(wanted.ndim() == 2, "wanted values need two axes");
+        const auto rows = static_cast<int64_t>(wanted.shape(0)), columns = static_cast<int64_t>(wanted.shape(1));
+        require_side(rows, "rows are out of range"), require_side(columns, "columns are out of range");
+        require(bits >= 1 && bits <= 4, "a trellis has 1 to 4 bits");
+        require_shape(weight, {rows}, "weights do not fit the rows");
+        require_shape(level, {256}, "a trellis has 256 levels");
+        require_shape(state, {niwaki::ceil_div(rows, kTile) * kTile, columns}, "states do not fit rows and columns");
+        nb::gil_scoped_release unlocked;
+        niwaki::trellis_encode({rows, columns, bits, wanted.data(), weight.data(), level.data(), state.data()}, threads);
+    }, nb::arg("wanted"), nb::arg("weight"), nb::arg("level"), nb::arg("bits"), nb::arg("state"), nb::arg("threads"));
     module.def("plane_product", [](Bytes planes, Shorts scale, std::optional<Shorts> offset, std::optional<Bytes> zero,
                                    float centre, int64_t group_bytes, std::optional<Ints> column, int64_t columns,
                                    Floats x, Floats out, int threads, int path) {
@@ -298,6 +373,12 @@ NB_MODULE(_cpu, module) {
              nb::arg("centre"), nb::arg("group_bytes"), nb::arg("column").none(), nb::arg("columns"))
         .def("multiply", &Layer::multiply)
         .def("decode", &Layer::decode);
+    nb::class_<TrellisLayer>(module, "TrellisLayer")
+        .def(nb::init<int64_t, int64_t>())
+        .def("add", &TrellisLayer::add, nb::arg("rings"), nb::arg("levels"), nb::arg("scale"),
+             nb::arg("column").none())
+        .def("multiply", &TrellisLayer::multiply)
+        .def("decode", &TrellisLayer::decode);
     nb::class_<TileLayer>(module, "TileLayer")
         .def(nb::init<int64_t, int64_t, int64_t, Bytes, Bytes, Shorts>(), nb::arg("rows"), nb::arg("columns"),
              nb::arg("group"), nb::arg("places"), nb::arg("codes"), nb::arg("scale"))
@@ -333,6 +414,7 @@ NB_MODULE(_cpu, module) {
         const niwaki::BitmapScan found = niwaki::scan_bitmap(places.data(), rows, columns, starts.data());
         return nb::make_tuple(found.count, found.beyond, found.ordered);
     }, nb::arg("places"), nb::arg("columns"), nb::arg("starts"));
-    // Numbers of `Path`: 0 best, 1 portable, 2 AVX2, 3 AVX-512, 4 AVX-512 with VBMI2 and BF16, 5 with VBMI2 and GFNI.
+    // Numbers of `Path`: 0 best, 1 portable, 2 AVX2, 3 AVX-512, 4 AVX-512 with VBMI2 and BF16, 5 with VBMI2 and GFNI, 6 with VBMI and
+    // VNNI.
     module.def("supported", [](int path) { return niwaki::supported(static_cast<niwaki::Path>(path)); });
 }

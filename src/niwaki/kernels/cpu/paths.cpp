@@ -17,6 +17,9 @@ bool supported(Path path) {
     if (path == Path::gfni)
         return avx512 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") &&
                __builtin_cpu_supports("gfni");
+    if (path == Path::vbmi)
+        return avx512 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+               __builtin_cpu_supports("avx512vnni");
 #endif
     return path == Path::best || path == Path::portable;
 }

@@ -10,4 +10,5 @@
 #define NIWAKI_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw")))
 #define NIWAKI_BF16 __attribute__((target("avx512f,avx512bw,avx512vbmi2,avx512bf16,popcnt")))
 #define NIWAKI_GFNI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vbmi2,gfni")))
+#define NIWAKI_VBMI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")))
 #endif

@@ -14,15 +14,21 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from niwaki.formats.sparse_tiles import LAYOUT
-from niwaki.kernels.cpu_module import AVX2, AVX512, BF16, cpu_module
+from niwaki.kernels.cpu_module import AVX2, AVX512, BF16, VBMI, cpu_module
 from niwaki.kernels.types import MAX_TOKENS
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
+from niwaki.runtime.trellis_linear import TrellisLinear
 
 DENSE = "torch"
 DECODED = "decoded, then torch"
 _PRODUCTS = ("mm", "linear", "matmul", "bmm")
-_PATHS = {BF16: "AVX-512 BF16", AVX512: "AVX-512", AVX2: "AVX2"}  # of the compiled kernels, the fastest first
+_PATHS = {
+    VBMI: "AVX-512 VBMI",
+    BF16: "AVX-512 BF16",
+    AVX512: "AVX-512",
+    AVX2: "AVX2",
+}  # of the compiled kernels, the fastest first
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ def detect_kernels(model: Any, tokens: int) -> KernelRun:
     """Return the kernels of every kind of packed layer of a model, `torch` if there are none."""
     layers: dict[type, nn.Module] = {}
     for module in model.modules():
-        if isinstance(module, PackedLinear | SparseLinear):
+        if isinstance(module, PackedLinear | SparseLinear | TrellisLinear):
             known = layers.get(type(module))
             # A CPU selects by tokens alone, so the smallest layer is enough; a GPU may select by size.
             if known is None or _better(module, known, model.device.type == "cuda"):
@@ -98,6 +104,8 @@ def _widest(layer: Any, dtype: torch.dtype) -> int:
     """Return the widest compiled path for a layer."""
     if isinstance(layer, PackedLinear):
         return 3
+    if isinstance(layer, TrellisLinear):
+        return VBMI
     stored = layer.described["sparse"]
     if stored["layout"] == LAYOUT:
         return 3

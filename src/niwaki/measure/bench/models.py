@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from niwaki.errors import CheckpointError
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.hf import materialize_buffers, on_meta
-from niwaki.runtime.linear import PackedLinear
-from niwaki.runtime.sparse_linear import SparseLinear
+from niwaki.runtime.stored import StoredMatrix
 
 RANDOM_STD = 0.02
 
@@ -93,7 +92,7 @@ def read_bytes(model: nn.Module) -> int:
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters(recurse=False)
     yield from module.buffers(recurse=False)
-    if isinstance(module, PackedLinear | SparseLinear):
+    if isinstance(module, StoredMatrix):
         yield from module.stored().values()  # includes those of an LM head tied to the embeddings
 
 

@@ -42,8 +42,7 @@ from niwaki.runtime.contextual.predictor import Predictor
 from niwaki.runtime.contextual.predictor_files import Running, Shadow
 from niwaki.runtime.contextual.sparsity import attach
 from niwaki.runtime.contextual.units import find_layout
-from niwaki.runtime.linear import PackedLinear
-from niwaki.runtime.sparse_linear import SparseLinear
+from niwaki.runtime.trellis_linear import packed_class
 
 GROUPS = (128, 64, 32)  # columns that share a scale; the widest group that divides a matrix is used
 SALIENT_BITS, SALIENT_FRAC = 4, 0.2  # of 1.6bit; the other columns have one bit
@@ -165,7 +164,7 @@ def _moved(stored: PackedTensors, device: torch.device) -> PackedTensors:
 
 def _layer(module: nn.Linear, stored: PackedTensors) -> nn.Module:
     """Return a packed layer with a copy of the stored tensors, and with the bias of the dense layer."""
-    kind = SparseLinear if "sparse" in stored.description else PackedLinear
+    kind = packed_class(stored.description)
     with torch.device(module.weight.device):
         layer = kind(module.out_features, module.in_features, stored.description, bias=False)
     layer.load_state_dict(dict(stored.tensors))

@@ -1,0 +1,224 @@
+"""Rounding of a matrix to the levels of a trellis so that its outputs survive: sweep, refits and coordinate descent.
+
+Everything minimizes ‖(W − Q)X‖² + λ‖W − Q‖² row by row, with H = XᵀX + λI, as `shared.rounding` does for grids. The
+rings of a trellis run along the rows, so that a sweep takes one column after another and passes its error on in full.
+The rows of a ring share no scale: the search weighs the miss of a row by its squared scale.
+
+Legend: O rows, I columns, C columns of a part, P parts, S states, U padded rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from niwaki.formats.quantized import SCALE_DTYPE
+from niwaki.formats.trellis import MAX_LEVEL, RING, STATES, TrellisColumns
+from niwaki.kernels.trellis import encode
+from niwaki.methods.shared.rounding import SMALLEST_SCALE, error_propagation
+
+NORMAL_WEIGHTS, NORMAL_FITS = 2**16, 12
+FITTED_WEIGHTS, FITS = 2**15, 2  # of a part, that its levels are fitted to
+SWEPT_COLUMNS = 64  # whose errors reach the columns after them in one product
+PRIOR = 8.0  # weights of mean importance that hold a level at its old value
+
+
+@dataclass(frozen=True)
+class TrellisCodes:
+    """States of a matrix with their levels and scales: weight = level_PS[part, state] · scale_OP[row, part].
+
+    `part_I` is the part of every column. The states `state_UI` have whole rings of rows.
+    """
+
+    bits: Sequence[int]
+    part_I: Tensor
+    state_UI: Tensor
+    level_PS: Tensor
+    scale_OP: Tensor
+
+    @property
+    def levels_OI(self) -> Tensor:
+        """Return the levels [O, I] without scales."""
+        flat_PS = self.level_PS.view(-1)
+        return flat_PS[self.state_UI[: len(self.scale_OP)].int() + self.part_I.int() * STATES]
+
+    @property
+    def values_OI(self) -> Tensor:
+        """Return the weights [O, I] that the states stand for."""
+        return self.levels_OI * self.scale_OP[:, self.part_I]
+
+    def columns(self, part: int) -> Tensor:
+        """Return the columns of a part."""
+        return (self.part_I == part).nonzero().view(-1)
+
+    def columns_coded(self) -> list[TrellisColumns]:
+        """Return the stored form of the parts. The codes must be `storable`."""
+        parts = []
+        for part, bits in enumerate(self.bits):
+            columns_C = self.columns(part)
+            level_S, scale_O = self.level_PS[part].to(torch.int8), self.scale_OP[:, part].to(SCALE_DTYPE)
+            parts.append(TrellisColumns(columns_C, bits, self.state_UI[:, columns_C], level_S, scale_O))
+        return parts
+
+    def storable(self) -> "TrellisCodes":
+        """Return the codes with levels of whole numbers from −127 to 127, and scales rounded as they are stored."""
+        step_P1 = self.level_PS.abs().amax(1, keepdim=True).clamp_min(SMALLEST_SCALE) / MAX_LEVEL
+        scale_OP = (self.scale_OP * step_P1.T).to(SCALE_DTYPE).float().clamp_min(SMALLEST_SCALE)
+        return replace(self, level_PS=(self.level_PS / step_P1).round(), scale_OP=scale_OP)
+
+
+@cache
+def normal_levels(bits: int) -> Tensor:
+    """Return 256 levels for normal weights: rounds of encoding and means, from an order without pattern."""
+    generator = torch.Generator().manual_seed(1)
+    quantiles_S = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(STATES) + 0.5) / STATES)
+    weight_OI = torch.randn(RING, NORMAL_WEIGHTS // RING, generator=generator)
+    return _fit(weight_OI, quantiles_S[torch.randperm(STATES, generator=generator)], bits, NORMAL_FITS)
+
+
+def fit_levels(weight_OI: Tensor, bits: int) -> Tensor:
+    """Return the levels [S] that miss these weights, rows of RMS 1, least."""
+    columns = max(1, min(weight_OI.shape[1], FITTED_WEIGHTS // len(weight_OI)))
+    some_OI = weight_OI[:, :: weight_OI.shape[1] // columns].contiguous()
+    return _fit(some_OI, normal_levels(bits).to(weight_OI.device), bits, FITS)
+
+
+def _fit(some_OI: Tensor, level_S: Tensor, bits: int, rounds: int) -> Tensor:
+    one_O = torch.ones_like(some_OI[:, 0])
+    for _ in range(rounds):
+        state_OI = encode(some_OI, one_O, level_S, bits)[: len(some_OI)]
+        level_S = _means(state_OI, some_OI, torch.ones_like(some_OI), level_S, PRIOR / 4)
+    return level_S
+
+
+def start_codes(weight_OI: Tensor, bits: Sequence[int], part_I: Tensor) -> TrellisCodes:
+    """Return codes without states: scales are the RMS of a row in a part, and levels fit the weights."""
+    scales, levels = [], []
+    for part, own in enumerate(bits):
+        weight_OC = weight_OI[:, part_I == part]
+        scale_O1 = weight_OC.square().mean(1, keepdim=True).sqrt().clamp_min(SMALLEST_SCALE)
+        scales.append(scale_O1)
+        levels.append(fit_levels(weight_OC / scale_O1, own))
+    padded = -(-len(weight_OI) // RING) * RING
+    state_UI = torch.zeros(padded, weight_OI.shape[1], dtype=torch.uint8, device=weight_OI.device)
+    return TrellisCodes(bits, part_I, state_UI, torch.stack(levels), torch.cat(scales, dim=1))
+
+
+def nearest_path(codes: TrellisCodes, wanted_OI: Tensor) -> TrellisCodes:
+    """Return the codes with the states nearest to the wanted weights, for the scales and levels as they are."""
+    state_UI = torch.empty_like(codes.state_UI)
+    for part in range(len(codes.bits)):
+        columns_C = codes.columns(part)
+        state_UI[:, columns_C] = _encode_columns(codes, part, wanted_OI[:, columns_C])
+    return replace(codes, state_UI=state_UI)
+
+
+def round_in_order(codes: TrellisCodes, weight_OI: Tensor, upper_II: Tensor, order_I: Tensor) -> TrellisCodes:
+    """Round column after column in the order `order_I`; H⁻¹ = UᵀU in that order. Errors move to later columns."""
+    propagation_II = error_propagation(upper_II)
+    wanted_OI = weight_OI[:, order_I].contiguous()
+    state_UI = torch.empty_like(codes.state_UI)
+    parts, columns = codes.part_I[order_I].tolist(), order_I.tolist()
+    for start in range(0, len(columns), SWEPT_COLUMNS):
+        end = min(start + SWEPT_COLUMNS, len(columns))
+        panel_OC, own_CC = wanted_OI[:, start:end].clone(), propagation_II[start:end, start:end]
+        change_OC = torch.empty_like(panel_OC)
+        for k in range(end - start):
+            part, wanted_O = parts[start + k], panel_OC[:, k]
+            state_U = _encode_columns(codes, part, wanted_O[:, None])[:, 0]
+            change_O = codes.level_PS[part][state_U[: len(wanted_O)].int()] * codes.scale_OP[:, part] - wanted_O
+            panel_OC[:, k + 1 :].addr_(change_O, own_CC[k, k + 1 :], alpha=-1)
+            state_UI[:, columns[start + k]], change_OC[:, k] = state_U, change_O
+        wanted_OI[:, end:].addmm_(change_OC, propagation_II[start:end, end:], alpha=-1)
+    return replace(codes, state_UI=state_UI)
+
+
+def descend(codes: TrellisCodes, weight_OI: Tensor, gram_II: Tensor) -> TrellisCodes:
+    """Do one pass of coordinate descent: each column takes the path of least error given all others.
+
+    H = `gram_II`, damping included. A ring keeps its path unless the new one misses less, so the error never rises.
+    """
+    state_UI, diagonal_I = codes.state_UI.clone(), gram_II.diagonal()
+    values_OI = codes.values_OI
+    pull_OI = (weight_OI - values_OI) @ gram_II
+    rows, parts = len(weight_OI), codes.part_I.tolist()
+    for start in range(0, len(parts), SWEPT_COLUMNS):
+        end = min(start + SWEPT_COLUMNS, len(parts))
+        panel_OC, own_CC = pull_OI[:, start:end].clone(), gram_II[start:end, start:end]
+        change_OC = torch.empty_like(panel_OC)
+        for k in range(end - start):
+            column = start + k
+            part, value_O = parts[column], values_OI[:, column]
+            wanted_O = value_O + panel_OC[:, k] / diagonal_I[column]
+            state_U = _encode_columns(codes, part, wanted_O[:, None])[:, 0]
+            new_O = codes.level_PS[part][state_U[:rows].int()] * codes.scale_OP[:, part]
+            gain_O = (wanted_O - value_O).square() - (wanted_O - new_O).square()
+            better_U = _by_ring(gain_O, len(state_U)) > 0
+            change_O = torch.where(better_U[:rows], new_O - value_O, 0.0)
+            state_UI[:, column] = torch.where(better_U, state_U, state_UI[:, column])
+            panel_OC[:, k + 1 :].addr_(change_O, own_CC[k, k + 1 :], alpha=-1)
+            change_OC[:, k] = change_O
+        pull_OI[:, end:].addmm_(change_OC, gram_II[start:end, end:], alpha=-1)
+    return replace(codes, state_UI=state_UI)
+
+
+def refit_scales(codes: TrellisCodes, weight_OI: Tensor, gram_II: Tensor) -> TrellisCodes:
+    """Fit the scales so that the error of every row is least for its states. Rows keep scales without a solution."""
+    level_OI, parts = codes.levels_OI, len(codes.bits)
+    own = [level_OI * (codes.part_I == part) for part in range(parts)]
+    pull_OI = weight_OI @ gram_II
+    right_OP = torch.stack([(pull_OI * level).sum(1) for level in own], dim=1)
+    spread = [level @ gram_II for level in own]
+    normal_OPP = torch.stack([torch.stack([(one * two).sum(1) for two in own], dim=1) for one in spread], dim=1)
+    ridge_O1 = normal_OPP.diagonal(dim1=1, dim2=2).mean(1)[:, None] * 1e-6 + 1e-30
+    scale_OP, _ = torch.linalg.solve_ex(normal_OPP + torch.diag_embed(ridge_O1.expand_as(right_OP)), right_OP)
+    fits_O1 = (torch.isfinite(scale_OP) & (scale_OP > SMALLEST_SCALE)).all(1, keepdim=True)
+    return replace(codes, scale_OP=torch.where(fits_O1, scale_OP, codes.scale_OP))
+
+
+def refit_levels(codes: TrellisCodes, weight_OI: Tensor, gram_II: Tensor) -> TrellisCodes:
+    """Move every level half of the way to the mean of what its weights should be, given all others."""
+    values_OI = codes.values_OI
+    wanted_OI = values_OI + ((weight_OI - values_OI) @ gram_II) / gram_II.diagonal()
+    levels = []
+    for part, level_S in enumerate(codes.level_PS):
+        columns_C = codes.columns(part)
+        scale_O1 = codes.scale_OP[:, part, None]
+        importance_OC = scale_O1.square() * gram_II.diagonal()[columns_C]
+        state_OC = codes.state_UI[: len(weight_OI), columns_C]
+        mean_S = _means(state_OC, wanted_OI[:, columns_C] / scale_O1, importance_OC, level_S, PRIOR)
+        levels.append((level_S + mean_S) / 2)
+    return replace(codes, level_PS=torch.stack(levels))
+
+
+def improve(codes: TrellisCodes, weight_OI: Tensor, gram_II: Tensor, rounds: int) -> TrellisCodes:
+    """Do `rounds` of refits and coordinate descent, then round levels and scales as they are stored."""
+    for _ in range(rounds):
+        codes = refit_levels(codes, weight_OI, gram_II)
+        codes = descend(refit_scales(codes, weight_OI, gram_II), weight_OI, gram_II)
+    if rounds:
+        codes = refit_scales(codes, weight_OI, gram_II)
+    return codes.storable()
+
+
+def _encode_columns(codes: TrellisCodes, part: int, wanted_OC: Tensor) -> Tensor:
+    """Return the states [U, C] of columns of one part that are nearest to the wanted weights."""
+    scale_O = codes.scale_OP[:, part]
+    return encode(wanted_OC / scale_O[:, None], scale_O.square(), codes.level_PS[part], codes.bits[part])
+
+
+def _by_ring(values_O: Tensor, padded: int) -> Tensor:
+    """Return the sum over the ring of every row [U]."""
+    values_U = torch.nn.functional.pad(values_O, (0, padded - len(values_O)))
+    return values_U.view(-1, RING).sum(1, keepdim=True).expand(-1, RING).reshape(-1)
+
+
+def _means(state_OC: Tensor, wanted_OC: Tensor, importance_OC: Tensor, level_S: Tensor, prior: float) -> Tensor:
+    """Return the mean wanted value of every state, held to its old level by `prior` weights of mean importance."""
+    state_N, importance_N = state_OC.reshape(-1).int(), importance_OC.reshape(-1).double()
+    held = prior * importance_N.mean()
+    total_S = torch.bincount(state_N, importance_N, STATES) + held
+    wanted_S = torch.bincount(state_N, importance_N * wanted_OC.reshape(-1).double(), STATES) + held * level_S
+    return (wanted_S / total_S).float()

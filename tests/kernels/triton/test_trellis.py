@@ -1,0 +1,46 @@
+"""The trellis kernels of the GPU, interpreted by Triton: the path of the reference, products and decoded rows."""
+
+import torch
+
+from niwaki.formats.trellis import assemble_trellis
+from niwaki.kernels.trellis import encode_reference
+from support.trellis_records import kernel_parts, trellis_matrix
+from support.triton_interpreter import interpreted
+
+
+def test_the_search_is_the_reference() -> None:
+    interpreted("search", __name__)
+
+
+def search() -> None:
+    """Search with rows after the last whole ring, in several launches."""
+    from niwaki.kernels.triton import trellis
+
+    trellis.MAX_RINGS = 4
+    generator = torch.Generator().manual_seed(0)
+    level, weight = torch.randn(256, generator=generator), torch.rand(50, generator=generator) + 0.1
+    for bits in (1, 2, 3, 4):
+        wanted = torch.randn(50, 3, generator=generator)
+        assert torch.equal(
+            trellis.encode_triton(wanted, weight, level, bits), encode_reference(wanted, weight, level, bits)
+        )
+
+
+def test_products_and_decoded_rows() -> None:
+    interpreted("products", __name__)
+
+
+def products() -> None:
+    """Multiply at every width, with one part and two, several splits of the columns; decode from a later tile on."""
+    from niwaki.kernels.triton import trellis
+
+    trellis.SPLIT_COLUMNS = 32
+    for rows, columns, bits, others in ((50, 37, 2, None), (64, 130, 2, 3), (33, 70, 1, None), (40, 90, 3, 4)):
+        parts = trellis_matrix(rows, columns, bits, others)
+        weight, own = assemble_trellis(parts), kernel_parts(parts)
+        x = torch.randn(2, columns, generator=torch.Generator().manual_seed(1))
+        exact = x.double() @ weight.double().T
+        assert float((trellis.product_triton(x, own, rows) - exact).norm()) <= 1e-6 * float(exact.norm())
+        out = torch.full((rows - 32, columns), float("nan"))
+        trellis.decode_triton(own, rows, 32, out)
+        assert torch.equal(out, weight[32:])
