@@ -65,7 +65,8 @@ BITS = {
 SHAPES = {
     "comp 0.3": "short --method comp --target 0.3 --set try_blocks=1 --set try_heads=1",
     "comp 0.3 searched": "short --method comp --target 0.3 --allocation searched --set try_blocks=0 --set try_heads=0",
-    "comp 0.3 learned": "short --method comp --target 0.3 --set try_blocks=0 --set learn_rounds=1 --set samples=4",
+    "comp 0.3 learned": "short --method comp --target 0.3 --set try_blocks=0 --set learn_rounds=1 --set samples=4 "
+    "--set batch=2 --set rate_frac=0.004 --set target=block",
     "comp 0.3 pack none": "short --method comp --target 0.3 --set try_blocks=1 --set try_heads=0 --pack none",
     "shortgpt 0.3": "short --method shortgpt --target 0.3",
     "wanda_sp 0.3": "short --method wanda_sp --target 0.3",

@@ -109,10 +109,10 @@ class Config:
     multiple: Annotated[int, "Divisor of the number of neurons; 0 for 8, or 256 in large models."] = 0
     damping_frac: Annotated[float, "A share of the mean diagonal of XᵀX, added to the diagonal (λ)."] = 0.01
     learn_rounds: Annotated[int, "Rounds of block-wise learning (not in the paper)."] = 0
-    samples: Annotated[int, "Windows per round of learning."] = 32
-    batch: Annotated[int, "Windows per step."] = 2
-    rate_frac: Annotated[float, "Length of a step as a share of the RMS of a matrix."] = 0.004
-    target: LearningTarget = "block"
+    samples: Annotated[int, "Windows per round of learning."] = 64
+    batch: Annotated[int, "Windows per step."] = 4
+    rate_frac: Annotated[float, "Length of a step as a share of the RMS of a matrix."] = 0.008
+    target: LearningTarget = "both"
     reconstruct: Reconstruct = "block"
 
     def __post_init__(self) -> None:
