@@ -107,12 +107,12 @@ def test_gradients_have_the_layout_of_their_parameters() -> None:
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trellis")
     model, text = (
-        tiny_llama(folder / "model", blocks=1, hidden_size=64, intermediate_size=96, num_key_value_heads=4),
+        tiny_llama(folder / "model", blocks=2, hidden_size=64, intermediate_size=96, num_key_value_heads=4),
         write_texts(folder / "text.jsonl"),
     )
     niwaki.compress(
         model, folder / "out", method="trellis", target="3bit", device="cpu", dtype="float32",
-        options={"learn_rounds": 2, "samples": 4, "rounds": 1},
+        options={"learn_rounds": 2, "samples": 4, "rounds": 1, "ahead": 1},
         calibration={"files": (str(text),), "samples": 8, "seq_len": 16},
     )  # fmt: skip
     return folder / "out"
@@ -120,7 +120,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_result_loads_with_its_rings_and_counts_its_bits(learned: Path) -> None:
     loaded = niwaki.load(learned, device="cpu", dtype="float32")
-    assert sum(isinstance(module, TrellisLinear) for module in loaded.modules()) == 7
+    assert sum(isinstance(module, TrellisLinear) for module in loaded.modules()) == 14
     lines = read_lines(learned)
     assert all(line.stored is not None and "trellis" in line.stored for line in lines)
     assert read_run(learned).result.bits <= 3

@@ -47,6 +47,7 @@ from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, gram_factors, products
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.best_state import BestState
 from niwaki.methods.shared.block_training import (
+    Ahead,
     LearningTarget,
     Reconstruct,
     Reconstruction,
@@ -90,9 +91,10 @@ class Config:
     encode_every: Annotated[int, "Steps of learning between two searches of the nearest path."] = 4
     target: LearningTarget = "both"
     reconstruct: Reconstruct = "block"
+    ahead: Ahead = 0
 
     def __post_init__(self) -> None:
-        check_learning_options(self.target, reconstruct=self.reconstruct)
+        check_learning_options(self.target, reconstruct=self.reconstruct, ahead=self.ahead)
         if min(self.rounds, self.learn_rounds) < 0:
             raise ValueError("expected rounds and learn_rounds ≥ 0")
         if min(self.samples, self.batch, self.encode_every) < 1 or self.rate_frac <= 0:
@@ -123,7 +125,8 @@ class TrellisSplit:
 
 def needs(config: Config) -> Needs:
     """Ask for Gram matrices of the inputs, and windows to learn from."""
-    return Needs(gram=True) | (learning_needs(config.batch, config.target) if config.learn_rounds else Needs())
+    learning = learning_needs(config.batch, config.target, config.ahead) if config.learn_rounds else Needs()
+    return Needs(gram=True) | learning
 
 
 def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> int:
@@ -156,8 +159,9 @@ def cost(scope: Scope, config: Config) -> Work:
     """Count a factor per group, a sweep and rounds per matrix with their searches, and learning."""
     passes = config.rounds + 2
     learned = learning_cost(
-        scope, config.learn_rounds, config.samples, config.batch, copies=7, passes=36, reconstruct=config.reconstruct
-    )
+        scope, config.learn_rounds, config.samples, config.batch, copies=7, passes=36, reconstruct=config.reconstruct,
+        ahead=config.ahead,
+    )  # fmt: skip
     steps = config.learn_rounds * -(-config.samples // config.batch)
     searches = passes + -(-steps // config.encode_every)
     largest = max((rows * columns for rows, columns in scope.matrices), default=0)
@@ -188,7 +192,7 @@ def compress(
     codes = {name: latent.codes for name, latent in latents.items()}
     note, detail = "", {}
     if config.learn_rounds and any(calib.statistics[name].tokens for name in targets):
-        task = Reconstruction(block, calib, config.target, generator, config.reconstruct)
+        task = Reconstruction(block, calib, config.target, generator, config.reconstruct, ahead=config.ahead)
         codes, best = learn_trellis(task, latents, config, generator)
         note, detail = "" if best.improved else KEPT_START, best.detail
     packed = {}
