@@ -9,8 +9,12 @@ from torch import Tensor
 
 import niwaki
 from niwaki.compression.experts import few_token_experts, shrink_experts
+from niwaki.compression.plan.estimate import _walk
+from niwaki.compression.plan.planner import plan_stages
+from niwaki.compression.resolve import resolve
 from niwaki.compression.run_record import read_lines
 from niwaki.compression.walk import collect
+from niwaki.config.recipe import make_recipe
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import Stream
 from niwaki.model.checkpoint import Checkpoint
@@ -110,3 +114,15 @@ def test_the_warning_names_the_experts_with_the_fewest_tokens(mixture: Path) -> 
         f"expert 2 ({width - 1}): give more text, or set expert_tokens"
     )
     assert few_token_experts(anatomy, {"1": [width] * 4}) == ""
+
+
+def test_a_plan_counts_one_more_forward_of_blocks_with_experts(mixture: Path, tmp_path: Path) -> None:
+    decoder = Decoder(Checkpoint.open(mixture), CPU)
+    text = write_texts(tmp_path / "text.jsonl")
+    works = []
+    for lent in (0, 64):
+        recipe = make_recipe({**settings(text, method="sparsegpt", target="0.5"), "expert_tokens": lent})
+        (stage,) = plan_stages(decoder, resolve(recipe, decoder), "cpu")
+        block = stage.model.blocks[0]
+        works.append(_walk(block, block.scope(stage.work.windows, stage.work.tokens), stage.work).forward_tokens)
+    assert works[1] - works[0] == 6 * 16

@@ -39,7 +39,7 @@ class Workload:
     `batch` windows run together; `itemsize` is that of the compute dtype. `dense`: a dense stream runs beside it.
     `scans` are further forwards of all blocks, and `scan_tokens` tokens more. `candidates` are walks that evaluate a
     shape. `squares`: gradients of all weights are kept on disk. `writes_text`: the model writes its own calibration
-    text first.
+    text first. `lends`: experts get tokens of the others, in one more forward of their blocks.
     """
 
     windows: int
@@ -54,6 +54,7 @@ class Workload:
     candidates: float = 0
     squares: bool = False
     writes_text: bool = False
+    lends: bool = False
 
 
 def seconds(model: ModelSizes, load: Workload, machine: Machine, written_bytes: int) -> dict[str, float]:
@@ -97,8 +98,9 @@ def _walk(block: BlockSizes, scope: Scope, load: Workload) -> Work:
     streams = 1 + load.dense if load.windows else 0
     grams = sum(2 * width**2 for width in scope.inputs) * every * block.reach
     learned = 3.0 if needs.full else 1.0
+    lent = every if load.lends and block.reach < 1 else 0
     return Work(
-        forward_tokens=streams * every + (every if needs.anything else first) + first if load.windows else 0,
+        forward_tokens=streams * every + (every if needs.anything else first) + first + lent if load.windows else 0,
         gram_flops=grams * learned if needs.gram else 0,
         passed=16 * block.weights + (sum(scope.inputs) * every * block.reach if needs.sqnorm or needs.mean else 0),
         product_flops=3 * 2 * SAMPLE_TOKENS * block.weights if needs.anything else 0,

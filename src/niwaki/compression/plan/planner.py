@@ -249,6 +249,7 @@ def _workload(stage: ResolvedStage, model: ModelSizes, device: str, itemsize: in
         candidates=candidates,
         squares=needs.gradient and stage.kind is not MethodKind.CONTEXTUAL,
         writes_text=stage.windows > 0 and recipe.calibration.writes_text,
+        lends=recipe.expert_tokens > 0 and needs.anything,
     )
 
 
