@@ -257,7 +257,7 @@ WRONG = [
     (["--method", "comp+rtn", "--target", "0.3+4bit", "--set", "rtn.grup=64"], "grup"),
     (["--set", "learn_rounds=-1"], "learn_rounds ≥ 0"),
     (["--method", "wanda", "--allocation", "searched"], "searched widths need a structured method"),
-    (["--set", "score=best"], "score must be one of surgeon, energy, leverage, random"),
+    (["--set", "score=best"], "score must be one of surgeon, gram_condition, weight_condition, pca"),
     (["--set", "at_once=-1"], "at_once ≥ 0"),
 ]
 
