@@ -1,10 +1,12 @@
-"""Environment of all tests, set before transformers is imported: quiet and offline."""
+"""Environment of all tests, set before transformers is imported: quiet and offline; each has its own command line."""
 
 import importlib.util
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -27,3 +29,9 @@ def use_kernels(path: Path) -> None:
 
 if "NIWAKI_TEST_KERNELS" in os.environ:
     use_kernels(Path(os.environ["NIWAKI_TEST_KERNELS"]))
+
+
+@pytest.fixture(autouse=True)
+def own_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore the command line after every test, because records keep it."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))

@@ -351,8 +351,11 @@ WRONG: list[tuple[list[str], str]] = [
     (["--target", "4bit", "--keep-blocks", "auto"], "target 4bit gives every block 4 bits or more"),
     (["--target", "2:4", "--method", "sparsegpt", "--keep-blocks", "0"], "keep_blocks needs a method that spends"),
     (["--target", "2:4", "--keep-blocks", "0"], "method squeeze10 meets bits such as 4bit, got target 2:4"),
-    (["--target", "2bit", "--method", "gptq", "--keep-blocks", "0"], "(squeeze10), got gptq: use another method"),
-    (["--target", "4bit", "--method", "rtn", "--keep-blocks", "auto"], "(squeeze10), got rtn"),
+    (
+        ["--target", "2bit", "--method", "gptq", "--keep-blocks", "0"],
+        "(squeeze10, trellis), got gptq: use another",
+    ),
+    (["--target", "4bit", "--method", "rtn", "--keep-blocks", "auto"], "(squeeze10, trellis), got rtn"),
     (["--target", "2bit", "--keep-blocks", "0", "--allocation", "sensitivity"], "both say where the bits go"),
     (["--target", "4bit", "--method", "gptq", "--allocation", "sensitivity"], "allocation sensitivity needs a method"),
     (["--target-bytes", "1MB", "--target", "2bit"], "target 2bit and target_bytes 1MB are two budgets: give one"),

@@ -146,7 +146,7 @@ def test_the_record_the_card_and_inspect_name_both_runs(model: Path, text: Path,
         assert text_of in card
     assert card.index("method: sparsegpt") < card.index("method: gptq")
     found = niwaki.inspect(tmp_path / "second")
-    assert found["runs"] == {0: 0, 1: None, 2: 1, 3: 1} and found["kind"] == "pruned and quantized"
+    assert found["runs"] == {"0": 0, "1": None, "2": 1, "3": 1} and found["kind"] == "pruned and quantized"
     assert found["made"]["blocks"] == "0" and [run["blocks"] for run in found["earlier"]] == ["2-3"]
     assert found["measured"]["dense_bytes"] == before.model.bytes
     assert why(tmp_path / "second", "1.mlp.up_proj")["chosen_by"] == "no run compressed this block"

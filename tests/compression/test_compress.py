@@ -116,7 +116,10 @@ def test_all_files_of_a_result_follow_the_umask(model: Path, text: Path, tmp_pat
     assert set(modes.values()) == {0o640}, modes
 
 
-def test_without_text_the_model_writes_its_own_and_says_so(model: Path, tmp_path: Path) -> None:
+def test_without_text_the_model_writes_its_own_and_says_so(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIWAKI_CACHE", str(tmp_path / "cache"))  # other tests may have kept the same text
     messages: list[str] = []
 
     def report(event: str, **fields: Any) -> None:

@@ -23,6 +23,7 @@ from niwaki.runtime.sparse_linear import for_gpu
 from support.bit_planes import planes_of, quantized_matrix
 from support.kernel_cases import cuts_of, latent_case, masked_sweep_case, rank_case
 from support.sparse_records import record_of, tiled
+from support.trellis_records import kernel_parts, trellis_matrix
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -153,6 +154,17 @@ def test_kernels_of_compressing(compiled: list[str]) -> None:
     weights_of_triton(latent_OI, levels, BF16)
     gradients_of_triton(latent_OI, levels, gradient_OI.bfloat16())
     assert len(compiled) == 15
+
+
+def test_the_trellis_compiles(compiled: list[str]) -> None:
+    from niwaki.kernels.triton.trellis import decode_triton, encode_triton, product_triton
+
+    for rows, columns, bits, others in ((50, 37, 2, None), (64, 130, 2, 3), (33, 70, 1, None), (40, 90, 3, 4)):
+        own = kernel_parts(trellis_matrix(rows, columns, bits, others))
+        encode_triton(torch.zeros(rows, 3), torch.ones(rows), torch.zeros(256), bits)
+        product_triton(torch.zeros(2, columns, dtype=BF16), own, rows)
+        decode_triton(own, rows, 32, torch.empty(rows - 32, columns, dtype=BF16))
+    assert {name.strip("_") for name in compiled} == {"encode", "product", "decode"}
 
 
 def test_every_kernel_is_here() -> None:

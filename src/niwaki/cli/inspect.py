@@ -222,7 +222,7 @@ def _print_cut(to: Console, result: dict[str, Any], title: str) -> None:
     print_table(to, headers, [row[: len(headers)] for row in rows])
     rows = [
         [
-            f"{block['block']}{' removed' if block['gone'] else _by_run(result['runs'][block['block']])}",
+            f"{block['block']}{' removed' if block['gone'] else _by_run(result['runs'][str(block['block'])])}",
             _number(block[measure], title),
             f"{block['bytes']:,}",
             _error(block["error"]),

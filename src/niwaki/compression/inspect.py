@@ -56,7 +56,7 @@ def _summary(folder: Path, record: RunRecord, lines: Sequence[MatrixRecord]) -> 
         "stages": [_made(stage) | {"allocation": _allocation(stage)} for stage in record.stages],
         "named": None if record.result.named is None else record.result.named.dump(),
         "earlier": [_made(run) for run in record.earlier if isinstance(run, RunRecord)],
-        "runs": {block: run_of(record, block) for block in sorted({line.block for line in lines})},
+        "runs": {str(block): run_of(record, block) for block in sorted({line.block for line in lines})},
     }
     if measure == "run_frac":
         summary |= _contextual(folder, record)
