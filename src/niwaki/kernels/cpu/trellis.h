@@ -47,7 +47,7 @@ inline void ring_states(const uint8_t* ring, uint8_t* state) {
         // What follows: the upper bits of the ring, or its beginning after the end.
         if (K == 2 && shift) word |= low << (64 - shift);
         if (K > 2 && begin < 64 && shift) word |= high << (64 - shift);
-        if (K > 2 && begin >= 64) word |= low << (kBits - begin);
+        if (K > 2 && begin > 64) word |= low << (kBits - begin);  // at 64 the upper bits are enough
         for (int row = 0; row < 8; ++row) state[8 * eight + row] = static_cast<uint8_t>(word >> (K * row));
     }
 }
