@@ -7,7 +7,7 @@ decoded in chunks of rows. On the CPU a chunk fits in the cache (`chunked_matmul
 Legend: N tokens, O outputs, I inputs, C columns of a part.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +53,7 @@ class ReadableLinear(StoredMatrix):
 
     out_features: int
     in_features: int
+    bias: nn.Parameter | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,6 +71,30 @@ class ReadableLinear(StoredMatrix):
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
         """Return the decoded matrix."""
         raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply: [..., I] → [..., O] in the dtype of `x`."""
+        x_NI = x.reshape(-1, self.in_features)
+        if x_NI.is_cuda:
+            y_NO = self.gpu_product(x_NI)
+        elif torch.compiler.is_compiling():
+            y_NO = stored_product_op(x_NI, self._ticket, self.out_features)
+        else:
+            y_NO = self.cpu_product(x_NI)
+        return y_NO.view(*x.shape[:-1], self.out_features)
+
+    def gpu_product(self, x_NI: Tensor) -> Tensor:
+        """Return x Wᵀ + b on a GPU, [N, O] in the dtype of `x_NI`."""
+        raise NotImplementedError
+
+    def multiply_decoded(self, x_NI: Tensor, step: int, decoded: Callable[[int, int], Tensor]) -> Tensor:
+        """Multiply with `step` decoded rows at a time; `decoded(first, last)` returns rows in the dtype of `x_NI`."""
+        outputs = []
+        for first in range(0, self.out_features, step):
+            last = min(first + step, self.out_features)
+            bias = None if self.bias is None else self.bias[first:last].to(x_NI.dtype)
+            outputs.append(linear(x_NI, decoded(first, last), bias))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 class PackedLinear(ReadableLinear):
@@ -114,17 +139,6 @@ class PackedLinear(ReadableLinear):
         """Return the decoded matrix."""
         return assemble(read_parts(self.stored(), self.described, self.in_features)).to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply: [..., I] → [..., O] in the dtype of `x`."""
-        x_NI = x.reshape(-1, self.in_features)
-        if x_NI.is_cuda:
-            y_NO = self._kernel_product(x_NI) if self._few(x_NI) else self._decoded_product(x_NI)
-        elif torch.compiler.is_compiling():
-            y_NO = stored_product_op(x_NI, self._ticket, self.out_features)
-        else:
-            y_NO = self.cpu_product(x_NI)
-        return y_NO.view(*x.shape[:-1], self.out_features)
-
     def cpu_product(self, x_NI: Tensor) -> Tensor:
         """Return x Wᵀ + b on the CPU: few tokens with the codes and float32 sums over the parts, many decoded."""
         if self._few(x_NI) and not decoding_pays(x_NI, self.described):
@@ -136,24 +150,22 @@ class PackedLinear(ReadableLinear):
     def _few(self, x_NI: Tensor) -> bool:
         return all(reaches(x_NI, about["group"], about["columns"]) for about in self.described)
 
-    def _kernel_product(self, x_NI: Tensor) -> Tensor:
-        """Multiply with the codes on a GPU, by one kernel with float32 sums over the parts."""
-        return multiply(x_NI, self._prepare().parts, self.bias, self.out_features)
+    def gpu_product(self, x_NI: Tensor) -> Tensor:
+        """Return x Wᵀ + b on a GPU: few tokens by one kernel with float32 sums over the parts, many decoded."""
+        if self._few(x_NI):
+            return multiply(x_NI, self._prepare().parts, self.bias, self.out_features)
+        return self._decoded_product(x_NI)
 
     def _decoded_product(self, x_NI: Tensor) -> Tensor:
         """Multiply on a GPU: one kernel decodes at most `DECODED_BYTES` of rows per product."""
-        prepared = self._prepare()
-        rows = self.out_features
+        prepared, rows = self._prepare(), self.out_features
         x_NI = x_NI if prepared.order_I is None else x_NI[:, prepared.order_I]
         tiles = -(-rows // TILE)
         max_tiles = max(DECODED_BYTES // (TILE * self.in_features * x_NI.element_size()), 1)
         step = TILE * -(-tiles // -(-tiles // max_tiles))  # rows per product, about equal
-        outputs = []
-        for first in range(0, rows, step):
-            last = min(first + step, rows)
-            bias = None if self.bias is None else self.bias[first:last].to(x_NI.dtype)
-            outputs.append(linear(x_NI, decode(prepared.parts, rows, first, last, x_NI.dtype), bias))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return self.multiply_decoded(
+            x_NI, step, lambda first, last: decode(prepared.parts, rows, first, last, x_NI.dtype)
+        )
 
     def _whole_bytes(self) -> bool:
         return all(about["group"] >= about["columns"] or about["group"] % 8 == 0 for about in self.described)

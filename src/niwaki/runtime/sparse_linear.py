@@ -27,7 +27,6 @@ from niwaki.kernels.sparse_product import prepared_layer, prepared_tiles, produc
 from niwaki.kernels.types import GpuRecord
 from niwaki.runtime.chunked_matmul import multiply_in_chunks
 from niwaki.runtime.linear import ReadableLinear
-from niwaki.runtime.stored import stored_product_op
 
 
 class SparseLinear(ReadableLinear):
@@ -57,17 +56,6 @@ class SparseLinear(ReadableLinear):
         """Return the decoded matrix."""
         return self.record().decode().to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply: [..., I] → [..., O] in the dtype of `x`."""
-        x_NI = x.reshape(-1, self.in_features)
-        if x_NI.is_cuda:
-            y_NO = self._gpu_product(x_NI)
-        elif torch.compiler.is_compiling():
-            y_NO = stored_product_op(x_NI, self._ticket, self.out_features)
-        else:
-            y_NO = self.cpu_product(x_NI)
-        return y_NO.view(*x.shape[:-1], self.out_features)
-
     def cpu_product(self, x_NI: Tensor) -> Tensor:
         """Return x Wᵀ + b on the CPU: few tokens with the nonzeros, many with decoded rows."""
         if reaches(x_NI, self.described["sparse"]["layout"] == LAYOUT):
@@ -79,7 +67,8 @@ class SparseLinear(ReadableLinear):
             )
         return y_NO if self.bias is None else y_NO + self.bias
 
-    def _gpu_product(self, x_NI: Tensor) -> Tensor:
+    def gpu_product(self, x_NI: Tensor) -> Tensor:
+        """Return x Wᵀ + b on a GPU: long prompts on sparse tensor cores, if they are asked for and fit."""
         record = self._prepare()
         if self.fast_prompts and len(x_NI) >= MIN_SEMI_TOKENS:
             if self._semi is None or self._semi[0] != x_NI.dtype:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from niwaki.formats.descriptors import read_descriptor
 from niwaki.formats.trellis import RING, assemble_trellis, read_trellis, trellis_columns
@@ -21,7 +20,6 @@ from niwaki.kernels.types import TrellisPart
 from niwaki.runtime.chunked_matmul import multiply_in_chunks
 from niwaki.runtime.linear import DECODED_BYTES, PackedLinear, ReadableLinear
 from niwaki.runtime.sparse_linear import SparseLinear
-from niwaki.runtime.stored import stored_product_op
 
 
 class TrellisLinear(ReadableLinear):
@@ -40,17 +38,6 @@ class TrellisLinear(ReadableLinear):
         """Return the decoded matrix."""
         return assemble_trellis(read_trellis(self.stored(), self.described, self.in_features)).to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply: [..., I] → [..., O] in the dtype of `x`."""
-        x_NI = x.reshape(-1, self.in_features)
-        if x_NI.is_cuda:
-            y_NO = self._gpu_product(x_NI)
-        elif torch.compiler.is_compiling():
-            y_NO = stored_product_op(x_NI, self._ticket, self.out_features)
-        else:
-            y_NO = self.cpu_product(x_NI)
-        return y_NO.view(*x.shape[:-1], self.out_features)
-
     def cpu_product(self, x_NI: Tensor) -> Tensor:
         """Return x Wᵀ + b on the CPU: few tokens with the rings, many with decoded rows."""
         _, layer = self._prepare()
@@ -60,19 +47,14 @@ class TrellisLinear(ReadableLinear):
             y_NO = multiply_in_chunks(x_NI, self.out_features, layer, self._rows)
         return y_NO if self.bias is None else y_NO + self.bias
 
-    def _gpu_product(self, x_NI: Tensor) -> Tensor:
-        """Multiply on a GPU: many tokens with at most `DECODED_BYTES` of decoded rows per product."""
+    def gpu_product(self, x_NI: Tensor) -> Tensor:
+        """Return x Wᵀ + b on a GPU: many tokens with at most `DECODED_BYTES` of decoded rows per product."""
         parts, _ = self._prepare()
         rows = self.out_features
         if len(x_NI) <= MAX_GPU_TOKENS:
             return multiply(x_NI, parts, self.bias, rows)
         step = max(DECODED_BYTES // (RING * self.in_features * x_NI.element_size()), 1) * RING
-        outputs = []
-        for first in range(0, rows, step):
-            last = min(first + step, rows)
-            bias = None if self.bias is None else self.bias[first:last].to(x_NI.dtype)
-            outputs.append(linear(x_NI, decode(parts, rows, first, last, x_NI.dtype), bias))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return self.multiply_decoded(x_NI, step, lambda first, last: decode(parts, rows, first, last, x_NI.dtype))
 
     def _rows(self, first: int, last: int) -> Tensor:
         """Return rows [first, last) of the matrix in float32; `first` begins a tile."""
