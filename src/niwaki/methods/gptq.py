@@ -58,11 +58,9 @@ from niwaki.methods.shared.block_training import (
     Reconstruction,
     Schedule,
     check_learning_options,
-    learning_cost,
-    learning_needs,
 )
 from niwaki.methods.shared.column_sweep import check_damping, inverse_factor, pull_to_dense
-from niwaki.methods.shared.learned_rounding import KEPT_START, Latent, learn
+from niwaki.methods.shared.learned_rounding import KEPT_START, Latent, code_learning_cost, code_learning_needs, learn
 from niwaki.methods.shared.rounding import (
     ROUNDED_UNREACHED,
     Group,
@@ -127,9 +125,8 @@ class Config:
 
 def needs(config: Config) -> Needs:
     """Ask for Gram matrices of the inputs, with those in the dense model if it pulls, and windows to learn from."""
-    learning = learning_needs(config.batch, config.target, config.ahead) if config.learn_rounds else Needs()
     full = config.toward_dense > 0
-    return Needs(gram=True, full=full, dense=full, held=not config.damping_frac) | learning
+    return Needs(gram=True, full=full, dense=full, held=not config.damping_frac) | code_learning_needs(config)
 
 
 def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> int:
@@ -141,16 +138,7 @@ def cost(scope: Scope, config: Config) -> Work:
     """Count a factor per group and tried damping, a sweep per matrix, rounds on the codes, and learning."""
     factors = gram_factors(scope) * (1 if config.damping_frac else 1 + len(DAMPINGS))
     swept = factors + sweeps(scope) + grids(scope, config.clip) + rounds_of(scope, config.rounds)
-    return swept + learning_cost(
-        scope,
-        config.learn_rounds,
-        config.samples,
-        config.batch,
-        copies=7,
-        passes=36,
-        reconstruct=config.reconstruct,
-        ahead=config.ahead,
-    )
+    return swept + code_learning_cost(scope, config)
 
 
 def compress(

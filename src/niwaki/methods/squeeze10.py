@@ -65,12 +65,10 @@ from niwaki.methods.shared.block_training import (
     Reconstruction,
     Schedule,
     check_learning_options,
-    learning_cost,
-    learning_needs,
 )
 from niwaki.methods.shared.column_sweep import check_damping, inverse_factor, pull_to_dense
 from niwaki.methods.shared.element_bits import element_bits, pack_elements, salient_elements
-from niwaki.methods.shared.learned_rounding import KEPT_START, Latent, learn
+from niwaki.methods.shared.learned_rounding import KEPT_START, Latent, code_learning_cost, code_learning_needs, learn
 from niwaki.methods.shared.rounding import (
     ROUNDED_UNREACHED,
     Group,
@@ -165,8 +163,7 @@ class Config:
 def needs(config: Config) -> Needs:
     """Ask for Gram matrices of the inputs, also of the dense model if it supervises, and windows to learn from."""
     full = config.supervise != "prefix"
-    learning = learning_needs(config.batch, config.target, config.ahead) if config.learn_rounds else Needs()
-    return Needs(gram=True, full=full, dense=full) | learning
+    return Needs(gram=True, full=full, dense=full) | code_learning_needs(config)
 
 
 def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> int | None:
@@ -181,16 +178,7 @@ def cost(scope: Scope, config: Config) -> Work:
     """Count a factor per group and per matrix, two sweeps, rounds on the codes, and learning."""
     own = gram_factors(Scope(tuple((matrix,) for matrix in scope.matrices), scope.windows, scope.tokens))
     sweeping = (sweeps(scope) + grids(scope, clip=True)) * 2
-    learned = learning_cost(
-        scope,
-        config.learn_rounds,
-        config.samples,
-        config.batch,
-        copies=7,
-        passes=36,
-        reconstruct=config.reconstruct,
-        ahead=config.ahead,
-    )
+    learned = code_learning_cost(scope, config)
     return gram_factors(scope) + own + sweeping + rounds_of(scope, config.rounds) + learned
 
 

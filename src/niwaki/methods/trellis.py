@@ -53,13 +53,11 @@ from niwaki.methods.shared.block_training import (
     Reconstruction,
     Schedule,
     check_learning_options,
-    learning_cost,
-    learning_needs,
     take_step,
     training_batches,
 )
 from niwaki.methods.shared.column_sweep import check_damping, inverse_factor
-from niwaki.methods.shared.learned_rounding import KEPT_START, SCALE_RATE
+from niwaki.methods.shared.learned_rounding import KEPT_START, SCALE_RATE, code_learning_cost, code_learning_needs
 from niwaki.methods.shared.rounding import ROUNDED_UNREACHED, SMALLEST_SCALE, damped
 from niwaki.methods.shared.trellis_codes import (
     TrellisCodes,
@@ -125,8 +123,7 @@ class TrellisSplit:
 
 def needs(config: Config) -> Needs:
     """Ask for Gram matrices of the inputs, and windows to learn from."""
-    learning = learning_needs(config.batch, config.target, config.ahead) if config.learn_rounds else Needs()
-    return Needs(gram=True) | learning
+    return Needs(gram=True) | code_learning_needs(config)
 
 
 def stored_bytes(name: str, rows: int, columns: int, target: Target, config: Config) -> int:
@@ -158,10 +155,7 @@ def split_widths(rows: int, columns: int, target: Target, name: str = "") -> Tre
 def cost(scope: Scope, config: Config) -> Work:
     """Count a factor per group, a sweep and rounds per matrix with their searches, and learning."""
     passes = config.rounds + 2
-    learned = learning_cost(
-        scope, config.learn_rounds, config.samples, config.batch, copies=7, passes=36, reconstruct=config.reconstruct,
-        ahead=config.ahead,
-    )  # fmt: skip
+    learned = code_learning_cost(scope, config)
     steps = config.learn_rounds * -(-config.samples // config.batch)
     searches = passes + -(-steps // config.encode_every)
     largest = max((rows * columns for rows, columns in scope.matrices), default=0)

@@ -12,22 +12,65 @@ Legend: O rows, I columns in the order of the sweep, G groups.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from niwaki.data.statistics import Needs
 from niwaki.formats.quantized import SCALE_DTYPE
 from niwaki.kernels.latent import codes_of, gradients_of, weights_of
 from niwaki.kernels.types import ColumnGroups, Levels
+from niwaki.methods.cost import Scope, Work
 from niwaki.methods.shared.best_state import BestState
-from niwaki.methods.shared.block_training import Reconstruction, Schedule, take_step, training_batches
+from niwaki.methods.shared.block_training import (
+    LearningConfig,
+    Reconstruction,
+    Schedule,
+    learning_cost,
+    learning_needs,
+    take_step,
+    training_batches,
+)  # fmt: skip
 from niwaki.methods.shared.rounding import SMALLEST_SCALE, Rounded
 
 KEPT_START = "learning did not lower the held-out block error: the codes found before it were kept"
 EVEN = ("affine", "symmetric")  # grids with one width for all columns
 CELL_FRAC = 0.45  # how far from its level a latent weight may start, in steps
 SCALE_RATE = 0.1  # of the weights' rate, both relative to their size
+
+
+class CodeLearning(LearningConfig, Protocol):
+    """Options that the Configs of methods that learn codes have."""
+
+    @property
+    def learn_rounds(self) -> int:
+        """Return the rounds of learning, 0 for none."""
+
+    @property
+    def target(self) -> str:
+        """Return the output to learn."""
+
+    @property
+    def reconstruct(self) -> str:
+        """Return the outputs that weights are learned from."""
+
+    @property
+    def ahead(self) -> int:
+        """Return the following blocks whose outputs count."""
+
+
+def code_learning_needs(config: CodeLearning) -> Needs:
+    """Ask for what the learning of codes needs; nothing without rounds."""
+    return learning_needs(config.batch, config.target, config.ahead) if config.learn_rounds else Needs()
+
+
+def code_learning_cost(scope: Scope, config: CodeLearning) -> Work:
+    """Count the learning of codes: latent weights and their rounding beside the block."""
+    return learning_cost(
+        scope, config.learn_rounds, config.samples, config.batch, copies=7, passes=36, reconstruct=config.reconstruct,
+        ahead=config.ahead,
+    )  # fmt: skip
 
 
 @dataclass
