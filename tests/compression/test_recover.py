@@ -33,6 +33,8 @@ def compressed(model: Path, out: Path, text: str, method: str, target: str, **mo
     options: dict[str, Any] = {"rtn.group" if "+" in method else "group": 16} if method[-3:] in ("rtn", "ptq") else {}
     if method == "squeeze10":
         options = {"rounds": 1, "learn_rounds": 1, "samples": 4}
+    if method == "trellis":
+        options = {"rounds": 1, "learn_rounds": 0}
     if method == "comp":
         options = {"try_heads": 0}
     niwaki.compress(
@@ -53,6 +55,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
     compressed(model, folder / "bitmap", text, "magnitude", "0.6", pack="auto")
     compressed(model, folder / "codes", text, "gptq", "2bit")
     compressed(model, folder / "mixed", text, "squeeze10", "3bit")
+    compressed(folder / "wide", folder / "paths", text, "trellis", "2.6bit")
+    compressed(folder / "wide", folder / "some paths", text, "trellis", "2.6bit", blocks="1")
     compressed(model, folder / "tiles", text, "magnitude+rtn", "2:4+4bit", pack="auto")
     compressed(model, folder / "zero codes", text, "magnitude+rtn", "2:4+4bit")
     compressed(folder / "wide", folder / "smaller", text, "comp", "0.3")
@@ -61,16 +65,28 @@ def world(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
 
 
 FORMS = {
-    "weights": ["zeros", "nonzeros", "bitmap", "codes", "mixed", "tiles", "zero codes", "smaller", "ends"],
+    "weights": [
+        "zeros",
+        "nonzeros",
+        "bitmap",
+        "codes",
+        "mixed",
+        "paths",
+        "some paths",
+        "tiles",
+        "zero codes",
+        "smaller",
+        "ends",
+    ],
     "low-rank": ["zeros", "mixed", "tiles"],
-    "scales": ["tiles"],
+    "scales": ["tiles", "paths"],
 }
 
 
 @pytest.mark.parametrize(("train", "name"), [(train, name) for train, names in FORMS.items() for name in names])
 def test_every_form_stays_and_the_loss_falls(name: str, train: Any, world: Path, text: str, tmp_path: Path) -> None:
     before = file_bytes(world / name)
-    rate = 0.001 if name in ("smaller", "ends") else 0.01
+    rate = 0.001 if name in ("smaller", "ends", "some paths") else 0.01
     record = recover(world / name, tmp_path / "out", data=text, train=train, **SMALL | {"rate": rate})
     assert file_bytes(world / name) == before
     result = record["result"]
@@ -94,9 +110,13 @@ def test_every_form_stays_and_the_loss_falls(name: str, train: Any, world: Path,
     assert check_weights(tmp_path / "out") is not None
 
 
-def planes_of(folder: Path) -> list[torch.Tensor]:
+def stored(folder: Path, part: str) -> dict[str, torch.Tensor]:
     found = [load_file(shard) for shard in sorted(folder.glob("*.safetensors"))]
-    return [tensor for tensors in found for name, tensor in sorted(tensors.items()) if "planes" in name]
+    return {name: tensor for tensors in found for name, tensor in tensors.items() if part in name}
+
+
+def planes_of(folder: Path) -> list[torch.Tensor]:
+    return [tensor for _, tensor in sorted(stored(folder, "planes").items())]
 
 
 def test_codes_move_and_stay_legal(world: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,18 +133,51 @@ def test_codes_move_and_stay_legal(world: Path, text: str, tmp_path: Path, monke
     assert same == {"scales": len(before), "weights": 0}
 
 
+@pytest.mark.parametrize(
+    ("name", "train", "told"),
+    [
+        *(("paths", train, "scales") for train in ("auto", "weights", "low-rank", "scales")),
+        *(("some paths", train, told) for train, told in (("auto", "weights"), ("weights", "weights"))),
+    ],
+)
+def test_paths_of_a_trellis_stay_and_all_else_is_learned(
+    name: str, train: Any, told: str, world: Path, text: str, tmp_path: Path
+) -> None:
+    warned, rate = Warnings(), 0.03 if name == "paths" else 0.003
+    record = recover(world / name, tmp_path / "out", data=text, report=warned, **SMALL | {"train": train, "rate": rate})
+    warnings = [message for message in warned.warnings if "stay as they are" in message]
+    assert len(warnings) == (train in ("weights", "low-rank")), "who asks for codes is told that they stay"
+    result = record["result"]
+    assert result["heldout_loss"] < (0.95 if name == "paths" else 1) * result["heldout_loss_before"]
+    assert record["recover"]["train"] == told
+    for part in ("rings", "columns", "levels", "scale"):
+        old, new = stored(world / name, part), stored(tmp_path / "out", part)
+        same = sum(torch.equal(old[key], tensor) for key, tensor in new.items())
+        assert old and old.keys() == new.keys()
+        assert same == len(old) if part in ("rings", "columns") else same < len(old) / 2
+    levels = [tensor.view(torch.int8) for tensor in stored(tmp_path / "out", "levels").values()]
+    assert all(int(level_S.min()) >= -127 for level_S in levels)
+    if train == "auto":
+        niwaki.export(tmp_path / "out", tmp_path / "gguf", to="gguf", type="f16")
+        sources = (tmp_path / "out", next((tmp_path / "gguf").glob("*.gguf")))
+        ids = torch.arange(24)[None]
+        packed, plain = (niwaki.load(one, device="cpu", dtype=torch.float32)(ids).logits.detach() for one in sources)
+        assert float((packed - plain).norm()) < 0.01 * float(packed.norm()), "float16 alone"
+
+
 def test_the_written_model_has_the_divergence_that_was_reported(world: Path, text: str, tmp_path: Path) -> None:
     """Compare with float64, of the written files, on the windows that were held out."""
     from niwaki.data.documents import Documents
     from niwaki.data.texts import calibration_windows, load_tokenizer
 
-    for name in ("zeros", "codes"):
+    for name in ("zeros", "codes", "paths"):
         record = recover(world / name, tmp_path / name, data=text, **SMALL)
+        dense = dense_model_of(world / name)
         size = {"samples": 32 + training.HELD_OUT, "seq_len": 32, "seed": 0, "at_most": True}
         tokenizer = load_tokenizer(world / "model")
         windows = calibration_windows(Documents([text], tokenizer=tokenizer), tokenizer, **size)
         held = windows[: min(len(windows) // 8, training.HELD_OUT)]
-        log_p = transformers.AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float64)(held)
+        log_p = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float64)(held)
         log_q = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64)(held)
         p, q = log_p.logits.detach().log_softmax(-1), log_q.logits.detach().log_softmax(-1)
         divergence = float((p.exp() * (p - q)).sum(-1).mean())
@@ -171,7 +224,9 @@ def test_a_recovery_lowers_the_perplexity_of_a_trained_model(tmp_path: Path) -> 
     assert dense < out < cut - 0.3 * (cut - dense)
 
 
-@pytest.mark.parametrize(("name", "more"), [("zeros", {}), ("codes", {"train": "low-rank", "rate": 0.001})])
+@pytest.mark.parametrize(
+    ("name", "more"), [("zeros", {}), ("codes", {"train": "low-rank", "rate": 0.001}), ("paths", {})]
+)
 def test_a_resume_ends_at_the_same_bytes_and_repeats_little(
     name: str, more: dict[str, Any], world: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,16 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from niwaki.compression.recovery.codes import CodesLinear, LearnedGrid, LearnedTrellis, _Decode
 from niwaki.compression.recovery.memory import Learning, Size, choose, plan_memory
 from niwaki.compression.recovery.teacher import Resident, Student, Text, divergence, likely, likely_divergence
-from niwaki.compression.recovery.trained import _Decode, _Part, prepare
+from niwaki.compression.recovery.trained import prepare
 from niwaki.compression.recovery.training import Windows, batch_windows, default_rate, recompute_blocks
-from niwaki.errors import InputError
+from niwaki.errors import InputError, NumericalError
+from niwaki.formats.packed import PackedTensors, decode_record
 from niwaki.formats.quantized import QuantizedColumns
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.runtime.load import load
+from niwaki.runtime.trellis_linear import TrellisLinear
 from support.models import CPU, tiny_llama
+from support.trellis_records import trellis_matrix
 
 SEVEN = Size(6_476_005_376, 262_410_240, 6_738_415_616, 32, 4096, 42_496, 32 * 78_080, 32_000)  # Llama-2-7B
 
@@ -81,7 +85,7 @@ def test_a_part_decodes_as_the_file_does_and_is_written_back(grid: str) -> None:
     zero_OG = torch.randint(0, 8, (4, 3), generator=generator) if grid == "affine" else None
     part = QuantizedColumns(torch.arange(20), 3, grid, 8, code_OC, scale_OG, offset_OG, zero_OG)
     for mode in ("weights", "low-rank", "scales"):
-        learned = _Part(part, mode, 2, generator, frozen=False)  # type: ignore[arg-type]
+        learned = LearnedGrid(part, mode, 2, generator, frozen=False)  # type: ignore[arg-type]
         assert torch.allclose(learned.weight(torch.float32), part.decode(), atol=1e-6)
         for name, tensor in learned.columns().tensors().items():
             assert torch.equal(tensor, part.tensors()[name]), name
@@ -89,6 +93,66 @@ def test_a_part_decodes_as_the_file_does_and_is_written_back(grid: str) -> None:
         for one in learned.learned():
             one.parameter.add_(0.3)
     assert torch.allclose(learned.weight(torch.float32), learned.columns().decode(), atol=1e-6), "what is written"
+
+
+@pytest.mark.parametrize("others", [None, 3])
+def test_paths_decode_as_the_file_does_and_pass_gradients_to_levels_and_scales(others: int | None) -> None:
+    parts = trellis_matrix(40, 12, 2, others)
+    record = PackedTensors.of_trellis(parts, (40, 12))
+    packed = TrellisLinear(40, 12, record.description, bias=False)
+    packed.load_state_dict(record.tensors)
+    new = CodesLinear(packed, "weights", 2, torch.Generator(), frozen=False)
+    assert torch.equal(new.weight_OI(torch.float32), packed.weight_OI(torch.float32))
+    written = new.packed()
+    assert written.description == record.description and written.tensors.keys() == record.tensors.keys()
+    assert all(torch.equal(tensor, record.tensors[name]) for name, tensor in written.tensors.items())
+    probe_OI = normal(40, 12, seed=4).float()
+    (new.weight_OI(torch.float32) * probe_OI).sum().backward()
+    for part, own in zip(parts, new.parts, strict=True):
+        level_S, scale_O = part.level_S.double(), part.scale_O.double()
+        level_S.requires_grad_(), scale_O.requires_grad_()
+        index_OC = part.state_UC[:40].long()
+        whole = (level_S[index_OC] * scale_O[:, None] * probe_OI[:, part.columns_C].double()).sum()
+        for found, wanted in zip(own.learned(), torch.autograd.grad(whole, (level_S, scale_O)), strict=True):  # type: ignore[operator]
+            gradient = found.parameter.grad
+            assert gradient.dtype == torch.float32 and gradient.is_contiguous()
+            assert torch.allclose(gradient.double(), wanted, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        for one in new.learned():
+            one.parameter.mul_(1.7)
+        new.clamp()
+    moved = decode_record(new.packed().tensors, record.description)
+    assert torch.equal(moved, new.weight_OI(torch.float32)), "what is written"
+    assert not torch.equal(moved, packed.weight_OI(torch.float32))
+
+
+def test_levels_of_zero_stay_where_zeros_are_kept() -> None:
+    part = trellis_matrix(32, 8, 2)[0]
+    part.level_S[::3] = 0
+    for frozen in (True, False):
+        level, _ = LearnedTrellis(part, frozen).learned()
+        assert (level.keep is None) != frozen
+        assert level.keep is None or torch.equal(level.keep, part.level_S != 0)
+
+
+def test_scales_that_cannot_be_stored_are_refused() -> None:
+    learned = LearnedTrellis(trellis_matrix(32, 8, 2)[0], frozen=False)
+    with torch.no_grad():
+        learned.scale_O[3] = 1e6
+    with pytest.raises(NumericalError, match="lower the rate"):
+        learned.columns()
+
+
+def test_the_plan_counts_what_is_learned_of_paths() -> None:
+    record = PackedTensors.of_trellis(trellis_matrix(40, 12, 2, 3), (40, 12))
+    size = Size(480, 0, 0, 1, 12, 40, 52, 16)
+    learning = Learning.of({"one": record.description}, rank=2)
+    assert learning.learned(size) == 2 * (40 + 256) and learning.modes("weights", size) == ("scales",)
+    more = Size(1000, 0, 0, 1, 12, 40, 52, 16)
+    assert learning.modes("auto", more) == ("weights", "low-rank") and learning.modes("scales", more) == ("scales",)
+    part = {"bits": 2, "grid": "affine", "group": 8, "columns": 12}
+    grids = Learning.of({"one": {"shape": [40, 12], "parts": [part]}}, rank=2)
+    assert (grids.learned(size), grids.paths) == (480 + 40 * 2 * 2, 0)
 
 
 @pytest.fixture(scope="module")

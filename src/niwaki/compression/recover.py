@@ -2,7 +2,7 @@
 
 The loss is the divergence of its next-token distribution from that of the dense model (`recovery.teacher`). Zeros stay
 zero, so 2:4 stays 2:4. Codes stay legal codes: latent numbers are learned in their place, with scales, offsets and
-zero points (`recovery.trained`). The result has the form of the compressed model and loads wherever it does.
+zero points (`recovery.codes`). The result has the form of the compressed model and loads wherever it does.
 
 An eighth of the windows is held out, 64 at most. The state with the lowest loss there is kept, and a recovery that does
 not lower it writes nothing. How everything fits in memory is planned before (`recovery.memory`).
@@ -32,9 +32,10 @@ from niwaki.compression.places import (
     resumable,
     sweep,
 )
+from niwaki.compression.recovery.codes import MODES, Mode
 from niwaki.compression.recovery.memory import Learning, MemoryPlan, Size, budget, choose
 from niwaki.compression.recovery.teacher import Resident, Student, Teacher, Text, cached
-from niwaki.compression.recovery.trained import MODES, Mode, Trained, prepare
+from niwaki.compression.recovery.trained import Trained, prepare
 from niwaki.compression.recovery.training import HELD_OUT, Schedule, Trainer, Windows, batch_windows, default_rate
 from niwaki.compression.recovery.written import packed_bits, stored_dtypes, write_result
 from niwaki.compression.result_folder import OTHER_INPUTS, ResultFolder, require_same
@@ -251,6 +252,11 @@ def _read(
         if len(one.ids_ST) < count:
             message = f"{one.source} holds {len(one.ids_ST):,} windows, and training takes {count:,}: it repeats them"
             report(Event.WARNING, message=message)
+    if settings["train"] in ("weights", "low-rank") and Learning.of(checkpoint.packed, RANK).paths:
+        message = (
+            f"--train {settings['train']}: codes of a trellis stay as they are, only scales and levels are learned"
+        )
+        report(Event.WARNING, message=message)
     files = [str(file) for file in calibration["files"]]
     settings = {**settings, "batch": batch, "seed": seed, "data": files, "mix": list(given.mix), "seq_len": seq_len}
     return _Inputs(skeleton, dense, device, text, windows, settings)
@@ -261,11 +267,6 @@ def _check_kind(checkpoint: Checkpoint) -> None:
     folder = checkpoint.folder
     if has_shadow(folder):
         raise InputError(f"{folder} skips parts of a dense model by input, so its weights lost nothing to recover")
-    if trellis := [module for module, about in checkpoint.packed.items() if "trellis" in about]:
-        raise InputError(
-            f"{folder} stores {trellis[0]} coded by a trellis, whose codes and scales cannot be trained here: compress "
-            "with --method gptq or squeeze10, which can"
-        )
     record = read_record(folder)
     if isinstance(record, RunRecord) and (folder / "niwaki/blocks.jsonl").is_file():
         for line in read_lines(folder):
@@ -291,17 +292,14 @@ def _finished(out: Path, fingerprint: dict[str, str], *, resume: bool, overwrite
 
 def _plan(inputs: _Inputs) -> MemoryPlan:
     """Plan memory and the way of training."""
-    checkpoint, device, settings = inputs.skeleton.checkpoint, inputs.device, inputs.settings
-    parts = [part for about in checkpoint.packed.values() for part in about.get("parts", ())]
-    per_weight = [(2 if part["grid"] in ("free", "affine") else 1) / part["group"] for part in parts]
-    scales = sum(per_weight) / max(1, len(parts))
-    learning = Learning("weights", settings["rank"], scales, codes=bool(parts), pruned=True)
-    modes: tuple[Mode, ...] = MODES[:2] if settings["train"] == "auto" else (settings["train"],)
+    device, settings = inputs.device, inputs.settings
+    learning = Learning.of(inputs.skeleton.checkpoint.packed, settings["rank"])
+    size = Size.of(inputs.skeleton, inputs.dense)
     cpu, window = device.type == "cpu", settings["seq_len"]
     tokens = max(window, CPU_MICRO_TOKENS // window * window) if cpu else settings["batch"] * window
     return choose(
-        Size.of(inputs.skeleton, inputs.dense), learning, budget(device), tokens=tokens, window=window,
-        itemsize=4 if cpu else 2, best=cpu, modes=modes,
+        size, learning, budget(device), tokens=tokens, window=window, itemsize=4 if cpu else 2, best=cpu,
+        modes=learning.modes(settings["train"], size),
     )  # fmt: skip
 
 

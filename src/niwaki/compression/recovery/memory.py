@@ -13,15 +13,17 @@ learned: casts of masters, thin products, decoded codes. They exist in all block
 Legend: D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
 
-from niwaki.compression.recovery.trained import MODES, Mode
+from niwaki.compression.recovery.codes import MODES, Mode
 from niwaki.errors import InputError
+from niwaki.formats.trellis import STATES
 from niwaki.model.decoder import Decoder
 from niwaki.model.device import free_device_bytes
 from niwaki.model.logits import FLOAT_BYTES, LOGIT_BYTES, vocabulary_of
@@ -69,7 +71,8 @@ class Size:
 class Learning:
     """Choice of what is learned: the mode, the rank of thin matrices, and the form of the weights.
 
-    `scales`: learned scales per weight. `codes`: weights are codes. `pruned`: some are zero.
+    `scales`: learned scales and levels per weight. `codes`: weights are codes. `pruned`: some are zero. `paths`:
+    weights that a trellis codes, of which only scales and levels are learned.
     """
 
     mode: Mode
@@ -77,11 +80,37 @@ class Learning:
     scales: float = 0.0
     codes: bool = False
     pruned: bool = False
+    paths: int = 0
+
+    @classmethod
+    def of(cls, packed: Mapping[str, Mapping[str, Any]], rank: int) -> "Learning":
+        """Return what is learned of a model with these descriptions of packed modules; all weights, if they fit."""
+        coded = [about for about in packed.values() if "sparse" not in about]
+        weights = sum(math.prod(about["shape"]) for about in coded)
+        scales = sum(_learned_scales(about) for about in coded) / max(1, weights)
+        paths = sum(math.prod(about["shape"]) for about in coded if "trellis" in about)
+        return cls("weights", rank, scales, codes=bool(coded), pruned=True, paths=paths)
+
+    def modes(self, train: Mode | Literal["auto"], size: Size) -> tuple[Mode, ...]:
+        """Return the modes to choose from; a model of paths alone has no weights to learn."""
+        if self.paths >= size.weights:
+            return ("scales",)
+        return MODES[:2] if train == "auto" else (train,)
 
     def learned(self, size: Size) -> int:
         """Return the number of learned numbers."""
         scales = int(self.scales * size.weights)
-        return scales + {"weights": size.weights, "low-rank": self.rank * size.sides, "scales": 0}[self.mode]
+        weights = size.weights - self.paths
+        return scales + {"weights": weights, "low-rank": self.rank * size.sides, "scales": 0}[self.mode]
+
+
+def _learned_scales(about: Mapping[str, Any]) -> int:
+    """Return the learned scales, offsets, zero points and levels of a matrix of codes."""
+    rows: int = about["shape"][0]
+    if "trellis" in about:
+        return len(about["trellis"]) * (rows + STATES)
+    pairs = [(2 if part["grid"] in ("free", "affine") else 1, part) for part in about["parts"]]
+    return sum(rows * count * -(-part["columns"] // part["group"]) for count, part in pairs)
 
 
 @dataclass(frozen=True)
