@@ -12,7 +12,10 @@ import niwaki
 from niwaki.compression import basis
 from niwaki.compression import rotate as rotation
 from niwaki.compression.rotate import Ways, rotate
-from niwaki.errors import ArchitectureError, InputError, OutputError
+from niwaki.config.sources import ROTATED
+from niwaki.data import self_text
+from niwaki.errors import ArchitectureError, CheckpointError, InputError, OutputError
+from niwaki.model.checkpoint import Checkpoint
 from support.families import build, families
 from support.models import Warnings, add_tokenizer, tiny_llama, weights_of, write_texts
 
@@ -39,6 +42,78 @@ def test_the_step_is_a_rotation_before_and_names_the_source(tmp_path: Path) -> N
     one, other = weights_of(tmp_path / "out"), weights_of(tmp_path / "apart")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out", "turned", "apart", "text.jsonl"}
+
+
+@pytest.fixture
+def writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Return a list of the models that write text, with their devices, in the order of their beginning."""
+    found: list[tuple[str, str]] = []
+    load = self_text._load
+
+    def counted(model: str | Path, device: str) -> Any:
+        found.append((Path(model).name, device))
+        return load(model, device)
+
+    monkeypatch.setenv("NIWAKI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(self_text, "_load", counted)
+    return found
+
+
+def test_text_of_the_model_is_written_once_by_the_source(tmp_path: Path, writers: list[tuple[str, str]]) -> None:
+    """Compress in several bases: all compute the same, so that the text of the source serves them all."""
+    model, recipe = tiny_llama(tmp_path / "model"), _recipe(tmp_path)
+    files = recipe["calibration"]["files"]
+    recipe["calibration"] |= {"mix": ("self:0.5",)}
+    sources = [niwaki.compress(model, tmp_path / f"out-{way}", rotate=way, **recipe) for way in ("all", "auto", "none")]
+    assert [record["model"].get("rotated") is None for record in sources] == [False, False, True]
+    rotate(model, tmp_path / "turned", target="2:4", device="cpu", calibration=files, samples=4, seq_len=16, steps=2)
+    sources.append(niwaki.compress(tmp_path / "turned", tmp_path / "apart", **recipe))
+    rotate(tmp_path / "turned", tmp_path / "again", target="2:4", device="cpu", calibration=files, samples=4, steps=2)
+    sources.append(niwaki.compress(tmp_path / "again", tmp_path / "twice", rotate="heads", **recipe))
+    assert writers == [("model", "cpu")]
+    assert len({record["calibration"]["mix"]["self"]["sha256"] for record in sources}) == 1
+
+
+def test_the_source_writes_on_the_device_of_the_compression(
+    tmp_path: Path, writers: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop before anything runs there. The text of a GPU is another one than that of the CPU."""
+
+    def stopping(model: str | Path, device: str) -> Any:
+        writers.append((Path(model).name, device))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(self_text, "_load", stopping)
+    monkeypatch.setattr(basis, "pick_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(basis, "_too_large", lambda decoder, recipe: "")
+    recipe = _recipe(tmp_path)
+    recipe["calibration"] |= {"mix": ("self:0.5",)}
+    with pytest.raises(KeyboardInterrupt):
+        niwaki.compress(tiny_llama(tmp_path / "model"), tmp_path / "out", rotate="auto", **recipe)
+    assert writers == [("model", "meta")]
+
+
+def test_a_model_whose_source_is_gone_or_other_writes_itself(tmp_path: Path) -> None:
+    model, files = tiny_llama(tmp_path / "model"), (str(write_texts(tmp_path / "text.jsonl")),)
+    options: dict[str, Any] = {"target": "2:4", "device": "cpu", "calibration": files, "samples": 4, "seq_len": 16}
+    rotate(model, tmp_path / "turned", steps=2, **options)
+    turned = Checkpoint.open(tmp_path / "turned")
+    assert turned.before_rotation().folder == model
+    assert Checkpoint.open(model).before_rotation().folder == model
+    (model / "config.json").rename(model / "away.json")
+    assert turned.before_rotation() is turned, "a source that cannot be read"
+    tiny_llama(tmp_path / "other", blocks=2).rename(tmp_path / "kept")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    assert turned.before_rotation() is turned, "no source"
+    (tmp_path / "kept").rename(tmp_path / "model")
+    assert turned.before_rotation() is turned, "another model in its place"
+    record = json.loads((turned.folder / ROTATED).read_text())
+    record["model"] |= {"source": str(turned.folder), "files": turned.file_hashes()}
+    (turned.folder / ROTATED).write_text(json.dumps(record))
+    assert turned.before_rotation() is turned, "a circle"
+    (turned.folder / ROTATED).write_text('{"model": 3}')
+    with pytest.raises(CheckpointError, match="rotate again"):
+        turned.before_rotation()
 
 
 def test_heads_alone_keep_the_tie(tmp_path: Path) -> None:

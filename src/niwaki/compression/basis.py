@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from niwaki.compression.places import partial_of, replaced_of, rotated_of
 from niwaki.compression.resolve import recipe_stages
@@ -69,7 +68,7 @@ def _target(recipe: Recipe, report: Report) -> Target | None:
 
 def _rotated(model: str | Path, place: Path, recipe: Recipe, target: Target, report: Report) -> Path | None:
     """Return `place` with the model in another basis; None if `auto` cannot turn it."""
-    decoder = open_decoder(model, torch.device("cpu"))
+    decoder = open_decoder(model, pick_device(recipe.device))  # which writes text where the compression would
     ways = Ways(target, residual="learned" if recipe.rotate == "all" else "none", seed=recipe.seed)
     identity = {"model": decoder.checkpoint.fingerprint(), "recipe": recipe.dump(), "ways": str(ways)}
     if (place / ROTATED).is_file() and _identity(place) == json.loads(json.dumps(identity)):

@@ -116,8 +116,9 @@ def _of_source(
     model, vocabulary = decoder.checkpoint.folder, decoder.checkpoint.config.get_text_config().vocab_size
     size: dict[str, Any] = {"samples": given.samples, "seq_len": given.seq_len, "seed": seed, "bos": given.bos}
     if files in ((), (SELF,)):
-        with own_reader(decoder.checkpoint.log, hashed=True):
-            windows_ST = sampled_windows(model, **size, device=str(decoder.device), report=report)
+        writer = decoder.checkpoint.before_rotation()  # so that the text is written once for all bases
+        with own_reader(writer.log, hashed=True):
+            windows_ST = sampled_windows(writer.folder, **size, device=str(decoder.device), report=report)
         return CalibrationWindows(windows_ST, SAMPLED, bos_of_model(model, given.bos))
     windows = read_calibration(files, given.field, load_tokenizer(model), **size, report=report, at_most=at_most)
     if (highest := int(windows.ids_ST.max())) >= vocabulary:

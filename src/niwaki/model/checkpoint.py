@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -135,17 +135,45 @@ class Checkpoint:
 
     def _rotation(self) -> dict[str, Any]:
         """Return where a model in another basis came from, as the field `rotated`; {} for any other model."""
-        path = self.folder / ROTATED
-        if not path.is_file():
+        if (record := self._rotation_record()) is None:
             return {}
-        with faults_of(f"{path} is not a record of niwaki", "remove it, or rotate again"):
-            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        with self._rotation_faults():
             before = record["model"]
             about = {"source": before["source"], "bytes": before["bytes"]}
             about |= {name: record["rotate"][name] for name in ("target", "residual", "heads", "seed")}
             # The folder of a first step is gone when its record is read, so the model before stands for it.
             first = ("source", "hub_id", "revision", "gguf") if "identity" in record else ()
             return {name: before[name] for name in first if name in before} | {"rotated": about}
+
+    def before_rotation(self) -> "Checkpoint":
+        """Return the model that this one is in another basis: the name of its function in all bases.
+
+        Return this one if it has the basis that it was made in, or if that model is gone or has changed.
+        """
+        found, seen = self, {self.folder}
+        while (record := found._rotation_record()) is not None:
+            with found._rotation_faults():
+                source, files = Path(record["model"]["source"]), record["model"]["files"]
+            try:
+                before = Checkpoint.open(source) if source.exists() else None
+            except CheckpointError:
+                before = None
+            if before is None or before.folder in seen or before.file_hashes() != files:
+                break
+            found = before
+            seen.add(found.folder)
+        return found
+
+    def _rotation_record(self) -> dict[str, Any] | None:
+        path = self.folder / ROTATED
+        if not path.is_file():
+            return None
+        with self._rotation_faults():
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return record
+
+    def _rotation_faults(self) -> AbstractContextManager[None]:
+        return faults_of(f"{self.folder / ROTATED} is not a record of niwaki", "remove it, or rotate again")
 
     def config_content(self) -> dict[str, Any]:
         """Return the content of config.json, with the ties as the weights have them."""
