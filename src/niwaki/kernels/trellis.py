@@ -8,8 +8,8 @@ of the next row by bits of its own: s_r = (s_(r+1) · 2^K + b_r) mod 256.
 The ring is closed: row 31 continues row 0. A first search around the ring begins half a ring away and is free at both
 ends. In its middle is the state that the second search begins and ends with.
 
-Legend: O rows, I columns, N rings or tokens, S states, J branches of a state, G groups of states with the same
-successors.
+Legend: O rows, U rows in whole rings, I columns, C columns of a panel, N rings or tokens, S states, J branches of a
+state, G groups of states with the same successors.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from niwaki.formats.trellis import RING, STATES
 from niwaki.kernels.cpu_module import as_array, cpu_module
-from niwaki.kernels.types import TrellisPart
+from niwaki.kernels.types import Codebook, Rounded, Start, TrellisPart
 
 MAX_CPU_TOKENS = 8  # with more, the matrix is decoded once: that is exact, and faster
 MAX_GPU_TOKENS = 4
@@ -69,6 +69,53 @@ def encode_reference(wanted_OI: Tensor, weight_O: Tensor, level_S: Tensor, bits:
         state_N = _before(choices[row], state_N, bits)
     state_NR = torch.stack(states, dim=1).to(torch.uint8)
     return state_NR.view(-1, columns, RING).transpose(1, 2).reshape(-1, columns)
+
+
+def round_columns(
+    panel_OC: Tensor, coupling_CC: Tensor, book: Codebook, part_C: Tensor, start: Start | None = None
+) -> Rounded:
+    """Round column after column to the best path, and return states [U, C] and changes [O, C].
+
+    Every change moves the later columns of the panel: panel −= change · coupling. Without `start` the panel holds the
+    wanted values, and a change is new − wanted. With `start` this is coordinate descent, and the panel holds the pull
+    on every value. A wanted value is then value + pull / coupling[c, c], and a ring that would miss more stays.
+    """
+    if panel_OC.is_cuda:
+        from niwaki.kernels.triton.trellis import round_triton
+
+        return round_triton(panel_OC, coupling_CC, book, part_C, start)
+    return round_columns_reference(panel_OC, coupling_CC, book, part_C, start)
+
+
+def round_columns_reference(
+    panel_OC: Tensor, coupling_CC: Tensor, book: Codebook, part_C: Tensor, start: Start | None = None
+) -> Rounded:
+    """Compute `round_columns` one search at a time, on any device and in any float dtype."""
+    rows, columns = panel_OC.shape
+    panel_OC, change_OC = panel_OC.clone(), torch.empty_like(panel_OC)
+    state_UC = torch.empty(-(-rows // RING) * RING, columns, dtype=torch.uint8, device=panel_OC.device)
+    for k, part in enumerate(part_C.tolist()):
+        scale_O, level_S = book.scale_OP[:, part], book.level_PS[part]
+        wanted_O = panel_OC[:, k]
+        if start is not None:
+            wanted_O = start.value_OC[:, k] + wanted_O / coupling_CC[k, k]
+        state_U = encode((wanted_O / scale_O)[:, None], scale_O.square(), level_S, book.bits[part])[:, 0]
+        new_O = level_S[state_U[:rows].int()] * scale_O
+        change_O = new_O - wanted_O
+        if start is not None:
+            value_O = start.value_OC[:, k]
+            better_U = _by_ring((wanted_O - value_O).square() - change_O.square(), len(state_U)) > 0
+            change_O = torch.where(better_U[:rows], new_O - value_O, 0.0)
+            state_U = torch.where(better_U, state_U, start.state_UC[:, k])
+        panel_OC[:, k + 1 :].addr_(change_O, coupling_CC[k, k + 1 :], alpha=-1)
+        state_UC[:, k], change_OC[:, k] = state_U, change_O
+    return state_UC, change_OC
+
+
+def _by_ring(values_O: Tensor, padded: int) -> Tensor:
+    """Return the sum over the ring of every row [U]."""
+    values_U = pad(values_O, (0, padded - len(values_O)))
+    return values_U.view(-1, RING).sum(1, keepdim=True).expand(-1, RING).reshape(-1)
 
 
 def _rings(values_OI: Tensor) -> Tensor:

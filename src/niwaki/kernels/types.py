@@ -1,7 +1,7 @@
 """Types that the kernels and their callers share: matrices, levels and launches as the kernels take them.
 
 Legend: O rows, I columns, G groups of columns that share a scale, B bytes of eight columns, C columns of a part or
-chunks of 64 columns, T tiles of 32 rows, K bits, M parts.
+chunks of 64 columns, T tiles of 32 rows, K bits, M parts, P parts of a trellis, S states.
 """
 
 from collections.abc import Iterator, Sequence
@@ -145,6 +145,24 @@ class TrellisPart(NamedTuple):
     def bits(self) -> int:
         """Return the bits of a weight."""
         return self.rings_TCB.shape[2] // 4
+
+
+class Codebook(NamedTuple):
+    """Levels of one or two parts with their bits, and the scale of every row in each: level[part, state] · scale."""
+
+    bits: Sequence[int]
+    level_PS: Tensor
+    scale_OP: Tensor
+
+
+class Start(NamedTuple):
+    """Values [O, C] and states [U, C] of columns that a descent begins with; U are O rows in whole rings."""
+
+    value_OC: Tensor
+    state_UC: Tensor
+
+
+Rounded = tuple[Tensor, Tensor]  # states [U, C] of columns, and the change [O, C] of their values
 
 
 def _whole_words(values_GO: Tensor | None) -> Tensor | None:

@@ -1,9 +1,10 @@
-"""The trellis kernels of the GPU, interpreted by Triton: the path of the reference, products and decoded rows."""
+"""The trellis kernels of the GPU, interpreted by Triton: paths of the reference, panels, products and decoded rows."""
 
 import torch
 
 from niwaki.formats.trellis import assemble_trellis
-from niwaki.kernels.trellis import encode_reference
+from niwaki.kernels.trellis import encode_reference, round_columns_reference
+from niwaki.kernels.types import Codebook, Start
 from support.trellis_records import kernel_parts, trellis_matrix
 from support.triton_interpreter import interpreted
 
@@ -23,6 +24,39 @@ def search() -> None:
         wanted = torch.randn(50, 3, generator=generator)
         assert torch.equal(
             trellis.encode_triton(wanted, weight, level, bits), encode_reference(wanted, weight, level, bits)
+        )
+
+
+def test_a_panel_is_rounded_as_by_the_reference() -> None:
+    interpreted("panel", __name__)
+
+
+def panel() -> None:
+    """Sweep and descend over columns of two widths and of one, with rows after the last whole ring."""
+    from niwaki.kernels.triton import trellis
+
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = 40, 5
+    wanted, inputs = torch.randn(rows, columns, generator=generator), torch.randn(9, columns, generator=generator)
+    coupling = inputs.T @ inputs / 9 + 0.1 * torch.eye(columns)
+    for bits in ((2, 3), (1, 2), (4,)):
+        level, scale = torch.randn(len(bits), 256, generator=generator), torch.rand(rows, len(bits)) + 0.5
+        part = torch.tensor([0, len(bits) - 1, 0, 0, len(bits) - 1])
+        book = Codebook(bits, level, scale)
+        found = trellis.round_triton(wanted, coupling, book, part, None)
+        states, changes = round_columns_reference(wanted, coupling, book, part)
+        assert torch.equal(found[0], states)
+        torch.testing.assert_close(found[1], changes)
+        value = level.view(-1)[states[:rows].int() + part.int() * 256] * scale[:, part]
+        start = Start(value, states)
+        pull = (wanted - value) @ coupling
+        found = trellis.round_triton(pull, coupling, book, part, start)
+        again, changes = round_columns_reference(pull, coupling, book, part, start)
+        assert torch.equal(found[0], again) and not torch.equal(again, states)
+        torch.testing.assert_close(found[1], changes)
+        missing = wanted - value - changes
+        assert float(((missing @ coupling) * missing).sum()) < float(
+            (((wanted - value) @ coupling) * (wanted - value)).sum()
         )
 
 

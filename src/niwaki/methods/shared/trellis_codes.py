@@ -16,7 +16,8 @@ from torch import Tensor
 
 from niwaki.formats.quantized import SCALE_DTYPE
 from niwaki.formats.trellis import MAX_LEVEL, RING, STATES, TrellisColumns
-from niwaki.kernels.trellis import encode
+from niwaki.kernels.trellis import encode, round_columns
+from niwaki.kernels.types import Codebook, Start
 from niwaki.methods.shared.rounding import SMALLEST_SCALE, error_propagation
 
 NORMAL_WEIGHTS, NORMAL_FITS = 2**16, 12
@@ -37,6 +38,11 @@ class TrellisCodes:
     state_UI: Tensor
     level_PS: Tensor
     scale_OP: Tensor
+
+    @property
+    def book(self) -> Codebook:
+        """Return bits, levels and scales as the search takes them."""
+        return Codebook(self.bits, self.level_PS, self.scale_OP)
 
     @property
     def levels_OI(self) -> Tensor:
@@ -119,19 +125,13 @@ def round_in_order(codes: TrellisCodes, weight_OI: Tensor, upper_II: Tensor, ord
     """Round column after column in the order `order_I`; H⁻¹ = UᵀU in that order. Errors move to later columns."""
     propagation_II = error_propagation(upper_II)
     wanted_OI = weight_OI[:, order_I].contiguous()
-    state_UI = torch.empty_like(codes.state_UI)
-    parts, columns = codes.part_I[order_I].tolist(), order_I.tolist()
-    for start in range(0, len(columns), SWEPT_COLUMNS):
-        end = min(start + SWEPT_COLUMNS, len(columns))
-        panel_OC, own_CC = wanted_OI[:, start:end].clone(), propagation_II[start:end, start:end]
-        change_OC = torch.empty_like(panel_OC)
-        for k in range(end - start):
-            part, wanted_O = parts[start + k], panel_OC[:, k]
-            state_U = _encode_columns(codes, part, wanted_O[:, None])[:, 0]
-            change_O = codes.level_PS[part][state_U[: len(wanted_O)].int()] * codes.scale_OP[:, part] - wanted_O
-            panel_OC[:, k + 1 :].addr_(change_O, own_CC[k, k + 1 :], alpha=-1)
-            state_UI[:, columns[start + k]], change_OC[:, k] = state_U, change_O
-        wanted_OI[:, end:].addmm_(change_OC, propagation_II[start:end, end:], alpha=-1)
+    state_UI, part_I = torch.empty_like(codes.state_UI), codes.part_I[order_I]
+    for start in range(0, len(order_I), SWEPT_COLUMNS):
+        now, later = slice(start, start + SWEPT_COLUMNS), slice(start + SWEPT_COLUMNS, None)
+        own_CC = propagation_II[now, now]
+        state_UC, change_OC = round_columns(wanted_OI[:, now], own_CC, codes.book, part_I[now])
+        state_UI[:, order_I[now]] = state_UC
+        wanted_OI[:, later].addmm_(change_OC, propagation_II[now, later], alpha=-1)
     return replace(codes, state_UI=state_UI)
 
 
@@ -140,27 +140,14 @@ def descend(codes: TrellisCodes, weight_OI: Tensor, gram_II: Tensor) -> TrellisC
 
     H = `gram_II`, damping included. A ring keeps its path unless the new one misses less, so the error never rises.
     """
-    state_UI, diagonal_I = codes.state_UI.clone(), gram_II.diagonal()
-    values_OI = codes.values_OI
+    state_UI, values_OI = codes.state_UI.clone(), codes.values_OI
     pull_OI = (weight_OI - values_OI) @ gram_II
-    rows, parts = len(weight_OI), codes.part_I.tolist()
-    for start in range(0, len(parts), SWEPT_COLUMNS):
-        end = min(start + SWEPT_COLUMNS, len(parts))
-        panel_OC, own_CC = pull_OI[:, start:end].clone(), gram_II[start:end, start:end]
-        change_OC = torch.empty_like(panel_OC)
-        for k in range(end - start):
-            column = start + k
-            part, value_O = parts[column], values_OI[:, column]
-            wanted_O = value_O + panel_OC[:, k] / diagonal_I[column]
-            state_U = _encode_columns(codes, part, wanted_O[:, None])[:, 0]
-            new_O = codes.level_PS[part][state_U[:rows].int()] * codes.scale_OP[:, part]
-            gain_O = (wanted_O - value_O).square() - (wanted_O - new_O).square()
-            better_U = _by_ring(gain_O, len(state_U)) > 0
-            change_O = torch.where(better_U[:rows], new_O - value_O, 0.0)
-            state_UI[:, column] = torch.where(better_U, state_U, state_UI[:, column])
-            panel_OC[:, k + 1 :].addr_(change_O, own_CC[k, k + 1 :], alpha=-1)
-            change_OC[:, k] = change_O
-        pull_OI[:, end:].addmm_(change_OC, gram_II[start:end, end:], alpha=-1)
+    for start in range(0, len(gram_II), SWEPT_COLUMNS):
+        now, later = slice(start, start + SWEPT_COLUMNS), slice(start + SWEPT_COLUMNS, None)
+        old = Start(values_OI[:, now], state_UI[:, now])
+        own_CC = gram_II[now, now]
+        state_UI[:, now], change_OC = round_columns(pull_OI[:, now], own_CC, codes.book, codes.part_I[now], old)
+        pull_OI[:, later].addmm_(change_OC, gram_II[now, later], alpha=-1)
     return replace(codes, state_UI=state_UI)
 
 
@@ -207,12 +194,6 @@ def _encode_columns(codes: TrellisCodes, part: int, wanted_OC: Tensor) -> Tensor
     """Return the states [U, C] of columns of one part that are nearest to the wanted weights."""
     scale_O = codes.scale_OP[:, part]
     return encode(wanted_OC / scale_O[:, None], scale_O.square(), codes.level_PS[part], codes.bits[part])
-
-
-def _by_ring(values_O: Tensor, padded: int) -> Tensor:
-    """Return the sum over the ring of every row [U]."""
-    values_U = torch.nn.functional.pad(values_O, (0, padded - len(values_O)))
-    return values_U.view(-1, RING).sum(1, keepdim=True).expand(-1, RING).reshape(-1)
 
 
 def _means(state_OC: Tensor, wanted_OC: Tensor, importance_OC: Tensor, level_S: Tensor, prior: float) -> Tensor:
