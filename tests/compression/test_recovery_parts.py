@@ -9,12 +9,13 @@ from torch import Tensor
 
 from niwaki.compression.recovery.codes import CodesLinear, LearnedGrid, LearnedTrellis, _Decode
 from niwaki.compression.recovery.memory import Learning, Size, choose, plan_memory
-from niwaki.compression.recovery.teacher import Resident, Student, Text, divergence, likely, likely_divergence
+from niwaki.compression.recovery.teacher import Resident, Student, Text, likely, likely_divergence
 from niwaki.compression.recovery.trained import prepare
 from niwaki.compression.recovery.training import Windows, batch_windows, default_rate, recompute_blocks
 from niwaki.errors import InputError, NumericalError
 from niwaki.formats.packed import PackedTensors, decode_record
 from niwaki.formats.quantized import QuantizedColumns
+from niwaki.methods.shared.divergence import divergence
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.runtime.load import load

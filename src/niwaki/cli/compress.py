@@ -27,6 +27,7 @@ def compress(
     seq_len: options.CalibrationSeqLen = None,
     bos: options.CalibrationBos = None,
     mix: options.Mix = None,
+    held_out: options.HeldOut = None,
     recipe: options.RecipeFile = None,
     set_: options.SetOption = None,
     pack: options.Pack = None,
@@ -52,7 +53,9 @@ def compress(
     from niwaki.compression.places import check_free, place_of
 
     files = tuple(calibration) if calibration else None
-    text = given(files=files, field=field, samples=samples, seq_len=seq_len, bos=bos, mix=mix or None)
+    text = given(
+        files=files, field=field, samples=samples, seq_len=seq_len, bos=bos, mix=mix or None, held_out=held_out
+    )
     values = recipe_values(
         recipe, text, set_,
         method=method, preset=preset, target=target, target_bytes=target_bytes, blocks=blocks,

@@ -15,8 +15,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from niwaki.config.events import Event
-from niwaki.config.recipe import BOS_HELP, BOS_POLICIES, MIX_HELP, calibration_fields, load_recipe, make_recipe
-from niwaki.config.sources import check_sources, check_tasks, model_folder, parse_mix
+from niwaki.config.recipe import (
+    BOS_HELP,
+    BOS_POLICIES,
+    HELD_OUT_HELP,
+    MIX_HELP,
+    calibration_fields,
+    load_recipe,
+    make_recipe,
+)
+from niwaki.config.sources import check_held_out, check_sources, check_tasks, model_folder, parse_mix
 from niwaki.config.targets import WRITTEN_TARGETS_HELP, parse_target
 from niwaki.errors import InputError, OutputError, unknown
 from niwaki.methods.registry import method_infos
@@ -119,6 +127,7 @@ CalibrationField = Annotated[str | None, recipe_option(FIELD_HELP, "text")]
 Samples = Annotated[int | None, recipe_option("Number of calibration windows.", 128)]
 CalibrationSeqLen = Annotated[int | None, recipe_option(SEQ_LEN_HELP, 2048)]
 Mix = Annotated[list[str] | None, recipe_option(f"{MIX_HELP} Repeatable.", "none", metavar="SOURCE:SHARE")]
+HeldOut = Annotated[str | None, recipe_option(HELD_OUT_HELP, "none", metavar="SOURCE")]
 CalibrationBos = Annotated[str | None, recipe_option(BOS_HELP, "auto", metavar=BOS_ARGUMENT)]
 RecipeFile = Annotated[Path | None, typer.Option(help="YAML file of these options. Options on the command line win.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Option of the method, key=value. Repeatable.")]
@@ -193,6 +202,7 @@ def check_recipe(values: dict[str, Any]) -> None:
             parse_target(part)
     check_sources(recipe.calibration.files)
     parse_mix(recipe.calibration.mix, recipe.calibration.files)
+    check_held_out(recipe.calibration.held_out, recipe.calibration.files)
 
 
 def check_inputs(*models: str, data: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> None:

@@ -22,6 +22,12 @@ PHASES = {
     "text": "text",
     "opening": "opening the model, as measured just now",
 }
+Machine = Annotated[
+    str | None,
+    typer.Option(
+        help="Machine to plan for: h100, h200, a100, 4090, or cpu for the CPU of this one. Default: this machine."
+    ),
+]
 MIN_SHARE = 0.02  # phases below this share of the time have no row
 
 
@@ -39,6 +45,7 @@ def plan(
     seq_len: options.CalibrationSeqLen = None,
     bos: options.CalibrationBos = None,
     mix: options.Mix = None,
+    held_out: options.HeldOut = None,
     recipe: options.RecipeFile = None,
     set_: options.SetOption = None,
     pack: options.Pack = None,
@@ -53,12 +60,7 @@ def plan(
     logit_bytes: options.LogitBytes = None,
     dense_stream: options.DenseStream = False,
     merge_adapter: options.MergeAdapter = False,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            help="Machine to plan for: h100, h200, a100, 4090, or cpu for the CPU of this one. Default: this machine."
-        ),
-    ] = None,
+    gpu: Machine = None,
     price_per_hour: Annotated[
         float | None, typer.Option(help="Price of the machine, in any currency. Costs are in the same currency.")
     ] = None,
@@ -67,9 +69,9 @@ def plan(
     json_: options.PrintJson = False,
 ) -> None:
     """Predict time, memory, bytes, decode speed and cost of a compression. Refuse a recipe that cannot work."""
-    files = tuple(calibration) if calibration else None
+    text = given(samples=samples, seq_len=seq_len, bos=bos, mix=mix or None, held_out=held_out)
     values = recipe_values(
-        recipe, given(files=files, samples=samples, seq_len=seq_len, bos=bos, mix=mix or None), set_,
+        recipe, text | given(files=tuple(calibration or ()) or None), set_,
         method=method, preset=preset, target=target, target_bytes=target_bytes, blocks=blocks,
         keep_blocks=keep_blocks, allocation=allocation, pack=pack, embeddings=first_given(embeddings, ends),
         expert_tokens=expert_tokens, rotate=rotate, drop_unused=drop_unused or None, dtype=dtype,
@@ -79,8 +81,8 @@ def plan(
     check_inputs(*([] if merge_adapter else [model]))
     from niwaki.compression.plan.planner import plan as run
 
-    prices: dict[str, Any] = {"price_per_hour": price_per_hour, "tokens_per_day": tokens_per_day}
-    result = run(model, gpu=gpu, out=out, dense_stream=dense_stream, merge_adapter=merge_adapter, **prices, **values)
+    values |= {"price_per_hour": price_per_hour, "tokens_per_day": tokens_per_day, "dense_stream": dense_stream}
+    result = run(model, gpu=gpu, out=out, merge_adapter=merge_adapter, **values)
     if json_:
         typer.echo(json.dumps(result, indent=2))
     else:

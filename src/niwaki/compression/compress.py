@@ -21,8 +21,8 @@ from niwaki.compression.job import (
     fingerprint_of,
     prepare,
     run,
-    walk_job,
 )
+from niwaki.compression.matrix_job import matrix_job
 from niwaki.compression.places import (
     alone_at,
     check_apart,
@@ -53,7 +53,7 @@ from niwaki.model.device import pick_device, pick_dtype
 from niwaki.runtime.adapter import merged_model, open_adapter
 
 JOBS: Mapping[MethodKind, Callable[[Job, ResultFolder, Report], RunRecord]] = {
-    MethodKind.WALK: walk_job,
+    MethodKind.WALK: matrix_job,
     MethodKind.SHAPE: shape_job,
     MethodKind.CONTEXTUAL: contextual_job,
 }

@@ -6,7 +6,7 @@ to `walk_model`: how targets are allocated, and in which form blocks are stored.
 
     decoder = open_decoder("MODEL", torch.device("cuda"))
     (stage,) = resolve(recipe, decoder).stages
-    record = run(prepare(decoder, stage, request), walk_job)
+    record = run(prepare(decoder, stage, request), matrix_job)
 """
 
 import hashlib
@@ -22,16 +22,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from niwaki.compression.allocation import OWL_NEEDS, Targets, outlier_share, owl
+from niwaki.compression.allocation import Targets
 from niwaki.compression.backward import squared_gradients
-from niwaki.compression.bit_allocation import (
-    choose_kept,
-    kept_targets,
-    rest_bits,
-    sensitivities,
-    sensitivity,
-    spread_bits,
-)
 from niwaki.compression.bos_loss import warn_without_bos
 from niwaki.compression.carried import Carried, earlier_runs, open_origin
 from niwaki.compression.embeddings import TensorNames, embeddings_to_pack
@@ -57,12 +49,11 @@ from niwaki.compression.run_record import (
 from niwaki.compression.stages import FirstStage, merged_record
 from niwaki.compression.totals import packed_modules, result_of, shard_index
 from niwaki.compression.verify import hashed_files
-from niwaki.compression.walk import WalkPlan, collect, compress_blocks, forward
+from niwaki.compression.walk import WalkPlan, compress_blocks, forward
 from niwaki.config.events import Event, Report
 from niwaki.config.recipe import Recipe
-from niwaki.config.targets import Bits
-from niwaki.data.stream import Stream, default_batch_tokens
-from niwaki.data.texts import CalibrationWindows, calibration_record, digest, windows_for
+from niwaki.data.stream import HeldOut, Stream, default_batch_tokens
+from niwaki.data.texts import CalibrationWindows, calibration_record, windows_for
 from niwaki.errors import InputError, NumericalError
 from niwaki.formats.packed import decode_shard
 from niwaki.formats.quantized import WEIGHT
@@ -214,11 +205,6 @@ def run(job: Job, execute: Callable[[Job, ResultFolder, Report], RunRecord]) -> 
             raise
 
 
-def walk_job(job: Job, folder: ResultFolder, report: Report) -> RunRecord:
-    """Compress every matrix of every block to its target; return the record of the run."""
-    return walk_model(job, folder, report, _allocate)
-
-
 def walk_model(job: Job, folder: ResultFolder, report: Report, allocate: Allocate) -> RunRecord:
     """Allocate targets, compress block after block on the calibration windows, and finish the folder."""
     decoder, stage = job.decoder, job.stage
@@ -231,10 +217,19 @@ def walk_model(job: Job, folder: ResultFolder, report: Report, allocate: Allocat
         outer.write(folder, writer, storage.shard_names[len(decoder) :], storage.copied)
         # A dense stream starts from the dense embeddings, so it is made before the stored ones replace them.
         dense = windows_stream(job, folder, "dense", decoder=job.origin) if stage.dense_stream else None
+        judged_ST = _judging_windows(job)
+        judge_dense = None
+        if judged_ST is not None and stage.needs.dense:
+            judge_dense = windows_stream(job, folder, "judge-dense", judged_ST, decoder=job.origin)
         if job.packed_embeddings:
             writer.flush()
             decoder.load_outer(outer.stored(folder))
         stream = windows_stream(job, folder, "compressed", learn_batches=stage.needs.learn_batches)
+        held = None
+        if judged_ST is not None:
+            judge = windows_stream(job, folder, "judge", judged_ST, learn_batches=stage.needs.learn_batches)
+            assert judge is not None
+            held = HeldOut(judge, judge_dense)
         gradients = _gradients(job, folder, report)
         for model in filter(None, (decoder, job.origin)):
             model.release_outer()
@@ -261,7 +256,9 @@ def walk_model(job: Job, folder: ResultFolder, report: Report, allocate: Allocat
             stage.steps, allocation.targets, job.recipe.seed, job.recipe.pack, gradients=gradients, last=last,
             expert_tokens=job.recipe.expert_tokens,
         )  # fmt: skip
-        compress_blocks(decoder, plan, stream, dense, save=save, report=report, finished=finished, origin=job.origin)
+        compress_blocks(
+            decoder, plan, stream, dense, save=save, report=report, finished=finished, origin=job.origin, held=held
+        )
     return _finish_walk(job, folder, report, allocation, stream)
 
 
@@ -410,41 +407,10 @@ class FullBlocks:
         """Accept the folder: its shapes are those of the source."""
 
 
-def _allocate(job: Job, folder: ResultFolder, report: Report) -> Allocation:
-    """Return the targets of all matrices; those that the calibration text decides are measured first."""
-    anatomy, stage, kept = job.stage.anatomy, job.stage, job.recipe.keep_blocks
-    target, targets, min_bits = stage.target, stage.targets, stage.steps[-1].min_bits
-    numbers: dict[str, Any] = {} if job.recipe.target_bytes is None else {"target_bits": _bits(job).bits}
-    if job.recipe.allocation == "owl":
-
-        def outliers(block: Block, stream: Stream) -> float:
-            return outlier_share(block, collect(block, stream, OWL_NEEDS)[0], stage.owl)
-
-        measure = _of_named(job, outliers, 0.0)
-        shares = numbers["outlier_shares"] = scan(job, folder, "outlier_shares", measure, report)
-        targets = owl(anatomy, target, shares, stage.owl)
-    if job.recipe.allocation == "sensitivity":
-        numbers["sensitivities"] = scan(job, folder, "sensitivities", _of_named(job, sensitivities, {}), report)
-        targets = spread_bits(anatomy, target, numbers["sensitivities"], min_bits)
-    if kept:
-        if kept == "auto":
-            numbers["sensitivities"] = scan(job, folder, "sensitivities", _of_named(job, sensitivity, 0.0), report)
-            kept = tuple(choose_kept(anatomy, _bits(job), numbers["sensitivities"], min_bits))
-        targets = kept_targets(anatomy, target, kept)
-        numbers |= {"kept_blocks": list(kept), "rest_bits": rest_bits(anatomy, _bits(job), kept)}
-    if numbers:
-        report(Event.ALLOCATION, **numbers)
-    return Allocation(targets, numbers, FullBlocks(job))
-
-
-def _of_named(job: Job, measure: Callable[[Block, Stream], Value], other: Value) -> Callable[[Block, Stream], Value]:
-    """Return a `measure` of the blocks that the recipe names, which gives `other` for all others."""
-    return lambda block, stream: other if job.leaves(block.index) else measure(block, stream)
-
-
-def _bits(job: Job) -> Bits:
-    assert isinstance(job.stage.target, Bits), "methods with fractional bits meet bits"
-    return job.stage.target
+def _judging_windows(job: Job) -> Tensor | None:
+    """Return the windows that learning is judged by, None if they are some of the calibration, or no step learns."""
+    held = None if job.calibration is None else job.calibration.held
+    return held.ids_ST if held is not None and job.stage.needs.windows else None
 
 
 def _windows(decoder: Decoder, stage: ResolvedStage, report: Report) -> CalibrationWindows | None:
@@ -486,7 +452,7 @@ def fingerprint_of(job: Job, like: Mapping[str, str]) -> dict[str, str]:
     """Return the hashes of what decides the bytes of the result of a job, in the form of the fingerprint `like`."""
     hashes = fingerprint(
         job.checkpoint,
-        "none" if job.windows_ST is None else digest(job.windows_ST),
+        "none" if job.calibration is None else job.calibration.sha256,
         job.recipe.dump(),
         dense_stream=job.stage.dense_stream,
         threads=torch.get_num_threads() if job.decoder.device.type == "cpu" else None,

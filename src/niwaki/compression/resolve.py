@@ -99,6 +99,11 @@ def recipe_stages(recipe: Recipe) -> list[RecipeStage]:
         if target is None and part.target_bytes is None and not bits_are_named(part, method_infos(part.method)):
             raise InputError(MISSING.format("target"))
         stages.append(RecipeStage(part, target, tuple(steps), owl_config))
+    if recipe.calibration.held_out and not any(step.needs.windows for stage in stages for step in stage.steps):
+        raise InputError(
+            f"held_out {recipe.calibration.held_out} judges what is learned inside blocks, and {recipe.method} learns "
+            "nothing there: leave it out, or take a method or option that learns, such as wandapp or learn_rounds=8"
+        )
     return stages
 
 

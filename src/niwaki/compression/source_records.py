@@ -78,6 +78,7 @@ class CalibrationRecord(Frozen):
 
     `bos`: whether every window began with the beginning-of-text token. Records without the field had none. `skipped`:
     rows that could not be used, by source and reason. `revisions`: commits of data sets. `mix`: windows by source.
+    `held_out`: windows that learning was judged by.
     """
 
     source: str = "none"
@@ -87,6 +88,7 @@ class CalibrationRecord(Frozen):
     skipped: dict[str, dict[str, int]] = {}
     revisions: dict[str, str] = {}
     mix: dict[str, dict[str, Any]] = {}
+    held_out: dict[str, Any] = {}
 
 
 class KeptWeightRecord(Frozen):

@@ -23,7 +23,7 @@ from niwaki.config.events import Event, Report
 from niwaki.config.targets import KeepUnits, Target
 from niwaki.data.hidden_states import Activations
 from niwaki.data.statistics import Needs, Statistics
-from niwaki.data.stream import CalibrationData, Stream
+from niwaki.data.stream import CalibrationData, HeldOut, Stream
 from niwaki.errors import ArchitectureError, NumericalError
 from niwaki.formats.packed import Packed, PackedTensors, Packing, join_notes
 from niwaki.kernels.sparse_product import fast_path
@@ -161,6 +161,7 @@ def compress_blocks(
     finished: Mapping[int, ReadBlock] = MappingProxyType({}),
     riders: Sequence[Stream] = (),
     origin: Decoder | None = None,
+    held: HeldOut | None = None,
 ) -> None:
     """Compress every block on the stream and hand it to `save`, with a record of each of its matrices.
 
@@ -170,19 +171,21 @@ def compress_blocks(
 
     `stream` may be None for a method without data. A `dense` stream follows the dense model and yields the drift of
     the compressed prefix at every depth. It passes the blocks of `origin` where those of the decoder stay as they are.
-    The `riders` only pass the compressed blocks.
+    The `riders` only pass the compressed blocks. So do the windows `held`, which learning is judged by.
     """
+    followers = [] if held is None or held.dense is None else [held.dense]
     for block in loaded_blocks(decoder, finished, ahead=plan.needs.ahead):
         started = time.perf_counter()
         replayed, passes = block.index in finished, plan.last is None or block.index <= plan.last
         changes = bool(plan.targets[block.index]) and not replayed
-        if dense is not None and passes and not (changes and plan.needs.full):
+        if passes:
+            own = [] if dense is None or (changes and plan.needs.full) else [dense]
             passed = decoder if plan.targets[block.index] else origin or decoder
-            _advance_dense(decoder, dense, block, replayed, passed)
+            _advance_dense(decoder, [*own, *followers], block, replayed, passed)
         if changes:
-            compressed = _compress_block(block, plan, stream, dense)
+            compressed = _compress_block(block, plan, stream, dense, held)
         after_BTD = stream.advance(block) if stream is not None and passes else None
-        for rider in riders:
+        for rider in [*riders, *([] if held is None else [held.stream])]:
             rider.advance(block)
         if changes:
             late = _block_error(compressed.before_BTD, after_BTD)
@@ -219,7 +222,9 @@ def _block_error(before_BTD: Tensor | None, after_BTD: Tensor | None) -> dict[st
     return {"block_error": _energy_ratio(after_BTD - before_BTD, before_BTD)}
 
 
-def _compress_block(block: Block, plan: WalkPlan, stream: Stream | None, dense: Stream | None) -> _Compressed:
+def _compress_block(
+    block: Block, plan: WalkPlan, stream: Stream | None, dense: Stream | None, held: HeldOut | None
+) -> _Compressed:
     """Run the steps on one block and put the last records in the place of its matrices."""
     targets = plan.targets[block.index]
     statistics: dict[str, Statistics] = {name: Statistics(Needs()) for name in block.linears}
@@ -227,13 +232,15 @@ def _compress_block(block: Block, plan: WalkPlan, stream: Stream | None, dense: 
     if stream is not None:
         statistics, before_BTD = collect(block, stream, plan.needs, dense)
         shrink_experts(block, stream, statistics, plan.needs, plan.expert_tokens)
+    if held is not None:
+        held.stream.observe(block, None, outputs=held.stream.outputs)
     packed: dict[str, Packed] = {}
     chosen: dict[str, list[MaskChoice]] = {}
     masks: dict[str, Tensor] = {}  # a later quantizer rounds some of the kept weights to zero
     gradients = plan.gradients(block.index)
     for number, step in enumerate(plan.steps):
         generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + block.index) * 101 + number)
-        calib = CalibrationData(statistics, stream, dense, packed, gradients)
+        calib = CalibrationData(statistics, stream, dense, packed, gradients, held)
         parts = {name: step.part(target) for name, target in targets.items()}
         with record_mask_choices(parts if plan.records else {}) as (own, choices):
             results = step.compress(block, calib, own or parts, generator)
@@ -324,22 +331,26 @@ def _storage_note(record: Packed, packed: PackedTensors | None, packing: Packing
     return NO_FAST_PATH if "sparse" in packed.description and not fast_path() else ""
 
 
-def _advance_dense(decoder: Decoder, dense: Stream, block: Block, replayed: bool, passed: Decoder) -> None:
-    """Advance the dense stream past `block`, or past that of the other decoder `passed`.
+def _advance_dense(decoder: Decoder, streams: Sequence[Stream], block: Block, replayed: bool, passed: Decoder) -> None:
+    """Advance the streams of the dense model past `block`, or past that of the other decoder `passed`.
 
     A replayed block is compressed already, so its source is read.
     """
+    if not streams:
+        return
+    compressed: dict[str, Tensor] | None = None
+    source = block
     if passed is not decoder:
-        other = passed.load(block.index)
-        dense.advance(other)
-        other.release()
-        return
-    if not replayed:
-        dense.advance(block)
-        return
-    compressed = {name: tensor.clone() for name, tensor in block.stored.items()}
-    dense.advance(decoder.load(block.index))
-    decoder.load(block.index, compressed)
+        source = passed.load(block.index)
+    elif replayed:
+        compressed = {name: tensor.clone() for name, tensor in block.stored.items()}
+        source = decoder.load(block.index)
+    for dense in streams:
+        dense.advance(source)
+    if passed is not decoder:
+        source.release()
+    if compressed is not None:
+        decoder.load(block.index, compressed)
 
 
 def _relative_error(hidden: Activations, wanted: Activations) -> float:

@@ -28,6 +28,10 @@ MIX_HELP = (
     "Other sources of text with their share of the windows, SOURCE:SHARE; self is text that the dense model writes: "
     "self:0.5."
 )
+HELD_OUT_HELP = (
+    "Text that decides which state of a block learning keeps, in place of an eighth of the calibration windows, all of "
+    "which are then learned: a source as in the calibration or the mix, or self."
+)
 MISSING = "{} is missing: give one, for example --method sparsegpt --target 2:4 (see `niwaki methods`)"
 RENAMED_FIELDS = {"ends": "embeddings"}  # of a recipe, by their names in version 0.1
 ADDED_FIELDS = ("blocks", "drop_unused", "expert_tokens", "logit_bytes", "rotate")  # since version 0.1
@@ -50,11 +54,17 @@ class Calibration(_Strict):
     seq_len: Annotated[int, "Tokens per window."] = Field(default=2048, ge=2)
     bos: Annotated[BosPolicy, BOS_HELP] = "auto"
     mix: Annotated[tuple[str, ...], MIX_HELP] = ()
+    held_out: Annotated[str | None, HELD_OUT_HELP] = None
 
     @property
     def writes_text(self) -> bool:
         """Return whether the model writes some or all of the text itself."""
-        return SELF in parse_mix(self.mix, self.files) or not (self.files or self.mix)
+        return SELF in parse_mix(self.mix, self.files) or not (self.files or self.mix) or self.held_out == SELF
+
+    @property
+    def held_windows(self) -> int:
+        """Return the number of windows of `held_out`: as many as would be held out of the calibration."""
+        return 0 if self.held_out is None else max(1, self.samples // 8)
 
     @field_validator("mix", mode="before")
     @classmethod
@@ -114,7 +124,7 @@ class Recipe(_Strict):
         """
         content = self.model_dump(mode="json")
         added = {name for name in ADDED_FIELDS if getattr(self, name) == type(self).model_fields[name].default}
-        for name, default in (("bos", "auto"), ("mix", [])):
+        for name, default in (("bos", "auto"), ("mix", []), ("held_out", None)):
             if content["calibration"][name] == default:
                 del content["calibration"][name]
         return {name: value for name, value in content.items() if name not in added}

@@ -132,6 +132,18 @@ def parse_mix(entries: Sequence[str], files: Sequence[str]) -> Mapping[str, floa
     return shares
 
 
+def check_held_out(source: str | None, files: Sequence[str]) -> None:
+    """Raise CalibrationError for a held-out text that cannot be one, or that may share documents with `files`."""
+    if source is None:
+        return
+    if source in files and len(files) > 1:
+        raise CalibrationError(
+            f"held_out {source} is one of {len(files)} calibration files, and their documents are mixed: give another "
+            "text, or this file alone as calibration and the others in the mix"
+        )
+    check_sources([] if source == SELF else [source])
+
+
 def check_tasks(files: Sequence[str]) -> None:
     """Raise CalibrationError for a task file that does not exist."""
     for file in files:

@@ -43,6 +43,7 @@ class Stream:
         total_tokens: int | None = None,
     ) -> None:
         count, tokens = ids_ST.shape
+        self.decoder = decoder
         self.ids_ST = ids_ST
         self.batch = max(1, min(count, (batch_tokens or default_batch_tokens(decoder.device)) // tokens))
 
@@ -140,13 +141,25 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """Windows that are never learned: they decide which state of a learning is kept.
+
+    `stream` passes the compressed blocks, and `dense` those of the dense model if a method asks for it.
+    """
+
+    stream: Stream
+    dense: Stream | None = None
+
+
+@dataclass(frozen=True)
 class CalibrationData:
     """Calibration data of one block, as far as the `needs` of a method ask for it.
 
     `statistics` of each matrix come from the dense block on its inputs in the compressed model. `stream` holds these
     inputs and the outputs of the dense block. `dense` holds the outputs of the same block in the dense model.
     `start` holds the records of the step before in a chain of methods, else nothing. `gradients`: squared gradients
-    [O, I] of each matrix in the dense model, summed over the windows.
+    [O, I] of each matrix in the dense model, summed over the windows. `held`: windows to judge what is learned by,
+    None for an eighth of those of `stream`.
     """
 
     statistics: Mapping[str, Statistics]
@@ -154,6 +167,7 @@ class CalibrationData:
     dense: Stream | None = None
     start: Mapping[str, Packed] = field(default_factory=dict)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    held: HeldOut | None = None
 
 
 def default_batch_tokens(device: torch.device) -> int:

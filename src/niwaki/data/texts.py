@@ -16,7 +16,7 @@ import hashlib
 import random
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import BosPolicy, Calibration
-from niwaki.config.sources import SELF, check_sources, parse_mix
+from niwaki.config.sources import SELF, check_held_out, check_sources, parse_mix
 from niwaki.data.bos import Bos, find_bos
 from niwaki.data.documents import Document, Documents
 from niwaki.data.self_text import self_windows
@@ -44,7 +44,8 @@ class CalibrationWindows:
     """Windows [S, T] of a calibration, a description of their source, and their beginning-of-text tokens.
 
     `skipped`: rows that could not be used, by source and reason. `revisions`: the commits of data sets of the hub.
-    `mix`: the windows of each source of a mix.
+    `mix`: the windows of each source of a mix. `held`: windows of a text that learning is judged by, none of which is
+    among the others.
     """
 
     ids_ST: Tensor
@@ -53,13 +54,30 @@ class CalibrationWindows:
     skipped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     revisions: Mapping[str, str] = field(default_factory=dict)
     mix: Mapping[str, "CalibrationWindows"] = field(default_factory=dict)
+    held: "CalibrationWindows | None" = None
 
     @property
     def about(self) -> dict[str, Any]:
         """Return how the windows were made, for records. Rows and commits are told only where there are some."""
         mix = {name: {"windows": len(one.ids_ST), "sha256": digest(one.ids_ST)} for name, one in self.mix.items()}
-        told = {"skipped": self.skipped, "revisions": self.revisions, "mix": mix}
+        told = {"skipped": self.skipped, "revisions": self.revisions, "mix": mix, "held_out": self.held_about}
         return {"bos": self.bos.state, **{name: value for name, value in told.items() if value}}
+
+    @property
+    def held_about(self) -> dict[str, Any]:
+        """Return source, number and hash of the held-out windows, {} without any."""
+        if self.held is None:
+            return {}
+        return {"source": self.held.source, "windows": len(self.held.ids_ST), "sha256": digest(self.held.ids_ST)}
+
+    @property
+    def sha256(self) -> str:
+        """Return the hash of all tokens that decide a result."""
+        return digest(self.ids_ST if self.held is None else torch.cat([self.ids_ST, self.held.ids_ST]))
+
+    def split(self, count: int) -> tuple["CalibrationWindows", "CalibrationWindows"]:
+        """Return the first `count` windows, and the others."""
+        return replace(self, ids_ST=self.ids_ST[:count]), replace(self, ids_ST=self.ids_ST[count:])
 
 
 @dataclass(frozen=True)
@@ -87,26 +105,41 @@ def windows_for(
     """
     shares = parse_mix(given.mix, given.files)
     check_sources(given.files)
+    check_held_out(given.held_out, given.files)
     seq_len = fit_seq_len(given.seq_len, Calibration().seq_len, decoder.positions, "the model", report)
+    judge = None if given.held_out is None else (given.held_out,)
+    held: list[CalibrationWindows] = []
+
+    def read(files: tuple[str, ...], count: int) -> CalibrationWindows:
+        """Return `count` windows of a source. One that is held out too gives more, and those are split off."""
+        more = given.held_windows if judge == (files or (SELF,)) else 0
+        size = given.model_copy(update={"samples": count + more, "seq_len": seq_len})
+        windows = _of_source(files, size, decoder, seed, report, at_most)
+        if not more:
+            return windows
+        windows, kept = windows.split(count)
+        held.append(kept)
+        return windows
+
     left, found = given.samples, {}
     for source, share in shares.items():
         count = min(left, max(1, round(share * given.samples)))
         if not count:
             raise CalibrationError(f"{given.samples} windows are too few for the mix {', '.join(given.mix)}")
         left -= count
-        size = given.model_copy(update={"samples": count, "seq_len": seq_len})
-        found[source] = _of_source((source,), size, decoder, seed, report, at_most)
+        found[source] = read((source,), count)
     if left or not shares:
-        size = given.model_copy(update={"samples": left, "seq_len": seq_len})
-        found[", ".join(given.files)] = _of_source(given.files, size, decoder, seed, report, at_most)
-    if len(found) == 1:
-        return next(iter(found.values()))
-    ids_ST = torch.cat([one.ids_ST for one in found.values()])
-    order = torch.randperm(len(ids_ST), generator=torch.Generator().manual_seed(seed))
-    skipped = {name: counts for one in found.values() for name, counts in one.skipped.items()}
-    revisions = {name: revision for one in found.values() for name, revision in one.revisions.items()}
+        found[", ".join(given.files)] = read(given.files, left)
+    if judge is not None and not held:
+        read(judge, 0)
     first = next(iter(found.values()))
-    return CalibrationWindows(ids_ST[order], ", ".join(found), first.bos, skipped, revisions, found)
+    if len(found) > 1:
+        ids_ST = torch.cat([one.ids_ST for one in found.values()])
+        order = torch.randperm(len(ids_ST), generator=torch.Generator().manual_seed(seed))
+        skipped = {name: counts for one in found.values() for name, counts in one.skipped.items()}
+        revisions = {name: revision for one in found.values() for name, revision in one.revisions.items()}
+        first = CalibrationWindows(ids_ST[order], ", ".join(found), first.bos, skipped, revisions, found)
+    return replace(first, held=held[0]) if held else first
 
 
 def _of_source(

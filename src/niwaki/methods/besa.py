@@ -54,16 +54,15 @@ from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, gram_factors, learning
 from niwaki.methods.mask_scores import record_choice
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.best_state import BestState, cosine
-from niwaki.methods.shared.block_training import (
+from niwaki.methods.shared.block_training import Matrices, Reconstruction
+from niwaki.methods.shared.column_sweep import inverse
+from niwaki.methods.shared.learning_options import (
     LearningTarget,
-    Matrices,
     Reconstruct,
-    Reconstruction,
     attention_cost,
     check_learning_options,
     learning_needs,
 )
-from niwaki.methods.shared.column_sweep import inverse
 from niwaki.methods.shared.masks import wanda_scores
 from niwaki.model.decoder import Block
 

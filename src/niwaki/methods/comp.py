@@ -56,17 +56,16 @@ from niwaki.data.stream import CalibrationData
 from niwaki.formats.packed import Packed
 from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, gram_factors, products
 from niwaki.methods.method import ShapeMethod
-from niwaki.methods.shared.block_training import (
+from niwaki.methods.shared.block_training import Reconstruction, Schedule, train_block
+from niwaki.methods.shared.column_sweep import check_damping, inverse
+from niwaki.methods.shared.learning_options import (
     LearningTarget,
+    LogitDivergence,
     Reconstruct,
-    Reconstruction,
-    Schedule,
     check_learning_options,
     learning_cost,
     learning_needs,
-    train_block,
 )
-from niwaki.methods.shared.column_sweep import check_damping, inverse
 from niwaki.methods.shared.rounding import damped
 from niwaki.methods.shared.unit_pruning import (
     PrunedUnit,
@@ -114,6 +113,7 @@ class Config:
     rate_frac: Annotated[float, "Length of a step as a share of the RMS of a matrix."] = 0.008
     target: LearningTarget = "both"
     reconstruct: Reconstruct = "block"
+    kl: LogitDivergence = 0.0
 
     def __post_init__(self) -> None:
         for name, known in (("score", SCORES), ("tune", TUNES), ("supervise", SUPERVISIONS)):
@@ -126,13 +126,13 @@ class Config:
         if not 0 < self.supervise_frac <= 1:
             raise ValueError(f"supervise_frac must lie in (0, 1], got {self.supervise_frac}")
         check_damping(self.damping_frac)
-        check_learning_options(self.target, reconstruct=self.reconstruct)
+        check_learning_options(self.target, reconstruct=self.reconstruct, kl=self.kl)
 
 
 def needs(config: Config) -> Needs:
     """Ask for Gram matrices of the inputs, also of the dense model if it supervises, and windows to learn from."""
     full = config.supervise == "outputs"
-    learning = learning_needs(config.batch, config.target) if config.learn_rounds else Needs()
+    learning = learning_needs(config.batch, config.target, kl=config.kl) if config.learn_rounds else Needs()
     return Needs(gram=True, full=full, dense=full) | learning
 
 
@@ -180,7 +180,9 @@ def search(sizes: ShapeSpace, removed_frac: float, looks: Sequence[BlockInfo], c
 def cost(scope: Scope, config: Config) -> Work:
     """Count H⁻¹ and the removal or the fit, for the matrices that alone read their input, and the learning."""
     alone = Scope(tuple(group for group in scope.groups if len(group) == 1), scope.windows, scope.tokens)
-    learned = learning_cost(scope, config.learn_rounds, config.samples, config.batch, reconstruct=config.reconstruct)
+    learned = learning_cost(
+        scope, config.learn_rounds, config.samples, config.batch, reconstruct=config.reconstruct, kl=config.kl
+    )
     inverses = replace(gram_factors(alone), held_bytes=2 * FLOAT_BYTES * max(alone.inputs, default=0) ** 2)
     return inverses + products(alone, PRODUCTS.get(config.score, 3)) + learned
 
@@ -218,7 +220,7 @@ def _learn(
     if not reached or not any(bool(kept_OI.any()) for kept_OI in keep.values()):
         return dict(packed)
     schedule = Schedule.of(config, config.learn_rounds)
-    task = Reconstruction(block, calib, config.target, generator, config.reconstruct)
+    task = Reconstruction(block, calib, config.target, generator, config.reconstruct, kl=config.kl)
     weights, best = train_block(task, start, keep, schedule, generator)
     return {
         name: replace(record, weight_OI=weights[name], detail={**record.detail, **best.detail})

@@ -49,6 +49,7 @@ class Work:
     - `gram_flops` are products of inputs in their own dtype, `product_flops` float32 products of matrices.
     - `solve_flops` are factors and triangular solves, `sweep_flops` columns in sequence.
     - `selected` weights are ranked; `passed` ones are read or written one by one as float32.
+    - `logit_tokens` get their logits from both models, where a block's error reaches the last block.
     - `started` counts small operations in sequence.
     - `held_bytes`, and `held_values` in the compute dtype, are memory beyond the block, its statistics, and its new
       weights in float32.
@@ -56,6 +57,7 @@ class Work:
 
     forward_tokens: float = 0
     learned_tokens: float = 0
+    logit_tokens: float = 0
     gram_flops: float = 0
     product_flops: float = 0
     solve_flops: float = 0

@@ -51,16 +51,16 @@ from niwaki.kernels.codes import sweep_codes
 from niwaki.kernels.types import Grid
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
 from niwaki.methods.method import WalkMethod
-from niwaki.methods.shared.block_training import (
-    Ahead,
-    LearningTarget,
-    Reconstruct,
-    Reconstruction,
-    Schedule,
-    check_learning_options,
-)
+from niwaki.methods.shared.block_training import Reconstruction, Schedule
 from niwaki.methods.shared.column_sweep import check_damping, inverse_factor, pull_to_dense
 from niwaki.methods.shared.learned_rounding import KEPT_START, Latent, code_learning_cost, code_learning_needs, learn
+from niwaki.methods.shared.learning_options import (
+    Ahead,
+    LearningTarget,
+    LogitDivergence,
+    Reconstruct,
+    check_learning_options,
+)
 from niwaki.methods.shared.rounding import (
     ROUNDED_UNREACHED,
     Group,
@@ -110,13 +110,14 @@ class Config:
     target: LearningTarget = "both"
     reconstruct: Reconstruct = "block"
     ahead: Ahead = 0
+    kl: LogitDivergence = 0.0
 
     def __post_init__(self) -> None:
         if min(self.group, self.rounds, self.learn_rounds) < 0:
             raise ValueError("expected group, rounds and learn_rounds ≥ 0")
         if self.samples < 1 or self.batch < 1 or self.rate_frac <= 0:
             raise ValueError("expected samples and batch ≥ 1, rate_frac > 0")
-        check_learning_options(self.target, reconstruct=self.reconstruct, ahead=self.ahead)
+        check_learning_options(self.target, reconstruct=self.reconstruct, ahead=self.ahead, kl=self.kl)
         if self.damping_frac:
             check_damping(self.damping_frac)
         if not 0 <= self.toward_dense <= 1:
@@ -159,7 +160,9 @@ def compress(
             latents[name] = Latent.start(codes, weight_OI, order_I, keep_OI)
     note, detail = "", {}
     if learns:
-        task = Reconstruction(block, calib, config.target, generator, config.reconstruct, ahead=config.ahead)
+        task = Reconstruction(
+            block, calib, config.target, generator, config.reconstruct, ahead=config.ahead, kl=config.kl
+        )
         rounded, best = learn(task, latents, Schedule.of(config, config.learn_rounds), generator)
         note, detail = "" if best.improved else KEPT_START, best.detail
     packed = {}

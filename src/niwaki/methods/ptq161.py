@@ -42,16 +42,8 @@ from niwaki.methods.cost import Scope, Work
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.best_state import BestState
 from niwaki.methods.shared.binary import BINARIZED_UNREACHED, check_reach, fit_row, signs, with_true_size
-from niwaki.methods.shared.block_training import (
-    LearningTarget,
-    Reconstruction,
-    Schedule,
-    check_learning_options,
-    learning_cost,
-    learning_needs,
-    take_step,
-    training_batches,
-)
+from niwaki.methods.shared.block_training import Reconstruction, Schedule, take_step, training_batches
+from niwaki.methods.shared.learning_options import LearningTarget, check_learning_options, learning_cost, learning_needs
 from niwaki.methods.shared.rounding import groups_of, nearest
 from niwaki.model.decoder import Block
 

@@ -58,17 +58,17 @@ from niwaki.formats.packed import Packed, join_notes
 from niwaki.formats.quantized import TILE
 from niwaki.methods.cost import Scope, Work, gram_factors, sweeps
 from niwaki.methods.method import WalkMethod
-from niwaki.methods.shared.block_training import (
-    Ahead,
-    LearningTarget,
-    Reconstruct,
-    Reconstruction,
-    Schedule,
-    check_learning_options,
-)
+from niwaki.methods.shared.block_training import Reconstruction, Schedule
 from niwaki.methods.shared.column_sweep import check_damping, inverse_factor, pull_to_dense
 from niwaki.methods.shared.element_bits import element_bits, pack_elements, salient_elements
 from niwaki.methods.shared.learned_rounding import KEPT_START, Latent, code_learning_cost, code_learning_needs, learn
+from niwaki.methods.shared.learning_options import (
+    Ahead,
+    LearningTarget,
+    LogitDivergence,
+    Reconstruct,
+    check_learning_options,
+)
 from niwaki.methods.shared.rounding import (
     ROUNDED_UNREACHED,
     Group,
@@ -126,9 +126,10 @@ class Config:
     target: LearningTarget = "both"
     reconstruct: Reconstruct = "block"
     ahead: Ahead = 0
+    kl: LogitDivergence = 0.0
 
     def __post_init__(self) -> None:
-        check_learning_options(self.target, reconstruct=self.reconstruct, ahead=self.ahead)
+        check_learning_options(self.target, reconstruct=self.reconstruct, ahead=self.ahead, kl=self.kl)
         for name, known in (
             ("choose", CHOICES),
             ("supervise", SUPERVISIONS),
@@ -207,7 +208,9 @@ def compress(
     rounded = {name: latent.rounded for name, latent in latents.items()}
     note = ""
     if config.learn_rounds and any(calib.statistics[name].tokens for name in targets):
-        task = Reconstruction(block, calib, config.target, generator, config.reconstruct, ahead=config.ahead)
+        task = Reconstruction(
+            block, calib, config.target, generator, config.reconstruct, ahead=config.ahead, kl=config.kl
+        )
         rounded, best = learn(task, latents, Schedule.of(config, config.learn_rounds), generator)
         note = "" if best.improved else KEPT_START
         for name in targets:

@@ -46,18 +46,16 @@ from niwaki.formats.trellis import STATES, trellis_bytes
 from niwaki.methods.cost import FLOAT_BYTES, Scope, Work, gram_factors, products, sweeps
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.best_state import BestState
-from niwaki.methods.shared.block_training import (
-    Ahead,
-    LearningTarget,
-    Reconstruct,
-    Reconstruction,
-    Schedule,
-    check_learning_options,
-    take_step,
-    training_batches,
-)
+from niwaki.methods.shared.block_training import Reconstruction, Schedule, take_step, training_batches
 from niwaki.methods.shared.column_sweep import check_damping, inverse_factor
 from niwaki.methods.shared.learned_rounding import KEPT_START, SCALE_RATE, code_learning_cost, code_learning_needs
+from niwaki.methods.shared.learning_options import (
+    Ahead,
+    LearningTarget,
+    LogitDivergence,
+    Reconstruct,
+    check_learning_options,
+)
 from niwaki.methods.shared.rounding import ROUNDED_UNREACHED, SMALLEST_SCALE, damped
 from niwaki.methods.shared.trellis_codes import (
     TrellisCodes,
@@ -90,9 +88,10 @@ class Config:
     target: LearningTarget = "both"
     reconstruct: Reconstruct = "block"
     ahead: Ahead = 0
+    kl: LogitDivergence = 0.0
 
     def __post_init__(self) -> None:
-        check_learning_options(self.target, reconstruct=self.reconstruct, ahead=self.ahead)
+        check_learning_options(self.target, reconstruct=self.reconstruct, ahead=self.ahead, kl=self.kl)
         if min(self.rounds, self.learn_rounds) < 0:
             raise ValueError("expected rounds and learn_rounds ≥ 0")
         if min(self.samples, self.batch, self.encode_every) < 1 or self.rate_frac <= 0:
@@ -186,7 +185,9 @@ def compress(
     codes = {name: latent.codes for name, latent in latents.items()}
     note, detail = "", {}
     if config.learn_rounds and any(calib.statistics[name].tokens for name in targets):
-        task = Reconstruction(block, calib, config.target, generator, config.reconstruct, ahead=config.ahead)
+        task = Reconstruction(
+            block, calib, config.target, generator, config.reconstruct, ahead=config.ahead, kl=config.kl
+        )
         codes, best = learn_trellis(task, latents, config, generator)
         note, detail = "" if best.improved else KEPT_START, best.detail
     packed = {}

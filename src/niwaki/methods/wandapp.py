@@ -45,22 +45,25 @@ from niwaki.formats.packed import Packed, join_notes
 from niwaki.methods.cost import Scope, Work, masks
 from niwaki.methods.method import WalkMethod
 from niwaki.methods.shared.block_training import (
-    Ahead,
-    LearningTarget,
     Matrices,
     Prune,
-    Reconstruct,
     Reconstruction,
     Schedule,
     assemble,
-    check_learning_options,
     gradients_of,
-    learning_cost,
-    learning_needs,
     run_with,
     train_block,
 )
 from niwaki.methods.shared.determinism import run_deterministically
+from niwaki.methods.shared.learning_options import (
+    Ahead,
+    LearningTarget,
+    LogitDivergence,
+    Reconstruct,
+    check_learning_options,
+    learning_cost,
+    learning_needs,
+)
 from niwaki.methods.shared.masks import keep_by_row
 from niwaki.model.decoder import Block
 
@@ -84,12 +87,13 @@ class Config:
     target: LearningTarget = "block"
     reconstruct: Reconstruct = "block"
     ahead: Ahead = 0
+    kl: LogitDivergence = 0.0
     enforce_mask: Annotated[
         bool, "Keep the first mask while weights learn; false lets weights regrow and prunes again after each round."
     ] = True
 
     def __post_init__(self) -> None:
-        check_learning_options(self.target, self.optimizer, self.reconstruct, ahead=self.ahead)
+        check_learning_options(self.target, self.optimizer, self.reconstruct, ahead=self.ahead, kl=self.kl)
         if self.gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}, got {self.gradient!r}")
         if self.alpha < 0 or self.rounds < 0 or self.samples < 1 or self.batch < 1 or not 0 < self.rate_frac < 1:
@@ -98,7 +102,7 @@ class Config:
 
 def needs(config: Config) -> Needs:
     """Ask for norms for the score, and windows to learn from."""
-    return learning_needs(config.batch, config.target, config.ahead)
+    return learning_needs(config.batch, config.target, config.ahead, config.kl)
 
 
 def cost(scope: Scope, config: Config) -> Work:
@@ -109,8 +113,9 @@ def cost(scope: Scope, config: Config) -> Work:
         started=100 * scope.windows,
     )
     optimization = learning_cost(
-        scope, config.rounds, config.samples, config.batch, reconstruct=config.reconstruct, ahead=config.ahead
-    )
+        scope, config.rounds, config.samples, config.batch, reconstruct=config.reconstruct, ahead=config.ahead,
+        kl=config.kl,
+    )  # fmt: skip
     return masks(scope) + optimization + (regional if config.alpha else Work())
 
 
@@ -126,7 +131,9 @@ def compress(
     notes = {name: "" if calib.statistics[name].tokens else UNREACHED for name in targets}
     detail: dict[str, float] = {}
     if config.rounds and any(record.tokens for record in calib.statistics.values()):
-        task = Reconstruction(block, calib, config.target, generator, config.reconstruct, ahead=config.ahead)
+        task = Reconstruction(
+            block, calib, config.target, generator, config.reconstruct, ahead=config.ahead, kl=config.kl
+        )
         schedule = Schedule.of(config, config.rounds, config.optimizer)
         weights, best = train_block(task, weights, keep, schedule, generator, prune)
         keep = {name: weight_OI != 0 for name, weight_OI in weights.items()}

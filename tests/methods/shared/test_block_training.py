@@ -12,7 +12,8 @@ from niwaki.data.stream import Stream
 from niwaki.errors import ArchitectureError
 from niwaki.methods import wandapp
 from niwaki.methods.cost import Scope
-from niwaki.methods.shared.block_training import Reconstruction, learning_cost, relative_errors
+from niwaki.methods.shared.block_training import Reconstruction, relative_errors
+from niwaki.methods.shared.learning_options import learning_cost
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Block, Decoder
 from support.blocks import calibration_with_gradients, first_block
@@ -65,7 +66,7 @@ def test_attention_learns_its_own_output_and_the_rest_that_of_the_block(tmp_path
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "gpt_neox", "falcon"])
 def test_parts_of_other_layouts_learn(tmp_path: Path, family: str) -> None:
-    """Fused, transposed, stacked and parallel matrices: every one has a gradient, and the error falls."""
+    """Check that fused, transposed, stacked and parallel matrices have a gradient, and that the error falls."""
     block, stream = _family(tmp_path, family)
     task = _task(block, stream, "parts")
     gradients = task.gradients({name: block.weight(name) * 0.5 for name in block.linears}, task.train)

@@ -39,7 +39,8 @@ class Workload:
     `batch` windows run together; `itemsize` is that of the compute dtype. `dense`: a dense stream runs beside it.
     `scans` are further forwards of all blocks, and `scan_tokens` tokens more. `candidates` are walks that evaluate a
     shape. `squares`: gradients of all weights are kept on disk. `writes_text`: the model writes its own calibration
-    text first. `lends`: experts get tokens of the others, in one more forward of their blocks.
+    text first. `lends`: experts get tokens of the others, in one more forward of their blocks. `blocks`: all of the
+    model. `held`: further windows, which learning is judged by.
     """
 
     windows: int
@@ -55,6 +56,8 @@ class Workload:
     squares: bool = False
     writes_text: bool = False
     lends: bool = False
+    blocks: int = 0
+    held: int = 0
 
 
 def seconds(model: ModelSizes, load: Workload, machine: Machine, written_bytes: int) -> dict[str, float]:
@@ -86,9 +89,15 @@ def seconds(model: ModelSizes, load: Workload, machine: Machine, written_bytes: 
 def _on_block(index: int, block: BlockSizes, scope: Scope, load: Workload) -> Work:
     """Count the work on a block; those that stay as they are only pass the windows on, if a later one needs them."""
     if index in load.own:
-        return _walk(block, scope, load) + load.own[index]
+        own = load.own[index]
+        return _walk(block, scope, load) + replace(own, logit_tokens=_logit_tokens(index, load))
     passes = index < max(load.own, default=0)
     return Work(forward_tokens=passes * (1 + load.dense) * load.windows * load.tokens, passed=block.weights)
+
+
+def _logit_tokens(index: int, load: Workload) -> float:
+    """Return the tokens whose logits a block learns from: none, unless its error reaches the last block."""
+    return load.own[index].logit_tokens if index + load.needs.ahead >= load.blocks - 1 else 0.0
 
 
 def _walk(block: BlockSizes, scope: Scope, load: Workload) -> Work:
@@ -99,8 +108,11 @@ def _walk(block: BlockSizes, scope: Scope, load: Workload) -> Work:
     grams = sum(2 * width**2 for width in scope.inputs) * every * block.reach
     learned = 3.0 if needs.full else 1.0
     lent = every if load.lends and block.reach < 1 else 0
+    judged = load.held * load.tokens * (2 + needs.dense)
     return Work(
-        forward_tokens=streams * every + (every if needs.anything else first) + first + lent if load.windows else 0,
+        forward_tokens=streams * every + (every if needs.anything else first) + first + lent + judged
+        if load.windows
+        else 0,
         gram_flops=grams * learned if needs.gram else 0,
         passed=16 * block.weights + (sum(scope.inputs) * every * block.reach if needs.sqnorm or needs.mean else 0),
         product_flops=3 * 2 * SAMPLE_TOKENS * block.weights if needs.anything else 0,
@@ -120,6 +132,7 @@ def _spent(work: Work, scope: Scope, model: ModelSizes, load: Workload, machine:
         work.forward_tokens * (through / machine.product_flops + 2 * between / machine.passed)
         + batches * FORWARD_STARTS * machine.start_s
         + work.learned_tokens * (3 * through / machine.learn_flops + 8 * between / machine.passed)
+        + work.logit_tokens * 3 * 2 * _head_weights(model, load, machine.device) / machine.learn_flops
         + work.gram_flops / machine.gram_flops
         + work.product_flops / machine.float_flops
         + work.solve_flops / machine.solve_flops
@@ -144,8 +157,12 @@ def _gradients(model: ModelSizes, load: Workload, machine: Machine) -> float:
         )
         squares = (2 * FLOAT_BYTES * block.weights / machine.disk + machine.shard_s) * load.squares
         total += _spent(work, scope, model, single, machine) + squares
-    head_weights = model.head_bytes / load.itemsize * (1 if machine.device != "cpu" else load.itemsize / FLOAT_BYTES)
-    return total + 3 * 2 * every * head_weights / machine.learn_flops
+    return total + 3 * 2 * every * _head_weights(model, load, machine.device) / machine.learn_flops
+
+
+def _head_weights(model: ModelSizes, load: Workload, device: str) -> float:
+    """Return the weights of the LM head."""
+    return model.head_bytes / load.itemsize * (1 if device != "cpu" else load.itemsize / FLOAT_BYTES)
 
 
 @dataclass(frozen=True)
@@ -168,6 +185,7 @@ def memory(
     """Return the peak memory. `base_bytes` is the size of a process with everything imported, before it computes."""
     states = load.windows * load.tokens * model.hidden * load.itemsize
     kept = [states] * (1 + bool(load.needs.windows) + load.dense)
+    kept += [load.held * load.tokens * model.hidden * load.itemsize] * (2 + load.needs.dense) if load.held else []
     inputs = states * len(model.blocks) if load.needs.gradient else 0
     free = psutil.virtual_memory().available if device == "cpu" else device_bytes
     limit = min(SHARES[device] * free, 2**62 if recipe.activation_bytes is None else recipe.activation_bytes)
@@ -176,11 +194,14 @@ def memory(
     for nbytes in (*kept, inputs):
         scratch += nbytes if nbytes > limit else 0
         resident += nbytes if nbytes <= limit else 0
-    walk = max((_block_bytes(block, model, load, index) for index, block in enumerate(model.blocks)), default=0)
+    walk: float = max((_block_bytes(block, model, load, index) for index, block in enumerate(model.blocks)), default=0)
     outer: float = model.embeddings_weights * load.itemsize + 2 * model.embeddings_bytes
+    vocabulary = model.embeddings_weights * model.head_bytes / max(model.embeddings_bytes, 1) / model.hidden
+    slice_bytes = LOGIT_BYTES if recipe.logit_bytes is None else recipe.logit_bytes
+    if any(_logit_tokens(index, load) for index in load.own):  # those of both models, with their softmax
+        logit_bytes = min(FLOAT_BYTES * load.windows * load.tokens * vocabulary, slice_bytes)
+        walk += model.embeddings_weights * load.itemsize + 6 * logit_bytes
     if load.needs.gradient:  # logits, their softmax and its gradient
-        vocabulary = model.embeddings_weights * model.head_bytes / max(model.embeddings_bytes, 1) / model.hidden
-        slice_bytes = LOGIT_BYTES if recipe.logit_bytes is None else recipe.logit_bytes
         outer += 3 * min(FLOAT_BYTES * _at_once(load) * load.tokens * vocabulary, slice_bytes)
     sure = (resident + max(walk, outer)) * SLACK
     worst = max(sure, model.file_bytes if load.writes_text else 0)

@@ -250,6 +250,8 @@ def _workload(stage: ResolvedStage, model: ModelSizes, device: str, itemsize: in
         squares=needs.gradient and stage.kind is not MethodKind.CONTEXTUAL,
         writes_text=stage.windows > 0 and recipe.calibration.writes_text,
         lends=recipe.expert_tokens > 0 and needs.anything,
+        blocks=len(model.blocks),
+        held=recipe.calibration.held_windows if needs.windows else 0,
     )
 
 

@@ -30,6 +30,7 @@ from niwaki.compression.run_record import RECORD, JournalEntry
 from niwaki.compression.walk import forward
 from niwaki.config.events import Event, Report
 from niwaki.data.stream import Stream
+from niwaki.methods.shared.divergence import divergence
 from niwaki.model.decoder import Decoder
 from niwaki.model.files import write_shard
 from niwaki.model.logits import IGNORED, FinalStates, logits_of_part, position_slices, vocabulary_of
@@ -37,12 +38,6 @@ from niwaki.model.logits import IGNORED, FinalStates, logits_of_part, position_s
 TOP = 64  # likely tokens of a position that the cache keeps
 CACHED_TOKENS = 2**18  # per walk through the dense model: hidden states of this many lie in memory
 Targets = Callable[[slice], Tensor | tuple[Tensor, Tensor]]  # positions → what the loss of a slice compares with
-
-
-def divergence(wanted_NV: Tensor, logits_NV: Tensor) -> Tensor:
-    """Return KL(dense ‖ compressed) per position [N] of the logits of both models."""
-    log_p_NV, log_q_NV = wanted_NV.log_softmax(-1), logits_NV.log_softmax(-1)
-    return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
 
 
 def likely(logits_NV: Tensor, count: int = TOP) -> tuple[Tensor, Tensor]:

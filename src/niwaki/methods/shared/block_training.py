@@ -4,7 +4,11 @@ All learning methods use it: Wanda++'s regional optimization, COMP, PTQ1.61, lea
 gradients. The model around the block never takes part, so the memory is that of one block at any depth.
 
 The error of a token is ‖y − t‖² / ‖t‖², averaged over tokens. Without the division, a few tokens with massive
-activations would dominate the loss. An eighth of the windows is held out and decides which state is kept.
+activations would dominate the loss. An eighth of the windows is held out and decides which state is kept, or windows
+of another text do (`CalibrationData.held`).
+
+`ahead` following blocks, dense, count with their outputs. Where these reach the last block, `kl` adds the divergence of
+the logits from those of the dense model (`divergence`).
 
 `normalize` divides the squared error otherwise: `channel` by the energy of each output channel in the batch, `released`
 by its root, as the released code of BESA does. Both are means over channels. Held-out errors stay those of tokens.
@@ -25,42 +29,30 @@ Legend: O outputs, I inputs, B windows, T tokens, D hidden size.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from niwaki.data.statistics import Needs
-from niwaki.data.stream import CalibrationData
+from niwaki.data.stream import CalibrationData, Stream
 from niwaki.errors import ArchitectureError
-from niwaki.methods.cost import Scope, Work, learning
 from niwaki.methods.shared.best_state import BestState, cosine
 from niwaki.methods.shared.determinism import fast_products, run_deterministically
+from niwaki.methods.shared.divergence import logit_divergences
+from niwaki.methods.shared.learning_options import MAX_CHECKS, LearningConfig
 from niwaki.model.block_calls import Call
 from niwaki.model.decoder import Block
 
-TARGETS = ("block", "dense", "both")
-RECONSTRUCTIONS = ("block", "parts", "both")
-NORMALIZATIONS = ("token", "channel", "released")
-MAX_CHECKS = 5  # held-out measurements; with a cosine schedule the last is nearly always the best
-OPTIMIZERS = ("adam", "rmsprop")
 Matrices = Mapping[str, Tensor]
-LearningTarget = Annotated[
-    str,
-    "Output to learn: that of the dense block on the same inputs (block), "
-    "that in the dense model (dense), or the mean of both (both).",
-]
-Reconstruct = Annotated[
-    str,
-    "Output that weights are learned from: that of the block (block), that of attention for its matrices and that of "
-    "the block for all others (parts), or both errors together (both).",
-]
 
-Ahead = Annotated[
-    int, "Blocks after this one, dense, whose outputs count as well; each costs about as much time as the block."
-]
+
+class _Text(NamedTuple):
+    """Hidden states of windows in the compressed model, and in the dense model if they are needed."""
+
+    stream: Stream
+    dense: Stream | None
 
 
 class Reconstruction:
@@ -68,8 +60,8 @@ class Reconstruction:
 
     `target` is the output to learn: `block`, that of the dense block on the same inputs; `dense`, that of the block in
     the dense model; or `both`, their mean. With `reconstruct` parts or both, the gradients of attention come from its
-    own output. `normalize`: what divides the squared error that is learned. Raises ArchitectureError if the block has
-    no attention apart from the rest.
+    own output. `normalize`: what divides the squared error that is learned. `kl`: the weight of the divergence of the
+    logits. Raises ArchitectureError if the block has no attention apart from the rest.
     """
 
     def __init__(
@@ -81,18 +73,25 @@ class Reconstruction:
         reconstruct: str = "block",
         normalize: str = "token",
         ahead: int = 0,
+        kl: float = 0.0,
     ) -> None:
         assert calib.stream is not None and calib.stream.outputs is not None, "needs() must ask for windows"
         self.block = block
         self.stream = calib.stream
         self.outputs = calib.stream.outputs
-        self.dense = calib.dense if target != "block" else None
+        self.text = _Text(calib.stream, calib.dense)
+        self.judge = self.text if calib.held is None else _Text(calib.held.stream, calib.held.dense)
         self.target = target
         self.reconstruct = reconstruct
         self.normalize = normalize
         self.following = block.following[:ahead]
         self.writer = "" if reconstruct == "block" else attention_writer(block, self.outputs.store_STD.shape[-1])
+        last = self.following[-1] if self.following else block
+        self.kl = kl if kl and last.index == len(self.stream.decoder) - 1 else 0.0
         order = torch.randperm(len(calib.stream), generator=generator).tolist()
+        if calib.held is not None:
+            self.held, self.train = list(range(len(calib.held.stream))), order
+            return
         count = len(order) // 8
         self.held, self.train = order[:count] or order, order[count:]
 
@@ -109,7 +108,7 @@ class Reconstruction:
         total = torch.zeros((), dtype=torch.float64, device=next(iter(matrices.values())).device)
         with torch.no_grad():
             for window in self.held:
-                total += self._token_errors(parameters, [window]).double().mean()
+                total += self._token_errors(parameters, [window], self.judge).double().mean()
         return float(total) / len(self.held)
 
     def gradients(self, matrices: Matrices, windows: list[int]) -> dict[str, Tensor]:
@@ -136,7 +135,7 @@ class Reconstruction:
         with _captured(self.block, self.writer) as found:
             y_BTD = run_with(self.block, parameters, call, x_BTD)
         of_attention = relative_errors(found[0], wanted_BTD.float()).sum()
-        of_block = relative_errors(y_BTD, self._target_outputs(windows)).sum()
+        of_block = self._errors_of(y_BTD, windows, self.text).sum()
         own = torch.autograd.grad(of_attention, list(parameters.values()), retain_graph=True, allow_unused=True)
         gradients = {name: gradient for name, gradient in zip(parameters, own, strict=True) if gradient is not None}
         left = {name: p for name, p in parameters.items() if self.reconstruct == "both" or name not in gradients}
@@ -148,48 +147,54 @@ class Reconstruction:
     def _loss(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
         """Return the error that is learned, times the number of tokens."""
         if self.normalize == "token":
-            return self._token_errors(parameters, windows).sum()
-        y_BTD, t_BTD = self._outputs(parameters, windows), self._target_outputs(windows)
+            return self._token_errors(parameters, windows, self.text).sum()
+        y_BTD, t_BTD = self._outputs(parameters, windows, self.text), self._target_outputs(windows, self.text)
         return channel_error(y_BTD, t_BTD, 1.0 if self.normalize == "channel" else 0.5) * t_BTD[..., 0].numel()
 
-    def _token_errors(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
-        """Return ‖y − t‖² / ‖t‖² of every token [B, T], the mean over the outputs of this block and the following."""
-        y_BTD, t_BTD = self._outputs(parameters, windows), self._target_outputs(windows)
+    def _token_errors(self, parameters: dict[str, Tensor], windows: list[int], text: "_Text") -> Tensor:
+        """Return the error of every token [B, T] of windows of `text`."""
+        return self._errors_of(self._outputs(parameters, windows, text), windows, text)
+
+    def _errors_of(self, y_BTD: Tensor, windows: list[int], text: "_Text") -> Tensor:
+        """Return ‖y − t‖² / ‖t‖² of every token [B, T], the mean over the outputs of this block and the following.
+
+        Add the divergence of the logits that they end in, if it counts.
+        """
+        t_BTD = self._target_outputs(windows, text)
         errors_BT = relative_errors(y_BTD, t_BTD)
         for block in self.following:
-            call = self.stream.call(windows, block.index)
+            call = text.stream.call(windows, block.index)
             y_BTD = call(block.module, y_BTD)
             with torch.no_grad():
                 t_BTD = call(block.module, t_BTD.to(y_BTD.dtype)).float()
             errors_BT = errors_BT + relative_errors(y_BTD, t_BTD)
-        return errors_BT / (1 + len(self.following))
+        errors_BT = errors_BT / (1 + len(self.following))
+        if self.kl:
+            found_BT = self._divergences(y_BTD, windows, text)
+            errors_BT = errors_BT + self.kl * found_BT.view(*found_BT.shape, *[1] * (errors_BT.dim() - 2))
+        return errors_BT
 
-    def _outputs(self, parameters: dict[str, Tensor], windows: list[int]) -> Tensor:
-        call = self.stream.call(windows, self.block.index)
-        return run_with(self.block, parameters, call, self.stream.hidden.take(windows))
+    def _divergences(self, y_BTD: Tensor, windows: list[int], text: "_Text") -> Tensor:
+        """Return the divergence of the logits of `y_BTD`, after the last block, from those of the dense model."""
+        assert text.dense is not None, "needs() must ask for the dense stream"
+        dense_BTD = text.dense.hidden.take(windows)
+        with torch.no_grad():
+            for block in self.following:
+                dense_BTD = text.dense.call(windows, block.index)(block.module, dense_BTD)
+        ids_BT = text.stream.ids_ST[windows]
+        return logit_divergences(text.stream.decoder, text.dense.decoder, ids_BT, y_BTD, dense_BTD)
 
-    def _target_outputs(self, windows: list[int]) -> Tensor:
+    def _outputs(self, parameters: dict[str, Tensor], windows: list[int], text: "_Text") -> Tensor:
+        call = text.stream.call(windows, self.block.index)
+        return run_with(self.block, parameters, call, text.stream.hidden.take(windows))
+
+    def _target_outputs(self, windows: list[int], text: "_Text") -> Tensor:
         """Return the outputs [B, T, D] to learn."""
-        if self.dense is None:
-            return self.outputs.take(windows).float()
-        dense_BTD = self.dense.hidden.take(windows).float()
-        return dense_BTD if self.target == "dense" else (dense_BTD + self.outputs.take(windows).float()) / 2
-
-
-class LearningConfig(Protocol):
-    """Options that the Configs of all learning methods have."""
-
-    @property
-    def samples(self) -> int:
-        """Return the windows per round."""
-
-    @property
-    def batch(self) -> int:
-        """Return the windows per step."""
-
-    @property
-    def rate_frac(self) -> float:
-        """Return the length of a step as a share of the RMS of a parameter."""
+        assert text.stream.outputs is not None, "needs() must ask for windows"
+        if self.target == "block" or text.dense is None:
+            return text.stream.outputs.take(windows).float()
+        dense_BTD = text.dense.hidden.take(windows).float()
+        return dense_BTD if self.target == "dense" else (dense_BTD + text.stream.outputs.take(windows).float()) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,58 +424,3 @@ class _BlockCall(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.call(self.module, x_BTD)
-
-
-def learning_needs(batch: int, target: str, ahead: int = 0) -> Needs:
-    """Ask for norms to rank by, windows to learn from, the dense stream if the target uses it, and blocks `ahead`."""
-    return Needs(sqnorm=True, learn_batches=frozenset({1, batch}), dense=target != "block", ahead=ahead)
-
-
-def learning_cost(
-    scope: Scope,
-    rounds: int,
-    samples: int,
-    batch: int,
-    *,
-    copies: float = 3.5,
-    passes: float = 14,
-    reconstruct: str = "block",
-    ahead: int = 0,
-) -> Work:
-    """Count the work of the training of one block with its measurements (see `cost.learning`); none without rounds.
-
-    A block `ahead` costs as much as the block: a forward of the outputs and one of the targets, and a backward pass.
-    """
-    if not rounds:
-        return Work()
-    held = scope.windows // 8 or scope.windows
-    batch = min(batch, max(1, scope.windows - held))
-    steps, checks = rounds * math.ceil(samples / batch), min(MAX_CHECKS, rounds)
-    work = learning(scope, steps, batch, checks=checks, copies=copies, passes=passes)
-    further = learning(scope, steps, batch, checks=2 * checks, copies=0, passes=0) * ahead
-    held_values = work.held_values + ahead * (scope.weights + further.held_values)
-    work = replace(work + further, held_values=held_values)
-    return work + attention_cost(scope, steps * batch, reconstruct)
-
-
-def attention_cost(scope: Scope, windows: int, reconstruct: str) -> Work:
-    """Count the forward of dense attention, about a third of a block, if `windows` learn it apart."""
-    return Work() if reconstruct == "block" else Work(forward_tokens=windows * scope.tokens / 3)
-
-
-def check_learning_options(
-    target: str, optimizer: str = "adam", reconstruct: str = "block", normalize: str = "token", ahead: int = 0
-) -> None:
-    """Raise ValueError unless all are known, and go together."""
-    if ahead < 0 or (ahead and reconstruct != "block"):
-        raise ValueError(f"expected ahead ≥ 0, and reconstruct=block with it, got {ahead} and {reconstruct}")
-    if normalize not in NORMALIZATIONS:
-        raise ValueError(f"normalize must be one of {', '.join(NORMALIZATIONS)}, got {normalize!r}")
-    if normalize != "token" and reconstruct != "block":
-        raise ValueError(f"normalize={normalize} divides the error of the whole block: it needs reconstruct=block")
-    if reconstruct not in RECONSTRUCTIONS:
-        raise ValueError(f"reconstruct must be one of {', '.join(RECONSTRUCTIONS)}, got {reconstruct!r}")
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-    if target not in TARGETS:
-        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")

@@ -23,15 +23,8 @@ from niwaki.kernels.latent import codes_of, gradients_of, weights_of
 from niwaki.kernels.types import ColumnGroups, Levels
 from niwaki.methods.cost import Scope, Work
 from niwaki.methods.shared.best_state import BestState
-from niwaki.methods.shared.block_training import (
-    LearningConfig,
-    Reconstruction,
-    Schedule,
-    learning_cost,
-    learning_needs,
-    take_step,
-    training_batches,
-)  # fmt: skip
+from niwaki.methods.shared.block_training import Reconstruction, Schedule, take_step, training_batches
+from niwaki.methods.shared.learning_options import LearningConfig, learning_cost, learning_needs
 from niwaki.methods.shared.rounding import SMALLEST_SCALE, Rounded
 
 KEPT_START = "learning did not lower the held-out block error: the codes found before it were kept"
@@ -59,17 +52,23 @@ class CodeLearning(LearningConfig, Protocol):
     def ahead(self) -> int:
         """Return the following blocks whose outputs count."""
 
+    @property
+    def kl(self) -> float:
+        """Return the weight of the divergence of logits."""
+
 
 def code_learning_needs(config: CodeLearning) -> Needs:
     """Ask for what the learning of codes needs; nothing without rounds."""
-    return learning_needs(config.batch, config.target, config.ahead) if config.learn_rounds else Needs()
+    if not config.learn_rounds:
+        return Needs()
+    return learning_needs(config.batch, config.target, config.ahead, config.kl)
 
 
 def code_learning_cost(scope: Scope, config: CodeLearning) -> Work:
     """Count the learning of codes: latent weights and their rounding beside the block."""
     return learning_cost(
         scope, config.learn_rounds, config.samples, config.batch, copies=7, passes=36, reconstruct=config.reconstruct,
-        ahead=config.ahead,
+        ahead=config.ahead, kl=config.kl,
     )  # fmt: skip
 
 
