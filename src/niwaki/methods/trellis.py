@@ -233,7 +233,7 @@ class TrellisLatent:
     @property
     def step(self) -> float:
         """Return the distance between levels, which halves with every bit: the RMS of the weights at two bits."""
-        shares = [float((self.codes.part_I == part).float().mean()) for part in range(len(self.codes.bits))]
+        shares = [len(columns_C) / self.weight_OI.shape[1] for columns_C in self.codes.columns_PC]
         mean = sum(share * 2.0 ** (2 - bits) for share, bits in zip(shares, self.codes.bits, strict=True))
         return mean * float(self.weight_OI.square().mean().sqrt())
 
@@ -249,9 +249,7 @@ class TrellisLatent:
         """Set the gradients of latent weights and scales from that of the matrix."""
         # The fused optimizer of a GPU takes gradients in the layout of their parameters alone.
         self.weight_OI.grad = gradient_OI.float().contiguous()
-        by_level_OI = self.weight_OI.grad * self.codes.levels_OI
-        parts = range(len(self.codes.bits))
-        self.scale_OP.grad = torch.stack([by_level_OI[:, self.codes.part_I == part].sum(1) for part in parts], dim=1)
+        self.scale_OP.grad = self.codes.by_part(self.weight_OI.grad * self.codes.levels_OI)
 
 
 @torch.no_grad()

@@ -30,11 +30,13 @@ PRIOR = 8.0  # weights of mean importance that hold a level at its old value
 class TrellisCodes:
     """States of a matrix with their levels and scales: weight = level_PS[part, state] · scale_OP[row, part].
 
-    `part_I` is the part of every column. The states `state_UI` have whole rings of rows.
+    `part_I` is the part of every column, and `columns_PC` has the columns of every part: found once, because a GPU
+    waits for their number. The states `state_UI` have whole rings of rows.
     """
 
     bits: Sequence[int]
     part_I: Tensor
+    columns_PC: Sequence[Tensor]
     state_UI: Tensor
     level_PS: Tensor
     scale_OP: Tensor
@@ -55,15 +57,14 @@ class TrellisCodes:
         """Return the weights [O, I] that the states stand for."""
         return self.levels_OI * self.scale_OP[:, self.part_I]
 
-    def columns(self, part: int) -> Tensor:
-        """Return the columns of a part."""
-        return (self.part_I == part).nonzero().view(-1)
+    def by_part(self, values_OI: Tensor) -> Tensor:
+        """Return the sums [O, P] of each row over the columns of each part."""
+        return torch.stack([values_OI[:, columns_C].sum(1) for columns_C in self.columns_PC], dim=1)
 
     def columns_coded(self) -> list[TrellisColumns]:
         """Return the stored form of the parts. The codes must be `storable`."""
         parts = []
-        for part, bits in enumerate(self.bits):
-            columns_C = self.columns(part)
+        for part, (bits, columns_C) in enumerate(zip(self.bits, self.columns_PC, strict=True)):
             level_S, scale_O = self.level_PS[part].to(torch.int8), self.scale_OP[:, part].to(SCALE_DTYPE)
             parts.append(TrellisColumns(columns_C, bits, self.state_UI[:, columns_C], level_S, scale_O))
         return parts
@@ -102,21 +103,21 @@ def _fit(some_OI: Tensor, level_S: Tensor, bits: int, rounds: int) -> Tensor:
 def start_codes(weight_OI: Tensor, bits: Sequence[int], part_I: Tensor) -> TrellisCodes:
     """Return codes without states: scales are the RMS of a row in a part, and levels fit the weights."""
     scales, levels = [], []
-    for part, own in enumerate(bits):
-        weight_OC = weight_OI[:, part_I == part]
+    columns_PC = [(part_I == part).nonzero().view(-1) for part in range(len(bits))]
+    for own, columns_C in zip(bits, columns_PC, strict=True):
+        weight_OC = weight_OI[:, columns_C]
         scale_O1 = weight_OC.square().mean(1, keepdim=True).sqrt().clamp_min(SMALLEST_SCALE)
         scales.append(scale_O1)
         levels.append(fit_levels(weight_OC / scale_O1, own))
     padded = -(-len(weight_OI) // RING) * RING
     state_UI = torch.zeros(padded, weight_OI.shape[1], dtype=torch.uint8, device=weight_OI.device)
-    return TrellisCodes(bits, part_I, state_UI, torch.stack(levels), torch.cat(scales, dim=1))
+    return TrellisCodes(bits, part_I, columns_PC, state_UI, torch.stack(levels), torch.cat(scales, dim=1))
 
 
 def nearest_path(codes: TrellisCodes, wanted_OI: Tensor) -> TrellisCodes:
     """Return the codes with the states nearest to the wanted weights, for the scales and levels as they are."""
     state_UI = torch.empty_like(codes.state_UI)
-    for part in range(len(codes.bits)):
-        columns_C = codes.columns(part)
+    for part, columns_C in enumerate(codes.columns_PC):
         state_UI[:, columns_C] = _encode_columns(codes, part, wanted_OI[:, columns_C])
     return replace(codes, state_UI=state_UI)
 
@@ -156,7 +157,7 @@ def refit_scales(codes: TrellisCodes, weight_OI: Tensor, gram_II: Tensor) -> Tre
     level_OI, parts = codes.levels_OI, len(codes.bits)
     own = [level_OI * (codes.part_I == part) for part in range(parts)]
     pull_OI = weight_OI @ gram_II
-    right_OP = torch.stack([(pull_OI * level).sum(1) for level in own], dim=1)
+    right_OP = codes.by_part(pull_OI * level_OI)
     spread = [level @ gram_II for level in own]
     normal_OPP = torch.stack([torch.stack([(one * two).sum(1) for two in own], dim=1) for one in spread], dim=1)
     ridge_O1 = normal_OPP.diagonal(dim1=1, dim2=2).mean(1)[:, None] * 1e-6 + 1e-30
@@ -171,7 +172,7 @@ def refit_levels(codes: TrellisCodes, weight_OI: Tensor, gram_II: Tensor) -> Tre
     wanted_OI = values_OI + ((weight_OI - values_OI) @ gram_II) / gram_II.diagonal()
     levels = []
     for part, level_S in enumerate(codes.level_PS):
-        columns_C = codes.columns(part)
+        columns_C = codes.columns_PC[part]
         scale_O1 = codes.scale_OP[:, part, None]
         importance_OC = scale_O1.square() * gram_II.diagonal()[columns_C]
         state_OC = codes.state_UI[: len(weight_OI), columns_C]
