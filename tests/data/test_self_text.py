@@ -1,5 +1,7 @@
 """Text that a model writes itself: its distribution, its cache, and its place in a mix."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from niwaki.data.texts import digest, load_tokenizer, read_calibration, windows_
 from niwaki.errors import CalibrationError, InputError
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
-from support.models import CPU, tiny_llama, write_texts
+from support.models import CPU, Warnings, tiny_llama, write_texts
 
 SIZE: dict[str, Any] = {"seq_len": 12, "seed": 0, "device": "cpu", "report": silent}
 
@@ -46,6 +48,36 @@ def test_every_token_is_where_its_number_falls_in_the_distribution_of_the_model(
     wanted_ST = (sums_STV <= uniform_ST[..., None]).sum(-1)
     assert torch.equal(ids_ST, wanted_ST)
     assert len(set(ids_ST.flatten().tolist())) > 12
+
+
+def test_runs_at_the_same_time_write_a_text_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin a second run while the first one writes: it waits, and writes only what it wants beyond."""
+    monkeypatch.setattr(self_text, "MAX_CHUNKS", {"cpu": 1, "cuda": 1})
+    write, writing, written = self_text._write, threading.Event(), []
+
+    def slow(decoder: Any, start: Any, uniform_BT: torch.Tensor, *others: Any) -> torch.Tensor:
+        written.append(uniform_BT[:, 0].tolist())
+        if len(written) == 1:
+            writing.set()
+            assert waiting.wait(20)
+        return write(decoder, start, uniform_BT, *others)
+
+    waiting, told = threading.Event(), Warnings()
+
+    def second(event: str, **fields: Any) -> None:
+        told(event, **fields)
+        if "this one waits" in fields.get("message", ""):
+            waiting.set()
+
+    monkeypatch.setattr(self_text, "_write", slow)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(self_windows, model, (7,), samples=2 * CHUNK, **SIZE)
+        assert writing.wait(20)
+        other = pool.submit(self_windows, model, (7,), samples=3 * CHUNK, **SIZE | {"report": second})
+        few, many = one.result(60), other.result(60)
+    assert torch.equal(many[: 2 * CHUNK], few) and len(many) == 3 * CHUNK
+    assert len(written) == 3 and len({tuple(numbers) for numbers in written}) == 3
+    assert sum("another process writes" in message for message in told.warnings) >= 1
 
 
 def test_windows_do_not_depend_on_the_batch_or_on_their_number(

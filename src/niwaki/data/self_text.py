@@ -7,7 +7,7 @@ for any number of windows, and in batches of any size, up to the rounding of sum
 
 Windows are kept in the cache of the user (NIWAKI_CACHE, or XDG_CACHE_HOME/niwaki, or ~/.cache/niwaki), below
 `self-text`, in files of CHUNK windows. What decides them names their folder: the files of the model, start token,
-length, seed, device, and versions.
+length, seed, device, and versions. One process at a time writes to a folder, so that several runs write a text once.
 
 Cost: the whole model in memory with the keys and values of a batch. A batch takes one decode step per token.
 
@@ -16,9 +16,11 @@ Legend: S windows, B windows of a batch, T tokens per window, V vocabulary.
     ids_ST = self_windows("MODEL", (1,), samples=128, seq_len=512, seed=0, device="cpu", report=silent)
 """
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from niwaki.model.device import free_device_bytes
 from niwaki.model.files import cache_folder, write_shard
 from niwaki.model.hf import auto_class, plain_loading
 
+LOCK = "lock"
 CHUNK = 16  # windows per file of the cache
 MAX_CHUNKS = {"cpu": 8, "cuda": 64}  # per batch
 REPORT_STEPS = 32  # tokens a window grows between two reports
@@ -52,22 +55,25 @@ def self_windows(
     """
     chunks = -(-samples // CHUNK)
     folder = cache_folder("self-text") / _key(model, start, seq_len, seed, device)
-    found = {chunk: ids_ST for chunk in range(chunks) if (ids_ST := _read(folder, chunk, seq_len)) is not None}
-    missing = [chunk for chunk in range(chunks) if chunk not in found]
-    if missing:
-        report(
-            Event.WARNING,
-            message=f"the model writes {len(missing) * CHUNK:,} windows of {seq_len} tokens itself (kept in {folder})",
-        )
-        decoder = _load(model, device)
-        step = _batch_chunks(decoder, seq_len)
-        for first in range(0, len(missing), step):
-            part = missing[first : first + step]
+    found = _found(folder, range(chunks), seq_len)
+    decoder, total = None, 0
+    while len(found) < chunks:
+        with _alone(folder, report):
+            found |= _found(folder, [chunk for chunk in range(chunks) if chunk not in found], seq_len)
+            missing = [chunk for chunk in range(chunks) if chunk not in found]
+            if not missing:
+                break
+            if decoder is None:
+                total = len(missing) * CHUNK
+                message = f"the model writes {total:,} windows of {seq_len} tokens itself (kept in {folder})"
+                report(Event.WARNING, message=message)
+                decoder = _load(model, device)
+            part = missing[: _batch_chunks(decoder, seq_len)]
             numbers = [number for chunk in part for number in range(chunk * CHUNK, (chunk + 1) * CHUNK)]
-            done = (first * CHUNK * seq_len, len(missing) * CHUNK * seq_len)
+            done = (total - len(missing) * CHUNK) * seq_len, total * seq_len
             ids_BT = _write(decoder, start, _uniform(numbers, seq_len, seed), done, report)
             for chunk, ids_ST in zip(part, ids_BT.split(CHUNK), strict=True):
-                _keep(folder, chunk, ids_ST)
+                write_shard(_file(folder, chunk), {"ids": ids_ST.contiguous()})
                 found[chunk] = ids_ST
     return torch.cat([found[chunk] for chunk in range(chunks)])[:samples].to(torch.int64)
 
@@ -157,10 +163,24 @@ def _read(folder: Path, chunk: int, tokens: int) -> Tensor | None:
     return ids_ST if ids_ST.shape == (CHUNK, tokens) and ids_ST.dtype == torch.int32 else None
 
 
-def _keep(folder: Path, chunk: int, ids_ST: Tensor) -> None:
-    """Write the windows of a chunk. Raises OutputError if the cache cannot be written."""
+def _found(folder: Path, chunks: Iterable[int], tokens: int) -> dict[int, Tensor]:
+    """Return the windows of the chunks that the cache has."""
+    read = ((chunk, _read(folder, chunk, tokens)) for chunk in chunks)
+    return {chunk: ids_ST for chunk, ids_ST in read if ids_ST is not None}
+
+
+@contextmanager
+def _alone(folder: Path, report: Report) -> Iterator[None]:
+    """Hold the lock of a folder, and wait for another process that writes there. Raises OutputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror}. Set NIWAKI_CACHE to another folder") from error
-    write_shard(_file(folder, chunk), {"ids": ids_ST.contiguous()})
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(Event.WARNING, message="another process writes the same text: this one waits, and takes it over")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
