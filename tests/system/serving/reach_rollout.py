@@ -38,7 +38,7 @@ from tests.system.serving.served import free_port, serving
 
 NAME = "sapling"
 INTERVAL_S = 10.0
-POLICY = {"steps": [0.05, 0.5], "interval_s": INTERVAL_S, "min_requests": 250}
+POLICY = {"steps": [0.05, 0.5], "interval_s": INTERVAL_S, "min_requests": 350}
 SAMPLING = {"audit_frac": 1.0, "max_audits": 8}
 KINDS = ("equal", "errors", "slow", "worse")
 PROXIED = {"errors": (0.02, 1.0), "slow": (0.0, 2.0)}
@@ -173,7 +173,7 @@ def record_of(store: Store, seen: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def rolled_out_all(clients: int = 8, max_s: float = 1500) -> dict[str, Any]:
+def rolled_out_all(clients: int = 8, max_s: float = 2700) -> dict[str, Any]:
     """Run test 25: each kind of canary, then the waits of users beside copies."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
