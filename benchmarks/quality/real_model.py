@@ -5,8 +5,8 @@
 DATA holds calibration.jsonl, eval_reviews.jsonl, wikitext2_test.txt and the folder tasks. Calibration: 128 windows of
 512 tokens per seed. Arithmetic is float32. Accuracies are paired with those of the dense model, with intervals of
 95 %; hellaswag counts by likelihood per character. `--cases FILE` adds cases from lines of JSON: recipes with a
-`label`. In a case, `rotate` holds options of a new basis before it, and `recover` those of a recovery after it.
-Finished runs of an earlier OUT are kept.
+`label`. In a case, `rotate` holds options of a new basis before it, and `recover` those of a recovery after it. The
+`held_out` of its calibration may be a file in DATA. Finished runs of an earlier OUT are kept.
 
 A case with `peer` runs another project (peers.py) on the same tokens. `--peers FOLDER` says where they are installed,
 each in a folder of its own, so that none changes what another one imports:
@@ -123,6 +123,8 @@ def run_niwaki(setting: Setting, case: Case, seed: int, place: Path, seconds: di
     recipe = dict(case.recipe)
     rotation, recovery = recipe.pop("rotate", None), recipe.pop("recover", None)
     text = setting.calibration | recipe.pop("calibration", {})
+    if (setting.data / str(text.get("held_out"))).is_file():
+        text["held_out"] = str(setting.data / text["held_out"])
     own_text, device = setting.calibration["files"][0], setting.device
     source: str | Path = setting.model
     if rotation is not None:

@@ -312,7 +312,33 @@ def scores_comp() -> list[Case]:
     return found
 
 
+def beyond() -> list[Case]:
+    """Return what may help beyond the calibration's domain, each with and without: at 2:4, 2.28 and 2 bits."""
+    books = {"calibration": {"held_out": "eval_books.jsonl"}}
+    longer = {"learn_rounds": 24, "samples": 64, "batch": 4}
+    scales = {"residual": "none", "heads": "none", "neurons": False, "scales": True}
+    kl, ahead = {"wandapp.kl": 1}, {"wandapp.kl": 1, "wandapp.ahead": 2}
+    grid = longer | {"group": 64}
+    return [
+        case("balanced", "2:4", preset="balanced"),
+        case("balanced, kl 1", "2:4", preset="balanced", options=kl),
+        case("balanced, kl 1, ahead 2", "2:4", preset="balanced", options=ahead),
+        case("balanced, held out: books", "2:4", preset="balanced", **books),
+        case("balanced, toward_dense", "2:4", preset="balanced", options={"sparsegpt.toward_dense": 1}),
+        case("balanced, a tenth dense", "2:4@0.45", preset="balanced"),
+        case("best", "2:4", preset="best"),
+        case("best, kl 1, held out: books", "2:4", preset="best", options=kl, **books),
+        case("trellis 24 rounds", "2.28bit", "trellis", options=longer),
+        case("trellis 24 rounds, kl 1, held out: books", "2.28bit", "trellis", options=longer | {"kl": 1}, **books),
+        case("gptq 24 rounds", "2bit", "gptq", options=grid),
+        case("gptq 24 rounds, kl 1, held out: books", "2bit", "gptq", options=grid | {"kl": 1}, **books),
+        case("gptq 24 rounds, toward_dense", "2bit", "gptq", options=grid | {"toward_dense": 1}),
+        case("gptq 24 rounds, scales", "2bit", "gptq", options=grid, rotate=scales),
+    ]
+
+
 SUITES = {
+    "beyond": beyond(),
     "peers": peers(),
     "scores-comp": scores_comp(),
     "structured": structured(),

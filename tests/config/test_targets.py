@@ -30,6 +30,9 @@ from niwaki.errors import TargetError
         ("50%", Sparsity(0.5)),
         (" 2:4 ", NM(2, 4)),
         ("4:8", NM(4, 8)),
+        ("2:4@0.45", NM(2, 4, 0.45)),
+        ("2:4@45%", NM(2, 4, 0.45)),
+        ("2:4@0.45+4bit", PrunedBits(NM(2, 4, 0.45), Bits(4))),
         ("4bit", Bits(4)),
         ("1.75 bits", Bits(1.75)),
         ("2:4+4bit", PrunedBits(NM(2, 4), Bits(4))),
@@ -45,6 +48,12 @@ def test_targets(text: str, target: object) -> None:
 )
 def test_impossible_targets(text: str) -> None:
     with pytest.raises(TargetError, match="target"):
+        parse_target(text)
+
+
+@pytest.mark.parametrize("text", ["2:4@0.5", "2:4@0", "2:4@", "2:4@nan", "2:4@-0.1", "1:4@80%"])
+def test_a_part_has_fewer_zeros_than_the_whole(text: str) -> None:
+    with pytest.raises(TargetError, match=r"after @ comes the share of zeros .*, between 0 and 0\.(5|75), such as"):
         parse_target(text)
 
 

@@ -1,5 +1,7 @@
 """SparseGPT against a float64 optimal-brain-surgeon loop that inverts the remaining Hessian at every column."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,9 @@ from niwaki.methods.shared.column_sweep import inverse_factor, pull_to_dense
 from support.models import calibration_of, correlated_inputs, make_block, run_method, statistics_of
 
 
-def reference(weight: np.ndarray, x: np.ndarray, target: Target, damping_frac: float, panel: int) -> np.ndarray:
+def reference(
+    weight: np.ndarray, x: np.ndarray, target: Target, damping_frac: float, panel: int, until: int | None = None
+) -> np.ndarray:
     """Prune from left to right; [H_{j:}]⁻¹ is computed from scratch at every column j."""
     w = weight.astype(np.float64).copy()
     h = x.astype(np.float64).T @ x.astype(np.float64)
@@ -22,7 +26,7 @@ def reference(weight: np.ndarray, x: np.ndarray, target: Target, damping_frac: f
     inverses = [np.linalg.inv(h[j:, j:]) for j in range(columns)]
     pruned = np.zeros_like(w, dtype=bool)
     total = round(rows * columns * target.zeros_frac) if isinstance(target, Sparsity) else 0
-    for j in range(columns):
+    for j in range(columns if until is None else until):
         if isinstance(target, Sparsity) and j % panel == 0:
             members = range(j, min(j + panel, columns))
             saliency = [(w[r, c] ** 2 / inverses[c][0, 0], c, r) for r in range(rows) for c in members]
@@ -49,6 +53,37 @@ def test_equals_reference(target: Target, panel: int) -> None:
     wanted = reference(weight.numpy(), x.numpy(), target, 0.01, panel)
     np.testing.assert_array_equal(found.numpy() == 0, wanted == 0)
     np.testing.assert_allclose(found.numpy(), wanted, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("panel", [8, 128])
+def test_a_part_equals_a_reference_whose_dense_columns_come_last(panel: int) -> None:
+    weight = torch.randn(6, 24, generator=torch.Generator().manual_seed(3))
+    x = correlated_inputs(96, 24)
+    found = run_method(sparsegpt, weight, x, NM(2, 4, 0.25), panel_columns=panel)
+    gram = x.double().numpy().T @ x.double().numpy()
+    inverse = np.linalg.inv(gram + 0.01 * np.diag(gram).mean() * np.eye(24))
+    saliency = weight.double().numpy() ** 2 / np.diag(inverse)
+    lost = [np.sort(saliency[:, start : start + 4], axis=1)[:, :2].sum() for start in range(0, 24, 4)]
+    first = sorted(sorted(range(6), key=lambda group: lost[group])[:3])
+    columns = [4 * group + place for group in first for place in range(4)]
+    order = columns + [column for column in range(24) if column not in columns]
+    swept = reference(weight.numpy()[:, order], x.numpy()[:, order], NM(2, 4), 0.01, panel, until=12)
+    np.testing.assert_array_equal(found.numpy()[:, order] == 0, swept == 0)
+    np.testing.assert_allclose(found.numpy()[:, order], swept, rtol=2e-4, atol=2e-5)
+    assert int((found == 0).sum()) == 6 * 6
+    assert not torch.equal(found[:, order[12:]], weight[:, order[12:]]), "dense columns take up errors"
+
+
+@pytest.mark.parametrize("options", [{}, {"exchanges": 4}, {"refit": True}])
+def test_a_part_loses_less_than_the_whole_and_than_other_groups(options: dict[str, Any]) -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(7))
+    x = correlated_inputs(400, 64)
+    errors = []
+    for target in (NM(2, 4), NM(2, 4, 0.4)):
+        found = run_method(sparsegpt, weight, x, target, **options)
+        errors.append(float(((found - weight) @ x.T).square().sum()))
+        assert int((found == 0).sum()) == target.zeros_in(16, 64)
+    assert errors[1] < 0.75 * errors[0]
 
 
 def test_width_that_no_panel_divides() -> None:

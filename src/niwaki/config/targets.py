@@ -37,16 +37,30 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class NM:
-    """N:M sparsity: `keep` weights stay of every `group` neighbours along the inputs."""
+    """N:M sparsity: `keep` weights stay of every `group` neighbours along the inputs.
+
+    `zeros_frac`: the share of zeros of a matrix in which the groups of columns that would lose most stay dense.
+    """
 
     words: ClassVar[str] = "N:M"
     example: ClassVar[str] = "2:4"
 
     keep: int
     group: int
+    zeros_frac: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.keep}:{self.group}"
+        return f"{self.keep}:{self.group}" + ("" if self.zeros_frac is None else f"@{self.zeros_frac:g}")
+
+    @property
+    def whole(self) -> "NM":
+        """Return the target of a matrix in which no group stays dense."""
+        return NM(self.keep, self.group)
+
+    def pruned_groups(self, columns: int) -> int:
+        """Return the number of groups of columns that are N:M."""
+        share = 1.0 if self.zeros_frac is None else self.zeros_frac * self.group / (self.group - self.keep)
+        return round(share * (columns // self.group))
 
     @property
     def columns_multiple(self) -> int:
@@ -60,7 +74,7 @@ class NM:
                 f"target {self} needs a multiple of {self.group} inputs, got a matrix with {columns}: "
                 "use another N:M or an unstructured target such as 0.5"
             )
-        return rows * columns // self.group * (self.group - self.keep)
+        return rows * self.pruned_groups(columns) * (self.group - self.keep)
 
 
 CODE_WIDTHS = (2, 3, 4, 8)  # of codes that all have one width
@@ -178,7 +192,7 @@ def target_example(kind: type[Target]) -> str:
 
 
 def parse_target(text: str) -> Target:
-    """Parse `0.5`, `50%`, `2:4`, `4bit` or `2:4+4bit`. Raises TargetError for any other text."""
+    """Parse `0.5`, `50%`, `2:4`, `2:4@0.45`, `4bit` or `2:4+4bit`. Raises TargetError for any other text."""
     text = text.strip()
     if "+" in text:
         return _parse_both(text)
@@ -187,13 +201,10 @@ def parse_target(text: str) -> Target:
         if not 1 <= bits <= 8:
             raise TargetError(f"target {text}: expected 1 to 8 bits per weight, for example 4bit or 1.7bit")
         return Bits(bits)
-    if found := re.fullmatch(r"(\d+):(\d+)", text):
-        keep, group = int(found[1]), int(found[2])
-        if not 0 < keep < group:
-            raise TargetError(f"target {text}: expected N:M with 0 < N < M (2:4 keeps 2 of every 4 weights)")
-        return NM(keep, group)
+    if found := re.fullmatch(r"(\d+):(\d+)(?:@(.*))?", text):
+        return _parse_groups(text, int(found[1]), int(found[2]), found[3])
     try:
-        zeros_frac = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        zeros_frac = _share(text)
     except ValueError as error:
         raise TargetError(f"target {text!r}: expected {', '.join(map(target_example, WRITTEN_TARGETS))}") from error
     if not (math.isfinite(zeros_frac) and 0 < zeros_frac < 1):
@@ -201,6 +212,29 @@ def parse_target(text: str) -> Target:
         hint = f"write {text}% or {zeros_frac / 100:g}" if percent else "for example 0.5 or 50%"
         raise TargetError(f"target {text}: a share of zeros lies between 0 and 1, {hint}")
     return Sparsity(zeros_frac)
+
+
+def _share(text: str) -> float:
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
+def _parse_groups(text: str, keep: int, group: int, share: str | None) -> NM:
+    """Return an N:M target, of a part of the columns if a share of zeros follows."""
+    if not 0 < keep < group:
+        raise TargetError(f"target {text}: expected N:M with 0 < N < M (2:4 keeps 2 of every 4 weights)")
+    if share is None:
+        return NM(keep, group)
+    highest = 1 - keep / group
+    try:
+        zeros_frac = _share(share)
+    except ValueError:
+        zeros_frac = 0.0
+    if not 0 < zeros_frac < highest:
+        raise TargetError(
+            f"target {text}: after @ comes the share of zeros of a matrix that is {keep}:{group} in a part of its "
+            f"columns, between 0 and {highest:g}, such as {keep}:{group}@{0.9 * highest:g}"
+        )
+    return NM(keep, group, zeros_frac)
 
 
 def _parse_both(text: str) -> PrunedBits:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,13 @@ from niwaki.methods.shared.column_sweep import (
     pull_to_dense,
     refit_kept,
 )
-from niwaki.methods.shared.masks import choose_by_panel, keep_by_matrix, require_unstructured
+from niwaki.methods.shared.masks import (
+    choose_by_panel,
+    keep_by_group,
+    keep_by_matrix,
+    pruned_columns,
+    require_unstructured,
+)
 from niwaki.methods.shared.rounding import damped
 from niwaki.model.decoder import Block
 
@@ -112,9 +118,13 @@ def compress(
         wanted = partial(_wanted, block, _pull(group, config, damping_frac))
         for _, alike in groupby(names, key=lambda name: _pattern(targets[name])):
             together = list(alike)
-            for name, weight_OI, keep_OI in _sweep_together(
-                wanted, calib, together, targets, upper_II, config.panel_columns
-            ):
+            part = _pattern(targets[together[0]])
+            if part is not None and part.zeros_frac is not None and not calib.start:
+                factor = _Factor(upper_II, group.gram_II, damping_frac)
+                swept = [(name, *_sweep_part(wanted(name), factor, part, config.panel_columns)) for name in together]
+            else:
+                swept = _sweep_together(wanted, calib, together, targets, upper_II, config.panel_columns)
+            for name, weight_OI, keep_OI in swept:
                 if config.refit or config.exchanges:
                     dense_OI = wanted(name)
                     weight_OI = refit_kept(dense_OI, weight_OI, keep_OI, group.gram_II, damping_frac)
@@ -146,7 +156,7 @@ def _prune_by_magnitude(weight_OI: Tensor, target: Target) -> Packed:
     return Packed.masked(weight_OI, keep_by_matrix(weight_OI.abs(), target), UNREACHED)
 
 
-def _pattern(target: Target) -> Target | None:
+def _pattern(target: Target) -> NM | None:
     """Return the N:M target that the sweep must know from the start, None for an unstructured one."""
     return target if isinstance(target, NM) else None
 
@@ -180,6 +190,30 @@ def _sweep_together(
             weight_OI, upper_II, None, lambda p, d, start: chosen((p / d).square_(), start), panel_columns
         )
     return list(zip(names, weight_OI.split(rows), keep_OI.split(rows), strict=True))
+
+
+class _Factor(NamedTuple):
+    """Factor U of (XᵀX + λI)⁻¹ with XᵀX and the share of λ."""
+
+    upper_II: Tensor
+    gram_II: Tensor
+    damping_frac: float
+
+
+def _sweep_part(weight_OI: Tensor, factor: _Factor, target: NM, panel_columns: int) -> tuple[Tensor, Tensor]:
+    """Sweep a matrix in which some groups of columns stay dense. Return its weights and its mask.
+
+    The groups that would lose least are N:M. They come first, so that the dense columns take up their errors.
+    """
+    saliency_OI = weight_OI.square() / factor.upper_II.square().sum(0)
+    pruned_I = pruned_columns(saliency_OI, keep_by_group(saliency_OI, target.whole), target)
+    order_I = torch.cat([pruned_I.nonzero()[:, 0], (~pruned_I).nonzero()[:, 0]])
+    upper_II, _ = inverse_factor(factor.gram_II[order_I][:, order_I], factor.damping_frac)
+    swept_OI = weight_OI[:, order_I].contiguous()
+    panel = max(panel_columns // target.group, 1) * target.group
+    ordered_OI = prune_by_sweep(swept_OI, upper_II, target.whole, None, panel, int(pruned_I.sum()))
+    back_I = order_I.argsort()
+    return swept_OI[:, back_I], ordered_OI[:, back_I]
 
 
 METHOD = WalkMethod(

@@ -74,6 +74,28 @@ def recipe_of(method: str, target: str, text: str, **more: Any) -> dict[str, Any
     return given | more
 
 
+@pytest.mark.parametrize(
+    "method, target, layout", [("sparsegpt+wandapp", "2:4@0.45", "bitmap"), ("wanda", "2:4@0.3", "bitmap"),
+                               ("sparsegpt+gptq", "2:4@0.45+4bit", "bitmap"), ("wanda", "2:4", "two_four")]
+)  # fmt: skip
+def test_a_part_of_zeros_is_a_bitmap_of_the_bytes_that_are_planned(
+    method: str, target: str, layout: str, model: Path, text: str, tmp_path: Path
+) -> None:
+    options = {"wandapp.rounds": 1, "wandapp.samples": 4} if "wandapp" in method else {}
+    options |= {"gptq.group": 16} if "gptq" in method else {}
+    recipe = recipe_of(method, target, text, pack="auto", options=options)
+    planned = niwaki.plan(model, gpu="cpu", **recipe)
+    record = niwaki.compress(model, tmp_path / "out", device="cpu", **recipe)
+    share = 0.5 if target == "2:4" else float(target.partition("@")[2].partition("+")[0])
+    lines = [json.loads(line) for line in (tmp_path / "out/niwaki/blocks.jsonl").read_text().splitlines()]
+    assert {line["stored"]["sparse"]["layout"] for line in lines} == {layout}
+    assert record["result"]["zeros_frac"] == pytest.approx(share, abs=0.03)
+    for line in lines if "+4bit" not in target else []:
+        asked = parse_target(target).zeros_in(*line["shape"])
+        assert asked <= line["zeros"] <= asked + 8, "a few weights of the model are zero"
+    assert record["result"]["bytes"] == pytest.approx(planned["output_bytes"], rel=0.01)
+
+
 @pytest.mark.parametrize(("method", "target"), [(m, t) for m in METHODS for t in target_of(m)])
 def test_bytes_are_within_a_percent(method: str, target: str, model: Path, text: str, tmp_path: Path) -> None:
     recipe = recipe_of(method, target, text)

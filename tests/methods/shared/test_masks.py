@@ -1,5 +1,6 @@
 """Masks: exact counts, the lowest scores, ties by index."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -45,6 +46,27 @@ def test_groups_keep_their_highest(target: NM) -> None:
             group = scores[row, start : start + target.group]
             wanted = set(group.topk(target.keep).indices.tolist())
             assert set(keep[row, start : start + target.group].nonzero().flatten().tolist()) == wanted
+
+
+@pytest.mark.parametrize("target", [NM(2, 4, 0.375), NM(1, 4, 0.5), NM(4, 8, 1 / 3), NM(2, 4, 0.001)])
+def test_groups_that_would_lose_most_stay_dense(target: NM) -> None:
+    """Compare with the least sum over all choices of groups, each summed one by one."""
+    scores = torch.rand(6, 24, generator=torch.Generator().manual_seed(1))
+    keep = keep_by_group(scores, target)
+    starts = range(0, 24, target.group)
+    lost = {
+        start: sum(
+            sum(sorted(row[start : start + target.group])[: target.group - target.keep]) for row in scores.tolist()
+        )
+        for start in starts
+    }
+    count = round(target.zeros_frac * 24 / (target.group - target.keep))
+    wanted = min(itertools.combinations(starts, count), key=lambda chosen: sum(lost[start] for start in chosen))
+    whole = keep_by_group(scores, target.whole)
+    for start in starts:
+        part = slice(start, start + target.group)
+        assert torch.equal(keep[:, part], whole[:, part]) if start in wanted else keep[:, part].all()
+    assert int((~keep).sum()) == target.zeros_in(6, 24)
 
 
 def test_groups_that_do_not_fit_are_refused() -> None:

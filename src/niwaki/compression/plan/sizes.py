@@ -282,7 +282,7 @@ def _places_and_values(matrix: Matrix, zeros: Target, bits: int) -> int:
 
 
 def _fits_two_four(zeros: Target) -> bool:
-    return isinstance(zeros, NM) and zeros.group == 4 and zeros.keep <= 2
+    return isinstance(zeros, NM) and zeros.group == 4 and zeros.keep <= 2 and zeros.zeros_frac is None
 
 
 def _header(names: Sequence[str], more: int = 0) -> int:

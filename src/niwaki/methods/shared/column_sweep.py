@@ -118,15 +118,20 @@ def _damped_until(
 
 
 def prune_by_sweep(
-    weight_OI: Tensor, upper_II: Tensor, target: NM | None, choose: ChoosePanelMask | None, panel_columns: int
+    weight_OI: Tensor,
+    upper_II: Tensor,
+    target: NM | None,
+    choose: ChoosePanelMask | None,
+    panel_columns: int,
+    until: int | None = None,
 ) -> Tensor:
     """Prune `weight_OI` (float32, changed in place) and return the keep mask [O, I].
 
     For an unstructured target `choose` chooses the mask of each panel from its present weights. For N:M (`target`) the
-    kernel chooses inside the panel, group by group.
+    kernel chooses inside the panel, group by group. Columns from `until` on stay, and take up the errors of the others.
     """
-    columns = weight_OI.shape[1]
-    keep_OI = torch.empty_like(weight_OI, dtype=torch.bool)
+    columns = weight_OI.shape[1] if until is None else until
+    keep_OI = torch.ones_like(weight_OI, dtype=torch.bool)
     for start in range(0, columns, panel_columns):
         end = min(start + panel_columns, columns)
         panel_OP, upper_PP = weight_OI[:, start:end], upper_II[start:end, start:end]

@@ -123,7 +123,10 @@ def _drop_lowest(scores_OI: Tensor, zeros_O: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keep_by_group(scores_OI: Tensor, target: NM) -> Tensor:
-    """Return the keep mask [O, I] of the `keep` highest in every `group` neighbors along the inputs."""
+    """Return the keep mask [O, I] of the `keep` highest in every `group` neighbors along the inputs.
+
+    A target with a share of zeros leaves the groups of columns dense that would lose the highest scores.
+    """
     rows, columns = scores_OI.shape
     target.zeros_in(rows, columns)
     scores_OGM = scores_OI.view(rows, columns // target.group, target.group)
@@ -134,5 +137,19 @@ def keep_by_group(scores_OI: Tensor, target: NM) -> Tensor:
         rank_OGM += scores_OGM > theirs_OG1
         rank_OGM[..., other + 1 :] += scores_OGM[..., other + 1 :] == theirs_OG1
     keep_OI = (rank_OGM >= target.group - target.keep).view(rows, columns)
+    if target.zeros_frac is not None:
+        keep_OI = keep_OI | ~pruned_columns(scores_OI, keep_OI, target)
     record_choice(target, scores_OI, keep_OI, None)
     return keep_OI
+
+
+def pruned_columns(scores_OI: Tensor, keep_OI: Tensor, target: NM) -> Tensor:
+    """Return the columns [I] of the groups that are N:M: those whose removed scores add up to the least.
+
+    `keep_OI` is the mask of a matrix in which all groups are. Of equal sums the group with the lower index is N:M.
+    """
+    rows, columns = scores_OI.shape
+    lost_G = (scores_OI * ~keep_OI).view(rows, -1, target.group).sum((0, 2), dtype=torch.float64)
+    pruned_G = torch.zeros_like(lost_G, dtype=torch.bool)
+    pruned_G[lost_G.argsort(stable=True)[: target.pruned_groups(columns)]] = True
+    return pruned_G.repeat_interleave(target.group)
