@@ -1,6 +1,7 @@
 """Flags win over the recipe file, options and calibration are merged; slips are refused at once."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from niwaki.cli.app import app
 from niwaki.cli.demo import sapling
 from niwaki.cli.options import first_given, given, hidden_alias, recipe_values
+from niwaki.config.devices import may_have_gpu
 from niwaki.errors import InputError
 from support.models import run
 
@@ -36,6 +38,7 @@ def test_options_are_key_value(pair: str) -> None:
         recipe_values(None, {}, [pair])
 
 
+WANDA = ["--method", "wanda", "--target", "0.5"]
 SLIPS = [
     ["compress", "nowhere", "out", "--method", "wanda", "--target", "0.5"],
     ["compress", "SAPLING", "out", "--method", "wandaa", "--target", "0.5"],
@@ -59,6 +62,27 @@ SLIPS = [
     ["rotate", "SAPLING", "out", "--target", "2:4"],
     ["rotate", "SAPLING", "out", "--target", "two", "--calibration", "text.txt"],
     ["methods", "wandaa"],
+    # Jobs that cannot be done, for reasons that headers and sizes tell.
+    ["compress", "SAPLING", "out", *WANDA, "--calibration", "text.txt"],
+    ["compress", "SAPLING", "out", *WANDA, "--samples", str(10**13)],
+    ["compress", "SAPLING", "out", "--method", "squeeze10", "--target-bytes", "10KB", "--calibration", "text.txt"],
+    ["compress", "SAPLING", "out", *WANDA, "--blocks", "8-99"],
+    ["compress", "SAPLING", "out", *WANDA, "--calibration", "text.txt", "--seq-len", "99999"],
+    ["plan", "SAPLING", "--method", "squeeze10", "--target-bytes", "9GB"],
+    ["compress", "deep", "out", *WANDA],
+    ["plan", "deep", *WANDA],
+    ["evaluate", "deep", "--data", "text.txt"],
+    ["compare", "SAPLING", "deep", "--data", "text.txt"],
+    ["generate", "deep", "text"],
+    ["export", "deep", "out", "--to", "gguf"],
+    ["serve", "deep"],
+    ["bench", "SAPLING", "deep"],
+]
+# Refused early where no driver of a GPU is installed.
+GPU_SLIPS = [
+    ["compress", "SAPLING", "out", *WANDA, "--device", "cuda"],
+    ["evaluate", "SAPLING", "--data", "text.txt", "--device", "cuda:1"],
+    ["serve", "SAPLING", "--device", "cuda"],
 ]
 RUN = """
 import json, sys
@@ -74,17 +98,21 @@ for line in json.load(sys.stdin):
 
 
 def test_slips_are_refused_before_torch_is_loaded(tmp_path: Path) -> None:
-    """One line each, exit code 2, nothing written; all of them in one process that never imports torch."""
+    """Check for one line each, exit code 2 and nothing written, all in one process that never imports torch."""
     (tmp_path / "broken.yaml").write_text("method: [")
     (tmp_path / "text.txt").write_text("some text")
+    shutil.copytree(sapling(), tmp_path / "deep")
+    config = json.loads((sapling() / "config.json").read_text())
+    (tmp_path / "deep/config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
     before = sorted(tmp_path.iterdir())
-    lines = [[str(sapling()) if word == "SAPLING" else word for word in line] for line in SLIPS]
+    slips = [*SLIPS, *([] if may_have_gpu() else GPU_SLIPS)]
+    lines = [[str(sapling()) if word == "SAPLING" else word for word in line] for line in slips]
     found = subprocess.run(
         [sys.executable, "-c", RUN], input=json.dumps(lines), cwd=tmp_path, capture_output=True, text=True
     )
     assert found.returncode == 0, found.stderr
     told = found.stderr.splitlines()
-    assert len(told) == len(SLIPS) and all(line.startswith("error: ") for line in told), found.stderr
+    assert len(told) == len(slips) and all(line.startswith("error: ") for line in told), found.stderr
     assert sorted(tmp_path.iterdir()) == before
 
 

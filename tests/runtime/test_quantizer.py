@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import niwaki
 from niwaki.errors import CheckpointError
-from niwaki.model.checkpoint import IMPORT_NIWAKI, WEIGHTS_FIELD
+from niwaki.model.checkpoint import IMPORT_NIWAKI
+from niwaki.model.config_file import WEIGHTS_FIELD
 from niwaki.runtime.linear import PackedLinear
 from support.families import build, families
 from support.models import add_tokenizer, tiny_llama, write_texts
@@ -33,7 +34,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, dict[str, Path]]:
-    """Every method's result stored as codes (`auto`) and as weights (`none`)."""
+    """Make every method's result stored as codes (`auto`) and as weights (`none`)."""
     folder = tmp_path_factory.mktemp("packed")
     model = tiny_llama(folder / "model", dtype=torch.bfloat16, attention_bias=True)
     found: dict[str, dict[str, Path]] = {}
@@ -164,7 +165,7 @@ def test_a_shape_that_contradicts_the_model_is_named(results: dict, tmp_path: Pa
 
 
 def test_what_cannot_be_packed_is_stored_dense_and_says_so(text: Path, tmp_path: Path) -> None:
-    """Fused experts have no module of their own; GPT-2 keeps its matrices transposed."""
+    """Store fused experts, which have no module of their own, and the transposed matrices of GPT-2."""
     for family, packed in (("qwen3_moe", True), ("gpt2", False)):
         config = families()[family].config
         config.vocab_size = 4096

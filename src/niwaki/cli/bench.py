@@ -9,6 +9,7 @@ from rich.console import Console
 from niwaki.cli.options import (
     Device,
     StoredDtype,
+    check_inputs,
     check_output_file,
     console,
     error_console,
@@ -48,13 +49,14 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Draw speed and memory: .png, .svg or .pdf.")] = None,
 ) -> None:
     """Measure decode, prefill and memory of a model in each variant, next to the bandwidth of this machine."""
+    check_output_file("--json", json_)
+    check_output_file("--plot", plot)
+    check_inputs(*(out or ()), device=device)
     from niwaki.cli.progress import Display
     from niwaki.measure.bench.benchmark import bench as run
     from niwaki.measure.bench.plot import check_plot, draw
     from niwaki.measure.bench.schema import write_bench
 
-    check_output_file("--json", json_)
-    check_output_file("--plot", plot)
     if plot is not None:
         check_plot(plot)
     names = first_given(variants, forms)

@@ -72,7 +72,7 @@ def compare(
         from niwaki.measure.compare.gates import load_gates
 
         load_gates(gate)
-    check_inputs(dense, *out, data=data, tasks=tasks)
+    check_inputs(dense, *out, data=data, tasks=tasks, device=device)
     sources: dict[str, Any] = {"data": data or (), "tasks": tasks or (), "prompts": prompts, "field": field}
     work: dict[str, Any] = {"seq_len": seq_len, "max_tokens": max_tokens, "limit": limit, "rounds": rounds}
     timed: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}

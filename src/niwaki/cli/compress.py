@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from niwaki.cli import options
-from niwaki.cli.options import check_inputs, check_recipe, console, error_console, first_given, given, recipe_values
+from niwaki.cli.options import check_job, console, error_console, first_given, given, recipe_values
 from niwaki.compression.run_record import RunRecord
 from niwaki.config.targets import format_blocks
 
@@ -63,9 +63,8 @@ def compress(
         expert_tokens=expert_tokens, rotate=rotate, drop_unused=drop_unused or None, seed=seed, device=device,
         dtype=dtype, batch_tokens=batch_tokens, activation_bytes=activation_bytes, logit_bytes=logit_bytes,
     )  # fmt: skip
-    check_recipe(values)
-    check_inputs(*([] if merge_adapter else [model]))
     check_free(place_of(out), resume=resume, overwrite=overwrite)
+    check_job(None if merge_adapter else model, values, place_of(out))
     _run(model, out, values, resume=resume, overwrite=overwrite, dense_stream=dense_stream, merge_adapter=merge_adapter)
 
 

@@ -25,7 +25,7 @@ def calibrate_gate(
     device: Device = "auto",
 ) -> None:
     """Set the limits beyond which a prompt of OUT runs dense."""
-    check_inputs(str(out), data=data)
+    check_inputs(str(out), data=data, device=device)
     from niwaki.measure.prompt_gate import calibrate_gate as run
 
     gate = run(
@@ -58,7 +58,7 @@ def adapt(
     device: Device = "auto",
 ) -> None:
     """Train the predictor of OUT again on recent text, and keep the better one on held-out text."""
-    check_inputs(str(out), data=data)
+    check_inputs(str(out), data=data, device=device)
     from niwaki.compression.adapt import adapt as run
 
     text: dict[str, Any] = {"data": data or (), "samples": samples, "seq_len": seq_len, "field": field}

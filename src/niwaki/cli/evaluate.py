@@ -59,7 +59,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity, distance to a reference, and tasks."""
     check_output_file("--json", json_)
-    check_inputs(*filter(None, (model, reference)), data=data, tasks=tasks)
+    check_inputs(*filter(None, (model, reference)), data=data, tasks=tasks, device=device)
     from niwaki.measure.report.evaluation_card import check_card, put_evaluation
 
     if update_card:

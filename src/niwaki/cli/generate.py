@@ -20,7 +20,7 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Continue PROMPT with MODEL."""
-    check_inputs(model)
+    check_inputs(model, device=device)
     from niwaki.runtime.load import generate as run
 
     settings: dict[str, Any] = {"temperature": temperature, "seed": seed, "verify": verify, "device": device}

@@ -71,7 +71,7 @@ def _measure(model: str, text: dict[str, Any], flags: dict[str, Any], json_: boo
     from niwaki.cli.progress import Display
     from niwaki.cli.sensitivity import print_sensitivity
 
-    options.check_inputs(model, data=text.get("files"))
+    options.check_inputs(model, data=text.get("files"), device=flags.get("device"))
     from niwaki.compression.sensitivity import measure_sensitivity
 
     with Display(options.error_console) as display:

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from niwaki.config.devices import check_device
 from niwaki.config.events import Event
 from niwaki.config.recipe import (
     BOS_HELP,
@@ -28,6 +29,7 @@ from niwaki.config.sources import check_held_out, check_sources, check_tasks, mo
 from niwaki.config.targets import WRITTEN_TARGETS_HELP, parse_target
 from niwaki.errors import InputError, OutputError, unknown
 from niwaki.methods.registry import method_infos
+from niwaki.model.config_file import read_folder
 
 console = Console()
 error_console = Console(stderr=True)
@@ -192,8 +194,11 @@ def recipe_values(
     return values
 
 
-def check_recipe(values: dict[str, Any]) -> None:
-    """Raise InputError if the method, the target or a text file of a recipe is wrong."""
+def check_job(model: str | None, values: dict[str, Any], out: Path | None, **bounds: bool) -> None:
+    """Raise InputError for a recipe with a wrong method, target or text file, and for a job that cannot be done.
+
+    `bounds` are those of `check_early`. Without a `model` that is there already, the recipe alone is checked.
+    """
     recipe = make_recipe(values)
     infos = method_infos(recipe.method)
     target = recipe.target or ""
@@ -203,12 +208,24 @@ def check_recipe(values: dict[str, Any]) -> None:
     check_sources(recipe.calibration.files)
     parse_mix(recipe.calibration.mix, recipe.calibration.files)
     check_held_out(recipe.calibration.held_out, recipe.calibration.files)
+    if model is not None:
+        from niwaki.compression.preflight import check_early
+
+        check_early(model, recipe, out, **bounds)
 
 
-def check_inputs(*models: str, data: Sequence[str] | None = None, tasks: Sequence[str] | None = None) -> None:
-    """Raise InputError if a model, a text or a task file does not exist, or if a model is an adapter."""
+def check_inputs(
+    *models: str, data: Sequence[str] | None = None, tasks: Sequence[str] | None = None, device: str | None = None
+) -> None:
+    """Raise InputError if a model, a text or a task file does not exist, or if a model is an adapter.
+
+    It is raised too for a model folder whose files and config.json disagree, and for a GPU without a driver.
+    """
+    check_device(device or "auto")
     for model in models:
-        model_folder(model)
+        folder = model_folder(model)
+        if folder is not None and folder.is_dir():
+            read_folder(folder)
     check_sources(data or ())
     check_tasks(tasks or ())
 

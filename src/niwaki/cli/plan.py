@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from niwaki.cli import options
-from niwaki.cli.options import check_inputs, check_recipe, console, first_given, given, print_line, recipe_values
+from niwaki.cli.options import check_job, console, first_given, given, print_line, recipe_values
 from niwaki.cli.tables import print_table
 from niwaki.config.targets import format_blocks
 
@@ -77,8 +77,8 @@ def plan(
         expert_tokens=expert_tokens, rotate=rotate, drop_unused=drop_unused or None, dtype=dtype,
         batch_tokens=batch_tokens, activation_bytes=activation_bytes, logit_bytes=logit_bytes,
     )  # fmt: skip
-    check_recipe(values)
-    check_inputs(*([] if merge_adapter else [model]))
+    base = None if merge_adapter else model
+    check_job(base, values, out and out.absolute(), reads_text=False, here=gpu in (None, "cpu"))
     from niwaki.compression.plan.planner import plan as run
 
     values |= {"price_per_hour": price_per_hour, "tokens_per_day": tokens_per_day, "dense_stream": dense_stream}

@@ -59,7 +59,7 @@ def recover(
     """Train a compressed MODEL to compute what its dense model does. Zeros and codes keep their form."""
     if not (calibration or mix):
         raise InputError("no text to train on: give --calibration FILE, or --mix self:1 for text of the model itself")
-    check_inputs(model, *([teacher] if teacher and teacher != "none" else []), data=calibration)
+    check_inputs(model, *([teacher] if teacher and teacher != "none" else []), data=calibration, device=device)
     parse_mix(mix or (), calibration or ())
     amount = parse_count(tokens)
     policy = check_bos(bos)

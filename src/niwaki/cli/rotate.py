@@ -39,7 +39,7 @@ def rotate(
     if not calibration:
         raise InputError("no text to measure importance on: give --calibration FILE")
     parse_target(target)
-    check_inputs(model, data=calibration)
+    check_inputs(model, data=calibration, device=device)
     from niwaki.cli.progress import Display
     from niwaki.compression.rotate import rotate as run
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from niwaki.cli.options import ApiKeyFile, Device, Model, StoredDtype
+from niwaki.cli.options import ApiKeyFile, Device, Model, StoredDtype, check_inputs
 from niwaki.errors import InputError
 
 # Packages of the extra `serve`. Any other missing module is an error of niwaki.
@@ -46,6 +46,7 @@ def serve(
     dtype: StoredDtype = "auto",
 ) -> None:
     """Serve MODEL to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
+    check_inputs(model, device=device)
     from niwaki.model.device import pick_dtype
     from niwaki.serve.http.keys import read_keys
 

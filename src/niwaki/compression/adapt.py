@@ -26,7 +26,8 @@ from niwaki.config.events import Report, silent
 from niwaki.config.recipe import BosPolicy, as_files, current_name
 from niwaki.config.sources import check_sources
 from niwaki.data.stream import Stream
-from niwaki.data.texts import fit_seq_len, load_tokenizer, read_calibration
+from niwaki.data.text_amount import fit_seq_len
+from niwaki.data.texts import load_tokenizer, read_calibration
 from niwaki.errors import InputError, faults_of
 from niwaki.methods import shadow
 from niwaki.model.checkpoint import Checkpoint

@@ -124,6 +124,12 @@ def rotated_of(out: Path) -> Path:
     return out.with_name(out.name + ".rotated")
 
 
+def beside(out: Path) -> list[Path]:
+    """Return the folders that a run of `out` may leave beside it."""
+    stages = (out, shaped_of(out), merged_of(out), rotated_of(out))
+    return [folder for stage in stages for folder in (partial_of(stage), replaced_of(stage))] + list(stages[1:])
+
+
 def is_result(folder: Path) -> bool:
     """Return whether a folder is a result that niwaki wrote."""
     return (folder / RECORD / RUN).is_file()

@@ -54,7 +54,8 @@ from niwaki.compression.verify import hashed_files
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import BosPolicy, Calibration, as_files
 from niwaki.config.sources import parse_mix
-from niwaki.data.texts import CalibrationWindows, digest, fit_seq_len, windows_for
+from niwaki.data.text_amount import fit_seq_len
+from niwaki.data.texts import CalibrationWindows, digest, windows_for
 from niwaki.errors import InputError, NumericalError, unknown
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder

@@ -20,7 +20,7 @@ from niwaki.config.presets import BITS_OPTION
 from niwaki.config.recipe import MISSING, Calibration, Recipe, make_options
 from niwaki.config.targets import Bits, Sparsity, Target, format_blocks, parse_target
 from niwaki.data.statistics import Needs
-from niwaki.data.texts import fit_seq_len
+from niwaki.data.text_amount import fit_seq_len
 from niwaki.errors import CalibrationError, InputError, TargetError, unknown
 from niwaki.methods.method import MethodKind
 from niwaki.methods.registry import METHODS, MethodInfo, Step, make_steps, merged_needs, method_infos, method_names

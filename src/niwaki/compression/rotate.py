@@ -35,7 +35,8 @@ from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.config.sources import ROTATED
 from niwaki.config.targets import NM, Bits, PrunedBits, Target, parse_target
-from niwaki.data.texts import digest, fit_seq_len, load_tokenizer, read_calibration
+from niwaki.data.text_amount import fit_seq_len
+from niwaki.data.texts import digest, load_tokenizer, read_calibration
 from niwaki.errors import ArchitectureError, InputError, NumericalError, OutputError, TargetError, unknown
 from niwaki.methods.shared.rotation import (
     ROWS,

@@ -28,6 +28,7 @@ ROLES = {
 }
 KEPT_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # of a message, beside role and content
 MAX_OVERRUNS = 4  # dialogues in a row that exceed the limits, each of which costs a process
+NO_TOKENIZER = "a dialogue, which needs the tokenizer of a model"
 NO_TEMPLATE = "a dialogue, and the model has no chat template"
 Messages = list[dict[str, Any]]
 
@@ -73,7 +74,7 @@ class DialogueWriter:
     def problem(self) -> str | None:
         """Return why this tokenizer can write no dialogue, None if it can."""
         if self.tokenizer is None:
-            return "a dialogue, which needs the tokenizer of a model"
+            return NO_TOKENIZER
         try:
             return None if self.tokenizer.get_chat_template() else NO_TEMPLATE
         except ValueError:  # none is set, or there are several and no default

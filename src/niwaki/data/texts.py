@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.config.events import Event, Report, silent
+from niwaki.config.events import Report, silent
 from niwaki.config.recipe import BosPolicy, Calibration
-from niwaki.config.sources import SELF, check_held_out, check_sources, parse_mix
+from niwaki.config.sources import SELF, check_held_out, check_sources
 from niwaki.data.bos import Bos, find_bos
 from niwaki.data.documents import Document, Documents
 from niwaki.data.self_text import self_windows
+from niwaki.data.text_amount import fit_seq_len, split_windows
 from niwaki.data.text_files import first_line
 from niwaki.errors import CalibrationError
 from niwaki.model.decoder import Decoder
@@ -103,7 +104,6 @@ def windows_for(
     text, too little text, and windows longer than the model's positions. It is raised too if the tokenizer has ids
     beyond the vocabulary of the model.
     """
-    shares = parse_mix(given.mix, given.files)
     check_sources(given.files)
     check_held_out(given.held_out, given.files)
     seq_len = fit_seq_len(given.seq_len, Calibration().seq_len, decoder.positions, "the model", report)
@@ -121,15 +121,7 @@ def windows_for(
         held.append(kept)
         return windows
 
-    left, found = given.samples, {}
-    for source, share in shares.items():
-        count = min(left, max(1, round(share * given.samples)))
-        if not count:
-            raise CalibrationError(f"{given.samples} windows are too few for the mix {', '.join(given.mix)}")
-        left -= count
-        found[source] = read((source,), count)
-    if left or not shares:
-        found[", ".join(given.files)] = read(given.files, left)
+    found = {", ".join(files): read(files, count) for files, count in split_windows(given).items()}
     if judge is not None and not held:
         read(judge, 0)
     first = next(iter(found.values()))
@@ -208,23 +200,6 @@ def calibration_record(calibration: CalibrationWindows | None) -> dict[str, Any]
         "sha256": digest(calibration.ids_ST),
         **calibration.about,
     }
-
-
-def fit_seq_len(seq_len: int, default: int, positions: int | None, whose: str, report: Report = silent) -> int:
-    """Return the length of windows that fits the `positions` of a model (None: any length).
-
-    The `default` is lowered to the positions, with a warning. Raises CalibrationError for another length that is too
-    long.
-    """
-    if positions is None or seq_len <= positions:
-        return seq_len
-    if seq_len != default:
-        raise CalibrationError(
-            f"seq_len {seq_len} is longer than the {positions} positions of {whose}: pass --seq-len {positions} or less"
-        )
-    message = f"windows of {positions} tokens: the default of {default} is longer than the positions of {whose}"
-    report(Event.WARNING, message=message)
-    return positions
 
 
 def load_tokenizer(model: str | Path) -> Any:

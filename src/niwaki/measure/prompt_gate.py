@@ -33,7 +33,8 @@ from niwaki.compression.verify import replace_files
 from niwaki.config.events import Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.data.bos import find_bos
-from niwaki.data.texts import fit_seq_len, load_tokenizer, read_evaluation
+from niwaki.data.text_amount import fit_seq_len
+from niwaki.data.texts import load_tokenizer, read_evaluation
 from niwaki.errors import InputError
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.logits import FinalStates, position_slices, vocabulary_of

@@ -37,11 +37,13 @@ class MethodInfo:
     """Facts of a method that its module is not loaded for.
 
     `fractional_bits`: it spends any number of bits a weight, on codes that are stored as they are counted.
+    `reads_text`: it needs windows of text.
     """
 
     name: str
     kind: MethodKind = MethodKind.WALK
     fractional_bits: bool = False
+    reads_text: bool = True
 
 
 METHODS: Mapping[str, MethodInfo] = {
@@ -52,9 +54,9 @@ METHODS: Mapping[str, MethodInfo] = {
         MethodInfo("billm"),
         MethodInfo("gblm"),
         MethodInfo("gptq"),
-        MethodInfo("magnitude"),
+        MethodInfo("magnitude", reads_text=False),
         MethodInfo("ptq161"),
-        MethodInfo("rtn"),
+        MethodInfo("rtn", reads_text=False),
         MethodInfo("sparsegpt"),
         MethodInfo("squeeze10", fractional_bits=True),
         MethodInfo("trellis", fractional_bits=True),

@@ -25,16 +25,22 @@ from niwaki.formats.descriptors import AGAIN, RECORD_NAMES, read_descriptor, rea
 from niwaki.formats.packed import decode_stored
 from niwaki.formats.quantized import WEIGHT
 from niwaki.model.aux_files import STEMS, SUFFIXES, aux_files
-from niwaki.model.config_file import CONFIG, check_generation, config_faults, read_config
+from niwaki.model.config_file import (
+    CONFIG,
+    QUANT_METHOD,
+    WEIGHTS_FIELD,
+    check_generation,
+    config_faults,
+    read_config,
+    stored_quantization,
+)
 from niwaki.model.files import atomic_file, copy_file, file_sha256, write_text
 from niwaki.model.gguf_source import gguf_folder, gguf_source
 from niwaki.model.hf import build_skeleton, tied_names, weight_names
 from niwaki.model.read_log import ReadLog, changed, read_tensor
 from niwaki.model.shards import LENGTH_BYTES, TensorInfo, check_link, hub_commit, read_headers, read_json
 
-QUANT_METHOD = "niwaki"
 FORMAT = 1  # of `quantization_config`
-WEIGHTS_FIELD = "transformers_weights"
 TEXT_FIELD = "text_config"
 IMPORT_NIWAKI = (
     "these weights are packed by niwaki, and only niwaki reads them: pip install niwaki, then `import niwaki` before "
@@ -78,7 +84,7 @@ class Checkpoint:
         for path in files:
             check_link(folder, path, linked_to)
         content = read_json(folder / CONFIG)
-        stored = _stored_packed(folder, content)
+        stored = stored_quantization(folder, content)
         modules, shapes = read_quantization(stored)
         headers = read_headers(folder, None if stored else content.get(WEIGHTS_FIELD), linked_to)
         config = read_config(folder, content, headers)
@@ -373,16 +379,6 @@ def fetched_folder(model: str) -> Path:
         raise CheckpointError(
             f"{model} is not a local folder and could not be fetched as a hub id ({reason})"
         ) from error
-
-
-def _stored_packed(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `quantization_config` of niwaki in the content of config.json, {} for a plain model."""
-    stored = content.get("quantization_config")
-    if stored is None:
-        return {}
-    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"{folder} is already quantized: start from the bf16, fp16 or fp32 checkpoint")
-    return stored
 
 
 def _stored_as(name: str, packed: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from niwaki.errors import CheckpointError, faults_of
-from niwaki.model.shards import TensorInfo, numbered, read_json
+from niwaki.model.shards import TensorInfo, check_link, numbered, read_headers, read_json
 
 CONFIG = "config.json"
+QUANT_METHOD = "niwaki"
+WEIGHTS_FIELD = "transformers_weights"
 # Fields that say how many modules a model has. Towers may have more layers than the file, so there is a margin.
 _LAYERS = re.compile(
     r"(num_(hidden_|decoder_|encoder_)?layers|n_layers?|(en|de)coder_layers|depth|num_nextn\w*_layers)"
@@ -51,6 +53,32 @@ _TOKEN = re.compile(r"\w*_token_id|(begin_)?suppress_tokens")
 _FOREIGN = ("custom_generate", "assistant_model", "constraints", "force_words_ids", "sequence_bias", "stop_strings",
             "dola_layers", "penalty_alpha", "prompt_lookup_num_tokens", "exponential_decay_length_penalty",
             "forced_decoder_ids")  # fmt: skip
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Return the content of config.json, and the headers of a model folder, after every check that needs no torch.
+
+    Raises CheckpointError for links out of the folder, for files that disagree, and for a config that cannot belong to
+    its tensors.
+    """
+    check_link(folder, folder / CONFIG)
+    check_link(folder, folder / GENERATION)
+    content = read_json(folder / CONFIG)
+    packed = stored_quantization(folder, content)
+    headers = read_headers(folder, None if packed else content.get(WEIGHTS_FIELD))
+    _check_counts(folder / CONFIG, content, headers)
+    check_generation(folder)
+    return content, headers
+
+
+def stored_quantization(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `quantization_config` of niwaki in the content of config.json, {} for a plain model."""
+    stored = content.get("quantization_config")
+    if stored is None:
+        return {}
+    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"{folder} is already quantized: start from the bf16, fp16 or fp32 checkpoint")
+    return stored
 
 
 def read_config(folder: Path, content: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from niwaki.config.devices import NO_GPU
 from niwaki.errors import InputError, unknown
 
 
@@ -25,9 +26,7 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name!r} is not supported: expected cpu, cuda or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
+        raise InputError(NO_GPU.format(name, torch.cuda.device_count()))
     return device
 
 

@@ -9,7 +9,7 @@ than the one with the tensor. A link may only lead to a file of the same folder,
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the headers of the tensors of one file. Raises CheckpointError if it is not complete."""
     try:
         require_content(path, CheckpointError)
-        safe_open(path, framework="pt").__exit__(None, None, None)  # checks the header and the length
+        safe_open(path, framework="np").__exit__(None, None, None)  # checks the header and the length, without torch
         with path.open("rb") as file:
             length = int.from_bytes(file.read(LENGTH_BYTES), "little")
             header: dict[str, Any] = json.loads(file.read(length))
@@ -167,10 +167,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def numbered(names: Sequence[str]) -> int:
     """Return the length of the longest numbered list among names of tensors, such as the blocks of a decoder."""
+    return max(map(len, numbered_lists(names).values()), default=0)
+
+
+def numbered_lists(names: Iterable[str]) -> dict[str, set[str]]:
+    """Return the numbers of every numbered list among names of tensors, by the name before the number."""
     lists: dict[str, set[str]] = {}
     for name in names:
         parts = name.split(".")
         for place, part in enumerate(parts):
             if part.isdecimal():
                 lists.setdefault(".".join(parts[:place]), set()).add(part)
-    return max(map(len, lists.values()), default=0)
+    return lists

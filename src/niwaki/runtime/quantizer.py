@@ -21,7 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from niwaki.errors import CheckpointError
 from niwaki.formats.descriptors import RECORD_NAMES, read_descriptor, read_descriptors
 from niwaki.formats.quantized import WEIGHT
-from niwaki.model.checkpoint import FORMAT, QUANT_METHOD, WEIGHTS_FIELD, quantized_config, read_quantization
+from niwaki.model.checkpoint import FORMAT, quantized_config, read_quantization
+from niwaki.model.config_file import QUANT_METHOD, WEIGHTS_FIELD
 from niwaki.model.files import write_text
 from niwaki.model.hf import resize, saved_name, weight_names
 from niwaki.runtime.embedding import pack_embedding

@@ -26,6 +26,7 @@ SHARES = {"cpu": 1 / 2, "cuda": 1 / 8}  # of its memory for hidden states (`hidd
 CPU_FORWARD = 2  # intermediate values of a forward, relative to a GPU
 STARTED_BYTES = 2e7  # threads, and libraries that are imported late
 SLACK = 1.03  # memory that an allocator keeps, relative to what it is asked for
+ID_BYTES = 8  # of a token
 TOKENIZED = 3e5  # tokens a second
 WRITTEN_AT_ONCE = 16  # windows that a model writes in parallel
 
@@ -203,7 +204,7 @@ def memory(
         walk += model.embeddings_weights * load.itemsize + 6 * logit_bytes
     if load.needs.gradient:  # logits, their softmax and its gradient
         outer += 3 * min(FLOAT_BYTES * _at_once(load) * load.tokens * vocabulary, slice_bytes)
-    sure = (resident + max(walk, outer)) * SLACK
+    sure = (resident + max(walk, outer)) * SLACK + ID_BYTES * load.windows * load.tokens
     worst = max(sure, model.file_bytes if load.writes_text else 0)
     if device == "cpu":
         own = base_bytes + STARTED_BYTES

@@ -188,7 +188,9 @@ def check_possible(decoder: Decoder, stage: ResolvedStage, out: Path, report: Re
     warnings = dense + _check_memory(peak, device.type, total, str(device))
     # An unfinished run is there already: it is resumed, or replaced.
     there = sum(path.stat().st_size for path in partial_of(out).rglob("*") if path.is_file())
-    certain, needed = max(CERTAIN_BYTES * written - there, 0), max(written + peak.scratch_bytes - there, 0)
+    held = psutil.virtual_memory().total + psutil.swap_memory().total
+    spilled = peak.scratch_bytes if peak.scratch_bytes > held else 0  # no memory can take the place of the disk
+    certain, needed = max(CERTAIN_BYTES * written + spilled - there, 0), max(written + peak.scratch_bytes - there, 0)
     for text in [*_notes(stage), *warnings, *_check_disk(out, certain, round(needed))]:
         report(Event.WARNING, message=text)
 

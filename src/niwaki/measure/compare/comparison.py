@@ -27,7 +27,7 @@ from niwaki.config.events import Event, Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.data.bos import Bos, find_bos
 from niwaki.data.stream import default_batch_tokens
-from niwaki.data.texts import fit_seq_len
+from niwaki.data.text_amount import fit_seq_len
 from niwaki.errors import InputError
 from niwaki.measure.compare.gates import CONFIDENCE, each_confidence, judge_comparison, load_gates
 from niwaki.measure.compare.inputs import (

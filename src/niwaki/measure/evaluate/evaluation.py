@@ -27,7 +27,8 @@ from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.config.sources import check_sources
 from niwaki.data.bos import find_bos
 from niwaki.data.stream import Stream, default_batch_tokens
-from niwaki.data.texts import EvaluationWindows, fit_seq_len, load_tokenizer, read_evaluation
+from niwaki.data.text_amount import fit_seq_len
+from niwaki.data.texts import EvaluationWindows, load_tokenizer, read_evaluation
 from niwaki.errors import InputError
 from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
 from niwaki.measure.evaluate.harness import HarnessTasks, find_tasks, run_tasks
