@@ -1,8 +1,11 @@
 """Plots of benchmarks/results from its JSON files: perplexity by true bits, by removed share, and drift by depth.
 
+`real` takes files of benchmarks.quality.real_model: the first one ours, the others those of peers.
+
     python -m benchmarks.common.plots quality RESULT.json OUT.svg
     python -m benchmarks.common.plots drift RESULT.json OUT.svg
     python -m benchmarks.common.plots structured QUALITY.json OUT.svg --latency LATENCY.json
+    python -m benchmarks.common.plots real RESULT.json OUT.svg --with PEERS.json
 
 Needs matplotlib (`pip install niwaki[plots]`).
 """
@@ -97,16 +100,65 @@ def structured(result: dict, latency: dict) -> plt.Figure:
     return figure
 
 
+LIMIT = 8.0  # times dense: what is above is of no use, and its points are only counted
+PRUNED = ("4:8", "2:4", "0.5", "0.7", "0.2", "0.3")  # targets of zeros, then of smaller shapes
+
+
+def real(result: dict, *others: dict) -> plt.Figure:
+    """Plot perplexity over dense by true bits, and by target for what is pruned, on both texts."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharey=True, layout="constrained")
+    by_label: dict[str, list[dict]] = defaultdict(list)
+    for row in (row for one in (result, *others) for row in one["rows"]):
+        by_label[row["label"]].append(row)
+    for pair, text in zip(axes, ("reviews", "wikitext2"), strict=True):
+        for axis, places in zip(pair, (None, PRUNED), strict=True):
+            above = 0
+            for number, (label, rows) in enumerate(by_label.items()):
+                points = [point for row in rows if (point := _point(row, text, places))]
+                shown = sorted(point for point in points if point[1] <= LIMIT)
+                above += len(points) - len(shown)
+                if not shown:
+                    continue
+                peer = "peer" in rows[0]
+                style = {"marker": STYLES[number % len(STYLES)][0], "color": f"C{number % 10}", "markersize": 5}
+                style |= {"linestyle": "none" if places else ":" if peer else "-", "linewidth": 1, "label": label}
+                style |= {"markerfacecolor": "none"} if peer else {}
+                x, means, spreads = zip(*shown, strict=True)
+                x = [place + (0.04 * (number % 9 - 4) if places else 0) for place in x]  # side by side
+                axis.errorbar(x, means, yerr=spreads, **style)
+            axis.axhline(1, color="black", linestyle=":", linewidth=1)
+            axis.set(yscale="log", title=f"{text}, {above} points above {LIMIT:g} not shown")
+            axis.set_xlabel("target" if places else "true bits a weight (everything stored)")
+            if places:
+                axis.set_xticks(range(len(places)), places)
+                axis.set_xlim(-0.5, len(places) - 0.5)
+            for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                which(matplotlib.ticker.FormatStrFormatter("%g"))
+            axis.legend(fontsize=6, ncols=2)
+        pair[0].set_ylabel("perplexity / dense")
+    figure.suptitle(f"{result['model']}: mean and standard deviation of the seeds; dotted or hollow: other projects")
+    return figure
+
+
+def _point(row: dict, text: str, places: tuple[str, ...] | None) -> tuple[float, float, float] | None:
+    """Return place, mean and deviation of the ratio; None for a row that belongs on the other side."""
+    bits, target, ratio = row["runs"][0]["bits"], row["target"], row["ratio"][text]
+    if (bits >= 16) != bool(places) or (places and target not in places):
+        return None
+    return places.index(target) if places else bits, ratio["mean"], ratio["stdev"] or 0
+
+
 def main() -> None:
     """Draw one plot."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=["quality", "drift", "structured"])
+    parser.add_argument("kind", choices=["quality", "drift", "structured", "real"])
     parser.add_argument("result", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--latency", type=Path)
+    parser.add_argument("--with", dest="others", type=Path, nargs="*", default=[])
     args = parser.parse_args()
-    draw = {"quality": quality, "drift": drift, "structured": structured}[args.kind]
-    more = [json.loads(args.latency.read_text())] if args.latency else []
+    draw = {"quality": quality, "drift": drift, "structured": structured, "real": real}[args.kind]
+    more = [json.loads(path.read_text()) for path in ([args.latency] if args.latency else args.others)]
     draw(json.loads(args.result.read_text()), *more).savefig(args.out, metadata={"Date": None})
 
 
