@@ -15,9 +15,11 @@ import niwaki
 from niwaki.cli.demo import demo_texts, sapling
 from niwaki.compression.recover import dense_model_of, recover
 from niwaki.compression.recovery import training
+from niwaki.compression.recovery.teacher import Resident
 from niwaki.compression.verify import check_weights
 from niwaki.errors import InputError, OutputError, ResumeError
 from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.logits import FinalStates
 from support.families import build, families
 from support.models import Warnings, add_bos, add_tokenizer, file_bytes, tiny_llama, weights_of, write_texts
 
@@ -182,6 +184,29 @@ def test_the_written_model_has_the_divergence_that_was_reported(world: Path, tex
         p, q = log_p.logits.detach().log_softmax(-1), log_q.logits.detach().log_softmax(-1)
         divergence = float((p.exp() * (p - q)).sum(-1).mean())
         assert divergence == pytest.approx(record["result"]["heldout_loss"], rel=1e-3)
+
+
+def test_the_dense_model_sees_the_held_out_windows_once(
+    world: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Count the windows that both models run on; the result is that of a teacher that runs every time."""
+    run, targets, seen = FinalStates.run, Resident.targets, dict[int, int]()
+
+    def counted(self: FinalStates, ids_BT: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        seen[id(self.model)] = seen.get(id(self.model), 0) + len(ids_BT)
+        return run(self, ids_BT, **inputs)
+
+    monkeypatch.setattr(FinalStates, "run", counted)
+    given = {"data": text, **SMALL}
+    once = recover(world / "zeros", tmp_path / "once", **given)
+    held = once["recover"]["windows"][0] // 8
+    student, teacher = sorted(seen.values(), reverse=True)
+    assert (teacher, student) == (32 + held, 32 + held * (1 + 8 + 1)), "before, after every step, and of the result"
+    monkeypatch.setattr(Resident, "targets", lambda self, rows, ids_BT, again=False: targets(self, rows, ids_BT))
+    seen.clear()
+    recover(world / "zeros", tmp_path / "always", **given)
+    assert len(set(seen.values())) == 1
+    assert file_bytes(tmp_path / "always") == file_bytes(tmp_path / "once")
 
 
 def test_lineage_text_and_memory_are_recorded(world: Path, text: str, tmp_path: Path) -> None:

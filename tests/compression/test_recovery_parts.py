@@ -212,6 +212,7 @@ def test_the_plan_grows_with_what_it_counts() -> None:
     for change, more in [
         ({"learning": Learning("low-rank", 32)}, 16 * SEVEN.sides * 16),
         ({"resident": True}, 2 * SEVEN.dense_weights),
+        ({"resident": True, "held_tokens": 512}, 2 * (SEVEN.dense_weights + 512 * SEVEN.hidden)),
     ]:
         other = {"learning": Learning("low-rank", 16), "recompute": True, "resident": False, **change}
         assert plan_memory(SEVEN, **other, **given).total - small.total == more

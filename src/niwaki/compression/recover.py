@@ -300,7 +300,7 @@ def _plan(inputs: _Inputs) -> MemoryPlan:
     tokens = max(window, CPU_MICRO_TOKENS // window * window) if cpu else settings["batch"] * window
     return choose(
         size, learning, budget(device), tokens=tokens, window=window, itemsize=4 if cpu else 2, best=cpu,
-        modes=learning.modes(settings["train"], size),
+        modes=learning.modes(settings["train"], size), held_tokens=len(inputs.windows.held) * window,
     )  # fmt: skip
 
 

@@ -139,9 +139,20 @@ class MemoryPlan:
 
 
 def plan_memory(
-    size: Size, learning: Learning, *, micro_tokens: int, recompute: bool, resident: bool, itemsize: int, best: bool
+    size: Size,
+    learning: Learning,
+    *,
+    micro_tokens: int,
+    recompute: bool,
+    resident: bool,
+    itemsize: int,
+    best: bool,
+    held_tokens: int = 0,
 ) -> MemoryPlan:
-    """Return the memory of a recovery. `best`: the best state lies on the same device."""
+    """Return the memory of a recovery. `best`: the best state lies on the same device.
+
+    A resident teacher keeps its final hidden states of `held_tokens`.
+    """
     frozen = 0 if learning.mode == "weights" else (1 if learning.codes else itemsize) * size.weights
     codes = size.weights if learning.codes and learning.mode == "weights" else 0  # as bytes for the backward pass
     every = itemsize * size.weights
@@ -155,7 +166,7 @@ def plan_memory(
     slice_bytes = min(LOGIT_BYTES, micro_tokens * size.vocabulary * FLOAT_BYTES)
     return MemoryPlan(
         student=size.others * itemsize + frozen,
-        teacher=size.dense_weights * itemsize if resident else 0,
+        teacher=(size.dense_weights + held_tokens * size.hidden) * itemsize if resident else 0,
         learned=learning.learned(size) * (MASTER_BYTES + (BEST_BYTES if best else 0)),
         masks=size.weights if learning.pruned and learning.mode == "weights" else 0,
         activations=activations,
@@ -169,7 +180,7 @@ def plan_memory(
 
 def choose(
     size: Size, learning: Learning, budget_bytes: int, *, tokens: int, window: int, itemsize: int, best: bool,
-    modes: tuple[Mode, ...] = MODES[:2],
+    modes: tuple[Mode, ...] = MODES[:2], held_tokens: int = 0,
 ) -> MemoryPlan:  # fmt: skip
     """Return the fastest way that fits: `modes` in their order, teacher in memory, no recomputation, large batches.
 
@@ -177,7 +188,7 @@ def choose(
     """
     least: MemoryPlan | None = None
     for mode in modes:
-        for plan in _ways(size, replace(learning, mode=mode), tokens, window, itemsize, best):
+        for plan in _ways(size, replace(learning, mode=mode), tokens, window, itemsize, best, held_tokens):
             if plan.total <= budget_bytes:
                 return plan
             least = plan if least is None or plan.total < least.total else least
@@ -188,14 +199,16 @@ def choose(
     )
 
 
-def _ways(size: Size, learning: Learning, tokens: int, window: int, itemsize: int, best: bool) -> Iterator[MemoryPlan]:
+def _ways(
+    size: Size, learning: Learning, tokens: int, window: int, itemsize: int, best: bool, held_tokens: int
+) -> Iterator[MemoryPlan]:  # fmt: skip
     for resident in (True, False):
         for recompute in (False, True):
             micro = max(tokens, window)
             while True:
                 yield plan_memory(
                     size, learning, micro_tokens=micro, recompute=recompute, resident=resident, itemsize=itemsize,
-                    best=best,
+                    best=best, held_tokens=held_tokens,
                 )  # fmt: skip
                 if micro < 2 * window:
                     break

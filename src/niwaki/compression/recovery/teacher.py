@@ -16,7 +16,7 @@ Legend: S windows, B windows of a batch, T tokens, N positions of a slice, D hid
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,8 +65,11 @@ class Teacher(Protocol):
     def skipped(self) -> int:
         """Return the number of those positions."""
 
-    def targets(self, rows: Sequence[int], ids_BT: Tensor) -> Targets:
-        """Return the targets of the windows `rows` of the text, whose tokens are `ids_BT`."""
+    def targets(self, rows: Sequence[int], ids_BT: Tensor, *, again: bool = False) -> Targets:
+        """Return the targets of the windows `rows` of the text, whose tokens are `ids_BT`.
+
+        `again`: the same windows will come again.
+        """
 
     def loss(self, wanted: Any, logits_NV: Tensor) -> Tensor:
         """Return the loss per position [N]."""
@@ -74,16 +77,22 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class Resident:
-    """Dense model in memory."""
+    """Dense model in memory. `kept` has the final hidden states of windows that come again."""
 
     model: Any
     skipped: int = 0
+    kept: dict[tuple[int, ...], tuple[FinalStates, Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
-    def targets(self, rows: Sequence[int], ids_BT: Tensor) -> Targets:
+    def targets(self, rows: Sequence[int], ids_BT: Tensor, *, again: bool = False) -> Targets:
         """Run the blocks; the logits of a slice are made when they are wanted."""
-        states = FinalStates(self.model)
-        x_BTD = states.run(ids_BT, use_cache=False)
+        if (known := self.kept.get(tuple(rows))) is not None:
+            states, x_BTD = known
+        else:
+            states = FinalStates(self.model)
+            x_BTD = states.run(ids_BT, use_cache=False)
+        if again:
+            self.kept[tuple(rows)] = states, x_BTD
 
         def of(part: slice) -> Tensor:
             with torch.no_grad():
@@ -102,7 +111,7 @@ class Text:
 
     skipped: int = 1
 
-    def targets(self, rows: Sequence[int], ids_BT: Tensor) -> Targets:
+    def targets(self, rows: Sequence[int], ids_BT: Tensor, *, again: bool = False) -> Targets:
         """Return the next tokens."""
         next_BT = torch.full_like(ids_BT, IGNORED)
         next_BT[:, :-1] = ids_BT[:, 1:]
@@ -122,7 +131,7 @@ class Cached:
     windows: int  # per file
     skipped: int = 0
 
-    def targets(self, rows: Sequence[int], ids_BT: Tensor) -> Targets:
+    def targets(self, rows: Sequence[int], ids_BT: Tensor, *, again: bool = False) -> Targets:
         """Read the likely tokens of the windows."""
         log_p, ids = [], []
         for row in rows:
@@ -184,9 +193,12 @@ class Student:
     logit_bytes: int | None = None
 
     def loss(self, rows: Sequence[int], ids_BT: Tensor, *, backward: float = 0.0) -> Tensor:
-        """Return the mean loss of all positions, a scalar. Add `backward` times its gradient to the parameters."""
+        """Return the mean loss of all positions, a scalar. Add `backward` times its gradient to the parameters.
+
+        Windows that are only measured come again: they are those that are held out.
+        """
         states = FinalStates(self.model)
-        targets = self.teacher.targets(rows, ids_BT)
+        targets = self.teacher.targets(rows, ids_BT, again=not backward)
         with torch.set_grad_enabled(backward > 0):
             x_BTD = states.run(ids_BT, use_cache=False)
             leaf_BTD = x_BTD.detach().requires_grad_(backward > 0)
