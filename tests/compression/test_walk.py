@@ -12,7 +12,7 @@ from niwaki.compression.walk import WalkPlan, collect, compress_blocks, forward,
 from niwaki.config.events import silent
 from niwaki.config.targets import Sparsity
 from niwaki.data.statistics import Needs
-from niwaki.data.stream import CalibrationData, Stream
+from niwaki.data.stream import CalibrationData, HeldOut, Stream
 from niwaki.errors import ArchitectureError, NumericalError
 from niwaki.methods.registry import Step, get_method
 from niwaki.model.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ def open_decoder(folder: Path) -> Decoder:
 
 
 def walk(decoder: Decoder, method: str, *, dense: bool = False, **stream: Any) -> tuple[Stream, list[MatrixRecord]]:
-    """Compresses to 50 % in memory; returns the final stream and all report lines."""
+    """Compress to 50 % in memory; return the final stream and all report lines."""
     lines: list[MatrixRecord] = []
     module = get_method(method)
     targets = [dict.fromkeys(block.linears, Sparsity(0.5)) for block in decoder.anatomy.blocks]
@@ -45,7 +45,7 @@ def walk(decoder: Decoder, method: str, *, dense: bool = False, **stream: Any) -
 
 
 def test_statistics_see_the_compressed_prefix(tmp_path: Path) -> None:
-    """Block 1's norms are those of running its input through the compressed block 0."""
+    """Compare the norms of block 1 with those of its input from the compressed block 0."""
     folder = tiny_llama(tmp_path, blocks=2)
     seen: list[torch.Tensor] = []
     module = get_method("wanda")
@@ -150,7 +150,7 @@ def test_experts_see_only_the_tokens_routed_to_them(tmp_path: Path) -> None:
 
 
 def test_full_inputs_are_those_of_the_dense_model_and_move_it_on(tmp_path: Path) -> None:
-    """Behind a block that was changed in the compressed model only."""
+    """Change the first block in the compressed model only, and read the inputs of the second."""
     folder = tiny_llama(tmp_path)
     decoder = open_decoder(folder)
     stream, dense = Stream(decoder, IDS, batch_tokens=16), Stream(decoder, IDS, batch_tokens=16)
@@ -172,6 +172,27 @@ def test_full_inputs_are_those_of_the_dense_model_and_move_it_on(tmp_path: Path)
     torch.testing.assert_close(cross.double(), full.T @ x, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(own, cross)
     torch.testing.assert_close(dense.hidden.store_STD, wanted.hidden.store_STD)
+
+
+@pytest.mark.parametrize("toward_dense", [0.0, 1.0])
+def test_held_out_windows_pass_both_models_as_the_others_do(tmp_path: Path, toward_dense: float) -> None:
+    """Hold out the calibration windows themselves: their streams end where the others do."""
+    decoder = open_decoder(tiny_llama(tmp_path / "model"))
+    method = get_method("sparsegpt")
+    steps = [
+        Step("sparsegpt", method, method.config(toward_dense=toward_dense)),
+        Step("wandapp", get_method("wandapp"), get_method("wandapp").config(rounds=1, samples=2, target="both")),
+    ]
+    ids = torch.randint(0, 4096, (4, 16))
+    stream, dense, judge, judge_dense = (Stream(decoder, ids, learn_batches=frozenset({1})) for _ in range(4))
+    targets = [dict.fromkeys(block.linears, Sparsity(0.5)) for block in decoder.anatomy.blocks]
+    compress_blocks(
+        decoder, WalkPlan(steps, targets, 0), stream, dense, save=lambda block, lines: None,
+        report=silent, held=HeldOut(judge, judge_dense),
+    )  # fmt: skip
+    for found, wanted in ((judge, stream), (judge_dense, dense)):
+        assert torch.equal(found.hidden.store_STD, wanted.hidden.store_STD)
+    assert not torch.equal(judge.hidden.store_STD, judge_dense.hidden.store_STD)
 
 
 def test_full_inputs_of_routed_experts_are_refused(tmp_path: Path) -> None:

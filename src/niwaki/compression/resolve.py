@@ -123,6 +123,7 @@ def resolve_stage(
 ) -> ResolvedStage:
     """Return one stage for a model. Raises TargetError for a matrix that the target does not fit."""
     recipe, anatomy = stage.recipe, _named_blocks(stage.recipe, decoder.anatomy)
+    _check_reach(stage, len(anatomy.blocks))
     needs = merged_needs(stage.steps)
     target, named = stage.target, _named_targets(stage, anatomy)
     if named is not None:
@@ -165,6 +166,19 @@ def _named_blocks(recipe: Recipe, anatomy: Anatomy) -> Anatomy:
     if not named.weights:
         raise TargetError(f"blocks {format_blocks(recipe.blocks)}: these have no matrices to compress")
     return named
+
+
+def _check_reach(stage: RecipeStage, count: int) -> None:
+    """Raise InputError if a step counts logits, and the error of none of the named blocks reaches the last block."""
+    blocks = stage.recipe.blocks
+    for step in stage.steps if blocks is not None else ():
+        reach = max(blocks or ()) + step.needs.ahead
+        if getattr(step.config, "kl", 0.0) and reach < count - 1:
+            raise InputError(
+                f"{step.name}.kl counts logits where the error of a block reaches the last one, {count - 1}, and "
+                f"that of blocks {format_blocks(blocks or ())} ends at {reach}: name the last block, raise ahead, or "
+                "leave kl out"
+            )
 
 
 def resolve_allocation(recipe: Recipe) -> Recipe:

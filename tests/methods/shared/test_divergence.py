@@ -10,6 +10,7 @@ from torch import Tensor
 import niwaki
 from niwaki.data.statistics import Needs
 from niwaki.data.stream import CalibrationData, HeldOut, Stream
+from niwaki.errors import InputError
 from niwaki.methods import wandapp
 from niwaki.methods.cost import Scope
 from niwaki.methods.shared.block_training import Reconstruction
@@ -194,3 +195,12 @@ def test_a_plan_counts_the_head(tmp_path: Path) -> None:
     seconds = [plan["seconds_by_phase"]["walk"] for plan in plans]
     assert seconds[0] < seconds[1] < seconds[2]
     assert plans[0]["peak_rss_bytes"] < plans[1]["peak_rss_bytes"]
+
+
+def test_named_blocks_that_do_not_reach_the_logits_are_refused(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model", blocks=4)
+    given = {"method": "wandapp", "target": "0.5", "gpu": "cpu", "calibration": {"samples": 8, "seq_len": 16}}
+    for blocks, ahead in (("2", 1), ("0,3", 0)):
+        niwaki.plan(model, blocks=blocks, options={"kl": 1, "ahead": ahead}, **given)
+    with pytest.raises(InputError, match=r"wandapp\.kl counts logits .* 3, and that of blocks 0-1 ends at 2"):
+        niwaki.plan(model, blocks="0-1", options={"kl": 1, "ahead": 1}, **given)
