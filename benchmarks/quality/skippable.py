@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=50_000, help="of each text, for the budgets")
     parser.add_argument("--curve-tokens", type=int, default=8192, help="of each text, for curves and blocks")
     parser.add_argument("--samples", type=int, default=16, help="calibration windows")
-    parser.add_argument("--memory", type=int, default=16, help="tokens that renewed masks look back at")
+    parser.add_argument("--memory", type=int, default=64, help="tokens that renewed masks look back at")
     parser.add_argument("--batch", type=int, default=48, help="windows of a forward")
     parser.add_argument("--seconds", type=float, default=230.0, help="after which no further measurement begins")
     parser.add_argument("--parts", nargs="+", choices=PARTS_OF_RESULT, default=PARTS_OF_RESULT)
