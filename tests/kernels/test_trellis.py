@@ -87,6 +87,43 @@ def test_products_and_decoded_rows(rows: int, columns: int, bits: int, others: i
     assert torch.equal(decode_rows(layer, 32, decoded, PATHS[path]), weight[32:])
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_fit(bits: int, sign: int, path: str) -> None:
+    """Multiply levels at both ends with inputs of one size: nothing cancels in the sums of 32 bits."""
+    compiled = cpu_module()
+    assert compiled is not None
+    if not compiled.supported(PATHS[path]):
+        pytest.skip(f"this processor has no {path}")
+    (part,) = trellis_matrix(32, 515, bits)
+    part.level_S[:] = torch.where(torch.arange(256) < 128, -127, 127)
+    part.level_S[3] = -128
+    weight, layer = assemble_trellis([part]), prepared_layer(kernel_parts([part]), 32, 515)
+    x = sign * weight[7].sign()[None] * 3.0  # every product of row 7 has this sign
+    found = cpu_product(layer, x, 32, PATHS[path])
+    exact = x.double() @ weight.double().T
+    assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 15, 16, 17, 30])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_few_columns_are_read_and_none_after_them(columns: int, bits: int, path: str) -> None:
+    """Decode and multiply with every rest of four or sixteen columns, beside a second tile."""
+    compiled = cpu_module()
+    assert compiled is not None
+    if not compiled.supported(PATHS[path]):
+        pytest.skip(f"this processor has no {path}")
+    parts = trellis_matrix(64, columns, bits, 5 - bits if columns > 2 else None)
+    weight, layer = assemble_trellis(parts), prepared_layer(kernel_parts(parts), 64, columns)
+    decoded = torch.full((64, columns), 7.0)
+    assert torch.equal(decode_rows(layer, 0, decoded, PATHS[path]), weight)
+    x = normal(2, columns)
+    exact = x.double() @ weight.double().T
+    assert float((cpu_product(layer, x, 64, PATHS[path]) - exact).norm()) <= 1e-4 * float(exact.norm())
+
+
 def test_values_that_are_not_finite_reach_the_output() -> None:
     parts = trellis_matrix(32, 40, 2)
     layer = prepared_layer(kernel_parts(parts), 32, 40)

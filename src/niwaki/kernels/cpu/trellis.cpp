@@ -7,6 +7,7 @@
 
 #include "trellis.h"
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -31,35 +32,59 @@ void for_bits(int64_t bits, const Work& work) {
     if (bits == 4) work(std::integral_constant<int, 4>());
 }
 
-// Writes a part of a decoded tile to own[32][columns]. Rows after the last one have a scale of zero.
-void decode_tile(const TrellisProduct& p, const uint8_t* rings, const float* scale, float* own, int64_t columns) {
+// Writes a part of a decoded tile to own[32][stride]. Rows after the last one have a scale of zero. A few columns at a
+// time are decoded into a buffer that the cache holds: whole columns lie too far apart in `own`.
+void decode_portable(const TrellisProduct& p, const uint8_t* rings, const float* scale, float* own, int64_t stride) {
+    float level[256];
+    for (int state = 0; state < 256; ++state) level[state] = p.levels[state];
     for_bits(p.bits, [&](auto bits) {
         constexpr int kBits = decltype(bits)::value;
-        for (int64_t column = 0; column < p.columns; ++column) {
-            uint8_t state[kRing];
-            ring_states<kBits>(rings + column * 4 * kBits, state);
-            float* at = own + (p.column ? p.column[column] : column);
-            for (int64_t row = 0; row < kRing; ++row) at[row * columns] = p.levels[state[row]] * scale[row];
+        for (int64_t first = 0; first < p.columns; first += kTogether) {
+            const int64_t count = std::min(kTogether, p.columns - first);
+            float some[kRing][kTogether];
+            for (int64_t i = 0; i < count; ++i) {
+                uint8_t state[kRing];
+                ring_states<kBits>(rings + (first + i) * 4 * kBits, state);
+                for (int64_t row = 0; row < kRing; ++row) some[row][i] = level[state[row]] * scale[row];
+            }
+            put_columns(p, some, first, count, own, stride);
         }
     });
 }
 
+using TrellisDecodeTile = void (*)(const TrellisProduct&, const uint8_t*, const float*, float*, int64_t);
+
+TrellisDecodeTile choose_decode(Path path) {
+#ifdef NIWAKI_X86
+    if ((path == Path::best || path == Path::vbmi) && supported(Path::vbmi)) return trellis_decode_vbmi;
+#endif
+    return decode_portable;
+}
+
 // Gathers the inputs of a part, and rounds them to whole numbers for the kernels that take them.
 TrellisInputs gather(const TrellisProduct& p, const float* x) {
-    const int64_t even = p.columns + p.columns % 2;
-    TrellisInputs made{std::vector<float>(even), std::vector<int16_t>(even), {}};
+    const int64_t padded = (p.columns + 3) / 4 * 4;
+    TrellisInputs made;
+    made.x.resize(padded), made.whole.resize(padded), made.high.resize(padded), made.low.resize(padded);
     for (int64_t i = 0; i < p.columns; ++i) made.x[i] = x[p.column ? p.column[i] : i];
-    for (int64_t first = 0; first < even; first += kTrellisBlock) {
-        const int64_t last = std::min(even, first + kTrellisBlock);
+    for (int64_t first = 0; first < padded; first += kTrellisBlock) {
+        const int64_t last = std::min(padded, first + kTrellisBlock);
         float largest = 0;
         for (int64_t i = first; i < last; ++i) largest = std::max(largest, std::fabs(made.x[i]));
         // NaN and infinity reach the output through the scale.
         for (int64_t i = first; i < last; ++i)
             if (!std::isfinite(made.x[i])) largest = made.x[i] * 0;
-        const float scale = largest > 0 ? largest / 32767 : largest;
+        const float scale = largest > 0 ? largest / kWhole : largest;
         made.scale.push_back(scale);
-        for (int64_t i = first; i < last; ++i)
-            made.whole[i] = scale > 0 ? static_cast<int16_t>(std::nearbyint(made.x[i] / scale)) : 0;
+        int32_t sum = 0;
+        for (int64_t i = first; i < last; ++i) {
+            const int whole = scale > 0 ? static_cast<int>(std::nearbyint(made.x[i] / scale)) : 0;
+            made.whole[i] = static_cast<int16_t>(std::clamp(whole, -kWhole, kWhole));
+            made.low[i] = static_cast<int8_t>(made.whole[i]);
+            made.high[i] = static_cast<int8_t>((made.whole[i] - made.low[i]) / 256);
+            sum += made.whole[i];
+        }
+        made.sum.push_back(sum);
     }
     return made;
 }
@@ -99,19 +124,21 @@ void trellis_products(const std::vector<TrellisProduct>& parts, int threads, Pat
     });
 }
 
-void trellis_decode(const std::vector<TrellisProduct>& parts, const Decoded& to, int threads, Path) {
+void trellis_decode(const std::vector<TrellisProduct>& parts, const Decoded& to, int threads, Path path) {
+    const TrellisDecodeTile decode = choose_decode(path);
     const int64_t first_tile = to.first / kRing, tiles = (to.last + kRing - 1) / kRing - first_tile;
     over_rows(tiles, threads, [&](int64_t begin, int64_t end) {
-        std::vector<float> own(kRing * to.columns);
+        const int64_t stride = to.columns + kTogether;  // rows that are a power of two apart push each other out of a cache
+        std::vector<float> own(kRing * stride);
         for (int64_t tile = first_tile + begin; tile < first_tile + end; ++tile) {
             const int64_t rows = std::min(kRing, to.last - tile * kRing);
             for (const TrellisProduct& p : parts) {
                 float scale[kRing] = {};
                 for (int64_t row = 0; row < rows; ++row) scale[row] = half_to_float(p.scale[tile * kRing + row]);
-                decode_tile(p, p.rings + tile * p.columns * 4 * p.bits, scale, own.data(), to.columns);
+                decode(p, p.rings + tile * p.columns * 4 * p.bits, scale, own.data(), stride);
             }
             for (int64_t row = 0; row < rows; ++row)
-                put_row(to, tile * kRing + row - to.first, own.data() + row * to.columns);
+                put_row(to, tile * kRing + row - to.first, own.data() + row * stride);
         }
     });
 }

@@ -7,14 +7,21 @@
 
 namespace niwaki {
 
-constexpr int64_t kRing = 32;  // rows of a ring, the rows of a tile
+constexpr int64_t kRing = 32;      // rows of a ring, the rows of a tile
+constexpr int64_t kTogether = 16;  // columns that are decoded together, a cache line of a row
 
 // Inputs of one part as the kernels read them: float32, or 16-bit numbers with a scale for every `kTrellisBlock` columns.
+// Zeros follow up to a multiple of four columns.
 struct TrellisInputs {
-    std::vector<float> x;         // [columns], and a zero if they are odd
-    std::vector<int16_t> whole;   // the same
-    std::vector<float> scale;     // of every block
+    std::vector<float> x;
+    std::vector<int16_t> whole;     // 256 · high + low
+    std::vector<int8_t> high, low;
+    std::vector<float> scale;       // of every block
+    std::vector<int32_t> sum;       // of the whole numbers of every block
 };
+
+// Whole numbers lie in [-kWhole, kWhole]: both of their bytes have a sign.
+constexpr int kWhole = 127 * 256 + 127;
 
 // Products of two whole numbers, of 8 and 16 bits, are less than 2^22: 256 of them add up in 32 bits.
 constexpr int64_t kTrellisBlock = 256;
@@ -31,7 +38,20 @@ void trellis_tile_avx2(const TrellisProduct& p, const uint8_t* rings, const uint
                          float* sums);
 void trellis_tile_vbmi(const TrellisProduct& p, const uint8_t* rings, const uint8_t* end, const TrellisInputs& inputs,
                          float* sums);
+void trellis_decode_vbmi(const TrellisProduct& p, const uint8_t* rings, const float* scale, float* own, int64_t stride);
 #endif
+
+// Puts some decoded columns of a tile, from the number `first` of the part on, to their places in own[32][stride].
+inline void put_columns(const TrellisProduct& p, const float (*some)[kTogether], int64_t first, int64_t count, float* own,
+                        int64_t stride) {
+    for (int64_t row = 0; row < kRing; ++row) {
+        float* at = own + row * stride;
+        if (!p.column)
+            std::memcpy(at + first, some[row], sizeof(float) * count);
+        else
+            for (int64_t i = 0; i < count; ++i) at[p.column[first + i]] = some[row][i];
+    }
+}
 
 // Writes the states of a ring of K bits: the byte that begins at the bits of each row.
 template <int K>
