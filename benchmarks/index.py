@@ -67,6 +67,7 @@ PLOTS = {
     "quality/drift-llama-28m.svg": "drift",
     "quality/quality-quantized-llama-28m.svg": "quality",
     "quality/quality-structured-llama-28m.svg": "structured",
+    "quality/real-model-smollm2-h200.svg": "real",
 }
 INTRODUCTION = """# Benchmarks
 
@@ -75,7 +76,10 @@ machine, versions and command. `python -m benchmarks.index` writes this page fro
 also those of earlier results. The commands of whole models are built from the settings in their files. MODEL, DATA,
 WORK and OUT are folders and files of the person who runs the script.
 """
-LATENCY = " --latency benchmarks/results/speed/latency-structured-llama-28m.json"
+MORE = {  # arguments of plots that read two files
+    "structured": " --latency benchmarks/results/speed/latency-structured-llama-28m.json",
+    "real": " --with benchmarks/results/quality/peers-smollm2-h200.json",
+}
 
 
 def modern(command: str) -> str:
@@ -93,7 +97,7 @@ def modern(command: str) -> str:
 def commands_of(name: str) -> list[str]:
     """Return the commands that made a result, with today's modules. An empty list means that none is known."""
     if name in PLOTS:
-        more = LATENCY if PLOTS[name] == "structured" else ""
+        more = MORE.get(PLOTS[name], "")
         source = f"benchmarks/results/{name.removesuffix('.svg')}.json"
         return [f"python -m benchmarks.common.plots {PLOTS[name]} {source} benchmarks/results/{name}{more}"]
     found = json.loads((RESULTS / name).read_text(encoding="utf-8"))
