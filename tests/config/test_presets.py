@@ -28,8 +28,10 @@ def test_every_preset_is_a_valid_recipe(name: str, target: str) -> None:
         ({"target": "2:4"}, "sparsegpt+wandapp"),
         ({"target": 0.5}, "sparsegpt+wandapp"),
         ({"target": "4bit"}, "gptq"),
-        ({"target": "1.75bit"}, "squeeze10"),
-        ({"target_bytes": "600KB"}, "squeeze10"),
+        ({"target": "1.75bit"}, "trellis"),
+        ({"target_bytes": "600KB"}, "trellis"),
+        ({"options": {"squeeze10.salient_frac": 0.2}}, "squeeze10"),
+        ({"options": {"squeeze10.salient_frac": 0.2}, "target": "2bit"}, "squeeze10"),
         ({"target": "0.5+3bit"}, "sparsegpt+wandapp+gptq"),
     ],
 )
