@@ -76,9 +76,11 @@ def test_products_and_decoded_rows(rows: int, columns: int, bits: int, others: i
         pytest.skip(f"this processor has no {path}")
     parts = trellis_matrix(rows, columns, bits, others)
     weight, layer = assemble_trellis(parts), prepared_layer(kernel_parts(parts), rows, columns)
-    for tokens, dtype in product((1, 3), (torch.float32, torch.bfloat16)):
+    for tokens, dtype in product((1, 2, 3, 7), (torch.float32, torch.bfloat16)):
         x = normal(tokens, columns).to(dtype)
         found = cpu_product(layer, x, rows, PATHS[path])
+        alone = torch.cat([cpu_product(layer, one[None], rows, PATHS[path]) for one in x])
+        assert torch.equal(found, alone), "tokens together are what they are alone"
         exact = x.double() @ weight.double().T
         assert found.dtype == dtype
         limit = 1e-4 if dtype == torch.float32 else 4e-3

@@ -23,7 +23,7 @@ from niwaki.formats.trellis import RING, STATES
 from niwaki.kernels.cpu_module import as_array, cpu_module
 from niwaki.kernels.types import Codebook, Rounded, Start, TrellisPart
 
-MAX_CPU_TOKENS = 8  # with more, the matrix is decoded once: that is exact, and faster
+MAX_CPU_TOKENS = 16  # with more, the matrix is decoded once: that is exact, and faster
 MAX_GPU_TOKENS = 4
 
 

@@ -91,15 +91,17 @@ TrellisInputs gather(const TrellisProduct& p, const float* x) {
 
 }  // namespace
 
-void trellis_tile_portable(const TrellisProduct& p, const uint8_t* rings, const uint8_t*, const TrellisInputs& inputs,
+void trellis_tile_portable(const TrellisProduct& p, const uint8_t* rings, const uint8_t*, const TrellisInputs* inputs,
                            float* sums) {
     for_bits(p.bits, [&](auto bits) {
         constexpr int kBits = decltype(bits)::value;
         for (int64_t column = 0; column < p.columns; ++column) {
             uint8_t state[kRing];
             ring_states<kBits>(rings + column * 4 * kBits, state);
-            const float x = inputs.x[column];
-            for (int64_t row = 0; row < kRing; ++row) sums[row] += x * p.levels[state[row]];
+            for (int64_t n = 0; n < p.tokens; ++n) {
+                const float x = inputs[n].x[column];
+                for (int64_t row = 0; row < kRing; ++row) sums[n * kRing + row] += x * p.levels[state[row]];
+            }
         }
     });
 }
@@ -111,16 +113,17 @@ void trellis_products(const std::vector<TrellisProduct>& parts, int threads, Pat
     for (const TrellisProduct& p : parts)
         for (int64_t n = 0; n < tokens; ++n) inputs.push_back(gather(p, p.x + n * p.inputs));
     over_rows(tiles, threads, [&](int64_t first, int64_t last) {
+        std::vector<float> sums(tokens * kRing);
         for (int64_t tile = first; tile < last; ++tile)
-            for (size_t i = 0; i < parts.size(); ++i)
-                for (int64_t n = 0; n < tokens; ++n) {
-                    const TrellisProduct& p = parts[i];
-                    float sums[kRing] = {};
-                    const int64_t bytes = p.columns * 4 * p.bits;
-                    multiply(p, p.rings + tile * bytes, p.rings + tiles * bytes, inputs[i * tokens + n], sums);
+            for (size_t i = 0; i < parts.size(); ++i) {
+                const TrellisProduct& p = parts[i];
+                const int64_t bytes = p.columns * 4 * p.bits;
+                std::fill(sums.begin(), sums.end(), 0.0f);
+                multiply(p, p.rings + tile * bytes, p.rings + tiles * bytes, &inputs[i * tokens], sums.data());
+                for (int64_t n = 0; n < tokens; ++n)
                     for (int64_t row = tile * kRing; row < std::min(rows, (tile + 1) * kRing); ++row)
-                        p.out[n * rows + row] += sums[row % kRing] * half_to_float(p.scale[row]);
-                }
+                        p.out[n * rows + row] += sums[n * kRing + row % kRing] * half_to_float(p.scale[row]);
+            }
     });
 }
 

@@ -26,17 +26,17 @@ constexpr int kWhole = 127 * 256 + 127;
 // Products of two whole numbers, of 8 and 16 bits, are less than 2^22: 256 of them add up in 32 bits.
 constexpr int64_t kTrellisBlock = 256;
 
-// Adds the products of the rows of one tile with one token to sums[32], without the scales of the rows. No byte is read
-// from the `end` of all rings on.
+// Adds the products of the rows of one tile with the inputs of all tokens to sums[tokens][32], without the scales of the
+// rows. No byte is read from the `end` of all rings on.
 using TrellisTile = void (*)(const TrellisProduct& p, const uint8_t* rings, const uint8_t* end,
-                             const TrellisInputs& inputs, float* sums);
+                             const TrellisInputs* inputs, float* sums);
 
-void trellis_tile_portable(const TrellisProduct& p, const uint8_t* rings, const uint8_t* end, const TrellisInputs& inputs,
+void trellis_tile_portable(const TrellisProduct& p, const uint8_t* rings, const uint8_t* end, const TrellisInputs* inputs,
                          float* sums);
 #ifdef NIWAKI_X86
-void trellis_tile_avx2(const TrellisProduct& p, const uint8_t* rings, const uint8_t* end, const TrellisInputs& inputs,
+void trellis_tile_avx2(const TrellisProduct& p, const uint8_t* rings, const uint8_t* end, const TrellisInputs* inputs,
                          float* sums);
-void trellis_tile_vbmi(const TrellisProduct& p, const uint8_t* rings, const uint8_t* end, const TrellisInputs& inputs,
+void trellis_tile_vbmi(const TrellisProduct& p, const uint8_t* rings, const uint8_t* end, const TrellisInputs* inputs,
                          float* sums);
 void trellis_decode_vbmi(const TrellisProduct& p, const uint8_t* rings, const float* scale, float* own, int64_t stride);
 #endif

@@ -55,38 +55,52 @@ NIWAKI_AVX2 inline __m256i added(__m256i sum, __m128i pairs, __m256i x) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_cvtepi8_epi16(pairs), x));
 }
 
-}  // namespace
-
-NIWAKI_AVX2 void trellis_tile_avx2(const TrellisProduct& p, const uint8_t* rings, const uint8_t* end,
-                                   const TrellisInputs& inputs, float* sums) {
-    const Places places[2] = {places_of(p.bits, 0), places_of(p.bits, 16)};
-    __m256i table[16];
-    for (int i = 0; i < 16; ++i)
-        table[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p.levels + 16 * i)));
+// Adds the products with `kTokens` tokens: levels are looked up once for all of them.
+template <int kTokens>
+NIWAKI_AVX2 void multiply(const Places* places, const __m256i* table, const TrellisProduct& p, const uint8_t* rings,
+                          const uint8_t* end, const TrellisInputs* inputs, float* sums) {
     const int64_t ring = 4 * p.bits, pairs = (p.columns + 1) / 2;
     for (int64_t first = 0, block = 0; first < pairs; first += kTrellisBlock / 2, ++block) {
-        __m256i sum[4] = {};
+        __m256i sum[kTokens][4] = {};
         for (int64_t pair = first; pair < std::min(pairs, first + kTrellisBlock / 2); ++pair) {
             const uint8_t* one = rings + 2 * pair * ring;
             const __m256i levels = look_up(load_ring(one, end), places, table);
             // The input of a missing last column is zero.
             const __m256i others =
                 2 * pair + 1 < p.columns ? look_up(load_ring(one + ring, end), places, table) : _mm256_setzero_si256();
-            int32_t x_pair;
-            std::memcpy(&x_pair, inputs.whole.data() + 2 * pair, 4);
-            const __m256i x = _mm256_set1_epi32(x_pair);
             const __m256i low = _mm256_unpacklo_epi8(levels, others), high = _mm256_unpackhi_epi8(levels, others);
-            sum[0] = added(sum[0], _mm256_castsi256_si128(low), x);
-            sum[1] = added(sum[1], _mm256_castsi256_si128(high), x);
-            sum[2] = added(sum[2], _mm256_extracti128_si256(low, 1), x);
-            sum[3] = added(sum[3], _mm256_extracti128_si256(high, 1), x);
+            for (int n = 0; n < kTokens; ++n) {
+                int32_t x_pair;
+                std::memcpy(&x_pair, inputs[n].whole.data() + 2 * pair, 4);
+                const __m256i x = _mm256_set1_epi32(x_pair);
+                sum[n][0] = added(sum[n][0], _mm256_castsi256_si128(low), x);
+                sum[n][1] = added(sum[n][1], _mm256_castsi256_si128(high), x);
+                sum[n][2] = added(sum[n][2], _mm256_extracti128_si256(low, 1), x);
+                sum[n][3] = added(sum[n][3], _mm256_extracti128_si256(high, 1), x);
+            }
         }
-        const __m256 scale = _mm256_set1_ps(inputs.scale[block]);
-        for (int i = 0; i < 4; ++i) {
-            const __m256 before = _mm256_loadu_ps(sums + 8 * i);
-            _mm256_storeu_ps(sums + 8 * i, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i]), scale, before));
+        for (int n = 0; n < kTokens; ++n) {
+            const __m256 scale = _mm256_set1_ps(inputs[n].scale[block]);
+            for (int i = 0; i < 4; ++i) {
+                float* at = sums + n * kRing + 8 * i;
+                _mm256_storeu_ps(at, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[n][i]), scale, _mm256_loadu_ps(at)));
+            }
         }
     }
+}
+
+}  // namespace
+
+NIWAKI_AVX2 void trellis_tile_avx2(const TrellisProduct& p, const uint8_t* rings, const uint8_t* end,
+                                   const TrellisInputs* inputs, float* sums) {
+    const Places places[2] = {places_of(p.bits, 0), places_of(p.bits, 16)};
+    __m256i table[16];
+    for (int i = 0; i < 16; ++i)
+        table[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p.levels + 16 * i)));
+    int64_t n = 0;
+    for (; n + 4 <= p.tokens; n += 4) multiply<4>(places, table, p, rings, end, inputs + n, sums + n * kRing);
+    for (; n + 2 <= p.tokens; n += 2) multiply<2>(places, table, p, rings, end, inputs + n, sums + n * kRing);
+    if (n < p.tokens) multiply<1>(places, table, p, rings, end, inputs + n, sums + n * kRing);
 }
 
 }  // namespace niwaki

@@ -82,35 +82,48 @@ NIWAKI_VBMI inline void rows_of(const __m512i quads[4], __m512i own[4]) {
     own[2] = _mm512_unpacklo_epi64(b, d), own[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-}  // namespace
-
-NIWAKI_VBMI void trellis_tile_vbmi(const TrellisProduct& p, const uint8_t* rings, const uint8_t*,
-                                   const TrellisInputs& inputs, float* sums) {
-    const Reader reader(p, static_cast<char>(0x80));  // bytes without a sign: level + 128
+// Adds the products with `kTokens` tokens: levels are looked up once for all of them.
+template <int kTokens>
+NIWAKI_VBMI void multiply(const Reader& reader, const TrellisProduct& p, const uint8_t* rings, const TrellisInputs* inputs,
+                          float* sums) {
     const int64_t ring = 4 * p.bits;
-    __m512 low = _mm512_loadu_ps(sums), high = _mm512_loadu_ps(sums + 16);
     for (int64_t first = 0, block = 0; first < p.columns; first += kTrellisBlock, ++block) {
-        __m512i upper[2] = {}, lower[2] = {};
+        __m512i upper[kTokens][2] = {}, lower[kTokens][2] = {};
         const int64_t last = std::min(p.columns, first + kTrellisBlock);
         for (int64_t column = first; column < last; column += 4) {
             const Quad quad = reader.read(rings + column * ring, std::min<int64_t>(4, last - column));
-            int32_t high_bytes, low_bytes;
-            std::memcpy(&high_bytes, inputs.high.data() + column, 4);
-            std::memcpy(&low_bytes, inputs.low.data() + column, 4);
-            for (int i = 0; i < 2; ++i) {
-                upper[i] = _mm512_dpbusd_epi32(upper[i], quad.rows[i], _mm512_set1_epi32(high_bytes));
-                lower[i] = _mm512_dpbusd_epi32(lower[i], quad.rows[i], _mm512_set1_epi32(low_bytes));
+            for (int n = 0; n < kTokens; ++n) {
+                int32_t high_bytes, low_bytes;
+                std::memcpy(&high_bytes, inputs[n].high.data() + column, 4);
+                std::memcpy(&low_bytes, inputs[n].low.data() + column, 4);
+                for (int i = 0; i < 2; ++i) {
+                    upper[n][i] = _mm512_dpbusd_epi32(upper[n][i], quad.rows[i], _mm512_set1_epi32(high_bytes));
+                    lower[n][i] = _mm512_dpbusd_epi32(lower[n][i], quad.rows[i], _mm512_set1_epi32(low_bytes));
+                }
             }
         }
         // Sums wrap around on the way and are whole in the end, since the sum of the products fits in 32 bits.
-        const __m512i shift = _mm512_set1_epi32(inputs.sum[block] * 128);
-        const __m512 scale = _mm512_set1_ps(inputs.scale[block]);
-        for (int i = 0; i < 2; ++i)
-            upper[i] = _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(upper[i], 8), lower[i]), shift);
-        low = _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper[0]), scale, low);
-        high = _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper[1]), scale, high);
+        for (int n = 0; n < kTokens; ++n)
+            for (int i = 0; i < 2; ++i) {
+                const __m512i bytes = _mm512_add_epi32(_mm512_slli_epi32(upper[n][i], 8), lower[n][i]);
+                const __m512i whole = _mm512_sub_epi32(bytes, _mm512_set1_epi32(inputs[n].sum[block] * 128));
+                float* at = sums + n * kRing + 16 * i;
+                const __m512 scale = _mm512_set1_ps(inputs[n].scale[block]);
+                _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, _mm512_loadu_ps(at)));
+            }
     }
-    _mm512_storeu_ps(sums, low), _mm512_storeu_ps(sums + 16, high);
+}
+
+}  // namespace
+
+NIWAKI_VBMI void trellis_tile_vbmi(const TrellisProduct& p, const uint8_t* rings, const uint8_t*,
+                                   const TrellisInputs* inputs, float* sums) {
+    const Reader reader(p, static_cast<char>(0x80));  // bytes without a sign: level + 128
+    int64_t n = 0;
+    for (; n + 4 <= p.tokens; n += 4) multiply<4>(reader, p, rings, inputs + n, sums + n * kRing);
+    if (p.tokens - n == 3) multiply<3>(reader, p, rings, inputs + n, sums + n * kRing);
+    if (p.tokens - n == 2) multiply<2>(reader, p, rings, inputs + n, sums + n * kRing);
+    if (p.tokens - n == 1) multiply<1>(reader, p, rings, inputs + n, sums + n * kRing);
 }
 
 NIWAKI_VBMI void trellis_decode_vbmi(const TrellisProduct& p, const uint8_t* rings, const float* scale, float* own,
