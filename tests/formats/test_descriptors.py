@@ -97,6 +97,19 @@ def test_a_field_out_of_its_range_is_named(kind: str, edit: Edit, message: str) 
     assert "layers.3.up" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_description_that_only_looks_like_a_known_one_is_read_again() -> None:
+    """Read true in place of 1, a changed description, and the same one for another module."""
+    about: dict[str, Any] = {"shape": [8, 16], "parts": [{"bits": 1, "grid": "affine", "group": 8, "columns": 16}]}
+    known = read_descriptor("one", about)
+    assert read_descriptor("one", copy.deepcopy(about)) is known
+    assert read_descriptor("other", about).module == "other"
+    about["parts"][0]["bits"] = 2
+    assert read_descriptor("one", about) != known
+    about["parts"][0]["bits"] = True
+    with pytest.raises(CheckpointError, match="bits is True"):
+        read_descriptor("one", about)
+
+
 @pytest.mark.parametrize("wrong", [None, 3, "x", [], [{}]])
 def test_sections_that_are_no_objects_are_named(wrong: Any) -> None:
     with pytest.raises(CheckpointError, match=r"quantization_config\.modules is"):

@@ -1,4 +1,4 @@
-"""What transformers loads for niwaki is a copy: no later change of the file reaches it."""
+"""Copies that transformers loads for niwaki: no later change of the file reaches them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import modeling_utils
 
 import niwaki
 from niwaki.errors import CheckpointError
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.own_reader import own_reader
+from niwaki.model.shards import TensorInfo
 from niwaki.runtime.load import load_checkpoint
 from support.changes import cut, replace, write_in_place, write_with_old_times
 from support.models import tiny_llama
@@ -55,20 +57,37 @@ def test_a_change_during_loading_is_noticed(
 ) -> None:
     model = tiny_llama(tmp_path / "model")
     checkpoint = Checkpoint.open(model)
-    read, count = niwaki.model.own_reader.read_tensor, 0
+    read, count = niwaki.model.own_reader.read_run, 0
 
-    def reads(*given: object, **options: object) -> torch.Tensor:
+    def reads(path: Path, run: dict[str, TensorInfo]) -> dict[str, torch.Tensor]:
         nonlocal count
-        tensor = read(*given, **options)  # type: ignore[arg-type]
-        count += 1
-        if count == len(checkpoint.tensors):  # the last: nothing but the log can notice it
+        tensors = read(path, run)
+        count += len(tensors)
+        if count == len(checkpoint.tensors):  # the last: the log alone can notice it
             change(model / SHARD)
-        return tensor
+        return tensors
 
-    monkeypatch.setattr("niwaki.model.own_reader.read_tensor", reads)
+    monkeypatch.setattr("niwaki.model.own_reader.read_run", reads)
+    monkeypatch.setattr("niwaki.model.own_reader.RUN_BYTES", 2**10)
     with pytest.raises(CheckpointError, match="changed while it was read"):
         load_checkpoint(checkpoint, device="cpu", hashed=True)
     assert count == len(checkpoint.tensors)
+
+
+@pytest.mark.parametrize("bound", [{"RUN_BYTES": 1}, {"RUN_BYTES": 5000}, {"RUN_TENSORS": 2}, {}])
+def test_tensors_that_are_read_together_are_those_of_the_file(
+    tmp_path: Path, bound: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ask for tensors in another order than that of the file, some of them twice."""
+    checkpoint = Checkpoint.open(tiny_llama(tmp_path / "model", dtype=torch.bfloat16))
+    for name, value in bound.items():
+        monkeypatch.setattr(f"niwaki.model.own_reader.{name}", value)
+    expected = load_file(checkpoint.folder / SHARD)
+    names = sorted(expected, key=lambda name: name[::-1])
+    with own_reader(checkpoint.log, hashed=True), modeling_utils.safe_open(checkpoint.folder / SHARD) as file:
+        for name in [*names, *names[:3]]:
+            assert torch.equal(file.get_tensor(name), expected[name])
+    assert len(checkpoint.log.ranges) == len(expected)
 
 
 def test_what_is_read_twice_must_be_the_same(tmp_path: Path) -> None:

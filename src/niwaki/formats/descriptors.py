@@ -36,6 +36,7 @@ FORMS = ("parts", "sparse", "trellis")  # fields of a description, one of which 
 AGAIN = "download the result again, or compress again"
 NOT_FINITE = "holds NaN or infinite values: expected finite ones"
 NOT_ASCENDING = "places holds a pair of columns that does not ascend: expected two different ones of every four"
+_MAX_KNOWN = 2**14
 # Names that a tensor of any packed matrix may have, after the name of its module.
 RECORD_NAMES = (
     *[
@@ -319,13 +320,16 @@ class TilesDescriptor(Descriptor):
         return None if scans.tile_pairs_ascend(tensors["places"], self.rows) else NOT_ASCENDING
 
 
+_KNOWN: dict[tuple[str, str], Descriptor] = {}
+
+
 def read_descriptor(module: str, description: object) -> Descriptor:
     """Return the descriptor of a packed matrix.
 
     Raises CheckpointError with the module and the field for anything that its format does not allow.
     """
     try:
-        return _descriptor(module, description)
+        return _known_descriptor(module, description)
     except FieldError as error:
         raise CheckpointError(f"config.json describes {module} wrongly: {error}; {AGAIN}") from error
 
@@ -345,6 +349,22 @@ def read_shapes(shapes: object) -> dict[str, list[int]]:
         return {name: list(_shape(shape)) for name, shape in shapes.items()}
     except FieldError as error:
         raise CheckpointError(f"quantization_config.shapes of config.json: {error}; {AGAIN}") from error
+
+
+def _known_descriptor(module: str, description: object) -> Descriptor:
+    """Return the descriptor that was read of the same words before, or read it: a load needs each several times."""
+    if type(description) is not dict:
+        return _descriptor(module, description)
+    try:
+        words = module, repr(description)
+    except RecursionError:
+        return _descriptor(module, description)
+    if (found := _KNOWN.get(words)) is None:
+        found = _descriptor(module, description)
+        if len(_KNOWN) >= _MAX_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[words] = found
+    return found
 
 
 def _descriptor(module: str, description: object) -> Descriptor:

@@ -9,11 +9,13 @@ not copied.
 
 import ast
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 TEMPLATES = "additional_chat_templates"
 SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"}
+_ESCAPED = re.compile(rb"\\u00(5f|6[1df]|7[045])", re.IGNORECASE)  # a letter of "auto_map", which could hide it
 STEMS = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY", "USAGE_POLICY")
 
 
@@ -37,10 +39,10 @@ def _code_files(folder: Path, check: Callable[[Path], object]) -> list[Path]:
     for path in folder.glob("*.json"):
         check(path)
         try:
-            written = path.read_text(encoding="utf-8")
-            if "auto_map" not in written and r"\u" not in written:  # an escape could hide the name
+            written = path.read_bytes()
+            if b"auto_map" not in written and not _ESCAPED.search(written):
                 continue
-            content = json.loads(written)
+            content = json.loads(written.decode("utf-8"))
         except (OSError, ValueError, RecursionError):
             continue  # its reader says what is wrong
         named = content.get("auto_map") if isinstance(content, dict) else None

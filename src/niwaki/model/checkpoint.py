@@ -92,6 +92,8 @@ class Checkpoint:
         with config_faults(folder):
             tensors, records = _as_plain(headers, modules, config.dtype)
         log = ReadLog.of(files, [folder / shard for shard in sorted({info.shard for info in headers.values()})])
+        for name, info in headers.items():
+            log.headers.setdefault(folder / info.shard, {})[name] = info
         with config_faults(folder):
             return cls(folder, config, tensors, modules, shapes, records=records, log=log)._untied()
 

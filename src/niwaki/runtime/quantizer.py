@@ -12,7 +12,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -25,6 +24,7 @@ from niwaki.model.checkpoint import FORMAT, quantized_config, read_quantization
 from niwaki.model.config_file import QUANT_METHOD, WEIGHTS_FIELD
 from niwaki.model.files import write_text
 from niwaki.model.hf import resize, saved_name, weight_names
+from niwaki.model.own_reader import header_of
 from niwaki.runtime.embedding import pack_embedding
 from niwaki.runtime.stored import StoredMatrix
 from niwaki.runtime.trellis_linear import packed_class
@@ -143,10 +143,7 @@ def _check_files(files: Sequence[str] | None, packed: Mapping[str, Any]) -> None
         return
     found: dict[str, tuple[str, Sequence[int]]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  # a method of the library, not a mapping
-                tensor = opened.get_slice(name)
-                found[name] = tensor.get_dtype(), tensor.get_shape()
+        found |= {name: (info.dtype, info.shape) for name, info in header_of(Path(file)).items()}
     for module, descriptor in read_descriptors(packed).items():
         names = [name for name in RECORD_NAMES if f"{module}.{name}" in found]
         descriptor.check_header({name: found[f"{module}.{name}"] for name in names})
