@@ -83,4 +83,9 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 
+def __dir__() -> list[str]:
+    """Return all names, also those of functions that are not imported yet."""
+    return sorted({*globals(), *_LAZY})
+
+
 hf_hook.install()

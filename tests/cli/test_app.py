@@ -2,6 +2,7 @@
 
 import errno
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +27,16 @@ def compress(model: Path, out: Path, text: Path, *more: object) -> list[object]:
         "compress", model, out, "--method", "wanda", "--target", "0.5", "--calibration", text,
         "--samples", 4, "--seq-len", 16, "--device", "cpu", *more,
     ]  # fmt: skip
+
+
+def test_python_runs_the_package_as_the_command_line() -> None:
+    done = subprocess.run([sys.executable, "-m", "niwaki", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("niwaki ")
+
+
+def test_all_public_functions_are_listed_before_they_are_imported() -> None:
+    code = "import sys, niwaki; assert {*niwaki.__all__} <= {*dir(niwaki)}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_compress_evaluate_generate(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

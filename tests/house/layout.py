@@ -5,4 +5,5 @@ ORDER = (
     "errors", "version", "config", "formats", "kernels", "model", "data", "runtime", "methods", "compression",
     "measure", "exporters", "serve", "rollout", "cli",
     "calibration",  # the import path of version 0.1, for one release; no folder may import it
+    "__main__",
 )  # fmt: skip

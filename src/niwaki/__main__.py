@@ -1,0 +1,5 @@
+"""The command line, as `python -m niwaki`."""
+
+from niwaki.cli.app import main
+
+main()
