@@ -87,3 +87,9 @@ def test_a_basis_of_your_own_wins_over_that_of_the_preset() -> None:
     assert make_recipe({"preset": "best", "target": "0.5"}).rotate == "auto"
     assert make_recipe({"preset": "best", "target": "0.5", "rotate": "none"}).rotate == "none"
     assert make_recipe({"preset": "fast", "target": "0.5"}).rotate == "none"
+
+
+def test_presets_count_logits_unless_some_blocks_alone_are_compressed() -> None:
+    for target, option in (("2:4", "wandapp.kl"), ("4bit", "gptq.kl"), ("1.75bit", "squeeze10.kl")):
+        assert make_recipe({"preset": "balanced", "target": target}).options[option] == 1
+    assert "wandapp.kl" not in make_recipe({"preset": "balanced", "target": "2:4", "blocks": "0-3"}).options

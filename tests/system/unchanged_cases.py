@@ -96,9 +96,9 @@ CHAINS = {
     "wanda_sp+sparsegpt 0.2+2:4": "short --method wanda_sp+sparsegpt --target 0.2+2:4",
     "flap+rtn 0.2+8bit": f"short --method flap+rtn --target 0.2+8bit --set rtn.group=0 {CHAINED_RTN}",
     "preset fast 2:4": "short --preset fast --target 2:4",
-    "preset balanced 2:4": f"short1 --preset balanced --target 2:4 {WANDAPP}",
+    "preset balanced 2:4": f"short1 --preset balanced --target 2:4 {WANDAPP} --set wandapp.kl=0",
     "preset best 0.5": f"short1 --preset best --rotate none --target 0.5 {WANDAPP} --set wandapp.batch=2 "
-    "--set wandapp.rate_frac=0.0075",
+    "--set wandapp.kl=0 --set wandapp.rate_frac=0.0075",
 }
 FAMILIES = {
     f"family {name} {method}": f"{name} --method {method} --target {target} {more}"

@@ -2,7 +2,8 @@
 
 Zeros: chosen from `benchmarks/results/quality/tuning-llama-28m.json`. `fast` is one closed-form pass. `balanced` adds
 regional optimization at about the cost of Wanda++. `best` has six times the rounds of `balanced` and longer
-steps, in a basis that loses less where the model allows one (docs/log/2026-11-30-another-basis.md).
+steps, in a basis that loses less where the model allows one (docs/log/2026-11-30-another-basis.md). Both count the
+logits of the dense model at the last block, which costs next to nothing, unless `blocks` names some blocks alone.
 
 Codes of one width: `fast` is gptq; the others also learn in the block. Other bits do the same with squeeze10, whose
 products are fast everywhere. `best` codes them by a trellis: 16 % less perplexity on SmolLM2 at 2.28 bits, and slower
@@ -18,9 +19,11 @@ from niwaki.errors import InputError, unknown
 
 BITS_OPTION = "salient_frac"  # of a method with fractional bits: the bits follow from it, without a target
 _EXCHANGE = {"exchanges": 6}
-_LEARN = {"target": "both", "optimizer": "adam", "rate_frac": 0.0075}
+_LEARN = {"target": "both", "optimizer": "adam", "rate_frac": 0.0075, "kl": 1.0}
 _LONG = _LEARN | {"rate_frac": 0.015, "rounds": 30, "samples": 64, "batch": 4}
 _GRID = {"group": 64}
+_ROUNDS = {"learn_rounds": 8, "kl": 1.0}
+_MORE_ROUNDS = {"learn_rounds": 24, "samples": 64, "batch": 4, "kl": 1.0}
 
 
 def _options(**steps: dict[str, Any]) -> dict[str, Any]:
@@ -48,26 +51,26 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "zeros": _recipe(
             "sparsegpt+wandapp", sparsegpt=_EXCHANGE, wandapp=_LEARN | {"rounds": 5, "samples": 32, "batch": 1}
         ),
-        "2, 3, 4 or 8 bits": _recipe("gptq", gptq=_GRID | {"learn_rounds": 8}),
-        "other bits": _recipe("squeeze10", squeeze10={"learn_rounds": 8}),
-        "salient columns": _recipe("squeeze10", squeeze10={"learn_rounds": 8}),
+        "2, 3, 4 or 8 bits": _recipe("gptq", gptq=_GRID | _ROUNDS),
+        "other bits": _recipe("squeeze10", squeeze10=_ROUNDS),
+        "salient columns": _recipe("squeeze10", squeeze10=_ROUNDS),
         "zeros and bits": _recipe(
             "sparsegpt+wandapp+gptq",
             sparsegpt=_EXCHANGE,
             wandapp=_LEARN | {"rounds": 5, "samples": 32, "batch": 1},
-            gptq=_GRID | {"learn_rounds": 8},
+            gptq=_GRID | _ROUNDS,
         ),
     },
     "best": {
         "zeros": _turned("sparsegpt+wandapp", sparsegpt=_EXCHANGE, wandapp=_LONG),
-        "2, 3, 4 or 8 bits": _recipe("gptq", gptq=_GRID | {"learn_rounds": 24, "samples": 64, "batch": 4}),
-        "other bits": _recipe("trellis", trellis={"learn_rounds": 24, "samples": 64, "batch": 4}),
-        "salient columns": _recipe("squeeze10", squeeze10={"learn_rounds": 16, "samples": 56}),
+        "2, 3, 4 or 8 bits": _recipe("gptq", gptq=_GRID | _MORE_ROUNDS),
+        "other bits": _recipe("trellis", trellis=_MORE_ROUNDS),
+        "salient columns": _recipe("squeeze10", squeeze10={"learn_rounds": 16, "samples": 56, "kl": 1.0}),
         "zeros and bits": _turned(
             "sparsegpt+wandapp+gptq",
             sparsegpt=_EXCHANGE,
             wandapp=_LONG,
-            gptq=_GRID | {"learn_rounds": 24, "samples": 64, "batch": 4},
+            gptq=_GRID | _MORE_ROUNDS,
         ),
     },
 }
@@ -91,7 +94,8 @@ def with_preset(values: dict[str, Any]) -> dict[str, Any]:
             f"preset {name} brings its own method, got method {values['method']} as well: give one of them"
         )
     preset = PRESETS[name][_kind_of(values)]
-    options = {**preset["options"], **(values.pop("options", None) or {})}
+    own = {key: value for key, value in preset["options"].items() if not (key.endswith(".kl") and values.get("blocks"))}
+    options = {**own, **(values.pop("options", None) or {})}
     return {**preset, **values, "method": preset["method"], "options": options}
 
 
