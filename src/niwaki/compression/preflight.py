@@ -80,12 +80,12 @@ def check_early(model: str, recipe: Recipe, out: Path | None, *, reads_text: boo
         return
     files = Files.of(headers)
     _check_blocks(recipe, files, content.get("num_hidden_layers"))
+    if reads_text:
+        check_amount(recipe.calibration, content, folder)
     if here and (recipe.device == "cpu" or (recipe.device == "auto" and not may_have_gpu())):
         _check_memory(recipe, content, files)
     if here and out is not None and not any(place.exists() for place in (out, *beside(out))):
         check_space(out, round(CERTAIN_BYTES * _written(recipe, files)) + _spilled(recipe, content))
-    if reads_text:
-        check_amount(recipe.calibration, content, folder)
 
 
 def _check_blocks(recipe: Recipe, files: Files, layers: object) -> None:
