@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 import niwaki
 from niwaki.cli.app import without_secrets
+from niwaki.compression.run_record import read_lines
 from niwaki.config.recipe import Calibration, Recipe
 from support.models import run, tiny_llama, write_texts
 
@@ -37,6 +38,18 @@ def test_python_runs_the_package_as_the_command_line() -> None:
 def test_all_public_functions_are_listed_before_they_are_imported() -> None:
     code = "import sys, niwaki; assert {*niwaki.__all__} <= {*dir(niwaki)}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_note_says_how_many_blocks_it_is_about(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Learn with steps too small to change anything, so that no block gains."""
+    text, out = write_texts(tmp_path / "text.jsonl"), tmp_path / "out"
+    given = compress(model, out, text, "--set", "rate_frac=1e-30", "--set", "rounds=1", "--set", "samples=2")
+    given[4] = "wandapp"
+    code, _, error = run(capsys, *given)
+    assert code == 0 and "its start was kept (" in error
+    assert f"of {len({line.block for line in read_lines(out)})} blocks, see" in " ".join(error.split())
 
 
 def test_compress_evaluate_generate(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from niwaki.cli import options
 from niwaki.cli.options import check_job, console, error_console, first_given, given, recipe_values
-from niwaki.compression.run_record import RunRecord
+from niwaki.compression.run_record import RunRecord, read_lines
 from niwaki.config.targets import format_blocks
 
 
@@ -110,5 +110,8 @@ def _print_record(out: Path, record: RunRecord) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    lines = read_lines(out) if result.notes else []
     for note in result.notes:
-        error_console.print(f"[yellow]note:[/] {note} (see {out}/niwaki/blocks.jsonl)", highlight=False)
+        noted = len({line.block for line in lines if line.note == note})
+        where = f"{noted} of {len({line.block for line in lines})} blocks, see {out}/niwaki/blocks.jsonl"
+        error_console.print(f"[yellow]note:[/] {note} ({where})", highlight=False)
