@@ -14,6 +14,7 @@ from torch import Tensor
 
 import niwaki
 from niwaki.compression.job import FullBlocks
+from niwaki.compression.places import FINGERPRINT
 from niwaki.compression.result_folder import ResultFolder
 from niwaki.errors import OutputError, ResumeError
 from support.compressions import folder_bytes, interrupt_after, settings
@@ -44,7 +45,7 @@ def test_killed_at_any_time_resumes_to_the_same_bytes(text: Path, tmp_path: Path
         journal = tmp_path / f"out-{number}.partial/niwaki/journal"
         process = _start(model, out, text)
         deadline = time.monotonic() + 120
-        while len(list(journal.glob("block-*.json"))) < wanted or not journal.is_dir():
+        while len(list(journal.glob("block-*.json"))) < wanted or not (journal / FINGERPRINT).is_file():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)

@@ -188,7 +188,8 @@ def test_the_commands_settings_reach_the_server(
     found: list[Any] = []
     monkeypatch.setattr("niwaki.serve.server.serve", lambda model, settings: found.append((model, settings)) or 1)
     monkeypatch.setenv("NIWAKI_API_KEYS", "one")
-    arguments = ["m", "--port", 9, "--name", "n", "--slots", 3, "--queue", 4, "--context", 5, "--timeout", 6]
+    model_folder = tiny_llama(tmp_path / "m")
+    arguments = [model_folder, "--port", 9, "--name", "n", "--slots", 3, "--queue", 4, "--context", 5, "--timeout", 6]
     code, _, _ = run(capsys, "serve", *arguments, "--drain", 7, "--dense", "--queue-timeout", 2, "--log-prompts")
     assert code == 1, "the exit code of the server"
     model, settings = found[0]
@@ -196,4 +197,4 @@ def test_the_commands_settings_reach_the_server(
         port=9, name="n", slots=3, queue=4, context=5, timeouts=Timeouts(2.0, 60.0, 6.0), drain_s=7.0, dense=True,
         keys=("one",), log_prompts=True,
     )  # fmt: skip
-    assert (model, settings) == ("m", wanted)
+    assert (model, settings) == (str(model_folder), wanted)

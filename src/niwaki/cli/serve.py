@@ -1,6 +1,7 @@
 """The command `niwaki serve`."""
 
 import logging
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -8,7 +9,7 @@ import typer
 from niwaki.cli.options import ApiKeyFile, Device, Model, StoredDtype, check_inputs
 from niwaki.errors import InputError
 
-# Packages of the extra `serve`. Any other missing module is an error of niwaki.
+# Packages of the extra `serve`.
 PACKAGES = ("fastapi", "uvicorn", "starlette", "prometheus_client", "h11")
 
 
@@ -46,22 +47,18 @@ def serve(
     dtype: StoredDtype = "auto",
 ) -> None:
     """Serve MODEL to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models."""
+    missing = next((package for package in PACKAGES if find_spec(package) is None), None)
+    if missing is not None:
+        package = missing.replace("_", "-")
+        raise InputError(f"serving needs the package {package}: pip install {package}")
     check_inputs(model, device=device)
     from niwaki.model.device import pick_dtype
+    from niwaki.serve.event_queue import Timeouts
     from niwaki.serve.http.keys import read_keys
+    from niwaki.serve.http.protocol import ConnectionLimits
+    from niwaki.serve.server import ServerSettings
+    from niwaki.serve.server import serve as run
 
-    try:
-        from niwaki.serve.event_queue import Timeouts
-        from niwaki.serve.http.protocol import ConnectionLimits
-        from niwaki.serve.server import ServerSettings
-        from niwaki.serve.server import serve as run
-    except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        if package not in PACKAGES:
-            raise
-        raise InputError(
-            f"serving needs the package {package.replace('_', '-')}: pip install {package.replace('_', '-')}"
-        ) from error
     limits: dict[str, Any] = {"slots": slots, "queue": queue, "context": context, "drain_s": drain}
     limits["connections"] = ConnectionLimits(connections, connections_per_address)
     timeouts = Timeouts(queue_timeout, first_token_timeout, timeout)

@@ -209,10 +209,13 @@ def check_apart(model: Path, out: Path) -> None:
 
 
 def check_space(out: Path, needed_bytes: int) -> None:
-    """Refuse an OUT whose parent folder does not exist or has no room for the result."""
+    """Refuse an OUT whose parent folder does not exist or has no room for the result.
+
+    A file system without a size, such as /proc, says what is wrong when it is written.
+    """
     _check_parent(out)
-    free_bytes = shutil.disk_usage(out.parent).free
-    if free_bytes < needed_bytes:
+    size_bytes, _, free_bytes = shutil.disk_usage(out.parent)
+    if size_bytes and free_bytes < needed_bytes:
         raise OutputError(
             f"{out.parent} has {free_bytes / 1e9:.2f} GB free, the result needs {needed_bytes / 1e9:.2f} GB: "
             "free space or choose another OUT"

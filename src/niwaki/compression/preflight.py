@@ -94,7 +94,9 @@ def _check_blocks(recipe: Recipe, files: Files, layers: object) -> None:
     if count == layers and (missing := [index for index in recipe.blocks or () if index >= count]):
         raise TargetError(f"blocks {format_blocks(missing)}: the model has blocks 0 to {count - 1}")
     weights, nbytes = files.weights(recipe.blocks), recipe.target_bytes
-    if nbytes is not None and weights and not COUNT_MARGIN * weights / 8 <= nbytes <= weights:
+    if nbytes is None or not all(info.fractional_bits for info in method_infos(recipe.method)):
+        return  # such methods refuse bytes of any number
+    if weights and not COUNT_MARGIN * weights / 8 <= nbytes <= weights:
         raise TargetError(
             f"target_bytes {nbytes:,}: that is {8 * nbytes / weights:.3f} bits for each of {weights:,} weights, "
             f"expected 1 to 8: give {weights // 8:,} to {weights:,} bytes"
