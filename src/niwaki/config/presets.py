@@ -7,7 +7,7 @@ logits of the dense model at the last block, which costs next to nothing, unless
 
 Codes of one width: `fast` is gptq; the others also learn in the block. Other bits do the same with squeeze10, whose
 products are fast everywhere. `best` codes them by a trellis: 16 % less perplexity on SmolLM2 at 2.28 bits, and slower
-products (docs/log/2026-11-30-learned-trellis.md). Salient columns without a target are squeeze10's in all presets.
+products (docs/log/2026-11-30-learned-trellis.md). An option that names salient columns takes squeeze10 in all presets.
 
 A target of zeros and bits takes the chain for zeros, then gptq. No preset trains the whole model.
 """

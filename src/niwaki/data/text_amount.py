@@ -107,11 +107,12 @@ def _check_files(files: Sequence[str], field: str, windows: int, seq_len: int, f
         return
     if (tokenizer := _tokenizer(folder)) is None:
         return  # its loader says what is wrong
-    documents, counts = Documents(files, field), []
+    documents, count, held = Documents(files, field), 0, 0
     try:
         for document in documents:
-            counts.append(len(tokenizer.encode(document.text, add_special_tokens=False).ids) + 1)  # and an end token
-            if sum(counts) >= needed:
+            count += 1
+            held += len(tokenizer.encode(document.text, add_special_tokens=False).ids) + 1  # and an end token
+            if held >= needed:
                 return
     except CalibrationError as error:
         if NO_TOKENIZER in str(error):
@@ -120,8 +121,8 @@ def _check_files(files: Sequence[str], field: str, windows: int, seq_len: int, f
     if any(NO_TOKENIZER in reasons for reasons in documents.skipped.values()):
         return
     margin = BYTE_LEVEL_MARGIN if "ByteLevel" in str(tokenizer.pre_tokenizer) else MARGIN
-    if needed > sum(counts) * margin:
-        raise CalibrationError(f"calibration holds {sum(counts):,} tokens in {len(counts)} documents, {text}")
+    if needed > held * margin:
+        raise CalibrationError(f"calibration holds {held:,} tokens in {count} documents, {text}")
 
 
 def _tokenizer(folder: Path) -> Any:
