@@ -30,6 +30,22 @@ def plane_product(
     threads: int,
     path: int,
 ) -> None: ...
+def inputs_product(
+    weight: int,
+    kind: int,
+    inputs: int,
+    outputs: int,
+    stride: int,
+    x: int,
+    bias: int,
+    out: int,
+    tokens: int,
+    bfloat16: bool,
+    threshold: float,
+    threads: int,
+    path: int,
+    /,
+) -> int: ...
 def supported(path: int, /) -> bool: ...
 
 class Layer:
@@ -75,3 +91,18 @@ class TileLayer:
     ) -> None: ...
     def multiply(self, x: int, out: int, tokens: int, bfloat16: bool, threads: int, path: int, /) -> None: ...
     def decode(self, out: int, first: int, last: int, bfloat16: bool, threads: int, path: int, /) -> None: ...
+
+class InputCodesLayer:
+    def __init__(
+        self,
+        outputs: int,
+        group: int,
+        codes: NDArray,
+        scale: NDArray,
+        offset: NDArray | None,
+        zero: NDArray | None,
+        centre: float,
+    ) -> None: ...
+    def multiply(
+        self, x: int, bias: int, out: int, tokens: int, bfloat16: bool, threshold: float, threads: int, path: int, /
+    ) -> int: ...

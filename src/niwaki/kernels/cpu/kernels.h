@@ -126,6 +126,36 @@ struct TileProduct {
 void tile_product(const TileProduct& product, int threads, Path path);
 void tile_decode(const TileProduct& product, const Decoded& to, int threads);
 
+// Writes x W + bias of a matrix stored by inputs, and reads only the rows whose input is larger than the threshold.
+struct InputsProduct {
+    int64_t tokens, inputs, outputs, stride;  // rows lie `stride` values apart
+    SparseValues kind;                        // one of floats
+    const uint8_t* weight;                    // [inputs, outputs]
+    const float* x;                           // [tokens, inputs]
+    float threshold;
+    const float* bias;  // [outputs] or null
+    float* out;         // [tokens, outputs]
+};
+
+// The same with 4-bit codes in blocks of 128 outputs (kernels/inputs.py). Levels are [groups, 2 · bytes].
+struct InputCodesProduct {
+    int64_t inputs, outputs, bytes, group;
+    const uint8_t* codes;    // [inputs, bytes]
+    const uint16_t* scale;   // float16
+    const uint16_t* offset;  // float16, or null, which means −(zero or centre) · scale
+    const uint8_t* zero;     // or null
+    float centre;
+    int64_t tokens;
+    const float* x;
+    float threshold;
+    const float* bias;
+    float* out;
+};
+
+// Both return the number of kept inputs of all tokens.
+int64_t inputs_product(const InputsProduct& product, int threads, Path path);
+int64_t input_codes_product(const InputCodesProduct& product, int threads, Path path);
+
 inline float half_to_float(uint16_t half) {
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
     const uint32_t exponent = (half >> 10) & 31, fraction = half & 1023;

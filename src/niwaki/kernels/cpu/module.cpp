@@ -310,6 +310,76 @@ private:
     niwaki::TileProduct product_;
 };
 
+// What a call with kept inputs brings along: contiguous float32 or bfloat16 at addresses, in float32 here.
+struct InputCall {
+    InputCall(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t tokens, int64_t inputs, int64_t outputs, bool narrow)
+        : to(narrow ? reinterpret_cast<uint16_t*>(out) : nullptr) {
+        require(tokens >= 0, "tokens are out of range");
+        require_side(inputs, "inputs are out of range"), require_side(outputs, "outputs are out of range");
+        if (narrow) widen_all(x, tokens * inputs, wide), widen_all(bias, bias ? outputs : 0, biases);
+        sums.resize(narrow ? tokens * outputs : 0);
+        values = narrow ? wide.data() : reinterpret_cast<const float*>(x);
+        added = !bias ? nullptr : narrow ? biases.data() : reinterpret_cast<const float*>(bias);
+        target = narrow ? sums.data() : reinterpret_cast<float*>(out);
+    }
+
+    void finish() const {
+        for (size_t i = 0; i < sums.size(); ++i) to[i] = narrowed(sums[i]);
+    }
+
+    const float *values, *added;
+    float* target;
+
+private:
+    static void widen_all(uintptr_t from, int64_t count, std::vector<float>& into) {
+        into.resize(count);
+        for (int64_t i = 0; i < count; ++i) into[i] = widened(reinterpret_cast<const uint16_t*>(from)[i]);
+    }
+
+    std::vector<float> wide, biases, sums;
+    uint16_t* to;
+};
+
+// A matrix of codes by inputs, which the layer keeps alive.
+class InputCodesLayer {
+public:
+    InputCodesLayer(int64_t outputs, int64_t group, Bytes codes, Shorts scale, std::optional<Shorts> offset,
+                    std::optional<Bytes> zero, float centre)
+        : codes_(codes), scale_(scale), offset_(offset), zero_(zero) {
+        require(codes.ndim() == 2, "codes need two axes");
+        const auto inputs = static_cast<int64_t>(codes.shape(0));
+        require_side(inputs, "inputs are out of range"), require_side(outputs, "outputs are out of range");
+        require_side(group, "groups are out of range");
+        const int64_t bytes = niwaki::ceil_div(outputs, 128) * 64, groups = niwaki::ceil_div(inputs, group);
+        require_shape(codes, {inputs, bytes}, "codes do not fit the outputs");
+        require_shape(scale, {groups, 2 * bytes}, "scales do not fit groups and outputs");
+        if (offset) require_shape(*offset, {groups, 2 * bytes}, "offsets do not fit groups and outputs");
+        if (zero) require_shape(*zero, {groups, 2 * bytes}, "zero codes do not fit groups and outputs");
+        product_ = {inputs, outputs, bytes, group, codes.data(), reinterpret_cast<const uint16_t*>(scale.data()),
+                    offset ? reinterpret_cast<const uint16_t*>(offset->data()) : nullptr,
+                    zero ? zero->data() : nullptr, centre, 0, nullptr, 0, nullptr, nullptr};
+    }
+
+    int64_t multiply(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t tokens, bool bfloat16, float threshold,
+                     int threads, int path) const {
+        nb::gil_scoped_release unlocked;
+        niwaki::InputCodesProduct product = product_;
+        const InputCall call(x, bias, out, tokens, product.inputs, product.outputs, bfloat16);
+        product.tokens = tokens, product.x = call.values, product.threshold = threshold;
+        product.bias = call.added, product.out = call.target;
+        const int64_t kept = niwaki::input_codes_product(product, threads, static_cast<niwaki::Path>(path));
+        call.finish();
+        return kept;
+    }
+
+private:
+    Bytes codes_;
+    Shorts scale_;
+    std::optional<Shorts> offset_;
+    std::optional<Bytes> zero_;
+    niwaki::InputCodesProduct product_;
+};
+
 }  // namespace
 
 NB_MODULE(_cpu, module) {
@@ -390,6 +460,25 @@ NB_MODULE(_cpu, module) {
              nb::arg("starts").none(), nb::arg("scale").none(), nb::arg("group_bytes"))
         .def("multiply", &SparseLayer::multiply)
         .def("decode", &SparseLayer::decode);
+    nb::class_<InputCodesLayer>(module, "InputCodesLayer")
+        .def(nb::init<int64_t, int64_t, Bytes, Shorts, std::optional<Shorts>, std::optional<Bytes>, float>(),
+             nb::arg("outputs"), nb::arg("group"), nb::arg("codes"), nb::arg("scale"), nb::arg("offset").none(),
+             nb::arg("zero").none(), nb::arg("centre"))
+        .def("multiply", &InputCodesLayer::multiply);
+    module.def("inputs_product", [](uintptr_t weight, int kind, int64_t inputs, int64_t outputs, int64_t stride,
+                                    uintptr_t x, uintptr_t bias, uintptr_t out, int64_t tokens, bool bfloat16,
+                                    float threshold, int threads, int path) {
+        require(kind >= 0 && kind <= 2, "the kind of values is unknown");
+        require(stride >= outputs && stride <= niwaki::kMaxSide, "rows overlap");
+        nb::gil_scoped_release unlocked;
+        const InputCall call(x, bias, out, tokens, inputs, outputs, bfloat16);
+        const int64_t kept = niwaki::inputs_product(
+            {tokens, inputs, outputs, stride, static_cast<niwaki::SparseValues>(kind),
+             reinterpret_cast<const uint8_t*>(weight), call.values, threshold, call.added, call.target},
+            threads, static_cast<niwaki::Path>(path));
+        call.finish();
+        return kept;
+    });
     module.def("all_finite", [](Bytes bytes, int64_t count, int kind) {
         require(kind >= 0 && kind <= 2, "the kind of values is unknown");
         require(count >= 0 && count <= static_cast<int64_t>(bytes.size()) / (kind == 2 ? 4 : 2), "too few bytes");
