@@ -1,12 +1,16 @@
 """The table of a real model: every method at its targets, with perplexity, divergence and the accuracy of four tasks.
 
-    python -m benchmarks.quality.real_model MODEL DATA --jobs 7 --out benchmarks/results/quality/real-model-NAME.json
+    python -m benchmarks.quality.real_model MODEL DATA --jobs 7 --shots 0 5 --out \
+        benchmarks/results/quality/real-model-NAME.json
 
 DATA holds calibration.jsonl, eval_reviews.jsonl, wikitext2_test.txt and the folder tasks. Calibration: 128 windows of
 512 tokens per seed. Arithmetic is float32. Accuracies are paired with those of the dense model, with intervals of
-95 %; hellaswag counts by likelihood per character. `--cases FILE` adds cases from lines of JSON: recipes with a
+95 %; hellaswag counts by likelihood per character. `--shots 0 5` asks every question alone and after five solved ones,
+which the seed 0 draws. The dense model is scored once for all runs; `--dense-scores FOLDER` keeps its scores for the
+next call. `--cases FILE` adds cases from lines of JSON: recipes with a
 `label`. In a case, `rotate` holds options of a new basis before it, and `recover` those of a recovery after it. The
-`held_out` of its calibration may be a file in DATA. Finished runs of an earlier OUT are kept.
+`held_out` of its calibration may be a file in DATA. Finished runs of an earlier OUT are kept: those that have every
+number of `--shots`.
 
 A case with `peer` runs another project (peers.py) on the same tokens. `--peers FOLDER` says where they are installed,
 each in a folder of its own, so that none changes what another one imports:
@@ -29,7 +33,7 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +48,8 @@ from benchmarks.common.provenance import provenance
 from benchmarks.quality.suites import SUITES, Case
 from niwaki.data.documents import read_texts
 from niwaki.data.texts import calibration_windows, load_tokenizer
-from niwaki.measure.schema import Estimate
+from niwaki.measure.schema import Candidate, Estimate
+from niwaki.model.files import write_text
 
 BY_CHARACTER = ("hellaswag",)  # tasks whose usual figure is the accuracy by likelihood per character
 SAMPLES, WINDOW, TOKENS = 128, 512, 50_000
@@ -58,6 +63,8 @@ class Setting:
     data: Path
     device: str
     limit: int | None  # questions of each task
+    shots: tuple[int, ...]  # solved questions before each, one scoring per number
+    dense_scores: Path  # what the runs share
     tokens: int  # of each text
     samples: int  # windows of calibration
     peers: Path | None  # where peers are installed
@@ -73,10 +80,16 @@ def score(setting: Setting, candidate: Path) -> dict[str, Any]:
     data, limit = setting.data, setting.limit
     files = {name: str(data / file) for name, file in TEXTS.items()}
     tasks = {path.stem.split("_")[0]: str(path) for path in sorted((data / "tasks").glob("*.jsonl"))}
-    found = niwaki.compare(
-        setting.model, str(candidate), data=list(files.values()), tasks=list(tasks.values()) if limit != 0 else [],
-        limit=limit or None, max_tokens=setting.tokens, rounds=0, device=setting.device, dtype="float32",
-    ).candidates[0]  # fmt: skip
+
+    def compare(**inputs: Any) -> Candidate:
+        return niwaki.compare(
+            setting.model, str(candidate), limit=limit or None, max_tokens=setting.tokens, rounds=0,
+            device=setting.device, dtype="float32", dense_scores=setting.dense_scores, **inputs,
+        ).candidates[0]  # fmt: skip
+
+    first, *more = setting.shots if limit != 0 else (0,)
+    given = {"tasks": list(tasks.values()), "shots": first} if limit != 0 else {}
+    found = compare(data=list(files.values()), **given)
     texts = {}
     for name, quality in zip(files, found.data, strict=True):
         whole = quality.whole
@@ -87,8 +100,16 @@ def score(setting: Setting, candidate: Path) -> dict[str, Any]:
             "kl": interval(whole.kl),
             "top1": interval(whole.top1_agreement),
         }
+    by_shots = {first: accuracies(tasks, found)}
+    by_shots |= {shots: accuracies(tasks, compare(tasks=list(tasks.values()), shots=shots)) for shots in more}
+    scores = {"texts": texts, "tasks": by_shots.pop(0, {})}
+    return scores | ({"tasks_by_shots": {str(shots): own for shots, own in by_shots.items()}} if by_shots else {})
+
+
+def accuracies(tasks: Iterable[str], found: Candidate) -> dict[str, Any]:
+    """Return the accuracy of every task, that of the dense model, and the interval of the loss."""
     answers = {}
-    for name, task in zip(tasks, found.tasks, strict=False):
+    for name, task in zip(tasks, found.tasks, strict=False):  # none with --limit 0
         own = task.accuracy_norm if name in BY_CHARACTER else task.accuracy
         answers[name] = {
             "questions": task.questions,
@@ -96,7 +117,7 @@ def score(setting: Setting, candidate: Path) -> dict[str, Any]:
             "accuracy": own.accuracy,
             "loss": interval(own.loss),
         }
-    return {"texts": texts, "tasks": answers}
+    return answers
 
 
 def interval(estimate: Estimate) -> list[float | None]:
@@ -188,8 +209,18 @@ def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
     runs = sorted(runs, key=lambda run: run["seed"])
     row: dict[str, Any] = {"label": case.label, **case.recipe, "runs": runs}
     row["ratio"] = {name: spread([run["texts"][name]["ratio"][0] for run in runs]) for name in TEXTS}
-    row["accuracy"] = {task: spread([run["tasks"][task]["accuracy"] for run in runs]) for task in runs[0]["tasks"]}
+    row["accuracy"] = over_seeds([run["tasks"] for run in runs])
+    if few := runs[0].get("tasks_by_shots"):
+        row["accuracy_by_shots"] = {
+            shots: over_seeds([run.get("tasks_by_shots", {}).get(shots, {}) for run in runs]) for shots in few
+        }
     return row
+
+
+def over_seeds(tasks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the accuracy of every task over the runs that have it."""
+    names = dict.fromkeys(name for own in tasks for name in own)
+    return {name: spread([own[name]["accuracy"] for own in tasks if name in own]) for name in names}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -198,6 +229,8 @@ def line(row: dict[str, Any]) -> str:
     ratios = " / ".join(f"{row['ratio'][name]['mean']:.3f}" for name in TEXTS)
     kl, top1 = (statistics.mean(run["texts"]["reviews"][key][0] for run in runs) for key in ("kl", "top1"))
     tasks = " ".join(f"{name} {found['mean']:.3f}" for name, found in row["accuracy"].items())
+    for shots, own in row.get("accuracy_by_shots", {}).items():
+        tasks += f" | {shots}: " + " ".join(f"{name} {found['mean']:.3f}" for name, found in own.items())
     took = ", ".join(
         f"{name} {statistics.mean(run['seconds'][name] for run in runs):.0f}" for name in runs[0]["seconds"]
     )
@@ -228,14 +261,30 @@ def main() -> None:
     parser.add_argument("--targets", nargs="*", help="only these")
     parser.add_argument("--labels", nargs="*", help="only these")
     parser.add_argument("--limit", type=int, help="questions of each task, 0 for none")
+    parser.add_argument("--shots", type=int, nargs="+", default=[0], help="solved questions before each of a task")
+    parser.add_argument("--dense-scores", type=Path, help="folder that keeps the scores of the dense model")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of each text")
     parser.add_argument("--samples", type=int, default=SAMPLES, help=f"calibration windows of {WINDOW} tokens")
     parser.add_argument("--peers", type=Path, help="folder with a folder for each peer")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--stop", type=float, default=float("inf"), help="begin no run after these seconds")
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        scores = args.dense_scores or Path(folder)
+        amounts = (args.limit, tuple(args.shots), scores.absolute(), args.tokens, args.samples)
+        measure_all(args, Setting(args.model, args.data, args.device, *amounts, args.peers))
+
+
+def finished(setting: Setting, run: dict[str, Any]) -> bool:
+    """Return whether an earlier run has every number that is asked for."""
+    have = {0} if run["tasks"] else set()
+    have |= {int(shots) for shots in run.get("tasks_by_shots", {})}
+    return setting.limit == 0 or have.issuperset(setting.shots)
+
+
+def measure_all(args: argparse.Namespace, setting: Setting) -> None:
+    """Measure what an earlier result lacks."""
     started, cases = time.time(), read_cases(args)
-    setting = Setting(args.model, args.data, args.device, args.limit, args.tokens, args.samples, args.peers)
     shared = {"samples": args.samples, "window": WINDOW, "tokens": args.tokens}
     about = {"model": Path(args.model).name, **provenance(args.device), **shared}
     earlier = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
@@ -246,7 +295,7 @@ def main() -> None:
         (case, seed)
         for seed in range(args.seeds)
         for case in cases
-        if seed not in {run["seed"] for run in runs[case.recipe["target"], case.label]}
+        if seed not in {run["seed"] for run in runs[case.recipe["target"], case.label] if finished(setting, run)}
     ]
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -260,13 +309,13 @@ def main() -> None:
             if (run := future.result()) is None:
                 print(f"{key} seed {seed}: not begun, the time is over", flush=True)
                 continue
-            runs[key].append(run)
+            runs[key] = [*(one for one in runs[key] if one["seed"] != seed), run]
             print(line(summary(case, [run])), flush=True)
             now = {(c.recipe["target"], c.label): c for c in cases}
             rows = [row for row in earlier if (row["target"], row["label"]) not in now]
             rows += [summary(c, runs[name]) for name, c in now.items() if runs[name]]
             result = about | {"seconds": round(time.time() - started, 1), "rows": rows}
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
+            write_text(args.out, json.dumps(result, indent=1) + "\n")
 
 
 def begin(until: float, setting: Setting, case: Case, seed: int) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from niwaki.cli.options import (
     MaxQuestions,
     MaxTokens,
     SeqLen,
+    Shots,
     Tasks,
     check_bos,
     check_inputs,
@@ -36,6 +37,7 @@ PROMPTS_HELP = (
     'Prompts to continue: .txt, one per line, or .jsonl, {"prompt": text} per line. Without it: first tokens of data.'
 )
 ROUNDS_HELP = "Rounds of prefill and decode, in turns with the dense model. 0: no speed, memory, load time or answers."
+SCORES_HELP = "Folder that keeps the scores of the dense model: a later comparison on the same inputs reads them."
 CARD_HELP = "Write the measurements into the model card of each candidate that is a result of niwaki."
 
 
@@ -54,6 +56,7 @@ def compare(
     bos: Bos = "auto",
     max_tokens: MaxTokens = None,
     limit: MaxQuestions = None,
+    shots: Shots = 0,
     rounds: Annotated[int, typer.Option(help=ROUNDS_HELP)] = 9,
     prompt_tokens: Annotated[
         int | None, typer.Option(help="Tokens of the timed prompt. [dim]\\[default: 128][/]")
@@ -62,10 +65,11 @@ def compare(
         int | None, typer.Option(help="Tokens generated after the timed prompt. [dim]\\[default: 32][/]")
     ] = None,
     field: Field = "text",
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap, and of the examples of --shots.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     logit_bytes: LogitBytes = None,
+    dense_scores: Annotated[Path | None, typer.Option(help=SCORES_HELP)] = None,
 ) -> None:
     """Compare candidates with the dense model: quality, speed, memory, and a verdict as the exit code."""
     if gate is not None:
@@ -75,6 +79,7 @@ def compare(
     check_inputs(dense, *out, data=data, tasks=tasks, device=device)
     sources: dict[str, Any] = {"data": data or (), "tasks": tasks or (), "prompts": prompts, "field": field}
     work: dict[str, Any] = {"seq_len": seq_len, "max_tokens": max_tokens, "limit": limit, "rounds": rounds}
+    work |= {"shots": shots, "dense_scores": dense_scores}
     timed: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
     outputs: dict[str, Any] = {"report": report, "lang": lang, "overwrite": overwrite, "update_card": update_card}
     settings: dict[str, Any] = {

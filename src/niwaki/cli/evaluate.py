@@ -18,6 +18,7 @@ from niwaki.cli.options import (
     MaxTokens,
     Model,
     SeqLen,
+    Shots,
     Tasks,
     check_bos,
     check_inputs,
@@ -40,6 +41,8 @@ def evaluate(
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples in each prompt of --lm-eval. Without it: the number of the task.")
     ] = None,
+    shots: Shots = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the examples of --shots.")] = 0,
     reference: Annotated[
         str | None, typer.Option(help="Dense model to compare with: adds KL and top-1 agreement.")
     ] = None,
@@ -70,7 +73,7 @@ def evaluate(
 
     harness: dict[str, Any] = {"lm_eval": lm_eval or (), "include_path": include_path, "num_fewshot": num_fewshot}
     windows: dict[str, Any] = {"seq_len": seq_len, "max_tokens": max_tokens, "limit": limit, "field": field}
-    windows["bos"] = check_bos(bos)
+    windows |= {"bos": check_bos(bos), "shots": shots, "seed": seed}
     with Display(error_console) as display:
         result = run(
             model, data=data or (), tasks=tasks or (), reference=reference, device=device, dtype=dtype,
@@ -85,6 +88,8 @@ def evaluate(
 
 def print_scores(to: Console, result: dict[str, Any]) -> None:
     """Print the result of `niwaki.evaluate`: a table of texts, one of tasks, and one of lm_eval."""
+    from niwaki.measure.report.evaluation_card import after_examples
+
     compared = result["reference"] is not None
     rows = []
     for path, tokens in result["tokens"].items():
@@ -100,7 +105,7 @@ def print_scores(to: Console, result: dict[str, Any]) -> None:
         print_table(to, ["data", "tokens", "perplexity", *more], rows)
     rows = []
     for path, scores in result["tasks"].items():
-        row = [path, str(scores["items"]), *_accuracies(scores)]
+        row = [path + after_examples(result.get("shots", 0)), str(scores["items"]), *_accuracies(scores)]
         rows.append([*row, *(_accuracies(scores["reference"]) if compared else [])])
     if rows:
         more = ["dense", "normalised"] if compared else []

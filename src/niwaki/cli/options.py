@@ -88,6 +88,9 @@ SeqLen = Annotated[int, typer.Option(help=SEQ_LEN_HELP)]
 Bos = Annotated[str, typer.Option(help=BOS_HELP, metavar=BOS_ARGUMENT)]
 MaxTokens = Annotated[int | None, typer.Option(help="Use only the first N tokens of each data file.")]
 MaxQuestions = Annotated[int | None, typer.Option(help="Use only the first N questions of each task.")]
+Shots = Annotated[
+    int, typer.Option(help="Solved questions of the same file before each question of --tasks, drawn by --seed.")
+]
 PrintJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ApiKeyFile = Annotated[
     Path | None,

@@ -19,6 +19,7 @@ from niwaki.compression.backward import next_token_losses
 from niwaki.compression.walk import forward
 from niwaki.config.events import Event, Report
 from niwaki.data.bos import Bos
+from niwaki.data.hidden_states import HiddenStates
 from niwaki.data.stream import Stream
 from niwaki.model.decoder import Decoder
 
@@ -36,7 +37,7 @@ def bos_windows(windows_ST: Tensor, bos: Bos, positions: int | None) -> dict[str
     return {WITHOUT: text_ST, WITH: Bos(bos.unused).begin_windows(text_ST)}
 
 
-def warn_of_losses(decoder: Decoder, streams: Mapping[str, Stream], bos: Bos, report: Report) -> None:
+def warn_of_losses(decoder: Decoder, streams: Mapping[str, HiddenStates], bos: Bos, report: Report) -> None:
     """Warn if the loss falls with the token. `streams` hold the windows of `bos_windows` after the last block."""
     if not streams:
         return
@@ -60,7 +61,7 @@ def warn_without_bos(decoder: Decoder, windows_ST: Tensor, bos: Bos, report: Rep
     decoder.release_outer()
 
 
-def _mean_loss(decoder: Decoder, stream: Stream, skip: int) -> float:
+def _mean_loss(decoder: Decoder, stream: HiddenStates, skip: int) -> float:
     """Return the mean loss of the predicted tokens after the first `skip`."""
     losses = []
     with torch.no_grad():

@@ -9,7 +9,7 @@ Legend: S windows, T tokens, D hidden size.
 import math
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import psutil
 import torch
@@ -67,6 +67,18 @@ class Activations:
         """Replace windows `rows`."""
         # Only the stream that writes pinned memory reads it, so the host need not wait for the copy.
         self.store_STD[rows].copy_(x_BTD, non_blocking=self.place == "ram")
+
+
+class HiddenStates(Protocol):
+    """Tokens of windows with the hidden state of each: those of a `Stream`, or of a file."""
+
+    @property
+    def ids_ST(self) -> Tensor: ...
+
+    @property
+    def hidden(self) -> Activations: ...
+
+    def __len__(self) -> int: ...
 
 
 def _reserve(path: Path, nbytes: int) -> None:

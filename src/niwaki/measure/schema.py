@@ -251,6 +251,7 @@ class ComparisonSettings(Frozen):
     """Resolved settings of a comparison. `dtype` is for quality; speed and texts use the stored dtype.
 
     `bos`: whether every window, question and prompt began with the beginning-of-text token. Files without it had none.
+    `shots`: solved questions before every question of a task, drawn by `seed`; absent if there are none.
     """
 
     data: tuple[str, ...]
@@ -260,6 +261,7 @@ class ComparisonSettings(Frozen):
     seq_len: int
     max_tokens: int | None
     limit: int | None
+    shots: int = 0
     rounds: int
     prompt_tokens: int
     new_tokens: int
@@ -272,7 +274,7 @@ class ComparisonSettings(Frozen):
     @model_serializer(mode="wrap")
     def _as_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Return the fields; those of an earlier file as it holds them."""
-        absent = {"bos", "logit_bytes"} - self.model_fields_set
+        absent = {"bos", "logit_bytes"} - self.model_fields_set | (set() if self.shots else {"shots"})
         return {name: value for name, value in dump(self).items() if name not in absent}
 
 

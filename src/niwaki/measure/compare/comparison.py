@@ -29,6 +29,7 @@ from niwaki.data.bos import Bos, find_bos
 from niwaki.data.stream import default_batch_tokens
 from niwaki.data.text_amount import fit_seq_len
 from niwaki.errors import InputError
+from niwaki.measure.compare.dense_scores import run_dense
 from niwaki.measure.compare.gates import CONFIDENCE, each_confidence, judge_comparison, load_gates
 from niwaki.measure.compare.inputs import (
     check_inputs,
@@ -39,7 +40,7 @@ from niwaki.measure.compare.inputs import (
     speed_prompt,
 )
 from niwaki.measure.compare.report_folder import check_report, read_records, report_place, write_report
-from niwaki.measure.compare.scoring import EvaluationInputs, answer_likelihoods, run_dense, score_candidate
+from niwaki.measure.compare.scoring import EvaluationInputs, score_candidate
 from niwaki.measure.compare.speed import continue_prompts, measure_speed, read_memory
 from niwaki.measure.compare.task_metrics import task_quality
 from niwaki.measure.compare.token_metrics import data_quality, read_text, worst_examples
@@ -71,6 +72,7 @@ def compare(
     seq_len: int = SEQ_LEN,
     max_tokens: int | None = None,
     limit: int | None = None,
+    shots: int = 0,
     rounds: int = ROUNDS,
     prompt_tokens: int | None = None,
     new_tokens: int | None = None,
@@ -83,49 +85,48 @@ def compare(
     lang: str = "en",
     overwrite: bool = False,
     update_card: bool = False,
+    dense_scores: str | Path | None = None,
     progress: Report | None = None,
 ) -> Comparison:
     """Compare every candidate with `dense` on text files and task files, and judge it by the gates of a file.
 
     `report`: folder for report.html (in `lang`), compare.json and junit.xml; `overwrite` replaces an earlier one.
-    `prompts`: .txt with one per line, or .jsonl with `prompt`. The default prompts are the first tokens of the data.
-    `max_tokens` cuts every data file, `limit` every task file. `rounds`: prefills of `prompt_tokens`, each with
-    `new_tokens` decoded after it. With 0 rounds no whole model runs: no speed, memory, loading time or texts. `seed`:
-    of the bootstrap. `logit_bytes` limits the logits made at once (256 MiB). `bos`: beginning of every text.
-    `update_card` writes the results on the card of every candidate.
+    `prompts`: .txt with one per line, or .jsonl with `prompt`; by default the first tokens of the data. `max_tokens`
+    cuts every data file, `limit` every task file. `shots`: solved questions before each question of a task. `rounds`:
+    prefills of `prompt_tokens`, each with `new_tokens` decoded after it. With 0 rounds no whole model runs: no speed,
+    memory, loading time or texts. `seed`: of bootstrap and solved questions. `dense_scores`: folder that keeps those of
+    the dense model for later comparisons. `logit_bytes` limits the logits made at once (256 MiB). `bos`: beginning of
+    every text. `update_card` writes the results on the card of every candidate.
     Raises InputError, and writes nothing, if an input cannot be read or the models cannot be compared.
     """
     started, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     gates = None if gate is None else load_gates(gate)
-    if report is not None:
-        check_report(Path(report), lang, overwrite=overwrite)
+    place = None if report is None else check_report(Path(report), lang, overwrite=overwrite)
     sources = [str(dense), *as_files(candidates)]
     settings, tokenizer, decoders = _open_models(
         sources, device, dtype, progress or silent, data=as_files(data), tasks=as_files(tasks), prompts=prompts,
-        field=field, seq_len=seq_len, max_tokens=max_tokens, limit=limit, rounds=rounds, prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens, seed=seed, logit_bytes=logit_bytes, bos=bos,
+        field=field, seq_len=seq_len, max_tokens=max_tokens, limit=limit, shots=shots, rounds=rounds,
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, seed=seed, logit_bytes=logit_bytes, bos=bos,
     )  # fmt: skip
     folders = [decoder.checkpoint.folder for decoder in decoders[1:]]
     cards, records = _check_cards(folders if update_card else []), [] if report is None else read_records(folders)
     confidence = CONFIDENCE if gates is None else each_confidence(gates, settings, len(folders))
     inputs = _read_inputs(settings, tokenizer, decoders, progress or silent)
-    job = _Job(settings, inputs, tokenizer, confidence, progress or silent)
-    dense_model, measured = job.run(sources, decoders)
+    found = _Job(settings, inputs, tokenizer, confidence, dense_scores, progress or silent).run(sources, decoders)
     comparison = Comparison(
         date=date, command=command_line(sources, settings, gate=gate, report=report, lang=lang),
-        seconds=round(time.perf_counter() - started, 2), confidence=confidence, settings=settings,
-        environment=describe_environment(decoders[0].device), dense=dense_model, candidates=measured,
+        seconds=round(time.perf_counter() - started, 2), confidence=confidence, settings=settings, dense=found[0],
+        environment=describe_environment(decoders[0].device), candidates=found[1],
     )  # fmt: skip
     comparison = comparison if gates is None else judge_comparison(comparison, gates)
-    _publish(comparison, None if report is None else Path(report), records, lang, cards)
-    return comparison
+    return _publish(comparison, place, records, lang, cards)
 
 
 def _open_models(
     sources: list[str], device: str, dtype: str, progress: Report, **given: Any
 ) -> tuple[ComparisonSettings, Any, list[Decoder]]:
     """Return the settings that fit all models, their tokenizer, and the decoders, the dense one first."""
-    counts = {name: given[name] for name in ("seq_len", "max_tokens", "limit", "rounds")}
+    counts = {name: given[name] for name in ("seq_len", "max_tokens", "limit", "shots", "rounds")}
     check_inputs(sources[1:], given["data"], given["tasks"], **counts)
     place = pick_device(device)
     decoders = [
@@ -168,12 +169,13 @@ def _check_cards(folders: Sequence[Path]) -> Sequence[Path]:
 
 def _publish(
     comparison: Comparison, report: Path | None, records: Sequence[Any], lang: str, cards: Sequence[Path]
-) -> None:
+) -> Comparison:
     """Write the report, and the results of every candidate on its model card, where they are asked for."""
     if report is not None:
         write_report(report, comparison, records, lang)
     for folder, candidate in zip(cards, comparison.candidates, strict=False):  # no cards, or one for each
         put_comparison(folder, comparison, candidate)
+    return comparison
 
 
 def _read_inputs(
@@ -187,7 +189,7 @@ def _read_inputs(
         )
         for path in settings.data
     ]  # fmt: skip
-    items = {path: read_items(path, settings.limit) for path in settings.tasks}
+    items = {path: read_items(path, settings.limit, settings.shots, settings.seed) for path in settings.tasks}
     batch_tokens, bos = default_batch_tokens(decoders[0].device), find_bos(tokenizer, settings.bos)
     sequences = {path: buckets(own, tokenizer, positions, batch_tokens, bos) for path, own in items.items()}
     return EvaluationInputs(texts, items, sequences)
@@ -205,6 +207,7 @@ class _Job:
     inputs: EvaluationInputs
     tokenizer: Any
     confidence: float
+    dense_scores: str | Path | None
     report: Report
 
     @property
@@ -235,8 +238,9 @@ class _Job:
         first_tokens = min(self.settings.prompt_tokens, self.settings.seq_len // 2)
         candidates = []
         with tempfile.TemporaryDirectory(prefix="niwaki-") as folder:
-            dense = run_dense(decoders[0], self.inputs, self.bos, Path(folder) / "dense", self.report)
-            dense_answers = answer_likelihoods(dense, self.inputs)
+            dense, dense_answers = run_dense(
+                decoders[0], self.inputs, self.bos, Path(folder) / "dense", self.dense_scores, self.report
+            )
             for number, (decoder, model) in enumerate(zip(decoders[1:], models[1:], strict=True)):
                 own = Path(folder) / str(number)
                 scores = score_candidate(decoder, dense, self.inputs, first_tokens, own, self.report)

@@ -17,6 +17,7 @@ from niwaki.data.text_files import text_lines
 from niwaki.data.texts import load_tokenizer
 from niwaki.errors import CalibrationError, InputError
 from niwaki.measure.compare.scoring import EvaluationInputs
+from niwaki.measure.evaluate.tasks import check_shots
 from niwaki.measure.schema import ComparisonSettings
 from niwaki.model.decoder import Decoder
 
@@ -25,7 +26,13 @@ _SAMPLE = "The quick brown fox, 1234 + 5678 = déjà vu? 日本語\n\tdef f(x): 
 
 
 def check_inputs(
-    candidates: Sequence[str], data: Sequence[str], tasks: Sequence[str], *, rounds: int, **counts: int | None
+    candidates: Sequence[str],
+    data: Sequence[str],
+    tasks: Sequence[str],
+    *,
+    rounds: int,
+    shots: int,
+    **counts: int | None,
 ) -> None:
     """Check the inputs as far as no model is needed. Raises InputError for the first fault."""
     if not candidates:
@@ -41,6 +48,7 @@ def check_inputs(
     for name, value in counts.items():
         if value is not None and value < min_counts[name]:
             raise InputError(f"{name} must be at least {min_counts[name]}, got {value}")
+    check_shots(shots, tasks)
     if rounds < 0:
         raise InputError(f"rounds must be at least 0, got {rounds}")
     check_sources(data)

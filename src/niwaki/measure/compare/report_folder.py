@@ -19,8 +19,8 @@ COMPARISON, JUNIT = "compare.json", "junit.xml"
 MADE = ".niwaki-report-"  # begins the name of a folder in which a report is made
 
 
-def check_report(folder: Path, language: str, *, overwrite: bool) -> None:
-    """Check language and folder before the measurement.
+def check_report(folder: Path, language: str, *, overwrite: bool) -> Path:
+    """Check language and folder before the measurement, and return the folder.
 
     Raises InputError for an unknown language, OutputError if the folder cannot be created or holds other files.
     """
@@ -36,6 +36,7 @@ def check_report(folder: Path, language: str, *, overwrite: bool) -> None:
         raise OutputError(f"{path} was not written by niwaki: choose another folder with --report")
     if path.exists() and not overwrite:
         raise OutputError(f"--report {folder} holds a report: choose another folder, or replace it with --overwrite")
+    return folder
 
 
 def report_place(folder: str | Path) -> Path | None:

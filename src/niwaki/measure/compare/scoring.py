@@ -17,9 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from niwaki.compression.bos_loss import bos_windows
 from niwaki.config.events import Event, Report
-from niwaki.data.bos import Bos
 from niwaki.measure.compare.task_metrics import Likelihoods
 from niwaki.measure.compare.token_metrics import Text, TokenScores, score_text
 from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
@@ -57,18 +55,9 @@ def run_blocks(decoder: Decoder, inputs: EvaluationInputs, folder: Path, report:
     return FinalHiddenStates(decoder, windows, dict(inputs.buckets), folder, report)
 
 
-def run_dense(decoder: Decoder, inputs: EvaluationInputs, bos: Bos, folder: Path, report: Report) -> FinalHiddenStates:
-    """Run all inputs through the blocks of the dense model. Warn if its loss falls with a token that is off."""
-    windows = {text.path: text.ids_ST for text in inputs.texts}
-    probes = bos_windows(inputs.texts[0].ids_ST, bos, decoder.positions) if inputs.texts else {}
-    states = FinalHiddenStates(decoder, {**windows, **probes}, dict(inputs.buckets), folder, report)
-    states.warn_of_bos(probes, bos, report)
-    return states
-
-
-def answer_likelihoods(states: FinalHiddenStates, inputs: EvaluationInputs) -> dict[str, Likelihoods]:
+def answer_likelihoods(states: FinalHiddenStates, questions: Mapping[str, list[Item]]) -> dict[str, Likelihoods]:
     """Return the log-likelihoods of all answers."""
-    return {path: likelihoods(items, states.buckets[path], states.logprobs) for path, items in inputs.items.items()}
+    return {path: likelihoods(items, states.buckets[path], states.logprobs) for path, items in questions.items()}
 
 
 def score_candidate(
@@ -89,7 +78,7 @@ def score_candidate(
     ]
     windows = sum(len(text.ids_ST) for text in inputs.texts)
     scoring = Scoring(how="streamed", first_tokens=0, windows=windows, dense_windows=0, skipped_frac=0.0)
-    return CandidateScores(texts, answer_likelihoods(own, inputs), scoring)
+    return CandidateScores(texts, answer_likelihoods(own, inputs.items), scoring)
 
 
 def _score_contextual(

@@ -26,13 +26,14 @@ from niwaki.config.events import Report, silent
 from niwaki.config.recipe import BosPolicy, as_files
 from niwaki.config.sources import check_sources
 from niwaki.data.bos import find_bos
-from niwaki.data.stream import Stream, default_batch_tokens
+from niwaki.data.hidden_states import HiddenStates
+from niwaki.data.stream import default_batch_tokens
 from niwaki.data.text_amount import fit_seq_len
 from niwaki.data.texts import EvaluationWindows, load_tokenizer, read_evaluation
 from niwaki.errors import InputError
 from niwaki.measure.evaluate.final_hidden_states import FinalHiddenStates
 from niwaki.measure.evaluate.harness import HarnessTasks, find_tasks, run_tasks
-from niwaki.measure.evaluate.tasks import buckets, read_items, score
+from niwaki.measure.evaluate.tasks import Item, buckets, check_shots, read_items, score
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.model.device import pick_device, pick_dtype
@@ -50,6 +51,8 @@ def evaluate(
     lm_eval: str | Sequence[str] = (),
     include_path: str | Path | None = None,
     num_fewshot: int | None = None,
+    shots: int = 0,
+    seed: int = 0,
     reference: str | Path | None = None,
     seq_len: int = SEQ_LEN,
     max_tokens: int | None = None,
@@ -66,9 +69,9 @@ def evaluate(
     Returns a JSON-ready mapping. Per data file: `perplexity`, `tokens`, and with a reference `reference_perplexity`,
     `kl` (mean KL(reference‖model) in nats per predicted token) and `top1_agreement`. Per task file: `tasks`. `lm_eval`
     is as that package reports it, `bytes` are those of the weight files. `max_tokens` cuts every data file, `limit`
-    every task. `include_path` is a folder of task files for lm_eval, `num_fewshot` its number of examples.
-    `logit_bytes` limits the logits that are made at once (256 MiB). `bos` is the policy for the beginning-of-text
-    token of every window and question; the result says what was done.
+    every task. `include_path` is a folder of task files for lm_eval, `num_fewshot` its number of examples. `shots`:
+    solved questions before each question of a task file, drawn by `seed`. `logit_bytes` limits the logits made at once
+    (256 MiB). `bos`: the policy for the beginning of every window and question; the result says what was done.
 
     Raises InputError for an input that cannot be read or does not fit the model.
     """
@@ -77,16 +80,15 @@ def evaluate(
     if not (data or tasks or names):
         raise InputError("nothing to evaluate: give --data FILE, --tasks FILE or --lm-eval TASKS")
     _check_counts(seq_len=(seq_len, 2), max_tokens=(max_tokens, 2), limit=(limit, 1))
+    check_shots(shots, tasks)
     check_sources(data)
     harness = find_tasks(names, include_path, num_fewshot, limit)
-    decoders = [
-        Decoder(Checkpoint.open(path), pick_device(device), pick_dtype(dtype), logit_bytes=logit_bytes)
-        for path in (model, reference)
-        if path is not None
-    ]
+    place, own_dtype, paths = pick_device(device), pick_dtype(dtype), [model, *([reference] if reference else [])]
+    decoders = [Decoder(Checkpoint.open(path), place, own_dtype, logit_bytes=logit_bytes) for path in paths]
     if data or tasks:
         _check_not_contextual(str(model), decoders[0])
     seq_len = _check_pair(decoders, data, seq_len, report or silent)
+    questions = {path: read_items(path, limit, shots, seed) for path in tasks}
     result: dict[str, Any] = {
         "model": str(model),
         "reference": None if reference is None else str(reference),
@@ -94,7 +96,8 @@ def evaluate(
         "reference_bytes": decoders[1].checkpoint.nbytes if reference is not None else None,
         "seq_len": seq_len,
         "dtype": str(decoders[0].dtype).removeprefix("torch."),
-        **_stream_all(decoders, data, tasks, seq_len, max_tokens, limit, field, bos, report or silent),
+        **_stream_all(decoders, data, questions, seq_len, max_tokens, field, bos, report or silent),
+        **({"shots": shots, "seed": seed} if shots else {}),
     }
     if harness is not None:
         result["lm_eval"] = _run_harness(harness, decoders, device=device, logit_bytes=logit_bytes, bos=bos)
@@ -117,10 +120,9 @@ def _check_unchanged(decoders: list[Decoder]) -> None:
 def _stream_all(
     decoders: list[Decoder],
     data: Sequence[str],
-    tasks: Sequence[str],
+    questions: dict[str, list[Item]],
     seq_len: int,
     max_tokens: int | None,
-    limit: int | None,
     field: str,
     policy: BosPolicy,
     report: Report,
@@ -132,7 +134,6 @@ def _stream_all(
     texts = {path: read_evaluation([path], field, tokenizer, **size) for path in data}
     windows = {path: text.ids_ST for path, text in texts.items()}
     positions = min((d.positions for d in decoders if d.positions is not None), default=None)
-    questions = {path: read_items(path, limit) for path in tasks}
     batch_tokens = default_batch_tokens(decoders[0].device)
     sequences = {path: buckets(items, tokenizer, positions, batch_tokens, bos) for path, items in questions.items()}
     probes = bos_windows(next(iter(windows.values())), bos, positions) if windows else {}
@@ -147,7 +148,7 @@ def _stream_all(
             "tokens": {path: ids_ST.numel() for path, ids_ST in windows.items()},
             **_about_rows(texts),
             **_compare_all(states, list(windows)),
-            "tasks": {path: _score_all(states, path, questions[path]) for path in tasks},
+            "tasks": {path: _score_all(states, path, own) for path, own in questions.items()},
         }
     _check_unchanged(decoders)
     return found
@@ -222,7 +223,7 @@ def _compare_all(states: list[FinalHiddenStates], paths: list[str]) -> dict[str,
         streams = [(one, one.windows[path]) for one in states]
 
         def logits(
-            row: int, part: slice, streams: list[tuple[FinalHiddenStates, Stream]] = streams
+            row: int, part: slice, streams: list[tuple[FinalHiddenStates, HiddenStates]] = streams
         ) -> Iterable[Tensor]:
             return (one.logits(stream, row, part) for one, stream in streams)
 
@@ -232,7 +233,7 @@ def _compare_all(states: list[FinalHiddenStates], paths: list[str]) -> dict[str,
     return values
 
 
-def _score_all(states: list[FinalHiddenStates], path: str, questions: list[Any]) -> dict[str, Any]:
+def _score_all(states: list[FinalHiddenStates], path: str, questions: list[Item]) -> dict[str, Any]:
     scores = [score(questions, one.buckets[path], one.logprobs) for one in states]
     return scores[0] if len(scores) == 1 else {**scores[0], "reference": scores[1]}
 

@@ -19,6 +19,7 @@ from niwaki.compression.bos_loss import warn_of_losses
 from niwaki.compression.walk import forward
 from niwaki.config.events import Event, Report
 from niwaki.data.bos import Bos
+from niwaki.data.hidden_states import HiddenStates
 from niwaki.data.stream import Stream
 from niwaki.measure.evaluate.tasks import Bucket
 from niwaki.model.decoder import Decoder
@@ -48,20 +49,22 @@ class FinalHiddenStates:
             number += 1
             return Stream(decoder, ids_ST, folder=folder, name=f"stream-{number}", total_tokens=tokens)
 
-        self.windows = {path: stream(ids_ST) for path, ids_ST in windows.items()}
+        texts = {path: stream(ids_ST) for path, ids_ST in windows.items()}
+        self.windows: dict[str, HiddenStates] = dict(texts)
         self.buckets = {path: [(bucket, stream(bucket.ids_ST)) for bucket in own] for path, own in sequences.items()}
-        streams = [*self.windows.values(), *(s for own in self.buckets.values() for _, s in own)]
+        streams = [*texts.values(), *(s for own in self.buckets.values() for _, s in own)]
 
         def visit(block: Any) -> None:
             report(Event.EVALUATE, index=block.index, of=len(decoder), model=decoder.checkpoint.folder.name)
 
-        forward(decoder, streams, visit)
+        if streams:
+            forward(decoder, streams, visit)
 
     def warn_of_bos(self, probes: Collection[str], bos: Bos, report: Report) -> None:
         """Warn if the loss of the windows named `probes` falls with the beginning-of-text token, which is off."""
         warn_of_losses(self.decoder, {name: self.windows[name] for name in probes}, bos, report)
 
-    def logits(self, stream: Stream, row: int, part: slice) -> Tensor:
+    def logits(self, stream: HiddenStates, row: int, part: slice) -> Tensor:
         """Return the logits [N, V], float32, of the positions `part` of one window."""
         rows = slice(row, row + 1)
         x_1TD = stream.hidden.read(rows)
@@ -79,6 +82,6 @@ class FinalHiddenStates:
             del logprobs_NV  # before the next slice is made
         return torch.cat(values)
 
-    def window_parts(self, stream: Stream) -> list[slice]:
+    def window_parts(self, stream: HiddenStates) -> list[slice]:
         """Cut the positions of one window into slices whose logits fit the budget."""
         return self.decoder.position_slices(stream.ids_ST.shape[1])

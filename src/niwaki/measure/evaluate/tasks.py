@@ -13,6 +13,9 @@ items:
 
 (If choices of a harness task have no leading space and the task adds one, it divides by one character less.)
 
+With `shots`, every context begins with that many solved questions of the same file, the same ones for every model.
+`seed` draws them. A question that is one of them gets another one instead, so all questions are scored.
+
 Sequences are padded on the right. Earlier positions of a causal model cannot see the padding, so no mask is needed.
 Sequences of similar length run together, and equal ones once: choices that differ in their last token share one. Only
 positions that predict a token of a continuation get logits.
@@ -22,7 +25,8 @@ Legend: S sequences, T tokens, N predicted tokens.
 
 import json
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,8 +40,9 @@ from niwaki.data.bos import Bos
 from niwaki.data.chat import RowError, require_unicode
 from niwaki.data.stream import Stream
 from niwaki.data.text_files import text_lines
-from niwaki.errors import CalibrationError
+from niwaki.errors import CalibrationError, InputError
 
+BETWEEN = "\n\n"  # after a solved question, as in lm-evaluation-harness
 Logprobs = Callable[[Stream, Tensor, Tensor], Tensor]  # (stream, places, tokens) → log-probabilities [N]
 
 
@@ -76,11 +81,47 @@ class _GoldError(Exception):
     """The index of the correct pair is outside the pairs."""
 
 
-def read_items(path: str, limit: int | None) -> list[Item]:
-    """Read the questions of a task file. Raises CalibrationError with the number of the first invalid line.
+def check_shots(shots: int, tasks: Sequence[str]) -> None:
+    """Raise InputError for a number of examples below 0, or for examples of no task file."""
+    if shots < 0:
+        raise InputError(f"shots must be at least 0, got {shots}")
+    if shots and not tasks:
+        raise InputError("--shots is of task files: give --tasks FILE (the option of --lm-eval is --num-fewshot)")
 
-    No question is skipped: accuracies over fewer questions could not be compared with those of others.
+
+def read_items(path: str, limit: int | None, shots: int = 0, seed: int = 0) -> list[Item]:
+    """Read the first `limit` questions of a task file, each after `shots` solved ones of the whole file.
+
+    No question is skipped: accuracies over fewer questions could not be compared with those of others. Raises
+    CalibrationError with the number of the first invalid line, or if the file has too few other questions.
     """
+    if not shots:
+        return _read_questions(path, limit)
+    questions = _read_questions(path, None)
+    examples: dict[str, str] = {}  # solved, by what is asked
+    for item in random.Random(seed).sample(questions, len(questions)):
+        examples.setdefault(_asked(item), "".join(item.pairs[item.gold]) + BETWEEN)
+    if len(examples) <= shots:
+        raise CalibrationError(
+            f"{path}: {shots} examples need at least {shots + 1} different questions, it has {len(examples)}: "
+            "lower --shots"
+        )
+    found = []
+    for item in questions[:limit]:
+        others = (text for asked, text in examples.items() if asked != _asked(item))
+        before = "".join(islice(others, shots))
+        found.append(Item(tuple((before + context, end) for context, end in item.pairs), item.gold))
+    return found
+
+
+def _asked(item: Item) -> str:
+    """Return what a question asks: its context, or the solved question if it has none."""
+    context, continuation = item.pairs[item.gold]
+    return context.strip() or continuation
+
+
+def _read_questions(path: str, limit: int | None) -> list[Item]:
+    """Read the questions as they stand in the file."""
     check_tasks([path])
     items: list[Item] = []
     for number, line in islice(text_lines(Path(path)), limit):

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult
 from niwaki.compression.model_card import without_folders
 from niwaki.compression.run_record import RECORD
 from niwaki.compression.verify import replace_files
-from niwaki.measure.report.evaluation_card import check_card, entry, write_card_section
+from niwaki.measure.report.evaluation_card import after_examples, check_card, entry, write_card_section
 from niwaki.measure.schema import BUSY_SPREAD, Candidate, Comparison, Estimate, Throughput, write_comparison
 
 COMPARISON = "comparison.json"
@@ -45,7 +45,7 @@ def _entries(candidate: Candidate) -> Iterator[EvalResult]:
 
 def _text(comparison: Comparison, candidate: Candidate) -> str:
     """Return the table, the machine, the verdict if there are gates, and the command of the comparison."""
-    rows = [*_quality(candidate), *_speed(comparison, candidate)]
+    rows = [*_quality(candidate, comparison.settings.shots), *_speed(comparison, candidate)]
     where = comparison.environment
     processor = where.accelerator or where.processor
     lines = [
@@ -65,7 +65,7 @@ def _text(comparison: Comparison, candidate: Candidate) -> str:
     return "\n".join([*lines, "", f"    {again}"])
 
 
-def _quality(candidate: Candidate) -> Iterator[Row]:
+def _quality(candidate: Candidate, shots: int) -> Iterator[Row]:
     for data in candidate.data:
         one = data.whole
         name = f"{Path(data.data).name}, {one.tokens:,} tokens"
@@ -74,7 +74,7 @@ def _quality(candidate: Candidate) -> Iterator[Row]:
         yield name, "KL to dense, nats/token", "0", "", _with_ends(one.kl, ".4f")
         yield name, "top-1 agreement", "100%", "", _with_ends(one.top1_agreement, ".2%")
     for task in candidate.tasks:
-        name = f"{Path(task.task).name}, {task.questions} questions"
+        name = f"{Path(task.task).name}, {task.questions} questions{after_examples(shots)}"
         for measure, paired in (("accuracy", task.accuracy), ("accuracy_norm", task.accuracy_norm)):
             values = f"{paired.dense_accuracy:.4f}", f"{paired.accuracy:.4f}"
             yield name, measure, *values, f"loss {_with_ends(paired.loss, '.4f')}"

@@ -228,6 +228,7 @@ TEXT = {
     "set_max_tokens": "Max tokens per data file",
     "set_logit_bytes": "Max bytes of logits at once",
     "set_limit": "Max questions per task file",
+    "set_shots": "Solved questions before each question",
     "set_rounds": "Speed rounds",
     "set_prompt_tokens": "Prefill tokens of the speed test",
     "set_new_tokens": "Decoded tokens",

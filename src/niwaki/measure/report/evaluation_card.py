@@ -58,6 +58,11 @@ def entry(data: str, metric: str, value: float) -> EvalResult:
     return EvalResult("text-generation", data, data, metric, value)
 
 
+def after_examples(shots: int) -> str:
+    """Return what to say of the solved questions before each question, nothing without them."""
+    return f", each after {shots} solved ones" if shots else ""
+
+
 def harness_metrics(metrics: dict[str, Any]) -> list[str]:
     """Return the names of the metrics that lm_eval reports for a task, without their standard errors."""
     return [name for name, value in metrics.items() if isinstance(value, int | float) and "_stderr" not in name]
@@ -107,7 +112,7 @@ def _text_rows(result: dict[str, Any]) -> Iterator[list[str]]:
 
 def _task_rows(result: dict[str, Any]) -> Iterator[list[str]]:
     for file, scores in result["tasks"].items():
-        name = f"{Path(file).name}, {scores['items']} questions"
+        name = f"{Path(file).name}, {scores['items']} questions{after_examples(result.get('shots', 0))}"
         for measure in ("accuracy", "accuracy_norm"):
             dense = scores.get("reference", {}).get(measure)
             yield [name, measure, f"{scores[measure]:.4f}", "" if dense is None else f"{dense:.4f}"]

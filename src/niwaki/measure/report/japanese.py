@@ -230,6 +230,7 @@ TEXT = {
     "set_max_tokens": "データファイルごとの上限トークン数",
     "set_logit_bytes": "一度に作るロジットの上限（バイト）",
     "set_limit": "タスクファイルごとの上限問題数",
+    "set_shots": "各問題の前に置く解答済みの例題数",
     "set_rounds": "速度測定の回数",
     "set_prompt_tokens": "速度測定のプロンプト長（トークン）",
     "set_new_tokens": "生成トークン数",
