@@ -68,7 +68,7 @@ def inputs(tokens: int, columns: int, dtype: torch.dtype, rows: int) -> tuple[to
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sparse_kernels(compiled: list[str], layout: str, kind: str) -> None:
-    """Every kind of value in every layout: a few tokens, some, decoded; odd columns and whole chunks of them."""
+    """Compile every kind of value in every layout, with a few tokens, some, and decoded."""
     from niwaki.kernels.triton.sparse import fma_product
     from niwaki.kernels.triton.sparse_dot import core_product, decode
 
@@ -131,7 +131,7 @@ def test_kernels_of_kept_rows(compiled: list[str]) -> None:
 
 
 def test_kernels_of_compressing(compiled: list[str]) -> None:
-    """Sweeps, choices, ranks, latent weights."""
+    """Compile sweeps, choices, ranks, latent weights."""
     from niwaki.kernels.triton.codes import sweep_codes_triton, sweep_fitted_triton
     from niwaki.kernels.triton.latent import gradients_of_triton, weights_of_triton
     from niwaki.kernels.triton.ranks import drop_lowest_triton, sums_below_triton
@@ -157,18 +157,22 @@ def test_kernels_of_compressing(compiled: list[str]) -> None:
 
 
 def test_the_trellis_compiles(compiled: list[str]) -> None:
-    from niwaki.kernels.triton.trellis import decode_triton, encode_triton, product_triton
+    from niwaki.kernels.triton.trellis import encode_triton
+    from niwaki.kernels.triton.trellis_product import decode_triton, product_triton
 
-    for rows, columns, bits, others in ((50, 37, 2, None), (64, 130, 2, 3), (33, 70, 1, None), (40, 90, 3, 4)):
+    for rows, columns, bits, others, dtype, tokens in (
+        (50, 37, 2, None, FP16, 1), (64, 130, 2, 3, BF16, 2), (33, 70, 1, None, FP32, 3), (40, 90, 3, 4, BF16, 1)
+    ):  # fmt: skip
         own = kernel_parts(trellis_matrix(rows, columns, bits, others))
         encode_triton(torch.zeros(rows, 3), torch.ones(rows), torch.zeros(256), bits)
-        product_triton(torch.zeros(2, columns, dtype=BF16), own, rows)
+        x_NI, out_NO = inputs(tokens, columns, dtype, rows)
+        product_triton(x_NI, own, None, out_NO)
         decode_triton(own, rows, 32, torch.empty(rows - 32, columns, dtype=BF16))
-    assert {name.strip("_") for name in compiled} == {"encode", "product", "decode"}
+    assert {name.strip("_") for name in compiled} == {"encode", "fma", "spread", "cores", "decode"}
 
 
 def test_every_kernel_is_here() -> None:
-    """Each file of kernels is imported by a test above."""
+    """Look for every file of kernels in the tests above."""
     here, folder = Path(__file__).read_text(), Path(sparse_gpu.__file__).parent
     files = [path.stem for path in (folder / "triton").glob("[a-z]*.py")]
     assert len(files) > 10 and [name for name in files if name not in here] == []

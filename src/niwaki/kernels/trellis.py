@@ -24,7 +24,7 @@ from niwaki.kernels.cpu_module import as_array, cpu_module
 from niwaki.kernels.types import Codebook, Rounded, Start, TrellisPart
 
 MAX_CPU_TOKENS = 16  # with more, the matrix is decoded once: that is exact, and faster
-MAX_GPU_TOKENS = 4
+MAX_GPU_TOKENS = 16
 
 
 def encode(wanted_OI: Tensor, weight_O: Tensor, level_S: Tensor, bits: int) -> Tensor:
@@ -163,15 +163,16 @@ def cpu_product(layer: Any, x_NI: Tensor, rows: int, path: int = 0) -> Tensor:
 
 def trellis_product(x_NI: Tensor, tensors: Sequence[Tensor | None], bias_O: Tensor | None, rows: int) -> Tensor:
     """Return x Wᵀ + bias on a GPU. Each of the one or two parts has the four tensors of `TrellisPart`."""
-    from niwaki.kernels.triton.trellis import product_triton
+    from niwaki.kernels.triton.trellis_product import product_triton
 
-    y_NO = product_triton(x_NI.contiguous(), _parts_of(tensors), rows)
-    return (y_NO if bias_O is None else y_NO + bias_O).to(x_NI.dtype)
+    out_NO = x_NI.new_empty(len(x_NI), rows)
+    product_triton(x_NI.contiguous(), _parts_of(tensors), bias_O, out_NO)
+    return out_NO
 
 
 def trellis_decoded(tensors: Sequence[Tensor | None], rows: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """Return rows [first, last) of `rows` on a GPU, in the order of the inputs; `first` begins a tile."""
-    from niwaki.kernels.triton.trellis import decode_triton
+    from niwaki.kernels.triton.trellis_product import decode_triton
 
     out_RI = _empty_rows(tensors, first, last, dtype)
     decode_triton(_parts_of(tensors), rows, first, out_RI)

@@ -147,6 +147,16 @@ class TrellisPart(NamedTuple):
         return self.rings_TCB.shape[2] // 4
 
 
+class TrellisLaunch(NamedTuple):
+    """Launch of a product with a matrix that a trellis codes."""
+
+    cores: bool  # tensor cores, for 16-bit floats
+    warps: int  # of a program
+    unroll: int  # columns of a thread in a step
+    ahead: bool = False  # whether the words of the next step are loaded before those of this one are used
+    registers: int | None = None  # of a thread at most
+
+
 class Codebook(NamedTuple):
     """Levels of one or two parts with their bits, and the scale of every row in each: level[part, state] · scale."""
 

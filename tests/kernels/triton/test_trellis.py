@@ -4,7 +4,7 @@ import torch
 
 from niwaki.formats.trellis import assemble_trellis
 from niwaki.kernels.trellis import encode_reference, round_columns_reference
-from niwaki.kernels.types import Codebook, Start
+from niwaki.kernels.types import Codebook, Start, TrellisLaunch
 from support.trellis_records import kernel_parts, trellis_matrix
 from support.triton_interpreter import interpreted
 
@@ -65,16 +65,23 @@ def test_products_and_decoded_rows() -> None:
 
 
 def products() -> None:
-    """Multiply at every width, with one part and two, several splits of the columns; decode from a later tile on."""
-    from niwaki.kernels.triton import trellis
+    """Multiply at every width, with one part and two, in one step and in several. Decode a later tile.
 
-    trellis.SPLIT_COLUMNS = 32
+    In float16, because the interpreter multiplies the bits of bfloat16 as whole numbers.
+    """
+    from niwaki.kernels.triton.trellis_product import decode_triton, default_launch, product_triton
+
+    launches = TrellisLaunch(False, 2, 2), TrellisLaunch(False, 1, 4, ahead=True), TrellisLaunch(True, 2, 2)
+    assert default_launch(1, torch.float16) and not default_launch(9, torch.float32).cores
     for rows, columns, bits, others in ((50, 37, 2, None), (64, 130, 2, 3), (33, 70, 1, None), (40, 90, 3, 4)):
         parts = trellis_matrix(rows, columns, bits, others)
         weight, own = assemble_trellis(parts), kernel_parts(parts)
-        x = torch.randn(2, columns, generator=torch.Generator().manual_seed(1))
-        exact = x.double() @ weight.double().T
-        assert float((trellis.product_triton(x, own, rows) - exact).norm()) <= 1e-6 * float(exact.norm())
+        generator = torch.Generator().manual_seed(1)
+        x, bias = torch.randn(5, columns, generator=generator).half(), torch.randn(rows, generator=generator)
+        for launch, tokens in zip(launches, (1, 5, 3), strict=True):
+            out, exact = torch.full((tokens, rows), float("nan")), x[:tokens].double() @ weight.double().T + bias
+            product_triton(x[:tokens], own, bias, out, launch)
+            assert float((out - exact).norm()) <= 1e-6 * float(exact.norm())
         out = torch.full((rows - 32, columns), float("nan"))
-        trellis.decode_triton(own, rows, 32, out)
+        decode_triton(own, rows, 32, out)
         assert torch.equal(out, weight[32:])

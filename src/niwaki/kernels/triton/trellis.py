@@ -1,4 +1,4 @@
-"""Trellis kernels in Triton: the search of the best path, products and decoding (see `kernels.trellis`).
+"""Trellis kernels in Triton: the search of the best path (see `kernels.trellis`).
 
 In the search a program takes one ring. The costs of 256 states stay in registers. The branch that each group of states
 came from goes to a scratch buffer, which the way back reads. The latency of a row bounds a single column, and the
@@ -7,18 +7,14 @@ number of rings bounds a whole matrix. So a sweep is one launch for many columns
 Legend: N tokens, O rows, I columns, R some rows, C columns of a part, S states, T tiles, B bytes of a ring.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from niwaki.formats.trellis import RING, STATES
-from niwaki.kernels.types import Codebook, Rounded, Start, TrellisPart
+from niwaki.kernels.types import Codebook, Rounded, Start
 
-BLOCK_COLUMNS = 64  # of one step of a product, or of a program that decodes
-SPLIT_COLUMNS = 512  # that a program of a product has at least
 MAX_RINGS = 2**15  # of one launch: the scratch buffer takes 4 kB a ring at one bit
 
 
@@ -190,98 +186,3 @@ def _advance(
     best = tl.reshape(tl.broadcast_to(best[:, None], (groups, branches)), (256,))
     miss = value - levels
     return best + heavy * miss * miss
-
-
-@triton.jit
-def _weights(
-    rings, levels, tile, rows, columns, column, inside,
-    bits: tl.constexpr, ring: tl.constexpr,
-):  # fmt: skip
-    """Return the levels [32, C] of a block of columns in one tile: each state begins at the bits of its row."""
-    row = tl.arange(0, ring)
-    begin = row * bits
-    base = rings + (tile.to(tl.int64) * columns + column[None, :]) * bits
-    low = tl.load(base + (begin // 32)[:, None], mask=inside[None, :], other=0).to(tl.uint32, bitcast=True)
-    high = tl.load(base + ((begin // 32 + 1) % bits)[:, None], mask=inside[None, :], other=0).to(
-        tl.uint32, bitcast=True
-    )
-    word = low.to(tl.uint64) | (high.to(tl.uint64) << 32)
-    state = (word >> (begin % 32)[:, None].to(tl.uint64)).to(tl.int32) & 255
-    return tl.where(inside[None, :], tl.load(levels + state).to(tl.float32), 0.0)
-
-
-@triton.jit
-def _product(
-    x, rings, levels, scale, places, out, rows, columns, inputs, per_split,
-    mapped: tl.constexpr, bits: tl.constexpr, ring: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    """Write the sums of one tile, token and split of the columns to out[split, token, row]."""
-    tile, token, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row = tile * ring + tl.arange(0, ring)
-    sums = tl.zeros((ring,), tl.float32)
-    for start in range(split * per_split, tl.minimum((split + 1) * per_split, columns), block):
-        column = start + tl.arange(0, block)
-        inside = column < columns
-        place = column
-        if mapped:
-            place = tl.load(places + column, mask=inside, other=0)
-        value = tl.load(x + token.to(tl.int64) * inputs + place, mask=inside, other=0.0).to(tl.float32)
-        weight = _weights(rings, levels, tile, rows, columns, column, inside, bits, ring)
-        sums += tl.sum(weight * value[None, :], 1)
-    here = row < rows
-    sums *= tl.load(scale + row, mask=here, other=0.0).to(tl.float32)
-    tl.store(out + (split * tl.num_programs(1) + token).to(tl.int64) * rows + row, sums, mask=here)
-
-
-@triton.jit
-def _decode(
-    rings, levels, scale, places, out, first_tile, first, last, rows, columns, inputs,
-    mapped: tl.constexpr, bits: tl.constexpr, ring: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    """Write one tile and block of columns to out[row − first, input]."""
-    tile = first_tile + tl.program_id(0)
-    column = tl.program_id(1) * block + tl.arange(0, block)
-    inside = column < columns
-    row = tile * ring + tl.arange(0, ring)
-    here = row < last
-    place = column
-    if mapped:
-        place = tl.load(places + column, mask=inside, other=0)
-    weight = _weights(rings, levels, tile, rows, columns, column, inside, bits, ring)
-    weight *= tl.load(scale + row, mask=here, other=0.0).to(tl.float32)[:, None]
-    at = (row - first).to(tl.int64)[:, None] * inputs + place[None, :]
-    tl.store(out + at, weight.to(out.dtype.element_ty), mask=here[:, None] & inside[None, :])
-
-
-def product_triton(x_NI: Tensor, parts: Sequence[TrellisPart], rows: int) -> Tensor:
-    """Return x Wᵀ [N, O] in float32, the sums of all parts and splits of their columns added in order."""
-    tokens, sums = len(x_NI), []
-    for part in parts:
-        columns = part.rings_TCB.shape[1]
-        splits = max(1, min(16, columns // SPLIT_COLUMNS))
-        per_split = triton.cdiv(triton.cdiv(columns, splits), BLOCK_COLUMNS) * BLOCK_COLUMNS
-        out_SNO = torch.empty(splits, tokens, rows, device=x_NI.device)
-        _product[(triton.cdiv(rows, RING), tokens, splits)](
-            x_NI, *_pointers(part), out_SNO, rows, columns, x_NI.shape[1], per_split,
-            mapped=part.columns_C is not None, bits=part.bits, ring=RING, block=BLOCK_COLUMNS, num_warps=4,
-        )  # fmt: skip
-        sums.append(out_SNO.sum(0))
-    return sums[0] if len(sums) == 1 else sums[0] + sums[1]
-
-
-def decode_triton(parts: Sequence[TrellisPart], rows: int, first: int, out_RI: Tensor) -> None:
-    """Write rows [first, first + R) of the matrix to `out_RI`; `first` begins a tile."""
-    last = first + len(out_RI)
-    for part in parts:
-        columns = part.rings_TCB.shape[1]
-        grid = (triton.cdiv(len(out_RI), RING), triton.cdiv(columns, BLOCK_COLUMNS))
-        _decode[grid](
-            *_pointers(part), out_RI, first // RING, first, last, rows, columns, out_RI.shape[1],
-            mapped=part.columns_C is not None, bits=part.bits, ring=RING, block=BLOCK_COLUMNS, num_warps=4,
-        )  # fmt: skip
-
-
-def _pointers(part: TrellisPart) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return rings as 32-bit words, levels, scales, and places (any tensor where there are none)."""
-    levels_S, scale_O = part.levels_S.view(torch.int8), part.scale_O.view(torch.float16)
-    return part.rings_TCB.view(torch.int32), levels_S, scale_O, levels_S if part.columns_C is None else part.columns_C
