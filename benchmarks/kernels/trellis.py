@@ -46,6 +46,7 @@ FEW = [
     TrellisLaunch(False, 16, 16),
     TrellisLaunch(False, 32, 8),
     TrellisLaunch(False, 32, 4),
+    TrellisLaunch(False, 32, 4, ahead=True),
     TrellisLaunch(False, 8, 8),
 ]
 FEW_TOKENS = TrellisLaunch(False, 16, 4)

@@ -130,7 +130,6 @@ def _sums(
     threads: tl.constexpr, unroll: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     """Return Σ level · x of every token: [32] each."""
-    table = _table(levels)
     thread = tl.arange(0, threads)
     bank = _bank(thread, rows)
     step: tl.constexpr = threads // 4 * unroll
@@ -141,6 +140,7 @@ def _sums(
     if ahead:
         words = _load_words(rings, thread, 0, columns, bits, threads, unroll)
         values = _load_inputs(x, here, places, thread, 0, columns, inputs, block, threads, unroll)
+    table = _table(levels)
     for start in tl.range(0, columns, step):
         if ahead:
             next_words = _load_words(rings, thread, start + step, columns, bits, threads, unroll)
@@ -200,7 +200,6 @@ def _dots(
     """Return Σ level · x: [N, 32]. A warp multiplies its own columns, eight neighboring ones of every step and u."""
     warps: tl.constexpr = threads // 32
     depth: tl.constexpr = 8 * unroll
-    table = _table(levels)
     thread = tl.arange(0, threads)
     bank = _bank(thread, rows)
     step: tl.constexpr = threads // 4 * unroll
@@ -212,6 +211,7 @@ def _dots(
     own = x + tl.minimum(token, here - 1).to(tl.int64) * inputs
     if ahead:
         words = _load_words(rings, thread, 0, columns, bits, threads, unroll)
+    table = _table(levels)
     for start in tl.range(0, columns, step):
         column = start + shift
         value = tl.load(own + column, mask=(column < columns) & (token < here), other=0.0)
