@@ -8,6 +8,7 @@ by hand. tests/house/test_handbook.py fails when a page is stale.
 
 import json
 import re
+import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- generated: (\w+) ?([\w-]*) -->\n).*?(<!-- end -->)", re.S)
 TEXTS = ("reviews", "wikitext2")
+TASKS = {"arc": "ARC easy", "boolq": "BoolQ", "hellaswag": "HellaSwag", "piqa": "PIQA"}
 Rows = list[list[str]]
 
 
@@ -248,6 +250,74 @@ def reliability(_: str) -> str:
     return _table(["row", "asked", "reached", "kept"], rows)
 
 
+def real_ratios(name: str) -> str:
+    """Return perplexity over dense of every row of a real model: zeros, then shapes, then bits from many to few."""
+    rows = []
+    for row in _real_rows(name):
+        first, count = row["runs"][0], len(row["runs"])
+        bits = "" if first["bits"] >= 16 else f"{statistics.mean(run['bits'] for run in row['runs']):.2f}"
+        gone = f"{first['removed_frac']:.0%} gone" if "removed_frac" in first else ""
+        ratios = (_digits(row["ratio"][text]) for text in TEXTS)
+        rows.append([row["target"], row["label"], bits or gone, *ratios, str(count)])
+    return _table(["target", "recipe", "true bits", *TEXTS, "seeds"], rows)
+
+
+def real_tasks(name: str) -> str:
+    """Return the accuracies of every row of a real model that has some, by the number of solved questions before."""
+    parts = []
+    measured: dict[int, list[tuple[Mapping[str, Any], list[Mapping[str, Any]]]]] = {}
+    for row in _real_rows(name):
+        for shots in dict.fromkeys(shots for run in row["runs"] for shots in _accuracies(run)):
+            found = [_accuracies(run)[shots] for run in row["runs"] if shots in _accuracies(run)]
+            measured.setdefault(shots, []).append((row, found))
+    for shots, found_rows in sorted(measured.items()):
+        names = sorted({task for _, found in found_rows for own in found for task in own})
+        dense: dict[int, list[str]] = {}  # by the number of questions
+        rows = []
+        for row, found in found_rows:
+            asked = min(own[names[0]]["questions"] for own in found)
+            dense.setdefault(asked, [f"{_percent([found[0][task]['dense']])}" for task in names])
+            shown = [_percent([own[task]["accuracy"] for own in found]) for task in names]
+            lost = [max(own[task]["loss"][2] - own[task]["loss"][0] for own in found) for task in names]
+            rows.append([row["target"], row["label"], str(asked), *shown, f"{100 * max(lost):.0f}", str(len(found))])
+        rows = [["", "dense", str(asked), *shown, "", ""] for asked, shown in dense.items()] + rows
+        head = ["target", "recipe", "questions", *(TASKS.get(task, task) for task in names), "±", "seeds"]
+        title = "Each question alone" if not shots else f"Each question after {shots} solved ones"
+        parts.append(f"{title}:\n\n" + _table(head, rows))
+    return "\n".join(parts) or "No task is measured.\n"
+
+
+def _real_rows(name: str) -> list[Mapping[str, Any]]:
+    """Return the rows of real-model-NAME.json in the order of the page."""
+    found = json.loads((RESULTS / "quality" / f"real-model-{name}.json").read_text(encoding="utf-8"))["rows"]
+
+    def place(row: Mapping[str, Any]) -> tuple[int, float, str, float]:
+        first = row["runs"][0]
+        kind = 2 if first["bits"] < 16 else 1 if "removed_frac" in first else 0
+        return kind, -first["bits"], row["target"], -row["ratio"][TEXTS[0]]["mean"]
+
+    return sorted(found, key=place)
+
+
+def _accuracies(run: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """Return the tasks of a run by the number of solved questions before each."""
+    more = {int(shots): own for shots, own in run.get("tasks_by_shots", {}).items()}
+    return ({0: run["tasks"]} if run["tasks"] else {}) | more
+
+
+def _percent(values: list[float]) -> str:
+    """Return mean and deviation of shares in percent."""
+    deviation = f"\u00a0±\u00a0{100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation}"
+
+
+def _digits(found: Mapping[str, Any]) -> str:
+    """Return a ratio with two places, or three digits if it is large, and its deviation likewise."""
+    places = 2 if found["mean"] < 10 else 1 if found["mean"] < 100 else 0
+    deviation = "" if found["stdev"] is None else f"\u00a0±\u00a0{found['stdev']:.{max(places, 2)}f}"
+    return f"{found['mean']:.{places}f}{deviation}"
+
+
 KINDS = {
     "facts": facts,
     "rollout": rollouts,
@@ -257,6 +327,8 @@ KINDS = {
     "speed": speed,
     "works": works,
     "ranking": ranking,
+    "real_ratios": real_ratios,
+    "real_tasks": real_tasks,
     "whole_model": whole_model,
     "methods": methods,
     "model_types": model_types,

@@ -33,7 +33,7 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,8 @@ from benchmarks.common.provenance import provenance
 from benchmarks.quality.suites import SUITES, Case
 from niwaki.data.documents import read_texts
 from niwaki.data.texts import calibration_windows, load_tokenizer
-from niwaki.measure.schema import Candidate, Estimate
+from niwaki.measure.evaluate.tasks import read_items
+from niwaki.measure.schema import Estimate, TaskQuality
 from niwaki.model.files import write_text
 
 BY_CHARACTER = ("hellaswag",)  # tasks whose usual figure is the accuracy by likelihood per character
@@ -75,21 +76,15 @@ class Setting:
         return {"files": (str(self.data / "calibration.jsonl"),), "samples": self.samples, "seq_len": WINDOW}
 
 
-def score(setting: Setting, candidate: Path) -> dict[str, Any]:
-    """Return the paired scores of a candidate on both texts and all tasks."""
-    data, limit = setting.data, setting.limit
-    files = {name: str(data / file) for name, file in TEXTS.items()}
-    tasks = {path.stem.split("_")[0]: str(path) for path in sorted((data / "tasks").glob("*.jsonl"))}
-
-    def compare(**inputs: Any) -> Candidate:
-        return niwaki.compare(
-            setting.model, str(candidate), limit=limit or None, max_tokens=setting.tokens, rounds=0,
-            device=setting.device, dtype="float32", dense_scores=setting.dense_scores, **inputs,
-        ).candidates[0]  # fmt: skip
-
-    first, *more = setting.shots if limit != 0 else (0,)
-    given = {"tasks": list(tasks.values()), "shots": first} if limit != 0 else {}
-    found = compare(data=list(files.values()), **given)
+def score(setting: Setting, candidate: Path, place: Path) -> dict[str, Any]:
+    """Return the paired scores of a candidate on both texts and all tasks, in one pass through its blocks."""
+    files = {name: str(setting.data / file) for name, file in TEXTS.items()}
+    tasks = {shots: write_tasks(setting, shots, place) for shots in setting.shots if setting.limit != 0}
+    found = niwaki.compare(
+        setting.model, str(candidate), data=list(files.values()),
+        tasks=[str(path) for own in tasks.values() for path in own.values()], max_tokens=setting.tokens, rounds=0,
+        device=setting.device, dtype="float32", dense_scores=setting.dense_scores,
+    ).candidates[0]  # fmt: skip
     texts = {}
     for name, quality in zip(files, found.data, strict=True):
         whole = quality.whole
@@ -100,16 +95,28 @@ def score(setting: Setting, candidate: Path) -> dict[str, Any]:
             "kl": interval(whole.kl),
             "top1": interval(whole.top1_agreement),
         }
-    by_shots = {first: accuracies(tasks, found)}
-    by_shots |= {shots: accuracies(tasks, compare(tasks=list(tasks.values()), shots=shots)) for shots in more}
+    scored = {task.task: task for task in found.tasks}
+    by_shots = {shots: accuracies({n: scored[str(path)] for n, path in own.items()}) for shots, own in tasks.items()}
     scores = {"texts": texts, "tasks": by_shots.pop(0, {})}
     return scores | ({"tasks_by_shots": {str(shots): own for shots, own in by_shots.items()}} if by_shots else {})
 
 
-def accuracies(tasks: Iterable[str], found: Candidate) -> dict[str, Any]:
+def write_tasks(setting: Setting, shots: int, place: Path) -> dict[str, Path]:
+    """Write the questions of every task, each after `shots` solved ones, and return the files by task."""
+    written = {}
+    for path in sorted((setting.data / "tasks").glob("*.jsonl")):
+        items = read_items(str(path), setting.limit, shots, seed=0)
+        name = path.stem.split("_")[0]
+        written[name] = place / f"{name}-{shots}.jsonl"
+        rows = [json.dumps({"pairs": item.pairs, "gold": item.gold}) for item in items]
+        written[name].write_text("\n".join(rows) + "\n")
+    return written
+
+
+def accuracies(tasks: dict[str, TaskQuality]) -> dict[str, Any]:
     """Return the accuracy of every task, that of the dense model, and the interval of the loss."""
     answers = {}
-    for name, task in zip(tasks, found.tasks, strict=False):  # none with --limit 0
+    for name, task in tasks.items():
         own = task.accuracy_norm if name in BY_CHARACTER else task.accuracy
         answers[name] = {
             "questions": task.questions,
@@ -132,7 +139,7 @@ def measure(setting: Setting, case: Case, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out, size = compress(setting, case, seed, Path(folder), seconds)
         with clock(seconds, "score_s"):
-            scores = score(setting, out)
+            scores = score(setting, out, Path(folder))
     return {"seed": seed, **size, "seconds": seconds, **scores}
 
 
