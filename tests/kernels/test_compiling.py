@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 from niwaki.config.targets import NM
 from niwaki.formats.sparse import KINDS, LAYOUTS
 from niwaki.kernels import sparse_gpu
+from niwaki.kernels.inputs import InputCodes
 from niwaki.kernels.sparse_gpu import cores_reach
 from niwaki.kernels.types import Fit, PanelParts
 from niwaki.runtime.sparse_linear import for_gpu
@@ -169,6 +170,22 @@ def test_the_trellis_compiles(compiled: list[str]) -> None:
         product_triton(x_NI, own, None, out_NO)
         decode_triton(own, rows, 32, torch.empty(rows - 32, columns, dtype=BF16))
     assert {name.strip("_") for name in compiled} == {"encode", "fma", "spread", "cores", "decode"}
+
+
+def test_products_with_kept_inputs(compiled: list[str]) -> None:
+    """Take the threshold from the device and from the call, one split and several, every kind of level."""
+    from niwaki.kernels.triton.inputs import InputsLaunch, Levels, codes_dot_triton, inputs_dot_triton
+
+    count, threshold = torch.zeros(1, dtype=torch.int64), torch.tensor([0.5])
+    weight_IO = torch.zeros(4096, 256, dtype=BF16)
+    inputs_dot_triton(torch.zeros(1, 4096, dtype=BF16), weight_IO, threshold, weight_IO[0], count)
+    inputs_dot_triton(torch.zeros(5, 4096, dtype=FP16), weight_IO, 0.5, None, None, InputsLaunch(64, 32, 4, 1))
+    for grid, given, bias_O, counted in (("affine", threshold, torch.zeros(300), count), ("free", 0.5, None, None)):
+        codes = InputCodes.pack(quantized_matrix(300, 384, 4, grid, 128, mixed=False))
+        levels = Levels(*codes.levels_by_nibble, codes.centre)
+        x_BI = torch.zeros(2, 384, dtype=BF16)
+        codes_dot_triton(x_BI, codes.codes_IB, levels, codes.group, given, bias_O, counted, 300)
+    assert compiled == ["_dot", "_sum", "_dot"] + ["_codes", "_sum"] * 2
 
 
 def test_every_kernel_is_here() -> None:

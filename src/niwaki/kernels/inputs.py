@@ -115,6 +115,13 @@ class InputCodes:
         return {name: getattr(self, name) for name in names}
 
     @cached_property
+    def levels_by_nibble(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return scales, offsets and zero codes as the GPU kernel takes them: [G, 8, W] for the nibbles of W words."""
+        order_8W = _outputs_of_nibbles(self.scale_GP.shape[1]).to(self.scale_GP.device)
+        half = (None if t is None else t.view(torch.float16)[:, order_8W] for t in (self.scale_GP, self.offset_GP))
+        return *half, None if self.zero_GP is None else self.zero_GP[:, order_8W]  # type: ignore[return-value]
+
+    @cached_property
     def layer(self) -> Any:
         """Return the codes as one object of the compiled kernels."""
         compiled = cpu_module()
@@ -146,6 +153,10 @@ def inputs_dot(
     _check(x_BI, weight_IO.shape, bias_O, weight_IO.device)
     _require(weight_IO.dtype in KINDS, f"expected weights in bfloat16, float16 or float32, got {weight_IO.dtype}")
     _require(weight_IO.stride(1) == 1, f"expected the outputs of an input as neighbours, got {weight_IO.stride()}")
+    if x_BI.is_cuda and len(x_BI) <= MAX_TOKENS:
+        from niwaki.kernels.triton.inputs import inputs_dot_triton
+
+        return inputs_dot_triton(x_BI.contiguous(), weight_IO, _own(threshold, x_BI), bias_O, count)
     compiled = None if x_BI.is_cuda else cpu_module()
     if compiled is None or len(x_BI) > MAX_TOKENS or weight_IO.stride(0) < weight_IO.shape[1]:
         return _masked(x_BI, weight_IO, threshold, bias_O, count)
@@ -169,6 +180,12 @@ def codes_inputs_dot(
 ) -> Tensor:
     """Return the product of `inputs_dot` with codes. A CPU rounds the inputs of a group to 16 bits."""
     _check(x_BI, torch.Size((codes.inputs, codes.outputs)), bias_O, codes.codes_IB.device)
+    if x_BI.is_cuda and len(x_BI) <= MAX_TOKENS:
+        from niwaki.kernels.triton.inputs import Levels, codes_dot_triton
+
+        levels = Levels(*codes.levels_by_nibble, codes.centre)
+        own, outputs = _own(threshold, x_BI), codes.outputs
+        return codes_dot_triton(x_BI.contiguous(), codes.codes_IB, levels, codes.group, own, bias_O, count, outputs)
     if x_BI.is_cuda or cpu_module() is None or len(x_BI) > MAX_TOKENS:
         return _masked(x_BI, codes.decode(), threshold, bias_O, count)
     call = _Call(x_BI, bias_O, codes.outputs)
@@ -193,6 +210,15 @@ class _Call:
         if count is not None:
             count += kept
         return self.out_BO.to(self.dtype)
+
+
+def _own(threshold: float | Tensor, x_BI: Tensor) -> float | Tensor:
+    """Return a threshold that a kernel can read."""
+    if isinstance(threshold, Tensor):
+        expected = f"expected one threshold on {x_BI.device}, got {threshold.numel()} on {threshold.device}"
+        _require(threshold.device == x_BI.device and threshold.numel() == 1, expected)
+        return threshold
+    return float(threshold)
 
 
 def _masked(
@@ -263,3 +289,11 @@ def _unpacked(codes_IB: Tensor) -> Tensor:
     """Return the codes [I, P] of `_packed`."""
     nibbles = torch.stack((codes_IB & 15, codes_IB >> 4), dim=-1)
     return nibbles.view(len(codes_IB), -1, 4, 2, 4, 4).permute(0, 1, 3, 5, 2, 4).reshape(len(codes_IB), -1)
+
+
+def _outputs_of_nibbles(padded: int) -> Tensor:
+    """Return the output of every nibble of the words of 32 bits: [8, W]."""
+    block_8W = (
+        torch.arange(BLOCK).view(2, 4, 4, 2, 2).permute(4, 1, 2, 0, 3).reshape(8, -1)
+    )  # h, k, l, j to j₀, k, l, h, j₁
+    return (block_8W[:, None] + torch.arange(0, padded, BLOCK)[:, None]).flatten(1)
