@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 RUN = 256  # most inputs of one list
-SUM_OUTPUTS = 256  # per program of the second kernel
+SUM_OUTPUTS, SUM_SPLITS = 128, 16  # of a program of the second kernel, and of its steps
 POWER = tl.constexpr(90)  # of two, in the inputs of codes: sums of tiny floats would lose bits
 UNIT = tl.constexpr(59)  # 149 − POWER
 
@@ -85,11 +85,12 @@ def inputs_dot_triton(
     (tokens, inputs), outputs = x_BI.shape, weight_IO.shape[1]
     launch = launch or default_launch(outputs, inputs, tokens, processors_of(x_BI.device))
     out_BO = x_BI.new_empty(tokens, outputs)
-    share = triton.cdiv(inputs, launch.splits)
-    sums = _buffer(out_BO, launch.splits)
-    _dot[triton.cdiv(outputs, launch.columns), launch.splits](
+    share = triton.cdiv(triton.cdiv(inputs, launch.splits), launch.rows) * launch.rows
+    splits = triton.cdiv(inputs, share)
+    sums = _buffer(out_BO, splits)
+    _dot[triton.cdiv(outputs, launch.columns), splits](
         x_BI, weight_IO, threshold, bias_O, sums, count, tokens, inputs, outputs, share, weight_IO.stride(0),
-        padded=triton.next_power_of_2(tokens), rows=launch.rows, columns=launch.columns, splits=launch.splits,
+        padded=triton.next_power_of_2(tokens), rows=launch.rows, columns=launch.columns, whole=splits == 1,
         on_device=isinstance(threshold, Tensor), num_warps=launch.warps,
     )  # fmt: skip
     return _summed(sums, bias_O, out_BO)
@@ -121,7 +122,7 @@ def codes_dot_triton(
         x_BI, words_IW, levels.scale, levels.offset, levels.zero, threshold, bias_O, sums, count, listed,
         tokens, inputs, outputs, words_IW.shape[1], runs, triton.cdiv(runs, launch.splits),
         group=group, run=run, runs_per_group=runs_per_group, block=block, rows=launch.rows, words=launch.columns,
-        splits=launch.splits, centre=levels.centre, on_device=isinstance(threshold, Tensor), num_warps=launch.warps,
+        whole=launch.splits == 1, centre=levels.centre, on_device=isinstance(threshold, Tensor), num_warps=launch.warps,
     )  # fmt: skip
     return _summed(sums, bias_O, out_BO)
 
@@ -135,7 +136,7 @@ def _summed(sums: Tensor, bias_O: Tensor | None, out_BO: Tensor) -> Tensor:
     if sums is not out_BO:
         outputs = out_BO.shape[1]
         _sum[triton.cdiv(outputs, SUM_OUTPUTS), len(out_BO)](
-            sums, bias_O, out_BO, len(out_BO), outputs, splits=len(sums), block=SUM_OUTPUTS, num_warps=4
+            sums, bias_O, out_BO, len(out_BO), outputs, len(sums), block=SUM_OUTPUTS, step=SUM_SPLITS, num_warps=4
         )
     return out_BO
 
@@ -174,7 +175,7 @@ def _add_count(count, x, inputs, last, first, limit, tokens, block: tl.constexpr
     tl.atomic_add(count, found.to(tl.int64), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "share"])
 def _dot(
     x,
     weight,
@@ -190,7 +191,7 @@ def _dot(
     padded: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
-    splits: tl.constexpr,
+    whole: tl.constexpr,
     on_device: tl.constexpr,
 ):
     """Multiply a share of the inputs with some outputs. Sums are [rows, columns]."""
@@ -212,7 +213,7 @@ def _dot(
         total = _add_products(total, weights, values, padded)
     for b in tl.static_range(padded):
         y = tl.sum(total[b], axis=0)
-        _put(out, bias, y, b, column, column < tl.where(b < tokens, outputs, 0), tokens, outputs, splits)
+        _put(out, bias, y, b, column, column < tl.where(b < tokens, outputs, 0), tokens, outputs, whole)
 
 
 @triton.jit
@@ -225,9 +226,9 @@ def _add_products(total, weights, values, padded: tl.constexpr):
 
 
 @triton.jit
-def _put(out, bias, y, b, column, here, tokens, outputs, splits: tl.constexpr):
+def _put(out, bias, y, b, column, here, tokens, outputs, whole: tl.constexpr):
     """Store the outputs of a token, or its sums of one split."""
-    if splits == 1:
+    if whole:
         if bias is not None:
             y += tl.load(bias + column, mask=here, other=0.0).to(tl.float32)
         tl.store(out + b * outputs + column, y.to(out.dtype.element_ty), mask=here)
@@ -235,21 +236,24 @@ def _put(out, bias, y, b, column, here, tokens, outputs, splits: tl.constexpr):
         tl.store(out + (tl.program_id(1) * tokens + b).to(tl.int64) * outputs + column, y, mask=here)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _sum(sums, bias, out, tokens, outputs, splits: tl.constexpr, block: tl.constexpr):
-    """Add up the sums of all splits in their order."""
+@triton.jit(do_not_specialize=["tokens", "splits"])
+def _sum(sums, bias, out, tokens, outputs, splits, block: tl.constexpr, step: tl.constexpr):
+    """Add up the sums of all splits, in an order that only their number decides."""
     column = tl.program_id(0) * block + tl.arange(0, block)
     here = column < outputs
     b = tl.program_id(1)
-    y = tl.zeros((block,), tl.float32)
-    for s in tl.static_range(splits):
-        y += tl.load(sums + (s * tokens + b).to(tl.int64) * outputs + column, mask=here, other=0.0)
+    total = tl.zeros((step, block), tl.float32)
+    for first in tl.range(0, splits, step):
+        split = first + tl.arange(0, step)
+        at = (split * tokens + b).to(tl.int64)[:, None] * outputs + column[None, :]
+        total += tl.load(sums + at, mask=(split < splits)[:, None] & here[None, :], other=0.0)
+    y = tl.sum(total, axis=0)
     if bias is not None:
         y += tl.load(bias + column, mask=here, other=0.0).to(tl.float32)
     tl.store(out + b * outputs + column, y.to(out.dtype.element_ty), mask=here)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "runs", "share"])
 def _codes(
     x,
     codes,
@@ -273,7 +277,7 @@ def _codes(
     block: tl.constexpr,
     rows: tl.constexpr,
     words: tl.constexpr,
-    splits: tl.constexpr,
+    whole: tl.constexpr,
     centre: tl.constexpr,
     on_device: tl.constexpr,
 ):
@@ -305,7 +309,7 @@ def _codes(
     for n in tl.static_range(8):
         column = _output_of(word, n)
         y = tl.sum(total[n], axis=0)
-        _put(out, bias, y, token, column, here & (column < outputs), tokens, outputs, splits)
+        _put(out, bias, y, token, column, here & (column < outputs), tokens, outputs, whole)
 
 
 @triton.jit

@@ -1,0 +1,250 @@
+"""Products of one token that read only kept inputs, beside dense torch and our 4-bit planes. Shapes of 1.1B and 7B.
+
+    python -m benchmarks.kernels.inputs --out benchmarks/results/kernels/inputs-cpu.json
+    python -m benchmarks.kernels.inputs --device cuda --out benchmarks/results/kernels/inputs-h200.json
+    python -m benchmarks.kernels.inputs --device cuda --tiles --out tiles.json
+
+All products of a shape take turns. Each runs on the next of several copies, which no cache holds together. On a GPU a
+CUDA graph runs all copies one after another, and the threshold lies on the device.
+
+- `dense`: torch's bfloat16 linear, with the matrix as transformers stores it
+- `planes`: our product with 4 bits in groups of 128
+- `kept`, `codes`: the same weights by inputs, with the share of the inputs that is skipped
+
+Microseconds are medians, and on a CPU also the best. `bandwidth` compares the bytes of kept rows per second with those
+of the same run. On a CPU that is a read of a large buffer, on a GPU a copy. `--tiles` times some launches at a half.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from benchmarks.common.devices import require_gpu
+from benchmarks.common.gpu_timing import bandwidth, copies_of, graph_of, interleaved
+from benchmarks.common.provenance import provenance
+from niwaki.formats.quantized import TILE
+from niwaki.kernels import planes
+from niwaki.kernels.inputs import InputCodes, codes_inputs_dot, inputs_dot, kept_inputs
+from niwaki.kernels.types import PlanePart
+
+# Inputs and outputs of q/k/v, o, gate/up and down.
+SMALL = {"qkv": (2048, 2560), "o": (2048, 2048), "up": (2048, 5632), "gate/up": (2048, 11264), "down": (5632, 2048)}
+LARGE = {"qkv": (4096, 12288), "o": (4096, 4096), "gate/up": (4096, 22016), "down": (11008, 4096)}
+SHARES = (0.0, 0.3, 0.5, 0.7)
+THREADS = (1, 2)
+GROUP = 128
+COLD_BYTES = 100 * 2**20
+READ_BYTES = 512 * 2**20
+COMPILERS = 12  # processes
+# Outputs of a program, inputs of a step, warps, splits; for codes words of eight outputs.
+TILES = [(64, 128, 4, s) for s in (1, 2, 4, 8)] + [(64, 64, 4, s) for s in (2, 4, 8)]
+TILES += [(128, 64, 4, s) for s in (2, 4, 8, 16)] + [(256, 32, 4, s) for s in (4, 8, 16)]
+TILES += [(32, 128, 4, 1), (32, 256, 8, 1), (64, 128, 8, 2), (64, 256, 8, 2)]
+CODE_TILES = [(64, 8, 4, s) for s in (2, 4, 8, 16, 32)] + [(32, 16, 4, s) for s in (2, 4, 8, 16)]
+CODE_TILES += [(128, 4, 4, s) for s in (8, 16, 32)] + [(64, 16, 4, s) for s in (4, 16)]
+
+
+def thresholds_of(x_BI: Tensor) -> dict[float, Tensor]:
+    """Return the threshold of every share. That of zero keeps all inputs."""
+    sizes_I = x_BI.float().abs().flatten().sort().values
+    last = {share: sizes_I[int(share * len(sizes_I)) - 1] if share else sizes_I.new_tensor(-1.0) for share in SHARES}
+    return {share: value[None] for share, value in last.items()}
+
+
+def random_planes(inputs: int, outputs: int, device: str) -> PlanePart:
+    """Return random bit planes of 4 bits."""
+    planes_TKBR = torch.randint(0, 256, (outputs // TILE, 4, inputs // 8, TILE), dtype=torch.uint8, device=device)
+    scale_GO = torch.ones(inputs // GROUP, outputs, device=device).half().view(torch.int16)
+    zero_GO = torch.randint(0, 16, scale_GO.shape, dtype=torch.uint8, device=device)
+    return PlanePart(planes_TKBR, scale_GO, None, zero_GO, None, 0.0, inputs, GROUP)
+
+
+def random_codes(inputs: int, outputs: int, device: str) -> InputCodes:
+    """Return random codes of the same matrix."""
+    codes_IB = torch.randint(0, 256, (inputs, outputs // 2), dtype=torch.uint8, device=device)
+    scale_GP = torch.ones(inputs // GROUP, outputs, device=device).half().view(torch.int16)
+    zero_GP = torch.randint(0, 16, scale_GP.shape, dtype=torch.uint8, device=device)
+    return InputCodes(codes_IB, scale_GP, None, zero_GP, 0.0, GROUP, outputs)
+
+
+def random_weights(inputs: int, outputs: int, device: str) -> Tensor:
+    """Return random bfloat16 weights by inputs."""
+    return torch.randn(inputs, outputs, device=device).bfloat16()
+
+
+def row_of(name: str, shape: tuple[int, int], times: dict[str, float], bytes_per_s: float) -> dict[str, Any]:
+    """Return a row of the result: microseconds, speed over dense and planes, and the share of the bandwidth."""
+    inputs, outputs = shape
+    speed = {n: round(times["dense" if "kept" in n else "planes"] / us, 2) for n, us in times.items() if " " in n}
+    reached = {}
+    for own in speed:
+        kind, share = own.split()
+        nbytes = inputs * outputs * (1 - float(share)) * (2 if kind == "kept" else 0.5)
+        reached[own] = round(nbytes / times[own] * 1e6 / bytes_per_s, 2)
+    us = {own: round(value, 1) for own, value in times.items()}
+    print(name, shape, us, flush=True)
+    return {"matrix": name, "inputs": inputs, "outputs": outputs, "us": us, "speedup": speed, "bandwidth": reached}
+
+
+def read_bytes_per_s() -> float:
+    """Return the bytes per second that the threads read: the best of some sums."""
+    buffer, best = torch.ones(READ_BYTES // 4), float("inf")
+    for _ in range(7):
+        began = time.perf_counter()
+        buffer.sum()
+        best = min(best, time.perf_counter() - began)
+    return buffer.nbytes / best
+
+
+def measure_cpu(name: str, shape: tuple[int, int], rounds: int) -> dict[str, Any]:
+    """Return the times of a shape on a CPU."""
+    inputs, outputs = shape
+    x_BI = torch.randn(1, inputs).bfloat16()
+    count, fewer = (1 + COLD_BYTES // (inputs * outputs * 2 // bits) for bits in (1, 4))
+    by_input = [random_weights(inputs, outputs, "cpu") for _ in range(count)]
+    kept, dense = cycle(by_input), cycle([weight_IO.T.contiguous() for weight_IO in by_input])
+    parts = [random_planes(inputs, outputs, "cpu") for _ in range(fewer)]
+    plain = cycle([planes.prepared_layer([part], outputs, inputs) for part in parts])
+    coded = cycle([random_codes(inputs, outputs, "cpu") for _ in range(fewer)])
+    works: dict[str, Callable[[], object]] = {
+        "dense": lambda: linear(x_BI, next(dense)),
+        "planes": lambda: planes.cpu_product(next(plain), x_BI, outputs),
+    }
+    for share, limit in thresholds_of(x_BI).items():
+        works[f"kept {share}"] = lambda limit=float(limit): inputs_dot(x_BI, next(kept), limit)  # type: ignore[misc]
+        works[f"codes {share}"] = lambda limit=float(limit): codes_inputs_dot(x_BI, next(coded), limit)  # type: ignore[misc]
+    times: dict[str, list[float]] = {own: [] for own in works}
+    for turn in range(rounds + 2):
+        for own, work in works.items():
+            began = time.perf_counter()
+            work()
+            if turn > 1:
+                times[own].append(1e6 * (time.perf_counter() - began))
+    read = read_bytes_per_s()
+    best = row_of(name, shape, {own: min(found) for own, found in times.items()}, read)
+    middle = row_of(name, shape, {own: statistics.median(found) for own, found in times.items()}, read)
+    picked = {key: best[key] for key in ("us", "speedup", "bandwidth")}
+    return middle | {"best": picked, "read_gb_s": round(read / 1e9, 1)}
+
+
+def measure_gpu(name: str, shape: tuple[int, int], seconds: float, bytes_per_s: float) -> dict[str, Any]:
+    """Return the times of a shape on a GPU."""
+    inputs, outputs = shape
+    x_BI = torch.randn(1, inputs, device="cuda").bfloat16()
+    out_BO = x_BI.new_empty(1, outputs)
+    nbytes = int(inputs * outputs * 2 * (1 - max(SHARES)))
+    by_input = [random_weights(inputs, outputs, "cuda") for _ in range(copies_of(nbytes))]
+    dense = [weight_IO.T.contiguous() for weight_IO in by_input]
+    coded = [random_codes(inputs, outputs, "cuda") for _ in range(copies_of(nbytes // 4))]
+    plain = [random_planes(inputs, outputs, "cuda").for_gpu() for _ in range(copies_of(inputs * outputs // 2))]
+    works: dict[str, list[Callable[[], object]]] = {
+        "dense": [partial(linear, x_BI, weight_OI) for weight_OI in dense],
+        "planes": [partial(planes.gpu_product, x_BI, [part], None, out_BO) for part in plain],
+    }
+    for share, limit in thresholds_of(x_BI).items():
+        works[f"kept {share}"] = [partial(inputs_dot, x_BI, weight_IO, limit) for weight_IO in by_input]
+        works[f"codes {share}"] = [partial(codes_inputs_dot, x_BI, codes, limit) for codes in coded]
+    times = interleaved({own: (graph_of(work), len(work)) for own, work in works.items()}, seconds)
+    return row_of(name, shape, times, bytes_per_s) | {"errors": errors_of(x_BI, by_input[0], coded[0])}
+
+
+def errors_of(x_BI: Tensor, weight_IO: Tensor, codes: InputCodes) -> dict[str, float]:
+    """Return the errors of both products at a share of a half against float64."""
+    limit = thresholds_of(x_BI)[0.5]
+    masked_BI = torch.where(kept_inputs(x_BI, limit).mask_BI, x_BI.double(), 0.0)
+    found = {
+        "kept": (inputs_dot(x_BI, weight_IO, limit), weight_IO.double()),
+        "codes": (codes_inputs_dot(x_BI, codes, limit), codes.decode().double()),
+    }
+    wanted = {own: masked_BI @ exact_IO for own, (_, exact_IO) in found.items()}
+    return {own: float(f"{(y_BO - wanted[own]).norm() / wanted[own].norm():.1e}") for own, (y_BO, _) in found.items()}
+
+
+def tiles_of(kind: str, shape: tuple[int, int]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield some launches of a product at a share of a half, on one copy."""
+    from niwaki.kernels.triton.inputs import InputsLaunch, Levels, codes_dot_triton, inputs_dot_triton
+
+    inputs, outputs = shape
+    x_BI = torch.randn(1, inputs, device="cuda").bfloat16()
+    limit = thresholds_of(x_BI)[0.5]
+    if kind == "kept":
+        weight_IO = random_weights(inputs, outputs, "cuda")
+        for sizes in TILES:
+            yield str(sizes), partial(inputs_dot_triton, x_BI, weight_IO, limit, None, None, InputsLaunch(*sizes))
+        return
+    codes = random_codes(inputs, outputs, "cuda")
+    call = x_BI, codes.codes_IB, Levels(*codes.levels_by_nibble, codes.centre), GROUP, limit, None, None, outputs
+    for sizes in CODE_TILES:
+        yield str(sizes), partial(codes_dot_triton, *call, InputsLaunch(*sizes))
+
+
+def sweep(kind: str, shape: tuple[int, int], seconds: float) -> dict[str, Any]:
+    """Return the microseconds of all launches, best first."""
+    works: dict[str, list[Callable[[], object]]] = {}
+    for _ in range(copies_of(shape[0] * shape[1] // (1 if kind == "kept" else 4))):
+        for sizes, work in tiles_of(kind, shape):
+            works.setdefault(sizes, []).append(work)
+    times = interleaved({sizes: (graph_of(work), len(work)) for sizes, work in works.items()}, seconds)
+    found = {sizes: round(times[sizes], 2) for sizes in sorted(times, key=times.__getitem__)}
+    print(kind, shape, found, flush=True)
+    return {"kind": kind, "inputs": shape[0], "outputs": shape[1], "us": found}
+
+
+def compile_tiles(kind: str, number: int) -> None:
+    """Compile one launch, with and without splits, into Triton's cache on the disk."""
+    _, work = list(tiles_of(kind, (4096, 4096)))[number]
+    work()
+
+
+def compile_all(tiles: bool) -> None:
+    """Compile the kernels in several processes."""
+    wanted = [("kept", n) for n in range(len(TILES))] + [("codes", n) for n in range(len(CODE_TILES))]
+    if tiles:
+        with multiprocessing.get_context("spawn").Pool(COMPILERS) as pool:
+            pool.starmap(compile_tiles, wanted, chunksize=1)
+
+
+def main() -> None:
+    """Measure every shape and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=40, help="of every product on a CPU")
+    parser.add_argument("--seconds", type=float, default=0.6, help="of a shape on a GPU")
+    parser.add_argument("--tiles", action="store_true")
+    parser.add_argument("--threads", type=int, nargs="+", default=list(THREADS))
+    parser.add_argument("--matrices", nargs="+", default=list(SMALL))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    about: dict[str, Any] = {"what": __doc__.splitlines()[0], **provenance(args.device)}
+    with torch.inference_mode():
+        if args.device == "cpu":
+            for threads in args.threads:
+                torch.set_num_threads(threads)
+                rows += [{"threads": threads} | measure_cpu(name, SMALL[name], args.rounds) for name in args.matrices]
+        else:
+            require_gpu(parser)
+            compile_all(args.tiles)
+            about["copy_gb_s"] = round((bytes_per_s := bandwidth()) / 1e9)
+            for model, shapes in (("7B", LARGE), ("1.1B", SMALL)):
+                for name, shape in shapes.items():
+                    if args.tiles:
+                        rows += [sweep(kind, shape, args.seconds) for kind in ("kept", "codes")]
+                    else:
+                        rows.append({"model": model} | measure_gpu(name, shape, args.seconds, bytes_per_s))
+    args.out.write_text(json.dumps(about | {"products": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
