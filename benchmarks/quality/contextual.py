@@ -5,7 +5,7 @@
 DATA holds calibration.jsonl (predictors and static masks come from it alone), eval_reviews.jsonl, wikitext2_test.txt.
 Windows have P + `--continuation` tokens. The prompt runs dense. From P on, skipped units put out zero, or their mean in
 the prompt if the label says so. Every method skips the same number of head groups and neurons in every block. `shadow`
-is the default of `niwaki compress --method shadow`, with its choice of criteria per target. With `batch of 8 shares
+is `niwaki compress --method shadow --set unit=prompt`, with its choice of criteria per target. With `batch of 8 shares
 neurons` every sequence runs the same neurons and its own heads (`selection.for_batch`, whole batches only). `unions` is
 the share of the neurons that batches run when no sequence loses any of its own.
 
@@ -62,7 +62,7 @@ SHADOWS = {
         "head_criterion": "plainact", "criterion": "plainact", "features": "last", "shrinkage": False, "mean_fill": 0.0,
     },
 }  # fmt: skip
-MEAN_FILL = shadow.Config().mean_fill  # for rivals that get one too
+MEAN_FILL = shadow.Config(unit="prompt").mean_fill  # for rivals that get one too
 BATCH = 8  # sequences of a forward, and those that share neurons
 UNIONS = (4, 8, 16)
 
@@ -196,7 +196,14 @@ def learn(decoder, ids_ST, layout, args, watch_time):
     fitted, learned, about = {}, {}, {}
     for target in args.targets:
         chosen, tried = evaluate_candidates(
-            shadow, shadow.Config(), traces, layout, target, decoder, ids_ST, lambda ids, name: Stream(decoder, ids)
+            shadow,
+            shadow.Config(unit="prompt"),
+            traces,
+            layout,
+            target,
+            decoder,
+            ids_ST,
+            lambda ids, name: Stream(decoder, ids),
         )
         criteria = {name: getattr(chosen, name) for name in shadow.CANDIDATES}
         about[f"trial at {target}"] = criteria | {"tried": tried}
@@ -217,7 +224,7 @@ def correlate(traces, layout, weights):
     correlations = {}
     for name in CRITERIA:
         cut = len(traces[name]) * 3 // 4
-        config = shadow.Config(criterion=name, head_criterion=name, features="last", shrinkage=False)
+        config = shadow.Config(unit="prompt", criterion=name, head_criterion=name, features="last", shrinkage=False)
         samples = shadow.samples(traces, layout, config)
         train, test = samples.take(slice(0, cut)), samples.take(slice(cut, None))
         predictor, _ = shadow.learn(train, layout, config, weights)

@@ -130,7 +130,7 @@ def main() -> None:
         if not folder.exists():
             files = (str(args.data / "calibration.jsonl"),)
             niwaki.compress(
-                args.model, folder, method="shadow", target=target, device="cpu",
+                args.model, folder, method="shadow", target=target, device="cpu", options={"unit": "prompt"},
                 calibration={"files": files, "samples": args.learn, "seq_len": 512},
             )  # fmt: skip
         model = niwaki.load(folder, device="cpu").float()

@@ -29,8 +29,8 @@ from niwaki.measure.bench.models import random_model
 from niwaki.measure.bench.variants import untrained
 from niwaki.model.anatomy import discover
 from niwaki.model.hf import build_skeleton
+from niwaki.runtime.contextual.attach import attach
 from niwaki.runtime.contextual.selection import Rule
-from niwaki.runtime.contextual.sparsity import attach
 from niwaki.runtime.cuda_graph import CudaGraphGenerator
 
 SHAPES = {

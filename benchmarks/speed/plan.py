@@ -40,7 +40,7 @@ CASES = {
     "comp": "comp 0.25 --set try_blocks=1 --set try_heads=1",
     "flap": "flap 0.25",
     "comp+gptq": "comp+gptq 0.25+4bit --set comp.try_blocks=0 --set comp.try_heads=0 --set gptq.group=64",
-    "shadow": "shadow 0.5 --set gradient_windows=4",
+    "shadow": "shadow 0.5 --set unit=prompt --set gradient_windows=4",
 }
 
 

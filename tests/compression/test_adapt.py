@@ -26,7 +26,7 @@ def out(tmp_path: Path) -> Path:
     niwaki.compress(
         tmp_path / "model", tmp_path / "out", method="shadow", target="0.5", device="cpu",
         calibration={"files": (str(text),), "samples": 12, "seq_len": 24},
-        options={"min_prompt": 8, "features": "last", "size_frac": 0.5},
+        options={"unit": "prompt", "min_prompt": 8, "features": "last", "size_frac": 0.5},
     )  # fmt: skip
     return tmp_path / "out"
 
@@ -88,7 +88,7 @@ def test_a_missing_first_token_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     niwaki.compress(
         tmp_path / "model", tmp_path / "out", method="shadow", target="0.5", device="cpu",
         calibration={"files": (text,), "samples": 12, "seq_len": 24},
-        options={"min_prompt": 8, "features": "last", "size_frac": 0.5},
+        options={"unit": "prompt", "min_prompt": 8, "features": "last", "size_frac": 0.5},
     )  # fmt: skip
     monkeypatch.setattr("niwaki.compression.bos_loss.MAX_FALL", -10.0)
     told: dict[str, Warnings] = {"auto": Warnings(), "on": Warnings()}

@@ -21,7 +21,7 @@ from support.contextual import ids_of, layout_of, masked_logits, model_of
 from support.models import file_bytes, tiny_llama, weights_of, write_texts
 
 TOKENS = 16
-OPTIONS = {"gradient_windows": 4, "min_prompt": 8, "features": "last", "size_frac": 0.5}
+OPTIONS = {"unit": "prompt", "gradient_windows": 4, "min_prompt": 8, "features": "last", "size_frac": 0.5}
 
 
 def compress(tmp_path: Path, out: str = "out", **more: Any) -> dict[str, Any]:
@@ -117,12 +117,21 @@ def test_same_seed_same_bytes_and_a_finished_predictor_is_kept(tmp_path: Path) -
         ({"target": "2:4"}, TargetError, "shadow meets a share of zeros"),
         ({"method": "shadow+wanda"}, InputError, "learns what a finished model needs: run it alone"),
         ({"allocation": "owl"}, TargetError, "drop allocation owl"),
-        ({"options": {"criterion": "taste"}}, InputError, "criterion must be one of auto, energy"),
-        ({"options": {"features": "first"}}, InputError, "features must be none, or some of last, mean, prompt"),
-        ({"options": {"neuron_width": 32}}, InputError, "neuron_width 32 does not divide the 48 neurons"),
-        ({"options": {}}, InputError, "no room for rank 1"),
+        ({"options": {"unit": "prompt", "criterion": "taste"}}, InputError, "criterion must be one of auto, energy"),
+        (
+            {"options": {"unit": "prompt", "features": "first"}},
+            InputError,
+            "features must be none, or some of last, mean, prompt",
+        ),
+        ({"options": {"unit": "prompt", "neuron_width": 32}}, InputError, "neuron_width 32 does not divide the 48"),
+        ({"options": {"neuron_width": 32}}, InputError, "neuron_width is an option of unit prompt: leave it out"),
+        ({"options": {"unit": "prompt"}}, InputError, "no room for rank 1"),
         ({"calibration": {"samples": 4, "seq_len": 24}}, InputError, "learned from 4 windows"),
         ({"calibration": {"samples": 8, "seq_len": 3}}, CalibrationError, "windows of 3 tokens"),
+        ({"options": {}, "calibration": {"samples": 8, "seq_len": 7}}, CalibrationError, "windows of 7 tokens"),
+        ({"options": {}, "target": "0.95"}, TargetError, "at most 0.9 of the inputs"),
+        ({"options": {"unit": "layer"}}, InputError, "unit must be one of inputs, prompt"),
+        ({"options": {"max_ratio": 1}}, InputError, "max_ratio must be more than 1"),
     ],
 )
 def test_what_cannot_be_done_is_refused(

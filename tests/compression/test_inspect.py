@@ -38,7 +38,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "target": "0.4+4bit",
         "options": {"comp.try_blocks": 0, "comp.try_heads": 0, "rtn.group": 0},
     },
-    "contextual": {"method": "shadow", "target": "0.5", "options": {"gradient_windows": 2}},
+    "contextual": {"method": "shadow", "target": "0.5", "options": {"unit": "prompt", "gradient_windows": 2}},
+    "inputs": {"method": "shadow", "target": "0.5", "options": {"gradient_windows": 2}},
 }
 
 
@@ -120,6 +121,12 @@ def test_a_predictor_tells_what_runs(results: dict[str, Path]) -> None:
     assert "predictor" in text and re.search(r"reads\W+prompt\b", text)
     with pytest.raises(InputError, match="changed no matrix"):
         why(results["contextual"], "0.mlp.down_proj")
+    found = inspect(results["inputs"])
+    assert found["kind"] == "contextual" and set(found["matrices"]) > {"o_proj", "down_proj"}
+    run = found["matrices"]["gate_proj/up_proj"]
+    assert all(0 <= value <= 1 for value in run["values"]) and found["predictor"]["target"] == "0.5"
+    text = shown(found, print_inspection)
+    assert "perplexity over dense" in text and "by measured damage" in text
 
 
 def test_a_terminal_gets_colour_and_a_narrow_one_fewer_characters(results: dict[str, Path]) -> None:

@@ -92,7 +92,8 @@ def test_evaluation_equals_transformers(model: Path, text: str) -> None:
         ("rtn", "4bit", {"options": {"group": 64}, "embeddings": "8bit"}),
         ("wanda_sp", "0.3", {}),
         ("shortgpt", "0.3", {}),
-        ("shadow", "0.5", {"options": {"size_frac": 0.2}}),
+        ("shadow", "0.5", {"options": {"max_ratio": 9e9}}),
+        ("shadow", "0.5", {"options": {"unit": "prompt", "size_frac": 0.2}}),
     ],
     ids=lambda value: str(value),
 )

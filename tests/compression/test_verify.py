@@ -157,7 +157,7 @@ def test_the_model_and_the_predictor_of_a_contextual_result(tmp_path: Path) -> N
     niwaki.compress(
         tmp_path / "model", tmp_path / "out", method="shadow", target="0.5", device="cpu",
         calibration={"files": (text,), "samples": 12, "seq_len": 24},
-        options={"gradient_windows": 4, "min_prompt": 8, "features": "last", "size_frac": 0.5},
+        options={"unit": "prompt", "gradient_windows": 4, "min_prompt": 8, "features": "last", "size_frac": 0.5},
     )  # fmt: skip
     out = tmp_path / "out"
     files = [*shards(out), out / "niwaki/shadow.safetensors"]

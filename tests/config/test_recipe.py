@@ -113,7 +113,7 @@ def test_every_field_has_an_explanation(owner: str) -> None:
 
 
 def test_options_of_an_earlier_version_keep_their_spelling() -> None:
-    config = make_options(get_method("shadow").config, {"stand_in": "0.25", "trust": False}, "shadow")
+    config = make_options(get_method("shadow").config, {"unit": "prompt", "stand_in": "0.25", "trust": False}, "shadow")
     assert (config.mean_fill, config.shrinkage) == (0.25, False)
     assert current_name("most_rounds") == "max_rounds"
     assert read_running({"stand_in": 0.7, "least_prompt": 3}) == Running(mean_fill=0.7, min_prompt=3)

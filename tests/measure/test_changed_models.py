@@ -110,7 +110,7 @@ def test_lm_eval(model: Path, result: Path, tmp_path: Path, which: str, monkeypa
 def test_compare_while_processes_run(
     model: Path, result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The processes are left out: each takes seconds to start."""
+    """Leave the processes out: each takes seconds to start."""
 
     def whole(job: Any, folders: Any, dense: Any, candidates: Any, prompts: Any) -> Any:
         write_with_old_times(model / SHARD)
@@ -131,7 +131,7 @@ def test_compare_of_a_contextual_result(model: Path, tmp_path: Path, part: str) 
     text = write_texts(tmp_path / "text.jsonl")
     niwaki.compress(
         model, tmp_path / "out", method="shadow", target="0.5", device="cpu",
-        options={"min_prompt": 4, "features": "last", "size_frac": 0.5},
+        options={"unit": "prompt", "min_prompt": 4, "features": "last", "size_frac": 0.5},
         calibration={"files": (str(text),), "samples": 8, "seq_len": 32},
     )  # fmt: skip
 
@@ -146,7 +146,7 @@ def test_compare_of_a_contextual_result(model: Path, tmp_path: Path, part: str) 
 
 
 def test_an_export_that_loads_the_whole_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tracer is left out: it takes most of the time of such an export."""
+    """Leave the tracer out: it takes most of the time of such an export."""
     traced = SimpleNamespace(
         save=lambda path, external_data: path.write_bytes(b""), model=SimpleNamespace(opset_imports={"": 18})
     )

@@ -52,7 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     niwaki.compress(dense, folder / "pruned", method="magnitude", target="0.5", device="cpu")
     niwaki.compress(
         dense, folder / "contextual", method="shadow", target="0.5", device="cpu", calibration=calibration,
-        options={"size_frac": 0.5, "criterion": "plainact", "head_criterion": "plainact"},
+        options={"unit": "prompt", "size_frac": 0.5, "criterion": "plainact", "head_criterion": "plainact"},
     )  # fmt: skip
     task = write_task(folder / "tasks", questions(12))
     return {
@@ -136,7 +136,7 @@ def test_comparison(candidate: str, world: dict[str, Path], spy: Spy) -> None:
 
 @pytest.mark.parametrize("method", ["gblm", "shadow", "comp"])
 def test_compression(method: str, world: dict[str, Path], spy: Spy, tmp_path: Path) -> None:
-    options = {"comp": {"try_blocks": 1, "try_heads": 1, "multiple": 8}, "shadow": {"size_frac": 0.5}}
+    options = {"comp": {"try_blocks": 1, "try_heads": 1, "multiple": 8}, "shadow": {"max_ratio": 9e9}}
 
     def run(limit: int | None) -> Any:
         out = tmp_path / str(limit)

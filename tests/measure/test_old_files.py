@@ -70,5 +70,5 @@ def test_every_reader_says_what_to_do_with_another_format(version: int, step: st
     with pytest.raises(InputError, match=rf"has format {version}, this niwaki reads 0 and 1: {step}"):
         read_run(tmp_path)
     edited(OLD / "shadowed/niwaki/shadow.json", tmp_path / "niwaki", version)
-    with pytest.raises(InputError, match=rf"has format {version}, this niwaki reads 1: {step}"):
+    with pytest.raises(InputError, match=rf"has format {version}, this niwaki reads 1 and 2: {step}"):
         read_shadow(tmp_path)

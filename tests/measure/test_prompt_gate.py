@@ -8,9 +8,9 @@ import torch
 import niwaki
 from niwaki.errors import InputError
 from niwaki.measure.prompt_gate import CLOSED, calibrate_gate, choose_limits, measure_break_even
+from niwaki.runtime.contextual.attach import attach
 from niwaki.runtime.contextual.predictor_files import read_shadow
 from niwaki.runtime.contextual.selection import Rule, margin
-from niwaki.runtime.contextual.sparsity import attach
 from support.contextual import PROMPT, ids_of, layout_of, model_of, shadow_of, step_by_step
 from support.models import tiny_llama, write_texts
 
@@ -60,7 +60,7 @@ def test_prompts_with_too_small_a_margin_run_dense() -> None:
 
 
 def test_break_even_is_where_dense_and_part_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock of our own: 10 ms dense, 4 ms with half of the units, 48 ms for the choice, 32 tokens behind it."""
+    """Use a clock of our own: 10 ms dense, 4 ms with half of the units, 48 ms for the choice, then 32 tokens."""
     model = model_of("llama")
     contextual = attach(model, shadow_of(model))
     now = 0.0
@@ -99,7 +99,7 @@ def test_calibration_writes_what_the_runtime_reads(tmp_path: Path) -> None:
     niwaki.compress(
         tmp_path / "model", tmp_path / "out", method="shadow", target="0.5", device="cpu",
         calibration={"files": (str(text),), "samples": 12, "seq_len": 24},
-        options={"min_prompt": 8, "features": "last", "size_frac": 0.5},
+        options={"unit": "prompt", "min_prompt": 8, "features": "last", "size_frac": 0.5},
     )  # fmt: skip
     settings = {"data": str(text), "samples": 6, "prompt_tokens": 16, "new_tokens": 8, "device": "cpu"}
     assert calibrate_gate(tmp_path / "out", bos="on", **settings)["bos"] == "on"  # type: ignore[arg-type]

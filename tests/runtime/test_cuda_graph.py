@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from niwaki.errors import InputError
-from niwaki.runtime.contextual.sparsity import attach
+from niwaki.runtime.contextual.attach import attach
 from niwaki.runtime.cuda_graph import CudaGraphGenerator
 from support.contextual import PROMPT, ids_of, model_of, shadow_of
 

@@ -1,4 +1,4 @@
-"""A sequence gets in a batch what it gets alone, whoever joins and leaves beside it."""
+"""A sequence gets in a batch what it gets alone, while others join and leave beside it."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from niwaki.runtime.contextual.sparsity import attach
+from niwaki.runtime.contextual.attach import attach
 from niwaki.serve.batch import Batch, PaddedBatch, PerSequence, batch_for
 from support.contextual import PROMPT, model_of, shadow_of
 from support.families import build, families
@@ -23,7 +23,7 @@ def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
 
 @torch.no_grad()
 def alone(model: Any, ids: list[int], count: int) -> tuple[list[int], Tensor]:
-    """Greedy tokens of one sequence by itself, and the logits [T, V] they were chosen from."""
+    """Return greedy tokens of one sequence by itself, and the logits [T, V] they were chosen from."""
     from transformers import DynamicCache
 
     cache, given, tokens, found = DynamicCache(config=model.config), torch.tensor([ids]), [], []
@@ -36,7 +36,7 @@ def alone(model: Any, ids: list[int], count: int) -> tuple[list[int], Tensor]:
 
 @torch.no_grad()
 def together(batch: Batch, given: list[list[int]], counts: list[int], pieces: int) -> list[tuple[list[int], Tensor]]:
-    """The same of many that join one a step and leave after `counts` tokens."""
+    """Return the same of many that join one a step and leave after `counts` tokens."""
     waiting, rows = list(range(len(given))), list[int]()
     tokens: list[list[int]] = [[] for _ in given]
     found: list[list[Tensor]] = [[] for _ in given]

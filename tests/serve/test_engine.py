@@ -1,4 +1,4 @@
-"""What the loop takes, lets go of, and survives."""
+"""The loop of the engine: what it takes, lets go of, and survives."""
 
 import queue
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 
 from niwaki.cli.demo import sapling
 from niwaki.data.texts import load_tokenizer
-from niwaki.runtime.contextual.sparsity import attach
+from niwaki.runtime.contextual.attach import attach
 from niwaki.serve.engine import MAX_FAILURES, Engine, EngineLimits
 from niwaki.serve.http.api_errors import RefusalError
 from niwaki.serve.jobs import Decoded, Event, Failed, Finished, Job, Prefilled, Started
@@ -32,14 +32,14 @@ class Asked:
         self.job = Job(ids, sampling, most, self.events.put, **{"logprobs": 0, **settings})
 
     def wait(self) -> list[Event]:
-        """All of its events."""
+        """Return all of its events."""
         found = [self.events.get(timeout=20)]
         while not isinstance(found[-1], Finished | Failed):
             found.append(self.events.get(timeout=20))
         return found
 
     def tokens(self) -> list[int]:
-        """The tokens that were written."""
+        """Return the tokens that were written."""
         return [event.scored.token for event in self.wait() if isinstance(event, Decoded) and event.scored]
 
 
@@ -248,7 +248,7 @@ def test_after_failures_in_a_row_the_engine_stops_and_says_so(engine: Engine) ->
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_what_kills_the_thread_leaves_nobody_waiting(engine: Engine) -> None:
-    """Not an error of the model, but the end of the loop itself."""
+    """End the loop itself, not by an error of the model."""
     held = Held(engine.model)
     engine.start()
     running, waiting = Asked(), Asked()

@@ -135,7 +135,7 @@ def _copied(name: str) -> Callable[[World, Path], Any]:
     return lambda world, out: shutil.copytree(world.folder / name, out)
 
 
-SHADOW = {"min_prompt": 8, "features": "last", "size_frac": 0.5}
+SHADOW = {"unit": "prompt", "min_prompt": 8, "features": "last", "size_frac": 0.5}
 COMP = {"try_heads": 0}
 CHAIN = {"comp.try_heads": 0, "gptq.group": 8}
 QUICK_CODES = {"rounds": 1, "learn_rounds": 1, "samples": 4}

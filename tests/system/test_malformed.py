@@ -62,7 +62,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     niwaki.compress(
         folder / "model", folder / "shadowed", method="shadow", target="0.5", device="cpu",
         calibration={"files": (text,), "samples": 12, "seq_len": 24},
-        options={"gradient_windows": 4, "min_prompt": 8, "features": "last", "size_frac": 0.5},
+        options={"unit": "prompt", "gradient_windows": 4, "min_prompt": 8, "features": "last", "size_frac": 0.5},
     )  # fmt: skip
     return folder
 

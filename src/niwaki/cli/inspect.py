@@ -247,6 +247,9 @@ def _by_run(number: int | None) -> str:
 def _print_predictor(to: Console, result: dict[str, Any]) -> None:
     """Print the predictor, which decides at run time what to skip."""
     about = result["predictor"]
+    if about.get("unit") == "inputs":
+        _print_thresholds(to, about)
+        return
     rows = [
         ["parameters", f"{about['parameters']:,}, {about['share_of_decoder']:.2%} of the decoder's"],
         ["reads", ", ".join(about["features"]) or "nothing: a static mask"],
@@ -263,6 +266,19 @@ def _print_predictor(to: Console, result: dict[str, Any]) -> None:
         line = Text(f"  importance of the {kind} that run: ")
         line.append(cells(row["importance"], 0.0, 1.0, to.is_terminal))
         to.print(line, soft_wrap=True, highlight=False)
+
+
+def _print_thresholds(to: Console, about: dict[str, Any]) -> None:
+    """Print the thresholds of inputs, and what their trial found."""
+    rows = [
+        ["thresholds", f"{about['places']:,}, one for the matrices of a block that read the same input"],
+        ["shares", "by measured damage" if about["scope"] == "global" else "the same everywhere"],
+        ["skipped on average", f"{about['skipped_frac']:.2%} of the weights"],
+        ["perplexity over dense", f"{about['ratio']:.4g} on {about['windows']} held-out windows"],
+        ["divergence", f"{about['divergence']:.4g} nats per token"],
+        ["runs", ", ".join(f"{name} {value}" for name, value in about["running"].items())],
+    ]
+    print_table(to, ["inputs", "value"], rows)
 
 
 def _print_scores(to: Console, scores: dict[str, Any]) -> None:

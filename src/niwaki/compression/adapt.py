@@ -35,7 +35,14 @@ from niwaki.model.decoder import Decoder
 from niwaki.model.device import pick_device
 from niwaki.model.files import copy_file, write_text
 from niwaki.runtime.contextual.predictor import kept_share
-from niwaki.runtime.contextual.predictor_files import TENSORS, Shadow, has_shadow, read_shadow, write_shadow
+from niwaki.runtime.contextual.predictor_files import (
+    TENSORS,
+    InputShadow,
+    Shadow,
+    has_shadow,
+    read_shadow,
+    write_shadow,
+)
 
 PREVIOUS = "niwaki/shadow.previous.safetensors"
 HISTORY = "niwaki/adapted.json"
@@ -67,6 +74,8 @@ def adapt(
         raise InputError("expected data to adapt to (--data FILE) and at least 8 samples")
     check_sources(files)
     old = read_shadow(folder)
+    if isinstance(old, InputShadow):
+        raise InputError(f"{folder} skips inputs by thresholds, and only predictors of heads and neurons are adapted")
     record = read_run(folder)
     config = _config(record)
     decoder = Decoder(Checkpoint.open(folder), pick_device(device))
@@ -117,6 +126,6 @@ def _put(folder: Path, result: dict[str, Any], new: Shadow | None) -> None:
 def _config(record: RunRecord) -> Any:
     """Return the options that the predictor of a result was fitted with, its criteria as they were chosen."""
     with faults_of("niwaki/run.json does not name the options of the predictor", "compress again"):
-        options = {current_name(name): value for name, value in record.options["shadow"].items()}
+        options = {"unit": "prompt"} | {current_name(name): value for name, value in record.options["shadow"].items()}
         predictor = record.result.predictor or {}
         return shadow.Config(**options | {name: predictor[name] for name in shadow.CANDIDATES})

@@ -14,6 +14,7 @@ Legend: S windows, B windows in a batch, T tokens, C channels, U units, G units 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,20 @@ from niwaki.compression.backward import next_token_losses
 from niwaki.compression.job import Job, finish, record_of, windows_stream
 from niwaki.compression.result_folder import ResultFolder
 from niwaki.compression.run_record import RECORD, JournalEntry, ResultRecord, RunRecord, write_lines
+from niwaki.compression.skipping import Trial, allocate, by_kind, damages, run_trials, too_harmful
 from niwaki.compression.traces import trace
 from niwaki.compression.walk import loaded_blocks
 from niwaki.config.events import Event, Report, silent
 from niwaki.config.targets import Sparsity
 from niwaki.data.stream import Stream
+from niwaki.errors import TargetError
 from niwaki.methods.method import ContextualMethod
+from niwaki.methods.shadow import INPUTS, THRESHOLD_WINDOWS
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.files import copy_file, file_sha256
 from niwaki.model.shards import INDEX
-from niwaki.runtime.contextual.predictor_files import TENSORS, Running, Shadow, write_shadow
+from niwaki.runtime.contextual.places import find_places, skipped_frac
+from niwaki.runtime.contextual.predictor_files import TENSORS, InputShadow, Running, Shadow, write_shadow
 from niwaki.runtime.contextual.selection import Variant
 from niwaki.runtime.contextual.traces import Traces, prompt_lengths
 from niwaki.runtime.contextual.units import KINDS, UnitLayout, find_layout
@@ -45,7 +50,8 @@ MakeStream = Callable[[Tensor, str], Stream]
 def contextual_job(job: Job, folder: ResultFolder, report: Report) -> RunRecord:
     """Learn what inputs need, and return the record of the run; the weights of OUT are those of the model."""
     if PART not in folder.finished:
-        _learn(job, folder, report)
+        learn = _learn_inputs if job.stage.steps[0].config.unit == INPUTS else _learn
+        learn(job, folder, report)
     checkpoint = job.checkpoint
     index = [INDEX] if (checkpoint.folder / INDEX).is_file() else []
     for name in (*checkpoint.shards, *index):
@@ -64,11 +70,7 @@ def _learn(job: Job, folder: ResultFolder, report: Report) -> None:
     method, config, skip_frac = step.contextual_method, step.config, target.zeros_frac
     layout = find_layout(decoder.anatomy, decoder.model, config.neuron_width)
 
-    def make(ids_ST: Tensor, name: str) -> Stream:
-        stream = windows_stream(job, folder, name, ids_ST)
-        assert stream is not None
-        return stream
-
+    make = partial(_stream, job, folder)
     traces = trace(
         decoder, job.windows_ST, layout, config.criteria,
         cuts=config.cuts, gradient_windows=config.gradient_windows, make_stream=make,
@@ -93,6 +95,53 @@ def _learn(job: Job, folder: ResultFolder, report: Report) -> None:
     nbytes = (folder.path / TENSORS).stat().st_size
     folder.finish_part(PART, JournalEntry(shard=TENSORS, sha256=sha256, bytes=nbytes, found=facts))
     report(Event.SAVED, part=PART)
+
+
+def _learn_inputs(job: Job, folder: ResultFolder, report: Report) -> None:
+    """Set the thresholds of all inputs, and write them. Raises TargetError if the trial shows too much damage."""
+    target, step, decoder, ids_ST = job.stage.target, job.stage.steps[0], job.decoder, job.windows_ST
+    assert isinstance(target, Sparsity) and ids_ST is not None
+    config, skip_frac = step.config, target.zeros_frac
+    places = find_places(decoder.anatomy)
+    held = step.contextual_method.candidate_rows(len(ids_ST), config)
+    make = partial(_stream, job, folder)
+    damage_PL = None
+    if config.own_scope == "global":
+        damage_PL = damages(
+            decoder, places, ids_ST[: min(config.gradient_windows, held.start)], make,
+            activation_bytes=job.recipe.activation_bytes, folder=folder.path / RECORD / "journal", report=report,
+        )  # fmt: skip
+
+    def trials(targets: Sequence[float]) -> list[Trial]:
+        shares = [[one] * len(places) if damage_PL is None else allocate(damage_PL, places, one) for one in targets]
+        fitted_ST = ids_ST[: min(THRESHOLD_WINDOWS, held.start)]
+        return run_trials(decoder, places, shares, fitted_ST, ids_ST[held.start :], make, report)
+
+    (trial,) = trials([skip_frac])
+    if not trial.ratio <= config.max_ratio:
+        raise TargetError(too_harmful(skip_frac, trial, config.max_ratio, trials))
+    shadow = InputShadow(tuple(places), tuple(trial.shares), torch.tensor(trial.thresholds), Running(**config.running))
+    found = {
+        "unit": INPUTS,
+        "scope": config.own_scope,
+        "places": len(places),
+        "parameters": len(places),
+        "skipped_frac": skipped_frac(places, trial.skipped),
+        "ratio": trial.ratio,
+        "divergence": trial.divergence,
+        "windows": len(held),
+        "skipped_by_kind": by_kind(places, trial.skipped),
+    }
+    sha256 = write_shadow(folder.path, shadow)
+    nbytes = (folder.path / TENSORS).stat().st_size
+    folder.finish_part(PART, JournalEntry(shard=TENSORS, sha256=sha256, bytes=nbytes, found=found))
+    report(Event.SAVED, part=PART)
+
+
+def _stream(job: Job, folder: ResultFolder, ids_ST: Tensor, name: str) -> Stream:
+    stream = windows_stream(job, folder, name, ids_ST)
+    assert stream is not None
+    return stream
 
 
 def _result(job: Job, entry: JournalEntry) -> ResultRecord:

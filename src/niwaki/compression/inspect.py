@@ -196,12 +196,14 @@ def _worst(lines: Sequence[MatrixRecord]) -> list[dict[str, Any]]:
 
 def _contextual(folder: Path, record: RunRecord) -> dict[str, Any]:
     """Return the units that run for an average prompt, by block, and the settings of the predictor."""
-    from niwaki.runtime.contextual.predictor_files import has_shadow, read_shadow
+    from niwaki.runtime.contextual.predictor_files import InputShadow, has_shadow, read_shadow
     from niwaki.runtime.contextual.units import KINDS
 
     if not has_shadow(folder):
         raise CheckpointError(f"{folder} has no predictor beside its record: compress again")
     shadow = read_shadow(folder)
+    if isinstance(shadow, InputShadow):
+        return _inputs(shadow, record)
     layout, predictor = shadow.layout, shadow.predictor
     kept = layout.split(shadow.rule.select(predictor.prior_U[None], layout))
     scores = layout.split(predictor.prior_U[None])
@@ -218,6 +220,19 @@ def _contextual(folder: Path, record: RunRecord) -> dict[str, Any]:
     about = {"features": list(predictor.features), "trust": predictor.trust_K2.tolist(), "target": str(skip)}
     summary["predictor"] |= about | {"rule": vars(shadow.rule), "running": vars(shadow.running)}
     return summary
+
+
+def _inputs(shadow: Any, record: RunRecord) -> dict[str, Any]:
+    """Return the inputs that a token reads on average, by block, and the settings of the thresholds."""
+    run: dict[str, list[float]] = {}
+    for place, share in zip(shadow.places, shadow.shares, strict=True):
+        run.setdefault(place.kind, []).append(round(1 - share, 6))
+    about = {"target": str(parse_target(record.recipe.target or "")), "running": vars(shadow.running)}
+    return {
+        "matrices": {kind: {"values": values, "value": mean(values)} for kind, values in run.items()},
+        "blocks": [],
+        "predictor": dict(record.result.predictor or {}) | about,
+    }
 
 
 def mean(values: Sequence[float]) -> float | None:

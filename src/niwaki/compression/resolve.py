@@ -26,11 +26,13 @@ from niwaki.methods.method import MethodKind
 from niwaki.methods.registry import METHODS, MethodInfo, Step, make_steps, merged_needs, method_infos, method_names
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.decoder import Decoder
+from niwaki.runtime.contextual.places import find_places
 from niwaki.runtime.contextual.traces import prompt_lengths
 from niwaki.runtime.contextual.units import find_layout
 
 OWL_PREFIX = "owl_"
 MIN_CONTEXTUAL_WINDOWS = 8  # fewer cannot be split into windows to fit and windows to evaluate
+MIN_INPUT_TOKENS, MAX_INPUT_SHARE = 8, 0.9
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def resolve_stage(
     windows, tokens = (given.samples, seq_len) if wanted else (0, 0)
     steps, expected = stage.steps, None
     if kind is MethodKind.CONTEXTUAL:
-        _check_contextual(steps[0], decoder, windows, tokens)
+        _check_contextual(steps[0], target, decoder, windows, tokens)
     if kind is MethodKind.SHAPE:
         assert isinstance(target, Sparsity), "the target of a structured method"
         step, expected = expect_shape(decoder, recipe, steps[0], target, columns_multiple)
@@ -308,17 +310,26 @@ def _check_bit_budget(recipe: Recipe, infos: Sequence[MethodInfo]) -> None:
         raise TargetError("keep_blocks and allocation sensitivity both say where the bits go: drop one of them")
 
 
-def _check_contextual(step: Step, decoder: Decoder, windows: int, tokens: int) -> None:
-    """Raise an error for a decoder without heads and neurons to skip, and for windows that are too short or too few."""
+def _check_contextual(step: Step, target: Target, decoder: Decoder, windows: int, tokens: int) -> None:
+    """Raise an error for a decoder without units to skip, and for windows that are too short or too few."""
+    if windows < MIN_CONTEXTUAL_WINDOWS:
+        raise InputError(
+            f"a predictor cannot be learned from {windows} windows: give --samples {MIN_CONTEXTUAL_WINDOWS} or more"
+        )
+    if step.config.unit == "inputs":
+        find_places(decoder.anatomy)
+        if tokens < MIN_INPUT_TOKENS:
+            raise CalibrationError(
+                f"windows of {tokens} tokens cannot be cut into a prompt and what follows: raise --seq-len"
+            )
+        if isinstance(target, Sparsity) and target.zeros_frac > MAX_INPUT_SHARE:
+            raise TargetError(f"shadow skips at most {MAX_INPUT_SHARE:g} of the inputs, got {target}: lower the target")
+        return
     find_layout(decoder.anatomy, decoder.model, step.config.neuron_width)
     if prompt_lengths(tokens, step.config.cuts)[0] < 2:
         raise CalibrationError(
             f"windows of {tokens} tokens cannot be cut into {step.config.cuts} prompts and what follows: "
             "raise --seq-len, or lower cuts"
-        )
-    if windows < MIN_CONTEXTUAL_WINDOWS:
-        raise InputError(
-            f"a predictor cannot be learned from {windows} windows: give --samples {MIN_CONTEXTUAL_WINDOWS} or more"
         )
 
 

@@ -38,9 +38,10 @@ from niwaki.data.texts import load_tokenizer, read_evaluation
 from niwaki.errors import InputError
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.logits import FinalStates, position_slices, vocabulary_of
+from niwaki.runtime.contextual.attach import attach
 from niwaki.runtime.contextual.decoding import ReadText
-from niwaki.runtime.contextual.predictor_files import has_shadow, read_shadow, write_about
-from niwaki.runtime.contextual.sparsity import Contextual, attach
+from niwaki.runtime.contextual.predictor_files import InputShadow, has_shadow, read_shadow, write_about
+from niwaki.runtime.contextual.sparsity import Contextual
 from niwaki.runtime.load import load_checkpoint
 
 CLOSED = 1e-9  # a max_deviation that lets no prompt run sparse; 0 means no limit
@@ -76,6 +77,8 @@ def calibrate_gate(
     if not 0 < agreement <= 1 or min(samples, prompt_tokens) < 1 or new_tokens < 3 or batch < 0:
         raise InputError("expected agreement in (0, 1], samples and prompt_tokens ≥ 1, new_tokens ≥ 3, batch ≥ 0")
     shadow = read_shadow(folder)
+    if isinstance(shadow, InputShadow):
+        raise InputError(f"{folder} skips inputs by thresholds, and a gate is for predictors of heads and neurons")
     checkpoint = Checkpoint.open(folder)
     model = load_checkpoint(checkpoint, device=device, dense=True, hashed=True)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

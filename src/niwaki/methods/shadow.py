@@ -1,22 +1,30 @@
-"""Contextual sparsity: every input runs only the heads and neurons that it needs; the weights do not change.
+"""Contextual sparsity: every token reads only the inputs of the matrices that it needs; the weights do not change.
 
 Source: Akhauri et al., "ShadowLLM: Predictor-based Contextual Sparsity for Large Language Models" (2024). One predictor
-for the whole model reads the output of the first attention layer at the last prompt token. It predicts the importance
-of every head and neuron. The paper's text could not be read; its released code could. Two parts of the code cannot be
-deployed and are not followed. There the mask of a text comes from its last token, and masks of neurons change nothing.
+for the whole model reads a prompt and says which heads and neurons matter, learned from gradients of the loss. The
+paper's text could not be read; its released code could.
 
-The best measure of importance depends on the model, so candidates are evaluated. Their masks are chosen from prompts,
-as in use. The criteria that lose least on calibration windows kept out of the fit are taken, for heads and for neurons.
+`unit=inputs` (the default) skips less at once and chooses at every token, as TEAL (Liu et al. 2024) does. Input i of a
+matrix is left out if |x_i| is below a threshold. The gradients decide how much each place may leave out. With g the
+gradient of the loss at the inputs x, those that are left out change the loss by Σ g·x. Half of the mean square of
+that is the damage. The shares of all places follow from these curves under one budget of weights that are not read. A
+trial on held-out windows is recorded, and refuses a target that multiplies perplexity by more than `max_ratio`.
 
-Differences from the paper: the prompt runs dense, and only earlier tokens choose the units that run
-(`contextual.predictor` has the map, `contextual.criteria` the importance). The paper's predictor reads one token. This
-one reads the activity of every unit in the prompt. It is a factored linear map, fitted in closed form; GRIFFIN (Dong et
-al. 2024) and static masks are its special cases. Gated neurons are scored at h = act(gate)·up, and heads in groups that
-share keys.
+`unit=prompt` chooses heads and neurons once for a prompt, by a predictor. The best measure of importance depends on the
+model, so candidates are evaluated. Their masks are chosen from prompts, as in use. The criteria that lose least on
+calibration windows kept out of the fit are taken, for heads and for neurons.
 
-Cost: learning takes the traces (a walk backwards) and N²·(F + U) operations for N samples. Each of six candidates takes
-the same, and a forward of at most `candidate_windows` windows with one block in memory. Running reads the prompt with
-all weights; then every sequence takes one small product and a copy of the weights that stay.
+Differences from the paper: the prompt runs dense, and only earlier tokens choose what runs. In the released code the
+mask of a text comes from its last token, and masks of neurons change nothing. The paper's predictor reads one token;
+that of `prompt` reads the activity of every unit in the prompt. It is a factored linear map (`contextual.predictor`),
+fitted in closed form. GRIFFIN (Dong et al. 2024) and static masks are its special cases. Gated neurons are scored at
+h = act(gate)·up, and heads in groups that share keys.
+
+Cost: of `inputs`, a walk backwards over `gradient_windows`, and a forward of 16 windows and of the held-out ones. Of
+`prompt`, the traces (a walk backwards) and N²·(F + U) operations for N samples. Each of six candidates takes the same,
+and a forward of at most `candidate_windows` windows with one block in memory. Running reads the prompt with all
+weights. Then `inputs` compares sizes at every token; with `prompt` every sequence takes one small product and a copy of
+the weights that stay.
 
     niwaki compress MODEL OUT --method shadow --target 0.5 --calibration mine.txt --samples 256 --seq-len 512
 """
@@ -40,14 +48,26 @@ from niwaki.runtime.contextual.traces import Traces
 from niwaki.runtime.contextual.units import UnitLayout
 
 NEURON_WIDTHS = (1, 32, 64, 128)
+THRESHOLD_WINDOWS = 16  # that thresholds of inputs are set on
 AUTO = "auto"
+INPUTS, PROMPT = "inputs", "prompt"
+OF_PROMPTS = (
+    "head_criterion", "criterion", "features", "shrinkage", "floor_frac", "neuron_width", "cuts", "size_frac",
+    "max_kept_frac", "batch", "mean_fill", "max_deviation", "min_margin",
+)  # fmt: skip
 CANDIDATES = {"head_criterion": ("plainact", "fisher", "energy"), "criterion": ("fisher", "energy", "plainact")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options of contextual sparsity."""
+    """Options of contextual sparsity; `OF_PROMPTS` are for units that are chosen for a prompt."""
 
+    unit: Annotated[
+        str, "What is skipped: inputs of matrices, chosen at every token, or heads and neurons, chosen for a prompt."
+    ] = INPUTS
+    max_ratio: Annotated[
+        float, "A target of inputs is refused if perplexity on held-out windows rises by more than this factor."
+    ] = 2.0
     head_criterion: Annotated[
         str, "Importance of heads: plainact, fisher, energy, or auto for the best one on candidate windows."
     ] = AUTO
@@ -55,16 +75,20 @@ class Config:
         str,
         "Importance of neurons: fisher, energy, plainact, or auto for the best one on candidate windows.",
     ] = AUTO
-    candidate_windows: Annotated[int, "Windows kept out of the fit; auto compares the criteria on them."] = 32
+    candidate_windows: Annotated[
+        int, "Windows kept out of the fit: criteria are compared on them, and inputs get their trial."
+    ] = 32
     features: Annotated[
         str, "Inputs of the predictor, joined by +: last (as in the paper), mean, prompt; none for no learned part."
     ] = "prompt"
     shrinkage: Annotated[bool, "Correct the prediction by the activity in the prompt, shrunk by its noise."] = True
-    scope: Annotated[str, "Where units compete: within a block (local) or in the whole model (global)."] = "local"
+    scope: Annotated[
+        str, "Where units compete: within a block (local) or in the whole model (global). auto: global for inputs."
+    ] = AUTO
     floor_frac: Annotated[float, "Min share of the units of a block that run."] = 0.1
     neuron_width: Annotated[int, "Neighboring neurons that go together: 1, 32, 64 or 128."] = 1
     cuts: Annotated[int, "Prompt lengths that each window is cut at."] = 2
-    gradient_windows: Annotated[int, "Windows for the mean gradients of energy."] = 64
+    gradient_windows: Annotated[int, "Windows for the mean gradients of energy, or for the damage of inputs."] = 64
     size_frac: Annotated[float, "Parameters of the predictor as a share of the decoder's."] = 0.03
     refresh_tokens: Annotated[int, "Tokens between two choices of the units; 0 for one choice, after the prompt."] = 0
     min_prompt: Annotated[int, "Min tokens of a prompt; shorter ones run dense."] = 16
@@ -80,7 +104,8 @@ class Config:
         choices = {
             "head_criterion": (AUTO, *CRITERIA),
             "criterion": (AUTO, *CRITERIA),
-            "scope": SCOPES,
+            "unit": (INPUTS, PROMPT),
+            "scope": (AUTO, *SCOPES),
             "batch": SHARING,
             "neuron_width": NEURON_WIDTHS,
         }
@@ -92,12 +117,21 @@ class Config:
             raise ValueError(f"features must be none, or some of {all_features} joined by +, got {self.features!r}")
         if min(self.cuts, self.gradient_windows, self.candidate_windows) < 1:
             raise ValueError("expected cuts ≥ 1, gradient_windows ≥ 1 and candidate_windows ≥ 1")
+        if self.unit == INPUTS and (odd := [name for name in OF_PROMPTS if getattr(self, name) != _DEFAULTS[name]]):
+            raise ValueError(f"{odd[0]} is an option of unit {PROMPT}: leave it out, or set unit={PROMPT}")
+        if not self.max_ratio > 1:
+            raise ValueError(f"max_ratio must be more than 1, got {self.max_ratio}")
         if not (0 <= self.floor_frac < 1 and 0 < self.size_frac < 1):
             raise ValueError("expected floor_frac in [0, 1) and size_frac in (0, 1)")
 
     def candidates(self, option: str) -> tuple[str, ...]:
         """Return the criteria that `head_criterion` or `criterion` leaves open."""
         return CANDIDATES[option] if getattr(self, option) == AUTO else (getattr(self, option),)
+
+    @property
+    def own_scope(self) -> str:
+        """Return where units compete."""
+        return self.scope if self.scope != AUTO else "global" if self.unit == INPUTS else "local"
 
     @property
     def criteria(self) -> tuple[str, ...]:
@@ -107,12 +141,16 @@ class Config:
     @property
     def running(self) -> dict[str, Any]:
         """Return the fields of `contextual.predictor_files.Running`."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(Running)}
+        found = {entry.name: getattr(self, entry.name) for entry in fields(Running)}
+        return found if self.unit == PROMPT else found | {"mean_fill": 0.0}
 
     @property
     def groups(self) -> tuple[str, ...]:
         """Return the features by name."""
         return () if self.features == "none" else tuple(self.features.split("+"))
+
+
+_DEFAULTS = {entry.name: entry.default for entry in fields(Config)}
 
 
 def needs(config: Config) -> Needs:
@@ -122,7 +160,7 @@ def needs(config: Config) -> Needs:
 
 def rule(config: Config, skip_frac: float) -> Rule:
     """Return the rule that turns scores into the units that run."""
-    return Rule(skip_frac, config.scope, config.floor_frac)
+    return Rule(skip_frac, config.own_scope, config.floor_frac)
 
 
 Measure = Callable[[Sequence[Variant]], list[float]]
@@ -191,7 +229,9 @@ def learn(traces: Traces, layout: UnitLayout, config: Config, decoder_weights: i
 
 
 def cost(scope: Scope, config: Config) -> Work:
-    """Count a forward of the held-out windows for every candidate."""
+    """Count a forward of the held-out windows for every candidate; of inputs, one with and one without thresholds."""
+    if config.unit == INPUTS:
+        return Work(forward_tokens=(2 * len(candidate_rows(scope.windows, config)) + THRESHOLD_WINDOWS) * scope.tokens)
     count = sum(len(candidates) for candidates in map(config.candidates, CANDIDATES) if len(candidates) > 1)
     return Work(forward_tokens=count * len(candidate_rows(scope.windows, config)) * scope.tokens)
 

@@ -106,6 +106,7 @@ class CudaGraphGenerator:
         self.model, self.room, self.compiled = model, room, compiled
         self.contextual: Contextual | None = getattr(model, "contextual", None)
         self._steps: dict[tuple[Any, ...], RecordedStep] = {}
+        self._active: ActiveUnits | None = None  # of the last prompts
 
     @torch.no_grad()
     def generate(
@@ -129,7 +130,10 @@ class CudaGraphGenerator:
         while len(tokens) < max_new_tokens:
             tokens.append(pick(step.replay(tokens[-1])))
         if self.contextual is not None and self.contextual.enabled:
-            self.contextual.records[-1].count(max_new_tokens - 1, sparse=step.sparse)
+            record = self.contextual.records[-1]
+            record.count(max_new_tokens - 1, sparse=step.sparse)
+            if self._active is not None:
+                self._active.blocks.account(record)
         return torch.cat(tokens, dim=1)
 
     @torch.no_grad()
@@ -147,8 +151,10 @@ class CudaGraphGenerator:
             logits_to_keep=1,
         )  # fmt: skip
         active = None if self.contextual is None or not self.contextual.enabled else self.contextual.choose()
-        states = _states(cache, active)
+        states, self._active = _states(cache, active), active
         step = self._step(active, states)
+        if active is not None:
+            active.blocks.start_account()  # without the steps of a recording
         _fill(step, states, real_BT, positions_BT)
         return output.logits[:, -1], step
 
@@ -233,7 +239,7 @@ def _graph(forward: Callable[[], None]) -> Callable[[], None]:
 
 def _states(cache: Any, active: ActiveUnits | None) -> list[tuple[Tensor, Tensor]]:
     """Return keys and values of the active heads that a prompt left, for every block."""
-    if active is None:
+    if active is None or active.heads_BLG is None:
         return [(layer.keys, layer.values) for layer in cache.layers]
     return kept_states(cache, active.heads_BLG)
 

@@ -19,9 +19,9 @@ from niwaki.model.config_file import GENERATION, config_faults
 from niwaki.model.device import pick_device
 from niwaki.model.hf import WeightNames, auto_class, plain_loading
 from niwaki.model.own_reader import own_reader
+from niwaki.runtime.contextual.attach import attach
 from niwaki.runtime.contextual.decoding import generate_verified
 from niwaki.runtime.contextual.predictor_files import ABOUT, TENSORS, has_shadow, read_shadow
-from niwaki.runtime.contextual.sparsity import attach
 from niwaki.runtime.sparse_linear import SparseLinear
 
 

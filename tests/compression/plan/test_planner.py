@@ -369,9 +369,9 @@ def test_more_text_and_more_learning_take_longer(large: dict[str, Path]) -> None
     learned = {"method": "wandapp", "target": "2:4"}
     assert of(32, **learned) > of(32, **learned, options={"rounds": 1}) > of(32, **wanda)
     skipping = {"method": "shadow", "target": "0.5"}
-    one = {"head_criterion": "fisher"}
+    one = {"unit": "prompt", "head_criterion": "fisher"}
     assert (
-        of(128, **skipping)
+        of(128, **skipping, options={"unit": "prompt"})
         > of(128, **skipping, options=one)
         > of(128, **skipping, options=one | {"criterion": "energy"})
     )

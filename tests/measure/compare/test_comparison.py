@@ -20,13 +20,13 @@ from niwaki.measure.compare.worker import Worker, continue_greedily
 from niwaki.measure.schema import Candidate, Comparison
 from support.models import tiny_llama
 
-SEQ_LEN, FIRST = 32, 16  # contextual results are scored behind the first half of a window
+SEQ_LEN, FIRST = 32, 16  # contextual results are scored after the first half of a window
 ROUNDS, NEW = 6, 6
 KINDS = ("plain", "packed", "structured", "contextual")
 
 
 def write_data(path: Path) -> Path:
-    """A short document for every topic, of two domains and none."""
+    """Write a short document for every topic, of two domains and none."""
     rows = [{"text": topics[name][:120]} for name in sorted(topics)[:30]]
     for number, row in enumerate(rows):
         row.update({0: {"domain": "a"}, 1: {"domain": "b"}, 2: {}}[number % 3])
@@ -46,7 +46,7 @@ def write_questions(path: Path, count: int = 24) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, one result of every kind, a copy, data and questions."""
+    """Make a dense model, one result of every kind, a copy, data and questions."""
     folder = tmp_path_factory.mktemp("comparing")
     dense = tiny_llama(folder / "dense", num_attention_heads=8, num_key_value_heads=4)
     text = write_data(folder / "data.jsonl")
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "contextual": {
             "method": "shadow",
             "target": "0.5",
-            "options": {"min_prompt": 8, "features": "last", "size_frac": 0.5},
+            "options": {"unit": "prompt", "min_prompt": 8, "features": "last", "size_frac": 0.5},
         },
     }
     for name, recipe in made.items():
@@ -103,7 +103,7 @@ def test_streamed_quality_is_that_of_evaluate(folder: Path, found: Comparison, k
 
 
 def test_contextual_quality_is_that_of_writing_token_by_token(folder: Path, found: Comparison) -> None:
-    """Against a loop over single tokens through the loaded model, in float32 as the comparison is."""
+    """Compare with a loop over single tokens through the loaded model, in float32 as the comparison is."""
     candidate = one(found, "contextual")
     model = niwaki.load(folder / "contextual", device="cpu")
     windows_ST = evaluation_windows(

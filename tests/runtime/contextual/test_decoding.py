@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from niwaki.errors import InputError
+from niwaki.runtime.contextual.attach import attach
 from niwaki.runtime.contextual.decoding import generate_verified, read_text
-from niwaki.runtime.contextual.sparsity import attach
 from support.contextual import PROMPT, ids_of, model_of, shadow_of, step_by_step
 
 RUNNING = [{}, {"refresh_tokens": 4}, {"min_prompt": PROMPT + 3}, {"max_kept_frac": 0.1}, {"mean_fill": 0.7}]

@@ -16,8 +16,8 @@ from hypothesis import given
 from safetensors.torch import load_file, save_file
 
 from niwaki.errors import NiwakiError
+from niwaki.runtime.contextual.attach import attach
 from niwaki.runtime.contextual.predictor_files import ABOUT, TENSORS, read_shadow, write_shadow
-from niwaki.runtime.contextual.sparsity import attach
 from support.contextual import ids_of, model_of, shadow_of, step_by_step
 from support.mutations import LONG, QUICK, Mutation, mutate_bytes, mutate_json, mutate_tensors, mutations
 

@@ -25,7 +25,7 @@ def layout() -> UnitLayout:
 
 
 def samples(layout: UnitLayout, count: int, noise: float = 0.05, seen: float = 0.0) -> Traces:
-    """Scores that follow three hidden causes, of which `last` shows a rotation and prompts nothing, or `seen` of it."""
+    """Make scores that follow three hidden causes. `last` shows a rotation, prompts nothing or `seen` of it."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -61,7 +61,7 @@ def test_full_rank_is_ridge_regression(layout: UnitLayout) -> None:
 
 
 def test_heads_follow_what_the_prompt_shows_and_nothing_else(layout: UnitLayout) -> None:
-    """Their scores ask the features nothing; those of neurons do."""
+    """Read scores of heads that ask the features nothing; those of neurons do."""
     traces = samples(layout, 80, seen=0.8)
     predictor, _ = fit(traces, layout, ("last", "mean"), True, 8)
     one = traces.take(slice(0, 4))
@@ -73,7 +73,7 @@ def test_heads_follow_what_the_prompt_shows_and_nothing_else(layout: UnitLayout)
 
 
 def test_groups_of_features_weigh_alike(layout: UnitLayout) -> None:
-    """A group given twice is the same as once: the penalty counts groups, not columns."""
+    """Give a group twice, the same as once: the penalty counts groups, not columns."""
     traces = samples(layout, 24)
     twin = Traces(traces.last_ND, traces.last_ND, traces.prompt_NU, traces.score_NU, traces.sensitivity_U)
     once = fit_once(traces, layout, ("last",), 24, 3.0).scores(traces.last_ND, traces.last_ND, traces.prompt_NU)
@@ -104,7 +104,7 @@ def test_trust_grows_with_what_prompts_tell(layout: UnitLayout) -> None:
 @pytest.mark.parametrize("features", ["last", "last+mean+prompt"])
 def test_its_size_stays_within_its_share(layout: UnitLayout, features: str) -> None:
     weights = 200_000
-    config = shadow.Config(features=features)
+    config = shadow.Config(unit="prompt", features=features)
     predictor, _ = shadow.learn(samples(layout, 80), layout, config, weights)
     assert predictor.parameters <= 0.03 * weights
     assert predictor.into_FR.shape[1] >= 3  # the causes of the samples
@@ -115,7 +115,7 @@ def test_its_size_stays_within_its_share(layout: UnitLayout, features: str) -> N
 def test_energy_weighs_by_sensitivity(layout: UnitLayout) -> None:
     traces = samples(layout, 16)
     sensitive = Traces(*list(vars(traces).values())[:4], 1 + torch.arange(layout.size).float())
-    config = shadow.Config(head_criterion="energy", criterion="energy", features="none", shrinkage=False)
+    config = shadow.Config(unit="prompt", head_criterion="energy", criterion="energy", features="none", shrinkage=False)
     found = shadow.samples({"energy": sensitive}, layout, config)
     torch.testing.assert_close(found.score_NU, traces.score_NU * sensitive.sensitivity_U)
 
@@ -123,18 +123,18 @@ def test_energy_weighs_by_sensitivity(layout: UnitLayout) -> None:
 def test_heads_and_neurons_have_criteria_of_their_own(layout: UnitLayout) -> None:
     traces = samples(layout, 16)
     other = Traces(*list(vars(traces).values())[:3], traces.score_NU + 1, traces.sensitivity_U)
-    config = shadow.Config(head_criterion="plainact", criterion="fisher")
+    config = shadow.Config(unit="prompt", head_criterion="plainact", criterion="fisher")
     found = shadow.samples({"plainact": other, "fisher": traces}, layout, config)
     heads, neurons = layout.split(found.score_NU - traces.score_NU)
     assert torch.allclose(heads, torch.ones_like(heads)) and not neurons.any()
 
 
 def test_the_trial_takes_what_loses_least(layout: UnitLayout) -> None:
-    """Heads come first; each criterion is chosen by the loss of its masks on windows held out of the fit."""
+    """Choose heads first; each criterion is chosen by the loss of its masks on windows held out of the fit."""
     right, wrong = samples(layout, 64), samples(layout, 64)
     wrong = replace(wrong, score_NU=wrong.score_NU.flip(1))
     traces = {"plainact": wrong, "fisher": wrong, "energy": right}
-    config = shadow.Config(features="last", size_frac=0.5)
+    config = shadow.Config(unit="prompt", features="last", size_frac=0.5)
     held = shadow.candidate_rows(32, config)
     assert held == range(24, 32)
     rows = torch.tensor([window * 2 + window % 2 for window in held])

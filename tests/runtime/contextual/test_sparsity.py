@@ -9,11 +9,12 @@ from torch import Tensor
 
 from niwaki.errors import InputError
 from niwaki.model.anatomy import find_blocks
+from niwaki.runtime.contextual.attach import attach
 from niwaki.runtime.contextual.prefill import PrefillStatistics
 from niwaki.runtime.contextual.selection import for_batch
 from niwaki.runtime.contextual.sequence import Decision, Phase
 from niwaki.runtime.contextual.small_linear import CompactLinear
-from niwaki.runtime.contextual.sparsity import Contextual, attach
+from niwaki.runtime.contextual.sparsity import Contextual
 from niwaki.runtime.contextual.units import KINDS, UnitLayout
 from support.contextual import PROMPT, ids_of, masked_logits, model_of, shadow_of, step_by_step
 
@@ -21,7 +22,7 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "opt"]
 
 
 def chosen(model: Any, contextual: Contextual, prompt_BT: Tensor) -> Tensor:
-    """The mask [B, U] that prompts lead to, each read by itself."""
+    """Return the mask [B, U] that prompts lead to, each read by itself."""
     return contextual.shadow.rule.select(scored(model, contextual, prompt_BT), contextual.shadow.layout)
 
 
@@ -66,7 +67,7 @@ def activity(model: Any, layout: UnitLayout, ids_BT: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_every_unit_changes_the_logits(family: str) -> None:
-    """One head group or neuron of any block, left out alone (a neuron that is off for all tokens has no say)."""
+    """Leave out one head group or neuron of any block alone (a neuron that is off for all tokens has no say)."""
     model = model_of(family)
     shadow = shadow_of(model)
     ids_BT, layout = ids_of(1, PROMPT + 4), shadow.layout
@@ -127,7 +128,7 @@ def test_a_batch_has_heads_of_its_own_and_its_order_does_not_matter(
 
 
 def test_a_longer_batch_than_the_one_before_finds_room() -> None:
-    """Copies reuse their memory: masks of another size, and of another batch, must not meet what lay there."""
+    """Reuse the memory of copies: masks of another size, and of another batch, must not meet what lay there."""
     model = model_of("llama")
     dense, shadow = copy.deepcopy(model), shadow_of(model, max_kept_frac=1.0)
     contextual = attach(model, shadow)
@@ -184,7 +185,7 @@ def test_padding_on_the_left_does_not_count() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
 def test_a_refresh_repairs_the_cache(family: str) -> None:
-    """What the full model reads again leaves the keys and values that it would have left at once."""
+    """Read again with the full model: it leaves the keys and values that it would have left at once."""
     model = model_of(family)
     dense, contextual = copy.deepcopy(model), attach(model, shadow_of(model, refresh_tokens=4))
     ids_BT = ids_of(2, PROMPT + 10)
@@ -311,7 +312,7 @@ def test_generate_of_transformers_runs_on_the_small_matrices() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_padded_batches_are_repaired_too(family: str) -> None:
-    """Tokens, masks and positions of what was written are those that generate gave."""
+    """Repair with the tokens, masks and positions that generate gave."""
     model = model_of(family)
     dense, contextual = copy.deepcopy(model), attach(model, shadow_of(model, max_kept_frac=1.0))
     ids_BT = ids_of(2, PROMPT)

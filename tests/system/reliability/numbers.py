@@ -26,7 +26,7 @@ TARGETS: dict[str, str] = {
 OPTIONS: dict[str, tuple[str, ...]] = {  # the groups of a small model, and less to learn
     "arb": ("salient=8", "iterations=3"), "besa": ("steps=8",), "billm": ("salient=8",), "comp": ("try_heads=0",),
     "gptq": ("group=0",), "ptq161": ("rounds=1", "samples=4"), "rtn": ("group=0",),
-    "shadow": ("min_prompt=8", "features=last", "size_frac=0.5", "gradient_windows=4"),
+    "shadow": ("unit=prompt", "min_prompt=8", "features=last", "size_frac=0.5", "gradient_windows=4"),
     "squeeze10": ("rounds=1", "learn_rounds=1", "samples=4"), "trellis": ("rounds=1", "learn_rounds=1", "samples=4"),
     "wandapp": ("rounds=2", "samples=4"),
 }  # fmt: skip

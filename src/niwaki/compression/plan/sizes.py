@@ -17,13 +17,14 @@ from niwaki.config.targets import NM, Bits, KeepUnits, PrunedBits, Target
 from niwaki.formats.quantized import WEIGHT
 from niwaki.formats.sparse import CODES, LAYOUTS, sparse_bytes
 from niwaki.formats.sparse_tiles import fits_tiles, tile_bytes
-from niwaki.methods.cost import Scope
+from niwaki.methods.cost import FLOAT_BYTES, Scope
 from niwaki.methods.registry import Step
 from niwaki.methods.shared.rounding import uniform_bytes
 from niwaki.model.checkpoint import STORED_DTYPES
 from niwaki.model.decoder import Decoder
 from niwaki.model.prunable import PrunedShape, ShapeSpace
 from niwaki.model.shards import TensorInfo
+from niwaki.runtime.contextual.places import find_places
 from niwaki.runtime.contextual.units import find_layout
 
 TENSOR_HEADER = 80  # bytes of the entry of a tensor in the header of its file, without its name
@@ -329,6 +330,8 @@ def shaped_sizes(model: ModelSizes, space: ShapeSpace, shape: PrunedShape) -> Mo
 def beside_bytes(decoder: Decoder, stage: ResolvedStage) -> int:
     """Return the bytes of the predictor of a contextual method."""
     step = stage.steps[0]
+    if step.config.unit == "inputs":
+        return FLOAT_BYTES * len(find_places(decoder.anatomy))
     layout = find_layout(decoder.anatomy, decoder.model, step.config.neuron_width)
     channels = decoder.anatomy.blocks[0].linears[layout.units["heads"].consumer].columns
     return step.contextual_method.beside_bytes(layout, channels, stage.windows, step.config, decoder.anatomy.weights)

@@ -164,7 +164,7 @@ def _make(item: BenchItem, dense: Any, anatomy: Anatomy) -> VariantModel:
         return VARIANTS[item.name].make(dense, anatomy)
     loaded = load_checkpoint(item.checkpoint, device=str(dense.device), dtype=dense.dtype, hashed=True)
     contextual = getattr(loaded, "contextual", None)
-    predictor = () if contextual is None else tuple(contextual.shadow.predictor.tensors().values())
+    predictor = () if contextual is None else tuple(contextual.shadow.tensors().values())
     return VariantModel(loaded, "", predictor)
 
 

@@ -45,8 +45,7 @@ class TimedModel:
         whole, running = read_bytes(self.model), getattr(self.model, "contextual", None)
         if running is None:
             return whole
-        layout = running.shadow.layout
-        units: int = layout.blocks * sum(layout.weights.values()) * self.model.dtype.itemsize
+        units: int = running.shadow.weights * self.model.dtype.itemsize
         return whole - round(self.skipped_frac() * units)
 
     def skipped_frac(self) -> float:
@@ -144,7 +143,8 @@ def _time(
         note = WINDOW if sides[0].graphs and not side.graphs and steps else note
         if contextual:
             refusal = side.refusal()
-            note = f"all weights: {refusal}" if refusal else f"skips {side.skipped_frac():.0%} of heads and neurons"
+            what = side.model.contextual.shadow.what
+            note = f"all weights: {refusal}" if refusal else f"skips {side.skipped_frac():.0%} of {what}"
             run = run if refusal else KernelRun(contextual_kernel(side.model, rows))
         tokens = sequences * steps or workload.prompt_tokens
         timings.append(_Timing(sequences, tokens, steps, run, note))

@@ -38,9 +38,9 @@ from niwaki.methods.shared.rounding import groups_of, nearest
 from niwaki.model.anatomy import Anatomy
 from niwaki.model.hf import build_skeleton, materialize_buffers
 from niwaki.model.prunable import PrunedShape, ShapeSpace
+from niwaki.runtime.contextual.attach import attach
 from niwaki.runtime.contextual.predictor import Predictor
 from niwaki.runtime.contextual.predictor_files import Running, Shadow
-from niwaki.runtime.contextual.sparsity import attach
 from niwaki.runtime.contextual.units import find_layout
 from niwaki.runtime.trellis_linear import packed_class
 
@@ -219,7 +219,7 @@ def contextual(model: Any, anatomy: Anatomy) -> VariantModel:
     """Keep all weights, and attach a predictor that selects half of the units for every prompt."""
     copied = copy_sharing_tensors(model)
     copied.contextual = attach(copied, untrained(copied, anatomy, SKIPPED_FRAC))
-    return VariantModel(copied, "", tuple(copied.contextual.shadow.predictor.tensors().values()))
+    return VariantModel(copied, "", tuple(copied.contextual.shadow.tensors().values()))
 
 
 def untrained(model: Any, anatomy: Anatomy, skip_frac: float) -> Shadow:

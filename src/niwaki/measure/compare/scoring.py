@@ -25,9 +25,10 @@ from niwaki.measure.evaluate.tasks import Bucket, Item, likelihoods
 from niwaki.measure.schema import Scoring
 from niwaki.model.decoder import Decoder
 from niwaki.model.logits import position_slices, vocabulary_of
+from niwaki.runtime.contextual.attach import attach
 from niwaki.runtime.contextual.decoding import ReadText, read_text
 from niwaki.runtime.contextual.predictor_files import has_shadow, read_shadow
-from niwaki.runtime.contextual.sparsity import Contextual, attach
+from niwaki.runtime.contextual.sparsity import Contextual
 from niwaki.runtime.load import load_checkpoint
 
 

@@ -103,6 +103,12 @@ class CompactBlocks:
         finally:
             _exchange(before)
 
+    def start_account(self) -> None:
+        """Count from the next token on."""
+
+    def account(self, record: Any) -> None:
+        """Add what the last tokens did not read to the record of their sequence: nothing, the choice wrote it."""
+
     @property
     def modules(self) -> list[nn.Module]:
         """Return all modules that multiply."""

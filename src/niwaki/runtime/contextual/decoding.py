@@ -175,9 +175,11 @@ def read_text(contextual: Contextual, ids_T: Tensor, prompt: int) -> ReadText:
         chunks += map(read, rest_1T.split(1, dim=1))
     elif rest_1T.shape[1]:
         active = contextual.choose(in_place=False)  # products that read rows in place are for few tokens
-        if active is not None:
+        if active is not None and active.heads_BLG is not None:
             cut_cache(cache, active.heads_BLG)
         with contextual.applied(active):
             chunks.append(read(rest_1T))
+        if active is not None:
+            active.blocks.account(contextual.records[-1])
         contextual.records[-1].count(rest_1T.shape[1], sparse=active is not None)
     return ReadText(contextual, states, ids_1T, torch.cat(chunks, dim=1))

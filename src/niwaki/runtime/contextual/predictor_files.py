@@ -1,16 +1,19 @@
-"""Files of a learned predictor, beside the weights that it was learned from.
+"""Files of a learned predictor or of thresholds, beside the weights that they were learned from.
 
     OUT/niwaki/shadow.safetensors     its tensors
-    OUT/niwaki/shadow.json            units, rule, features, runtime settings
+    OUT/niwaki/shadow.json            format 1: units, rule, features, runtime settings
+                                      format 2: places and their shares, runtime settings
 
 The weights do not change: without niwaki the folder is the dense model.
+
+Legend: P places.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,13 +24,15 @@ from niwaki.config.recipe import current_name
 from niwaki.config.targets import Kind
 from niwaki.errors import CheckpointError, faults_of, format_problem
 from niwaki.model.files import write_shard, write_text
+from niwaki.runtime.contextual.places import Place, skipped_frac
 from niwaki.runtime.contextual.predictor import Predictor
 from niwaki.runtime.contextual.selection import Rule
 from niwaki.runtime.contextual.units import KINDS, UnitLayout, read_layout
 
 TENSORS, ABOUT = "niwaki/shadow.safetensors", "niwaki/shadow.json"
-FORMAT = 1
+FORMAT, INPUT_FORMAT = 1, 2  # of units chosen for a prompt, and of inputs chosen for a token
 AGAIN = "download the result again, or compress again"
+_AnyAbout = TypeVar("_AnyAbout", bound=BaseModel)
 
 _Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -70,6 +75,21 @@ class _Running(_Stored):
     min_margin: Annotated[float, Field(allow_inf_nan=False)] = 0
 
 
+class _Place(_Stored):
+    block: Annotated[int, Field(ge=0, le=2**20)]
+    names: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    inputs: _Count
+    outputs: _Count
+    share: _Share
+
+
+class _InputAbout(_Stored):
+    format: int
+    skip_frac: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+    places: Annotated[list[_Place], Field(min_length=1)]
+    running: _Running
+
+
 class _About(_Stored):
     format: int
     features: list[Literal["last", "mean", "prompt"]]
@@ -106,23 +126,71 @@ class Shadow:
     layout: UnitLayout
     rule: Rule
     running: Running
+    what: ClassVar[str] = "heads and neurons"
+
+    @property
+    def weights(self) -> int:
+        """Return the number of weights that can be skipped."""
+        return self.layout.blocks * sum(self.layout.weights.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is stored beside the weights."""
+        return self.predictor.tensors()
 
 
-def write_shadow(folder: Path, shadow: Shadow) -> str:
+@dataclass(frozen=True)
+class InputShadow:
+    """Thresholds of the inputs of a model, by place, with the runtime settings.
+
+    `shares`: the share of the inputs of a place that lay below its threshold when it was set. `skip_frac`: that of the
+    weights of all places.
+    """
+
+    places: tuple[Place, ...]
+    shares: tuple[float, ...]
+    threshold_P: Tensor
+    running: Running
+    what: ClassVar[str] = "the weights, by inputs"
+
+    @property
+    def weights(self) -> int:
+        """Return the number of weights that can be skipped."""
+        return sum(place.weights for place in self.places)
+
+    @property
+    def skip_frac(self) -> float:
+        """Return the share of the weights that is not read."""
+        return skipped_frac(self.places, self.shares)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is stored beside the weights."""
+        return {"threshold_P": self.threshold_P.cpu().contiguous()}
+
+
+def write_shadow(folder: Path, shadow: Shadow | InputShadow) -> str:
     """Write both files below `folder`; return the SHA-256 of the tensors."""
     write_about(folder, shadow)
-    return write_shard(folder / TENSORS, shadow.predictor.tensors())
+    return write_shard(folder / TENSORS, shadow.tensors())
 
 
-def write_about(folder: Path, shadow: Shadow) -> None:
+def write_about(folder: Path, shadow: Shadow | InputShadow) -> None:
     """Write the file of the settings."""
-    about = {
-        "format": FORMAT,
-        "features": list(shadow.predictor.features),
-        "layout": shadow.layout.describe(),
-        "rule": asdict(shadow.rule),
-        "running": asdict(shadow.running),
-    }
+    if isinstance(shadow, InputShadow):
+        places = zip(shadow.places, shadow.shares, strict=True)
+        about = {
+            "format": INPUT_FORMAT,
+            "skip_frac": shadow.skip_frac,
+            "places": [vars(place) | {"names": list(place.names), "share": share} for place, share in places],
+            "running": asdict(shadow.running),
+        }
+    else:
+        about = {
+            "format": FORMAT,
+            "features": list(shadow.predictor.features),
+            "layout": shadow.layout.describe(),
+            "rule": asdict(shadow.rule),
+            "running": asdict(shadow.running),
+        }
     (folder / ABOUT).parent.mkdir(parents=True, exist_ok=True)
     write_text(folder / ABOUT, json.dumps(about, indent=2) + "\n")
 
@@ -137,7 +205,7 @@ def has_shadow(folder: Path) -> bool:
     return (folder / ABOUT).is_file()
 
 
-def read_shadow(folder: Path) -> Shadow:
+def read_shadow(folder: Path) -> Shadow | InputShadow:
     """Read what `write_shadow` wrote.
 
     Raises CheckpointError if it is incomplete or of another format. Also for a field or a tensor that a predictor of
@@ -145,8 +213,10 @@ def read_shadow(folder: Path) -> Shadow:
     """
     with faults_of(f"{folder / ABOUT} and its tensors are not complete", "compress again"):
         about: Mapping[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        if problem := format_problem(about["format"], (FORMAT,)):
+        if problem := format_problem(about["format"], (FORMAT, INPUT_FORMAT)):
             raise CheckpointError(f"{folder / ABOUT} {problem}")
+        if about["format"] == INPUT_FORMAT:
+            return _read_inputs(folder, about)
         _check_about(folder / ABOUT, about)
         layout, rule, running = read_layout(about["layout"]), Rule(**about["rule"]), read_running(about["running"])
         tensors = load_file(folder / TENSORS)
@@ -155,15 +225,35 @@ def read_shadow(folder: Path) -> Shadow:
     return Shadow(predictor, layout, rule, running)
 
 
-def _check_about(path: Path, about: Mapping[str, Any]) -> None:
-    """Raise CheckpointError with the field that is unknown, missing, or out of its range."""
-    renamed = {**about, "running": {current_name(name): value for name, value in dict(about["running"]).items()}}
+def _read_inputs(folder: Path, about: Mapping[str, Any]) -> InputShadow:
+    """Read thresholds of inputs. Raises CheckpointError for what they cannot be."""
+    found = _validated(_InputAbout, folder / ABOUT, about)
+    places = tuple(Place(one.block, tuple(one.names), one.inputs, one.outputs) for one in found.places)
+    names = [(place.block, name) for place in places for name in place.names]
+    if len(set(names)) != len(names):
+        raise CheckpointError(f"{folder / ABOUT}: places name a matrix twice; {AGAIN}")
+    tensors = load_file(folder / TENSORS)
+    _check_shapes(folder / TENSORS, tensors, {"threshold_P": (len(places),)})
+    if bool((tensors["threshold_P"] < 0).any()):
+        raise CheckpointError(f"{folder / TENSORS}: threshold_P holds negative values; {AGAIN}")
+    shares = tuple(one.share for one in found.places)
+    return InputShadow(places, shares, tensors["threshold_P"], read_running(about["running"]))
+
+
+def _validated(kind: type[_AnyAbout], path: Path, about: Mapping[str, Any]) -> _AnyAbout:
+    """Return the settings. Raise CheckpointError with the field that is unknown, missing, or out of its range."""
     try:
-        layout = _About.model_validate(renamed).layout
+        return kind.model_validate(about)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{path}: {field}: {first['msg']}; {AGAIN}") from error
+
+
+def _check_about(path: Path, about: Mapping[str, Any]) -> None:
+    """Raise CheckpointError with the field that is unknown, missing, or out of its range."""
+    renamed = {**about, "running": {current_name(name): value for name, value in dict(about["running"]).items()}}
+    layout = _validated(_About, path, renamed).layout
     if set(layout.units) != set(KINDS) or set(layout.weights) != set(KINDS):
         raise CheckpointError(f"{path}: layout has not the units {' and '.join(KINDS)}; {AGAIN}")
     if wrong := [kind for kind, unit in layout.units.items() if unit.kind != kind]:
@@ -183,6 +273,13 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], layout: UnitLayout
         "prior_U": (units,), "typical_U": (units,), "trust_K2": (2, 2), "center_F": (features,),
         "scale_F": (features,), "into_FR": (features, rank), "out_RU": (rank, units if learned else 0),
     }  # fmt: skip
+    _check_shapes(path, tensors, shapes)
+    if not bool((tensors["typical_U"] > 0).all()):
+        raise CheckpointError(f"{path}: typical_U holds values that are not positive: they divide; {AGAIN}")
+
+
+def _check_shapes(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError with the tensor that is missing, unknown, or has not the shape or values."""
     if unknown := sorted(tensors.keys() ^ shapes.keys()):
         raise CheckpointError(f"{path}: {unknown[0]} is {'unknown' if unknown[0] in tensors else 'missing'}; {AGAIN}")
     for name, shape in shapes.items():
@@ -192,5 +289,3 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], layout: UnitLayout
             raise CheckpointError(f"{path}: {name} is {found}: expected float32 {list(shape)}; {AGAIN}")
         if not bool(own.isfinite().all()):
             raise CheckpointError(f"{path}: {name} holds NaN or infinite values: expected finite ones; {AGAIN}")
-    if not bool((tensors["typical_U"] > 0).all()):
-        raise CheckpointError(f"{path}: typical_U holds values that are not positive: they divide; {AGAIN}")

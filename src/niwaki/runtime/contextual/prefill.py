@@ -16,12 +16,29 @@ from niwaki.config.targets import Kind
 from niwaki.runtime.contextual.units import KINDS, UnitLayout
 
 
-class PrefillStatistics:
+class Prefill:
+    """Number of the tokens of each sequence that the full model read so far, without padding."""
+
+    def __init__(self) -> None:
+        self.tokens_B: Tensor | None = None
+
+    @contextmanager
+    def observe(self, blocks: nn.ModuleList, real_BT: Tensor) -> Iterator[None]:
+        """Add the dense forwards inside; `real_BT` is true for tokens that are not padding."""
+        yield
+        self._count(real_BT)
+
+    def _count(self, real_BT: Tensor) -> None:
+        count_B = real_BT.sum(1)
+        self.tokens_B = count_B if self.tokens_B is None else self.tokens_B + count_B
+
+
+class PrefillStatistics(Prefill):
     """Sums over the tokens that the full model read so far."""
 
     def __init__(self, layout: UnitLayout) -> None:
+        super().__init__()
         self.layout = layout
-        self.tokens_B: Tensor | None = None
         self._last_BD: Tensor | None = None
         self._sums: dict[tuple[int, Kind], Tensor] = {}
         self._squares: dict[tuple[int, Kind], Tensor] = {}
@@ -56,7 +73,7 @@ class PrefillStatistics:
             last_BD = x_BTC[torch.arange(len(x_BTC), device=x_BTC.device), at_B]
             none_B1 = (count_B == 0)[:, None]
             self._last_BD = last_BD if self._last_BD is None else torch.where(none_B1, self._last_BD, last_BD)
-            self.tokens_B = count_B if self.tokens_B is None else self.tokens_B + count_B
+            self._count(real_BT)
 
     @property
     def features(self) -> tuple[Tensor, Tensor, Tensor]:

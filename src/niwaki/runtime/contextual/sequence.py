@@ -19,7 +19,7 @@ from torch import Tensor
 
 from niwaki.errors import InputError
 from niwaki.runtime.contextual.compact import CompactBlocks, cut_cache
-from niwaki.runtime.contextual.prefill import PrefillStatistics
+from niwaki.runtime.contextual.prefill import Prefill
 
 
 class Phase(Enum):
@@ -71,10 +71,10 @@ class Record:
 
 @dataclass(frozen=True)
 class ActiveUnits:
-    """Units that a batch runs: the compact matrices, and the heads [B, L, G] whose keys and values stay."""
+    """Units that a batch runs: the compact matrices, and the heads [B, L, G] whose keys and values stay (None: all)."""
 
     blocks: CompactBlocks
-    heads_BLG: Tensor
+    heads_BLG: Tensor | None
 
 
 def _no_cache() -> None:
@@ -89,7 +89,7 @@ class ContextualSequence:
     `generated`: the inputs of the tokens since the last prefill, `full_cache` the cache layers from before them.
     """
 
-    prefill: PrefillStatistics
+    prefill: Prefill
     record: Record
     phase: Phase = Phase.PREFILL
     length: int = 0
@@ -113,7 +113,8 @@ class ContextualSequence:
         """Enter SPARSE from PREFILL: keep the full cache layers, and cut the skipped heads from the cache."""
         assert self.phase is Phase.PREFILL, self.phase
         self.full_cache = [copy.copy(layer) for layer in self.cache.layers]
-        cut_cache(self.cache, active.heads_BLG)
+        if active.heads_BLG is not None:
+            cut_cache(self.cache, active.heads_BLG)
         self.phase, self.active = Phase.SPARSE, active
 
     def run_dense(self, decision: Decision, because: str) -> None:

@@ -1,6 +1,8 @@
 """Contextual sparsity in a transformers model: prefill with all weights, decode with those that the prompt needs.
 
-`attach(model, shadow)` adds two hooks to a model. It rewrites no module, and `generate` works as before:
+`attach.attach(model, shadow)` adds two hooks to a model. It rewrites no module, and `generate` works as before.
+`inputs` does the same with other units: inputs of matrices, chosen for every token.
+
 
 1. Prefill. A forward on an empty cache runs the full model. Hooks sum the activations (`contextual.prefill`), also over
    further chunks of the prompt.
@@ -36,14 +38,11 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.errors import InputError
-from niwaki.model.anatomy import discover, find_blocks
-from niwaki.model.hf import build_skeleton, resize
-from niwaki.runtime.contextual.compact import Buffers, check_linears, compact
-from niwaki.runtime.contextual.predictor_files import Shadow
-from niwaki.runtime.contextual.prefill import PrefillStatistics, real_tokens
+from niwaki.model.anatomy import find_blocks
+from niwaki.runtime.contextual.compact import Buffers, compact
+from niwaki.runtime.contextual.prefill import Prefill, PrefillStatistics, real_tokens
 from niwaki.runtime.contextual.selection import for_batch, margin
 from niwaki.runtime.contextual.sequence import ActiveUnits, ContextualSequence, Decision, Phase, Record
-from niwaki.runtime.contextual.units import UnitLayout, find_layout
 
 MAX_RECORDS = 1000
 
@@ -63,7 +62,7 @@ class Contextual:
     means on a GPU only.
     """
 
-    def __init__(self, model: Any, shadow: Shadow, *, in_place: bool | None = None) -> None:
+    def __init__(self, model: Any, shadow: Any, *, in_place: bool | None = None) -> None:
         self.model, self.shadow, self.in_place = model, shadow, in_place
         self.blocks: nn.ModuleList = find_blocks(model)[1]
         self.records: list[Record] = []
@@ -97,6 +96,8 @@ class Contextual:
         if cache is None or cache.get_seq_length() != sequence.length:
             self.state.sequence = None  # an error, no cache, or one that was not empty before
             return
+        if sequence.phase is Phase.SPARSE and sequence.active is not None:
+            sequence.active.blocks.account(sequence.record)
         sequence.bind(cache)
 
     def _begin(self, ids_BT: Tensor, cache: Any, kwargs: dict[str, Any]) -> None:
@@ -105,8 +106,12 @@ class Contextual:
             return  # another owner filled it: no forward was observed
         record = Record(len(ids_BT), 0)
         self.records = [*self.records[1 - MAX_RECORDS :], record]
-        self.state.sequence = ContextualSequence(PrefillStatistics(self.shadow.layout), record)
+        self.state.sequence = ContextualSequence(self._statistics(), record)
         self._prefill(self.state.sequence, ids_BT, kwargs)
+
+    def _statistics(self) -> Prefill:
+        """Return empty statistics of a prompt."""
+        return PrefillStatistics(self.shadow.layout)
 
     def _continue(self, sequence: ContextualSequence, ids_BT: Tensor, kwargs: dict[str, Any]) -> None:
         if (length := sequence.cache.get_seq_length()) != sequence.length:
@@ -216,6 +221,7 @@ class Contextual:
         kept = {"heads": heads_BLG[0].sum(1), "neurons": neurons_LG.sum(1)}
         record.kept.append({kind: kept_L.tolist() for kind, kept_L in kept.items()})
         record.decision = Decision.SPARSE
+        assert isinstance(sequence.prefill, PrefillStatistics)
         mean_fills = self._mean_fills(sequence.prefill)
         in_place = in_place if in_place is not None else tokens_B.is_cuda
         blocks = compact(self.blocks, layout, heads_BLG, neurons_LG, self.state.buffers, mean_fills, in_place=in_place)
@@ -223,13 +229,10 @@ class Contextual:
 
     def _scores_within_limits(self, sequence: ContextualSequence) -> Tensor | None:
         """Return the scores [B, U] of all units; None if the gate or the cache makes the sequence dense."""
-        from transformers.cache_utils import DynamicLayer
-
         record, running, layout = sequence.record, self.shadow.running, self.shadow.layout
-        if not all(isinstance(layer, DynamicLayer) for layer in sequence.cache.layers):
-            because = "heads can leave caches that grow only, and this one has a fixed size"
-            sequence.run_dense(Decision.UNSUPPORTED, because)
+        if not self._can_restore(sequence):
             return None
+        assert isinstance(sequence.prefill, PrefillStatistics)
         features = sequence.prefill.features
         predictor = self.shadow.predictor.to(features[0].device)
         deviation = float(predictor.deviation(*features).max())
@@ -238,7 +241,7 @@ class Contextual:
             because = f"the prompt deviates by {deviation:.3g} from what the predictor expects"
             sequence.run_dense(Decision.DEVIATION, because)
             return None
-        scores_BU = predictor.scores(*features)
+        scores_BU: Tensor = predictor.scores(*features)
         held_frac = float(margin(scores_BU, self.shadow.rule.select(scores_BU, layout), layout).min())
         record.margin.append(held_frac)
         if held_frac < running.min_margin:
@@ -246,6 +249,16 @@ class Contextual:
             sequence.run_dense(Decision.MARGIN, because)
             return None
         return scores_BU
+
+    def _can_restore(self, sequence: ContextualSequence) -> bool:
+        """Return True if the cache can lose tokens and heads and get them back; else the sequence becomes dense."""
+        from transformers.cache_utils import DynamicLayer
+
+        if all(isinstance(layer, DynamicLayer) for layer in sequence.cache.layers):
+            return True
+        because = "heads can leave caches that grow only, and this one has a fixed size"
+        sequence.run_dense(Decision.UNSUPPORTED, because)
+        return False
 
     def verify(self) -> Tensor | None:
         """Return logits [B, T, V] of the full model for the tokens since the last prefill or verification.
@@ -290,42 +303,3 @@ class Contextual:
         real_BT = torch.ones_like(given["input_ids"], dtype=torch.bool)
         with sequence.prefill.observe(self.blocks, real_BT) if observe else nullcontext(), self._hooks_off():
             return self.model(**given, past_key_values=sequence.cache, use_cache=True)
-
-
-def attach(model: Any, shadow: Shadow, *, in_place: bool | None = None) -> Contextual:
-    """Make `model` skip what its inputs do not need, and return the handle.
-
-    Raises InputError if the predictor is of another model, and ArchitectureError for matrices that cannot be cut.
-    """
-    contextual = Contextual(model, shadow, in_place=in_place)
-    if len(contextual.blocks) != shadow.layout.blocks:
-        raise InputError(
-            f"the predictor is of a model with {shadow.layout.blocks} blocks, this one has {len(contextual.blocks)}"
-        )
-    check_linears(contextual.blocks, shadow.layout)
-    _check_units(model, contextual.blocks, shadow.layout)
-    consumer: Any = contextual.blocks[0].get_submodule(shadow.layout.units["heads"].consumer)
-    width: int = consumer.in_features
-    sizes = {"last": width, "mean": width, "prompt": shadow.layout.size}
-    if (inputs := sum(sizes[name] for name in shadow.predictor.features)) != len(shadow.predictor.center_F):
-        raise InputError(f"the predictor takes {len(shadow.predictor.center_F)} features, this model has {inputs}")
-    model.register_forward_pre_hook(contextual.before, with_kwargs=True)
-    model.register_forward_hook(contextual.after, with_kwargs=True, always_call=True)
-    return contextual
-
-
-def _check_units(model: Any, blocks: nn.ModuleList, layout: UnitLayout) -> None:
-    """Raise InputError if the units are not those of this model: kernels would read rows that it lacks."""
-    skeleton = build_skeleton(model.config, torch.float32)
-    path, own_blocks = find_blocks(skeleton)
-    shapes = {}
-    for name, module in blocks.named_modules():
-        if isinstance(module, nn.Linear):
-            like: Any = own_blocks.get_submodule(name)
-            if (module.out_features, module.in_features) != (like.out_features, like.in_features):
-                shapes[f"{path}.{name}"] = [module.out_features, module.in_features]
-    resize(skeleton, shapes)
-    own = find_layout(discover(skeleton), skeleton, layout.width)
-    for kind, unit in own.units.items():
-        if unit != layout.units[kind] or own.weights[kind] != layout.weights[kind]:
-            raise InputError(f"the predictor has other {kind} than this model: compress the model again")

@@ -1,0 +1,206 @@
+"""Layers that leave out the small inputs of every token.
+
+At every token after the prompt an input is left out if its size is at most the threshold of its place. It is known
+before the product, so nothing is predicted, and every token has inputs of its own.
+
+The weights of a place lie side by side with the inputs along the rows. So an input that is left out leaves one run of
+memory unread. The layers of the model are views of this memory, and prompts still run on all weights.
+
+`TokenContextual` is the handle of `sparsity` with these units. Nothing is predicted or copied: the thresholds hold for
+all prompts. Heads stay in the cache, and every sequence of a batch has inputs of its own. A batch runs dense if it has
+more than `MAX_TOKENS` sequences, since nearly every input is then needed by one of them.
+
+Legend: P places, N tokens, I inputs and O outputs of the matrices of a place together.
+
+    skipping = InputSkipping(blocks, places, threshold_P)
+    with skipping.active().applied(): model(input_ids=token)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from niwaki.errors import ArchitectureError
+from niwaki.kernels.types import MAX_TOKENS
+from niwaki.runtime.contextual.compact import CompactBlocks, Swap
+from niwaki.runtime.contextual.places import Place
+from niwaki.runtime.contextual.predictor_files import InputShadow
+from niwaki.runtime.contextual.prefill import Prefill
+from niwaki.runtime.contextual.sequence import ActiveUnits, ContextualSequence, Decision, Record
+from niwaki.runtime.contextual.sparsity import Contextual
+
+
+class SharedProduct:
+    """Product of the matrices of a place, computed when the first of them gets the input and handed out in parts.
+
+    `kept_P` counts the inputs that were read at every place, with the tokens at its end.
+    """
+
+    def __init__(self, weight_IO: Tensor, parts: int, threshold_1: Tensor, kept_P: Tensor, place: int) -> None:
+        self.weight_IO, self.parts, self.threshold_1 = weight_IO, parts, threshold_1
+        self.kept_P, self.place = kept_P, place
+        self._x: Tensor | None = None
+        self._y_NO: Tensor | None = None
+        self._left = 0
+
+    def columns(self, x: Tensor, columns: slice) -> Tensor:
+        """Return the columns of the product that belong to one matrix, in the shape of `x`."""
+        if self._x is None or not _same(x, self._x):
+            self._x, self._y_NO, self._left = x, self._multiply(x.reshape(-1, x.shape[-1])), self.parts
+        assert self._y_NO is not None
+        y = self._y_NO[:, columns].reshape(*x.shape[:-1], -1)
+        self._left -= 1
+        if not self._left:
+            self._x = self._y_NO = None
+        return y
+
+    def _multiply(self, x_NI: Tensor) -> Tensor:
+        kept_NI = x_NI.abs() > self.threshold_1
+        self.kept_P[self.place] += kept_NI.sum()
+        if not self.place:
+            self.kept_P[-1] += len(x_NI)
+        return torch.where(kept_NI, x_NI, 0) @ self.weight_IO
+
+
+def _same(x: Tensor, other: Tensor) -> bool:
+    """Return True for the same memory: models hand views of one input to their layers."""
+    return x is other or (x.data_ptr() == other.data_ptr() and x.shape == other.shape and x.dtype == other.dtype)
+
+
+class InputSkippingLinear(nn.Module):
+    """Linear layer that takes its part of a shared product and adds its bias."""
+
+    def __init__(self, product: SharedProduct, columns: slice, full: nn.Module) -> None:
+        super().__init__()
+        self.product, self.columns = product, columns
+        self.weight, self.bias = full.weight, full.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply [..., I] → [..., O]."""
+        y = self.product.columns(x, self.columns)
+        return y + self.bias if isinstance(self.bias, Tensor) else y
+
+
+class SkippedInputs(CompactBlocks):
+    """Layers that skip inputs by thresholds, for the tokens after one prompt."""
+
+    def __init__(self, swaps: list[Swap], skipping: "InputSkipping") -> None:
+        super().__init__(swaps)
+        self.skipping = skipping
+        self._read = self._tokens = 0.0
+
+    def start_account(self) -> None:
+        """Count from the next token on."""
+        self.skipping.take_counts()
+
+    def account(self, record: Record) -> None:
+        """Write the share of the weights that was not read since the choice as the last `skipped_frac`."""
+        *kept_P, tokens = self.skipping.take_counts()
+        places = self.skipping.places
+        self._read += sum(kept * place.outputs for kept, place in zip(kept_P, places, strict=True))
+        self._tokens += tokens
+        if self._tokens:
+            whole = self._tokens * sum(place.weights for place in places)
+            record.skipped_frac[-1:] = [1 - self._read / whole]
+
+
+class InputSkipping:
+    """Weights of all places with the inputs along the rows, their thresholds, and the layers that use both.
+
+    The layers of the model become views of these weights.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, places: Sequence[Place], threshold_P: Tensor) -> None:
+        self.places = places
+        device = next(blocks.parameters()).device
+        self.threshold_P = threshold_P.to(device)
+        self.kept_P = torch.zeros(len(places) + 1, dtype=torch.float64, device=device)
+        self._swaps = [swap for index in range(len(places)) for swap in self._place(blocks, index)]
+
+    def active(self) -> SkippedInputs:
+        """Return the layers for the tokens after one prompt."""
+        self.kept_P.zero_()
+        return SkippedInputs(self._swaps, self)
+
+    def take_counts(self) -> list[float]:
+        """Return the inputs read at every place, and the tokens, since the last call."""
+        counts: list[float] = self.kept_P.tolist()
+        self.kept_P.zero_()
+        return counts
+
+    @torch.no_grad()
+    def _place(self, blocks: nn.ModuleList, index: int) -> list[Swap]:
+        place = self.places[index]
+        block = blocks[place.block]
+        layers = [block.get_submodule(name) for name in place.names]
+        views_IO = [input_major(layer) for layer in layers]
+        weight_IO = torch.cat(views_IO, dim=1)
+        product = SharedProduct(weight_IO, len(layers), self.threshold_P[index : index + 1], self.kept_P, index)
+        swaps, first = [], 0
+        for name, layer, view_IO in zip(place.names, layers, views_IO, strict=True):
+            columns = slice(first, first := first + view_IO.shape[1])
+            own_IO = weight_IO[:, columns]
+            layer.weight = nn.Parameter(own_IO.t() if isinstance(layer, nn.Linear) else own_IO, requires_grad=False)
+            layer.register_state_dict_post_hook(_contiguous)
+            owner, _, leaf = name.rpartition(".")
+            swaps.append(Swap(block.get_submodule(owner), leaf, InputSkippingLinear(product, columns, layer)))
+        return swaps
+
+
+def _contiguous(layer: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Copy the weight for a state dict: views of one memory cannot be saved."""
+    state[f"{prefix}weight"] = state[f"{prefix}weight"].detach().clone(memory_format=torch.contiguous_format)
+
+
+def input_major(layer: nn.Module) -> Tensor:
+    """Return the weight of a linear layer as a view [I, O]. Raises ArchitectureError for another layer."""
+    from transformers.pytorch_utils import Conv1D
+
+    weight: Any = layer.weight
+    if isinstance(layer, nn.Linear):
+        return weight.detach().t()  # type: ignore[no-any-return]
+    if isinstance(layer, Conv1D):
+        return weight.detach()  # type: ignore[no-any-return]
+    raise ArchitectureError(f"{type(layer).__name__}: inputs are skipped in plain linear layers only")
+
+
+def check_places(blocks: nn.ModuleList, places: Sequence[Place]) -> None:
+    """Raise ArchitectureError if a place is not one of these blocks."""
+    for place in places:
+        known = dict(blocks[place.block].named_modules()) if place.block < len(blocks) else {}
+        if missing := next((name for name in place.names if name not in known), None):
+            raise ArchitectureError(f"the thresholds name {missing} of block {place.block}, which this model lacks")
+        shapes = [input_major(known[name]).shape for name in place.names]
+        if {inputs for inputs, _ in shapes} != {place.inputs} or sum(outputs for _, outputs in shapes) != place.outputs:
+            raise ArchitectureError(
+                f"{place.kind} of block {place.block} has other sizes than the thresholds say: compress the model again"
+            )
+
+
+class TokenContextual(Contextual):
+    """Handle of a model that skips inputs by thresholds, made by `attach`."""
+
+    shadow: InputShadow
+
+    def __init__(self, model: Any, shadow: InputShadow) -> None:
+        super().__init__(model, shadow)
+        self.skipping = InputSkipping(self.blocks, shadow.places, shadow.threshold_P)
+
+    def _statistics(self) -> Prefill:
+        return Prefill()
+
+    def _choose(self, sequence: ContextualSequence, in_place: bool | None) -> ActiveUnits | None:
+        record, tokens_B = sequence.record, sequence.prefill.tokens_B
+        if tokens_B is None or int(tokens_B.min()) < self.shadow.running.min_prompt:
+            return None  # the next token asks again
+        if not self._can_restore(sequence):
+            return None
+        if len(tokens_B) > MAX_TOKENS:
+            because = f"a batch of {len(tokens_B)} sequences: inputs are skipped for at most {MAX_TOKENS}"
+            sequence.run_dense(Decision.BATCH, because)
+            return None
+        record.skipped_frac.append(self.shadow.skip_frac)
+        record.decision = Decision.SPARSE
+        return ActiveUnits(self.skipping.active(), None)

@@ -1,0 +1,175 @@
+"""`niwaki compress --method shadow` with thresholds of inputs: damage, shares, the trial, results and refusals."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import niwaki
+from niwaki.compression.skipping import LEVELS, allocate, damages, prompt_of, run_trials
+from niwaki.data.stream import Stream
+from niwaki.errors import InputError, TargetError
+from niwaki.model.anatomy import find_blocks
+from niwaki.model.checkpoint import Checkpoint
+from niwaki.model.decoder import Decoder
+from niwaki.runtime.contextual.places import Place, find_places, skipped_frac
+from niwaki.runtime.contextual.predictor_files import TENSORS, InputShadow, Running, read_shadow
+from support.contextual import ids_of, model_of
+from support.inputs import masked_input_logits
+from support.models import file_bytes, tiny_llama, weights_of, write_texts
+
+TOKENS = 16
+
+
+def compress(tmp_path: Path, out: str = "out", **more: Any) -> dict[str, Any]:
+    model = tmp_path / "model"
+    if not model.exists():
+        tiny_llama(model, dtype=torch.bfloat16, num_attention_heads=8, num_key_value_heads=4)
+    text = write_texts(tmp_path / "text.jsonl")
+    values: dict[str, Any] = {
+        "method": "shadow",
+        "target": "0.5",
+        "calibration": {"files": (str(text),), "samples": 12, "seq_len": 24},
+        "options": {"min_prompt": 8},
+        "device": "cpu",
+        **more,
+    }
+    return niwaki.compress(model, tmp_path / out, **values)
+
+
+@pytest.fixture(params=["llama", "opt"])
+def decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Decoder:
+    model_of(request.param).save_pretrained(tmp_path / request.param)
+    return Decoder(Checkpoint.open(tmp_path / request.param), torch.device("cpu"))
+
+
+def test_damage_is_the_mean_square_of_the_change_to_first_order(decoder: Decoder) -> None:
+    """Compare with gradients of the whole model, and masks of one place at one level."""
+    places, ids_ST, prompt = find_places(decoder.anatomy), ids_of(3, TOKENS), prompt_of(TOKENS)
+    found_PL = damages(decoder, places, ids_ST, lambda ids, name: Stream(decoder, ids, batch_tokens=99 * TOKENS))
+    model = niwaki.load(decoder.checkpoint.folder, device="cpu")
+    for index, place in list(enumerate(places))[:: len(places) // 3]:
+        met: list[torch.Tensor] = []
+
+        def keep(_: Any, args: tuple[Any, ...], met: list[torch.Tensor] = met) -> Any:
+            met.append(args[0].clone().requires_grad_(True))
+            return (met[-1],)
+
+        names = place.names[:1] if place.kind in ("o_proj", "down_proj", "out_proj", "fc1", "fc2") else place.names
+        layers = [find_blocks(model)[1][place.block].get_submodule(name) for name in names]
+        handles = [layer.register_forward_pre_hook(keep) for layer in layers]
+        logits_STV = model(input_ids=ids_ST, use_cache=False).logits
+        loss = cross_entropy(logits_STV[:, :-1].flatten(0, 1), ids_ST[:, 1:].flatten(), reduction="sum")
+        grads = torch.autograd.grad(loss, met)
+        for handle in handles:
+            handle.remove()
+        x_NI, grad_NI = (
+            part.reshape(3, TOKENS, -1)[:, prompt:].flatten(0, 1) for part in (met[0].detach(), sum(grads))
+        )
+        for level in (9, 19, 37):
+            threshold = x_NI.abs().flatten().sort().values[int(LEVELS[level] * x_NI.numel())]
+            change_N = (x_NI * grad_NI).masked_fill(x_NI.abs() > threshold, 0).sum(1)
+            assert float(found_PL[index, level]) == pytest.approx(float(change_N.square().mean()) / 2, rel=2e-3)
+
+
+def test_shares_meet_the_budget_and_leave_no_cheaper_step() -> None:
+    places = [Place(0, ("a",), 10, 10), Place(0, ("b",), 10, 40), Place(1, ("c",), 20, 10)]
+    level_L = torch.tensor(LEVELS, dtype=torch.float64)
+    damage_PL = torch.stack([factor * level_L**power for factor, power in ((1, 2), (2, 2), (8, 4))])
+    for wanted in (0.1, 0.5, 0.9):
+        shares = allocate(damage_PL, places, wanted)
+        assert skipped_frac(places, shares) == pytest.approx(wanted)
+        slopes = [
+            factor * power * share ** (power - 1) / place.weights
+            for share, place, (factor, power) in zip(shares, places, ((1, 2), (2, 2), (8, 4)), strict=True)
+            if 0 < share < LEVELS[-1]
+        ]
+        assert wanted == 0.1 or max(slopes) == pytest.approx(min(slopes), rel=0.25), "steps of 0.025 are coarse at 0.1"
+
+
+def test_a_trial_is_the_masked_model(decoder: Decoder, tmp_path: Path) -> None:
+    places, ids_ST, held_ST = find_places(decoder.anatomy), ids_of(4, TOKENS), ids_of(3, TOKENS, seed=1)
+    shares = [[0.25 + 0.5 * (index % 2) for index in range(len(places))], [0.0] * len(places)]
+    some, none = run_trials(
+        decoder, places, shares, ids_ST, held_ST, lambda ids, name: Stream(decoder, ids, batch_tokens=2 * TOKENS)
+    )
+    assert none.ratio == pytest.approx(1) and none.divergence == pytest.approx(0, abs=1e-9)
+    assert none.thresholds == [0.0] * len(places) and max(none.skipped[:3]) == 0
+    assert some.skipped == pytest.approx(shares[0], abs=0.15)
+    shadow = InputShadow(tuple(places), tuple(shares[0]), torch.tensor(some.thresholds), Running())
+    model, prompt = niwaki.load(decoder.checkpoint.folder, device="cpu"), prompt_of(TOKENS)
+    with torch.no_grad():
+        dense = model(input_ids=held_ST).logits[:, prompt:-1].log_softmax(-1)
+    masked = masked_input_logits(model, held_ST, prompt, shadow)[0][:, prompt:-1].log_softmax(-1)
+    assert some.divergence == pytest.approx(float((dense.exp() * (dense - masked)).sum(-1).mean()), rel=1e-3)
+    wanted = held_ST[:, prompt + 1 :, None]
+    rise = float((dense.gather(2, wanted) - masked.gather(2, wanted)).mean())
+    assert some.ratio == pytest.approx(math.exp(rise), rel=1e-4)
+
+
+def test_a_result_holds_the_dense_weights_and_thresholds(tmp_path: Path) -> None:
+    record = compress(tmp_path)
+    before, after = weights_of(tmp_path / "model"), weights_of(tmp_path / "out")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    shadow, found = read_shadow(tmp_path / "out"), record["result"]["predictor"]
+    assert isinstance(shadow, InputShadow) and shadow.skip_frac == pytest.approx(0.5) and shadow.running.min_prompt == 8
+    assert found["unit"] == "inputs" and found["scope"] == "global" and len(set(shadow.shares)) > 2
+    assert found["skipped_frac"] == pytest.approx(0.5, abs=0.05) and 0.5 < found["ratio"] < 2 and found["windows"] == 3
+    size = (tmp_path / "out" / TENSORS).stat().st_size
+    assert record["result"]["bytes"] == record["model"]["bytes"] + size
+    ids_BT = ids_of(1, 20)
+
+    def write(model: Any) -> list[int]:
+        return model.generate(ids_BT, max_new_tokens=6, do_sample=False, eos_token_id=None)[0].tolist()  # type: ignore[no-any-return]
+
+    sparse, dense = niwaki.load(tmp_path / "out", device="cpu"), niwaki.load(tmp_path / "out", device="cpu", dense=True)
+    write(sparse)
+    assert write(dense) == write(niwaki.load(tmp_path / "model", device="cpu"))
+    (account,) = sparse.contextual.records
+    assert account.sparse_tokens == 5 and account.skipped_frac[0] == pytest.approx(0.5, abs=0.15)
+    sparse.save_pretrained(tmp_path / "saved")
+    saved = weights_of(tmp_path / "saved")
+    assert all(torch.equal(before[name], saved[name]) for name in before), "views are saved as what they show"
+
+
+def test_one_share_everywhere_on_demand(tmp_path: Path) -> None:
+    record = compress(tmp_path, target="0.3", options={"scope": "local"})
+    shadow = read_shadow(tmp_path / "out")
+    assert isinstance(shadow, InputShadow) and set(shadow.shares) == {0.3}
+    assert record["result"]["predictor"]["scope"] == "local"
+
+
+def test_a_harmful_target_is_refused_with_the_largest_that_is_not(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"target 0.5 multiplies perplexity .* max_ratio is 1: ") as told:
+        compress(tmp_path, options={"max_ratio": 1.000001})
+    assert "no lower target" in str(told.value) or "about 0." in str(told.value)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out.*"))
+
+
+def test_same_seed_same_bytes_and_finished_thresholds_are_kept(tmp_path: Path) -> None:
+    compress(tmp_path)
+    compress(tmp_path, "again")
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "again")
+
+    def stop(event: str, **fields: Any) -> None:
+        if event == "saved":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(tmp_path, "later", report=stop)
+    events: list[str] = []
+    compress(tmp_path, "later", resume=True, report=lambda event, **fields: events.append(event))
+    assert "gradients" not in events and file_bytes(tmp_path / "later") == file_bytes(tmp_path / "out")
+
+
+def test_commands_for_predictors_say_that_there_is_none(tmp_path: Path) -> None:
+    from niwaki.compression.adapt import adapt
+    from niwaki.measure.prompt_gate import calibrate_gate
+
+    compress(tmp_path)
+    for command in (adapt, calibrate_gate):
+        with pytest.raises(InputError, match="skips inputs by thresholds"):
+            command(tmp_path / "out", data=str(tmp_path / "text.jsonl"))  # type: ignore[operator]
