@@ -2,7 +2,6 @@
 
     python -m benchmarks.kernels.inputs --out benchmarks/results/kernels/inputs-cpu.json
     python -m benchmarks.kernels.inputs --device cuda --out benchmarks/results/kernels/inputs-h200.json
-    python -m benchmarks.kernels.inputs --device cuda --tiles --out tiles.json
 
 All products of a shape take turns. Each runs on the next of several copies, which no cache holds together. On a GPU a
 CUDA graph runs all copies one after another, and the threshold lies on the device.
@@ -12,7 +11,8 @@ CUDA graph runs all copies one after another, and the threshold lies on the devi
 - `kept`, `codes`: the same weights by inputs, with the share of the inputs that is skipped
 
 Microseconds are medians, and on a CPU also the best. `bandwidth` compares the bytes of kept rows per second with those
-of the same run. On a CPU that is a read of a large buffer, on a GPU a copy. `--tiles` times some launches at a half.
+of the same run. On a CPU that is a read of a large buffer, on a GPU a copy. A GPU first times some launches at a share
+of a half (`launches`), and the best of them serve all shares.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -40,6 +40,7 @@ from niwaki.kernels.types import PlanePart
 
 # Inputs and outputs of q/k/v, o, gate/up and down.
 SMALL = {"qkv": (2048, 2560), "o": (2048, 2048), "up": (2048, 5632), "gate/up": (2048, 11264), "down": (5632, 2048)}
+FEW = ("o", "gate/up", "down")  # of the small model, on a GPU
 LARGE = {"qkv": (4096, 12288), "o": (4096, 4096), "gate/up": (4096, 22016), "down": (11008, 4096)}
 SHARES = (0.0, 0.3, 0.5, 0.7)
 THREADS = (1, 2)
@@ -47,12 +48,12 @@ GROUP = 128
 COLD_BYTES = 100 * 2**20
 READ_BYTES = 512 * 2**20
 COMPILERS = 12  # processes
-# Outputs of a program, inputs of a step, warps, splits; for codes words of eight outputs.
-TILES = [(64, 128, 4, s) for s in (1, 2, 4, 8)] + [(64, 64, 4, s) for s in (2, 4, 8)]
-TILES += [(128, 64, 4, s) for s in (2, 4, 8, 16)] + [(256, 32, 4, s) for s in (4, 8, 16)]
-TILES += [(32, 128, 4, 1), (32, 256, 8, 1), (64, 128, 8, 2), (64, 256, 8, 2)]
-CODE_TILES = [(64, 8, 4, s) for s in (2, 4, 8, 16, 32)] + [(32, 16, 4, s) for s in (2, 4, 8, 16)]
-CODE_TILES += [(128, 4, 4, s) for s in (8, 16, 32)] + [(64, 16, 4, s) for s in (4, 16)]
+# Launches that a sweep tries: outputs of a program (of codes words), inputs of a step, warps, splits, stages.
+TILES = [(64, 128, 4, s, 1) for s in (1, 2, 4, 8)] + [(64, 64, 4, s, n) for s in (2, 4, 8) for n in (1, 3)]
+TILES += [(128, 64, 4, s, 1) for s in (2, 4, 8)] + [(128, 32, 4, s, n) for s in (4, 8, 16) for n in (1, 3)]
+TILES += [(256, 32, 4, s, 1) for s in (4, 8, 16)] + [(32, 128, 4, 1, 1), (32, 256, 8, 1, 1), (64, 256, 8, 2, 1)]
+CODE_TILES = [(64, 8, 4, s, n) for s in (4, 8, 16, 32) for n in (1, 3, 4)]
+CODE_TILES += [(32, 16, 4, s, n) for s in (2, 4, 8, 16) for n in (1, 3)] + [(64, 16, 4, s, 1) for s in (4, 16)]
 
 
 def thresholds_of(x_BI: Tensor) -> dict[float, Tensor]:
@@ -139,7 +140,7 @@ def measure_cpu(name: str, shape: tuple[int, int], rounds: int) -> dict[str, Any
 
 
 def measure_gpu(name: str, shape: tuple[int, int], seconds: float, bytes_per_s: float) -> dict[str, Any]:
-    """Return the times of a shape on a GPU."""
+    """Return the times of a shape on a GPU, with the launches that are best at a share of a half."""
     inputs, outputs = shape
     x_BI = torch.randn(1, inputs, device="cuda").bfloat16()
     out_BO = x_BI.new_empty(1, outputs)
@@ -148,15 +149,55 @@ def measure_gpu(name: str, shape: tuple[int, int], seconds: float, bytes_per_s: 
     dense = [weight_IO.T.contiguous() for weight_IO in by_input]
     coded = [random_codes(inputs, outputs, "cuda") for _ in range(copies_of(nbytes // 4))]
     plain = [random_planes(inputs, outputs, "cuda").for_gpu() for _ in range(copies_of(inputs * outputs // 2))]
+    limits = thresholds_of(x_BI)
+    swept = {
+        kind: sweep(kind, [launched(kind, x_BI, one, limits[0.5]) for one in matrices], seconds)
+        for kind, matrices in (("kept", by_input), ("codes", coded))
+    }
     works: dict[str, list[Callable[[], object]]] = {
         "dense": [partial(linear, x_BI, weight_OI) for weight_OI in dense],
         "planes": [partial(planes.gpu_product, x_BI, [part], None, out_BO) for part in plain],
+        "kept default": [partial(inputs_dot, x_BI, weight_IO, limits[0.5]) for weight_IO in by_input],
+        "codes default": [partial(codes_inputs_dot, x_BI, codes, limits[0.5]) for codes in coded],
     }
-    for share, limit in thresholds_of(x_BI).items():
-        works[f"kept {share}"] = [partial(inputs_dot, x_BI, weight_IO, limit) for weight_IO in by_input]
-        works[f"codes {share}"] = [partial(codes_inputs_dot, x_BI, codes, limit) for codes in coded]
+    for share, limit in limits.items():
+        for kind, matrices in (("kept", by_input), ("codes", coded)):
+            best = next(iter(swept[kind]))
+            works[f"{kind} {share}"] = [partial(launched(kind, x_BI, one, limit), best) for one in matrices]
     times = interleaved({own: (graph_of(work), len(work)) for own, work in works.items()}, seconds)
-    return row_of(name, shape, times, bytes_per_s) | {"errors": errors_of(x_BI, by_input[0], coded[0])}
+    defaults = {own: round(times.pop(own), 2) for own in ("kept default", "codes default")}
+    about = {"errors": errors_of(x_BI, by_input[0], coded[0]), "default_us": defaults}
+    launches = {kind: {str(list(sizes)): us for sizes, us in found.items()} for kind, found in swept.items()}
+    return row_of(name, shape, times, bytes_per_s) | about | {"launches": launches}
+
+
+def launched(kind: str, x_BI: Tensor, matrix: Any, limit: Tensor) -> Callable[[tuple[int, ...]], Tensor]:
+    """Return a product as a function of its launch."""
+    from niwaki.kernels.triton.inputs import InputsLaunch, Levels, codes_dot_triton, inputs_dot_triton
+
+    if kind == "kept":
+        return lambda sizes: inputs_dot_triton(x_BI, matrix, limit, None, None, InputsLaunch(*sizes))
+    levels = Levels(*matrix.levels_by_nibble, matrix.centre)
+    call = x_BI, matrix.codes_IB, levels, GROUP, limit, None, None, matrix.outputs
+    return lambda sizes: codes_dot_triton(*call, InputsLaunch(*sizes))
+
+
+def sweep(
+    kind: str, products: list[Callable[[tuple[int, ...]], Tensor]], seconds: float
+) -> dict[tuple[int, ...], float]:
+    """Return the microseconds of all launches, best first."""
+    graphs = {
+        str(list(sizes)): (graph_of([partial(product, sizes) for product in products]), len(products))
+        for sizes in tiles_of(kind)
+    }
+    times = interleaved(graphs, seconds)
+    found = {sizes: round(times[str(list(sizes))], 2) for sizes in tiles_of(kind)}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def tiles_of(kind: str) -> list[tuple[int, int, int, int, int]]:
+    """Return the launches that a sweep tries."""
+    return TILES if kind == "kept" else CODE_TILES
 
 
 def errors_of(x_BI: Tensor, weight_IO: Tensor, codes: InputCodes) -> dict[str, float]:
@@ -171,48 +212,20 @@ def errors_of(x_BI: Tensor, weight_IO: Tensor, codes: InputCodes) -> dict[str, f
     return {own: float(f"{(y_BO - wanted[own]).norm() / wanted[own].norm():.1e}") for own, (y_BO, _) in found.items()}
 
 
-def tiles_of(kind: str, shape: tuple[int, int]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield some launches of a product at a share of a half, on one copy."""
-    from niwaki.kernels.triton.inputs import InputsLaunch, Levels, codes_dot_triton, inputs_dot_triton
-
-    inputs, outputs = shape
-    x_BI = torch.randn(1, inputs, device="cuda").bfloat16()
-    limit = thresholds_of(x_BI)[0.5]
-    if kind == "kept":
-        weight_IO = random_weights(inputs, outputs, "cuda")
-        for sizes in TILES:
-            yield str(sizes), partial(inputs_dot_triton, x_BI, weight_IO, limit, None, None, InputsLaunch(*sizes))
-        return
-    codes = random_codes(inputs, outputs, "cuda")
-    call = x_BI, codes.codes_IB, Levels(*codes.levels_by_nibble, codes.centre), GROUP, limit, None, None, outputs
-    for sizes in CODE_TILES:
-        yield str(sizes), partial(codes_dot_triton, *call, InputsLaunch(*sizes))
+def compile_launch(kind: str, sizes: tuple[int, ...]) -> None:
+    """Compile a launch into Triton's cache on the disk."""
+    x_BI, limit = torch.randn(1, 4096, device="cuda").bfloat16(), torch.zeros(1, device="cuda")
+    make = random_weights if kind == "kept" else random_codes
+    launched(kind, x_BI, make(4096, 4096, "cuda"), limit)(sizes)
 
 
-def sweep(kind: str, shape: tuple[int, int], seconds: float) -> dict[str, Any]:
-    """Return the microseconds of all launches, best first."""
-    works: dict[str, list[Callable[[], object]]] = {}
-    for _ in range(copies_of(shape[0] * shape[1] // (1 if kind == "kept" else 4))):
-        for sizes, work in tiles_of(kind, shape):
-            works.setdefault(sizes, []).append(work)
-    times = interleaved({sizes: (graph_of(work), len(work)) for sizes, work in works.items()}, seconds)
-    found = {sizes: round(times[sizes], 2) for sizes in sorted(times, key=times.__getitem__)}
-    print(kind, shape, found, flush=True)
-    return {"kind": kind, "inputs": shape[0], "outputs": shape[1], "us": found}
-
-
-def compile_tiles(kind: str, number: int) -> None:
-    """Compile one launch, with and without splits, into Triton's cache on the disk."""
-    _, work = list(tiles_of(kind, (4096, 4096)))[number]
-    work()
-
-
-def compile_all(tiles: bool) -> None:
-    """Compile the kernels in several processes."""
-    wanted = [("kept", n) for n in range(len(TILES))] + [("codes", n) for n in range(len(CODE_TILES))]
-    if tiles:
-        with multiprocessing.get_context("spawn").Pool(COMPILERS) as pool:
-            pool.starmap(compile_tiles, wanted, chunksize=1)
+def compile_all() -> None:
+    """Compile the launches in several processes."""
+    wanted = {
+        (kind, (*sizes[:3], min(sizes[3], 2), sizes[4])) for kind in ("kept", "codes") for sizes in tiles_of(kind)
+    }
+    with multiprocessing.get_context("spawn").Pool(COMPILERS) as pool:
+        pool.starmap(compile_launch, sorted(wanted), chunksize=1)
 
 
 def main() -> None:
@@ -221,7 +234,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=40, help="of every product on a CPU")
     parser.add_argument("--seconds", type=float, default=0.6, help="of a shape on a GPU")
-    parser.add_argument("--tiles", action="store_true")
     parser.add_argument("--threads", type=int, nargs="+", default=list(THREADS))
     parser.add_argument("--matrices", nargs="+", default=list(SMALL))
     parser.add_argument("--out", type=Path, required=True)
@@ -235,14 +247,11 @@ def main() -> None:
                 rows += [{"threads": threads} | measure_cpu(name, SMALL[name], args.rounds) for name in args.matrices]
         else:
             require_gpu(parser)
-            compile_all(args.tiles)
+            compile_all()
             about["copy_gb_s"] = round((bytes_per_s := bandwidth()) / 1e9)
-            for model, shapes in (("7B", LARGE), ("1.1B", SMALL)):
-                for name, shape in shapes.items():
-                    if args.tiles:
-                        rows += [sweep(kind, shape, args.seconds) for kind in ("kept", "codes")]
-                    else:
-                        rows.append({"model": model} | measure_gpu(name, shape, args.seconds, bytes_per_s))
+            shapes = [("7B", name, LARGE[name]) for name in LARGE] + [("1.1B", name, SMALL[name]) for name in FEW]
+            for model, name, shape in shapes:
+                rows.append({"model": model} | measure_gpu(name, shape, args.seconds, bytes_per_s))
     args.out.write_text(json.dumps(about | {"products": rows}, indent=1) + "\n")
 
 

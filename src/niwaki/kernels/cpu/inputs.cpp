@@ -1,6 +1,7 @@
 // Products of a few tokens with a matrix stored by inputs, [inputs, outputs]. Only rows whose input is larger than a
 // threshold are read. Eight rows at a time run through the outputs, so the sums are loaded and stored once for eight, and
-// every row is one stream of neighbouring bytes. While they run, the lines of the next eight rows are fetched.
+// every row is one stream of neighbouring bytes. While they run, the lines of the next eight rows are fetched into
+// the second cache. Fetched into the first one they wait for its few buffers, and a core reads a third less.
 //
 // Tokens keep inputs of their own. They take turns with some inputs at a time, whose rows then lie in the cache, and each
 // adds its rows in the order of the inputs: a token is the same alone and among others, on one thread and on several.

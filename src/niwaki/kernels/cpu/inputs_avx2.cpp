@@ -45,7 +45,7 @@ NIWAKI_AVX2 inline void add_some(const KeptRows& rows, int64_t done, int64_t out
 #pragma GCC unroll 8
         for (int r = 0; r < count; ++r) {
             const __m256 value = _mm256_broadcast_ss(rows.value + done + r);
-            _mm_prefetch(reinterpret_cast<const char*>(next[r] + o * Values::bytes), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(next[r] + o * Values::bytes), _MM_HINT_T1);
             lower = _mm256_fmadd_ps(value, Values::load(row[r] + o * Values::bytes), lower);
             upper = _mm256_fmadd_ps(value, Values::load(row[r] + (o + kWidth) * Values::bytes), upper);
         }
@@ -82,8 +82,8 @@ NIWAKI_AVX2 inline void add_some_pairs(const KeptPairs& p, int64_t done, int64_t
             const __m256i value = _mm256_set1_epi32(p.value[done + k]);
             const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row[2 * k] + at));
             const __m256i two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row[2 * k + 1] + at));
-            _mm_prefetch(reinterpret_cast<const char*>(next[2 * k] + at), _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(next[2 * k + 1] + at), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(next[2 * k] + at), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(next[2 * k + 1] + at), _MM_HINT_T1);
             const __m256i words[2] = {_mm256_unpacklo_epi16(one, two), _mm256_unpackhi_epi16(one, two)};
             for (int h = 0; h < 2; ++h) {
                 const __m256i rest = _mm256_srli_epi16(words[h], 8);

@@ -48,7 +48,7 @@ NIWAKI_AVX512 inline void add_some(const KeptRows& rows, int64_t done, int64_t o
         for (int64_t i = 0; i < line / kWidth; ++i) sum[i] = _mm512_loadu_ps(sums + o + i * kWidth);
 #pragma GCC unroll 8
         for (int r = 0; r < count; ++r) {
-            _mm_prefetch(reinterpret_cast<const char*>(next[r] + o * Values::bytes), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(next[r] + o * Values::bytes), _MM_HINT_T1);
             for (int64_t i = 0; i < line / kWidth; ++i)
                 sum[i] = _mm512_fmadd_ps(value[r], Values::load(row[r] + (o + i * kWidth) * Values::bytes), sum[i]);
         }
@@ -108,8 +108,8 @@ NIWAKI_VBMI inline void add_some_pairs(const KeptPairs& p, int64_t done, int64_t
         for (int k = 0; k < count; ++k) {
             const __m512i one = _mm512_loadu_si512(row[2 * k] + b * kCodeBytes);
             const __m512i two = _mm512_loadu_si512(row[2 * k + 1] + b * kCodeBytes);
-            _mm_prefetch(reinterpret_cast<const char*>(next[2 * k] + b * kCodeBytes), _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(next[2 * k + 1] + b * kCodeBytes), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(next[2 * k] + b * kCodeBytes), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(next[2 * k + 1] + b * kCodeBytes), _MM_HINT_T1);
             const __m512i words[2] = {_mm512_unpacklo_epi16(one, two), _mm512_unpackhi_epi16(one, two)};
             for (int h = 0; h < 2; ++h) {
                 const __m512i rest = _mm512_srli_epi16(words[h], 8);

@@ -40,6 +40,7 @@ class InputsLaunch(NamedTuple):
     rows: int  # inputs of a step
     warps: int
     splits: int  # of the inputs
+    stages: int = 1  # of loads that a program has on the way
 
 
 class Levels(NamedTuple):
@@ -57,7 +58,7 @@ def default_launch(outputs: int, inputs: int, tokens: int, processors: int) -> I
     columns = 64
     rows = {1: 128, 2: 128, 4: 64}.get(padded, 32)
     blocks = triton.cdiv(outputs, columns)
-    splits = max(1, min(triton.cdiv(2 * processors, blocks), triton.cdiv(inputs, 2 * rows)))
+    splits = max(1, min(triton.cdiv(4 * processors, blocks), triton.cdiv(inputs, 2 * rows)))
     return InputsLaunch(columns, rows, 4, splits)
 
 
@@ -65,7 +66,7 @@ def default_codes_launch(outputs: int, runs: int, processors: int) -> InputsLaun
     """Return the launch for codes. Every split takes whole runs."""
     words = 64
     blocks = triton.cdiv(outputs, 8 * words)
-    return InputsLaunch(words, 8, 4, max(1, min(runs, triton.cdiv(4 * processors, blocks))))
+    return InputsLaunch(words, 8, 4, max(1, min(runs, triton.cdiv(4 * processors, blocks))), stages=3)
 
 
 def processors_of(device: torch.device) -> int:
@@ -91,7 +92,7 @@ def inputs_dot_triton(
     _dot[triton.cdiv(outputs, launch.columns), splits](
         x_BI, weight_IO, threshold, bias_O, sums, count, tokens, inputs, outputs, share, weight_IO.stride(0),
         padded=triton.next_power_of_2(tokens), rows=launch.rows, columns=launch.columns, whole=splits == 1,
-        on_device=isinstance(threshold, Tensor), num_warps=launch.warps,
+        stages=launch.stages, on_device=isinstance(threshold, Tensor), num_warps=launch.warps,
     )  # fmt: skip
     return _summed(sums, bias_O, out_BO)
 
@@ -122,7 +123,8 @@ def codes_dot_triton(
         x_BI, words_IW, levels.scale, levels.offset, levels.zero, threshold, bias_O, sums, count, listed,
         tokens, inputs, outputs, words_IW.shape[1], runs, triton.cdiv(runs, launch.splits),
         group=group, run=run, runs_per_group=runs_per_group, block=block, rows=launch.rows, words=launch.columns,
-        whole=launch.splits == 1, centre=levels.centre, on_device=isinstance(threshold, Tensor), num_warps=launch.warps,
+        whole=launch.splits == 1, stages=launch.stages, centre=levels.centre, on_device=isinstance(threshold, Tensor),
+        num_warps=launch.warps,
     )  # fmt: skip
     return _summed(sums, bias_O, out_BO)
 
@@ -192,6 +194,7 @@ def _dot(
     rows: tl.constexpr,
     columns: tl.constexpr,
     whole: tl.constexpr,
+    stages: tl.constexpr,
     on_device: tl.constexpr,
 ):
     """Multiply a share of the inputs with some outputs. Sums are [rows, columns]."""
@@ -205,7 +208,7 @@ def _dot(
     total = ()
     for _ in tl.static_range(padded):
         total = total + (tl.zeros((rows, columns), tl.float32),)
-    for start in tl.range(first, last, rows):
+    for start in tl.range(first, last, rows, num_stages=stages):
         place = start + tl.arange(0, rows)
         values, kept = _kept(x, place, place < last, tokens, inputs, limit, padded)
         at = place.to(tl.int64)[:, None] * stride + column[None, :]
@@ -278,6 +281,7 @@ def _codes(
     rows: tl.constexpr,
     words: tl.constexpr,
     whole: tl.constexpr,
+    stages: tl.constexpr,
     centre: tl.constexpr,
     on_device: tl.constexpr,
 ):
@@ -298,7 +302,7 @@ def _codes(
         if count is not None and tl.program_id(0) == 0:
             tl.atomic_add(count, kept.to(tl.int64), sem="relaxed")
         sums = _eight(rows, words)
-        for start in tl.range(0, kept, rows):
+        for start in tl.range(0, kept, rows, num_stages=stages):
             at = start + tl.arange(0, rows)
             place = tl.load(listed + number * block + at, mask=at < kept, other=0)
             value = tl.load(x + place, mask=at < kept, other=0.0).to(tl.float32)
