@@ -151,8 +151,9 @@ def inputs_dot(
     the kept inputs of all tokens. More than 8 tokens multiply the masked inputs with the whole matrix.
     """
     _check(x_BI, weight_IO.shape, bias_O, weight_IO.device)
-    _require(weight_IO.dtype in KINDS, f"expected weights in bfloat16, float16 or float32, got {weight_IO.dtype}")
-    _require(weight_IO.stride(1) == 1, f"expected the outputs of an input as neighbours, got {weight_IO.stride()}")
+    if weight_IO.dtype not in KINDS or weight_IO.stride(1) != 1:
+        _require(weight_IO.dtype in KINDS, f"expected weights in bfloat16, float16 or float32, got {weight_IO.dtype}")
+        raise ValueError(f"expected the outputs of an input as neighbours, got strides {weight_IO.stride()}")
     if x_BI.is_cuda and len(x_BI) <= MAX_TOKENS:
         from niwaki.kernels.triton.inputs import inputs_dot_triton
 
@@ -236,14 +237,15 @@ def _masked(
 
 
 def _check(x_BI: Tensor, shape: torch.Size, bias_O: Tensor | None, device: torch.device) -> None:
-    _require(
-        x_BI.dim() == 2 and len(shape) == 2, f"expected tokens and a matrix, got {x_BI.dim()} and {len(shape)} axes"
-    )
+    fits = x_BI.dim() == len(shape) == 2 and x_BI.shape[1] == shape[0] and x_BI.dtype in KINDS
+    if fits and x_BI.device == device and (bias_O is None or bias_O.shape == shape[1:]):
+        return  # texts take longer than the check
+    _require(x_BI.dim() == len(shape) == 2, f"expected tokens and a matrix, got {x_BI.dim()} and {len(shape)} axes")
     _require(x_BI.shape[1] == shape[0], f"expected {shape[0]} inputs, got {x_BI.shape[1]}")
     _require(x_BI.dtype in KINDS, f"expected inputs in bfloat16, float16 or float32, got {x_BI.dtype}")
     _require(x_BI.device == device, f"expected inputs on {device}, got {x_BI.device}")
-    if bias_O is not None:
-        _require(bias_O.shape == shape[1:], f"expected a bias of {shape[1]} outputs, got {tuple(bias_O.shape)}")
+    given = None if bias_O is None else tuple(bias_O.shape)
+    raise ValueError(f"expected a bias of {shape[1]} outputs, got {given}")
 
 
 def _require(holds: bool, expected: str) -> None:

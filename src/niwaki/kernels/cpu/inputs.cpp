@@ -67,24 +67,24 @@ struct CodedInputs {
 
 void add_run(const float* x, int64_t first, int64_t last, float threshold, CodedInputs& made, int64_t& count) {
     made.before.push_back(static_cast<int64_t>(made.value.size()));
+    int32_t own[kRunInputs + 1];
+    int64_t kept = 0;
+    for (int64_t i = first; i < last; ++i) own[kept] = static_cast<int32_t>(i), kept += keeps(x[i], threshold);
+    count += kept;
     float largest = 0;
     bool finite = true;
-    std::vector<int32_t> own;
-    for (int64_t i = first; i < last; ++i)
-        if (keeps(x[i], threshold)) {
-            own.push_back(static_cast<int32_t>(i));
-            largest = std::max(largest, std::fabs(x[i]));
-            finite &= std::isfinite(x[i]);
-        }
-    count += static_cast<int64_t>(own.size());
+    for (int64_t k = 0; k < kept; ++k) {
+        largest = std::max(largest, std::fabs(x[own[k]]));
+        finite &= std::isfinite(x[own[k]]);
+    }
     const float inverse = finite && largest > 0 ? kLargest / largest : 0;
     int64_t rounded = 0;
     double total = 0;
-    for (size_t k = 0; k < own.size(); k += 2) {
-        const bool both = k + 1 < own.size();
+    for (int64_t k = 0; k < kept; k += 2) {
+        const bool both = k + 1 < kept;
         const int32_t other = own[both ? k + 1 : k];
-        const auto low = static_cast<int32_t>(std::nearbyint(finite ? x[own[k]] * inverse : 0));
-        const auto high = static_cast<int32_t>(std::nearbyint(finite && both ? x[other] * inverse : 0));
+        const auto low = static_cast<int32_t>(std::lrint(finite ? x[own[k]] * inverse : 0.0f));
+        const auto high = static_cast<int32_t>(std::lrint(finite && both ? x[other] * inverse : 0.0f));
         rounded += low + high, total += x[own[k]] + (both ? x[other] : 0);
         made.input.push_back(own[k]), made.input.push_back(other);
         made.value.push_back(static_cast<int32_t>((low & 0xffff) | static_cast<uint32_t>(high) << 16));
@@ -130,6 +130,7 @@ int64_t input_codes_product(const InputCodesProduct& p, int threads, Path path) 
     const InputKernels kernels = choose(path);
     const int64_t blocks = p.bytes / kCodeBytes;
     std::vector<CodedInputs> coded(p.tokens);
+    for (CodedInputs& own : coded) own.input.reserve(p.inputs), own.value.reserve(p.inputs);
     std::vector<int64_t> groups;  // of every run
     int64_t count = 0;
     for (int64_t first = 0; first < p.inputs; first += p.group)
