@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.errors import ArchitectureError
+from niwaki.kernels.inputs import inputs_dot
 from niwaki.kernels.types import MAX_TOKENS
 from niwaki.runtime.contextual.compact import CompactBlocks, Swap
 from niwaki.runtime.contextual.places import Place
@@ -38,8 +39,10 @@ class SharedProduct:
     `kept_P` counts the inputs that were read at every place, with the tokens at its end.
     """
 
-    def __init__(self, weight_IO: Tensor, parts: int, threshold_1: Tensor, kept_P: Tensor, place: int) -> None:
-        self.weight_IO, self.parts, self.threshold_1 = weight_IO, parts, threshold_1
+    def __init__(
+        self, weight_IO: Tensor, bias_O: Tensor | None, parts: int, threshold_1: Tensor, kept_P: Tensor, place: int
+    ) -> None:
+        self.weight_IO, self.bias_O, self.parts, self.threshold_1 = weight_IO, bias_O, parts, threshold_1
         self.kept_P, self.place = kept_P, place
         self._x: Tensor | None = None
         self._y_NO: Tensor | None = None
@@ -57,11 +60,10 @@ class SharedProduct:
         return y
 
     def _multiply(self, x_NI: Tensor) -> Tensor:
-        kept_NI = x_NI.abs() > self.threshold_1
-        self.kept_P[self.place] += kept_NI.sum()
         if not self.place:
             self.kept_P[-1] += len(x_NI)
-        return torch.where(kept_NI, x_NI, 0) @ self.weight_IO
+        count_1 = self.kept_P[self.place : self.place + 1]
+        return inputs_dot(x_NI, self.weight_IO, self.threshold_1, self.bias_O, count=count_1)
 
 
 def _same(x: Tensor, other: Tensor) -> bool:
@@ -70,7 +72,7 @@ def _same(x: Tensor, other: Tensor) -> bool:
 
 
 class InputSkippingLinear(nn.Module):
-    """Linear layer that takes its part of a shared product and adds its bias."""
+    """Linear layer that takes its part of a shared product; other code may read its weight."""
 
     def __init__(self, product: SharedProduct, columns: slice, full: nn.Module) -> None:
         super().__init__()
@@ -79,8 +81,7 @@ class InputSkippingLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply [..., I] → [..., O]."""
-        y = self.product.columns(x, self.columns)
-        return y + self.bias if isinstance(self.bias, Tensor) else y
+        return self.product.columns(x, self.columns)
 
 
 class SkippedInputs(CompactBlocks):
@@ -89,7 +90,12 @@ class SkippedInputs(CompactBlocks):
     def __init__(self, swaps: list[Swap], skipping: "InputSkipping") -> None:
         super().__init__(swaps)
         self.skipping = skipping
-        self._read = self._tokens = 0.0
+        self._read = self._tokens = 0
+
+    @property
+    def addresses(self) -> tuple[tuple[int, ...], ...]:
+        """Return the address of the weights: a recorded graph reads it, and the thresholds beside it."""
+        return ((self.skipping.address,),)
 
     def start_account(self) -> None:
         """Count from the next token on."""
@@ -116,17 +122,27 @@ class InputSkipping:
         self.places = places
         device = next(blocks.parameters()).device
         self.threshold_P = threshold_P.to(device)
-        self.kept_P = torch.zeros(len(places) + 1, dtype=torch.float64, device=device)
+        self.kept_P = torch.zeros(len(places) + 1, dtype=torch.int64, device=device)
+        self._first = blocks[places[0].block].get_submodule(places[0].names[0])
         self._swaps = [swap for index in range(len(places)) for swap in self._place(blocks, index)]
+        self.address = self._first_address()
 
     def active(self) -> SkippedInputs:
         """Return the layers for the tokens after one prompt."""
         self.kept_P.zero_()
         return SkippedInputs(self._swaps, self)
 
-    def take_counts(self) -> list[float]:
+    @property
+    def stale(self) -> bool:
+        """Return True if the layers of the model have other memory by now: it moved, or got another dtype."""
+        return self._first_address() != self.address
+
+    def _first_address(self) -> int:
+        return input_major(self._first).data_ptr()
+
+    def take_counts(self) -> list[int]:
         """Return the inputs read at every place, and the tokens, since the last call."""
-        counts: list[float] = self.kept_P.tolist()
+        counts: list[int] = self.kept_P.tolist()
         self.kept_P.zero_()
         return counts
 
@@ -137,7 +153,8 @@ class InputSkipping:
         layers = [block.get_submodule(name) for name in place.names]
         views_IO = [input_major(layer) for layer in layers]
         weight_IO = torch.cat(views_IO, dim=1)
-        product = SharedProduct(weight_IO, len(layers), self.threshold_P[index : index + 1], self.kept_P, index)
+        threshold_1 = self.threshold_P[index : index + 1]
+        product = SharedProduct(weight_IO, _joined_bias(layers, views_IO), len(layers), threshold_1, self.kept_P, index)
         swaps, first = [], 0
         for name, layer, view_IO in zip(place.names, layers, views_IO, strict=True):
             columns = slice(first, first := first + view_IO.shape[1])
@@ -147,6 +164,15 @@ class InputSkipping:
             owner, _, leaf = name.rpartition(".")
             swaps.append(Swap(block.get_submodule(owner), leaf, InputSkippingLinear(product, columns, layer)))
         return swaps
+
+
+def _joined_bias(layers: Sequence[nn.Module], views_IO: Sequence[Tensor]) -> Tensor | None:
+    """Return the biases of the layers side by side, zero for those without one; None if none has one."""
+    biases = [getattr(layer, "bias", None) for layer in layers]
+    if not any(isinstance(bias, Tensor) for bias in biases):
+        return None
+    pairs = zip(biases, views_IO, strict=True)
+    return torch.cat([view.new_zeros(view.shape[1]) if bias is None else bias.detach() for bias, view in pairs])
 
 
 def _contiguous(layer: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -201,6 +227,8 @@ class TokenContextual(Contextual):
             because = f"a batch of {len(tokens_B)} sequences: inputs are skipped for at most {MAX_TOKENS}"
             sequence.run_dense(Decision.BATCH, because)
             return None
+        if self.skipping.stale:
+            self.skipping = InputSkipping(self.blocks, self.shadow.places, self.shadow.threshold_P)
         record.skipped_frac.append(self.shadow.skip_frac)
         record.decision = Decision.SPARSE
         return ActiveUnits(self.skipping.active(), None)
