@@ -30,7 +30,7 @@ def input_shadow_of(model: Any, *, quantile: float = 0.5, **running: Any) -> Inp
         model(input_ids=ids_of(2, 24, seed=3))
     for handle in handles:
         handle.remove()
-    threshold_P = torch.stack([seen[index].quantile(quantile) for index in range(len(places))])
+    threshold_P = torch.stack([seen[index].float().quantile(quantile) for index in range(len(places))])
     return InputShadow(tuple(places), (quantile,) * len(places), threshold_P, Running(**{"mean_fill": 0.0, **running}))
 
 

@@ -96,14 +96,13 @@ def test_a_model_that_changes_its_dtype_skips_on() -> None:
     """Convert after the attachment: the layers get memory of their own, and the views have to be made again."""
     model = model_of("llama").to(torch.bfloat16)
     shadow = input_shadow_of(model)
-    shadow = replace(shadow, threshold_P=shadow.threshold_P.float())
     contextual, ids_BT = attach(model, shadow), ids_of(1, PROMPT + 4)
     step_by_step(model, ids_BT, PROMPT)
     model.float()
     wanted_BTV, _ = masked_input_logits(model, ids_BT, PROMPT, shadow)
     found_BTV, _ = step_by_step(model, ids_BT, PROMPT)
     torch.testing.assert_close(found_BTV, wanted_BTV, rtol=1e-4, atol=1e-5)
-    assert [record.sparse_tokens for record in contextual.records] == [4, 4]
+    assert [record.sparse_tokens for record in contextual.records if record.sparse_tokens] == [4, 4]
 
 
 def test_experts_are_refused() -> None:
