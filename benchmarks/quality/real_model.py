@@ -46,6 +46,7 @@ import niwaki
 from benchmarks.common.perplexity import TEXTS, spread
 from benchmarks.common.provenance import provenance
 from benchmarks.quality.suites import SUITES, Case
+from niwaki.config.targets import parse_count
 from niwaki.data.documents import read_texts
 from niwaki.data.texts import calibration_windows, load_tokenizer
 from niwaki.measure.evaluate.tasks import read_items
@@ -171,7 +172,9 @@ def run_niwaki(setting: Setting, case: Case, seed: int, place: Path, seconds: di
     if recovery is not None:
         with clock(seconds, "recover_s"):
             compressed, out = out, place / "recovered"
-            niwaki.recover(compressed, out, data=own_text, teacher=setting.model, seed=seed, device=device, **recovery)
+            counts = {name: parse_count(str(value)) for name, value in recovery.items() if name == "tokens"}
+            given = recovery | counts
+            niwaki.recover(compressed, out, data=own_text, teacher=setting.model, seed=seed, device=device, **given)
     result = record["result"]
     bits = result.get("method_bits", result["bits"])  # of baselines whose files hold decoded weights
     size = {"zeros_frac": result["zeros_frac"], "bits": bits, "bytes": result["bytes"]}
