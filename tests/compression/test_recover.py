@@ -136,27 +136,36 @@ def test_codes_move_and_stay_legal(world: Path, text: str, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("name", "train", "told"),
+    ("name", "train", "told", "lowered"),
     [
-        *(("paths", train, "scales") for train in ("auto", "weights", "low-rank", "scales")),
-        *(("some paths", train, told) for train, told in (("auto", "weights"), ("weights", "weights"))),
+        ("paths", "auto", "weights", 1.0),
+        ("paths", "low-rank", "scales", 0.95),
+        ("paths", "scales", "scales", 0.95),
+        ("some paths", "auto", "weights", 1.0),
+        ("some paths", "weights", "weights", 1.0),
     ],
 )
-def test_paths_of_a_trellis_stay_and_all_else_is_learned(
-    name: str, train: Any, told: str, world: Path, text: str, tmp_path: Path
+def test_paths_of_a_trellis_are_searched_again_only_with_latent_weights(
+    name: str, train: Any, told: str, lowered: float, world: Path, text: str, tmp_path: Path
 ) -> None:
     warned, rate = Warnings(), 0.03 if name == "paths" else 0.003
     record = recover(world / name, tmp_path / "out", data=text, report=warned, **SMALL | {"train": train, "rate": rate})
     warnings = [message for message in warned.warnings if "stay as they are" in message]
-    assert len(warnings) == (train in ("weights", "low-rank")), "who asks for codes is told that they stay"
+    assert len(warnings) == (train == "low-rank"), "who asks for thin matrices is told that codes stay"
     result = record["result"]
-    assert result["heldout_loss"] < (0.95 if name == "paths" else 1) * result["heldout_loss_before"]
+    assert result["heldout_loss"] < lowered * result["heldout_loss_before"]
     assert record["recover"]["train"] == told
+    stay = ("columns", "levels") if told == "weights" else ("columns", "rings")
     for part in ("rings", "columns", "levels", "scale"):
         old, new = stored(world / name, part), stored(tmp_path / "out", part)
         same = sum(torch.equal(old[key], tensor) for key, tensor in new.items())
         assert old and old.keys() == new.keys()
-        assert same == len(old) if part in ("rings", "columns") else same < len(old) / 2
+        if part in stay:
+            assert same == len(old)
+        elif part == "rings":  # a path moves only when many steps agree, long ones here
+            assert same < len(old) or name == "some paths"
+        else:
+            assert same < len(old) / 2
     levels = [tensor.view(torch.int8) for tensor in stored(tmp_path / "out", "levels").values()]
     assert all(int(level_S.min()) >= -127 for level_S in levels)
     if train == "auto":

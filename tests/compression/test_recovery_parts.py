@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from niwaki.compression.recovery.codes import CodesLinear, LearnedGrid, LearnedTrellis, _Decode
+from niwaki.compression.recovery.codes import CodesLinear, LearnedGrid, LearnedTrellis, Mode, _Decode
 from niwaki.compression.recovery.memory import Learning, Size, choose, plan_memory
 from niwaki.compression.recovery.teacher import Resident, Student, Text, likely, likely_divergence
 from niwaki.compression.recovery.trained import prepare
@@ -15,6 +15,7 @@ from niwaki.compression.recovery.training import Windows, batch_windows, default
 from niwaki.errors import InputError, NumericalError
 from niwaki.formats.packed import PackedTensors, decode_record
 from niwaki.formats.quantized import QuantizedColumns
+from niwaki.kernels.trellis import encode_reference
 from niwaki.methods.shared.divergence import divergence
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
@@ -97,24 +98,28 @@ def test_a_part_decodes_as_the_file_does_and_is_written_back(grid: str) -> None:
 
 
 @pytest.mark.parametrize("others", [None, 3])
-def test_paths_decode_as_the_file_does_and_pass_gradients_to_levels_and_scales(others: int | None) -> None:
+@pytest.mark.parametrize("mode", ["weights", "scales"])
+def test_paths_decode_as_the_file_does_and_pass_gradients(mode: Mode, others: int | None) -> None:
     parts = trellis_matrix(40, 12, 2, others)
     record = PackedTensors.of_trellis(parts, (40, 12))
     packed = TrellisLinear(40, 12, record.description, bias=False)
     packed.load_state_dict(record.tensors)
-    new = CodesLinear(packed, "weights", 2, torch.Generator(), frozen=False)
-    assert torch.equal(new.weight_OI(torch.float32), packed.weight_OI(torch.float32))
+    new = CodesLinear(packed, mode, 2, torch.Generator(), frozen=False)
     written = new.packed()
     assert written.description == record.description and written.tensors.keys() == record.tensors.keys()
     assert all(torch.equal(tensor, record.tensors[name]) for name, tensor in written.tensors.items())
+    new.search()
+    assert torch.equal(new.weight_OI(torch.float32), packed.weight_OI(torch.float32)), "its own path is the nearest"
     probe_OI = normal(40, 12, seed=4).float()
     (new.weight_OI(torch.float32) * probe_OI).sum().backward()
     for part, own in zip(parts, new.parts, strict=True):
         level_S, scale_O = part.level_S.double(), part.scale_O.double()
         level_S.requires_grad_(), scale_O.requires_grad_()
-        index_OC = part.state_UC[:40].long()
-        whole = (level_S[index_OC] * scale_O[:, None] * probe_OI[:, part.columns_C].double()).sum()
-        for found, wanted in zip(own.learned(), torch.autograd.grad(whole, (level_S, scale_O)), strict=True):  # type: ignore[operator]
+        level_OC = level_S[part.state_UC[:40].long()]
+        level_OC.retain_grad()
+        (level_OC * scale_O[:, None] * probe_OI[:, part.columns_C].double()).sum().backward()
+        first = level_OC if mode == "weights" else level_S
+        for found, wanted in zip(own.learned(), (first.grad, scale_O.grad), strict=True):  # type: ignore[operator]
             gradient = found.parameter.grad
             assert gradient.dtype == torch.float32 and gradient.is_contiguous()
             assert torch.allclose(gradient.double(), wanted, rtol=1e-4, atol=1e-5)
@@ -131,24 +136,59 @@ def test_levels_of_zero_stay_where_zeros_are_kept() -> None:
     part = trellis_matrix(32, 8, 2)[0]
     part.level_S[::3] = 0
     for frozen in (True, False):
-        level, _ = LearnedTrellis(part, frozen).learned()
+        learned = LearnedTrellis(part, "weights", frozen)
+        assert (learned.latent_OC is None) == frozen, "a code of zero stays one"
+        level, _ = LearnedTrellis(part, "weights" if frozen else "scales", frozen).learned()
         assert (level.keep is None) != frozen
         assert level.keep is None or torch.equal(level.keep, part.level_S != 0)
 
 
 def test_scales_that_cannot_be_stored_are_refused() -> None:
-    learned = LearnedTrellis(trellis_matrix(32, 8, 2)[0], frozen=False)
+    learned = LearnedTrellis(trellis_matrix(32, 8, 2)[0], "scales", frozen=False)
     with torch.no_grad():
         learned.scale_O[3] = 1e6
     with pytest.raises(NumericalError, match="lower the rate"):
         learned.columns()
 
 
+def test_paths_follow_their_latent_levels_to_the_nearest_codes() -> None:
+    for part in trellis_matrix(40, 12, 2, 3):
+        learned = LearnedTrellis(part, "weights", frozen=False)
+        assert learned.latent_OC is not None
+        with torch.no_grad():
+            learned.scale_O.mul_(2.0)
+            learned.search()
+            assert torch.equal(learned.columns().decode(), part.decode() * 2.0), "scales move no path"
+            noise_OC = normal(*learned.latent_OC.shape, seed=5).float()
+            learned.latent_OC.add_(learned.latent_OC.square().mean().sqrt() * noise_OC)
+        scale_O, level_S, wanted_OC = (
+            learned.scale_O.detach().double(),
+            part.level_S.double(),
+            learned.latent_OC.detach(),
+        )
+
+        before = _missed(learned.state_UC, level_S, scale_O, wanted_OC)
+        learned.search()
+        assert torch.equal(learned.weight(torch.float32), learned.columns().decode()), "what is written"
+        state_UC = encode_reference(wanted_OC.double(), scale_O.square(), level_S, part.bits)
+        nearest = _missed(state_UC, level_S, scale_O, wanted_OC)
+        found = _missed(learned.state_UC, level_S, scale_O, wanted_OC)
+        assert found == pytest.approx(nearest, rel=1e-3) and nearest < before
+
+
+def _missed(state_UC: Tensor, level_S: Tensor, scale_O: Tensor, wanted_OC: Tensor) -> float:
+    values_OC = level_S[state_UC[: len(scale_O)].long()]
+    return float(((values_OC - wanted_OC) * scale_O[:, None]).square().sum())
+
+
 def test_the_plan_counts_what_is_learned_of_paths() -> None:
     record = PackedTensors.of_trellis(trellis_matrix(40, 12, 2, 3), (40, 12))
     size = Size(480, 0, 0, 1, 12, 40, 52, 16)
     learning = Learning.of({"one": record.description}, rank=2)
-    assert learning.learned(size) == 2 * (40 + 256) and learning.modes("weights", size) == ("scales",)
+    assert learning.learned(size) == 480 + 2 * (40 + 256)
+    assert [learning.modes(train, size) for train in ("auto", "weights", "low-rank", "scales")] == [
+        ("weights", "scales"), ("weights",), ("scales",), ("scales",)
+    ]  # fmt: skip
     more = Size(1000, 0, 0, 1, 12, 40, 52, 16)
     assert learning.modes("auto", more) == ("weights", "low-rank") and learning.modes("scales", more) == ("scales",)
     part = {"bits": 2, "grid": "affine", "group": 8, "columns": 12}

@@ -253,10 +253,8 @@ def _read(
         if len(one.ids_ST) < count:
             message = f"{one.source} holds {len(one.ids_ST):,} windows, and training takes {count:,}: it repeats them"
             report(Event.WARNING, message=message)
-    if settings["train"] in ("weights", "low-rank") and Learning.of(checkpoint.packed, RANK).paths:
-        message = (
-            f"--train {settings['train']}: codes of a trellis stay as they are, only scales and levels are learned"
-        )
+    if settings["train"] == "low-rank" and Learning.of(checkpoint.packed, RANK).paths:
+        message = "--train low-rank: codes of a trellis stay as they are, only scales and levels are learned"
         report(Event.WARNING, message=message)
     files = [str(file) for file in calibration["files"]]
     settings = {**settings, "batch": batch, "seed": seed, "data": files, "mix": list(given.mix), "seq_len": seq_len}

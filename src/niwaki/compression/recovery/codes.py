@@ -4,8 +4,11 @@ Columns on a grid (`LearnedGrid`) have a latent number per code. The forward rou
 the gradient passes the rounding unchanged (straight-through). Scales and offsets are learned beside it. Zero points are
 rounded like codes.
 
-Columns that a trellis codes (`LearnedTrellis`) keep their paths. Neighboring rows share the bits of a path, so that no
-weight can reach another code alone. Scales are learned, and levels, which are rounded to whole numbers.
+Columns that a trellis codes (`LearnedTrellis`) have a latent level per code. Neighboring rows share the bits of a path,
+so that no weight can reach another code alone. So the paths nearest to the latent levels are searched now and then
+(`search`), and the gradient passes the search unchanged. The paths stay as they are where a code stands for a pruned
+weight, and in the other modes. Then the levels are learned instead, rounded to whole numbers. Not both: paths would
+follow the latent numbers back from wherever the levels went.
 
 Scales are rounded to float16 in the forward, as the file stores them.
 
@@ -32,6 +35,7 @@ from niwaki.formats.quantized import SCALE_DTYPE, QuantizedColumns, centre, part
 from niwaki.formats.sparse import CODES, Sparse
 from niwaki.formats.sparse_tiles import LAYOUT, Tiled
 from niwaki.formats.trellis import MAX_LEVEL, TrellisColumns, read_trellis
+from niwaki.kernels.trellis import encode
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
 from niwaki.runtime.trellis_linear import TrellisLinear
@@ -43,6 +47,7 @@ StoredColumns = QuantizedColumns | TrellisColumns
 MARGIN = 0.49  # of a step that a latent number may lie outside the codes
 LOW_RANK_SPEED = 4.0  # of the steps of thin matrices, which move fewer numbers
 LATENT_SPEED = 4.0  # of the steps of latent numbers, which change a weight only when they reach another code
+PATH_SPEED = 4.0  # of the steps of latent levels, relative to the distance between levels: a path has inertia
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,12 @@ def rounded(values: Tensor, nearest: Tensor) -> Tensor:
 
 
 class _DecodePaths(torch.autograd.Function):
-    """Weights [O, C] of states: level · scale of the row. Levels and scales have gradients."""
+    """Weights [O, C] of states: level · scale of the row. Latent levels [O, C], levels and scales have gradients."""
 
     @staticmethod
-    def forward(ctx: Any, state_OC: Tensor, level_S: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, _latent_OC: Tensor | None, state_OC: Tensor, level_S: Tensor, scale_O: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(state_OC, level_S, scale_O)
         return (level_S[state_OC.int()] * scale_O[:, None]).to(dtype)
 
@@ -120,9 +127,11 @@ class _DecodePaths(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         state_OC, level_S, scale_O = ctx.saved_tensors
         grad_OC, index_OC = gradients[0].to(scale_O.dtype), state_OC.int()
-        by_level_OC = grad_OC * scale_O[:, None]
-        level_S = torch.zeros_like(level_S).index_add_(0, index_OC.flatten(), by_level_OC.flatten())
-        return None, level_S, (grad_OC * ctx.saved_tensors[1][index_OC]).sum(1), None
+        by_level_OC, by_level_S = grad_OC * scale_O[:, None], None
+        if ctx.needs_input_grad[2]:
+            by_level_S = torch.zeros_like(level_S).index_add_(0, index_OC.flatten(), by_level_OC.flatten())
+        by_latent_OC = by_level_OC if ctx.needs_input_grad[0] else None
+        return by_latent_OC, None, by_level_S, (grad_OC * level_S[index_OC]).sum(1), None
 
 
 class LearnedPart(nn.Module, ABC):
@@ -141,6 +150,9 @@ class LearnedPart(nn.Module, ABC):
     @abstractmethod
     def clamp(self) -> None:
         """Keep what is rounded near its legal values."""
+
+    def search(self) -> None:
+        """Search the codes nearest to latent weights, if they do not follow from them in every forward."""
 
     @abstractmethod
     def columns(self) -> StoredColumns:
@@ -233,11 +245,11 @@ class LearnedGrid(LearnedPart):
 
 
 class LearnedTrellis(LearnedPart):
-    """Columns that a trellis codes: their paths stay in every mode; levels and scales are learned."""
+    """Columns that a trellis codes: scales are learned, and latent levels that the paths follow, or the levels."""
 
     state_UC: Tensor
 
-    def __init__(self, part: TrellisColumns, frozen: bool) -> None:
+    def __init__(self, part: TrellisColumns, mode: Mode, frozen: bool) -> None:
         super().__init__()
         self.bits = part.bits
         self.register_buffer("state_UC", part.state_UC.contiguous())
@@ -247,10 +259,18 @@ class LearnedTrellis(LearnedPart):
         self.scale_O = nn.Parameter(part.scale_O.float().contiguous().clone())
         self.keep_S = level_S != 0 if frozen else None
         self.sizes = [max(float(values.square().mean().sqrt()), 1e-12) for values in (level_S, self.scale_O.detach())]
+        self.latent_OC: nn.Parameter | None = None
+        if mode == "weights" and not frozen:
+            self.latent_OC = nn.Parameter(level_S[part.state_UC[: len(part.scale_O)].int()].contiguous())
+            self.level_S.requires_grad_(False)
 
     def learned(self) -> Iterator[Learned]:
         """Yield what is learned."""
-        yield Learned(self.level_S, self.sizes[0], self.keep_S)
+        if self.latent_OC is None:
+            yield Learned(self.level_S, self.sizes[0], self.keep_S)
+        else:
+            distance = 2.0 ** (2 - self.bits) * max(float(self.latent_OC.detach().square().mean().sqrt()), 1e-12)
+            yield Learned(self.latent_OC, PATH_SPEED * distance)
         yield Learned(self.scale_O, self.sizes[1])
 
     def levels(self) -> Tensor:
@@ -260,8 +280,15 @@ class LearnedTrellis(LearnedPart):
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weights [O, C]."""
         state_OC = self.state_UC[: len(self.scale_O)]
-        weight_OC: Tensor = _DecodePaths.apply(state_OC, self.levels(), as_half(self.scale_O), dtype)
+        weight_OC: Tensor = _DecodePaths.apply(self.latent_OC, state_OC, self.levels(), as_half(self.scale_O), dtype)
         return weight_OC
+
+    @torch.no_grad()
+    def search(self) -> None:
+        """Search the path nearest to the latent levels; a row counts by its squared scale."""
+        if self.latent_OC is not None:
+            row_O = as_half(self.scale_O).square()
+            self.state_UC.copy_(encode(self.latent_OC, row_O, self.levels(), self.bits))
 
     def clamp(self) -> None:
         """Keep levels near the whole numbers that can be stored."""
@@ -278,7 +305,7 @@ class LearnedTrellis(LearnedPart):
 def learned_part(part: StoredColumns, mode: Mode, rank: int, generator: torch.Generator, frozen: bool) -> LearnedPart:
     """Return the learned form of stored columns. `frozen`: a code of zero stays one."""
     if isinstance(part, TrellisColumns):
-        return LearnedTrellis(part, frozen)
+        return LearnedTrellis(part, mode, frozen)
     return LearnedGrid(part, mode, rank, generator, frozen)
 
 
@@ -331,6 +358,11 @@ class CodesLinear(nn.Module):
         """Keep what is rounded near its legal values."""
         for part in self.parts:
             part.clamp()  # type: ignore[operator]
+
+    def search(self) -> None:
+        """Search codes that do not follow from latent weights in every forward."""
+        for part in self.parts:
+            part.search()  # type: ignore[operator]
 
     def packed(self) -> PackedTensors:
         """Return the record in the form that the file had."""

@@ -72,7 +72,7 @@ class Learning:
     """Choice of what is learned: the mode, the rank of thin matrices, and the form of the weights.
 
     `scales`: learned scales and levels per weight. `codes`: weights are codes. `pruned`: some are zero. `paths`:
-    weights that a trellis codes, of which only scales and levels are learned.
+    weights that a trellis codes, for which thin matrices do nothing.
     """
 
     mode: Mode
@@ -92,16 +92,16 @@ class Learning:
         return cls("weights", rank, scales, codes=bool(coded), pruned=True, paths=paths)
 
     def modes(self, train: Mode | Literal["auto"], size: Size) -> tuple[Mode, ...]:
-        """Return the modes to choose from; a model of paths alone has no weights to learn."""
-        if self.paths >= size.weights:
-            return ("scales",)
-        return MODES[:2] if train == "auto" else (train,)
+        """Return the modes to choose from; thin matrices do nothing for a model of paths alone."""
+        paths_alone = self.paths >= size.weights
+        if train == "auto":
+            return ("weights", "scales") if paths_alone else MODES[:2]
+        return ("scales",) if paths_alone and train == "low-rank" else (train,)
 
     def learned(self, size: Size) -> int:
         """Return the number of learned numbers."""
         scales = int(self.scales * size.weights)
-        weights = size.weights - self.paths
-        return scales + {"weights": weights, "low-rank": self.rank * size.sides, "scales": 0}[self.mode]
+        return scales + {"weights": size.weights, "low-rank": self.rank * size.sides, "scales": 0}[self.mode]
 
 
 def _learned_scales(about: Mapping[str, Any]) -> int:

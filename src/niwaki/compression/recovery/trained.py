@@ -2,7 +2,7 @@
 
 A pruned matrix keeps its zeros, because their gradient is zero. So 2:4 stays 2:4. A smaller matrix is learned as it is.
 Of a matrix of codes the codes, scales and offsets are learned (`recovery.codes`), of one that a trellis codes its
-scales and levels alone.
+paths, scales and levels.
 
 The mode `weights` learns a number per weight. `low-rank` learns a product of two thin matrices per matrix. It
 is added to the weights or to the latent numbers, and merges in the end. `scales` learns only scales, offsets and zero
@@ -69,6 +69,12 @@ class Trained:
         for module in self.modules.values():
             if isinstance(module, CodesLinear):
                 module.clamp()
+
+    def search(self) -> None:
+        """Search codes that do not follow from latent weights in every forward."""
+        for module in self.modules.values():
+            if isinstance(module, CodesLinear):
+                module.search()
 
     @torch.no_grad()
     def settle(self, dtypes: Mapping[str, torch.dtype]) -> None:

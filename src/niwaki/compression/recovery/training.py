@@ -3,9 +3,9 @@
 Steps are relative to the size of what they change. At the rate 0.002 a step moves a weight by about 0.2 % of the root
 mean square of its matrix. So one rate fits matrices, norms, scales and latent codes of any model.
 
-The order of the windows follows from the seed alone. At CHECKS points the held-out loss is measured, the best state is
-kept, and, if SAVE_SECONDS have passed, everything goes to the journal. A resume reads it and ends at the same bytes.
-After PATIENCE points without a lower loss the training ends.
+The order of the windows follows from the seed alone. Paths of a trellis are searched SEARCHES times. At CHECKS points
+the held-out loss is measured, the best state is kept, and, if SAVE_SECONDS have passed, everything goes to the journal.
+A resume reads it and ends at the same bytes. After PATIENCE points without a lower loss the training ends.
 
     best = train(student, trained, windows, Schedule.of(1_000_000, 512), folder, report)
 
@@ -35,6 +35,7 @@ from niwaki.model.anatomy import find_blocks
 from niwaki.model.files import write_shard
 
 CHECKS = 16
+SEARCHES = 64  # of the paths of a trellis, over all steps; each check has one before it
 PATIENCE = 6
 SAVE_SECONDS = 60.0
 WARMUP_FRAC = 0.05
@@ -131,12 +132,15 @@ class Trainer:
     def run(self, folder: ResultFolder, report: Report) -> BestState:
         """Train, and return the best state. It is restored in the parameters."""
         steps = len(self.windows.steps)
-        every = max(1, round(steps / CHECKS))
+        every, search_every = max(1, round(steps / CHECKS)), max(1, round(steps / SEARCHES))
         best, saved = self._begin(folder), time.monotonic()
         while self.step < steps and self.waited < PATIENCE:
             self._learn(self.windows.steps[self.step])
             self.step += 1
-            if self.step % every == 0 or self.step == steps:
+            due = self.step % every == 0 or self.step == steps
+            if due or self.step % search_every == 0:
+                self.trained.search()
+            if due:
                 loss = self.held_out()
                 self.waited = 0 if loss < best.error else self.waited + 1
                 best.offer(loss)
@@ -147,6 +151,7 @@ class Trainer:
                     self._save(folder, best)
                     saved = time.monotonic()
         best.restore()
+        self.trained.search()
         return best
 
     def held_out(self) -> float:
@@ -193,10 +198,12 @@ class Trainer:
             best.offer(told["best"])
             for number, parameter in enumerate(self.trained.parameters):
                 parameter.copy_(tensors[f"{number}.now"])
-                state = {name: tensors[f"{number}.{name}"] for name in ("exp_avg", "exp_avg_sq")}
+                moments = {name: tensors[f"{number}.{name}"] for name in ("exp_avg", "exp_avg_sq")}
+                state = {name: torch.empty_like(parameter).copy_(one) for name, one in moments.items()}  # its layout
                 step = torch.tensor(float(told["step"]), device=self.device)
                 self.optimizer.state[parameter] = {"step": step, **state}
         self.step, self.waited = told["step"], told["waited"]
+        self.trained.search()
         return best
 
     def _save(self, folder: ResultFolder, best: BestState) -> None:
