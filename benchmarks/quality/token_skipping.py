@@ -10,6 +10,7 @@ divergence from it, and the share that was skipped.
 - `shadow`: `niwaki compress --method shadow`, shares by damage over the whole model
 - `shadow, local`: one share everywhere, which is TEAL without its search
 - `teal, shares within a block`: every block leaves out the same bytes, its places by damage, as TEAL searches
+- `shadow, thresholds of the prompt`: set again for every window, so that its prompt has the shares
 - `cats`: neurons whose act(gate) is below a threshold lose their rows of `up` and columns of `down`; models with a gate
 - `griffin`, `static fisher`, `dejavu`, `random`: heads and neurons fixed for a window, as in `contextual.py`
 
@@ -89,8 +90,8 @@ class Judge:
 class Thresholds:
     """Context of forwards in which small inputs of the places are zero after the prompt; counts what is skipped."""
 
-    def __init__(self, model, places, thresholds) -> None:
-        self.places, self.thresholds = places, thresholds
+    def __init__(self, model, places, thresholds, shares=None) -> None:
+        self.places, self.thresholds, self.shares = places, thresholds, shares
         self.blocks = find_blocks(model)[1]
         self.sums, self.forwards = [0.0] * len(places), 0
 
@@ -112,13 +113,21 @@ class Thresholds:
         def hook(_, args):
             if not last or last[0] is not args[0]:
                 x_BTI = args[0].reshape(*shape, -1).clone()
-                small_BTI = x_BTI[:, PROMPT:].abs() <= self.thresholds[index]
+                small_BTI = x_BTI[:, PROMPT:].abs() <= self._threshold(index, x_BTI[:, :PROMPT])
                 self.sums[index] = self.sums[index] + small_BTI.float().mean()
                 x_BTI[:, PROMPT:].masked_fill_(small_BTI, 0)
                 last[:] = args[0], x_BTI.view(args[0].shape)
             return (last[1],)
 
         return hook
+
+    def _threshold(self, index, prompt_BTI):
+        """Return the threshold of a place, or those [B, 1, 1] that skip its share of the prompt."""
+        if self.shares is None:
+            return self.thresholds[index]
+        size_BM = prompt_BTI.abs().flatten(1).sort().values
+        place = min(int(self.shares[index] * size_BM.shape[1]), size_BM.shape[1] - 1)
+        return size_BM[:, place, None, None]
 
     @property
     def skipped(self) -> float:
@@ -206,6 +215,13 @@ def token_rows(decoder, model, places, ids_ST, judges, held):
             masked = Thresholds(model, places, trial.thresholds)
             row[text] = judge.measure(masked) | {"skipped": masked.skipped}
         yield row
+    for (label, target), trial in zip(names, trials, strict=True):
+        if label == "shadow":
+            row = {"label": "shadow, thresholds of the prompt", "target": target}
+            for text, judge in judges.items():
+                masked = Thresholds(model, places, None, trial.shares)
+                row[text] = judge.measure(masked) | {"skipped": masked.skipped}
+            yield row
     if gates := find_gates(model, ids_ST):
         whole, wide = sum(place.weights for place in places), sum(2 * down.weight.numel() for _, down, _ in gates)
         for target in TARGETS:
