@@ -41,7 +41,7 @@ fuzz: $(VENV)/.installed
 # torch are not built so: their leaks do not count.
 SANITIZED := build/sanitized
 MUTATED := tests/formats tests/model/test_mutated_files.py tests/runtime/contextual/test_mutated_predictors.py \
-	tests/kernels/test_sparse_product.py
+	tests/kernels/test_sparse_product.py tests/kernels/test_inputs.py
 test-sanitized: $(VENV)/.installed
 	$(RUN)/cmake -S . -B $(SANITIZED) -DPython_EXECUTABLE=$(CURDIR)/$(RUN)/python -DNIWAKI_SANITIZE=ON
 	$(RUN)/cmake --build $(SANITIZED)
