@@ -1,22 +1,29 @@
 """`niwaki compress --method shadow` with thresholds of inputs: damage, shares, the trial, results and refusals."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from typer.testing import CliRunner
 
 import niwaki
+from niwaki.cli.app import app
+from niwaki.compression.adapt import PREVIOUS, adapt
 from niwaki.compression.skipping import LEVELS, allocate, damages, prompt_of, run_trials
+from niwaki.compression.verify import check_weights
 from niwaki.data.stream import Stream
 from niwaki.errors import InputError, TargetError
+from niwaki.measure.prompt_gate import calibrate_gate
 from niwaki.model.anatomy import find_blocks
 from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.runtime.contextual.places import Place, find_places, skipped_frac
-from niwaki.runtime.contextual.predictor_files import TENSORS, InputShadow, Running, read_shadow
+from niwaki.runtime.contextual.predictor_files import TENSORS, InputShadow, Running, read_shadow, write_shadow
+from niwaki.runtime.contextual.sequence import Decision
 from support.contextual import ids_of, model_of
 from support.inputs import masked_input_logits
 from support.models import file_bytes, tiny_llama, weights_of, write_texts
@@ -165,11 +172,44 @@ def test_same_seed_same_bytes_and_finished_thresholds_are_kept(tmp_path: Path) -
     assert "gradients" not in events and file_bytes(tmp_path / "later") == file_bytes(tmp_path / "out")
 
 
-def test_commands_for_predictors_say_that_there_is_none(tmp_path: Path) -> None:
-    from niwaki.compression.adapt import adapt
-    from niwaki.measure.prompt_gate import calibrate_gate
-
+def test_thresholds_of_other_text_are_replaced_and_good_ones_kept(tmp_path: Path) -> None:
     compress(tmp_path)
-    for command in (adapt, calibrate_gate):
-        with pytest.raises(InputError, match="skips inputs by thresholds"):
-            command(tmp_path / "out", data=str(tmp_path / "text.jsonl"))  # type: ignore[operator]
+    out, good = tmp_path / "out", read_shadow(tmp_path / "out")
+    assert isinstance(good, InputShadow)
+    settings: dict[str, Any] = {"data": str(tmp_path / "text.jsonl"), "samples": 16, "seq_len": 24, "device": "cpu"}
+    write_shadow(out, replace(good, threshold_P=2 * good.threshold_P))
+    broken = (out / TENSORS).read_bytes()
+    found = adapt(out, **settings)
+    assert (
+        found["accepted"] and found["skipped"]["old"] > 0.7 and found["skipped"]["new"] == pytest.approx(0.5, abs=0.05)
+    )
+    assert (out / PREVIOUS).read_bytes() == broken and check_weights(out)
+    new = read_shadow(out)
+    assert isinstance(new, InputShadow) and new.shares == good.shares
+    assert float((new.threshold_P / good.threshold_P).log().abs().max()) < 0.3
+    again = adapt(out, **settings)
+    assert not again["accepted"] or again["divergence"]["new"] < again["divergence"]["old"]
+    said = CliRunner().invoke(
+        app, ["adapt", str(out), "--data", settings["data"], "--samples", "16", "--seq-len", "24"]
+    )
+    assert said.exit_code == 0 and "wanted 50.0%" in said.output.replace("\n", " ")
+
+
+def test_the_gate_lets_prompts_like_those_of_the_fit_run_sparse(tmp_path: Path) -> None:
+    compress(tmp_path)
+    settings: dict[str, Any] = {
+        "data": str(tmp_path / "text.jsonl"),
+        "samples": 6,
+        "prompt_tokens": 16,
+        "new_tokens": 8,
+    }
+    found = calibrate_gate(tmp_path / "out", agreement=0.1, device="cpu", **settings)
+    shadow = read_shadow(tmp_path / "out")
+    assert found["sparse_frac"] == 1 and 0 < found["max_deviation"] == shadow.running.max_deviation < 0.5
+    model = niwaki.load(tmp_path / "out", device="cpu")
+    strange_1T = torch.full((1, 20), 7)
+    model.generate(strange_1T, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    (record,) = model.contextual.records
+    assert record.decision is Decision.DEVIATION and record.deviation[0] > shadow.running.max_deviation
+    with pytest.raises(InputError, match="leave batch out"):
+        calibrate_gate(tmp_path / "out", batch=2, device="cpu", **settings)

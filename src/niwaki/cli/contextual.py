@@ -57,16 +57,23 @@ def adapt(
     seed: Annotated[int, typer.Option(help="Seed of the order of the documents.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Train the predictor of OUT again on recent text, and keep the better one on held-out text."""
+    """Fit the predictor or the thresholds of OUT again to recent text, and keep the better ones on held-out text."""
     check_inputs(str(out), data=data, device=device)
     from niwaki.compression.adapt import adapt as run
 
     text: dict[str, Any] = {"data": data or (), "samples": samples, "seq_len": seq_len, "field": field}
     result = run(out, **text, bos=check_bos(bos), seed=seed, device=device, report=print_warning)
-    kept = result["kept"]
     outcome = "replaced, the old one is kept beside it" if result["accepted"] else "kept, the new one was not better"
+    if "skipped" in result:
+        skipped, divergence = result["skipped"], result["divergence"]
+        found = (
+            f"skipped {skipped['old']:.1%} -> {skipped['new']:.1%}, wanted {result['wanted']:.1%}; divergence "
+            f"{divergence['old']:.4f} -> {divergence['new']:.4f}; list of thresholds"
+        )
+    else:
+        found = f"importance held by what is kept {result['kept']['old']:.4f} -> {result['kept']['new']:.4f}; predictor"
     console.print(
-        f"{out}: importance held by what is kept {kept['old']:.4f} -> {kept['new']:.4f}; predictor {outcome}",
+        f"{out}: {found} {outcome}",
         highlight=False,
         soft_wrap=True,
     )

@@ -138,7 +138,7 @@ def _slope(first: tuple[float, float], last: tuple[float, float]) -> float:
 
 @dataclass
 class Trial:
-    """Shares that windows pass the blocks with, and what was found.
+    """Shares that windows pass the blocks with, none if the thresholds are known, and what was found.
 
     `thresholds` and `skipped` are those of every place, `skipped` on the held-out windows. `ratio` is the perplexity
     over that of the dense model, `divergence` in nats per token.
@@ -160,19 +160,26 @@ def run_trials(
     held_ST: Tensor,
     make_stream: MakeStream,
     report: Report = silent,
+    *,
+    known: Sequence[Sequence[float]] = (),
 ) -> list[Trial]:
-    """Return the trial of every list of shares: thresholds from the windows `ids_ST`, losses from `held_ST`."""
-    trials = [Trial(one, [0.0] * len(places), [0.0] * len(places)) for one in shares]
+    """Return the trial of every list of shares: thresholds from the windows `ids_ST`, losses from `held_ST`.
+
+    After them come the trials of `known` lists of thresholds.
+    """
+    none = [0.0] * len(places)
+    trials = [Trial(one, [*none], [*none]) for one in shares] + [Trial((), [*one], [*none]) for one in known]
     dense = make_stream(held_ST, "trial-dense")
     pairs = [
-        (make_stream(ids_ST, f"trial-{number}"), make_stream(held_ST, f"trial-held-{number}"))
-        for number in range(len(trials))
+        (make_stream(ids_ST, f"trial-{number}") if trial.shares else None, make_stream(held_ST, f"trial-held-{number}"))
+        for number, trial in enumerate(trials)
     ]
     for block in loaded_blocks(decoder):
         own = [(index, place) for index, place in enumerate(places) if place.block == block.index]
         for trial, (fitted, held) in zip(trials, pairs, strict=True):
-            for stream, learns in ((fitted, True), (held, False)):
-                _advance(block, own, trial, stream, learns)
+            if fitted is not None:
+                _advance(block, own, trial, fitted, True)
+            _advance(block, own, trial, held, False)
         dense.advance(block)
         block.release()
         report(Event.CANDIDATE_BLOCK, index=block.index, of=len(decoder))

@@ -1,8 +1,9 @@
 """Calibration of the prompt gate of a contextual model on the user's text: limits beyond which a prompt runs dense.
 
 Every prompt has a deviation and a margin. The deviation is the distance of its activations from those that the
-predictor expects. The margin is the share of the predicted importance that its mask holds. Prompts like those of the
-calibration have a small deviation and a large margin.
+predictor expects. Of thresholds, it is that of its shares of small inputs from the expected ones. The margin is the
+share of the predicted importance that its mask holds; thresholds have none. Prompts like those of the calibration have
+a small deviation and a large margin.
 
 The full model and the selected part of it read the same texts token by token, and their top-1 tokens are compared.
 Prompts beyond the limits run dense, so they agree. The gate is the pair of limits with the most sparse prompts at which
@@ -77,8 +78,8 @@ def calibrate_gate(
     if not 0 < agreement <= 1 or min(samples, prompt_tokens) < 1 or new_tokens < 3 or batch < 0:
         raise InputError("expected agreement in (0, 1], samples and prompt_tokens ≥ 1, new_tokens ≥ 3, batch ≥ 0")
     shadow = read_shadow(folder)
-    if isinstance(shadow, InputShadow):
-        raise InputError(f"{folder} skips inputs by thresholds, and a gate is for predictors of heads and neurons")
+    if isinstance(shadow, InputShadow) and batch:
+        raise InputError(f"{folder} skips inputs, which no batch shares, so nothing can be timed: leave batch out")
     checkpoint = Checkpoint.open(folder)
     model = load_checkpoint(checkpoint, device=device, dense=True, hashed=True)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -130,7 +131,8 @@ def compare_prompt(contextual: Contextual, ids_1T: Tensor, prompt: int) -> tuple
     record = contextual.records[-1]
     if record.dense_because:
         return float("inf"), 0.0, 1.0
-    return record.deviation[0], record.margin[0], float((torch.stack(steps) == wanted_T).float().mean())
+    margin = record.margin[0] if record.margin else 1.0  # thresholds have none
+    return record.deviation[0], margin, float((torch.stack(steps) == wanted_T).float().mean())
 
 
 def choose_limits(

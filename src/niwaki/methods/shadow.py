@@ -53,7 +53,7 @@ AUTO = "auto"
 INPUTS, PROMPT = "inputs", "prompt"
 OF_PROMPTS = (
     "head_criterion", "criterion", "features", "shrinkage", "floor_frac", "neuron_width", "cuts", "size_frac",
-    "max_kept_frac", "batch", "mean_fill", "max_deviation", "min_margin",
+    "max_kept_frac", "batch", "mean_fill", "min_margin",
 )  # fmt: skip
 CANDIDATES = {"head_criterion": ("plainact", "fisher", "energy"), "criterion": ("fisher", "energy", "plainact")}
 

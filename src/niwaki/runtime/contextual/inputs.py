@@ -16,7 +16,8 @@ Legend: P places, N tokens, I inputs and O outputs of the matrices of a place to
     with skipping.active().applied(): model(input_ids=token)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -205,6 +206,48 @@ def check_places(blocks: nn.ModuleList, places: Sequence[Place]) -> None:
             )
 
 
+class InputStatistics(Prefill):
+    """Share of the inputs of a prompt that lie below the threshold of their place, by sequence and place."""
+
+    def __init__(self, places: Sequence[Place], threshold_P: Tensor) -> None:
+        super().__init__()
+        self.places, self.threshold_P = places, threshold_P
+        self._small: dict[int, Tensor] = {}
+
+    @contextmanager
+    def observe(self, blocks: nn.ModuleList, real_BT: Tensor) -> Iterator[None]:
+        """Add the dense forwards inside; `real_BT` is true for tokens that are not padding."""
+        handles = [
+            blocks[place.block]
+            .get_submodule(place.names[0])
+            .register_forward_pre_hook(lambda _, args, index=index: self._add(index, args[0], real_BT))
+            for index, place in enumerate(self.places)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._count(real_BT)
+
+    def _add(self, index: int, x: Tensor, real_BT: Tensor) -> None:
+        small_BT = (x.abs() <= self.threshold_P[index]).view(*real_BT.shape, -1).float().mean(2)
+        small_B = (small_BT * real_BT).sum(1)
+        self._small[index] = self._small[index] + small_B if index in self._small else small_B
+
+    def shares(self) -> Tensor:
+        """Return the shares [B, P]."""
+        assert self.tokens_B is not None, "no forward was observed"
+        small_BP = torch.stack([self._small[index] for index in range(len(self.places))], dim=1)
+        return small_BP / self.tokens_B[:, None]
+
+    def deviation(self, shares: Sequence[float]) -> float:
+        """Return the mean distance of the shares from the expected ones, weighed by weights; of the furthest prompt."""
+        expected_P = torch.tensor(shares, device=self.threshold_P.device)
+        weight_P = torch.tensor([place.weights for place in self.places], device=expected_P.device, dtype=torch.float32)
+        return float(((self.shares() - expected_P).abs() @ (weight_P / weight_P.sum())).max())
+
+
 class TokenContextual(Contextual):
     """Handle of a model that skips inputs by thresholds, made by `attach`."""
 
@@ -215,7 +258,9 @@ class TokenContextual(Contextual):
         self.skipping = InputSkipping(self.blocks, shadow.places, shadow.threshold_P)
 
     def _statistics(self) -> Prefill:
-        return Prefill()
+        if self.skipping.stale:
+            self.skipping = InputSkipping(self.blocks, self.shadow.places, self.shadow.threshold_P)
+        return InputStatistics(self.shadow.places, self.skipping.threshold_P)
 
     def _choose(self, sequence: ContextualSequence, in_place: bool | None) -> ActiveUnits | None:
         record, tokens_B = sequence.record, sequence.prefill.tokens_B
@@ -227,8 +272,13 @@ class TokenContextual(Contextual):
             because = f"a batch of {len(tokens_B)} sequences: inputs are skipped for at most {MAX_TOKENS}"
             sequence.run_dense(Decision.BATCH, because)
             return None
-        if self.skipping.stale:
-            self.skipping = InputSkipping(self.blocks, self.shadow.places, self.shadow.threshold_P)
+        assert isinstance(sequence.prefill, InputStatistics)
+        deviation, limit = sequence.prefill.deviation(self.shadow.shares), self.shadow.running.max_deviation
+        record.deviation.append(deviation)
+        if limit and deviation > limit:
+            because = f"the shares of small inputs in the prompt are {deviation:.3g} from what is expected"
+            sequence.run_dense(Decision.DEVIATION, because)
+            return None
         record.skipped_frac.append(self.shadow.skip_frac)
         record.decision = Decision.SPARSE
         return ActiveUnits(self.skipping.active(), None)
