@@ -1,4 +1,4 @@
-"""Products of one token that read only kept inputs, beside dense torch and our 4-bit planes. Shapes of 1.1B and 7B.
+"""Products of a few tokens that read only kept inputs, beside dense torch and our 4-bit planes. Shapes of 1.1B and 7B.
 
     python -m benchmarks.kernels.inputs --out benchmarks/results/kernels/inputs-cpu.json
     python -m benchmarks.kernels.inputs --device cuda --out benchmarks/results/kernels/inputs-h200.json
@@ -10,9 +10,9 @@ CUDA graph runs all copies one after another, and the threshold lies on the devi
 - `planes`: our product with 4 bits in groups of 128
 - `kept`, `codes`: the same weights by inputs, with the share of the inputs that is skipped
 
-Microseconds are medians, and on a CPU also the best. `bandwidth` compares the bytes of kept rows per second with those
-of the same run. On a CPU that is a read of a large buffer, on a GPU a copy. A GPU first times some launches at a share
-of a half (`launches`), and the best of them serve all shares.
+Microseconds are medians, and on a CPU also the best. `bandwidth` compares the bytes of the kept rows of one token per
+second with that of the run. On a CPU that is the best read of a large buffer, in the same turns; on a GPU a copy. A GPU
+first times some launches at a share of a half (`launches`), and the best of them serve all shares.
 """
 
 import argparse
@@ -41,12 +41,13 @@ from niwaki.kernels.types import PlanePart
 # Inputs and outputs of q/k/v, o, gate/up and down.
 SMALL = {"qkv": (2048, 2560), "o": (2048, 2048), "up": (2048, 5632), "gate/up": (2048, 11264), "down": (5632, 2048)}
 FEW = ("o", "gate/up", "down")  # of the small model, on a GPU
+TOKENS = {"o": (1, 2, 4, 8), "gate/up": (1, 2, 4, 8)}  # on a CPU; of all others one
 LARGE = {"qkv": (4096, 12288), "o": (4096, 4096), "gate/up": (4096, 22016), "down": (11008, 4096)}
 SHARES = (0.0, 0.3, 0.5, 0.7)
 THREADS = (1, 2)
 GROUP = 128
 COLD_BYTES = 100 * 2**20
-READ_BYTES = 512 * 2**20
+READ_BYTES = 128 * 2**20
 COMPILERS = 12  # processes
 # Launches that a sweep tries: outputs of a program (of codes words), inputs of a step, warps, splits, stages.
 TILES = [(64, 128, 4, s, 1) for s in (1, 2, 4, 8)] + [(64, 64, 4, s, n) for s in (2, 4, 8) for n in (1, 3)]
@@ -84,41 +85,48 @@ def random_weights(inputs: int, outputs: int, device: str) -> Tensor:
     return torch.randn(inputs, outputs, device=device).bfloat16()
 
 
-def row_of(name: str, shape: tuple[int, int], times: dict[str, float], bytes_per_s: float) -> dict[str, Any]:
-    """Return a row of the result: microseconds, speed over dense and planes, and the share of the bandwidth."""
-    inputs, outputs = shape
+def row_of(name: str, shape: tuple[int, int], times: dict[str, float]) -> dict[str, Any]:
+    """Return a row of the result: microseconds, and speed over dense and planes."""
     speed = {n: round(times["dense" if "kept" in n else "planes"] / us, 2) for n, us in times.items() if " " in n}
-    reached = {}
-    for own in speed:
-        kind, share = own.split()
-        nbytes = inputs * outputs * (1 - float(share)) * (2 if kind == "kept" else 0.5)
-        reached[own] = round(nbytes / times[own] * 1e6 / bytes_per_s, 2)
     us = {own: round(value, 1) for own, value in times.items()}
     print(name, shape, us, flush=True)
-    return {"matrix": name, "inputs": inputs, "outputs": outputs, "us": us, "speedup": speed, "bandwidth": reached}
+    return {"matrix": name, "inputs": shape[0], "outputs": shape[1], "us": us, "speedup": speed}
 
 
-def read_bytes_per_s() -> float:
-    """Return the bytes per second that the threads read: the best of some sums."""
-    buffer, best = torch.ones(READ_BYTES // 4), float("inf")
-    for _ in range(7):
-        began = time.perf_counter()
-        buffer.sum()
-        best = min(best, time.perf_counter() - began)
-    return buffer.nbytes / best
+def bandwidths(row: dict[str, Any], us: dict[str, float], bytes_per_s: float) -> dict[str, float]:
+    """Return the share of the bandwidth that every product with kept inputs reaches."""
+    reached = {}
+    for own in row["speedup"]:
+        kind, share = own.split()
+        nbytes = row["inputs"] * row["outputs"] * (1 - float(share)) * (2 if kind == "kept" else 0.5)
+        reached[own] = round(nbytes / us[own] * 1e6 / bytes_per_s, 2)
+    return reached
 
 
-def measure_cpu(name: str, shape: tuple[int, int], rounds: int) -> dict[str, Any]:
+def measure_cpus(threads: int, names: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Return the rows of some matrices for a number of threads."""
+    torch.set_num_threads(threads)
+    rows = [measure_cpu(name, tokens, rounds) for name in names for tokens in TOKENS.get(name, (1,))]
+    read = max(row["read_gb_s"] for row in rows)
+    for row in rows:
+        if row["tokens"] == 1:
+            row["bandwidth"] = bandwidths(row, row["best"]["us"], read * 1e9)
+    return [{"threads": threads} | row | {"read_gb_s": read} for row in rows]
+
+
+def measure_cpu(name: str, tokens: int, rounds: int) -> dict[str, Any]:
     """Return the times of a shape on a CPU."""
-    inputs, outputs = shape
-    x_BI = torch.randn(1, inputs).bfloat16()
+    inputs, outputs = shape = SMALL[name]
+    x_BI = torch.randn(tokens, inputs).bfloat16()
     count, fewer = (1 + COLD_BYTES // (inputs * outputs * 2 // bits) for bits in (1, 4))
     by_input = [random_weights(inputs, outputs, "cpu") for _ in range(count)]
     kept, dense = cycle(by_input), cycle([weight_IO.T.contiguous() for weight_IO in by_input])
     parts = [random_planes(inputs, outputs, "cpu") for _ in range(fewer)]
     plain = cycle([planes.prepared_layer([part], outputs, inputs) for part in parts])
     coded = cycle([random_codes(inputs, outputs, "cpu") for _ in range(fewer)])
+    buffer = torch.ones(READ_BYTES // 4)
     works: dict[str, Callable[[], object]] = {
+        "read": buffer.sum,
         "dense": lambda: linear(x_BI, next(dense)),
         "planes": lambda: planes.cpu_product(next(plain), x_BI, outputs),
     }
@@ -132,11 +140,11 @@ def measure_cpu(name: str, shape: tuple[int, int], rounds: int) -> dict[str, Any
             work()
             if turn > 1:
                 times[own].append(1e6 * (time.perf_counter() - began))
-    read = read_bytes_per_s()
-    best = row_of(name, shape, {own: min(found) for own, found in times.items()}, read)
-    middle = row_of(name, shape, {own: statistics.median(found) for own, found in times.items()}, read)
-    picked = {key: best[key] for key in ("us", "speedup", "bandwidth")}
-    return middle | {"best": picked, "read_gb_s": round(read / 1e9, 1)}
+    read = READ_BYTES / min(times.pop("read")) / 1e3
+    best = row_of(name, shape, {own: min(found) for own, found in times.items()})
+    middle = row_of(name, shape, {own: statistics.median(found) for own, found in times.items()})
+    picked = {key: best[key] for key in ("us", "speedup")}
+    return {"tokens": tokens} | middle | {"best": picked, "read_gb_s": round(read, 1)}
 
 
 def measure_gpu(name: str, shape: tuple[int, int], seconds: float, bytes_per_s: float) -> dict[str, Any]:
@@ -168,7 +176,8 @@ def measure_gpu(name: str, shape: tuple[int, int], seconds: float, bytes_per_s: 
     defaults = {own: round(times.pop(own), 2) for own in ("kept default", "codes default")}
     about = {"errors": errors_of(x_BI, by_input[0], coded[0]), "default_us": defaults}
     launches = {kind: {str(list(sizes)): us for sizes, us in found.items()} for kind, found in swept.items()}
-    return row_of(name, shape, times, bytes_per_s) | about | {"launches": launches}
+    row = row_of(name, shape, times)
+    return row | {"bandwidth": bandwidths(row, times, bytes_per_s)} | about | {"launches": launches}
 
 
 def launched(kind: str, x_BI: Tensor, matrix: Any, limit: Tensor) -> Callable[[tuple[int, ...]], Tensor]:
@@ -243,8 +252,7 @@ def main() -> None:
     with torch.inference_mode():
         if args.device == "cpu":
             for threads in args.threads:
-                torch.set_num_threads(threads)
-                rows += [{"threads": threads} | measure_cpu(name, SMALL[name], args.rounds) for name in args.matrices]
+                rows += measure_cpus(threads, args.matrices, args.rounds)
         else:
             require_gpu(parser)
             compile_all()
