@@ -73,7 +73,7 @@ SHAPES = {
     "flap 0.3": "short --method flap --target 0.3",
     "flap 0.2 bare": "short --method flap --target 0.2 --set compensate=false",
     "two_ssp 0.3": "short --method two_ssp --target 0.3",
-    "shadow 0.5": "short --method shadow --target 0.5 --set unit=prompt",
+    "shadow 0.5": "short --method shadow --target 0.5 --set unit=prompt --set scope=local",
     "shadow 0.3 options": "short --method shadow --target 0.3 --set unit=prompt --set scope=global "
     "--set neuron_width=32 "
     "--set head_criterion=plainact --set criterion=energy --set features=last",

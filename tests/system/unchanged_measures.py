@@ -121,7 +121,7 @@ def plan_case() -> Values:
         "sparsegpt+gptq": "--method sparsegpt+gptq --target 2:4+4bit --pack auto",
         "squeeze10": "--method squeeze10 --target 1.6bit",
         "comp+gptq": "--method comp+gptq --target 0.25+4bit",
-        "shadow": "--method shadow --target 0.5 --set unit=prompt",
+        "shadow": "--method shadow --target 0.5 --set unit=prompt --set scope=local",
         "best": f"--preset best --target 2:4 --rotate none {BEST_OF_THEN}",
     }
     money = "--price-per-hour 2.5 --tokens-per-day 50000000 --gpu h100 --json"
