@@ -42,20 +42,12 @@ COMPILERS = 12  # processes
 FEW = [
     TrellisLaunch(False, 16, 8),
     TrellisLaunch(False, 16, 8, registers=64),
-    TrellisLaunch(False, 16, 8, ahead=True),
     TrellisLaunch(False, 16, 16),
     TrellisLaunch(False, 32, 8),
-    TrellisLaunch(False, 32, 4),
-    TrellisLaunch(False, 32, 4, ahead=True),
     TrellisLaunch(False, 8, 8),
 ]
 FEW_TOKENS = TrellisLaunch(False, 16, 4)
-MANY = [
-    TrellisLaunch(True, 16, 4),
-    TrellisLaunch(True, 16, 8),
-    TrellisLaunch(True, 16, 4, ahead=True),
-    TrellisLaunch(True, 8, 8, registers=128),
-]
+MANY = [TrellisLaunch(True, 16, 4), TrellisLaunch(True, 16, 8), TrellisLaunch(True, 8, 8, registers=128)]
 
 
 def trellis_part(rows: int, columns: int, bits: int, device: str = "cpu") -> TrellisPart:
@@ -144,14 +136,14 @@ def decoded_weight(parts: list[TrellisPart], rows: int, columns: int) -> torch.T
 def launches(tokens: int) -> list[TrellisLaunch]:
     """Return the launches that `--sweep` times."""
     if tokens == 1:
-        return [*FEW, MANY[1]]
-    return [FEW_TOKENS, *MANY] if tokens < 8 else MANY if tokens < 32 else MANY[:2]
+        return FEW
+    return [FEW_TOKENS, *MANY] if tokens < 8 else MANY
 
 
 def named(launch: TrellisLaunch) -> str:
     """Return the name of a launch in the table."""
     limit = "" if launch.registers is None else f" ≤{launch.registers}"
-    return f"{'cores' if launch.cores else 'fma'} {launch.warps}×{launch.unroll}{' ahead' * launch.ahead}{limit}"
+    return f"{'cores' if launch.cores else 'fma'} {launch.warps}×{launch.unroll}{limit}"
 
 
 def compile_one(given: tuple[int, float, int, TrellisLaunch]) -> None:
@@ -192,7 +184,9 @@ def measure_gpu(rows: int, columns: int, bits: float, seconds: float, sweep: boo
                 errors[name] = relative_error(out_NO, x_NI, weight_OI)
         if tokens == 1:
             decode_triton(coded[0], rows, 0, out_OI)
-            errors["decoded"] = float((out_OI.float() - weight_OI).norm() / weight_OI.norm())
+            order = [part.columns_C.long() for part in coded[0] if part.columns_C is not None]
+            wanted_OI = weight_OI[:, torch.cat(order)] if order else weight_OI
+            errors["decoded"] = float((out_OI.float() - wanted_OI).norm() / wanted_OI.norm())
         times = interleaved({name: (graph_of(work), len(work)) for name, work in works.items()}, seconds)
         found = {name: round(own / 1e3, 4) for name, own in times.items()}
         print(rows, columns, bits, tokens, found, f"error {max(errors.values()):.1e}", flush=True)

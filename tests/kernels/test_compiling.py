@@ -162,7 +162,7 @@ def test_the_trellis_compiles(compiled: list[str]) -> None:
     from niwaki.kernels.triton.trellis_product import decode_triton, product_triton
 
     for rows, columns, bits, others, dtype, tokens in (
-        (50, 37, 2, None, FP16, 1), (64, 130, 2, 3, BF16, 2), (33, 70, 1, None, FP32, 3), (40, 90, 3, 4, BF16, 1)
+        (50, 37, 2, None, FP16, 1), (64, 130, 2, 3, BF16, 3), (33, 70, 1, None, FP32, 3), (40, 90, 3, 4, BF16, 1)
     ):  # fmt: skip
         own = kernel_parts(trellis_matrix(rows, columns, bits, others))
         encode_triton(torch.zeros(rows, 3), torch.ones(rows), torch.zeros(256), bits)

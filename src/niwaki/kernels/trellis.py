@@ -171,7 +171,7 @@ def trellis_product(x_NI: Tensor, tensors: Sequence[Tensor | None], bias_O: Tens
 
 
 def trellis_decoded(tensors: Sequence[Tensor | None], rows: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
-    """Return rows [first, last) of `rows` on a GPU, in the order of the inputs; `first` begins a tile."""
+    """Return rows [first, last) of `rows` on a GPU, the parts side by side; `first` begins a tile."""
     from niwaki.kernels.triton.trellis_product import decode_triton
 
     out_RI = _empty_rows(tensors, first, last, dtype)

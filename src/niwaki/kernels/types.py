@@ -153,7 +153,6 @@ class TrellisLaunch(NamedTuple):
     cores: bool  # tensor cores, for 16-bit floats
     warps: int  # of a program
     unroll: int  # columns of a thread in a step
-    ahead: bool = False  # whether the words of the next step are loaded before those of this one are used
     registers: int | None = None  # of a thread at most
 
 

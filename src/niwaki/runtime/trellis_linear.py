@@ -53,6 +53,8 @@ class TrellisLinear(ReadableLinear):
         rows = self.out_features
         if len(x_NI) <= MAX_GPU_TOKENS:
             return multiply(x_NI, parts, self.bias, rows)
+        if len(parts) > 1:
+            x_NI = x_NI[:, torch.cat([part.columns_C for part in parts if part.columns_C is not None])]
         step = max(DECODED_BYTES // (RING * self.in_features * x_NI.element_size()), 1) * RING
         return self.multiply_decoded(x_NI, step, lambda first, last: decode(parts, rows, first, last, x_NI.dtype))
 

@@ -2,9 +2,13 @@
 
 import torch
 
+from niwaki.formats.packed import PackedTensors
 from niwaki.formats.trellis import assemble_trellis
+from niwaki.kernels import trellis
 from niwaki.kernels.trellis import encode_reference, round_columns_reference
 from niwaki.kernels.types import Codebook, Start, TrellisLaunch
+from niwaki.runtime import trellis_linear
+from niwaki.runtime.trellis_linear import TrellisLinear
 from support.trellis_records import kernel_parts, trellis_matrix
 from support.triton_interpreter import interpreted
 
@@ -71,8 +75,8 @@ def products() -> None:
     """
     from niwaki.kernels.triton.trellis_product import decode_triton, default_launch, product_triton
 
-    launches = TrellisLaunch(False, 2, 2), TrellisLaunch(False, 1, 4, ahead=True), TrellisLaunch(True, 2, 2)
-    assert default_launch(1, torch.float16) and not default_launch(9, torch.float32).cores
+    launches = TrellisLaunch(False, 2, 2), TrellisLaunch(False, 1, 4), TrellisLaunch(True, 2, 2)
+    assert default_launch(16, torch.float16, 1).cores and not default_launch(16, torch.float32, 1).cores
     for rows, columns, bits, others in ((50, 37, 2, None), (64, 130, 2, 3), (33, 70, 1, None), (40, 90, 3, 4)):
         parts = trellis_matrix(rows, columns, bits, others)
         weight, own = assemble_trellis(parts), kernel_parts(parts)
@@ -84,4 +88,23 @@ def products() -> None:
             assert float((out - exact).norm()) <= 1e-6 * float(exact.norm())
         out = torch.full((rows - 32, columns), float("nan"))
         decode_triton(own, rows, 32, out)
-        assert torch.equal(out, weight[32:])
+        assert torch.equal(out, weight[32:, torch.cat([part.columns_C for part in parts])])
+
+
+def test_layers() -> None:
+    interpreted("layers", __name__)
+
+
+def layers() -> None:
+    """Multiply a few tokens and many, which take the matrix decoded in several steps, with one part and two."""
+    trellis_linear.DECODED_BYTES = 1
+    for others in (None, 3):
+        parts = trellis_matrix(50, 70, 2, others)
+        record = PackedTensors.of_trellis(parts, (50, 70))
+        layer = TrellisLinear(50, 70, record.description, True)
+        generator = torch.Generator().manual_seed(1)
+        x, bias = torch.randn(trellis.MAX_GPU_TOKENS + 1, 70, generator=generator), torch.randn(50, generator=generator)
+        layer.load_state_dict({**record.tensors, "bias": bias})
+        for tokens in (1, 3, len(x)):
+            expected = x[:tokens].double() @ assemble_trellis(parts).double().T + bias
+            assert float((layer.gpu_product(x[:tokens]) - expected).norm()) <= 1e-6 * float(expected.norm())
