@@ -47,14 +47,15 @@ SHARES = (0.0, 0.3, 0.5, 0.7)
 THREADS = (1, 2)
 GROUP = 128
 COLD_BYTES = 100 * 2**20
-READ_BYTES = 128 * 2**20
+READ_BYTES, READS = 32 * 2**20, 16  # of a turn, and turns until it is read again
 COMPILERS = 12  # processes
-# Launches that a sweep tries: outputs of a program (of codes words), inputs of a step, warps, splits, stages.
-TILES = [(64, 128, 4, s, 1) for s in (1, 2, 4, 8)] + [(64, 64, 4, s, n) for s in (2, 4, 8) for n in (1, 3)]
-TILES += [(128, 64, 4, s, 1) for s in (2, 4, 8)] + [(128, 32, 4, s, n) for s in (4, 8, 16) for n in (1, 3)]
-TILES += [(256, 32, 4, s, 1) for s in (4, 8, 16)] + [(32, 128, 4, 1, 1), (32, 256, 8, 1, 1), (64, 256, 8, 2, 1)]
-CODE_TILES = [(64, 8, 4, s, n) for s in (4, 8, 16, 32) for n in (1, 3, 4)]
-CODE_TILES += [(32, 16, 4, s, n) for s in (2, 4, 8, 16) for n in (1, 3)] + [(64, 16, 4, s, 1) for s in (4, 16)]
+# Launches that a sweep tries: outputs of a program (of codes words), inputs of a step, warps, splits, stages, chunk.
+TILES = [(64, 128, 4, s, 1, chunk) for s in (1, 2, 4, 8) for chunk in (0, 512)]
+TILES += [(64, 64, 4, s, stages, 512) for s in (2, 4, 8) for stages in (1, 3)]
+TILES += [(64, 64, 4, 8, 3, 0), (64, 64, 4, 16, 1, 256), (64, 128, 4, 16, 1, 256), (128, 64, 4, 8, 1, 512)]
+TILES += [(64, 256, 8, s, 1, 512) for s in (2, 4)] + [(128, 64, 8, s, 1, 512) for s in (4, 8)]
+CODE_TILES = [(64, 8, 4, s, n, 0) for s in (4, 8, 16) for n in (1, 3, 4)] + [(64, 8, 4, 32, 4, 0)]
+CODE_TILES += [(64, 16, 8, s, n, 0) for s in (4, 8, 16) for n in (1, 4)] + [(32, 16, 4, s, 3, 0) for s in (4, 8)]
 
 
 def thresholds_of(x_BI: Tensor) -> dict[float, Tensor]:
@@ -124,9 +125,9 @@ def measure_cpu(name: str, tokens: int, rounds: int) -> dict[str, Any]:
     parts = [random_planes(inputs, outputs, "cpu") for _ in range(fewer)]
     plain = cycle([planes.prepared_layer([part], outputs, inputs) for part in parts])
     coded = cycle([random_codes(inputs, outputs, "cpu") for _ in range(fewer)])
-    buffer = torch.ones(READ_BYTES // 4)
+    buffers = cycle(torch.ones(READS, READ_BYTES // 4))
     works: dict[str, Callable[[], object]] = {
-        "read": buffer.sum,
+        "read": lambda: next(buffers).sum(),
         "dense": lambda: linear(x_BI, next(dense)),
         "planes": lambda: planes.cpu_product(next(plain), x_BI, outputs),
     }
@@ -204,7 +205,7 @@ def sweep(
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def tiles_of(kind: str) -> list[tuple[int, int, int, int, int]]:
+def tiles_of(kind: str) -> list[tuple[int, int, int, int, int, int]]:
     """Return the launches that a sweep tries."""
     return TILES if kind == "kept" else CODE_TILES
 
@@ -231,7 +232,7 @@ def compile_launch(kind: str, sizes: tuple[int, ...]) -> None:
 def compile_all() -> None:
     """Compile the launches in several processes."""
     wanted = {
-        (kind, (*sizes[:3], min(sizes[3], 2), sizes[4])) for kind in ("kept", "codes") for sizes in tiles_of(kind)
+        (kind, (*sizes[:3], min(sizes[3], 2), *sizes[4:])) for kind in ("kept", "codes") for sizes in tiles_of(kind)
     }
     with multiprocessing.get_context("spawn").Pool(COMPILERS) as pool:
         pool.starmap(compile_launch, sorted(wanted), chunksize=1)
