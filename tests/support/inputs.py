@@ -16,8 +16,8 @@ def places_of(model: Any) -> list[Place]:
     return find_places(discover(build_skeleton(model.config, torch.float32)))
 
 
-def input_shadow_of(model: Any, *, quantile: float = 0.5, **running: Any) -> InputShadow:
-    """Return thresholds at a quantile of the inputs of random text."""
+def input_shadow_of(model: Any, *, quantile: float = 0.5, scaled: bool = False, **running: Any) -> InputShadow:
+    """Return thresholds at a quantile of the inputs of random text; `scaled`: with random scales of the inputs."""
     places, blocks = places_of(model), find_blocks(model)[1]
     seen: dict[int, Tensor] = {}
     handles = [
@@ -31,7 +31,10 @@ def input_shadow_of(model: Any, *, quantile: float = 0.5, **running: Any) -> Inp
     for handle in handles:
         handle.remove()
     threshold_P = torch.stack([seen[index].float().quantile(quantile) for index in range(len(places))])
-    return InputShadow(tuple(places), (quantile,) * len(places), threshold_P, Running(**{"mean_fill": 0.0, **running}))
+    generator = torch.Generator().manual_seed(0)
+    scale_N = 0.5 + torch.rand(sum(place.inputs for place in places), generator=generator) if scaled else None
+    own = Running(**{"mean_fill": 0.0, **running})
+    return InputShadow(tuple(places), (quantile,) * len(places), threshold_P, own, scale_N)
 
 
 def masked_input_logits(model: Any, ids_BT: Tensor, prompt: int, shadow: InputShadow) -> tuple[Tensor, float]:
@@ -41,7 +44,7 @@ def masked_input_logits(model: Any, ids_BT: Tensor, prompt: int, shadow: InputSh
     def hook(index: int) -> Any:
         def masked(_module: Any, args: tuple[Any, ...]) -> Any:
             x_BTI = args[0].reshape(*ids_BT.shape, -1).clone()
-            small_BTI = x_BTI.abs() <= shadow.threshold_P[index]
+            small_BTI = x_BTI.abs() <= shadow.limits[index]
             small_BTI[:, :prompt] = False
             skipped[index] = float(small_BTI[:, prompt:].double().mean())
             return (x_BTI.masked_fill(small_BTI, 0).view(args[0].shape),)

@@ -140,6 +140,7 @@ def _new_thresholds(old: InputShadow, work: _Work) -> tuple[dict[str, Any], Inpu
     new, former = run_trials(
         work.decoder, old.places, [old.shares], fitted_ST[: shadow.THRESHOLD_WINDOWS], held_ST, work.stream,
         work.report, known=[old.threshold_P.tolist()],
+        scales=None if old.scale_N is None else old.scale_N.split([place.inputs for place in old.places]),
     )  # fmt: skip
     both = {"old": former, "new": new}
     skipped = {name: skipped_frac(old.places, trial.skipped) for name, trial in both.items()}

@@ -33,7 +33,7 @@ from niwaki.config.targets import Sparsity
 from niwaki.data.stream import Stream
 from niwaki.errors import TargetError
 from niwaki.methods.method import ContextualMethod
-from niwaki.methods.shadow import INPUTS, THRESHOLD_WINDOWS
+from niwaki.methods.shadow import INPUTS, THRESHOLD_WINDOWS, WEIGHTED
 from niwaki.model.decoder import Block, Decoder
 from niwaki.model.files import copy_file, file_sha256
 from niwaki.model.shards import INDEX
@@ -105,27 +105,36 @@ def _learn_inputs(job: Job, folder: ResultFolder, report: Report) -> None:
     places = find_places(decoder.anatomy)
     held = step.contextual_method.candidate_rows(len(ids_ST), config)
     make = partial(_stream, job, folder)
-    damage_PL = None
-    if config.own_scope == "global":
-        damage_PL = damages(
+    damage = None
+    if config.own_scope == "global" or config.score == WEIGHTED:
+        damage = damages(
             decoder, places, ids_ST[: min(config.gradient_windows, held.start)], make,
             activation_bytes=job.recipe.activation_bytes, folder=folder.path / RECORD / "journal", report=report,
+            weighted=config.score == WEIGHTED,
         )  # fmt: skip
 
+    scales = None if damage is None or config.score != WEIGHTED else damage.scales
+
     def trials(targets: Sequence[float]) -> list[Trial]:
-        shares = [[one] * len(places) if damage_PL is None else allocate(damage_PL, places, one) for one in targets]
+        if damage is None or config.own_scope == "local":
+            shares = [[one] * len(places) for one in targets]
+        else:
+            shares = [allocate(damage.damage_PL, places, one) for one in targets]
         fitted_ST = ids_ST[: min(THRESHOLD_WINDOWS, held.start)]
-        return run_trials(decoder, places, shares, fitted_ST, ids_ST[held.start :], make, report)
+        return run_trials(decoder, places, shares, fitted_ST, ids_ST[held.start :], make, report, scales=scales)
 
     (trial,) = trials([skip_frac])
     if not trial.ratio <= config.max_ratio:
         raise TargetError(too_harmful(skip_frac, trial, config.max_ratio, trials))
-    shadow = InputShadow(tuple(places), tuple(trial.shares), torch.tensor(trial.thresholds), Running(**config.running))
+    scale_N = None if scales is None else torch.cat(scales)
+    threshold_P, running = torch.tensor(trial.thresholds), Running(**config.running)
+    shadow = InputShadow(tuple(places), tuple(trial.shares), threshold_P, running, scale_N)
     found = {
         "unit": INPUTS,
         "scope": config.own_scope,
+        "score": config.score,
         "places": len(places),
-        "parameters": len(places),
+        "parameters": sum(tensor.numel() for tensor in shadow.tensors().values()),
         "skipped_frac": skipped_frac(places, trial.skipped),
         "ratio": trial.ratio,
         "divergence": trial.divergence,

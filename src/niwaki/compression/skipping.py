@@ -1,5 +1,7 @@
 """Thresholds of the inputs that tokens skip: damage by the backward walk, shares of one budget, and a trial.
 
+0. Scales. Inputs with large gradients count more: their sizes are multiplied by the root of the root mean square of
+   their gradients. So the threshold of an input is that of its place over its scale.
 1. Damage. Let x be the input of a place and g the gradient of the summed loss at x. A token that leaves out the inputs
    S changes the loss by Σ_S g·x to first order. Half of the mean square of this number estimates the divergence from
    the dense model (the Fisher information). One backward walk gives it for all places and shares.
@@ -39,6 +41,15 @@ MakeStream = Callable[[Tensor, str], Stream]
 LEVELS = tuple(level / 40 for level in range(1, 39))  # shares at which damage is measured
 MAX_SHARE = LEVELS[-1]
 SAMPLED = 2**20  # inputs of a batch from which a quantile is taken
+MIN_SCALE, TINY = 1e-3, 1e-30  # of the scale of an input; of a mean that divides
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Estimated divergence [P, L] per token after the prompt, and the scales [I] of the inputs of every place."""
+
+    damage_PL: Tensor
+    scales: list[Tensor]
 
 
 def prompt_of(tokens: int) -> int:
@@ -55,9 +66,11 @@ def damages(
     activation_bytes: int | None = None,
     folder: Path | None = None,
     report: Report = silent,
-) -> Tensor:
-    """Return the estimated divergence [P, L] per token after the prompt, of every place alone at all `LEVELS`."""
+    weighted: bool = True,
+) -> Damage:
+    """Return the damage of every place alone at all `LEVELS`, and the scales of its inputs."""
     damage_PL = torch.zeros(len(places), len(LEVELS), dtype=torch.float64)
+    squares = [torch.zeros(place.inputs, dtype=torch.float64) for place in places]
     tokens, prompt = ids_ST.shape[1], prompt_of(ids_ST.shape[1])
     level_L = torch.tensor(LEVELS, device=decoder.device)
 
@@ -65,7 +78,10 @@ def damages(
         for index, place in enumerate(places):
             if place.block == block.index:
                 x_NI, grad_NI = _after_prompt(gradients, place, prompt)
-                damage_PL[index] += _squares(x_NI, grad_NI * (tokens - 1), level_L).sum(0).cpu()
+                own_I = grad_NI.square().sum(0, dtype=torch.float64)
+                size_NI = x_NI.abs() * _scale(own_I).to(x_NI) if weighted else x_NI.abs()
+                damage_PL[index] += _squares(size_NI, x_NI * grad_NI * (tokens - 1), level_L).sum(0).cpu()
+                squares[index] += own_I.cpu()
         if gradients.rows.stop == len(ids_ST):
             report(Event.GRADIENTS, index=len(decoder) - 1 - block.index, of=len(decoder))
 
@@ -74,7 +90,16 @@ def damages(
     backprop_blocks(
         decoder, stream, visit, inputs=names, activation_bytes=activation_bytes, folder=folder, report=report
     )
-    return damage_PL / (2 * len(ids_ST) * (tokens - prompt))
+    damage_PL /= 2 * len(ids_ST) * (tokens - prompt)
+    return Damage(
+        damage_PL, [_scale(square_I).float() if weighted else torch.ones(len(square_I)) for square_I in squares]
+    )
+
+
+def _scale(square_I: Tensor) -> Tensor:
+    """Return the root of the root mean square gradient of every input, with mean 1."""
+    root_I = square_I.sqrt().sqrt()
+    return (root_I / root_I.mean().clamp_min(TINY)).clamp_min(MIN_SCALE)
 
 
 def _after_prompt(gradients: Gradients, place: Place, prompt: int) -> tuple[Tensor, Tensor]:
@@ -88,18 +113,18 @@ def _after_prompt(gradients: Gradients, place: Place, prompt: int) -> tuple[Tens
     return found[0], found[1]
 
 
-def _squares(x_NI: Tensor, grad_NI: Tensor, level_L: Tensor) -> Tensor:
-    """Return the squared change [N, L] of the loss, to first order, for inputs below the quantile of every level."""
-    size_NI, order_NI = x_NI.abs().sort(dim=1)
-    change_NI = (x_NI * grad_NI).gather(1, order_NI).double().cumsum(1)
-    threshold_NL = quantiles(x_NI, level_L).expand(len(x_NI), -1).contiguous()
+def _squares(size_NI: Tensor, change_NI: Tensor, level_L: Tensor) -> Tensor:
+    """Return the squared sum [N, L] of the changes by inputs whose size is below the quantile of every level."""
+    threshold_NL = quantiles(size_NI, level_L).expand(len(size_NI), -1).contiguous()
+    size_NI, order_NI = size_NI.sort(dim=1)
+    change_NI = change_NI.gather(1, order_NI).double().cumsum(1)
     count_NL = torch.searchsorted(size_NI, threshold_NL, right=True)
     return change_NI.gather(1, (count_NL - 1).clamp_min(0)).masked_fill(count_NL == 0, 0).square()
 
 
-def quantiles(x_NI: Tensor, level_L: Tensor) -> Tensor:
-    """Return the sizes [L] below which these shares of the inputs lie, from evenly taken tokens."""
-    size_M = x_NI[:: max(1, x_NI.numel() // SAMPLED)].abs().float().flatten().sort().values
+def quantiles(size_NI: Tensor, level_L: Tensor) -> Tensor:
+    """Return the sizes [L] below which these shares lie, from evenly taken tokens."""
+    size_M = size_NI[:: max(1, size_NI.numel() // SAMPLED)].float().flatten().sort().values
     return size_M[(level_L.to(size_M) * len(size_M)).long().clamp(0, len(size_M) - 1)]
 
 
@@ -162,11 +187,13 @@ def run_trials(
     report: Report = silent,
     *,
     known: Sequence[Sequence[float]] = (),
+    scales: Sequence[Tensor] | None = None,
 ) -> list[Trial]:
     """Return the trial of every list of shares: thresholds from the windows `ids_ST`, losses from `held_ST`.
 
-    After them come the trials of `known` lists of thresholds.
+    After them come the trials of `known` lists of thresholds. `scales` multiply the sizes of the inputs of a place.
     """
+    on_device = None if scales is None else [scale_I.to(decoder.device) for scale_I in scales]
     none = [0.0] * len(places)
     trials = [Trial(one, [*none], [*none]) for one in shares] + [Trial((), [*one], [*none]) for one in known]
     dense = make_stream(held_ST, "trial-dense")
@@ -178,8 +205,8 @@ def run_trials(
         own = [(index, place) for index, place in enumerate(places) if place.block == block.index]
         for trial, (fitted, held) in zip(trials, pairs, strict=True):
             if fitted is not None:
-                _advance(block, own, trial, fitted, True)
-            _advance(block, own, trial, held, False)
+                _advance(block, own, trial, fitted, on_device, learns=True)
+            _advance(block, own, trial, held, on_device, learns=False)
         dense.advance(block)
         block.release()
         report(Event.CANDIDATE_BLOCK, index=block.index, of=len(decoder))
@@ -189,18 +216,27 @@ def run_trials(
     return trials
 
 
-def _advance(block: Block, own: Sequence[tuple[int, Place]], trial: Trial, stream: Stream, learns: bool) -> None:
+def _advance(
+    block: Block,
+    own: Sequence[tuple[int, Place]],
+    trial: Trial,
+    stream: Stream,
+    scales: Sequence[Tensor] | None,
+    *,
+    learns: bool,
+) -> None:
     """Move a stream past a block that skips. If it `learns`, set the thresholds; otherwise measure what is skipped."""
     prompt = prompt_of(stream.ids_ST.shape[1])
 
     def change(index: int, x_BTI: Tensor, passed: int) -> Tensor:
         """Mask an input; thresholds and shares are means over the batches that passed."""
         after_BTI = x_BTI[:, prompt:]
+        size_BTI = after_BTI.abs() if scales is None else after_BTI.abs().float() * scales[index]
         if learns:
             level_1 = torch.tensor([trial.shares[index]])
-            found = float(quantiles(after_BTI.flatten(0, 1), level_1)) if trial.shares[index] else 0.0
+            found = float(quantiles(size_BTI.flatten(0, 1), level_1)) if trial.shares[index] else 0.0
             trial.thresholds[index] += (found - trial.thresholds[index]) / passed
-        kept_BTI = after_BTI.abs() > trial.thresholds[index]
+        kept_BTI = size_BTI > trial.thresholds[index]
         if not learns:
             skipped = 1 - float(kept_BTI.float().mean())
             trial.skipped[index] += (skipped - trial.skipped[index]) / passed

@@ -5,7 +5,7 @@ for the whole model reads a prompt and says which heads and neurons matter, lear
 paper's text could not be read; its released code could.
 
 `unit=inputs` (the default) skips less at once and chooses at every token, as TEAL (Liu et al. 2024) does. Input i of a
-matrix is left out if |x_i| is below a threshold. The gradients decide how much each place may leave out. With g the
+matrix is left out if |x_i| is below a threshold; inputs with large gradients have lower ones. The gradients decide how much each place may leave out. With g the
 gradient of the loss at the inputs x, those that are left out change the loss by Σ g·x. Half of the mean square of
 that is the damage. The shares of all places follow from these curves under one budget of weights that are not read. A
 trial on held-out windows is recorded, and refuses a target that multiplies perplexity by more than `max_ratio`.
@@ -51,6 +51,7 @@ NEURON_WIDTHS = (1, 32, 64, 128)
 THRESHOLD_WINDOWS = 16  # that thresholds of inputs are set on
 AUTO = "auto"
 INPUTS, PROMPT = "inputs", "prompt"
+SIZE, WEIGHTED = "size", "weighted"
 OF_PROMPTS = (
     "head_criterion", "criterion", "features", "shrinkage", "floor_frac", "neuron_width", "cuts", "size_frac",
     "max_kept_frac", "batch", "mean_fill", "min_margin",
@@ -65,6 +66,9 @@ class Config:
     unit: Annotated[
         str, "What is skipped: inputs of matrices, chosen at every token, or heads and neurons, chosen for a prompt."
     ] = INPUTS
+    score: Annotated[
+        str, "What a threshold is compared with: size of an input, or weighted by the root of its typical gradient."
+    ] = WEIGHTED
     max_ratio: Annotated[
         float, "A target of inputs is refused if perplexity on held-out windows rises by more than this factor."
     ] = 2.0
@@ -105,6 +109,7 @@ class Config:
             "head_criterion": (AUTO, *CRITERIA),
             "criterion": (AUTO, *CRITERIA),
             "unit": (INPUTS, PROMPT),
+            "score": (SIZE, WEIGHTED),
             "scope": (AUTO, *SCOPES),
             "batch": SHARING,
             "neuron_width": NEURON_WIDTHS,

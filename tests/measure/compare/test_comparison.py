@@ -22,7 +22,7 @@ from support.models import tiny_llama
 
 SEQ_LEN, FIRST = 32, 16  # contextual results are scored after the first half of a window
 ROUNDS, NEW = 6, 6
-KINDS = ("plain", "packed", "structured", "contextual")
+KINDS = ("plain", "packed", "structured", "contextual", "inputs")
 
 
 def write_data(path: Path) -> Path:
@@ -61,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "target": "0.5",
             "options": {"unit": "prompt", "min_prompt": 8, "features": "last", "size_frac": 0.5},
         },
+        "inputs": {"method": "shadow", "target": "0.5", "options": {"min_prompt": 8}},
     }
     for name, recipe in made.items():
         niwaki.compress(dense, folder / name, calibration=calibration, device="cpu", **recipe)
@@ -102,10 +103,11 @@ def test_streamed_quality_is_that_of_evaluate(folder: Path, found: Comparison, k
     assert candidate.model.file_bytes == wanted["bytes"]
 
 
-def test_contextual_quality_is_that_of_writing_token_by_token(folder: Path, found: Comparison) -> None:
+@pytest.mark.parametrize("kind", ["contextual", "inputs"])
+def test_contextual_quality_is_that_of_writing_token_by_token(folder: Path, found: Comparison, kind: str) -> None:
     """Compare with a loop over single tokens through the loaded model, in float32 as the comparison is."""
-    candidate = one(found, "contextual")
-    model = niwaki.load(folder / "contextual", device="cpu")
+    candidate = one(found, kind)
+    model = niwaki.load(folder / kind, device="cpu")
     windows_ST = evaluation_windows(
         read_texts([str(folder / "data.jsonl")]), load_tokenizer(folder / "dense"), seq_len=SEQ_LEN, max_tokens=1600
     )
@@ -227,7 +229,13 @@ def test_the_record_is_whole(folder: Path, found: Comparison) -> None:
     stored = Comparison.model_validate_json((folder / "report" / "compare.json").read_text())
     assert stored == found
     assert found.passed is None and found.gate is None
-    assert [candidate.model.method for candidate in found.candidates] == ["magnitude", "rtn", "comp", "shadow"]
+    assert [candidate.model.method for candidate in found.candidates] == [
+        "magnitude",
+        "rtn",
+        "comp",
+        "shadow",
+        "shadow",
+    ]
     assert one(found, "packed").bytes_ratio < 1 and one(found, "structured").bytes_ratio < 1
     shadow = one(found, "contextual").model
     assert shadow.file_bytes > found.dense.file_bytes and shadow.decoder_bytes == found.dense.decoder_bytes

@@ -22,7 +22,7 @@ FAMILIES = ("llama", "opt", "gpt2", "falcon", "gpt_neox", "phi3", "gemma2", "qwe
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_form_skips_what_the_reference_masks(family: str) -> None:
     model = build(families()[family].config)
-    shadow, ids_BT = input_shadow_of(model), ids_of(2, PROMPT + 6)
+    shadow, ids_BT = input_shadow_of(model, scaled=family in FAMILIES[::2]), ids_of(2, PROMPT + 6)
     wanted_BTV, share = masked_input_logits(model, ids_BT, PROMPT, shadow)
     with torch.no_grad():
         dense_BTV = model(input_ids=ids_BT, use_cache=False).logits
@@ -112,14 +112,17 @@ def test_experts_are_refused() -> None:
 
 def test_the_file_is_read_again_and_every_fault_is_told(tmp_path: Any) -> None:
     model = model_of("llama")
-    shadow = input_shadow_of(model)
+    shadow = input_shadow_of(model, scaled=True)
     write_shadow(tmp_path, shadow)
     read = read_shadow(tmp_path)
     assert isinstance(read, InputShadow) and read.places == shadow.places and read.running == shadow.running
+    assert shadow.scale_N is not None and read.scale_N is not None and torch.equal(read.scale_N, shadow.scale_N)
     assert torch.equal(read.threshold_P, shadow.threshold_P) and read.shares == shadow.shares
     for changed, message in (
         (replace(shadow, threshold_P=-shadow.threshold_P), "negative"),
         (replace(shadow, threshold_P=shadow.threshold_P[1:]), "expected float32"),
+        (replace(shadow, scale_N=shadow.scale_N[1:]), "scale_N is float32"),
+        (replace(shadow, scale_N=0 * shadow.scale_N), "not positive"),
         (replace(shadow, threshold_P=shadow.threshold_P * torch.nan), "NaN"),
         (replace(shadow, shares=(1.5, *shadow.shares[1:])), "places.0.share"),
         (replace(shadow, places=(shadow.places[1], *shadow.places[1:])), "name a matrix twice"),

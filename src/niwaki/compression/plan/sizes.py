@@ -331,7 +331,9 @@ def beside_bytes(decoder: Decoder, stage: ResolvedStage) -> int:
     """Return the bytes of the predictor of a contextual method."""
     step = stage.steps[0]
     if step.config.unit == "inputs":
-        return FLOAT_BYTES * len(find_places(decoder.anatomy))
+        places = find_places(decoder.anatomy)
+        scales = sum(place.inputs for place in places) if step.config.score == "weighted" else 0
+        return FLOAT_BYTES * (len(places) + scales)
     layout = find_layout(decoder.anatomy, decoder.model, step.config.neuron_width)
     channels = decoder.anatomy.blocks[0].linears[layout.units["heads"].consumer].columns
     return step.contextual_method.beside_bytes(layout, channels, stage.windows, step.config, decoder.anatomy.weights)

@@ -12,7 +12,7 @@ more than `MAX_TOKENS` sequences, since nearly every input is then needed by one
 
 Legend: P places, N tokens, I inputs and O outputs of the matrices of a place together.
 
-    skipping = InputSkipping(blocks, places, threshold_P)
+    skipping = InputSkipping(blocks, shadow.places, shadow.limits)
     with skipping.active().applied(): model(input_ids=token)
 """
 
@@ -41,9 +41,10 @@ class SharedProduct:
     """
 
     def __init__(
-        self, weight_IO: Tensor, bias_O: Tensor | None, parts: int, threshold_1: Tensor, kept_P: Tensor, place: int
+        self, weight_IO: Tensor, bias_O: Tensor | None, parts: int, limit: Tensor, kept_P: Tensor, place: int
     ) -> None:
-        self.weight_IO, self.bias_O, self.parts, self.threshold_1 = weight_IO, bias_O, parts, threshold_1
+        self.weight_IO, self.bias_O, self.parts, self.limit = weight_IO, bias_O, parts, limit
+        self._zero_1 = torch.zeros_like(limit[:1])
         self.kept_P, self.place = kept_P, place
         self._x: Tensor | None = None
         self._y_NO: Tensor | None = None
@@ -64,7 +65,10 @@ class SharedProduct:
         if not self.place:
             self.kept_P[-1] += len(x_NI)
         count_1 = self.kept_P[self.place : self.place + 1]
-        return inputs_dot(x_NI, self.weight_IO, self.threshold_1, self.bias_O, count=count_1)
+        if len(self.limit) == 1:
+            return inputs_dot(x_NI, self.weight_IO, self.limit, self.bias_O, count=count_1)
+        large_NI = torch.where(x_NI.abs() <= self.limit, 0, x_NI)  # every input has a limit of its own
+        return inputs_dot(large_NI, self.weight_IO, self._zero_1, self.bias_O, count=count_1)
 
 
 def _same(x: Tensor, other: Tensor) -> bool:
@@ -119,10 +123,10 @@ class InputSkipping:
     The layers of the model become views of these weights.
     """
 
-    def __init__(self, blocks: nn.ModuleList, places: Sequence[Place], threshold_P: Tensor) -> None:
+    def __init__(self, blocks: nn.ModuleList, places: Sequence[Place], limits: Sequence[Tensor]) -> None:
         self.places = places
         device = next(blocks.parameters()).device
-        self.threshold_P = threshold_P.to(device)
+        self.limits = [limit.to(device) for limit in limits]
         self.kept_P = torch.zeros(len(places) + 1, dtype=torch.int64, device=device)
         self._first = blocks[places[0].block].get_submodule(places[0].names[0])
         self._swaps = [swap for index in range(len(places)) for swap in self._place(blocks, index)]
@@ -154,8 +158,8 @@ class InputSkipping:
         layers = [block.get_submodule(name) for name in place.names]
         views_IO = [input_major(layer) for layer in layers]
         weight_IO = torch.cat(views_IO, dim=1)
-        threshold_1 = self.threshold_P[index : index + 1]
-        product = SharedProduct(weight_IO, _joined_bias(layers, views_IO), len(layers), threshold_1, self.kept_P, index)
+        bias_O, limit = _joined_bias(layers, views_IO), self.limits[index]
+        product = SharedProduct(weight_IO, bias_O, len(layers), limit, self.kept_P, index)
         swaps, first = [], 0
         for name, layer, view_IO in zip(place.names, layers, views_IO, strict=True):
             columns = slice(first, first := first + view_IO.shape[1])
@@ -209,9 +213,9 @@ def check_places(blocks: nn.ModuleList, places: Sequence[Place]) -> None:
 class InputStatistics(Prefill):
     """Share of the inputs of a prompt that lie below the threshold of their place, by sequence and place."""
 
-    def __init__(self, places: Sequence[Place], threshold_P: Tensor) -> None:
+    def __init__(self, places: Sequence[Place], limits: Sequence[Tensor]) -> None:
         super().__init__()
-        self.places, self.threshold_P = places, threshold_P
+        self.places, self.limits = places, limits
         self._small: dict[int, Tensor] = {}
 
     @contextmanager
@@ -231,7 +235,7 @@ class InputStatistics(Prefill):
         self._count(real_BT)
 
     def _add(self, index: int, x: Tensor, real_BT: Tensor) -> None:
-        small_BT = (x.abs() <= self.threshold_P[index]).view(*real_BT.shape, -1).float().mean(2)
+        small_BT = (x.abs() <= self.limits[index]).view(*real_BT.shape, -1).float().mean(2)
         small_B = (small_BT * real_BT).sum(1)
         self._small[index] = self._small[index] + small_B if index in self._small else small_B
 
@@ -243,7 +247,7 @@ class InputStatistics(Prefill):
 
     def deviation(self, shares: Sequence[float]) -> float:
         """Return the mean distance of the shares from the expected ones, weighed by weights; of the furthest prompt."""
-        expected_P = torch.tensor(shares, device=self.threshold_P.device)
+        expected_P = torch.tensor(shares, device=self.limits[0].device)
         weight_P = torch.tensor([place.weights for place in self.places], device=expected_P.device, dtype=torch.float32)
         return float(((self.shares() - expected_P).abs() @ (weight_P / weight_P.sum())).max())
 
@@ -255,12 +259,12 @@ class TokenContextual(Contextual):
 
     def __init__(self, model: Any, shadow: InputShadow) -> None:
         super().__init__(model, shadow)
-        self.skipping = InputSkipping(self.blocks, shadow.places, shadow.threshold_P)
+        self.skipping = InputSkipping(self.blocks, shadow.places, shadow.limits)
 
     def _statistics(self) -> Prefill:
         if self.skipping.stale:
-            self.skipping = InputSkipping(self.blocks, self.shadow.places, self.shadow.threshold_P)
-        return InputStatistics(self.shadow.places, self.skipping.threshold_P)
+            self.skipping = InputSkipping(self.blocks, self.shadow.places, self.shadow.limits)
+        return InputStatistics(self.shadow.places, self.skipping.limits)
 
     def _choose(self, sequence: ContextualSequence, in_place: bool | None) -> ActiveUnits | None:
         record, tokens_B = sequence.record, sequence.prefill.tokens_B

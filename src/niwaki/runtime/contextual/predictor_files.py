@@ -143,13 +143,14 @@ class InputShadow:
     """Thresholds of the inputs of a model, by place, with the runtime settings.
 
     `shares`: the share of the inputs of a place that lay below its threshold when it was set. `skip_frac`: that of the
-    weights of all places.
+    weights of all places. `scale_N` multiplies the sizes of the inputs of all places, one after another.
     """
 
     places: tuple[Place, ...]
     shares: tuple[float, ...]
     threshold_P: Tensor
     running: Running
+    scale_N: Tensor | None = None
     what: ClassVar[str] = "the weights, by inputs"
 
     @property
@@ -164,7 +165,17 @@ class InputShadow:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is stored beside the weights."""
-        return {"threshold_P": self.threshold_P.cpu().contiguous()}
+        own = {"threshold_P": self.threshold_P} | ({} if self.scale_N is None else {"scale_N": self.scale_N})
+        return {name: tensor.cpu().contiguous() for name, tensor in own.items()}
+
+    @property
+    def limits(self) -> list[Tensor]:
+        """Return the size that an input needs, by place: of one element, or of one for every input."""
+        limits = list(self.threshold_P.split(1))
+        if self.scale_N is None:
+            return limits
+        scales = self.scale_N.split([place.inputs for place in self.places])
+        return [limit_1 / scale_I for limit_1, scale_I in zip(limits, scales, strict=True)]
 
 
 def write_shadow(folder: Path, shadow: Shadow | InputShadow) -> str:
@@ -233,11 +244,15 @@ def _read_inputs(folder: Path, about: Mapping[str, Any]) -> InputShadow:
     if len(set(names)) != len(names):
         raise CheckpointError(f"{folder / ABOUT}: places name a matrix twice; {AGAIN}")
     tensors = load_file(folder / TENSORS)
-    _check_shapes(folder / TENSORS, tensors, {"threshold_P": (len(places),)})
+    scaled = {"scale_N": (sum(place.inputs for place in places),)} if "scale_N" in tensors else {}
+    _check_shapes(folder / TENSORS, tensors, {"threshold_P": (len(places),), **scaled})
     if bool((tensors["threshold_P"] < 0).any()):
         raise CheckpointError(f"{folder / TENSORS}: threshold_P holds negative values; {AGAIN}")
+    if scaled and bool((tensors["scale_N"] <= 0).any()):
+        raise CheckpointError(f"{folder / TENSORS}: scale_N holds values that are not positive: they divide; {AGAIN}")
     shares = tuple(one.share for one in found.places)
-    return InputShadow(places, shares, tensors["threshold_P"], read_running(about["running"]))
+    running = read_running(about["running"])
+    return InputShadow(places, shares, tensors["threshold_P"], running, tensors.get("scale_N"))
 
 
 def _validated(kind: type[_AnyAbout], path: Path, about: Mapping[str, Any]) -> _AnyAbout:
