@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from niwaki.measure.bench.schema import Bench, Cell, Row
 
 MODEL_HELP = "The dense model: a local folder, a GGUF file or a hub id. Random weights if there is only a config.json."
-VARIANTS_HELP = "bitmap, 2:4, 2:4+4bit, 4bit, 1.6bit, structured, contextual, dense. Default without OUT: all."
+VARIANTS_HELP = "bitmap, 2:4, 2:4+4bit, 4bit, 1.6bit, structured, contextual, inputs, dense. Default without OUT: all."
 SECONDS_HELP = "Seconds after which no new round of one variant and batch begins."
 NONE = "–"
 

@@ -36,7 +36,7 @@ def small_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a config and no weights."""
+    """Return a folder with a config and no weights."""
     folder = tmp_path_factory.mktemp("bench") / "shape"
     folder.mkdir()
     config = transformers.LlamaConfig(**SIZES, dtype="bfloat16", architectures=["LlamaForCausalLM"])
@@ -46,7 +46,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(shape: Path) -> Bench:
-    """All variants."""
+    """Measure all variants."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "CPU_BYTES", 2**20)
         return niwaki.bench(shape, batches=(1, 4), **FAST)
@@ -73,6 +73,7 @@ def test_fewer_bits_are_fewer_bytes_and_what_is_read_follows(whole: Bench) -> No
     assert read["1.6bit"] < read["2:4+4bit"] < read["4bit"] < read["2:4"] < read["bitmap"] < read["dense"]
     # the skipped half of the matrices of two blocks, 40,960 weights each of 2 bytes
     assert abs(read["dense"] - read["contextual"] - 40960 * 2) < 0.05 * 40960 * 2
+    assert abs(read["dense"] - read["inputs"] - 40960 * 2) < 0.1 * 40960 * 2
 
 
 def test_what_multiplied_is_in_every_cell(whole: Bench) -> None:
@@ -81,6 +82,8 @@ def test_what_multiplied_is_in_every_cell(whole: Bench) -> None:
     assert kernels["4bit"][2] == "decoded, then torch" != kernels["4bit"][0]
     assert {row.variant: row.decode[0].note for row in whole.rows}["contextual"].startswith("skips 5")
     assert kernels["contextual"][0] == "torch on copies" and kernels["contextual"][2] == "torch"
+    assert {row.variant: row.decode[0].note for row in whole.rows}["inputs"].startswith("skips 5")
+    assert kernels["inputs"][0] in ("torch", "portable", "AVX2", "AVX-512") and kernels["inputs"][2] == "torch"
 
 
 def test_sides_take_turns(shape: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from niwaki.formats.sparse_tiles import LAYOUT
 from niwaki.kernels.cpu_module import AVX2, AVX512, BF16, VBMI, cpu_module
 from niwaki.kernels.types import MAX_TOKENS
+from niwaki.runtime.contextual.predictor_files import InputShadow
 from niwaki.runtime.linear import PackedLinear
 from niwaki.runtime.sparse_linear import SparseLinear
 from niwaki.runtime.trellis_linear import TrellisLinear
@@ -71,8 +72,19 @@ def detect_kernels(model: Any, tokens: int) -> KernelRun:
 
 
 def contextual_kernel(model: Any, tokens: int) -> str:
-    """Return the kernel that multiplies the kept rows and columns of a contextual model."""
+    """Return the kernel that multiplies the kept rows and columns, or the kept inputs, of a contextual model."""
+    if isinstance(model.contextual.shadow, InputShadow):
+        return _inputs_kernel(model.device.type == "cuda", tokens)
     return "Triton rows" if model.device.type == "cuda" and tokens <= MAX_TOKENS else "torch on copies"
+
+
+def _inputs_kernel(cuda: bool, tokens: int) -> str:
+    compiled = cpu_module()
+    if tokens > MAX_TOKENS or (compiled is None and not cuda):
+        return DENSE
+    if cuda or compiled is None:
+        return "Triton inputs"
+    return next((_PATHS[number] for number in (AVX512, AVX2) if compiled.supported(number)), "portable")
 
 
 def _better(one: Any, other: Any, large: bool) -> bool:

@@ -10,7 +10,8 @@ worthless; their speed is that of a compressed model.
     4bit         codes in groups of 128, as `gptq` and `rtn` store them
     1.6bit       a fifth of the columns at 4 bits, the others at 1, as `squeeze10` stores them
     structured   a quarter of the parameters of the blocks removed: heads and neurons, or neurons alone
-    contextual   half of the heads and neurons skipped for every input, by the runtime of `shadow`
+    contextual   half of the heads and neurons skipped for every prompt, by the runtime of `shadow` (`unit=prompt`)
+    inputs       half of the inputs of every matrix skipped at every token, by the runtime of `shadow` (`unit=inputs`)
 
 Cost: memory for the variant in addition to the dense model, and one encoding for every shape of matrix.
 
@@ -35,18 +36,21 @@ from niwaki.measure.bench.models import copy_sharing_tensors
 from niwaki.methods import shadow
 from niwaki.methods.shared.masks import keep_by_row
 from niwaki.methods.shared.rounding import groups_of, nearest
-from niwaki.model.anatomy import Anatomy
+from niwaki.model.anatomy import Anatomy, find_blocks
 from niwaki.model.hf import build_skeleton, materialize_buffers
 from niwaki.model.prunable import PrunedShape, ShapeSpace
 from niwaki.runtime.contextual.attach import attach
+from niwaki.runtime.contextual.places import find_places
 from niwaki.runtime.contextual.predictor import Predictor
-from niwaki.runtime.contextual.predictor_files import Running, Shadow
+from niwaki.runtime.contextual.predictor_files import InputShadow, Running, Shadow
 from niwaki.runtime.contextual.units import find_layout
 from niwaki.runtime.trellis_linear import packed_class
 
 GROUPS = (128, 64, 32)  # columns that share a scale; the widest group that divides a matrix is used
 SALIENT_BITS, SALIENT_FRAC = 4, 0.2  # of 1.6bit; the other columns have one bit
 REMOVED_FRAC, SKIPPED_FRAC = 0.25, 0.5
+PROBE_TOKENS = 64  # random tokens that medians are taken from
+INPUT_RUNNING: dict[str, Any] = {"mean_fill": 0.0, "min_prompt": 1}
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,7 @@ def untrained(model: Any, anatomy: Anatomy, skip_frac: float) -> Shadow:
     """Return a predictor of random numbers with the default size and features of `shadow`."""
     layout = find_layout(anatomy, build_skeleton(model.config, torch.float32), 1)
     channels = anatomy.blocks[0].linears[layout.units["heads"].consumer].columns
-    config, size = shadow.Config(), layout.size
+    config, size = shadow.Config(unit="prompt"), layout.size
     features = sum({"last": channels, "mean": channels, "prompt": size}[name] for name in config.groups)
     rank = max(1, int((config.size_frac * anatomy.weights - 2 * size - 2 * features) // (features + size)))
     generator = torch.Generator().manual_seed(0)
@@ -245,6 +249,30 @@ def untrained(model: Any, anatomy: Anatomy, skip_frac: float) -> Shadow:
     return Shadow(predictor.to(place), layout, shadow.rule(config, skip_frac), Running(**config.running))
 
 
+@torch.no_grad()
+def inputs(model: Any, anatomy: Anatomy) -> VariantModel:
+    """Keep all weights, and attach thresholds at the median size of the inputs of every place on random tokens."""
+    copied = copy_sharing_tensors(model)
+    places, blocks, medians = find_places(anatomy), find_blocks(copied)[1], dict[int, Tensor]()
+    handles = [
+        blocks[place.block]
+        .get_submodule(place.names[0])
+        .register_forward_pre_hook(
+            lambda _, args, index=index: medians.__setitem__(index, args[0][..., 1:, :].abs().float().median())
+        )
+        for index, place in enumerate(places)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    ids_1T = torch.randint(copied.config.get_text_config().vocab_size, (1, PROBE_TOKENS), generator=generator)
+    copied(input_ids=ids_1T.to(copied.device), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    threshold_P = torch.stack([medians[index] for index in range(len(places))])
+    shares = (SKIPPED_FRAC,) * len(places)
+    copied.contextual = attach(copied, InputShadow(tuple(places), shares, threshold_P, Running(**INPUT_RUNNING)))
+    return VariantModel(copied, "", (threshold_P,))
+
+
 VARIANTS = {
     "bitmap": Variant("50 % zeros, bitmap", packed(bitmap)),
     "2:4": Variant("2:4, indices", packed(two_four)),
@@ -252,5 +280,6 @@ VARIANTS = {
     "4bit": Variant("4-bit codes", packed(four_bits)),
     "1.6bit": Variant("columns of 4 and 1 bit", packed(mixed_bits)),
     "structured": Variant("25 % narrower", structured),
-    "contextual": Variant("50 % skipped by input", contextual),
+    "contextual": Variant("50 % skipped by prompt", contextual),
+    "inputs": Variant("50 % skipped by input", inputs),
 }
