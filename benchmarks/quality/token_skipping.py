@@ -8,10 +8,10 @@ is the share of the bytes of the decoder's weights that is not read. Rows give p
 divergence from it, and the share that was skipped.
 
 - `shadow`: `niwaki compress --method shadow`, shares by damage over the whole model
-- `shadow, size`: the same without scales of inputs
-- `shadow, size, local`: one share everywhere, which is TEAL without its search
+- `shadow, weighted`: the same with `score=weighted`
+- `shadow, local`: one share everywhere, which is TEAL without its search
 - `teal, shares within a block`: every block leaves out the same bytes, its places by damage, as TEAL searches
-- `shadow, size, thresholds of the prompt`: set again for every window, so that its prompt has the shares
+- `shadow, thresholds of the prompt`: set again for every window, so that its prompt has the shares
 - `cats`: neurons whose act(gate) is below a threshold lose their rows of `up` and columns of `down`; models with a gate
 - `griffin`, `static fisher`, `dejavu`, `random`: heads and neurons fixed for a window, as in `contextual.py`
 
@@ -201,30 +201,30 @@ def token_rows(decoder, model, places, ids_ST, judges, held):
 
     by_size, weighted = (damages(decoder, places, ids_ST[:-held], make, weighted=flag) for flag in (False, True))
     ways = {
-        "shadow": lambda target: allocate(weighted.damage_PL, places, target),
-        "shadow, size": lambda target: allocate(by_size.damage_PL, places, target),
-        "shadow, size, local": lambda target: [target] * len(places),
+        "shadow": lambda target: allocate(by_size.damage_PL, places, target),
+        "shadow, weighted": lambda target: allocate(weighted.damage_PL, places, target),
+        "shadow, local": lambda target: [target] * len(places),
         "teal, shares within a block": lambda target: within_blocks(by_size.damage_PL, places, target),
     }
     names = [(label, target) for label in ways for target in TARGETS]
     shares = [ways[label](target) for label, target in names]
     trials = []
     for first in range(0, len(shares), len(TARGETS)):
-        scales = weighted.scales if names[first][0] == "shadow" else None
+        scales = weighted.scales if names[first][0] == "shadow, weighted" else None
         part = shares[first : first + len(TARGETS)]
         trials += run_trials(decoder, places, part, ids_ST[:16], ids_ST[-held:], make, scales=scales)
     for (label, target), trial in zip(names, trials, strict=True):
         row = {"label": label, "target": target, "trial": trial.ratio, "thresholds": "calibration"}
         for text, judge in judges.items():
             limits = trial.thresholds
-            if label == "shadow":
+            if label == "shadow, weighted":
                 limits = [t / s.to(model.device) for t, s in zip(limits, weighted.scales, strict=True)]
             masked = Thresholds(model, places, limits)
             row[text] = judge.measure(masked) | {"skipped": masked.skipped}
         yield row
     for (label, target), trial in zip(names, trials, strict=True):
-        if label == "shadow, size":
-            row = {"label": "shadow, size, thresholds of the prompt", "target": target}
+        if label == "shadow":
+            row = {"label": "shadow, thresholds of the prompt", "target": target}
             for text, judge in judges.items():
                 masked = Thresholds(model, places, None, trial.shares)
                 row[text] = judge.measure(masked) | {"skipped": masked.skipped}

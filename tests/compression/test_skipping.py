@@ -126,7 +126,7 @@ def test_a_trial_is_the_masked_model(decoder: Decoder, tmp_path: Path) -> None:
 
 
 def test_a_result_holds_the_dense_weights_and_thresholds(tmp_path: Path) -> None:
-    record = compress(tmp_path)
+    record = compress(tmp_path, options={"min_prompt": 8, "score": "weighted"})
     before, after = weights_of(tmp_path / "model"), weights_of(tmp_path / "out")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     shadow, found = read_shadow(tmp_path / "out"), record["result"]["predictor"]
@@ -152,7 +152,7 @@ def test_a_result_holds_the_dense_weights_and_thresholds(tmp_path: Path) -> None
 
 
 def test_one_share_everywhere_on_demand(tmp_path: Path) -> None:
-    record = compress(tmp_path, target="0.3", options={"scope": "local", "score": "size"})
+    record = compress(tmp_path, target="0.3", options={"scope": "local"})
     shadow = read_shadow(tmp_path / "out")
     assert isinstance(shadow, InputShadow) and set(shadow.shares) == {0.3} and shadow.scale_N is None
     assert record["result"]["predictor"]["scope"] == "local"

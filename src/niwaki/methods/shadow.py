@@ -5,11 +5,10 @@ for the whole model reads a prompt and says which heads and neurons matter, lear
 paper's text could not be read; its released code could.
 
 `unit=inputs` (the default) skips less at once and chooses at every token, as TEAL (Liu et al. 2024) does. Input i of a
-matrix is left out if |x_i| is below a threshold; inputs with large gradients have lower ones. The gradients decide how
-much each place may leave out. With g the gradient of the loss at the inputs x, those that are left out change the loss
-by Σ g·x. Half of the mean square of that is the damage. The shares of all places follow from these curves under one
-budget of weights that are not read. A trial on held-out windows is recorded, and refuses a target that multiplies
-perplexity by more than `max_ratio`.
+matrix is left out if |x_i| is below a threshold. The gradients decide how much each place may leave out. With g the
+gradient of the loss at the inputs x, those that are left out change the loss by Σ g·x. Half of the mean square of that
+is the damage. The shares of all places follow from these curves under one budget of weights that are not read. A trial
+on held-out windows is recorded, and refuses a target that multiplies perplexity by more than `max_ratio`.
 
 `unit=prompt` chooses heads and neurons once for a prompt, by a predictor. The best measure of importance depends on the
 model, so candidates are evaluated. Their masks are chosen from prompts, as in use. The criteria that lose least on
@@ -69,7 +68,7 @@ class Config:
     ] = INPUTS
     score: Annotated[
         str, "What a threshold is compared with: size of an input, or weighted by the root of its typical gradient."
-    ] = WEIGHTED
+    ] = SIZE
     max_ratio: Annotated[
         float, "A target of inputs is refused if perplexity on held-out windows rises by more than this factor."
     ] = 2.0
