@@ -187,7 +187,7 @@ def test_the_written_model_has_the_divergence_that_was_reported(world: Path, tex
         size = {"samples": 32 + training.HELD_OUT, "seq_len": 32, "seed": 0, "at_most": True}
         tokenizer = load_tokenizer(world / "model")
         windows = calibration_windows(Documents([text], tokenizer=tokenizer), tokenizer, **size)
-        held = windows[: min(len(windows) // 8, training.HELD_OUT)]
+        held = windows[-min(len(windows) // 8, training.HELD_OUT) :]
         log_p = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float64)(held)
         log_q = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64)(held)
         p, q = log_p.logits.detach().log_softmax(-1), log_q.logits.detach().log_softmax(-1)

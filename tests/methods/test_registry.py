@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from niwaki.config.targets import Bits
 from niwaki.errors import InputError
 from niwaki.methods.method import MethodKind, WalkMethod
 from niwaki.methods.registry import METHODS, get_method, make_steps, method_infos, method_names
@@ -40,3 +41,13 @@ def test_every_name_of_a_chain_is_checked() -> None:
 def test_a_target_may_be_unknown_where_bits_follow_from_bytes() -> None:
     (step,) = make_steps("squeeze10", {}, None)
     assert step.quantizes and step.min_bits(64, 64) > 0 and step.group == 0
+
+
+@pytest.mark.parametrize("method", [name for name, info in METHODS.items() if info.fractional_bits])
+def test_a_method_fits_into_the_least_bits_that_it_names(method: str) -> None:
+    """Go through shapes whose bytes, as bits a weight and back, may come out below themselves."""
+    (step,) = make_steps(method, {}, None)
+    for rows in range(32, 1600, 96):
+        for columns in range(256, 1600, 192):
+            target = Bits(step.min_bits(rows, columns))
+            assert step.stored_bytes("m", rows, columns, target) == target.bytes_in(rows, columns)

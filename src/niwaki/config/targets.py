@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal
 
 from niwaki.errors import InputError, TargetError
 
+BYTE_ROUNDING = 1e-6  # bytes below a whole one that floating point may lose
+
 
 @dataclass(frozen=True)
 class Sparsity:
@@ -99,6 +101,10 @@ class Bits:
     def columns_multiple(self) -> int:
         """Return 1: any number of columns fits."""
         return 1
+
+    def bytes_in(self, rows: int, columns: int) -> int:
+        """Return the whole bytes of a matrix. Bits that were made from bytes come back as these bytes."""
+        return math.floor(self.bits * rows * columns / 8 + BYTE_ROUNDING)
 
     def zeros_in(self, rows: int, columns: int) -> int:
         """Return 0: quantization asks for no zeros."""

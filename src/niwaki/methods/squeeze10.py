@@ -287,7 +287,7 @@ def split_columns(rows: int, columns: int, target: Target, config: Config, name:
     if config.salient_frac:
         return named_split(columns, config)
     assert isinstance(target, Bits)
-    budget_bytes = target.bits * rows * columns / 8
+    budget_bytes = target.bytes_in(rows, columns)
     counts = [*range(0, columns, 8), columns]
     splits = [Split(*widths, count) for widths in config.splits for count in counts]
     fitting = [split for split in splits if split.nbytes(rows, columns, config) <= budget_bytes]

@@ -141,7 +141,7 @@ def split_widths(rows: int, columns: int, target: Target, name: str = "") -> Tre
     Raises TargetError, which begins with `name`, if one bit for all columns does not fit.
     """
     assert isinstance(target, Bits)
-    budget_bytes = target.bits * rows * columns / 8
+    budget_bytes = target.bytes_in(rows, columns)
     counts = [*range(0, columns, 8), columns]
     splits = [TrellisSplit(*widths, count) for widths in WIDTHS for count in counts]
     fitting = [split for split in splits if split.nbytes(rows, columns) <= budget_bytes]

@@ -61,8 +61,9 @@ class Windows:
     def of(cls, sources: Sequence[tuple[Tensor, int]], batch: int, steps: int | None, seed: int) -> "Windows":
         """Hold out an eighth of every source, HELD_OUT together at most, and draw the steps from the others.
 
-        Every source comes with the windows that it should give. If it has fewer, it gives them several times, each
-        time in another order.
+        Held out are the last ones: a compression with the same text and seed has learned the first ones. Every source
+        comes with the windows that it should give. If it has fewer, it gives them several times, each time in another
+        order.
         """
         generator = torch.Generator().manual_seed(seed)
         total = sum(wanted for _, wanted in sources)
@@ -71,8 +72,9 @@ class Windows:
         first = 0
         for ids_ST, wanted in sources:
             out = max(1, min(len(ids_ST) // 8, round(HELD_OUT * wanted / total)))
-            held += range(first, first + out)
-            rows = torch.arange(first + out, first + len(ids_ST))
+            last = first + len(ids_ST) - out
+            held += range(last, last + out)
+            rows = torch.arange(first, last)
             drawn: list[int] = []
             while len(drawn) < wanted and len(rows):
                 drawn += rows[torch.randperm(len(rows), generator=generator)].tolist()
