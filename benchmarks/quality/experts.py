@@ -5,8 +5,13 @@
 The mixture is upcycled from the embedded model: eight copies of every MLP with two for a token, and routers at random.
 With --steps it is trained on DATA/calibration.jsonl, seeded, so that experts and routers differ. One block is then
 compressed on few tokens of the same file, with `expert_tokens` from 0 up. Other texts (DATA/eval_reviews.jsonl) judge
-the outputs of each matrix of each expert, on the tokens that the router sends to it. With --perplexity all blocks are
-compressed, and the perplexity on these texts is measured too.
+the outputs of each matrix of each expert, on the tokens that the router sends to it.
+
+With --perplexity all blocks are compressed, and the perplexity on these texts is measured too. Beside it stand that of
+the dense mixture, and of the shares of tokens in DATA/calibration.jsonl alone (unigram). The trained mixture:
+
+    python -m benchmarks.quality.experts DATA --steps 480 --seeds 3 --perplexity --expert-tokens 0 256 \
+        --out benchmarks/results/quality/experts-trained.json
 """
 
 import argparse
@@ -108,6 +113,24 @@ def heldout_errors(model: Path, out: Path, data: Path, block: int, windows: int)
     return {key: error / energy for key, (error, energy) in wrong.items()}
 
 
+def perplexity(model: Path, args: argparse.Namespace) -> float:
+    """Return the perplexity on the held-out texts."""
+    file = str(args.data / "eval_reviews.jsonl")
+    found = niwaki.evaluate(model, data=file, seq_len=SEQ_LEN, max_tokens=args.held * SEQ_LEN, device="cpu")
+    return round(found["perplexity"][file], 3)
+
+
+def unigram(model: Path, args: argparse.Namespace) -> float:
+    """Return the perplexity of the shares of tokens in the text of the training, every token counted once more."""
+    tokenizer, counts = load_tokenizer(model), torch.ones(Checkpoint.open(model).config.vocab_size)
+    for text in read_texts([str(args.data / "calibration.jsonl")], "text"):
+        ids_N = torch.tensor(tokenizer(str(text))["input_ids"])
+        counts += ids_N.bincount(minlength=len(counts))
+    texts = read_texts([str(args.data / "eval_reviews.jsonl")], "text")
+    ids_ST = evaluation_windows(texts, tokenizer, seq_len=SEQ_LEN, max_tokens=args.held * SEQ_LEN)
+    return round(float((counts / counts.sum()).log()[ids_ST[:, 1:]].mean().neg().exp()), 1)
+
+
 def main() -> None:
     """Make or read the mixture, then measure every case."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -136,6 +159,8 @@ def main() -> None:
             "block": args.block,
             "rows": rows,
         }
+        if args.perplexity:
+            result["dense"] = {"perplexity": perplexity(model, args), "unigram": unigram(model, args)}
         for windows in args.windows:
             for label in args.methods:
                 for expert_tokens in args.expert_tokens:
@@ -162,9 +187,7 @@ def _row(
         for (expert, _), error in heldout_errors(model, out, args.data, args.block, args.held).items():
             errors["few" if tokens[expert] < WIDTH else "enough"].append(error)
         if args.perplexity:
-            file = args.data / "eval_reviews.jsonl"
-            found = niwaki.evaluate(out, data=[file], seq_len=SEQ_LEN, max_tokens=args.held * SEQ_LEN)["perplexity"]
-            perplexities += list(found.values())
+            perplexities.append(perplexity(out, args))
     row = {
         "method": label,
         "calibration_tokens": windows * SEQ_LEN,
