@@ -33,6 +33,7 @@ from niwaki.compression.backward import Gradients, backprop_blocks, next_token_l
 from niwaki.compression.walk import loaded_blocks
 from niwaki.config.events import Event, Report, silent
 from niwaki.data.stream import Stream
+from niwaki.errors import ArchitectureError
 from niwaki.methods.shared.divergence import logit_divergences
 from niwaki.model.decoder import Block, Decoder
 from niwaki.runtime.contextual.places import Place
@@ -87,9 +88,17 @@ def damages(
 
     stream = make_stream(ids_ST, "gradients")
     names = {name for place in places for name in place.names}
-    backprop_blocks(
-        decoder, stream, visit, inputs=names, activation_bytes=activation_bytes, folder=folder, report=report
-    )
+    try:
+        backprop_blocks(
+            decoder, stream, visit, inputs=names, activation_bytes=activation_bytes, folder=folder, report=report
+        )
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise ArchitectureError(
+            "a block of this model changes its activations in place, so it has no gradients to share the budget by: "
+            "set scope=local and score=size"
+        ) from error
     damage_PL /= 2 * len(ids_ST) * (tokens - prompt)
     return Damage(
         damage_PL, [_scale(square_I).float() if weighted else torch.ones(len(square_I)) for square_I in squares]

@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
-from niwaki.errors import ArchitectureError, CheckpointError
+from niwaki.errors import ArchitectureError, CheckpointError, InputError
 from niwaki.runtime.contextual.attach import attach
 from niwaki.runtime.contextual.decoding import generate_verified, read_text
 from niwaki.runtime.contextual.predictor_files import TENSORS, InputShadow, read_shadow, write_shadow
 from niwaki.runtime.contextual.sequence import Decision
 from niwaki.runtime.cuda_graph import CudaGraphGenerator
 from support.contextual import PROMPT, ids_of, model_of, step_by_step
-from support.families import build, families
+from support.families import build, families, sharing_families
 from support.inputs import input_shadow_of, masked_input_logits, places_of
 
 FAMILIES = ("llama", "opt", "gpt2", "falcon", "gpt_neox", "phi3", "gemma2", "qwen2")
@@ -103,6 +104,48 @@ def test_a_model_that_changes_its_dtype_skips_on() -> None:
     found_BTV, _ = step_by_step(model, ids_BT, PROMPT)
     torch.testing.assert_close(found_BTV, wanted_BTV, rtol=1e-4, atol=1e-5)
     assert [record.sparse_tokens for record in contextual.records if record.sparse_tokens] == [4, 4]
+
+
+@pytest.mark.parametrize("name", ["lfm2", "gemma4"])
+def test_caches_that_cannot_be_put_back_are_skipped_too(name: str) -> None:
+    """Mix convolutions and attention, or caches within a window: skip, but verify nothing."""
+    if name == "lfm2":
+        model: Any = build(
+            transformers.Lfm2Config(
+                vocab_size=96,
+                hidden_size=32,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                intermediate_size=48,
+                layer_types=["conv", "full_attention", "conv"],
+                block_auto_adjust_ff_dim=False,
+            )
+        )
+    else:
+        model = build(sharing_families()["gemma4"])
+    shadow, ids_BT = input_shadow_of(model), ids_of(1, PROMPT + 5)
+    wanted_BTV, _ = masked_input_logits(model, ids_BT, PROMPT, shadow)
+    contextual = attach(model, shadow)
+    found_BTV, cache = step_by_step(model, ids_BT, PROMPT)
+    torch.testing.assert_close(found_BTV, wanted_BTV, rtol=1e-3, atol=1e-4)
+    (record,) = contextual.records
+    assert record.sparse_tokens == 5 and 0.2 < record.skipped_frac[0] < 0.8
+    if name == "lfm2":
+        with pytest.raises(InputError, match="cannot be put back"):
+            contextual.verify()
+    with torch.no_grad():  # a longer input runs dense, and single tokens after it skip again
+        model(input_ids=ids_of(1, 4, seed=5), past_key_values=cache, use_cache=True)
+        model(input_ids=ids_of(1, 1, seed=6), past_key_values=cache, use_cache=True)
+    assert record.sparse_tokens == 6 and len(record.skipped_frac) == 2
+
+
+def test_a_model_without_a_cache_says_that_it_runs_dense() -> None:
+    model = model_of("llama")
+    contextual = attach(model, input_shadow_of(model))
+    with torch.no_grad():
+        model(input_ids=ids_of(1, PROMPT), use_cache=False)
+    assert "no cache of keys and values" in contextual.records[-1].note
 
 
 def test_experts_are_refused() -> None:

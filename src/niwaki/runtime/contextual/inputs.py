@@ -27,7 +27,7 @@ from niwaki.errors import ArchitectureError
 from niwaki.kernels.inputs import inputs_dot
 from niwaki.kernels.types import MAX_TOKENS
 from niwaki.runtime.contextual.compact import CompactBlocks, Swap
-from niwaki.runtime.contextual.places import Place
+from niwaki.runtime.contextual.places import Place, skipped_frac
 from niwaki.runtime.contextual.predictor_files import InputShadow
 from niwaki.runtime.contextual.prefill import Prefill
 from niwaki.runtime.contextual.sequence import ActiveUnits, ContextualSequence, Decision, Record
@@ -37,15 +37,15 @@ from niwaki.runtime.contextual.sparsity import Contextual
 class SharedProduct:
     """Product of the matrices of a place, computed when the first of them gets the input and handed out in parts.
 
-    `kept_P` counts the inputs that were read at every place, with the tokens at its end.
+    `kept_2P` counts the inputs that were read at every place, and the tokens there.
     """
 
     def __init__(
-        self, weight_IO: Tensor, bias_O: Tensor | None, parts: int, limit: Tensor, kept_P: Tensor, place: int
+        self, weight_IO: Tensor, bias_O: Tensor | None, parts: int, limit: Tensor, kept_2P: Tensor, place: int
     ) -> None:
         self.weight_IO, self.bias_O, self.parts, self.limit = weight_IO, bias_O, parts, limit
         self._zero_1 = torch.zeros_like(limit[:1])
-        self.kept_P, self.place = kept_P, place
+        self.kept_2P, self.place = kept_2P, place
         self._x: Tensor | None = None
         self._y_NO: Tensor | None = None
         self._left = 0
@@ -62,9 +62,8 @@ class SharedProduct:
         return y
 
     def _multiply(self, x_NI: Tensor) -> Tensor:
-        if not self.place:
-            self.kept_P[-1] += len(x_NI)
-        count_1 = self.kept_P[self.place : self.place + 1]
+        self.kept_2P[1, self.place] += len(x_NI)
+        count_1 = self.kept_2P[0, self.place : self.place + 1]
         if len(self.limit) == 1:
             return inputs_dot(x_NI, self.weight_IO, self.limit, self.bias_O, count=count_1)
         large_NI = torch.where(x_NI.abs() <= self.limit, 0, x_NI)  # every input has a limit of its own
@@ -95,7 +94,7 @@ class SkippedInputs(CompactBlocks):
     def __init__(self, swaps: list[Swap], skipping: "InputSkipping") -> None:
         super().__init__(swaps)
         self.skipping = skipping
-        self._read = self._tokens = 0
+        self._read = self._tokens = [0] * len(skipping.places)
 
     @property
     def addresses(self) -> tuple[tuple[int, ...], ...]:
@@ -108,13 +107,14 @@ class SkippedInputs(CompactBlocks):
 
     def account(self, record: Record) -> None:
         """Write the share of the weights that was not read since the choice as the last `skipped_frac`."""
-        *kept_P, tokens = self.skipping.take_counts()
+        kept_P, tokens_P = self.skipping.take_counts()
         places = self.skipping.places
-        self._read += sum(kept * place.outputs for kept, place in zip(kept_P, places, strict=True))
-        self._tokens += tokens
-        if self._tokens:
-            whole = self._tokens * sum(place.weights for place in places)
-            record.skipped_frac[-1:] = [1 - self._read / whole]
+        self._read = [sum(pair) for pair in zip(self._read, kept_P, strict=True)]
+        self._tokens = [sum(pair) for pair in zip(self._tokens, tokens_P, strict=True)]
+        counted = zip(self._read, self._tokens, places, strict=True)
+        shares = [1 - kept / (tokens * place.inputs) if tokens else 0.0 for kept, tokens, place in counted]
+        if any(self._tokens):
+            record.skipped_frac[-1:] = [skipped_frac(places, shares)]
 
 
 class InputSkipping:
@@ -127,14 +127,14 @@ class InputSkipping:
         self.places = places
         device = next(blocks.parameters()).device
         self.limits = [limit.to(device) for limit in limits]
-        self.kept_P = torch.zeros(len(places) + 1, dtype=torch.int64, device=device)
+        self.kept_2P = torch.zeros(2, len(places), dtype=torch.int64, device=device)
         self._first = blocks[places[0].block].get_submodule(places[0].names[0])
         self._swaps = [swap for index in range(len(places)) for swap in self._place(blocks, index)]
         self.address = self._first_address()
 
     def active(self) -> SkippedInputs:
         """Return the layers for the tokens after one prompt."""
-        self.kept_P.zero_()
+        self.kept_2P.zero_()
         return SkippedInputs(self._swaps, self)
 
     @property
@@ -145,11 +145,11 @@ class InputSkipping:
     def _first_address(self) -> int:
         return input_major(self._first).data_ptr()
 
-    def take_counts(self) -> list[int]:
-        """Return the inputs read at every place, and the tokens, since the last call."""
-        counts: list[int] = self.kept_P.tolist()
-        self.kept_P.zero_()
-        return counts
+    def take_counts(self) -> tuple[list[int], list[int]]:
+        """Return the inputs read at every place, and the tokens there, since the last call."""
+        kept_P, tokens_P = self.kept_2P.tolist()
+        self.kept_2P.zero_()
+        return kept_P, tokens_P
 
     @torch.no_grad()
     def _place(self, blocks: nn.ModuleList, index: int) -> list[Swap]:
@@ -159,7 +159,7 @@ class InputSkipping:
         views_IO = [input_major(layer) for layer in layers]
         weight_IO = torch.cat(views_IO, dim=1)
         bias_O, limit = _joined_bias(layers, views_IO), self.limits[index]
-        product = SharedProduct(weight_IO, bias_O, len(layers), limit, self.kept_P, index)
+        product = SharedProduct(weight_IO, bias_O, len(layers), limit, self.kept_2P, index)
         swaps, first = [], 0
         for name, layer, view_IO in zip(place.names, layers, views_IO, strict=True):
             columns = slice(first, first := first + view_IO.shape[1])
@@ -235,21 +235,20 @@ class InputStatistics(Prefill):
         self._count(real_BT)
 
     def _add(self, index: int, x: Tensor, real_BT: Tensor) -> None:
+        if x.numel() != real_BT.numel() * x.shape[-1]:
+            return  # a matrix of something else than the tokens
         small_BT = (x.abs() <= self.limits[index]).view(*real_BT.shape, -1).float().mean(2)
         small_B = (small_BT * real_BT).sum(1)
         self._small[index] = self._small[index] + small_B if index in self._small else small_B
 
-    def shares(self) -> Tensor:
-        """Return the shares [B, P]."""
-        assert self.tokens_B is not None, "no forward was observed"
-        small_BP = torch.stack([self._small[index] for index in range(len(self.places))], dim=1)
-        return small_BP / self.tokens_B[:, None]
-
     def deviation(self, shares: Sequence[float]) -> float:
         """Return the mean distance of the shares from the expected ones, weighed by weights; of the furthest prompt."""
-        expected_P = torch.tensor(shares, device=self.limits[0].device)
-        weight_P = torch.tensor([place.weights for place in self.places], device=expected_P.device, dtype=torch.float32)
-        return float(((self.shares() - expected_P).abs() @ (weight_P / weight_P.sum())).max())
+        assert self.tokens_B is not None and self._small, "no forward was observed"
+        device, seen = self.limits[0].device, sorted(self._small)
+        share_BP = torch.stack([self._small[index] for index in seen], dim=1) / self.tokens_B[:, None]
+        expected_P = torch.tensor([shares[index] for index in seen], device=device)
+        weight_P = torch.tensor([self.places[index].weights for index in seen], device=device, dtype=torch.float32)
+        return float(((share_BP - expected_P).abs() @ (weight_P / weight_P.sum())).max())
 
 
 class TokenContextual(Contextual):
@@ -270,8 +269,6 @@ class TokenContextual(Contextual):
         record, tokens_B = sequence.record, sequence.prefill.tokens_B
         if tokens_B is None or int(tokens_B.min()) < self.shadow.running.min_prompt:
             return None  # the next token asks again
-        if not self._can_restore(sequence):
-            return None
         if len(tokens_B) > MAX_TOKENS:
             because = f"a batch of {len(tokens_B)} sequences: inputs are skipped for at most {MAX_TOKENS}"
             sequence.run_dense(Decision.BATCH, because)

@@ -81,6 +81,18 @@ def _no_cache() -> None:
     """Return no cache: the first forward has not ended."""
 
 
+def can_restore(cache: Any) -> bool:
+    """Return True for a cache of layers that grow only: it can lose tokens and heads, and get them back."""
+    from transformers.cache_utils import DynamicLayer
+
+    return all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+
+
+def _first_keys(cache: Any) -> Tensor | None:
+    """Return the keys of the first block, None if it has none: linear attention keeps a state."""
+    return getattr(cache.layers[0], "keys", None)
+
+
 @dataclass
 class ContextualSequence:
     """A batch of sequences and its phase. The cache identifies it; only a weak reference to the cache is held.
@@ -97,6 +109,7 @@ class ContextualSequence:
     full_cache: list[Any] = field(default_factory=list)
     generated: list[dict[str, Tensor]] = field(default_factory=list)
     reordered: bool = False
+    restorable: bool = True
     _cache: Callable[[], Any] = _no_cache
     _first_keys: Tensor | None = None  # of the first block, after the last forward
 
@@ -107,12 +120,13 @@ class ContextualSequence:
 
     def bind(self, cache: Any) -> None:
         """Remember the cache that a forward filled."""
-        self._cache, self._first_keys = weakref.ref(cache), cache.layers[0].keys
+        self._cache, self._first_keys = weakref.ref(cache), _first_keys(cache)
 
     def run_sparse(self, active: ActiveUnits) -> None:
         """Enter SPARSE from PREFILL: keep the full cache layers, and cut the skipped heads from the cache."""
         assert self.phase is Phase.PREFILL, self.phase
-        self.full_cache = [copy.copy(layer) for layer in self.cache.layers]
+        self.restorable = can_restore(self.cache)
+        self.full_cache = [copy.copy(layer) for layer in self.cache.layers] if self.restorable else []
         if active.heads_BLG is not None:
             cut_cache(self.cache, active.heads_BLG)
         self.phase, self.active = Phase.SPARSE, active
@@ -126,9 +140,13 @@ class ContextualSequence:
     def restore(self, *, keep_units: bool) -> list[dict[str, Tensor]]:
         """Enter PREFILL from SPARSE: put the full cache back, and return the inputs that it lacks.
 
-        With `keep_units` the next token runs the same units. Raises InputError if the cache was reordered.
+        With `keep_units` the next token runs the same units. A cache that is not restorable stays as it is, and lacks
+        nothing. Raises InputError if the cache was reordered.
         """
         assert self.phase is Phase.SPARSE, self.phase
+        if not self.restorable:
+            self.phase, self.active, self.generated = Phase.PREFILL, self.active if keep_units else None, []
+            return []
         if self.reordered:
             raise InputError(
                 "the cache was reordered (beams) while heads were missing in it, so the full model cannot read the "
@@ -142,6 +160,6 @@ class ContextualSequence:
 
     def detect_reordering(self) -> None:
         """Note if another owner replaced the keys since the last forward, as beam search does."""
-        if self.cache.layers[0].keys is not self._first_keys:
+        if _first_keys(self.cache) is not self._first_keys:
             self.reordered = True
             self.record.note = "the cache was reordered (beams): no refresh follows"

@@ -42,7 +42,7 @@ from niwaki.model.anatomy import find_blocks
 from niwaki.runtime.contextual.compact import Buffers, compact
 from niwaki.runtime.contextual.prefill import Prefill, PrefillStatistics, real_tokens
 from niwaki.runtime.contextual.selection import for_batch, margin
-from niwaki.runtime.contextual.sequence import ActiveUnits, ContextualSequence, Decision, Phase, Record
+from niwaki.runtime.contextual.sequence import ActiveUnits, ContextualSequence, Decision, Phase, Record, can_restore
 
 MAX_RECORDS = 1000
 
@@ -93,7 +93,9 @@ class Contextual:
         if sequence is None:
             return
         cache = output.get("past_key_values") if isinstance(output, dict) else None
-        if cache is None or cache.get_seq_length() != sequence.length:
+        if isinstance(output, dict) and cache is None:
+            sequence.record.note = "the model returned no cache of keys and values: every token runs dense"
+        if cache is None or not hasattr(cache, "layers") or cache.get_seq_length() != sequence.length:
             self.state.sequence = None  # an error, no cache, or one that was not empty before
             return
         if sequence.phase is Phase.SPARSE and sequence.active is not None:
@@ -252,9 +254,7 @@ class Contextual:
 
     def _can_restore(self, sequence: ContextualSequence) -> bool:
         """Return True if the cache can lose tokens and heads and get them back; else the sequence becomes dense."""
-        from transformers.cache_utils import DynamicLayer
-
-        if all(isinstance(layer, DynamicLayer) for layer in sequence.cache.layers):
+        if can_restore(sequence.cache):
             return True
         because = "heads can leave caches that grow only, and this one has a fixed size"
         sequence.run_dense(Decision.UNSUPPORTED, because)
@@ -268,6 +268,11 @@ class Contextual:
         sequence = self.state.sequence
         if sequence is None or sequence.phase is not Phase.SPARSE or not sequence.generated:
             return None
+        if not sequence.restorable:
+            raise InputError(
+                "the cache of this model cannot be put back, so nothing that it wrote can be verified: leave verify "
+                "out, or load the model with dense=True"
+            )
         logits: Tensor = self._restore(sequence, observe=False).logits
         return logits
 
