@@ -157,7 +157,7 @@ def test_recovery(world: dict[str, Path], spy: Spy, monkeypatch: pytest.MonkeyPa
             monkeypatch.setattr("niwaki.model.logits.LOGIT_BYTES", limit)
         record = recover(
             world["pruned"], tmp_path / str(limit), data=str(world["text"]), steps=2, batch=2, seq_len=32,
-            rank=2, rate=0.02, device="cpu",
+            rank=2, rate=0.005, device="cpu",
         )  # fmt: skip
         return [record["result"]["heldout_loss"], record["result"]["heldout_loss_before"], record["result"]["zeros"]]
 
