@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.common.perplexity import TEXTS
 from benchmarks.common.provenance import provenance
-from benchmarks.quality.contextual import Watch, dejavu_scores, fit_dejavu
+from benchmarks.common.units import Watch, dejavu_scores, fit_dejavu
 from niwaki.compression.skipping import allocate, damages, run_trials
 from niwaki.compression.traces import trace
 from niwaki.data.documents import read_texts
