@@ -138,7 +138,8 @@ def test_codes_move_and_stay_legal(world: Path, text: str, tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("name", "train", "told", "lowered"),
     [
-        ("paths", "auto", "weights", 1.0),
+        ("paths", "weights", "weights", 1.0),
+        ("paths", "auto", "scales", 0.95),
         ("paths", "low-rank", "scales", 0.95),
         ("paths", "scales", "scales", 0.95),
         ("some paths", "auto", "weights", 1.0),
@@ -259,7 +260,7 @@ def test_a_recovery_lowers_the_perplexity_of_a_trained_model(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [("zeros", {}), ("codes", {"train": "low-rank", "rate": 0.001}), ("paths", {})]
+    ("name", "more"), [("zeros", {}), ("codes", {"train": "low-rank", "rate": 0.001}), ("paths", {"train": "weights"})]
 )
 def test_a_resume_ends_at_the_same_bytes_and_repeats_little(
     name: str, more: dict[str, Any], world: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

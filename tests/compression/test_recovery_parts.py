@@ -187,7 +187,7 @@ def test_the_plan_counts_what_is_learned_of_paths() -> None:
     learning = Learning.of({"one": record.description}, rank=2)
     assert learning.learned(size) == 480 + 2 * (40 + 256)
     assert [learning.modes(train, size) for train in ("auto", "weights", "low-rank", "scales")] == [
-        ("weights", "scales"), ("weights",), ("scales",), ("scales",)
+        ("scales",), ("weights",), ("scales",), ("scales",)
     ]  # fmt: skip
     more = Size(1000, 0, 0, 1, 12, 40, 52, 16)
     assert learning.modes("auto", more) == ("weights", "low-rank") and learning.modes("scales", more) == ("scales",)

@@ -92,11 +92,14 @@ class Learning:
         return cls("weights", rank, scales, codes=bool(coded), pruned=True, paths=paths)
 
     def modes(self, train: Mode | Literal["auto"], size: Size) -> tuple[Mode, ...]:
-        """Return the modes to choose from; thin matrices do nothing for a model of paths alone."""
-        paths_alone = self.paths >= size.weights
-        if train == "auto":
-            return ("weights", "scales") if paths_alone else MODES[:2]
-        return ("scales",) if paths_alone and train == "low-rank" else (train,)
+        """Return the modes to choose from.
+
+        Of a model of paths alone scales are learned, unless weights are asked for: those cost more and gained nothing
+        (docs/recovery.md). Thin matrices do nothing for paths.
+        """
+        if self.paths >= size.weights and train != "weights":
+            return ("scales",)
+        return MODES[:2] if train == "auto" else (train,)
 
     def learned(self, size: Size) -> int:
         """Return the number of learned numbers."""
