@@ -178,13 +178,14 @@ def test_packed_and_smaller_models_beside_their_dense_one(
     assert "contextual" not in found
 
 
-def test_contextual_models_are_scored_as_they_write(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"unit": "prompt", "size_frac": 0.5}, {"unit": "inputs", "max_ratio": 1000}])
+def test_contextual_models_are_scored_as_they_write(options: dict[str, Any], tmp_path: Path) -> None:
     """Check scores against a loop: the first token of a continuation is the whole model's, the others a part's."""
     model, text = tmp_path / "out", write_texts(tmp_path / "text.jsonl")
     niwaki.compress(
         tiny_llama(tmp_path / "model", num_key_value_heads=4), model, method="shadow", target="0.5", device="cpu",
         calibration={"files": str(text), "samples": 12, "seq_len": 48},
-        options={"size_frac": 0.5},
+        options=options,
     )  # fmt: skip
     rows = questions(6, words=20)
     write_task(tmp_path / "tasks", rows)
