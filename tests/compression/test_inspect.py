@@ -127,6 +127,7 @@ def test_a_predictor_tells_what_runs(results: dict[str, Path]) -> None:
     assert all(0 <= value <= 1 for value in run["values"]) and found["predictor"]["target"] == "0.5"
     text = shown(found, print_inspection)
     assert "perplexity over dense" in text and "by measured damage" in text
+    assert "min_prompt 16" in text and "mean_fill" not in text, "settings of the other unit decide nothing"
 
 
 def test_a_terminal_gets_colour_and_a_narrow_one_fewer_characters(results: dict[str, Path]) -> None:

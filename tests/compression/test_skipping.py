@@ -1,6 +1,7 @@
 """`niwaki compress --method shadow` with thresholds of inputs: damage, shares, the trial, results and refusals."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,21 @@ def test_a_harmful_target_is_refused_with_the_largest_that_is_not(
     with pytest.raises(TargetError, match=r"max_ratio is 1.1: no lower target stays below"):
         compress(tmp_path, options={"max_ratio": 1.1})
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out.*"))
+
+
+@pytest.mark.parametrize(
+    ("unit", "said"),
+    [("inputs", r"\d+% of the weights not read by a token, [\d.]+ times the perplexity"),
+     ("prompt", r"50% of heads and neurons skipped for each prompt")],
+)  # fmt: skip
+def test_the_summary_says_what_is_skipped(unit: str, said: str, tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model", num_attention_heads=8, num_key_value_heads=4)
+    text = write_texts(tmp_path / "text.jsonl")
+    own = ["--set", "size_frac=0.5", "--set", "features=last"] if unit == "prompt" else []
+    options = ["--set", f"unit={unit}", "--set", "gradient_windows=4", "--samples", "16", "--seq-len", "32", *own]
+    command = ["compress", str(model), str(tmp_path / "out"), "--method", "shadow", "--target", "0.5", *options]
+    found = CliRunner().invoke(app, [*command, "--calibration", str(text), "--device", "cpu"])
+    assert found.exit_code == 0 and re.search(said, found.output), found.output
 
 
 def test_same_seed_same_bytes_and_finished_thresholds_are_kept(tmp_path: Path) -> None:

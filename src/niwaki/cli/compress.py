@@ -85,6 +85,14 @@ def _run(model: str, out: Path, values: dict[str, Any], **flags: bool) -> None:
     _print_record(out, RunRecord.model_validate(record))
 
 
+def _skipped(predictor: dict[str, Any]) -> str:
+    """Return what a contextual result skips, and what that costs where a trial said it."""
+    share = predictor["skipped_frac"]
+    if predictor.get("unit") != "inputs":
+        return f"{share:.0%} of heads and neurons skipped for each prompt"
+    return f"{share:.0%} of the weights not read by a token, {predictor['ratio']:.3g} times the perplexity"
+
+
 def _print_record(out: Path, record: RunRecord) -> None:
     """Print matrices, bits or zeros, bytes, time and peak memory of a result, then its notes."""
     result, coded = record.result, record.asks_for_bits
@@ -98,7 +106,7 @@ def _print_record(out: Path, record: RunRecord) -> None:
     if record.shaping and (removed := record.shaping.removed_frac):
         zeros = f", {removed:.2%} of the blocks removed" + (zeros if result.zeros_frac else "")
     if result.predictor is not None:
-        zeros = f", {result.predictor['skipped_frac']:.0%} of heads and neurons skipped by input"
+        zeros = f", {_skipped(result.predictor)}"
     where = whole = ""
     if result.named is not None:
         where = f" of blocks {format_blocks(result.named.blocks)}"

@@ -15,6 +15,7 @@ from niwaki.cli.tables import print_table
 from niwaki.errors import InputError
 
 ERROR = "error: relative loss of an output on the calibration text, ‖changed − dense‖² / ‖dense‖²; 0 is none, 1 is all"
+RUNNING_OF_INPUTS = ("refresh_tokens", "min_prompt", "max_deviation")  # other settings are for units of a prompt
 TITLES = {"zeros_frac": "zeros", "bits": "bits a weight", "removed_frac": "removed", "run_frac": "run"}
 
 
@@ -276,7 +277,7 @@ def _print_thresholds(to: Console, about: dict[str, Any]) -> None:
         ["skipped on average", f"{about['skipped_frac']:.2%} of the weights"],
         ["perplexity over dense", f"{about['ratio']:.4g} on {about['windows']} held-out windows"],
         ["divergence", f"{about['divergence']:.4g} nats per token"],
-        ["runs", ", ".join(f"{name} {value}" for name, value in about["running"].items())],
+        ["runs", ", ".join(f"{name} {about['running'][name]}" for name in RUNNING_OF_INPUTS)],
     ]
     print_table(to, ["inputs", "value"], rows)
 
