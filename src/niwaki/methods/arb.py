@@ -300,7 +300,7 @@ def _max_salient(name: str, rows: int, columns: int, target: Target, config: Con
     fitting = [
         count
         for count in range(min(config.salient, columns, config.block) + 1)
-        if 8 * _stored_bytes(rows, columns, min(columns, count * blocks), config) <= target.bits * rows * columns
+        if _stored_bytes(rows, columns, min(columns, count * blocks), config) <= target.bytes_in(rows, columns)
     ]
     return fitting[-1]
 

@@ -155,9 +155,8 @@ def trials(scope: Scope, width: int, salient: int) -> Work:
 def check_reach(name: str, rows: int, columns: int, stored_bytes: int, target: Target) -> None:
     """Raise TargetError, with the bits that a matrix needs, if the target allows fewer."""
     assert isinstance(target, Bits)
-    bits = 8 * stored_bytes / (rows * columns)
-    if bits > target.bits:
-        needed = math.ceil(bits * 1000) / 1000
+    if stored_bytes > target.bytes_in(rows, columns):
+        needed = math.ceil(8000 * stored_bytes / (rows * columns)) / 1000
         hint = f"ask for {needed:.3f}bit or more" if needed <= MAX_BITS else "it is too small for this method"
         raise TargetError(
             f"target {target}: {name}, {rows}×{columns}, needs {needed:.3f} bits with this method: {hint}"

@@ -28,8 +28,8 @@ def salient_elements(rows: int, columns: int, target: Target, name: str = "") ->
     """Return the number of weights with four bits. Raise TargetError if the mask and one bit do not fit."""
     assert isinstance(target, Bits)
     size, min_bits = rows * columns, element_bits(rows, columns, 0)
-    left_bytes = int((target.bits - min_bits) * size / 8 + 1e-6)
-    if target.bits < min_bits:
+    left_bytes = target.bytes_in(rows, columns) - round(min_bits * size / 8)
+    if left_bytes < 0:
         raise TargetError(
             f"{name}target {target}: a choice by element needs at least {min_bits:.3f} bits for a {rows}×{columns} "
             "matrix: raise the target, or use granularity=column"
