@@ -17,8 +17,8 @@ from niwaki.model.checkpoint import Checkpoint
 from niwaki.model.decoder import Decoder
 from niwaki.runtime.contextual.predictor_files import TENSORS, read_shadow
 from niwaki.runtime.contextual.selection import Rule, Variant
-from support.contextual import ids_of, layout_of, masked_logits, model_of
-from support.models import file_bytes, tiny_llama, weights_of, write_texts
+from support.contextual import assert_repeats_and_resumes, ids_of, layout_of, masked_logits, model_of
+from support.models import tiny_llama, weights_of, write_texts
 
 TOKENS = 16
 OPTIONS = {"unit": "prompt", "gradient_windows": 4, "min_prompt": 8, "features": "last", "size_frac": 0.5}
@@ -96,19 +96,7 @@ def test_every_criterion_and_scope_runs(criterion: str, scope: str, tmp_path: Pa
 
 
 def test_same_seed_same_bytes_and_a_finished_predictor_is_kept(tmp_path: Path) -> None:
-    compress(tmp_path)
-    compress(tmp_path, "again")
-    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "again")
-
-    def stop(event: str, **fields: Any) -> None:
-        if event == "saved":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        compress(tmp_path, "later", report=stop)
-    events: list[str] = []
-    compress(tmp_path, "later", resume=True, report=lambda event, **fields: events.append(event))
-    assert "traces" not in events and file_bytes(tmp_path / "later") == file_bytes(tmp_path / "out")
+    assert_repeats_and_resumes(compress, tmp_path, walked="traces")
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ from niwaki.model.decoder import Decoder
 from niwaki.runtime.contextual.places import Place, find_places, skipped_frac
 from niwaki.runtime.contextual.predictor_files import TENSORS, InputShadow, Running, read_shadow, write_shadow
 from niwaki.runtime.contextual.sequence import Decision
-from support.contextual import ids_of, model_of
+from support.contextual import assert_repeats_and_resumes, ids_of, model_of
 from support.inputs import masked_input_logits
-from support.models import file_bytes, tiny_llama, weights_of, write_texts
+from support.models import tiny_llama, weights_of, write_texts
 
 TOKENS = 16
 
@@ -193,19 +193,7 @@ def test_the_summary_says_what_is_skipped(unit: str, said: str, tmp_path: Path) 
 
 
 def test_same_seed_same_bytes_and_finished_thresholds_are_kept(tmp_path: Path) -> None:
-    compress(tmp_path)
-    compress(tmp_path, "again")
-    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "again")
-
-    def stop(event: str, **fields: Any) -> None:
-        if event == "saved":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        compress(tmp_path, "later", report=stop)
-    events: list[str] = []
-    compress(tmp_path, "later", resume=True, report=lambda event, **fields: events.append(event))
-    assert "gradients" not in events and file_bytes(tmp_path / "later") == file_bytes(tmp_path / "out")
+    assert_repeats_and_resumes(compress, tmp_path, walked="gradients")
 
 
 def test_thresholds_of_other_text_are_replaced_and_good_ones_kept(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Tiny models with random predictors, and a slow reference that masks activations and cuts no matrix."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from niwaki.runtime.contextual.predictor_files import Running, Shadow
 from niwaki.runtime.contextual.selection import Rule
 from niwaki.runtime.contextual.units import KINDS, UnitLayout, find_layout
 from support.families import build, families
+from support.models import file_bytes
 
 PROMPT = 20
 
@@ -95,3 +98,20 @@ def step_by_step(model: Any, ids_BT: Tensor, prompt: int, **given: Any) -> tuple
             for place in range(prompt, ids_BT.shape[1])
         ]
     return torch.cat(found, dim=1), cache
+
+
+def assert_repeats_and_resumes(compress: Callable[..., Any], tmp_path: Path, *, walked: str) -> None:
+    """Check that a compression gives the same bytes again, and after a stop without another walk (event `walked`)."""
+    compress(tmp_path)
+    compress(tmp_path, "again")
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "again")
+
+    def stop(event: str, **fields: Any) -> None:
+        if event == "saved":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(tmp_path, "later", report=stop)
+    events: list[str] = []
+    compress(tmp_path, "later", resume=True, report=lambda event, **fields: events.append(event))
+    assert walked not in events and file_bytes(tmp_path / "later") == file_bytes(tmp_path / "out")
